@@ -65,10 +65,10 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
 
 def _measure_hashing(folder: Path) -> dict[str, float]:
-    from lorac.formats._files import read_safetensors
+    from lorac.formats.reading import AdapterFile
     from lorac.storage.tensor_hash import hash_contents
 
-    tensors, _ = read_safetensors(folder / "peft" / _WEIGHTS)
+    tensors = AdapterFile(folder / "peft" / _WEIGHTS).read_tensors()
     return common.measure_call(lambda: hash_contents("", tensors), above_start=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorac.formats._files import EXPERTS, SEAL
+from lorac.formats._writing import EXPERTS, SEAL
 from lorac.storage import artifact
 from lorac.storage.tensor_file import DTYPES
 from lorac.storage.tensor_hash import hash_contents

@@ -95,7 +95,7 @@ class Preparer:
             if reduction.form == BRANCH:
                 return make_branch_term(adapter, site)
             change = self.with_bias(adapter, site, self.change(reduction, site, tensors))
-        return map_tensors(lambda t: t.detach().contiguous() if contiguous else t.detach(), change)
+        return map_tensors((lambda t: t.detach().contiguous()) if contiguous else Tensor.detach, change)
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """Return the reduction of a variant at a site, from the cache where the structure is known."""

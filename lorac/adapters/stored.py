@@ -2,15 +2,13 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.composition import ComposedSite, ComposedWeights
 from lorac.ir.slots.plans import BranchTerm
 from lorac.ir.slots.stacks import StackShape
@@ -63,35 +61,6 @@ class SlotLayout:
         }
 
 
-class SlotReader(NamedTuple):
-    """Reads the contents of an adapter's slots into memory.
-
-    Attributes:
-        layout: the order of the slots.
-        read: fills memory of the layout's size; returns whether that is still possible.
-    """
-
-    layout: SlotLayout
-    read: Callable[[Tensor], bool]
-
-
-@dataclass(frozen=True, eq=False)
-class SlotContents:
-    """The contents of an adapter's slots.
-
-    Attributes:
-        snapshot: the adapter, composed at every site.
-        inputs: the program's slots, by name.
-        tensors: the tensors in those that have places, by name.
-        idle: the tensors there without an adapter.
-    """
-
-    snapshot: ComposedWeights
-    inputs: Mapping[str, SlotInput]
-    tensors: Mapping[str, Tensor]
-    idle: Mapping[str, Tensor]
-
-
 class StoredAdapter(ABC):
     """An adapter on disk, which is read when it is used. A pool may hold thousands.
 
@@ -114,14 +83,6 @@ class StoredAdapter(ABC):
         Raises:
             FormatError, AdapterError, SiteError: it is not what it was when it was registered.
         """
-
-    @abstractmethod
-    def find_reader(self) -> SlotReader | None:
-        """Return what reads it straight into slots, if adapters of its layout have shown how."""
-
-    @abstractmethod
-    def show_slots(self, contents: SlotContents) -> None:
-        """Show what its slots hold, so that others of its layout can be read straight into theirs."""
 
 
 def _without_tensors(site: ComposedSite) -> ComposedSite:

@@ -1,11 +1,13 @@
 """Adapters on disk.
 
-Every module here that does not begin with an underscore is a format, found by its existence; other packages offer
-formats by entry points of the group ``lorac.formats``.
+A module here that has a ``FORMAT`` is a format, found by its existence; other packages offer formats by entry points
+of the group ``lorac.formats``. ``reading`` has the tools that they share.
 """
 
 from lorac.formats._format import Evidence, Format
+from lorac.formats._outlines import AdapterOutline
 from lorac.formats._registry import (
+    fill_adapter,
     formats,
     is_adapter,
     load_adapter,
@@ -15,8 +17,10 @@ from lorac.formats._registry import (
 )
 
 __all__ = [
+    "AdapterOutline",
     "Evidence",
     "Format",
+    "fill_adapter",
     "formats",
     "is_adapter",
     "load_adapter",

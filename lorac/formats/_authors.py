@@ -20,18 +20,10 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._config_fields import Applied, Field, read_fields
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
-from lorac.formats._files import (
-    PICKLES,
-    encode_config,
-    peek_names,
-    peek_texts,
-    read_json,
-    read_pickle,
-    read_safetensors,
-    write_json,
-)
 from lorac.formats._format import Format
 from lorac.formats._lora_pairs import check_read
+from lorac.formats._writing import encode_config, write_json
+from lorac.formats.reading import PICKLES, AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.storage.tensor_file import write_safetensors
 from lorac.variants.adapter import Adapter
@@ -100,9 +92,9 @@ class AuthorsFormat(Format):
     def make_variant(self, values: JsonMapping, tensors: Mapping[str, Tensors], file: Path) -> Variant:
         """Return the method, with ``values`` and the sizes that the tensors show; ``targets`` are filled in later."""
 
-    def read_tensors(self, file: Path) -> dict[str, Tensor]:
+    def read_tensors(self, file: AdapterFile) -> dict[str, Tensor]:
         """Return the tensors of a file by key."""
-        return read_safetensors(file)[0] if file.suffix == ".safetensors" else read_pickle(file)
+        return file.read_tensors()
 
     def write_tensors(self, file: Path, tensors: Tensors, view: ModelView | None) -> None:
         """Write tensors by key."""
@@ -135,34 +127,29 @@ class AuthorsFormat(Format):
         """Return the settings to write."""
         return {name: field.write(getattr(variant, field.to)) for name, field in self.settings.items() if field.to}
 
-    def recognises(self, path: Path) -> bool:
-        file = self.find_file(path)
-        if file is None:
-            return False
-        names = peek_texts(file) if file.suffix in PICKLES else peek_names(file)
-        return any(map(self.mark.search, names))
+    def recognises(self, file: AdapterFile) -> bool:
+        found = self.find_file(file)
+        return found is not None and any(map(self.mark.search, found.peek_names()))
 
-    def find_file(self, path: Path) -> Path | None:
-        """Return the file of tensors at a path: the path itself, or the only such file in a folder."""
-        if path.is_file():
-            return path if path.suffix in _SUFFIXES else None
-        if not path.is_dir():
-            return None
-        found = [inner for inner in sorted(path.iterdir()) if inner.suffix in _SUFFIXES and inner.is_file()]
-        return found[0] if len(found) == 1 else None
+    def find_file(self, file: AdapterFile) -> AdapterFile | None:
+        """Return the file of tensors: the given one, or the only such file in a folder."""
+        if file.is_file:
+            return file if file.suffix in _SUFFIXES else None
+        found = [name for name in file.names if name.endswith(_SUFFIXES)]
+        return file.inside(found[0]) if len(found) == 1 else None
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        file = self.find_file(path)
-        if file is None:
-            raise corrupt_error(f"'{path}' holds no file of tensors, or several")
-        raw, values = self._read_settings(file)
-        name = name or (path.resolve().name if path.is_dir() else path.stem)
-        stored, rest = self._assign(self.read_tensors(file))
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        found = self.find_file(file)
+        if found is None:
+            raise corrupt_error(f"'{file}' holds no file of tensors, or several")
+        path = found.path
+        raw, values = self._read_settings(path)
+        stored, rest = self._assign(self.read_tensors(found))
         if not stored:
-            raise corrupt_error(f"'{file}' holds no tensor of {self.written_by}")
-        adapter = Adapter(name, self.make_variant(values, stored, file), stored)
-        adapter.provenance |= {"format": self.name, "source": str(path), "config": raw}
-        self._account(file, adapter, rest, values)
+            raise corrupt_error(f"'{path}' holds no tensor of {self.written_by}")
+        adapter = Adapter(name or file.adapter_name, self.make_variant(values, stored, path), stored)
+        adapter.provenance |= {"format": self.name, "source": str(file), "config": raw}
+        self._account(path, adapter, rest, values)
         placed = {_locate(site, view): tensors for site, tensors in stored.items()}
         adapter.tensors = {site: self.to_parameters(dict(tensors)) for site, tensors in placed.items()}
         saved = adapter.variant.modules_to_save or sorted({name.partition(".")[0] for name in adapter.replaced})
@@ -179,7 +166,8 @@ class AuthorsFormat(Format):
     def _read_settings(self, file: Path) -> tuple[JsonMapping, JsonMapping]:
         """Return the settings as they are stored, and as lorac has them."""
         path = self.settings_path(file)
-        raw = read_json(path) if path.is_file() else {}
+        settings = AdapterFile(path)
+        raw = settings.read_json() if settings.is_file else {}
         missing = [name for name, field in self.settings.items() if field.default is REQUIRED and name not in raw]
         if missing:
             example = encode_config({**raw, **dict.fromkeys(missing, 1)})

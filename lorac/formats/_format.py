@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lorac.errors import FormatError
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -29,13 +30,13 @@ class Format(ABC):
     point of the group ``lorac.formats``: the name of the format, and ``module:object`` of an instance.
 
     Attributes:
-        name: what ``save_adapter(format=)`` calls it.
-        looks_for: what ``recognises`` looks at, as a phrase for error messages.
+        name: its name in ``save_adapter(format=)``.
+        looks_for: the evidence by which ``recognises`` decides, as a phrase for error messages.
         methods: the methods whose adapters its files hold, for the documentation.
         written_by: the tools that write such files, for the documentation.
-        evidence: what ``recognises`` goes by. Of several formats that recognise a file, it is of the surest.
-        magic: first byte, and the bytes from there on, of a format of files that these tell.
-        refines: the format whose files these are too, with something more; this one then wins over it.
+        evidence: the kind of that evidence. Of several formats that recognise a file, the one with the surest wins.
+        magic: a position, and the bytes there, by which ``recognises`` knows the files of the format.
+        refines: a format that also recognises these files, over which this one wins.
     """
 
     name: ClassVar[str]
@@ -46,26 +47,23 @@ class Format(ABC):
     magic: ClassVar[tuple[int, bytes] | None] = None
     refines: ClassVar[str | None] = None
 
-    def recognises(self, path: Path) -> bool:
-        """Return whether a path, which exists, is of this format.
+    def recognises(self, file: AdapterFile) -> bool:
+        """Return whether a file or folder, which exists, is of this format.
 
         It is cheap, and never raises on a damaged file. A format without ``magic`` overrides it.
         """
-        if self.magic is None or not path.is_file():
-            return False
-        begin, expected = self.magic
-        with path.open("rb") as file:
-            file.seek(begin)
-            return file.read(len(expected)) == expected
+        return self.magic is not None and file.begins(self.magic[1], at=self.magic[0])
 
     @abstractmethod
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        """Return the adapter, strictly checked.
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        """Return the adapter, which ``check_adapter`` has passed if the model is given.
+
+        An error that is not lorac's is reported as a damaged file.
 
         Args:
-            path: a path of this format.
+            file: a file or folder of this format.
             view: the base that the adapter is for, if it is given; only read.
-            name: the name of the adapter; None for the one that the file or folder tells.
+            name: the name of the adapter; None for that which the file records, or ``file.adapter_name``.
         """
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:

@@ -3,20 +3,21 @@
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
 
-import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from lorac.adapters.fit import check_values
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, LoracError, OptionError, WrongType, nearest_name, warn
-from lorac.formats._files import Outline, read_headers_only, read_metadata
 from lorac.formats._format import Evidence, Format
+from lorac.formats._outlines import AdapterOutline
 from lorac.formats.checkpoint import CheckpointFormat
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
@@ -35,8 +36,8 @@ def formats() -> dict[str, Format]:
     A format of another package that cannot be imported is left out with a warning; lorac's own win over one of the
     same name.
     """
-    built_in: list[Format] = [module.FORMAT for module in import_modules(importlib.import_module(GROUP))]
-    known = {format.name: format for format in built_in}
+    modules = import_modules(importlib.import_module(GROUP))
+    known: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in modules if "FORMAT" in vars(module)}
     for name, entry_point in list_entry_points(GROUP).items():
         if name in known:
             continue
@@ -70,38 +71,72 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
         AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
-    return _read(path, model, lambda path, view: _find_format(path).read(path, view, name))
+    view = None if model is None else ModelView.of(model)
+    return _read(path, lambda file: _read_adapter(file, view, name))
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: Model | None = None) -> dict[str, Adapter]:
     """Load every adapter of a checkpoint of Trainer's by its name; raises what ``load_adapter`` does."""
-    return _read(path, model, CheckpointFormat().read_all)
-
-
-def _read(path: str | os.PathLike[str], model: Model | None, read: Callable[[Path, ModelView | None], T]) -> T:
-    path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
     view = None if model is None else ModelView.of(model)
-
-    def read_fields() -> T:
-        try:
-            return read(path, view)
-        except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
-            what, nearest = f"'{path}': {error.what}", error.nearest
-            raise FormatError(what, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
-
-    with translate_os_errors(path, FormatError, "read", "unreadable"):
-        return read_consistently(path, lambda: charge_reading(path, read_fields))
+    return _read(path, lambda file: CheckpointFormat().read_all(file, view))
 
 
-def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Adapter:
+def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> AdapterOutline:
     """Read an adapter as ``load_adapter`` does, but for its values: tensors are on the meta device where that suffices.
 
     Raises:
         FormatError, AdapterError, SiteError: as ``load_adapter``.
     """
-    with contextlib.suppress(LoracError, NotImplementedError, RuntimeError):  # where the format looks at values
-        return read_headers_only(Outline(), lambda: load_adapter(path, model, name))
-    return load_adapter(path, model, name)
+    view = ModelView.of(model)
+    return _read(path, lambda file: AdapterOutline(file.path, lambda file: _read_adapter(file, view, name)))
+
+
+def fill_adapter(path: str | os.PathLike[str], outlines: Mapping[bytes, AdapterOutline], name: str) -> Adapter | None:
+    """Read the values of an adapter whose headers are known.
+
+    Args:
+        outlines: by headers (``AdapterFile.hash_headers``).
+
+    Returns:
+        The adapter; None if its headers are not among them, or its format has to read the file.
+
+    Raises:
+        FormatError, AdapterError: as ``load_adapter``.
+    """
+
+    def read(file: AdapterFile) -> Adapter | None:
+        outline = outlines.get(file.hash_headers()[0])
+        return None if outline is None else outline.fill(file, name)
+
+    return _read(path, read)
+
+
+def _read(path: str | os.PathLike[str], read: Callable[[AdapterFile], T]) -> T:
+    path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
+    with translate_os_errors(path, FormatError, "read", "unreadable"):
+        return read_consistently(path, lambda: charge_reading(path, lambda: read(AdapterFile(path))))
+
+
+def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+    format = _find_format(file)
+    try:
+        adapter = format.read(file, view, name)
+    except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
+        what, nearest = f"'{file}': {error.what}", error.nearest
+        raise FormatError(what, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
+    except (LoracError, OSError):
+        raise
+    except Exception as error:
+        if type(format).__module__.startswith("lorac."):
+            raise
+        raise FormatError(
+            f"'{file}' cannot be read as '{format.name}': {type(error).__name__}: {error}",
+            next_step="copy or download the file again; if it is whole, tell the author of the format",
+            code="corrupt_file",
+        ) from error
+    if view is None:
+        check_values(adapter)
+    return adapter
 
 
 def save_adapter(
@@ -148,10 +183,12 @@ def save_adapter(
 
 def is_adapter(path: Path) -> bool:
     """Return whether a file or folder is recognised by some format."""
-    return any(format.recognises(path) for format in formats().values())
+    file = AdapterFile(path)
+    return any(format.recognises(file) for format in formats().values())
 
 
-def _find_format(path: Path) -> Format:
+def _find_format(file: AdapterFile) -> Format:
+    path = file.path
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()
         raise FormatError(
@@ -161,11 +198,11 @@ def _find_format(path: Path) -> Format:
             code="unknown_format",
         )
     for evidence in Evidence:  # a less sure one is not looked for where there is a surer one
-        matching = [f for f in formats().values() if f.evidence is evidence and f.recognises(path)]
+        matching = [f for f in formats().values() if f.evidence is evidence and f.recognises(file)]
         if matching:
             return _choose_finest(path, matching)
-    if path.is_file() and path.suffix == ".safetensors":
-        read_metadata(path)  # the error of a damaged file says more
+    if file.is_file and file.suffix == ".safetensors":
+        file.header  # noqa: B018  (the error of a damaged file says more)
     raise FormatError(
         f"'{path}' is an adapter of no known format; docs/formats.md says how these are recognised: "
         + ", ".join(formats()),

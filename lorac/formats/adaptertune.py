@@ -15,7 +15,7 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, FormatError
 from lorac.formats._authors import AuthorsFormat, KeyRow, Tensors, find_size, required
 from lorac.formats._config_fields import Field, read_number
-from lorac.formats._files import check_named_tensors, load_pickle, read_safetensors
+from lorac.formats.reading import PICKLES, AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adaptertune import AdapterTune
 
@@ -44,12 +44,12 @@ class AdapterTuneFormat(AuthorsFormat):
     def make_variant(self, values: JsonMapping, tensors: Mapping[str, Tensors], file: Path) -> AdapterTune:
         return AdapterTune(r=find_size(tensors, "down", 0, file), alpha=values["adapter_alpha"])
 
-    def read_tensors(self, file: Path) -> dict[str, Tensor]:
-        if file.suffix == ".safetensors":
-            return read_safetensors(file)[0]
-        loaded = load_pickle(file)
+    def read_tensors(self, file: AdapterFile) -> dict[str, Tensor]:
+        if file.suffix not in PICKLES:
+            return file.read_tensors()
+        loaded = file.read_pickle()
         if not isinstance(loaded, dict) or _MODEL not in loaded:
-            return check_named_tensors(file, loaded)
+            return file.check_tensors(loaded)
         unknown = next((key for key in loaded if key not in {_MODEL, *_OF_TRAINING}), None)
         if unknown is not None:
             raise FormatError(
@@ -57,7 +57,7 @@ class AdapterTuneFormat(AuthorsFormat):
                 next_step=f"they hold {_MODEL}, {', '.join(sorted(_OF_TRAINING))}",
                 code="unused_tensors",
             )
-        return check_named_tensors(file, loaded[_MODEL])
+        return file.check_tensors(loaded[_MODEL])
 
     def write_tensors(self, file: Path, tensors: Tensors, view: ModelView | None) -> None:
         """Write the whole model, as the authors' code loads it.

@@ -3,11 +3,9 @@
 Source: the authors' repository; keys are ``model_dict.<path of a layer, ___ for its dots>.weight_lora`` and so on.
 """
 
-from pathlib import Path
-
 from lorac.formats._errors import unsupported_error
-from lorac.formats._files import peek_names
 from lorac.formats._format import Format
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.autolora import AutoLoRA
@@ -23,13 +21,13 @@ class AutoLoraFormat(Format):
     written_by = "AutoLoRA's authors (refused: the error says how to load them)"
     methods = (AutoLoRA,)
 
-    def recognises(self, path: Path) -> bool:
-        names = peek_names(path) if path.is_file() and path.suffix == ".safetensors" else ()
+    def recognises(self, file: AdapterFile) -> bool:
+        names = file.peek_names() if file.suffix == ".safetensors" else ()
         return any(name.startswith(_PREFIX) and name.endswith(_SUFFIX) for name in names)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         raise unsupported_error(
-            f"'{path}' holds the gates of AutoLoRA's merger, and the LoRAs that they fuse lie elsewhere",
+            f"'{file}' holds the gates of AutoLoRA's merger, and the LoRAs that they fuse lie elsewhere",
             next_step="load these, and give them to lorac.AutoLoRA.from_loras with gates=, this file's tensors by name",
         )
 

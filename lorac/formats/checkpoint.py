@@ -17,9 +17,10 @@ from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import JsonMapping, matches_type
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._errors import corrupt_error
-from lorac.formats._files import agrees_with_seal, encode_config, peek_names, read_safetensors
 from lorac.formats._format import Evidence, Format
+from lorac.formats._writing import encode_config
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
@@ -43,20 +44,20 @@ class CheckpointFormat(Format):
     written_by = "transformers' `Trainer`, of a compiled model"
     evidence = Evidence.METADATA
 
-    def recognises(self, path: Path) -> bool:
-        file = _checkpoint_file(path)
-        return file.is_file() and any(_is_record(name) for name in peek_names(file))
+    def recognises(self, file: AdapterFile) -> bool:
+        return any(map(_is_record, _find_state(file).peek_names()))
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        file = _checkpoint_file(path)
-        tensors, records = _read_records(file)
-        return self._assemble(file, tensors, records[_choose_adapter(file, sorted(records), name)], view, name)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        state = _find_state(file)
+        tensors, records = _read_records(state)
+        chosen = records[_choose_adapter(state.path, sorted(records), name)]
+        return self._assemble(state.path, tensors, chosen, view, name)
 
-    def read_all(self, path: Path, view: ModelView | None) -> dict[str, Adapter]:
+    def read_all(self, file: AdapterFile, view: ModelView | None) -> dict[str, Adapter]:
         """Return every adapter of a checkpoint by its name; raises as ``read``."""
-        file = _checkpoint_file(path)
-        tensors, records = _read_records(file)
-        return {name: self._assemble(file, tensors, record, view, name) for name, record in records.items()}
+        state = _find_state(file)
+        tensors, records = _read_records(state)
+        return {name: self._assemble(state.path, tensors, record, view, name) for name, record in records.items()}
 
     def _assemble(
         self, file: Path, tensors: Mapping[str, Tensor], record: Record, view: ModelView | None, name: str | None
@@ -72,9 +73,9 @@ class CheckpointFormat(Format):
         return adapter
 
 
-def _read_records(file: Path) -> tuple[Mapping[str, Tensor], dict[str, Record]]:
+def _read_records(file: AdapterFile) -> tuple[Mapping[str, Tensor], dict[str, Record]]:
     """Return a checkpoint's tensors, and the record of each adapter by its name."""
-    tensors, _ = read_safetensors(file)
+    tensors = file.read_tensors()
     records: dict[str, Record] = {}
     for key in filter(_is_record, tensors):
         if tensors[key].dtype is not torch.uint8 or tensors[key].ndim != 1:
@@ -83,7 +84,7 @@ def _read_records(file: Path) -> tuple[Mapping[str, Tensor], dict[str, Record]]:
         stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
         prefix = key.removesuffix(_RECORD)
         _check_record(file, stored, tensors, prefix)
-        parsed = parse_record(file, encode_config(stored["record"]))
+        parsed = parse_record(file.path, encode_config(stored["record"]))
         records[parsed["name"]] = (prefix, parsed, stored["places"])
     known = {f"{prefix}.{key}" for prefix, _, places in records.values() for key in places}
     unused = next((k for k in tensors if _PREFIX in k and not _is_record(k) and k not in known), None)
@@ -96,15 +97,15 @@ def _read_records(file: Path) -> tuple[Mapping[str, Tensor], dict[str, Record]]:
     return tensors, records
 
 
-def _checkpoint_file(path: Path) -> Path:
-    return path / FILE if path.is_dir() else path
+def _find_state(file: AdapterFile) -> AdapterFile:
+    return file if file.is_file else file.inside(FILE)
 
 
 def _is_record(name: str) -> bool:
     return _PREFIX in name and name.endswith(_RECORD)
 
 
-def _check_record(file: Path, stored: JsonMapping, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def _check_record(file: AdapterFile, stored: JsonMapping, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Check the entries of a record, and the tensors against its seal; older records have none."""
     places = stored.get("places")
     if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(places, Places):
@@ -114,7 +115,7 @@ def _check_record(file: Path, stored: JsonMapping, tensors: Mapping[str, Tensor]
         raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{missing}', which its record promises")
     own = {key: tensors[f"{prefix}.{key}"] for key in stored["places"]}
     text = encode_config({name: stored[name] for name in ("record", "places")})
-    if not agrees_with_seal(stored.get(SEAL), text, own):
+    if not file.agrees_with_seal(stored.get(SEAL), text, own):
         raise corrupt_error(
             f"the record and the tensors of '{prefix}' in '{file}' do not belong together: they, or one of them, were "
             "changed since the state dict was made",

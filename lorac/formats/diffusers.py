@@ -5,19 +5,18 @@ as diffusers 0.42 itself writes (``.lora.down.weight``, ``.lora_linear_layer.dow
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
-from lorac.formats._files import peek_names
 from lorac.formats._image_files.metadata import write_configs
 from lorac.formats._image_files.methods import join_methods
 from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel
 from lorac.formats._image_files.spellings import is_dotted
 from lorac.formats._image_files.writer import ImageFormat
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -42,11 +41,11 @@ class DiffusersFormat(ImageFormat):
     }
     stores_alpha = False
 
-    def recognises(self, path: Path) -> bool:
-        return any(map(is_dotted, peek_names(_find_file(path))))
+    def recognises(self, file: AdapterFile) -> bool:
+        return any(map(is_dotted, _find_weights(file).peek_names()))
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        return super().read(_find_file(path), view, name or path.stem)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        return super().read(_find_weights(file), view, name or file.path.stem)
 
     def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
         if component.name == "model":
@@ -75,8 +74,8 @@ class DiffusersFormat(ImageFormat):
         return write_configs(joined)
 
 
-def _find_file(path: Path) -> Path:
-    return path / WEIGHTS if path.is_dir() else path
+def _find_weights(file: AdapterFile) -> AdapterFile:
+    return file if file.is_file else file.inside(WEIGHTS)
 
 
 FORMAT = DiffusersFormat()

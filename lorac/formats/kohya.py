@@ -4,16 +4,15 @@ Modules of Stable Diffusion XL's U-Net and of the transformers of Flux and SD3 a
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 from lorac.formats._errors import unsupported_error
-from lorac.formats._files import peek_names
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel
 from lorac.formats._image_files.spellings import DENOISERS, is_underscored
 from lorac.formats._image_files.writer import ImageFormat
+from lorac.formats.reading import AdapterFile
 
 _WITH_ENDING = ("lora_down", "lora_up", "a1", "a2", "b1", "b2")
 _TEXT_MODEL = "text_model."
@@ -34,8 +33,8 @@ class KohyaFormat(ImageFormat):
     }
     stores_alpha = True
 
-    def recognises(self, path: Path) -> bool:
-        return path.is_file() and any(map(is_underscored, peek_names(path)))
+    def recognises(self, file: AdapterFile) -> bool:
+        return any(map(is_underscored, file.peek_names()))
 
     def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
         beginning = _find_beginning(component, pipeline)

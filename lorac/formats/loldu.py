@@ -19,6 +19,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.frontend.model_view import ModelView
 from lorac.limits import pause_clock
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
 from lorac.variants.loldu import LoLDU
 
 _Z = "vector_z"
@@ -40,7 +41,8 @@ class LoLduFormat(AuthorsFormat):
     def make_variant(self, values: JsonMapping, tensors: Mapping[str, Tensors], file: Path) -> LoLDU:
         return LoLDU(r=find_size(tensors, _Z, 0, file), alpha=values["alpha"])
 
-    def describe(self, variant: LoLDU) -> JsonMapping:  # type: ignore[override]  # of its own method
+    def describe(self, variant: Variant) -> JsonMapping:
+        assert isinstance(variant, LoLDU)
         return {"alpha": variant.sigma * variant.r}
 
     @pause_clock()

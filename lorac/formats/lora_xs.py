@@ -7,11 +7,11 @@ PEFT itself reads such a folder as a LoRA without the matrices, so the format ha
 from pathlib import Path
 
 from lorac.formats._errors import wrong_method_error
-from lorac.formats._files import containing_folder, peek_names, peek_texts
 from lorac.formats._format import Evidence, Format
 from lorac.formats.peft.reader import PICKLED, read_folder
 from lorac.formats.peft.types.lora import LATENT
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, write_folder
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora_xs import LoRAXS
@@ -27,13 +27,13 @@ class LoraXsFormat(Format):
     evidence = Evidence.LAYOUT
     refines = "peft"
 
-    def recognises(self, path: Path) -> bool:
-        folder = containing_folder(path, CONFIG, WEIGHTS, PICKLED)
-        names = peek_names(folder / WEIGHTS) or peek_texts(folder / PICKLED)
-        return (folder / CONFIG).is_file() and any(name.endswith(LATENT) for name in names)
+    def recognises(self, file: AdapterFile) -> bool:
+        folder = file.folder_with(CONFIG, WEIGHTS, PICKLED)
+        weights = next((name for name in (WEIGHTS, PICKLED) if folder.has(CONFIG, name)), None)
+        return weights is not None and any(name.endswith(LATENT) for name in folder.inside(weights).peek_names())
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        adapter = read_folder(containing_folder(path, CONFIG, WEIGHTS, PICKLED), view, name)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        adapter = read_folder(file.folder_with(CONFIG, WEIGHTS, PICKLED), view, name)
         adapter.provenance["format"] = self.name
         return adapter
 

@@ -21,15 +21,6 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded
 from lorac.formats._config_fields import Applied, Field, Irrelevant, TrainingOnly, read_fields, read_number, read_size
 from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
-from lorac.formats._files import (
-    check_seal,
-    containing_folder,
-    encode_config,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_sealed,
-)
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
     LINEAR,
@@ -42,6 +33,8 @@ from lorac.formats._lora_pairs import (
     settings_at,
     transpose_matrix,
 )
+from lorac.formats._writing import encode_config, write_json, write_sealed
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
@@ -102,18 +95,16 @@ class MlxFormat(Format):
     refines = "peft"
     methods = (LoRA, DoRA, Full)
 
-    def recognises(self, path: Path) -> bool:
-        folder = containing_folder(path, CONFIG, WEIGHTS)
-        is_of_peft = any((folder / name).is_file() for name in _PEFT_WEIGHTS)
-        return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and not is_of_peft
+    def recognises(self, file: AdapterFile) -> bool:
+        folder = file.folder_with(CONFIG, WEIGHTS)
+        return folder.has(CONFIG, WEIGHTS) and folder.names.isdisjoint(_PEFT_WEIGHTS)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        folder = containing_folder(path, CONFIG, WEIGHTS)
-        raw = read_json(folder / CONFIG)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        opened = file.folder_with(CONFIG, WEIGHTS)
+        folder, weights, name = opened.path, opened.inside(WEIGHTS), name or opened.adapter_name
+        raw, tensors = opened.inside(CONFIG).read_json(), weights.read_tensors()
         values = read_fields(raw, _FIELDS, folder / CONFIG)
-        tensors, metadata = read_safetensors(folder / WEIGHTS)
-        check_seal(folder, encode_config(raw), tensors, metadata)
-        name = name or folder.resolve().name
+        weights.check_seal(encode_config(raw), tensors)
         adapter = (
             _read_full(name, folder, tensors, view)
             if values["fine_tune_type"] == "full"

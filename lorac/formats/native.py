@@ -15,13 +15,14 @@ from pathlib import Path
 from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
-from lorac.adapters.fit import check_adapter, sort_by_site
+from lorac.adapters.fit import check_adapter, check_values, sort_by_site
 from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._files import check_seal, encode_config, peek_metadata, read_metadata, read_safetensors, write_sealed
 from lorac.formats._format import Evidence, Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
+from lorac.formats._writing import encode_config, write_sealed
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
 from lorac.storage.strict_json import parse_object
@@ -65,12 +66,12 @@ class NativeFormat(Format):
     written_by = "lorac"
     evidence = Evidence.METADATA
 
-    def recognises(self, path: Path) -> bool:
-        return path.is_file() and _ENTRY in peek_metadata(path)
+    def recognises(self, file: AdapterFile) -> bool:
+        return _ENTRY in file.peek_metadata()
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        stored, record = _read_file(path)
-        adapter = assemble_adapter(path, record, build_variant(path, record), stored, name)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        stored, record = _read_file(file)
+        adapter = assemble_adapter(file.path, record, build_variant(file.path, record), stored, name)
         adapter.tensors = sort_by_site(adapter.tensors, view)
         if view is not None:
             check_adapter(adapter, view)
@@ -94,8 +95,10 @@ def load_record(path: Path, name: str) -> Adapter:
     """
 
     def read() -> Adapter:
-        stored, record = _read_file(path)
-        return assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
+        stored, record = _read_file(AdapterFile(path))
+        adapter = assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
+        check_values(adapter)
+        return adapter
 
     return charge_reading(path, read)
 
@@ -108,7 +111,7 @@ def read_record(path: Path) -> JsonMapping:
     """
 
     def read() -> JsonMapping:
-        text = read_metadata(path).get(_ENTRY)
+        text = AdapterFile(path).metadata.get(_ENTRY)
         if text is None:
             raise corrupt_error(f"'{path}' has no description of an adapter in its metadata")
         return parse_record(path, text)
@@ -116,10 +119,10 @@ def read_record(path: Path) -> JsonMapping:
     return charge_reading(path, read)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonMapping]:
-    stored, metadata = read_safetensors(path)
-    record = parse_record(path, metadata[_ENTRY])
-    check_seal(path, metadata[_ENTRY], stored, metadata)
+def _read_file(file: AdapterFile) -> tuple[dict[str, Tensor], JsonMapping]:
+    stored, text = file.read_tensors(), file.metadata[_ENTRY]
+    record = parse_record(file.path, text)
+    file.check_seal(text, stored)
     return stored, record
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.adapters.fit import check_finite
-from lorac.formats._errors import corrupt_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
     A,
@@ -24,6 +22,7 @@ from lorac.formats._lora_pairs import (
     settings_at,
     transpose_matrix,
 )
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.storage.onnx_adapter import MAGIC, read_onnx_adapter, write_onnx_adapter
 from lorac.variants.adapter import Adapter
@@ -44,9 +43,10 @@ class OnnxAdapterFormat(Format):
     magic = (4, MAGIC)
     methods = (LoRA,)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        stored = read_onnx_adapter(path, lambda reason: corrupt_error(f"'{path}' is damaged: {reason}"))
-        check_finite(stored, f"'{path}'")
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        path = file.path
+        with file.open() as opened:
+            stored = read_onnx_adapter(opened, file.damaged)
         layers = group_by_layer(stored, _SUFFIXES, path)
         tensors = {
             layer: {key: transpose_matrix(_as_matrix(stored[name])) for key, name in names.items()}

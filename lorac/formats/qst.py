@@ -17,8 +17,8 @@ from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, FormatError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
-from lorac.formats._files import check_named_tensors, load_pickle, read_pickle
 from lorac.formats._format import Evidence, Format
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.qst import QST
@@ -56,21 +56,22 @@ class QstFormat(Format):
     methods = (QST,)
     evidence = Evidence.LAYOUT
 
-    def recognises(self, path: Path) -> bool:
-        return (path / next(iter(_TABLE))).is_file()
+    def recognises(self, file: AdapterFile) -> bool:
+        return file.has(next(iter(_TABLE)))
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        path = file.path
         if view is None:
             raise BaseNeeded(
                 f"'{path}' does not hold the number of attention heads, which is the model's",
                 next_step="pass model=; on the command line, --model",
             )
-        stored = dict(_read_files(path))
+        stored = dict(_read_files(file))
         own = {parameter: tensor for parameter, (_, tensor) in stored.items()}
         variant = QST.of(view.module, **_FORM, **_read_sizes(path, own, view.module))
         [site] = [one for one in view.callable_paths if re.fullmatch(str(variant.targets), one)]
         provenance = {"format": self.name, "source": str(path)}
-        adapter = Adapter(name or path.resolve().name, variant, {site: own}, provenance=provenance)
+        adapter = Adapter(name or file.adapter_name, variant, {site: own}, provenance=provenance)
         specs = variant.params(add_adapted_modules(adapter, view).sites[site])
         _check_shapes(path, stored, {parameter: spec.shape for parameter, spec in specs.items()})
         check_adapter(adapter, view)
@@ -103,14 +104,14 @@ class QstFormat(Format):
             torch.save(tensors[""] if file == _ALPHA else tensors, path / file)
 
 
-def _read_files(folder: Path) -> Iterator[tuple[str, tuple[str, Tensor]]]:
+def _read_files(folder: AdapterFile) -> Iterator[tuple[str, tuple[str, Tensor]]]:
     """Yield every parameter with its place, the file and the key in it, and its tensor."""
-    for file in _TABLE:
-        path = folder / file
-        if not path.is_file():
-            raise corrupt_error(f"'{folder}' lacks {file}", next_step="copy or download the whole folder")
-        tensors = check_named_tensors(path, {"": load_pickle(path)}) if file == _ALPHA else read_pickle(path)
-        for key, tensor in tensors.items():
+    for name in _TABLE:
+        if not folder.has(name):
+            raise corrupt_error(f"'{folder}' lacks {name}", next_step="copy or download the whole folder")
+        file = folder.inside(name)
+        path, content = file.path, file.read_pickle()
+        for key, tensor in file.check_tensors({"": content} if name == _ALPHA else content).items():
             yield _find_parameter(path, key), (f"'{key}' in '{path}'" if key else f"'{path}'", tensor)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from lorac.adapters.fit import check_adapter
 from lorac.formats._config_fields import Applied, Field, Irrelevant, Refused, read_fields, read_flag, read_size
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._files import check_seal, containing_folder, read_json, read_safetensors, write_json, write_sealed
 from lorac.formats._format import Evidence, Format
-from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, read_expert_paths, split_xlora
+from lorac.formats._writing import write_json, write_sealed
 from lorac.formats.peft.writer import seal_experts, seal_text, write_folder
+from lorac.formats.peft.xlora_folder import CLASSIFIER_FIELDS, XLoraFolder, read_expert_paths, split_xlora
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
@@ -59,26 +60,27 @@ class XLoraFormat(Format):
     evidence = Evidence.LAYOUT
     methods = (XLoRA,)
 
-    def recognises(self, path: Path) -> bool:
-        return (containing_folder(path, CONFIG, WEIGHTS) / CONFIG).is_file()
+    def recognises(self, file: AdapterFile) -> bool:
+        return file.folder_with(CONFIG, WEIGHTS).has(CONFIG)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        folder = containing_folder(path, CONFIG, WEIGHTS)
-        raw = read_json(folder / CONFIG)
-        values = read_fields(raw, _FIELDS, folder / CONFIG)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        folder = file.folder_with(CONFIG, WEIGHTS)
+        config, weights = folder.inside(CONFIG), folder.inside(WEIGHTS)
+        raw = config.read_json()
+        values = read_fields(raw, _FIELDS, config.path)
         fields = {field.to: values[key] for key, field in _FIELDS.items() if field.to}
-        if not (folder / WEIGHTS).is_file():
+        if not folder.has(WEIGHTS):
             raise corrupt_error(
                 f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder"
             )
-        tensors, metadata = read_safetensors(folder / WEIGHTS)
-        check_seal(folder, seal_text(raw, metadata), tensors, metadata)
+        tensors = weights.read_tensors()
+        weights.check_seal(seal_text(raw, weights.metadata), tensors)
         classifier = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
         # A file that has fewer layers than its configuration says is refused by the first one it lacks.
         keys = _layer_keys(min(fields["depth"], len(classifier) + 1), fields["activation"])
         experts = {expert: (f"{_NESTED}/{expert}", expert) for expert in values["adapters"]}
         contents = XLoraFolder(folder, experts, fields, classifier, keys, WEIGHTS, values["use_bias"])
-        adapter = contents.read(name or folder.resolve().name, view)
+        adapter = contents.read(name or folder.adapter_name, view)
         adapter.provenance["format"] = self.name
         return adapter
 

@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
-from lorac.adapters.stored import SlotContents, SlotReader, StoredAdapter
 from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots
 from lorac.runtime.capacity import suggest_reserve
-from lorac.runtime.slot_images import SlotImages
+from lorac.runtime.slot_images import SlotImage, SlotImages
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
-from lorac.target.placed_engine import PlacedEngine
 
 _AS_TRAINED = Active()
 _MAX_MIXTURES = 8
@@ -148,7 +146,6 @@ class ChoiceStates:
         self._together: dict[int, _RowsBinding] = {}
         self._numbers = itertools.count()
         self._images = SlotImages()
-        self._let_go_once: dict[str, int] = {}
         self._base_program: BoundProgram | None = None
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
@@ -169,6 +166,8 @@ class ChoiceStates:
 
     def _prepare(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
         """Return the state of a choice, or None where one of its adapters was exchanged while it was read."""
+        if self._base_program is None and self._find_stored(choice) is not None:
+            self.of(())  # which an image of the adapter's slots leaves out
         # Adapters are read and prepared without the lock, which other calls need.
         entries = self._pool.select([name for name, _ in choice])
         prepared = {name: self._pool[name] for name, _ in choice}
@@ -176,22 +175,7 @@ class ChoiceStates:
             state = self._find(choice, stale=stale)
             if state is None and self._pool.select([*prepared]) == entries:
                 state = self._keep(self.new(choice, prepared))
-        if state is not None:
-            self._show_slots(state)
         return state
-
-    def _show_slots(self, state: ChoiceState) -> None:
-        """Show what slots hold of an adapter on disk that was read the long way."""
-        entry, engine = self._find_stored(state.choice), self._engine
-        if entry is None or state.entries != (entry,) or not isinstance(engine, PlacedEngine) or state.bound is None:
-            return
-        if not self._may_be_apart(state):
-            return
-        idle = self.of(()).bound
-        assert idle is not None
-        assert isinstance(entry.source, StoredAdapter)
-        tensors, idle_tensors = state.bound.placed_tensors(), idle.placed_tensors()
-        entry.source.show_slots(SlotContents(state.snapshot, engine.slots, tensors, idle_tensors))
 
     def _may_be_apart(self, state: ChoiceState) -> bool:
         """Return whether all slots that a choice fills have places."""
@@ -219,63 +203,48 @@ class ChoiceStates:
         return kept.hand_out()
 
     def _let_go(self, choice: Choice) -> None:
-        """Keep a state no longer, for want of room; of an adapter on disk, what its slots held may be written there.
-
-        One that can be read straight into its slots is written only when it is let go of for the second time: writing
-        takes longer than reading it once more.
-        """
+        """Evict a state; cache the contents of the slots of an adapter on disk first."""
         kept, entry = self._kept.pop(choice, None), self._find_stored(choice)
         if kept is None or entry is None or self._base_program is None or kept.state.entries != (entry,):
             return
         name, state = choice[0][0], kept.state
         if self._images.find(name, entry) is not None or not self._may_be_apart(state):
             return
-        if self._let_go_once.get(name) != entry.serial and self._find_reader(name, entry) is not None:
-            self._let_go_once[name] = entry.serial
-            return
         base = self._base_program.placed_tensors()
         assert state.bound is not None
         own = {n: t for n, t in state.bound.placed_tensors().items() if not _is_same(t, base[n])}
         self._images.write(name, entry, state.snapshot, own)
 
-    def _find_reader(self, name: str, entry: PoolEntry) -> SlotReader | None:
-        """Return what reads the contents of the slots of an adapter on disk, if there is anything."""
-        assert isinstance(entry.source, StoredAdapter)
-        image = self._images.find(name, entry)
-        if image is None:
-            return entry.source.find_reader()
-        return SlotReader(image.layout, functools.partial(self._images.read, image))
-
     def _bring_back(self, choice: Choice) -> ChoiceState | None:
-        """Return the state of an adapter on disk, if the contents of its slots can be read."""
+        """Return the state of an adapter on disk, if the contents of its slots were cached."""
         if self._find_stored(choice) is None:
             return None
         with self._lock:
             state, entry = self._find(choice, stale=False), self._pool.find(choice[0][0])
-            reader = self._find_reader(choice[0][0], entry) if state is None else None
-            if reader is None:
+            image = self._images.find(choice[0][0], entry) if state is None else None
+            if image is None:
                 return state
             begun, base = time.monotonic(), self.of(()).bound
-            read = None if base is None else self._read_slots(reader)
+            read = None if base is None else self._read_slots(image)
             if base is None or read is None:
                 return None
             self._pool.read_seconds.append(time.monotonic() - begun)
             slots, charge = read
-            layout, versions = reader.layout, self._pool.read_versions((entry,))
+            layout, versions = image.layout, self._pool.read_versions((entry,))
             bound = base.with_places(layout.view(slots))
             snapshot = ComposedWeights(choice, layout.sites)
             return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, layout.nbytes, charge))
 
-    def _read_slots(self, reader: SlotReader) -> tuple[Tensor, Charge] | None:
+    def _read_slots(self, image: SlotImage) -> tuple[Tensor, Charge] | None:
         """Return the contents of slots and their memory's charge, if they can be read.
 
         Room is made first: reading into memory that was just let go of is faster than into new memory.
         """
-        charge = self._pool.budget.claim(reader.layout.nbytes)
+        charge = self._pool.budget.claim(image.layout.nbytes)
         try:
-            memory = torch.empty(reader.layout.nbytes, dtype=torch.uint8)
+            memory = torch.empty(image.layout.nbytes, dtype=torch.uint8)
             charge.cover([memory])
-            return (memory, charge) if reader.read(memory) else None
+            return (memory, charge) if self._images.read(image, memory) else None
         except BaseException:
             charge.resize(0)  # the error's traceback holds it
             raise
@@ -365,7 +334,6 @@ class ChoiceStates:
     def forget(self, name: str) -> None:
         """Keep no state that an adapter is part of; those in use last until nobody uses them."""
         self._images.forget(name)
-        self._let_go_once.pop(name, None)
         for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
             self._drop(choice)
         for number, known in tuple(self._together.items()):

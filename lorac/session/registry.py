@@ -2,42 +2,34 @@
 
 A registered adapter takes a few hundred bytes of memory. Its file is checked when it is registered, but for its values:
 its sites, shapes and configuration, and whether it fits the program. Files that say the same are checked once. When the
-adapter is used, its file is read and checked as any other, or its values alone where others of its layout have shown
-the way from its file to the slots (``lorac.session.direct_reading``).
+adapter is used, its file is read and checked as any other, or its values alone where its headers were checked before
+(``lorac.formats.AdapterOutline``).
 """
 
 import contextlib
-import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from lorac.adapters.stored import SlotContents, SlotReader, StoredAdapter
+from lorac.adapters.stored import StoredAdapter
 from lorac.errors import FormatError
-from lorac.formats import is_adapter, load_adapter, outline_adapter
-from lorac.formats._file_layout import read_header
-from lorac.formats._files import MAX_HEADER
+from lorac.formats import AdapterOutline, fill_adapter, is_adapter, load_adapter, outline_adapter
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.slots.plans import PreparedAdapter
 from lorac.runtime.capacity import check_capacity
 from lorac.session.adapter_loading import add_sites, outline_adapter_forms
-from lorac.session.direct_reading import DirectWay, DirectWays
 from lorac.session.session import Session
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.variants.adapter import Adapter
 
-_TENSORS, _TEXTS = (".safetensors",), (".json", ".yaml", ".yml")
-_UNREAD = (".md",)
-"""Endings of files that no format reads."""
-_MOST_CHECKED = 10_000
-"""Different headers that are remembered."""
+_MOST_CHECKED, _MOST_OUTLINES = 10_000, 32
+"""Different headers that are remembered, and outlines of adapters, each of some 100 kB."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +56,13 @@ class AdapterRegistry:
 
     Args:
         session: the model that they are for.
-
-    Attributes:
-        direct_ways: the ways of their layouts into the slots.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._view: ModelView | None = None
         self._checked: dict[bytes, AdapterSize] = {}
-        self.direct_ways = DirectWays(session)
+        self._outlines: dict[bytes, AdapterOutline] = {}
 
     @property
     def view(self) -> ModelView:
@@ -122,16 +111,26 @@ class AdapterRegistry:
             Its size, and the bytes of its tensors.
         """
         self._session.pool.check_name_free(name)
-        headers, nbytes = _read_headers(path)
+        headers, nbytes = AdapterFile(path).hash_headers()
         if headers not in self._checked:
             outline = outline_adapter(path, self.view, name)
-            add_sites(self._session, outline)
-            forms = outline_adapter_forms(self._session, _with_zeros(outline))
+            add_sites(self._session, outline.adapter)
+            forms = outline_adapter_forms(self._session, _with_zeros(outline.adapter))
             check_capacity(name, forms, self._session.plans, self._session.sites)
             if len(self._checked) >= _MOST_CHECKED:
                 self._checked.clear()
-            self._checked[headers] = AdapterSize.of(forms)
+            self._checked[headers], self._outlines[headers] = AdapterSize.of(forms), outline
+            for oldest in list(self._outlines)[:-_MOST_OUTLINES]:
+                del self._outlines[oldest]
         return self._checked[headers], nbytes
+
+    def read(self, path: Path, name: str) -> Adapter:
+        """Read a registered adapter: its values alone, if another with its headers was checked before.
+
+        Raises:
+            FormatError, AdapterError, SiteError: as ``load_adapter``.
+        """
+        return fill_adapter(path, self._outlines, name) or load_adapter(path, self.view, name)
 
 
 class StoredFile(StoredAdapter):
@@ -155,23 +154,7 @@ class StoredFile(StoredAdapter):
 
     def read(self, name: str) -> Adapter:
         with self._open() as path:
-            return load_adapter(path, self._registry.view, name)
-
-    def find_reader(self) -> SlotReader | None:
-        with contextlib.suppress(OSError):  # the usual way says what is wrong
-            way = self._registry.direct_ways.known.get(_read_headers(Path(self._path))[0])
-            return None if way is None else SlotReader(way.layout, functools.partial(self._read_slots, way))
-        return None
-
-    def show_slots(self, contents: SlotContents) -> None:
-        with contextlib.suppress(OSError):
-            path = Path(self._path)
-            self._registry.direct_ways.learn(_read_headers(path)[0], path, self._registry.view, contents)
-
-    def _read_slots(self, way: DirectWay, memory: Tensor) -> bool:
-        """Fill memory with the contents of its slots; return whether its files are those of that way."""
-        with translate_os_errors(self._path, FormatError, "read", "unreadable"), self._open() as path:
-            return way.read(path, memory)
+            return self._registry.read(path, name)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Path]:
@@ -185,34 +168,6 @@ class StoredFile(StoredAdapter):
             raise FormatError(f"'{self._path}' was changed since it was registered", code="corrupt_file")
         with file.named() as path:
             yield path
-
-
-def _read_headers(path: Path) -> tuple[bytes, int]:
-    """Return a hash of all that an adapter's files say besides values, and the size of those.
-
-    Of a file of tensors it is the header, of a text the contents. Of any other file it is the path, which no other
-    adapter has.
-    """
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in (file for file in files if file.is_file() and file.suffix not in _UNREAD):
-        header, values = _read_header(file)
-        digest.update(f"{file.suffix} {len(header)}\n".encode())
-        digest.update(header)
-        size += values
-    return digest.digest(), size
-
-
-def _read_header(file: Path) -> tuple[bytes, int]:
-    """Return what a file says besides values, and the bytes of its values."""
-    length = file.stat().st_size
-    if file.suffix in _TEXTS:
-        return file.read_bytes()[:MAX_HEADER], 0
-    if file.suffix not in _TENSORS:
-        return str(file).encode(), length
-    with file.open("rb") as opened:
-        header = read_header(opened)
-        return header.common, max(length - opened.tell(), 0)
 
 
 def _with_zeros(adapter: Adapter) -> Adapter:

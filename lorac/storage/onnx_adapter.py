@@ -4,6 +4,7 @@ It is a flat buffer: https://github.com/microsoft/onnxruntime/blob/main/onnxrunt
 ONNX Runtime does not compare the length of a parameter with its shape, so the file is read here instead.
 """
 
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _to_ort_value(tensor: Tensor) -> object:
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), 16)
 
 
-def read_onnx_adapter(path: Path, refuse: Callable[[str], FormatError]) -> dict[str, Tensor]:
+def read_onnx_adapter(file: BufferedReader, refuse: Callable[[str], FormatError]) -> dict[str, Tensor]:
     """Return the tensors of an ``.onnx_adapter`` in memory of their own.
 
     Args:
@@ -81,16 +82,16 @@ def read_onnx_adapter(path: Path, refuse: Callable[[str], FormatError]) -> dict[
     Raises:
         FormatError: that of ``refuse``, where the file is damaged.
     """
-    with path.open("rb") as file:
-        try:
-            places = _FlatBuffer(file, path.stat().st_size).parameters()
-        except (struct.error, UnicodeDecodeError) as error:
-            raise refuse(f"it is no adapter of ONNX Runtime ({error})") from error
-        except ValueError as error:
-            raise refuse(str(error)) from error
-        claim_memory(sum(place.size for place in places.values()) - path.stat().st_size, "its tensors share bytes")
-        with pause_clock():
-            return read_tensors(file, places).tensors
+    length = os.fstat(file.fileno()).st_size
+    try:
+        places = _FlatBuffer(file, length).parameters()
+    except (struct.error, UnicodeDecodeError) as error:
+        raise refuse(f"it is no adapter of ONNX Runtime ({error})") from error
+    except ValueError as error:
+        raise refuse(str(error)) from error
+    claim_memory(sum(place.size for place in places.values()) - length, "its tensors share bytes")
+    with pause_clock():
+        return read_tensors(file, places)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from lorac.errors import ArtifactError, replace_in_errors
 
 _PIECE, _CHUNK = 1 << 25, 1 << 20
 """Bytes that one thread hashes, and bytes that are read at a time."""
-_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
-"""Flags that neither follow a link at the path nor wait for a pipe."""
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"))
+"""Flags that do not wait for a pipe."""
 
 
 class OpenFile:
@@ -30,14 +30,15 @@ class OpenFile:
 
     Args:
         where: the path at which it is opened; later only used in messages.
+        follows_links: whether the path may be a link, as in the folders of the Hugging Face hub.
 
     Raises:
         OSError: the file is missing, is a link, or is not a regular file.
     """
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, where: Path, *, follows_links: bool = False) -> None:
         self.where = where
-        self._handle = os.open(where, _FLAGS)
+        self._handle = os.open(where, _FLAGS | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0)))
         self._mapping: weakref.ref[mmap.mmap] | None = None
         self._digest: str | None = None
         weakref.finalize(self, os.close, self._handle)
@@ -67,7 +68,7 @@ class OpenFile:
         if _has_handle_paths():
             return Path(f"/proc/self/fd/{self._handle}")
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._handle), os.lstat(self.where)):
+            if os.path.samestat(os.fstat(self._handle), os.stat(self.where)):
                 return self.where
         raise ArtifactError(
             f"'{self.where}' was removed or replaced since it was opened",

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping, matches_type
@@ -85,8 +84,8 @@ def _open_shard(path: Path) -> TensorFile:
     try:
         with translate_os_errors(path, FormatError, "read", "unreadable"):
             return TensorFile(OpenFile(path.resolve()))  # the hub's folders hold links to the files
-    except (SafetensorError, ArtifactError) as error:
-        raise _damaged(path, f"is damaged: {error}") from error
+    except ArtifactError as error:
+        raise FormatError(error.what, next_step=_STEP, code="corrupt_file") from error
 
 
 def _read_index(path: Path) -> JsonMapping:

@@ -8,6 +8,7 @@ import collections
 import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ Json = Any
 """A value of JSON; whoever reads it checks what it is."""
 JsonObject = dict[str, Json]
 _SCALARS = (str, int, float, type(None))
+_VALUES = operator.methodcaller("values")
 _BITS = 64
 _PER_VALUE = 64
 """Most bytes of a parsed value besides its text; every comma and bracket may begin one."""
@@ -94,16 +96,19 @@ def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
 
 def _check(value: Json) -> None:
     """Check every part of a value, level by level, so that depth needs no recursion."""
-    level: Iterable[Json] = [value]
+    level: list[Json] = [value]
     for _ in range(MAX_DEPTH):
         check_time()
-        kinds: dict[type, list[Json]] = {}
-        for item in level:
-            kinds.setdefault(type(item), []).append(item)
-        for kind, items in kinds.items():
-            _check_scalars(kind, items)
-        groups = [items for kind, items in kinds.items() if not issubclass(kind, _SCALARS)]
-        level = [*itertools.chain.from_iterable(map(_parts_of, itertools.chain.from_iterable(groups)))]
+        parts: list[Iterable[Json]] = []
+        for kind in {*map(type, level)}:
+            items: list[Json] = [item for item in level if type(item) is kind]
+            if issubclass(kind, _SCALARS):
+                _check_scalars(kind, items)
+            elif issubclass(kind, Mapping):
+                parts += (*items, *map(_VALUES, items))
+            elif issubclass(kind, list | tuple):
+                parts += items
+        level = [*itertools.chain.from_iterable(parts)]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} values")
@@ -120,9 +125,3 @@ def _check_scalars(kind: type, items: Sequence[Json]) -> None:
         bits = max(max(items).bit_length(), min(items).bit_length())
         if bits > _BITS:
             raise ValueError(f"it holds an integer of {bits} bits, more than {_BITS}")
-
-
-def _parts_of(value: Json) -> Iterable[Json]:
-    if isinstance(value, list | tuple):
-        return value
-    return itertools.chain(value, value.values()) if isinstance(value, Mapping) else ()

@@ -4,8 +4,9 @@ Format: https://github.com/huggingface/safetensors#format. The library's writer 
 entries in random order, and copies all tensors before it writes the first.
 """
 
+import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorac.errors import ArtifactError, BaseNeeded
+from lorac.errors import ArtifactError, BaseNeeded, LoracError
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
+from lorac.limits import claim_memory
 from lorac.storage.open_file import OpenFile
-from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json
+from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json, parse_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -45,6 +47,14 @@ _ALIGNMENT = 64
 """Bytes; torch's own allocations begin at such multiples."""
 _ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+"""Longest header in bytes, the library's own limit."""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name, which patterns are matched against."""
+_METADATA, _ENTRY_FIELDS = "__metadata__", 3
+_LONGEST_REASON = 300
+Refuse = Callable[[str], LoracError]
+"""(what is wrong) -> the error to raise."""
 
 
 def write_safetensors(
@@ -94,59 +104,93 @@ class TensorPlace(NamedTuple):
         """Return the tensor in the bytes of the file, which are not copied."""
         return file[self.begin : self.begin + self.size].view(self.dtype).view(tuple(self.shape))
 
+    def outline(self) -> Tensor:
+        """Return a tensor of this dtype and shape on the meta device."""
+        return torch.empty(tuple(self.shape), dtype=self.dtype, device="meta")
 
-class TensorBlock(NamedTuple):
-    """Tensors in one allocation, which takes half the time of one for each: NumPy asks for huge pages.
 
-    Attributes:
-        tensors: by name; each owns its bytes alone, so that saving or copying it leaves out the others.
-        runs: all their values, as fewer and longer tensors over the same memory.
+class TensorHeader(NamedTuple):
+    """The header of a safetensors file: its metadata, and the place of every tensor."""
+
+    metadata: dict[str, str]
+    places: dict[str, TensorPlace]
+
+
+def read_header_text(file: OpenFile, refuse: Refuse) -> bytes:
+    """Return the text of a safetensors header, which ends 8 bytes later in the file.
+
+    Raises:
+        LoracError: made by ``refuse``, if it is longer than the file.
     """
-
-    tensors: dict[str, Tensor]
-    runs: list[Tensor]
-
-
-@dataclass
-class _ByteRun:
-    """Bytes of one dtype that lie side by side, both in a file and in memory."""
-
-    dtype: torch.dtype
-    begin: int
-    offset: int
-    size: int = 0
-
-    def tensor(self, memory: np.ndarray) -> Tensor:
-        if not self.size:
-            return torch.empty(0, dtype=self.dtype)
-        return torch.frombuffer(memory, dtype=self.dtype, count=self.size // self.dtype.itemsize, offset=self.offset)
+    with file.path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if file.size < 8 or length > min(file.size - 8, MAX_HEADER):
+            raise refuse(f"it promises {length} bytes of header, the file has {file.size} bytes")
+        claim_memory(length, "its header")
+        return opened.read(length)
 
 
-def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> TensorBlock:
-    """Return tensors in memory of their own, copied once from an open file; what lies side by side in one read.
+def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse) -> TensorHeader:
+    """Return a header whose entries are checked.
+
+    The library checks all but a few faults: names given twice, which ``parse_object`` refuses, further fields of an
+    entry, and long names.
+
+    Args:
+        entries: the parsed text of the header.
+        first: the first byte after it.
+
+    Raises:
+        LoracError: made by ``refuse``, if dtypes, shapes and offsets do not fit each other or the file.
+    """
+    longest = max(entries, key=len, default="")
+    if len(longest) > LONGEST_NAME:
+        raise refuse(f"a tensor's name has {len(longest)} characters, more than {LONGEST_NAME}: '{longest[:50]}…'")
+    try:
+        with safe_open(file.path, framework="numpy"):
+            metadata = entries.pop(_METADATA, None) or {}  # MLX writes null
+    except SafetensorError as error:
+        raise refuse(f"the safetensors library refuses it: {str(error)[:_LONGEST_REASON]}") from error
+    places = {}
+    for name, entry in entries.items():
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None or len(entry) != _ENTRY_FIELDS:
+            what = "has fields besides dtype, shape and data_offsets" if dtype else f"is of dtype {entry['dtype']}"
+            raise refuse(f"'{name}' {what}, which lorac does not read")
+        places[name] = TensorPlace(dtype, entry["shape"], first + entry["data_offsets"][0])
+    return TensorHeader(metadata, places)
+
+
+def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
+    """Return tensors by name, copied once from an open file. Each owns its bytes, and saving it leaves out the others.
+
+    All share one allocation, which takes half the time of one for each: NumPy asks for huge pages.
 
     Raises:
         EOFError: the file ends before a tensor does.
     """
-    parts, runs, end = list[_ByteRun](), list[_ByteRun](), 0
-    for place in places.values():
-        part = _ByteRun(place.dtype, place.begin, end, place.size)
-        end += -(-part.size // _ALIGNMENT) * _ALIGNMENT
-        parts.append(part)
-        last = runs[-1] if runs else part
-        if (last.dtype, last.begin + last.size, last.offset + last.size) != (part.dtype, part.begin, part.offset):
-            runs.append(last := _ByteRun(part.dtype, part.begin, part.offset))
-        last.size += part.size
-    memory = np.empty(end + _ALIGNMENT, np.uint8)
+    sizes = [place.size for place in places.values()]
+    ends = [*itertools.accumulate([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes], initial=0)]
+    memory = np.empty(ends[-1] + _ALIGNMENT, np.uint8)
     memory = memory[-memory.ctypes.data % _ALIGNMENT :]
-    for run in runs:
-        _read_into(memory.data[run.offset : run.offset + run.size], file, run.begin)
-    tensors = (part.tensor(memory).view(tuple(place.shape)) for part, place in zip(parts, places.values(), strict=True))
-    return TensorBlock(dict(zip(places, tensors, strict=True)), [run.tensor(memory) for run in runs])
+    tensors = {}
+    for (name, place), size, offset in zip(places.items(), sizes, ends[:-1], strict=True):
+        dtype, shape = place.dtype, tuple(place.shape)
+        if not size:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        read_into(memory.data[offset : offset + size], file, place.begin)
+        flat = torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize, offset=offset)
+        tensors[name] = flat.view(shape)
+    return tensors
 
 
-def _read_into(memory: memoryview, file: FileIO | BufferedReader, begin: int) -> None:
-    """Fill some memory from a byte of a file on."""
+def read_into(memory: memoryview, file: FileIO | BufferedReader, begin: int) -> None:
+    """Fill some memory from a byte of a file on.
+
+    Raises:
+        EOFError: the file ends before.
+    """
     file.seek(begin)
     while memory:
         read = file.readinto(memory)
@@ -236,22 +280,22 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, file: OpenFile, files: Mapping[str, OpenFile] | None = None) -> None:
         self.file, self.files = file, files or {}
         known = (_ALIAS, _TRANSPOSED, _ELSEWHERE)
-        with safe_open(file.path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            self.notes: Mapping[str, str] = {name: text for name, text in metadata.items() if name not in known}
-            entries = {key: parse_json(metadata[key], self._damaged) for key in known if key in metadata}
-            self._alias: dict[str, str] = entries.get(_ALIAS, {})
-            self._transposed = frozenset(entries.get(_TRANSPOSED, ()))
-            external = entries.get(_ELSEWHERE, {})
-            self._external = {name: self._locate(name, entry) for name, entry in external.items()}
-            self._names = frozenset({*opened.keys(), *self._alias, *self._external})
-        self._begin, self._header = self._read_header()
+        text = read_header_text(file, self._damaged)
+        entries = parse_object(text, lambda reason: self._damaged(f"its header {reason}"))
+        metadata, self._places = check_header(file, entries, 8 + len(text), self._damaged)
+        self.notes: Mapping[str, str] = {name: text for name, text in metadata.items() if name not in known}
+        own = {key: parse_json(metadata[key], self._damaged) for key in known if key in metadata}
+        self._alias: dict[str, str] = own.get(_ALIAS, {})
+        self._transposed = frozenset(own.get(_TRANSPOSED, ()))
+        external = own.get(_ELSEWHERE, {})
+        self._external = {name: self._locate(name, entry) for name, entry in external.items()}
+        self._names = frozenset({*self._places, *self._alias, *self._external})
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         stored = self._alias.get(name, name)
-        found = self._external[stored].read() if stored in self._external else self._tensor(self._header[stored])
+        found = self._external[stored].read() if stored in self._external else self._map(self._places[stored])
         return found.t() if stored in self._transposed else found
 
     def _locate(self, name: str, entry: Json) -> _ExternalTensor:
@@ -262,7 +306,7 @@ class TensorFile(Mapping[str, Tensor]):
             found = None
         if found is not None and found.is_valid:
             return found
-        raise self._damaged(f"says that '{name}' lies where no file of the program has room for it")
+        raise self._damaged(f"its metadata says that '{name}' lies where no file of the program has room for it")
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -275,35 +319,22 @@ class TensorFile(Mapping[str, Tensor]):
 
     def outline(self) -> dict[str, Tensor]:
         """Return the tensors that lie in the file itself, on the meta device: their shapes and dtypes."""
-        return {
-            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-            for name, entry in self._header.items()
-            if name != "__metadata__"
-        }
+        return {name: place.outline() for name, place in self._places.items()}
 
     def load_all(self) -> dict[str, Tensor]:
         """Copy all tensors into memory; those with several names are one tensor again."""
         copies = {name: self[name].clone() for name in self if name not in self._alias}
         return {name: copies[self._alias.get(name, name)] for name in self}
 
-    def _read_header(self) -> tuple[int, JsonObject]:
-        """Return where tensors begin, and the entry of each; the library has checked them against the file's size."""
-        with self.file.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: JsonObject = parse_json(file.read(length).decode(), self._damaged)
-        return 8 + length, header
-
-    def _tensor(self, entry: JsonObject) -> Tensor:
+    def _map(self, place: TensorPlace) -> Tensor:
         """Map one tensor; all tensors of a file share one mapping."""
-        begin, end = entry["data_offsets"]
-        dtype = DTYPES[entry["dtype"]]
-        if begin == end:
-            return torch.empty(entry["shape"], dtype=dtype)
-        flat = torch.frombuffer(self.file.mapped(), dtype=torch.uint8, offset=self._begin + begin, count=end - begin)
-        return flat.view(dtype).view(entry["shape"])
+        if not place.size:
+            return torch.empty(tuple(place.shape), dtype=place.dtype)
+        flat = torch.frombuffer(self.file.mapped(), dtype=torch.uint8, offset=place.begin, count=place.size)
+        return flat.view(place.dtype).view(tuple(place.shape))
 
     def _damaged(self, reason: str) -> ArtifactError:
-        return ArtifactError(f"the metadata of '{self.file.where}' {reason}", next_step="copy the whole folder again")
+        return ArtifactError(f"'{self.file.where}' is damaged: {reason}", next_step="copy the whole folder again")
 
     @staticmethod
     def write(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from lorac.storage.strict_json import dump_json
@@ -20,8 +21,6 @@ _EARLIER_LENGTH = 32
 def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
     """Hash a description together with its tensors, so that neither is combined with another.
 
-    As many threads as there are cores hash tensors at the same time.
-
     Args:
         text: the description.
         tensors: by name; their order does not matter.
@@ -30,14 +29,25 @@ def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
         The sha256 hash of the text and of each tensor's name, dtype, shape and sha256 hash, 32 bytes as text.
     """
     names = sorted(tensors)
-    values = [raw_bytes(tensors[name]) for name in names]
+    described = [describe_tensor(name, tensors[name].dtype, tensors[name].shape) for name in names]
+    return hash_described(text, described, [raw_bytes(tensors[name]) for name in names])
+
+
+def hash_described(text: str, described: Sequence[bytes], values: Sequence[memoryview]) -> str:
+    """Return the hash of ``hash_contents``. As many threads as there are cores hash tensors at the same time.
+
+    Args:
+        described: name, dtype and shape of each tensor (``describe_tensor``), sorted by name.
+        values: the bytes of each.
+    """
     threads = (os.cpu_count() or 1) if sum(map(len, values)) > _FEW_BYTES else 1
+    hashes = [b""] * len(values)
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(_hash_each, [values[first::threads] for first in range(threads)]))
-    digest = hashlib.sha256(dump_json([text, len(tensors)]).encode())
-    for index, name in enumerate(names):
-        digest.update(_describe(name, tensors[name]))
-        digest.update(parts[index % threads][index // threads])
+        shares = [slice(first, None, threads) for first in range(threads)]
+        for share, hashed in zip(shares, pool.map(_hash_each, [values[share] for share in shares]), strict=True):
+            hashes[share] = hashed
+    digest = hashlib.sha256(dump_json([text, len(values)]).encode())
+    digest.update(b"".join([part for pair in zip(described, hashes, strict=True) for part in pair]))
     return digest.hexdigest()
 
 
@@ -48,21 +58,15 @@ def _hash_each(values: Sequence[memoryview]) -> list[bytes]:
 def agrees_with_hash(hashed: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a hash is that of contents (``hash_contents``), also as lorac made it before, in one thread."""
     if isinstance(hashed, str) and len(hashed) == _EARLIER_LENGTH:
-        return hashed == _hash_in_order(text, tensors)
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(dump_json([text, len(tensors)]).encode())
+        for name in sorted(tensors):
+            digest.update(describe_tensor(name, tensors[name].dtype, tensors[name].shape))
+            digest.update(raw_bytes(tensors[name]))
+        return hashed == digest.hexdigest()
     return hashed == hash_contents(text, tensors)
 
 
-def _hash_in_order(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the blake2b hash of a text and of each tensor's name, dtype, shape and bytes, 16 bytes as text."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(dump_json([text, len(tensors)]).encode())
-    for name in sorted(tensors):
-        digest.update(_describe(name, tensors[name]))
-        digest.update(raw_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-def _describe(name: str, tensor: Tensor) -> bytes:
+def describe_tensor(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Return a tensor's name, dtype and shape as JSON without spaces."""
-    shape = ",".join(map(str, tensor.shape))
-    return f'[{json.dumps(name)},"{DTYPE_NAMES[tensor.dtype]}",[{shape}]]'.encode()
+    return f'[{json.dumps(name)},"{DTYPE_NAMES[dtype]}",[{",".join(map(str, shape))}]]'.encode()

@@ -55,8 +55,8 @@ class Charge:
         Raises:
             OverBudget: there is no room for it, whatever is let go of; then nothing changes.
         """
-        storages = (tensor.untyped_storage() for tensor in tensors)
-        blocks = dict.fromkeys((storage.data_ptr(), storage.nbytes()) for storage in storages)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        blocks = dict.fromkeys([(storage.data_ptr(), storage.nbytes()) for storage in storages])
         self._budget.exchange(self, tuple(block for block in blocks if block[1]))
 
     def resize(self, nbytes: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 import lorac
 from campaigns import mutations, sound
 from lorac.formats.gguf.file import read_gguf
+from lorac.formats.reading import AdapterFile
 from lorac.storage.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from tests.refusing import refuses
 
@@ -53,9 +54,9 @@ CONTAINERS: dict[str, tuple[Callable[[Path], Tensors], Callable[[Tensors, Path],
     ".safetensors": (load_file, lambda tensors, path: save_file(tensors, path, _metadata(path))),
     ".bin": (_read_pickle, _write_pickle),
     ".pt": (_read_pickle, _write_pickle),
-    ".gguf": (lambda path: read_gguf(path)[1], _write_gguf),
+    ".gguf": (lambda path: read_gguf(AdapterFile(path))[1], _write_gguf),
     ".onnx_adapter": (
-        lambda path: read_onnx_adapter(path, AssertionError),
+        lambda path: read_onnx_adapter(AdapterFile(path).open(), AssertionError),
         lambda tensors, path: write_onnx_adapter(path, tensors),
     ),
 }

@@ -168,11 +168,11 @@ class ThrowAwayFormat(Format):
     name = "throwaway"
     looks_for = "a file that ends in .throwaway"
 
-    def recognises(self, path):
-        return path.suffix == ".throwaway"
+    def recognises(self, file):
+        return file.suffix == ".throwaway"
 
-    def read(self, path, view, name):
-        return Adapter(name or path.stem, LoRA())
+    def read(self, file, view, name):
+        return Adapter(name or file.adapter_name, LoRA())
 
 
 FORMAT = ThrowAwayFormat()

@@ -15,6 +15,7 @@ import transformers
 
 import lorac
 from lorac.formats.gguf.file import read_gguf
+from lorac.formats.reading import AdapterFile
 from lorac.limits import charge_reading
 from lorac.testing import assert_close
 from tests.formats.oracle import assert_equal
@@ -124,7 +125,7 @@ def test_q8_0_is_unpacked(tmp_path: Path) -> None:
     writer.add_tensor("x", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     finish(writer)
     expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
-    _, tensors = read_gguf(tmp_path / "a.gguf")
+    _, tensors = read_gguf(AdapterFile(tmp_path / "a.gguf"))
     assert np.array_equal(tensors["x"].numpy(), expected)
 
 
@@ -234,4 +235,4 @@ def test_time_is_counted_for_each(tmp_path: Path, tensors: int, fields: bytes) -
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, bool(fields)) + fields)
     with lorac.budget(seconds=0.0), refuses("over_budget", match="a.gguf' takes longer than 0 s"):
-        charge_reading(path, lambda: read_gguf(path))
+        charge_reading(path, lambda: read_gguf(AdapterFile(path)))

@@ -73,7 +73,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 def test_dtypes_and_shapes(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"a": torch.arange(6).reshape(2, 3).to(dtype), "b": torch.ones((), dtype=dtype), "c": torch.ones(0, 4)}
     write_onnx_adapter(tmp_path / "x", tensors)
-    read = read_onnx_adapter(tmp_path / "x", AssertionError)
+    with (tmp_path / "x").open("rb") as file:
+        read = read_onnx_adapter(file, AssertionError)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor), name

@@ -33,14 +33,14 @@ def test_rejects_paths_that_do_not_exist(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(file: str, adapter: lorac.Adapter, tmp_path: Path, monkeypatch: Any) -> None:
     """Without permission, or removed between the check and the opening."""
     lorac.save_adapter(adapter, tmp_path / "it", model=MODEL())
-    original = Path.open
+    original = os.open
 
-    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.name == file:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name == file:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return original(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with refuses("unreadable", match=f"{file}' cannot be read: Permission denied"):
         lorac.load_adapter(tmp_path / "it")
 

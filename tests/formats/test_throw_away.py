@@ -20,22 +20,23 @@ FORMAT = '''
 import torch
 
 import lorac
-from lorac.adapters.fit import check_adapter
 from lorac.formats import Format
+from lorac.formats.reading import check_adapter
 
 
 class PairsFormat(Format):
     name = "pairs"
     looks_for = "a file *.pairs"
 
-    def recognises(self, path):
-        return path.suffix == ".pairs"
+    def recognises(self, file):
+        return file.suffix == ".pairs"
 
-    def read(self, path, view, name):
-        pairs = torch.load(path, weights_only=True)
+    def read(self, file, view, name):
+        pairs = file.read_pickle()
         rank = len(next(iter(pairs.values()))[0])
         tensors = {site: {"lora_A": a, "lora_B": b} for site, (a, b) in pairs.items()}
-        adapter = lorac.Adapter(name or path.stem, lorac.LoRA(r=rank, alpha=rank, targets=tuple(pairs)), tensors)
+        variant = lorac.LoRA(r=rank, alpha=rank, targets=tuple(pairs))
+        adapter = lorac.Adapter(name or file.adapter_name, variant, tensors)
         if view is not None:
             check_adapter(adapter, view)
         return adapter
@@ -73,6 +74,18 @@ try:
     lorac.load_adapter(folder / "a.pairs", torch.nn.Sequential(torch.nn.Linear(5, 6)))
 except lorac.AdapterError as error:
     print(error.what)
+torch.save({"0": None}, folder / "b.pairs")
+try:
+    lorac.load_adapter(folder / "b.pairs")
+except lorac.FormatError as error:
+    print(error.code, error)
+(folder / "b.pairs").unlink()
+torch.save({"0": (torch.full((2, 4), torch.nan), torch.ones(6, 2))}, folder / "b.pairs")
+try:
+    lorac.load_adapter(folder / "b.pairs")
+except lorac.AdapterError as error:
+    print(error.what)
+(folder / "b.pairs").unlink()
 try:
     lorac.load_adapter(folder)
 except lorac.FormatError as error:
@@ -100,6 +113,8 @@ def test_another_package_offers_a_format(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert "adapter 'a': lora_A at '0' has shape (2, 4), expected (2, 5)" in done.stdout
+    assert f"corrupt_file '{adapters / 'b.pairs'}' cannot be read as 'pairs': TypeError: " in done.stdout
+    assert "tensor '0.lora_A' of adapter 'b' holds 8 NaN or infinite of 8 values" in done.stdout
     assert "xlora, pairs\n" in done.stdout, "the formats that were looked for"
     assert f"did you mean '{adapters / 'a.pairs'}'?" in done.stdout
     assert "the format 'broken' of another package is left out: AttributeError" in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorac.formats._config_fields import read_fields
 from lorac.formats._errors import corrupt_error
-from lorac.formats._files import BASE_HASH, encode_config
+from lorac.formats._writing import BASE_HASH, encode_config
 from lorac.formats.peft.config import peft_types, variant_of, write_config
 from lorac.storage.strict_json import parse_object
 from lorac.variants.low_rank import ScaledRank

@@ -10,7 +10,6 @@ from torch import Tensor
 from lorac.adapters.fit import check_adapter, no_site_error, sort_by_site
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, short
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._files import BASE_HASH, check_seal, read_safetensors
 from lorac.formats._image_files.converters import convert_names
 from lorac.formats._image_files.layout import AnyLayout, Method, StoredModule, unused_tensor
 from lorac.formats._image_files.layouts import LAYOUTS
@@ -23,6 +22,8 @@ from lorac.formats._image_files.places import LAYERS, PipelineModel, choose_comp
 from lorac.formats._image_files.rows import split_rows
 from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName, parse_name
 from lorac.formats._site_layouts import LAYOUT, matrix_site, site_to_json
+from lorac.formats._writing import BASE_HASH
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
@@ -54,7 +55,7 @@ class _Module:
         return next(iter(self.names.values())).module
 
 
-def read_file(path: Path, view: ModelView | None, name: str, format: str) -> Adapter:
+def read_file(file: AdapterFile, view: ModelView | None, name: str, format: str) -> Adapter:
     """Return the adapter of a safetensors file.
 
     Raises:
@@ -63,12 +64,12 @@ def read_file(path: Path, view: ModelView | None, name: str, format: str) -> Ada
     """
     if view is None:
         raise BaseNeeded(
-            f"'{path}' names modules of image models in ways that only the model resolves",
+            f"'{file}' names modules of image models in ways that only the model resolves",
             next_step="load_adapter(path, model), with all models that it adapts: {'unet': unet, 'text_encoder': …}",
         )
-    tensors, metadata = read_safetensors(path)
-    check_seal(path, seal_text(metadata), tensors, metadata)
-    return _FileReader(path, view, name, convert_names(path, tensors, view), metadata).read(format)
+    tensors, path = file.read_tensors(), file.path
+    file.check_seal(seal_text(file.metadata), tensors)
+    return _FileReader(path, view, name, convert_names(path, tensors, view), file.metadata).read(format)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.errors import BaseNeeded
 from lorac.formats._errors import native_or_lora, unsupported_error
-from lorac.formats._files import BASE_HASH, write_sealed
 from lorac.formats._format import Format
 from lorac.formats._image_files.layout import Method
 from lorac.formats._image_files.layouts import LAYOUTS
@@ -24,6 +23,8 @@ from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel, list_pipeline
 from lorac.formats._image_files.reader import read_file
 from lorac.formats._image_files.rows import join_rows
+from lorac.formats._writing import BASE_HASH, write_sealed
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
@@ -71,8 +72,8 @@ class ImageFormat(Format):
         """
         return {}
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        return read_file(path, view, name or path.stem, self.name)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        return read_file(file, view, name or file.path.stem, self.name)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write an adapter as one safetensors file.

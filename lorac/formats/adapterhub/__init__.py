@@ -11,18 +11,8 @@ from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.errors import BaseNeeded, warn
 from lorac.formats._errors import unsupported_error
-from lorac.formats._files import (
-    BASE_HASH,
-    HUB_WEIGHTS,
-    check_seal,
-    containing_folder,
-    encode_config,
-    read_json,
-    read_weights,
-    write_json,
-    write_sealed,
-)
 from lorac.formats._format import Evidence, Format
+from lorac.formats._writing import BASE_HASH, encode_config, write_json, write_sealed
 from lorac.formats.adapterhub.bottlenecks import write_bottlenecks
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.config import VERSION, join_configs, read_config
@@ -30,6 +20,7 @@ from lorac.formats.adapterhub.keys import assign_tensors, modernise_key, name_te
 from lorac.formats.adapterhub.layouts import INVERTIBLE, base_prefix, family_of
 from lorac.formats.adapterhub.lora_writer import write_loras
 from lorac.formats.peft.writer import WEIGHTS as PEFT_WEIGHTS
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
@@ -40,7 +31,7 @@ from lorac.variants.split import Split
 from lorac.variants.union import Union
 
 CONFIG = "adapter_config.json"
-WEIGHTS, PICKLED = HUB_WEIGHTS
+WEIGHTS, PICKLED = "adapter.safetensors", "pytorch_adapter.bin"
 _HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _INTERFACE = "adapter_interface.json"
 _COMPOSITIONS = {
@@ -60,20 +51,21 @@ class AdapterHubFormat(Format):
     refines = "peft"
     methods = (Bottleneck, DoRA, IA3, LoRA, Split, Union)
 
-    def recognises(self, path: Path) -> bool:
-        folder = containing_folder(path, CONFIG, *HUB_WEIGHTS)
+    def recognises(self, file: AdapterFile) -> bool:
+        folder = file.folder_with(CONFIG, WEIGHTS, PICKLED)
         if _find_composition(folder) is not None:
             return True
-        has_weights = any((folder / name).is_file() for name in HUB_WEIGHTS)
-        return has_weights and (folder / CONFIG).is_file() and not (folder / PEFT_WEIGHTS).is_file()
+        has_weights = folder.has(WEIGHTS) or folder.has(PICKLED)
+        return has_weights and folder.has(CONFIG) and not folder.has(PEFT_WEIGHTS)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        folder = containing_folder(path, CONFIG, *HUB_WEIGHTS)
-        name = name or folder.resolve().name
-        _refuse_composition(folder)
-        raw = read_json(folder / CONFIG)
-        stored, metadata = read_weights(folder, CONFIG, WEIGHTS, PICKLED)
-        check_seal(folder, encode_config(raw), stored, metadata)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        opened = file.folder_with(CONFIG, WEIGHTS, PICKLED)
+        name, folder = name or opened.adapter_name, opened.path
+        _refuse_composition(opened)
+        raw = opened.inside(CONFIG).read_json()
+        weights = opened.choose(WEIGHTS, PICKLED)
+        stored = weights.read_tensors()
+        weights.check_seal(encode_config(raw), stored)
         tensors = {modernise_key(key): tensor for key, tensor in stored.items()}
         header, configs = read_config(raw, folder / CONFIG, invertible=any(INVERTIBLE in key for key in tensors))
         family = family_of(header.model_type, f"'{folder / CONFIG}'")
@@ -82,7 +74,7 @@ class AdapterHubFormat(Format):
                 f"AdapterHub's files name blocks by number, and the modules of adapter '{name}' depend on the model",
                 next_step="load_adapter(path, model)",
             )
-        _check_neighbours(folder)
+        _check_neighbours(opened)
         layout = ModelLayout.of(view, family)
         components = [config(layout, name) for config in configs]
         variants = [variant for component in components for variant in component.variants]
@@ -91,7 +83,7 @@ class AdapterHubFormat(Format):
             "format": self.name,
             "source": str(folder),
             "config": raw,
-            "base": metadata.get(BASE_HASH),
+            "base": weights.metadata.get(BASE_HASH),
         }
         adapter = Adapter(name, variant, provenance=provenance)
         patterns = [pattern for component in components for pattern in component.patterns]
@@ -144,32 +136,30 @@ class AdapterHubFormat(Format):
         write_json(path / CONFIG, described)
 
 
-def _find_composition(folder: Path) -> str | None:
+def _find_composition(folder: AdapterFile) -> str | None:
     """Return the file that makes a folder one of a composition of adapters, instead of one adapter."""
-    if (folder / CONFIG).is_file():
-        return None
-    return next((name for name in _COMPOSITIONS if (folder / name).is_file()), None)
+    return None if folder.has(CONFIG) else next(filter(folder.has, _COMPOSITIONS), None)
 
 
-def _refuse_composition(folder: Path) -> None:
+def _refuse_composition(folder: AdapterFile) -> None:
     composition = _find_composition(folder)
     if composition is not None:
         raise unsupported_error(
-            f"'{folder / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads adapters one "
-            "by one",
+            f"'{folder.path / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads "
+            "adapters one by one",
             next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one another, "
             "and a weighted swap adds what several do",
         )
 
 
-def _check_neighbours(folder: Path) -> None:
+def _check_neighbours(folder: AdapterFile) -> None:
     """Refuse a file that changes where adapters sit, and warn of a head, which is not read."""
-    if (folder / _INTERFACE).is_file():
+    if folder.has(_INTERFACE):
         raise unsupported_error(
             f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
             next_step="train it on a class that the library knows by itself",
         )
-    if any((folder / name).is_file() for name in _HEADS):
+    if any(map(folder.has, _HEADS)):
         warn(
             f"'{folder}' holds a prediction head as well, which is not read: the model's own is used",
             next_step="give a model that has that head",

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.adapters.fit import check_finite
 from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._format import Evidence, Format
@@ -31,6 +30,7 @@ from lorac.formats._lora_pairs import (
 )
 from lorac.formats.gguf.file import MAGIC, read_gguf
 from lorac.formats.gguf.names import EMBEDDING, GgufNames
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import SiteKind
 from lorac.variants.adapter import Adapter
@@ -55,10 +55,9 @@ class GgufFormat(Format):
     magic = (0, MAGIC)
     methods = (LoRA,)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        fields, stored = read_gguf(path)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        path, (fields, stored) = file.path, read_gguf(file)
         alpha = _read_fields(path, fields)
-        check_finite(stored, f"'{path}'")
         if view is None:
             raise BaseNeeded(
                 f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",

@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is
 the fastest axis first.
 """
 
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._errors import unsupported_error
+from lorac.formats.reading import AdapterFile
 from lorac.limits import check_time, claim_memory, pause_clock
 from lorac.storage.tensor_file import TensorPlace, read_tensors
 
@@ -30,18 +32,17 @@ _Q8_0, _Q8_0_VALUES, _Q8_0_BYTES = 8, 32, 34
 _MOST_AXES, _LONGEST_TEXT = 4, 1 << 20
 
 
-def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+def read_gguf(file: AdapterFile) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return the fields of a file, with None in place of arrays, and its tensors, copied into memory of their own.
 
     Raises:
         FormatError: it is damaged, or of a version or a type of tensors that lorac does not read.
     """
-    with path.open("rb") as file:
-        reader = _Reader(path, file, path.stat().st_size)
+    with file.open() as opened:
         try:
-            return reader.read()
+            return _Reader(file.path, opened, os.fstat(opened.fileno()).st_size).read()
         except (ValueError, EOFError) as error:
-            raise corrupt_error(f"'{path}' is damaged: {error}") from error
+            raise file.damaged(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _Reader:
         self._check_places(places, begin, alignment)
         with pause_clock():
             placed = {name: place._replace(begin=begin + place.begin) for name, place in places.items()}
-            stored = read_tensors(self.file, placed).tensors
+            stored = read_tensors(self.file, placed)
             return fields, {name: _unpack(tensor) for name, tensor in stored.items()}
 
     def _fields(self, count: int) -> dict[str, object]:

@@ -5,10 +5,10 @@ The PEFT types are the modules of ``types``; the rest is the same for all.
 
 from pathlib import Path
 
-from lorac.formats._files import containing_folder
 from lorac.formats._format import Evidence, Format
 from lorac.formats.peft.reader import PICKLED, read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, write_folder
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 
@@ -21,11 +21,11 @@ class PeftFormat(Format):
     written_by = "PEFT"
     evidence = Evidence.LAYOUT
 
-    def recognises(self, path: Path) -> bool:
-        return (containing_folder(path, CONFIG, WEIGHTS, PICKLED) / CONFIG).is_file()
+    def recognises(self, file: AdapterFile) -> bool:
+        return file.folder_with(CONFIG, WEIGHTS, PICKLED).has(CONFIG)
 
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        return read_folder(containing_folder(path, CONFIG, WEIGHTS, PICKLED), view, name)
+    def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        return read_folder(file.folder_with(CONFIG, WEIGHTS, PICKLED), view, name)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         write_folder(adapter, path, view)

@@ -5,7 +5,6 @@ A type is a subclass in a module of ``lorac.formats.peft.types``, found by its e
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterError, SiteError, warn
 from lorac.formats._config_fields import Field
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
@@ -156,7 +156,7 @@ class PeftType(ABC, Generic[V]):
         return None
 
     def read_folder(
-        self, folder: Path, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
+        self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter | None:
         """Return the adapter of a type whose file holds no tensors of modules; None for all others."""
         return None

@@ -1,7 +1,6 @@
 """Reading a PEFT folder, with every tensor and field accounted for."""
 
 import dataclasses
-from pathlib import Path
 
 from torch import Tensor
 
@@ -10,14 +9,15 @@ from lorac.adapters.fit import check_present, check_site, no_site_error, sort_by
 from lorac.errors import BaseNeeded
 from lorac.formats._config_fields import read_fields
 from lorac.formats._errors import corrupt_error
-from lorac.formats._files import BASE_HASH, check_seal, read_json, read_weights
 from lorac.formats._site_layouts import LAYOUT, site_to_json
+from lorac.formats._writing import BASE_HASH
 from lorac.formats.peft.checks import check_against_config, check_against_model, contains_tensors
 from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.keys import PeftFile, read_keys
 from lorac.formats.peft.target_parameters import take_matrices
 from lorac.formats.peft.token_rows import fill_rows
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, seal_text
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
@@ -25,7 +25,7 @@ from lorac.variants.adapter import Adapter
 PICKLED = "adapter_model.bin"
 
 
-def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapter:
+def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
     """Return the adapter of a PEFT folder.
 
     Args:
@@ -35,10 +35,11 @@ def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapt
         FormatError, AdapterError, SiteError: as ``load_adapter``.
         BaseNeeded: the file means nothing without the model.
     """
-    path, name = folder / CONFIG, name or folder.resolve().name
-    raw = read_json(path)
-    tensors, metadata = read_weights(folder, CONFIG, WEIGHTS, PICKLED)
-    check_seal(folder, seal_text(raw, metadata), tensors, metadata)
+    config, name = folder.inside(CONFIG), name or folder.adapter_name
+    raw, path = config.read_json(), config.path
+    weights = folder.choose(WEIGHTS, PICKLED)
+    tensors, metadata = weights.read_tensors(), weights.metadata
+    weights.check_seal(seal_text(raw, metadata), tensors)
     peft_type = peft_type_of(raw, path)
     values = read_fields(raw, peft_type.fields, path)
     adapter = peft_type.read_folder(folder, values, tensors, name, view)

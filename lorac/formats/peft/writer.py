@@ -12,8 +12,8 @@ from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
 from lorac.formats._errors import native_or_lora, unsupported_error
-from lorac.formats._files import BASE_HASH, EXPERTS, SEAL, encode_config, peek_metadata, write_json, write_sealed
 from lorac.formats._site_layouts import remembered_sites
+from lorac.formats._writing import BASE_HASH, EXPERTS, SEAL, encode_config, write_json, write_sealed
 from lorac.formats.peft.checks import contains_tensors, saved_parameter_names, select_targets
 from lorac.formats.peft.config import peft_types, write_config
 from lorac.formats.peft.keys import (
@@ -27,6 +27,7 @@ from lorac.formats.peft.keys import (
 )
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.target_parameters import matrix_paths, name_parameters, write_matrices
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import TARGET_KEYWORDS, is_named
 from lorac.ir.sites.site import Site
@@ -67,7 +68,7 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
 
 def seal_experts(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the metadata entry with the seals of experts, folders of the given names."""
-    return {EXPERTS: dump_json({name: peek_metadata(folder / name / WEIGHTS)[SEAL] for name in names})}
+    return {EXPERTS: dump_json({name: AdapterFile(folder / name / WEIGHTS).metadata[SEAL] for name in names})}
 
 
 def seal_text(config: JsonMapping, metadata: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ as its blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begi
 composing makes a new one, always from the original W, never by subtraction.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -123,27 +123,28 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
 def to_outputs(change: LowRank | Sparse | Delta | Dense) -> tuple[str, dict[str, Tensor]]:
     """Invert ``from_outputs`` for a base without bias: return the change's form and its tensors by operand."""
     shift = {} if change.e is None else {BIAS: change.e}
+    if isinstance(change, LowRank):
+        return "low-rank", {A: change.a, B: change.b, **change.scales, **shift}
     if isinstance(change, Dense):
         return "dense", {WEIGHT: change.weight, **shift}
     if isinstance(change, Delta):
         return "delta", {DELTA: change.delta, **shift}
-    if isinstance(change, Sparse):
-        return "sparse", {"rows": change.rows, "cols": change.cols, "values": change.values, **shift}
-    return "low-rank", {A: change.a, B: change.b, **change.scales, **shift}
+    return "sparse", {"rows": change.rows, "cols": change.cols, "values": change.values, **shift}
 
 
-def iter_tensors(change: Change) -> Iterator[Tensor]:
-    """Yield the tensors of a change."""
-    if isinstance(change, SparseSum):
-        yield from () if change.e is None else (change.e,)
-        for _, term in change.terms:
-            yield from iter_tensors(term)
-    else:
-        yield from to_outputs(change)[1].values()
+def list_tensors(change: Change) -> list[Tensor]:
+    """Return the tensors of a change."""
+    if not isinstance(change, SparseSum):
+        return [*to_outputs(change)[1].values()]
+    own = [tensor for _, term in change.terms for tensor in list_tensors(term)]
+    return own if change.e is None else [change.e, *own]
 
 
 def map_tensors(edit: Callable[[Tensor], Tensor], change: Change) -> Change:
     """Return a change with every tensor replaced by the result of ``edit``."""
+    if isinstance(change, LowRank):
+        scales = {name: edit(scale) for name, scale in change.scales.items()}
+        return LowRank(edit(change.a), edit(change.b), scales, None if change.e is None else edit(change.e))
     if isinstance(change, SparseSum):  # it holds the sum of its terms' shifts
         terms = tuple((t, Sparse(edit(v.rows), edit(v.cols), edit(v.values))) for t, v in change.terms)
         return SparseSum(terms, None if change.e is None else edit(change.e))

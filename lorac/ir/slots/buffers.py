@@ -20,7 +20,7 @@ from lorac.ir.algebra.changes import (
     LowRank,
     Sparse,
     SparseSum,
-    iter_tensors,
+    list_tensors,
     map_tensors,
     merge_bias,
     merge_weight,
@@ -85,7 +85,7 @@ class FusedBuffer:
         Until then the content counts as unknown.
         """
         device = self.buffer.device
-        if change is not None and next(iter_tensors(change)).device != device:
+        if change is not None and list_tensors(change)[0].device != device:
             if change not in self._moved:  # a copy is made once per change
                 self._moved[change] = map_tensors(lambda tensor: tensor.to(device), change)
             change = self._moved[change]

@@ -5,17 +5,17 @@ registered adapters. This makes a swap bit-identical to a fresh compile.
 """
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from lorac.errors import ChoiceError
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change, LowRank, compose, iter_tensors
+from lorac.ir.algebra.changes import Change, LowRank, compose, list_tensors
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.filling import fill_branches, fill_site, filled_roles, find_missing_room, why_merged_weight
+from lorac.ir.slots.filling import fill_site, filled_roles, find_missing_room, why_merged_weight
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
 
 
@@ -43,11 +43,11 @@ class ComposedWeights:
     choice: Choice
     composed: Mapping[str, ComposedSite] = field(default_factory=dict)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors of all changes and branches."""
-        for site in self.composed.values():
-            yield from () if site.change is None else iter_tensors(site.change)
-            yield from (tensor for _, term in site.branches for tensor in term.params)
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all changes and branches."""
+        sites = self.composed.values()
+        own = [tensor for site in sites if site.change is not None for tensor in list_tensors(site.change)]
+        return [*own, *(tensor for site in sites for _, term in site.branches for tensor in term.params)]
 
 
 def compose_choice(
@@ -65,21 +65,24 @@ def compose_choice(
         branches = tuple((t, p.branches[path]) for _, t, p in active if path in p.branches)
         if terms or branches:
             change = compose(list(terms.values()), functools.partial(base.weight, plan.site))
-            composed[path] = replace(place_change(plan, change, terms), branches=branches)
+            composed[path] = place_change(plan, change, terms, branches)
     return ComposedWeights(choice, composed)
 
 
-def place_change(plan: SitePlan, change: Change | None, names: Collection[str]) -> ComposedSite:
+def place_change(
+    plan: SitePlan, change: Change | None, names: Collection[str], branches: tuple[tuple[float, BranchTerm], ...] = ()
+) -> ComposedSite:
     """Return a change with the roles of a plan that it fills.
 
     Args:
         plan: the site's slots.
         change: a sum of weight forms.
         names: the names of its adapters.
+        branches: strength and term of each branch next to it.
     """
     roles = filled_roles(plan, change)
     reasons = _merge_reasons(plan, change, names) if change is not None and operands.WEIGHT in roles else ()
-    return ComposedSite(change, roles=roles, reasons=reasons)
+    return ComposedSite(change, branches, roles, reasons)
 
 
 def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tuple[Reason, ...]:
@@ -113,18 +116,12 @@ def fill_slots(
     for path, plan in plans.items():
         composed = weights.composed.get(path)
         if composed is not None:
-            filled[path] = _fill_composed(plan, composed, base)
+            filled[path] = fill_site(plan, composed.change, composed.roles, composed.branches, base)
             continue
         if path not in idle:
-            idle[path] = _fill_composed(plan, ComposedSite(), base)
+            idle[path] = fill_site(plan, None, (), (), base)
         filled[path] = idle[path]
     return filled
-
-
-def _fill_composed(plan: SitePlan, composed: ComposedSite, base: BaseReader) -> SiteSlots:
-    weight = functools.partial(base.weight, plan.site)
-    slots = fill_site(plan, composed.change, composed.roles, weight, base.bias(plan.site))
-    return replace(slots, branches=fill_branches(plan, composed.branches))
 
 
 def truncate_adapter(name: str, prepared: PreparedAdapter, rank: int | None) -> PreparedAdapter:

@@ -1,6 +1,7 @@
 """Filling a site's slots with a composed change, and the reasons why it may not fit."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,35 +10,40 @@ from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, Sparse, SparseSum, merge_bias, merge_weight
 from lorac.ir.algebra.operands import FOLDABLE
-from lorac.ir.sites.site import Site, factor_dtype
+from lorac.ir.sites.site import BaseReader, Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, SlotSpec, tensors_by_role
 
 
 def fill_site(
-    plan: SitePlan, change: Change | None, roles: Sequence[str], base: Callable[[], Tensor], bias: Tensor | None
+    plan: SitePlan,
+    change: Change | None,
+    roles: Sequence[str],
+    branches: Sequence[tuple[float, BranchTerm]],
+    base: BaseReader,
 ) -> SiteSlots:
-    """Return the tensors of one composed change in a site's slots, those of branches excepted (``fill_branches``).
+    """Return the tensors of one composed change, and of the branches next to it, in a site's slots.
 
     Args:
         change: the composed change of the active adapters, or None for the base.
         roles: the roles whose slots it fills (``filled_roles``).
-        base: reads W (out, in); called if the plan binds the weight.
-        bias: the base's bias.
+        branches: strength and term of each branch.
+        base: reads W (out, in) if the plan binds the weight, and the bias.
 
     Raises:
-        NeedsRecompile: the change does not fit the plan.
+        NeedsRecompile: the change or a branch does not fit the plan.
     """
     new: dict[str, Tensor] = {}
-    layout, rank = layout_of(plan.site), 0
+    layout, rank, bias = layout_of(plan.site), 0, base.bias(plan.site)
+    weight = functools.partial(base.weight, plan.site)
     if operands.WEIGHT in roles and change is not None:
         misfit = find_misfit(plan, change)
         if misfit:
             raise NeedsRecompile(
                 f"'{plan.site.path}' {misfit}", next_step="compile again with the adapter in adapters="
             )
-        new[operands.WEIGHT] = merge_weight(change, base())
+        new[operands.WEIGHT] = merge_weight(change, weight())
     elif isinstance(change, LowRank):
         new, rank = tensors_by_role(_fold_to_fit(plan, change)), change.rank
     if change is not None and (new_bias := merge_bias(change, bias)) is not None:
@@ -45,9 +51,9 @@ def fill_site(
     tensors = {}
     for role, room in plan.roles():
         size = max(rank, plan.least_rank) if role.ranked else room
-        spec = SlotSpec(layout=layout, size=size, weight=base, bias=bias)
+        spec = SlotSpec(layout=layout, size=size, weight=weight, bias=bias)
         tensors[role.name] = role.filled(spec, new.get(role.name))
-    return SiteSlots(tensors)
+    return SiteSlots(tensors, _fill_branches(plan, branches))
 
 
 def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
@@ -101,7 +107,7 @@ def low_rank_that_fits(plan: SitePlan, change: Change) -> LowRank | None:
     return change if isinstance(change, LowRank) and not find_missing_room(plan, change) else None
 
 
-def fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:
+def _fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:
     """Assign active branch terms, in name order, to the plan's branch slots of equal structure.
 
     Raises:

@@ -7,13 +7,13 @@ computes an adapted site from both.
 
 import enum
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change, iter_tensors
+from lorac.ir.algebra.changes import Change, list_tensors
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.roles import ROLES, SlotRole, Stage, branch_roles
@@ -131,9 +131,9 @@ class SitePlan:
         """Whether the weight itself has a slot."""
         return operands.WEIGHT in self.room
 
-    def roles(self) -> Iterator[tuple[SlotRole, int]]:
+    def roles(self) -> list[tuple[SlotRole, int]]:
         """Return the roles that have slots and their room, in the table's order."""
-        return ((role, self.room[role.name]) for role in ROLES.values() if role.name in self.room)
+        return [(role, self.room[role.name]) for role in ROLES.values() if role.name in self.room]
 
     @property
     def has_placed_branches(self) -> bool:
@@ -240,12 +240,10 @@ class PreparedAdapter:
     truncatable: float | None = None
     reasons: tuple[Reason, ...] = ()
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield all its tensors."""
-        for change in self.changes.values():
-            yield from iter_tensors(change)
-        for term in self.branches.values():
-            yield from term.params
+    def tensors(self) -> list[Tensor]:
+        """Return all its tensors."""
+        own = [tensor for change in self.changes.values() for tensor in list_tensors(change)]
+        return [*own, *(tensor for term in self.branches.values() for tensor in term.params)]
 
     @property
     def paths(self) -> frozenset[str]:

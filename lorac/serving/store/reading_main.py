@@ -17,9 +17,11 @@ from typing import NoReturn
 
 import torch
 
+from lorac.adapters.fit import check_values
 from lorac.errors import AdapterError, FormatError, LoracError
 from lorac.formats import native, peft
 from lorac.formats.peft.config import peft_types
+from lorac.formats.reading import AdapterFile
 from lorac.limits import charge_reading
 from lorac.serving.store.intake import NATIVE
 from lorac.storage.strict_json import JsonObject
@@ -99,7 +101,8 @@ def rewrite(folder: Path, base: str | None) -> None:
     is_native = (folder / NATIVE).is_file()
     path = folder / NATIVE if is_native else folder
     format = native.FORMAT if is_native else peft.FORMAT
-    if not format.recognises(path):
+    file = AdapterFile(path)
+    if not format.recognises(file):
         raise FormatError(
             f"'{path}' is not a file of lorac's own format",
             next_step="save the adapter with lorac.save_adapter(adapter, path, format='native')",
@@ -107,7 +110,8 @@ def rewrite(folder: Path, base: str | None) -> None:
         )
 
     def rewrite() -> None:
-        adapter = format.read(path, None, _NAME)
+        adapter = format.read(file, None, _NAME)
+        check_values(adapter)
         known = adapter.provenance.get("base")
         if base is not None and known not in (None, base):
             raise AdapterError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lorac.errors import ArtifactError, FormatError
@@ -82,8 +81,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with translate_os_errors(path, FormatError, "read", "unreadable"):
             notes, stored = charge_reading(path, read)
-    except (SafetensorError, ArtifactError) as error:
-        raise FormatError(f"'{path}' is damaged: {error}", code="corrupt_file") from error
+    except ArtifactError as error:
+        raise FormatError(error.what, code="corrupt_file") from error
     if _SEAL in notes and not agrees_with_hash(notes[_SEAL], "", stored):
         raise FormatError(f"'{path}' was changed since lorac wrote it", code="corrupt_file")
     return stored

@@ -171,7 +171,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
         groups = site.conv.groups if site.conv else 1
         if "magnitude" in vectors:
             _refuse_grouped_dora(path, groups)
-        return site, {"lora_A": a, "lora_B": _block_diagonal(b.chunk(groups)), **vectors}
+        return site, {"lora_A": a, "lora_B": b if groups == 1 else _block_diagonal(b.chunk(groups)), **vectors}
 
     def write_site(self, variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         """Return A, B and vectors in the shapes of a file, by suffix.
@@ -332,9 +332,7 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
 
 
 def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """Return the matrix with the blocks on its diagonal; a single block unchanged."""
-    if len(blocks) == 1:
-        return blocks[0]
+    """Return the matrix with the blocks on its diagonal."""
     rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
     claim_memory(
         rows * columns * blocks[0].itemsize, f"the factor of {len(blocks)} groups as one matrix ({rows}, {columns})"

@@ -7,17 +7,17 @@ a classifier whole, though it may save only a part of one.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, read_size
 from lorac.formats._errors import unsupported_error
-from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.formats.peft.writer import WEIGHTS
+from lorac.formats.peft.xlora_folder import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
@@ -47,7 +47,7 @@ class XloraType(PeftType[XLoRA]):
         raise mismatched_shapes(path, stored, "XLORA holds a classifier")
 
     def read_folder(
-        self, folder: Path, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
+        self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter:
         # A file that has fewer layers than its configuration says is refused by the first one it lacks.
         keys = _layer_keys(min(values["xlora_depth"], len(tensors) + 1), values["xlora_dropout_p"])

@@ -10,7 +10,6 @@ and the folders that PEFT writes of the experts, which lack tensors for the same
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,12 +28,12 @@ from lorac.formats._config_fields import (
     read_size,
 )
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._files import EXPERTS, SEAL, peek_metadata, read_json
+from lorac.formats._writing import EXPERTS, SEAL
 from lorac.formats.peft.reader import read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.last_hidden_state import find_last_hidden_state
 from lorac.frontend.model_view import ModelView
-from lorac.storage.paths import find_inner_path
 from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
@@ -77,7 +76,7 @@ class XLoraFolder:
         biased: whether the layers have biases.
     """
 
-    folder: Path
+    folder: AdapterFile
     experts: Mapping[str, Sequence[str]]
     fields: JsonMapping
     classifier: Mapping[str, Tensor]
@@ -174,30 +173,30 @@ class XLoraFolder:
         folders = {expert: self._find_expert(expert) for expert in self.experts}
         if len({*folders.values()}) < len(folders):
             raise corrupt_error(f"two experts of '{self.folder}' are one folder", next_step="name each of them once")
-        sealed = peek_metadata(self.folder / self.weights).get(EXPERTS)
+        sealed = self.folder.inside(self.weights).peek_metadata().get(EXPERTS)
         seals = None if sealed is None else parse_object(sealed, lambda reason: corrupt_error(f"{EXPERTS} {reason}"))
         for expert, folder in folders.items():
-            if seals is not None and peek_metadata(folder / WEIGHTS).get(SEAL) != seals.get(expert):
+            if seals is not None and folder.inside(WEIGHTS).peek_metadata().get(SEAL) != seals.get(expert):
                 raise corrupt_error(
                     f"'{folder}' is not the expert '{expert}' that lorac wrote with the classifier of '{self.folder}'",
                     next_step="copy the whole folder again",
                 )
-            if read_json(folder / CONFIG).get("peft_type") == "XLORA":
+            if folder.inside(CONFIG).read_json().get("peft_type") == "XLORA":
                 raise unsupported_error(
                     f"'{folder}', an expert of '{self.folder}', is an X-LoRA itself",
                     next_step="the experts of an X-LoRA are plain LoRAs",
                 )
         return [read_folder(folder, view, expert) for expert, folder in folders.items()]
 
-    def _find_expert(self, expert: str) -> Path:
+    def _find_expert(self, expert: str) -> AdapterFile:
         """Return the folder of one LoRA, which lies in the folder of the classifier."""
-        places = [find_inner_path(self.folder, place) for place in self.experts[expert]]
-        found = next((place for place in places if place is not None and (place / CONFIG).is_file()), None)
+        places = [self.folder.find_inside(place) for place in self.experts[expert]]
+        found = next((place for place in places if place is not None and place.has(CONFIG)), None)
         if found is None:
             raise corrupt_error(
                 f"'{self.folder}' mixes an expert {expert!r}, and no folder in it has that",
-                next_step=f"put the expert's folder at '{self.folder / self.experts[expert][-1]}'; paths that lead out "
-                "of the folder are not followed",
+                next_step=f"put the expert's folder at '{self.folder.path / self.experts[expert][-1]}'; paths that "
+                "lead out of the folder are not followed",
             )
         return found
 
