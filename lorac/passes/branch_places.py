@@ -1,7 +1,7 @@
-"""Which branches of a graph have places, so that each row of a batch may have its own (``ir.slots.placed_execution``).
+"""Branches of a graph with places, so that each row of a batch may have its own (``ir.slots.placed_execution``).
 
 A formula that works on the rows of a batch one by one runs for each place. It is traced once here, over examples of
-what it reads, to see what it does.
+the values that it reads, to find out whether it does.
 """
 
 import functools
@@ -21,7 +21,6 @@ from lorac.ir.graph.nodes import describe_type, get_example
 from lorac.ir.sites.site import SiteKind, factor_dtype
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_formula
-from lorac.ir.slots.placed_execution import Mapped
 from lorac.ir.slots.plans import BranchSlot, SitePlan, ValueAxis
 from lorac.ir.slots.program_values import (
     IN,
@@ -109,10 +108,15 @@ class _BranchExaminer:
                 axes[own] = ValueAxis.ROWS if by_row else ValueAxis.PLACES
                 self._own[plan.site.path, own] = value, axes[own]
             placed, results = replace(slot, axes=axes), {name: axes[_own_name(name)] for name in found}
-            why = FormulaCall(_run_once(slot), placed, [], values, FormulaContext(plan.site), results).why_together(
-                self.batch
+            call = FormulaCall(
+                lambda params, _, ctx: compute_once_values(slot, params, ctx, ""),
+                placed,
+                [],
+                values,
+                FormulaContext(plan.site),
+                results,
             )
-            if why:
+            if why := call.why_together(self.batch):
                 raise _NotByRowError(why)
             return placed
 
@@ -161,8 +165,11 @@ class _BranchExaminer:
         if attention.used and not isinstance(select_attention(self.graph), FullAttention):
             return "a branch attends over a cache of its own"
         context = FormulaContext(plan.site)
-        call = FormulaCall(_run_branch(slot), slot, rows, values, context, {OUTPUT: ValueAxis.ROWS})
-        return call.why_together(self.batch)
+
+        def run(params: Sequence[Tensor], rows: Sequence[Tensor], ctx: FormulaContext) -> dict[str, Tensor]:
+            return {OUTPUT: run_formula(slot, params, rows[0], rows[1], ctx, "")[0]}
+
+        return FormulaCall(run, slot, rows, values, context, {OUTPUT: ValueAxis.ROWS}).why_together(self.batch)
 
     def _read(self, slot: BranchSlot) -> tuple[dict[str, Tensor], dict[str, ValueAxis]]:
         """Return examples of the values that a branch reads, by the program's names, and their axes."""
@@ -205,14 +212,6 @@ class _BranchExaminer:
         if not any(self.batch.node.expr in symbols for symbols in found):
             return ValueAxis.NEITHER
         raise _NotByRowError(f"the rows of '{name}' are not those of the batch")
-
-
-def _run_branch(slot: BranchSlot) -> Mapped:
-    return lambda params, rows, ctx: {OUTPUT: run_formula(slot, params, rows[0], rows[1], ctx, "")[0]}
-
-
-def _run_once(slot: BranchSlot) -> Mapped:
-    return lambda params, _, ctx: compute_once_values(slot, params, ctx, "")
 
 
 def _own_name(name: str) -> str:

@@ -82,13 +82,14 @@ class CacheAttention(Pass):
         limits = tabulate(graph, positions), distances.longest
         graph.longest = min((limit for limit in limits if limit is not None), default=None)
         if graph.longest is not None:
-            _clamp_positions(graph, positions, graph.longest)
+            last = insert_call(graph.exported, positions.next, aten.clamp.default, positions, None, graph.longest - 1)
+            positions.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
         graph.add_outputs(presents)
         return PassResult(True)
 
 
 def _check_branches(graph: Graph) -> None:
-    """Refuse branches that mix tokens: the cache does not hold what they computed for earlier ones."""
+    """Refuse branches that mix tokens: the cache does not hold their values for earlier tokens."""
     for path, plan in graph.plans.items():
         mixing = next((branch for branch in plan.branches if branch.mixes), None)
         if mixing is not None:
@@ -153,11 +154,6 @@ def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
     return positions
 
 
-def _clamp_positions(graph: Graph, positions: fx.Node, count: int) -> None:
-    clamped = insert_call(graph.exported, positions.next, aten.clamp.default, positions, None, count - 1)
-    positions.replace_all_uses_with(clamped, delete_user_cb=lambda user: user is not clamped)
-
-
 def _cached_head_size(node: fx.Node) -> int:
     """Return the head size of a layer's cache: that of the larger of keys and values, rounded up for kernels."""
     size = int(max(get_example(operand).shape[3] for operand in node.args[:3]))
@@ -168,26 +164,22 @@ def _insert_cached(
     graph: Graph, known: KnownCalls, node: fx.Node, cache: tuple[fx.Node, ...], distances: fx.Node | None
 ) -> list[fx.Node]:
     q, k, v, _, _, sinks, scale, _, window, softcap, module = node.args
-    size = _cached_head_size(node)
-    padded = (_pad_heads(graph, node, operand, size) for operand in (q, k, v))
+    size, insert = _cached_head_size(node), functools.partial(insert_call, graph.exported, node)
+    padded = []
+    for operand in (q, k, v):  # zeros at the end of heads change no product
+        width, parts = get_example(operand).shape[3], [operand]
+        for begin in range(width, size, width):
+            part = insert(aten.slice.Tensor, operand, 3, 0, min(width, size - begin))
+            parts.append(insert(aten.zeros_like.default, part))
+        padded.append(operand if len(parts) == 1 else insert(aten.cat.default, parts, 3))
     call = functools.partial(insert_repeated_call, graph.exported, known, node)
     cached = call(attention.CACHED_ATTENTION, *padded, *cache, sinks, distances, scale, window, softcap, module)
     y, *presents = (call(operator.getitem, cached, index) for index in range(3))
     width = get_example(node).shape[3]
     if width != size:
-        y = insert_call(graph.exported, node, aten.slice.Tensor, y, 3, 0, width)
+        y = insert(aten.slice.Tensor, y, 3, 0, width)
     graph.replace_node(node, y)
     return presents
-
-
-def _pad_heads(graph: Graph, before: fx.Node, value: object, size: int) -> object:
-    """Append zeros to the heads of queries, keys or values, which changes no product."""
-    width = get_example(value).shape[3]
-    parts = [value]
-    for begin in range(width, size, width):
-        part = insert_call(graph.exported, before, aten.slice.Tensor, value, 3, 0, min(width, size - begin))
-        parts.append(insert_call(graph.exported, before, aten.zeros_like.default, part))
-    return value if len(parts) == 1 else insert_call(graph.exported, before, aten.cat.default, parts, 3)
 
 
 def _select_tokens_per_row(graph: Graph) -> None:

@@ -1,7 +1,7 @@
 """expand: adapted ops become aten ops in their normal form, and the ops of other sites their aten ops."""
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
@@ -49,7 +49,7 @@ class ExpandAdaptedCalls(Pass):
 
     def apply(self, graph: Graph) -> PassResult:
         """Expand the ops; skip an extra output that no branch of this graph emits."""
-        adapted, expander = list(graph.find(ops.adapted)), _Expander(graph, self.aux, select_attention(graph))
+        adapted, expander = list(graph.find(ops.adapted)), _Expander(graph, self.aux)
         for node in adapted:
             expander.expand(node)
         extra = expander.extra
@@ -64,105 +64,155 @@ class ExpandAdaptedCalls(Pass):
         return PassResult(bool(adapted) or lowered, tuple(skips))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class PlacedBranch:
+    """One branch of a site whose slots have places, as a function of tensors: (site's output, extra outputs…).
+
+    Attributes:
+        plan: the site's slots.
+        index: the branch's.
+        roles: roles of its operands (``select_operands``).
+        emits: names of its extra outputs.
+        sites: every site, for the layout of the values read.
+        attention: its attention.
+        readers: gets the path of the site if the formula reads what its site is.
+    """
+
+    plan: SitePlan
+    index: int
+    roles: Sequence[str]
+    emits: Sequence[str]
+    sites: Mapping[str, Site]
+    attention: BranchAttention
+    readers: set[str] = field(default_factory=set)
+
+    def __call__(self, x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        emitted: dict[str, list[Tensor]] = {}
+        context = _make_context(self, emitted)
+        operands = dict(zip(self.roles, tensors, strict=True))
+        changed = compute_placed_branch(self.plan, self.index, (x, y, base), operands, self.sites, context)
+        return (changed, *(emitted[name][0] for name in self.emits))
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedSite:
+    """A call of an adapted site as a function of its tensors: (site's output, extra outputs…).
+
+    Attributes:
+        call: the call.
+        emits: names of its extra outputs, branch by branch.
+        plan, sites, attention, readers: as those of ``PlacedBranch``.
+    """
+
+    plan: SitePlan
+    call: AdaptedCall
+    emits: Sequence[str]
+    sites: Mapping[str, Site]
+    attention: BranchAttention
+    readers: set[str] = field(default_factory=set)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        emitted: dict[str, list[Tensor]] = {}
+        context = _make_context(self, emitted)
+        count = len(self.call.tensors)
+        operands = dict(zip(self.call.operands, tensors[count:], strict=True))
+        call = replace(self.call, host=tensors[:count], operands=operands)
+        y = compute_adapted(self.plan, call, self.sites, context)
+        return (y, *(emitted[name].pop(0) for name in self.emits))
+
+
+def _make_context(function: PlacedBranch | AdaptedSite, emitted: dict[str, list[Tensor]]) -> MakeContext:
+    return functools.partial(
+        FormulaContext, emitted=emitted, attention=function.attention, site_readers=function.readers
+    )
+
+
 class _Expander:
     """Replaces the adapted ops of a graph.
 
-    Attributes:
+    Args:
+        graph: edited in place.
         aux: names of the extra outputs.
-        traces: the traces of sites by their structure.
+
+    Attributes:
         extra: extra output by its name in the program -> its node.
     """
 
-    graph: Graph
-    aux: tuple[str, ...]
-    attention: BranchAttention
-    traces: dict[object, fx.GraphModule] = field(default_factory=dict)
-    extra: dict[str, fx.Node] = field(default_factory=dict)
+    def __init__(self, graph: Graph, aux: tuple[str, ...]) -> None:
+        self._graph, self._aux, self._attention = graph, aux, select_attention(graph)
+        self._traces: dict[object, fx.GraphModule] = {}
+        self.extra: dict[str, fx.Node] = {}
 
     def expand(self, node: fx.Node) -> None:
-        """Replace an adapted op by the ops of its site's normal form."""
-        call, plan = AdaptedCall.of(node), self.graph.plan_of(ops.site_of(node))
-        if plan.has_placed_branches:
-            self._expand_placed_branches(node, call, plan)
-        else:
-            self._expand_whole(node, call, plan, self.aux)
+        """Replace an adapted op by the ops of its site's normal form.
 
-    def _expand_placed_branches(self, node: fx.Node, call: AdaptedCall, plan: SitePlan) -> None:
-        """Expand a call whose rows may have branches of their own: first the site without them, then each by itself."""
-        graph = self.graph
+        If its rows may have branches of their own, the site comes first without them, then each by itself.
+        """
+        call, plan, graph = AdaptedCall.of(node), self._graph.plan_of(ops.site_of(node)), self._graph
+        if not plan.has_placed_branches:
+            self._expand_site(node, call, plan, self._aux)
+            return
         with graph.fx.inserting_before(node):
             base = y = graph.fx.call_function(call.op, call.unadapted)
         base.meta = {**node.meta}
         if not plan.without_branches.empty:
             weights = without_branches(call)
-            y = self._expand_whole(weights.insert_before(graph.fx, node), weights, plan.without_branches, ())
+            y = self._expand_site(weights.insert_before(graph.fx, node), weights, plan.without_branches, ())
         for index, slot in enumerate(plan.branches):
             operands = select_operands(plan, index, call)
-            emits = [name for name in slot.emits if name in self.aux]
-            inputs, readers = [call.x, y, base, *operands.values()], set[str]()
-            compute = functools.partial(compute_placed_branch, plan, index)
-
-            def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-                given = dict(zip(operands, tensors, strict=True))  # noqa: B023  (traced at once)
-                make, emitted = self._prepare_context(readers)  # noqa: B023  (traced at once)
-                changed = compute((x, y, base), given, graph.sites, make)  # noqa: B023  (traced at once)
-                return (changed, *(emitted[name][0] for name in emits))  # noqa: B023  (traced at once)
-
-            key = (
-                slot.structure,
-                tuple(emits),
-                tuple(operands),
-                _describe_site(plan.site),
-                *(describe_type(get_example(operand)) for operand in inputs),
-            )
-            known = self.traces.get(key)
-            if known is None:
-                known = _simplify_differences(trace_in_places(graph.exported, function, inputs), [_ROWS])
-                self._keep_trace(key, known, readers)
-            _, (y, *others) = inline(graph.exported, node, function, inputs, known)
-            self.extra.update({_extra_name(name, plan, index): o for name, o in zip(emits, others, strict=True)})
+            emits = [name for name in slot.emits if name in self._aux]
+            branch = PlacedBranch(plan, index, list(operands), emits, graph.sites, self._attention)
+            inputs = [call.x, y, base, *operands.values()]
+            types = (describe_type(get_example(operand)) for operand in inputs)
+            key = (slot.structure, tuple(emits), tuple(operands), _describe_site(plan.site), *types)
+            y = self._insert(node, branch, inputs, key, [_ROWS], [(name, index) for name in emits])
         graph.replace_node(node, y)
 
-    def _expand_whole(self, node: fx.Node, call: AdaptedCall, plan: SitePlan, aux: tuple[str, ...]) -> fx.Node:
-        exported, operands = self.graph.exported, call.tensors
-        readers = set[str]()
+    def _expand_site(self, node: fx.Node, call: AdaptedCall, plan: SitePlan, aux: tuple[str, ...]) -> fx.Node:
         emits = [(name, i) for i, branch in enumerate(plan.branches) for name in branch.emits if name in aux]
-
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            given = dict(zip(call.operands, tensors[len(operands) :], strict=True))
-            make, emitted = self._prepare_context(readers)
-            own = replace(call, host=tensors[: len(operands)], operands=given)
-            y = compute_adapted(plan, own, self.graph.sites, make)
-            return (y, *(emitted[name].pop(0) for name, _ in emits))
-
-        inputs = [*operands, *call.operands.values()]
-        shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
-        key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan, call), *shapes)
-        known = self.traces.get(key)
-        if known is None and plan.branches:
-            strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
-            known = _simplify_differences(trace_function(exported, function, inputs), strengths)
-        traced, (y, *others) = inline(exported, node, function, inputs, known)
-        self._keep_trace(key, traced, readers)
-        self.graph.replace_node(node, y)
-        self.extra.update(zip((_extra_name(name, plan, i) for name, i in emits), others, strict=True))
+        site = AdaptedSite(plan, call, [name for name, _ in emits], self._graph.sites, self._attention)
+        any_rank = plan.ranks is not RankPolicy.FIXED
+        key = (
+            (call.op, len(call.tensors), tuple(call.operands), _describe_site(plan.site), plan.placed),
+            *((role.name, 1 if role.ranked and any_rank else room) for role, room in plan.roles()),
+            *((slot.structure, slot.emits) for slot in plan.branches),
+            *(describe_type(get_example(operand)) for role, operand in call.operands.items() if role not in ROLES),
+            *(tuple(map(str, get_example(x).shape[:-1])) for x in call.tensors[:1]),
+        )
+        strengths = [len(call.tensors) + i for i, role in enumerate(call.operands) if is_strength(role)]
+        y = self._insert(node, site, [*call.tensors, *call.operands.values()], key, strengths, emits)
+        self._graph.replace_node(node, y)
         return y
 
-    def _prepare_context(self, readers: set[str]) -> tuple[MakeContext, dict[str, list[Tensor]]]:
-        """Return what makes the contexts of one run of branches, and what will hold their extra outputs.
+    def _insert(
+        self,
+        node: fx.Node,
+        function: PlacedBranch | AdaptedSite,
+        inputs: Sequence[fx.Node],
+        key: object,
+        strengths: Sequence[int],
+        emits: Sequence[tuple[str, int]],
+    ) -> fx.Node:
+        """Insert a function's ops before a node; return the node of the site's output.
 
         Args:
-            readers: filled with the paths of sites that formulas read.
+            node: the adapted op.
+            function: traced, unless a function with an equal key was.
+            inputs: its operands.
+            key: equal for functions that one trace serves, unless a formula reads what its site is.
+            strengths: places of strengths among the operands.
+            emits: its extra outputs, each with the branch that gives it.
         """
-        emitted: dict[str, list[Tensor]] = {}
-        context = functools.partial(FormulaContext, emitted=emitted, attention=self.attention, site_readers=readers)
-        return context, emitted
-
-    def _keep_trace(self, key: object, traced: fx.GraphModule, readers: Collection[str]) -> None:
-        """Keep a trace for other sites, unless a formula in it reads what its site is."""
-        if not readers:
-            self.traces.setdefault(key, traced)
+        program, traced = self._graph.exported, self._traces.get(key)
+        if traced is None:
+            trace = trace_in_places if isinstance(function, PlacedBranch) else trace_function
+            traced = _simplify_differences(trace(program, function, inputs), strengths)
+            if not function.readers:
+                self._traces[key] = traced
+        _, (y, *others) = inline(program, node, function, inputs, traced)
+        for (name, index), output in zip(emits, others, strict=True):
+            self.extra[f"{name}:{slot_name(function.plan.site.path, branch_name(index))}"] = output
+        return y
 
 
 def _share_cuts(graph: Graph) -> None:
@@ -178,7 +228,7 @@ def _share_cuts(graph: Graph) -> None:
 
 
 def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:
-    """Replace y' − y by m for branches that end in y' = y + m, which saves two ops as long as y at each site.
+    """Replace y' − y by m for branches that end in y' = y + m, which saves two ops of y's size at each site.
 
     Args:
         traced: edited in place.
@@ -207,20 +257,6 @@ def _behind_segments(node: fx.Node) -> fx.Node:
     return node
 
 
-def _describe_structure(plan: SitePlan, call: AdaptedCall) -> tuple[object, ...]:
-    """Return a key that is equal for sites that one trace serves."""
-    free = plan.ranks is not RankPolicy.FIXED
-    rooms = ((role.name, 1 if role.ranked and free else room) for role, room in plan.roles())
-    branches = ((slot.structure, slot.emits) for slot in plan.branches)
-    of_branches = (describe_type(get_example(operand)) for role, operand in call.operands.items() if role not in ROLES)
-    return (*_describe_site(plan.site), plan.placed, *rooms, *branches, *of_branches)
-
-
 def _describe_site(site: Site) -> tuple[object, ...]:
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
     return (*shape, site.bias is not None)
-
-
-def _extra_name(name: str, plan: SitePlan, index: int) -> str:
-    """Return the name of a branch's extra output in the program."""
-    return f"{name}:{slot_name(plan.site.path, branch_name(index))}"

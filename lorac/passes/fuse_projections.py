@@ -2,7 +2,7 @@
 
 The projections q, k and v (and gate and up) read one x. One product with their matrices, one below the other, takes
 the place of several, and a split of constant sizes follows. Sites without adapters are fused too. An adapted site adds
-to its part what its own slots make of x. One pair for all would have a block-diagonal B, most of whose bytes are zeros.
+the product of x with its own slots to its part. One pair for all would have a block-diagonal B, mostly of zeros.
 Slots that become constants are weights and biases alone, and are joined as the base's are.
 """
 
@@ -30,6 +30,8 @@ from lorac.ir.slots.program_values import list_read_values, parse_value_name
 from lorac.ir.slots.roles import Stage
 
 aten = torch.ops.aten
+_NO_OTHERS = "no other site of its module that may be fused with it reads its input"
+_OTHERS_VARY = "its calls do not all read an input together with the same sites"
 _COMMON_ROLES = (WEIGHT, BIAS)
 """Roles for which all fused sites have a slot, or none: next to a slot, the base's values would need another one."""
 
@@ -59,14 +61,25 @@ class FuseProjections(Pass):
         unfit = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
         groups = list(_group_fusable(graph, unfit, _COMMON_ROLES if self.constant else ()))
         candidates = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
-        fused = [self._describe_fusion(graph, paths) for paths in candidates if _always_together(paths, groups)]
+        # A shared layer is called several times: it is fused if each call is together with the same sites.
+        together = {paths: [tuple(group) for group in groups if set(group) & set(paths)] for paths in candidates}
+        fused = [
+            self._describe_fusion(graph, paths)
+            for paths, found in together.items()
+            if set(found) == {paths} and len(set(paths)) == len(paths)
+        ]
         known: KnownCalls = {}
         for projection in fused:
             _replace_calls(graph, projection, calls, known)
         graph.projections.update({projection.plan.site.path: projection for projection in fused})
         members = {path for projection in graph.projections.values() for path in projection.sites}
         adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
-        single = {path: unfit.get(path) or _why_single(path, groups) for path in adapted if path not in members}
+        accompanied = {path for group in groups if len(group) > 1 for path in group}
+        single = {
+            path: unfit.get(path) or (_OTHERS_VARY if path in accompanied else _NO_OTHERS)
+            for path in adapted
+            if path not in members
+        }
         graph.add_notes(*_single_notes(graph, single, unfit))
         return PassResult(bool(fused), tuple(Skip(path, why) for path, why in single.items()))
 
@@ -74,20 +87,15 @@ class FuseProjections(Pass):
         site, plan = graph.sites.get(path), graph.plans.get(path)
         if site is None or site.kind is not SiteKind.LINEAR:
             return "it is not a linear layer"
-        if plan is not None and (why := self._find_slot_obstacle(plan)) is not None:
-            return why
+        if plan is not None and plan.branches:
+            return "a branch acts on what it computes"
+        if plan is not None and plan.bound and not self.constant:
+            return "its weight is bound by itself"
+        if plan is not None and any(role.stage is Stage.INPUT for role, _ in plan.roles()):
+            return "its input is changed before the product"
         if any(parse_value_name(name)[1] == path for name in list_read_values(graph.plans.values())):
             return "a branch reads what it computes, or its weight"
         return _find_weight_obstacle(graph, site, calls)
-
-    def _find_slot_obstacle(self, plan: SitePlan) -> str | None:
-        """Return why the slots of a site cannot be parts of larger ones; None where they can."""
-        if plan.branches:
-            return "a branch acts on what it computes"
-        if plan.bound and not self.constant:
-            return "its weight is bound by itself"
-        changed = any(role.stage is Stage.INPUT for role, _ in plan.roles())
-        return "its input is changed before the product" if changed else None
 
     def _describe_fusion(self, graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
         """Describe sites as one with all their outputs, and with their slots where these become constants."""
@@ -112,12 +120,9 @@ def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) ->
         return f"its weight is a {type(tensor).__name__}"
     if site.shares or any(user not in calls for user in weight.users):
         return "its weight is read elsewhere too"
-    return "its input is written to" if any(map(_writes_to_input, calls)) else None
-
-
-def _writes_to_input(call: fx.Node) -> bool:
-    x = call.args[0]
-    return isinstance(x, fx.Node) and any(x in find_written_operands(user) for user in x.users)
+    inputs = [call.args[0] for call in calls]
+    written = any(x in find_written_operands(user) for x in inputs if isinstance(x, fx.Node) for user in x.users)
+    return "its input is written to" if written else None
 
 
 def _group_fusable(graph: Graph, unfit: Mapping[str, str], common_roles: Sequence[str]) -> Iterator[list[str]]:
@@ -129,18 +134,6 @@ def _group_fusable(graph: Graph, unfit: Mapping[str, str], common_roles: Sequenc
             common = () if plan is None else tuple(role for role in common_roles if role in plan.room)
             groups.setdefault((path.rpartition(".")[0], site.dtype, site.packed, common), []).append(path)
         yield from groups.values()
-
-
-def _always_together(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
-    """Whether every call of these sites is grouped with the others: a shared layer is called several times."""
-    shared = [group for group in groups if set(group) & set(paths)]
-    return all(tuple(group) == paths for group in shared) and len(set(paths)) == len(paths)
-
-
-def _why_single(path: str, groups: Sequence[Sequence[str]]) -> str:
-    if all(len(group) == 1 for group in groups if path in group):
-        return "no other site of its module that may be fused with it reads its input"
-    return "its calls do not all read an input together with the same sites"
 
 
 def _single_notes(graph: Graph, single: Mapping[str, str], unfit: Mapping[str, str]) -> Iterator[str]:

@@ -13,9 +13,9 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, find_used_nodes
 from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, Skip, SlotInput
-from lorac.ir.graph.nodes import find_module_path
+from lorac.ir.graph.nodes import find_module_path, get_example
 from lorac.ir.graph.passes import Pass, PassResult
-from lorac.ir.sites.site import Site, SiteKind, factor_dtype
+from lorac.ir.sites.site import SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.places import ADAPTERS_AXIS, placed_shape
 from lorac.ir.slots.plans import RankPolicy, SitePlan
@@ -81,7 +81,12 @@ def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Nod
     owners: dict[str, tuple[str, str]] = {}
     adapters: int | torch.SymInt = 1
     if any(is_placed(plan, role) for plan in planned.values() for role in plan.slot_roles()):
-        adapters = _count_places(graph)
+        first = next((slot for slot in graph.slots.values() if slot.placed), None)
+        if first is None:
+            adapters = add_dimension(graph.exported, ADAPTERS_AXIS, 2, 1)
+            graph.axes[str(adapters)] = ADAPTERS_AXIS
+        else:  # all slots of a graph have one number of places
+            adapters = get_example(graph.node(first.node)).shape[0]
     for path, plan in planned.items():
         for role, shape, dtype in _slot_inputs(graph, plan):
             name, by_token = slot_name(path, role), not is_parameter(role)
@@ -95,18 +100,8 @@ def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Nod
     return nodes
 
 
-def _count_places(graph: Graph) -> torch.SymInt:
-    """Return the number of places, one size for all slots of a graph."""
-    first = next((slot for slot in graph.slots.values() if slot.placed), None)
-    if first is not None:
-        known: torch.SymInt = graph.node(first.node).meta["val"].shape[0]
-        return known
-    adapters = add_dimension(graph.exported, ADAPTERS_AXIS, 2, 1)
-    graph.axes[str(adapters)] = ADAPTERS_AXIS
-    return adapters
-
-
 def _slot_inputs(graph: Graph, plan: SitePlan) -> Iterator[tuple[str, Sequence[int | torch.SymInt], torch.dtype]]:
+    """Yield the role, shape and dtype of each slot of a plan; ranks that vary are new symbolic sizes."""
     site = plan.site
     rank: int | torch.SymInt = plan.rank
     if plan.rank and plan.ranks is not RankPolicy.FIXED:
@@ -138,15 +133,11 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
         first = next((node for node in graph.fx.nodes if node in readers), None)
         if first is None:
             continue
-        value = slots[role] if role == BIAS else _stored_weight(graph, site, slots[role], first)
+        value = slots[role]
+        if role == WEIGHT and site.kind not in {SiteKind.PARAMETER, SiteKind.MATRIX}:
+            _, (value,) = inline(graph.exported, first, lambda weight: (layout_of(site).stored(weight),), [value])
         for parameter, user in reads:
             user.replace_input_with(parameter, value)
-
-
-def _stored_weight(graph: Graph, site: Site, slot: fx.Node, before: fx.Node) -> fx.Node:
-    if site.kind in {SiteKind.PARAMETER, SiteKind.MATRIX}:
-        return slot
-    return inline(graph.exported, before, lambda weight: (layout_of(site).stored(weight),), [slot])[1][0]
 
 
 def find_inputs(graph: Graph, fqn: str | None) -> list[str]:
@@ -164,28 +155,20 @@ def _select_plans(
 
     The graph keeps no plan of an unused site.
     """
-    planned = {path: plan for path, plan in graph.plans.items() if not plan.empty and _is_in_model(plan)}
+    # Values computed once per call get their slots where they are read.
+    planned = {path: p for path, p in graph.plans.items() if not p.empty and p.site.kind is not SiteKind.ONCE}
     projections = {path: each for path, each in graph.projections.items() if path in calls}
     fused = {member for each in projections.values() if not each.plan.empty for member in each.sites}
     uncalled = [path for path in planned if path not in calls and path not in fused]
-    unused = [path for path in uncalled if not _is_read(graph, planned[path], used)]
+    # Modules read some weights in their own forward, a few of them in training only.
+    weights = {path: planned[path].site.weight for path in uncalled if planned[path].site.within is not None}
+    read = {path for path, weight in weights.items() if any(graph.node(n) in used for n in find_inputs(graph, weight))}
+    unused = [path for path in uncalled if path not in read]
     if unused and len(unused) == len(planned):
         raise _unreached(f"'{unused[0]}' ({len(unused)} sites) is adapted", graph)
     graph.plans = {path: plan for path, plan in graph.plans.items() if path not in unused}
     single = {path: plan for path, plan in planned.items() if path not in fused and path not in unused}
     return single | {path: each.plan for path, each in projections.items() if not each.plan.empty}, unused
-
-
-def _is_in_model(plan: SitePlan) -> bool:
-    """Whether a plan belongs to a place in the model; values computed once get their slots where they are read."""
-    return plan.site.kind is not SiteKind.ONCE
-
-
-def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
-    """Whether the graph uses a weight that its module reads in its own forward; only training reads some of them."""
-    return plan.site.within is not None and any(
-        graph.node(name) in used for name in find_inputs(graph, plan.site.weight)
-    )
 
 
 def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:
@@ -199,7 +182,8 @@ def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collec
         SiteError: no graph uses any of an adapter's sites.
     """
     captured = list(graphs)
-    reached = {path for graph in captured for path, plan in graph.plans.items() if _is_in_model(plan)}
+    plans = [item for graph in captured for item in graph.plans.items()]
+    reached = {path for path, plan in plans if plan.site.kind is not SiteKind.ONCE}
     for name, paths in touched.items():
         if paths and reached.isdisjoint(paths):
             raise _unreached(f"adapter '{name}' touches '{min(paths)}' ({len(paths)} sites)", *captured)

@@ -30,7 +30,13 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     """
     stored = find_stored_tensors(graph.exported)
     dependent = _find_dependent(graph, positions, stored)
-    exits = [node for node in dependent if _leaves_dependent(node, dependent)]
+    # Values of each token that another kind of node reads; checks, which have no value, do not count.
+    users = {node: [user for user in node.users if user.meta.get("val") is not None] for node in dependent}
+    exits = [
+        node
+        for node in dependent
+        if _is_token_value(node) and any(user not in dependent or not _is_token_value(user) for user in users[node])
+    ]
     found = (_count_table_positions(node, positions, stored) for node in dependent if _is_lookup(node))
     limits = [limit for limit in found if limit is not None]
     if exits:
@@ -56,12 +62,6 @@ def _find_dependent(graph: Graph, positions: fx.Node, stored: Mapping[fx.Node, t
             dependent[node] = None
     del dependent[positions]
     return dependent
-
-
-def _leaves_dependent(node: fx.Node, dependent: Mapping[fx.Node, None]) -> bool:
-    """Whether a node is a value of each token that another kind of node reads."""
-    users = [user for user in node.users if user.meta.get("val") is not None]  # checks have no value
-    return _is_token_value(node) and any(user not in dependent or not _is_token_value(user) for user in users)
 
 
 def _is_token_value(node: fx.Node) -> bool:

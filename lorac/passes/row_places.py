@@ -41,13 +41,16 @@ def add_places(
         why_kinds_shared: kinds of sites whose slots have no places -> why.
         why_branches_shared: why branches have no places; empty where they have.
     """
-    batch = _batch_size(graph)
+    first = next((value for value in find_input_examples(graph.exported).values() if value.dim()), None)
+    batch = first.shape[0] if first is not None and isinstance(first.shape[0], torch.SymInt) else None
     found, shared = dict(planned), dict[str, list[str]]()
     for path, plan in planned.items():
         if not plan.room:
             continue
-        target = why_kinds_shared.get(plan.site.kind, "")
-        why = target or _why_unaligned(calls.get(path, ()), batch) or why_shared(plan)
+        unaligned = "the program is for one number of rows" if batch is None else ""
+        if batch is not None and not all(has_rows(get_example(call.args[0]), batch) for call in calls.get(path, ())):
+            unaligned = "the rows of its input are not those of the batch"
+        why = why_kinds_shared.get(plan.site.kind, "") or unaligned or why_shared(plan)
         if why:
             shared.setdefault(why, []).append(path)
         else:
@@ -63,17 +66,3 @@ def add_places(
             f"{list_some(paths, 1)}: rows with adapters of their own take a call for each choice, since {why}"
         )
     return {**found, **placed}
-
-
-def _batch_size(graph: Graph) -> torch.SymInt | None:
-    """Return the number of rows of the graph's first input; None where the program fixes it."""
-    first = next((value for value in find_input_examples(graph.exported).values() if value.dim()), None)
-    return first.shape[0] if first is not None and isinstance(first.shape[0], torch.SymInt) else None
-
-
-def _why_unaligned(calls: Sequence[fx.Node], batch: torch.SymInt | None) -> str:
-    """Return why the calls of a site cannot tell the rows of a batch apart; empty where they can."""
-    if batch is None:
-        return "the program is for one number of rows"
-    aligned = all(has_rows(get_example(call.args[0]), batch) for call in calls)
-    return "" if aligned else "the rows of its input are not those of the batch"

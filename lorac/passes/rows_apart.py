@@ -32,7 +32,7 @@ class FormulaCall:
 
     Attributes:
         run: runs it for one place.
-        slot: the branch's, with the axes of what it reads and gives.
+        slot: the branch's, with the axes of its inputs and results.
         rows: tensors with a row for each of the batch.
         values: the values that it reads, by the names of a context without an owner.
         context: the context, without values.
@@ -68,19 +68,15 @@ class FormulaCall:
         rows = [make(map(sizes, value.shape), value.dtype) for value in self.rows]
         values = {name: make(map(sizes, value.shape), value.dtype) for name, value in self.values.items()}
         whole = self.run(params, rows, self.context.over(values))
-        alone = [self._run_row(i, params, rows, values) for i in range(_ROWS)]
+        alone = []
+        for i in range(_ROWS):
+            own = {n: v[i : i + 1] if self._axis(n) is ValueAxis.ROWS else v for n, v in values.items()}
+            alone.append(self.run(params, [value[i : i + 1] for value in rows], self.context.over(own)))
         by_row = {name for name, axis in self.results.items() if axis is ValueAxis.ROWS}
         joined = {name: torch.cat([one[name] for one in alone]) for name in by_row}
         pairs = [(whole[name], joined[name]) for name in by_row]
         pairs += [(whole[name], one[name]) for name in self.results if name not in by_row for one in alone]
         return not all(torch.allclose(a, b, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True) for a, b in pairs)
-
-    def _run_row(
-        self, i: int, params: Sequence[Tensor], rows: Sequence[Tensor], values: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        by_row = {name for name in values if self._axis(name) is ValueAxis.ROWS}
-        own = {name: value[i : i + 1] if name in by_row else value for name, value in values.items()}
-        return self.run(params, [value[i : i + 1] for value in rows], self.context.over(own))
 
     def _axis(self, name: str) -> ValueAxis:
         assert self.slot.axes is not None

@@ -126,7 +126,7 @@ def test_observers_see_the_capture_and_every_pass_that_changed_something() -> No
         ),
         (
             [FuseProjections(), Cleanup()],
-            "'cleanup' reads level expanded, .* host\n  run 'insert' and 'expand' before it",
+            "'cleanup' reads level expanded, .* host\n  run passes that lead from level host to level expanded",
         ),
         (
             [InsertAdaptedCalls(), FuseProjections()],

@@ -282,7 +282,7 @@ class ExpandRepeatedLayers(Pass):
         inputs = {node.name: node for node in graph.placeholders()}
         specs = [spec for spec in graph.exported.graph_signature.input_specs if spec.kind in _LAYER_INPUTS]
         weights = {str(spec.target): inputs[spec.arg.name] for spec in specs}
-        repeated, markers = list(graph.find(ops.REPEATED_LAYER)), list(graph.find(ops.MARKER))
+        repeated = list(graph.find(ops.REPEATED_LAYER))
         traced = dict[fx.Node, list[fx.Node]]()
         for node in repeated:
             copier = _LayerCopier(graph.fx, weights, node, self.prefix)
@@ -291,6 +291,7 @@ class ExpandRepeatedLayers(Pass):
             copier.run(traced[copier.begin])
         for node in graph.fx.nodes:
             node.meta.get("custom", {}).pop(_FIRSTS, None)
+        markers = list(graph.find(ops.MARKER))  # of inner layers, some are copies
         for node in markers:
             graph.fx.erase_node(node)
         if repeated:

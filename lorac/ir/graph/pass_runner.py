@@ -63,7 +63,10 @@ def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileErr
         missing = [repr(p.name) for p in passes if graph.level <= p.reads < p.leaves <= step.reads]
         next_step = f"run {' and '.join(missing)} before it"
         if not missing:
-            next_step = f"run passes that lead from level {found} to level {level} before it"
+            next_step = (
+                f"run passes that lead from level {found} to level {level} before it; docs/architecture.md, "
+                '"Levels", lists them'
+            )
     else:
         past = [p.name for p in passes if p.reads <= step.reads < p.leaves]
         next_step = f"run it before {' or '.join(map(repr, past)) or 'the graph leaves that level'}, on a new capture"
