@@ -24,10 +24,9 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Train the adapters of a recipe by TRL or transformers: any method, rule, initialiser and optimizer by name."""
-    from torch import distributed
-
     from lorac.trainer import read_recipe
     from lorac.trainer import train as run
+    from lorac.trainer.run import leave_process_group
 
     recipe = read_recipe(config)
     host, folder = model or recipe.model, out or recipe.out
@@ -41,12 +40,7 @@ def train(
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     with contextlib.redirect_stdout(sys.stderr):  # trainers print their log
         names = [*run(loaded, processing_class, recipe, str(folder), resume=resume).adapters]
-    if distributed.is_available() and distributed.is_initialized():
-        # Left to the interpreter's end, torch's process group may abort or hang: its end waits for its threads with
-        # Python's lock held. One of them may need that to let go of a gathered tensor, and gets it while this process
-        # waits for the others.
-        distributed.barrier()
-        distributed.destroy_process_group()
+    leave_process_group()
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 
 

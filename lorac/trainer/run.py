@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 import lorac
 from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors
@@ -138,6 +138,19 @@ class _Run:
     def _construct(self, trainer_class: Any, compiled: Any, **options: Any) -> Any:
         with translate_errors(OptionError, f"{trainer_class.__name__} refuses the recipe", next_step=_STEP):
             return trainer_class(model=compiled, **self.settings, **options)
+
+
+def leave_process_group() -> None:
+    """Leave torch's default process group, if there is one: left to the interpreter's end, it may abort or hang.
+
+    Every process of the group has to call it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    # The group's end waits for its threads with Python's lock held. One of them may need that to let go of a gathered
+    # tensor, and gets it while this process waits for the others.
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _accuracy(predicted: Any) -> dict[str, float]:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 import lorac
 from lorac.trainer import checkpoints
-from lorac.trainer.process_group import leave_process_group
+from lorac.trainer.run import leave_process_group
 from tests.trainer.trainings import compiled_of, plan, trainer_of
 
 KILLED_AT = 3
