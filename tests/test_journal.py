@@ -35,7 +35,7 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.medium("test_a_part_that_does_not_exist_is_refused")
+@pytest.mark.medium("test_rejects_a_part_that_does_not_exist")
 @pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["alone", "workers"])
 def test_parts_add_up_and_only_failed_tests_run_again(run, tmp_path, workers):
     code, printed = run("--part=1/2", *workers)
@@ -48,6 +48,6 @@ def test_parts_add_up_and_only_failed_tests_run_again(run, tmp_path, workers):
     assert f"{2 * TOGETHER} passed and 0 failed of this commit so far" in printed
 
 
-def test_a_part_that_does_not_exist_is_refused(run):
+def test_rejects_a_part_that_does_not_exist(run):
     code, printed = run("--part=3/2")
     assert code == 4 and "--part 3/2: there are parts 1 to 2" in printed

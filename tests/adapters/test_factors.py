@@ -167,7 +167,7 @@ def test_the_dtype_of_the_factors() -> None:
         assert {found["site"].a.dtype, found["site"].b.dtype} == {torch.float64}
 
 
-def test_nothing_is_recorded_and_nothing_written(model: nn.Module) -> None:
+def test_returns_factors_without_gradients_and_leaves_the_model(model: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapter = drawn(model, lorac.DoRA(r=2, targets=["site"]))
     change = lorac.factors(adapter, model)["site"]

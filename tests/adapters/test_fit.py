@@ -314,7 +314,7 @@ class Packed(nn.Parameter):
     """Stands for a quantised weight: its numbers are not the base's."""
 
 
-def test_no_hash_is_taken_of_a_quantised_weight() -> None:
+def test_computes_no_hash_of_a_quantised_weight() -> None:
     quantised = model()
     quantised.up.weight = Packed(torch.zeros(6, 4))  # type: ignore[union-attr]
     assert lorac.sites(quantised)["up"].packed == "Packed"

@@ -119,7 +119,7 @@ def test_a_tolerance_finds_the_rank_of_each_site():
 
 
 @torch.no_grad()
-def test_an_error_above_the_tolerance_is_refused():
+def test_rejects_an_error_above_the_tolerance():
     model, _, adapter = made(lorac.HiRA(r=2, targets=("0", "2")))
     with refuses("not_mergeable", match=r"rank 1 misses 0\.\d+ of what 'a' does to '0', more than tolerance=0\.01"):
         lorac.to_lora(adapter, model, rank=1, tolerance=0.01)

@@ -97,7 +97,7 @@ def test_chooses_one_rank_for_a_stack():
     assert_close(truncate_product(b, a).b @ truncate_product(b, a).a, stack)
 
 
-def test_nothing_stays_nothing():
+def test_keeps_a_matrix_of_zeros():
     for cut in (truncate_matrix(torch.zeros(5, 4)), truncate_product(torch.zeros(5, 3), torch.rand(3, 4))):
         assert (cut.rank, cut.error, float(cut.b.abs().sum())) == (1, 0.0, 0.0)
 

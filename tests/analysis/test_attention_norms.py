@@ -104,6 +104,6 @@ def test_leaves_the_model_unchanged(model):
     assert not any("lorac" in name for name in transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)
 
 
-def test_a_model_without_the_interface_is_refused():
+def test_rejects_a_model_without_the_interface():
     with pytest.raises(lorac.Unavailable, match="does not attend through"):
         measure_attention(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)})

@@ -27,7 +27,7 @@ def _name_and_size() -> tuple[str, int]:
 
 @pytest.mark.medium("an embedding with an adapter", cases=["embedding as it is-*"])
 @pytest.mark.parametrize("numpy", [False, True])
-def test_ids_that_there_are_not(compiled: lorac.Compiled, numpy: bool, tmp_path: Path) -> None:
+def test_rejects_ids_out_of_range(compiled: lorac.Compiled, numpy: bool, tmp_path: Path) -> None:
     name, size = _name_and_size()
     for wrong in (-1, size, 10**6):
         ids = ENTRY.inputs()[name].clone()

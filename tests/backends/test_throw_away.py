@@ -124,14 +124,14 @@ def test_rejects_an_op_that_the_target_does_not_claim(model: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("offered")
-def test_its_options_are_its_own(model: nn.Module) -> None:
+def test_rejects_an_unknown_option_of_a_target(model: nn.Module) -> None:
     assert {"eager", "onnxruntime", "plain"} <= set(targets.targets())
     with pytest.raises(lorac.OptionError, match="target 'plain' has no option 'thread'") as error:
         lorac.compile(model, {}, target="plain", thread=1)
     assert "nearest: threads" in str(error.value)
 
 
-def test_a_target_that_nobody_offers(model: nn.Module) -> None:
+def test_rejects_an_unknown_target(model: nn.Module) -> None:
     with pytest.raises(lorac.OptionError, match="there is no target 'onnxruntme'") as error:
         lorac.compile(model, {}, target="onnxruntme")
     assert "nearest: onnxruntime" in str(error.value)

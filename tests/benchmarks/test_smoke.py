@@ -213,7 +213,7 @@ def test_help_lists_the_options(name, capsys):
 
 
 @pytest.mark.slow("test_reports_why_a_process_failed starts one")
-def test_processes_of_their_own(tmp_path, monkeypatch, capsys):
+def test_measures_in_separate_processes(tmp_path, monkeypatch, capsys):
     """The full run's way: each job is measured by a fresh process, and its median over processes is what counts."""
     monkeypatch.chdir(ROOT)
     options = ["--smoke", "--processes", "1", "--only", "eager", "--json", str(tmp_path / "result.json")]
@@ -243,7 +243,7 @@ def test_a_failing_benchmark_does_not_stop_the_others(tmp_path, monkeypatch, cap
     assert capfd.readouterr().out == "measured\n"
 
 
-def test_a_table_without_a_promised_row_is_refused():
+def test_rejects_a_table_without_a_promised_row():
     from benchmarks import common
 
     table = common.Table("title", ("side", "ratio"), [("a", "1")], [("b",)], {})

@@ -32,7 +32,7 @@ def test_nothing_goes_wrong(run: soak_bank.BankSoak) -> None:
     assert tally.wrong([found | {"end": found["start"]}]) == {}
 
 
-def test_bytes_that_stay_counted_are_seen(run: soak_bank.BankSoak, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_bytes_that_stay_counted(run: soak_bank.BankSoak, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryBudget, "_settle", lambda self: None)
     run._round(run.models[0])
     assert run.count["wrong let go of all"]

@@ -121,7 +121,7 @@ class Reads(nn.Module):
         return answer
 
 
-def test_where_peft_cannot_adapt_convolutions_linears_are_adapted_alone() -> None:
+def test_adapts_only_linears_where_peft_rejects_convolutions() -> None:
     assert _check(build=Reads)["ways"]["eager live"]["outcome"] == "ok"
 
 
@@ -156,7 +156,7 @@ def test_decides_nothing_where_peft_loads_only_part_of_an_adapter(monkeypatch: p
     assert (found["outcome"], found["class"]) == ("peft-cannot", "LosesTensors")
 
 
-def test_where_an_adapter_moves_nothing_nothing_is_decided(tmp_path: Path) -> None:
+def test_decides_nothing_where_an_adapter_has_no_effect(tmp_path: Path) -> None:
     subject = checking._subject(Entry("here/pair", "here", Pair, _call))
     checking._adapt(subject, tmp_path, adapting.lora)
     assert checking._decides(subject)
@@ -176,7 +176,7 @@ class Chooses(Pair):
         return super().forward(x) + x.sum(-1).gather(1, best)[..., None]
 
 
-def test_a_host_that_chooses_among_equal_numbers_decides_nothing() -> None:
+def test_decides_nothing_where_a_model_chooses_among_equal_numbers() -> None:
     assert _check(build=lambda: Chooses(-1.0))["ways"]["eager live"]["outcome"] == "ok"
     found = _check(build=lambda: Chooses(0.0))
     assert found["outcome"] == "host-cannot" and "equal numbers" in found["message"]

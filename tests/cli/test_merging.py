@@ -110,6 +110,6 @@ def test_rejects_adapters_from_options_and_recipe_together(given, folder):
         run(*given, "-o", "out")
 
 
-def test_an_option_without_a_value_is_refused(folder):
+def test_rejects_an_option_without_a_value(folder):
     with pytest.raises(lorac.OptionError, match=r"'density' is not an option of a method\n.*KEY=VALUE"):
         run("-a", "a", "-s", "density", "-o", "out")

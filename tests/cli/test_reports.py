@@ -177,7 +177,7 @@ def test_dynamic_shapes():
         (lambda: parse_dynamic_shapes(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),
     ],
 )
-def test_misspelt_options_are_refused(call, message):
+def test_rejects_misspelt_options(call, message):
     with pytest.raises(lorac.OptionError) as raised:
         call()
     assert message in str(raised.value)

@@ -53,7 +53,7 @@ def test_writes_an_adapter_of_the_target(soft: list[str], folder: Path) -> None:
 
 
 @pytest.mark.medium("test_writes_an_adapter_of_the_target")
-def test_a_method_of_its_own(folder: Path) -> None:
+def test_accepts_another_method(folder: Path) -> None:
     code, _ = run("--method", "dora", "-s", 'targets=["q_proj"]')
     assert code == 0 and lorac.load_adapter(folder / "out", llama(24, 5)).variant.name == "dora"
 

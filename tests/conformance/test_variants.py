@@ -55,7 +55,7 @@ BUILT_IN = {
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_has_an_oracle_of_its_own(name):
+def test_every_method_has_an_oracle(name):
     file = ORACLES / f"{name}.py"
     assert file.exists(), f"write the equations of '{name}' in NumPy, from its paper: {file}"
     source = file.read_text()

@@ -125,7 +125,7 @@ def own_words(eager: lorac.Compiled, unet: Any, states: Tensor) -> dict[str, dic
     return found
 
 
-def test_the_models_own_words_everywhere_are_the_model(unet: Any, eager: lorac.Compiled) -> None:
+def test_equals_the_model_with_its_own_words_in_every_box(unet: Any, eager: lorac.Compiled) -> None:
     given = inputs(1)
     put(eager, [(0.0, 0.0, 1.0, 1.0)], out_A=torch.zeros(()))
     for path, words in own_words(eager, unet, given["encoder_hidden_states"][0]).items():
@@ -188,14 +188,14 @@ def test_maps_are_probabilities_by_row(unet: Any, eager: lorac.Compiled) -> None
 
 
 @pytest.mark.parametrize("path", ["conv_in", "attn1.to_out.0"])
-def test_other_layers_are_refused(unet: Any, path: str) -> None:
+def test_rejects_other_layers(unet: Any, path: str) -> None:
     with refuses("site_unsupported", match=r"output projections of cross-attention(.|\n)*attn2\.to_out\.0"):
         lorac.compile(unet, {"maps": AttentionMaps(targets=[path])})
 
 
 @pytest.mark.parametrize("variant", [AttentionMaps(), RegionAttention()])
 @pytest.mark.parametrize("second", [(), (0,)])
-def test_joint_attention_is_refused(variant: Any, second: tuple[int, ...]) -> None:
+def test_rejects_joint_attention(variant: Any, second: tuple[int, ...]) -> None:
     """SD3.5's second attention has the name of a U-Net's cross-attention, and is self-attention."""
     model = diffusers.SD3Transformer2DModel(
         sample_size=4, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,

@@ -127,7 +127,7 @@ def test_a_vae_that_overflows_in_half_precision_is_computed_in_float32(folder: P
         lorac.diffusion.compile(original("stable_diffusion_xl", folder), dtype="float16")
 
 
-def test_a_number_of_choices_that_is_not_that_of_the_prompts_is_refused(folder: Path) -> None:
+def test_rejects_a_wrong_number_of_choices(folder: Path) -> None:
     made = compiled("stable_diffusion", folder, "eager")
     with refuses("choice_error", match="2 choices of adapters for 3 rows"):
         paint(made, ["a", "b", "c"], adapters=["one", None])

@@ -119,7 +119,7 @@ def test_matches_peft(call, tmp_path, by_layers):
 @pytest.mark.medium("every bias", keep=["all"])
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @torch.no_grad()
-def test_there_and_back(bias, tmp_path, by_layers):
+def test_round_trips_through_peft(bias, tmp_path, by_layers):
     model, inputs = made()
     given = dict(zip(("x", "other"), inputs, strict=True))
     config = LoraConfig(r=2, target_modules=["attn", "head"], bias=bias, use_rslora=True, rank_pattern={"head": 1})

@@ -163,7 +163,7 @@ def test_layers_adapted_by_their_weights_names(tmp_path):
 
 
 @torch.no_grad()
-def test_there_and_back(tmp_path):
+def test_round_trips_through_peft(tmp_path):
     model, x = mixture()
     oracle = make_peft(model, tmp_path / "theirs", CONFIG, inputs={"x": x})
     read = load_adapter(tmp_path / "theirs", model)

@@ -134,7 +134,7 @@ def _threes(host: Host, x: Tensor, other: Any) -> Tensor:
     ("forward", "right", "refused"),
     [(_small, (1, 2, 5), (0, 6, 9)), (_alone, (2, 7), (1,)), (_pairs, (2, 4, 8), (1, 5)), (_threes, (1, 2, 7), (3, 6))],
 )
-def test_a_size_at_which_the_model_goes_another_way_is_refused(
+def test_rejects_a_size_at_which_the_model_branches_otherwise(
     forward: Forward, right: tuple[int, ...], refused: tuple[int, ...]
 ):
     """Silence would be another function's answer: torch checks no sizes once a program is captured."""
@@ -217,7 +217,7 @@ def _python(host: Host, x: Tensor, other: Any) -> Tensor:
         (_python, "the model is stochastic: .* the program repeats what was drawn when it was captured, and could not"),
     ],
 )
-def test_a_stochastic_host_is_named_and_nobody_blamed(forward: Forward, text: str, tmp_path: Path):
+def test_names_a_stochastic_model(forward: Forward, text: str, tmp_path: Path):
     states = torch.get_rng_state(), random.getstate()
     with _one_warning(text):
         _, compiled = _compiled(forward, _x(2))
@@ -283,7 +283,7 @@ def test_rejects_a_model_that_writes_its_weights(forward: Forward):
     assert torch.equal(host.linear.weight, before) and zoo.fingerprint(host) == mark
 
 
-def test_a_host_with_a_generator_of_its_own_is_refused():
+def test_rejects_a_model_with_its_own_generator():
     host = Host(lambda host, x, other: host.linear(x) + torch.rand(5, generator=host.generator))
     host.generator = torch.Generator().manual_seed(3)  # type: ignore[assignment]  (not a module's usual attribute)
     before = host.generator.get_state()
@@ -366,7 +366,7 @@ def test_rejects_a_program_with_another_mask():
         lorac.compile(model, {}, target="onnxruntime")
 
 
-@pytest.mark.medium("test_a_stochastic_host_is_named_and_nobody_blamed")
+@pytest.mark.medium("test_names_a_stochastic_model")
 def test_a_masked_autoencoder_that_masks_at_random_is_named():
     config = {**IMAGE, "decoder_hidden_size": 32, "decoder_num_attention_heads": 4, "decoder_num_hidden_layers": 1}
     with _one_warning("the model is stochastic"):

@@ -88,7 +88,7 @@ def test_captures_a_cast_to_the_same_dtype():
     assert_close(captured_program(host, (X,)).module()(X), host(X))
 
 
-def test_a_layer_that_is_cast_to_something_else_is_refused_by_line():
+def test_rejects_a_cast_to_another_dtype_and_names_the_line():
     host = Casting(torch.float64)
     with refuses("capture_failed", match=r"self.router.to\(self.dtype\): it casts its own weight 'weight'"):
         captured_program(host, (X,))
@@ -145,7 +145,7 @@ class Deciding(nn.Module):
 
 @pytest.mark.medium("the other value", cases=["True"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_program_goes_the_examples_way_and_refuses_calls_that_go_another(masked: bool):
+def test_rejects_calls_that_take_another_branch_than_the_example(masked: bool):
     host, adapter = Deciding().eval(), lorac.LoRA(r=2, targets=["linear"])
     way = {False: torch.ones(3, 5), True: torch.ones(3, 5).tril()}
     call = {"x": X[:, :5], "mask": way[masked][:2]}

@@ -89,7 +89,7 @@ def test_leaves_the_model_unchanged(target, mode, adapters, training):
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_with_nothing_active_the_compiled_model_answers_as_the_host(mode):
+def test_matches_the_model_without_active_adapters(mode):
     entry = ZOO["tiny_llama"]
     compiled = lorac.compile(entry.model(), {"a": lorac.LoRA(r=2, targets=["q_proj"])}, mode=mode, active=None)
     assert raw(compiled, entry.inputs()) == raw(entry.model(), entry.inputs())

@@ -257,7 +257,7 @@ def test_nothing_is_merged_into_a_quantised_weight(adapter: Any, mode: str, says
         lorac.compile(Reader().eval(), {"a": adapter}, target="onnxruntime", mode=mode, weights="int4")
 
 
-def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
+def test_rejects_a_model_without_quantisable_weights() -> None:
     model = nn.Sequential(nn.Linear(64, 48, dtype=torch.float64)).eval()
     options = {"target": "onnxruntime", "example_inputs": (torch.ones(2, 64, dtype=torch.float64),)}
     with pytest.raises(
@@ -308,7 +308,7 @@ def test_quantises_a_table_of_positions_as_its_weight() -> None:
     assert compiled.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2).shape[1] <= 5
 
 
-def test_a_head_that_the_model_lacks_is_refused() -> None:
+def test_rejects_a_head_that_the_model_lacks() -> None:
     model = nn.Sequential(nn.Linear(64, 48)).eval()
     options = {"target": "onnxruntime", "weights": "int4", "example_inputs": (torch.ones(2, 64),)}
     with pytest.raises(OptionError, match="none that is as large as an embedding"):

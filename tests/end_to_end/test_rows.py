@@ -82,6 +82,6 @@ def test_values_that_the_model_checks_are_checked_in_every_part(program: Any):
             program(**{**call, "heights": wrong})
 
 
-def test_rows_of_unequal_shares_are_refused(program: Any):
+def test_rejects_rows_of_unequal_shares(program: Any):
     with pytest.raises(lorac.InputMismatch, match="'pieces' has size 7 on axis 0, which does not divide"):
         program(**{**_call(3), "pieces": torch.zeros(7, 4)})

@@ -89,7 +89,7 @@ def test_a_site_that_writes_into_the_output_is_used():
 
 @pytest.mark.medium("live", keep=["live"])
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
-def test_an_adapter_on_nothing_else_is_refused(mode):
+def test_rejects_an_adapter_on_unused_sites_only(mode):
     options = {"target": "onnxruntime", "mode": mode, "example_inputs": (X,)}
     idle, busy = lorac.LoRA(r=2, targets=["key", "pooler"]), lorac.LoRA(r=2, targets=["out"])
     with refuses("site_unreached", match="no output of the captured graph 'main' depends on it"):

@@ -148,7 +148,7 @@ def copied(tmp_path):
     return Path(shutil.copytree(FILES / "bert" / "houlsby", tmp_path / "houlsby"))
 
 
-def test_without_its_model_a_file_means_nothing():
+def test_rejects_a_file_without_its_model():
     with pytest.raises(lorac.BaseNeeded, match="blocks by number"):
         lorac.load_adapter(FILES / "bert" / "houlsby")
 

@@ -36,7 +36,7 @@ def test_reads_a_checkpoint_with_and_without_its_model(compiled: Any, state: dic
         assert all(map(torch.equal, read.parameters(), own.parameters()))
 
 
-def test_a_record_that_is_none_is_refused_with_the_file(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_rejects_an_invalid_record_and_names_the_file(state: dict[str, Tensor], tmp_path: Path) -> None:
     wrong = {"is not a text": torch.zeros(2), "holds a list": torch.tensor([*b"[]"], dtype=torch.uint8)}
     for what, record in wrong.items():
         save_file({**state, RECORD: record}, tmp_path / FILE)

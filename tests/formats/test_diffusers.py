@@ -129,7 +129,7 @@ def test_diffusers_reads_saved_files(
 
 @pytest.mark.medium("test_diffusers_reads_saved_files, and every spelling is read")
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_there_and_back(use_dora: bool, pair: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trips(use_dora: bool, pair: dict[str, Any], tmp_path: Path) -> None:
     """PEFT -> kohya -> diffusers -> PEFT."""
     tensors = image_files.peft_tensors(image_files.adapt_with_peft(pair, use_dora=use_dora))
     file = image_files.to_kohya(tensors, ALPHAS)

@@ -102,7 +102,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_tensors_are_refused_by_name(files: list[sound.Sound], damage: str, tmp_path: Path) -> None:
+def test_rejects_damaged_tensors_by_name(files: list[sound.Sound], damage: str, tmp_path: Path) -> None:
     """Or, of a layer with one tensor in a file that lists no layers, and of a copy of the base: it alone is gone.
 
     Renamed to another layer's name it would be that layer's.

@@ -34,7 +34,7 @@ def folder(tmp_path: Path, adapter: Adapter) -> Path:
     return tmp_path / "sql"
 
 
-def test_nothing_there(tmp_path: Path, folder: Path) -> None:
+def test_rejects_a_missing_path(tmp_path: Path, folder: Path) -> None:
     with refuses("unknown_format", match="there is no adapter at") as error:
         load_adapter(tmp_path / "sq")
     assert error.value.nearest == "sql"

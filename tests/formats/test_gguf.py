@@ -82,7 +82,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     assert_equal(lorac.load_adapter(tmp_path / "a.gguf", model()), adapter)
 
 
-def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+def test_rejects_other_dtypes(tmp_path: Path) -> None:
     adapter = moved(lorac.LoRA(r=2, targets=["o_proj"]))
     for tensors in adapter.tensors.values():
         tensors |= {name: tensor.detach().double() for name, tensor in tensors.items()}

@@ -173,14 +173,14 @@ def test_rejects_a_scalar_instead_of_a_matrix(tmp_path: Path) -> None:
             load_adapter(tmp_path / "a.safetensors", model)
 
 
-def test_an_alpha_without_factors_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_alpha_without_factors(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(12, 16), "b": nn.Linear(12, 16)})
     save_file(_lora("lycoris_a", 1.0) | {"lycoris_b.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
     with pytest.raises(lorac.FormatError, match=r"lycoris_b\.alpha"):
         load_adapter(tmp_path / "a.safetensors", model)
 
 
-def test_a_name_that_two_modules_have_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_name_of_two_modules(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a_b": nn.Linear(12, 16), "a": nn.ModuleDict({"b": nn.Linear(12, 16)})})
     save_file(_lora("lycoris_a_b", None), tmp_path / "a.safetensors")
     with pytest.raises(lorac.FormatError, match=r"'a\.b' and 'a_b'"):

@@ -117,7 +117,7 @@ def test_fields_that_change_the_result(folder: Path, name: str, value: object) -
 
 
 @pytest.mark.parametrize("name", sorted(peft_types()["LORA"].fields))
-def test_no_refused_field_is_untested(name: str) -> None:
+def test_every_rejected_field_is_tested(name: str) -> None:
     if isinstance(peft_types()["LORA"].fields[name], Refused):
         marks = test_fields_that_change_the_result.pytestmark  # type: ignore[attr-defined]
         assert name in {case[0] for mark in marks for case in mark.args[1]}
@@ -125,7 +125,7 @@ def test_no_refused_field_is_untested(name: str) -> None:
 
 @pytest.mark.parametrize("value", [None, False, [], {}])
 @pytest.mark.parametrize("name", ["arrow_config", "target_parameters", "use_qalora", "layer_replication"])
-def test_refused_fields_at_rest(folder: Path, name: str, value: object) -> None:
+def test_accepts_neutral_values_of_rejected_fields(folder: Path, name: str, value: object) -> None:
     configure(folder, **{name: value})
     assert type(load_adapter(folder).variant) is LoRA
 

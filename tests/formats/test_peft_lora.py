@@ -229,7 +229,7 @@ def test_ignores_fields_that_matter_only_in_training(tmp_path: Path, extra: dict
     parity.assert_parity(ours, call(oracle, inputs), call(model, inputs))
 
 
-def test_grouped_convolutions_with_dora_are_refused(tmp_path: Path) -> None:
+def test_rejects_grouped_convolutions_with_dora(tmp_path: Path) -> None:
     model = ZOO["plain_conv"].fresh(torch.float64)
     config = LoraConfig(r=4, target_modules=["grouped"], use_dora=True, init_lora_weights=False)
     with peft_files.quiet():

@@ -118,7 +118,7 @@ def test_oft_of_another_series(tmp_path: Path) -> None:
         load_adapter(folder)
 
 
-def test_a_product_of_no_rows_is_refused_in_words(tmp_path: Path) -> None:
+def test_rejects_a_product_without_rows(tmp_path: Path) -> None:
     folder = save_small(tmp_path / "f", "LOKR", decompose_both=False)
     change_tensors(folder, {"model.up.lokr_w1": torch.ones(0, 2)})
     with pytest.raises(LoracError):

@@ -139,7 +139,7 @@ def test_needs_the_base(tmp_path: Path, init: str) -> None:
     assert load_file(folder / peft_files.WEIGHTS)
 
 
-def test_refused_where_peft_begins_none_so(tmp_path: Path) -> None:
+def test_rejects_initialisations_that_peft_lacks(tmp_path: Path) -> None:
     folder = peft_files.save_small(tmp_path / "f", "LORA", target_modules=["embed"])
     peft_files.configure(folder, init_lora_weights="pissa")
     with refuses("unsupported_field", match="embedding"):

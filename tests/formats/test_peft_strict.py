@@ -174,7 +174,7 @@ def test_groups(make: Make) -> None:
 # The sites
 
 
-def test_targets_that_match_nothing(make: Make) -> None:
+def test_rejects_targets_that_match_nothing(make: Make) -> None:
     folder = make()
     configure(folder, target_modules=["upp"])
     error = refuse(SiteError, folder, "targets 'upp', which matches no site", ZOO["plain_mlp"].model())

@@ -37,7 +37,7 @@ def change(path: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
 @pytest.mark.medium("methods of factors, of indices, and of shared vectors", keep=["lora-*", "shira-*", "vblora-*"])
 @pytest.mark.parametrize("how", CHANGES)
 @pytest.mark.parametrize("method", ["fourierft", "oft", "shira", "trainable_tokens", "vblora", "lora"])
-def test_a_method_is_read_or_refused(method: str, how: str, tmp_path: Path) -> None:
+def test_reads_or_rejects_every_method(method: str, how: str, tmp_path: Path) -> None:
     for one in sound.write_methods(tmp_path, [method]):
         place = tmp_path / one.place
         if one.kind == "bin":

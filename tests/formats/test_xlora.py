@@ -49,7 +49,7 @@ def test_a_classifier_is_not_made_larger_than_its_file(format: str, field: str, 
         lorac.load_adapter(here, model())
 
 
-def test_the_authors_softmax_over_the_batch_is_refused(tmp_path: Path) -> None:
+def test_rejects_the_authors_softmax_over_the_batch(tmp_path: Path) -> None:
     with refuses("unsupported_field", match=r"enable_softmax_topk=True[\s\S]*depend on the whole batch"):
         lorac.load_adapter(authors(tmp_path, enable_softmax_topk=True), model())
     given = lorac.Adapter("x", replace(adapter().variant, enable_softmax_topk=True), adapter().tensors)
@@ -108,7 +108,7 @@ def test_a_seal_covers_the_classifier_and_the_experts(format: str, tmp_path: Pat
         lorac.load_adapter(tmp_path / "w", model())
 
 
-def test_an_x_lora_of_x_loras_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_x_lora_of_x_loras(tmp_path: Path) -> None:
     here = complete(tmp_path / "x")
     shutil.rmtree(here / "1")
     shutil.copytree(complete(tmp_path / "inner"), here / "1")
@@ -174,7 +174,7 @@ def test_the_authors_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("top_k_lora", 99), ("softmax_temperature", 0.0), ("xlora_dropout_p", 2.0)]
 )
-def test_a_value_that_the_method_does_not_take_is_refused_in_a_file(field: str, value: float, tmp_path: Path) -> None:
+def test_rejects_an_invalid_value_in_a_file(field: str, value: float, tmp_path: Path) -> None:
     with refuses("unsupported_field", match=f"takes no {field.removeprefix('xlora_')}={value}") as refused:
         lorac.load_adapter(complete(tmp_path / "x", **{field: value}), model(), "x")
     assert str(tmp_path / "x") in refused.value.what

@@ -99,7 +99,7 @@ def test_its_attributes_are_the_modules():
 
 
 @torch.no_grad()
-def test_arguments_of_its_own():
+def test_accepts_a_layer_with_further_arguments():
     model, ids = host(lambda: Shifted(9, 6)).site, torch.tensor([[0, 3], [1, 2]])
     model = nn.ModuleDict({"site": model})
     live = lorac.compile(model, {"a": trained(model, 0.3)})

@@ -119,7 +119,7 @@ def test_observes_the_first_call_without_example_inputs(name: str, mode: str, tm
 
 @pytest.mark.parametrize(("target", "mode"), SETTINGS)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_refuses_an_adapter_that_acts_nowhere(spelling: str, target: str, mode: str) -> None:
+def test_rejects_an_adapter_that_acts_nowhere(spelling: str, target: str, mode: str) -> None:
     adapter = lorac.LoRA(r=2, targets=["qkv"])
     with refuses("site_unreached", match="adapter 'lora' has no effect: it acts on 'qkv'"):
         lorac.compile(Reader(spelling), [adapter], target=target, mode=mode, example_inputs=(X,))
@@ -127,14 +127,14 @@ def test_refuses_an_adapter_that_acts_nowhere(spelling: str, target: str, mode: 
 
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_refuses_it_in_each_first_call_without_example_inputs(spelling: str, mode: str) -> None:
+def test_rejects_it_in_each_first_call_without_example_inputs(spelling: str, mode: str) -> None:
     compiled = lorac.compile(Reader(spelling), [lorac.LoRA(r=2, targets=["qkv"])], mode=mode)
     for _ in range(2):
         with refuses("site_unreached", match="adapter 'lora' has no effect: it acts on 'qkv'"):
             compiled(X)
 
 
-def test_refuses_an_adapter_that_is_added_and_acts_nowhere() -> None:
+def test_rejects_an_adapter_that_is_added_and_acts_nowhere() -> None:
     with _warns():
         compiled = lorac.compile(Reader(), [lorac.LoRA(r=2, targets=["qkv", "out"])], example_inputs=(X,))
     with refuses("site_unreached", match="adapter 'b' has no effect: it acts on 'qkv'"):

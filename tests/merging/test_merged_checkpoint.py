@@ -142,7 +142,7 @@ def test_files_that_hold_other_weights_are_left_out_with_a_word(given):
     assert not any((out / name).exists() for name in made.left_out)
 
 
-def test_nothing_is_written_where_something_is(given):
+def test_rejects_an_existing_folder(given):
     model, adapter, out = given
     out.mkdir()
     merge_checkpoint(model, adapter, out)
@@ -191,7 +191,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_folders_are_refused(what, given):
+def test_rejects_wrong_folders(what, given):
     model, adapter, out = given
     code, spoil = WRONG[what]
     spoil(model)
@@ -245,7 +245,7 @@ UNTOUCHED = {
 }
 
 
-def test_experts_that_are_missing_or_of_other_shapes_are_refused(tmp_path):
+def test_rejects_experts_that_are_missing_or_of_other_shapes(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=2, vocab_size=20))
     model.save_pretrained(tmp_path / "model")
@@ -258,7 +258,7 @@ def test_experts_that_are_missing_or_of_other_shapes_are_refused(tmp_path):
             merge_checkpoint(tmp_path / "model", adapter, tmp_path / "out")
 
 
-def test_an_adapter_of_another_model_is_refused(given):
+def test_rejects_an_adapter_of_another_model(given):
     model, adapter, out = given
     with refuses("base_mismatch"):
         path = next(path for path in model.glob("*.safetensors") if any("q_proj" in name for name in load_file(path)))

@@ -196,7 +196,7 @@ def test_rejects_sites_that_cannot_be_merged_by_name():
         lorac.merge_into(normed, adapter_for(normed, lorac.LoRA(r=1, targets=["0"])))
 
 
-def test_arguments_that_choose_nothing_are_refused():
+def test_rejects_arguments_that_choose_nothing():
     model = nn.Sequential(nn.Linear(6, 4))
     one, other = (lorac.compile(model, {n: lorac.LoRA(r=1, targets=["0"])}).adapters[n] for n in "ab")
     with refuses("choice_error", match=r"adapters a, b\n.*active="):
@@ -219,7 +219,7 @@ def test_arguments_that_choose_nothing_are_refused():
         lorac.merge_into(model, one, {"a": lorac.Active(1.0, rank=1)})
 
 
-def test_values_that_float16_cannot_hold_are_refused():
+def test_rejects_values_that_float16_cannot_hold():
     model = nn.Sequential(nn.Linear(6, 4)).half()
     adapter = adapter_for(model, lorac.LoRA(r=1, targets=["0"]))
     with torch.no_grad():

@@ -89,13 +89,13 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
-def test_arguments_that_make_no_sense_are_refused(case):
+def test_rejects_arguments_that_make_no_sense(case):
     given, options, code, said = ARGUMENTS[case]
     with refuses(code, match=said):
         lorac.merge([lora("a", 1, r=2), lora("b", 2, r=3)], *given, **options)
 
 
-def test_adapters_that_do_not_fit_each_other_are_refused():
+def test_rejects_adapters_that_do_not_fit_each_other():
     one, other = lora("a", 1, r=2), lora("b", 2, r=3)
     other.tensors["fc1"], other.tensors["fc2"] = other.tensors["fc2"], other.tensors["fc1"]
     with refuses("shape_mismatch", match="different layers"):

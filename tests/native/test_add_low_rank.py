@@ -60,7 +60,7 @@ def test_factors_in_float16_round_alone(native: Path) -> None:
     ("name", "shape"),
     [("0:b", (1, 15, 576)), ("1:b", (1, 15, 192)), ("2:a", (2, 576, 16)), ("base", (1, 2, 960))],
 )
-def test_other_shapes_are_refused(native: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_rejects_other_shapes(native: Path, name: str, shape: tuple[int, ...]) -> None:
     feeds = {**make_feeds(CASES[0]), name: np.zeros(shape, np.float32)}
     with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="AddLowRank"):
         session(CASES[0], native, 1).run(None, feeds)
@@ -100,7 +100,7 @@ def test_rows_may_bring_different_numbers_of_tokens(native: Path, counts: list[i
 
 
 @pytest.mark.parametrize("counts", [[3, 3, 3, 3], [4, 4, 4], [9, -1, 0, 0]], ids=str)
-def test_other_numbers_of_tokens_are_refused(native: Path, counts: list[int]) -> None:
+def test_rejects_other_numbers_of_tokens(native: Path, counts: list[int]) -> None:
     feeds = {**uneven_feeds([2, 2, 2, 2], 2), "counts": np.array(counts, np.int32)}
     with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="AddLowRank"):
         uneven_session(native).run(None, feeds)

@@ -125,13 +125,13 @@ def test_rejects_the_option_without_the_library(model: LlamaForCausalLM) -> None
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", 1, None])
-def test_other_values_are_refused(model: LlamaForCausalLM, kind: object) -> None:
+def test_rejects_other_values(model: LlamaForCausalLM, kind: object) -> None:
     with pytest.raises(LoracError, match="native"):
         _compile(model, {}, kind)  # type: ignore[arg-type]  # it is what is tested
 
 
 @needs_compiler
-def test_values_that_float16_does_not_have_are_refused(
+def test_rejects_values_beyond_float16(
     model: LlamaForCausalLM, adapters: dict[str, lorac.Adapter], native: Path
 ) -> None:
     large = copy.deepcopy(adapters["lora"])

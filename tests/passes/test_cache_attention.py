@@ -68,7 +68,7 @@ def test_parts_of_a_sequence_match_the_whole(name):
         past = past + new
 
 
-def test_what_depends_on_positions_alone_is_looked_up():
+def test_looks_up_values_that_depend_only_on_positions():
     graph = grown_llama()
     angles = set(graph.find(torch.ops.aten.cos.default, torch.ops.aten.sin.default))
     assert not angles & graph.reaching_outputs()
@@ -81,7 +81,7 @@ def test_a_table_of_the_models_own_bounds_the_text():
     assert grown(DECODERS["mpt"]()).longest == 48
 
 
-@pytest.mark.medium("test_what_depends_on_positions_alone_is_looked_up")
+@pytest.mark.medium("test_looks_up_values_that_depend_only_on_positions")
 @torch.no_grad()
 def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
     """The model may have read a longer sequence before."""
@@ -115,7 +115,7 @@ def test_the_pass_is_idempotent():
     assert not list(graph.find(attending.ATTENTION))
 
 
-@pytest.mark.medium("test_a_model_that_mixes_tokens_besides_is_refused")
+@pytest.mark.medium("test_rejects_a_model_that_mixes_tokens_elsewhere")
 def test_attention_by_itself_that_cannot_be_traced_is_named():
     """A mask that stands for another is of another shape than what such a layer expects, so the trace itself fails."""
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
@@ -128,8 +128,8 @@ def test_attention_by_itself_that_cannot_be_traced_is_named():
         grown(GPTNeoForCausalLM(config).eval())
 
 
-@pytest.mark.medium("test_a_model_that_mixes_tokens_besides_is_refused")
-def test_a_mask_that_no_cache_knows_is_refused():
+@pytest.mark.medium("test_rejects_a_model_that_mixes_tokens_elsewhere")
+def test_rejects_a_mask_that_no_cache_knows():
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     config = Llama4TextConfig(
@@ -140,7 +140,7 @@ def test_a_mask_that_no_cache_knows_is_refused():
         grown(Llama4ForCausalLM(config).eval())
 
 
-def test_a_model_that_mixes_tokens_besides_is_refused():
+def test_rejects_a_model_that_mixes_tokens_elsewhere():
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     config = Lfm2Config(

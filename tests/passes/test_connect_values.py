@@ -52,7 +52,7 @@ TARGETS = pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 
 
 @pytest.mark.parametrize("name", ["frist", "base:frist", "later:first", "weight:"])
-def test_an_unknown_value_is_refused(name):
+def test_rejects_an_unknown_value(name):
     with refuses("site_not_found", match="not a value of the program"):
         lorac.compile(Host(), {"r": Reader(of=name, targets=["second"])})
 

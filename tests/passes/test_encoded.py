@@ -109,7 +109,7 @@ def test_positions_cut_from_a_list():
 
 
 @pytest.mark.medium("test_host_forms.py refuses models without a cache")
-def test_an_encoder_that_attends_by_itself_is_refused_by_name():
+def test_rejects_an_encoder_with_its_own_attention_by_name():
     """It adds its mask to its scores, and would add what is true of a token, not what hides the others."""
     from transformers import BigBirdPegasusConfig, BigBirdPegasusForConditionalGeneration
 
@@ -136,7 +136,7 @@ class _Mixing(nn.Module):
         return torch.ops.lorac.attention(q, both, both, None, None, None, 1.0, True, 0, 0.0, "decoder.attn")
 
 
-def test_attention_to_both_at_once_is_refused_by_name():
+def test_rejects_attention_to_both_at_once_by_name():
     program = torch.export.export(_Mixing(), (TEXT[:, :4], TEXT[:, :6]))
     with pytest.raises(Unavailable, match=r"'decoder\.attn' attends to the text and to what was encoded at once"):
         CheckAttention("Mixing").apply(graph_of("main", program, {}, {}))

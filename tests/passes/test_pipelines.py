@@ -136,7 +136,7 @@ def test_observers_see_the_capture_and_every_pass_that_changed_something() -> No
     ],
     ids=lambda given: "-".join(step.name for step in given) if isinstance(given, list) else "",
 )
-def test_passes_in_the_wrong_order_are_refused(passes: list[Pass], message: str) -> None:
+def test_rejects_passes_in_the_wrong_order(passes: list[Pass], message: str) -> None:
     with refuses("wrong_level", match=message):
         run_pipeline(_mixed(), passes)
 

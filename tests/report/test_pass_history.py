@@ -13,7 +13,7 @@ from tests.zoo import ZOO
 
 
 @pytest.mark.parametrize("name", ["plain_mlp", "tiny_albert"])
-def test_returns_each_stage_as_it_was_recorded(name: str) -> None:
+def test_returns_each_stage_as_recorded(name: str) -> None:
     graph, history, expected = capture(name).graph, PassHistory(), dict[str, Dump]()
 
     def observe(stage: str, _: object) -> None:

@@ -66,7 +66,7 @@ def test_added_removed_and_added_again(target, mode):
     assert raw(answer(compiled)) == raw(base)
 
 
-def test_a_name_taken_again_means_the_new_adapter():
+def test_a_reused_name_means_the_new_adapter():
     compiled = build([adapter("lora", "a")], "eager")
     before = answer(compiled, adapters="a")
     compiled.remove_adapter("a")
@@ -143,13 +143,13 @@ def compiled():
     return made
 
 
-def test_a_taken_name_is_refused(compiled):
+def test_rejects_a_taken_name(compiled):
     with refuses("adapter_exists", match="'sql'"):
         compiled.add_adapter(adapter("lora", "a"), name="sql")
     assert list(compiled.adapters) == ["sql", "style"]
 
 
-def test_duplicate_names_are_refused_by_compile():
+def test_compile_rejects_duplicate_names():
     with refuses("adapter_exists", match="'a'"):
         build([adapter("lora", "a"), adapter("shira", "a")], "eager")
 

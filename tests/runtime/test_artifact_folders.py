@@ -139,7 +139,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.medium("the other damages", cases=["parent"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> None:
+def test_rejects_bad_folders(damage: str, sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / "it"
     subprocess.run(["cp", "-r", str(sound), str(folder)], check=True)
     harm, words = DAMAGES[damage]

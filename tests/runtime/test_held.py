@@ -60,7 +60,7 @@ def _everything(compiled: lorac.Compiled, late: lorac.Adapter, elsewhere: Path) 
 @pytest.mark.medium("folders that were removed; live; eager", cases=["*_replaced", "eager-fused-*", "onnxruntime-*"])
 @pytest.mark.skipif(not open_file._has_handle_paths(), reason="open files have no paths here")
 @pytest.mark.parametrize("gone", [_removed, _replaced])
-def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_removed_folder_changes_nothing(saved: Saved, gone: Callable[[Path], None], tmp_path: Path) -> None:
     source, late = saved
     folder = tmp_path / "it"
     shutil.copytree(source, folder)
@@ -104,7 +104,7 @@ def test_loads_one_whole_artifact_while_it_is_replaced(tmp_path: Path, monkeypat
     assert raw(answer(loaded, X)) != raw(answer(before, X))
 
 
-@pytest.mark.medium("test_a_folder_that_is_gone_changes_nothing")
+@pytest.mark.medium("test_a_removed_folder_changes_nothing")
 @pytest.mark.parametrize("has_paths", [True, False], ids=["held", "by name"])
 def test_saves_a_program_whose_folder_was_removed(
     has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

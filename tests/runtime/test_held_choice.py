@@ -51,7 +51,7 @@ def test_frees_a_removed_adapter_after_its_last_holder() -> None:
 
 
 @pytest.mark.medium("the mistakes of the suite")
-def test_a_choice_of_another_model_is_refused() -> None:
+def test_rejects_a_choice_of_another_model() -> None:
     one, other = made("onnxruntime"), made("eager")
     with one.hold("a") as held, refuses("choice_error", match="held by another model"):
         answer(other, adapters=held)

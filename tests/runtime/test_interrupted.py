@@ -80,7 +80,7 @@ def test_swaps(stride: int, compiled: lorac.Compiled, expected: Expected) -> Non
 
 @pytest.mark.medium("live in eager", keep=["eager-live-7"])
 @every
-def test_a_choice_of_a_calls_own(stride: int, compiled: lorac.Compiled, expected: Expected) -> None:
+def test_an_interrupted_call_with_its_own_choice(stride: int, compiled: lorac.Compiled, expected: Expected) -> None:
     for _ in interrupted(lambda: answer(compiled, adapters="b"), stride):
         assert compiled.active == {"a": 1.0}
         _check(compiled, expected)

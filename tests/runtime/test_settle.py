@@ -32,7 +32,7 @@ def test_settled_has_the_bits_of_a_fresh_settled_compile(fused, expected):
         assert raw(answer(fused)) == expected["settled"][key(choice)]
 
 
-def test_nothing_settles_unasked(fused, expected):
+def test_does_not_settle_by_default(fused, expected):
     """Also where the same choice was settled before."""
     assert fused.swap("a", settle=True).state == "settled"
     assert fused.swap("b").state == "bound"

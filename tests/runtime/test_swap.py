@@ -149,7 +149,7 @@ def test_report_of_a_fused_swap():
     assert compiled.swap({"b": 0.5}).bytes == 0
 
 
-def test_states_of_many_strengths_are_not_kept_for_ever():
+def test_evicts_states_of_old_choices():
     compiled = build(pair("lora", "shira"), "eager")
     for i in range(1, 50):
         compiled.swap({"a": i / 50})
@@ -187,7 +187,7 @@ def test_a_refused_swap_changes_nothing(mode, choice, error):
 
 @pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_more_rank_than_reserved_is_refused(target):
+def test_rejects_more_rank_than_reserved(target):
     """Two that fit alone, and not together."""
     room = lorac.Reserve(targets=("up", "down", "head"), rank=3)
     compiled = build([], target, reserve=room)

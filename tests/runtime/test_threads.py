@@ -69,7 +69,7 @@ def swaps(compiled: lorac.Compiled, seconds: float = SECONDS) -> int:
 
 
 @pytest.mark.medium(
-    "test_a_choice_of_a_calls_own; eager fused weights, and test_a_choice_of_a_calls_own on ONNX Runtime"
+    "test_threads_with_a_choice_per_call; eager fused weights, and test_threads_with_a_choice_per_call on ONNX Runtime"
 )
 @pytest.mark.slow(
     "eager fused weights, and live programs; live programs, and eager fused weights",
@@ -82,7 +82,7 @@ def test_every_output_is_of_a_single_choice(compiled, expected):
 
 
 @pytest.mark.slow("live programs, and eager fused weights", cases=["onnxruntime-fused", "eager-live", "eager-fused"])
-def test_a_choice_of_a_calls_own(compiled, expected):
+def test_threads_with_a_choice_per_call(compiled, expected):
     """Threads that choose for themselves, beside others that take the active choice, while that is swapped."""
     own = {choice: found for found, choice in expected.items()}
 

@@ -122,7 +122,7 @@ def test_a_grammar_goes_on_in_another_process(compiled: Any) -> None:
     assert torch.equal(moved(text, scores), expected) and expected.isinf().any()
 
 
-def test_a_tokenizer_that_the_grammar_cannot_read_is_refused_by_name() -> None:
+def test_rejects_a_tokenizer_that_the_grammar_cannot_read_by_name() -> None:
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(lorac.LoracError, match="'response_format' is not supported"):
         Grammars(transformers.PreTrainedTokenizerFast(tokenizer_object=words), 1, [])

@@ -97,7 +97,7 @@ def test_a_disconnected_client_frees_its_row_and_place_in_the_queue(tight: Any, 
     assert hidden["rows"] == []
 
 
-def test_a_full_line_is_refused_with_a_time_to_come_back(tight: Any) -> None:
+def test_rejects_requests_while_the_queue_is_full(tight: Any) -> None:
     refused = tight[1].post("/v1/chat/completions", json={**CHAT, "n": 2})
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     assert refused.json()["error"]["code"] == "queue_full"

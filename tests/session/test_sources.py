@@ -180,7 +180,7 @@ def test_a_wrapper_that_passes_calls_on_stands_for_its_model(wrap: Any, target: 
         lorac.compile(torch_compiled(lorac.compile(model, [])))
 
 
-def test_a_model_that_several_processes_share_is_refused() -> None:
+def test_rejects_a_model_that_several_processes_share() -> None:
     adapters = [lorac.LoRA(r=2, targets=["up"])]
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -264,7 +264,7 @@ def test_every_field_of_pefts_that_is_called_otherwise_here_is_found() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -1])
-def test_ranks_that_are_none_are_refused(rank: int) -> None:
+def test_rejects_invalid_ranks(rank: int) -> None:
     with pytest.raises(lorac.OptionError, match=f"LoRA takes no r={rank}\n.*numbers from 1; its default is 8"):
         lorac.LoRA(r=rank, targets=["up"])
     with pytest.raises(lorac.AdapterError, match=r"'dropout' of adapter 'a' is 1\.5"):
@@ -295,7 +295,7 @@ def test_rejects_objects_that_are_not_adapters() -> None:
     assert not compiled.adapters
 
 
-def test_paths_of_any_kind_are_taken(tmp_path: Path) -> None:
+def test_accepts_paths_of_any_type(tmp_path: Path) -> None:
     class Place:
         def __fspath__(self) -> str:
             return str(tmp_path / "it")

@@ -203,7 +203,7 @@ def test_rejects_replacing_a_file_by_a_folder(target: Path) -> None:
     assert contents(target) == {"a": "old"}
 
 
-def test_a_mount_point_is_refused_before_anything_is_written(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_mount_point_before_anything_is_written(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == target)
     with pytest.raises(OSError, match="mount point"), replace_atomically(target):
@@ -257,7 +257,7 @@ def test_an_error_that_nothing_else_explains_is_raised_at_once(target: Path) -> 
     assert count == 1
 
 
-def test_where_nothing_is_before_and_after_reading_is_tried_again(target: Path) -> None:
+def test_retries_a_read_of_a_missing_folder(target: Path) -> None:
     """A folder may have come and gone between the two looks."""
     count = 0
 

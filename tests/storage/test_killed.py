@@ -56,7 +56,7 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_new_version(kind: str, ex
 
 @pytest.mark.medium("an artifact, and a file over an older one", keep=["artifact"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_every_step_where_nothing_is(kind: str, tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_step_of_a_first_write_leaves_all_or_nothing(kind: str, tmp_path: Path) -> None:
     target, moment, ended, seen = tmp_path / "it", 0, 9, set()
     while ended:
         moment += 1

@@ -87,7 +87,7 @@ def _mappings(path: Path) -> int:
 
 
 @pytest.mark.parametrize("gone", WAYS)
-def test_without_paths_of_open_files_another_file_is_refused(
+def test_rejects_a_replaced_file_without_paths_of_open_files(
     gone: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_file, "_has_handle_paths", lambda: False)

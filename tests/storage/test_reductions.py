@@ -87,7 +87,7 @@ def test_stores_no_reductions_of_methods_from_outside(name: str, own: type, monk
         ("aten.expand.default", [{"node": "b"}, [1 << 30, 6]]),
     ],
 )
-def test_sizes_beyond_measure_are_refused_before_they_are_made(op: str, args: list[Any]) -> None:
+def test_rejects_huge_sizes_before_allocating(op: str, args: list[Any]) -> None:
     nodes = [{"input": "w"}, {"input": "b"}, {"name": "big", "op": op, "args": args, "kwargs": {}}]
     stored = {
         "form": "dense",

@@ -38,7 +38,7 @@ def refuse(reason: str) -> FormatError:
         ("null", "holds a NoneType, not an object"),
     ],
 )
-def test_refused(text: str | bytes, reason: str) -> None:
+def test_rejects_invalid_json(text: str | bytes, reason: str) -> None:
     with refuses("corrupt_file", match=f"the file .*{reason}"):
         parse_object(text, refuse)
 

@@ -22,7 +22,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 5000], ids=["NUL", "surrogate", "long"])
-def test_text_that_names_no_file_is_refused(path: str) -> None:
+def test_rejects_text_that_names_no_file(path: str) -> None:
     with refuses("unreadable"):
         lorac.load_adapter(path)
     with refuses("artifact_error"):
@@ -30,6 +30,6 @@ def test_text_that_names_no_file_is_refused(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["https://huggingface.co/a/b", Path("hf://a/b")])
-def test_addresses_are_refused(path: str | Path) -> None:
+def test_rejects_addresses(path: str | Path) -> None:
     with refuses("unreadable", match="is an address"):
         lorac.load_adapter(path)

@@ -56,7 +56,7 @@ def test_every_trainable_tensor_of_routed_methods_moves(name: str, tmp_path: Pat
         assert any(not torch.equal(tensor, buffers[key]) for key, tensor in compiled.named_buffers())
 
 
-def test_a_router_without_its_loss_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_router_without_its_loss(tmp_path: Path) -> None:
     compiled = compiled_of({"a": ROUTED["remix"][0]}, PLAN)
     with pytest.raises(lorac.ChoiceError, match="'router' of adapter 'a'") as caught:
         trainer_of(compiled, PLAN, tmp_path)
@@ -162,7 +162,7 @@ def test_rejects_weight_decay_next_to_another_optimizer() -> None:
 
 
 @pytest.mark.parametrize("plugin", ["deepspeed", "fsdp"])
-def test_a_model_in_parts_is_refused(plugin: str, tmp_path: Path) -> None:
+def test_rejects_a_model_in_parts(plugin: str, tmp_path: Path) -> None:
     class Parted(Trainer):
         def create_accelerator_and_postprocess(self) -> None:
             super().create_accelerator_and_postprocess()

@@ -107,7 +107,7 @@ SPECS: dict[str, dict[str, Any]] = {
         for name in RULES
     ],
 )
-def test_every_rule_goes_on(name: str, tmp_path: Path) -> None:
+def test_every_rule_resumes(name: str, tmp_path: Path) -> None:
     ruled, recipe = RULES[name], plan(**SPECS[name])
     rows = [{key: value[i] for key, value in every_rule.batch(step).items()} for step in range(2) for i in range(4)]
     settings = {"rows": rows, "remove_unused_columns": False, "learning_rate": 0.05}
@@ -132,7 +132,7 @@ def by_process(*words: object, processes: int = 1) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["step", "checkpoint"])
-def test_a_killed_run_goes_on(where: str, tmp_path: Path) -> None:
+def test_resumes_a_killed_run(where: str, tmp_path: Path) -> None:
     """Killed in a step, or while its checkpoint is written."""
     assert by_process(tmp_path / "whole") == 0
     assert by_process(tmp_path / "run", "--kill", where) == -signal.SIGKILL
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on(where: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_go_on(tmp_path: Path) -> None:
+def test_two_processes_resume(tmp_path: Path) -> None:
     assert by_process(tmp_path / "whole", processes=2) == 0
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     assert by_process(tmp_path / "run", "--resume", processes=2) == 0
@@ -186,7 +186,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.medium("another rate, method and base", keep=["rate", "method", "base"])
 @pytest.mark.parametrize("case", OTHERS)
-def test_a_checkpoint_of_another_run_is_refused(case: str, written: Path, tmp_path: Path) -> None:
+def test_rejects_a_checkpoint_of_another_run(case: str, written: Path, tmp_path: Path) -> None:
     fields, other, message = OTHERS[case]
     recipe = plan(**{"arguments": {"learning_rate": 1e-2, "seed": 1}, **fields})
     adapters = other.get("adapters", {"a": LORA})
@@ -301,7 +301,7 @@ RELIED_ON = {
 """Of these the last is called alone."""
 
 
-def test_the_private_functions_that_are_overridden_are_there() -> None:
+def test_overridden_private_functions_exist() -> None:
     for name, parameters in RELIED_ON.items():
         assert tuple(inspect.signature(getattr(Trainer, name)).parameters) == parameters
     overridden = {name for name in vars(AdapterTrainer) if hasattr(Trainer, name) and not name.startswith("__")}

@@ -75,7 +75,7 @@ def test_trainer_saves_the_adapters_alone(trained: tuple[Any, Path]) -> None:
     assert not any(name.startswith("host.") for name in saved)
 
 
-def test_trainer_goes_on_to_the_bit(trained: tuple[Any, Path], tmp_path: Path) -> None:
+def test_trainer_resumes_bit_for_bit(trained: tuple[Any, Path], tmp_path: Path) -> None:
     compiled, folder = trained
     other = compiled_bert()
     trainer_of(other, tmp_path).train(resume_from_checkpoint=str(folder / "checkpoint-2"))

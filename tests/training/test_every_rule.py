@@ -29,7 +29,7 @@ def ran(name: str, steps: int = 5, *, parts: int = 1, **host: Any) -> list[torch
     return tensors_of(compiled)
 
 
-def test_every_rule_there_is_is_here() -> None:
+def test_every_public_rule_is_tested() -> None:
     public = {getattr(training, name) for name in training.__all__}
     rules = {one for one in public if isinstance(one, type) and issubclass(one, Rule | torch.optim.Optimizer)}
     used = set()

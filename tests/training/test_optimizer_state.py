@@ -21,7 +21,7 @@ def adamw(compiled: Any, *, turned: bool = False) -> Any:
     return torch.optim.AdamW(groups, lr=0.02)
 
 
-def test_a_loop_goes_on_with_its_tensors_in_another_order() -> None:
+def test_a_loop_resumes_with_tensors_in_another_order() -> None:
     ruled = RULES["nested_ranks"]
     compiled = ruled.compiled()
     optimizer = adamw(compiled)
@@ -41,7 +41,7 @@ def test_a_loop_goes_on_with_its_tensors_in_another_order() -> None:
     assert all(map(torch.equal, tensors_of(resumed), tensors_of(compiled)))
 
 
-def test_a_state_of_other_tensors_is_refused() -> None:
+def test_rejects_a_state_of_other_tensors() -> None:
     ruled = RULES["lora_plus"]
     compiled = ruled.compiled()
     optimizer = adamw(compiled)

@@ -75,7 +75,7 @@ def test_folding_changes_no_answer(kind: str) -> None:
     assert rule.restarts == 1
 
 
-def test_the_smallest_moments_become_nothing() -> None:
+def test_sets_the_smallest_moments_to_zero() -> None:
     compiled = compiled_with(takers()["lora"])
     optimizer = torch.optim.AdamW(trained(compiled), lr=0.05)
     rule = ReLoRA(compiled, optimizer, into="sum", every=100, prune=0.5)
@@ -181,7 +181,7 @@ def test_rejects_invalid_targets_and_settings() -> None:
         ReLoRA(dora, torch.optim.SGD(trained(dora), lr=0.05), into="sum", every=2)
 
 
-def test_a_restart_that_cannot_be_is_refused_before_its_step() -> None:
+def test_rejects_an_impossible_restart_before_its_step() -> None:
     compiled = compiled_with(lorac.LoRA(r=R, targets=("site",)))
     optimizer = torch.optim.SGD(trained(compiled), lr=0.05)
     rule = ReLoRA(compiled, optimizer, into="sum", every=2)

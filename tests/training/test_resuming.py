@@ -49,7 +49,7 @@ def values(compiled: Any) -> dict[tuple[str, ...], Tensor]:
 
 @pytest.mark.medium("two adapters", keep=["two"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_loop_goes_on_from_files_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_a_loop_resumes_from_files_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = host("tiny_bert")
     torch.manual_seed(0)
     compiled, optimizer = started(ADAPTERS[name](), model)

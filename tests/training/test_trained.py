@@ -58,7 +58,7 @@ def test_eval_updates_the_model_after_training() -> None:
 
 @pytest.mark.medium("the same of LoRA", keep=["lora"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_state_dict_goes_round(method: str) -> None:
+def test_a_state_dict_round_trips(method: str) -> None:
     fields = {"modules_to_save": ("classifier",), "bias": "all"} if method == "lora" else {}
     model, compiled = learned(method, **fields)
     other = lorac.compile(model, {"a": variant(method, "tiny_bert", **fields)})

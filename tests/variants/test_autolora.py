@@ -45,7 +45,7 @@ def test_the_hand_computed_answers():
     assert decimals(answer(compiled), 4) == [1.5894, -0.8225, -0.0837, 1.8999]
 
 
-def test_nothing_is_let_out_or_nothing_is_added():
+def test_closed_gates_add_nothing():
     compiled, held = hand()
     held["weight_out"].data.zero_()
     assert torch.equal(answer(compiled), O)
@@ -161,7 +161,7 @@ def test_gates_that_do_not_read_the_layer_keep_its_norm():
     assert set(found.tensors["line"]) == set(trained.tensors["line"])
 
 
-def test_a_merger_that_does_not_fit_is_refused(tmp_path):
+def test_rejects_a_merger_that_does_not_fit(tmp_path):
     model = host()
     given = loras(model, (X,))
     gates = merger(lorac.AutoLoRA.from_loras(given))

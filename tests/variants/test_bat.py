@@ -42,7 +42,7 @@ def test_rank_of_the_change_exceeds_r():
     assert torch.linalg.matrix_rank(shards - case.weight) <= 3
 
 
-def test_reduces_to_a_weight_of_its_own():
+def test_reduces_to_a_dense_weight():
     case = Case(lorac.BAT(r=3), HOSTS["divisible"])
     assert isinstance(case.live.pool["a"].changes["site"], Dense)
 

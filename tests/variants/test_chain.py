@@ -146,7 +146,7 @@ def test_rejects_parts_that_do_not_edit_a_weight():
         lorac.Chain(parts=(lorac.LoRA(), lorac.Hydra()))
 
 
-def test_two_copies_of_a_module_are_refused():
+def test_rejects_two_copies_of_a_module():
     model = two_layers()
     made = {name: lorac.LoRA(targets=("0",), modules_to_save=("1",)) for name in "ab"}
     adapters = lorac.compile(model, made).adapters

@@ -76,6 +76,6 @@ def test_swaps(mode):
     parity.assert_parity(compiled(**inputs), host(**inputs), model(**inputs), names=["logits"])
 
 
-def test_targets_that_name_nothing():
+def test_rejects_targets_without_norms():
     with refuses("site_not_found", match="layernrm"):
         lorac.compile(ZOO["tiny_llama"].model(), {"a": LNTuning(targets=("layernrm",))})

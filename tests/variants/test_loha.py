@@ -98,7 +98,7 @@ def test_published_count():
     assert sum(math.prod(spec.shape) for spec in LoHa(r=16).params(site).values()) == 16_384
 
 
-def test_another_rank_is_refused():
+def test_rejects_another_rank():
     host = hosting(nn.Linear(3, 4))
     p, _ = filled(host, LoHa(r=2, targets=("site",)))
     with refuses("shape_mismatch"):

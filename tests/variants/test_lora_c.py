@@ -55,12 +55,12 @@ def test_groups(host, dora):
 
 
 @pytest.mark.parametrize("host", OBLONG, ids=lambda host: host.name)
-def test_other_kernels_are_refused(host):
+def test_rejects_other_kernels(host):
     with refuses("site_unsupported", match=r"is 2 x 3|is 1 x 3 x 2"):
         lorac.compile(host.model(), {"a": lorac.LoRAC(targets=("site",))})
 
 
-def test_where_an_entry_of_the_product_goes():
+def test_places_the_entries_of_the_product():
     """O = 4, I = 3, k = 3: dW[2, 1, 0, 2] = s·(B·A)[7, 2]."""
     p = SimpleNamespace(lora_A=torch.randn(2 * 3, 3 * 3).double(), lora_B=torch.randn(4 * 3, 2 * 3).double())
     moved = lorac.LoRAC(r=2, alpha=5).weight(torch.zeros(4, 27, dtype=torch.float64), p).reshape(4, 3, 3, 3)

@@ -221,7 +221,7 @@ def test_a_router_has_no_weight_form(mode):
         lorac.compile(model, {"task": lorac.MeteoRA.from_loras(loras(model, (X,)))}, mode=mode)
 
 
-def test_unknown_extra_outputs_are_refused():
+def test_rejects_unknown_extra_outputs():
     with pytest.raises(lorac.OptionError, match="router"):
         lorac.compile(host(), {"task": lorac.MeteoRA(targets=["line"])}, aux=("routers",))
 

@@ -245,7 +245,7 @@ def test_checkpointing_the_model_draws_the_same_numbers(reentrant) -> None:
     assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_call_made_again_with_another_random_state_is_refused() -> None:
+def test_rejects_recomputing_with_another_random_state() -> None:
     compiled, x = lorac.compile(host(), {"n": Noisy()}).train(), X.clone().requires_grad_()
     y = checkpoint(compiled, x, use_reentrant=False, preserve_rng_state=False)
     torch.rand(1)

@@ -190,7 +190,7 @@ class Circular(lorac.BranchVariant):
 
 @pytest.mark.medium("eager", cases=["onnxruntime"])
 @TARGETS
-def test_a_formula_that_waits_for_itself_is_refused(target: str) -> None:
+def test_rejects_a_cyclic_formula(target: str) -> None:
     with refuses("site_unreached", match=r"'own:gate', which does not exist in the pass 'first'.*\n.*ctx\.passing"):
         lorac.compile(host(), {"c": Circular()}, target, (X,))(X)
 

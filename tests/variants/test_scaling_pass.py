@@ -59,7 +59,7 @@ def test_matches_peft(number: int) -> None:
             assert_parity(compiled(input_ids=ids, adapters="o").logits, y, base)
 
 
-@pytest.mark.slow("test_matches_peft, and test_x_lora.py counts the base's cost")
+@pytest.mark.slow("the comparison with PEFT, and test_x_lora.py counts the base's cost")
 @torch.no_grad()
 def test_a_program_matches_peft_and_costs_the_base_while_inactive(tmp_path: Path) -> None:
     """Beside an adapter whose scaling pass is the base's, at another batch and length, off and on, saved and loaded."""
@@ -78,7 +78,7 @@ def test_a_program_matches_peft_and_costs_the_base_while_inactive(tmp_path: Path
     assert products(graph) == sum(m.weight.numel() for m in model().modules() if isinstance(m, nn.Linear))
 
 
-@pytest.mark.slow("test_matches_peft, and backends/onnx/test_gates.py")
+@pytest.mark.slow("the comparison with PEFT, and backends/onnx/test_gates.py")
 @torch.no_grad()
 def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
     """As they do where the exporter tells nothing of the sizes that a reshape joins."""
@@ -95,7 +95,7 @@ def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
     assert_parity(emitted(input_ids=OTHER).logits, y, base)
 
 
-@pytest.mark.medium("test_matches_peft, and mixtures in test_swap.py")
+@pytest.mark.medium("the comparison with PEFT, and mixtures in test_swap.py")
 @torch.no_grad()
 def test_a_mixture_is_the_sum_of_its_adapters() -> None:
     """The scaling pass is of the adapter whole, whatever its strength and whatever else is on."""

@@ -81,7 +81,7 @@ def test_gradient_is_the_dense_gradient_at_the_positions():
     assert_close(tensors["values"].grad, dense[tuple(tensors["indices"])])
 
 
-def test_more_positions_than_entries_are_refused():
+def test_rejects_more_positions_than_entries():
     with refuses("site_unsupported", match="36 positions of 'site', which has 35"):
         lorac.compile(linear(5, 7), {"a": lorac.SHiRA(r=3, targets=("site",))})
 

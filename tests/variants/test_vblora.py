@@ -32,7 +32,7 @@ def test_worked_example():
     assert_close(delta, tensor([[3.0, 9.0], [1.0, 3.0]]))
 
 
-def test_of_equal_logits_the_first_goes_before():
+def test_prefers_the_first_of_equal_logits():
     p = SimpleNamespace(
         vblora_vector_bank=tensor([[1.0], [2.0], [3.0]]),
         vblora_logits_A=torch.zeros(1, 1, 3, dtype=torch.float64),

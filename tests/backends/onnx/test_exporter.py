@@ -199,7 +199,7 @@ def answers(step):
     ],
     ids=lambda step: step.__name__,
 )
-def test_nothing_is_decomposed(step, monkeypatch):
+def test_decomposes_no_op(step, monkeypatch):
     monkeypatch.setattr(torchlib, "decompose", lambda *_: pytest.fail("decomposed"))
     assert_close(*answers(step))
 
@@ -235,12 +235,12 @@ def test_an_op_without_translation_is_named():
     assert "target='eager'" in str(error.value)
 
 
-def test_an_op_that_another_is_taken_apart_into_is_named_with_the_line():
+def test_names_the_line_of_a_decomposed_op():
     with pytest.raises(lorac.Unavailable, match=r"no op for prims::bessel_j0, which .*test_exporter\.py:"):
         emitted(of_another)
 
 
-@pytest.mark.medium("test_nothing_is_decomposed")
+@pytest.mark.medium("test_decomposes_no_op")
 def test_recomputes_only_casts_and_their_readers(monkeypatch):
     """No product, no arange and no view is."""
     computed = []
@@ -375,18 +375,18 @@ def decomposed_by_torch():
     return str(_fx_passes.decompose_with_registry(program, ONNXRegistry.from_torchlib()).graph)
 
 
-@pytest.mark.medium("test_nothing_of_the_libraries_differs_for_another_thread")
+@pytest.mark.medium("test_leaves_the_libraries_unchanged_for_other_threads")
 @pytest.mark.slow(
-    "another thread's decomposition, and test_nothing_of_the_libraries_differs_for_another_thread",
+    "another thread's decomposition, and test_leaves_the_libraries_unchanged_for_other_threads",
     cases=["exported_by_torch"],
 )
 @pytest.mark.parametrize("work", [exported_by_torch, decomposed_by_torch], ids=lambda work: work.__name__)
-def test_another_threads_export_answers_as_alone(work):
+def test_exports_in_two_threads_are_independent(work):
     assert translated_meanwhile(work) == work()
 
 
-@pytest.mark.medium("test_nothing_of_the_libraries_differs_for_another_thread")
-def test_emission_answers_as_alone_while_another_thread_exports():
+@pytest.mark.medium("test_leaves_the_libraries_unchanged_for_other_threads")
+def test_emission_does_not_depend_on_another_threads_export():
     """Another thread's export is in the midst of a translation while this one emits."""
     program, results = captured(promoted), []
 
@@ -398,7 +398,7 @@ def test_emission_answers_as_alone_while_another_thread_exports():
     assert results == [described(exporter.export(program, TRANSLATIONS))] * 2
 
 
-def test_nothing_of_the_libraries_differs_for_another_thread():
+def test_leaves_the_libraries_unchanged_for_other_threads():
     exporter.export(captured(promoted), TRANSLATIONS)  # what is imported when it is first needed is there
     before = attributes_of_libraries()
     assert translated_meanwhile(attributes_of_libraries) == before

@@ -30,7 +30,7 @@ def compiled(case):
 
 
 @pytest.mark.medium("a router's", cases=["adaptertune"])
-def test_each_branch_lies_in_an_if_of_its_own(compiled):
+def test_each_branch_has_its_own_if(compiled):
     model = ir.load(compiled.engine.folder / MODEL_FILE)
     gates = [node for node in model.graph if node.op_type == "If"]
     assert len(gates) == len(compiled.plans["blocks.0" if "blocks.0" in compiled.plans else "site"].branches) == 2

@@ -15,7 +15,7 @@ from tests.zoo import ZOO
     "test_a_norm_scaled_for_every_row_is_none_of_them, and the golden nodes of a Llama, which have its norms"
 )
 @torch.no_grad()
-def test_rms_norms_are_onnxruntimes_own():
+def test_emits_onnxruntimes_rms_norm():
     entry = ZOO["tiny_llama"]
     model = entry.fresh()
     adapter = lorac.compile(model, {"a": lorac.LNTuning(targets=("norm", "input_layernorm"))}).adapters["a"]

@@ -46,7 +46,7 @@ def test_every_op_has_the_translation_that_torch_chooses(registry, is_complex):
     assert not differing
 
 
-def test_translations_record_in_the_calling_context_alone():
+def test_translations_record_only_in_the_calling_context():
     """Neither onnxscript's evaluator nor torch's current tracer is read or set."""
     node = fx.Graph().call_function(aten.mul.Tensor, ())
     recorder, x = torchlib.Recorder(), torchlib.SymbolicTensor(torchlib.TENSOR_OPSET, name="x")

@@ -147,7 +147,7 @@ def test_heads_that_are_as_wide_as_tokens_are_joined_after_their_sizes_are_known
     assert_close(found, lorac.compile(model, {"a": lora})(x))
 
 
-def test_without_a_slot_nothing_moves():
+def test_leaves_a_model_without_slots():
     model = ir.from_onnx_text(
         """<ir_version: 9, opset_import: ["" : 18]>
         agraph (float[b, s, 4] x) => (float[b, s, 6] z) <float[4, 6] w = {"""
@@ -196,7 +196,7 @@ agraph (float[b, s, 6] x, float[s, b] other) => (float[OUT] y) {
         ("second, first, last", "s, b, 6", None),
     ],
 )
-def test_sizes_that_stay_are_taken_from_the_inputs_places(parts, out, constant):
+def test_reads_constant_sizes_from_the_inputs_axes(parts, out, constant):
     model = ir.from_onnx_text(SHAPED.replace("PARTS", parts).replace("OUT", out))
     before = ir.from_proto(ir.to_proto(model))
     CopyReshapeSizes().apply(model)

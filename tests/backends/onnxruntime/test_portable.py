@@ -18,7 +18,7 @@ from tests.runtime.switching import CHOICES, MIXTURE, X, answer, build, pair, ra
 
 @pytest.mark.medium("the live program", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_a_portable_program_is_switched_by_its_inputs_alone(mode: str, tmp_path: Path) -> None:
+def test_a_portable_program_swaps_by_its_inputs(mode: str, tmp_path: Path) -> None:
     adapters = pair("dora", "shira")
     plain, made = (build(adapters, "onnxruntime", mode, portable=portable) for portable in (False, True))
     made.save(tmp_path / "it")

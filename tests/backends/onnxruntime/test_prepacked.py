@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_not_used(artifact: Path, tmp_path: P
 
 @pytest.mark.medium("float weights")
 @pytest.mark.slow
-def test_nothing_of_a_killed_process_is_used_or_stays(artifact: Path, tmp_path: Path) -> None:
+def test_ignores_and_removes_files_of_a_killed_process(artifact: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOAD, str(artifact), str(tmp_path)]
     process = subprocess.Popen(command)
     while process.poll() is None and not [*tmp_path.glob("*/.session*")]:

@@ -101,7 +101,7 @@ def test_moments_are_of_each_layers_input():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_call_that_the_model_does_not_take_is_refused():
+def test_rejects_a_call_that_the_model_does_not_take():
     with pytest.raises(OptionError, match=r"cannot be called with calibration\[0\]"):
         calibrate(Branching(), [{"y": torch.ones(1)}]).find(("left",), Branching().left.weight)
 

@@ -162,7 +162,7 @@ def test_leaves_weights_that_no_op_supports(why):
     assert list(outcome.notes) == [f"weights that stay as they are, {report.floats['w']}: w"]
 
 
-def test_slots_and_vectors_are_left_alone():
+def test_leaves_slots_and_vectors():
     model = program(
         "h = MatMul(x, w) o = Mul(h, v)", {"w": matrix(72), "v": matrix(1, 72)[0]}, "float[b, s, 72] x, float[72, 72] w"
     )

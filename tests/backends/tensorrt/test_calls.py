@@ -100,7 +100,7 @@ def test_matches_eager_after_every_swap(mode: str, monkeypatch: pytest.MonkeyPat
     assert len({answer.sum().item() for answer in answers}) == len(set(map(str, choices)))
 
 
-def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_a_choice_once_and_accepts_a_choice_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, found, standing = made("live", monkeypatch)
     first = found(X)
     assert torch.equal(found(X), first) and standing.laid_out == 1
@@ -111,7 +111,7 @@ def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pyte
 
 
 @pytest.mark.medium("the options' casts")
-def test_arrays_are_taken_in_bfloat16_which_numpy_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepts_arrays_for_a_bfloat16_program(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, standing = made("live", monkeypatch, dtype="bfloat16")
     taken = []
 
@@ -139,7 +139,7 @@ def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.medium("test_options.py: a call outside the profile")
-def test_more_choices_than_the_plan_was_built_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_more_choices_than_the_plan_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, _ = made("live", monkeypatch, profiles={"adapters": (1, 1, 2)})
     found(X, adapters=["a", "a", "a"])
     with pytest.raises(lorac.InputMismatch, match="'adapters': \\(1, 1, 3\\)"):
@@ -156,7 +156,7 @@ def test_weights_are_written_while_no_call_reads_them_and_read_where_they_lie(mo
 
 
 @pytest.mark.medium("test_options.py: a call outside the profile")
-def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_size_that_the_plan_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, _ = made("live", monkeypatch, profiles={"batch": (1, 2, 4)})
     found(X[:1])
     with pytest.raises(lorac.InputMismatch, match="batch"):

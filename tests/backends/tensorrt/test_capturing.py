@@ -64,7 +64,7 @@ def test_an_answer_is_not_written_over_by_the_next_call() -> None:
     assert torch.equal(first, tiny.computed(_x(seed=1), **tiny.drawn(1)))
 
 
-def test_slots_are_copied_at_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_slots_only_at_a_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, executions, _ = _calls()
     one, other, x = calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2)), _x()
     calls.call({"x": x}, one)
@@ -196,7 +196,7 @@ def test_who_writes_waits_for_graphs_too() -> None:
     assert [execution.streams.finished for execution in executions.executions] == [1]  # type: ignore[attr-defined]
 
 
-def test_slots_that_are_let_go_are_not_taken_for_others() -> None:
+def test_does_not_confuse_freed_slots() -> None:
     calls, _, _ = _calls()
     x = _x()
     for seed in range(20):

@@ -177,7 +177,7 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
     assert imported == "[]"
 
 
-def test_an_artifact_is_refused_by_another_release(live, tmp_path):
+def test_rejects_an_artifact_of_another_release(live, tmp_path):
     stored = backend.BACKEND.store(live.engine, tmp_path, None)
     graphs = {"main": {**stored["graphs"]["main"], "made_by": "tensorrt_rtx 0.9"}}
     with pytest.raises(lorac.ArtifactError, match=r"made by tensorrt_rtx 0\.9") as error:
@@ -185,7 +185,7 @@ def test_an_artifact_is_refused_by_another_release(live, tmp_path):
     assert LIBRARY.name_and_version in str(error.value)
 
 
-def test_an_artifact_is_refused_by_another_gpu(live, monkeypatch):
+def test_rejects_an_artifact_for_another_gpu(live, monkeypatch):
     (part,) = engine_of(live).graphs.values()
     backend._check_gpu(part.facts, None)
     install_gpus(monkeypatch, "9.0", "8.9", "8.0")
@@ -279,7 +279,7 @@ except lorac.MissingExtra as error:
 
 
 @pytest.mark.medium("cli/test_cli.py compiles for ONNX Runtime by the same command")
-def test_the_command_line_takes_the_target(tmp_path):
+def test_the_command_line_compiles_for_tensorrt(tmp_path):
     module = "tests.backends.tensorrt.test_engine:host"
     np.savez(tmp_path / "inputs.npz", image=X.numpy())
     arguments = ["compile", module, "-o", str(tmp_path / "out"), "--target", "tensorrt", "--capabilities", "8.6,8.9"]

@@ -22,7 +22,7 @@ def test_a_library_has_a_name_and_a_version() -> None:
     assert LIBRARY.is_rtx == (LIBRARY.module is sys.modules.get("tensorrt_rtx"))
 
 
-def test_without_a_gpu_the_library_that_builds_without_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chooses_tensorrt_rtx_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvidias(monkeypatch)
     assert find_library().is_rtx and not find_library(NVIDIA).is_rtx
 
@@ -71,7 +71,7 @@ def test_collects_errors_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_error_that_nobody_asks_for_is_a_warning() -> None:
+def test_warns_of_errors_that_are_not_read() -> None:
     network, _ = tiny.parsed()
     with pytest.warns(lorac.LoracWarning, match="no weights named nobody"), library.collect_errors():
         network.mark_weights_refittable("nobody")

@@ -83,7 +83,7 @@ def test_rejects_custom_ops_before_parsing(monkeypatch):
     assert "line" in first and "line" in second and "test_network.py" in first
 
 
-def test_an_op_that_this_release_does_not_know_is_refused_by_name(tmp_path):
+def test_rejects_unknown_ops_by_name(tmp_path):
     path = _written(tmp_path, [helper.make_node("Add", ["x", "x"], ["h"]), helper.make_node("Det", ["h"], ["y"])])
     with pytest.raises(lorac.Unavailable, match=rf"{LIBRARY.name_and_version} does not compute Det"):
         parse_model(path, LIBRARY)

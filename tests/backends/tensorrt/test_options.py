@@ -110,7 +110,7 @@ def test_capabilities_are_the_librarys(monkeypatch):
         assert library.choose_capabilities((), LIBRARY) == wanted
 
 
-def test_a_library_that_builds_for_the_gpu_at_hand_alone_takes_none(monkeypatch):
+def test_tensorrt_rejects_target_capabilities(monkeypatch):
     install_nvidias(monkeypatch)
     with pytest.raises(lorac.OptionError, match="builds for the GPU that is here") as error:
         TensorRTOptions(target_capabilities=("8.9",), library="tensorrt")
@@ -217,7 +217,7 @@ def test_rejects_refitting_without_a_gpu():
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, refit=True)
 
 
-def test_a_number_that_decides_on_sizes_is_refused():
+def test_rejects_inputs_that_determine_sizes():
     value = SimpleNamespace(name="count", is_shape_tensor=True)
     with pytest.raises(lorac.Unavailable, match="computes sizes from the values of input 'count'"):
         build._refuse_shape_tensor(value)

@@ -108,7 +108,7 @@ def test_a_thousand_swaps_leave_no_trace() -> None:
         assert torch.equal(calls.call({"x": x}, choices[place])["y"], fresh[place])
 
 
-def test_slots_that_were_let_go_are_not_taken_for_others() -> None:
+def test_does_not_confuse_freed_slots() -> None:
     """The memory of an adapter that is gone may be another's by then."""
     calls, _ = _calls()
     x = _x()
@@ -234,7 +234,7 @@ def test_an_input_on_the_cpu_goes_through_pinned_memory(monkeypatch: pytest.Monk
     assert copied == [(True, True), (False, False), (False, False), (True, False)]
 
 
-def test_weights_that_stay_on_the_gpu_leave_room_for_every_context() -> None:
+def test_leaves_memory_for_every_context() -> None:
     engine = engines.OfNetwork()
     engine.streamable_weights_size, engine.device_memory_size_v2 = 1000, 100
     engine.get_weight_streaming_automatic_budget = lambda: 900  # type: ignore[method-assign]
@@ -243,7 +243,7 @@ def test_weights_that_stay_on_the_gpu_leave_room_for_every_context() -> None:
         assert engine.weight_streaming_budget_v2 == budget
 
 
-def test_kernels_that_cannot_be_kept_are_tried_once(tmp_path: Path) -> None:
+def test_tries_to_store_kernels_only_once(tmp_path: Path) -> None:
     """A call does not fail for that."""
     (tmp_path / "file").write_bytes(b"")
     kernels = SimpleNamespace(serialize=lambda: b"kernels")
@@ -281,7 +281,7 @@ def test_rejects_fixed_slots_that_need_a_copy() -> None:
         calls.hold({**tiny.drawn(1), "a": tiny.drawn(1)["a"].double()}, fixed=True)
 
 
-def test_numbers_that_shapes_are_computed_from_stay_on_the_host() -> None:
+def test_keeps_inputs_that_set_shapes_on_the_host() -> None:
     io_tensor = IOTensor(torch.int64, (2,), on_host=True)
     assert copy_to_engine(torch.tensor([3, 4], dtype=torch.int32), io_tensor, torch.device("meta")).tolist() == [3, 4]
 

@@ -62,7 +62,7 @@ def test_writes_only_the_weights_of_the_choice() -> None:
     assert made.runs == [[ONE]] and torch.equal(made.holds[ONE], _base()[ONE] + 5)
 
 
-def test_nothing_of_the_choice_before_stays() -> None:
+def test_removes_the_previous_choice() -> None:
     refits, made, memory = _refitting()
     for adapted in ({ONE: 5}, {OTHER: 7}, {}):
         _choose(memory, adapted)
@@ -79,7 +79,7 @@ def test_weights_that_the_builder_joined_are_written_together() -> None:
     assert made.runs == [[ONE, THIRD]] and torch.equal(made.holds[THIRD], _base()[THIRD])
 
 
-def test_a_joined_weight_that_was_not_kept() -> None:
+def test_rejects_a_weight_that_is_fused_with_others() -> None:
     memory = {ONE: _base()[ONE]}
     refits = WeightRefitter(engines.OfNetwork(), memory, LIBRARY, engines.Weights(_base(), {ONE: THIRD}))
     with pytest.raises(lorac.Unavailable, match="combines 'third' with weights to be replaced"):

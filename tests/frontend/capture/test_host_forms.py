@@ -108,13 +108,13 @@ def test_a_context_that_no_program_holds_is_named(host: type[_Host], around: str
         _compiled(host(), (torch.rand(3, 6),))
 
 
-def test_a_context_that_changes_nothing_is_left_out() -> None:
+def test_drops_contexts_without_an_effect() -> None:
     x = torch.rand(3, 6)
     assert_close(_compiled(_WithoutAutocast(), (x,))(x), _WithoutAutocast()(x).detach())
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
-def test_script_modules_are_refused() -> None:
+def test_rejects_script_modules() -> None:
     scripted = torch.jit.trace(_Selecting(), (torch.rand(3, 6),))
     for host, where in ((scripted, "the model is a"), (nn.Sequential(nn.Linear(6, 6), scripted), "'1' is a")):
         with refuses("wrong_type", match=where):
@@ -319,7 +319,7 @@ _PAIR = {
           "t2u_decoder_layers": 1, "t2u_vocab_size": 97}, "unavailable", "rules of its own"),
     ],
 )  # fmt: skip
-def test_models_without_a_cache_are_refused_by_layer(
+def test_rejects_models_without_a_cache_and_names_the_layer(
     model: str, config: str, fields: dict[str, Any], code: str, named: str
 ) -> None:
     import transformers

@@ -77,7 +77,7 @@ def test_they_are_made_without_the_models_weights(host: Grouping):
     assert all(p.device.type == "cpu" for p in host.parameters())
 
 
-def test_text_alone_has_none_and_neither_have_other_models(host: Grouping):
+def test_makes_no_positions_for_text_and_other_models(host: Grouping):
     positions = Host.of(host).find_positions()
     assert positions is not None
     assert positions.compute({"input_ids": torch.zeros(2, 3)}) is None
@@ -102,6 +102,6 @@ def test_a_loaded_program_says_how_to_make_positions(compiled: Any, host: Groupi
     assert_close(loaded(**call, position_ids=host.get_rope_index(**call)[0]), host(**call).detach())
 
 
-def test_arguments_that_the_models_method_cannot_take_are_refused_by_name(compiled: Any):
+def test_rejects_unsupported_arguments_by_name(compiled: Any):
     with pytest.raises(lorac.InputMismatch, match=r"get_rope_index\(\) finds no position_ids: AttributeError"):
         compiled(**{**_call(2, 7), "mm_token_type_ids": 3})

@@ -92,12 +92,12 @@ def _nodes(graph: Graph) -> list[tuple[object, ...]]:
     return [(node, node.name, node.target, node.args, node.kwargs) for node in graph.fx.nodes]
 
 
-def test_positions_says_which_numberings_it_leaves() -> None:
+def test_positions_reports_the_numberings_that_it_leaves() -> None:
     graph, _ = _capture(made("t5"), grows=True)
     assert {skip.why for skip in graph.skips["positions"]} == {"biases of attention are computed from it"}
 
 
-def test_attention_says_what_it_leaves_under_other_masks() -> None:
+def test_attention_reports_the_masks_that_it_leaves() -> None:
     graphs: list[Graph] = []
 
     class Keep(Exception):
@@ -123,7 +123,7 @@ def test_a_captured_graph_is_not_captured_again() -> None:
         run_pipeline(graph, capture_passes())
 
 
-def test_a_loop_without_layers_is_left_alone() -> None:
+def test_leaves_a_loop_without_layers() -> None:
     class Looping(nn.Module):
         def __init__(self) -> None:
             super().__init__()

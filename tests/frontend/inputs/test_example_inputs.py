@@ -45,7 +45,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_forward_takes_them(name):
+def test_forward_accepts_the_example_inputs(name):
     model = MODELS[name]().eval()
     output = model(**Host.of(model).example_inputs())
     assert output[0].shape[0] == 2

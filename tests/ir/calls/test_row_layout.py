@@ -36,7 +36,7 @@ def test_a_call_in_parts_with_its_last_row_once_more():
     assert ROWS.count_rows(_call(3)) == 3
 
 
-def test_rows_of_unequal_shares_are_refused():
+def test_rejects_rows_of_unequal_shares():
     with pytest.raises(lorac.InputMismatch, match="'pieces' has size 7 on axis 0, which does not divide into 3 rows"):
         ROWS.split({**_call(3), "pieces": np.arange(7)})
 

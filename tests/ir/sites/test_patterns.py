@@ -175,7 +175,7 @@ def test_an_attentions_name_selects_its_weights():
     assert [s.path for s in select_sites(sites, "all-linear")] == ["attn", "attn.out_proj", "line"]
 
 
-def test_nothing_matches_names_the_nearest():
+def test_rejects_unmatched_patterns_and_names_the_nearest():
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 96), "down": nn.Linear(3, 2)})
     with refuses("site_not_found") as caught:
         lorac.compile(model, {"style": lorac.LoRA(targets=("q_prj",))})

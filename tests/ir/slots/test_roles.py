@@ -143,7 +143,7 @@ def test_rejects_fusing_a_role_without_a_weight_form() -> None:
         lorac.compile(_model(), {"a": _adapter()}, mode="fused", example_inputs=(X,))
 
 
-def test_a_stored_plan_with_an_unknown_role_is_refused() -> None:
+def test_rejects_a_stored_plan_with_an_unknown_role() -> None:
     plan = lorac.compile(_model(), {"a": _adapter()}, example_inputs=(X,)).plans["0"]
     stored = plan_to_json(plan)
     with pytest.raises(lorac.ArtifactError, match="room for 'biass'"):

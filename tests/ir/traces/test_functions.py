@@ -50,7 +50,7 @@ def _nodes(module: fx.GraphModule) -> list[tuple[object, ...]]:
     return [(n.op, n.name, n.target, str(n.args), n.kwargs, n.meta.keys()) for n in module.graph.nodes]
 
 
-def test_classes_of_modules_are_left_alone() -> None:
+def test_leaves_classes_of_modules_unchanged() -> None:
     seen: list[tuple[object, object]] = []
 
     def function(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_loads_the_tokenizer_on_first_use(folder: Path, tmp_path: Path) -> None:
     assert lorac.load(tmp_path / "third").tokenizer("w3")["input_ids"] == [3]
 
 
-def test_a_tokenizer_that_was_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_rejects_a_tokenizer_that_was_changed(folder: Path, tmp_path: Path) -> None:
     copied = tmp_path / "text"
     shutil.copytree(folder, copied)
     (copied / "tokenizer" / "tokenizer.json").write_text("{}")

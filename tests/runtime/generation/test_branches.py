@@ -121,7 +121,7 @@ def test_a_side_network_that_is_off_neither_runs_nor_writes_into_its_cache() -> 
 
 
 @torch.no_grad()
-def test_a_cache_that_knows_nothing_of_the_side_network_is_refused() -> None:
+def test_rejects_a_cache_that_knows_nothing_of_the_side_network() -> None:
     compiled, row = growing("eager"), IDS[:1, :5]
     filled = compiled(input_ids=row, use_cache=True, adapters=None).cache
     with pytest.raises(lorac.Unavailable, match=r"has 5 tokens, and the branch at 'model.norm:0' has 0"):

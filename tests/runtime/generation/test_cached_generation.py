@@ -22,7 +22,7 @@ def model() -> Any:
     return over(compiled("llama"))
 
 
-def test_a_row_that_is_done_brings_nothing(model: Any) -> None:
+def test_finished_rows_feed_no_tokens(model: Any) -> None:
     ends = list(range(20, 60))
     answer = model.generate(**padded(prompts(), "left"), **GREEDY, eos_token_id=ends)
     new = answer[:, max(LENGTHS) :]
@@ -136,7 +136,7 @@ def test_prefixes_of_adapters_that_are_gone_are_forgotten() -> None:
     assert model.engine.fed[0] == [1], "the base's prompts are kept"
 
 
-def test_a_cache_that_an_answer_gives_goes_on_with_its_text(model: Any) -> None:
+def test_continues_with_a_returned_cache(model: Any) -> None:
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = _longer(answer.sequences)
     expected = model.generate(told, **GREEDY)
@@ -149,7 +149,7 @@ def test_a_cache_that_an_answer_gives_goes_on_with_its_text(model: Any) -> None:
     assert answer.cache.cache.lengths == held
 
 
-def test_a_cache_of_another_text_or_model_is_refused(model: Any) -> None:
+def test_rejects_a_cache_of_another_text_or_model(model: Any) -> None:
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = _longer(answer.sequences)
     other = told.clone()

@@ -129,7 +129,7 @@ class _Counting(torch.nn.Module):
         return x
 
 
-def test_a_generation_of_the_models_own() -> None:
+def test_keeps_the_models_own_generate() -> None:
     model = lorac.compile(_Counting(), {"a": lorac.LoRA(r=2, targets=["up"])})
     with torch.no_grad():
         for tensor in model.adapters["a"].parameters():

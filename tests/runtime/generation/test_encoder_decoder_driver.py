@@ -255,7 +255,7 @@ def test_rows_that_leave_and_join_match_single_rows(compiled: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_way_of_generating_that_is_the_models_own(tmp_path: Path) -> None:
+def test_keeps_the_models_own_generation(tmp_path: Path) -> None:
     """Whisper's: timestamps, sounds longer than it hears at once, temperatures to fall back to; once loaded, too."""
     peft = adapted("whisper")
     compiled = _made(peft)

@@ -62,7 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "beams, and what is drawn, cut and guided; over a cache", keep=["cached-beams", "cached-nucleus", "cached-guided"]
 )
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_are_transformers_own(name: str, model: Any) -> None:
+def test_options_match_transformers(name: str, model: Any) -> None:
     batch, options = padded(prompts(), "left"), OPTIONS[name]
     torch.manual_seed(3)
     expected = adapted("llama").generate(**batch, max_new_tokens=NEW, **{"do_sample": False, **options})
@@ -211,7 +211,7 @@ def test_a_seed_determines_sampling_with_a_draft(model: Any) -> None:
 
 
 @pytest.mark.medium("eager, and drafts over a cache", cases=["cached"])
-def test_transformers_assistants_are_taken(model: Any) -> None:
+def test_accepts_assistant_models_of_transformers(model: Any) -> None:
     import transformers
 
     torch.manual_seed(1)

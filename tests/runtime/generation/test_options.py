@@ -118,7 +118,7 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_an_option_is_refused(name: str) -> None:
+def test_rejects_unsupported_options(name: str) -> None:
     import transformers
 
     model, row = over(compiled("llama")), prompts()[0][None]

@@ -108,12 +108,12 @@ def test_runs_custom_processors_per_row_in_order(model: Any) -> None:
     ],
     ids=str,
 )
-def test_options_that_no_row_can_have_are_refused(model: Any, code: str, options: dict[str, Any]) -> None:
+def test_rejects_options_that_rows_do_not_support(model: Any, code: str, options: dict[str, Any]) -> None:
     with refuses(code):
         RowSampler.of(model, prompts()[0], **{"max_new_tokens": 4, **options})
 
 
-def test_more_tokens_than_the_model_has_places_for_are_refused() -> None:
+def test_rejects_more_tokens_than_positions() -> None:
     with refuses("input_mismatch", match="positions"):
         RowSampler.of(over(compiled("llama"), limit=12), prompts()[0], max_new_tokens=8)
 

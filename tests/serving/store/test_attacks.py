@@ -186,7 +186,7 @@ SLOW = {"a hundred thousand tensors"}
 
 @pytest.mark.medium("formats/test_budget.py's bombs", cases=["an archive"])
 @pytest.mark.parametrize("attack", [pytest.param(a, marks=[pytest.mark.slow] if a in SLOW else []) for a in ATTACKS])
-def test_attacks_are_refused_and_leave_nothing(store: AdapterStore, tenant: str, attack: str) -> None:
+def test_rejects_attacks_and_leaves_no_files(store: AdapterStore, tenant: str, attack: str) -> None:
     files, codes = ATTACKS[attack]
     with pytest.raises(lorac.LoracError) as refused:
         send(store, tenant, "mine", files())

@@ -130,7 +130,7 @@ def test_an_adapter_is_only_read() -> None:
 
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("given", [None, []])
-def test_refused_without_batches(name: str, given: Any) -> None:
+def test_rejects_a_start_without_batches(name: str, given: Any) -> None:
     model = net()
     before = zoo.fingerprint(model)
     with refuses("batches_needed", match="there are no batches"):
@@ -158,7 +158,7 @@ def nan(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         (starts.PiSSA(), lorac.LoRA(targets=("upp",)), None, lorac.SiteError, "upp"),
     ],
 )
-def test_refusals_leave_nothing(start: Any, variant: Any, given: Any, error: Any, says: str) -> None:
+def test_a_rejected_start_changes_nothing(start: Any, variant: Any, given: Any, error: Any, says: str) -> None:
     model = net()
     before, state = zoo.fingerprint(model)[1], {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(error, match=says):
@@ -168,7 +168,7 @@ def test_refusals_leave_nothing(start: Any, variant: Any, given: Any, error: Any
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_refused_layers() -> None:
+def test_rejects_unsupported_layers() -> None:
     model = zoo.ZOO["plain_conv"].fresh()
     image = zoo.ZOO["plain_conv"].inputs()
     with refuses("site_unsupported", match="needs linear layers"):

@@ -52,7 +52,7 @@ def test_a_rule_is_as_on_a_lora_over_the_base_that_is_left(name: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [training.ALLoRA, lambda c, o: training.Squeeze(c, o, stages=((4, 1), (2, 1)))])
-def test_a_rule_that_rebuilds_the_change_is_refused(rule: Any) -> None:
+def test_rejects_a_rule_that_rebuilds_the_change(rule: Any) -> None:
     host = Host()
     compiled = compiled_of(host, PiSSA()(LORA, host))
     optimizer = torch.optim.SGD(trained(compiled), lr=0.05)

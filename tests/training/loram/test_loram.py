@@ -250,7 +250,7 @@ def test_aligning(masked: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_mismatched_models_are_refused() -> None:
+def test_rejects_mismatched_models() -> None:
     model = llama()
     smaller, other = loram.prune(model), loram.prune(model, hidden=0.2)
     adapter = trained(smaller.model)
@@ -296,7 +296,7 @@ def test_a_file_of_positions_that_are_none(tmp_path: Path) -> None:
         loram.read_pruning_record(tmp_path / "kept.safetensors")
 
 
-def test_a_changed_file_of_positions_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_changed_file_of_positions(tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     loram.write_pruning_record({"0": PruningRecord((3, 3), torch.tensor([0, 2]), torch.tensor([1]))}, path)
     sound = path.read_bytes()

@@ -213,7 +213,7 @@ def test_prompts_are_written_in_the_manner_of_the_seeds() -> None:
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"name": 1e400}', '{"nam": "x"}', "[" * 10_000, '{"name": "x", "name": "y"}'])
-def test_a_damaged_task_is_refused(text: str, tmp_path: Path) -> None:
+def test_rejects_a_damaged_task(text: str, tmp_path: Path) -> None:
     ASKED.save(tmp_path)
     (tmp_path / "transfer.json").write_text(text)
     with refuses("corrupt_file"):

@@ -177,7 +177,7 @@ def test_a_loaded_artifact_runs_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -
             lorac.load(tmp_path / "it", device="cpu")
 
 
-def test_a_model_on_the_gpu_runs_there_unasked() -> None:
+def test_a_model_on_the_gpu_runs_there_by_default() -> None:
     oracle = reference("tiny_bert", torch.float32)
     model = oracle.entry.fresh().cuda()
     engine: Any = lorac.compile(model, oracle.adapters, "onnxruntime", on_gpu(oracle.inputs()), active=None)
@@ -185,7 +185,7 @@ def test_a_model_on_the_gpu_runs_there_unasked() -> None:
     assert_close(first("tiny_bert", engine(**oracle.inputs())), first("tiny_bert", oracle.base))
 
 
-def test_a_gpu_that_is_not_there_is_named() -> None:
+def test_names_a_missing_gpu() -> None:
     with pytest.raises(
         lorac.Unavailable, match=f"there is no device 'cuda:99': NVIDIA's driver shows {torch.cuda.device_count()}"
     ):

@@ -119,7 +119,7 @@ def test_a_write_before_the_first_call_has_ended_by_then(tmp_path: Path) -> None
 
 # --- weights that are replaced ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("host", HOSTS)
-def test_replaced_weights_leave_nothing_of_the_choice_before(host: str) -> None:
+def test_replaced_weights_keep_nothing_of_the_previous_choice(host: str) -> None:
     """Each adapter is on layers that the other leaves alone."""
     engine, given = compiled(host, "fused", refit=True), inputs(host, device="cuda")
     base = first(host, engine(**given))

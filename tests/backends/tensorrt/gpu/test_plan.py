@@ -189,7 +189,7 @@ def test_another_capability_is_named() -> None:
         PlanRunner(_plan(), capabilities=["5.0"])
 
 
-def test_kernels_are_kept(tmp_path: Path) -> None:
+def test_keeps_kernels_between_plans(tmp_path: Path) -> None:
     if not LIBRARY.is_rtx:
         pytest.skip("TensorRT for RTX alone compiles kernels where a plan is loaded")
     kernels = PlanCache(tmp_path).kernels("0" * 32)
