@@ -199,16 +199,15 @@ class _GraphDumper:
         results = (node for node in self.fx.nodes if find_producing_call(node).target in ops.SITE_CALLS)
         calls = Counter(site for node in results if (site := self._site(node)) is not None)
         slots = {slot.name: slot.site for slot in self.graph.slots.values()}
-        level, classes = self.graph.level.name.lower(), self.scopes.classes
-        return Dump(self.graph.name, level, tuple(rows), self._sites(), slots, dict(calls), classes)
-
-    def _sites(self) -> dict[str, str]:
         plans = {path: plan for path, plan in self.graph.plans.items() if not plan.empty}
         states = {path: "fused" if plan.bound else "live" for path, plan in plans.items()}
-        shown = (
-            path for path, site in self.graph.sites.items() if site.kind not in KINDS_WITHOUT_WEIGHT or path in plans
-        )
-        return {path: states.get(path, "bare") for path in shown}
+        sites = {
+            path: states.get(path, "bare")
+            for path, site in self.graph.sites.items()
+            if site.kind not in KINDS_WITHOUT_WEIGHT or path in plans
+        }
+        level, classes = self.graph.level.name.lower(), self.scopes.classes
+        return Dump(self.graph.name, level, tuple(rows), sites, slots, dict(calls), classes)
 
     def _rows(self, node: fx.Node) -> Iterable[Row]:
         if node.op == "placeholder":
@@ -231,7 +230,15 @@ class _GraphDumper:
         owner, modules, source = self.scopes.locate(node)
         blocks = self.scopes.blocks_of(modules)
         refs: list[int] = []
-        label, args, kwargs = _split_call(node)
+        label, args, kwargs = _op_label(node.target), list(node.args), node.kwargs
+        if node.target is ops.adapted:
+            call = AdaptedCall.of(node)
+            label, args = f"adapted {_op_label(call.op)}", list(call.host)
+            kwargs = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
+        elif node.target in ops.SITE_OPS:
+            args = list(ops.operands_of(node))
+        while args and args[-1] is None:
+            args.pop()
         operands = [self._operand(a, refs) for a in args]
         named = [
             f"{k}={self._operand(v, refs)}" for k, v in kwargs.items() if k not in _HIDDEN_KEYWORDS and v is not None
@@ -325,25 +332,9 @@ class _GraphDumper:
         return letters
 
 
-def _split_call(node: fx.Node) -> tuple[str, list[object], Mapping[str, object]]:
-    """Return the label, operands and keywords of a node, with the op of an adapted site unwrapped."""
-    if node.target is ops.adapted:
-        call = AdaptedCall.of(node)
-        computed = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
-        return f"adapted {_op_label(call.op)}", _strip_trailing_none(list(call.host)), computed
-    args = ops.operands_of(node) if node.target in ops.SITE_OPS else node.args
-    return _op_label(node.target), _strip_trailing_none(list(args)), node.kwargs
-
-
 @functools.lru_cache(maxsize=4096)
 def _op_label(target: object) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return str(getattr(target, "__name__", target))
     return str(schema.name).removeprefix("aten::").removeprefix("lorac::").replace("::", ".")
-
-
-def _strip_trailing_none(args: list[object]) -> list[object]:
-    while args and args[-1] is None:
-        args.pop()
-    return args

@@ -113,7 +113,10 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
         if paths:
             counts = Counter(map(_layer_pattern, paths))
             yield f"{what}: {', '.join(f'{path} x {n}' if n > 1 else path for path, n in counts.items())}"
-    yield from _slot_legend(report)
+    slots = {role for row in report.terms if row.form != BRANCH for role in row.slots}
+    meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in slots]
+    if meanings:
+        yield f"slots: {', '.join(meanings)}"
 
 
 def _program_lines(program: ProgramRow) -> Iterator[str]:
@@ -133,7 +136,8 @@ def _site_lines(report: Explanation) -> Iterator[str]:
     groups: dict[tuple[str, tuple[TermRow, ...]], int] = {}
     by_site: dict[str, list[TermRow]] = {}
     for row in report.terms:
-        by_site.setdefault(row.site, []).append(_without_site(row))
+        reasons = tuple(replace(reason, site="") for reason in row.reasons)
+        by_site.setdefault(row.site, []).append(replace(row, site="", reasons=reasons))  # equal for similar sites
     for site, found in by_site.items():
         key = (_layer_pattern(site), tuple(found))
         groups[key] = groups.get(key, 0) + 1
@@ -147,11 +151,6 @@ def _site_lines(report: Explanation) -> Iterator[str]:
             cells = [cell.ljust(width) for cell, width in zip(_term_cells(row, names), widths, strict=True)]
             yield ("  " + "  ".join(cells)).rstrip()
             yield from (f"      why: {format_reason(reason, names)}" for reason in row.reasons)
-
-
-def _without_site(row: TermRow) -> TermRow:
-    """Return a row without its site, by which rows of similar sites are equal."""
-    return replace(row, site="", reasons=tuple(replace(reason, site="") for reason in row.reasons))
 
 
 def _without_adapter(row: TermRow) -> TermRow:
@@ -185,14 +184,6 @@ def _term_cells(row: TermRow, names: Sequence[str]) -> tuple[str, ...]:
     slots = row.slots if row.form == BRANCH else [ROLES[role].letter for role in row.slots]
     swap = f"swap: {row.swap}"
     return (_elide_names(names), row.form, row.state, " ".join(slots), row.dtype, format_size(row.nbytes), swap)
-
-
-def _slot_legend(report: Explanation) -> Iterator[str]:
-    """Yield the meanings of the slots' letters."""
-    shown = {role for row in report.terms if row.form != BRANCH for role in row.slots}
-    meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in shown]
-    if meanings:
-        yield f"slots: {', '.join(meanings)}"
 
 
 def _layer_pattern(path: str) -> str:

@@ -1,4 +1,4 @@
-"""``compiled.graph``: the captured graphs and what the passes changed, to print, compare and draw.
+"""``compiled.graph``: the captured graphs at every stage, to print, compare and draw.
 
 The adapters at the sites are looked up when a graph is printed, so that they are the present ones.
 """
@@ -26,13 +26,13 @@ class GraphView:
 
     Args:
         dumps: stage -> the graph after it, in order.
-        context: returns the present adapters at the sites, and what else a page tells.
+        context: returns the present adapters at the sites, and the other facts of a page.
         stage: the stage to show; default: the last.
-        skipped: pass -> what it left unchanged.
+        skipped: pass -> its skips.
         emission: returns the program that the target runs; None if it runs the model's own modules.
 
     Attributes:
-        skipped: pass -> what it left unchanged, each with its place and the reason.
+        skipped: pass -> its skips, each with a place and the reason.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class GraphView:
         return self._with(found, self._stage)
 
     def diff(self, other: GraphView | None = None) -> str:
-        """Return what changed from another view to this one; default: from the capture. Empty if nothing changed."""
+        """Return the changes from another view to this one; default: from the capture. Empty if there are none."""
         stage = CAPTURE if CAPTURE in self._dumps else self.stages[0]
         before = self._dumps[stage] if other is None else other.dump
         return diff_dumps(before, self.dump, self._context().notes)
@@ -147,7 +147,7 @@ class GraphViews(dict[str, GraphView]):
         self._context = context
 
     def diff(self) -> str:
-        """Return what the passes changed, graph by graph."""
+        """Return the changes by the passes, graph by graph."""
         return "\n".join(text for view in self.values() if (text := view.diff()))
 
     def to_dot(self) -> str:
@@ -189,42 +189,28 @@ def to_dot(dump: Dump, notes: AdapterNotes | None = None) -> str:
 def _map_to_representatives(root: Section, body: SectionPrinter) -> dict[int, int]:
     """Return the row that is drawn for each row: of identical blocks, the first block's."""
     drawn_as: dict[int, int] = {}
-    for block, first in _repeated_sections(root, body):
-        drawn_as |= dict(zip(block.rows(), first.rows(), strict=True))
+    # Outer blocks come before inner ones.
+    groups = (part for section in root.sections() for part in group_items(section) if isinstance(part, list))
+    for blocks, (start, length) in ((group, run) for group in groups for run in body.runs(group)):
+        for block in blocks[start + 1 : start + length]:
+            drawn_as |= dict(zip(block.rows(), blocks[start].rows(), strict=True))
     return {index: find_drawn(index, drawn_as) for index in root.rows()}
 
 
-def _repeated_sections(root: Section, body: SectionPrinter) -> Iterator[tuple[Section, Section]]:
-    """Yield each block that is identical to an earlier one, and the first such; outer blocks come before inner ones."""
-    groups = (part for section in root.sections() for part in group_items(section) if isinstance(part, list))
-    for blocks in groups:
-        for start, length in body.runs(blocks):
-            yield from ((block, blocks[start]) for block in blocks[start + 1 : start + length])
-
-
 def _cluster_lines(section: Section, dump: Dump, shown_as: dict[int, int], indent: str) -> Iterator[str]:
+    """Yield the lines of a block's rows, and of its inner blocks in frames; those drawn elsewhere are left out."""
     for item in section.items:
         if isinstance(item, Section):
-            yield from _subgraph_lines(item, dump, shown_as, indent)
+            if any(shown_as[index] == index for index in item.rows()):
+                yield f"{indent}subgraph {_quote('cluster_' + item.call)} {{ label={_quote(item.call)};"
+                yield from _cluster_lines(item, dump, shown_as, indent + "  ")
+                yield f"{indent}}}"
         elif shown_as[item] == item:
-            yield f"{indent}{_node_line(item, dump)}"
-
-
-def _subgraph_lines(section: Section, dump: Dump, shown_as: dict[int, int], indent: str) -> Iterator[str]:
-    """Yield the lines of a block in a frame, or none where all of it is drawn elsewhere."""
-    if not any(shown_as[index] == index for index in section.rows()):
-        return
-    yield f"{indent}subgraph {_quote('cluster_' + section.call)} {{ label={_quote(section.call)};"
-    yield from _cluster_lines(section, dump, shown_as, indent + "  ")
-    yield f"{indent}}}"
-
-
-def _node_line(index: int, dump: Dump) -> str:
-    row = dump.rows[index]
-    label = row.text.replace(REF, "·") if row.kind == "value" else row.kind
-    state = dump.sites.get(row.site or "", "bare") if row.kind == "value" else row.kind
-    shown = "\\n".join(part for part in (row.name, label, row.type) if part)
-    return f"n{index} [label={_quote(shown)}, fillcolor={_quote(_COLORS[state])}];"
+            row = dump.rows[item]
+            label = row.text.replace(REF, "·") if row.kind == "value" else row.kind
+            state = dump.sites.get(row.site or "", "bare") if row.kind == "value" else row.kind
+            shown = "\\n".join(part for part in (row.name, label, row.type) if part)
+            yield f"{indent}n{item} [label={_quote(shown)}, fillcolor={_quote(_COLORS[state])}];"
 
 
 def _quote(text: str) -> str:

@@ -65,7 +65,9 @@ class PrintedLine:
 def to_text(dump: Dump, notes: AdapterNotes | None = None) -> str:
     """Return a dump as text, with the adapters at its sites."""
     notes = notes or AdapterNotes()
-    head = f"graph {dump.name} @{dump.level}{_format_adapters(notes)}"
+    head = f"graph {dump.name} @{dump.level}"
+    if notes.adapters:
+        head += "  {" + " · ".join(f"{name}: {text}" for name, text in notes.adapters.items()) + "}"
     lines = [head, *align_columns(format_lines(dump, notes)), format_summary(dump, notes)]
     return escape_controls("\n".join(lines) + "\n")
 
@@ -79,7 +81,11 @@ def align_columns(rows: Sequence[PrintedLine]) -> list[str]:
     """Return lines with types and notes in columns; a long line pushes its own to the right."""
     widths = [len(row.left) for row in rows if row.type or row.note]
     column = min(max(widths, default=0), _TYPE_COLUMN) + 2
-    return [_align_line(row, column).rstrip() for row in rows]
+    lines = []
+    for row in rows:
+        aligned = f"{row.left.ljust(column - 2)}  {row.type.ljust(_SOURCE_COLUMN)}  {row.note}"
+        lines.append((aligned if row.type or row.note else row.left).rstrip())
+    return lines
 
 
 def format_summary(dump: Dump, notes: AdapterNotes) -> str:
@@ -98,7 +104,10 @@ def diff_dumps(before: Dump, after: Dump, notes: AdapterNotes | None = None) -> 
     """Return the differences of two dumps of a graph, block by block; identical ones of neighbours are shown once."""
     notes = notes or AdapterNotes()
     old, new = (_lines_by_section(d, notes) for d in (before, after))
-    changes = [(path, _diff_lines(old.get(path, []), new.get(path, []))) for path in dict.fromkeys([*new, *old])]
+    changes = []
+    for path in dict.fromkeys([*new, *old]):
+        _, _, *lines = [*difflib.unified_diff(old.get(path, []), new.get(path, []), n=0, lineterm="")] or ("", "")
+        changes.append((path, [line for line in lines if not line.startswith("@@")]))
     shown: list[str] = [f"--- {before.name} @{before.level}", f"+++ {after.name} @{after.level}"]
     runs = find_runs([(path_stem(path), "\n".join(lines)) for path, lines in changes])
     for start, length in runs:
@@ -129,7 +138,13 @@ class SectionPrinter:
     def format_section(self, section: Section) -> list[PrintedLine]:
         """Return the lines of a section, with identical nested blocks collapsed."""
         if id(section) not in self._lines:  # by identity: a block may be left and entered again
-            self._lines[id(section)] = [line for part in group_items(section) for line in self._part(part, section)]
+            lines: list[PrintedLine] = []
+            for part in group_items(section):
+                if isinstance(part, int):
+                    lines += self.format_row(self.dump.rows[part], section)
+                else:
+                    lines += self._blocks(part, section)
+            self._lines[id(section)] = lines
         return self._lines[id(section)]
 
     def format_row(self, row: Row, section: Section) -> list[PrintedLine]:
@@ -144,24 +159,20 @@ class SectionPrinter:
         """Return the runs (start, length) of neighbours with identical lines."""
         return find_runs([(path_stem(block.path), self.format_section(block)) for block in blocks])
 
-    def _part(self, part: int | list[Section], section: Section) -> list[PrintedLine]:
-        return self.format_row(self.dump.rows[part], section) if isinstance(part, int) else self._blocks(part, section)
-
     def _blocks(self, blocks: list[Section], around: Section) -> list[PrintedLine]:
         found: list[PrintedLine] = []
         for start, length in self.runs(blocks):
-            found.append(PrintedLine(self._heading(blocks[start], around), role="block"))
-            found.extend(line.indent() for line in self.format_section(blocks[start]))
+            block = blocks[start]
+            read = ((f"%{letter}", spell_reference(around, ref, self.dump)) for ref, letter in block.inputs.items())
+            bound = ", ".join(f"{letter} = {value}" for letter, value in read if letter != value)
+            call = relative_path(block.call, around.path)
+            heading = f"{call if not around.call else call.partition('@')[0]}:  {bound}".rstrip()
+            found.append(PrintedLine(heading, role="block"))
+            found.extend(line.indent() for line in self.format_section(block))
             if length > 1:
                 others = [relative_path(block.call, around.path) for block in blocks[start + 1 : start + length]]
                 found.append(PrintedLine(_format_repeats(others), role="more"))
         return found
-
-    def _heading(self, block: Section, around: Section) -> str:
-        spelled_out = ((f"%{letter}", spell_reference(around, ref, self.dump)) for ref, letter in block.inputs.items())
-        bound = (f"{letter} = {value}" for letter, value in spelled_out if letter != value)
-        call = relative_path(block.call, around.path)
-        return "  ".join((f"{call if not around.call else call.partition('@')[0]}:", ", ".join(bound))).rstrip()
 
 
 def _format_repeats(others: Sequence[str]) -> str:
@@ -176,19 +187,6 @@ def format_term(term: TermRow) -> PrintedLine:
     strength = "" if term.strength == 1 else "  off" if not term.strength else f"  x {term.strength:g}"
     note = f"not fusable: {term.unfusable}" if term.unfusable else "fusable" if term.state == "live" else term.state
     return PrintedLine(f"     + {term.adapter}  {term.form}  {parts}{strength}", "", note, "term")
-
-
-def _align_line(row: PrintedLine, column: int) -> str:
-    if not (row.type or row.note):
-        return row.left
-    left = row.left.ljust(column - 2) + "  "
-    return left + row.type.ljust(_SOURCE_COLUMN) + "  " + row.note
-
-
-def _format_adapters(notes: AdapterNotes) -> str:
-    if not notes.adapters:
-        return ""
-    return "  {" + " · ".join(f"{name}: {text}" for name, text in notes.adapters.items()) + "}"
 
 
 def count_added_flops(dump: Dump, notes: AdapterNotes) -> int:
@@ -207,8 +205,3 @@ def _lines_by_section(dump: Dump, notes: AdapterNotes) -> dict[str, list[str]]:
         texts = (f"{line.left}  {line.type or line.note}".rstrip() for line in lines)
         found.setdefault(section.call, []).extend(texts)
     return found
-
-
-def _diff_lines(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    changed = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-    return [line for line in changed if not line.startswith("@@")]

@@ -1,1 +1,1 @@
-"""The page that ``to_html`` writes: what is drawn, where it lies, what a box says, and the page around it."""
+"""The page that ``to_html`` writes: its boxes, their places and texts, and the page around them."""

@@ -99,7 +99,9 @@ class _BoxBuilder:
     def __init__(self, dump: Dump, site_keys: Mapping[str, str]) -> None:
         self.dump, self.site_keys = dump, site_keys
         self.rows = dump.rows
-        self.drawn_as = {n: row.refs[0] for n, row in enumerate(dump.rows) if _is_redundant_cast(row, dump.rows)}
+        # Links begin at the operand of a cast that changes no type.
+        casts = [(n, row) for n, row in enumerate(dump.rows) if row.refs and _op_name(row) == "to"]
+        self.drawn_as = {n: row.refs[0] for n, row in casts if dump.rows[row.refs[0]].type == row.type}
         self._keys: dict[int, tuple[object, ...]] = {}
         with_rows = {row.site for row in dump.rows if row.site}
         self.sites_without_rows = [site for site in site_keys if site not in with_rows]
@@ -117,8 +119,13 @@ class _BoxBuilder:
         return graph
 
     def _inner_boxes(self, section: Section) -> tuple[Box, ...]:
-        bundles = _bundle_items(section, self.rows, self._runs(section))
-        return tuple(self._box(bundle, section.path) for bundle in bundles)
+        runs: list[list[int | Section]] = []  # neighbours that compute the same are together
+        for item in section.items:
+            if runs and self._are_identical(runs[-1][-1], item):
+                runs[-1].append(item)
+            else:
+                runs.append([item])
+        return tuple(self._box(bundle, section.path) for bundle in _bundle_items(self.rows, runs))
 
     def _box(self, bundle: _BoxItems, outer: str) -> Box:
         first = bundle.items[0]
@@ -157,16 +164,6 @@ class _BoxBuilder:
         more = f" +{len(named) - _MAX_NAMED_OPS}" if len(named) > _MAX_NAMED_OPS else ""
         return " · ".join(named[:_MAX_NAMED_OPS]) + more, f"{len(ops)} ops" if len(ops) > 1 else ""
 
-    def _runs(self, section: Section) -> list[list[int | Section]]:
-        """Return the items of a section, with neighbours that compute the same together."""
-        runs: list[list[int | Section]] = []
-        for item in section.items:
-            if runs and self._are_identical(runs[-1][-1], item):
-                runs[-1].append(item)
-            else:
-                runs.append([item])
-        return runs
-
     def _are_identical(self, one: int | Section, other: int | Section) -> bool:
         if isinstance(one, int) or isinstance(other, int) or path_stem(one.path) != path_stem(other.path):
             return False
@@ -179,10 +176,11 @@ class _BoxBuilder:
     def _key(self, section: Section) -> tuple[object, ...]:
         """Return the contents of a section, in names relative to it."""
         if id(section) not in self._keys:
-            self._keys[id(section)] = (*self._row_keys(section), *self._hidden_site_keys(section))
+            self._keys[id(section)] = tuple(self._row_keys(section))
         return self._keys[id(section)]
 
     def _row_keys(self, section: Section) -> Iterator[tuple[object, ...]]:
+        """Yield the rows of a section, then its sites without rows."""
         inside = {index: place for place, index in enumerate(section.rows())}
         outside = {index: f"x{place}" for place, index in enumerate(self._reads(section))}
         for index in inside:
@@ -191,10 +189,9 @@ class _BoxBuilder:
             paths = (call.partition("@")[0] for call in row.modules)
             modules = [path[len(section.path) :] for path in paths if path.startswith(section.path)]
             yield row.text, row.type, row.source, refs, modules, self.site_keys.get(row.site or "", "")
-
-    def _hidden_site_keys(self, section: Section) -> Iterator[tuple[str, str]]:
-        inside = (site for site in self.sites_without_rows if _contains_site(section.path, site))
-        return ((site[len(section.path) :], self.site_keys[site]) for site in inside)
+        for site in self.sites_without_rows:
+            if _contains_site(section.path, site):
+                yield site[len(section.path) :], self.site_keys[site]
 
     def _reads(self, section: Section) -> list[int]:
         """Return the rows outside that a section reads, in order of first use."""
@@ -203,7 +200,7 @@ class _BoxBuilder:
         return list(dict.fromkeys(ref for ref in refs if ref not in inside))
 
 
-def _bundle_items(section: Section, rows: Sequence[Row], runs: Sequence[list[int | Section]]) -> list[_BoxItems]:
+def _bundle_items(rows: Sequence[Row], runs: Sequence[list[int | Section]]) -> list[_BoxItems]:
     """Return the items of each box of a section, such that no boxes depend on each other in a circle.
 
     Loose rows are together where one reads the other and both depend on the same boxes of the section.
@@ -237,11 +234,6 @@ def _inner_path(path: str, outer: str) -> str:
 
 def _op_name(row: Row) -> str:
     return row.text.removeprefix("adapted ").partition(" ")[0]
-
-
-def _is_redundant_cast(row: Row, rows: Sequence[Row]) -> bool:
-    """Return whether a row casts to the type of its operand; links begin at the operand instead."""
-    return bool(row.refs) and _op_name(row) == "to" and rows[row.refs[0]].type == row.type
 
 
 def _innermost_box(box: Box, site: str) -> Box | None:

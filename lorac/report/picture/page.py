@@ -38,6 +38,7 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], context: PictureContext) -
     first = [next(iter(stages.values())) for stages in graphs.values()]
     model = " + ".join(dump.classes.get("", dump.name) for dump in first)
     explanation = context.explanation
+    items = "".join(_adapter_item(row.name, context) for row in explanation.adapters)
     return Template(_read_resource("page.html")).substitute(
         title=escape(f"{model} · {explanation.target}, {explanation.mode}"),
         style=_read_resource("page.css"),
@@ -45,7 +46,7 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], context: PictureContext) -
         script=_read_resource("picture.js") + _read_resource("page.js"),
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         summary="".join(_summary_cards(context, first)),
-        adapters=_adapter_list(context),
+        adapters=f"<ul class='adapters'>{items}</ul>" if items else "<p>No adapter.</p>",
         states="".join(_state_legend(context)),
         report=escape(str(explanation)),
         pictures="".join(_picture_section(dump.name, is_only=len(first) == 1) for dump in first),
@@ -84,11 +85,6 @@ def _summary_cards(context: PictureContext, dumps: Sequence[Dump]) -> Iterator[s
 
 def _format_card(name: str, value: str) -> str:
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-
-
-def _adapter_list(context: PictureContext) -> str:
-    items = "".join(_adapter_item(row.name, context) for row in context.explanation.adapters)
-    return f"<ul class='adapters'>{items}</ul>" if items else "<p>No adapter.</p>"
 
 
 def _adapter_item(name: str, context: PictureContext) -> str:
