@@ -98,7 +98,7 @@ def through_engine(compiled: Any, given: argparse.Namespace) -> Side:
 
     def side(ids: Any, count: int, capacity: int) -> Text:
         told = torch.from_numpy(ids)
-        return compiled.with_choice(UNSET, lambda bound, _: write(bound, told, count, capacity))
+        return compiled.switch.with_choice(UNSET, lambda bound, _: write(bound, told, count, capacity))
 
     return side
 

@@ -119,10 +119,10 @@ def _times_in_memory(model: Any, names: Sequence[str], given: argparse.Namespace
     """Seconds of admitting a prepared adapter, and of a copy of its bytes."""
     import torch
 
-    states = [model._states.of(((name, _active()),)) for name in names[:2]]  # both are swapped to below
+    states = [model.switch.states.of(((name, _active()),)) for name in names[:2]]  # both are swapped to below
     own = states[0].bound.placed_tensors().values()
     source = torch.cat([tensor.reshape(-1) for tensor in own])
-    target, turns, bank = torch.empty_like(source), itertools.count(), model.new_row_bank(2)
+    target, turns, bank = torch.empty_like(source), itertools.count(), model.switch.new_row_bank(2)
     placed = itertools.cycle(states)
 
     def place() -> None:

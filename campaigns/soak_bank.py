@@ -69,7 +69,7 @@ class Bank(soak.Model):
             self.compiled.swap(choice)
         self.everything = self.compiled.memory.used
         self.compiled.swap(None)
-        states = self.compiled._states
+        states = self.compiled.switch.states
         self.flaky = [Flaky(self.compiled.engine, "bind_tensors"), Flaky(states._images, "read")]
 
     def fresh(self, choice: Any) -> lorac.Compiled:

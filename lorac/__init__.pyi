@@ -39,12 +39,12 @@ from lorac.limits import budget as budget
 from lorac.merging.extraction import extract as extract
 from lorac.merging.merge import merge as merge
 from lorac.merging.merged_model import merge_into as merge_into
+from lorac.runtime.choice_switch import SwapReport as SwapReport
 from lorac.runtime.generation.prompt_cache import PromptCache as PromptCache
 from lorac.runtime.scheduling.scheduler import Scheduler as Scheduler
 from lorac.runtime.scheduling.token_stream import TextRequest as TextRequest
 from lorac.runtime.scheduling.token_stream import TextToken as TextToken
 from lorac.runtime.scheduling.token_stream import TokenStream as TokenStream
-from lorac.runtime.swap_report import SwapReport as SwapReport
 from lorac.session.api import compile as compile
 from lorac.session.compiled import Compiled as Compiled
 from lorac.session.loading import load as load

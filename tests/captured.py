@@ -101,8 +101,8 @@ class Captured:
 
 def filled(compiled: Any, graph: Graph) -> dict[str, Tensor]:
     """What a compiled model's active choice puts into the slots of a graph with its plans."""
-    snapshot = compose_choice(compiled.plans, compiled.pool, compiled.choice, compiled.base)
-    slots = fill_slots(compiled.plans, snapshot, compiled.base)
+    snapshot = compose_choice(compiled.plans, compiled.pool, compiled.choice, compiled.session.base)
+    slots = fill_slots(compiled.plans, snapshot, compiled.session.base)
     return collect_slot_tensors(graph.slots, compiled.plans, slots)
 
 

@@ -42,10 +42,6 @@ class TensorVersions:
     sums: tuple[int, ...] = ()
     bits: tuple[Tensor, ...] = ()
 
-    def agrees(self, now: "TensorVersions") -> bool:
-        """Return whether nothing was written between these versions and later ones."""
-        return self.versions == now.versions and self.sums == now.sums
-
 
 _KEPT_TIMES = 10_000
 """How many times of reads are kept."""
@@ -53,7 +49,7 @@ _NEVER = TensorVersions(())
 """Equals the versions of no adapter."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class PoolEntry:
     """An adapter in a pool, in memory or on disk.
 
@@ -61,33 +57,18 @@ class PoolEntry:
         source: the adapter itself, or how to read it.
         serial: a number that no other entry of this process has.
         charge: the memory of its tensors; None on disk.
+        forms: its normal forms while they are kept, the versions of its tensors then, and their memory.
     """
 
     source: Adapter | StoredAdapter
     serial: int
     charge: Charge | None
+    forms: tuple[PreparedAdapter, TensorVersions, Charge] | None = None
 
     @property
     def adapter(self) -> Adapter | None:
         """The adapter, if it is in memory."""
         return self.source if isinstance(self.source, Adapter) else None
-
-
-@dataclass(frozen=True, eq=False)
-class _PreparedEntry:
-    """The normal forms of an entry.
-
-    Attributes:
-        entry: the entry that they were made of.
-        prepared: the normal forms.
-        versions: the versions of its tensors then.
-        charge: their memory.
-    """
-
-    entry: PoolEntry
-    prepared: PreparedAdapter
-    versions: TensorVersions
-    charge: Charge
 
 
 class AdapterPool(Mapping[str, PreparedAdapter]):
@@ -111,31 +92,31 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         self._lock = threading.RLock()
         self.budget = MemoryBudget()
         self.entries: dict[str, PoolEntry] = {}
-        self._prepared: dict[str, _PreparedEntry] = {}
         self.read_seconds = collections.deque[float](maxlen=_KEPT_TIMES)
         self.given: Mapping[str, Callable[[], Adapter | None]] = {}
 
     def __getitem__(self, name: str) -> PreparedAdapter:
-        found = self._find_prepared(self.find(name), name)
+        found = self._find_prepared(self.find(name))
         if found is not None:
             return found
         with self._lock:
             entry = self.find(name)
-            return self._find_prepared(entry, name) or self._prepare(name, entry)
+            return self._find_prepared(entry) or self._prepare(name, entry)
 
-    def _find_prepared(self, entry: PoolEntry, name: str) -> PreparedAdapter | None:
+    def _find_prepared(self, entry: PoolEntry) -> PreparedAdapter | None:
         """Return the normal forms of an entry if they are kept, and made of its tensors as they are."""
-        known = self._prepared.get(name)
-        if known is None or known.entry is not entry:
+        forms = entry.forms  # another thread may evict them
+        if forms is None:
             return None
-        if not known.versions.agrees(self.read_versions((entry,), known.versions)):
+        prepared, versions, _ = forms
+        if not self.has_versions((entry,), versions):
             return None
-        self.budget.touch((id(self), name))
-        return known.prepared
+        self.budget.touch((id(self), entry.serial))
+        return prepared
 
     def _prepare(self, name: str, entry: PoolEntry) -> PreparedAdapter:
         """Make the normal forms of an entry, and keep them."""
-        known, adapter = self._prepared.get(name), entry.adapter
+        adapter = entry.adapter
         if adapter is None:
             assert isinstance(entry.source, StoredAdapter)
             begun, room = time.monotonic(), self.budget.claim(entry.source.nbytes)
@@ -144,15 +125,16 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             finally:
                 room.resize(0)  # an error's traceback would hold it
             self.read_seconds.append(time.monotonic() - begun)
-            return self._keep(name, entry, prepared, self.read_versions((entry,)))
-        before = _NEVER if known is None else known.versions
+            return self._keep(entry, prepared, self.read_versions((entry,)))
+        forms = entry.forms  # another thread may evict them
+        before = _NEVER if forms is None else forms[1]
         now = self.read_versions((entry,), before)
         check_values(adapter)
         self._preparer.forget_shared(now.tensors if now.versions == before.versions else ())
-        return self._keep(name, entry, self._prepare_packed(adapter), now)
+        return self._keep(entry, self._prepare_packed(adapter), now)
 
     def _keep(
-        self, name: str, entry: PoolEntry, prepared: PreparedAdapter, versions: TensorVersions, *, always: bool = False
+        self, entry: PoolEntry, prepared: PreparedAdapter, versions: TensorVersions, *, always: bool = False
     ) -> PreparedAdapter:
         """Keep normal forms.
 
@@ -160,12 +142,12 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             always: whatever the room: they cannot be made again.
         """
         charge = self.budget.charge(prepared.tensors())
-        kept = _PreparedEntry(entry, prepared, versions, charge)
-        take = functools.partial(operator.setitem, self._prepared, name, kept)
+        forms = prepared, versions, charge
         if always:
-            take()
+            entry.forms = forms
         else:
-            self.budget.keep((id(self), name), charge, take, functools.partial(self._prepared.pop, name, None))
+            take, drop = (functools.partial(setattr, entry, "forms", value) for value in (forms, None))
+            self.budget.keep((id(self), entry.serial), charge, take, drop)
         return prepared
 
     def __contains__(self, name: object) -> bool:
@@ -191,7 +173,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
     @property
     def resident(self) -> list[str]:
         """Names of the adapters whose prepared form is in memory."""
-        return [*self._prepared]
+        return [name for name, entry in tuple(self.entries.items()) if entry.forms is not None]
 
     def find(self, name: str) -> PoolEntry:
         """Return the entry of a name.
@@ -240,7 +222,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             self.check_name_free(adapter.name)
             if prepared is not None:
                 always = bool(class_modules(adapter.variant))
-                self._keep(adapter.name, entry, prepared, self.read_versions((entry,)), always=always)
+                self._keep(entry, prepared, self.read_versions((entry,)), always=always)
             self.entries[adapter.name] = entry
 
     def register(self, adapters: Mapping[str, StoredAdapter]) -> None:
@@ -257,16 +239,16 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
     def remove(self, name: str) -> None:
         """Remove an adapter."""
         with self._lock:
-            self.find(name)
+            removed = self.find(name)
             # A new mapping, so that whoever holds the old one can bring it back.
             self.entries = {key: entry for key, entry in self.entries.items() if key != name}
-            self._prepared.pop(name, None)
-            self.budget.forget((id(self), name))
+            self.budget.forget((id(self), removed.serial))
 
     def invalidate(self) -> None:
         """Prepare every adapter again at its next use, because the model's own tensors were exchanged."""
         with self._lock:
-            self._prepared.clear()
+            for entry in self.entries.values():
+                entry.forms = None
 
     def check_name_free(self, name: str) -> None:
         """Raise ``AdapterError`` if the name is taken."""
@@ -286,6 +268,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         """
         return tuple(self.find(name) for name in names)
 
+    def has_versions(self, entries: Sequence[PoolEntry], versions: TensorVersions) -> bool:
+        """Return whether no tensor of some adapters was written or exchanged since their versions were read."""
+        now = self.read_versions(entries, versions)
+        return versions.versions == now.versions and versions.sums == now.sums
+
     def read_versions(self, entries: Sequence[PoolEntry], before: TensorVersions = _NEVER) -> TensorVersions:
         """Return the present versions of the tensors of some adapters, faster where earlier ones are given.
 
@@ -293,23 +280,28 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         ``tensor.data``, as research optimizers and moving averages make them, nor one to a tensor made in inference
         mode. Those show in the sums.
         """
-        adapters = [entry.adapter for entry in entries if entry.adapter is not None]
-        tensors = tuple(itertools.chain.from_iterable(adapter.parameters() for adapter in adapters))
+        tensors, versions = list[Tensor](), list[int]()
+        for entry in entries:
+            versions.append(entry.serial)
+            if isinstance(entry.source, Adapter):
+                tensors += entry.source.parameters()
+        versions += map(id, tensors)
         try:
-            counts = [tensor._version for tensor in tensors]
+            versions += map(_VERSION, tensors)
         except RuntimeError:  # a tensor made in inference mode has no count; asking each tensor first would slow calls
-            counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        versions = (*(entry.serial for entry in entries), *map(id, tensors), *counts)
+            del versions[len(entries) + len(tensors) :]
+            versions += [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         if not self._trains or not tensors:
-            return TensorVersions(versions, tensors)
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+            return TensorVersions(tuple(versions), tuple(tensors))
+        addresses = tuple([tensor.data_ptr() for tensor in tensors])
         same = before.sums[: len(tensors)] == addresses and all(map(operator.is_, before.tensors, tensors))
-        bits = before.bits if same else tuple(t.detach().view(_INTEGERS[t.element_size()]) for t in tensors)
+        bits = before.bits if same else tuple([t.detach().view(_INTEGERS[t.element_size()]) for t in tensors])
         # One transfer brings the sums from a device.
         sums = torch.stack([each.sum().to(bits[0].device) for each in bits]).tolist()
-        return TensorVersions(versions, tensors, (*addresses, *sums), bits)
+        return TensorVersions(tuple(versions), tuple(tensors), (*addresses, *sums), bits)
 
 
+_VERSION = operator.attrgetter("_version")
 _SERIALS = itertools.count(1)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Size of a number in bytes -> the integers of that size."""

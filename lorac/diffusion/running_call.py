@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from lorac.errors import ChoiceError
 from lorac.ir.slots.choice import UNSET, ChoiceSpec, parse_choice
-from lorac.runtime.held_choice import HeldChoice
-from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.choice_switch import HeldChoice
+from lorac.session.compiled import Compiled
 
 Adapters = ChoiceSpec | Sequence[ChoiceSpec]
 
@@ -48,7 +48,7 @@ class RunningCall:
 
 
 @contextmanager
-def hold_adapters(model: SwitchableModel, adapters: Adapters, scale: float, images: int) -> Iterator[RunningCall]:
+def hold_adapters(model: Compiled, adapters: Adapters, scale: float, images: int) -> Iterator[RunningCall]:
     """Hold the adapters of a call until it ends, so that a swap meanwhile takes effect in the next one.
 
     Args:
@@ -66,7 +66,7 @@ def hold_adapters(model: SwitchableModel, adapters: Adapters, scale: float, imag
         yield RunningCall(tuple(held), shared=not listed, images=images)
 
 
-def _scale(model: SwitchableModel, choice: ChoiceSpec, scale: float) -> ChoiceSpec:
+def _scale(model: Compiled, choice: ChoiceSpec, scale: float) -> ChoiceSpec:
     if scale == 1:
         return choice
     active = model.choice if choice is UNSET else parse_choice(choice, model.pool)

@@ -1,27 +1,25 @@
 """Rows of a batch that several calls compute: the batch is split, each part runs by itself, the rows are joined.
 
 One call computes rows of several choices of adapters where the program has places for them
-(``lorac.ir.slots.places``); what this module does is left for other rows.
+(``lorac.ir.slots.places``); this module runs other rows.
 
 Rows are found in any nesting: in mappings, tuples and lists, and in the attributes of objects, such as the caches of
 decoders, whose layers hold a tensor with one row per sequence. Each call gets a copy of such an object with the call's
-rows, and the original holds afterwards what a single call would have left in it.
+rows, and the original is afterwards as a single call would have left it.
 """
 
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.row_selection import Array, RowSelection, has_rows, object_attributes
-from lorac.runtime.row_group import RowGroup
+from lorac.runtime.choice_switch import RowGroup
 from lorac.target.engine import AuxOutputs, CallResult
 
 
@@ -73,7 +71,7 @@ class _RowMerger:
         self._updates: list[tuple[object, dict[str, object]]] = []
 
     def update_originals(self) -> None:
-        """Give the input objects what the calls left in their copies, whether or not they were outputs; all or none."""
+        """Write the changes that the calls made to their copies into the input objects, in all of them or in none."""
         for copies in zip(*(selection.copies.values() for selection in self._selections), strict=True):
             self._merge_objects([copied for copied, _ in copies])
         for original, attributes in self._updates:
@@ -106,7 +104,7 @@ class _RowMerger:
             found: list[Any] = [part.get(name, {}).get(path) for part in parts]
             some = next(tensor for tensor in found if tensor is not None)
             rows = zip(found, self._rows, strict=True)
-            filled = [_missing_rows(some, len(own)) if tensor is None else tensor for tensor, own in rows]
+            filled = [_make_missing(some, len(own)) if tensor is None else tensor for tensor, own in rows]
             merged.setdefault(name, {})[path] = self.merge(filled)
         return merged
 
@@ -127,7 +125,7 @@ class _RowMerger:
         return merged
 
 
-def _missing_rows(like: Array, rows: int) -> Array:
+def _make_missing(like: Array, rows: int) -> Array:
     """Return rows that hold nothing: NaN, or 0 in integers."""
     shape = (rows, *like.shape[1:])
     if isinstance(like, torch.Tensor):
@@ -143,82 +141,3 @@ def _values_equal(one: object, other: object) -> bool:
     if isinstance(one, np.ndarray):
         return isinstance(other, np.ndarray) and np.array_equal(one, other)
     return bool(type(one) is type(other) and one == other)
-
-
-# ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def select_rows(options: Fields, rows: Sequence[int], total: int) -> Fields:
-    """Return the inputs and options of ``generate`` for some of the rows.
-
-    Args:
-        options: of all rows.
-        rows: the rows to select.
-        total: the number of rows.
-    """
-    index = list(rows)
-    selected = {name: value[index] if _is_batch(value, total) else value for name, value in options.items()}
-    allowed = selected.get("prefix_allowed_tokens_fn")
-    if allowed is not None:
-        selected["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(rows[row], ids)
-    return selected
-
-
-def _is_batch(value: object, total: int) -> bool:
-    return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 1 and value.shape[0] == total
-
-
-@dataclass(frozen=True)
-class OutputMerger:
-    """Merges the outputs of several runs of ``generate``.
-
-    Attributes:
-        groups: the rows of each run.
-        fill: the token id that fills up shorter sequences.
-        beams: the number of beams of each row.
-    """
-
-    groups: Sequence[Sequence[int]]
-    fill: int
-    beams: int
-
-    def merge(self, outputs: Sequence[Any]) -> Any:
-        """Return sequences, or transformers' output object, for all rows; without a cache.
-
-        Raises:
-            Unavailable: an output belongs to one run alone.
-        """
-        if isinstance(outputs[0], torch.Tensor):
-            return self._stack(outputs, self.fill)
-        fields = {name: [output.get(name) for output in outputs] for name in list(outputs[0]) if name != "cache"}
-        return type(outputs[0])(**{name: self._merge_field(name, values) for name, values in fields.items()})
-
-    def _merge_field(self, name: str, values: Sequence[Any]) -> object:
-        if name == "sequences":
-            return self._stack(values, self.fill)
-        if name == "sequences_scores":
-            return self._stack([value[:, None] for value in values], 0)[:, 0]
-        if name == "beam_indices":
-            return self._stack([self._shift_beams(*pair) for pair in zip(values, self.groups, strict=True)], -1)
-        if name in ("scores", "logits"):
-            longest = max(map(len, values))
-            padded = [[*steps, *[torch.zeros_like(steps[0])] * (longest - len(steps))] for steps in values]
-            return tuple(self._stack(step, 0) for step in zip(*padded, strict=True))
-        raise Unavailable(
-            f"the {name} of rows that choose their own adapters, seeds or drafts cannot be merged",
-            next_step="call once per choice, or leave out the option that asks for them",
-        )
-
-    def _shift_beams(self, indices: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Return indices into a run's own beams as indices into the beams of all rows."""
-        first = torch.tensor(rows)[indices.clamp(min=0) // self.beams] * self.beams
-        return torch.where(indices < 0, indices, first + indices % self.beams)
-
-    def _stack(self, parts: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
-        """Return the rows of several runs in the batch's order, filled up on the right."""
-        longest = max(part.shape[1] for part in parts)
-        padded = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
-        copies = padded[0].shape[0] // len(self.groups[0])
-        order = (
-            torch.argsort(torch.tensor([row for rows in self.groups for row in rows]))[:, None] * copies
-            + torch.arange(copies)
-        ).flatten()
-        return torch.cat(padded)[order]

@@ -48,15 +48,11 @@ def check_capacity(
             raise quantized_merge_error(sites[path], f", and adapter '{name}' needs a merged weight there")
     if problems:
         path, reason = problems[0]
+        kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
+        # No reserve admits blocks, branches and bare parameters.
+        admits = not prepared.branches and not kinds & KINDS_WITHOUT_WEIGHT
+        room = f"{suggest_reserve([prepared])}, or with " if admits else ""
         raise NeedsRecompile(
             f"adapter '{name}' does not fit: '{path}' {reason} ({len(problems)} sites in all)",
-            next_step=f"compile again with {_suggest_room(prepared, sites)}the adapter in adapters=",
+            next_step=f"compile again with {room}the adapter in adapters=",
         )
-
-
-def _suggest_room(prepared: PreparedAdapter, sites: Mapping[str, Site]) -> str:
-    """Return the reserve that would admit an adapter; none does for blocks, branches and bare parameters."""
-    kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
-    if prepared.branches or kinds & KINDS_WITHOUT_WEIGHT:
-        return ""
-    return f"{suggest_reserve([prepared])}, or with "

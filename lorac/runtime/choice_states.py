@@ -2,12 +2,11 @@
 
 import contextlib
 import functools
-import itertools
 import operator
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
 from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.sites.site import BaseReader
-from lorac.ir.slots.choice import Active, Choice, describe_choice
+from lorac.ir.slots.choice import AS_TRAINED, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots
 from lorac.runtime.capacity import suggest_reserve
@@ -27,7 +26,6 @@ from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
 
-_AS_TRAINED = Active()
 _MAX_MIXTURES = 8
 """Kept states of mixtures and strengths, whatever the room."""
 _MAX_TOGETHER = 4
@@ -43,87 +41,26 @@ class ChoiceState:
 
     Attributes:
         snapshot: the choice, composed at every site.
-        bound: the engine's binding; None if the engine writes weights instead.
-        pool: reads the versions of tensors.
+        bound: the engine's program with the choice; None if the engine writes weights instead.
         entries: the adapters of the choice.
         versions: the versions of their tensors from which the state was made.
         nbytes: size of its slots in bytes.
         charge: the memory of its tensors.
-        lease: an object that lives as long as somebody uses the state; None in the state that is kept.
+        original: the state of which this one is a copy, which is in use as long as the copy.
     """
 
     snapshot: ComposedWeights
     bound: BoundProgram | None
-    pool: AdapterPool
     entries: tuple[PoolEntry, ...]
     versions: TensorVersions
     nbytes: int
     charge: Charge
-    lease: "_Lease | None" = None
+    original: "ChoiceState | None" = None
 
     @property
     def choice(self) -> Choice:
         """The choice."""
         return self.snapshot.choice
-
-    @property
-    def stale(self) -> bool:
-        """Whether a tensor of its adapters was written or exchanged since the state was made."""
-        return not self.versions.agrees(self.pool.read_versions(self.entries, self.versions))
-
-
-class _Lease:
-    """Lives as long as a state is in use."""
-
-    __slots__ = ("__weakref__",)
-
-
-class _KeptState:
-    """A state that is kept, and what was handed out of it.
-
-    Args:
-        state: the state, without a lease.
-    """
-
-    def __init__(self, state: ChoiceState) -> None:
-        self.state, self._lock = state, threading.Lock()
-        self._lease: Callable[[], _Lease | None] = lambda: None
-        self._handed: Callable[[], ChoiceState | None] = lambda: None
-
-    def hand_out(self) -> ChoiceState:
-        """Return the state for use, the same object as long as somebody holds that."""
-        with self._lock:
-            handed = self._handed()
-            if handed is None:
-                lease = self._lease() or _Lease()
-                handed = replace(self.state, lease=lease)
-                self._lease, self._handed = weakref.ref(lease), weakref.ref(handed)
-            return handed
-
-    def is_in_use(self) -> bool:
-        """Return whether somebody holds the state."""
-        return self._lease() is not None
-
-
-@dataclass(frozen=True, eq=False)
-class _RowsBinding:
-    """A binding of several choices in one call.
-
-    Attributes:
-        choices: the choice of each place.
-        charges: the memory of their states, as long as these are kept or in use.
-        bound: the binding, which holds its own memory's charge.
-    """
-
-    choices: tuple[Choice, ...]
-    charges: tuple[weakref.ref[Charge], ...]
-    bound: BoundProgram
-
-    def is_of(self, states: Sequence[ChoiceState]) -> bool:
-        """Return whether it was made of these states."""
-        return len(self.charges) == len(states) and all(
-            charge() is state.charge for charge, state in zip(self.charges, states, strict=True)
-        )
 
 
 class ChoiceStates:
@@ -141,12 +78,12 @@ class ChoiceStates:
     ) -> None:
         self._engine, self._plans, self._pool, self._base = engine, plans, pool, base
         self._lock = lock
-        self._kept: dict[Choice, _KeptState] = {}
+        self._kept: dict[Choice, ChoiceState] = {}
+        self._in_use: dict[Choice, weakref.ref[ChoiceState]] = {}
+        self._use_lock = threading.Lock()
         self._idle: dict[str, SiteSlots] = {}
-        self._together: dict[int, _RowsBinding] = {}
-        self._numbers = itertools.count()
+        self._together: dict[tuple[Choice, ...], tuple[tuple[weakref.ref[Charge], ...], BoundProgram]] = {}
         self._images = SlotImages()
-        self._base_program: BoundProgram | None = None
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
         """Return the state of a choice.
@@ -166,7 +103,7 @@ class ChoiceStates:
 
     def _prepare(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
         """Return the state of a choice, or None where one of its adapters was exchanged while it was read."""
-        if self._base_program is None and self._find_stored(choice) is not None:
+        if () not in self._kept and self._find_stored(choice) is not None:
             self.of(())  # which an image of the adapter's slots leaves out
         # Adapters are read and prepared without the lock, which other calls need.
         entries = self._pool.select([name for name, _ in choice])
@@ -185,34 +122,55 @@ class ChoiceStates:
     def _find(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
         """Return the state of a choice if it is kept."""
         kept = self._kept.get(choice)
-        if kept is None or not (stale or not kept.state.stale):
+        if kept is None or not (stale or self._pool.has_versions(kept.entries, kept.versions)):
             return None
         self._pool.budget.touch((id(self), choice))
-        return kept.hand_out()
+        return self._use(kept)
 
     def _keep(self, state: ChoiceState) -> ChoiceState:
         """Keep a state while there is room, and return it for use."""
-        choice, kept = state.choice, _KeptState(state)
-        take = functools.partial(operator.setitem, self._kept, choice, kept)
-        drop = functools.partial(self._let_go, choice)
-        self._pool.budget.keep((id(self), choice), state.charge, take, drop, kept.is_in_use)
-        self._base_program = self._base_program if choice else state.bound
-        mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != _AS_TRAINED)]
+        choice = state.choice
+        take = functools.partial(operator.setitem, self._kept, choice, state)
+        if not choice:  # it takes no memory of its own
+            take()
+            return self._use(state)
+        drop = functools.partial(self._evict, choice)
+        self._pool.budget.keep(
+            (id(self), choice), state.charge, take, drop, lambda: self._find_in_use(state) is not None
+        )
+        mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != AS_TRAINED)]
         for oldest in mixtures[:-_MAX_MIXTURES]:
             self._drop(oldest)
-        return kept.hand_out()
+        return self._use(state)
 
-    def _let_go(self, choice: Choice) -> None:
+    def _use(self, kept: ChoiceState) -> ChoiceState:
+        """Return a copy of a kept state, the same one as long as somebody holds it: only kept states may be evicted."""
+        with self._use_lock:
+            used = self._find_in_use(kept)
+            if used is None:
+                used = replace(kept)
+                self._in_use[kept.choice] = weakref.ref(used)
+            return used
+
+    def _find_in_use(self, kept: ChoiceState) -> ChoiceState | None:
+        """Return the copy of a kept state that somebody holds, if anybody does."""
+        found = self._in_use.get(kept.choice)
+        used = None if found is None else found()
+        return used if used is not None and used.charge is kept.charge else None
+
+    def _evict(self, choice: Choice) -> None:
         """Evict a state; cache the contents of the slots of an adapter on disk first."""
-        kept, entry = self._kept.pop(choice, None), self._find_stored(choice)
-        if kept is None or entry is None or self._base_program is None or kept.state.entries != (entry,):
+        state, entry, base = self._kept.pop(choice, None), self._find_stored(choice), self._kept.get(())
+        self._in_use.pop(choice, None)
+        if state is None or entry is None or base is None or state.entries != (entry,):
             return
-        name, state = choice[0][0], kept.state
+        name = choice[0][0]
         if self._images.find(name, entry) is not None or not self._may_be_apart(state):
             return
-        base = self._base_program.placed_tensors()
         assert state.bound is not None
-        own = {n: t for n, t in state.bound.placed_tensors().items() if not _is_same(t, base[n])}
+        assert base.bound is not None
+        shared, own = base.bound.placed_tensors(), state.bound.placed_tensors()
+        own = {n: t for n, t in own.items() if t.data_ptr() != shared[n].data_ptr() or t.shape != shared[n].shape}
         self._images.write(name, entry, state.snapshot, own)
 
     def _bring_back(self, choice: Choice) -> ChoiceState | None:
@@ -233,7 +191,7 @@ class ChoiceStates:
             layout, versions = image.layout, self._pool.read_versions((entry,))
             bound = base.with_places(layout.view(slots))
             snapshot = ComposedWeights(choice, layout.sites)
-            return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, layout.nbytes, charge))
+            return self._keep(ChoiceState(snapshot, bound, (entry,), versions, layout.nbytes, charge))
 
     def _read_slots(self, image: SlotImage) -> tuple[Tensor, Charge] | None:
         """Return the contents of slots and their memory's charge, if they can be read.
@@ -251,16 +209,17 @@ class ChoiceStates:
 
     def _find_stored(self, choice: Choice) -> PoolEntry | None:
         """Return the entry of a choice that is one adapter on disk as it is, else None."""
-        alone = len(choice) == 1 and choice[0][1] == _AS_TRAINED
+        alone = len(choice) == 1 and choice[0][1] == AS_TRAINED
         entry = self._pool.entries.get(choice[0][0]) if alone else None
         return entry if entry is not None and entry.adapter is None else None
 
     def _drop(self, choice: Choice) -> None:
         self._kept.pop(choice, None)
+        self._in_use.pop(choice, None)
         self._pool.budget.forget((id(self), choice))
 
     def bind_rows(self, states: Sequence[ChoiceState]) -> BoundProgram:
-        """Return the engine's binding of states that may share a call, one for each part of its rows.
+        """Return the engine's program with states that may share a call, one for each part of its rows.
 
         Raises:
             OverBudget: there is no room for it.
@@ -268,19 +227,20 @@ class ChoiceStates:
         budget, programs = self._pool.budget, [state.bound for state in states if state.bound is not None]
         if self._engine.computes_terms:
             return self._engine.bind_rows(programs)
+        choices = tuple([state.choice for state in states])
+        key = (id(self), "rows", choices)
         with self._lock:
-            number = next((n for n, known in tuple(self._together.items()) if known.is_of(states)), None)
-            known = None if number is None else self._together.get(number)
-            if known is not None:
-                budget.touch((id(self), number))
-                return known.bound
+            charges, bound = self._together.get(choices, ((), None))
+            # A charge lives as long as its state is kept or in use.
+            if bound is not None and all(known() is state.charge for known, state in zip(charges, states, strict=True)):
+                budget.touch(key)
+                return bound
             made = self._engine.bind_rows(programs)
-            charge = budget.charge(made.own)
-            number, bound = next(self._numbers), replace(made, charge=charge)
-            charges = tuple(weakref.ref(state.charge) for state in states)
-            binding = _RowsBinding(tuple(state.choice for state in states), charges, bound)
-            take = functools.partial(operator.setitem, self._together, number, binding)
-            budget.keep((id(self), number), charge, take, functools.partial(self._together.pop, number, None))
+            bound = replace(made, charge=budget.charge(made.own))
+            assert bound.charge is not None
+            binding = tuple(weakref.ref(state.charge) for state in states), bound
+            take = functools.partial(operator.setitem, self._together, choices, binding)
+            budget.keep(key, bound.charge, take, functools.partial(self._together.pop, choices, None))
             for oldest in tuple(self._together)[:-_MAX_TOGETHER]:
                 self._together.pop(oldest, None)
             return bound
@@ -295,21 +255,17 @@ class ChoiceStates:
             entries = self._pool.select([name for name, _ in choice])
             versions = self._pool.read_versions(entries)
             snapshot = compose_choice(self._plans, self._pool if prepared is None else prepared, choice, self._base)
-            bound, slots = self._bind(choice, snapshot)
-            filled = [tensor for path in snapshot.composed if slots for tensor in slots[path].named().values()]
+            bound, filled = None, list[Tensor]()
+            if self._engine.constant:
+                bound = self._engine.bind(snapshot, {})
+            elif not self._engine.fused:
+                with self._suggesting_reserve(choice):
+                    slots = fill_slots(self._plans, snapshot, self._base, self._idle)
+                bound = self._engine.bind(snapshot, slots)
+                filled = [tensor for path in snapshot.composed for tensor in slots[path].named().values()]
             charge = self._pool.budget.charge((*snapshot.tensors(), *filled))
             nbytes = sum(tensor.nbytes for tensor in filled)
-            return ChoiceState(snapshot, bound, self._pool, entries, versions, nbytes, charge)
-
-    def _bind(self, choice: Choice, snapshot: ComposedWeights) -> tuple[BoundProgram | None, Mapping[str, SiteSlots]]:
-        """Return the engine's binding of a choice, unless the engine writes weights, and the slots that were filled."""
-        if self._engine.fused:
-            return None, {}
-        if self._engine.constant:
-            return self._engine.bind(snapshot, {}), {}
-        with self._suggesting_reserve(choice):
-            slots = fill_slots(self._plans, snapshot, self._base, self._idle)
-        return self._engine.bind(snapshot, slots), slots
+            return ChoiceState(snapshot, bound, entries, versions, nbytes, charge)
 
     def save(self, choice: Choice, graph: str, path: str | Path) -> None:
         """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""
@@ -336,19 +292,13 @@ class ChoiceStates:
         self._images.forget(name)
         for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
             self._drop(choice)
-        for number, known in tuple(self._together.items()):
-            if any(name in dict(choice) for choice in known.choices):
-                self._together.pop(number, None)
+        for choices in [choices for choices in tuple(self._together) if any(name in dict(one) for one in choices)]:
+            self._together.pop(choices, None)
 
     def clear(self) -> None:
         """Drop all states, because the model's own tensors were exchanged."""
-        self._idle, self._base_program = {}, None
+        self._idle = {}
         self._images.clear()
         self._together.clear()
         for choice in tuple(self._kept):
             self._drop(choice)
-
-
-def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are one part of memory."""
-    return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape

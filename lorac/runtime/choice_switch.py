@@ -5,75 +5,286 @@ import contextlib
 import functools
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from lorac.adapters.pool import AdapterPool
-from lorac.errors import Unavailable
+from lorac.errors import ChoiceError, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.sites.site import BaseReader
-from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
+from lorac.ir.slots.choice import AS_TRAINED, UNSET, Choice, ChoiceSpec, describe_choice, parse_choice
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.places import choose_places
-from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.plans import PreparedAdapter, SitePlan
 from lorac.runtime.choice_states import ChoiceState, ChoiceStates
-from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.row_bank import RowBank
-from lorac.runtime.row_group import RowGroup
-from lorac.runtime.swap_report import SwapReport
 from lorac.target.engine import BoundProgram, Engine, RowsApart
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
 
 
-class ChoiceSwitch(ABC):
-    """An engine with a choice of adapters. Every method may be called from any thread.
+class HeldChoice:
+    """A choice of adapters that ``compiled.hold`` gives, and that calls take as ``adapters=``.
+
+    Args:
+        program: the engine's program with the choice.
+        state: the choice.
+    """
+
+    def __init__(self, program: BoundProgram, state: ChoiceState) -> None:
+        self._program: BoundProgram | None = program
+        self._state: ChoiceState | None = state
+        self.choice: Choice = state.choice
+
+    @property
+    def state(self) -> ChoiceState:
+        """The state of the choice.
+
+        Raises:
+            ChoiceError: the block that held it has ended.
+        """
+        if self._state is None:
+            raise ChoiceError("the block that held this choice has ended", next_step="hold it anew: compiled.hold(...)")
+        return self._state
+
+    def program_of(self, engine: Engine) -> BoundProgram:
+        """Return the engine's program with the choice.
+
+        Raises:
+            ChoiceError: the block that held it has ended, or it is another model's.
+        """
+        state = self.state
+        assert self._program is not None
+        if self._program.engine is not engine:
+            raise ChoiceError(
+                f"the choice {describe_choice(state.choice)} is held by another model",
+                next_step="hold one of this model's adapters",
+            )
+        return self._program
+
+    def end(self) -> None:
+        """Release the adapters; the memory of their program is freed when nothing else holds it."""
+        self._program = self._state = None
+
+    def __repr__(self) -> str:
+        return f"<held choice of {', '.join(name for name, _ in self.choice) or 'no adapters'}>"
+
+
+@dataclass(eq=False)
+class RowGroup:
+    """Rows of a batch that one call computes, with one choice of adapters or each with its own.
+
+    Attributes:
+        choice: the choice of the first row.
+        rows: the rows, in the order of the batch.
+        states: the choice of each row, if rows of several choices may share a call; else empty.
+    """
+
+    choice: ChoiceSpec | HeldChoice
+    rows: list[int] = field(default_factory=list)
+    states: list[ChoiceState] = field(default_factory=list)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the rows have several choices."""
+        return any(state is not self.states[0] for state in self.states)
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """The cost of one swap.
+
+    Attributes:
+        state: weight state afterwards: ``"bound"`` (weights are inputs) or ``"settled"`` (weights are constants again).
+        sites: number of sites whose slots changed.
+        bytes: bytes that were written or newly bound.
+        seconds: wall time of the whole swap.
+        blocked_seconds: how long calls had to wait; 0 in live mode.
+    """
+
+    state: str
+    sites: int
+    bytes: int
+    seconds: float
+    blocked_seconds: float = 0.0
+
+
+class ChoiceSwitch:
+    """The choice of adapters of a compiled model. Every method may be called from any thread.
 
     Args:
         engine: runs the program.
         plans: the slots of every touched site.
         base: reads base weights.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
+
+    Attributes:
+        state: the active choice.
+        states: keeps the states of choices.
+        lock: held while the active choice or the pool changes.
     """
 
     def __init__(
         self, engine: Engine, plans: Mapping[str, SitePlan], pool: AdapterPool, base: BaseReader, mode: str
     ) -> None:
-        self.engine, self.plans, self.pool, self.base, self.mode = engine, plans, pool, base, mode
-        self._swap_lock, self._call_lock = threading.RLock(), ReadWriteLock()
+        self.engine, self.pool, self.mode = engine, pool, mode
+        self.lock, self._call_lock = threading.RLock(), ReadWriteLock()
         engine.memory_budget = pool.budget
-        self._states = ChoiceStates(engine, plans, pool, base, self._swap_lock)
-        self._state = self._states.of(())
+        self.states = ChoiceStates(engine, plans, pool, base, self.lock)
+        self.state = self.states.of(())
         # What the weights hold in fused mode; None while they are written, and after a write that was interrupted.
-        self._in_weights: ComposedWeights | None = self._state.snapshot
+        self._in_weights: ComposedWeights | None = self.state.snapshot
         if not engine.fused:
-            self._activate(self._state)
+            self._activate(self.state)
 
     @property
-    @abstractmethod
-    def adapters(self) -> Mapping[str, Adapter]:
-        """Name -> adapter."""
+    def choice(self) -> Choice:
+        """The active choice in canonical form."""
+        return self.state.choice
 
+    @property
+    def prepared_adapters(self) -> dict[str, PreparedAdapter]:
+        """Name -> prepared adapter, of the adapters in memory and those of the active choice."""
+        names = dict.fromkeys((*self.pool.adapters, *dict(self.choice)))
+        return {name: self.pool[name] for name in names if name in self.pool}
+
+    # ── Until the next swap ──────────────────────────────────────────────────────────────────────────────────────────
+    def swap(self, adapters: ChoiceSpec, *, settle: bool = False) -> SwapReport:
+        """Activate a choice of adapters (``Compiled.swap``): wholly, or, where that fails, not at all."""
+        start = time.perf_counter()
+        self.refuse_change()
+        choice = parse_choice(adapters, self.pool)
+        with self.lock:
+            before, blocked = self.state, 0.0
+            unchanged = choice == before.choice and self._is_current(before)
+            if self.engine.fused:
+                written, blocked = self._write(choice)
+            else:
+                state = self.states.of(choice)
+                self._activate(state)
+                written = 0 if state is before else state.nbytes
+            changed = self.state
+            touched = set() if unchanged else before.snapshot.composed.keys() | changed.snapshot.composed.keys()
+        try:
+            if settle:
+                self.engine.settle()
+            elif self.engine.settles_in_background:
+                threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
+        except BaseException:
+            with self.lock:
+                self.restore(before if self.state is changed else self.state)
+            raise
+        weights = "settled" if self.engine.is_settled else "bound"
+        return SwapReport(weights, len(touched), written, time.perf_counter() - start, blocked)
+
+    def restore(self, state: ChoiceState) -> None:
+        """Make an earlier state the active one again, even if its adapters were removed; the caller holds the lock."""
+        if not self.engine.fused:
+            self._activate(state)
+        elif self._in_weights is not state.snapshot or self.state is not state:
+            self._call_lock.writing(lambda: self._exchange(state))
+
+    def _activate(self, state: ChoiceState) -> None:
+        """Bind a state, and make it the active one, both or neither."""
+        before = self.state
+        assert state.bound is not None
+        assert before.bound is not None
+        try:
+            state.bound.activate()
+            self.state = state
+        except BaseException:
+            self.state = before
+            before.bound.activate()
+            raise
+
+    def _write(self, choice: Choice) -> tuple[int, float]:
+        """Write a choice into the weights once running calls have ended; return the bytes and how long that blocked."""
+        cached = self.states.of(choice)
+        # A snapshot of its own per swap, so that weights settled for an earlier swap do not serve this one unasked.
+        state = replace(cached, snapshot=replace(cached.snapshot), original=cached)
+        start = time.perf_counter()
+        written = self._call_lock.writing(lambda: self._exchange(state))
+        return written, time.perf_counter() - start
+
+    def _exchange(self, state: ChoiceState) -> int:
+        """Write a state into the weights and make it the active one, both or neither; the caller keeps calls away."""
+        before = self.state
+        try:
+            written = self._put(state.snapshot)
+            self.state = state
+        except BaseException:
+            self.state = before
+            self._put(before.snapshot)
+            raise
+        return written
+
+    def _put(self, snapshot: ComposedWeights) -> int:
+        """Write a snapshot into the weights; after an interruption they hold none, and the next call writes again."""
+        self._in_weights = None
+        written = self.engine.write(snapshot)
+        self._in_weights = snapshot
+        return written
+
+    def record_baked(self, choice: Choice) -> None:
+        """Record the choice that a baked engine holds."""
+        self.state = self.states.new(choice)
+
+    def refuse_change(self) -> None:
+        """Raise ``Unavailable`` where adapters are constants, or within a call that runs on the weights."""
+        self.refuse_baked()
+        self._call_lock.refuse_within()
+
+    def refuse_baked(self) -> None:
+        """Raise ``Unavailable`` if the adapters are constants of the program."""
+        if self.mode == "baked":
+            raise Unavailable(
+                "the adapters of a baked model are constants and cannot be changed",
+                next_step="compile with mode='live' or 'fused' to swap",
+            )
+
+    # ── Adapters that come and go ────────────────────────────────────────────────────────────────────────────────────
+    def add(self, adapter: Adapter, prepared: PreparedAdapter) -> None:
+        """Add an adapter that fits the plans, and bind it; the caller holds the lock."""
+        self.pool.add(adapter, prepared)
+        if not self.engine.fused:
+            self.states.of(((adapter.name, AS_TRAINED),))
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of the active choice and remove it; the caller holds the lock."""
+        if name in dict(self.choice):
+            self.swap({other: active for other, active in self.choice if other != name})
+        self.pool.remove(name)
+        self.states.forget(name)
+
+    def rebind(self) -> None:
+        """Compute everything again that was computed from the model's tensors: their dtype or device changed."""
+        with self.lock:
+            self.pool.invalidate()
+            self.states.clear()
+            if self.mode == "live":
+                self._activate(self.states.of(self.choice))
+
+    def _is_current(self, state: ChoiceState) -> bool:
+        """Return whether no tensor of a state's adapters was written or exchanged since it was made."""
+        return self.pool.has_versions(state.entries, state.versions)
+
+    def refresh(self, state: ChoiceState) -> ChoiceState:
+        """Return a state, made again if its adapters were trained since."""
+        if self._is_current(state):
+            return state
+        with self.lock:
+            renewed = self.states.of(state.choice)
+            if state is self.state:
+                self._activate(renewed)
+        return renewed
+
+    # ── For a call, or a block of calls ──────────────────────────────────────────────────────────────────────────────
     @contextlib.contextmanager
     def hold(self, adapters: ChoiceSpec = UNSET) -> Iterator[HeldChoice]:
-        """Hold a choice of adapters for a block, as a request needs it that takes many calls.
-
-        Every call with ``adapters=held`` computes with the adapters as they were when the block began. In live mode
-        they may be swapped, trained and removed meanwhile; what a removed adapter takes is free when the last block
-        ends that holds it. In fused mode the weights are held: swaps, removals and calls with other choices wait for
-        the block's end, and those of its own thread are refused.
-
-        Args:
-            adapters: the choice; default: the active one.
-
-        Raises:
-            AdapterNotFound, ChoiceError: as for ``swap``.
-            Unavailable: fused mode, and another choice than the active one.
-        """
+        """Hold a choice of adapters for a block (``Compiled.hold``)."""
         if self.engine.fused and adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
             raise Unavailable(
                 "weights hold one choice of adapters at a time, and this one is not active",
@@ -88,38 +299,10 @@ class ChoiceSwitch(ABC):
             finally:
                 held.end()
 
-    def new_row_bank(self, rows: int, graph: str = MAIN_GRAPH) -> RowBank:
-        """Return places for the adapters of the rows of a running batch.
-
-        Raises:
-            Unavailable: the program keeps no cache, or takes one choice for all rows of a call.
-            OverBudget: there is no room for the places.
-        """
-        base = self._states.of(())
-        keeps = self.mode == "live" and self.engine.cache_spec(graph) is not None
-        if not keeps or self.engine.why_apart(base.snapshot, graph):
-            raise Unavailable(
-                "this program keeps no adapters of a running batch's rows from call to call",
-                next_step="compile with mode='live' for target='onnxruntime'",
-            )
-        return RowBank(self.engine, base, rows, graph, self.pool.budget)
-
     def prefetch(self, adapters: ChoiceSpec) -> concurrent.futures.Future[None]:
-        """Read and prepare a choice of adapters in a thread, so that the first call with it does not wait.
-
-        It is a hint: where the memory budget has no room, nothing is kept.
-
-        Args:
-            adapters: the choice.
-
-        Returns:
-            What ends when the adapters are ready; its ``result()`` raises what reading them raised.
-
-        Raises:
-            AdapterNotFound, ChoiceError: as for ``swap``.
-        """
+        """Read and prepare a choice of adapters in a thread (``Compiled.prefetch``)."""
         choice = parse_choice(adapters, self.pool)
-        return self._readers.submit(lambda: (self._states.of(choice), None)[1])
+        return self._readers.submit(lambda: (self.states.of(choice), None)[1])
 
     @functools.cached_property
     def _readers(self) -> concurrent.futures.Executor:
@@ -130,47 +313,61 @@ class ChoiceSwitch(ABC):
 
         Args:
             adapters: the choice, or a held one; ``UNSET``: the active one.
-            work: takes the engine's binding of the choice, and its state.
+            work: takes the engine's program with the choice, and its state.
         """
         if isinstance(adapters, HeldChoice):
             return work(adapters.program_of(self.engine), adapters.state)
         if self.mode == "baked":
             if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
                 self.refuse_baked()
-            return work(self._state.bound or self.engine.written_program, self._state)
+            return work(self.state.bound or self.engine.written_program, self.state)
         if self.engine.fused:
             return self._with_written(adapters, work)
         training = self.engine.computes_terms
-        state = self._state if adapters is UNSET else self._states.of(parse_choice(adapters, self.pool), stale=training)
-        state = state if training else self._refresh(state)
+        state = self.state if adapters is UNSET else self.states.of(parse_choice(adapters, self.pool), stale=training)
+        state = state if training else self.refresh(state)
         assert state.bound is not None
         return work(state.bound, state)
 
-    def group_rows(
-        self, adapters: Sequence[ChoiceSpec | HeldChoice], graph: str, *, together: bool = True
-    ) -> list[RowGroup]:
-        """Return the rows of a batch by the calls that compute them, in the order in which the rows come.
+    def _with_written(self, adapters: ChoiceSpec, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
+        if adapters is UNSET:
+            while True:
+                self._rewrite()
+                with self._call_lock.reading():
+                    if self._holds_active:
+                        return work(self.engine.written_program, self.state)
+        choice = parse_choice(adapters, self.pool)
 
-        Args:
-            adapters: the choice of each row, which may be held.
-            graph: which graph is called.
-            together: whether rows of several choices may share a call.
+        def run() -> T:
+            """Run the work with weights that are written for it alone, while other calls are kept away."""
+            before, state = self.state.snapshot, self.states.of(choice)
+            try:
+                self._put(state.snapshot)
+                return work(self.engine.written_program, state)
+            finally:
+                self._put(before)
 
-        Raises:
-            AdapterNotFound, ChoiceError: as for ``swap``.
-        """
-        together = together and self.mode == "live"
-        chosen = [self._row_choice(spec) for spec in adapters]
-        # Once for each choice: whether a state is stale takes a look at all of its tensors.
-        states = {key: self._row_state(spec) for key, spec in dict(chosen).items()} if together else {}
-        shared = {key for key, state in states.items() if not self.engine.why_apart(state.snapshot, graph)}
-        groups: dict[Hashable, RowGroup] = {}
-        for row, (key, choice) in enumerate(chosen):
-            group = groups.setdefault("together" if key in shared else key, RowGroup(choice))
-            group.rows.append(row)
-            group.states += [states[key]] if together else []
-        return list(groups.values())
+        self._call_lock.refuse_within()
+        with self.lock:
+            return self._call_lock.writing(run)
 
+    def _rewrite(self) -> None:
+        """Write the active weights again if their adapters were trained since, or if a write was interrupted."""
+        if self._holds_active and (self.engine.computes_terms or self._is_current(self.state)):
+            return
+        self._call_lock.refuse_within()
+        with self.lock:
+            if not self._holds_active:
+                self.restore(self.state)
+            elif not self._is_current(self.state):
+                self._write(self.state.choice)
+
+    @property
+    def _holds_active(self) -> bool:
+        """Whether the weights hold the active choice, rather than that of a running call."""
+        return self._in_weights is self.state.snapshot
+
+    # ── For each row of a batch ──────────────────────────────────────────────────────────────────────────────────────
     def run_grouped(
         self,
         adapters: Sequence[ChoiceSpec | HeldChoice],
@@ -182,190 +379,59 @@ class ChoiceSwitch(ABC):
         """Run the groups of rows of a batch; where a call shows that some cannot share it, they are grouped again.
 
         Args:
-            adapters, graph, together: as for ``group_rows``.
+            adapters: the choice of each row, which may be held.
+            graph: which graph is called.
             run: runs the groups; it has changed nothing where it raises ``RowsApart``.
+            together: whether rows of several choices may share a call.
+
+        Raises:
+            AdapterNotFound, ChoiceError: as for ``swap``.
         """
         while True:
             with contextlib.suppress(RowsApart):
-                return run(self.group_rows(adapters, graph, together=together))
+                return run(self._group_rows(adapters, graph, together=together and self.mode == "live"))
 
-    def _row_choice(self, spec: ChoiceSpec | HeldChoice) -> tuple[Hashable, ChoiceSpec | HeldChoice]:
-        """Return a key that rows of one choice have in common, however it is written, and the choice."""
-        if isinstance(spec, HeldChoice):
-            spec.program_of(self.engine)
-            return id(spec.state), spec
-        choice = parse_choice(spec, self.pool)
-        return choice, dict(choice) or None
-
-    def _row_state(self, spec: ChoiceSpec | HeldChoice) -> ChoiceState:
-        if isinstance(spec, HeldChoice):
-            return spec.state
-        return self._states.of(parse_choice(spec, self.pool), stale=self.engine.computes_terms)
+    def _group_rows(self, adapters: Sequence[ChoiceSpec | HeldChoice], graph: str, *, together: bool) -> list[RowGroup]:
+        """Return the rows by the calls that compute them, in the order in which the rows come."""
+        training, groups = self.engine.computes_terms, dict[Hashable, RowGroup]()
+        states, shared = dict[Hashable, ChoiceState](), set[Hashable]()
+        for row, spec in enumerate(adapters):
+            choice: ChoiceSpec | HeldChoice = spec
+            if isinstance(spec, HeldChoice):
+                spec.program_of(self.engine)
+                key: Hashable = id(spec.state)
+            else:
+                parsed = key = parse_choice(spec, self.pool)
+                choice = dict(parsed) or None
+            # Once for each choice: whether a state is stale takes a look at all of its tensors.
+            if together and key not in states:
+                states[key] = spec.state if isinstance(spec, HeldChoice) else self.states.of(parsed, stale=training)
+                if not self.engine.why_apart(states[key].snapshot, graph):
+                    shared.add(key)
+            group = groups.setdefault("together" if key in shared else key, RowGroup(choice))
+            group.rows.append(row)
+            if together:
+                group.states.append(states[key])
+        return list(groups.values())
 
     def with_rows(self, group: RowGroup, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""
         if not group.mixed:
             return self.with_choice(group.choice, work)
-        return work(self._states.bind_rows(choose_places(group.states)), group.states[0])
+        return work(self.states.bind_rows(choose_places(group.states)), group.states[0])
 
-    def _with_written(self, adapters: ChoiceSpec, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        if adapters is not UNSET:
-            choice = parse_choice(adapters, self.pool)
-            self._call_lock.refuse_within()
-            with self._swap_lock:
-                return self._call_lock.writing(lambda: self._with_written_for(choice, work))
-        self._rewrite()
-        with self._call_lock.reading():
-            if self._holds_active():
-                return work(self.engine.written_program, self._state)
-        return self._with_written(adapters, work)
-
-    def _with_written_for(self, choice: Choice, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        """Run some work with weights that are written for it alone; the caller keeps other calls away."""
-        before, state = self._state.snapshot, self._states.of(choice)
-        try:
-            self._put(state.snapshot)
-            return work(self.engine.written_program, state)
-        finally:
-            self._put(before)
-
-    def _rewrite(self) -> None:
-        """Write the active weights again if their adapters were trained since, or if a write was interrupted."""
-        if self._holds_active() and (self.engine.computes_terms or not self._state.stale):
-            return
-        self._call_lock.refuse_within()
-        with self._swap_lock:
-            if not self._holds_active():
-                self._restore(self._state)
-            elif self._state.stale:
-                self._write(self._state.choice)
-
-    def _holds_active(self) -> bool:
-        """Whether the weights hold the active choice, rather than that of a running call."""
-        return self._in_weights is self._state.snapshot
-
-    @property
-    def choice(self) -> Choice:
-        """The active choice in canonical form."""
-        return self._state.choice
-
-    @property
-    def snapshot(self) -> ComposedWeights:
-        """The active choice, composed at every site."""
-        return self._state.snapshot
-
-    @property
-    def active(self) -> dict[str, float]:
-        """Name -> strength of the active adapters."""
-        return choice_strengths(self._state.choice)
-
-    def swap(self, adapters: ChoiceSpec, *, settle: bool = False) -> SwapReport:
-        """Activate a choice of adapters: a name, ``{name: strength}``, or None.
-
-        Running calls end with the adapters they began with. A swap that fails changes nothing.
-
-        Args:
-            settle: fused mode in ONNX Runtime: also make the weights constants of the session again, and return when
-                calls use these. Until then the bound weights serve.
+    def new_row_bank(self, rows: int, graph: str = MAIN_GRAPH) -> RowBank:
+        """Return places for the adapters of the rows of a running batch.
 
         Raises:
-            AdapterNotFound, ChoiceError: the choice names an unknown adapter or makes no sense.
-            Unavailable: ``settle`` on a target or in a mode that binds no weights; in fused mode, from inside a call.
+            Unavailable: the program keeps no cache, or takes one choice for all rows of a call.
+            OverBudget: there is no room for the places.
         """
-        start = time.perf_counter()
-        self.refuse_baked()
-        self._call_lock.refuse_within()
-        choice = parse_choice(adapters, self.pool)
-        with self._swap_lock:
-            before = self._state
-            unchanged = choice == before.choice and not before.stale
-            written, blocked = self._write(choice) if self.engine.fused else (self._bind(choice), 0.0)
-            changed = self._state
-            touched = set() if unchanged else before.snapshot.composed.keys() | changed.snapshot.composed.keys()
-        try:
-            self._settle(settle)
-        except BaseException:
-            with self._swap_lock:
-                self._restore(before if self._state is changed else self._state)
-            raise
-        state = "settled" if self.engine.is_settled else "bound"
-        return SwapReport(state, len(touched), written, time.perf_counter() - start, blocked)
-
-    def _settle(self, now: bool) -> None:
-        if now:
-            self.engine.settle()
-        elif self.engine.settles_in_background:
-            threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
-
-    def _bind(self, choice: Choice) -> int:
-        before, state = self._state, self._states.of(choice)
-        self._activate(state)
-        return 0 if state is before else state.nbytes
-
-    def _activate(self, state: ChoiceState) -> None:
-        before = self._state
-        assert state.bound is not None
-        assert before.bound is not None
-        try:
-            state.bound.activate()
-            self._state = state
-        except BaseException:
-            self._state = before
-            before.bound.activate()
-            raise
-
-    def _write(self, choice: Choice) -> tuple[int, float]:
-        cached = self._states.of(choice)
-        # A snapshot of its own per swap, so that weights settled for an earlier swap do not serve this one unasked.
-        state = replace(cached, snapshot=replace(cached.snapshot))
-        start = time.perf_counter()
-        written = self._call_lock.writing(lambda: self._exchange(state))
-        return written, time.perf_counter() - start
-
-    def _exchange(self, state: ChoiceState) -> int:
-        """Write a state into the weights and make it the active one, both or neither; the caller keeps calls away."""
-        before = self._state
-        try:
-            written = self._put(state.snapshot)
-            self._state = state
-        except BaseException:
-            self._state = before
-            self._put(before.snapshot)
-            raise
-        return written
-
-    def _put(self, snapshot: ComposedWeights) -> int:
-        """Write a snapshot into the weights; after an interruption they hold none, and the next call writes again."""
-        self._in_weights = None
-        written = self.engine.write(snapshot)
-        self._in_weights = snapshot
-        return written
-
-    def _restore(self, state: ChoiceState) -> None:
-        """Make an earlier state the active one again, even if its adapters were removed."""
-        if not self.engine.fused:
-            self._activate(state)
-        elif self._in_weights is not state.snapshot or self._state is not state:
-            self._call_lock.writing(lambda: self._exchange(state))
-
-    def _refresh(self, state: ChoiceState) -> ChoiceState:
-        """Return the state, made again if its adapters were trained since."""
-        if not state.stale:
-            return state
-        with self._swap_lock:
-            renewed = self._states.of(state.choice)
-            if state is self._state:
-                self._activate(renewed)
-        return renewed
-
-    def record_baked(self, choice: Choice) -> None:
-        """Record the choice that a baked engine holds."""
-        self._state = self._states.new(choice)
-
-    def refuse_baked(self) -> None:
-        """Raise ``Unavailable`` if the adapters are constants of the program."""
-        if self.mode == "baked":
+        base = self.states.of(())
+        keeps = self.mode == "live" and self.engine.cache_spec(graph) is not None
+        if not keeps or self.engine.why_apart(base.snapshot, graph):
             raise Unavailable(
-                "the adapters of a baked model are constants and cannot be changed",
-                next_step="compile with mode='live' or 'fused' to swap",
+                "this program keeps no adapters of a running batch's rows from call to call",
+                next_step="compile with mode='live' for target='onnxruntime'",
             )
+        return RowBank(self.engine, base, rows, graph, self.pool.budget)

@@ -45,7 +45,7 @@ class ReadWriteLock:
             return lock
 
     def refuse_within(self) -> None:
-        """Raise ``Unavailable`` where this thread reads or writes: what it runs on must not change until it is done."""
+        """Raise ``Unavailable`` where this thread reads or writes: its weights must not change until it is done."""
         lock: threading.RLock | None = getattr(self._local, "lock", None)
         if _is_owned(self._gate) or (lock is not None and _is_owned(lock)):
             raise Unavailable(

@@ -20,6 +20,10 @@ from lorac.runtime.choice_states import ChoiceState
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import MemoryBudget
 
+_PlaceCopy = tuple[Tensor, Tensor]
+"""A choice's tensors (slots, …) of slots that lie one behind the other, and their places (slots, rows, …), which are at
+least as large: one copy writes all of them, and zeros where the tensors do not fill the places."""
+
 
 class RowBank:
     """A choice of adapters for each row of a batch. Only one thread may use it at a time.
@@ -53,7 +57,7 @@ class RowBank:
         return sum(size for _, size in self._charge.blocks)
 
     def admit(self, row: int, state: ChoiceState) -> None:
-        """Write a choice into the place of a row, unless it is there; what was there before leaves no trace.
+        """Write a choice into the place of a row, unless it is there; the earlier content leaves no trace.
 
         Raises:
             Unavailable: the choice fills slots that rows share.
@@ -72,8 +76,8 @@ class RowBank:
             tensors = self._program(state).placed_tensors()
             self._widen(tensors)
             self._copies[state.snapshot] = self._places.find_copies(tensors)
-        for copy in self._copies[state.snapshot]:
-            copy.write(row)
+        for source, places in self._copies[state.snapshot]:
+            write_place(places[:, row], source[None])
         self._held[row] = weakref.ref(state.snapshot)
 
     def why_apart(self, state: ChoiceState) -> str | None:
@@ -94,7 +98,7 @@ class RowBank:
         return state.bound
 
     def _widen(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make places large enough for tensors; what they hold stays, and the rest is zero."""
+        """Make places large enough for tensors; their content stays, and the rest is zero."""
         before = self._places.by_slot
         wider = {
             name: (len(place), *map(max, place.shape[1:], tensors[name].shape[1:])) for name, place in before.items()
@@ -107,23 +111,6 @@ class RowBank:
             write_place(place, before[name][None])
         self._places, self._bound = places, {}
         self._copies.clear()
-
-
-@dataclass(frozen=True, eq=False)
-class _PlaceCopy:
-    """Slots that one copy writes: their tensors lie one behind the other, and so do their places.
-
-    Attributes:
-        tensors: of a choice (slots, …).
-        places: (slots, rows, …), at least as large.
-    """
-
-    tensors: Tensor
-    places: Tensor
-
-    def write(self, row: int) -> None:
-        """Copy the tensors into the places of a row; what they do not fill becomes zero."""
-        write_place(self.places[:, row], self.tensors[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +144,10 @@ class _RowPlaces:
         }
 
     def find_copies(self, tensors: Mapping[str, Tensor]) -> list[_PlaceCopy]:
-        """Return as few copies as write a choice's tensors (1, …), by slot, into the places of a row."""
-        copies = []
+        """Return as few copies as write a choice's tensors (1, …), by slot, into the places of rows."""
+        copies = list[_PlaceCopy]()
         for stack, names in zip(self.stacks, self.names, strict=True):
             sources = find_stacks([tensors[name][0] for name in names])
             parts = stack.split([len(source) for source in sources])
-            copies += [_PlaceCopy(source, part) for source, part in zip(sources, parts, strict=True)]
+            copies += zip(sources, parts, strict=True)
         return copies

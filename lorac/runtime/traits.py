@@ -138,22 +138,15 @@ def _custom_generation(model: nn.Module) -> CustomGeneration | None:
         return None
     modules = dict(model.named_children())
     values: dict[str, object] = {}
-    for path in _NESTED_ATTRIBUTE.findall(_class_source(owner)):
+    try:
+        source = inspect.getsource(owner)
+    except (OSError, TypeError):  # the class is not in a file
+        source = ""
+    for path in _NESTED_ATTRIBUTE.findall(source):
         if path.partition(".")[0] in modules:
-            values[path] = _read_path(model, path)
+            value: object = model
+            for name in path.split("."):
+                value = getattr(value, name, None)
+            values[path] = value
     read = {path: value for path, value in values.items() if isinstance(value, int | float | str | tuple)}
     return CustomGeneration(f"{owner.__module__}:{owner.__qualname__}", read)
-
-
-def _read_path(value: object, path: str) -> object:
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _class_source(cls: type) -> str:
-    """Return a class's source, or nothing if it is not in a file."""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""

@@ -1,7 +1,7 @@
 """An adapter's tensors as parameters and buffers of an nn.Module, and their keys in its state dict."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
@@ -149,14 +149,14 @@ def drop_excluded_keys(module: nn.Module, state: dict[str, object], prefix: str,
 def ignore_excluded_keys(module: nn.Module, keys: torch.nn.modules.module._IncompatibleKeys) -> None:
     """Do not report the excluded keys as missing; a hook of torch's for loading a state dict."""
     excluded = _excluded_keys(module)
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not excluded & set(_key_suffixes(key))]
-
-
-def _key_suffixes(key: str) -> Iterator[str]:
-    """Yield a key, then the key without the names of one enclosing module after another."""
-    while key:
-        yield key
-        key = key.partition(".")[2]
+    missing = []
+    for key in keys.missing_keys:
+        own = key
+        while own and own not in excluded:  # without the name of one enclosing module after another
+            own = own.partition(".")[2]
+        if not own:
+            missing.append(key)
+    keys.missing_keys[:] = missing
 
 
 def state_dict_key(name: str) -> str:

@@ -113,7 +113,7 @@ def build_engine(session: Session, choice: Choice, stored: Program | None = None
 
 
 def make_build_request(session: Session, choice: Choice, program: Program | None = None) -> BuildRequest[TargetOptions]:
-    """Return what a backend needs to build or store an engine."""
+    """Return the request by which a backend builds or stores an engine."""
     return BuildRequest(
         model=session.host.module,
         sites=session.sites,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
@@ -13,57 +16,100 @@ from torch import nn
 
 from lorac.errors import BaseNeeded, FormatError, Unavailable
 from lorac.formats import save_adapter
-from lorac.frontend.components import MAIN_GRAPH, check_component
-from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
+from lorac.frontend.components import MAIN_GRAPH, check_component, list_components
+from lorac.frontend.host import Host
+from lorac.ir.calls.call import Call
+from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
+from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.capacity import check_capacity
-from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.choice_switch import ChoiceSwitch, HeldChoice, RowGroup, SwapReport
+from lorac.runtime.generation.prompt_cache import PromptCache
+from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.session.adapter_loading import make_adapter, outline_adapter_forms
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
 from lorac.session.component import Component
 from lorac.session.fused_head import install_fused_head
-from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
+from lorac.session.other_vocabularies import LORAC_STEPS, strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
 from lorac.session.registry import AdapterRegistry, AdapterSize
 from lorac.session.session import Session
 from lorac.storage.paths import file_stems, parse_path
-from lorac.target.engine import Engine
+from lorac.target.engine import CallResult, Engine
+from lorac.target.memory_budget import MemoryBudget
+from lorac.variants.adapter import Adapter
 
 if TYPE_CHECKING:
     from lorac.report.explain import Explanation
     from lorac.report.graph_views import GraphViews
-    from lorac.runtime.generation.prompt_cache import PromptCache
     from lorac.session.request.compile_request import CompileRequest
     from lorac.session.request.sources import ModelSource
 
 
-class Compiled(SwitchableModel):
-    """The result of ``lorac.compile``.
+class Compiled:
+    """The result of ``lorac.compile``. Every method may be called from any thread.
 
     Calling it answers as the model does. ``adapters=`` in a call chooses adapters for that call only.
 
     Args:
         session: the model, its adapters and its backend.
         engine: runs the program.
+
+    Attributes:
+        mode: ``"live"``, ``"fused"`` or ``"baked"``.
+        plans: the slots of every touched site.
+        pool: the adapters, prepared.
+        sites: every site of the model.
+        switch: the choice of adapters.
+        traits: graph name -> configuration, dtype and device of its model.
+        input_dtypes: dtype of the original model -> dtype in which it was compiled, for inputs of calls.
+        prompt_caches: the caches that calls of ``generate`` were given, as long as somebody else holds them.
     """
 
     def __init__(self, session: Session, engine: Engine) -> None:
-        SwitchableModel.__init__(
-            self,
-            engine=engine,
-            plans=session.plans,
-            pool=session.pool,
-            base=session.base,
-            mode=session.mode,
-            traits=session.traits,
-            input_dtypes=session.precision.inputs,
-        )
-        self.session, self.sites = session, session.sites
+        self.session, self.engine, self.mode = session, engine, session.mode
+        self.plans, self.pool, self.sites = session.plans, session.pool, session.sites
+        self.traits, self.input_dtypes = session.traits, session.precision.inputs
+        self.switch = ChoiceSwitch(engine, session.plans, session.pool, session.base, session.mode)
+        self.prompt_caches = weakref.WeakValueDictionary[int, PromptCache]()
         self._add_lock, self._registry = threading.Lock(), AdapterRegistry(session)
+        self._last_call, self._tokenizer = threading.local(), None
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
-        refuse_strength_in_call(kwargs)
-        return self.call(self.bind(MAIN_GRAPH, args, kwargs), adapters)
+        return self.call(MAIN_GRAPH, args, kwargs, adapters)
+
+    def call(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Any = UNSET) -> Any:
+        """Run a graph once, with the active adapters or with a choice for this call, or one for each row."""
+        for name, value in kwargs.items():
+            if name.endswith("attention_kwargs") and isinstance(value, Mapping) and "scale" in value:
+                raise strength_in_call(name)
+        interface, kept = self.engine.interfaces.get(graph), list[object]()
+        if interface is None:
+            check_component(graph, self.traits)
+        call = Call(args, kwargs) if interface is None else interface.bind(args, kwargs)
+        if self.input_dtypes:  # timesteps are kept, which in half precision would be others
+            if interface is not None:
+                kept = [call.kwargs[name] for name in interface.row_numbers if name in call.kwargs]
+            elif self.engine.module is not None:
+                kept = Host.of(list_components(self.engine.module)[graph]).list_row_numbers(call)
+            call = call.cast(self.input_dtypes, kept)
+
+        def run(own: Call, group: RowGroup) -> CallResult:
+            return self.switch.with_rows(group, lambda bound, _: bound.run(graph, own))
+
+        if isinstance(adapters, Sequence) and not isinstance(adapters, str):
+            check_rows(call.rows, adapters)
+            result = self.switch.run_grouped(adapters, graph, lambda groups: run_rows(run, call, groups))
+        else:
+            result = self.switch.with_choice(adapters, lambda bound, _: bound.run(graph, call))
+        self._last_call.aux = result.aux
+        return result.output
+
+    @property
+    def aux(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Extra outputs asked for with ``aux=``, of this thread's last call: name -> site path -> tensor."""
+        outputs: Mapping[str, Mapping[str, torch.Tensor]] = getattr(self._last_call, "aux", {})
+        return outputs
 
     def __getitem__(self, name: str) -> Component:
         """Return one of several models that were compiled together; raises ``ChoiceError`` if it does not exist."""
@@ -83,7 +129,7 @@ class Compiled(SwitchableModel):
         """Continue prompts as transformers' ``generate`` does, with the same result type.
 
         It is one call: it keeps the adapters with which it began, and in fused mode a swap waits for its end. Rows may
-        be padded on either side. Each row gives what it gives alone.
+        be padded on either side. Each row gives the same as alone.
 
         Args:
             inputs: token ids (rows, length), unless they are given as ``input_ids``; torch or NumPy.
@@ -97,7 +143,7 @@ class Compiled(SwitchableModel):
 
         Raises:
             Unavailable: the model does not generate, or the target keeps no cache.
-            InputMismatch: an empty prompt, more tokens than there are positions, or what transformers refuses.
+            InputMismatch: an empty prompt, more tokens than there are positions, or options that transformers refuses.
             OptionError: an unknown option.
             ChoiceError: rows and choices differ in number.
             MissingExtra: transformers is not installed.
@@ -106,6 +152,78 @@ class Compiled(SwitchableModel):
 
         given = options if inputs is None else {"inputs": inputs, **options}
         return generate(self, component, given, adapters=adapters, seed=seed, draft=draft, prompt_cache=prompt_cache)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Name -> adapter."""
+        return self.pool.adapters
+
+    @property
+    def choice(self) -> Choice:
+        """The active choice in canonical form."""
+        return self.switch.choice
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Name -> strength of the active adapters."""
+        return choice_strengths(self.choice)
+
+    @property
+    def memory(self) -> MemoryBudget:
+        """The bytes that adapters and caches take, and the most that they may: ``memory.limit = 1 << 30``."""
+        return self.pool.budget
+
+    def swap(self, adapters: ChoiceSpec, *, settle: bool = False) -> SwapReport:
+        """Activate a choice of adapters: a name, ``{name: strength}``, or None.
+
+        Running calls end with the adapters they began with. A swap that fails changes nothing.
+
+        Args:
+            settle: fused mode in ONNX Runtime: also make the weights constants of the session again, and return when
+                calls use these. Until then the bound weights serve.
+
+        Raises:
+            AdapterNotFound, ChoiceError: the choice names an unknown adapter or makes no sense.
+            Unavailable: ``settle`` on a target or in a mode that binds no weights; in fused mode, from inside a call.
+        """
+        return self.switch.swap(adapters, settle=settle)
+
+    def hold(self, adapters: ChoiceSpec = UNSET) -> AbstractContextManager[HeldChoice]:
+        """Hold a choice of adapters for a block, as a request needs it that takes many calls.
+
+        Every call with ``adapters=held`` computes with the adapters as they were when the block began. In live mode
+        they may be swapped, trained and removed meanwhile; the memory of a removed adapter is free when the last block
+        ends that holds it. In fused mode the weights are held: swaps, removals and calls with other choices wait for
+        the block's end, and those of its own thread are refused.
+
+        Args:
+            adapters: the choice; default: the active one.
+
+        Raises:
+            AdapterNotFound, ChoiceError: as for ``swap``.
+            Unavailable: fused mode, and another choice than the active one.
+        """
+        return self.switch.hold(adapters)
+
+    def prefetch(self, adapters: ChoiceSpec) -> concurrent.futures.Future[None]:
+        """Read and prepare a choice of adapters in a thread, so that the first call with it does not wait.
+
+        It is a hint: where the memory budget has no room, nothing is kept.
+
+        Args:
+            adapters: the choice.
+
+        Returns:
+            A future that ends when the adapters are ready; its ``result()`` raises the error of reading them.
+
+        Raises:
+            AdapterNotFound, ChoiceError: as for ``swap``.
+        """
+        return self.switch.prefetch(adapters)
+
+    def refuse_baked(self) -> None:
+        """Raise ``Unavailable`` if the adapters are constants of the program."""
+        self.switch.refuse_baked()
 
     def add_adapter(self, source: object, name: str | None = None) -> str:
         """Add an adapter at run time, without a rebuild, and return its name. A failure leaves no trace.
@@ -129,15 +247,48 @@ class Compiled(SwitchableModel):
                 raise
             check_capacity(adapter.name, prepared, self.plans, self.sites)
             self.session.reads.check(adapter.name, prepared.paths)
-            self.add_prepared(adapter, prepared)
+            self.switch.refuse_change()
+            with self.switch.lock:
+                self.pool.check_name_free(adapter.name)
+                try:
+                    self.switch.add(adapter, prepared)
+                    self._on_adapters_changed()
+                except BaseException:
+                    if adapter.name in self.pool:
+                        self.pool.remove(adapter.name)
+                    self.switch.states.forget(adapter.name)
+                    self._on_adapters_changed()
+                    raise
         return adapter.name
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter, and take it out of the active choice; if that fails, nothing changes.
+
+        Its memory is free when the last call ends that it is part of.
+        """
+        self.switch.refuse_change()
+        with self.switch.lock:
+            state, entries = self.switch.state, self.pool.entries
+            try:
+                self.switch.remove(name)
+                for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
+                    cache.forget(self.engine, name)
+                self._on_adapters_changed()
+            except BaseException:
+                self.pool.entries = entries
+                self.switch.restore(state)
+                self._on_adapters_changed()
+                raise
+
+    def _on_adapters_changed(self) -> None:
+        """Do nothing; the eager class updates its parameters."""
 
     def register(self, folder: str | Path) -> list[str]:
         """Register every adapter in a folder, to be read when it is used; return the names.
 
         The name of a file or folder is the adapter's, wherever an adapter's name is asked for. Thousands may be
-        registered: each takes less than a kilobyte of memory until it is used, and ``compiled.memory`` bounds what
-        those in use take. They are not part of ``compiled.adapters``, nor of what ``save`` writes, which says so.
+        registered: each takes less than a kilobyte of memory until it is used, and ``compiled.memory`` bounds the
+        memory of those in use. They are not part of ``compiled.adapters``, and ``save`` leaves them out with a warning.
 
         Args:
             folder: holds adapters, one file or folder each.
@@ -161,27 +312,24 @@ class Compiled(SwitchableModel):
         with self._add_lock:
             return self._registry.register_file(path, name, digest)
 
-    def _on_adapters_changed(self) -> None:
-        """Do nothing; the eager class updates its parameters."""
-
     @property
     def graph(self) -> GraphViews:
         """Name -> graph, to print, compare and draw. Target "eager" captures its model now, in eval mode."""
         from lorac.session.graphs import collect_graphs
 
-        return collect_graphs(self.session, self)
+        return collect_graphs(self.session, self.switch)
 
     def explain(self, target: str | None = None) -> Explanation:
-        """Report what was done with each adapter at each site, and why not something cheaper.
+        """Report how each adapter runs at each site, and why not in a cheaper way.
 
         Args:
             target: also list the ops that this target would not compute.
         """
         if target is None:
-            return explain(self.session, self)
+            return explain(self.session, self.switch)
         from lorac.session.lowering.lower import list_missing_ops
 
-        return explain(self.session, self, target, list_missing_ops(self.session, target))
+        return explain(self.session, self.switch, target, list_missing_ops(self.session, target))
 
     def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Compiled:
         """Compile the model again, with the adapters' present tensors and the active choice.
@@ -219,9 +367,34 @@ class Compiled(SwitchableModel):
         """
         from lorac.session.saving import save
 
-        with self._swap_lock:
+        with self.switch.lock:
             tokenizer = self._tokenizer if tokenizer is None else tokenizer
-            save(self.session, self, folder, tokenizer, onnx_adapters=onnx_adapters)
+            save(self.session, self.switch, folder, tokenizer, onnx_adapters=onnx_adapters)
+
+    def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
+        """Write a choice as an ``.onnx_adapter`` file (as safetensors, if ``portable``), to run without lorac.
+
+        ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
+        added later.
+
+        Raises:
+            AdapterNotFound, ChoiceError, NeedsRecompile: as for ``swap``, or there is no such component.
+            Unavailable: the target has no such files, or the choice does not fit into one.
+        """
+        self.refuse_baked()
+        with self.switch.lock:
+            self.switch.states.save(parse_choice(adapters, self.pool), component, path)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was set, or the artifact's; None if there is neither."""
+        if isinstance(self._tokenizer, TokenizerFiles):
+            self._tokenizer = self._tokenizer.load()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise Unavailable(
@@ -231,7 +404,7 @@ class Compiled(SwitchableModel):
         )
 
     def __repr__(self) -> str:
-        return describe_compiled(self, len(self.sites))
+        return describe_compiled(type(self).__name__, self.session, self.switch)
 
     def __dir__(self) -> list[str]:
         return list(INTERFACE)
@@ -247,10 +420,10 @@ class CompiledModule(nn.Module, Compiled):
 
     Of its parameters only adapter tensors need gradients. Attributes it lacks are looked up on the copy of the model.
 
-    Its state dict holds what training may change, each tensor once: the adapters' tensors under
+    Its state dict holds every tensor that training may change, once: the adapters' tensors under
     ``adapter_tensors.<name>.`` with each adapter's record, and the model's buffers under ``host.``. A ``/`` in a key
     stands for a dot within a name (``state_dict_key``). The model's parameters are left out. A model with the same
-    adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads what ``Trainer`` saves of it.
+    adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads the files of ``Trainer``.
     """
 
     _hf_peft_config_loaded = True  # Trainer asks it whether a quantised model has adapters to train
@@ -281,7 +454,7 @@ class CompiledModule(nn.Module, Compiled):
             if isinstance(module, AdapterTensors) and module.adapter.name in dict(self.choice):
                 module.warn_of_untrained(self.session.options.aux)
         if not mode and self.mode == "live":
-            self._refresh(self._state)
+            self.switch.refresh(self.switch.state)
         return self
 
     def _on_adapters_changed(self) -> None:
@@ -318,11 +491,11 @@ class CompiledModule(nn.Module, Compiled):
                 )
         nn.Module._apply(self, fn, recurse)
         nn.ModuleList(self.engine.hidden)._apply(fn)
-        self.rebind()
+        self.switch.rebind()
         return self
 
     def __repr__(self) -> str:
-        return describe_compiled(self, len(self.sites))
+        return describe_compiled(type(self).__name__, self.session, self.switch)
 
     def __dir__(self) -> list[str]:
         inherited = (n for n, member in vars(nn.Module).items() if n[0] != "_" and callable(member))
@@ -355,7 +528,7 @@ def make_compiled(session: Session, engine: Engine, choice: Choice) -> Compiled:
     """Return the compiled model over an engine, with a choice active."""
     compiled = Compiled(session, engine) if engine.module is None else _eager_class(engine.module)(session, engine)
     if session.mode == "baked":
-        compiled.record_baked(choice)
+        compiled.switch.record_baked(choice)
     elif choice:
         compiled.swap(dict(choice))
     return compiled

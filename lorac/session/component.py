@@ -12,25 +12,20 @@ from torch import nn
 from lorac.errors import Unavailable
 from lorac.frontend.components import get_graph_scope
 from lorac.frontend.skeleton import build_skeleton
-from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET
 from lorac.runtime.traits import ModelTraits
-from lorac.session.other_vocabularies import refuse_strength_in_call
 from lorac.session.presentation import unknown_attribute
 from lorac.session.session import Session
 from lorac.target.engine import Engine
 
 
 class ComponentHost(Protocol):
-    """The interface of a compiled model that its components use."""
+    """The attributes of a compiled model that its components use."""
 
     engine: Engine
     session: Session
 
-    def bind(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Call:
-        """Bind the arguments of a call of a graph."""
-
-    def call(self, call: Call, adapters: Any, graph: str) -> Any:
+    def call(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Any) -> Any:
         """Run a graph once."""
 
     def generate(self, inputs: Any, **options: Any) -> Any:
@@ -55,15 +50,14 @@ class Component:
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does."""
-        refuse_strength_in_call(kwargs)
-        return self._compiled.call(self._compiled.bind(self._name, args, kwargs), adapters, self._name)
+        return self._compiled.call(self._name, args, kwargs, adapters)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """Continue prompts as ``Compiled.generate`` does."""
         return self._compiled.generate(inputs, component=self._name, **options)
 
     def to(self, *args: object, **kwargs: object) -> Component:
-        """Return the component, which stays where and what it was compiled for.
+        """Return the component, which keeps its dtype and device.
 
         Raises:
             Unavailable: another dtype or device.

@@ -19,7 +19,7 @@ def install_fused_head(host: Any, forward: Any, plans: Mapping[str, SitePlan]) -
 
     Args:
         host: the copy of the model that a call runs.
-        forward: what was assigned to the compiled model. TRL's bears the name and signature of what it replaces.
+        forward: the function that was assigned to the compiled model. TRL's has the name and signature of the original.
         plans: site path -> its slots.
 
     Raises:

@@ -1,8 +1,7 @@
 """``compiled.graph``: the graphs of a compiled model at every stage."""
 
 import functools
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -13,14 +12,14 @@ from lorac.report.pass_history import CAPTURE, EMITTED, PassHistory
 from lorac.report.picture.page_data import PictureContext
 from lorac.report.printer import AdapterNotes
 from lorac.report.terms import describe_terms, describe_variant
-from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.session.lowering.lower import lower_model
 from lorac.session.presentation import explain
 from lorac.session.session import Session
 from lorac.variants.adapter import Adapter
 
 
-def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
+def collect_graphs(session: Session, switch: ChoiceSwitch) -> GraphViews:
     """Return the graphs of a compiled model; target "eager" captures its model now, in eval mode.
 
     Of a model that was loaded, only the program that its target runs exists.
@@ -32,7 +31,7 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
     if session.history is None and session.host.in_memory:
         lower_model(session, ())
     history = session.history or PassHistory()
-    listing = functools.cache(model.engine.dump)
+    listing = functools.cache(switch.engine.dump)
     dumps: Mapping[str, Mapping[str, Dump]] = history.stages or {n: {EMITTED: dump} for n, dump in listing().items()}
     if not dumps:
         raise Unavailable(
@@ -43,20 +42,20 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
     calls = {site: count for dump in captured for site, count in dump.calls.items()}
 
     def context() -> PictureContext:
-        adapters = model.adapters
+        adapters, snapshot = switch.pool.adapters, switch.state.snapshot
         notes = AdapterNotes(
             adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
-            terms=describe_terms(model.prepared_adapters, model.plans, mode=model.mode, snapshot=model.snapshot),
+            terms=describe_terms(switch.prepared_adapters, session.plans, mode=switch.mode, snapshot=snapshot),
             trainable=_count_trainable(adapters),
             calls=calls,
         )
         # A tensor that several sites share counts once.
         values = {name: [t for t in a.parameters() if t.is_floating_point()] for name, a in adapters.items()}
         parameters = {name: sum(tensor.numel() for tensor in own) for name, own in values.items()}
-        return PictureContext(explanation=explain(session, model), notes=notes, parameters=parameters)
+        return PictureContext(explanation=explain(session, switch), notes=notes, parameters=parameters)
 
     def view(name: str) -> GraphView:
-        skipped = {**history.skips.get(name, {}), **model.engine.skipped.get(name, {})}
+        skipped = {**history.skips.get(name, {}), **switch.engine.skipped.get(name, {})}
         return GraphView(dumps[name], context, skipped=skipped, emission=lambda: listing().get(name))
 
     return GraphViews({name: view(name) for name in dumps}, context)
@@ -65,15 +64,12 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
 def _count_trainable(adapters: Mapping[str, Adapter]) -> dict[str, int]:
     """Return for each site the number of values that train; a shared tensor counts at its first site."""
     counts: dict[str, int] = {}
-    seen: set[int] = set()
-    for path, tensor in itertools.chain.from_iterable(map(_tensors_by_module, adapters.values())):
+    seen, found = set[int](), list[tuple[str, Tensor]]()
+    for adapter in adapters.values():
+        own = [(path, tensor) for path, tensors in adapter.tensors.items() for tensor in tensors.values()]
+        found += [*own, *((name.rpartition(".")[0], tensor) for name, tensor in adapter.replaced.items())]
+    for path, tensor in found:
         if tensor.requires_grad and id(tensor) not in seen:
             seen.add(id(tensor))
             counts[path] = counts.get(path, 0) + tensor.numel()
     return counts
-
-
-def _tensors_by_module(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of an adapter with the path of the module to which it belongs."""
-    yield from ((path, t) for path, tensors in adapter.tensors.items() for t in tensors.values())
-    yield from ((fqn.rpartition(".")[0], t) for fqn, t in adapter.replaced.items())

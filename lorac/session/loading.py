@@ -82,7 +82,7 @@ def _load_folder(
 
 
 def _refuse_other_contents(folder: Path, given: Path) -> None:
-    """Raise ``ArtifactError`` for a folder or file that is not a compiled model, saying what it is."""
+    """Raise ``ArtifactError`` for a folder or file that is not a compiled model, and name its kind."""
     if (folder / MANIFEST).is_file():
         return
     if is_adapter(folder):

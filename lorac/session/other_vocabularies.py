@@ -1,4 +1,4 @@
-"""The methods by which PEFT, transformers and diffusers manage adapters, each with what does the same in lorac.
+"""The methods by which PEFT, transformers and diffusers manage adapters, each with its counterpart in lorac.
 
 A compiled model refuses them on every target. On target ``"eager"`` they would otherwise reach the copy of the model,
 and change it behind the engine's back.
@@ -50,7 +50,7 @@ _NAMES_BY_STEP: Mapping[str, str] = {
     "lorac.compile(..., device=...) says where the model runs": "set_lora_device",
 }
 LORAC_STEPS: Mapping[str, str] = {name: step for step, names in _NAMES_BY_STEP.items() for name in names.split()}
-"""Method or attribute of another library -> what does the same in lorac."""
+"""Method or attribute of another library -> its counterpart in lorac."""
 _COMPUTING_NAMES_BY_STEP: Mapping[str, str] = {
     "call it on the original, then compile that": (
         "disable_freeu disable_gradient_checkpointing enable_freeu enable_gradient_checkpointing "
@@ -73,16 +73,14 @@ _COMPUTING_NAMES_BY_STEP: Mapping[str, str] = {
 COMPUTING_STEPS: Mapping[str, str] = {
     name: step for step, names in _COMPUTING_NAMES_BY_STEP.items() for name in names.split()
 }
-"""diffusers' method that says how a model computes, or where -> what does it here.
+"""diffusers' method that says how a model computes, or where -> its counterpart in lorac.
 
 An eager model that is compiled alone passes them on to the model that it runs."""
 
 
-def refuse_strength_in_call(arguments: Mapping[str, object]) -> None:
-    """Raise ``ChoiceError`` for a LoRA's strength where diffusers takes it, as in ``cross_attention_kwargs``."""
-    for name, value in arguments.items():
-        if name.endswith("attention_kwargs") and isinstance(value, Mapping) and "scale" in value:
-            raise ChoiceError(
-                f"{name}={{'scale': ...}} is how diffusers sets the strength of a LoRA, and no adapter of lorac's",
-                next_step="compiled.swap({'name': 0.7}) sets it",
-            )
+def strength_in_call(argument: str) -> ChoiceError:
+    """Return the error for a LoRA's strength where diffusers takes it, as in ``cross_attention_kwargs``."""
+    return ChoiceError(
+        f"{argument}={{'scale': ...}} is how diffusers sets the strength of a LoRA, and no adapter of lorac's",
+        next_step="compiled.swap({'name': 0.7}) sets it",
+    )

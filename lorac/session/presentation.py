@@ -10,12 +10,12 @@ from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_n
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.calls.interface import Interface
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT
-from lorac.ir.slots.choice import Active, describe_choice
+from lorac.ir.slots.choice import Active, choice_strengths, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice
 from lorac.report.dump import short_dtype
 from lorac.report.explain import AdapterRow, Explanation, ProgramRow
 from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant
-from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.session import Session
 from lorac.variants.adapter import Adapter
@@ -45,14 +45,14 @@ _LISTED_ADAPTERS = 4
 """Number of adapters that a summary names."""
 
 
-def describe_compiled(model: SwitchableModel, site_count: int) -> str:
+def describe_compiled(cls: str, session: Session, switch: ChoiceSwitch) -> str:
     """Return a summary of a few lines: target, mode, sites, adapters, and the active choice."""
-    touched = sum(not plan.empty for plan in model.plans.values())
+    touched = sum(not plan.empty for plan in session.plans.values())
     lines = (
-        f"<{type(model).__name__} for {model.engine.target}, {model.mode}",
-        f"  sites: {touched} with slots, of {site_count}",
-        f"  adapters: {_describe_adapters(model.adapters)}",
-        f"  active: {describe_choice(model.choice)}>",
+        f"<{cls} for {switch.engine.target}, {switch.mode}",
+        f"  sites: {touched} with slots, of {len(session.sites)}",
+        f"  adapters: {_describe_adapters(switch.pool.adapters)}",
+        f"  active: {describe_choice(switch.choice)}>",
     )
     return escape_controls("\n".join(lines))
 
@@ -84,39 +84,43 @@ def unknown_attribute(compiled: object, name: str) -> AttributeError:
 
 
 def explain(
-    session: Session, compiled: SwitchableModel, other_target: str = "", unsupported_ops: tuple[str, ...] = ()
+    session: Session, switch: ChoiceSwitch, other_target: str = "", unsupported_ops: tuple[str, ...] = ()
 ) -> Explanation:
     """Return the explanation of a compiled model in its present state; the last two arguments are as there."""
-    plans = compiled.plans
-    terms = describe_terms(compiled.prepared_adapters, plans, mode=compiled.mode, snapshot=compiled.snapshot)
-    unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
-    rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
-    apart = _why_apart(compiled)
+    plans, snapshot = session.plans, switch.state.snapshot
+    terms = describe_terms(switch.prepared_adapters, plans, mode=switch.mode, snapshot=snapshot)
+    unused = {path for interface in switch.engine.interfaces.values() for path in interface.unused_sites}
+    rows = [row for at in terms.values() for row in at]
+    for index, row in enumerate(rows):
+        if row.site in unused:  # it has no slot
+            swap = "none: no output depends on it"
+            rows[index] = replace(row, state=UNUSED, slots=(), swap=swap, reasons=())
+    apart = _why_apart(session, switch)
     adaptable = [path for path, s in session.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
     return Explanation(
-        target=compiled.engine.target,
-        mode=compiled.mode,
-        active=describe_choice(compiled.choice),
+        target=switch.engine.target,
+        mode=switch.mode,
+        active=describe_choice(switch.choice),
         adapters=tuple(
-            replace(_adapter_row(n, a, rows, compiled.active), apart=apart.get(n, ""))
-            for n, a in compiled.adapters.items()
+            replace(_adapter_row(n, a, rows, choice_strengths(switch.choice)), apart=apart.get(n, ""))
+            for n, a in switch.pool.adapters.items()
         ),
-        terms=rows,
+        terms=tuple(rows),
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in session.precision.lost),
-        programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
+        programs=tuple(_program_row(name, interface) for name, interface in switch.engine.interfaces.items()),
         other_target=other_target,
         unsupported_ops=unsupported_ops,
-        rows=_describe_rows(compiled),
+        rows=_describe_rows(session, switch),
     )
 
 
-def _describe_rows(compiled: SwitchableModel) -> str:
+def _describe_rows(session: Session, switch: ChoiceSwitch) -> str:
     """Return how rows with choices of their own run; empty where all have the choice that is baked in."""
-    if compiled.mode != "live":
-        return "" if compiled.mode == "baked" else "a call for each choice, since weights hold one at a time"
-    engine, graphs = compiled.engine, [*compiled.traits]
+    if switch.mode != "live":
+        return "" if switch.mode == "baked" else "a call for each choice, since weights hold one at a time"
+    engine, graphs = switch.engine, [*session.traits]
     why = next(filter(None, (engine.why_apart(ComposedWeights(()), graph) for graph in graphs)), None)
     if why is not None:
         return f"a call for each choice, since {why}"
@@ -125,20 +129,15 @@ def _describe_rows(compiled: SwitchableModel) -> str:
     return f"{said}: neighbours with one choice share a place where their groups are multiples of one size"
 
 
-def _why_apart(compiled: SwitchableModel) -> dict[str, str]:
+def _why_apart(session: Session, switch: ChoiceSwitch) -> dict[str, str]:
     """Return why rows with an adapter take a call of their own, by name; adapters whose rows share one are left out."""
-    if compiled.mode != "live" or compiled.engine.why_apart(ComposedWeights(()), next(iter(compiled.traits))):
+    if switch.mode != "live" or switch.engine.why_apart(ComposedWeights(()), next(iter(session.traits))):
         return {}
     found = {}
-    for name, prepared in compiled.prepared_adapters.items():
-        snapshot = compose_choice(compiled.plans, {name: prepared}, ((name, Active()),), compiled.base)
-        found[name] = next(filter(None, (compiled.engine.why_apart(snapshot, graph) for graph in compiled.traits)), "")
+    for name, prepared in switch.prepared_adapters.items():
+        snapshot = compose_choice(session.plans, {name: prepared}, ((name, Active()),), session.base)
+        found[name] = next(filter(None, (switch.engine.why_apart(snapshot, graph) for graph in session.traits)), "")
     return found
-
-
-def _mark_unused(row: TermRow) -> TermRow:
-    """Return the row of a term at a site that no output depends on, which has no slot."""
-    return replace(row, state=UNUSED, slots=(), swap="none: no output depends on it", reasons=())
 
 
 def _program_row(name: str, interface: Interface) -> ProgramRow:

@@ -8,8 +8,9 @@ from lorac.errors import ArtifactError, Unavailable, warn
 from lorac.formats import save_adapter
 from lorac.formats.native import variant_config
 from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.slots.choice import AS_TRAINED
+from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.runtime.generation.tokenizers import TOKENIZER_FOLDER, tokenizer_writer
-from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.session import Session
 from lorac.storage.artifact import ADAPTERS, FORMS, RECORD, write_artifact
 from lorac.storage.normal_forms import write_normal_forms
@@ -20,12 +21,12 @@ from lorac.version import VERSION
 
 
 def save(
-    session: Session, model: SwitchableModel, folder: str | Path, tokenizer: object, *, onnx_adapters: bool = True
+    session: Session, switch: ChoiceSwitch, folder: str | Path, tokenizer: object, *, onnx_adapters: bool = True
 ) -> None:
     """Write a compiled model into a folder.
 
     Args:
-        model: the compiled model.
+        switch: the compiled model's.
         folder: a new or empty folder, or an older artifact, which is replaced.
         tokenizer: has ``save_pretrained(folder)``; None: no tokenizer is saved.
         onnx_adapters: whether adapters are also written for programs that run without lorac.
@@ -34,24 +35,27 @@ def save(
         ArtifactError: the folder holds something else, or cannot be written.
         Unavailable: an active adapter is registered only.
     """
-    _check_registered(model)
+    _check_registered(switch)
     folder = parse_path(folder, "where compiled.save writes to", ArtifactError)
-    write_tokenizer = tokenizer_writer(tokenizer)
+    write_tokenizer, versions = tokenizer_writer(tokenizer), {"lorac": VERSION}
+    for library in ("torch", switch.engine.target):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[library] = metadata.version(library)
 
     def fill(staged: Path) -> dict[str, object]:
         if write_tokenizer is not None:
             (staged / TOKENIZER_FOLDER).mkdir()
             write_tokenizer(staged / TOKENIZER_FOLDER)
         return {
-            "versions": {"lorac": VERSION, **_installed_versions("torch", model.engine.target)},
-            "target": model.engine.target,
-            "mode": model.mode,
-            "active": choice_to_json(model.choice),
-            "adapters": _save_adapters(model, staged / ADAPTERS, onnx_adapters=onnx_adapters),
-            "plans": {path: plan_to_json(plan) for path, plan in model.plans.items()},
-            "reductions": session.preparer.stored_reductions(model.adapters.values()),
-            "program": _store_program(session, model, staged),
-            "components": {name: traits.to_json() for name, traits in model.traits.items()},
+            "versions": versions,
+            "target": switch.engine.target,
+            "mode": switch.mode,
+            "active": choice_to_json(switch.choice),
+            "adapters": _save_adapters(switch, staged / ADAPTERS, onnx_adapters=onnx_adapters),
+            "plans": {path: plan_to_json(plan) for path, plan in session.plans.items()},
+            "reductions": session.preparer.stored_reductions(switch.pool.adapters.values()),
+            "program": _store_program(session, switch, staged),
+            "components": {name: traits.to_json() for name, traits in session.traits.items()},
             "host": session.host.skeleton,
         }
 
@@ -59,10 +63,10 @@ def save(
         write_artifact(folder, fill)
 
 
-def _check_registered(model: SwitchableModel) -> None:
+def _check_registered(switch: ChoiceSwitch) -> None:
     """Refuse an active adapter that is registered only, and warn of the others, which stay in their folder."""
-    registered = model.pool.registered
-    active = next((name for name, _ in model.choice if name in registered), None)
+    registered = switch.pool.registered
+    active = next((name for name, _ in switch.choice if name in registered), None)
     if active is not None:
         raise Unavailable(
             f"the active adapter '{active}' is registered, and a saved model holds no registered adapters",
@@ -73,22 +77,22 @@ def _check_registered(model: SwitchableModel) -> None:
         warn(f"{count} not saved", next_step="after lorac.load(folder), register their folder again")
 
 
-def _store_program(session: Session, model: SwitchableModel, staged: Path) -> object:
+def _store_program(session: Session, switch: ChoiceSwitch, staged: Path) -> object:
     """Write the backend's files; an engine that runs the model itself captures it first."""
-    if model.engine.files is not None:
-        return session.backend.store(model.engine, staged, None)
+    if switch.engine.files is not None:
+        return session.backend.store(switch.engine, staged, None)
     from lorac.session.building import make_build_request
     from lorac.session.lowering.lower import lower_model
 
     program = lower_model(session, session.options.aux)
-    return session.backend.store(model.engine, staged, make_build_request(session, model.choice, program))
+    return session.backend.store(switch.engine, staged, make_build_request(session, switch.choice, program))
 
 
-def _save_adapters(model: SwitchableModel, folder: Path, *, onnx_adapters: bool) -> dict[str, dict[str, object]]:
+def _save_adapters(switch: ChoiceSwitch, folder: Path, *, onnx_adapters: bool) -> dict[str, dict[str, object]]:
     """Write every adapter in memory, and return the manifest's entries."""
     entries = {}
-    for name, stem in file_stems(sorted(model.adapters)).items():
-        adapter = model.adapters[name]
+    for name, stem in file_stems(sorted(switch.pool.adapters)).items():
+        adapter = switch.pool.adapters[name]
         record = folder / f"{stem}.safetensors"
         save_adapter(adapter, record, format="native")
         method, modules = adapter.variant, class_modules(adapter.variant)
@@ -99,30 +103,22 @@ def _save_adapters(model: SwitchableModel, folder: Path, *, onnx_adapters: bool)
         }
         if modules:  # the method is not lorac's own, so its class may be missing where the artifact is loaded
             forms = folder / f"{stem}.forms.safetensors"
-            write_normal_forms(forms, model.pool[name])
+            write_normal_forms(forms, switch.pool[name])
             entry |= {FORMS: f"{folder.name}/{forms.name}", "modules": modules}
-        portable = _save_portable(model, name, folder / stem) if onnx_adapters else {}
+        portable = _save_portable(switch, name, folder / stem) if onnx_adapters else {}
         entries[name] = {**entry, "portable": portable}
     return entries
 
 
-def _save_portable(model: SwitchableModel, name: str, stem: Path) -> dict[str, str]:
+def _save_portable(switch: ChoiceSwitch, name: str, stem: Path) -> dict[str, str]:
     """Write an adapter for programs that run without lorac; returns graph -> file name, empty if that is impossible."""
-    suffix = model.engine.choice_suffix
-    graphs = model.engine.interfaces if suffix is not None else ()
+    suffix = switch.engine.choice_suffix
+    graphs = switch.engine.interfaces if suffix is not None else ()
     files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}{suffix}" for graph in graphs}
     try:
         for graph, file in files.items():
-            model.save_choice(stem.with_name(file), name, graph)
+            switch.states.save(((name, AS_TRAINED),), graph, stem.with_name(file))
     except Unavailable as error:
         warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
         return {}
     return {graph: f"{stem.parent.name}/{file}" for graph, file in files.items()}
-
-
-def _installed_versions(*names: str) -> dict[str, str]:
-    versions = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions

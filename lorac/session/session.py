@@ -25,7 +25,7 @@ class Session:
     """Everything that lives as long as a compiled model does, except the engine.
 
     Attributes:
-        host: the model, or what an engine or an artifact has left of it.
+        host: the model, or the part that an engine or an artifact has left of it.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         preparer: reduces the adapters' formulas; holds the sites and the base weights.
         pool: the adapters, prepared.
@@ -34,7 +34,7 @@ class Session:
         traits: graph name -> configuration, dtype and device of its model.
         precision: the dtypes of the model and of the target.
         examples: ``example_inputs`` and ``dynamic_shapes`` as compile() takes them.
-        history: what the passes changed in each graph; None before the first pass.
+        history: the changes of the passes in each graph; None before the first pass.
     """
 
     host: HostModel

@@ -100,7 +100,7 @@ class Backend(ABC, Generic[OptionsT]):
     an entry point of the group ``lorac.backends``. Its name is the package's or the entry point's.
 
     Attributes:
-        dialect: what the target can run.
+        dialect: the ops, dtypes and rewrites of the target.
         options: the class of its options.
     """
 
@@ -175,7 +175,7 @@ class Backend(ABC, Generic[OptionsT]):
             request: the model and its lowered program, if the engine runs the model itself.
 
         Returns:
-            What else ``restore`` needs, as JSON.
+            The other facts that ``restore`` needs, as JSON.
         """
 
     @abstractmethod
@@ -187,7 +187,7 @@ class Backend(ABC, Generic[OptionsT]):
         mode: str,
         device: str | torch.device | None,
     ) -> Engine:
-        """Build an engine from what ``store`` wrote. It keeps the files that it reads later open."""
+        """Build an engine from the files that ``store`` wrote. It keeps those that it reads later open."""
 
     @abstractmethod
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:

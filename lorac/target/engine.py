@@ -54,18 +54,22 @@ class Engine(ABC):
     Attributes:
         target: the backend's name.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
+        fused: whether weights are written in place (``write``) instead of bound for each choice (``bind``).
+        computes_terms: whether a call made now computes its terms from the adapters' own tensors, and reads no slot.
         files: the emitted program and its base weights by name; None where the engine runs the model itself.
         module: the copy of the model that it runs; None where it runs an emitted program.
         hidden: modules that it runs and that are no part of the copy.
         buffers: fused mode: the weights that it reads, by site path.
         interfaces: the interface of each graph of its program; empty where it runs the model itself.
-        skipped: graph -> pass over the emitted program -> what the pass left alone; empty for a loaded program.
+        skipped: graph -> pass over the emitted program -> its skips; empty for a loaded program.
         settles_in_background: whether a swap starts ``settle`` by itself.
         memory_budget: counts the caches of its graphs.
     """
 
     target: str
     mode: str
+    fused: bool
+    computes_terms: bool = False
     files: ProgramFiles | None = None
     module: nn.Module | None = None
     hidden: Collection[nn.Module] = ()
@@ -76,11 +80,6 @@ class Engine(ABC):
     memory_budget: MemoryBudget | None = None
 
     @property
-    def fused(self) -> bool:
-        """Whether weights are written in place (``write``) instead of bound for each call (``bind``)."""
-        return self.mode == "fused"
-
-    @property
     def constant(self) -> bool:
         """Whether the weights are part of the program, which has no slots."""
         return False
@@ -89,11 +88,6 @@ class Engine(ABC):
     def choice_suffix(self) -> str | None:
         """Suffix of the files of choices (``write_choice``); None where the program does not run without lorac."""
         return None
-
-    @property
-    def computes_terms(self) -> bool:
-        """Whether a call made now computes its terms from the adapters' own tensors, and reads no slot."""
-        return False
 
     def dump(self) -> Mapping[str, Dump]:
         """Return the emitted program as rows of text, by graph; empty where the engine runs the model itself."""

@@ -1,4 +1,4 @@
-"""The contract for cached attention: a cache of keys and values, and what one call adds to it.
+"""The contract for cached attention: a cache of keys and values, and the tokens that one call adds to it.
 
 A graph with a cache computes only the new tokens of a call; the keys and values of earlier tokens are in the cache.
 Rows of a batch are independent: each has its own length, brings its own number of tokens, and gets the answer that it

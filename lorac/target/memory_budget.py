@@ -1,7 +1,7 @@
 """One limit on the memory that adapters and caches take in a compiled model.
 
-What can be made again (prepared adapters, choices bound to the program, cached prompts) is kept while there is room,
-and the least recently used goes first. What somebody holds stays, and counts, until the last holder lets go of it.
+Prepared adapters, choices bound to the program and cached prompts can be made again. They are kept while there is room,
+and the least recently used is evicted first. An entry in use stays, and counts, until its last holder releases it.
 """
 
 import collections
@@ -50,14 +50,17 @@ class Charge:
         return self.counted.blocks
 
     def cover(self, tensors: Iterable[Tensor]) -> None:
-        """Count the memory of tensors instead; what is counted already counts once.
+        """Count the memory of tensors instead; memory that is counted already counts once.
 
         Raises:
             OverBudget: there is no room for it, whatever is let go of; then nothing changes.
         """
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        blocks = dict.fromkeys([(storage.data_ptr(), storage.nbytes()) for storage in storages])
-        self._budget.exchange(self, tuple(block for block in blocks if block[1]))
+        blocks: dict[Block, None] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if nbytes := storage.nbytes():
+                blocks[storage.data_ptr(), nbytes] = None
+        self._budget.exchange(self, tuple(blocks))
 
     def resize(self, nbytes: int) -> None:
         """Change the number of bytes of memory that is counted without an address, such as a cache's.
@@ -88,7 +91,7 @@ class _Kept:
 class MemoryBudget:
     """The bytes that adapters and caches of a compiled model take, and the most that they may. Threads may share it.
 
-    What charges count is the truth, and the sums over them are made anew where an interrupt left them half-changed.
+    The charges are the truth; the sums over them are computed again where an interrupt left them half-changed.
 
     Args:
         limit: the most bytes; None: any number.
@@ -109,7 +112,7 @@ class MemoryBudget:
 
     @property
     def limit(self) -> int | None:
-        """The most bytes; None: any number. A lower limit lets go of what is not in use."""
+        """The most bytes; None: any number. A lower limit evicts entries that are not in use."""
         return self._limit
 
     @limit.setter
@@ -174,8 +177,8 @@ class MemoryBudget:
         with self._lock:
             self._settle()
             before, after = {*charge.blocks}, {*blocks}
-            more = sum(block[1] for block in after - before if block not in self._blocks)
-            more -= sum(block[1] for block in before - after if self._blocks[block] == 1)
+            more = sum([block[1] for block in after - before if block not in self._blocks])
+            more -= sum([block[1] for block in before - after if self._blocks[block] == 1])
             if self._limit is not None and more > 0 and self._used + more > self._limit:
                 return more
             counted, known = charge.counted, charge.blocks
@@ -224,7 +227,7 @@ class MemoryBudget:
             self._kept.pop(key, None)
 
     def _make_room(self, nbytes: int, limit: int | None) -> None:
-        """Let go of what was used least recently until so many bytes are free."""
+        """Evict the least recently used entries until so many bytes are free."""
         with self._lock:
             self._settle()
             for key in [key for key, kept in self._kept.items() if kept.charge() is None]:
@@ -241,7 +244,7 @@ class MemoryBudget:
                 del self._kept[key]
 
     def _victims(self, nbytes: int, limit: int | None) -> list[tuple[Hashable, _Kept]]:
-        """Return what to let go of for so many bytes."""
+        """Return the entries to evict for so many bytes."""
         missing = 0 if limit is None else self._used + nbytes - limit
         found, dropped = list[tuple[Hashable, _Kept]](), collections.Counter[Block]()
         for key, kept in sorted(self._kept.items(), key=lambda item: item[1].turn):
@@ -275,7 +278,7 @@ class MemoryBudget:
                 self._used -= block[1]
 
     def _settle(self) -> None:
-        """Subtract what charges that are gone had counted."""
+        """Subtract the blocks of charges that are gone."""
         if self._half_changed:
             self._count_anew()
         while self._released:
@@ -285,7 +288,7 @@ class MemoryBudget:
             self._half_changed = False
 
     def _count_anew(self) -> None:
-        """Add up what all charges count that are not gone."""
+        """Sum the blocks of all charges that are not gone."""
         self._blocks.clear()
         self._used = 0
         self._charges = {key: counted for key, counted in tuple(self._charges.items()) if counted() is not None}

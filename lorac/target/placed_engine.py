@@ -28,7 +28,7 @@ class ProgramGraph(Protocol):
     """One graph of a program.
 
     Attributes:
-        interface: what the graph takes and gives.
+        interface: its inputs and outputs.
         slots: its slot inputs by public name.
     """
 
@@ -72,6 +72,7 @@ class PlacedEngine(Engine, Generic[GraphT]):
         files: ProgramFiles,
     ) -> None:
         self.graphs, self.base, self.mode, self.files = graphs, base, mode, files
+        self.fused = mode == "fused"
         self.interfaces = {name: graph.interface for name, graph in graphs.items()}
         self.slots = {name: slot for graph in graphs.values() for name, slot in graph.slots.items()}
         self.shared_slots = {

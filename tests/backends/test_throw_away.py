@@ -110,7 +110,7 @@ def test_its_program_is_in_its_dialect(model: nn.Module, adapters: dict[str, lor
     assert shapes["conv:a"][0] == 2
     assert not isinstance(shapes["left:a"][1], int)
     assert "left|right:a" not in shapes
-    filled = compiled._state.bound.tensors
+    filled = compiled.switch.state.bound.tensors
     assert filled["left:a"].shape == (8, 1)
     assert not filled["left:a"].any()
     assert filled["conv:b"].shape == (8, 2, 1, 1)

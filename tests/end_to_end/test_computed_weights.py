@@ -125,7 +125,7 @@ def test_sites_show_the_weight_that_acts_and_ask_without_a_trace(how):
     with torch.no_grad():
         expected = model(x)
         for path, site in sites.items():
-            assert torch.equal(compiled.base.weight(site), site.present(model.get_submodule(path).weight))
+            assert torch.equal(compiled.session.base.weight(site), site.present(model.get_submodule(path).weight))
         assert torch.equal(compiled.eval()(x, adapters=None), expected)
 
 

@@ -86,7 +86,7 @@ def read(compiled: Any, choice: Any, ids: Tensor, new: int) -> Tensor:
             every = torch.arange(piece.shape[1])[None]
             yield bound.decode(MAIN_GRAPH, cache, DecodeStep(ids=piece, counts=[piece.shape[1]], wanted=every)).clone()
 
-    found: list[Tensor] = compiled.with_choice(choice, lambda bound, state: list(pieces(bound, state)))
+    found: list[Tensor] = compiled.switch.with_choice(choice, lambda bound, state: list(pieces(bound, state)))
     return torch.cat(found, 1)[:, -new:]
 
 

@@ -282,7 +282,7 @@ def test_each_component_has_a_base_of_its_own() -> None:
     for path in ("a.0", "a.2", "b.0", "b.2"):
         weight = models[path[0]].get_parameter(f"{path[2]}.weight").detach()
         held = torch.from_numpy(Codec(4, 32, True).encode(weight.numpy()).decode().copy())
-        assert torch.equal(compiled.base.weight(compiled.sites[path]), held)
+        assert torch.equal(compiled.session.base.weight(compiled.sites[path]), held)
     assert compiled.engine.files["base.safetensors"].size < 48 * 64 * 2
 
 

@@ -58,7 +58,7 @@ def test_each_row_writes_its_own_text(options: dict[str, Any], monkeypatch: pyte
     written = [write(choice) for choice in CHOICES]
     alone = torch.stack([tokens[row] for row, tokens in enumerate(written)])
     steps: list[int] = []
-    note_calls(monkeypatch, compiled._state.bound, "decode", lambda *_: steps.append(1))
+    note_calls(monkeypatch, compiled.switch.state.bound, "decode", lambda *_: steps.append(1))
     together = write(CHOICES)
     assert torch.equal(together, alone)
     assert len(steps) <= NEW + 1, "one run for all rows"

@@ -77,8 +77,10 @@ def test_rows_are_computed_as_each_alone() -> None:
 
     def tensors(choice: Any) -> dict[str, Tensor]:
         compiled.swap(choice)
-        snapshot = compose_choice(compiled.plans, compiled.pool, compiled.choice, compiled.base)
-        return collect_slot_tensors(graph.slots, compiled.plans, fill_slots(compiled.plans, snapshot, compiled.base))
+        snapshot = compose_choice(compiled.plans, compiled.pool, compiled.choice, compiled.session.base)
+        return collect_slot_tensors(
+            graph.slots, compiled.plans, fill_slots(compiled.plans, snapshot, compiled.session.base)
+        )
 
     for start in range(0, len(CHOICES), 4):
         for choices in (CHOICES[start : start + 4], CHOICES[start : start + 2]):

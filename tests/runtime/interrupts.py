@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Any
 
 from lorac.adapters import pool
-from lorac.runtime import switchable_model
+from lorac.runtime import choice_switch
 from lorac.session import compiled
 
-_INTERRUPTED = (switchable_model.__file__.rpartition("/")[0], compiled.__file__, pool.__file__)
+_INTERRUPTED = (choice_switch.__file__.rpartition("/")[0], compiled.__file__, pool.__file__)
 _PYTHONS = (contextlib.__file__, threading.__file__)
 """Modules of Python's own whose lines hold locks for the runtime."""
 

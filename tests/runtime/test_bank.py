@@ -136,7 +136,7 @@ def test_restores_an_evicted_adapter_with_one_read(
     before = compiled.memory.used
     let_all_go(compiled)
     assert sorted(folder.iterdir()) == listed, "the file has no name"
-    images = compiled._states._images
+    images = compiled.switch.states._images
     assert images._images.keys() == set(names)
     assert len({image.layout for image in images._images.values()}) == 3, "those of one structure share it"
     monkeypatch.setattr("lorac.session.registry.load_adapter", None)
@@ -166,7 +166,7 @@ def test_writes_an_image_at_the_first_eviction(program: Path, tmp_path: Path) ->
     compiled.register(tmp_path)
     expected = [raw(answer(compiled, adapters=name)) for name in names]
     let_all_go(compiled)
-    assert [*compiled._states._images._images] == names
+    assert [*compiled.switch.states._images._images] == names
     assert [raw(answer(compiled, adapters=name)) for name in names] == expected
 
 
@@ -175,7 +175,7 @@ def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, in_mem
     let_all_go(compiled)
     answer(compiled, adapters="n1")
     let_all_go(compiled)
-    images = compiled._states._images
+    images = compiled.switch.states._images
     end = images._end
     compiled.remove_adapter("n1")
     assert "n1" not in images._images
@@ -213,17 +213,17 @@ def test_reads_files_again_where_images_cannot_be_written(compiled: Any, monkeyp
     expected = raw(answer(compiled, adapters="n1"))
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     let_all_go(compiled)
-    assert not compiled._states._images._images
+    assert not compiled.switch.states._images._images
     assert raw(answer(compiled, adapters="n1")) == expected
     monkeypatch.undo()
     monkeypatch.setattr("lorac.runtime.slot_images._write", lambda *_: refuse())
     let_all_go(compiled)
-    assert not compiled._states._images._images
+    assert not compiled.switch.states._images._images
     assert raw(answer(compiled, adapters="n1")) == expected
     monkeypatch.undo()
-    monkeypatch.setattr(compiled._states._images, "_process", -1)
+    monkeypatch.setattr(compiled.switch.states._images, "_process", -1)
     let_all_go(compiled)
-    assert not compiled._states._images._images, "a forked process would write over its parent's"
+    assert not compiled.switch.states._images._images, "a forked process would write over its parent's"
 
 
 def test_rejects_a_choice_beyond_the_budget_and_changes_nothing(compiled: Any) -> None:

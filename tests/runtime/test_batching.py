@@ -7,7 +7,7 @@ import torch
 import lorac
 from lorac.ir.calls.call import Call
 from lorac.runtime.batching import check_rows, run_rows
-from lorac.runtime.row_group import RowGroup
+from lorac.runtime.choice_switch import RowGroup
 from lorac.target.engine import CallResult
 from tests import parity
 from tests.limits import ROWS as LIMITS

@@ -40,7 +40,7 @@ def eager(host, adapters):
 
 
 def bound(compiled):
-    return compiled.engine.written_program if compiled.engine.fused else compiled._state.bound
+    return compiled.engine.written_program if compiled.engine.fused else compiled.switch.state.bound
 
 
 def extended(compiled, cache, ids, counts, wanted=None):

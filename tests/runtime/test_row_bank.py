@@ -40,9 +40,9 @@ def answers(compiled: Any, bank: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_rows_with_adapters_of_their_own_come_and_go(compiled: Any) -> None:
     generator = random.Random(3)
-    states = [compiled._states.of(parse_choice(choice, compiled.pool)) for choice in CHOICES]
+    states = [compiled.switch.states.of(parse_choice(choice, compiled.pool)) for choice in CHOICES]
     expected = [compiled(input_ids=IDS[:1], adapters=choice).logits[0] for choice in CHOICES]
-    bank, cache, rows = compiled.new_row_bank(4), compiled.engine.new_cache("main", 0, 12), list[int]()
+    bank, cache, rows = compiled.switch.new_row_bank(4), compiled.engine.new_cache("main", 0, 12), list[int]()
     for _ in range(40):
         if len(rows) < 4 and generator.random() < 0.5:
             choice = generator.randrange(len(CHOICES))
@@ -64,8 +64,8 @@ def test_rows_with_adapters_of_their_own_come_and_go(compiled: Any) -> None:
 
 @torch.no_grad()
 def test_admitting_a_row_moves_no_bit_of_another_and_leaves_no_stale_rank(compiled: Any) -> None:
-    one, two, base = (compiled._states.of(parse_choice(choice, compiled.pool)) for choice in ("one", "two", None))
-    used, bank = compiled.memory.used, compiled.new_row_bank(2)
+    one, two, base = (compiled.switch.states.of(parse_choice(choice, compiled.pool)) for choice in ("one", "two", None))
+    used, bank = compiled.memory.used, compiled.switch.new_row_bank(2)
 
     bank.admit(0, one)
     bank.admit(1, one)
@@ -85,14 +85,14 @@ def test_admitting_a_row_moves_no_bit_of_another_and_leaves_no_stale_rank(compil
 
 
 def test_admits_an_adapter_with_one_copy_per_shape(compiled: Any) -> None:
-    bank, state = compiled.new_row_bank(3), compiled._states.of(parse_choice("one", compiled.pool))
+    bank, state = compiled.switch.new_row_bank(3), compiled.switch.states.of(parse_choice("one", compiled.pool))
     bank.admit(1, state)
     tensors = state.bound.placed_tensors()
     shapes = {tensors[name].shape[1:] for name in tensors if name.endswith((":a", ":b"))}
-    assert len([copy for copy in bank._copies[state.snapshot] if copy.tensors.shape[1:] in shapes]) == len(shapes)
+    assert len([one for one, _ in bank._copies[state.snapshot] if one.shape[1:] in shapes]) == len(shapes)
     assert all(torch.equal(bank._places.by_slot[name][1], tensor[0]) for name, tensor in tensors.items())
 
 
 def test_rejects_a_bank_for_eager() -> None:
     with refuses("unavailable", match="keeps no adapters of a running batch"):
-        lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])).new_row_bank(2)
+        lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])).switch.new_row_bank(2)

@@ -67,7 +67,7 @@ def compiled(request: pytest.FixtureRequest) -> Any:
 def runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that the engine runs."""
     seen: list[str] = []
-    note_calls(monkeypatch, compiled._state.bound, "run", lambda graph, _: seen.append(graph))
+    note_calls(monkeypatch, compiled.switch.state.bound, "run", lambda graph, _: seen.append(graph))
     yield seen
 
 
@@ -261,7 +261,7 @@ def test_generated_rows_are_each_rows_own(
         own = {**options, **({"seed": options["seed"][row]} if "seed" in options else {})}
         alone.append(_generate(cached, [row], choice, **own)[0])
     steps: list[int] = []
-    note_calls(monkeypatch, cached._state.bound, "decode", lambda *_: steps.append(1))
+    note_calls(monkeypatch, cached.switch.state.bound, "decode", lambda *_: steps.append(1))
     together = _generate(cached, list(range(6)), ROW_CHOICES, **options)
     assert len(steps) <= 7, "one run of the engine a step"
     assert torch.equal(together[:, -6:], torch.stack(alone)[:, -6:])
@@ -280,7 +280,9 @@ def test_rows_of_several_choices_share_a_prompt_cache(
     options = {**options, **({"seed": 3} if "do_sample" in options else {})}
     expected = [_generate(cached, rows, choices, **options) for choices in (ROW_CHOICES, moved)]
     fed: list[int] = []
-    note_calls(monkeypatch, cached._state.bound, "decode", lambda graph, cache, step: fed.append(max(step.counts)))
+    note_calls(
+        monkeypatch, cached.switch.state.bound, "decode", lambda graph, cache, step: fed.append(max(step.counts))
+    )
     for choices, y, first in ((ROW_CHOICES, expected[0], 5), (ROW_CHOICES, expected[0], 1), (moved, expected[1], 5)):
         fed.clear()
         assert torch.equal(_generate(cached, rows, choices, prompt_cache=known, **options), y)

@@ -86,7 +86,7 @@ def compiled() -> Any:
 def runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that the engine runs."""
     seen: list[str] = []
-    note_calls(monkeypatch, compiled._state.bound, "run_graph", lambda graph, _: seen.append(graph))
+    note_calls(monkeypatch, compiled.switch.state.bound, "run_graph", lambda graph, _: seen.append(graph))
     yield seen
 
 
@@ -218,6 +218,6 @@ def test_generates_rows_with_branches_in_one_run_per_step(monkeypatch: pytest.Mo
     choices = ["routed", None, "mixed", "lora", {"other": 0.5, "lora": 0.5}, "other"]
     alone = torch.cat([write([row], choice) for row, choice in enumerate(choices)])
     steps: list[int] = []
-    note_calls(monkeypatch, made._state.bound, "decode", lambda *_: steps.append(1))
+    note_calls(monkeypatch, made.switch.state.bound, "decode", lambda *_: steps.append(1))
     assert torch.equal(write(list(range(6)), choices), alone)
     assert len(steps) <= 6, "one run of the engine a step"

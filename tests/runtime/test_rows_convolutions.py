@@ -77,7 +77,7 @@ def _error(y: Tensor, ref: Tensor) -> float:
 @torch.no_grad()
 def test_every_choice_acts_and_takes_no_call_of_its_own(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base, runs = compiled(X, adapters=None), list[str]()
-    note_calls(monkeypatch, compiled._state.bound, "run", lambda graph, _: runs.append(graph))
+    note_calls(monkeypatch, compiled.switch.state.bound, "run", lambda graph, _: runs.append(graph))
     for choice in CHOICES[1:]:
         assert _error(compiled(X, adapters=choice), base) > LEAST_DIFFERENCE, choice
     runs.clear()

@@ -153,7 +153,7 @@ def test_evicts_states_of_old_choices():
     compiled = build(pair("lora", "shira"), "eager")
     for i in range(1, 50):
         compiled.swap({"a": i / 50})
-    assert len(compiled._states._kept) < 20
+    assert len(compiled.switch.states._kept) < 20
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

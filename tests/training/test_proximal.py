@@ -83,7 +83,7 @@ def test_a_fixed_point_is_optimal() -> None:
     x, xi, eta = torch.eye(8, dtype=torch.float64), 0.04, 4e-3
     compiled, gate = gates_only(tensors, x)
     wanted = tensors["lora_B"] * tensor([1.5, -1, 0.02, 0, -0.01, 0.5]) @ tensors["lora_A"]
-    target = x @ (compiled.base.weight(compiled.sites["site"]) + wanted).T
+    target = x @ (compiled.session.base.weight(compiled.sites["site"]) + wanted).T
     grad = descend(compiled, gate, x, target, xi=xi, eta=eta, steps=300)
     closed = gate.detach() == 0
     assert 0 < closed.sum() < 6
@@ -100,7 +100,7 @@ def test_more_threshold_leaves_no_more_gates() -> None:
     for xi in (0.0, 0.1, 0.2, 0.3, 0.5):
         tensors = {"lora_A": x.clone(), "lora_B": x.clone(), "gate": torch.ones(5).double()}
         compiled, gate = gates_only(tensors, x)
-        target = x @ (compiled.base.weight(compiled.sites["site"]) + w.diag()).T
+        target = x @ (compiled.session.base.weight(compiled.sites["site"]) + w.diag()).T
         descend(compiled, gate, x, target, xi=xi, eta=eta, steps=60)
         assert_close(gate.detach(), w.sign() * (w.abs() - xi / eta).clamp(min=0))
         counts.append(int(gate.count_nonzero()))
@@ -113,7 +113,7 @@ def test_a_closed_gate_opens_again() -> None:
     compiled, gate = gates_only({"lora_A": x.clone(), "lora_B": x.clone(), "gate": torch.zeros(2).double()}, x)
     optimizer = torch.optim.SGD([gate], lr=0.5)
     ProximalGates(compiled, optimizer, threshold=0.1)
-    w = compiled.base.weight(compiled.sites["site"])
+    w = compiled.session.base.weight(compiled.sites["site"])
     (0.5 * (compiled(x) - x @ (w + tensor([0.3, 0.1]).diag()).T).square().sum()).backward()
     optimizer.step()
     assert_close(gate.detach(), tensor([0.05, 0]))

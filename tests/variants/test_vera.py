@@ -186,7 +186,7 @@ def test_sites_share_the_memory_of_projections(model, adapters):
 def test_slots_share_the_memory_of_projections(model, adapters):
     """What a binding of the eager engine holds; λ of every site is its own."""
     compiled = lorac.compile(model, {"a": adapters["a"]})
-    slots = compiled._state.bound.active.slots
+    slots = compiled.switch.state.bound.active.slots
     found = by_shape(compiled, {(p, r): t for p, s in slots.items() for r, t in s.named().items()})
     for (role, *_), places in found.items():
         assert len(set(places)) == (1 if role in {"a", "b"} else len(places))
@@ -200,7 +200,7 @@ def emitted(adapters):
 @pytest.mark.medium("the kit's shared tensors")
 def test_onnx_runtime_bindings_share_the_memory_of_projections(emitted):
     emitted.swap("a")
-    binding = emitted._state.bound
+    binding = emitted.switch.state.bound
     named = {tuple(name.rsplit(":", 1)): t for name, t in binding.tensors.items()}
     touched = {(path, role): t for (path, role), t in named.items() if path in emitted.adapters["a"].tensors}
     found = by_shape(emitted, {key: t for key, t in touched.items() if key[1] in {"a", "b"} and key[0] != "v"})

@@ -85,7 +85,7 @@ class BranchRunner:
 
         Args:
             call: gets the values.
-            module: what is called.
+            module: the module that is called.
             scope: prefix of the paths in it.
             arguments: the call's.
             run: runs some work as part of a call.

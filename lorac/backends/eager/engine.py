@@ -32,7 +32,7 @@ from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.row_slots import find_shared_slot, run_row_slots, run_row_terms, stack_choices
 from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.context_values import run_with_value
-from lorac.frontend.components import check_component, get_component_prefix, list_components
+from lorac.frontend.components import get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
 from lorac.frontend.host import Host
 from lorac.frontend.layer_classes import (
@@ -82,6 +82,7 @@ class EagerEngine(Engine):
     def __init__(self, module: nn.Module, request: BuildRequest[Any]) -> None:
         plans, base = request.plans, request.base
         self.module, self.plans, self.base, self.mode = module, plans, base, request.mode
+        self.fused = self.mode != "live"  # baked weights are written in place, once
         self.components = list_components(module)
         self.active = NO_ADAPTERS
         self.extra_names = frozenset(request.options.aux)
@@ -129,12 +130,7 @@ class EagerEngine(Engine):
         return EagerProgram(self, stacked, own=tuple(own))
 
     @property
-    def fused(self) -> bool:
-        """Return whether weights are written in place; baked weights are, once."""
-        return self.mode != "live"
-
-    @property
-    def computes_terms(self) -> bool:
+    def computes_terms(self) -> bool:  # type: ignore[override]  # changes with torch's gradient mode
         """Return whether a call computes its terms from the adapters' tensors instead of reading slots.
 
         It does while gradients are recorded, and in training mode, for dropout.
@@ -404,7 +400,7 @@ class EagerProgram(BoundProgram):
     def run(self, graph: str, call: Call) -> CallResult:
         """Call the copy of the model, or a component; in fused mode the weights already hold the choice."""
         engine = self.engine
-        module, forward = engine.components[check_component(graph, engine.components)], engine.make_call(self.active)
+        module, forward = engine.components[graph], engine.make_call(self.active)
         engine.prepare(forward, graph, call)
         with translate_errors(), engine.observing(graph, self.active):
             output = engine.run_within(forward, lambda: module(*call.args, **call.kwargs))
@@ -413,7 +409,7 @@ class EagerProgram(BoundProgram):
 
     def run_with_model(self, graph: str, work: Callable[[nn.Module], T]) -> T:
         engine, active = self.engine, self.active
-        module, call = engine.components[check_component(graph, engine.components)], engine.make_call(active)
+        module, call = engine.components[graph], engine.make_call(active)
 
         def before(called: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
             own = engine.running_call() is call  # else it is in a pass before it, or in a call of another thread

@@ -1,7 +1,7 @@
 """torch's transformer layers, which in evaluation call one fused kernel with the weights of the layers inside them.
 
 The kernel bypasses the forwards of the layers inside, and an adapter there with them. So where a call touches a site
-inside such a layer, the layer's Python code runs. Where it touches none, the layer does what the host's does, whose
+inside such a layer, the layer's Python code runs. Where it touches none, the layer computes as the host's does, whose
 weights may need gradients.
 """
 

@@ -31,7 +31,7 @@ class ActiveSlots:
         touched: paths of these sites; in fused mode too, where the weights hold their contents.
         read: the program's names of the values that active branches read.
         branches: whether a branch is active.
-        apart: paths of the sites that it fills with what has no places: merged weights and branches.
+        apart: paths of the sites whose slots have no places: those with merged weights and branches.
         places: the slots of each part of the rows, where they have choices of their own; ``slots`` holds all of them.
     """
 

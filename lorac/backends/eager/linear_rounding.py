@@ -22,16 +22,13 @@ def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
-    whole = input.is_contiguous() and (bias is not None or _is_foldable(input))
+    weight, bias, strides = module.weight, module.bias, input.stride()
+    # Whether all axes but the last can be folded into one by their strides; axes of size 1 have any stride.
+    whole = input.is_contiguous() and (
+        bias is not None or all([strides[i] == strides[i + 1] * input.shape[i + 1] for i in range(input.dim() - 2)])
+    )
     if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):
         return F.linear(input, weight, bias)
     # Its operands and their order are those of torch's own folding.
     product = torch.mm(input.reshape(-1, input.shape[-1]), weight.t()).view(*input.shape[:-1], weight.shape[0])
     return product if bias is None else product + bias
-
-
-def _is_foldable(x: Tensor) -> bool:
-    """Return whether all axes but the last can be folded into one by their strides; axes of size 1 have any stride."""
-    strides = x.stride()
-    return all(strides[i] == strides[i + 1] * x.shape[i + 1] for i in range(x.dim() - 2))

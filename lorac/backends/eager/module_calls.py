@@ -36,7 +36,7 @@ def shadow(module: nn.Module, replaced: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         module: whose attributes it shares.
-        replaced: what takes the place of a parameter or buffer, by its name in the module (``out_proj.weight``).
+        replaced: name of a parameter or buffer in the module (``out_proj.weight``) -> its replacement.
     """
     inside: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in replaced.items():

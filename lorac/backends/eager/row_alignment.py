@@ -105,8 +105,8 @@ class RowAlignment:
         separate_layers(copied, self._layers)
         for path in self._paths:
 
-            def note(_: nn.Module, args: object, kwargs: object, path: str = path) -> None:
-                sizes.setdefault(path, set()).add(first_tensor((args, kwargs)).shape[0])
+            def note(_: nn.Module, *given: object, path: str = path) -> None:
+                sizes.setdefault(path, set()).add(first_tensor(given).shape[0])
 
             copied.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
         many = call.select(RowSelection([0] * rows, call.rows))

@@ -12,7 +12,7 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import SiteCall, run_site
 from lorac.ir.slots.live_terms import TrainingTerms, run_terms
 from lorac.ir.slots.placed_execution import run_placed, stack_site_slots, why_shared
-from lorac.ir.slots.plans import BranchSlot, SitePlan
+from lorac.ir.slots.plans import SitePlan
 
 
 def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, emitted: Collection[str]) -> str | None:
@@ -22,21 +22,18 @@ def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, e
         emitted: the extra outputs that are asked for.
     """
     for path, composed in snapshot.composed.items():
-        reasons = (_why_shared_branch(term.slot, emitted) for _, term in composed.branches)
-        why = why_shared(plans[path]) or next(filter(None, reasons), "")
+        why, slots = why_shared(plans[path]), [term.slot for _, term in composed.branches]
+        if not why and any(slot.mixes or slot.reads or slot.once for slot in slots):
+            why = "its branch reads values that a whole call computes"
+        if not why and any(not set(slot.emits).isdisjoint(emitted) for slot in slots):
+            why = "extra outputs of its branch are asked for"
         if why:
             return f"at '{path}', {why}"
     return None
 
 
-def _why_shared_branch(slot: BranchSlot, emitted: Collection[str]) -> str:
-    if slot.mixes or slot.reads or slot.once:
-        return "its branch reads what a whole call computes"
-    return "extra outputs of its branch are asked for" if not set(slot.emits).isdisjoint(emitted) else ""
-
-
 def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots], *, fill: bool) -> ActiveSlots:
-    """Return what one call needs for several choices, one for each part of its rows.
+    """Return the slots of a call with several choices, one for each part of its rows.
 
     Args:
         plans: the slots of each site.

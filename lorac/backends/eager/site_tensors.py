@@ -51,7 +51,7 @@ class StoredTensor:
         (parameters if self.leaf in parameters else self.module._buffers)[self.leaf] = self.base
 
     def read(self) -> Tensor:
-        """Return the model's own tensor, or what was given in its place."""
+        """Return the model's own tensor, or its replacement."""
         now, own = self.read_now(), self.base
         if not isinstance(now, Tensor) or now is own:
             return own

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lorac.errors import InputMismatch, LoracError
-from lorac.frontend.components import check_component
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import group_aux_outputs
@@ -67,7 +66,7 @@ class StoredBoundProgram(PlacedProgram):
 
     @torch.no_grad()
     def run(self, graph: str, call: Call) -> CallResult:
-        part = self.engine.graphs[check_component(graph, self.engine.graphs)]
+        part = self.engine.graphs[graph]
         filled = {slot.node: self.tensors[name] for name, slot in part.slots.items()}
 
         def run(arguments: dict[str, object]) -> list[object]:

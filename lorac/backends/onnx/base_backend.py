@@ -44,7 +44,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     @abstractmethod
     def dialect_for(self, options: OptionsT) -> OnnxDialect:
-        """Return what the target can run with some options; imported there, since artifacts load without it."""
+        """Return the dialect for some options; imported there, since artifacts load without it."""
 
     @abstractmethod
     def load_graph(
@@ -60,13 +60,13 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
         Args:
             files: the program's, open.
-            interface: what the graph takes and gives.
+            interface: its inputs and outputs.
             slots: its slot inputs by public name.
-            stored: what ``graph_to_json`` returned; empty where the graph was just emitted.
+            stored: the result of ``graph_to_json``; empty where the graph was just emitted.
         """
 
     def graph_to_json(self, graph: GraphT) -> dict[str, object]:
-        """Return what ``load_graph`` needs besides the interface and the slots, as JSON."""
+        """Return the other facts that ``load_graph`` needs, besides the interface and the slots, as JSON."""
         return {}
 
     def list_files(self, graphs: Iterable[str]) -> list[str]:
@@ -77,7 +77,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Refuse a program that cannot be built, before it is emitted."""
 
     def check_emitted(self, emitted: EmittedProgram[OptionsT]) -> None:
-        """Refuse a program because of what passes over its models reported."""
+        """Refuse a program because of the reports of passes over its models."""
 
     def slot_storage(self, request: BuildRequest[OptionsT]) -> SlotStorage:
         """Return where the content of slots is written."""
@@ -130,7 +130,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     @property
     def emits(self) -> bool:
-        """True: it is known without the dialect, whose passes import what only building needs."""
+        """True: it is known without the dialect, whose passes import libraries that only building needs."""
         return True
 
     @functools.cached_property
@@ -187,12 +187,12 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return graphs, files
 
     def base_reader(self, files: ProgramFiles) -> BaseReader | None:
-        """Return what reads base weights from a program's files; None where the files hold none."""
+        """Return a reader of the base weights in a program's files; None where the files hold none."""
         tensors = self.read_base_weights(files)
         return None if tensors is None else make_file_base_reader(tensors)
 
     def store(self, engine: Engine, folder: Path, request: BuildRequest[OptionsT] | None) -> StoredState:
-        """Copy the emitted models, what was built from them, and the base weights."""
+        """Copy the emitted models, the files built from them, and the base weights."""
         assert isinstance(engine, OnnxEngine)
         for name, file in engine.files.items():
             file.copy_to(folder / name)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorac.frontend.components import check_component
 from lorac.ir.calls.call import Call
 from lorac.ir.graph.feeds import convert_input, group_aux_outputs
 from lorac.ir.sites.site import BaseReader
@@ -111,7 +110,7 @@ class OnnxProgram(PlacedProgram, ABC):
         """
 
     def run(self, graph: str, call: Call) -> CallResult:
-        loaded = self.engine.graphs[check_component(graph, self.engine.graphs)]
+        loaded = self.engine.graphs[graph]
 
         def run(inputs: Mapping[str, object]) -> Sequence[object]:
             return match_inputs(self.run_graph(graph, convert_inputs(loaded, inputs)), inputs)
@@ -122,7 +121,14 @@ class OnnxProgram(PlacedProgram, ABC):
 
 def convert_inputs(graph: LoadedGraph, inputs: Mapping[str, object]) -> dict[str, Tensor]:
     """Return inputs as contiguous tensors of the dtypes that a graph takes."""
-    return {name: convert_input(name, value, graph.dtypes[name]) for name, value in inputs.items()}
+    converted: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        dtype = graph.dtypes[name]
+        if isinstance(value, Tensor) and value.dtype is dtype and value.is_contiguous() and not value.requires_grad:
+            converted[name] = value
+        else:
+            converted[name] = convert_input(name, value, dtype)
+    return converted
 
 
 def match_inputs(outputs: Sequence[Tensor], inputs: Mapping[str, object]) -> Sequence[object]:

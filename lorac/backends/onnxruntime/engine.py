@@ -49,16 +49,16 @@ _BOUND_NOTE = (
 
 
 class GraphSession:
-    """One graph of the program: its session, and what it takes and gives.
+    """One graph of the program: its session and its interface.
 
     Args:
-        interface: what the graph takes and gives.
+        interface: its inputs and outputs.
         slots: its slot inputs by public name.
 
     Attributes:
         outputs: names of the session's outputs.
         dtypes: the dtype of every input; None for one that torch does not have.
-        cache: what the graph has for a cache; None where it keeps none.
+        cache: the layout of its cache; None where it keeps none.
         narrow_slots: names of the slots in float16.
     """
 
@@ -119,21 +119,18 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):
         return self.device_memory.fused(self.plans, self.base)
 
     def machine_notes(self, graph: GraphSession) -> tuple[str, ...]:
-        """Say what this machine does its own way: ops of a GPU on the CPU, bound or mapped weights, adapters' op."""
-        mapped = (f"prepacked weights are mapped from '{self.options.prepacked}'",)
-        return (*self._computing_notes(graph), *(mapped if graph.session.lorac_prepacked else ()))
-
-    def _computing_notes(self, graph: GraphSession) -> tuple[str, ...]:
+        """Describe how this machine runs a graph: ops of a GPU on the CPU, bound or mapped weights, adapters' op."""
+        mapped = (f"prepacked weights are mapped from '{self.options.prepacked}'",) * graph.session.lorac_prepacked
         if self.fused and graph.slots and self.options.place.type == "cpu" and self.options.settle == "asked":
-            return (_BOUND_NOTE,)
+            return (_BOUND_NOTE, *mapped)
         ops = ops_on_cpu(graph.session)
         if not ops:
-            return self._native_notes(graph)
+            return (*self._native_notes(graph), *mapped)
         listed = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in ops.items())
-        return (f"the CPU computes, inside each call on {graph.session.get_providers()[0]}: {listed}",)
+        return (f"the CPU computes, inside each call on {graph.session.get_providers()[0]}: {listed}", *mapped)
 
     def _native_notes(self, graph: GraphSession) -> tuple[str, ...]:
-        """Say whether the op of lorac-native adds low-rank adapters, where there may be any."""
+        """Say whether the op of lorac-native adds low-rank adapters, if there may be any."""
         pairs = sum(slot.role == operands.A for slot in graph.slots.values())
         if not pairs or not self.options.may_use_native:
             return ()
@@ -248,7 +245,7 @@ class OrtProgram(OnnxProgram):
 
     def run(self, graph: str, call: Call) -> CallResult:
         """Call a graph; one with a cache takes whole sequences, and stores nothing."""
-        loaded = self.engine.graphs[check_component(graph, self.engine.graphs)]
+        loaded = self.engine.graphs[graph]
         return super().run(graph, call) if loaded.cache is None else self._run_whole(graph, loaded, loaded.cache, call)
 
     def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:

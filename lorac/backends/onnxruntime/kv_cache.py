@@ -230,7 +230,7 @@ class OrtCache(KeyValueCache):
         return next(iter(self._memory.values())).shape[2]
 
     def _allocate(self, places: int, room: int) -> None:
-        """Make the memory large enough; what it holds is copied only where it must become larger."""
+        """Make the memory large enough; its content is copied only where it must become larger."""
         before = next(iter(self._memory.values())).shape[0], self._room
         places, room = max(places, before[0]), max(room, before[1])
         if (places, room) == before:

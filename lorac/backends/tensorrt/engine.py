@@ -82,9 +82,9 @@ class GraphPlan:
 
     Attributes:
         file: the plan.
-        interface: what the graph takes and gives.
+        interface: its inputs and outputs.
         slots: its slot inputs by public name.
-        facts: what the plan was built for.
+        facts: the sizes, dtypes and GPUs that the plan was built for.
     """
 
     file: OpenFile

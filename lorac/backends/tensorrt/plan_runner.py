@@ -288,7 +288,7 @@ def set_streaming_budget(engine: CudaEngine, contexts: int) -> None:
 
     Args:
         engine: TensorRT's, without a context.
-        contexts: how many it may get, each of which takes memory of what is free now.
+        contexts: how many it may get, each of which takes some of the memory that is free now.
     """
     if engine.streamable_weights_size > 0:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()

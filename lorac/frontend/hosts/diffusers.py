@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorac.argument_types import JsonMapping
 from lorac.frontend.host import Host, describe_tensors
 from lorac.frontend.inputs.call_binding import Inputs
-from lorac.ir.calls.call_values import ROW_NUMBERS
+from lorac.ir.calls.call import ROW_NUMBERS
 
 _ROWS, _TOKENS, _PATCHES = 2, 7, (2, 3)
 _TIME_IDS = 6

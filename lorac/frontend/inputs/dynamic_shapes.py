@@ -14,7 +14,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lorac.frontend.inputs.call_binding import Inputs
-from lorac.ir.calls.call_values import spread_over_rows
+from lorac.ir.calls.call import spread_over_rows
 from lorac.ir.calls.row_layout import RowLayout, count_along
 
 if TYPE_CHECKING:

@@ -1,18 +1,18 @@
 """The arguments of one call."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from lorac.errors import ChoiceError
 from lorac.ir.calls.row_selection import RowSelection, count_rows
 
-RETURN_DICT = "return_dict"
-"""The argument by which models of transformers and diffusers return a tuple: the program's tensors stay the same."""
-
-
+ROW_NUMBERS = ("timestep",)
+"""Arguments of diffusion models with one number per row; schedulers give one for all rows, as integers or floats."""
 T = TypeVar("T")
 
 
@@ -26,10 +26,12 @@ class Call:
     Attributes:
         args: positional arguments; empty in a call of a program.
         kwargs: arguments by name.
+        wants_tuple: whether a program's output is to be a tuple instead of the model's own output class.
     """
 
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    wants_tuple: bool = False
 
     @property
     def rows(self) -> int:
@@ -40,14 +42,9 @@ class Call:
         """
         return count_rows((*self.args, *self.kwargs.values()))
 
-    @property
-    def wants_tuple(self) -> bool:
-        """Whether the output is to be a tuple instead of the model's own output class."""
-        return self.kwargs.get(RETURN_DICT, True) is False
-
     def select(self, selection: RowSelection) -> "Call":
         """Return the call of some of the rows."""
-        return Call(selection.select(self.args), selection.select(dict(self.kwargs)))
+        return replace(self, args=selection.select(self.args), kwargs=selection.select(dict(self.kwargs)))
 
     def cast(self, dtypes: Mapping[torch.dtype, torch.dtype], kept: Collection[object] = ()) -> "Call":
         """Return the call with tensors of some dtypes cast to others.
@@ -56,7 +53,8 @@ class Call:
             dtypes: dtype of a tensor -> the dtype that it gets.
             kept: tensors among the arguments that are left as they are.
         """
-        return Call(*cast_tensors((self.args, dict(self.kwargs)), dtypes, kept))
+        args, kwargs = cast_tensors((self.args, dict(self.kwargs)), dtypes, kept)
+        return replace(self, args=args, kwargs=kwargs)
 
 
 def cast_tensors(inputs: T, dtypes: Mapping[torch.dtype, torch.dtype], kept: Collection[object] = ()) -> T:
@@ -70,3 +68,28 @@ def cast_tensors(inputs: T, dtypes: Mapping[torch.dtype, torch.dtype], kept: Col
 
     result: T = pytree.tree_map_only(torch.Tensor, cast, inputs)
     return result
+
+
+def spread_over_rows(given: Mapping[str, object], row_numbers: Mapping[str, str]) -> dict[str, object]:
+    """Return the arguments of a call with numbers per row as float32, in the library of the other inputs.
+
+    Args:
+        given: the arguments by name.
+        row_numbers: argument with one number per row -> an argument with as many rows.
+    """
+    spread = dict(given)
+    for name, rows_of in row_numbers.items():
+        shape = getattr(spread.get(rows_of), "shape", ())
+        if name in spread and shape:
+            numbers = torch.as_tensor(spread[name]).to(torch.float32)
+            numbers = numbers.expand(shape[0]) if numbers.numel() == 1 and numbers.dim() <= 1 else numbers
+            spread[name] = numbers.numpy(force=True) if isinstance(spread[rows_of], np.ndarray) else numbers
+    return spread
+
+
+def not_numbers_error(name: str, reason: object) -> ChoiceError:
+    """Return the error for an input that is not an array of numbers."""
+    return ChoiceError(
+        f"input '{name}' is not an array of numbers: {reason}",
+        next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
+    )

@@ -14,8 +14,7 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.ir.calls.call import RETURN_DICT, Call
-from lorac.ir.calls.call_values import check_ids, check_numbers, spread_over_rows
+from lorac.ir.calls.call import Call, not_numbers_error, spread_over_rows
 from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
 from lorac.ir.calls.multimodal_positions import POSITION_IDS, MultimodalPositions
 from lorac.ir.calls.output_structure import OutputStructure, structure_from_json, structure_to_json
@@ -24,6 +23,8 @@ from lorac.ir.calls.sizes import SizeConstraints, flatten_argument
 
 ADAPTERS_ARGUMENT = "adapters"
 """The argument of a call that chooses its adapters."""
+RETURN_DICT = "return_dict"
+"""The argument by which models of transformers and diffusers return a tuple: the program's tensors stay the same."""
 
 Inputs = Mapping[str, object]
 RunProgram = Callable[[dict[str, object]], Sequence[object]]
@@ -116,7 +117,9 @@ class Interface:
                 given[name] = value
         ordered = {name: given.pop(name) for name in self.inputs if name in given}
         named = {**ordered, **given}
-        return Call(kwargs=spread_over_rows(named, self.row_numbers) if self.row_numbers else named)
+        if self.row_numbers:
+            named = spread_over_rows(named, self.row_numbers)
+        return Call(kwargs=named, wants_tuple=named.get(RETURN_DICT, True) is False)
 
     def _split_argument(self, name: str, value: object) -> dict[str, object]:
         """Return a container of tensors as the inputs that are named by their place in it, if there are such."""
@@ -180,10 +183,10 @@ class Interface:
                 given[name] = self._make_input(name, given)
         for name in self.sizes.shapes:
             if isinstance(given[name], str | list | tuple):
-                check_numbers(name, given[name])
+                _check_numbers(name, given[name])
         self.sizes.check(given)
         for name, count in self.id_counts.items():
-            check_ids(name, given[name], count)
+            _check_ids(name, given[name], count)
         return {name: given[name] for name in self.inputs}
 
     def _check_constant(self, name: str, value: object) -> None:
@@ -210,7 +213,7 @@ class Interface:
         )
 
     def _make_input(self, name: str, given: Inputs) -> object:
-        """Make an input that a call leaves out: an attention mask of ones, or what the model derives itself."""
+        """Make an input that a call leaves out: an attention mask of ones, or one that the model derives itself."""
         ids = given.get(name.replace("attention_mask", "input_ids"))
         if name.endswith("attention_mask") and ids is not None:
             return torch.ones_like(ids) if isinstance(ids, torch.Tensor) else np.ones_like(np.asarray(ids))
@@ -348,6 +351,30 @@ class Interface:
             sizes=SizeConstraints.from_json(stored["sizes"]),
             rows=None if stored["rows"] is None else RowLayout.from_json(stored["rows"]),
             checks=stored["checks"],
+        )
+
+
+def _check_numbers(name: str, value: object) -> None:
+    """Raise ``ChoiceError`` for text, and for sequences of anything but numbers."""
+    try:
+        reason = None if np.asarray(value).dtype.kind in "biuf" else short(value)
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    if reason is not None:
+        raise not_numbers_error(name, reason)
+
+
+def _check_ids(name: str, value: object, count: int) -> None:
+    """Raise ``ChoiceError`` for ids outside 0 to ``count`` - 1; values that are not integers are refused elsewhere."""
+    ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+    if ids.dtype.kind not in "iu" or not ids.size:
+        return
+    # Read as unsigned, a negative number is huge: one maximum finds both kinds of wrong ids.
+    if int(ids.view(f"u{ids.itemsize}").max()) >= count:
+        wrong = min(int(ids.min()), 0) or int(ids.max())
+        raise ChoiceError(
+            f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {count - 1}",
+            next_step="give ids of the model's own tokenizer, and mark padding in the mask",
         )
 
 

@@ -40,7 +40,7 @@ class SizeConstraints:
 
     Attributes:
         shapes: input -> its size on each axis; None where that varies.
-        conditions: what the sizes that vary must meet.
+        conditions: conditions on the sizes that vary.
         assumed: conditions that torch assumes while it traces, such as sizes other than 0 and 1. The program may be
             right without them (``resolve_assumptions``).
         fixed: axes that were requested to vary, and that the trace fixed.
@@ -111,7 +111,7 @@ class SizeConstraints:
         return replace(self, fixed=tuple(axis for axis in self.fixed if axis not in axes), lines=lines)
 
     def restrict(self, inputs: Collection[str]) -> SizeConstraints:
-        """Return what is known of the sizes of some inputs."""
+        """Return the constraints on some inputs alone."""
 
         def select(texts: Sequence[str]) -> tuple[str, ...]:
             return tuple(text for text in texts if {name for name, _ in find_axes(text) or ()} <= set(inputs))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import ChoiceError
-from lorac.ir.calls.call_values import not_numbers_error
+from lorac.ir.calls.call import not_numbers_error
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.sites.site import factor_dtype

@@ -25,6 +25,8 @@ class Active:
         check_fields(self)
 
 
+AS_TRAINED = Active()
+"""How an adapter acts that is activated by its name alone."""
 Choice = tuple[tuple[str, Active], ...]
 """Active adapters sorted by name, in which order mixtures are summed; () is the base."""
 
@@ -94,7 +96,7 @@ def _parse_active(name: str, value: object, known: Collection[str]) -> Active:
     if isinstance(value, Active):
         active = value
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        active = Active(float(value))
+        active = AS_TRAINED if value == 1 else Active(float(value))
     else:
         raise ChoiceError(f"the strength of '{name}' is {value!r}, which is not a number", next_step=_STRENGTH_HINT)
     if not math.isfinite(active.strength):

@@ -93,7 +93,9 @@ class CachedGeneration:
         with _seed_torch(None if by_row else generators):
             output: Output = driver.generate(**{**self.options, **extra})
         if driver.state is not None and not isinstance(output, torch.Tensor):
-            self._describe_cache(driver.state, output)
+            driver.state.engine = weakref.ref(self.engine)
+            if self.prompts is not None and self.request.beams == 1:  # of beams, the rows that were last
+                driver.state.rows = _cached_tokens(self.prompts, output, driver.state.cache, beams=1)
         if self.prompt_cache is not None and driver.state is not None:
             self._keep(self.prompt_cache, keyed, driver.state.cache, output)
         return output
@@ -111,16 +113,10 @@ class CachedGeneration:
         settings = {**self.traits.settings, "vocab_size": self.cache_spec.vocabulary}
         return driver(program, settings, self.traits.generation or {})
 
-    def _describe_cache(self, state: DecodingState, output: Output) -> None:
-        """Note in a cache that an output holds which tokens it has; of beams it holds the rows that were last."""
-        state.engine = weakref.ref(self.engine)
-        prompts = self.prompts if self.request.beams == 1 else None
-        state.rows = None if prompts is None else _cached_tokens(prompts, output, state.cache, beams=1)
-
     def _find(
         self, prompt_cache: PromptCache, keyed: Mapping[CacheKey, Sequence[int]], tokens: Sequence[torch.Tensor]
     ) -> KeyValueCache | None:
-        """Return a cache that holds what is known of all rows; None for nothing."""
+        """Return a cache with the known tokens of all rows; None where no token is known."""
         found = {key: prompt_cache.find(self.engine, key, [tokens[row] for row in rows]) for key, rows in keyed.items()}
         if not any(found.values()):
             return None

@@ -254,7 +254,7 @@ class _StepRecord:
     """The scores and logits of each step, as far as the caller asked for them.
 
     Attributes:
-        config: says what the caller asked for.
+        config: the caller's configuration.
         output_class: the class of an output that holds them.
     """
 

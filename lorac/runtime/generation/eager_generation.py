@@ -14,7 +14,6 @@ from torch import nn
 
 from lorac.errors import Unavailable
 from lorac.frontend.model_runner import preserve_random_state
-from lorac.ir.slots.plans import BranchSlot
 from lorac.ir.slots.program_values import BASE, INPUT, PASS, parse_value_name
 from lorac.runtime.choice_states import ChoiceState
 from lorac.runtime.generation.draft_model import DraftModel
@@ -53,14 +52,17 @@ class EagerGeneration:
         """
         seed = self.seeds[0] if isinstance(self.seeds, list) else self.seeds
         branches = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
-        extra: dict[str, object] = {"use_cache": False} if _needs_full_sequence(branches) else {}
+        reads = [parse_value_name(name) for slot in branches for name in slot.reads]
+        # No cache holds the keys of a branch that attends by itself, or of a pass before the call's own.
+        whole = any(slot.mixes for slot in branches) or any(kind in {BASE, PASS} for kind, _ in reads)
+        extra: dict[str, object] = {"use_cache": False} if whole else {}
 
         def generate(model: Any) -> torch.Tensor | ModelOutput:
             if draft is not None:
                 extra["assistant_model"] = DraftModel(
                     model, functools.partial(draft.run_with_model, self.graph), self.request
                 )
-            with _seed_torch(model, seed), _pass_mask(model) if _reads_mask(branches) else contextlib.nullcontext():
+            with _seed_torch(model, seed), _pass_mask(model) if (INPUT, MASK) in reads else contextlib.nullcontext():
                 return model.generate(**{**self.options, **extra})
 
         return bound.run_with_model(self.graph, generate)
@@ -106,12 +108,3 @@ def _pass_mask(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _reads_mask(branches: list[BranchSlot]) -> bool:
-    return any(parse_value_name(name) == (INPUT, MASK) for slot in branches for name in slot.reads)
-
-
-def _needs_full_sequence(branches: list[BranchSlot]) -> bool:
-    """Return whether a branch attends by itself, or reads a pass before the call's own: no cache holds their keys."""
-    return any(slot.mixes or any(parse_value_name(name)[0] in {BASE, PASS} for name in slot.reads) for slot in branches)

@@ -7,7 +7,6 @@ batch, however many beams each row has.
 The first call of ``generate`` imports this module, as it does ``driver``.
 """
 
-import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -52,8 +51,10 @@ class EncoderDecoderDriver(GenerationDriver):
             vars(self.config)["model_type"] = config.get("model_type", "")
             modules = SimpleNamespace()
             for path, value in self.rules.asks.items():
-                *above, last = path.split(".")
-                setattr(functools.reduce(_child_namespace, above, modules), last, value)
+                (*above, last), module = path.split("."), modules
+                for name in above:
+                    module = vars(module).setdefault(name, SimpleNamespace())
+                setattr(module, last, value)
             # An attribute that an artifact names replaces none of the driver's own.
             vars(self).update({name: value for name, value in vars(modules).items() if not hasattr(self, name)})
         self.main_input_name = main_input(program.cache_spec.encodes)
@@ -132,9 +133,3 @@ def driver_class(rules: CustomGeneration | None) -> type[EncoderDecoderDriver]:
     if rules is None:
         return EncoderDecoderDriver
     return type(EncoderDecoderDriver.__name__, (EncoderDecoderDriver, load_rules_class(rules)), {"rules": rules})
-
-
-def _child_namespace(parent: SimpleNamespace, name: str) -> SimpleNamespace:
-    """Return what stands for a module, made where it is missing."""
-    child: SimpleNamespace = vars(parent).setdefault(name, SimpleNamespace())
-    return child

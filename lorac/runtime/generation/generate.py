@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,20 @@ from lorac.ir.calls.call import cast_tensors
 from lorac.ir.calls.row_selection import count_rows
 from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
-from lorac.runtime.batching import OutputMerger, check_rows, select_rows
+from lorac.runtime.batching import check_rows
+from lorac.runtime.choice_switch import RowGroup
 from lorac.runtime.generation.eager_generation import EagerGeneration, refuse_prompt_cache
+from lorac.runtime.generation.output_merger import OutputMerger, select_rows
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
-from lorac.runtime.row_group import RowGroup
 from lorac.runtime.traits import ModelTraits
 
 if TYPE_CHECKING:
     from transformers.utils.generic import ModelOutput
 
     from lorac.runtime.choice_states import ChoiceState
-    from lorac.runtime.switchable_model import SwitchableModel
+    from lorac.runtime.generation.generating_model import GeneratingModel
     from lorac.target.engine import BoundProgram
 
     Output = torch.Tensor | ModelOutput
@@ -41,7 +42,7 @@ Seeds = int | list[int] | None
 
 
 def generate(
-    model: SwitchableModel,
+    model: GeneratingModel,
     graph: str,
     options: Mapping[str, object],
     *,
@@ -67,7 +68,10 @@ def generate(
             next_step="transformers' models whose can_generate() is true do, such as those of AutoModelForCausalLM",
         )
     if traits.generation is not None:
-        _require_transformers()
+        try:
+            import transformers  # noqa: F401  (only whether it is installed)
+        except ModuleNotFoundError as error:
+            raise MissingExtra("transformers", "hf") from error
     if prompt_cache is not None:
         next_step = "give a lorac.PromptCache(), the same one at each call"
         check_type(prompt_cache, PromptCache, "prompt_cache=", next_step=next_step)
@@ -79,15 +83,8 @@ def generate(
         return call.generate(adapters, seed, draft, prompt_cache)
 
 
-def _require_transformers() -> None:
-    try:
-        import transformers  # noqa: F401  (only whether it is installed)
-    except ModuleNotFoundError as error:
-        raise MissingExtra("transformers", "hf") from error
-
-
 def _check_cached(
-    model: SwitchableModel, graph: str, traits: ModelTraits, given: Mapping[str, object]
+    model: GeneratingModel, graph: str, traits: ModelTraits, given: Mapping[str, object]
 ) -> _GenerateCall:
     """Check a call that runs over a cache."""
     spec = model.engine.cache_spec(graph)
@@ -105,14 +102,20 @@ def _check_cached(
 
 
 def _check_encoder_decoder(
-    model: SwitchableModel, graph: str, traits: ModelTraits, given: Mapping[str, object], encodes: Sequence[str]
+    model: GeneratingModel, graph: str, traits: ModelTraits, given: Mapping[str, object], encodes: Sequence[str]
 ) -> _GenerateCall:
     """Check a call that runs over a cache behind an encoder."""
     main, token_inputs = main_input(encodes), (DECODER_IDS, f"decoder_{MASK}")
     named = _name_first_argument(given, main)
     options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in named.items()}
     request = GenerateRequest(options, traits.generation or {})
-    request.check_names((*encodes, *token_inputs, *_rules_options(traits)), by_model=False)
+    own_options: Collection[str] = ()
+    if traits.rules is not None:
+        from lorac.runtime.generation.encoder_decoder_driver import load_rules_class
+
+        rules: Any = load_rules_class(traits.rules)
+        own_options = inspect.signature(rules.generate).parameters
+    request.check_names((*encodes, *token_inputs, *own_options), by_model=False)
     request = add_tokenizer(model, request)
     if main not in request.options:
         raise InputMismatch("the call gives the encoder no input", next_step=f"give {main}=, such as a processor makes")
@@ -129,7 +132,7 @@ def _check_encoder_decoder(
     )
 
 
-def _check_eager(model: SwitchableModel, graph: str, host: Any, given: Mapping[str, object]) -> _GenerateCall:
+def _check_eager(model: GeneratingModel, graph: str, host: Any, given: Mapping[str, object]) -> _GenerateCall:
     """Check a call of the model's own ``generate``, as far as that is transformers'."""
     traits = model.traits[graph]
     is_decoder = traits.generation is not None and not traits.settings.get("is_encoder_decoder")
@@ -161,7 +164,7 @@ class _GenerateCall:
         as_numpy: whether sequences are returned as arrays.
     """
 
-    model: SwitchableModel
+    model: GeneratingModel
     graph: str
     request: GenerateRequest
     prompts: Prompts | None
@@ -182,8 +185,11 @@ class _GenerateCall:
         if not isinstance(adapters, Sequence) or isinstance(adapters, str):
             return run([RowGroup(adapters, list(range(rows)))])
         check_rows(rows, adapters)
-        together = not apart and self._keeps_rows
-        return self.model.run_grouped(adapters, self.graph, run, together=together)
+        # A way of generating of the model's own may call it with other rows, as for guidance.
+        traits = self.model.traits[self.graph]
+        keeps_rows = self._over_cache or (traits.generation is not None and traits.rules is None)
+        together = not apart and keeps_rows
+        return self.model.switch.run_grouped(adapters, self.graph, run, together=together)
 
     def _run_groups(
         self, groups: Sequence[RowGroup], rows: int, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None
@@ -206,15 +212,6 @@ class _GenerateCall:
     @property
     def _over_cache(self) -> bool:
         return self.model.engine.module is None
-
-    @property
-    def _keeps_rows(self) -> bool:
-        """Whether the model is called with the rows in their order, each as often as it has beams.
-
-        A way of generating of the model's own may call it otherwise, as for guidance.
-        """
-        traits = self.model.traits[self.graph]
-        return self._over_cache or (traits.generation is not None and traits.rules is None)
 
     def _select(self, rows: Sequence[int], total: int) -> _GenerateCall:
         """Return the call of some of the rows."""
@@ -283,19 +280,19 @@ class _GenerateCall:
 
     def _bind(self, group: RowGroup, draft: ChoiceSpec, run: Run) -> Output:
         """Run with the choices of a group and, where there is a draft, with that choice too."""
-        model = self.model
+        switch = self.model.switch
 
         def bind(drafting: BoundProgram | None) -> Output:
-            return model.with_rows(group, lambda bound, state: translate_errors(lambda: run(bound, state, drafting)))
+            return switch.with_rows(group, lambda bound, state: translate_errors(lambda: run(bound, state, drafting)))
 
         if draft is UNSET:
             return bind(None)
-        if model.engine.fused:
+        if switch.engine.fused:
             raise Unavailable(
                 "weights hold one choice of adapters at a time, and a draft is a second",
                 next_step="compile with mode='live', or leave draft= out",
             )
-        return model.with_choice(draft, lambda drafting, _: bind(drafting))
+        return switch.with_choice(draft, lambda drafting, _: bind(drafting))
 
 
 def _missing_prompt() -> InputMismatch:
@@ -318,16 +315,7 @@ def _count_rows(name: str, value: object) -> int:
     return int(value.shape[0])
 
 
-def _rules_options(traits: ModelTraits) -> list[str]:
-    """Return the options of the model's own way of generating."""
-    if traits.rules is None:
-        return []
-    from lorac.runtime.generation.encoder_decoder_driver import load_rules_class
-
-    return [*inspect.signature(load_rules_class(traits.rules).generate).parameters]  # type: ignore[attr-defined]  # it has one
-
-
-def add_tokenizer(model: SwitchableModel, request: GenerateRequest) -> GenerateRequest:
+def add_tokenizer(model: GeneratingModel, request: GenerateRequest) -> GenerateRequest:
     """Check the types of options, and add the model's tokenizer where an option needs it and the call gives none."""
     request.check_types()
     tokenizer = request.options.get("tokenizer")

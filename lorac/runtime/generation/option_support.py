@@ -11,9 +11,9 @@ class Refusal:
     """Why an option is refused.
 
     Attributes:
-        why: what it would do, after "name=".
-        next_step: what to do instead.
-        neutral: values other than None that ask for what happens anyway, and are accepted.
+        why: its effect, after "name=".
+        next_step: the advice.
+        neutral: values other than None that change nothing, and are accepted.
     """
 
     why: str

@@ -37,11 +37,22 @@ class _CachedPrompts:
         """Return how many tokens of a row, without its last, a sequence begins with, and the negated index of that."""
         return max((min(_common_prefix_length(own, row), row.shape[0] - 1), -i) for i, own in enumerate(self.rows))
 
+    def is_obsolete(self, new: "_CachedPrompts") -> bool:
+        """Return whether the entry is of no use once there is a new one.
+
+        Its engine is gone, or its adapters were trained since, or each of its sequences begins one of the new.
+        """
+        if self.engine() is not new.engine() or self.key[:2] != new.key[:2]:
+            return self.engine() is None
+        if self.key != new.key:
+            return True
+        return all(any(_common_prefix_length(row, longer) == row.shape[0] for longer in new.rows) for row in self.rows)
+
 
 class PromptCache:
     """Sequences kept between calls of ``compiled.generate(prompt_cache=...)``; the least recently used go first.
 
-    A call begins with what the cache holds of its prompts, and adds its own sequences. Sequences of one choice of
+    A call begins with the cached beginnings of its prompts, and adds its own sequences. Sequences of one choice of
     adapters serve no other, since keys and values depend on it. Those of an adapter that was removed or trained since
     serve none, and go.
 
@@ -76,7 +87,7 @@ class PromptCache:
             ]
 
     def find(self, engine: Engine, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
-        """Return a copy of what is known of some rows, without the last token of each; None for nothing.
+        """Return a copy of the cached beginnings of some rows, without the last token of each; None for nothing.
 
         Args:
             engine: computes the rest.
@@ -94,9 +105,8 @@ class PromptCache:
             self._entries = [*(entry for entry in self._entries if entry is not best), best]
         if engine.memory_budget is not None:
             engine.memory_budget.touch((id(self), id(best)))
-        cache = best.cache.copy(
-            [-index for _, index in matches]
-        )  # without the lock: it may need memory of other entries
+        # Without the lock, since a copy may need the memory of other entries.
+        cache = best.cache.copy([-index for _, index in matches])
         cache.crop([length for length, _ in matches])
         return cache
 
@@ -118,7 +128,7 @@ class PromptCache:
 
     def _take(self, new: _CachedPrompts) -> None:
         with self._lock:
-            self._entries = [*(entry for entry in self._entries if not _is_obsolete(entry, new)), new]
+            self._entries = [*(entry for entry in self._entries if not entry.is_obsolete(new)), new]
             while self._entries and self.used > self.bytes:
                 del self._entries[0]
 
@@ -140,15 +150,3 @@ def _common_prefix_length(one: Tensor, other: Tensor) -> int:
     length = min(one.shape[0], other.shape[0])
     differ = (one[:length] != other[:length]).nonzero()
     return int(differ[0, 0]) if differ.shape[0] else length
-
-
-def _is_obsolete(old: _CachedPrompts, new: _CachedPrompts) -> bool:
-    """Return whether an entry serves no more once there is a new one.
-
-    Its engine is gone, or its adapters were trained since, or each of its sequences begins one of the new.
-    """
-    if old.engine() is not new.engine() or old.key[:2] != new.key[:2]:
-        return old.engine() is None
-    if old.key != new.key:
-        return True
-    return all(any(_common_prefix_length(row, longer) == row.shape[0] for longer in new.rows) for row in old.rows)

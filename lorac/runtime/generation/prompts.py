@@ -23,7 +23,7 @@ def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
 
     Args:
         vocabulary: number of the model's ids.
-        name: what messages call the ids.
+        name: the name of the ids in messages.
     """
     for found in (int(ids.min()), int(ids.max())):
         if not 0 <= found < vocabulary:

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -52,7 +51,7 @@ class GenerateRequest:
 
         Raises:
             InputMismatch: another option names a draft too.
-            Unavailable: strings are to end what is sampled.
+            Unavailable: strings are to end sampled sequences.
         """
         for name in _DRAFT_OPTIONS:
             if self.options.get(name):
@@ -116,10 +115,15 @@ class GenerateRequest:
             by_model: whether the model itself generates, by transformers' own code.
 
         Raises:
-            Unavailable: a program with a cache cannot do what an option asks for.
+            Unavailable: a program with a cache cannot honour an option.
             OptionError: a name is neither an option nor an input.
         """
-        theirs = _transformers_options()
+        from transformers import GenerationConfig, GenerationMixin
+
+        parameters = inspect.signature(GenerationMixin.generate).parameters
+        theirs = {n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD and n != "self"}
+        theirs |= {name for name in vars(GenerationConfig()) if name[0] != "_"}
+        theirs |= {"tokenizer", "assistant_tokenizer"}
         known, config = {*theirs, *inputs}, None if by_model else self.options.get("generation_config")
         taken = known if by_model else {*inputs} - theirs
         refused = {
@@ -158,7 +162,7 @@ class GenerateRequest:
                 )
 
     def check_stopping(self, tokenizer: object) -> None:
-        """Check what ends a sequence.
+        """Check the criteria that end a sequence.
 
         Args:
             tokenizer: the call's or the model's, or None.
@@ -185,7 +189,7 @@ class GenerateRequest:
             )
 
     def stopping_criteria(self) -> list[Callable[..., object]]:
-        """Return what ends a sequence besides its length and its end tokens."""
+        """Return the criteria that end a sequence, besides its length and its end tokens."""
         from transformers import StopStringCriteria
 
         criteria: list[Any] = [*_as_sequence(self.options.get("stopping_criteria"))]
@@ -214,14 +218,6 @@ def _wrong_type(name: str, value: object, advice: str) -> WrongType:
     return WrongType(f"{name}= is {short(value)}", next_step=f"give {advice}")
 
 
-def _transformers_options() -> set[str]:
-    from transformers import GenerationConfig, GenerationMixin
-
-    parameters = inspect.signature(GenerationMixin.generate).parameters
-    named = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD and name != "self"}
-    return {*named, *(name for name in vars(GenerationConfig()) if name[0] != "_"), "tokenizer", "assistant_tokenizer"}
-
-
 def translate_errors(run: Callable[[], T]) -> T:
     """Run something; raise an error of lorac's where transformers refuses the options.
 
@@ -231,16 +227,12 @@ def translate_errors(run: Callable[[], T]) -> T:
     try:
         return run()
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
-        if not _raised_by_transformers(error.__traceback__):
+        trace, module = error.__traceback__, ""
+        while trace is not None:
+            module, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+        if module.partition(".")[0] != "transformers":
             raise
         reason = str(error).strip().partition("\n")[0]
         raise InputMismatch(
             f"transformers refuses this call: {reason}", next_step="its documentation of generation lists the options"
         ) from error
-
-
-def _raised_by_transformers(trace: TracebackType | None) -> bool:
-    last = ""
-    while trace is not None:
-        last, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
-    return last.partition(".")[0] == "transformers"

@@ -2,7 +2,7 @@
 
 transformers' processors take one value for a whole batch. Of several processors of one class whose only difference is
 a number, one is run on all their rows with a column of those numbers in the number's place. Others that look at the
-scores alone run once for all rows with equal settings, and what looks at a row's text runs row by row.
+scores alone run once for all rows with equal settings, and those that look at a row's text run row by row.
 """
 
 import copy
@@ -35,7 +35,7 @@ class RowProcessors:
         rows: the processors of each row, in the order in which they run.
 
     Attributes:
-        failed: row -> what a processor of that row alone raised in the last call; its scores mean nothing.
+        failed: row -> the error of a processor of that row alone in the last call; its scores mean nothing.
     """
 
     def __init__(self, rows: Sequence[Iterable[Processor]]) -> None:

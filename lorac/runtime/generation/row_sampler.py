@@ -20,7 +20,7 @@ from lorac.runtime.generation.row_processors import RowProcessors
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    from lorac.runtime.switchable_model import SwitchableModel
+    from lorac.runtime.generation.generating_model import GeneratingModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class RowSampler:
     @classmethod
     def of(
         cls,
-        model: SwitchableModel,
+        model: GeneratingModel,
         ids: Tensor,
         seed: int | None = None,
         graph: str = MAIN_GRAPH,
@@ -72,7 +72,13 @@ class RowSampler:
                 "a row of a running batch draws one token after the other",
                 next_step="leave beams, drafts and further sequences out, or call compiled.generate",
             )
-        _check_prompt(ids, drawn)
+        if ids.dim() != 1 or not len(ids):
+            raise InputMismatch(f"the prompt has shape {list(ids.shape)}", next_step="give its token ids, one or more")
+        if not 0 <= drawn < len(ids):
+            raise InputMismatch(
+                f"drawn={drawn} of {len(ids)} ids",
+                next_step="give a prompt of one or more ids before those that were drawn",
+            )
         program = DecodingProgram(
             decode=lambda cache, step: torch.empty(0),  # nothing is computed
             new_cache=lambda rows, capacity: model.engine.new_cache(graph, 0, capacity),
@@ -85,7 +91,9 @@ class RowSampler:
         generator = torch.Generator() if config.do_sample else None
         if generator is not None:
             generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
-            _skip_draws(generator, drawn, spec.vocabulary)
+            chances = torch.ones(spec.vocabulary)  # how many random numbers a draw takes depends on nothing else
+            for _ in range(drawn):
+                torch.multinomial(chances, 1, generator=generator)
         return cls(driver.planned[0], driver.planned[1], int(config.max_length), generator)
 
     def ends(self, text: Tensor) -> bool:
@@ -126,26 +134,9 @@ class BatchSampler:
         return self._process.failed
 
 
-def _check_prompt(ids: Tensor, drawn: int) -> None:
-    if ids.dim() != 1 or not len(ids):
-        raise InputMismatch(f"the prompt has shape {list(ids.shape)}", next_step="give its token ids, one or more")
-    if not 0 <= drawn < len(ids):
-        raise InputMismatch(
-            f"drawn={drawn} of {len(ids)} ids",
-            next_step="give a prompt of one or more ids before those that were drawn",
-        )
-
-
-def _skip_draws(generator: torch.Generator, count: int, vocabulary: int) -> None:
-    """Leave a generator as ``count`` draws do: how many random numbers a draw takes depends on the vocabulary alone."""
-    chances = torch.ones(vocabulary)
-    for _ in range(count):
-        torch.multinomial(chances, 1, generator=generator)
-
-
 @final
 class _RowPlanner(GenerationDriver):
-    """Lets transformers prepare a call, and notes what it prepared in place of generating.
+    """Lets transformers prepare a call, and records the preparation instead of generating.
 
     Attributes:
         width: tokens of the prompt.

@@ -13,8 +13,8 @@ from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import DecodeStep
 
 if TYPE_CHECKING:
+    from lorac.runtime.generation.generating_model import GeneratingModel
     from lorac.runtime.row_bank import RowBank
-    from lorac.runtime.switchable_model import SwitchableModel
 
 SLOWER = 1.5
 """The most time of a step that reads a chunk, in steps of running rows alone, whose tokens wait for it."""
@@ -26,7 +26,7 @@ all prompts together."""
 _REPEATS = 3
 
 
-def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | None) -> int:
+def choose_chunk(model: GeneratingModel, graph: str, rows: int, bank: RowBank | None) -> int:
     """Return the most tokens of a prompt with which a step of half the rows takes half as long again.
 
     Args:
@@ -39,7 +39,7 @@ def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | 
     spec = engine.cache_spec(graph)
     longest = MOST if spec is None or spec.limit is None else min(MOST, spec.limit)
     try:
-        with model.hold() as held:
+        with model.switch.hold() as held:
 
             def measure(tokens: int) -> float:
                 counts = [*running, tokens][-rows:] if tokens else running

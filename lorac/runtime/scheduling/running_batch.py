@@ -19,7 +19,7 @@ from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 
 if TYPE_CHECKING:
-    from lorac.runtime.switchable_model import SwitchableModel
+    from lorac.runtime.generation.generating_model import GeneratingModel
 
 
 class RunningBatch:
@@ -32,18 +32,18 @@ class RunningBatch:
         model: the compiled model.
         rows: the most rows at work.
         chunk: the most tokens of each prompt per step; None: ``choose_chunk`` must be called first.
-        prompts: keeps what rows computed, for prompts that begin alike; None keeps nothing.
+        prompts: caches the keys and values of rows, for prompts that begin alike; None caches nothing.
         graph: decodes.
     """
 
     def __init__(
-        self, model: SwitchableModel, rows: int, chunk: int | None, prompts: PromptCache | None, graph: str
+        self, model: GeneratingModel, rows: int, chunk: int | None, prompts: PromptCache | None, graph: str
     ) -> None:
         self.model, self.graph, self.chunk, self.prompts = model, graph, chunk, prompts
         self._most_rows, self._chooses = rows, chunk is None
         self._bank: RowBank | None = None
         with contextlib.suppress(Unavailable):
-            self._bank = model.new_row_bank(rows, graph)
+            self._bank = model.switch.new_row_bank(rows, graph)
         self._lanes: dict[object, _Lane] = {}
 
     @property
@@ -90,7 +90,7 @@ class RunningBatch:
                 del self._lanes[key]
 
     def _key(self, row: RunningRow) -> object:
-        """Return what rows have in common that may share a call: the bank, or else their choice."""
+        """Return a key that is equal for rows that may share a call: the bank, or else their choice."""
         if self._bank is not None and self._bank.why_apart(row.state) is None:
             return self._bank
         return (row.state.choice, row.state.versions.versions)
@@ -160,7 +160,7 @@ class _Lane:
         self._drawing: tuple[list[RunningRow], BatchSampler] | None = None
 
     def sampler_of(self, rows: list[RunningRow]) -> BatchSampler:
-        """Return what draws a token for each of some rows, the same one for as long as they are the same."""
+        """Return the sampler of some rows, the same one as long as they are the same."""
         if self._drawing is None or self._drawing[0] != rows:
             self._drawing = rows, BatchSampler([row.sampler for row in rows])
         return self._drawing[1]

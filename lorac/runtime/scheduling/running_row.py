@@ -20,7 +20,7 @@ from lorac.target.kv_cache import KeyValueCache
 
 if TYPE_CHECKING:
     from lorac.runtime.choice_states import ChoiceState
-    from lorac.runtime.switchable_model import SwitchableModel
+    from lorac.runtime.generation.generating_model import GeneratingModel
 
 
 class RunningRow:
@@ -45,8 +45,8 @@ class RunningRow:
     program: BoundProgram
     key: CacheKey
 
-    def __init__(self, model: SwitchableModel, request: TextRequest, graph: str) -> None:
-        active = model.choice if request.adapters is UNSET else parse_choice(request.adapters, model.pool)
+    def __init__(self, model: GeneratingModel, request: TextRequest, graph: str) -> None:
+        active = model.switch.choice if request.adapters is UNSET else parse_choice(request.adapters, model.switch.pool)
         self.request, self.choice = request, dict(active) or None
         self.sampler = RowSampler.of(model, request.ids, request.seed, graph, request.drawn, **request.options)
         spec = model.engine.cache_spec(graph)
@@ -58,13 +58,13 @@ class RunningRow:
         self.is_read = False
 
     def begin(self, prompts: PromptCache | None) -> KeyValueCache:
-        """Hold the adapters; return a cache for the prompt, with what is known of it.
+        """Hold the adapters; return a cache for the prompt, with its known beginning.
 
         Raises:
             OverBudget: there is no memory for it now.
         """
         with contextlib.ExitStack() as undo:
-            held = undo.enter_context(self._model.hold(self.choice))
+            held = undo.enter_context(self._model.switch.hold(self.choice))
             self.state, self.program = held.state, held.program_of(self._model.engine)
             versions = (self.request.tenant, self.state.versions.versions)
             self.key = (self._graph, self.state.choice, versions)

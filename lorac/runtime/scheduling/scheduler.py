@@ -21,7 +21,7 @@ from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
 
 if TYPE_CHECKING:
-    from lorac.runtime.switchable_model import SwitchableModel
+    from lorac.runtime.generation.generating_model import GeneratingModel
 
 
 class Scheduler:
@@ -40,7 +40,7 @@ class Scheduler:
             sooner, and the others' next tokens come later. Default: as many as make a step of half the rows take half
             as long again, but at least 4, or 64 while more prompts are read than requests run (256 of all prompts
             together); the model is timed once, before the first request begins.
-        prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
+        prompt_cache: bytes of keys and values that are cached for prompts that begin alike; 0 caches nothing.
         component: which of several models decodes.
 
     Raises:
@@ -49,7 +49,7 @@ class Scheduler:
 
     def __init__(
         self,
-        compiled: SwitchableModel,
+        compiled: GeneratingModel,
         rows: int = 8,
         waiting: int = 64,
         chunk: int | None = None,
@@ -102,9 +102,9 @@ class Scheduler:
                 )
             self._queue.update((next(self._numbers), row) for row in rows)
             self._changed.notify()
-        if self.compiled.mode == "live":
+        if self.compiled.switch.mode == "live":
             for row in rows:
-                self.compiled.prefetch(row.choice)
+                self.compiled.switch.prefetch(row.choice)
         return [row.stream for row in rows]
 
     @property
@@ -155,14 +155,12 @@ class Scheduler:
             while not (self._queue or self._batch.rows or self._closing):
                 self._changed.wait()
             self._drop_interrupted()
-            while self._queue and len(self._batch.rows) < self.rows and self._begin(self._choose_next()):
-                pass
+            while self._queue and len(self._batch.rows) < self.rows:
+                at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
+                waiting = [(at_work[row.request.tenant], number) for number, row in self._queue.items()]
+                if not self._begin(min(waiting)[1]):
+                    break
             return bool(self._queue or self._batch.rows or not self._closing)
-
-    def _choose_next(self) -> int:
-        """Return the number of the request that has waited longest, of a tenant with the fewest rows."""
-        at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
-        return min(self._queue, key=lambda number: (at_work[self._queue[number].request.tenant], number))
 
     def _begin(self, number: int) -> bool:
         """Begin a request and return True, or leave it in line until others have freed memory."""

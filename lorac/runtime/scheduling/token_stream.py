@@ -86,18 +86,16 @@ class TokenStream:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(ready.set)
         try:
-            while (item := await self._wait(ready)) is not None:
+            while True:
+                ready.clear()
+                if self._items.empty():
+                    await ready.wait()
+                if (item := self._items.get()) is None:
+                    break
                 yield _token_of(item)
         finally:
             self._wake = None
             self._leave()
-
-    async def _wait(self, ready: asyncio.Event) -> TextToken | BaseException | None:
-        """Return the next item; ``ready`` is set whenever there is one."""
-        ready.clear()
-        if self._items.empty():
-            await ready.wait()
-        return self._items.get()
 
     def _leave(self) -> None:
         """End the request, and any loop that is begun later."""

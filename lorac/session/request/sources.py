@@ -13,7 +13,7 @@ from lorac.errors import AdapterError, ChoiceError, CompileError, short
 from lorac.formats.peft.objects import is_peft_config, unwrap_model, variant_from_config
 from lorac.frontend.components import strip_wrappers
 from lorac.ir.slots.choice import ChoiceSpec
-from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -77,7 +77,7 @@ def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
 
 
 def _require_module(given: object, subject: str) -> nn.Module:
-    if isinstance(given, SwitchableModel):
+    if isinstance(getattr(given, "switch", None), ChoiceSwitch):
         raise CompileError(
             f"{subject} is compiled already",
             next_step="compiled.export(target=...) compiles it again, with its adapters as they are now",

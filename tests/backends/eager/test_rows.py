@@ -65,7 +65,7 @@ def test_a_loaded_program_runs_all_rows_in_one_call(
     llama.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")
     calls = list[int]()
-    note_calls(monkeypatch, loaded._state.bound, "run", lambda *_: calls.append(1))
+    note_calls(monkeypatch, loaded.switch.state.bound, "run", lambda *_: calls.append(1))
     y = loaded(input_ids=IDS, adapters=CHOICES).logits
     assert len(calls) == 1
     for row, choice in enumerate(CHOICES):

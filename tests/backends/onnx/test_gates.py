@@ -45,7 +45,7 @@ def test_an_idle_branch_with_nans_keeps_the_bits_of_the_base(case, compiled):
     base = lorac.compile(case.model32, {}, target="onnxruntime", example_inputs=(x,))(x)
     assert torch.equal(compiled(x), base)
     idle = compiled.engine.slots
-    contents = compiled._state.bound.tensors
+    contents = compiled.switch.state.bound.tensors
     spoilt = {n: t if idle[n].role.endswith(".t") else torch.full_like(t, torch.nan) for n, t in contents.items()}
     inputs = dict(zip(compiled.engine.graphs["main"].interface.inputs, (x,), strict=True))
     (found,) = compiled.engine.outputs("main", spoilt, inputs)

@@ -177,8 +177,8 @@ class Built:
             return self.constants
         self.compiled.swap(choice)
         if not self.engine.fused:
-            return self.compiled._state.bound.tensors
-        self.tried.write(self.compiled.snapshot)
+            return self.compiled.switch.state.bound.tensors
+        self.tried.write(self.compiled.switch.state.snapshot)
         return self.tried.memory
 
 

@@ -88,7 +88,7 @@ def test_compares_half_precision_programs_in_float32():
         model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16"
     )
     graph = found.program.graphs["main"]
-    inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.compiled._state.bound.tensors
+    inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.compiled.switch.state.bound.tensors
     (half,), whole = run_graph(graph, inputs, slots), widen_graph(graph)
     assert whole is not graph
     weights = {name: weight.float() for name, weight in graph.exported.state_dict.items()}

@@ -85,22 +85,22 @@ def test_warns_without_a_gpu_and_raises_in_a_call(live):
 def test_swaps_and_adds_adapters_without_a_rebuild(live):
     engine = engine_of(live)
     before = {name: part.file.digest() for name, part in engine.graphs.items()}
-    slots = live._state.bound.tensors
+    slots = live.switch.state.bound.tensors
     assert slots["left:a"].shape == (1, 10, 2) and slots["left:a"].abs().sum() > 0
     live.swap(None)
-    idle = live._state.bound.tensors
+    idle = live.switch.state.bound.tensors
     assert idle["left:a"].shape == (1, 10, 1) and not idle["left:a"].any()  # rank 1 of zeros, and never 0
     assert idle["conv:a"].shape == (2, 6, 3, 3) and not idle["conv:a"].any()
     live.add_adapter(low(1, "left", "conv"), name="b")
     away(live.adapters["b"], 2)
     live.swap("b")
-    bound = live._state.bound.tensors
+    bound = live.switch.state.bound.tensors
     assert bound["left:a"].shape == (1, 10, 1)
     assert bound["conv:a"].shape == (2, 6, 3, 3) and bound["conv:a"][0].any() and not bound["conv:a"][1:].any()
     live.swap({"a": 0.5})
     live.remove_adapter("b")
     live.swap("a")
-    again = live._state.bound.tensors
+    again = live.switch.state.bound.tensors
     assert all(torch.equal(again[name], tensor) for name, tensor in slots.items())
     assert before == {name: part.file.digest() for name, part in engine.graphs.items()}
 
@@ -113,7 +113,7 @@ def test_rejects_a_rank_above_the_slot_and_names_the_reserve(live):
     roomy = quietly(model=host(), example_inputs=(X,), reserve=lorac.Reserve(targets=["conv"], rank=5))
     roomy.add_adapter(low(5, "conv"), name="wide")
     roomy.swap("wide")
-    assert roomy._state.bound.tensors["conv:a"].shape[0] == 5
+    assert roomy.switch.state.bound.tensors["conv:a"].shape[0] == 5
 
 
 def test_fused_weights_are_written_from_the_base(live):
@@ -155,7 +155,7 @@ with warnings.catch_warnings(record=True) as warned:
 print([str(one.message).splitlines()[0] for one in warned])
 print(loaded.active, sorted(loaded.engine.slots), loaded.engine.graphs["main"].facts.capabilities)
 loaded.swap(None); loaded.swap("a")
-print(loaded._state.bound.tensors["left:a"].double().sum().item())
+print(loaded.switch.state.bound.tensors["left:a"].double().sum().item())
 try:
     loaded([[[[0.0] * 7] * 9] * 6] * 3)
 except lorac.Unavailable as error:
@@ -173,7 +173,7 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
     warned, what, total, error, imported = done.stdout.strip().splitlines()
     assert NO_GPU in warned and NO_GPU in error
     assert what == f"{{'a': 1.0}} ['conv:a', 'conv:b', 'left:a', 'left:b'] {tuple(THREE)}"
-    assert float(total) == live._state.bound.tensors["left:a"].double().sum().item()
+    assert float(total) == live.switch.state.bound.tensors["left:a"].double().sum().item()
     assert imported == "[]"
 
 

@@ -72,7 +72,7 @@ def test_the_inputs_of_the_network_are_the_programs_own(found):
     slots = {} if engine.constant else part.slots
     assert found.network.keys() == {*part.interface.inputs, *slots} == part.facts.ranges.keys()
     assert {name: kind for name, (kind, _) in found.network.items()} == {n: KINDS[d] for n, d in part.dtypes.items()}
-    contents = engine.memory if engine.fused else found.compiled._state.bound.tensors
+    contents = engine.memory if engine.fused else found.compiled.switch.state.bound.tensors
     for slot in slots:
         assert contents[slot].dtype == part.dtypes[slot]
         assert all(size in range_ for size, range_ in zip(contents[slot].shape, part.facts.ranges[slot], strict=True))
@@ -133,7 +133,7 @@ def _assert_selected(found: Built) -> None:
     assert "Where" in ops and "If" not in ops
     graph = found.program.graphs["main"]
     inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.engine.slots
-    contents = found.compiled._state.bound.tensors  # nothing was active last
+    contents = found.compiled.switch.state.bound.tensors  # nothing was active last
     parameters = {name for name in contents if "branch" in slots[name].role and not is_strength(slots[name].role)}
     assert parameters
     spoilt = {name: torch.full_like(t, torch.nan) if name in parameters else t for name, t in contents.items()}

@@ -91,8 +91,8 @@ def test_a_new_role_reaches_plan_slots_and_both_engines() -> None:
     eager = lorac.compile(model, {"a": _adapter()}, example_inputs=(X,))
     assert list(eager.plans["0"].room) == ["a", "b", "s"]
     filled, idle = (
-        fill_slots(eager.plans, snapshot, eager.base)["0"].tensors["s"]
-        for snapshot in (eager._state.snapshot, ComposedWeights(()))
+        fill_slots(eager.plans, snapshot, eager.session.base)["0"].tensors["s"]
+        for snapshot in (eager.switch.state.snapshot, ComposedWeights(()))
     )
     assert torch.equal(filled, HELD) and torch.equal(idle, torch.ones(WIDTH).double())
     with torch.no_grad():
@@ -114,8 +114,8 @@ def test_a_new_role_is_stored_shaken_and_explained() -> None:
     plan = compiled.plans["0"]
     assert plan_from_json(plan.site, json.loads(json.dumps(plan_to_json(plan)))) == plan
 
-    idle = fill_slots(compiled.plans, ComposedWeights(()), compiled.base)
-    noise = draw_noise(compiled.plans, idle, compiled.base)["0"].tensors["s"]
+    idle = fill_slots(compiled.plans, ComposedWeights(()), compiled.session.base)
+    noise = draw_noise(compiled.plans, idle, compiled.session.base)["0"].tensors["s"]
     assert bool((noise != 1).all()) and float((noise - 1).abs().max()) < 1
 
     (row,) = compiled.explain().terms

@@ -133,7 +133,7 @@ def over(compiled: Any, limit: int | None = None) -> lorac.Compiled:
     engine = Recomputing(compiled.engine, limit, compiled.host.config.vocab_size)
     made = lorac.Compiled(compiled.session, engine)
     if compiled.mode == "baked":
-        made.record_baked(compiled.choice)
+        made.switch.record_baked(compiled.choice)
     else:
         made.swap(dict(compiled.choice) or None)
     return made

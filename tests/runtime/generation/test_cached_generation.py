@@ -264,7 +264,7 @@ def test_a_failed_step_leaves_the_cache_unchanged(model: Any, monkeypatch: pytes
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = torch.cat([answer.sequences, torch.randint(3, 96, (1, 9))], 1)
     expected, held = model.generate(told, **GREEDY), answer.cache.cache.lengths
-    program = type(model._state.bound)
+    program = type(model.switch.state.bound)
     honest, calls = program.decode, iter([True, False])
 
     def failing(*given: Any) -> Any:

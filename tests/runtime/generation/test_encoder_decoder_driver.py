@@ -152,7 +152,7 @@ def test_a_swap_meanwhile_acts_on_the_next_call(compiled: Any) -> None:
 def test_runs_the_encoder_once_for_all_beams(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program, _ = compiled
     caches: list[Any] = []
-    note_calls(monkeypatch, program._state.bound, "encode", lambda graph, cache, inputs: caches.append(cache))
+    note_calls(monkeypatch, program.switch.state.bound, "encode", lambda graph, cache, inputs: caches.append(cache))
     program.generate(**batches("bart")[1], **GREEDY, num_beams=3)
     (cache,) = caches
     held = dict(cache.encoder_outputs)
@@ -227,7 +227,7 @@ def test_wrong_input_is_refused_and_changes_nothing(name: str, compiled: Any) ->
 
 def test_rows_that_leave_and_join_match_single_rows(compiled: Any) -> None:
     program, _ = compiled
-    batch, bound = batches("bart")[1], program._state.bound
+    batch, bound = batches("bart")[1], program.switch.state.bound
 
     def fed(rows: list[int]) -> KeyValueCache:
         cache = program.engine.new_cache("main", len(rows), 12)

@@ -53,7 +53,7 @@ def test_rows_with_different_options_sample_as_alone(model: Any) -> None:
         counts = [len(ids) for ids in new]
         ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
         step = DecodeStep(ids=ids, counts=counts, wanted=torch.tensor(counts)[:, None] - 1)
-        tokens = batch.draw([texts[row] for row in running], model._state.bound.decode("main", cache, step)[:, 0])
+        tokens = batch.draw([texts[row] for row in running], model.switch.state.bound.decode("main", cache, step)[:, 0])
         for row, token in zip(running, tokens, strict=True):
             texts[row] = torch.cat([texts[row], token[None]])
         done = {place for place, row in enumerate(running) if rows[row].ends(texts[row])}

@@ -124,7 +124,7 @@ def test_weights_and_slots_lie_on_the_gpu(mode: str) -> None:
     assert all(tensor.is_cuda for tensor in engine.engine.memory.values()) and bool(engine.engine.memory) == (
         mode == "fused"
     )
-    values = engine.engine.written_program.values if mode == "fused" else engine._state.bound.values
+    values = engine.engine.written_program.values if mode == "fused" else engine.switch.state.bound.values
     assert values and {value.device_name() for value in values.values()} <= {"cuda", "gpu"}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorac.ir.calls.call_values import spread_over_rows
+from lorac.ir.calls.call import spread_over_rows
 
 
 @pytest.mark.parametrize(
