@@ -39,11 +39,12 @@ def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:
     claims = dialect.claims
     if claims is None:
         return []
-    named = ((op_key(node), node) for node in model.graph.all_nodes())
-    strange = ((op, node) for op, node in named if op not in claims and not (dialect.functions and _is_function(*op)))
-    return list(
-        dict.fromkeys(f"{'::'.join(filter(None, op))}{describe_origin(node.metadata_props)}" for op, node in strange)
-    )
+    found: dict[str, None] = {}
+    for node in model.graph.all_nodes():
+        op = op_key(node)
+        if op not in claims and not (dialect.functions and _is_function(*op)):
+            found["::".join(filter(None, op)) + describe_origin(node.metadata_props)] = None
+    return list(found)
 
 
 def op_key(node: ir.Node) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 Slots stay true inputs. Inputs, outputs and axes have the model's own names.
 """
 
+import functools
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -71,9 +72,7 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
     GATES[dialect.gates](model, graph.slots)
     run_passes(model, dialect.late_rewrites, observe)
     _name_outputs(model, graph.interface.outputs)  # again: rewrites make new values
-    for value in (*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)):
-        if value.shape is not None:
-            value.shape = ir.Shape(_rename_dimension(dim, graph) for dim in value.shape)
+    _name_sizes(model, graph)
     if graph.cache_inputs and graph.longest is not None:
         model.metadata_props[MAX_LENGTH_KEY] = str(graph.longest)
     return model
@@ -126,19 +125,23 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
     common_passes.OutputFixPass()(model)
     wanted = dict(zip(model.graph.outputs, names, strict=True))
     taken = set(wanted.values())
-    others = (value for node in model.graph.all_nodes() for value in node.outputs if value not in wanted)
-    for value in [value for value in others if value.name in taken]:
+    values = [value for node in model.graph.all_nodes() for value in node.outputs if value.name in taken]
+    for value in [value for value in values if value not in wanted]:
         value.name = f"{value.name}_value"
     for value, name in {**wanted, **inputs}.items():
         value.name = name
 
 
-def _rename_dimension(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | None:
-    """Return a size by the model's name for it, in place of torch's symbol."""
-    if isinstance(dim, int):
-        return dim
-    if dim.value is None:
-        return None
-    # A dynamic size that the trace fixed is a symbol called "2".
-    text = rename_symbols(str(dim.value), graph.axes)
-    return int(text) if text.isdecimal() else text
+def _name_sizes(model: ir.Model, graph: Graph) -> None:
+    """Give dynamic sizes the model's names, in place of torch's symbols."""
+
+    @functools.cache
+    def rename(symbol: str) -> int | str:
+        text = rename_symbols(symbol, graph.axes)
+        return int(text) if text.isdecimal() else text  # a dynamic size that the trace fixed is a symbol called "2"
+
+    computed = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*model.graph.inputs, *computed):
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            value.shape = ir.Shape([rename(dim) if isinstance(dim, str) else dim for dim in dims])

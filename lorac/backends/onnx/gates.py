@@ -48,7 +48,8 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
         emitted = [value for value in outputs if str(value.name).partition(":")[2] == branch]
         by_row = _gate_rows(model.graph, end) if slot.placed else end
         gates.append(_move_into_if(model.graph, by_row, emitted))
-    gate_shared_nodes(model.graph, gates, slots)
+    if gates:
+        gate_shared_nodes(model.graph, gates, slots)
 
 
 def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:

@@ -84,24 +84,27 @@ def verify_model(model: ir.Model, after: str) -> None:
     _verify_graph(model.graph, set(), after)
 
 
-def _verify_graph(graph: ir.Graph, outer: set[ir.Value], after: str) -> None:
-    known = {*outer, *graph.inputs, *graph.initializers.values()}
+def _verify_graph(graph: ir.Graph, outer: set[ir.Value | None], after: str) -> None:
+    known = {None, *outer, *graph.inputs, *graph.initializers.values()}
     for node in graph:
-        _verify_reads(node.inputs, known, after, f"{node.op_type} '{node.name}'")
-        inner_graphs = (a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH)
-        for inner in inner_graphs:
-            _verify_graph(inner, known, after)
+        if not known.issuperset(node.inputs):
+            raise _unknown_value_error(node.inputs, known, after, f"{node.op_type} '{node.name}'")
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _verify_graph(attribute.as_graph(), known, after)
         known.update(node.outputs)
-    _verify_reads(graph.outputs, known, after, f"graph '{graph.name}'")
+    if not known.issuperset(graph.outputs):
+        raise _unknown_value_error(graph.outputs, known, after, f"graph '{graph.name}'")
 
 
-def _verify_reads(values: Iterable[ir.Value | None], known: set[ir.Value], after: str, reader: str) -> None:
-    for value in values:
-        if value is not None and value not in known:
-            raise CompileError(
-                f"after the pass '{after}' {reader} reads '{value.name}', which nothing before it computes",
-                code="verification_failed",
-            )
+def _unknown_value_error(
+    read: Iterable[ir.Value | None], known: set[ir.Value | None], after: str, reader: str
+) -> CompileError:
+    names = [value.name for value in read if value is not None and value not in known]
+    return CompileError(
+        f"after the pass '{after}' {reader} reads '{names[0]}', which nothing before it computes",
+        code="verification_failed",
+    )
 
 
 def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -186,10 +189,10 @@ class _RulesByOp:
 
     def try_rewrite(self, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: object) -> object:
         """Return the replacement by the first rule that matches a node; None if no rule does."""
-        if node.op_type not in self._by_op:
-            ops = ((rule, rule._target_pattern.output_nodes[0].op) for rule in self.rules)
-            self._by_op[node.op_type] = [rule for rule, op in ops if op.matches(node.op_type)]
-        for rule in self._by_op[node.op_type]:
+        op, by_op = node.op_type, self._by_op
+        if op not in by_op:
+            by_op[op] = [rule for rule in self.rules if rule._target_pattern.output_nodes[0].op.matches(op)]
+        for rule in by_op[op]:
             replacement = rule.try_rewrite(model, graph, node, **options)  # type: ignore[arg-type]  # passed on
             if replacement is not None:
                 self._applied = rule

@@ -54,16 +54,15 @@ _FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.Data
 def _live_values(model: ir.Model) -> set[int]:
     """Return the ids of values from which a path leads to an output; a node reads the values that its graphs read."""
     live: set[int] = set()
-    todo = [value for value in model.graph.outputs]
+    todo: list[ir.Value | None] = [*model.graph.outputs]
     while todo:
         value = todo.pop()
         if value is None or id(value) in live:
             continue
         live.add(id(value))
         producer = value.producer()
-        if producer is not None:
-            todo.extend(v for v in producer.inputs if v is not None)
-            todo.extend(v for node in nested_nodes(producer) for v in node.inputs if v is not None)
+        for node in () if producer is None else (producer, *nested_nodes(producer)):
+            todo.extend(node.inputs)
     return live
 
 

@@ -35,7 +35,7 @@ class TestedContents(ABC):
 
     @abstractmethod
     def leave(self) -> None:
-        """Undo what was written."""
+        """Undo all writes."""
 
 
 class BoundContents(TestedContents):

@@ -38,8 +38,7 @@ class CheckRecurrentKernels(OnnxPass):
             Unavailable: naming the layer.
         """
         for node in model.graph.all_nodes():
-            read = node.inputs if node.op_type in _RECURRENT else ()
-            if any(value is not None and value.dtype == ir.DataType.DOUBLE for value in read):
+            if node.op_type in _RECURRENT and ir.DataType.DOUBLE in {v.dtype for v in node.inputs if v is not None}:
                 raise Unavailable(
                     f"onnxruntime has no kernel for {node.op_type} in float64{describe_origin(node.metadata_props)}",
                     next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",

@@ -5,6 +5,7 @@ an op for the sum. Ops that act on each row alone (sums, scales, norms) stay on 
 Where slots have places (``lorac.ir.slots.places``), rows are computed as segments (places, rows, features) instead.
 """
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
@@ -64,7 +65,7 @@ class _RowMatrix:
     matrix: ir.Value
     full: ir.Value
 
-    @property
+    @functools.cached_property
     def leading(self) -> str:
         """The leading dimensions as text: equal for values whose rows correspond."""
         dims = [] if self.full.shape is None else [getattr(dim, "value", dim) for dim in self.full.shape[:-1]]

@@ -74,7 +74,7 @@ def create_session(
     Args:
         files: the program's, open.
         constants: slot input -> its content in this session for good; kept alive by the session, and not copied.
-        rounds: whether products with quantised weights may round what they read, as the model says; if not, they
+        rounds: whether products with quantised weights may round their operands, as the model says; if not, they
             compute in float32.
 
     Raises:

@@ -237,7 +237,7 @@ def _read_provenance(node: fx.Node) -> dict[str, str]:
     ]
     scopes.append((node.name, str(node.target)))
     return {
-        "namespace": "/".join(f"{path}: {kind}" for path, kind in scopes),
+        "namespace": "/".join([f"{path}: {kind}" for path, kind in scopes]),
         "pkg.torch.onnx.class_hierarchy": repr([kind for _, kind in scopes]),
         "pkg.torch.onnx.name_scopes": repr([path for path, _ in scopes]),
         "pkg.torch.onnx.fx_node": str(node.format_node()),

@@ -94,16 +94,22 @@ class Recorder(_building.OpRecorder):
 
     def record(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
         """Write a node, or find the same constant or size, and return its outputs."""
-        tensors = [value for value in attributes.values() if isinstance(value, ir.Tensor)]
-        is_size = schema.name in _SIZE_OPS and (schema.name != "Concat" or self._size_values.issuperset(inputs))
-        if not is_size or any(tensor.size > _LARGEST_SHARED for tensor in tensors):
+        if schema.name not in _SIZE_OPS or (schema.name == "Concat" and not self._size_values.issuperset(inputs)):
             return self._write(schema, *inputs, **attributes)
-        key = (schema.name, inputs, *((name, _hashable(value)) for name, value in attributes.items()))
+        facts: list[object] = [schema.name, inputs]
+        for name, value in attributes.items():
+            if not isinstance(value, ir.Tensor):  # as text, since -0.0 is another number than 0.0
+                facts += () if value is None else (name, repr(list(value) if isinstance(value, tuple) else value))
+            elif value.size <= _LARGEST_SHARED:
+                facts += (name, value.dtype, *value.shape, value.tobytes())
+            else:
+                return self._write(schema, *inputs, **attributes)
+        key = tuple(facts)
         if key not in self._sizes:
-            value = self._write(schema, *inputs, **attributes)
-            assert isinstance(value, ir.Value)
-            self._sizes[key] = value
-            self._size_values.add(value)
+            size = self._write(schema, *inputs, **attributes)
+            assert isinstance(size, ir.Value)
+            self._sizes[key] = size
+            self._size_values.add(size)
         return self._sizes[key]
 
     def _write(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
@@ -142,13 +148,6 @@ _LARGEST_SHARED = 16
 _LIST_TYPES = {int: ir.AttributeType.INTS, float: ir.AttributeType.FLOATS, str: ir.AttributeType.STRINGS}
 
 
-def _hashable(value: object) -> object:
-    """Return a key that is equal for equal numbers and tensors."""
-    if isinstance(value, ir.Tensor):
-        return (value.dtype, *value.shape, value.tobytes())
-    return repr(list(value) if isinstance(value, tuple) else value)  # -0.0 is another number than 0.0
-
-
 def _unpack(outputs: Sequence[ir.Value]) -> Outputs:
     return outputs[0] if len(outputs) == 1 else outputs
 
@@ -183,7 +182,8 @@ def find_translation(node: fx.Node, translations: Mapping[Target, Translation]) 
         node: calls the op.
         translations: op -> translation, before the libraries'.
     """
-    is_complex = any(map(_is_complex, (*node.args, *node.kwargs.values())))
+    examples = [operand.meta.get("val") for operand in node.all_input_nodes]
+    is_complex = any(isinstance(value, torch.Tensor) and value.is_complex() for value in examples)
     if not is_complex and callable(node.target) and node.target in translations:
         return translations[node.target]
     candidates = _read_library().get(_key(node.target), ())
@@ -270,13 +270,6 @@ def _read_library() -> Mapping[object, list[tuple[Translation, bool]]]:
 def _key(target: object) -> object:
     """Return the library's name of an op, or a function as it is."""
     return target.name() if isinstance(target, OpOverload) else target
-
-
-def _is_complex(operand: object) -> bool:
-    if isinstance(operand, list | tuple):
-        return any(map(_is_complex, operand))
-    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 @functools.cache

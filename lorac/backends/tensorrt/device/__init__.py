@@ -1,1 +1,1 @@
-"""One plan at work on one GPU: what it takes and gives, its contexts, their streams, and CUDA graphs of them."""
+"""One plan at work on one GPU: its inputs and outputs, its contexts, their streams, and CUDA graphs of them."""
