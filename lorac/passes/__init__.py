@@ -1,1 +1,1 @@
-"""Passes over graphs, one in each file; their order is data in ``pipelines.py``."""
+"""Passes that lower a captured graph, with the functions that they share; `pipelines` has their order as data."""

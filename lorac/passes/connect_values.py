@@ -8,7 +8,7 @@ that leads to them (``lorac.passes.replay``).
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, fx
@@ -69,63 +69,70 @@ class ConnectValues(Pass):
         """
         found = {node: list_read_values([graph.plan_of(ops.site_of(node))]) for node in graph.find(ops.adapted)}
         reads = {node: names for node, names in found.items() if names}
-        readers = {node: names for node, names in reads.items() if not _has_values(node, names)}
+        readers = {
+            node: names
+            for node, names in reads.items()
+            if not {VALUE_PREFIX + name for name in names} <= AdaptedCall.of(node).operands.keys()
+        }
         if readers:
             _connect(graph, readers)
         done = [ops.site_of(node) for node in reads if node not in readers]
         return PassResult(bool(readers), tuple(Skip(path, "it has its values already") for path in done))
 
 
-def _has_values(node: fx.Node, names: Iterable[str]) -> bool:
-    return all(VALUE_PREFIX + name in AdaptedCall.of(node).operands for name in names)
-
-
 @final
-@dataclass(frozen=True)
 class _ValueSources:
     """The nodes of the values that branches read.
 
-    Attributes:
+    Args:
         graph: at level adapted.
+
+    Attributes:
         order: node -> its index in the graph.
         calls: module path -> its calls, in order.
         base: module path -> its last call in a pass of the base.
         own: full name of a value computed once, or of a value of an adapter's own pass -> its node.
     """
 
-    graph: Graph
-    order: Mapping[fx.Node, int]
-    calls: Mapping[str, Sequence[fx.Node]]
-    base: dict[str, fx.Node]
-    own: dict[str, fx.Node]
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.order = graph, {node: i for i, node in enumerate(graph.fx.nodes)}
+        self.calls: Mapping[str, Sequence[fx.Node]] = ops.group_calls(graph.find(*ops.SITE_CALLS))
+        self.base: dict[str, fx.Node] = {}
+        self.own: dict[str, fx.Node] = {}
 
-    def find(self, name: str, reader: fx.Node) -> fx.Node | None:
+    def find_all(self, names: Iterable[str], reader: fx.Node, path: str | None = None) -> dict[str, fx.Node]:
+        """Return the nodes of the values that a call reads, by name; ``path`` names the reader in errors."""
+        found: dict[str, fx.Node] = {}
+        for name in names:
+            node = self._find(name, reader)
+            if node is None:
+                raise _missing_value(name, ops.site_of(reader) if path is None else path)
+            found[name] = node
+        return found
+
+    def _find(self, name: str, reader: fx.Node) -> fx.Node | None:
         """Return the node of a value for a call that reads it; None where it is not computed before that call."""
         kind, of = parse_value_name(name)
-        anywhere: dict[str, Callable[[], fx.Node | None]] = {
-            WEIGHT: lambda: self._find_stored(self.graph.sites[of].weight),
-            PARAM: lambda: self._find_stored(of),
-            INPUT: lambda: self._find_input(of),
-            BASE: lambda: self.base.get(of),
-            OWN: lambda: self.own.get(name),
-            PASS: lambda: self.own.get(name),
-        }
-        if kind in anywhere:
-            return anywhere[kind]()
-        found = [_input_of(call) if kind == IN else call for call in self.calls.get(of, ())]
-        before = [node for node in found if self.order[node] < self.order[reader]]
+        if kind in {WEIGHT, PARAM}:  # under any of the tensor's names
+            stored = self.graph.sites[of].weight if kind == WEIGHT else of
+            return next(map(self.graph.node, find_inputs(self.graph, stored)), None)
+        if kind == INPUT:
+            return self._find_input(of)
+        if kind == BASE:
+            return self.base.get(of)
+        if kind in {OWN, PASS}:
+            return self.own.get(name)
+        found: Sequence[Any] = self.calls.get(of, ())
+        if kind == IN:
+            found = [AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0] for call in found]
+        before: list[fx.Node] = [node for node in found if self.order[node] < self.order[reader]]
         return before[-1] if before else None
 
-    def _find_stored(self, fqn: str | None) -> fx.Node | None:
-        """Return the input with a parameter or buffer, under any of the tensor's names."""
-        return next(map(self.graph.node, find_inputs(self.graph, fqn)), None)
-
     def _find_input(self, argument: str) -> fx.Node | None:
+        """Return an input; a growing sequence, captured without a mask, gets one that says that no token is padding."""
         name = program_input_name(argument)
-        return self.graph.node(name) if name in self.graph.interface.inputs else self._make_mask(argument)
-
-    def _make_mask(self, argument: str) -> fx.Node | None:
-        """Make the mask of a growing sequence, which was captured without one: no token is padding."""
+        if name in self.graph.interface.inputs:
+            return self.graph.node(name)
         inputs = {node.name: node for node in self.graph.placeholders()}
         sequence = find_sequence(inputs)
         if argument != sequence.mask or isinstance(select_attention(self.graph), FullAttention):
@@ -134,27 +141,18 @@ class _ValueSources:
         return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[sequence.ids])
 
 
-def _input_of(call: fx.Node) -> fx.Node:
-    x = AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0]
-    assert isinstance(x, fx.Node)
-    return x
-
-
 def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
-    order = {node: i for i, node in enumerate(graph.fx.nodes)}
-    calls = ops.group_calls(graph.find(*ops.SITE_CALLS))
     parsed = [(name, *parse_value_name(name)) for names in readers.values() for name in names]
     once_paths = dict.fromkeys(once_path_of(name) for name, kind, _ in parsed if kind == OWN)
     once = {path: graph.plans[path] for path in once_paths}
     parsed += [(name, *parse_value_name(name)) for name in list_read_values(once.values())]
-    first = next(iter(readers))
-    sources = _ValueSources(graph, order, calls, {}, {})
-    replay = Replay(graph, first, order, lambda names, reader: _find_all(sources, names, reader))
+    first, sources = next(iter(readers)), _ValueSources(graph)
+    replay = Replay(graph, first, sources.order, sources.find_all)
     base_paths = [path for _, kind, path in parsed if kind == BASE]
-    sources.base.update(_replay_modules(replay, calls, base_paths, IsolatedPass()))
+    sources.base.update(_replay_modules(replay, sources.calls, base_paths, IsolatedPass()))
     _compute_once(sources, once, first, replay)
     for reader, names in readers.items():
-        found = _find_all(sources, names, reader)
+        found = sources.find_all(names, reader)
         add_operands(reader, {VALUE_PREFIX + name: node for name, node in found.items()})
 
 
@@ -165,19 +163,6 @@ def _replay_modules(
     latest = {path: calls[path][-1] for path in dict.fromkeys(modules) if path in calls}
     copies = replay.copy_nodes(latest.values(), isolated)
     return {path: copies.get(call, call) for path, call in latest.items()}
-
-
-def _find_all(
-    sources: _ValueSources, names: Iterable[str], reader: fx.Node, path: str | None = None
-) -> dict[str, fx.Node]:
-    """Return the nodes of the values that a reader reads, by name; ``path`` names the reader in errors."""
-    found: dict[str, fx.Node] = {}
-    for name in names:
-        node = sources.find(name, reader)
-        if node is None:
-            raise _missing_value(name, ops.site_of(reader) if path is None else path)
-        found[name] = node
-    return found
 
 
 def _missing_value(name: str, path: str) -> SiteError:
@@ -215,7 +200,7 @@ def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: 
             outputs = _replay_modules(replay, sources.calls, modules, IsolatedPass(name, owner))
             named = {program_value_name(owner, pass_value_name(name, of)): node for of, node in outputs.items()}
             sources.own.update(named)
-        read = _find_all(sources, [program_value_name(owner, name) for name in branch.reads], before, path)
+        read = sources.find_all([program_value_name(owner, name) for name in branch.reads], before, path)
         operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
         context = functools.partial(FormulaContext, site, attention=select_attention(graph))
         function = functools.partial(_compute_values, context, branch, list(read), owner, graph.sites, names)

@@ -75,7 +75,7 @@ class PlacedBranch:
         emits: names of its extra outputs.
         sites: every site, for the layout of the values read.
         attention: its attention.
-        readers: gets the path of the site if the formula reads what its site is.
+        readers: gets the path of the site if the formula reads its site.
     """
 
     plan: SitePlan
@@ -199,7 +199,7 @@ class _Expander:
             node: the adapted op.
             function: traced, unless a function with an equal key was.
             inputs: its operands.
-            key: equal for functions that one trace serves, unless a formula reads what its site is.
+            key: equal for functions that one trace serves, unless a formula reads its site.
             strengths: places of strengths among the operands.
             emits: its extra outputs, each with the branch that gives it.
         """

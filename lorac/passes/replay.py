@@ -5,7 +5,7 @@ a pass of an adapter its branches follow, whose formula gets the pass's name.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -22,7 +22,7 @@ from lorac.ir.slots.plans import BranchSlot
 from lorac.ir.slots.program_values import IN, OUTPUT, OWN, find_branch, parse_value_name, present_weights
 from lorac.ir.slots.roles import branch_roles
 
-ValueReader = Callable[[Collection[str], fx.Node], Mapping[str, fx.Node]]
+ValueReader = Callable[[Iterable[str], fx.Node], Mapping[str, fx.Node]]
 
 
 @final
@@ -63,14 +63,6 @@ class Replay:
             CompileError: the pass would write in place.
             SiteError: a value that a branch reads in the pass is not computed before it.
         """
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in sorted(self._find_needed(nodes, isolated), key=self.order.__getitem__):
-            late = self.order[node] >= self.order[self.before]
-            if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
-                copies[node] = self._copy(node, copies, isolated)
-        return copies
-
-    def _find_needed(self, nodes: Iterable[fx.Node], isolated: IsolatedPass) -> set[fx.Node]:
         needed: set[fx.Node] = set()
         pending = list(nodes)
         while pending:
@@ -78,7 +70,12 @@ class Replay:
             if node not in needed:
                 needed.add(node)
                 pending.extend(self._operands(node, isolated))
-        return needed
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in sorted(needed, key=self.order.__getitem__):
+            late = self.order[node] >= self.order[self.before]
+            if late or node.target is ops.adapted or any(n in copies for n in node.all_input_nodes):
+                copies[node] = self._copy(node, copies, isolated)
+        return copies
 
     def _operands(self, node: fx.Node, isolated: IsolatedPass) -> Sequence[fx.Node]:
         if node.target is not ops.adapted:
@@ -98,7 +95,7 @@ class Replay:
         return self.graph.plan_of(ops.site_of(node)).branches[index]
 
     def _copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass) -> fx.Node:
-        """Copy a node with the copies of its operands; an adapted op becomes what it is in the pass."""
+        """Copy a node with the copies of its operands; an adapted op becomes its call in the pass."""
         if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             raise CompileError(
                 f"a pass before the call's own cannot repeat {node.target}, which writes in place",

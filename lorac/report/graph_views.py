@@ -58,7 +58,7 @@ class GraphView:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """``"trace"``, the passes that changed the graph, and among them ``"capture"``: what the model computes."""
+        """``"trace"``, the passes that captured the graph, ``"capture"``, and the passes that lowered it, in order."""
         return tuple(self._dumps)
 
     def after(self, stage: str) -> GraphView:

@@ -149,6 +149,10 @@ def _describe_change_term(
     floating = [part.dtype for part in parts if part.dtype.is_floating_point]
     is_cheapest = state in (BAKED, LEFT_OUT) or (is_low_rank and state == LIVE)
     grouped = site.conv is not None and site.conv.groups > 1 and not isinstance(change, Sparse | SparseSum)
+    flops = 0
+    if isinstance(change, LowRank) and state == LIVE:
+        tensors = tensors_by_role(change) | ({} if change.e is None else {operands.BIAS: change.e})
+        flops = sum(ROLES[name].flops(site, tensor) for name, tensor in tensors.items())
     return TermRow(
         site=site.path,
         kind=str(site.kind),
@@ -164,7 +168,7 @@ def _describe_change_term(
         swap=_swap_cost(site, change, state),
         reasons=() if is_cheapest else tuple(dict.fromkeys(reasons)),
         unfusable="it may leave the blocks of a grouped convolution" if grouped else None,
-        flops=_count_low_rank_flops(change, site) if isinstance(change, LowRank) and state == LIVE else 0,
+        flops=flops,
     )
 
 
@@ -243,11 +247,6 @@ def _sparse_terms(change: Sparse | SparseSum) -> tuple[Sparse, ...]:
 
 def _describe_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[TermTensor, ...]:
     return tuple(TermTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes) for name, tensor in tensors)
-
-
-def _count_low_rank_flops(change: LowRank, site: Site) -> int:
-    parts = tensors_by_role(change) | ({} if change.e is None else {operands.BIAS: change.e})
-    return sum(ROLES[name].flops(site, part) for name, part in parts.items())
 
 
 def count_branch_flops(slot: BranchSlot) -> int:

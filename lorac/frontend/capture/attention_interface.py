@@ -193,7 +193,7 @@ def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface
         inputs: the inputs of the trace by name.
 
     Yields:
-        What the trace has asked of the interface so far.
+        The functions for transformers' interfaces, with the requests of the trace so far.
 
     Raises:
         Unavailable: no cache can stand for an attention.

@@ -52,7 +52,7 @@ class Numbering:
     """A way in which decoders number the tokens of a sequence, for all rows alike or by their padding.
 
     Attributes:
-        name: what the model computes.
+        name: its computation in the model.
         models: examples.
         first: the number of the first token.
         matches: (program, node, ids) -> whether a node has these numbers.
@@ -141,11 +141,8 @@ def freeze_dynamic_rotary(host: nn.Module) -> None:
         kinds: Any = getattr(module, "rope_type", None)
         by_layer_type = kinds if isinstance(kinds, dict) else {"": kinds}
         for layer_type in [layer_type for layer_type, kind in by_layer_type.items() if kind == _DYNAMIC]:
-            _restore_first_angles(module, layer_type)
-
-
-def _restore_first_angles(module: Any, layer_type: str) -> None:
-    prefix = f"{layer_type}_" if layer_type else ""
-    first = getattr(module, f"{prefix}original_inv_freq")
-    setattr(module, f"{prefix}inv_freq", first.to(getattr(module, f"{prefix}inv_freq").device))
-    module.rope_type = {**module.rope_type, layer_type: "default"} if layer_type else "default"
+            rotary: Any = module
+            prefix = f"{layer_type}_" if layer_type else ""
+            first = getattr(rotary, f"{prefix}original_inv_freq")
+            setattr(rotary, f"{prefix}inv_freq", first.to(getattr(rotary, f"{prefix}inv_freq").device))
+            rotary.rope_type = {**rotary.rope_type, layer_type: "default"} if layer_type else "default"

@@ -1,8 +1,8 @@
 """A model with an encoder becomes two graphs: one that depends on the encoder's inputs alone, and the decoder.
 
-The first runs once per sequence. It computes what the second reads for every token, above all the keys and values of
-its cross-attentions. Both are copies of one capture; nodes that belong to neither, such as constants, are computed in
-both.
+The first runs once per sequence. It computes the values that the second reads for every token, above all the keys and
+values of its cross-attentions. Both are copies of one capture; nodes that belong to neither, such as constants, are
+computed in both.
 """
 
 import dataclasses

@@ -99,7 +99,11 @@ def export_model(
 def _export_arguments(
     arguments: CallArguments, host: Host, inputs: Any, dynamic_shapes: object, marks: SiteMarks
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments, bool]:
-    with isolate_tracing(host.model), _disable_shape_cache(), contextlib.ExitStack() as stack:
+    from torch._dynamo import config
+
+    # Caching symbolic shapes takes longer than to compute each op's shapes anew.
+    uncached = config.patch(fake_tensor_cache_enabled=False)
+    with isolate_tracing(host.model), uncached, contextlib.ExitStack() as stack:
         copied = _make_marked_copy(host, marks, arguments)
         if marks.attention:
             copied.model.forward = derive_decoder_arguments(copied.model.forward)
@@ -164,14 +168,18 @@ def _first_trace(
         attempts: inputs and shapes.
         narrows: whether later attempts may fix an axis, so that they may succeed where the first one found it fixed.
     """
+    forward = host.model.forward
     for inputs, shapes in attempts:
         guards: list[TraceGuard] = []
+        host.model.forward = record_guards(forward, guards, bounded=not narrows)
         try:
-            return _trace(host, inputs, shapes, guards, not narrows), guards
+            return host.trace(inputs, shapes), guards
         except LoracError:
             raise
         except Exception as error:
             cause = error
+        finally:
+            host.model.forward = forward
         fixed = fix_hinted_axes(shapes)
         if isinstance(cause, SizesTooComplex) and fixed != shapes:
             program, guards = _first_trace(host, [(inputs, fixed)], narrows=narrows)
@@ -231,16 +239,6 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     return graph
 
 
-def _trace(host: Host, inputs: object, shapes: object, guards: list[TraceGuard], bounded: bool) -> ExportedProgram:
-    """Trace a marked copy; ``guards`` gets the guards of the trace, also if it fails."""
-    model, forward = host.model, host.model.forward
-    model.forward = record_guards(forward, guards, bounded=bounded)
-    try:
-        return host.trace(inputs, shapes)
-    finally:
-        model.forward = forward
-
-
 def _attempts(host: Host, inputs: Any, *, widen: bool) -> Iterator[tuple[object, object]]:
     """Yield the inputs and default shapes to try: first named dims, then dims that torch may narrow or fix.
 
@@ -255,13 +253,6 @@ def _attempts(host: Host, inputs: Any, *, widen: bool) -> Iterator[tuple[object,
         shapes = make_dynamic_shapes(host, example, named=names)
         values = {name: repeat_unit_axes(value, shapes[name]) if widen else value for name, value in example.items()}
         yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
-
-
-def _disable_shape_cache() -> contextlib.AbstractContextManager[None]:
-    """Compute each op's shapes anew, since caching symbolic shapes takes longer than that."""
-    from torch._dynamo import config
-
-    return config.patch(fake_tensor_cache_enabled=False)
 
 
 class _ValuesNeeded(Exception):

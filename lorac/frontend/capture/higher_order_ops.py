@@ -64,22 +64,19 @@ def _refusal(called: str, around: str, line: str | None) -> CaptureError:
 def _find_inlinable(program: ExportedProgram) -> fx.Node | None:
     """Return the first call that can be replaced."""
     for node in [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]:
-        if node.target is _COND or _is_neutral(node):
+        name = node.target.name()
+        is_autocast = name == "wrap_with_autocast"
+        # Contexts without gradients, and those that switch autocast off, change no result.
+        if node.target is _COND or name == "wrap_with_set_grad_enabled" or (is_autocast and not node.args[2]):
             return node
         bodies = _list_bodies(program.graph_module, node)
         sites = [ops.site_of(inner) for body in bodies for inner in body.graph.nodes if inner.target in ops.SITE_OPS]
-        if sites or node.target.name() == "wrap_with_autocast":
-            name = node.target.name().removeprefix("wrap_with_")
+        if sites or is_autocast:
             lines = (find_source_line(inner) for body in bodies for inner in body.graph.nodes)
             line = next((line for line in lines if line), None)
-            raise _refusal(sites[0] if sites else bodies[0].graph.output_node().name, name, line)
+            called = sites[0] if sites else bodies[0].graph.output_node().name
+            raise _refusal(called, name.removeprefix("wrap_with_"), line)
     return None
-
-
-def _is_neutral(node: fx.Node) -> bool:
-    """Return whether an op runs its body in a context that changes no result."""
-    name = node.target.name()  # type: ignore[union-attr]  # a higher-order op
-    return name == "wrap_with_set_grad_enabled" or (name == "wrap_with_autocast" and not node.args[2])
 
 
 def _list_bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
@@ -136,7 +133,7 @@ def _copy_body(program: ExportedProgram, node: fx.Node, body: fx.GraphModule, op
 
 
 def _move(program: ExportedProgram, value: torch.Tensor | fx.GraphModule) -> fx.Node:
-    """Return a node for what a body holds: a tensor, or a body inside it."""
+    """Return a node for a tensor of a body, or for a body inside it."""
     if isinstance(value, torch.Tensor):
         return add_constant(program, value)
     name = f"body_{sum(1 for _ in program.graph_module.children())}"

@@ -37,7 +37,10 @@ class LayerGroup:
 
 def find_layer_groups(model: nn.Module) -> list[LayerGroup]:
     """Return the groups of equal layers in every list of a model; layers without an equal are left out."""
-    shared = _shared_tensors(model)
+    holders: dict[int, set[str]] = {}
+    for path, tensor in named_tensors(model).items():
+        holders.setdefault(id(tensor), set()).add(path.rpartition(".")[0])
+    shared = frozenset(key for key, modules in holders.items() if len(modules) > 1)  # tensors of several modules
     found: list[LayerGroup] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= _MIN_LAYERS:
@@ -74,14 +77,6 @@ class _OpenGroup:
             self.paths.append(path)
             self.numbered |= found
         return found is not None
-
-
-def _shared_tensors(model: nn.Module) -> frozenset[int]:
-    """Return the ids of tensors that more than one module holds."""
-    holders: dict[int, set[str]] = {}
-    for path, tensor in named_tensors(model).items():
-        holders.setdefault(id(tensor), set()).add(path.rpartition(".")[0])
-    return frozenset(key for key, found in holders.items() if len(found) > 1)
 
 
 def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) -> set[tuple[str, str]] | None:

@@ -66,7 +66,7 @@ class MakePositionsPerRow(Pass):
 
 
 def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) -> None:
-    """Make what reads a value of all rows read the value of each row."""
+    """Make the readers of a value of all rows read the value of each row."""
     for user in list(node.users):
         value = user.meta.get("val")
         if not isinstance(value, torch.Tensor):
@@ -87,7 +87,7 @@ def _has_shape(node: fx.Node, shape: Sequence[int | torch.SymInt]) -> bool:
 
 
 def _replace_operand(program: ExportedProgram, user: fx.Node, node: fx.Node, by_row: fx.Node) -> None:
-    """Compute a node by row; what reads it is computed by row too, unless it had rows already."""
+    """Compute a node by row; its readers are computed by row too, unless it had rows already."""
     operands: Any = fx.map_arg(user.args, lambda operand: by_row if operand is node else operand)
     try:
         if user.target is aten.gather.default and operands[0].meta["val"].shape[0] == 1 and operands[1] == 1:

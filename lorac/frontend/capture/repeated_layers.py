@@ -177,7 +177,11 @@ class _GroupTrace:
         self.reads.clear()
         result = forward()
         outputs, nodes = _FlatValues.of(result), list(_nodes_after(last))
-        if self.reads or not unchanged() or not outputs.is_repeatable or any(map(_is_bound_to_layer, nodes)):
+        # Sizes, or a node's constant value, may follow from values of tensors, which differ by layer. A region of
+        # autocast or of gradients is a graph of its own.
+        unrepeatable = {*_AUTOCAST, torch._C._set_grad_enabled}
+        bound = any(free_unbacked_symbols(node.meta.get("val")) or node.target in unrepeatable for node in nodes)
+        if self.reads or not unchanged() or not outputs.is_repeatable or bound:
             return result
         for node in nodes:
             known = node.meta.get("custom", {})
@@ -193,15 +197,6 @@ def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes of a graph behind a node."""
     while (node := node.next).op != "root":
         yield node
-
-
-def _is_bound_to_layer(node: fx.Node) -> bool:
-    """Return whether a node cannot be copied to other layers.
-
-    Sizes, or a node's constant value, may follow from the values of tensors, which differ by layer; or a region begins
-    or ends there.
-    """
-    return bool(free_unbacked_symbols(node.meta.get("val"))) or node.target in (*_AUTOCAST, torch._C._set_grad_enabled)
 
 
 def _is_in_region() -> bool:
@@ -328,7 +323,10 @@ class _LayerCopier:
     def list_traced(self) -> list[fx.Node]:
         """List the nodes of the traced layer, of the one call that this node repeats."""
         call = itertools.takewhile(lambda node: node is not self.end, _nodes_after(self.begin))
-        return [node for node in call if _is_of(self.first, node)]
+        nodes = [node for node in call if self.first in node.meta.get("custom", {}).get(_FIRSTS, ())]
+        # Constants and numbers, which are sizes, are shared by all layers.
+        numbers = int | float | bool | SymInt | torch.SymFloat
+        return [n for n in nodes if n.op != "placeholder" and not isinstance(n.meta.get("val"), numbers)]
 
     def run(self, traced: Sequence[fx.Node]) -> None:
         """Copy the nodes of the traced layer, and redirect the readers of this layer's outputs to the copies."""
@@ -349,7 +347,9 @@ class _LayerCopier:
         stack = node.meta.get("nn_module_stack")
         if stack:
             copied.meta["nn_module_stack"] = {
-                self._renamed_in(key): (self._renamed(path), *rest) for key, (path, *rest) in stack.items()
+                # torch derives the key of a module from its path
+                key.replace(f"__{self.first}", f"__{self.path}", 1): (self._renamed(path), *rest)
+                for key, (path, *rest) in stack.items()
             }
         inner = node.meta["custom"][_FIRSTS]
         inner = inner[inner.index(self.first) + 1 :]
@@ -363,13 +363,3 @@ class _LayerCopier:
             if isinstance(value, str) and f"{value}.".startswith(f"{path}."):
                 return other_path + value[len(path) :]
         return value
-
-    def _renamed_in(self, key: str) -> str:
-        """Return the key of a module's path in a stack, which torch derives from the path."""
-        return key.replace(f"__{self.first}", f"__{self.path}", 1)
-
-
-def _is_of(first: str, node: fx.Node) -> bool:
-    """Return whether a node is to be copied with a layer. Constants and numbers, which are sizes, are shared by all."""
-    shared = node.op == "placeholder" or isinstance(node.meta.get("val"), int | float | bool | SymInt | torch.SymFloat)
-    return first in node.meta.get("custom", {}).get(_FIRSTS, ()) and not shared

@@ -10,7 +10,6 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.frontend.capture.trace_guards import TraceGuard, find_fixing_line
 from lorac.frontend.inputs.dynamic_shapes import list_dynamic_axes
@@ -40,11 +39,6 @@ def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) ->
         default_name = _BATCH if axis == 0 and _BATCH not in names.values() else f"{name}.{axis}"
         names[symbol] = given_name if given_name is not None and given_name not in names.values() else default_name
     return names
-
-
-def _symbol_of(size: int | torch.SymInt) -> str:
-    """Return torch's symbol for a size that was to vary, also where the trace has fixed it."""
-    return str(size) if isinstance(size, int) else str(size.node._expr)
 
 
 def collect_dynamic_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
@@ -79,14 +73,22 @@ def collect_constraints(
     inputs = find_input_examples(program)
     shapes = {name: tuple(constant_size(size) for size in value.shape) for name, value in inputs.items()}
     fixed = tuple((name, axis) for name, axis in requested if name in shapes and shapes[name][axis] is not None)
-    found_at = {(name, axis): find_fixing_line(guards, _symbol_of(inputs[name].shape[axis])) for name, axis in fixed}
+    found_at: dict[Axis, str | None] = {}
+    for name, axis in fixed:
+        size = inputs[name].shape[axis]
+        # torch keeps its symbol for a size that was to vary, also where the trace has fixed it.
+        symbol = str(size) if isinstance(size, int) else str(size.node._expr)
+        found_at[name, axis] = find_fixing_line(guards, symbol)
     lines = {axis: line for axis, line in found_at.items() if line is not None}
     environment = find_fake_mode(program).shape_env if inputs else None
     locations, found = _locate_symbols(inputs)
     if environment is not None:
         found += [environment.replace(guard.expr).xreplace(locations) for guard in environment.guards]
     for size, bounds in program.range_constraints.items():
-        found += _bounds(locations[size], bounds) if size in locations else []
+        if size in locations:  # torch admits none smaller than 2, whatever the range says
+            found.append(sympy.Ge(locations[size], max(2, int(bounds.lower))))
+        if size in locations and bounds.upper not in (int_oo, sympy.oo):
+            found.append(sympy.Le(locations[size], int(bounds.upper)))
     varying = {(name, axis) for name, axis, _ in _varying_sizes(inputs)}
     conditions = {PythonPrinter().doprint(condition): condition for condition in found if condition.free_symbols}
     known = {text: c for text, c in conditions.items() if (axes := find_axes(text)) is not None and axes <= varying}
@@ -98,7 +100,10 @@ def collect_constraints(
 
 def _locate_symbols(inputs: Mapping[str, Tensor]) -> tuple[dict[sympy.Expr, sympy.Expr], list[sympy.Basic]]:
     """Return torch's symbol -> the first axis of that size, and the conditions that relate other axes to those."""
-    sizes = [(_symbol(name, axis), size.node.expr) for name, axis, size in _varying_sizes(inputs)]
+    sizes = [
+        (sympy.Symbol(f"{name}[{axis}]", integer=True, positive=True), size.node.expr)
+        for name, axis, size in _varying_sizes(inputs)
+    ]
     locations: dict[sympy.Expr, sympy.Expr] = {}
     for axis, size in sizes:
         if size.is_Symbol:
@@ -122,16 +127,6 @@ def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, tor
     for name, axis, size in sizes:
         if isinstance(size, torch.SymInt) and constant_size(size) is None:
             yield name, axis, size
-
-
-def _symbol(name: str, axis: int) -> sympy.Symbol:
-    return sympy.Symbol(f"{name}[{axis}]", integer=True, positive=True)
-
-
-def _bounds(size: sympy.Expr, bounds: ValueRanges[sympy.Expr]) -> list[sympy.Basic]:
-    """Return the conditions of a size's range. torch admits none smaller than 2, whatever the range says."""
-    found = [sympy.Ge(size, max(2, int(bounds.lower)))]
-    return found if bounds.upper in (int_oo, sympy.oo) else [*found, sympy.Le(size, int(bounds.upper))]
 
 
 def _excludes_small_sizes(condition: sympy.Basic) -> bool:

@@ -1,8 +1,8 @@
 """attention: attention that a transformers model writes out becomes the op of ``lorac.ir.graph.attention_ops`` too.
 
 Some decoders (Falcon, RemBERT, GPT-NeoX-Japanese) ask transformers for the mask and add it to scores of their own:
-``softmax(q·kᵀ·scale + mask)·v``. Others (BLOOM, MPT) add a bias to the scores before, or fill what the mask hides. The
-mask of a trace is a token, so what reads it shows where they attend.
+``softmax(q·kᵀ·scale + mask)·v``. Others (BLOOM, MPT) add a bias to the scores before, or fill the scores that the mask
+hides. The mask of a trace is a token, so its readers show where they attend.
 """
 
 import functools
@@ -35,18 +35,6 @@ _AXES = 4
 """Axes of queries, keys and values: rows, heads, tokens, features."""
 
 
-@dataclass(frozen=True)
-class _WrittenAttention:
-    """Operands of an attention, and the node of its result, which may have rows and heads as one axis."""
-
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    bias: fx.Node | None
-    scale: float
-    result: fx.Node
-
-
 @final
 @dataclass(frozen=True)
 class FoldWrittenAttention(Pass):
@@ -67,23 +55,23 @@ class FoldWrittenAttention(Pass):
             why = "a mask hides more than later tokens"
             return PassResult(False, tuple(Skip(reader.name, why) for reader in readers))
         changed = False
-        for found in filter(None, map(_match, readers)):  # an attention that is replaced matches no more
-            insert, bias = functools.partial(insert_call, graph.exported, found.result), found.bias
-            if bias is not None:  # (rows · heads, …) or (heads, …)
-                bias = insert(aten.unflatten.int, bias, 0, [-1, found.query.meta["val"].shape[1]])
-            operands = found.query, found.key, found.value, bias, None, None, found.scale, True, 0, 0.0
-            result = insert(attention_ops.ATTENTION, *operands, find_module_path(found.result))
+        for query, key, value, bias, scale, written in filter(None, map(_match, readers)):  # none matches once replaced
+            insert = functools.partial(insert_call, graph.exported, written)
+            heads = [-1, query.meta["val"].shape[1]]  # of a bias (rows · heads, …) or (heads, …)
+            added = None if bias is None else insert(aten.unflatten.int, bias, 0, heads)
+            operands = query, key, value, added, None, None, scale, True, 0, 0.0
+            result = insert(attention_ops.ATTENTION, *operands, find_module_path(written))
             result = insert(aten.transpose.int, result, 1, 2)
-            if found.result.meta["val"].dim() != _AXES:
+            if written.meta["val"].dim() != _AXES:
                 result = insert(aten.flatten.using_ints, result, 0, 1)
-            found.result.replace_all_uses_with(result)
-            _erase_unused(found.result)
+            written.replace_all_uses_with(result)
+            _erase_unused(written)
             changed = True
         return PassResult(changed)
 
 
 def _erase_unused(node: fx.Node) -> None:
-    """Erase a node that nothing reads, and what only it reads; dropout would count as an effect otherwise."""
+    """Erase a node without readers, and the nodes that it alone reads; dropout would count as an effect otherwise."""
     if node.op != "call_function" or any(
         user.target is not aten._assert_tensor_metadata.default for user in node.users
     ):
@@ -95,25 +83,25 @@ def _erase_unused(node: fx.Node) -> None:
         _erase_unused(operand)
 
 
-def _match(masked: fx.Node) -> _WrittenAttention | None:
-    """Return the attention whose scores a node masks; None for other nodes."""
-    scores = _find_masked(masked)
+def _match(masked: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, fx.Node] | None:
+    """Return the attention whose scores a node masks, by adding a mask or by filling; None for other nodes.
+
+    Returns:
+        queries, keys, values, bias, scale, and the node of the result, which may have rows and heads as one axis.
+    """
+    operands: Operands = masked.args
+    scores: fx.Node | None = None
+    if masked.target is aten.masked_fill.Scalar and operands[2] <= torch.finfo(torch.float16).min:
+        scores = operands[0]
+    elif masked.target is aten.add.Tensor:
+        scores = next((node for node in masked.all_input_nodes if node.target is not attention_ops.MASK), None)
     weights = next((node for node in _list_readers(masked) if node.target in _SOFTMAX), None)
     if scores is None or weights is None:
         return None
     result: Any = next((node for node in _list_readers(weights) if node.target in _PRODUCTS), None)
     factors = _read_scores(scores)
     value = None if result is None else _find_heads(result.args[1])
-    return None if factors is None or value is None else _WrittenAttention(*factors[:2], value, *factors[2:], result)
-
-
-def _find_masked(node: fx.Node) -> fx.Node | None:
-    """Return the scores that a node adds a mask to, or fills where the mask hides."""
-    operands: Operands = node.args
-    if node.target is aten.masked_fill.Scalar:
-        return operands[0] if operands[2] <= torch.finfo(torch.float16).min else None
-    others = (operand for operand in node.all_input_nodes if operand.target is not attention_ops.MASK)
-    return next(others, None) if node.target is aten.add.Tensor else None
+    return None if factors is None or value is None else (*factors[:2], value, *factors[2:], result)
 
 
 def _list_readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -125,7 +113,7 @@ def _list_readers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float] | None:
-    """Return queries, keys, what is added to their products, and the scale of these."""
+    """Return queries, keys, the bias that is added to their products, and the scale of these."""
     scale, bias = 1.0, None
     while True:
         operands: Operands = node.args

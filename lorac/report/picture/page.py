@@ -49,7 +49,11 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], context: PictureContext) -
         adapters=f"<ul class='adapters'>{items}</ul>" if items else "<p>No adapter.</p>",
         states="".join(_state_legend(context)),
         report=escape(str(explanation)),
-        pictures="".join(_picture_section(dump.name, is_only=len(first) == 1) for dump in first),
+        pictures="".join(
+            f"<section>{f'<h2>{name}</h2>' if len(first) > 1 else ''}"
+            f"<svg class='graph' role='group' aria-label='graph {name}'></svg></section>"
+            for name in (escape(dump.name) for dump in first)
+        ),
     )
 
 
@@ -121,11 +125,6 @@ def _state_legend(context: PictureContext) -> Iterator[str]:
 
 def _legend_item(key: str, name: str, meaning: str) -> str:
     return f"<li><i class='key {key}'></i><b>{escape(name)}</b> {escape(meaning)}</li>"
-
-
-def _picture_section(name: str, *, is_only: bool) -> str:
-    heading = "" if is_only else f"<h2>{escape(name)}</h2>"
-    return f"<section>{heading}<svg class='graph' role='group' aria-label='graph {escape(name)}'></svg></section>"
 
 
 def _format_count(count: int) -> str:
