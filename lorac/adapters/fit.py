@@ -1,6 +1,5 @@
 """The check that an adapter fits a model: its sites, shapes and values, and the weights it was made for."""
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ _NUMBER = re.compile(r"\d+")
 T = TypeVar("T")
 _SUMMED_IN_ONE = 1 << 14
 """Numbers that torch sums in one thread."""
+_SUMMED_BY_NUMPY = frozenset({torch.float32, torch.float64})
 
 
 def check_adapter(adapter: Adapter, view: ModelView) -> None:
@@ -147,27 +147,22 @@ def find_infinite_sums(tensors: Mapping[T, Tensor]) -> list[T]:
 
     Summing takes a quarter of the time of looking at each value.
     """
+    are_finite: dict[T, bool] = {}
     groups: dict[tuple[torch.dtype, torch.device], dict[T, Tensor]] = {}
     for name, tensor in tensors.items():
-        if not tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex()):
-            total = _sum(tensor)
-            groups.setdefault((total.dtype, total.device), {})[name] = total
-    finite = [torch.stack([*sums.values()]).isfinite().tolist() for sums in groups.values()]
-    are_finite = dict(zip(itertools.chain(*groups.values()), itertools.chain(*finite), strict=True))
+        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # On the CPU in this thread alone: where several threads read a file, torch's would wait for each other.
+        flat = tensor.detach().flatten()
+        if flat.is_cpu and flat.dtype in _SUMMED_BY_NUMPY:
+            are_finite[name] = math.isfinite(np.einsum("i->", flat.numpy()))
+            continue
+        parts = flat.split(_SUMMED_IN_ONE) if flat.is_cpu else [flat]
+        total = torch.stack([_widen(part).sum() for part in parts]).sum()
+        groups.setdefault((total.dtype, total.device), {})[name] = total
+    for sums in groups.values():  # each waits once for its device
+        are_finite |= zip(sums, torch.stack([*sums.values()]).isfinite().tolist(), strict=True)
     return [name for name in tensors if not are_finite.get(name, True)]
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    """Return the sum of some numbers, on the CPU in this thread alone.
-
-    Where several threads read a file, those that torch adds would wait busily for each other.
-    """
-    if not tensor.is_cpu:
-        return _widen(tensor).sum()
-    flat = tensor.detach().flatten()
-    if flat.dtype in (torch.float32, torch.float64):
-        return flat.new_tensor(np.einsum("i->", flat.numpy()))
-    return torch.stack([_widen(part).sum() for part in flat.split(_SUMMED_IN_ONE)]).sum()
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -239,22 +234,23 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
             code="shape_mismatch",
         )
     if spec.role is not Role.INDEX:
-        _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "floating-point numbers", tensor.is_floating_point())
+        if not tensor.is_floating_point():
+            raise _wrong_dtype_error(adapter, f"{name} at '{site.path}'", tensor, "floating-point numbers")
         return
-    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-    _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "whole numbers", whole)
-    _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "torch.int64", tensor.dtype is torch.int64)
+    if tensor.dtype is not torch.int64:
+        whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+        expected = "torch.int64" if whole else "whole numbers"
+        raise _wrong_dtype_error(adapter, f"{name} at '{site.path}'", tensor, expected)
     if spec.below and not tensor.is_meta:
         _check_positions(adapter, f"{name} at '{site.path}'", tensor, spec.below)
 
 
-def _check_dtype(adapter: str, what: str, tensor: Tensor, expected: str, fits: bool) -> None:
-    if not fits:
-        raise AdapterError(
-            f"adapter '{adapter}': {what} is {tensor.dtype}, and the method takes {expected}",
-            next_step="save the adapter again in the dtype it was trained in",
-            code="wrong_dtype",
-        )
+def _wrong_dtype_error(adapter: str, subject: str, tensor: Tensor, expected: str) -> AdapterError:
+    return AdapterError(
+        f"adapter '{adapter}': {subject} is {tensor.dtype}, and the method takes {expected}",
+        next_step="save the adapter again in the dtype it was trained in",
+        code="wrong_dtype",
+    )
 
 
 def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[int, ...]) -> None:
@@ -291,8 +287,9 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
     """
     original = _find_replaced_tensor(adapter, name, known)
     if original.shape == tensor.shape:
-        kinds = [(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (original, tensor)]
-        _check_dtype(adapter, f"the replacement of '{name}'", tensor, f"{original.dtype} there", kinds[0] == kinds[1])
+        kinds = {(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (original, tensor)}
+        if len(kinds) > 1:
+            raise _wrong_dtype_error(adapter, f"the replacement of '{name}'", tensor, f"{original.dtype} there")
         return
     step = "load the base model that the adapter was trained on"
     if original.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:

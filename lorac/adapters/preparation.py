@@ -59,6 +59,7 @@ class Preparer:
             WeakTensorKeyDictionary()
         )
         self._by_site: dict[str, tuple[Variant, Shapes, Reduction]] = {}
+        self._method: tuple[Variant, tuple[object, ...]] | None = None
 
     @torch.no_grad()
     def prepare(self, adapter: Adapter, *, contiguous: bool = True) -> PreparedAdapter:
@@ -72,12 +73,9 @@ class Preparer:
         once = get_once_path(adapter)
         branches |= {once: make_once_term(adapter, self.sites)} if once else {}
         changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
-        reasons = [
-            Reason(adapter.name, path, why)
-            for path, tensors in adapter.tensors.items()
-            for why in self.reduction(adapter.variant, self.sites[path], tensors).reasons
-        ]
-        return PreparedAdapter(changes, branches, adapter.variant.truncatable, tuple(reasons))
+        reductions = ((path, self._by_site[path][2]) for path in adapter.tensors)  # which the terms have found
+        reasons = tuple([Reason(adapter.name, path, why) for path, found in reductions for why in found.reasons])
+        return PreparedAdapter(changes, branches, adapter.variant.truncatable, reasons)
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
@@ -113,8 +111,11 @@ class Preparer:
 
     def _find_reduction(self, variant: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
         shape = (site.out_features, site.in_features)
-        method = (type(variant), *(getattr(type(variant), formula, None) for formula in _FORMULAS), repr(variant))
-        key = (*method, site.kind, self._keeps_factors(variant, site), shape, shapes, site.dtype, self.rules)
+        method = self._method  # the same at all sites but for patterns
+        if method is None or method[0] is not variant:
+            formulas = [getattr(type(variant), formula, None) for formula in _FORMULAS]
+            method = self._method = variant, (type(variant), *formulas, repr(variant))
+        key = (*method[1], site.kind, self._keeps_factors(variant, site), shape, shapes, site.dtype, self.rules)
         if self.stored and (text := _describe(variant, site, shapes)) in self.stored:
             return self._from_stored(text, shape, tensors.values())
         found = _REDUCTIONS.get(key)

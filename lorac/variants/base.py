@@ -211,8 +211,7 @@ class Variant(ABC):
         changed = {}
         for pattern_field, target in self.patterned.items():
             patterns = getattr(self, pattern_field)
-            key = find_first_pattern(patterns, path)
-            if key is not None:
+            if patterns and (key := find_first_pattern(patterns, path)) is not None:
                 changed[target] = patterns[key]
         return dataclasses.replace(self, **changed) if changed else self
 

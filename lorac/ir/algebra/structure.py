@@ -96,7 +96,7 @@ def call_op(graph: fx.Graph, op: Op, *args: object, **kwargs: object) -> fx.Node
     return node
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AlgebraRule:
     """One identity: the ops it applies to, and the function that builds a form."""
 

@@ -116,9 +116,16 @@ def find_first_pattern(patterns: Iterable[str], path: str) -> str | None:
 
 def is_named(patterns: str | Iterable[str], path: str) -> bool:
     """Return whether ``path`` is named by one regular expression, or by a list of paths and suffixes."""
+    return make_matcher(patterns)(path)
+
+
+def make_matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
+    """Return the function ``is_named`` of paths for some patterns."""
     if isinstance(patterns, str):
-        return match_pattern(patterns, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in patterns)
+        return lambda path: match_pattern(patterns, path) is not None
+    names = frozenset(patterns)
+    ends = tuple([f".{name}" for name in names])
+    return lambda path: path in names or path.endswith(ends)
 
 
 def find_layer_index(path: str, patterns: Iterable[str]) -> int | None:
@@ -198,8 +205,12 @@ def _make_namer(
     }
     if isinstance(targets, str) and targets in every:
         return lambda path, site: path if every[targets](path, site) else None
-    chosen = targets if isinstance(targets, str) else tuple(targets)
-    return lambda path, site: next((known for known in _list_site_paths(path, site) if is_named(chosen, known)), None)
+    matches = make_matcher(targets)
+
+    def find_name(path: str, site: Site) -> str | None:
+        return next(filter(matches, _list_site_paths(path, site)), None)
+
+    return find_name
 
 
 def _list_site_paths(path: str, site: Site) -> tuple[str, ...]:
@@ -224,7 +235,7 @@ def check_targets_match(
         return
     paths = [*others, *(known for path, site in sites.items() for known in _list_site_paths(path, site))]
     for name in targets:
-        if not any(is_named((name,), path) for path in paths):
+        if not any(map(make_matcher((name,)), paths)):
             raise no_match_error(adapter, (name,), sites)
 
 
