@@ -75,7 +75,7 @@ def adapter_entanglement(adapter: Adapter, model: Model | None = None) -> dict[s
         CompileError: the method does not edit weights.
         BaseNeeded: only the base, which is not given, tells a change.
     """
-    check_type(adapter, Adapter, "what is analysed", next_step="give an adapter: lorac.load_adapter(path)")
+    check_type(adapter, Adapter, "the adapter to analyse", next_step="give an adapter: lorac.load_adapter(path)")
     view = None if model is None else add_adapted_modules(adapter, ModelView.of(model))
     return {name: _make_profile(delta) for path in adapter.tensors for name, delta in _read_deltas(adapter, path, view)}
 

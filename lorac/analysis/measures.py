@@ -103,7 +103,7 @@ def inspect(adapter: Adapter, model: Model | None = None) -> AdapterMeasures:
     Raises:
         WrongType: ``adapter`` is not an adapter.
     """
-    check_type(adapter, Adapter, "what lorac.inspect measures", next_step="give an adapter: lorac.load_adapter(path)")
+    check_type(adapter, Adapter, "the adapter of lorac.inspect", next_step="give an adapter: lorac.load_adapter(path)")
     view = None if model is None else add_adapted_modules(adapter, ModelView.of(model))
     mismatches = () if view is None else tuple(_iter_mismatches(adapter, view))
     return AdapterMeasures({path: _measure_site(adapter, path, view) for path in adapter.tensors}, mismatches)
@@ -132,7 +132,7 @@ def diff(
     """
     step = "give adapters: lorac.load_adapter(path)"
     for adapter in (first, second):
-        check_type(adapter, Adapter, "what lorac.diff compares", next_step=step)
+        check_type(adapter, Adapter, "an adapter of lorac.diff", next_step=step)
     if first.tensors.keys().isdisjoint(second.tensors):
         raise SiteError(
             f"'{first.name}' and '{second.name}' touch no site in common",

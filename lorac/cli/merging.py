@@ -97,24 +97,20 @@ def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], 
     paths: dict[str, str] = {}
     weights: dict[str, float] = {}
     for spec in adapters:
-        name, path, weight = _split_adapter(spec)
+        rest, weight = spec, 1.0
+        if "=" in spec and not Path(spec).exists():  # a text that exists as a whole is a path
+            before, _, last = spec.rpartition("=")
+            with contextlib.suppress(ValueError):
+                rest, weight = before, float(last)
+        name, separator, path = rest.partition("=") if not Path(rest).exists() else ("", "", rest)
+        if not separator:
+            name, path = Path(rest).stem, rest
         if name in paths:
             raise AdapterError(
                 f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH=WEIGHT", code="adapter_exists"
             )
         paths[name], weights[name] = path, weight
     return MergeRecipe(paths, method, weights, dict(map(parse_option, options)))
-
-
-def _split_adapter(spec: str) -> tuple[str, str, float]:
-    """Return name, path and weight of an adapter; a text that exists as a whole is a path."""
-    rest, weight = spec, 1.0
-    if "=" in spec and not Path(spec).exists():
-        before, _, last = spec.rpartition("=")
-        with contextlib.suppress(ValueError):
-            rest, weight = before, float(last)
-    name, separator, path = rest.partition("=") if not Path(rest).exists() else ("", "", rest)
-    return (name, path, weight) if separator else (Path(rest).stem, rest, weight)
 
 
 COMMANDS = (merge,)

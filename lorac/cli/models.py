@@ -137,9 +137,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     target: Annotated[
         str,
-        typer.Option(
-            help="eager, onnxruntime, tensorrt, or what another package offers.", autocompletion=_list_targets
-        ),
+        typer.Option(help="eager, onnxruntime, tensorrt, or another package's.", autocompletion=_list_targets),
     ] = "onnxruntime",
     mode: ModeOption = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
@@ -158,7 +156,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
         typer.Option("--mixed/--no-mixed", help="With --weights int4: 8 bits for the first and last layers; mixed."),
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="rtn, k_quant or gptq: with --weights, what chooses the codes; rtn.")
+        str | None, typer.Option(help="rtn, k_quant or gptq: with --weights, the choice of the codes; rtn.")
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="A text that gptq reads; default: texts that the model writes.")

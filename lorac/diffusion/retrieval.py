@@ -120,7 +120,7 @@ class Retriever:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        place = parse_path(folder, "what Retriever.load reads", FormatError, "unreadable")
+        place = parse_path(folder, "the folder of Retriever.load", FormatError, "unreadable")
         if not (place / FILE).is_file():
             raise FormatError(
                 f"there is no retriever in '{place}'",

@@ -30,7 +30,6 @@ from lorac.merging.way import AdaptersWay, SiteWay
 from lorac.progress import progress
 from lorac.session.request.sources import read_sources
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
 Weights = Mapping[str, float] | Sequence[float]
@@ -132,7 +131,13 @@ def merge_sites(
     changes = {path: change for path, change in found.items() if path in adapted}
     replaced = {path: change for path, change in found.items() if path not in adapted}
     whole = {} if view is None else _merged_parameters(view, replaced, dtype)
-    result = hold_changes(name, changes, like=_common_fields(adapters), replaced=whole, dtype=dtype)
+    variants = [adapter.variant for adapter in adapters]
+    like = LoRA(  # it names all parameters that the adapters' methods train besides their own tensors
+        parameters=tuple(dict.fromkeys(path for one in variants for path in one.parameters)),
+        modules_to_save=tuple(dict.fromkeys(path for one in variants for path in one.modules_to_save)),
+        bias="all" if any(one.bias == "all" for one in variants) else "none",
+    )
+    result = hold_changes(name, changes, like=like, replaced=whole, dtype=dtype)
     inexact = {path: error for path, error in errors.items() if error}
     layouts = {path: layout for one in adapters for path, layout in one.provenance.get(LAYOUT, {}).items()}
     result.provenance |= {**({"errors": inexact} if inexact else {}), LAYOUT: layouts}
@@ -186,13 +191,3 @@ def _merged_parameters(view: ModelView, changes: Mapping[str, Change], dtype: to
         if site.bias and change.e is not None and bias is not None:
             found[site.bias] = bias.to(dtype)
     return found
-
-
-def _common_fields(adapters: Sequence[Adapter]) -> Variant:
-    """Return a method that names all parameters which the adapters' methods train besides their own tensors."""
-    variants = [adapter.variant for adapter in adapters]
-    return LoRA(
-        parameters=tuple(dict.fromkeys(name for one in variants for name in one.parameters)),
-        modules_to_save=tuple(dict.fromkeys(name for one in variants for name in one.modules_to_save)),
-        bias="all" if any(one.bias == "all" for one in variants) else "none",
-    )

@@ -131,7 +131,7 @@ class SiteTerms:
             return factors_of(change)
         adapter = self.adapters[index]
         raise CompileError(
-            f"what '{adapter.name}' ({adapter.variant.name}) does to '{self.path}' is not a product of two factors",
+            f"the change of '{self.path}' by '{adapter.name}' ({adapter.variant.name}) is not a product of two factors",
             next_step="space='deltas' takes any change; lorac.to_lora(adapter, model, rank=…) makes factors",
             code="not_mergeable",
         )

@@ -72,7 +72,7 @@ class Checkpoint:
             if not _UNBOUND.match(path):
                 raise ChoiceError(
                     f"'{self.folder}' is of another run: {path} is {short(there)} there, and {short(here)} here",
-                    next_step="continue with what it was written with, or begin a run in another folder",
+                    next_step="continue with the same recipe, model and data, or begin a run in another folder",
                 )
 
 

@@ -28,7 +28,7 @@ _LEAST: Mapping[str, float] = {
 }
 """Lower limits of arguments that TRL and transformers do not check before the first step."""
 _ELSEWHERE = {"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model"}
-"""Argument that a recipe does not take -> what stands for it."""
+"""Argument that a recipe does not take -> the field or option in its place."""
 _OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 """Arguments of the trainer's own optimizer."""
 _EXAMPLE = "docs/training.md shows a recipe for each task"
@@ -84,7 +84,7 @@ class Recipe:
                 "a recipe without adapters trains nothing", next_step="add adapters: {mine: {method: lora}}"
             )
         if self.eval_data is not None and self.test_size is not None:
-            raise ChoiceError("eval_data and test_size both say what to evaluate on", next_step="give one of them")
+            raise ChoiceError("eval_data and test_size both name rows to evaluate on", next_step="give one of them")
         if self.early_stopping_patience is not None and not self.evaluates:
             raise ChoiceError("early_stopping_patience needs evaluations", next_step="add test_size, or eval_data")
         if self.recover is not None and self.recover.keys() != {"model", "pruned"}:

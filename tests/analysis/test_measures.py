@@ -143,7 +143,7 @@ def test_refusals():
         lorac.diff(one, other)
     with pytest.raises(lorac.BaseNeeded):
         lorac.diff(one, made(lorac.DoRA(r=1, targets=("0",)), "b")[1])
-    with pytest.raises(lorac.WrongType, match=r"what lorac\.diff compares"):
+    with pytest.raises(lorac.WrongType, match=r"an adapter of lorac\.diff"):
         lorac.diff(one, "path")
-    with pytest.raises(lorac.WrongType, match=r"what lorac\.inspect measures"):
+    with pytest.raises(lorac.WrongType, match=r"the adapter of lorac\.inspect"):
         lorac.inspect("path")

@@ -160,7 +160,7 @@ class RemoteRequest:
 
     def leave(self) -> None:
         """Cancel the request at its worker."""
-        with contextlib.suppress(BackPressureError):  # Ray raises what refused the call
+        with contextlib.suppress(BackPressureError):  # Ray raises the refusal of the call
             self._answer.cancel()
 
     async def _read_to_end(self) -> str:
