@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lorac.errors import AdapterError
+from lorac.frontend.components import Skeleton
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.parametrized_weights import materialize_weights
-from lorac.frontend.skeleton_root import Skeleton
 from lorac.limits import pause_clock
 from lorac.storage.tensor_file import raw_bytes
 

@@ -189,7 +189,7 @@ def _time_calls(
 
 def _read_inputs(compiled: Compiled, path: Path) -> Mapping[str, Array]:
     """Read the inputs of a call, as tensors where the model's own code is called, which takes no arrays."""
-    from lorac.frontend.inputs.call_binding import convert_to_tensors
+    from lorac.ir.calls.call import convert_to_tensors
 
     arrays = read_inputs(path)
     return cast("Mapping[str, Array]", convert_to_tensors(arrays)) if compiled.engine.target == "eager" else arrays

@@ -1,4 +1,4 @@
-"""Several models compiled as one host: an adapter may span them, and one swap switches them all."""
+"""Roots of compiled models: several models as one host, whose adapters may span them, and the skeleton of a model."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,6 @@ from torch import nn
 
 from lorac.argument_types import check_type
 from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
-from lorac.frontend.skeleton_root import Skeleton
 
 MAIN_GRAPH = "main"
 """Name of the only graph of a single model."""
@@ -29,6 +28,31 @@ class Components(nn.ModuleDict):
                 raise OptionError(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
             check_type(model, nn.Module, f"the model '{name}'", next_step="give an nn.Module that is loaded")
         super().__init__({name: strip_wrappers(model) for name, model in models.items()})
+
+
+class Skeleton(nn.Module):
+    """The root of a skeleton; returns the embeddings as a transformers model does.
+
+    Args:
+        embeddings: which one -> its path.
+        several: whether its children are models of their own, compiled together.
+    """
+
+    def __init__(self, embeddings: Mapping[str, str], *, several: bool = False) -> None:
+        super().__init__()
+        self._embeddings, self.several = dict(embeddings), several
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the module that embeds the input, or None."""
+        return self._embedding("input")
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output layer, or None."""
+        return self._embedding("output")
+
+    def _embedding(self, role: str) -> nn.Module | None:
+        path = self._embeddings.get(role)
+        return None if path is None else self.get_submodule(path)
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "AveragedModel": "module"}

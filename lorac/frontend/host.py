@@ -21,8 +21,7 @@ from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import ExampleInputsNeeded
 from lorac.frontend import hosts
 from lorac.frontend.copying import copy_structure
-from lorac.frontend.inputs.call_binding import Inputs
-from lorac.ir.calls.call import Call
+from lorac.ir.calls.call import Call, Inputs
 from lorac.ir.calls.multimodal_positions import MultimodalPositions
 
 GROUP = "lorac.hosts"

@@ -1,9 +1,13 @@
-"""Layers of classes of their own: where their ``forward`` uses the weight, so that an adapter acts there.
+"""Adapted layers: where the ``forward`` of a layer's class uses the weight, and hooks around it.
 
 A scaled embedding returns a multiple of the result of ``nn.Embedding``. The change of an adapter of its weight is
 scaled with it, as it is once merged.
+
+A hook that changes the inputs or outputs of a layer is ambiguous there: PEFT's layer runs it on the base's product
+alone, and on the adapted one once the adapter is merged. So it is refused; a hook that changes nothing is kept.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError
 from lorac.frontend.copying import copy_structure
@@ -19,6 +24,7 @@ from lorac.frontend.site_discovery import is_gpt2_conv1d
 from lorac.ir.sites.site import ConvGeometry
 
 Forward = Callable[..., Any]
+Hook = Callable[..., object]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -79,3 +85,44 @@ def _acts_as_linear(module: nn.Module) -> bool:
     layer = copy_structure(module).eval()  # a forward may write attributes
     own, plain = type(layer).forward(layer, x), nn.Linear.forward(layer, x)
     return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)
+
+
+def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = lambda: True) -> None:
+    """Make the forward hooks of a copy's layer raise where they change an adapted layer's input or output, in place.
+
+    Args:
+        path: of its site, for the message.
+        is_adapted: whether an adapter acts on the running call.
+    """
+    for key, hook in layer._forward_pre_hooks.items():
+        layer._forward_pre_hooks[key] = functools.partial(_run, hook, slice(1, None), path, is_adapted)
+    for key, hook in layer._forward_hooks.items():
+        layer._forward_hooks[key] = functools.partial(_run, hook, slice(-1, None), path, is_adapted)
+
+
+def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], *arguments: object) -> object:
+    """Run a hook, and raise ``SiteError`` if it changes its subject.
+
+    Args:
+        subject: which of the arguments it may change: the inputs of the layer, or its output.
+        path, is_adapted: as ``guard_hooks`` takes them.
+        *arguments: those of the hook; the first is the layer.
+    """
+    before = pytree.tree_leaves(arguments[subject])
+    writes = [_count_writes(leaf) for leaf in before]
+    result = hook(*arguments)
+    after = before if result is None else pytree.tree_leaves(result)
+    same = len(after) == len(before) and all(one is other for one, other in zip(after, before, strict=True))
+    if is_adapted() and not (same and writes == [_count_writes(leaf) for leaf in before]):
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        raise SiteError(
+            f"the forward hook {name} of '{path}' changes what the layer takes or returns: PEFT runs it before the "
+            "adapter's part is added, and after it once that is merged",
+            next_step="register it on a module around the layer, or remove it and exclude= the layer",
+        )
+    return result
+
+
+def _count_writes(value: object) -> int:
+    """Return how often torch has written into a tensor; it counts nothing for one made in inference mode."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

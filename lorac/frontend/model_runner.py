@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import BaseNeeded
 from lorac.frontend.host import Host
+from lorac.ir.calls.call import Call
 from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
 from lorac.ir.traces.written_arguments import find_written_tensors
 
@@ -63,11 +64,11 @@ class ModelRunner:
             if (address := _get_storage_address(tensor)) is not None
         }
 
-    def run(self, args: tuple[object, ...], kwargs: Mapping[str, object], seed: int) -> ModelRun:
+    def run(self, call: Call, seed: int = 0) -> ModelRun:
         """Run forward once. Changes of earlier runs to the copy's buffers and attributes persist.
 
         Args:
-            args, kwargs: as forward takes them; left unchanged.
+            call: arguments as forward takes them; left unchanged.
             seed: seed of random numbers.
 
         Raises:
@@ -76,23 +77,21 @@ class ModelRunner:
         detector = _WeightWriteDetector(self._weights)
         with torch.no_grad(), seed_random_numbers(self._copy, seed) as drew:
             try:
-                own_args, own_kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-                output = self._call(detector, own_args, own_kwargs)
+                own_args, own_kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (call.args, dict(call.kwargs)))
+                with detector:
+                    output = self._copy(*own_args, **own_kwargs)
             finally:
                 detector.raise_if_refused()  # also if the model has caught the error, or raised another one for it
             return ModelRun(output, drew())
 
-    def _call(self, detector: "_WeightWriteDetector", args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        with detector:
-            return self._copy(*args, **kwargs)
-
     def changed(self) -> list[str]:
         """Return the names of the buffers that runs have changed."""
         current = dict(self._copy.named_buffers())
+        found = ((name, buffer, current.get(name)) for name, buffer in self._buffers.items())
         return [
             name
-            for name, buffer in self._buffers.items()
-            if name not in current or not _is_equal(current[name], buffer)
+            for name, before, now in found
+            if now is None or now.shape != before.shape or now.dtype != before.dtype or not torch.equal(now, before)
         ]
 
 
@@ -166,7 +165,7 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
 class WatchingMode(TorchDispatchMode, ABC):
     """A dispatch mode that sees every op and lets ``torch.cond`` compile its branches.
 
-    Under any other mode torch compiles nothing, and remembers for the rest of the process what it left uncompiled.
+    Under any other mode torch compiles nothing, and leaves the same code uncompiled for the rest of the process.
     """
 
     supports_higher_order_operators = True
@@ -178,7 +177,7 @@ class WatchingMode(TorchDispatchMode, ABC):
 
     @abstractmethod
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        """Return what an op computes."""
+        """Return the result of an op."""
 
 
 class _WeightWriteDetector(WatchingMode):
@@ -222,10 +221,6 @@ def _get_storage_address(tensor: Tensor) -> int | None:
         return tensor.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):  # a subclass without a storage
         return None
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

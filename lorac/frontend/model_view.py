@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorac.frontend.base_weights import make_base_reader, named_tensors, read_stored_tensor
-from lorac.frontend.components import Components, list_components, strip_wrappers
+from lorac.frontend.components import Components, Skeleton, list_components, strip_wrappers
 from lorac.frontend.site_discovery import find_sites
-from lorac.frontend.skeleton_root import Skeleton
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.program_values import ReadableValues
 
@@ -94,15 +93,11 @@ class ModelView:
     @functools.cached_property
     def readable_values(self) -> ReadableValues:
         """The values that a branch may read by name."""
-        tensors = frozenset(self.named_tensors())
-        return ReadableValues(self.sites, frozenset(self.callable_paths), tensors, self._forward_arguments())
-
-    def _forward_arguments(self) -> frozenset[str] | None:
-        """Return the names of forward's arguments; None for a skeleton, which has no forward."""
-        if isinstance(self.module, Skeleton):
-            return None
-        signatures = (inspect.signature(component.forward) for component in self.components.values())
-        return frozenset(name for signature in signatures for name in signature.parameters)
+        tensors, arguments = frozenset(self.named_tensors()), None
+        if not isinstance(self.module, Skeleton):  # which has no forward
+            signatures = (inspect.signature(component.forward) for component in self.components.values())
+            arguments = frozenset(name for signature in signatures for name in signature.parameters)
+        return ReadableValues(self.sites, frozenset(self.callable_paths), tensors, arguments)
 
 
 def sites(model: nn.Module | Mapping[str, nn.Module]) -> Mapping[str, Site]:

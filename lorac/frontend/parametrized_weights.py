@@ -98,21 +98,15 @@ def _materialize(module: nn.Module) -> None:
 def _find_computed_tensors(module: nn.Module) -> Iterator[_ComputedTensor]:
     if parametrize.is_parametrized(module):
         for leaf, parametrization in module.get_submodule(_PARAMETRIZATIONS).named_children():
-            yield _ComputedTensor(leaf, functools.partial(_evaluate_parametrization, parametrization))
+            # On a copy, since in training mode some write into their buffers.
+            evaluate = torch.no_grad()(lambda part=parametrization: copy_structure(part).eval()())
+            yield _ComputedTensor(leaf, evaluate)
     for key, hook in module._forward_pre_hooks.items():
         kind = next((kind for kind in _HOOKS if isinstance(hook, kind)), None)
         if kind is not None:
             leaf = str(getattr(hook, "_tensor_name" if kind is prune.BasePruningMethod else "name"))
             sources = [f"{leaf}{suffix}" for suffix in _HOOKS[kind]]
             yield _ComputedTensor(leaf, functools.partial(_evaluate_hook, module, hook), sources, key)
-
-
-@torch.no_grad()
-def _evaluate_parametrization(parametrization: nn.Module) -> Tensor:
-    """Compute the value of a parametrization on a copy, since in training mode some write into their buffers."""
-    value = copy_structure(parametrization).eval()()
-    assert isinstance(value, Tensor)
-    return value
 
 
 @torch.no_grad()

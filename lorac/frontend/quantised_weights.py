@@ -123,7 +123,7 @@ class QuantisedOrigin:
     Attributes:
         kind: the class that held it.
         codes: its integers; None where they are of another form than ``QuantisedMatrix``.
-        rounds_inputs: whether its products quantise what they read too, which float products do not.
+        rounds_inputs: whether its products quantise their inputs too, which float products do not.
     """
 
     kind: str
@@ -141,7 +141,11 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
         return model
     copied = Host.of(model).copy(share_buffers=True).model
     for module in list(copied.modules()):
-        _dequantise_module(module)
+        for leaf, origin, value in list(_find_quantised_weights(module)):
+            if origin.kind in {_LINEAR_8_BIT, _LINEAR_4_BIT}:
+                module.__class__ = nn.Linear
+            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
     rounding = [name for name, origin in iter_quantised_origins(copied) if origin.rounds_inputs]
     if rounding:
         warn(
@@ -184,15 +188,6 @@ def is_bitsandbytes_layer(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module is a linear layer of bitsandbytes whose weight is integers."""
     weight = module._parameters.get("weight")
     return _find_bitsandbytes_kind(module) is not None and weight is not None and not weight.is_floating_point()
-
-
-def _dequantise_module(module: nn.Module) -> None:
-    """Replace the quantised weights of a copy's module by float32 parameters, and record their origins."""
-    for leaf, origin, value in list(_find_quantised_weights(module)):
-        if origin.kind in {_LINEAR_8_BIT, _LINEAR_4_BIT}:
-            module.__class__ = nn.Linear
-        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-        module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
 
 
 def iter_quantised_origins(model: nn.Module) -> Iterator[tuple[str, QuantisedOrigin]]:
@@ -244,21 +239,17 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
                 f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
                 next_step="load the model again, and compile it before it is called",
             )
-        scale = _read_block_scales(weight.quant_state)
-        codes = _read_nf4_matrix(weight.data, weight.quant_state, scale)
-        value = _decode_4_bits(weight.data, weight.quant_state, scale) if codes is None else codes.dequantised()
+        state = weight.quant_state
+        scale: Tensor = state.absmax  # of each block, quantised too if statistics are compressed
+        if state.nested:
+            library = importlib.import_module("bitsandbytes.functional")
+            scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        codes = _read_nf4_matrix(weight.data, state, scale.float())
+        value = _decode_4_bits(weight.data, state, scale.float()) if codes is None else codes.dequantised()
         return QuantisedOrigin(kind, codes), value
     rows = weight.SCB if weight.SCB is not None else module.state.SCB
     codes = QuantisedMatrix(8, weight.data, rows.float().unsqueeze(1) / _ABSMAX_8_BIT)
     return QuantisedOrigin(kind, codes), codes.dequantised()
-
-
-def _read_block_scales(state: Any) -> Tensor:
-    """Return the scale of each block of a 4-bit matrix of bitsandbytes, quantised too if statistics are compressed."""
-    if not state.nested:
-        return state.absmax.float()
-    library = importlib.import_module("bitsandbytes.functional")
-    return (library.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
 
 
 def decode_4_bits(packed: Tensor, table: Tensor, scale: Tensor, block: int) -> Tensor:

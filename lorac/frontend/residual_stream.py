@@ -180,20 +180,17 @@ class _StreamRecorder(WatchingMode):
         name = str(func)
         self._attentions += is_attention_op(name, args)
         if name.startswith("aten.add.") and self._open_blocks and all(isinstance(arg, Tensor) for arg in args[:2]):
-            self._record_sum(args[0], args[1], result)
+            first, second, total = (self._hold(tensor) for tensor in (*args[:2], result))
+            if args[0].shape == args[1].shape == result.shape:
+                self._sums.append(_RecordedSum(self._open_blocks[-1], (first, second), total, self._attentions))
         return result
-
-    def _record_sum(self, one: Tensor, other: Tensor, result: Tensor) -> None:
-        first, second, total = (self._key_of(tensor) for tensor in (one, other, result))
-        if first is None or second is None or total is None or not one.shape == other.shape == result.shape:
-            return
-        self._sums.append(_RecordedSum(self._open_blocks[-1], (first, second), total, self._attentions))
 
     def _key_of(self, tree: object) -> _Key | None:
         """Return the identity of the first tensor in a tree, and hold that tensor."""
         tensor = next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
-        if tensor is None:
-            return None
+        return None if tensor is None else self._hold(tensor)
+
+    def _hold(self, tensor: Tensor) -> _Key:
         key = (tensor.data_ptr(), tensor.shape)
         if key not in self._tensors:
             self._held.append(tensor)

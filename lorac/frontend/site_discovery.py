@@ -161,7 +161,9 @@ def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
     numbered = name.isdigit() and not isinstance(container, nn.ModuleDict)
     if not layers or not (numbered or _count_similar_children(module, container) > 1):
         return None
-    if isinstance(module, nn.Sequential) and _is_stage(module):
+    if isinstance(module, nn.Sequential) and any(
+        not isinstance(child, nn.Linear) and _count_similar_children(child, module) > 1 for child in module.children()
+    ):  # a stage
         return None
     last = read_module_tensor(layers[-1], "weight")
     assert isinstance(last, torch.Tensor)
@@ -179,13 +181,6 @@ def _linear_layers(module: nn.Module) -> list[nn.Module]:
 def _count_similar_children(module: nn.Module, container: nn.Module) -> int:
     """Count the elements that are of the module's class and contain a linear layer."""
     return sum(type(child) is type(module) and bool(_linear_layers(child)) for child in container.children())
-
-
-def _is_stage(sequence: nn.Sequential) -> bool:
-    return any(
-        not isinstance(child, nn.Linear) and _count_similar_children(child, sequence) > 1
-        for child in sequence.children()
-    )
 
 
 def _add_shared_paths(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple[str, Site]]:

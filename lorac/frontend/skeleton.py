@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
 from lorac.frontend.base_weights import named_tensors
-from lorac.frontend.components import Components
+from lorac.frontend.components import Components, Skeleton
 from lorac.frontend.site_discovery import find_matrix_sites, is_gpt2_conv1d, stores_transposed
-from lorac.frontend.skeleton_root import Skeleton
 
 _CONTAINERS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
 _CONVOLUTIONS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -163,13 +162,9 @@ def _make_module(entry: JsonMapping) -> nn.Module:
             geometry = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in _GEOMETRY}
             options = {"groups": entry["groups"], "padding_mode": entry["mode"]}
             return _without_parameters(_CONVOLUTIONS[kind](entry["in"], entry["out"], **options, **geometry))
-        return _make_other_module(kind, entry)
-
-
-def _make_other_module(kind: object, entry: JsonMapping) -> nn.Module:
-    if kind == "matrices":
-        return _class_like(entry.get("class"), MatrixHolder)(entry["transposed"])
-    return _class_like(entry.get("class"), _CONTAINERS.get(str(kind), nn.Module))()  # type: ignore[arg-type]  # classes are hashable
+        if kind == "matrices":
+            return _class_like(entry.get("class"), MatrixHolder)(entry["transposed"])
+        return _class_like(entry.get("class"), _CONTAINERS.get(str(kind), nn.Module))()  # type: ignore[arg-type]  # classes are hashable
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:

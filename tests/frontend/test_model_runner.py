@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.frontend.model_runner import ModelRunner, WeightWritten, preserve_random_state
+from lorac.ir.calls.call import Call
 
 
 class Writer(nn.Module):
@@ -62,7 +63,7 @@ def test_a_write_into_a_weight_is_named_and_not_done(what: str, name: str):
     before = {key: value.clone() for key, value in host.state_dict().items()}
     versions = [(parameter, parameter._version) for parameter in host.parameters()]
     with pytest.raises(WeightWritten, match=name):
-        ModelRunner(host).run((torch.ones(1, 3), what), {}, seed=0)
+        ModelRunner(host).run(Call((torch.ones(1, 3), what)))
     assert all(torch.equal(value, before[key]) for key, value in host.state_dict().items())
     assert all(parameter._version == version for parameter, version in versions)
     assert torch.equal(host.table, torch.ones(2)) and host.training
@@ -71,9 +72,9 @@ def test_a_write_into_a_weight_is_named_and_not_done(what: str, name: str):
 def test_buffers_that_are_written_are_the_copys_own():
     host = Writer()
     running = ModelRunner(host)
-    running.run((torch.ones(1, 3),), {}, seed=0)
+    running.run(Call((torch.ones(1, 3),)))
     assert running.changed() == []
-    running.run((torch.ones(1, 3), "buffer"), {}, seed=0)
+    running.run(Call((torch.ones(1, 3), "buffer")))
     assert running.changed() == ["seen"] and not host.seen.any()
 
 
@@ -104,7 +105,7 @@ def test_random_models_are_seeded_and_generators_restored(source: str):
         return [torch.get_rng_state().tolist(), host.own.get_state().tolist(), random.getstate(), repr(numbers)]
 
     before = states()
-    runs = [ModelRunner(host).run((torch.ones(()), source), {}, seed) for seed in (0, 0, 1)]
+    runs = [ModelRunner(host).run(Call((torch.ones(()), source)), seed) for seed in (0, 0, 1)]
     assert states() == before
     assert torch.equal(runs[0].output, runs[1].output)
     seeded = source in {"torch", "numpy", "python"}

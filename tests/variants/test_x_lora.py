@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.frontend.last_hidden_state import find_last_hidden_state
+from lorac.frontend.transformer_blocks import find_last_hidden_state
 from lorac.testing import assert_close
 from tests.limits import decimals
 from tests.oracles import x_lora as oracle

@@ -38,11 +38,11 @@ from lorac.frontend.host import Host
 from lorac.frontend.layer_classes import (
     Forward,
     find_layer_class,
+    guard_hooks,
     has_plain_forward,
     pad_conv_input,
     replace_super_forward,
 )
-from lorac.frontend.layer_hooks import guard_hooks
 from lorac.frontend.weight_reads import WeightReads, wrap_forward
 from lorac.ir.calls.call import Call
 from lorac.ir.sites.site import Site, SiteKind

@@ -32,8 +32,8 @@ from lorac.formats._writing import EXPERTS, SEAL
 from lorac.formats.peft.reader import read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.formats.reading import AdapterFile
-from lorac.frontend.last_hidden_state import find_last_hidden_state
 from lorac.frontend.model_view import ModelView
+from lorac.frontend.transformer_blocks import find_last_hidden_state
 from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA

@@ -22,9 +22,9 @@ from torch.export import Dim, ExportedProgram
 from lorac.errors import CaptureError, Unavailable
 from lorac.frontend.capture.decoder_families import counts_by_padding, find_sequence
 from lorac.frontend.host import Host
-from lorac.frontend.inputs.call_binding import Inputs
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
+from lorac.ir.calls.call import Inputs
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
 from lorac.ir.graph.nodes import find_module_path

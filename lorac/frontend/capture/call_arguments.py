@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lorac.errors import CaptureError, short
 from lorac.frontend.capture.trace_guards import find_running_model_line
 from lorac.frontend.host import Host
-from lorac.frontend.inputs.call_binding import Inputs
 from lorac.frontend.model_runner import ModelRunner
+from lorac.ir.calls.call import Call, Inputs
 from lorac.ir.calls.fixed_arguments import to_json_value
 from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
 
@@ -68,7 +68,7 @@ class CallArguments:
             yield replace(self, inputs=remaining, fixed=self.fixed | sizes, read=self.read | sizes)
         recording = _TruthRecorder()
         with contextlib.suppress(Exception), recording:  # a run that fails tells no more
-            ModelRunner(model).run((), {**self.inputs, **self.fixed}, 0)
+            ModelRunner(model).run(Call((), {**self.inputs, **self.fixed}))
         if recording.found:
             yield replace(self, truths=recording.found)
 
@@ -92,7 +92,11 @@ class CallArguments:
         read = host.find_number_inputs(named)
         fixed = {name: value for name, value in named.items() if name in read or not _holds_tensors(name, value)}
         for name, value in fixed.items():
-            if name not in read and not _survives_json(value):
+            try:
+                stored = name in read or json.loads(json.dumps(value)) == to_json_value(value)
+            except (TypeError, ValueError):
+                stored = False
+            if not stored:
                 raise CaptureError(
                     f"the argument '{name}' holds {short(value)}, which a program can neither take nor hold",
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
@@ -156,14 +160,6 @@ class _TruthReplay(TorchFunctionMode):
 
 
 _MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros})
-
-
-def _survives_json(value: object) -> bool:
-    """Return whether an argument is equal after it was stored."""
-    try:
-        return bool(json.loads(json.dumps(value)) == to_json_value(value))
-    except (TypeError, ValueError):
-        return False
 
 
 def _holds_tensors(name: str, value: object) -> bool:

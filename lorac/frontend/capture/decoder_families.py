@@ -73,10 +73,6 @@ def is_token_numbering(node: fx.Node, length: str) -> bool:
     return (start, step) == (0, 1) and not node.meta["val"].is_floating_point()
 
 
-def _is_arange(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bool:
-    return is_token_numbering(node, str(ids.meta["val"].shape[1]))
-
-
 def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bool:
     """Return whether a node is a slice of a stored ``arange``, with or without an axis for rows."""
     if node.target is not aten.slice.Tensor or str(node.meta["val"].shape[-1]) != str(ids.meta["val"].shape[1]):
@@ -101,7 +97,12 @@ def _is_token_count(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bo
 
 
 NUMBERINGS = (
-    Numbering("arange", "BART, Marian, Whisper", 0, _is_arange),
+    Numbering(
+        "arange",
+        "BART, Marian, Whisper",
+        0,
+        lambda _, node, ids: is_token_numbering(node, str(ids.meta["val"].shape[1])),
+    ),
     Numbering("a slice of a stored range", "BERT as a decoder", 0, _is_stored_range),
     Numbering("a count of tokens that are not padding", "M2M100, NLLB", 1, _is_token_count),
 )

@@ -24,7 +24,6 @@ from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_ca
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import find_user_inputs
 from lorac.ir.graph.passes import Pass, PassResult
-from lorac.ir.sites.site import Site
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -141,10 +140,16 @@ def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
     rows = str(halves.ids.meta["val"].shape[0])
     by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) == rows for node in halves.crossing()]
     if not crossing or not all(by_row):
-        what = "something of all rows at once" if crossing else "nothing"
-        raise Unavailable(f"the decoder of graph '{graph.name}' reads {what} of its encoder", next_step=WITHOUT_CACHE)
+        values = "something of all rows at once" if crossing else "nothing"
+        raise Unavailable(f"the decoder of graph '{graph.name}' reads {values} of its encoder", next_step=WITHOUT_CACHE)
     first, second = _decoder(graph, halves, crossing), _encoder(graph, halves, crossing)
-    paths = [_find_own_sites(graph.sites, half.exported) for half in (second, first)]
+    paths: list[set[str]] = []
+    for half in (second, first):
+        stored = {getattr(s.arg, "name", ""): str(s.target) for s in half.exported.graph_signature.input_specs}
+        called = {ops.site_of(node) for node in half.fx.nodes if node.target in ops.SITE_CALLS}
+        read = {stored[node.name] for node in half.fx.nodes if node.op == "placeholder" and node.users}
+        inside = {path for path, site in graph.sites.items() if site.within is not None and site.weight in read}
+        paths.append(called | inside)
     second.plans, first.plans = _divide(graph.plans, *paths)
     second.sites, first.sites = _divide(graph.sites, *paths)
     second.name = encoder
@@ -260,11 +265,3 @@ def _divide(whole: Mapping[str, T], encoder: Collection[str], decoder: Collectio
     first, second = ({path: whole[path] for path in whole if path in paths} for paths in (encoder, decoder))
     unowned = {path: value for path, value in whole.items() if path not in encoder and path not in decoder}
     return (first, second | unowned) if second or not first else (first | unowned, second)
-
-
-def _find_own_sites(sites: Mapping[str, Site], program: ExportedProgram) -> set[str]:
-    """Return the paths of the sites that a program calls, or whose weights it reads directly."""
-    stored = {getattr(s.arg, "name", ""): str(s.target) for s in program.graph_signature.input_specs}
-    called = {ops.site_of(node) for node in program.graph.nodes if node.target in ops.SITE_CALLS}
-    read = {stored[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    return called | {path for path, site in sites.items() if site.within is not None and site.weight in read}

@@ -13,11 +13,11 @@ from lorac.frontend.copying import separate_layers
 from lorac.frontend.layer_classes import (
     Forward,
     calls_super_forward,
+    guard_hooks,
     has_plain_forward,
     pad_conv_input,
     replace_super_forward,
 )
-from lorac.frontend.layer_hooks import guard_hooks
 from lorac.frontend.site_discovery import is_gpt2_conv1d, read_conv_geometry
 from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
 

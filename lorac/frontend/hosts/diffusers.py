@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
 from lorac.frontend.host import Host, describe_tensors
-from lorac.frontend.inputs.call_binding import Inputs
-from lorac.ir.calls.call import ROW_NUMBERS
+from lorac.ir.calls.call import Inputs
 
 _ROWS, _TOKENS, _PATCHES = 2, 7, (2, 3)
 _TIME_IDS = 6
@@ -35,7 +34,7 @@ class DiffusersHost(Host):
     """A model of diffusers."""
 
     named_sizes = (False,)  # it restricts its rows (upsampling distinguishes 64), which torch refuses for a named size
-    row_numbers = ROW_NUMBERS
+    row_numbers = ("timestep",)  # schedulers give one for all rows, as integers or floats
     free_sizes = frozenset({"height", "width", "patches", "tokens"})
 
     @classmethod

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from lorac.frontend.inputs.call_binding import Inputs
-from lorac.ir.calls.call import spread_over_rows
+from lorac.ir.calls.call import Inputs, spread_over_rows
 from lorac.ir.calls.row_layout import RowLayout, count_along
 
 if TYPE_CHECKING:
@@ -168,7 +167,12 @@ def find_row_layout(host: Host, inputs: Inputs, constants: Inputs) -> RowLayout 
         inputs: the captured inputs by name.
         constants: arguments that the program holds.
     """
-    named = {name: _batch_axis(axes) for name, axes in make_dynamic_shapes(host, inputs).items()}
+    shapes = make_dynamic_shapes(host, inputs)
+    free = {name: axes.items() if isinstance(axes, Mapping) else () for name, axes in shapes.items()}
+    named = {
+        name: next((axis for axis, dim in axes if getattr(dim, "__name__", "") == _BATCH), None)
+        for name, axes in free.items()
+    }
     first, axis = next(((name, axis) for name, axis in named.items() if axis is not None), ("", 0))
     if not first:
         return None
@@ -179,9 +183,3 @@ def find_row_layout(host: Host, inputs: Inputs, constants: Inputs) -> RowLayout 
         if size and size % count == 0:
             axes.setdefault(name, named.get(name) or 0)
     return RowLayout(count, axes)
-
-
-def _batch_axis(axes: object) -> int | None:
-    """Return the axis of the batch among an input's dynamic axes."""
-    named = axes.items() if isinstance(axes, Mapping) else ()
-    return next((axis for axis, dim in named if getattr(dim, "__name__", "") == _BATCH), None)

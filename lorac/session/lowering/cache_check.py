@@ -86,7 +86,8 @@ class CacheCheck:
         first = torch.tensor([1 + row % (length - 1) for row in range(rows)], dtype=torch.int32)
         for past, new in ((torch.zeros_like(first), first), (first, length - first)):
             inputs = {**cache, **encoder_outputs, PAST_LENGTHS: past, NEW_LENGTHS: new}
-            inputs[self._ids_name] = _next_tokens(ids, past, new)
+            positions = past[:, None].long() + torch.arange(int(new.max()))  # padded on the right
+            inputs[self._ids_name] = ids.gather(1, positions.clamp(max=length - 1))
             if LOGITS_TO_KEEP in self._inputs:
                 inputs[LOGITS_TO_KEEP] = (new.to(torch.int64) - 1)[:, None]
             outputs = run_graph(graph, inputs, slots)
@@ -102,7 +103,11 @@ def _idle_slots(graph: Graph, base: BaseReader) -> dict[str, Tensor]:
 
 
 def _cache_differs(graph: Graph, how: str) -> CaptureError:
-    layer = _find_layer_without_attention(graph)
+    attends: dict[str, bool] = {}  # by the path of a repeated layer
+    for node in graph.fx.nodes:
+        if found := _LAYER.match(find_module_path(node)):
+            attends[found[0]] = attends.get(found[0], False) or node.target is CACHED_ATTENTION
+    layer = next((path for path, has_attention in attends.items() if not has_attention), None)
     where = "" if layer is None else f" (as '{layer}' may, which has no attention)"
     return CaptureError(
         f"the graph '{graph.name}' {how} where its text comes in parts: something besides attention mixes tokens"
@@ -110,19 +115,3 @@ def _cache_differs(graph: Graph, how: str) -> CaptureError:
         next_step=WITHOUT_CACHE,
         code="capture_differs",
     )
-
-
-def _find_layer_without_attention(graph: Graph) -> str | None:
-    """Return the path of the first repeated layer that computes no attention, or None."""
-    found: dict[str, bool] = {}
-    for node in graph.fx.nodes:
-        layer = _LAYER.match(find_module_path(node))
-        if layer:
-            found[layer[0]] = found.get(layer[0], False) or node.target is CACHED_ATTENTION
-    return next((path for path, attends in found.items() if not attends), None)
-
-
-def _next_tokens(ids: Tensor, past: Tensor, new: Tensor) -> Tensor:
-    """Return the next tokens of each row, padded on the right."""
-    positions = past[:, None].long() + torch.arange(int(new.max()))
-    return ids.gather(1, positions.clamp(max=ids.shape[1] - 1))

@@ -18,6 +18,7 @@ from lorac.frontend.capture.export import isolate_tracing
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import find_row_layout
 from lorac.frontend.model_runner import ModelRun, ModelRunner, WeightWritten, seed_random_numbers
+from lorac.ir.calls.call import Call
 from lorac.ir.calls.fixed_arguments import to_json_value
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.calls.row_layout import RowLayout
@@ -36,7 +37,7 @@ _SEED, _OTHER_SEED = 0, 1
 
 
 def check_capture(graph: Graph, host: Host, *, tested: bool) -> None:
-    """Compare a captured graph with its model, and warn of what callers should know.
+    """Compare a captured graph with its model, and warn callers of its limits.
 
     Args:
         graph: as captured; its interface gets the sizes that it takes, and notes.
@@ -77,7 +78,7 @@ def check_runnable(host: Host, inputs: object) -> None:
     """
     try:
         with isolate_tracing(host.model):
-            ModelRunner(host.model).run((), host.bind(inputs), _SEED)
+            ModelRunner(host.model).run(Call((), host.bind(inputs)), _SEED)
     except WeightWritten as error:
         raise _written_weight(host.model, error) from error
     except Exception as error:
@@ -88,19 +89,16 @@ def check_runnable(host: Host, inputs: object) -> None:
 def _rejected_inputs(host: Host, inputs: object, error: Exception) -> ExampleInputsNeeded:
     parameters = list(host.parameters)
     named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs)) if isinstance(inputs, tuple) else {}
-    given = ", ".join(f"{name} {_describe_value(value)}" for name, value in named.items()) or short(inputs)
+    shapes = {
+        n: f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for n, v in named.items() if isinstance(v, Tensor)
+    }
+    given = ", ".join(f"{name} {shapes.get(name) or short(value)}" for name, value in named.items()) or short(inputs)
     unknown = [name for name in named if isinstance(name, str) and name not in parameters]
     return ExampleInputsNeeded(
         f"{type(host.model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
         nearest=nearest_name(unknown[0], parameters) if unknown else None,
         next_step=f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
     )
-
-
-def _describe_value(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return short(value)
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def _written_weight(model: nn.Module, error: WeightWritten) -> CaptureError:
@@ -192,7 +190,12 @@ class _ModelComparison:
         with contextlib.suppress(_ModelError):  # the model does not run at this size, so the program need not
             if other is not None and (worst := self._difference(other)) is not None:
                 raise self._differs(worst)
-        _set_sizes(self.graph, [chosen for chosen in sizes.find_doubtful(other or example) if self._agrees(chosen)])
+        right: list[AxisSizes] = []
+        for chosen in sizes.find_doubtful(other or example):
+            with contextlib.suppress(_ModelError):
+                if self._difference(chosen) is None:
+                    right.append(chosen)
+        _set_sizes(self.graph, right)
 
     def _check_rows(self) -> None:
         """Find out whether a program of a fixed number of rows can run other calls in parts of that many rows."""
@@ -220,7 +223,7 @@ class _ModelComparison:
         self.graph.interface = replace(self.graph.interface, rows=layout, sizes=sizes.forget_fixed(fixed))
 
     def _run_in_parts(self, rows: RowLayout, constants: Mapping[str, Tensor]) -> RowLayout | None:
-        """Return the rows of the outputs if one row more, in parts, gives what the model gives at once.
+        """Return the rows of the outputs if one row more, in parts, gives the model's answer at once.
 
         Args:
             rows: the rows of the example.
@@ -246,13 +249,6 @@ class _ModelComparison:
         ):
             return None
         return layout
-
-    def _agrees(self, chosen: AxisSizes) -> bool:
-        """Return whether both run at some sizes and give the same."""
-        try:
-            return self._difference(chosen) is None
-        except _ModelError:
-            return False
 
     def _difference(self, chosen: AxisSizes) -> _OutputDifference | None:
         """Return where the outputs differ at some sizes; raises ``_ModelError`` if the model does not run there."""
@@ -291,7 +287,7 @@ class _ModelComparison:
         own = {name: value for name, value in kwargs.items() if name not in interface.derived}
         args, own = pytree.tree_map(lambda value: exchanged.get(id(value), value), (args, own))
         try:
-            return runner.run(args, {**own, **interface.constants, **(constants or {})}, seed)
+            return runner.run(Call(args, {**own, **interface.constants, **(constants or {})}), seed)
         except WeightWritten:
             raise
         except Exception as error:

@@ -1,11 +1,11 @@
-"""``CompileRequest``: what compile() was asked for, apart from the model."""
+"""``CompileRequest``: the arguments of compile(), apart from the model."""
 
 from dataclasses import dataclass
 
 import torch
 
 from lorac.argument_types import check_type
-from lorac.frontend.inputs.call_binding import convert_to_tensors
+from lorac.ir.calls.call import convert_to_tensors
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.ir.slots.required_slots import Reserve
 from lorac.session.request.placement import parse_device

@@ -38,12 +38,13 @@ def resolve_placement(
 
     Raises:
         OptionError: torch or the target does not run on the device.
-        Unavailable: the machine lacks what the target needs there.
+        Unavailable: the machine lacks a requirement of the target there.
     """
     if not backend.emits:
         check_device(device)
         return options, device
-    own = _model_device(model)
+    tensors = () if model is None else itertools.chain(model.parameters(), model.buffers())
+    own = next((tensor.device for tensor in tensors if tensor.device.type not in {"cpu", "meta"}), _CPU)
     if own.type == "cpu":
         return backend.place_options(options, device), None
     return backend.place_options(options, device or own), _CPU
@@ -55,12 +56,6 @@ def check_device(device: torch.device | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise _unusable_device(device, error) from error
-
-
-def _model_device(model: nn.Module | None) -> torch.device:
-    """Return the device of a model's first tensor that is on an accelerator, or the CPU if there is none."""
-    tensors = () if model is None else itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors if tensor.device.type not in {"cpu", "meta"}), _CPU)
 
 
 def _unusable_device(device: object, error: Exception) -> OptionError:

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from lorac.errors import Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
 from lorac.frontend.host import Host
-from lorac.frontend.inputs.call_binding import map_inputs
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
+from lorac.ir.calls.call import map_inputs
 from lorac.ir.sites.site import cast_floating
 from lorac.target.dialect import AnyDialect
 

@@ -1,4 +1,4 @@
-"""Models and adapters as compile() and add_adapter() take them; anything else is refused with what to give instead."""
+"""Models and adapters as compile() and add_adapter() take them; anything else is refused with a valid alternative."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -89,7 +89,7 @@ def _require_module(given: object, subject: str) -> nn.Module:
 
 
 def _suggest_model(given: object) -> str:
-    """Return what to give instead of something that is not a model."""
+    """Return the next step for something that is not a model."""
     if isinstance(given, type):
         return f"give an instance of it: {given.__name__}(...)"
     if isinstance(given, str | os.PathLike):
