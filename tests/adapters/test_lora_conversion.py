@@ -9,7 +9,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import merge_weight
-from lorac.testing import adapter_away, assert_close, parity
+from lorac.testing import adapter_away, assert_close, assert_parity
 from tests.refusing import refuses
 
 
@@ -28,7 +28,7 @@ def test_converts_low_rank_methods_exactly():
         lora = lorac.to_lora(adapter, model, name="b")
         assert lora.name == "b" and lora.variant.name == "lora"
         expected = lorac.compile(model, {"a": adapter})(x)
-        parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
+        assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_keeps_a_lora_whose_factors_are_larger_than_the_weight(r):
     for lora in (lorac.to_lora(adapter), lorac.to_lora(adapter, model)):
         assert [len(tensors["lora_A"]) for tensors in lora.tensors.values()] == [min(r, 6), min(r, 4)]
         expected = lorac.compile(model, {"a": adapter})(x)
-        parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
+        assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
 
 
 @pytest.mark.medium("one method", keep=["method0"])
@@ -101,7 +101,7 @@ def test_converts_factors_where_their_product_costs_less(method):
     """LoHa of rank 4, Hydra of rank 7 and TeRA of rank 2, on weights of which a product would be as large."""
     model, x, adapter = made(dataclasses.replace(method, targets=("0", "2")))
     expected = lorac.compile(model, {"a": adapter})(x)
-    parity.assert_parity(lorac.compile(model, {"b": lorac.to_lora(adapter, model)})(x), expected, model(x))
+    assert_parity(lorac.compile(model, {"b": lorac.to_lora(adapter, model)})(x), expected, model(x))
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_converts_an_edit_without_the_model():
     model, x, adapter = made(lorac.Edit(targets=("0", "2")))
     lora = lorac.to_lora(adapter, tolerance=1e-12)
     expected = lorac.compile(model, {"a": adapter})(x)
-    parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
+    assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
 
 
 @torch.no_grad()

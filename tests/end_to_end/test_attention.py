@@ -11,7 +11,7 @@ from torch import nn
 
 import lorac
 from lorac import load_adapter, save_adapter
-from lorac.testing import adapter_away, assert_close, parity
+from lorac.testing import adapter_away, assert_close, assert_parity
 from tests.peft_files import configure, load_peft, make_peft
 from tests.refusing import refuses
 
@@ -112,8 +112,8 @@ def test_matches_peft(call, tmp_path, by_layers):
     expected, base = oracle(*inputs), model(*inputs)
     for mode in ("live", "fused", "baked"):
         compiled = lorac.compile(model, {"a": tmp_path / "theirs"}, mode=mode)
-        parity.assert_parity(compiled(*inputs), expected, base)
-    parity.assert_parity(copy.deepcopy(oracle).merge_and_unload()(*inputs), expected, base)
+        assert_parity(compiled(*inputs), expected, base)
+    assert_parity(copy.deepcopy(oracle).merge_and_unload()(*inputs), expected, base)
 
 
 @pytest.mark.medium("every bias", keep=["all"])
@@ -128,14 +128,14 @@ def test_round_trips_through_peft(bias, tmp_path, by_layers):
     assert list(read.tensors) == ["attn", "attn.out_proj", "head"]
     save_adapter(read, tmp_path / "known", model=model)
     save_adapter(load_adapter(tmp_path / "theirs"), tmp_path / "alone")
-    parity.assert_parity(lorac.compile(model, {"a": read})(*inputs), oracle(*inputs), model(*inputs))
+    assert_parity(lorac.compile(model, {"a": read})(*inputs), oracle(*inputs), model(*inputs))
     named = lorac.Adapter(
         "x", lorac.LoRA(r=2, targets=("attn", "out_proj")), {p: read.tensors[p] for p in ("attn", "attn.out_proj")}
     )
     save_adapter(named, tmp_path / "named", model=model)
     for name in ("known", "alone"):
         assert torch.equal(load_peft(model, tmp_path / name)(*inputs), oracle(*inputs))
-    parity.assert_parity(
+    assert_parity(
         lorac.compile(model, {"a": named})(*inputs), load_peft(model, tmp_path / "named")(*inputs), model(*inputs)
     )
 
@@ -164,7 +164,7 @@ def test_onnxruntime(call, mode, tmp_path):
     eager, base = lorac.compile(model, {"a": adapter}), model(*inputs)
     emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime", mode=mode, example_inputs=inputs)
     own = None if mode == "baked" else emitted(*inputs, adapters=None)
-    parity.assert_parity(emitted(*inputs), eager(*inputs), base, own_base=own)
+    assert_parity(emitted(*inputs), eager(*inputs), base, own_base=own)
     if mode == "baked":
         return
     assert_close(own, base)
@@ -175,7 +175,7 @@ def test_onnxruntime(call, mode, tmp_path):
     assert torch.equal(loaded(*inputs), own)
     more = tuple(torch.cat([x, -x]) for x in inputs)
     emitted.swap("a")
-    parity.assert_parity(emitted(*more), eager(*more), model(*more), own_base=emitted(*more, adapters=None))
+    assert_parity(emitted(*more), eager(*more), model(*more), own_base=emitted(*more, adapters=None))
 
 
 VARIANTS = (
@@ -201,7 +201,7 @@ def test_every_method_of_weights_runs(variant):
     base = model(*inputs)
     for mode in ("live", "fused"):
         compiled = lorac.compile(model, {"a": adapter}, mode=mode)
-        parity.assert_parity(compiled(*inputs), expected(*inputs), base)
+        assert_parity(compiled(*inputs), expected(*inputs), base)
         compiled.swap(None)
         assert torch.equal(compiled(*inputs), base)
         compiled.swap("a")
@@ -216,7 +216,7 @@ def test_mixtures_train_and_explain():
     compiled = lorac.compile(model, {"a": a, "bb": b}, active={"a": 0.5, "bb": 0.7})
     with torch.no_grad():
         held, base = compiled(*inputs), model(*inputs)
-    parity.assert_parity(compiled(*inputs), held, base)
+    assert_parity(compiled(*inputs), held, base)
     compiled.train()
     compiled(*inputs).square().sum().backward()
     for name, parameter in compiled.named_parameters():
@@ -236,7 +236,7 @@ def test_rejects_a_later_adapter_without_a_slot():
     roomy = lorac.compile(model, reserve=lorac.Reserve(targets=("attn",), rank=1))
     roomy.add_adapter(adapter)
     roomy.swap("a")
-    parity.assert_parity(roomy(*inputs), lorac.compile(model, {"a": adapter})(*inputs), model(*inputs))
+    assert_parity(roomy(*inputs), lorac.compile(model, {"a": adapter})(*inputs), model(*inputs))
 
 
 def test_rejects_adapters_that_do_not_fit():
@@ -288,7 +288,7 @@ def test_projections_of_a_width_each(tmp_path, by_layers):
     expected, base = oracle(**inputs), model(**inputs)
     for mode in ("live", "fused"):
         compiled = lorac.compile(model, {"a": tmp_path / "theirs"}, mode=mode)
-        parity.assert_parity(compiled(**inputs), expected, base)
+        assert_parity(compiled(**inputs), expected, base)
         compiled.swap(None)
         assert torch.equal(compiled(**inputs), base)
     save_adapter(load_adapter(tmp_path / "theirs", model), tmp_path / "ours", model=model)
@@ -305,7 +305,7 @@ def test_an_output_layer_that_peft_targets_by_itself(tmp_path, by_layers):
         lorac.LoracWarning, match="'attn.out_proj', whose weight 'attn' reads itself: PEFT runs them only"
     ):
         compiled = lorac.compile(model, {"a": tmp_path})
-    parity.assert_parity(compiled(*inputs), oracle.merge_and_unload()(*inputs), model(*inputs))
+    assert_parity(compiled(*inputs), oracle.merge_and_unload()(*inputs), model(*inputs))
 
 
 def test_a_file_of_a_later_peft(tmp_path):
@@ -334,10 +334,10 @@ def test_torchvisions_vit_and_torchs_own_layers(tmp_path, by_layers):
         folder = tmp_path / type(model).__name__
         oracle = make_peft(model, folder, LoraConfig(r=2, target_modules=targets), inputs=inputs)
         expected, base = oracle(**inputs), model(**inputs)
-        parity.assert_parity(lorac.compile(model, {"a": folder})(**inputs), expected, base)
+        assert_parity(lorac.compile(model, {"a": folder})(**inputs), expected, base)
     emitted = lorac.compile(vit, {"a": tmp_path / "VisionTransformer"}, target="onnxruntime", example_inputs=(image,))
     answer, own = lorac.compile(vit, {"a": tmp_path / "VisionTransformer"})(image), emitted(image, adapters=None)
-    parity.assert_parity(emitted(image), answer, vit(image), own_base=own)
+    assert_parity(emitted(image), answer, vit(image), own_base=own)
 
 
 @pytest.mark.medium("eager, and runtime/test_traits.py on ONNX Runtime", cases=["onnxruntime"])
@@ -365,7 +365,7 @@ def test_in_each_of_several_components(target):
     alone = lorac.Adapter("a", adapter.variant, {f"attended.{path}": at for path, at in adapter.tensors.items()})
     expected = lorac.compile(models["one"], {"a": alone}, mode="baked")(*inputs)
     base = models["one"](*inputs)
-    parity.assert_parity(compiled["one"](*inputs), expected, base, own_base=compiled["one"](*inputs, adapters=None))
+    assert_parity(compiled["one"](*inputs), expected, base, own_base=compiled["one"](*inputs, adapters=None))
     assert_close(compiled["two"](*inputs), models["two"](*inputs))
 
 
@@ -385,8 +385,8 @@ def test_siglips_convolution_and_pooling_head(tmp_path, by_layers):
         model, tmp_path, LoraConfig(r=2, target_modules=targets), inputs=given, outputs=outputs, contribution=0.1
     )
     expected, base = oracle(**given), model(**given)
-    parity.assert_parity(lorac.compile(model, {"a": tmp_path})(**given), expected, base, names=outputs)
+    assert_parity(lorac.compile(model, {"a": tmp_path})(**given), expected, base, names=outputs)
     for mode in ("live", "fused"):
         emitted = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", mode=mode)
         own = emitted(**given, adapters=None)
-        parity.assert_parity(emitted(**given), expected, base, own_base=own, names=outputs)
+        assert_parity(emitted(**given), expected, base, own_base=own, names=outputs)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lorac
-from lorac.testing import assert_close, parity
+from lorac.testing import assert_close, assert_parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses
 
@@ -109,7 +109,7 @@ def test_answers_as_peft_does(how, mode, tmp_path):
         if mode != "baked":
             own = compiled(x, adapters=None)
             assert torch.equal(own, base) if target == "eager" else assert_close(own, base) is None
-            parity.assert_parity(compiled(x[:1]), oracle(x[:1]), base[:1], own_base=own[:1])
+            assert_parity(compiled(x[:1]), oracle(x[:1]), base[:1], own_base=own[:1])
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -9,7 +9,7 @@ from peft import HiraConfig, IA3Config, LoHaConfig, LoraConfig
 from torch import nn
 
 import lorac
-from lorac.testing import assert_close, parity
+from lorac.testing import assert_close, assert_parity
 from tests.limits import assert_apart
 from tests.peft_files import load_peft, make_peft
 from tests.refusing import refuses
@@ -63,7 +63,7 @@ def test_a_branch_matches_the_merged_kernel(padding):
         expected, base = merged(model, adapter)(x), model(x)
         for how in ("live", "fused"):
             compiled = lorac.compile(model, {"a": adapter}, mode=how)
-            parity.assert_parity(compiled(x), expected, base)
+            assert_parity(compiled(x), expected, base)
             assert torch.equal(compiled(x, adapters=None), base)
 
 
@@ -81,7 +81,7 @@ def test_onnxruntime_pads_as_eager(axes, mode, tmp_path):
     eager = lorac.compile(model, {"a": adapter})
     emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime", example_inputs=(x,))
     for inputs in (x, torch.cat([x, -2 * x])):
-        parity.assert_parity(emitted(inputs), eager(inputs), model(inputs), own_base=emitted(inputs, adapters=None))
+        assert_parity(emitted(inputs), eager(inputs), model(inputs), own_base=emitted(inputs, adapters=None))
     emitted.save(tmp_path / "artifact")
     assert torch.equal(lorac.load(tmp_path / "artifact")(x), emitted(x))
 
@@ -107,7 +107,7 @@ def test_matches_peft(name, padding, tmp_path):
         model, x = made(axes, padding)
         folder = tmp_path / str(axes)
         oracle = make_peft(model, folder, CONFIGS[name], inputs={"x": x})
-        parity.assert_parity(lorac.compile(model, {"a": folder})(x), oracle(x), model(x))
+        assert_parity(lorac.compile(model, {"a": folder})(x), oracle(x), model(x))
         lorac.save_adapter(lorac.load_adapter(folder, model), tmp_path / f"back{axes}", model=model)
         assert torch.equal(load_peft(model, tmp_path / f"back{axes}")(x), oracle(x))
 
@@ -123,7 +123,7 @@ def test_warns_that_peft_pads_with_zeros_before_it_merges(mode, tmp_path):
     inner = (..., slice(1, -1), slice(1, -1))
     assert_close(compiled(x)[inner], oracle(x)[inner])
     assert_apart(compiled(x), oracle(x))
-    parity.assert_parity(compiled(x), oracle.merge_and_unload()(x), model(x))
+    assert_parity(compiled(x), oracle.merge_and_unload()(x), model(x))
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_ia3_scales_the_input_before_padding(tmp_path):
     model, x = made(2, 1, "circular", kernel=(3, 3))
     config = IA3Config(target_modules=["site"], feedforward_modules=[])
     oracle = make_peft(model, tmp_path, config, inputs={"x": x})
-    parity.assert_parity(lorac.compile(model, {"a": tmp_path})(x), oracle(x), model(x))
+    assert_parity(lorac.compile(model, {"a": tmp_path})(x), oracle(x), model(x))
 
 
 def test_pefts_lora_does_not_dilate(tmp_path):
@@ -145,7 +145,7 @@ def test_pefts_lora_does_not_dilate(tmp_path):
     with refuses("site_unsupported", match="dilated convolution"):
         lorac.save_adapter(adapter, tmp_path / "ours", model=model)
     with torch.no_grad():
-        parity.assert_parity(lorac.compile(model, {"a": adapter})(x), merged(model, adapter)(x), model(x))
+        assert_parity(lorac.compile(model, {"a": adapter})(x), merged(model, adapter)(x), model(x))
 
 
 def test_lists_no_site_for_layers_that_peft_does_not_adapt():

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorac
 from lorac import load_adapter, save_adapter
-from lorac.testing import adapter_away, assert_close, parity
+from lorac.testing import adapter_away, assert_close, assert_parity
 from tests.peft_files import change_tensors, load_peft, make_peft
 from tests.refusing import refuses
 
@@ -99,7 +99,7 @@ def test_experts_have_an_op_everywhere_and_the_host_keeps_its_own(mode):
     eager = lorac.compile(model, {"a": adapter})
     compiled = lorac.compile(model, {"a": adapter}, target="onnxruntime", mode=mode, example_inputs=(x,))
     for inputs in (x, x[:1], torch.cat([x, 2 * x])):
-        parity.assert_parity(compiled(inputs), eager(inputs), model(inputs))
+        assert_parity(compiled(inputs), eager(inputs), model(inputs))
     assert model.config._experts_implementation == model.experts.config._experts_implementation == "grouped_mm"
 
 
@@ -119,8 +119,8 @@ def test_matches_peft(transposed, tmp_path):
     for target, mode in (("eager", "live"), ("eager", "fused"), ("onnxruntime", "live"), ("onnxruntime", "fused")):
         compiled = lorac.compile(model, {"a": tmp_path / "theirs"}, target=target, mode=mode, example_inputs=(x,))
         before = compiled(x)
-        parity.assert_parity(before, oracle(x=x), base)
-        parity.assert_parity(compiled(more), oracle(x=more), model(more))
+        assert_parity(before, oracle(x=x), base)
+        assert_parity(compiled(more), oracle(x=more), model(more))
         compiled.swap(None)
         assert_close(compiled(x), base)
         compiled.swap("a")
@@ -155,11 +155,11 @@ def test_layers_adapted_by_their_weights_names(tmp_path):
     assert list(read.tensors) == ["embed", "turned", "attn", "head"]
     expected, base = oracle(ids=ids), model(ids)
     for mode in ("live", "fused"):
-        parity.assert_parity(lorac.compile(model, {"a": read}, mode=mode)(ids), expected, base)
+        assert_parity(lorac.compile(model, {"a": read}, mode=mode)(ids), expected, base)
     save_adapter(read, tmp_path / "ours", model=model)
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert config["target_parameters"] == ["attn.in_proj_weight"]
-    parity.assert_parity(load_peft(model, tmp_path / "ours")(ids=ids), expected, base)
+    assert_parity(load_peft(model, tmp_path / "ours")(ids=ids), expected, base)
 
 
 @torch.no_grad()
@@ -173,9 +173,9 @@ def test_round_trips_through_peft(tmp_path):
     only = {path: tensors for path, tensors in read.tensors.items() if path.startswith("experts.")}
     save_adapter(lorac.Adapter("a", read.variant, only), tmp_path / "one", model=model)
     expected = lorac.compile(model, {"a": load_adapter(tmp_path / "one", model)})(x)
-    parity.assert_parity(expected, load_peft(model, tmp_path / "one")(x=x), model(x))
+    assert_parity(expected, load_peft(model, tmp_path / "one")(x=x), model(x))
     save_adapter(read, tmp_path / "native", format="native")
-    parity.assert_parity(lorac.compile(model, {"a": tmp_path / "native"})(x), oracle(x=x), model(x))
+    assert_parity(lorac.compile(model, {"a": tmp_path / "native"})(x), oracle(x=x), model(x))
 
 
 @pytest.mark.medium("what PEFT computes of them, and training of plain layers")
@@ -189,7 +189,7 @@ def test_experts_train_and_mix(tmp_path):
         emitted = lorac.compile(
             model, {"a": a, "b": b}, active={"a": 0.5, "b": 0.7}, target="onnxruntime", example_inputs=(x,)
         )
-        parity.assert_parity(emitted(x), expected, model(x))
+        assert_parity(emitted(x), expected, model(x))
         emitted.save(tmp_path / "artifact")
         loaded = lorac.load(tmp_path / "artifact")
         assert torch.equal(loaded(x), emitted(x))

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch import nn
 
 import lorac
-from lorac.testing import parity
+from lorac.testing import assert_parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses
 
@@ -43,7 +43,7 @@ def test_get_no_slot_and_are_named(mode, tmp_path):
     model = made()
     oracle = make_peft(model, tmp_path, LoraConfig(r=2, target_modules=ALL), inputs={"x": X})
     compiled = lorac.compile(model, {"a": tmp_path}, target="onnxruntime", mode=mode, example_inputs=(X,))
-    parity.assert_parity(compiled(X), oracle(X), model(X))
+    assert_parity(compiled(X), oracle(X), model(X))
     said = "adapters have no effect at 'key', 'pooler', 'spare': no output depends on what is computed there"
     explained = compiled.explain()
     assert said in str(explained)
@@ -52,7 +52,7 @@ def test_get_no_slot_and_are_named(mode, tmp_path):
     if mode != "baked":
         sites = {slot.split(":")[0] for slot in compiled.engine.graphs["main"].slots}
         assert sites == {"query", "out"}
-        parity.assert_parity(compiled(X[:1]), oracle(X[:1]), model(X[:1]))
+        assert_parity(compiled(X[:1]), oracle(X[:1]), model(X[:1]))
 
 
 class Writing(nn.Module):
@@ -83,7 +83,7 @@ def test_a_site_that_writes_into_the_output_is_used():
         tensor.normal_(0, 0.12, generator=torch.Generator().manual_seed(1))
     expected = lorac.compile(model, {"a": compiled.adapters["a"]})(X)
     compiled.swap("a")
-    parity.assert_parity(compiled(X), expected, model(X))
+    assert_parity(compiled(X), expected, model(X))
     assert not any(row.state == "unused" for row in compiled.explain().terms)
 
 

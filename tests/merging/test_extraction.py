@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorac
-from lorac.testing import assert_close, parity
+from lorac.testing import assert_close, assert_parity
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -51,7 +51,7 @@ def tuned(base, *names, seed=1):
 @torch.no_grad()
 def assert_makes(adapter, base, wanted):
     compiled = lorac.compile(base, {"a": adapter}, example_inputs=(IDS,))
-    parity.assert_parity(compiled(IDS), wanted(IDS), base(IDS))
+    assert_parity(compiled(IDS), wanted(IDS), base(IDS))
 
 
 def test_exactly():
@@ -210,4 +210,4 @@ def test_peft_reads_an_extract_that_no_model_was_loaded_for(folders, tmp_path):
     inputs = ZOO["tiny_llama"].inputs()
     reference = peft.PeftModel.from_pretrained(other, tmp_path / "peft").eval()(**inputs)
     plain = base(**inputs)
-    parity.assert_parity(lorac.compile(base, {"a": tmp_path / "peft"})(**inputs), reference, plain, names=["logits"])
+    assert_parity(lorac.compile(base, {"a": tmp_path / "peft"})(**inputs), reference, plain, names=["logits"])

@@ -7,7 +7,7 @@ from torch import nn
 import lorac
 from lorac.adapters.edits import hold_changes
 from lorac.ir.algebra.changes import Delta, LowRank, Sparse, compose, merge_weight
-from lorac.testing import HOSTS, adapter_away, assert_close, conformance, parity
+from lorac.testing import HOSTS, adapter_away, assert_close, assert_parity, conformance
 from tests.oracles import edit
 
 WHOLE = lorac.Edit(parts={"pair": 2, "c": 1, "d": 1, "t": 1, "e": 1, "sparse": 5, "delta": 1})
@@ -64,7 +64,7 @@ def test_holds_the_change_of_any_method(method, tmp_path):
     lorac.save_adapter(held, tmp_path / "held", format="native", model=model)
     again = lorac.load_adapter(tmp_path / "held", model)
     expected = lorac.compile(model, {"a": adapter})(x)
-    parity.assert_parity(lorac.compile(model, {"b": again})(x), expected, model(x))
+    assert_parity(lorac.compile(model, {"b": again})(x), expected, model(x))
     assert type(lorac.factors(held, model)["0"]) in {type(lorac.factors(adapter, model)["0"]), Delta}
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorac
 from lorac import load_adapter, save_adapter
-from lorac.testing import adapter_away, parity
+from lorac.testing import adapter_away, assert_parity
 from tests.limits import assert_apart
 from tests.peft_files import load_peft
 from tests.refusing import refuses
@@ -67,7 +67,7 @@ def test_queries_and_values_of_a_packed_layer(heads, tmp_path):
     assert_apart(expected, base)
     for mode in ("live", "fused", "baked"):
         compiled = lorac.compile(model, {"a": adapter}, mode=mode)
-        parity.assert_parity(compiled(x), expected, base)
+        assert_parity(compiled(x), expected, base)
         if mode == "live":
             assert compiled.plans["qkv"].room == {"a": 3, "b": 3}, "q's and v's factors do not run beside the weight"
     save_adapter(adapter, tmp_path / "own", format="native")
@@ -75,7 +75,7 @@ def test_queries_and_values_of_a_packed_layer(heads, tmp_path):
     with refuses("unsupported_field", match=r"'split'(.|\n)*lorac\.to_lora"):
         save_adapter(adapter, tmp_path / "peft", model=model)
     save_adapter(lorac.to_lora(adapter, model), tmp_path / "peft", model=model)
-    parity.assert_parity(load_peft(model, tmp_path / "peft")(x), expected, base)
+    assert_parity(load_peft(model, tmp_path / "peft")(x), expected, base)
     held = load_adapter(tmp_path / "peft", model).tensors["qkv"]["lora_B"]
     assert not held[rows_of(1, heads)].any() and held[rows_of(0, heads)].any()
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing import assert_close, parity
+from lorac.testing import assert_close, assert_parity
 from lorac.training import loram
 from lorac.training.loram import PruningRecord, UnitGroup
 from lorac.training.loram.units import count_kept_units
@@ -100,7 +100,7 @@ def test_the_pruned_model_equals_the_large_one_with_zeros(groups: int, bias: boo
     assert_apart(logits(large), logits(model))
     adapter = trained(smaller.model)
     recovered = loram.recover(adapter, smaller.kept, model)
-    parity.assert_parity(logits(large, recovered), logits(smaller.model, adapter), logits(large))
+    assert_parity(logits(large, recovered), logits(smaller.model, adapter), logits(large))
 
 
 def test_recovers_factors_at_the_kept_rows_and_columns() -> None:
@@ -113,7 +113,7 @@ def test_recovers_factors_at_the_kept_rows_and_columns() -> None:
         one, weight = smaller.kept[path], by_hand.get_submodule(path).weight.data
         weight[one.rows[:, None], one.columns] += 5 / 3 * own["lora_B"] @ own["lora_A"]
     recovered = loram.recover(adapter, smaller.kept, model)
-    parity.assert_parity(logits(model, recovered), logits(by_hand), logits(model))
+    assert_parity(logits(model, recovered), logits(by_hand), logits(model))
 
 
 def test_by_hand() -> None:
