@@ -27,6 +27,8 @@ SHORT = 5
 MOST_SHORT_FUNCTIONS = 361
 USES_OF_A_RECORD = 3
 MOST_RECORDS = 131
+TEST_NAME = re.compile(r"^\s*def test_(\w+)", re.MULTILINE)
+RIDDLES = {"what", "whatever", "told", "tells", "asked", "came", "whom", "beside", "besides", "refused", "refuses"}
 SILENCED = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)")
 REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 
@@ -241,6 +243,12 @@ def test_no_path_of_a_machine_in_the_sources():
 
 
 # --- tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_tests_state_a_behaviour():
+    """As in ``test_rejects_…``, ``test_returns_…``, ``test_keeps_…``."""
+    names = [name for file in (ROOT / "tests").rglob("test_*.py") for name in TEST_NAME.findall(file.read_text())]
+    assert [name for name in names if RIDDLES & set(name.split("_"))] == []
 
 
 def test_no_test_chooses_a_tolerance():

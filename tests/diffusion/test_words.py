@@ -108,7 +108,7 @@ def test_adapters_are_switched_off_and_on(original: Any, pipeline: Any, file: Pa
     assert pipeline.fused_loras == set()
 
 
-def test_every_method_about_adapters_acts_or_is_refused(pipeline: Any) -> None:
+def test_every_method_of_adapters_acts_or_is_rejected(pipeline: Any) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
     names = {name for cls in StableDiffusionLoraLoaderMixin.__mro__[:-1] for name in vars(cls) if name[0] != "_"}
@@ -121,7 +121,7 @@ def test_every_method_about_adapters_acts_or_is_refused(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"])
-def test_every_method_that_changes_models_acts_or_is_refused(kind: str) -> None:
+def test_every_method_that_changes_models_acts_or_is_rejected(kind: str) -> None:
     cls = make_pipeline_class(getattr(diffusers, f"{kind}Pipeline"))
     own = {*vars(cls), *vars(CompiledPipeline)}
     changing = {

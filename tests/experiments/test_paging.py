@@ -108,7 +108,7 @@ def test_both_allocators_answer_every_request_that_fits(seed: int) -> None:
     assert places.bytes_moved < pages.bytes_moved, "pages drop what no row uses; places keep it while there is room"
 
 
-def test_a_request_that_never_fits_is_refused_and_the_others_are_not() -> None:
+def test_rejects_only_requests_that_never_fit() -> None:
     requests = [TracedRequest(0, "a0", 10, 5), TracedRequest(0, "a0", 900, 200), TracedRequest(1, "a3", 10, 5)]
     for allocator in (PagedAllocator(800, 2, RANKS, 4), PlacedAllocator(1600, 2, RANKS, rows=2, longest=100)):
         report = allocator.replay(requests)

@@ -174,7 +174,7 @@ def test_evicts_states_of_old_choices():
     ],
     ids=str,
 )
-def test_a_refused_swap_changes_nothing(mode, choice, error):
+def test_a_rejected_swap_changes_nothing(mode, choice, error):
     compiled = build(pair("lora", "shira"), "eager", mode)
     compiled.swap("b")
     before = answer(compiled)
@@ -242,7 +242,7 @@ def test_a_torn_buffer_is_known_as_torn():
     assert torch.equal(buffer.buffer, content)
 
 
-def test_baked_refuses_to_change():
+def test_baked_rejects_changes():
     compiled = build(pair("lora", "shira"), "eager", "baked", active=MIXTURE)
     assert compiled.active == MIXTURE
     for change in (

@@ -140,7 +140,7 @@ def test_metrics_count_requests_and_tokens(tight: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["one:0.5", "one+two", "base"])
-def test_an_adapter_that_requests_cannot_name_is_refused_at_the_start(compiled: Any, name: str) -> None:
+def test_rejects_an_adapter_that_requests_cannot_name_at_the_start(compiled: Any, name: str) -> None:
     compiled.add_adapter(compiled.adapters["one"], name=name)
     try:
         with refuses("adapter_error", match=re.escape(f"'{name}'")):

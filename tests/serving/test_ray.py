@@ -198,7 +198,7 @@ def test_a_worker_that_is_killed_is_not_noticed(compiled: Any, client: openai.As
     assert sum(right) == 24, right
 
 
-def test_too_many_requests_are_refused_and_the_others_answered(compiled: Any, client: openai.AsyncOpenAI) -> None:
+def test_rejects_only_surplus_requests(compiled: Any, client: openai.AsyncOpenAI) -> None:
     async def work() -> list[Any]:
         return await asyncio.gather(*(read(client, "Say", "one", 1, []) for _ in range(60)), return_exceptions=True)
 
@@ -208,7 +208,7 @@ def test_too_many_requests_are_refused_and_the_others_answered(compiled: Any, cl
     assert refused and answers == {expected(compiled, "Say", "one", 1)}
 
 
-def test_a_client_that_leaves_frees_its_row_and_wrong_requests_are_refused(client: openai.AsyncOpenAI) -> None:
+def test_a_disconnected_client_frees_its_row_and_wrong_requests_are_rejected(client: openai.AsyncOpenAI) -> None:
     async def work() -> None:
         stream = await client.completions.create(model="one", prompt="Say", max_tokens=TOKENS, stream=True)
         await anext(aiter(stream))

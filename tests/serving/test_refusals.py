@@ -143,7 +143,7 @@ def test_wrong_bodies(http: httpx2.Client, request_line: str, body: bytes, statu
     check(http.request(method, path, content=body, headers={"content-type": "application/json"}), status, sentence)
 
 
-def test_a_refused_request_leaves_nothing_behind(http: httpx2.Client) -> None:
+def test_a_rejected_request_leaves_nothing_behind(http: httpx2.Client) -> None:
     wrong = json.dumps({**CHAT, "seed": -1}).encode()
     http.post("/v1/chat/completions", content=wrong, headers={"content-type": "application/json"})
     status = http.get("/v1/status").json()

@@ -63,7 +63,7 @@ def _learns(tensor):
     return tensor.requires_grad
 
 
-def test_an_adapter_at_the_head_is_refused_and_another_forward_is_not(tmp_path):
+def test_rejects_an_adapter_at_the_head_and_accepts_another_forward(tmp_path):
     texts = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     compiled = lorac.compile(ZOO["tiny_llama"].fresh(), {"a": lorac.LoRA(r=2, targets=["lm_head"])})
     with refuses("unavailable", match="lm_head"), warnings.catch_warnings():

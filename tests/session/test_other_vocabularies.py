@@ -93,7 +93,7 @@ def test_every_method_that_changes_a_model_is_known(cls: type) -> None:
     assert changes - LORAC_STEPS.keys() - HOW_IT_COMPUTES == set()
 
 
-def test_each_is_refused_on_every_target(eager: Any, program: Any) -> None:
+def test_every_target_rejects_names_of_other_libraries(eager: Any, program: Any) -> None:
     for name, step in LORAC_STEPS.items():
         for compiled in (eager, program, program["one"]):
             with refuses("unknown_attribute", match=re.escape(step)):

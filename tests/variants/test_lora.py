@@ -84,7 +84,7 @@ def case():
 
 
 @torch.no_grad()
-def test_grouped_convolution_runs_and_refuses_to_merge():
+def test_a_grouped_convolution_runs_and_rejects_merging():
     """A mixes all input channels, so W' leaves the blocks a grouped kernel can hold."""
     model = nn.Sequential()
     model.add_module("site", nn.Conv2d(4, 6, 3, groups=2, dtype=torch.float64))

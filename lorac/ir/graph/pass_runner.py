@@ -64,8 +64,8 @@ def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileErr
         next_step = f"run {' and '.join(missing)} before it"
         if not missing:
             next_step = (
-                f"run passes that lead from level {found} to level {level} before it; docs/architecture.md, "
-                '"Levels", lists them'
+                f"run passes that lead from level {found} to level {level} before it; "
+                'docs/architecture.md, "Levels", lists them'
             )
     else:
         past = [p.name for p in passes if p.reads <= step.reads < p.leaves]

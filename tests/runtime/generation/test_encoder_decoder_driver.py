@@ -215,7 +215,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_refused_and_changes_nothing(name: str, compiled: Any) -> None:
+def test_rejects_wrong_input_and_changes_nothing(name: str, compiled: Any) -> None:
     program, _ = compiled
     told, error, text = WRONG[name]
     before = program.generate(IDS, **GREEDY)

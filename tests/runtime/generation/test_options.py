@@ -169,19 +169,19 @@ def test_a_draft_stops_where_the_model_does(draft: Any, model: Any) -> None:
             assert torch.equal(model.generate(row, **options, **stop, draft=draft), expected)
 
 
-def test_a_draft_that_samples_refuses_stop_strings(model: Any) -> None:
+def test_a_sampling_draft_rejects_stop_strings(model: Any) -> None:
     options = {"max_new_tokens": 4, "do_sample": True, "stop_strings": ["w3"], "tokenizer": words()}
     with refuses("unavailable", match="several sampled tokens"):
         model.generate(prompts()[0][None], **options, draft=None)
 
 
-def test_an_assistant_refuses_stop_strings(model: Any) -> None:
+def test_an_assistant_rejects_stop_strings(model: Any) -> None:
     options = {**PLAIN, "stop_strings": ["w3"], "tokenizer": words()}
     with refuses("unavailable", match="has no tokenizer there"):
         model.generate(prompts()[0][None], **options, assistant_model=adapted("llama"))
 
 
-def test_a_draft_is_as_long_as_the_call_asks_for() -> None:
+def test_a_draft_has_the_requested_length() -> None:
     model = over(compiled("llama"))
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "draft": "default"}
     for count in (1, 4):
