@@ -28,8 +28,12 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
     Raises:
         CaptureError: something that the model holds cannot be copied.
     """
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    shared: list[object] = [value for value in attributes if isinstance(value, Tensor | torch.Generator)]
+    shared: list[object] = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor | torch.Generator)
+    ]
     if share_buffers:
         shared.extend(model.buffers())
     memo = {id(value): value for value in shared}

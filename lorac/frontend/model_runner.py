@@ -147,9 +147,10 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
     Args:
         model: its devices are those whose states are restored.
     """
-    attributes = (value for module in model.modules() for value in vars(module).values())
     # By class, since torch makes isinstance run Python code.
-    generators = [value for value in attributes if torch.Generator in type(value).__mro__]
+    generators: list[torch.Generator] = [
+        value for module in model.modules() for value in vars(module).values() if torch.Generator in type(value).__mro__
+    ]
     states = [generator.get_state() for generator in generators]
     numbers, python = np.random.get_state(), random.getstate()
     try:
@@ -194,11 +195,11 @@ class _WeightWriteDetector(WatchingMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         given = kwargs or {}
-        addresses = (_get_storage_address(tensor) or 0 for tensor in find_written_tensors(func, args, given))
-        names = [self._weights[address] for address in addresses if address in self._weights]
-        if names:
-            self._name = self._name or names[0]
-            self.raise_if_refused()
+        for tensor in find_written_tensors(func, args, given):
+            name = self._weights.get(_get_storage_address(tensor) or 0)
+            if name is not None:
+                self._name = self._name or name
+                self.raise_if_refused()
         return func(*args, **given)
 
     def raise_if_refused(self) -> None:

@@ -223,8 +223,8 @@ def _find_quantised_weights(module: nn.Module) -> Iterator[tuple[str, QuantisedO
 
 def _find_bitsandbytes_kind(module: nn.Module) -> str | None:
     """Return the class of bitsandbytes that a module's class is, or derives from."""
-    classes = (cls.__name__ for cls in type(module).__mro__)
-    return next((name for name in classes if name in {_LINEAR_8_BIT, _LINEAR_4_BIT}), None)
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return next(filter({_LINEAR_8_BIT, _LINEAR_4_BIT}.__contains__, names), None)
 
 
 @torch.no_grad()

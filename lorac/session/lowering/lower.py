@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from lorac.errors import CaptureError, ChoiceError, Unavailable
+from lorac.errors import ChoiceError, CompileError, Unavailable
 from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
@@ -98,7 +98,7 @@ def _capture_component(session: Session, name: str, host: Host) -> Graph:
             grows=session.options.uses_cache,
             observe=_history(session).record,
         )
-    except CaptureError:
+    except CompileError:
         check_runnable(host, inputs)
         raise
 
