@@ -114,11 +114,6 @@ class ChoiceStates:
                 state = self._keep(self.new(choice, prepared))
         return state
 
-    def _may_be_apart(self, state: ChoiceState) -> bool:
-        """Return whether all slots that a choice fills have places."""
-        graphs = self._engine.interfaces
-        return bool(graphs) and not any(self._engine.why_apart(state.snapshot, graph) for graph in graphs)
-
     def _find(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
         """Return the state of a choice if it is kept."""
         kept = self._kept.get(choice)
@@ -164,8 +159,9 @@ class ChoiceStates:
         self._in_use.pop(choice, None)
         if state is None or entry is None or base is None or state.entries != (entry,):
             return
-        name = choice[0][0]
-        if self._images.find(name, entry) is not None or not self._may_be_apart(state):
+        name, engine = choice[0][0], self._engine
+        shares = any(engine.why_apart(state.snapshot, graph) for graph in engine.interfaces)
+        if self._images.find(name, entry) is not None or not engine.interfaces or shares:
             return
         assert state.bound is not None
         assert base.bound is not None

@@ -99,7 +99,11 @@ def collect_traits(model: nn.Module) -> dict[str, ModelTraits]:
 
 def _component_traits(model: nn.Module) -> ModelTraits:
     tensors = [*model.parameters(), *model.buffers()]
-    generation = _generation_settings(model)
+    can_generate, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
+    generation = None
+    if callable(can_generate) and can_generate() and config is not None:
+        entries = config.to_dict().items()
+        generation = {name: value for name, value in entries if value is not None and name != "transformers_version"}
     return ModelTraits(
         config=getattr(model, "config", None),
         dtype=next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype()),
@@ -121,14 +125,6 @@ def _config_entries(config: object) -> dict[str, object] | None:
 
 def _to_json(entries: JsonMapping | None) -> object:
     return json.loads(json.dumps(entries, default=lambda _: None))
-
-
-def _generation_settings(model: nn.Module) -> dict[str, object] | None:
-    can_generate, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
-    if not callable(can_generate) or not can_generate() or config is None:
-        return None
-    entries = config.to_dict().items()
-    return {name: value for name, value in entries if value is not None and name != "transformers_version"}
 
 
 def _custom_generation(model: nn.Module) -> CustomGeneration | None:

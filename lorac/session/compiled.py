@@ -76,17 +76,18 @@ class Compiled:
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
-        return self.call(MAIN_GRAPH, args, kwargs, adapters)
+        return self.call(MAIN_GRAPH, Call(args, kwargs), adapters)
 
-    def call(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Any = UNSET) -> Any:
+    def call(self, graph: str, call: Call, adapters: Any = UNSET) -> Any:
         """Run a graph once, with the active adapters or with a choice for this call, or one for each row."""
-        for name, value in kwargs.items():
+        for name, value in call.kwargs.items():
             if name.endswith("attention_kwargs") and isinstance(value, Mapping) and "scale" in value:
                 raise strength_in_call(name)
         interface, kept = self.engine.interfaces.get(graph), list[object]()
         if interface is None:
             check_component(graph, self.traits)
-        call = Call(args, kwargs) if interface is None else interface.bind(args, kwargs)
+        else:
+            call = interface.bind(call.args, call.kwargs)
         if self.input_dtypes:  # timesteps are kept, which in half precision would be others
             if interface is not None:
                 kept = [call.kwargs[name] for name in interface.row_numbers if name in call.kwargs]

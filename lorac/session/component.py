@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from lorac.errors import Unavailable
 from lorac.frontend.components import get_graph_scope
 from lorac.frontend.skeleton import build_skeleton
+from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET
 from lorac.runtime.traits import ModelTraits
 from lorac.session.presentation import unknown_attribute
@@ -25,7 +26,7 @@ class ComponentHost(Protocol):
     engine: Engine
     session: Session
 
-    def call(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Any) -> Any:
+    def call(self, graph: str, call: Call, adapters: Any) -> Any:
         """Run a graph once."""
 
     def generate(self, inputs: Any, **options: Any) -> Any:
@@ -50,7 +51,7 @@ class Component:
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does."""
-        return self._compiled.call(self._name, args, kwargs, adapters)
+        return self._compiled.call(self._name, Call(args, kwargs), adapters)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """Continue prompts as ``Compiled.generate`` does."""

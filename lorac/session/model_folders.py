@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -78,20 +77,15 @@ def _make_model(folder: Path, make: Callable[[ModelClass], object]) -> nn.Module
     from torch import nn
 
     cls = _find_model_class(folder, read_model_config(folder))
-    with _translate_errors(folder), suppress_third_party_output(), hide_progress_bars():
-        model = make(cls)
+    try:
+        with suppress_third_party_output(), hide_progress_bars():
+            model = make(cls)
+    except Exception as error:  # a damaged folder may make the libraries raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise OptionError(f"'{folder}' cannot be loaded: {reason}", next_step=MODEL_HELP) from error
     if not isinstance(model, nn.Module):
         raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
     return model.eval()
-
-
-@contextmanager
-def _translate_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a damaged folder may make the libraries raise anything
-        what = f"{type(error).__name__}: {error}"
-        raise OptionError(f"'{folder}' cannot be loaded: {what}", next_step=MODEL_HELP) from error
 
 
 def _find_model_class(folder: Path, config: JsonMapping) -> ModelClass:

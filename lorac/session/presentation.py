@@ -1,7 +1,6 @@
 """How a compiled model presents itself: its summary, its explanation, and the names that it offers."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -14,11 +13,10 @@ from lorac.ir.slots.choice import Active, choice_strengths, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice
 from lorac.report.dump import short_dtype
 from lorac.report.explain import AdapterRow, Explanation, ProgramRow
-from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant
+from lorac.report.terms import UNUSED, describe_terms, describe_variant
 from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.session import Session
-from lorac.variants.adapter import Adapter
 
 INTERFACE = (
     "active",
@@ -48,19 +46,16 @@ _LISTED_ADAPTERS = 4
 def describe_compiled(cls: str, session: Session, switch: ChoiceSwitch) -> str:
     """Return a summary of a few lines: target, mode, sites, adapters, and the active choice."""
     touched = sum(not plan.empty for plan in session.plans.values())
+    adapters = [f"{n} ({describe_variant(adapter.variant)})" for n, adapter in switch.pool.adapters.items()]
+    more = len(adapters) - _LISTED_ADAPTERS
+    listed = ", ".join([*adapters[:_LISTED_ADAPTERS], *([f"{more} more"] if more > 0 else [])])
     lines = (
         f"<{cls} for {switch.engine.target}, {switch.mode}",
         f"  sites: {touched} with slots, of {len(session.sites)}",
-        f"  adapters: {_describe_adapters(switch.pool.adapters)}",
+        f"  adapters: {listed or 'none'}",
         f"  active: {describe_choice(switch.choice)}>",
     )
     return escape_controls("\n".join(lines))
-
-
-def _describe_adapters(adapters: Mapping[str, Adapter]) -> str:
-    listed = [f"{name} ({describe_variant(adapter.variant)})" for name, adapter in adapters.items()]
-    more = len(listed) - _LISTED_ADAPTERS
-    return ", ".join([*listed[:_LISTED_ADAPTERS], *([f"{more} more"] if more > 0 else [])]) or "none"
 
 
 def unknown_attribute(compiled: object, name: str) -> AttributeError:
@@ -95,16 +90,18 @@ def explain(
         if row.site in unused:  # it has no slot
             swap = "none: no output depends on it"
             rows[index] = replace(row, state=UNUSED, slots=(), swap=swap, reasons=())
-    apart = _why_apart(session, switch)
+    adapters, strengths, apart = [], choice_strengths(switch.choice), _why_apart(session, switch)
+    for name, adapter in switch.pool.adapters.items():
+        own = [row for row in rows if row.adapter == name]
+        states, nbytes = dict(Counter(row.state for row in own)), sum(row.nbytes for row in own)
+        method, strength = describe_variant(adapter.variant), strengths.get(name, 0.0)
+        adapters.append(AdapterRow(name, method, states, nbytes, strength, apart.get(name, "")))
     adaptable = [path for path, s in session.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
     return Explanation(
         target=switch.engine.target,
         mode=switch.mode,
         active=describe_choice(switch.choice),
-        adapters=tuple(
-            replace(_adapter_row(n, a, rows, choice_strengths(switch.choice)), apart=apart.get(n, ""))
-            for n, a in switch.pool.adapters.items()
-        ),
+        adapters=tuple(adapters),
         terms=tuple(rows),
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
@@ -148,10 +145,3 @@ def _program_row(name: str, interface: Interface) -> ProgramRow:
         sizes=sizes.notable,
         notes=interface.notes,
     )
-
-
-def _adapter_row(name: str, adapter: Adapter, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
-    own = [row for row in rows if row.adapter == name]
-    states = Counter(row.state for row in own)
-    nbytes = sum(row.nbytes for row in own)
-    return AdapterRow(name, describe_variant(adapter.variant), dict(states), nbytes, strengths.get(name, 0.0))

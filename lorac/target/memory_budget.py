@@ -279,18 +279,14 @@ class MemoryBudget:
 
     def _settle(self) -> None:
         """Subtract the blocks of charges that are gone."""
-        if self._half_changed:
-            self._count_anew()
+        if self._half_changed:  # by an interrupt: sum the blocks of all charges that are not gone
+            self._blocks.clear()
+            self._used = 0
+            self._charges = {key: counted for key, counted in tuple(self._charges.items()) if counted() is not None}
+            for counted in tuple(self._charges.values()):
+                self._add(counted.blocks)
         while self._released:
             self._half_changed = True
             gone = self._charges.pop(id(self._released.popleft()), None)
             self._subtract(() if gone is None else gone.blocks)
             self._half_changed = False
-
-    def _count_anew(self) -> None:
-        """Sum the blocks of all charges that are not gone."""
-        self._blocks.clear()
-        self._used = 0
-        self._charges = {key: counted for key, counted in tuple(self._charges.items()) if counted() is not None}
-        for counted in tuple(self._charges.values()):
-            self._add(counted.blocks)

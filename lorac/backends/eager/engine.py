@@ -411,12 +411,12 @@ class EagerProgram(BoundProgram):
         engine, active = self.engine, self.active
         module, call = engine.components[graph], engine.make_call(active)
 
-        def before(called: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        def before(called: nn.Module, *given: Any) -> None:
             own = engine.running_call() is call  # else it is in a pass before it, or in a call of another thread
             if own and called is module:
-                engine.prepare(call, graph, Call(args, kwargs))
+                engine.prepare(call, graph, Call(*given))
             elif own and not call.rows:
-                call.rows = engine.alignment.count_rows(engine.module, called, active.touched, Call(args, kwargs))
+                call.rows = engine.alignment.count_rows(engine.module, called, active.touched, Call(*given))
 
         prepared = [module] if active.needs_preparation or active.places else []
         with engine.observing(graph, active), ExitStack() as stack:

@@ -202,10 +202,17 @@ class Interface:
             )
         if name == RETURN_DICT and self._fixed[name] and value is False:
             return
-        if to_json_value(value) != self._fixed[name]:
-            required = name in self._required
-            step = "compile with it in example_inputs=" if required else f"leave it out; {_advise_other_value(name)}"
-            raise self._mismatch(name, f"take {name}={short(to_json_value(value))}", step)
+        if to_json_value(value) == self._fixed[name]:
+            return
+        if name in self._required:
+            step = "compile with it in example_inputs="
+        elif name in CAPTURE_CONFIG:
+            step = "leave it out; a program keeps no cache, target='eager' runs the model with its own"
+        elif name in OUTPUT_SWITCHES:
+            step = f"leave it out; model.config.{name}, set before compiling, is what the program does"
+        else:
+            step = "leave it out; target='eager' runs the model itself, with any value"
+        raise self._mismatch(name, f"take {name}={short(to_json_value(value))}", step)
 
     def _mismatch(self, name: str, what: str, next_step: str) -> InputMismatch:
         return InputMismatch(
@@ -380,14 +387,6 @@ def _check_ids(name: str, value: object, count: int) -> None:
 
 def _as_tuple(output: object) -> object:
     return tuple(value for value in output.values() if value is not None) if isinstance(output, Mapping) else output
-
-
-def _advise_other_value(name: str) -> str:
-    if name in CAPTURE_CONFIG:
-        return "a program keeps no cache, target='eager' runs the model with its own"
-    if name in OUTPUT_SWITCHES:
-        return f"model.config.{name}, set before compiling, is what the program does"
-    return "target='eager' runs the model itself, with any value"
 
 
 def program_input_name(argument: str) -> str:

@@ -225,15 +225,12 @@ def _spec_to_json(spec: pytree.TreeSpec) -> object:
     if names is None:
         return {"type": "tuple", "children": children}
     named = {"type": "mapping", "names": names, "children": children}
-    cls, fields = _class_of(spec)
-    return {**named, "class": cls, "fields": fields} if _ALLOWED.fullmatch(cls) else named
-
-
-def _class_of(spec: pytree.TreeSpec) -> tuple[str, list[str]]:
     if spec.type is _StoredOutputClass:
-        return spec.context[0].path, list(spec.context[0].fields)
-    fields = dataclasses.fields(spec.type) if dataclasses.is_dataclass(spec.type) else ()
-    return f"{spec.type.__module__}.{spec.type.__qualname__}", [field.name for field in fields]
+        path, fields = spec.context[0].path, list(spec.context[0].fields)
+    else:
+        path = f"{spec.type.__module__}.{spec.type.__qualname__}"
+        fields = [field.name for field in dataclasses.fields(spec.type)] if dataclasses.is_dataclass(spec.type) else []
+    return {**named, "class": path, "fields": fields} if _ALLOWED.fullmatch(path) else named
 
 
 def _spec_from_json(stored: Any) -> pytree.TreeSpec:
