@@ -56,7 +56,8 @@ class Session:
         base = BaseReader(lambda site: read_weight(site, host.module), lambda site: read_bias(site, host.module))
         preparer = Preparer(ModelView.of(host.module).sites, base)
         pool = AdapterPool(preparer, trains=not backend.emits)
-        reads = LayerReads(lambda: {name: prepared.paths for name, prepared in pool.items()})
+        # An adapter on disk is not read for this: it may be damaged, and the call be another's.
+        reads = LayerReads(lambda: {name: pool[name].paths for name in pool.adapters})
         return cls(host=host, backend=backend, options=options, mode=mode, preparer=preparer, pool=pool, reads=reads)
 
     @property

@@ -100,6 +100,16 @@ def test_on_target_eager(mode: str, folder: Path, in_memory: Any) -> None:
     assert_close(answer(eager), answer(in_memory, adapters="n1"))
 
 
+def test_a_call_reads_no_other_registered_adapter(folder: Path, tmp_path: Path) -> None:
+    for one in folder.iterdir():
+        shutil.copytree(one, tmp_path / one.name) if one.is_dir() else shutil.copy(one, tmp_path)
+    compiled = build([], "eager", reserve=ROOM)
+    compiled.register(tmp_path)
+    (tmp_path / "n0.safetensors").write_bytes(b"")
+    answer(compiled, adapters="n1")
+    assert compiled.pool.resident == ["n1"]
+
+
 def test_a_registered_adapter_takes_no_gradients(folder: Path) -> None:
     eager = build([], "eager", reserve=ROOM)
     eager.register(folder)
