@@ -166,6 +166,12 @@ def _settled(w: World, said: str) -> None:
     w.program.swap(None)
 
 
+def _removed(w: World) -> Any:
+    compiled = w.compile({"sql": lora(), "gone": lora()})
+    compiled.remove_adapter("gone")
+    return compiled
+
+
 COMPILING = [
     Mistake("a target that is misspelt", lambda w: w.compile({"a": lora(targets=["q_prj"])}), sites),
     Mistake("no targets at all", lambda w: w.compile({"a": lora(targets=[])}), sites),
@@ -182,6 +188,7 @@ COMPILING = [
         lambda w, said: w.compile({"a": lorac.AdapterTune(targets="all-blocks")}),
     ),
     Mistake("a rank as text", lambda w: lora(r="8")),
+    Mistake("half a rank", lambda w: lora(r=2.5)),
     Mistake("no alpha", lambda w: lora(alpha=None)),
     Mistake("weights in bits that nothing takes", lambda w: w.compile(target="onnxruntime", weights="int3")),
     Mistake(
@@ -216,7 +223,11 @@ COMPILING = [
         lambda w, said: w.quantised(mode="baked"),
     ),
     Mistake("one extra output as text", lambda w: w.compile({"a": lorac.MeteoRA(targets=["q_proj"])}, aux="router")),
+    Mistake(
+        "an extra output that is misspelt", lambda w: w.compile({"a": lorac.MeteoRA(targets=["q_proj"])}, aux=["routr"])
+    ),
     Mistake("no model", lambda w: lorac.compile({})),
+    Mistake("a component with a dot in its name", lambda w: lorac.compile({"text.encoder": w.model})),
     Mistake(
         "a path of no adapter",
         lambda w: w.compile({"a": w.path("sq")}),
@@ -227,6 +238,7 @@ COMPILING = [
     Mistake("a model's folder as an adapter", lambda w: w.compile({"a": w.path("base")})),
     Mistake("a file that was cut off", lambda w: w.compile({"a": w.path("cut")})),
     Mistake("an adapter of a larger model", lambda w: lorac.compile(Tiny(32), {"a": w.path("sql")})),
+    Mistake("an adapter of another base", lambda w: lorac.compile(Tiny(seed=1), {"a": w.path("sql")})),
     Mistake(
         "an adapter of another kind of model",
         lambda w: lorac.compile(nn.Sequential(nn.Linear(3, 4)), {"a": w.path("sql")}),
@@ -268,11 +280,16 @@ INPUTS = [
         lambda w: w.again(target="onnxruntime"),
         lambda w, said: w.call(w.program),  # which was made with them
     ),
+    Mistake(
+        "example inputs of another name",
+        lambda w: w.again(target="onnxruntime", example_inputs={**w.inputs, "idx": w.inputs["ids"]}),
+    ),
     Mistake("example inputs that lack one", lambda w: w.again(target="onnxruntime", example_inputs=w.inputs["ids"])),
     Mistake(
         "example ids with fractions",
         lambda w: w.again(target="onnxruntime", example_inputs={**w.inputs, "ids": w.inputs["ids"].float()}),
     ),
+    Mistake("example inputs as lists", lambda w: w.again(target="onnxruntime", example_inputs=[[1, 2], [3, 4]])),
     Mistake(
         "dynamic shapes of another name",
         lambda w: w.captured(example_inputs=w.inputs, dynamic_shapes={"idx": {0: Dim.AUTO}}),
@@ -290,12 +307,16 @@ INPUTS = [
         lambda w: w.call(w.program, adapter="sql"),
         lambda w, said: w.call(w.program, adapters="sql"),
     ),
+    Mistake("an input twice", lambda w: w.program(w.inputs["ids"], ids=w.inputs["ids"])),
+    Mistake("one input too many", lambda w: w.program(*w.inputs.values(), None, 1.0, 1.0)),
     Mistake("ids with fractions", lambda w: w.call(w.program, ids=w.inputs["ids"].float())),
     Mistake(
         "text for ids",
         lambda w: w.call(w.program, ids=[["a"] * 5] * 2),
         lambda w, said: w.call(w.program, ids=w.inputs["ids"].numpy()),
     ),
+    Mistake("an id that the embedding lacks", lambda w: w.call(w.program, ids=w.inputs["ids"] + 9)),
+    Mistake("one row without its batch", lambda w: w.call(w.program, ids=w.inputs["ids"][0], mask=w.inputs["mask"][0])),
     Mistake(
         "an argument that was captured with another value",
         lambda w: w.call(w.program, scale=2.0),
@@ -308,6 +329,11 @@ RUNNING = [
         "a swap to a name that is misspelt",
         lambda w: w.eager.swap("sqll"),
         lambda w, said: w.again().add_adapter(lora(), name="sqll"),
+    ),
+    Mistake(
+        "a swap to an adapter that was removed",
+        lambda w: _removed(w).swap("gone"),
+        lambda w, said: _removed(w).add_adapter(lora(), name="gone"),
     ),
     Mistake("a strength as text", lambda w: w.eager.swap({"sql": "0.7"})),
     Mistake("a strength that is no number", lambda w: w.eager.swap({"sql": NAN})),
@@ -376,6 +402,10 @@ RUNNING = [
         "adding a router",
         lambda w: w.eager.add_adapter(lorac.MeteoRA(r=1, targets=["q_proj"]), "x"),
         lambda w, said: w.compile({"x": lorac.MeteoRA(r=1, targets=["q_proj"])}),
+    ),
+    Mistake(
+        "adding an adapter of another base",
+        lambda w: lorac.compile(Tiny(seed=1), {"a": lora()}).add_adapter(w.path("sql")),
     ),
     Mistake("a component of a single model", lambda w: w.eager["unet"], lambda w, said: w.call(w.eager)),
     Mistake(

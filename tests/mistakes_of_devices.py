@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lorac
 from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 from tests.mistakes import Mistake, World
 
@@ -22,6 +23,11 @@ DEVICES = [
         "a GPU where ONNX Runtime is built for the CPU",
         lambda w: _program(w, device="cuda"),
         lambda w, said: _program(w, device="cpu"),
+    ),
+    Mistake(
+        "a GPU for what was saved, where ONNX Runtime is built for the CPU",
+        lambda w: lorac.load(w.path("compiled"), device="cuda:1"),
+        lambda w, said: lorac.load(w.path("compiled"), device="cpu"),
     ),
     Mistake(
         "a GPU, and the provider of the CPU",

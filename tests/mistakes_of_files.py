@@ -35,6 +35,11 @@ FILES = [
         lambda w, said: lorac.load(w.path("compiled")),
     ),
     Mistake(
+        "a compiled model given as an adapter",
+        lambda w: w.compile({"a": w.path("compiled")}),
+        lambda w, said: lorac.load(w.path("compiled")),
+    ),
+    Mistake(
         "loading where nothing is",
         lambda w: lorac.load(w.path("compild")),
         lambda w, said: lorac.load(w.path("compiled")),
@@ -91,6 +96,10 @@ FILES = [
             lorac.save_adapter(w.eager.adapters["sql"], _fresh_at(w, "with_model"), model=w.model),
             lorac.save_adapter(w.eager.adapters["sql"], _fresh_at(w, "file"), format="native"),
         ),
+    ),
+    Mistake(
+        "saving a file over a folder",
+        lambda w: lorac.save_adapter(w.eager.adapters["sql"], w.path("sql"), format="native"),
     ),
     Mistake(
         "saving a model as an adapter",

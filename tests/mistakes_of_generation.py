@@ -64,11 +64,17 @@ GENERATING = [
     ),
     Mistake("text of a program without a cache", _uncached, _says("cache=True for target='onnxruntime'")),
     Mistake("no prompt", lambda w: cached(input_ids=None), lambda w, said: cached()),
+    Mistake("prompts without a token", lambda w: cached(input_ids=torch.zeros(2, 0).long(), attention_mask=None)),
     Mistake(
         "a row that is all padding",
         lambda w: cached(attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])),
     ),
     Mistake("a mask of another length", lambda w: cached(attention_mask=torch.ones(2, 4))),
+    Mistake(
+        "ids as lists",
+        lambda w: cached(input_ids=[[3, 4], [5, 6]], attention_mask=None),
+        lambda w, said: cached(input_ids=torch.tensor([[3, 4], [5, 6]]), attention_mask=None),
+    ),
     Mistake(
         "text as a prompt",
         lambda w: hosted(input_ids="Once upon a time", attention_mask=None),
@@ -81,6 +87,7 @@ GENERATING = [
         lambda w, said: cached(max_new_tokens=LIMIT + 1 - 5) if "max_new_tokens=12 or less" in said else 1 / 0,
     ),
     Mistake("an option that is misspelt", lambda w: cached(max_new_token=3)),
+    Mistake("another library's option", lambda w: hosted(max_tokens=3)),
     Mistake("a text as a stop criterion", lambda w: cached(stopping_criteria=["."]), lambda w, said: cached()),
     Mistake(
         "texts that end it, without a tokenizer",
@@ -89,6 +96,7 @@ GENERATING = [
     ),
     Mistake("a number of beams that is none", lambda w: cached(num_beams=-1)),
     Mistake("a prompt in pieces of less than a token", lambda w: cached(prefill_chunk_size=-1)),
+    Mistake("a prompt in pieces of half a token", lambda w: hosted(prefill_chunk_size=1.5)),
     Mistake("an end as text", lambda w: cached(eos_token_id="</s>")),
     Mistake("a configuration as a dict", lambda w: cached(generation_config={"max_new_tokens": 2})),
     Mistake("a function as a streamer", lambda w: cached(streamer=print)),
@@ -108,11 +116,17 @@ GENERATING = [
     Mistake("a mask as ids", lambda w: cached(input_ids=torch.ones(2, 5).bool()), lambda w, said: cached()),
     Mistake("no prompt for the host", lambda w: compiled("llama").generate(max_new_tokens=2), _says("no prompt")),
     Mistake(
+        "one row without a batch",
+        lambda w: hosted(input_ids=torch.tensor([3, 4]), attention_mask=None),
+        lambda w, said: hosted(input_ids=torch.tensor([[3, 4]]), attention_mask=None),
+    ),
+    Mistake(
         "a prompt that is longer than there are positions for",
         lambda w: cached(input_ids=torch.full((2, LIMIT + 2), 5), attention_mask=None),
         lambda w, said: cached(input_ids=torch.full((2, LIMIT), 5), attention_mask=None, max_new_tokens=1),
     ),
     Mistake("a seed of many bits", lambda w: cached(do_sample=True, seed=1 << 70)),
+    Mistake("fewer choices than prompts", lambda w: cached(adapters=["default"])),
     Mistake("a choice of nobody's for a row", lambda w: cached(adapters=["default", "sql"]), lambda w, said: cached()),
     Mistake("fewer seeds than prompts", lambda w: cached(do_sample=True, seed=[1])),
     Mistake("a seed as text", lambda w: hosted(do_sample=True, seed="7")),

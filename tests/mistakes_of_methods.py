@@ -14,14 +14,22 @@ from lorac.analysis.entanglement import internal_entropy
 from lorac.testing import conformance
 from lorac.training import (
     ALLoRA,
+    AlternatingFactors,
+    AltLoRA,
     GaLoreAdamW,
+    LoRAPlus,
+    LoRAPro,
     NestedRanks,
     Preconditioned,
     ReLoRA,
+    Squeeze,
     galore_groups,
     gate_loss,
+    gate_penalty,
+    leave_one_out,
     rank_stages,
     reduce_rank,
+    thresholds,
 )
 from tests.mistakes import Mistake, Tiny, World, lora
 
@@ -69,6 +77,19 @@ def _both(w: World, into: Any) -> tuple[Any, Any]:
     """A LoRA of rank 2 next to what is to take its sum."""
     compiled = w.compile({"a": lora(), "sum": into}, active={"a": 1.0, "sum": 1.0})
     return compiled, torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
+
+
+def _one_factor(w: World) -> tuple[Any, Any]:
+    compiled, optimizer = _trained(w, lora())
+    compiled.adapters["a"].tensors[next(iter(compiled.adapters["a"].tensors))]["lora_A"].requires_grad_(False)
+    return compiled, optimizer
+
+
+def _exchanged(w: World) -> None:
+    compiled, optimizer = _trained(w, lora())
+    LoRAPro(compiled, optimizer)
+    compiled.remove_adapter("a")
+    optimizer.step()
 
 
 def _nested(w: World, **rest: Any) -> None:
@@ -173,11 +194,27 @@ TRAINING = [
         lambda w: _nested(w, ranks=[3]),
         lambda w, said: (_nested(w, ranks=[1, 2]), _nested(w, ranks=None)),
     ),
+    Mistake("thresholds that fall", lambda w: thresholds(2.0, 1.0, 3)),
+    Mistake("a spacing that there is not", lambda w: thresholds(0.0, 1.0, 3, "log")),
+    Mistake(
+        "a geometric spacing from 0",
+        lambda w: thresholds(0.0, 1.0, 3, "exp_linear"),
+        lambda w, said: thresholds(first=0.1, last=1.0, count=3, spacing="exp_linear"),
+    ),
+    Mistake(
+        "moments twice",
+        lambda w: AltLoRA((made := _trained(w, lora()))[0], torch.optim.AdamW(made[1].param_groups)),
+    ),
+    Mistake("a factor without the other", lambda w: LoRAPro(*_one_factor(w))),
+    Mistake("a damping below 0", lambda w: LoRAPro(*_trained(w, lora()), damping=-1.0)),
+    Mistake("a rule over what is gone", _exchanged),
+    Mistake("a factor that there is not", lambda w: AlternatingFactors(first="C")),
     Mistake(
         "ALLoRA with a scale",
         lambda w: ALLoRA(*_trained(w, lorac.LoRA(r=2, alpha=4, **QUERY))),
         lambda w, said: ALLoRA(*_trained(w, lorac.LoRA(r=2, alpha=2, **QUERY))).remove(),
     ),
+    Mistake("a ratio of 0", lambda w: LoRAPlus(*_trained(w, lora()), ratio=0.0)),
     Mistake(
         "restarts into nothing",
         lambda w: ReLoRA(*_trained(w, lora()), into="sum", every=2),
@@ -188,6 +225,7 @@ TRAINING = [
         lambda w: ReLoRA(*_both(w, lorac.LoRA(r=1, **QUERY)), into="sum", every=2),
         lambda w, said: ReLoRA(*_both(w, lorac.LoRA(r=8, **QUERY)), into="sum", every=2).remove(),
     ),
+    Mistake("stages that rise", lambda w: Squeeze(*_trained(w, lora()), stages=((1, 2), (2, 2)))),
     Mistake("stages without a step", lambda w: rank_stages(8, 1, 2)),
     Mistake(
         "squeezing to nothing",
@@ -200,6 +238,10 @@ TRAINING = [
         lambda w, said: w.compile({"a": lorac.Full(**QUERY)}),
     ),
     Mistake(
+        "a side that there is not",
+        lambda w: GaLoreAdamW([{"params": [nn.Parameter(torch.ones(2, 2))], "rank": 1, "proj_type": "up"}]),
+    ),
+    Mistake(
         "vectors projected",
         lambda w: GaLoreAdamW([{"params": [nn.Parameter(torch.ones(2))], "rank": 1}]),
         lambda w, said: GaLoreAdamW([{"params": [nn.Parameter(torch.ones(2))]}]),
@@ -208,6 +250,11 @@ TRAINING = [
         "a gate's loss without its logits",
         lambda w: gate_loss(w.compile({"a": lorac.MeteoRA(**QUERY)}), torch.tensor([0])),
         lambda w, said: w.compile({"a": lorac.MeteoRA(**QUERY)}, aux=["router"]),
+    ),
+    Mistake("one draw alone", lambda w: leave_one_out(torch.ones(1), torch.ones(1))),
+    Mistake("a regulariser below 0", lambda w: Preconditioned(*_trained(w, lora()), reg=-1.0)),
+    Mistake(
+        "a penalty without gates", lambda w: gate_penalty(w.compile({"a": lorac.SoRA(r=2, **QUERY)}, active=None), 0.1)
     ),
 ]
 

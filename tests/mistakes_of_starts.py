@@ -77,6 +77,10 @@ BEGINNING = [
         lambda w: loram.prune(nn.Sequential(nn.Linear(3, 3))),
     ),
     Mistake(
+        "a transfer without a tokenizer",
+        lambda w: transfer.answer_prompts(w.eager, ["a"], adapters="sql"),
+    ),
+    Mistake(
         "prompts that nobody accepts",
         lambda w: transfer.synthesise_prompts(
             lambda n, seed: ["a"] * n, lambda prompts: [False] * len(prompts), 2, tries=8

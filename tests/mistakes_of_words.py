@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 
 import lorac
-from tests.mistakes import Mistake, lora
+from tests.mistakes import Mistake, lora, sites
 
 WORDS = [
+    Mistake("another target's name", lambda w: w.compile(target="onnx"), lambda w, said: w.compile(target="eager")),
     Mistake("a target that does not exist", lambda w: w.compile(target="openvino")),
+    Mistake("a device as the target", lambda w: w.compile(target="cuda")),
     Mistake("another mode's name", lambda w: w.compile(mode="merged")),
     Mistake("an option that the target lacks", lambda w: w.compile(quantize=True)),
     Mistake("an option as text", lambda w: w.compile(self_test="no")),
+    Mistake("a name of another family's layers", lambda w: w.compile({"a": lora(targets=["c_attn"])}), sites),
     Mistake(
         "a target's abbreviation",
         lambda w: w.compile(target="ort"),
@@ -21,6 +24,11 @@ WORDS = [
         "a number as a choice's name",
         lambda w: w.eager.swap({5: 1}),
         lambda w, said: w.again().add_adapter(lora(), "5"),
+    ),
+    Mistake(
+        "removing nothing",
+        lambda w: w.eager.remove_adapter(None),
+        lambda w, said: w.again().add_adapter(lora(), name="other"),
     ),
     Mistake(
         "PEFT's method for another adapter",
@@ -40,5 +48,9 @@ WORDS = [
             lorac.load(w.path("copied")),
             w.eager.export(target="eager"),
         ),
+    ),
+    Mistake(
+        "labels in a program without them",
+        lambda w: w.call(w.program, labels=w.inputs["ids"]),
     ),
 ]
