@@ -90,7 +90,7 @@ def mixture(transposed=False):
         return model, torch.randn(2, 7, WIDTH)
 
 
-@pytest.mark.medium("what PEFT computes of them")
+@pytest.mark.medium("the comparison with PEFT")
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_experts_have_an_op_everywhere_and_the_host_keeps_its_own(mode):
@@ -178,7 +178,7 @@ def test_round_trips_through_peft(tmp_path):
     assert_parity(lorac.compile(model, {"a": tmp_path / "native"})(x), oracle(x=x), model(x))
 
 
-@pytest.mark.medium("what PEFT computes of them, and training of plain layers")
+@pytest.mark.medium("the comparison with PEFT, and training of plain layers")
 def test_experts_train_and_mix(tmp_path):
     model, x = mixture()
     fresh = lorac.LoRA(r=2, targets=(), parameters=("gate_up_proj", "down_proj", "gate.weight"))

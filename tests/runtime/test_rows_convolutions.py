@@ -110,7 +110,7 @@ def test_no_row_moves_anothers_bits(compiled: Any) -> None:
     assert not torch.equal(y[2], other[2])
 
 
-@pytest.mark.medium("backends/tensorrt/test_engine.py: what is above the fixed rank of a convolution")
+@pytest.mark.medium("backends/tensorrt/test_engine.py: a rank above that of a convolution")
 def test_tensorrt_explains_the_single_place_of_convolutions() -> None:
     host = Pixels().eval()
     eager = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["line"])})

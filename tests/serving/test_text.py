@@ -71,7 +71,7 @@ def test_prompts_are_continued_each_with_its_choice(client: openai.OpenAI, compi
     assert by_ids.choices[0].text == expected[0]
 
 
-@pytest.mark.medium("runtime/scheduling/test_scheduler.py: each answers as it does alone")
+@pytest.mark.medium("runtime/scheduling/test_scheduler.py: each request matches a single run")
 def test_requests_at_once(url: str, compiled: Any) -> None:
     async def ask(client: openai.AsyncOpenAI, seed: int) -> str | None:
         answer = await client.chat.completions.create(

@@ -127,7 +127,7 @@ def test_causal_and_the_base_off() -> None:
     assert not torch.equal(y[:, 5:], other[:, 5:])
 
 
-@pytest.mark.medium("variants/test_once.py: off, a program computes what the base does")
+@pytest.mark.medium("variants/test_once.py: an inactive program computes only the base")
 def test_costs_the_base_while_inactive(tmp_path: Path) -> None:
     emitted().save(tmp_path / "mixed")
     lorac.compile(model(), {}, target="onnxruntime").save(tmp_path / "base")

@@ -96,7 +96,7 @@ def test_each_request_matches_a_single_run(compiled: Any, scheduler: Scheduler) 
     assert scheduler.load == (0, 0)
 
 
-@pytest.mark.medium("what is drawn", keep=["options1"])
+@pytest.mark.medium("sampled tokens", keep=["options1"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -270,7 +270,7 @@ def test_a_closed_event_loop_frees_only_its_own_row(compiled: Any, scheduler: Sc
     assert list(left) != list(left) == []  # a second loop ends
 
 
-@pytest.mark.medium("what looks at logits", keep=["logits_processor"])
+@pytest.mark.medium("a failing processor of logits", keep=["logits_processor"])
 @pytest.mark.parametrize("fails", ["logits_processor", "stopping_criteria", "probabilities"])
 def test_a_failure_ends_only_its_own_request(fails: str, compiled: Any, scheduler: Scheduler) -> None:
     def fail(ids: torch.Tensor, scores: torch.Tensor, **rest: Any) -> torch.Tensor:
