@@ -1,4 +1,4 @@
-"""What every test gets: no network, a fixed seed, and a guard over the shared models."""
+"""The setting of every test: no network, a fixed seed, and a guard over the shared models."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Causal language models of many architectures, tiny and random: what a cache must be right for."""
+"""Causal language models of many architectures, tiny and random, for the tests of caches."""
 
 from __future__ import annotations
 

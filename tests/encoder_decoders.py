@@ -1,4 +1,4 @@
-"""Models with an encoder next to a decoder, tiny and random, with an adapter of PEFT's: what a cache is held to."""
+"""Models with an encoder next to a decoder, tiny and random, with an adapter of PEFT's, for the tests of caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a long run, and a journal of what passed, so that the run can be stopped and gone on with.
+"""Parts of a long run, and a journal of passed tests, so that the run can be stopped and resumed.
 
 ``pytest --part=3/8`` runs every eighth of the small groups of tests from the third on. ``--journal=FOLDER`` skips the
 tests that the journal of this commit says passed, adds what passes or fails now, and says at the end how far the whole

@@ -1,4 +1,4 @@
-"""Mistakes that are natural, each with what sets it right as the message says: rows of ``tests/test_mistakes.py``."""
+"""Natural mistakes, each with the correction that its message suggests: rows of ``tests/test_mistakes.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes with files and folders, each with what its answer suggests."""
+"""Mistakes with files and folders, each with the correction that its message suggests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes with single methods, with training and with what was compiled, as those of ``tests/mistakes.py``."""
+"""Mistakes with single methods, with training and with compiled models, as those of ``tests/mistakes.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Toy pipelines in tests: what they paint, and the layers that tests adapt."""
+"""Toy pipelines in tests: their pictures, and the layers that tests adapt."""
 
 from __future__ import annotations
 

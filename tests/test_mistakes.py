@@ -1,4 +1,4 @@
-"""What people do wrong is answered in words: a golden text shows them, and what a message suggests is run."""
+"""Mistakes are answered in words: a golden text shows the messages, and the suggested corrections are run."""
 
 import re
 

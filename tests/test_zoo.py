@@ -1,4 +1,4 @@
-"""The test models themselves: all build, run, and are what PEFT can adapt."""
+"""The test models themselves: all build, run, and can be adapted by PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fingerprint of the base: what changes it, and what does not."""
+"""The hash of the base: which changes alter it, and which do not."""
 
 from __future__ import annotations
 

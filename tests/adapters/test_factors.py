@@ -1,4 +1,4 @@
-"""An adapter as tensors: what is made of its factors is what its method's formula says, in NumPy."""
+"""An adapter as tensors: its factors give the result of its method's formula in NumPy."""
 
 from __future__ import annotations
 

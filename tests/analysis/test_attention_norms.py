@@ -1,4 +1,4 @@
-"""The norms of queries and keys: a case worked by hand, what an adapter adds, and that the model is left as it was."""
+"""The norms of queries and keys: a case worked by hand, the adapter's share, and an unchanged model."""
 
 import dataclasses
 import math

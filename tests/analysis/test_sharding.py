@@ -1,4 +1,4 @@
-"""Shards together compute what one device does, and what adapters add to their traffic depends on the rank alone.
+"""Shards together equal one device, and the traffic of adapters depends only on the rank.
 
 A block with adapters over several devices is simulated as S-LoRA shards it, arXiv 2311.03285, with what they send.
 """

@@ -1,4 +1,4 @@
-"""What the documentation names exists, what the code cites is there, and its tables are the code's."""
+"""Names in the documentation and citations in code exist, and the documentation's tables are the code's."""
 
 import importlib
 import re

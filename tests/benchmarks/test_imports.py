@@ -1,4 +1,4 @@
-"""Imports inside what is measured are counted by themselves: the outermost, and those that load something."""
+"""Imports during a measurement are counted apart: the outermost, and those that load something."""
 
 import importlib
 import sys

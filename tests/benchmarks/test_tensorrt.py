@@ -1,4 +1,4 @@
-"""What the benchmark of TensorRT times on a GPU, as far as it runs without one."""
+"""The tables of the benchmark of TensorRT, as far as they are made without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The campaign against files: in short, and that it finds what it looks for."""
+"""The campaign against files, in short; it finds the faults that it looks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The campaign of a scheduler, short: every kind of client comes, and what goes wrong is seen."""
+"""The campaign of a scheduler, in short: every kind of client comes, and faults are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak, short: every kind of operation happens, and none of them goes wrong; and what goes wrong is seen."""
+"""The soak, in short: every kind of operation happens without a fault, and planted faults are detected."""
 
 from __future__ import annotations
 

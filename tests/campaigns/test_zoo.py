@@ -1,4 +1,4 @@
-"""The zoo: models of many families through lorac, how any configuration is shrunk, and what the journal says."""
+"""The zoo: models of many families through lorac, shrunk configurations, and the journal's page."""
 
 from __future__ import annotations
 

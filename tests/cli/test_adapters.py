@@ -1,4 +1,4 @@
-"""Commands about adapters' files: ranks, dtypes, and what adapters do, in the words of the Python functions."""
+"""Commands about adapters' files: ranks, dtypes, and reports of adapters in the words of the Python functions."""
 
 import json
 import sys

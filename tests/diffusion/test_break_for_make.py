@@ -1,4 +1,4 @@
-"""Break-for-Make: which factor each loss teaches, what stays, what joining swaps, and the second stage."""
+"""Break-for-Make: the factor that each loss trains, the frozen one, joining, and the second stage."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""DECOR: its paper's formula by hand, what it does to a text encoder's rows, and its three places on all targets."""
+"""DECOR: its paper's formula by hand, its effect on a text encoder's rows, and its three places on all targets."""
 
 import functools
 import types

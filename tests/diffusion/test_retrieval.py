@@ -1,4 +1,4 @@
-"""AutoLoRA's retrieval: its loss by hand, what a vector of weights depends on, and adapters found unseen."""
+"""AutoLoRA's retrieval: its loss by hand, the weights that a vector depends on, and adapters found unseen."""
 
 import json
 import math

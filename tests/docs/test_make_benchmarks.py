@@ -1,4 +1,4 @@
-"""The page of benchmarks is made from runs, with what they were measured on."""
+"""The page of benchmarks is made from runs, with their machine and versions."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What PEFT checkpoints are made of in the end-to-end tests: model, configuration, and the outputs that count."""
+"""The PEFT checkpoints of the end-to-end tests: model, configuration, and the outputs that count."""
 
 from __future__ import annotations
 

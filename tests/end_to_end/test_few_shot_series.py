@@ -1,4 +1,4 @@
-"""LLMFew as the example builds it: the paper's shapes and what sees what, training, deployment."""
+"""LLMFew as the example builds it: the paper's shapes and masks, training, deployment."""
 
 from __future__ import annotations
 

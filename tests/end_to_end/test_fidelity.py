@@ -1,4 +1,4 @@
-"""The program is what the host computes (invariant 8) at every size that it takes, or it is refused."""
+"""The program equals the model (invariant 8) at every size that it accepts, or it is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SmolLM2 writes with PEFT's adapters: token for token what PEFT's own model writes, and by the same logits."""
+"""SmolLM2 with PEFT's adapters: the tokens of PEFT's own model, by the same logits."""
 
 from __future__ import annotations
 

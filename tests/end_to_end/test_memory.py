@@ -1,4 +1,4 @@
-"""A compiled model keeps no second copy of its host: dropping the host leaves what a plain session would take."""
+"""A compiled model keeps no second copy of its model: without the model it needs the memory of a plain session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model answers around its tensors, and what it calls its arguments: programs answer and are called alike."""
+"""Structures of outputs and names of arguments: programs return and are called as the model."""
 
 import dataclasses
 from collections import namedtuple

@@ -1,4 +1,4 @@
-"""``weights="int8"`` and ``"int4"``: adapters next to quantised weights, what is stored, and what is refused."""
+"""``weights="int8"`` and ``"int4"``: adapters next to quantised weights, the stored codes, and rejected options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SmolLM2 writes in a batch whose rows have adapters of several methods: what each row's adapter writes of it."""
+"""SmolLM2 with rows of several methods: each row's text is the text of its adapter alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plain script that shows every warning hears nothing from the libraries below: what they say, nobody can act on."""
+"""A plain script that shows every warning shows none of the libraries below."""
 
 import os
 import subprocess

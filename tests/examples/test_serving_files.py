@@ -1,4 +1,4 @@
-"""The files of examples/serving hold what they say: names that exist, steps that run."""
+"""The files of examples/serving: their names exist and their steps run."""
 
 from __future__ import annotations
 

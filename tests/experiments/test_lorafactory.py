@@ -1,4 +1,4 @@
-"""The sweep over all ways of training keeps what it has run, and the page of families holds every way once."""
+"""The sweep over all ways of training skips recorded runs, and the page of families lists every way once."""
 
 from __future__ import annotations
 

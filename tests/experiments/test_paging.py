@@ -1,4 +1,4 @@
-"""S-LoRA's pool, admission, prefetching and sharding by its equations, and what either allocator does with a trace."""
+"""S-LoRA's pool, admission, prefetching and sharding by its equations, and both allocators over a trace."""
 
 from __future__ import annotations
 

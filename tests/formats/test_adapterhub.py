@@ -1,4 +1,4 @@
-"""AdapterHub's folders: what its library wrote is read and answers what the library answered; and what is refused."""
+"""AdapterHub's folders: files of its library give its outputs, and others are rejected."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""AdapterHub's folders of what acts on layers' weights, and of unions: what is refused, and what lorac writes.
+"""AdapterHub's folders of methods on layers' weights and of unions: rejected ones, and those that lorac writes.
 
 That they answer what the library answered is in ``test_adapterhub.py``.
 """

@@ -1,4 +1,4 @@
-"""Authors' own files, written by hand in the layout of their code, against what their code computes."""
+"""Authors' own files, written by hand in the layout of their code, against the results of that code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's adapter files: what it reads and writes itself, and files whose offsets lie."""
+"""ONNX Runtime's adapter files: those that it reads and writes itself, and files with false offsets."""
 
 from __future__ import annotations
 

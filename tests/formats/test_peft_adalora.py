@@ -1,4 +1,4 @@
-"""peft_type ADALORA: files that PEFT pruned, and what PEFT makes of files that it did not write."""
+"""peft_type ADALORA: files that PEFT pruned, and PEFT's reading of files that it did not write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing adapters for PEFT, and refusing what PEFT cannot hold."""
+"""Writing adapters for PEFT, and rejecting adapters that PEFT cannot hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bad PEFT file raises a typed error that names what, where and the nearest valid choice."""
+"""A bad PEFT file raises a typed error that names the fault, its place and the nearest valid choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations and tensors of every PEFT type: what they become, and what is refused."""
+"""Configurations and tensors of every PEFT type: the adapters they become, and rejected ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QST's folders, as its authors' code writes them, against what that code computes."""
+"""QST's folders, as its authors' code writes them, against the results of that code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""X-LoRA's folders of PEFT and of the authors: what lies inside is all that is read, and PEFT reads what is written."""
+"""X-LoRA's folders of PEFT and of the authors: no file outside is read, and PEFT reads the saved ones."""
 
 from __future__ import annotations
 

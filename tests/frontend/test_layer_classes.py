@@ -1,4 +1,4 @@
-"""Layers of a class of their own: an adapter acts on the weight, below what the class adds, wherever it runs."""
+"""Layers of custom classes: an adapter acts on the weight, below the class's own ops, on every target."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A host is run on a copy: what it writes and draws leaves no trace in it or in the process."""
+"""A model is run on a copy: its writes and random draws leave no trace in it or in the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model adds to its stream, and which blocks it repeats, on models whose names say otherwise."""
+"""The residual stream of a model and its repeated blocks, on models with misleading names."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Skeletons: what stands for a model whose forward is gone has its sites, and its modules' names in files."""
+"""Skeletons: a model without its forward has the same sites, and the same names of modules in files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny host in float64, LoRAs on it, and what adapters add to its weights."""
+"""A tiny model in float64, LoRAs on it, and the changes of its weights by adapters."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Adapters merged into the folders of quantised models, whose float values come from what the libraries store."""
+"""Adapters merged into the folders of quantised models, whose float values come from the libraries' codes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LoRA-LEGO: what its paper and two implementations of it agree on."""
+"""LoRA-LEGO, as its paper and two implementations of it agree."""
 
 import math
 

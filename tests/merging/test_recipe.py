@@ -1,4 +1,4 @@
-"""Recipes in mergekit's words: what they mean, and what is refused in them."""
+"""Recipes in mergekit's terms: their meaning, and rejected ones."""
 
 import pytest
 import torch

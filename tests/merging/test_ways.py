@@ -1,4 +1,4 @@
-"""Equations of the papers on hand examples, and what they promise."""
+"""Equations of the papers on hand examples, and the properties that they promise."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``native=``: the op of lorac-native in compiled programs, and what there is without it."""
+"""``native=``: the op of lorac-native in compiled programs, and the errors without it."""
 
 from __future__ import annotations
 

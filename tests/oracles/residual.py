@@ -1,4 +1,4 @@
-"""A LoRA on what is left of W in NumPy."""
+"""A LoRA on the residual of W in NumPy."""
 
 import numpy as np
 

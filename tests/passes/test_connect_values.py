@@ -1,4 +1,4 @@
-"""Program values: what is refused, and what a base pass may not do."""
+"""Program values: rejected ones, and the limits of a base pass."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The pipeline: what each pass changes and skips, that it says so, where it may run, and what a second run does."""
+"""The pipeline: each pass's changes, reported skips and level, and a second run."""
 
 from __future__ import annotations
 

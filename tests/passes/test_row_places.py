@@ -1,4 +1,4 @@
-"""Slots with places: what rows compute with adapters of their own, and where all rows share a slot."""
+"""Slots with places: rows with their own adapters, and slots that all rows share."""
 
 from __future__ import annotations
 

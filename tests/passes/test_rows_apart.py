@@ -1,4 +1,4 @@
-"""Whether a branch runs for rows of their own: what torch.vmap does not batch does not."""
+"""Branches that torch.vmap does not batch do not run for rows with their own adapters."""
 
 from __future__ import annotations
 

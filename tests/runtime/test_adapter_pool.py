@@ -1,4 +1,4 @@
-"""Adding and removing at run time: what fits, what does not and what would admit it."""
+"""Adding and removing at run time: adapters that fit, and the reserve that admits the others."""
 
 import re
 from dataclasses import dataclass

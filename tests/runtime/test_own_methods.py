@@ -1,4 +1,4 @@
-"""A method of one's own is served where its class is not: its artifact holds what it comes to."""
+"""A method from outside is served where its class is unknown: its artifact holds its forms."""
 
 from __future__ import annotations
 

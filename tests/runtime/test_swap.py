@@ -1,4 +1,4 @@
-"""Swapping: after any history the bits of a fresh compile, and what a swap reports (invariants 1 and 7)."""
+"""Swapping: after any history the bits of a fresh compile, and the report of a swap (invariants 1 and 7)."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The page in a browser: what its reader does and sees."""
+"""The page in a browser, as its reader uses and sees it."""
 
 from __future__ import annotations
 

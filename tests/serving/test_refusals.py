@@ -1,4 +1,4 @@
-"""Wrong requests: each has a status and a sentence that names what is wrong."""
+"""Wrong requests: each has a status and a sentence that names the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's own client gets what ``generate`` answers."""
+"""OpenAI's own client gets the tokens of ``generate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and adapters as users give them: PEFT's objects are accepted, mistakes are refused with what to write."""
+"""Models and adapters as users give them: PEFT's objects are accepted, mistakes are rejected with a correction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file or folder changes in one step or not at all, and what others keep in it stays."""
+"""A file or folder changes in one step or not at all, and files of others in it stay."""
 
 from __future__ import annotations
 

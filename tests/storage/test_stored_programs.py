@@ -1,4 +1,4 @@
-"""Programs that anybody may have written: what they may call, name and ask for."""
+"""Programs from strangers: the ops they may call, the names they may use and the memory they may ask for."""
 
 from __future__ import annotations
 

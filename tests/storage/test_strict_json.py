@@ -1,4 +1,4 @@
-"""JSON that means one thing to everyone, or is refused; and what is refused is not written either."""
+"""JSON with one meaning for everyone, or an error, in reading and in writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes are counted once for as long as anything holds them, and what does not fit is refused without a trace."""
+"""Bytes are counted once for as long as anything holds them; a claim that does not fit leaves no trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of training share: a tokenizer, rows, arguments for the CPU, and a recipe of a few steps."""
+"""The parts that tests of training share: a tokenizer, rows, arguments for the CPU, and a recipe of a few steps."""
 
 import json
 

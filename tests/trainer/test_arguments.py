@@ -1,4 +1,4 @@
-"""Arguments of a recipe: each reaches the trainer by its own name, and does there what its library says."""
+"""Arguments of a recipe: each reaches the trainer by its own name, and has its library's effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of whole recipes: what they learn, write and go on from."""
+"""Runs of whole recipes: learning, saving and resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of ``AdapterTrainer`` is: the recipe's optimizer, rules and losses over Trainer's own."""
+"""A step of ``AdapterTrainer``: the recipe's optimizer, rules and losses over Trainer's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs from a recipe: what they write and leave as it was, and what each task learns."""
+"""Runs from a recipe: written files, an unchanged model, and the learning of each task."""
 
 import contextlib
 import copy

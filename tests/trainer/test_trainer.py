@@ -1,4 +1,4 @@
-"""Checkpoints of ``AdapterTrainer``: what it goes on from, and what it refuses."""
+"""Checkpoints of ``AdapterTrainer``: those that it resumes, and those that it rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balancing: the specification's values, what counts and how often, and loads that come to be even."""
+"""Balancing: the specification's values, the counted tokens, and loads that become even."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training writes on its way: the adapters and nothing of the base, to go on from and to be read elsewhere."""
+"""Checkpoints of a training: the adapters and nothing of the base, to resume and to be read elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method there is learns, found by listing: the loss falls, what should train changes, and nothing else does."""
+"""Every listed method learns: the loss falls, trainable tensors change, and nothing else does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of every rule: it resumes to the bit; micro-batches, recomputing, ``Trainer``, DDP change nothing."""
+"""Properties of every rule: it resumes bit for bit; micro-batches, recomputing, ``Trainer``, DDP change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GaLore: the specification's values by hand, subspaces and their sizes, the authors' release, and what comes of it."""
+"""GaLore: the specification's values by hand, subspaces and their sizes, the authors' release, and the adapter."""
 
 from __future__ import annotations
 

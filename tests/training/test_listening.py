@@ -1,4 +1,4 @@
-"""A rule may ask for what branches emit: every micro-batch once, whatever a checkpoint computes again."""
+"""A rule may read values that branches emit: every micro-batch once, however often a checkpoint recomputes it."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""LoRA-Pro: the specification's values by hand, what its closed forms are the best of, and AdamW's full form."""
+"""LoRA-Pro: the specification's values by hand, the optimality of its closed forms, and AdamW's full form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SoRA's rule: both proximal maps, gates that close, stay exactly closed and open again, and what pruning leaves."""
+"""SoRA's rule: both proximal maps, gates that close, stay exactly closed and open again, and the pruned adapter."""
 
 from __future__ import annotations
 

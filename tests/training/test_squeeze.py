@@ -1,4 +1,4 @@
-"""Squeezing: the specification's values, what is left out, and stages of one training."""
+"""Squeezing: the specification's values, the dropped components, and stages of one training."""
 
 from __future__ import annotations
 

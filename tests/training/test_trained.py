@@ -1,4 +1,4 @@
-"""What is there after training: answers, state dicts, files and exports of the trained tensors."""
+"""After training: outputs, state dicts, files and exports of the trained tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions of many geometries to adapt, and what each computes from the whole matrix of a kernel."""
+"""Convolutions of many geometries to adapt, and the result of each from the whole matrix of a kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods of a few lines at modules of every kind: what a variant's author writes, and nothing else."""
+"""Methods of a few lines at modules of every kind, as an author of a variant writes them."""
 
 from dataclasses import dataclass
 

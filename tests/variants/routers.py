@@ -1,4 +1,4 @@
-"""What tests of routed methods share: one layer, its tokens, and LoRAs for it."""
+"""The parts that tests of routed methods share: one layer, its tokens, and LoRAs for it."""
 
 import torch
 

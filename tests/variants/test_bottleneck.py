@@ -1,4 +1,4 @@
-"""Bottlenecks: every placement against its equations, at models of every build, and what is refused."""
+"""Bottlenecks: every placement against its equations, at models of every build, and rejected settings."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Edits: every part at once, sites with parts of their own, and what they hold of other methods' changes."""
+"""Edits: every part at once, sites with their own parts, and changes of other methods in them."""
 
 import pytest
 import torch

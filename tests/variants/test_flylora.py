@@ -1,4 +1,4 @@
-"""FlyLoRA: the oracles of its paper, the buffer that a rule moves, and what is left where nothing is chosen."""
+"""FlyLoRA: the oracles of its paper, the buffer that a rule moves, and the case where all ranks are chosen."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Grouped convolutions: what leaves their blocks runs beside the kernel, whatever its rank, or is refused at once."""
+"""Grouped convolutions: changes across their blocks run next to the kernel, or are rejected at once."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""HRA by hand: reflections as matrices, the compact form, and what its start is."""
+"""HRA by hand: reflections as matrices, the compact form, and its start."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Hyper-parameters outside what a method means: refused by the field's own limits, from code and from files."""
+"""Hyper-parameters out of a method's range are rejected by the field's own limits, from code and from files."""
 
 import dataclasses
 import json

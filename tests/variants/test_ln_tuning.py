@@ -1,4 +1,4 @@
-"""LN tuning: which modules are copied, what trains, and that swaps put the base's back."""
+"""LN tuning: the copied modules, the trained ones, and swaps that restore the base's."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What is computed once per call: for each adapter its own, together with the base pass, or not at all."""
+"""Values computed once per call: for each adapter its own, together with the base pass, or not at all."""
 
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""A pass of the model that an adapter has to itself: what is read of it is what the adapter alone makes of the host."""
+"""A pass of the model for one adapter alone: values read from it are those of the model with that adapter only."""
 
 import functools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""QST: its paper's oracles, by hand on whole models, what training keeps, on every target, and what is refused."""
+"""QST: its paper's oracles, by hand on whole models, memory in training, every target, and rejected settings."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""ReMix: what is deployed, how likely a draw is and how often it is drawn, and a router that learns from that alone."""
+"""ReMix: the deployed choice, the probability and frequency of draws, and a router that learns from draws alone."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A method on what is left of a weight: by its equations, as a plain LoRA, and what it leaves to the method."""
+"""A method on the residual of a weight: by its equations, as a plain LoRA, and with the method's own fields."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""VB-LoRA by hand: what a piece is, what ties do, and one bank for all sites."""
+"""VB-LoRA by hand: the pieces of a vector, ties, and one bank for all sites."""
 
 import math
 from types import SimpleNamespace

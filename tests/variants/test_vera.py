@@ -1,4 +1,4 @@
-"""VeRA by hand, and what its shared A and B cost: one memory for all sites of a shape, in every runtime and file."""
+"""VeRA by hand, and the memory of its shared A and B: one for all sites of a shape, in every runtime and file."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What changes nothing is left out of a program, and what changes little is not."""
+"""Ops without an effect are removed from a program; ops with a small effect stay."""
 
 import onnx_ir as ir
 import pytest

@@ -1,4 +1,4 @@
-"""What a model checks of the values it gets: a program does too, or runs without and says so."""
+"""Checks of input values: a program makes the model's checks, or runs without them and says so."""
 
 import pytest
 import torch

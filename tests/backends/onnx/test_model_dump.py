@@ -1,4 +1,4 @@
-"""The emitted program as text: what ONNX Runtime runs, by module, with slots and sites told apart."""
+"""The emitted program as text: the nodes of ONNX Runtime, by module, with slots and sites."""
 
 from __future__ import annotations
 

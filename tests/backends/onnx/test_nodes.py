@@ -1,4 +1,4 @@
-"""What is emitted for ONNX Runtime stays node for node what it was: four models, in every mode."""
+"""Programs for ONNX Runtime equal golden files node by node: four models, in every mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules are tried only where they may match, and give what onnxscript's own pass gives."""
+"""Rules are tried only where they may match, and give the result of onnxscript's own pass."""
 
 import onnx_ir as ir
 from onnxscript import rewriter

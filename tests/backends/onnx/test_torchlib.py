@@ -1,4 +1,4 @@
-"""What is relied on of torch's and onnxscript's private parts."""
+"""Private parts of torch and onnxscript that lorac relies on."""
 
 import operator
 

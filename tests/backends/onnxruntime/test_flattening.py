@@ -1,4 +1,4 @@
-"""Products on rows: what moves, what sees the full shape, and that every answer stays."""
+"""Products on rows: ops that move, ops that need the full shape, and unchanged outputs."""
 
 import numpy as np
 import onnx

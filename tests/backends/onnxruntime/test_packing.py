@@ -1,4 +1,4 @@
-"""Packed tokens: what is computed without padding, and that every token's answer stays."""
+"""Packed tokens: ops computed without padding, and unchanged outputs of every token."""
 
 from __future__ import annotations
 

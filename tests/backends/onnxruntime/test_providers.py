@@ -1,4 +1,4 @@
-"""Devices and providers: options run, or what the machine lacks is named before anything is compiled."""
+"""Devices and providers: options run, or the error names the missing part before anything is compiled."""
 
 from __future__ import annotations
 

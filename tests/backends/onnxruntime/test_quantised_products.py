@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: what the codec makes of matrices, and which constants of a program it is asked for."""
+"""Weights in 8 and 4 bits: the codec's codes of matrices, and the constants that it encodes."""
 
 import numpy as np
 import onnx_ir as ir

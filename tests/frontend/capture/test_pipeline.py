@@ -1,4 +1,4 @@
-"""The passes of a capture: what each changes and skips, that it says so, and what a second run does."""
+"""The passes of a capture: their changes, their reported skips, and a second run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight formulas to analyse, and what each is when evaluated as written."""
+"""Weight formulas to analyse, with their values when evaluated as written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

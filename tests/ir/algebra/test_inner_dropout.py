@@ -1,4 +1,4 @@
-"""Dropout between the factors of a branch: what stands there is dropped once, with its bias, and nothing else is."""
+"""Dropout between the factors of a branch is inserted once, with the bias, and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reductions: what their graphs return, and that mixtures of methods stay in the form they have."""
+"""Reductions: the results of their graphs, and mixtures of methods that keep their form."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How a program is called: what its inputs and outputs are, and what is said to a call that it cannot answer."""
+"""Calls of a program: its inputs and outputs, and the errors of calls that do not fit."""
 
 import pytest
 import torch

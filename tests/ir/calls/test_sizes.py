@@ -1,4 +1,4 @@
-"""The sizes a program takes: what is refused and how, which other sizes are tried, and what a stored one may say."""
+"""The sizes that a program accepts: rejected ones, other sizes to try, and stored conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""That a capture imports no models: transformers' exporter patches what is there."""
+"""A capture imports no models: transformers' exporter patches only those that are imported."""
 
 import sys
 

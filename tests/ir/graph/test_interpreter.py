@@ -1,4 +1,4 @@
-"""The reference interpreter: every level of a graph computes what the eager backend computes."""
+"""The reference interpreter: every level of a graph gives the result of the eager backend."""
 
 from __future__ import annotations
 

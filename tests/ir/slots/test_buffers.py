@@ -1,4 +1,4 @@
-"""A weight in memory of another device than the adapters': what is written to it is brought there, once."""
+"""A weight in memory of another device than the adapters': written values are copied there once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What swap takes, in one canonical spelling."""
+"""Choices of adapters, in one canonical spelling."""
 
 import math
 

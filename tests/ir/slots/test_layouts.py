@@ -1,4 +1,4 @@
-"""What a site of each kind computes: its base is the module's, and its low-rank half is the merged delta."""
+"""Sites of each kind: their base is the module's, and their low-rank half is the merged delta."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What strangers try: each is refused by its error, and leaves nothing."""
+"""Attacks on the store: each is rejected by its error, and leaves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every start gives: a beginning, training over an untouched base, files, ONNX Runtime; and what is refused."""
+"""Every initialiser: its start, training over an untouched base, files, ONNX Runtime, and rejected input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAM: what is pruned, the smaller model against the large one with zeros there, and adapters brought back."""
+"""LoRAM: pruned units, the smaller model against the large one with zeros there, and recovered adapters."""
 
 from __future__ import annotations
 

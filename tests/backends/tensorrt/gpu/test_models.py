@@ -1,4 +1,4 @@
-"""Whole models on a GPU, by the public interface: what they answer, after any swaps, from any thread."""
+"""Whole models on a GPU, by the public interface: outputs after any swaps, from any thread."""
 
 from __future__ import annotations
 
