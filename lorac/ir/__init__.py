@@ -1,1 +1,1 @@
-"""The intermediate representation: sites, slots, normal forms, the dialect, and the graphs that hold them."""
+"""The intermediate representation: sites, slots, normal forms of changes, calls, and the graphs that hold them."""

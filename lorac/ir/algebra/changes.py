@@ -174,7 +174,12 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
         total = _weighted_sum([(t, change.delta) for t, change in deltas])
         assert total is not None
         return Delta(total, _weighted_sum([(t, change.e) for t, change in deltas]))
-    return _sum_dense(terms, weight())
+    matrix = weight()
+    base = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    dense = base.clone()
+    for strength, change in terms:
+        dense.add_(merge_weight(change, base) - base, alpha=strength)
+    return Dense(dense.to(matrix.dtype), _weighted_sum([(t, change.e) for t, change in terms]))
 
 
 def merge_weight(change: Change, weight: Tensor) -> Tensor:
@@ -293,14 +298,6 @@ def _sum_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
             transform = transform * change.scales[D].view(number, size, 1)
         total = total + strength * (transform - one)
     return total
-
-
-def _sum_dense(terms: Sequence[tuple[float, Change]], weight: Tensor) -> Dense:
-    base = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    total = base.clone()
-    for strength, change in terms:
-        total.add_(merge_weight(change, base) - base, alpha=strength)
-    return Dense(total.to(weight.dtype), _weighted_sum([(t, change.e) for t, change in terms]))
 
 
 def _weighted_sum(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:

@@ -1,1 +1,1 @@
-"""Captured computations: programs of graphs, with their edits, checks and reference interpreter."""
+"""Captured computations: programs of graphs, with their edits, passes, checks and reference interpreter."""

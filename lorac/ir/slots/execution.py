@@ -39,6 +39,8 @@ class FormulaContext:
 
     Attributes:
         own_site: the site, for lorac's own code, which ``site_readers`` does not note.
+        values: every value that may be read, by the program's name.
+        emitted: the extra outputs so far.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class FormulaContext:
     ) -> None:
         self.own_site, self.training, self.passing, self.placed = site, training, passing, False
         self._site_readers = site_readers if site_readers is not None else set()
-        self._values = values if values is not None else {}
-        self._emitted = emitted if emitted is not None else {}
+        self.values: Mapping[str, Tensor] = values if values is not None else {}
+        self.emitted: dict[str, list[Tensor]] = emitted if emitted is not None else {}
         self._dtype, self._owner = torch.get_default_dtype(), ""
         self._seed: Callable[[], int] | None = None if seed is None else functools.cache(seed)
         self._attention, self._attention_count = attention or FullAttention(), itertools.count()
@@ -72,14 +74,9 @@ class FormulaContext:
         """A random generator for a training call, seeded alike in every branch; else None."""
         return torch.Generator().manual_seed(self._seed()) if self.training and self._seed is not None else None
 
-    @property
-    def values(self) -> Mapping[str, Tensor]:
-        """Every value that may be read, by the program's name."""
-        return self._values
-
     def value(self, name: str) -> Tensor:
         """Return a value of the program, in the dtype that the branch computes in."""
-        found = self._values.get(program_value_name(self._owner, name))
+        found = self.values.get(program_value_name(self._owner, name))
         if found is None and self.passing:
             raise SiteError(
                 f"the formula at '{self.own_site.path}' reads the value '{name}', which does not exist in the pass "
@@ -95,14 +92,9 @@ class FormulaContext:
             )
         return cast_floating(found, self._dtype)
 
-    @property
-    def emitted(self) -> Mapping[str, Sequence[Tensor]]:
-        """The extra outputs so far."""
-        return self._emitted
-
     def emit(self, name: str, tensor: Tensor) -> None:
         """Record an extra output."""
-        self._emitted.setdefault(name, []).append(tensor)
+        self.emitted.setdefault(name, []).append(tensor)
 
     def positions(self, x: Tensor) -> Tensor:
         """Return the positions of tokens in their sequences."""
@@ -133,13 +125,13 @@ class FormulaContext:
     def in_place(self, values: Mapping[str, Tensor]) -> "FormulaContext":
         """Return this context for one place of several that run at once, with its own values and extra outputs."""
         inner = copy.copy(self)
-        inner._values, inner._emitted, inner.placed = values, {}, True
+        inner.values, inner.emitted, inner.placed = values, {}, True
         return inner
 
     def over(self, values: Mapping[str, Tensor]) -> "FormulaContext":
         """Return this context with other values; extra outputs and cached attention are discarded."""
         other = copy.copy(self)
-        other._values, other._emitted = values, {}
+        other.values, other.emitted = values, {}
         other._attention, other._attention_count = FullAttention(), itertools.count()
         other._seed = None if self._seed is None else lambda: 0
         vars(other).pop("generator", None)

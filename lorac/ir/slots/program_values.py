@@ -107,8 +107,12 @@ class ReadableValues:
         Raises:
             SiteError: a value does not exist, or ``once`` reads a value that is not known yet.
         """
+        known: dict[str, Iterable[str]] = dict.fromkeys(_MODULE_KINDS, self.modules)
+        known |= {PARAM: self.tensors, INPUT: self.arguments or ()}
+        known[WEIGHT] = {path for path, site in self.sites.items() if site.weight is not None}
         for name in names:
             kind, rest = parse_value_name(name)
+            exists = (kind == OWN and owns) or rest in known.get(kind, ()) or (kind == INPUT and self.arguments is None)
             if kind == PASS and not once:
                 raise SiteError(
                     f"the value '{name}' is from the adapter's own pass, which only `once` reads",
@@ -122,27 +126,15 @@ class ReadableValues:
                     next_step=f"read {kinds} instead",
                     code="site_unreached",
                 )
-            if not self._has(kind, rest, owns) or (kind == PASS and not pass_name_of(name)):
+            if not exists or (kind == PASS and not pass_name_of(name)):
                 raise SiteError(
                     f"'{name}' is not a value of the program",
-                    nearest=nearest_name(rest, self._names(kind)),
+                    nearest=nearest_name(rest, known.get(kind, ())),
                     next_step="values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, "
                     "weight:<site>, param:<tensor>, input:<argument> or own:<what once computes>; "
                     "lorac.sites(model) lists the sites",
                     code="site_not_found",
                 )
-
-    def _has(self, kind: str, rest: str, owns: bool) -> bool:
-        if kind == OWN:
-            return owns
-        if kind == WEIGHT:
-            return rest in self.sites and self.sites[rest].weight is not None
-        return rest in self._names(kind) or (kind == INPUT and self.arguments is None)
-
-    def _names(self, kind: str) -> Iterable[str]:
-        modules = dict.fromkeys(_MODULE_KINDS, self.modules)
-        names = {WEIGHT: self.sites, PARAM: self.tensors, INPUT: self.arguments or (), **modules}
-        return names.get(kind, ())
 
 
 def owner_prefix(path: str, index: int) -> str:

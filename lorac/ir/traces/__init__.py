@@ -1,1 +1,1 @@
-"""Traces of functions: one gate for torch's tracers, and records of reads, writes and origins."""
+"""Traces of functions: one gate for torch's tracers, and the arguments that ops write to."""
