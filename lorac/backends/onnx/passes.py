@@ -114,6 +114,12 @@ def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
+def read_numbers(value: ir.Value | None) -> list[int]:
+    """Return the numbers of a constant; an empty list for any other value."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return [] if tensor is None else tensor.numpy().reshape(-1).tolist()
+
+
 def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], attributes: Iterable[ir.Attr] | None = None) -> ir.Node:
     """Return a node of the same op, name and metadata that reads other values, or has other attributes."""
     return ir.Node(

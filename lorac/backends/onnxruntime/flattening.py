@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.model_files import PACKED_KEY
-from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, shared_constant
+from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, read_numbers, shared_constant
 from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
 from lorac.ir.graph.graph import Skip
 from lorac.ir.graph.passes import PassResult
@@ -115,8 +115,7 @@ class _Flattener:
             if self.segments.joins(node):
                 return self._take_join(node, first)
         if node.op_type == "Reshape" and first in self.rows:
-            sizes = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-            copies = not node.attributes.get_int("allowzero", 0) and sizes is not None and 0 in sizes.numpy()
+            copies = not node.attributes.get_int("allowzero", 0) and 0 in read_numbers(node.inputs[1])
             if not copies:  # a size of its input, in whose place rows have another one
                 node.replace_input_with(0, self.rows[first].matrix)
                 self.changed = True
@@ -354,7 +353,7 @@ def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> bool:
             copied.add(place)
     numbers = [0 if place in copied else size for place, size in enumerate(made)]
     known = [size for place, size in enumerate(numbers) if isinstance(size, int) and (size > 0 or place in copied)]
-    if len(known) < len(numbers) or ir.convenience.get_const_tensor(sizes) is not None:
+    if len(known) < len(numbers) or read_numbers(sizes):
         return False
     reshape.attributes.pop("allowzero", None)
     reshape.replace_input_with(1, _constant(graph, known))

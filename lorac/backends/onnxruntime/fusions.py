@@ -20,7 +20,7 @@ from onnxscript.rewriter._basics import MatchContext
 from onnxscript.rewriter.ort_fusions.rms_normalization import RmsNormFusion
 from onnxscript.rewriter.pattern import MatchResult
 
-from lorac.backends.onnx.passes import PatternPass, module_around
+from lorac.backends.onnx.passes import PatternPass, module_around, read_numbers
 from lorac.ir.graph.graph import Skip
 
 _Builder = pattern.OpsetPatternBuilder
@@ -154,7 +154,12 @@ class _RotaryRule(_ReportingRule):
         half = _last_size(x) // 2
         lookups = [found for table in (cos, sin) if (found := _table_lookup(table)) is not None]
         if len(lookups) == 2 and lookups[0][1] is lookups[1][1]:
-            halves = (self._half_table(op, table, half) for table in (cos, sin))
+            halves = []
+            for table, lookup in zip((cos, sin), lookups, strict=True):
+                key = (table, str(half))
+                if key not in self._shared:  # made once for all heads and layers
+                    self._shared[key] = op.Constant(value=ir.tensor(np.ascontiguousarray(lookup[0][:, :half])))
+                halves.append(self._shared[key])
             return op.RotaryEmbedding(x, lookups[0][1], *halves, interleaved=0, _domain="com.microsoft", _version=1)
         zero, two, last = (op.Constant(value_ints=[number]) for number in (0, 2, half))
         flat = op.Constant(value_ints=[-1, half])
@@ -165,14 +170,6 @@ class _RotaryRule(_ReportingRule):
             shape, zero, one = op.Shape(cos, start=0, end=2), op.Constant(value_int=0), op.Constant(value_int=1)
             positions = op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
         return op.RotaryEmbedding(x, positions, *tables, interleaved=0, _domain="com.microsoft", _version=1)
-
-    def _half_table(self, op: _Context, value: ir.Value, half: int) -> ir.Value:
-        """Return the first columns of a constant table; made once for all heads and layers."""
-        key = (value, str(half))
-        found = _table_lookup(value)
-        if key not in self._shared and found is not None:
-            self._shared[key] = op.Constant(value=ir.tensor(np.ascontiguousarray(found[0][:, :half])))
-        return self._shared[key]
 
     def _shared_positions(self, op: _Context, x: ir.Value, table: ir.Value) -> ir.Value:
         """Return positions (batch, length) from 0 on, equal in every row; made once for all heads and layers."""
@@ -247,8 +244,8 @@ def _last_size(value: ir.Value) -> int:
 
 def _scalar(value: ir.Value | None) -> int | None:
     """Return the number that a constant of one element holds, or None."""
-    constant = None if value is None else ir.convenience.get_const_tensor(value)
-    return int(constant.numpy().item()) if constant is not None and constant.size == 1 else None
+    numbers = read_numbers(value)
+    return int(numbers[0]) if len(numbers) == 1 else None
 
 
 def _has_equal_halves(value: ir.Value) -> bool:

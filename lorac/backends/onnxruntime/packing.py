@@ -122,7 +122,13 @@ class _Packer:
         if self._renames(node):
             self._note(node.outputs[0], packed[next(iter(tokens))])
             return True
-        twin = self._make_twin(node, packed)
+        inputs = [None if value is None else packed.get(value, value) for value in node.inputs]
+        attributes = dict(node.attributes)
+        if node.op_type in ("Reshape", "Expand"):
+            sizes = self._sizes(node.outputs[0], -1 if node.op_type == "Reshape" else 1)
+            inputs[1] = self.index.constant([size for size in sizes if isinstance(size, int)])
+            attributes.pop("allowzero", None)
+        twin = copy_node(node, inputs, attributes.values())
         self.graph.insert_before(node, twin)
         for value, made in zip(node.outputs, twin.outputs, strict=True):
             if self.layouts.of(value) is not None:  # others are not read
@@ -138,16 +144,6 @@ class _Packer:
     def _note(self, value: ir.Value, packed: ir.Value) -> None:
         self.packed[value] = packed
         self.computed.add(value)
-
-    def _make_twin(self, node: ir.Node, packed: Mapping[ir.Value, ir.Value]) -> ir.Node:
-        """Return an op of packed values."""
-        inputs = [None if value is None else packed.get(value, value) for value in node.inputs]
-        attributes = dict(node.attributes)
-        if node.op_type in ("Reshape", "Expand"):
-            sizes = self._sizes(node.outputs[0], -1 if node.op_type == "Reshape" else 1)
-            inputs[1] = self.index.constant([size for size in sizes if isinstance(size, int)])
-            attributes.pop("allowzero", None)
-        return copy_node(node, inputs, attributes.values())
 
     def _pack(self, value: ir.Value) -> ir.Value:
         """Return the packed form of a value."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lorac.backends.onnx.passes import read_numbers
+
 _MICROSOFT = "com.microsoft"
 Dim = int | str | None
 """A size, the name of one that varies, or None for an unknown one."""
@@ -148,7 +150,7 @@ def _is_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
 def _is_over_listed_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
     """Return whether an op over the axes in an operand has no token's axis among them."""
     given = [*node.inputs, None, None, None][_LISTED.get(node.op_type, 1)]
-    listed = node.attributes.get_ints("axes") or _read_constant(given)
+    listed = node.attributes.get_ints("axes") or read_numbers(given)
     plain = all(map(layouts.is_plain, node.inputs[1:]))
     return bool(listed) and plain and _keeps_tokens(layouts, node, list(listed or ()))
 
@@ -210,12 +212,6 @@ def _rotates(layouts: TokenLayouts, node: ir.Node) -> bool:
         and layouts.of(positions) == TokenAxes((-2, -1))
         and all(map(layouts.is_plain, tables))
     )
-
-
-def _read_constant(value: ir.Value | None) -> list[int]:
-    """Return the numbers of a constant; an empty list for any other value."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return [] if tensor is None else tensor.numpy().reshape(-1).tolist()
 
 
 # fmt: off

@@ -21,7 +21,6 @@ from lorac.ir.graph.interpreter import read_example_inputs
 from lorac.ir.graph.symbolic_shapes import constant_size
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.places import ADAPTERS_AXIS
-from lorac.ir.slots.plans import SitePlan
 
 DEFAULT_MAX_ROWS = 8
 """The default maximum of a batch, unless the example has more rows."""
@@ -72,8 +71,10 @@ def compute_ranges(
         plan, composed = graph.plans[slot.site], snapshot.composed.get(slot.site)
         change = None if composed is None else composed.change
         usual = change.rank if isinstance(change, LowRank) else None
+        rank = SizeRange(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)
         first = (places,) if slot.placed else ()
-        ranges[name] = (*first, *(_slot_range(size, plan, usual) for size in shape[len(first) :]))
+        numbers = map(constant_size, shape[len(first) :])  # a size that varies is a rank
+        ranges[name] = (*first, *(rank if number is None else SizeRange(number, number, number) for number in numbers))
     return ranges
 
 
@@ -194,11 +195,3 @@ def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> 
         raise OptionError(
             f"profiles= has {which} sizes that the model does not take: {error.what}", next_step=error.next_step
         ) from error
-
-
-def _slot_range(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> SizeRange:
-    """Return the range of a slot's axis that is not of places; a size that varies is a rank."""
-    number = constant_size(size)
-    if number is not None:
-        return SizeRange(number, number, number)
-    return SizeRange(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)

@@ -135,28 +135,20 @@ class _CastInserter:
         """Compute a half-precision node in float32."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == half:
-                node.replace_input_with(index, self._widened(graph, node, value))
+                key = (id(graph), value)  # which are cast once
+                if key not in self._wide:
+                    cast = self._cast(value, ir.DataType.FLOAT, node)
+                    graph.insert_before(node, cast)
+                    self._wide[key] = cast.outputs[0]
+                node.replace_input_with(index, self._wide[key])
         for old in [value for value in node.outputs if value.dtype == half]:
-            self._round(graph, node, old, half)
-
-    def _widened(self, graph: ir.Graph | ir.Function, node: ir.Node, value: ir.Value) -> ir.Value:
-        """Return a value in float32, cast once in each graph that reads it so."""
-        key = (id(graph), value)
-        if key not in self._wide:
-            cast = self._cast(value, ir.DataType.FLOAT, node)
-            graph.insert_before(node, cast)
-            self._wide[key] = cast.outputs[0]
-        return self._wide[key]
-
-    def _round(self, graph: ir.Graph | ir.Function, node: ir.Node, old: ir.Value, half: ir.DataType) -> None:
-        """Redirect readers of a half-precision result to the result rounded to it."""
-        rounded = self._cast(old, half, node)
-        graph.insert_after(node, rounded)
-        new = rounded.outputs[0]
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        rounded.replace_input_with(0, old)
-        new.name, old.name = old.name, new.name
-        old.type = ir.TensorType(ir.DataType.FLOAT)
+            rounded = self._cast(old, half, node)
+            graph.insert_after(node, rounded)
+            new = rounded.outputs[0]
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            rounded.replace_input_with(0, old)
+            new.name, old.name = old.name, new.name
+            old.type = ir.TensorType(ir.DataType.FLOAT)
 
     def _cast(self, value: ir.Value, to: ir.DataType, like: ir.Node) -> ir.Node:
         self.inserted = True
