@@ -1,8 +1,11 @@
 """The order of the passes that lower a captured graph, as data.
 
-``lorac.frontend.capture.pipeline`` has the order of those that capture it, and ``lorac.ir.graph.passes`` runs both.
+``lorac.frontend.capture.pipeline`` has the order of those that capture it, and ``lorac.ir.graph.pass_runner`` runs
+both.
 """
 
+from lorac.discovery import list_entry_points
+from lorac.errors import CompileError
 from lorac.ir.graph.passes import Pass
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.cleanup import Cleanup
@@ -12,6 +15,8 @@ from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.insert import InsertAdaptedCalls
 from lorac.target.dialect import AnyDialect, Dialect
 
+GROUP = "lorac.passes"
+"""The group of entry points by which other packages add passes."""
 ANY_DIALECT: AnyDialect = Dialect(name="any")
 """A dialect without passes or rewrites."""
 
@@ -21,18 +26,34 @@ def lowering_passes(
 ) -> tuple[Pass, ...]:
     """Return the passes that lower a captured graph to aten ops with slots as inputs, then the dialect's own.
 
+    A pass of another package follows those of its level.
+
     Args:
+        dialect: the target's.
         aux: names of extra outputs.
         constant: whether the slots become constants of the program.
         rows: whether rows of a batch may have slots of their own.
+
+    Raises:
+        CompileError: another package adds something other than a pass that stays on its level.
     """
-    fused = (FuseProjections(constant),) if dialect.fuses_projections else ()
-    return (
-        *fused,
+    passes: list[Pass] = [
+        *((FuseProjections(constant),) if dialect.fuses_projections else ()),
         InsertAdaptedCalls(rows, dialect.why_shared, dialect.why_branches_shared),
         ConnectValues(),
         ExpandAdaptedCalls(aux),
         CacheAttention(),
         Cleanup(),
         *dialect.passes,
-    )
+    ]
+    for name, entry_point in list_entry_points(GROUP).items():
+        step = entry_point.load()
+        if not isinstance(step, Pass) or step.reads is not step.leaves:
+            raise CompileError(
+                f"the entry point '{name}' of the group '{GROUP}' is not a pass that stays on its level",
+                next_step='name an instance of a Pass there; docs/architecture.md, "Adding things", says which',
+                code="wrong_level",
+            )
+        place = next((i for i, other in enumerate(passes) if other.leaves > step.reads), len(passes))
+        passes.insert(place, step)
+    return tuple(passes)

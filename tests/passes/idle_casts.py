@@ -32,3 +32,7 @@ class IdleCasts(Pass):
             graph.fx.erase_node(node)
             changed = True
         return PassResult(changed, tuple(skipped))
+
+
+IDLE_CASTS = IdleCasts()
+"""What an entry point names."""
