@@ -58,11 +58,12 @@ class ModelRunner:
     def __init__(self, host: nn.Module) -> None:
         self._buffers = dict(host.named_buffers())
         self._copy = Host.of(host).copy().configure(CAPTURE_CONFIG).model.eval()
-        self._weights = {
-            address: name
-            for name, tensor in _iter_shared_tensors(self._copy)
-            if (address := _get_storage_address(tensor)) is not None
-        }
+        shared = list[tuple[str, Tensor]](self._copy.named_parameters())
+        for path, module in self._copy.named_modules():  # tensors that are plain attributes
+            tensors = [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
+            shared += [(f"{path}.{name}" if path else name, value) for name, value in tensors]
+        addresses = [(_get_storage_address(tensor), name) for name, tensor in shared]
+        self._weights = {address: name for address, name in addresses if address is not None}
 
     def run(self, call: Call, seed: int = 0) -> ModelRun:
         """Run forward once. Changes of earlier runs to the copy's buffers and attributes persist.
@@ -206,14 +207,6 @@ class _WeightWriteDetector(WatchingMode):
         """Raise ``WeightWritten`` if an op was refused."""
         if self._name is not None:
             raise WeightWritten(self._name)
-
-
-def _iter_shared_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a copy shares with its model: parameters, and tensors that are plain attributes."""
-    yield from model.named_parameters()
-    for path, module in model.named_modules():
-        tensors = ((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
-        yield from ((f"{path}.{name}" if path else name, value) for name, value in tensors)
 
 
 def _get_storage_address(tensor: Tensor) -> int | None:

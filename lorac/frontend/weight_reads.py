@@ -77,8 +77,12 @@ class WeightReads(WatchingMode):
             self._running.subtract(self._own[module])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        given = _iterate_tensors((*args, *(kwargs or {}).values()))
-        found = {span for tensor in given for span in self._find_observed(tensor)}
+        found: set[_Span] = set()
+        for tensor in _iterate_tensors((*args, *(kwargs or {}).values())):
+            parts = self._parts.get(_find_storage(tensor))
+            own = _find_span(tensor) if parts else None
+            if parts and own:
+                found.update(span for begin, end, span in parts if own[1] < end and begin < own[2])
         result = func(*args, **(kwargs or {}))
         if not found or not isinstance(func, OpOverload):  # torch.cond and the like call layers inside
             return result
@@ -92,12 +96,6 @@ class WeightReads(WatchingMode):
             unread = {span for span in found if not self._running[span]}
             self.read.update(path for module, path in self._paths.items() if not unread.isdisjoint(self._own[module]))
         return result
-
-    def _find_observed(self, tensor: Tensor) -> list["_Span"]:
-        """Return the observed tensors in whose memory a tensor lies."""
-        parts = self._parts.get(_find_storage(tensor), ())
-        own = _find_span(tensor) if parts else None
-        return [] if own is None else [span for begin, end, span in parts if own[1] < end and begin < own[2]]
 
 
 @contextmanager

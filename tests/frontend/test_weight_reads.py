@@ -141,6 +141,20 @@ def test_rejects_an_adapter_that_is_added_and_acts_nowhere() -> None:
         compiled.add_adapter(lorac.LoRA(r=2, targets=["qkv"]), "b")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("target", "mode"), SETTINGS)
+def test_names_the_layers_of_one_component_if_an_adapter_acts_in_another(target: str, mode: str) -> None:
+    models = {"one": Reader().eval(), "two": Reader(calls=True).eval()}
+    factors = {"lora_A": torch.ones(1, 4), "lora_B": torch.ones(6, 1)}
+    paths = ["one.qkv", "two.qkv"]
+    adapter = lorac.Adapter("a", lorac.LoRA(r=1, targets=paths), dict.fromkeys(paths, factors))
+    inputs = {"one": (X,), "two": (X,)}
+    with pytest.warns(lorac.LoracWarning, match="no effect at 'one.qkv', whose weights are read"):
+        compiled = lorac.compile(models, {"a": adapter}, target=target, mode=mode, example_inputs=inputs)
+    assert_close(compiled["one"](X), models["one"](X))
+    assert (compiled["two"](X) - models["two"](X)).abs().max() > 0.1
+
+
 class Routing(nn.Module):
     """It sends rows to one of two experts, and its head's weight is that of its embedding."""
 

@@ -35,6 +35,9 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
         host = Host.of(component)
         graph = _capture_component(session, name, host)
         session.reads.note(name, *find_graph_reads(graph, model))
+        if session.reads.only_read.issuperset(graph.plans):  # the adapters act in other components
+            unused = (*graph.interface.unused_sites, *graph.plans)
+            graph.interface, graph.plans = dataclasses.replace(graph.interface, unused_sites=unused), {}
         check_capture(graph, host, tested=options.self_test)
         cache_check = CacheCheck(graph) if options.uses_cache and options.self_test else None
         halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.uses_cache else (graph,)
