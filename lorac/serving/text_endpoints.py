@@ -10,13 +10,14 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from lorac.errors import LoracError
-from lorac.serving.answers.answers import AnswerPart, Answers
+from lorac.serving.answers.answers import AnswerPart
 from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_event, run_while_connected
 from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape, Json
 from lorac.serving.refusals import error_body
 from lorac.serving.requests.chat_fields import ChatFields
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.sampling_fields import SamplingFields
+from lorac.serving.text_service import SubmittedText
 
 FieldsT = TypeVar("FieldsT", bound=SamplingFields)
 router = fastapi.APIRouter()
@@ -35,24 +36,26 @@ async def complete(fields: CompletionFields, http: fastapi.Request) -> Response:
 
 
 async def _answer(
-    http: fastapi.Request, begin: Callable[[FieldsT, str], Answers], fields: FieldsT, shape_class: type[AnswerShape]
+    http: fastapi.Request,
+    begin: Callable[[FieldsT, str], SubmittedText],
+    fields: FieldsT,
+    shape_class: type[AnswerShape],
 ) -> Response:
-    answers = await run_in_threadpool(begin, fields, http.state.tenant)
-    http.state.text = answers.request
+    request, parts = await run_in_threadpool(begin, fields, http.state.tenant)
+    http.state.text = request
     tokenizer = http.app.state.compiled.tokenizer
-    shape = shape_class(answers.request, tokenizer, has_logprobs=fields.logprob_count is not None)
-    parts = answers.parts()
+    shape = shape_class(request, tokenizer, has_logprobs=fields.logprob_count is not None)
     if not fields.stream:
         found = await run_while_connected(_collect(parts), http.receive)
         if found is None:
             return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(shape.whole(found, len(answers.answers)))
+        return JSONResponse(shape.whole(found))
     # A failure before the first token still has a status of its own.
     first = await run_while_connected(_first(parts), http.receive)
     if first is None:
         await parts.aclose()
         return Response(status_code=CLIENT_LEFT)
-    opening = [*shape.opening(len(answers.answers)), shape.chunk(first)]
+    opening = [*shape.opening(), shape.chunk(first)]
     return EventStream(_events(shape, opening, parts, reports_usage=fields.reports_usage))
 
 

@@ -2,8 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Sequence
-from typing import final
+from collections.abc import AsyncGenerator, Sequence
+from typing import TypeAlias, final
 
 import torch
 
@@ -14,7 +14,7 @@ from lorac.ir.slots.choice import ChoiceSpec, parse_choice
 from lorac.runtime.scheduling.token_stream import TextRequest
 from lorac.serving.active_request import ActiveRequest
 from lorac.serving.adapter_source import AdapterSource
-from lorac.serving.answers.answers import Answer, Answers
+from lorac.serving.answers.answers import Answer, AnswerPart, read_answers
 from lorac.serving.answers.chat_parsing import ChatParser, find_response_template
 from lorac.serving.metrics import ServerMetrics
 from lorac.serving.refusals import RefusedField
@@ -27,6 +27,8 @@ from lorac.serving.served_model import TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer
 
+SubmittedText: TypeAlias = tuple[ActiveRequest, AsyncGenerator[AnswerPart]]
+"""A request whose answers are being computed, and their parts as they come."""
 _PLAIN = ResponseFormat(type="text")
 
 
@@ -56,7 +58,7 @@ class TextService:
         self._template = find_response_template(self._tokenizer, model_type)
         self._lock = threading.Lock()
 
-    def begin_chat(self, fields: ChatFields, tenant: str) -> Answers:
+    def begin_chat(self, fields: ChatFields, tenant: str) -> SubmittedText:
         """Submit a chat request.
 
         Raises:
@@ -82,7 +84,7 @@ class TextService:
         ids = found["input_ids"]
         return self._submit(fields, tenant, [ids], tools, fields.response_format)
 
-    def begin_completion(self, fields: CompletionFields, tenant: str) -> Answers:
+    def begin_completion(self, fields: CompletionFields, tenant: str) -> SubmittedText:
         """Submit a request that continues prompts; raises as ``begin_chat``."""
         fields.check()
         prompts = [self._encode(prompt) for prompt in fields.prompts]
@@ -95,7 +97,7 @@ class TextService:
         prompts: Sequence[Sequence[int]],
         tools: Sequence[JsonMapping] | None = None,
         form: ResponseFormat = _PLAIN,
-    ) -> Answers:
+    ) -> SubmittedText:
         """Submit all requests of all prompts, or none.
 
         Args:
@@ -123,7 +125,8 @@ class TextService:
         request = ActiveRequest(
             tenant, fields.model, tuple(sorted(names)), prompt_tokens, answers=len(rows), user=fields.user
         )
-        return Answers(request, answers, self._metrics, has_logprobs=fields.logprob_count is not None)
+        parts = read_answers(request, answers, self._metrics, has_logprobs=fields.logprob_count is not None)
+        return request, parts
 
     def _request(
         self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int, form: ResponseFormat

@@ -89,46 +89,29 @@ class Answer:
         return ParsedText(text) if self._parser is None else self._parser.add(text)
 
 
-@final
-class Answers:
-    """The answers to one request.
+async def read_answers(
+    request: ActiveRequest, answers: Sequence[Answer], metrics: ServerMetrics, *, has_logprobs: bool
+) -> AsyncGenerator[AnswerPart]:
+    """Yield the parts of the answers to a request as their tokens come. Leaving the loop ends the request.
 
     Args:
         request: counts its tokens.
         answers: are computed together.
         metrics: knows of the request while it is read.
         has_logprobs: whether log-probabilities are reported.
+
+    Raises:
+        DeadlinePassed: before an answer ended.
+        LoracError: an answer could not be computed.
     """
 
-    def __init__(
-        self, request: ActiveRequest, answers: Sequence[Answer], metrics: ServerMetrics, *, has_logprobs: bool
-    ) -> None:
-        self.request, self.answers = request, answers
-        self._metrics, self._has_logprobs = metrics, has_logprobs
-
-    async def parts(self) -> AsyncGenerator[AnswerPart]:
-        """Yield the parts of the answers as their tokens come. Leaving the loop ends the request.
-
-        Raises:
-            DeadlinePassed: before an answer ended.
-            LoracError: an answer could not be computed.
-        """
-        async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._metrics.track(self.request))
-            for answer in self.answers:
-                stack.callback(answer.stream.cancel)
-            merged = merge_streams([self._read(index, answer) for index, answer in enumerate(self.answers)])
-            await stack.enter_async_context(contextlib.aclosing(merged))
-            async for part in merged:
-                yield part
-
-    async def _read(self, index: int, answer: Answer) -> AsyncGenerator[AnswerPart]:
+    async def read(index: int, answer: Answer) -> AsyncGenerator[AnswerPart]:
         calls, waiting, last = False, list[TextToken](), None
         async for token in answer.stream:
             now = time.monotonic()
-            self._metrics.count_token(self.request, None if last is None else now - last)
+            metrics.count_token(request, None if last is None else now - last)
             last = now
-            waiting += [token] if self._has_logprobs else []
+            waiting += [token] if has_logprobs else []
             parsed = answer.add(token.id)
             calls = calls or bool(parsed.calls)
             if parsed:
@@ -139,9 +122,18 @@ class Answers:
                 break
         parsed = answer.end()
         reason = "stop" if answer.stopped else answer.stream.reason
-        self.request.reasons.append(reason)
+        request.reasons.append(reason)
         if reason == "deadline":
             raise DeadlinePassed("the request took longer than the server's deadline", next_step="ask for fewer tokens")
         if reason == "stop" and (calls or parsed.calls):
             reason = "tool_calls"
         yield AnswerPart(index, parsed, tuple(waiting), reason)
+
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(metrics.track(request))
+        for answer in answers:
+            stack.callback(answer.stream.cancel)
+        merged = merge_streams([read(index, answer) for index, answer in enumerate(answers)])
+        await stack.enter_async_context(contextlib.aclosing(merged))
+        async for part in merged:
+            yield part

@@ -32,10 +32,10 @@ class AnswerShape(ABC):
     def __init__(self, request: ActiveRequest, tokenizer: FastTokenizer, *, has_logprobs: bool) -> None:
         self._request, self._tokenizer, self._has_logprobs = request, tokenizer, has_logprobs
 
-    def whole(self, parts: Sequence[AnswerPart], count: int) -> Json:
+    def whole(self, parts: Sequence[AnswerPart]) -> Json:
         """Return the answers as one object."""
         choices = []
-        for index in range(count):
+        for index in range(self._request.answers):
             own = [part for part in parts if part.index == index]
             parsed = functools.reduce(ParsedText.joined, (part.parsed for part in own))
             head = {"index": index, **self._message(parsed), "finish_reason": own[-1].reason}
@@ -47,7 +47,7 @@ class AnswerShape(ABC):
         choice = {"index": part.index, **self._delta(part), "finish_reason": part.reason or None}
         return {**self._head(self.chunk_kind), "choices": [choice | self._logprobs(part.tokens)]}
 
-    def opening(self, count: int) -> list[Json]:
+    def opening(self) -> list[Json]:
         """Return the events before the first part."""
         return []
 
@@ -88,10 +88,10 @@ class ChatShape(AnswerShape):
         super().__init__(request, tokenizer, has_logprobs=has_logprobs)
         self._calls: dict[int, int] = {}
 
-    def opening(self, count: int) -> list[Json]:
-        delta = {"role": "assistant", "content": ""}
-        choices = [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None} for index in range(count)]
-        return [{**self._head(self.chunk_kind), "choices": [choice]} for choice in choices]
+    def opening(self) -> list[Json]:
+        choice = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+        head = self._head(self.chunk_kind)
+        return [{**head, "choices": [{"index": index, **choice}]} for index in range(self._request.answers)]
 
     def _message(self, parsed: ParsedText) -> Json:
         calls = [_describe_call(call) for call in parsed.calls]
