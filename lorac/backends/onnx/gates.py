@@ -166,7 +166,7 @@ def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value])
     gate.metadata_props.update(add.metadata_props)
     graph.insert_before(add, gate)
     old.replace_all_uses_with(result, replace_graph_outputs=True)
-    given = dict(zip(extra, results[1:], strict=True))  # the branch itself goes on to read what it emits
+    given = dict(zip(extra, results[1:], strict=True))  # the branch itself goes on to read its extra outputs
     graph.outputs[:] = [given.get(value, value) for value in graph.outputs]
     for node in taken:
         graph.remove(node)

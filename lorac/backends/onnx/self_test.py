@@ -125,10 +125,10 @@ class _ProgramComparison:
             return
         before = self._run(contents.old())
         noise = contents.noise(0)
-        # A rounding may change what a router chooses. A fault shows with other noise too.
+        # A rounding may change a router's choice. A fault shows with other noise too.
         if self._differs(noise) and self._differs(noise := contents.noise(1)):
             raise self._diagnosed(_tensors_of_graph(noise, self.graph))
-        if not self._agrees_elsewhere():  # else one of these says what is wrong, or that nothing is
+        if not self._agrees_elsewhere():  # else one of these names the fault, or finds none
             self._check_sizes(noise, lambda: contents.noise(2))
             self._check_places()
         after = self._run(contents.old())

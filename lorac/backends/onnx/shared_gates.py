@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 READS_SIZES = "Shape"
-"""The op whose result does not depend on what is in a slot."""
+"""The op whose result does not depend on the content of a slot."""
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "MatMulBnb4", "Einsum", "FusedMatMul"})
 """Ops that are worth a gate."""
 

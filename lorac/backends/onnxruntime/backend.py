@@ -55,7 +55,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         return dataclasses.replace(dialect, why_branches_shared="") if options.branch_rows else dialect
 
     def place_options(self, options: OnnxRuntimeOptions, device: torch.device | None) -> OnnxRuntimeOptions:
-        """Return the options for a device; check that this machine has what the device needs."""
+        """Return the options for a device; check that this machine fulfils the device's needs."""
         if device is not None:
             options = dataclasses.replace(options, device=str(device))
         if options.cache and options.place.type != "cpu":

@@ -79,4 +79,4 @@ _ON_CUDA = dataclasses.replace(
     dtypes=(*_ON_CPU.dtypes, torch.float16, torch.bfloat16),
 )
 DIALECTS: Mapping[str, OnnxDialect] = {"cpu": _ON_CPU, "cuda": _ON_CUDA}
-"""Type of device -> what sessions can run there; on a GPU, the CPU computes the ops that the GPU has no kernel for."""
+"""Type of device -> the dialect of sessions there; on a GPU, the CPU computes ops that the GPU has no kernel for."""

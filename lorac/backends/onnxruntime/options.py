@@ -26,7 +26,7 @@ _WEIGHT_BITS = {"int8": 8, "int4": 4}
 FLOAT32_LEVEL = 1
 """The accuracy level of products that round nothing."""
 INT8_LEVEL = 4
-"""The accuracy level of products that round what they read to int8."""
+"""The accuracy level of products that round their operand to int8."""
 _ACCURACY_LEVELS = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
 _CACHE_RELEASE = (1, 32)
 """The first release whose GroupQueryAttention takes rows of several lengths, which a cache needs."""

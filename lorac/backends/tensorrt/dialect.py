@@ -43,7 +43,7 @@ DIALECT: OnnxDialect = Dialect(
     # Sizes of 0 are not promised by the library, and a convolution's channels have to be constants.
     ranks=dict.fromkeys(_FROM_ONE, RankPolicy.FROM_ONE) | dict.fromkeys(_FIXED, RankPolicy.FIXED),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    # Whether fused products pay off is not measured: the library chooses kernels for what it is given.
+    # Whether fused products pay off is not measured: the library chooses kernels by itself.
     fuses_projections=False,
     rows=True,
     why_shared=dict.fromkeys(_FIXED, "a plan convolves all rows with one kernel"),

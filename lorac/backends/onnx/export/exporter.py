@@ -25,7 +25,7 @@ from lorac.ir.traces.gate import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 TESTED_RELEASES = ("2.13",)
-"""Releases of torch whose private parts are known to be what ``torchlib`` takes them for."""
+"""Releases of torch whose private parts ``torchlib`` was tested with."""
 Translations = Mapping[Target, Translation]
 
 

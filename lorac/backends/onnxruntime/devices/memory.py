@@ -112,7 +112,7 @@ class TorchDeviceMemory(_CopyingMemory):
         torch.cuda.current_stream(self.place).synchronize()
 
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
-        # torch has no address for what is empty, and ONNX Runtime takes none without one.
+        # torch has no address for an empty tensor, and ONNX Runtime takes no tensor without one.
         return as_ort_value(tensor.to(self.place).contiguous()) if tensor.numel() else empty_at(self.place, tensor)
 
 

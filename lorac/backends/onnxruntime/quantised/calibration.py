@@ -12,7 +12,7 @@ from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.progress import progress
 
 Call = Mapping[str, object]
-"""Arguments of a call of a model by name, such as what a tokenizer returns."""
+"""Arguments of a call of a model by name, such as a tokenizer returns."""
 _TEXTS, _TOKENS = 16, 256
 """How many texts a model writes for its own calibration, and how long they are."""
 _MOST_BYTES = 256 << 20
