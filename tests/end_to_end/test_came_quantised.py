@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map
 
 import lorac
 from lorac import LoracWarning
-from lorac.backends.onnx.model_files import read_model_files
 from lorac.frontend.quantised_weights import QUANTISATION_LEVELS, QuantisedMatrix
 from lorac.testing import assert_close
+from tests.emitted import read_emitted
 from tests.refusing import refuses
 
 
@@ -128,7 +128,7 @@ def model(how: Any) -> nn.Module:
 
 
 def products(compiled: Any) -> list[onnx.NodeProto]:
-    found, _ = read_model_files(compiled.engine.files, "main")
+    found, _ = read_emitted(compiled)
     return [node for node in found.graph.node if node.op_type == "MatMulNBits"]
 
 
@@ -147,7 +147,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
     weight: Any = own.site.weight
     whole = (weight.qdata if how.startswith("torchao") else weight.data).numpy()
     bits = 4 if "4 bits" in how else 8
-    stored, held = read_model_files(compiled.engine.files, "main")
+    stored, held = read_emitted(compiled)
     name = next(t.name for t in stored.graph.initializer if t.name.endswith(f"_Q{bits}"))
     packed = (
         held[name]
@@ -310,7 +310,7 @@ def test_codes_of_a_table_are_the_products_own(
     adapters = {"a": lorac.LoRA(r=2, targets=["first", "second"])}
     compiled = lorac.compile(own, adapters, target="onnxruntime", example_inputs=(x,), active=None)
     assert not [w for w in recwarn if issubclass(w.category, LoracWarning)]
-    found, _ = read_model_files(compiled.engine.files, "main")
+    found, _ = read_emitted(compiled)
     kinds = [node.op_type for node in found.graph.node]
     assert kinds.count("MatMulBnb4") == 2
     again = torch.randn(3, 128)
@@ -340,7 +340,7 @@ def test_qst_starts_as_a_model_in_4_bits_and_keeps_its_codes() -> None:
     assert losses[-1] < losses[0]
     with torch.no_grad():
         emitted = lorac.compile(host, {"side": compiled.adapters["side"]}, target="onnxruntime", **options)
-        found, _ = read_model_files(emitted.engine.files, "main")
+        found, _ = read_emitted(emitted)
         assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 4
         assert_close(emitted(other), compiled(other))
         assert not torch.equal(emitted(other), emitted(other, adapters=None))
@@ -370,7 +370,7 @@ def test_bitsandbytes_own_layer() -> None:
     own, x = nn.Sequential(layer.to("cpu"), nn.Tanh()), torch.randn(5, 128)
     expected = own(x)
     compiled = lorac.compile(own, {}, target="onnxruntime", example_inputs=(x,))
-    found, _ = read_model_files(compiled.engine.files, "main")
+    found, _ = read_emitted(compiled)
     assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 1
     assert_close(compiled(x), expected)
 

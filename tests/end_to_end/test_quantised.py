@@ -19,8 +19,9 @@ from torch.export import Dim
 import lorac
 from lorac import OptionError, Unavailable
 from lorac.backends.onnx import self_test
-from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
+from lorac.backends.onnx.model_files import WEIGHTS_FILE
 from lorac.backends.onnxruntime.quantised.codec import Codec
+from tests.emitted import load_emitted_proto
 from tests.parity import assert_parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses
@@ -288,9 +289,8 @@ def test_each_component_has_a_base_of_its_own() -> None:
 
 @pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
 def test_nodes_have_the_requested_settings(made: Made) -> None:
-    import onnx
 
-    model = onnx.load(made.compiled.engine.folder / MODEL_FILE, load_external_data=False)
+    model = load_emitted_proto(made.compiled)
     held = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     settings = {a.name: a.i for a in held[0].attribute}
     options = made.compiled.engine.options

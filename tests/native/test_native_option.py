@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorac
 from lorac import LoracError
-from lorac.backends.onnx.model_files import read_model_files
 from lorac.backends.onnxruntime.native_op import OP, use_native_op
+from tests.emitted import read_emitted
 from tests.limits import NATIVE, NATIVE_HALF
 from tests.native.library import installed, needs_compiler
 
@@ -95,7 +95,7 @@ def test_the_op_is_all_that_an_adapter_adds_to_a_decoding_step(
 
 def _session_ops(compiled: lorac.Compiled) -> Counter[str]:
     """The ops of the model in a session with the op of lorac-native."""
-    model, _ = read_model_files(compiled.engine.files, "main")
+    model, _ = read_emitted(compiled)
     use_native_op(model)
     return Counter(node.op_type for node in model.graph.node)
 

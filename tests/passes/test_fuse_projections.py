@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.backends.onnx.model_files import BASE_FILE, MODEL_FILE, WEIGHTS_FILE
+from lorac.backends.onnx.model_files import BASE_FILE, WEIGHTS_FILE
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Skip
 from lorac.ir.graph.interpreter import differs_beyond_rounding
@@ -24,6 +24,7 @@ from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import lowering_passes
 from lorac.testing import adapter_away, assert_parity
 from tests.captured import capture, captured_program, captured_stack, filled, graph_of, interpret
+from tests.emitted import load_emitted
 
 BLOCKS = [f"body.layers.{i}" for i in range(3)]
 
@@ -268,13 +269,13 @@ def test_bakes_into_one_product(emitted: Mapping[str, Any]) -> None:
     eager.swap("dora")
     assert_parity(baked(OTHER), eager(OTHER), emitted["host"](OTHER))
     for name in ("bare", "baked"):
-        graph = ir.load(emitted[name].engine.folder / MODEL_FILE).graph
+        graph = load_emitted(emitted[name]).graph
         products = [node for node in graph if node.op_type in ("MatMul", "Gemm")]
         assert len(products) == 4, "two a block"
 
 
 def test_emits_one_product_split_by_constant_sizes(emitted: Mapping[str, Any]) -> None:
-    graph = ir.load(emitted["live"].engine.folder / MODEL_FILE).graph
+    graph = load_emitted(emitted["live"]).graph
     cuts = [node for node in graph if node.op_type == "Split"]
     assert [ir.convenience.get_const_tensor(cut.inputs[1]).numpy().tolist() for cut in cuts] == [[24, 20, 16]] * 2
     names = {str(name) for name in graph.initializers}

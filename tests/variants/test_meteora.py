@@ -9,9 +9,9 @@ import torch
 
 import lorac
 from lorac import Site, SiteKind
-from lorac.backends.onnx.model_files import read_model_files
 from lorac.testing import assert_close
 from lorac.variants._mixtures import top_k_mask, top_k_softmax
+from tests.emitted import read_emitted
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
@@ -355,7 +355,7 @@ def test_emits_the_added_term_without_a_difference() -> None:
     tensors = {path: {key: t.float() for key, t in own.items()} for path, own in adapter.tensors.items()}
     single = lorac.Adapter("task", adapter.variant, tensors)
     compiled = lorac.compile(model, {"task": single}, target="onnxruntime", example_inputs=(x,))
-    (gate,) = (n for n in read_model_files(compiled.engine.files, "main")[0].graph.node if n.op_type == "If")
+    (gate,) = (n for n in read_emitted(compiled)[0].graph.node if n.op_type == "If")
     assert not [n for branch in gate.attribute for n in branch.g.node if n.op_type == "Sub"]
     with torch.no_grad():
         assert_parity(compiled(x), lorac.compile(model, {"task": single})(x), model(x))

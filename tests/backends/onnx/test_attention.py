@@ -2,7 +2,6 @@
 
 import math
 
-import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,8 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing import assert_close
+from tests.emitted import load_emitted
 
 
 class Attends(nn.Module):
@@ -28,7 +27,7 @@ class Attends(nn.Module):
 
 
 def ops(compiled):
-    return [node.op_type for node in ir.load(compiled.engine.folder / MODEL_FILE).graph]
+    return [node.op_type for node in load_emitted(compiled).graph]
 
 
 def bool_mask():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx.emit import SITE_METADATA
-from lorac.backends.onnx.model_files import MODEL_FILE
 from tests.backends.onnx.nodes import compiled_case
+from tests.emitted import load_emitted
 from tests.zoo import ZOO
 
 
@@ -23,7 +23,7 @@ def emitted(model: nn.Module, adapters: Any, **options: Any) -> dict[str, list[A
 
 
 def _graph(compiled: lorac.Compiled) -> ir.Graph:
-    return ir.load(compiled.engine.folder / MODEL_FILE).graph
+    return load_emitted(compiled).graph
 
 
 def _sizes(graph: ir.Graph) -> dict[str, list[Any]]:

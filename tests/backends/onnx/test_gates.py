@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 import lorac
 from lorac import ParamSpec
-from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing import HOSTS, Case
+from tests.emitted import load_emitted, load_emitted_proto
 
 VARIANTS = {"adaptertune": (lorac.AdapterTune(r=2), "block"), "meteora": (lorac.MeteoRA(r=2, experts=3), "linear")}
 
@@ -31,7 +30,7 @@ def compiled(case):
 
 @pytest.mark.medium("a router's", cases=["adaptertune"])
 def test_each_branch_has_its_own_if(compiled):
-    model = ir.load(compiled.engine.folder / MODEL_FILE)
+    model = load_emitted(compiled)
     gates = [node for node in model.graph if node.op_type == "If"]
     assert len(gates) == len(compiled.plans["blocks.0" if "blocks.0" in compiled.plans else "site"].branches) == 2
     parameters = {name for name, slot in compiled.engine.slots.items() if ".t" not in slot.role}
@@ -72,6 +71,6 @@ def test_declares_the_switch_of_shared_values_with_its_type():
     adapters = {"own": lorac.LoRA(r=2, targets=["0"]), **{name: BaseReader(targets=["1"]) for name in ("a", "b")}}
     host = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5))
     compiled = lorac.compile(host, adapters, target="onnxruntime", example_inputs=(torch.ones(3, 4),))
-    model = onnx.load(compiled.engine.folder / MODEL_FILE, load_external_data=False)
+    model = load_emitted_proto(compiled)
     assert [node.op_type for node in model.graph.node].count("Or") == 1
     onnx.shape_inference.infer_shapes(model, strict_mode=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
 import pytest
 
-from lorac.backends.onnx.model_files import MODEL_FILE
 from tests.backends.onnx.nodes import CASES, compiled_case, node_lines
+from tests.emitted import load_emitted
 from tests.goldens import check
 
 
@@ -17,6 +16,6 @@ from tests.goldens import check
 @pytest.mark.parametrize("name", CASES)
 def test_emitted_nodes_and_graph_equal_the_golden_files(name: str) -> None:
     compiled = compiled_case(name)
-    emitted = ir.load(compiled.engine.folder / MODEL_FILE)
+    emitted = load_emitted(compiled)
     check(f"nodes_{name}", "\n".join(node_lines(emitted)) + "\n")
     check(f"graph_{name}", str(compiled.graph["main"].after("cleanup")))

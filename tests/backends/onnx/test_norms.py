@@ -1,13 +1,12 @@
 """Norms are one op each, whether their scale is a weight or an adapter's, and answer as eager does."""
 
-import onnx_ir as ir
 import pytest
 import torch
 
 import lorac
-from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing import assert_close
 from tests import parity
+from tests.emitted import load_emitted
 from tests.zoo import ZOO
 
 
@@ -23,7 +22,7 @@ def test_emits_onnxruntimes_rms_norm():
         adapter.replaced[name] = tensor * torch.linspace(0.7, 1.3, tensor.numel())
     eager = lorac.compile(model, {"a": adapter})
     emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime")
-    found = [node.op_type for node in ir.load(emitted.engine.folder / MODEL_FILE).graph]
+    found = [node.op_type for node in load_emitted(emitted).graph]
     assert found.count("SimplifiedLayerNormalization") == sum("norm" in name for name, _ in model.named_parameters())
     assert not {"Reciprocal", "Sqrt"} & set(found)
     inputs = entry.inputs()

@@ -22,6 +22,7 @@ from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.inference_session import create_session
 from lorac.frontend.base_weights import make_base_reader
 from lorac.storage.open_file import open_files
+from tests.emitted import load_emitted
 from tests.parity import assert_parity
 from tests.refusing import refuses
 
@@ -93,7 +94,7 @@ def built() -> dict[str, Built]:
 def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -> OrtEngine:
     """The same engine over a model that was tampered with."""
     folder.mkdir()
-    model = ir.load(built.engine.folder / MODEL_FILE)
+    model = load_emitted(built)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)

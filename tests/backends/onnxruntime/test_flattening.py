@@ -9,10 +9,10 @@ import torch
 
 import lorac
 from examples.pipelines import tiny_vae
-from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.testing import adapter_away, assert_close
+from tests.emitted import load_emitted
 from tests.zoo import ZOO
 
 FEATURES, OUT, RANK = 4, 6, 2
@@ -169,7 +169,7 @@ def test_adds_every_pair_in_the_shape_of_its_product(name):
     compiled = lorac.compile(
         entry.model(), {"a": lorac.LoRA(r=2, targets=entry.targets)}, target="onnxruntime", mode="live", self_test=False
     )
-    graph = ir.load(compiled.engine.folder / MODEL_FILE).graph
+    graph = load_emitted(compiled).graph
     halves = [value for value in graph.inputs if str(value.name).endswith(":b")]
     assert len(halves) > 1
     products = [use.node for value in halves for use in value.uses()]

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -14,13 +13,13 @@ from torch import nn
 import lorac
 from lorac import Reserve
 from lorac.adapters.preparation import Preparer
-from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.tested_contents import draw_noise
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.roles import ROLES, SlotRole, Stage
 from lorac.storage.plans import plan_from_json, plan_to_json
 from lorac.testing import assert_close
+from tests.emitted import load_emitted
 from tests.refusing import refuses
 
 WIDTH = 6
@@ -101,7 +100,7 @@ def test_a_new_role_reaches_plan_slots_and_both_engines() -> None:
     assert_close(eager(X), _expected(model))  # while gradients are recorded: from the adapter's own tensors
 
     emitted = lorac.compile(model, {"a": _adapter()}, target="onnxruntime", example_inputs=(X,))
-    inputs = {str(value.name) for value in ir.load(emitted.engine.folder / MODEL_FILE).graph.inputs}
+    inputs = {str(value.name) for value in load_emitted(emitted).graph.inputs}
     assert {"0:a", "0:b", "0:s"} <= inputs
     assert_close(emitted(X), _expected(model))
     emitted.swap(None)

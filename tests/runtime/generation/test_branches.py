@@ -10,8 +10,8 @@ import torch
 
 import lorac
 from lorac import Site, SiteKind
-from lorac.backends.onnx.model_files import read_model_files
 from lorac.testing import assert_close
+from tests.emitted import read_emitted
 from tests.limits import assert_apart
 from tests.variants.test_qst import IDS, away, masked, method, model
 
@@ -114,7 +114,7 @@ def test_beams_prefixes_and_drafts_have_the_side_networks_keys_follow() -> None:
 
 
 def test_a_side_network_that_is_off_neither_runs_nor_writes_into_its_cache() -> None:
-    graph = read_model_files(growing("onnxruntime", cache=True).engine.files, "main")[0].graph
+    graph = read_emitted(growing("onnxruntime", cache=True))[0].graph
     gated = [branch.g for node in graph.node if node.op_type == "If" for branch in node.attribute]
     counts = [sum(node.op_type == "GroupQueryAttention" for node in inner.node) for inner in (graph, *gated)]
     assert sorted(counts) == [0, 0, 2, 2, 2], "those of the host's layers, and where they are on those of two networks"
