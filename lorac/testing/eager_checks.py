@@ -164,8 +164,11 @@ def check_influence(case: Case) -> None:
         return bool(torch.linalg.vector_norm(_call(case.compiled(other), case.x) - y) > 1e-3 * moved)
 
     for key, tensor in case.a.tensors[case.host.path].items():
-        floats = tensor.is_floating_point()
-        changes = (_add_noise(tensor, size) for size in (0.5, 5.0)) if floats else iter([tensor.flip(-1)])
+        changes = [tensor.flip(-1)]
+        if tensor.is_floating_point():
+            generator = torch.Generator().manual_seed(3)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+            changes = [tensor + size * typical_size(tensor) * noise for size in (0.5, 5.0)]
         assert any(moves(key, changed) for changed in changes), f"{key} has no influence on the output"
 
 
@@ -299,12 +302,6 @@ def _add_emitted_gradients(compiled: CompiledModule, missing: list[Tensor]) -> N
         gradients = torch.autograd.grad([value.sum() for value in emitted], missing, allow_unused=True)
         for tensor, gradient in zip(missing, gradients, strict=True):
             tensor.grad = gradient
-
-
-def _add_noise(tensor: Tensor, size: float) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-    return tensor + size * typical_size(tensor) * noise
 
 
 def _describe_model(model: nn.Module) -> object:

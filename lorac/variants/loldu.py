@@ -130,15 +130,14 @@ def _gaussian(context: InitContext, std: Tensor | float, mean: Tensor | float = 
     return mean + std * torch.randn(context.shape, generator=context.generator)
 
 
-def _normal_start(context: InitContext) -> Tensor:
-    diagonal = context.params.diagonal
-    return _gaussian(context, diagonal.std(correction=int(len(diagonal) > 1)), diagonal.mean())
-
-
 _STARTS: Mapping[str, Callable[[InitContext], Tensor]] = {
     "lu": lambda context: context.params.diagonal.clone(),
     "uniform": lambda context: _uniform_around_zero(context, context.params.diagonal.mean().abs() / 2),
-    "normal": _normal_start,
+    "normal": lambda context: _gaussian(
+        context,
+        context.params.diagonal.std(correction=int(len(context.params.diagonal) > 1)),
+        context.params.diagonal.mean(),
+    ),
     "constant": lambda context: context.params.diagonal.mean().expand(context.shape).clone(),
     "s_uniform": lambda context: _uniform_around_zero(context, 1.0),
     "s_normal": lambda context: _gaussian(context, 1.0),

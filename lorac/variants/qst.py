@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -239,9 +239,13 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
     order = [path for path, _ in model.named_modules()]
     found, after = list[str](), list[str]()
     for holder in chains:
-        for path in _adjacent_norms(model, holder):
-            found.append(path)
-            after += [path] if order.index(path) > order.index(holder) else []
+        parent = holder.rpartition(".")[0]
+        for leaf, module in model.get_submodule(parent).named_children():
+            weight = module._parameters.get("weight")
+            if isinstance(weight, Tensor) and weight.dim() == 1:  # a scale
+                path = f"{parent}.{leaf}" if parent else leaf
+                found.append(path)
+                after += [path] if order.index(path) > order.index(holder) else []
     chosen = found if len(found) == 1 else after
     if len(chosen) != 1:
         seen = ", ".join(f"'{path}'" for path in chosen) or "none"
@@ -263,15 +267,6 @@ def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> 
             code="site_not_found",
         )
     return found[0]
-
-
-def _adjacent_norms(model: nn.Module, holder: str) -> Iterator[str]:
-    """Yield the paths of modules next to another whose first parameter is a scale."""
-    parent = holder.rpartition(".")[0]
-    for leaf, module in model.get_submodule(parent).named_children():
-        weight = module._parameters.get("weight")
-        if isinstance(weight, Tensor) and weight.dim() == 1:
-            yield f"{parent}.{leaf}" if parent else leaf
 
 
 def _read_sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,16 +57,12 @@ def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
     if isinstance(spec, str):
         spec = {spec: 1.0}
     if not isinstance(spec, Mapping):
-        raise ChoiceError(f"a choice of adapters cannot be {short(spec)}", next_step=_suggest_choice(spec))
+        step = "give a name, {name: strength}, or None"
+        if isinstance(spec, list | set) and spec and all(isinstance(name, str) for name in spec):  # as PEFT takes it
+            step = f"give {dict.fromkeys(sorted(spec), 1.0)}; a list is one choice per row, as adapters= in a call"
+        raise ChoiceError(f"a choice of adapters cannot be {short(spec)}", next_step=step)
     active = {name: _parse_active(name, value, known) for name, value in spec.items()}
     return tuple((name, active[name]) for name in sorted(active) if active[name].strength != 0)
-
-
-def _suggest_choice(given: object) -> str:
-    """Return what to give instead of something that is not a choice, such as PEFT's list of names."""
-    if isinstance(given, list | set) and given and all(isinstance(name, str) for name in given):
-        return f"give {dict.fromkeys(sorted(given), 1.0)}; a list is one choice per row, as adapters= in a call"
-    return "give a name, {name: strength}, or None"
 
 
 def choice_strengths(choice: Choice) -> dict[str, float]:

@@ -86,7 +86,7 @@ def place_change(
 
 
 def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tuple[Reason, ...]:
-    """Return why a change is merged: planning's reasons for its adapters or the site, or what the site lacks."""
+    """Return why a change is merged: the plan's reasons for its adapters or the site, or the missing slot."""
     own = tuple(reason for reason in plan.reasons if reason.adapter in names)
     general = tuple(reason for reason in plan.reasons if reason.adapter is None)
     fits_something = isinstance(change, LowRank) and not all(role.merged for role, _ in plan.roles())

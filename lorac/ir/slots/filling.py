@@ -84,7 +84,10 @@ def find_misfit(plan: SitePlan, change: Change) -> str | None:
 
 
 def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
-    """Return what a site lacks to run a low-rank change next to its weight, or None; foldable scales need no room."""
+    """Name the slot that a site lacks to run a low-rank change next to its weight; None if it lacks none.
+
+    Foldable scales need no room.
+    """
     tensors = tensors_by_role(change)
     needed = [(ROLES[name], ROLES[name].room(tensor)) for name, tensor in tensors.items() if name not in FOLDABLE]
     for role, size in [*needed, *([(ROLES[operands.BIAS], 1)] if change.e is not None else [])]:
