@@ -11,6 +11,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lorac.discovery import import_modules, list_entry_points
-from lorac.errors import ExampleInputsNeeded
+from lorac.errors import ExampleInputsNeeded, warn
 from lorac.frontend import hosts
 from lorac.frontend.copying import copy_structure
 from lorac.ir.calls.call import Call, Inputs
@@ -240,11 +241,21 @@ def describe_tensors(parameters: Mapping[str, inspect.Parameter]) -> str:
     return f"{{{', '.join(values)}}}, with the shapes that the model takes"
 
 
-def _list_libraries() -> list[type[Host]]:
+def _list_libraries() -> tuple[type[Host], ...]:
     """Return the classes of installed packages, then lorac's own; a package may take over a library of lorac's."""
-    return [*(found.load() for found in list_entry_points(GROUP).values()), *_list_own_libraries()]
+    return _load_libraries(tuple(list_entry_points(GROUP).values()))
 
 
 @functools.cache
-def _list_own_libraries() -> list[type[Host]]:
-    return [module.HOST for module in import_modules(hosts)]
+def _load_libraries(installed: tuple[EntryPoint, ...]) -> tuple[type[Host], ...]:
+    """Import the classes; one of another package that cannot be imported is left out with a warning."""
+    found: list[type[Host]] = []
+    for entry_point in installed:
+        try:
+            offered = entry_point.load()
+            if not issubclass(offered, Host):
+                raise TypeError(f"{offered.__name__} is not a subclass of Host")
+            found.append(offered)
+        except Exception as error:  # code of another package may raise anything when it is imported
+            warn(f"the host '{entry_point.name}' of another package is left out: {type(error).__name__}: {error}")
+    return (*found, *(module.HOST for module in import_modules(hosts)))

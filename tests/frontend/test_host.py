@@ -55,15 +55,27 @@ def test_finds_the_sequences_of_a_model_inside_another() -> None:
     assert Host.of(nn.Linear(2, 3)).find_sequence_host() is None
 
 
-@torch.no_grad()
-def test_compiles_a_model_of_an_installed_librarys_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sounds.py").write_text(PACKAGE)
-    installed = tmp_path / "sounds-1.dist-info"
+def _install(folder: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    (folder / "sounds.py").write_text(PACKAGE)
+    installed = folder / "sounds-1.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: sounds\nVersion: 1\n")
-    (installed / "entry_points.txt").write_text(f"[{GROUP}]\nsounds = sounds:SoundHost\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    (installed / "entry_points.txt").write_text(f"[{GROUP}]\nsounds = sounds:{host}\n")
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "sounds", raising=False)
+
+
+@pytest.mark.parametrize("host", ["Missing", "Sound"])
+def test_leaves_out_a_host_that_cannot_be_imported(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(tmp_path, monkeypatch, host)
+    with pytest.warns(lorac.LoracWarning, match="the host 'sounds' of another package is left out"):
+        assert isinstance(Host.of(nn.Linear(2, 3)), PlainHost)
+    assert isinstance(Host.of(nn.Linear(2, 3)), PlainHost)
+
+
+@torch.no_grad()
+def test_compiles_a_model_of_an_installed_librarys_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(tmp_path, monkeypatch, "SoundHost")
     import sounds  # type: ignore[import-not-found]  # written above
 
     model = sounds.Sound().eval()
@@ -71,4 +83,3 @@ def test_compiles_a_model_of_an_installed_librarys_host(tmp_path: Path, monkeypa
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=1, targets=["layer"])}, target="onnxruntime")
     frames = torch.randn(3, 9, 4)
     assert_close(compiled(frames), model(frames))
-    sys.modules.pop("sounds")
