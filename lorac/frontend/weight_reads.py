@@ -48,8 +48,9 @@ class WeightReads(WatchingMode):
         self._paths = {model.get_submodule(path): path for path in layers}
         spans = {module: list(_iterate_spans(module)) for module in model.modules()}
         observed = {span for module in self._paths for span in spans[module]}
-        # Layers with tied weights read them in their own forward too, whether or not they are observed.
-        self._own = {module: own for module, own in spans.items() if not observed.isdisjoint(own)}
+        # Layers with tied weights read them in their own forward too, whether or not they are observed. An observed
+        # layer without outputs has no span.
+        self._own = {module: own for module, own in spans.items() if module in self._paths or observed & {*own}}
         self._parts: dict[int, set[tuple[int, int, _Span]]] = defaultdict(set)  # storage -> parts of it
         for span in observed:
             self._parts[span[0]].add((*span[1:], span))
