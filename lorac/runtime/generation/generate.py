@@ -77,10 +77,9 @@ def generate(
         check_type(prompt_cache, PromptCache, "prompt_cache=", next_step=next_step)
         model.prompt_caches[id(prompt_cache)] = prompt_cache
     call = _check_cached(model, graph, traits, options) if host is None else _check_eager(model, graph, host, options)
-    if draft is not UNSET:
-        call = replace(call, request=call.request.with_draft())
+    request = call.request if draft is UNSET else call.request.with_draft()
     with torch.no_grad():
-        return call.generate(adapters, seed, draft, prompt_cache)
+        return replace(call, request=request, draft=draft, prompt_cache=prompt_cache).generate(adapters, seed)
 
 
 def _check_cached(
@@ -162,6 +161,9 @@ class _GenerateCall:
         prompts: the rows; None for a model that begins with other inputs, or a decoder with its own start tokens.
         token_inputs: names of the inputs for the prompts' tokens and mask.
         as_numpy: whether sequences are returned as arrays.
+        draft: the choice that drafts tokens; ``UNSET`` for none.
+        prompt_cache: keeps prompts between calls.
+        seeds: of random numbers.
     """
 
     model: GeneratingModel
@@ -170,17 +172,26 @@ class _GenerateCall:
     prompts: Prompts | None
     token_inputs: tuple[str, str] = (IDS, MASK)
     as_numpy: bool = False
+    draft: ChoiceSpec = UNSET
+    prompt_cache: PromptCache | None = None
+    seeds: Seeds = None
 
-    def generate(self, adapters: Any, seed: object, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
+    def generate(self, adapters: Any, seed: object) -> Output:
         """Run the rows, those of one kind together, and join the outputs in the order of the batch."""
         rows = count_rows(self.request.options.values())
-        seeds = _parse_seeds(seed, rows)
-        seed_apart = isinstance(seeds, list) and not (self.request.samples_rows and self._over_cache)
+        call = replace(self, seeds=_parse_seeds(seed, rows))
+        seed_apart = isinstance(call.seeds, list) and not (self.request.samples_rows and self._over_cache)
         apart = seed_apart or self.request.drafts
 
-        def run(groups: list[RowGroup]) -> Output:
+        def run(groups: list[RowGroup]) -> Any:
             groups = [RowGroup(group.choice, [row]) for group in groups for row in group.rows] if apart else groups
-            return self._convert(self._run_groups(groups, rows, seeds, draft, prompt_cache))
+            output: Any = call._run_groups(groups, rows)
+            if not self.as_numpy and not isinstance(self.request.options.get(IDS), np.ndarray):
+                return output
+            if isinstance(output, torch.Tensor):
+                return output.numpy()
+            output["sequences"] = output["sequences"].numpy()
+            return output
 
         if not isinstance(adapters, Sequence) or isinstance(adapters, str):
             return run([RowGroup(adapters, list(range(rows)))])
@@ -188,14 +199,11 @@ class _GenerateCall:
         # A way of generating of the model's own may call it with other rows, as for guidance.
         traits = self.model.traits[self.graph]
         keeps_rows = self._over_cache or (traits.generation is not None and traits.rules is None)
-        together = not apart and keeps_rows
-        return self.model.switch.run_grouped(adapters, self.graph, run, together=together)
+        return self.model.switch.run_grouped(adapters, self.graph, run, together=not apart and keeps_rows)
 
-    def _run_groups(
-        self, groups: Sequence[RowGroup], rows: int, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None
-    ) -> Output:
+    def _run_groups(self, groups: Sequence[RowGroup], rows: int) -> Output:
         if len(groups) == 1:
-            return self._run(groups[0], seeds, draft, prompt_cache)
+            return self._run(groups[0])
         for name in ("streamer", CACHE):
             if self.request.options.get(name) is not None:
                 raise Unavailable(
@@ -204,8 +212,13 @@ class _GenerateCall:
                 )
         outputs = []
         for group in groups:
-            own = [seeds[row] for row in group.rows] if isinstance(seeds, list) else seeds
-            outputs.append(self._select(group.rows, rows)._run(group, own, draft, prompt_cache))
+            own = replace(
+                self,
+                request=replace(self.request, options=select_rows(self.request.options, group.rows, rows)),
+                prompts=None if self.prompts is None else self.prompts.rows(group.rows),
+                seeds=[self.seeds[row] for row in group.rows] if isinstance(self.seeds, list) else self.seeds,
+            )
+            outputs.append(own._run(group))
         merger = OutputMerger([group.rows for group in groups], self.request.fill_id, self.request.beams)
         return merger.merge(outputs)
 
@@ -213,21 +226,7 @@ class _GenerateCall:
     def _over_cache(self) -> bool:
         return self.model.engine.module is None
 
-    def _select(self, rows: Sequence[int], total: int) -> _GenerateCall:
-        """Return the call of some of the rows."""
-        request = replace(self.request, options=select_rows(self.request.options, rows, total))
-        return replace(self, request=request, prompts=None if self.prompts is None else self.prompts.rows(rows))
-
-    def _convert(self, output: Any) -> Any:
-        """Return sequences as arrays where the ids were an array."""
-        if not self.as_numpy and not isinstance(self.request.options.get(IDS), np.ndarray):
-            return output
-        if isinstance(output, torch.Tensor):
-            return output.numpy()
-        output["sequences"] = output["sequences"].numpy()
-        return output
-
-    def _run(self, group: RowGroup, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
+    def _run(self, group: RowGroup) -> Output:
         """Generate for all rows of a group, as one call (invariant 7)."""
         options, prompts = dict(self.request.options), self.prompts
         if prompts is not None:
@@ -235,7 +234,7 @@ class _GenerateCall:
             options = {name: prompts.arrange(value) for name, value in options.items()}
             mask = torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask
             options |= dict(zip(self.token_inputs, (prompts.ids, mask), strict=True))
-        output = self._bind(group, draft, self._make_run(options, prompts, seeds, prompt_cache, group))
+        output = self._bind(group, self._make_run(group, options, prompts))
         if prompts is None:
             return output
         if isinstance(output, torch.Tensor):
@@ -243,26 +242,19 @@ class _GenerateCall:
         output["sequences"] = prompts.restore(output["sequences"])
         return output
 
-    def _make_run(
-        self,
-        options: dict[str, object],
-        prompts: Prompts | None,
-        seeds: Seeds,
-        prompt_cache: PromptCache | None,
-        group: RowGroup,
-    ) -> Run:
+    def _make_run(self, group: RowGroup, options: dict[str, object], prompts: Prompts | None) -> Run:
         if not self._over_cache:
-            refuse_prompt_cache(prompt_cache, "the model's own generation keeps no prompts between calls")
+            refuse_prompt_cache(self.prompt_cache, "the model's own generation keeps no prompts between calls")
             return EagerGeneration(
                 graph=self.graph,
                 request=self.request,
                 options=cast_tensors(options, self.model.input_dtypes),
-                seeds=seeds,
+                seeds=self.seeds,
             )
         from lorac.runtime.generation.cached_generation import CachedGeneration
 
         if self.token_inputs[0] != IDS:
-            refuse_prompt_cache(prompt_cache, "a decoder's sequence depends on the encoder, and begins no other")
+            refuse_prompt_cache(self.prompt_cache, "a decoder's sequence depends on the encoder, and begins no other")
         spec = self.model.engine.cache_spec(self.graph)
         assert spec is not None
         return CachedGeneration(
@@ -273,26 +265,26 @@ class _GenerateCall:
             prompts=prompts,
             request=self.request,
             options=options,
-            seeds=seeds,
-            prompt_cache=prompt_cache,
+            seeds=self.seeds,
+            prompt_cache=self.prompt_cache,
             row_states=group.states if group.mixed else (),
         )
 
-    def _bind(self, group: RowGroup, draft: ChoiceSpec, run: Run) -> Output:
+    def _bind(self, group: RowGroup, run: Run) -> Output:
         """Run with the choices of a group and, where there is a draft, with that choice too."""
         switch = self.model.switch
 
         def bind(drafting: BoundProgram | None) -> Output:
             return switch.with_rows(group, lambda bound, state: translate_errors(lambda: run(bound, state, drafting)))
 
-        if draft is UNSET:
+        if self.draft is UNSET:
             return bind(None)
         if switch.engine.fused:
             raise Unavailable(
                 "weights hold one choice of adapters at a time, and a draft is a second",
                 next_step="compile with mode='live', or leave draft= out",
             )
-        return switch.with_choice(draft, lambda drafting, _: bind(drafting))
+        return switch.with_choice(self.draft, lambda drafting, _: bind(drafting))
 
 
 def _missing_prompt() -> InputMismatch:
