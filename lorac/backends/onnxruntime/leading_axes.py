@@ -120,16 +120,17 @@ class _Region:
 
     def _operands(self, node: NodeProto) -> list[str]:
         """Return the inputs of an op that have leading axes; an empty list for an op that does not take any."""
-        names = list(filter(None, node.input))
-        ranks = {name: len(self.index.shapes[name]) if name in self.index.shapes else None for name in names}
+        names, shapes = list(filter(None, node.input)), self.index.shapes
         if node.domain == self.domain:
             return names[:2]
-        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and ranks[names[1]] == _MATRIX):
+        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and len(shapes.get(names[1], ())) == _MATRIX):
             return names[:1]
         if node.op_type in AXIS_OPS:
             axis = read_axis(node)
             return names[:1] if (AXIS_OPS[node.op_type] if axis is None else axis) == -1 else []
-        return [name for name in names if ranks[name] not in (0, 1)] if node.op_type in ELEMENTWISE else []
+        if node.op_type not in ELEMENTWISE:
+            return []
+        return [name for name in names if name not in shapes or len(shapes[name]) > 1]  # others are broadcast
 
     def _find_leading(self) -> bool:
         shapes = self.index.shapes
