@@ -20,13 +20,14 @@ def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter
     Args:
         adapter: the adapter that was prepared.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in adapter.parameters()}
     found = [t for change in prepared.changes.values() if isinstance(change, LowRank) for t in list_tensors(change)]
     places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in found]
     uses = collections.Counter(places)
+    contiguous = [tensor.is_contiguous() for tensor in found]
+    own = {tensor.untyped_storage().data_ptr() for tensor in adapter.parameters()} if any(contiguous) else set()
     groups: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = collections.defaultdict(list)
-    for tensor, place in zip(found, places, strict=True):
-        stays = tensor.is_contiguous() and tensor.untyped_storage().data_ptr() in own
+    for tensor, place, is_contiguous in zip(found, places, contiguous, strict=True):
+        stays = is_contiguous and tensor.untyped_storage().data_ptr() in own
         if uses[place] == 1 and tensor.is_cpu and not stays and 0 not in tensor.shape:
             groups[tensor.dtype, tensor.shape].append(tensor)
     packed: dict[int, Tensor] = {}
@@ -35,6 +36,6 @@ def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter
         packed |= zip(map(id, group), stack.unbind(), strict=True)
 
     def exchange(tensor: Tensor) -> Tensor:
-        return packed[id(tensor)] if id(tensor) in packed else tensor.contiguous()
+        return packed[id(tensor)] if id(tensor) in packed else tensor.detach().contiguous()
 
     return replace(prepared, changes={path: map_tensors(exchange, one) for path, one in prepared.changes.items()})

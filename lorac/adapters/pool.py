@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_values
-from lorac.adapters.packing import pack_adapter
 from lorac.adapters.preparation import Preparer
 from lorac.adapters.stored import StoredAdapter
 from lorac.errors import AdapterError
@@ -203,9 +202,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
         """Return an adapter's normal forms in few blocks of memory, unless it trains and is prepared at every step."""
-        if self._trains:
-            return self._preparer.prepare(adapter)
-        return pack_adapter(self._preparer.prepare(adapter, contiguous=False), adapter)
+        return self._preparer.prepare(adapter, packed=not self._trains)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.

@@ -1,6 +1,7 @@
 """Adapters in normal form: the formula of a structure is reduced once, then evaluated on each adapter's tensors."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import describe_structure, make_branch_term, make_once_term
+from lorac.adapters.packing import pack_adapter
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, map_tensors, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
@@ -62,38 +64,59 @@ class Preparer:
         self._method: tuple[Variant, tuple[object, ...]] | None = None
 
     @torch.no_grad()
-    def prepare(self, adapter: Adapter, *, contiguous: bool = True) -> PreparedAdapter:
+    def prepare(self, adapter: Adapter, *, packed: bool = False) -> PreparedAdapter:
         """Return the normal forms of all terms of an adapter that ``check_adapter`` has passed.
 
         Args:
-            contiguous: copy tensors that lie in another order in memory, such as transposes.
+            packed: put low-rank tensors of equal shape into one block of memory (``pack_adapter``).
         """
-        terms = {path: self.term(adapter, path, contiguous=contiguous) for path in self.touched(adapter)}
-        branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
+        changes: dict[str, Change] = {}
+        branches: dict[str, BranchTerm] = {}
+        reasons: list[Reason] = []
+        for path in self.touched(adapter):
+            tensors = adapter.tensors.get(path)
+            reduction = None if tensors is None else self.reduction(adapter.variant, self.sites[path], tensors)
+            if reduction is not None:
+                reasons += [Reason(adapter.name, path, why) for why in reduction.reasons]
+            if reduction is not None and reduction.form == BRANCH:
+                branches[path] = make_branch_term(adapter, self.sites[path])
+            else:
+                changes[path] = self._find_change(adapter, path, reduction, contiguous=not packed)
         once = get_once_path(adapter)
         branches |= {once: make_once_term(adapter, self.sites)} if once else {}
-        changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
-        reductions = ((path, self._by_site[path][2]) for path in adapter.tensors)  # which the terms have found
-        reasons = tuple([Reason(adapter.name, path, why) for path, found in reductions for why in found.reasons])
-        return PreparedAdapter(changes, branches, adapter.variant.truncatable, reasons)
+        prepared = PreparedAdapter(changes, branches, adapter.variant.truncatable, tuple(reasons))
+        return pack_adapter(prepared, adapter) if packed else prepared
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
         return list(dict.fromkeys([*adapter.tensors, *(owners[fqn] for fqn in adapter.replaced)]))
 
-    def term(self, adapter: Adapter, path: str, *, contiguous: bool = True) -> Change | BranchTerm:
+    def term(self, adapter: Adapter, path: str) -> Change | BranchTerm:
         """Return the normal form of an adapter's term at a site that it touches."""
         site, tensors = self.sites[path], adapter.tensors.get(path)
-        if tensors is None:
+        reduction = None if tensors is None else self.reduction(adapter.variant, site, tensors)
+        if reduction is not None and reduction.form == BRANCH:
+            return make_branch_term(adapter, site)
+        return self._find_change(adapter, path, reduction)
+
+    def _find_change(
+        self, adapter: Adapter, path: str, reduction: Reduction | None, *, contiguous: bool = True
+    ) -> Change:
+        """Return a term that is not a branch.
+
+        Args:
+            reduction: that of the term; None where the adapter only replaces tensors of the site.
+            contiguous: detach its tensors, and copy those that lie in another order in memory, such as transposes.
+        """
+        site = self.sites[path]
+        if reduction is None:
             change = self.replaced_change(adapter, site)
             assert change is not None
         else:
-            reduction = self.reduction(adapter.variant, site, tensors)
-            if reduction.form == BRANCH:
-                return make_branch_term(adapter, site)
-            change = self.with_bias(adapter, site, self.change(reduction, site, tensors))
-        return map_tensors((lambda t: t.detach().contiguous()) if contiguous else Tensor.detach, change)
+            change = self.change(reduction, site, adapter.tensors[path])
+            change = self.with_bias(adapter, site, change) if adapter.replaced else change
+        return map_tensors(lambda tensor: tensor.detach().contiguous(), change) if contiguous else change
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """Return the reduction of a variant at a site, from the cache where the structure is known."""
@@ -153,11 +176,8 @@ class Preparer:
         """Return the normal form of one term, computed in the factors' dtype."""
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
-        if reduction.reads_weight:
-            weight = self._weight(site).to(dtype)
-        else:
-            shape = (*site.stacked, site.out_features, site.in_features)
-            weight = torch.empty(shape, dtype=dtype, device="meta")
+        shape = (site.stack, site.out_features, site.in_features)
+        weight = self._weight(site).to(dtype) if reduction.reads_weight else _make_meta_weight(*shape, dtype)
         parameters = [cast_floating(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         if site.stack:
@@ -272,6 +292,12 @@ class Preparer:
         """
         drops = isinstance(variant, WeightVariant) and variant.dropout_place is Dropout.RANK
         return self.keep_factors or drops or variant.truncatable is not None or _is_grouped(site)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_meta_weight(stack: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return a weight for formulas that do not read it."""
+    return torch.empty((stack, rows, columns) if stack else (rows, columns), dtype=dtype, device="meta")
 
 
 def _describe(variant: Variant, site: Site, shapes: Shapes) -> str:

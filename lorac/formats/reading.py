@@ -317,17 +317,18 @@ class AdapterFile:
         """
         digest, size = hashlib.blake2b(digest_size=16), 0
         for file in [self.inside(name) for name in sorted(self.names)] if self.names else [self]:
-            if file.suffix in _UNREAD:
+            suffix = file.suffix
+            if suffix in _UNREAD:
                 continue
-            if file.suffix == ".safetensors":
+            if suffix == ".safetensors":
                 header = file.common_header.text
                 size += file._opened.size - len(file._header_text) - 8
-            elif file.suffix in _TEXTS:
+            elif suffix in _TEXTS:
                 header = file._opened.read()[:MAX_HEADER]
             else:
                 header = str(file).encode()
                 size += file._opened.size
-            digest.update(f"{file.suffix} {len(header)}\n".encode())
+            digest.update(f"{suffix} {len(header)}\n".encode())
             digest.update(header)
         return digest.digest(), size
 

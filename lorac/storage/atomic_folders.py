@@ -245,6 +245,8 @@ def recover_folder(path: Path) -> None:
 
     Every reader of a folder calls this first; it usually costs one look at the path.
     """
+    if os.path.exists(path):
+        return
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) or not path.parent.is_dir():
         return

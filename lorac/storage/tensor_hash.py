@@ -12,7 +12,7 @@ from torch import Tensor
 from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import DTYPE_NAMES, raw_bytes
 
-_FEW_BYTES = 1 << 20
+_FEW_BYTES = 4 << 20
 """Bytes that one thread hashes as fast as several."""
 _EARLIER_LENGTH = 32
 """Characters of a hash as lorac made it before."""
@@ -40,12 +40,14 @@ def hash_described(text: str, described: Sequence[bytes], values: Sequence[memor
         described: name, dtype and shape of each tensor (``describe_tensor``), sorted by name.
         values: the bytes of each.
     """
-    threads = (os.cpu_count() or 1) if sum(map(len, values)) > _FEW_BYTES else 1
-    hashes = [b""] * len(values)
-    with ThreadPoolExecutor(threads) as pool:
-        shares = [slice(first, None, threads) for first in range(threads)]
-        for share, hashed in zip(shares, pool.map(_hash_each, [values[share] for share in shares]), strict=True):
-            hashes[share] = hashed
+    if sum(map(len, values)) <= _FEW_BYTES:
+        hashes = _hash_each(values)
+    else:
+        threads = os.cpu_count() or 1
+        shares = [values[first::threads] for first in range(threads)]
+        with ThreadPoolExecutor(threads) as pool:
+            parts = [*pool.map(_hash_each, shares)]
+        hashes = [parts[index % threads][index // threads] for index in range(len(values))]
     digest = hashlib.sha256(dump_json([text, len(values)]).encode())
     digest.update(b"".join([part for pair in zip(described, hashes, strict=True) for part in pair]))
     return digest.hexdigest()

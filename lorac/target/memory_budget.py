@@ -56,7 +56,8 @@ class Charge:
             OverBudget: there is no room for it, whatever is let go of; then nothing changes.
         """
         blocks: dict[Block, None] = {}
-        for tensor in tensors:
+        held = [*tensors]
+        for tensor in dict(zip(map(id, held), held, strict=True)).values():  # slots hold tensors of the adapters
             storage = tensor.untyped_storage()
             if nbytes := storage.nbytes():
                 blocks[storage.data_ptr(), nbytes] = None

@@ -134,6 +134,8 @@ def to_outputs(change: LowRank | Sparse | Delta | Dense) -> tuple[str, dict[str,
 
 def list_tensors(change: Change) -> list[Tensor]:
     """Return the tensors of a change."""
+    if isinstance(change, LowRank):
+        return [change.a, change.b, *change.scales.values(), *([] if change.e is None else [change.e])]
     if not isinstance(change, SparseSum):
         return [*to_outputs(change)[1].values()]
     own = [tensor for _, term in change.terms for tensor in list_tensors(term)]

@@ -194,7 +194,9 @@ def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]
         (b, h), (a, g) = (_strip_scale(factor, common) for factor in form.low[0])
         if all(_depends_only_on(core, common) for core in (b, a)):
             factors, scales[operands.G], scales[operands.H] = (a, b), g, h
-    if form.low and factors is None:
+    if len(form.low) == 1 and factors is None:
+        factors = form.low[0][1], form.low[0][0]
+    elif form.low and factors is None:
         a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
         factors = a, found.emit(aten.cat.default, [b for b, _ in form.low], 1)
     if factors is not None:

@@ -1,7 +1,7 @@
 """Filling a site's slots with a composed change, and the reasons why it may not fit."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,17 +53,17 @@ def fill_site(
         size = max(rank, plan.least_rank) if role.ranked else room
         spec = SlotSpec(layout=layout, size=size, weight=weight, bias=bias)
         tensors[role.name] = role.filled(spec, new.get(role.name))
-    return SiteSlots(tensors, _fill_branches(plan, branches))
+    return SiteSlots(tensors, _fill_branches(plan, branches) if branches or plan.branches else ())
 
 
 def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
     """Return the roles whose slots a change fills, in the table's order; the others hold their neutral value."""
     if change is None:
         return ()
-    low = low_rank_that_fits(plan, change)
-    filled = {operands.WEIGHT} if low is None else set(tensors_by_role(_fold_to_fit(plan, low)))
-    filled |= set() if change.e is None else {operands.BIAS}
-    return tuple(name for name in ROLES if name in filled)
+    filled: Iterable[str] = (operands.WEIGHT,)
+    if isinstance(change, LowRank) and not find_missing_room(plan, change):
+        filled = tensors_by_role(_fold_to_fit(plan, change))
+    return tuple(filled) if change.e is None else (*filled, operands.BIAS)
 
 
 def why_merged_weight(change: Change) -> str:
@@ -73,14 +73,13 @@ def why_merged_weight(change: Change) -> str:
 
 def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
     """Return a change for a plan: scales of the pair without slots of their own are folded into it."""
-    return change if plan.room.keys() >= FOLDABLE else change.folded()
+    return change if not change.scales or plan.room.keys() >= FOLDABLE else change.folded()
 
 
 def find_misfit(plan: SitePlan, change: Change) -> str | None:
     """Return why a change does not fit a plan's slots, or None."""
-    if plan.bound:
-        return None if low_rank_that_fits(plan, change) is not None else _find_weight_misfit(plan, change)
-    return find_missing_room(plan, change) if isinstance(change, LowRank) else "has no slot for a whole weight"
+    missing = find_missing_room(plan, change) if isinstance(change, LowRank) else "has no slot for a whole weight"
+    return _find_weight_misfit(plan, change) if missing and plan.bound else missing
 
 
 def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
@@ -103,11 +102,6 @@ def _find_weight_misfit(plan: SitePlan, change: Change) -> str | None:
     if leaves_blocks(plan.site, change):
         return "is a grouped convolution, whose kernel cannot hold a weight that is not block-diagonal"
     return "has no slot for a bias" if change.e is not None and operands.BIAS not in plan.room else None
-
-
-def low_rank_that_fits(plan: SitePlan, change: Change) -> LowRank | None:
-    """Return the change if it is low-rank and fits the slots next to the weight, else None."""
-    return change if isinstance(change, LowRank) and not find_missing_room(plan, change) else None
 
 
 def _fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:

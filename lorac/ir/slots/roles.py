@@ -350,8 +350,10 @@ ROLES: dict[str, SlotRole] = {role.name: role for role in _TABLE}
 
 def tensors_by_role(change: LowRank) -> dict[str, Tensor]:
     """Return role -> the tensor of a low-rank change, in the table's order, without a pair of rank 0."""
-    pair = {operands.A: change.a, operands.B: change.b} if change.rank else {}
-    tensors = {**pair, **change.scales}
+    tensors = {operands.A: change.a, operands.B: change.b} if change.rank else {}
+    if not change.scales:
+        return tensors
+    tensors |= change.scales
     return {name: tensors[name] for name in ROLES if name in tensors}
 
 
