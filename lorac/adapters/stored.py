@@ -81,7 +81,7 @@ class StoredAdapter(ABC):
         """Read the adapter, strictly checked against the model.
 
         Raises:
-            FormatError, AdapterError, SiteError: it is not what it was when it was registered.
+            FormatError, AdapterError, SiteError: it was changed since it was registered.
         """
 
 

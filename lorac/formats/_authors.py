@@ -1,6 +1,6 @@
 """Files of methods' authors: one file of tensors by names of their own, and hyper-parameters in a JSON file beside it.
 
-Authors' code saves the tensors and leaves the hyper-parameters in the arguments of a run. What a file lacks is read
+Authors' code saves the tensors and leaves the hyper-parameters in the arguments of a run. Missing ones are read
 from a JSON object in a file of its name with the suffix ``.json``, and nothing is guessed.
 """
 
@@ -74,7 +74,7 @@ class AuthorsFormat(Format):
     Attributes:
         rows: the keys that hold parameters; of several, the first that a key fits is read, the last that a site fits
             is written.
-        mark: what a key has that no other format's has.
+        mark: a pattern that only keys of this format match.
         weights: the name of the file of tensors that lorac writes into a folder.
         settings: hyper-parameters that the file of tensors lacks, by the authors' names.
         settings_file: the name of their file; None for that of the tensors with the suffix ``.json``.
@@ -235,15 +235,11 @@ class AuthorsFormat(Format):
         named = {}
         for site in adapter.tensors:
             for parameter, tensor in self.to_stored(adapter, site).items():
-                row = self._find_row(adapter, site, parameter)
-                named[str(row.find_key(site))] = tensor[None] if row.is_row else tensor
+                rows = [row for row in self.rows if row.parameter == parameter and row.find_key(site)]
+                if not rows:
+                    raise self._no_place(adapter, f"'{parameter}' at '{site}'")
+                named[str(rows[-1].find_key(site))] = tensor[None] if rows[-1].is_row else tensor
         return named
-
-    def _find_row(self, adapter: Adapter, site: str, parameter: str) -> KeyRow:
-        rows = [row for row in self.rows if row.parameter == parameter and row.find_key(site)]
-        if not rows:
-            raise self._no_place(adapter, f"'{parameter}' at '{site}'")
-        return rows[-1]
 
     def _no_place(self, adapter: Adapter, what: str) -> FormatError:
         places = dict.fromkeys(row.site.replace("*", "…") for row in self.rows)

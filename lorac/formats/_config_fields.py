@@ -33,11 +33,11 @@ class Field(ABC):
     Attributes:
         default: the library's default.
         to: the field of the variant that it sets, if any.
-        read: value in the file -> value in lorac; raises ValueError saying what was expected.
+        read: value in the file -> value in lorac; raises ValueError with the expected values.
         write: value of the variant -> value in the file.
         preserved: written back as it was read.
         written: False: of older releases or forks of the library, which never writes it.
-        next_step: what to do about a value that is refused.
+        next_step: the way out for a value that is refused.
     """
 
     default: object = None
@@ -66,7 +66,7 @@ class Field(ABC):
 
 
 class Applied(Field):
-    """A field that changes what is computed, as it does in lorac."""
+    """A field that changes the computation, as it does in lorac."""
 
     use = "applied"
 
@@ -84,7 +84,7 @@ class Irrelevant(Field):
 
 
 class Refused(Field):
-    """A field that changes what is computed in a way that lorac does not build, unless it has its default."""
+    """A field that changes the computation in a way that lorac does not build, unless it has its default."""
 
     use = "refused away from its default"
 

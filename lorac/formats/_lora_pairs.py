@@ -27,7 +27,7 @@ def group_by_layer(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], p
 
     Args:
         tensors: those of the file, by key.
-        suffixes: what follows the path of a layer in a key -> parameter; longer ones first.
+        suffixes: the end of a key behind the path of a layer -> parameter; longer ones first.
         path: the file.
 
     Raises:
@@ -57,7 +57,7 @@ def leftover_error(path: Path, key: str, expected: Iterable[str], suffixes: Iter
 
 
 def transpose_matrix(tensor: Tensor) -> Tensor:
-    """Return a matrix transposed and contiguous; what is no matrix stays, for ``check_pair`` to refuse."""
+    """Return a matrix transposed and contiguous; any other tensor stays, for ``check_pair`` to refuse."""
     return tensor.mT.contiguous() if tensor.ndim == 2 else tensor
 
 

@@ -55,7 +55,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
     """Read an adapter, whatever its format.
 
     Every tensor is used or accounted for by a rule of the format, and every configuration field is known. With the
-    model, every site, shape and recorded base hash is checked as well. What the file may cost beyond its size is
+    model, every site, shape and recorded base hash is checked as well. The cost of the file beyond its size is
     bounded; ``lorac.budget`` sets the bounds.
 
     Args:
@@ -67,7 +67,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
         The adapter. Its tensors have the file's dtype, matrices the shape (out, in).
 
     Raises:
-        FormatError: the file is damaged, or of an unknown format, or holds what lorac does not account for.
+        FormatError: the file is damaged, or of an unknown format, or holds something that lorac does not account for.
         AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
@@ -76,7 +76,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: Model | None = None) -> dict[str, Adapter]:
-    """Load every adapter of a checkpoint of Trainer's by its name; raises what ``load_adapter`` does."""
+    """Load every adapter of a checkpoint of Trainer's by its name; raises as ``load_adapter``."""
     view = None if model is None else ModelView.of(model)
     return _read(path, lambda file: CheckpointFormat().read_all(file, view))
 
@@ -147,7 +147,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter; equal input gives equal bytes.
 
-    It is written under another name and moved into place in one step, so that an error leaves what was there before. A
+    It is written under another name and moved into place in one step, so that an error changes nothing. A
     folder that exists already keeps the files that are not the adapter's.
 
     Args:

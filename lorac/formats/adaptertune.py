@@ -1,7 +1,7 @@
 """AdapterTune's own checkpoints: ``{"model", "optimizer", "epoch"}`` with ``blocks.<n>.adapter.down.weight`` and so on.
 
 Source: salimkhazem/adaptertune. The model is timm's, whose blocks lie one level deeper, at ``blocks.<n>.block``; all of
-it is in the file, and what is not the adapter's or the head's is compared with the base.
+it is in the file, and the rest of it, without adapter and head, is compared with the base.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Checkpoints of a training: a file of the state dict of a compiled model, as transformers' Trainer writes it.
 
     adapter_tensors.<adapter>.<key>             a tensor of an adapter
-    adapter_tensors.<adapter>._extra_state      its record, which says what each of the keys is
+    adapter_tensors.<adapter>._extra_state      its record, which describes each of the keys
 
 The tensors of the host are ignored. The record is that of lorac's own format (``lorac.formats.native``). Trainer writes
 no hash. So lorac puts one over the record and the adapter's tensors into the record when the state dict is made.
@@ -63,9 +63,12 @@ class CheckpointFormat(Format):
         self, file: Path, tensors: Mapping[str, Tensor], record: Record, view: ModelView | None, name: str | None
     ) -> Adapter:
         prefix, stored, places = record
-        adapter = assemble_adapter(
-            file, stored, build_variant(file, stored), _select_tensors(tensors, prefix, places), name
-        )
+        own = {
+            tensor_key(site, parameter): tensors[f"{prefix}.{key}"]
+            for key, parameters in places.items()
+            for site, parameter in parameters
+        }
+        adapter = assemble_adapter(file, stored, build_variant(file, stored), own, name)
         adapter.provenance["format"] = self.name
         adapter.tensors = sort_by_site(adapter.tensors, view)
         if view is not None:
@@ -134,14 +137,6 @@ def _choose_adapter(file: Path, names: list[str], name: str | None) -> str:
             next_step=f"give name=, one of them: name={names[0]!r}",
         )
     return name
-
-
-def _select_tensors(tensors: Mapping[str, Tensor], prefix: str, places: Places) -> dict[str, Tensor]:
-    """Return the tensors of one adapter by the names of lorac's own format."""
-    selected: dict[str, Tensor] = {}
-    for key, parameters in places.items():
-        selected |= {tensor_key(site, name): tensors[f"{prefix}.{key}"] for site, name in parameters}
-    return selected
 
 
 FORMAT = CheckpointFormat()

@@ -1,6 +1,6 @@
 """mlx-lm's folders: adapter_config.json with adapters.safetensors.
 
-Source: tuner/utils.py, tuner/lora.py and tuner/dora.py of mlx-lm 0.32. ``fine_tune_type`` says what the keys are:
+Source: tuner/utils.py, tuner/lora.py and tuner/dora.py of mlx-lm 0.32. ``fine_tune_type`` decides the keys:
 
     ======  ===============================================================================================
     lora    ``<path>.lora_a`` (in, r) and ``.lora_b`` (r, out), one scale for all; also of embeddings
@@ -48,7 +48,7 @@ _MAGNITUDE = "magnitude"
 _SUFFIXES = {".lora_a": A, ".lora_b": B, ".m": _MAGNITUDE}
 _KINDS = LINEAR | {SiteKind.EMBEDDING}
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
-"""The path of a module in a block -> its path within the block, by which mlx-lm names what to adapt."""
+"""The path of a module in a block -> its path within the block, by which mlx-lm names the layers to adapt."""
 
 
 def _read_type(value: object) -> str:

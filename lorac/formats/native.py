@@ -225,7 +225,13 @@ def parse_record(path: Path, text: str) -> JsonMapping:
     for field, expected in _FIELDS.items():
         if field not in record or not matches_type(record[field], expected):
             raise corrupt_error(f"{what} lacks '{field}', or it is of another type")
-    _check_provenance(what, record["provenance"])
+    provenance = record["provenance"]
+    for entry, expected in _PROVENANCE_TYPES.items():
+        if entry in provenance and not matches_type(provenance[entry], expected):
+            raise corrupt_error(f"{what} has '{entry}' of another type in its provenance")
+    for site, layout in provenance.get(LAYOUT, {}).items():
+        if not is_site_json(layout):
+            raise corrupt_error(f"{what} has no valid layout of '{site}': {short(layout)}")
     modules = record.get(_MODULES, {})
     names = (
         [part for name in modules.values() for part in name.split(".")] if matches_type(modules, _StringMap) else [""]
@@ -233,15 +239,6 @@ def parse_record(path: Path, text: str) -> JsonMapping:
     if not all(name.isidentifier() for name in names):
         raise corrupt_error(f"{what} has '{_MODULES}' that are not modules: {short(modules)}")
     return record
-
-
-def _check_provenance(what: str, provenance: JsonMapping) -> None:
-    for entry, expected in _PROVENANCE_TYPES.items():
-        if entry in provenance and not matches_type(provenance[entry], expected):
-            raise corrupt_error(f"{what} has '{entry}' of another type in its provenance")
-    for site, layout in provenance.get(LAYOUT, {}).items():
-        if not is_site_json(layout):
-            raise corrupt_error(f"{what} has no valid layout of '{site}': {short(layout)}")
 
 
 def build_variant(path: Path, record: JsonMapping) -> Variant:

@@ -8,8 +8,6 @@ Both have A as (in, r) and B as (r, out) with the scale in it, and no metadata.
 
 from pathlib import Path
 
-from torch import Tensor
-
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
     A,
@@ -49,7 +47,11 @@ class OnnxAdapterFormat(Format):
             stored = read_onnx_adapter(opened, file.damaged)
         layers = group_by_layer(stored, _SUFFIXES, path)
         tensors = {
-            layer: {key: transpose_matrix(_as_matrix(stored[name])) for key, name in names.items()}
+            layer: {
+                # A program's slot has an axis of places, of which there is one.
+                key: transpose_matrix(stored[name].squeeze(0) if stored[name].ndim == _PLACED else stored[name])
+                for key, name in names.items()
+            }
             for layer, names in layers.items()
         }
         ranks = {layer: float(check_pair(path, layer, found)) for layer, found in tensors.items()}
@@ -70,11 +72,6 @@ class OnnxAdapterFormat(Format):
             tensors[f"{layer}.lora_A.weight"] = own[A].mT
             tensors[f"{layer}.lora_B.weight"] = (here.scale * own[B]).mT
         write_onnx_adapter(path, tensors)
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    """Return the only place of a program's slot; what has no axis of places stays."""
-    return tensor.squeeze(0) if tensor.ndim == _PLACED else tensor
 
 
 FORMAT = OnnxAdapterFormat()

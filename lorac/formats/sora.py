@@ -1,6 +1,6 @@
 """SoRA's own folders: a state dict with ``<layer>.lora.gate`` and config.json.
 
-Source: TsinghuaC3I/SoRA on OpenDelta, whose configuration says what was trained besides.
+Source: TsinghuaC3I/SoRA on OpenDelta, whose configuration names the other trained modules.
 """
 
 import re
@@ -14,11 +14,7 @@ from lorac.variants.base import Variant
 from lorac.variants.sora import SoRA
 
 _DELTAS = "deltas"
-"""OpenDelta's word for what it adds to a model."""
-
-
-def _read_modules(value: object) -> tuple[str, ...]:
-    return tuple(value) if isinstance(value, tuple) else read_names(value)
+"""OpenDelta's word for the parameters that it adds to a model."""
 
 
 _OF_OPENDELTA = (
@@ -29,7 +25,9 @@ _SETTINGS: Mapping[str, Field] = {
     "lora_r": required("r", read_size),
     "lora_alpha": required("alpha", read_number),
     "lora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
-    "unfrozen_modules": Applied((_DELTAS,), read=_read_modules),
+    "unfrozen_modules": Applied(
+        (_DELTAS,), read=lambda value: value if isinstance(value, tuple) else read_names(value)
+    ),
     **dict.fromkeys(_OF_OPENDELTA.split(), Irrelevant()),
 }
 

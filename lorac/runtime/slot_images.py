@@ -1,9 +1,8 @@
 """Adapters from disk as the contents of their slots, in one file that nobody else can open.
 
 Reading an adapter's own file, checking it and reducing its formula takes many times as long as reading its bytes. So
-what was made of it is written once, when it is let go of, and brought back by one read. Where its file can be read
-straight into the slots, that is worth it only for an adapter that is let go of again. The file of images has no name:
-it lies with the adapters, and its space is free when the process ends, however that ends.
+the contents of its slots are written once, when it is evicted, and brought back by one read. The file of images has no
+name: it lies with the adapters, and its space is free when the process ends, however that ends.
 """
 
 import collections

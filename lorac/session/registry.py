@@ -77,7 +77,7 @@ class AdapterRegistry:
 
         Raises:
             FormatError, AdapterError, SiteError: there is none, or one does not fit the model; then none is registered.
-            NeedsRecompile: one does not fit what was reserved.
+            NeedsRecompile: one does not fit the reserved room.
         """
         path = parse_path(folder, "what register reads", FormatError, "unreadable")
         with translate_os_errors(path, FormatError, "read", "unreadable"):
@@ -158,7 +158,7 @@ class StoredFile(StoredAdapter):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Path]:
-        """Give the path to the block, at which nothing else lies than what was registered."""
+        """Give the path to the block; the registered file lies there and no other."""
         if self._digest is None:
             yield Path(self._path)
             return

@@ -1,6 +1,6 @@
 """Artifacts: a compiled model as a folder that needs neither the original model nor its weights elsewhere.
 
-    manifest.json                    what is in the folder and how it fits together
+    manifest.json                    the contents of the folder and how they fit together
     adapters/<name>.safetensors      the adapters, in lorac's own format
     adapters/<name>.forms.safetensors  normal forms of an adapter whose method is not lorac's own
     adapters/<name>.onnx_adapter     the adapter as ONNX Runtime reads it, if the program runs without lorac; one for

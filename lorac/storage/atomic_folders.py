@@ -64,7 +64,10 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
         raise OSError(errno.EBUSY, "nothing can take the place of a mount point, give a path below it", str(target))
     if _contains_working_folder(target):
         raise OSError(errno.EBUSY, "this process works in that folder, give a path below it", str(target))
-    _make_folder(target.parent)
+    missing = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        flush(made.parent)
     with locked_folder(target.parent):
         _move_back(target)
         remove_abandoned(target.parent, _mark(target))
@@ -88,21 +91,13 @@ def _contains_working_folder(target: Path) -> bool:
 
 
 def list_foreign(folder: Path, owned: Collection[str]) -> list[str]:
-    """List what a folder contains besides the named files: files, links and empty folders, sorted by name."""
+    """List the entries of a folder besides the named files: files, links and empty folders, sorted by name."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name not in owned and (not _is_folder(path) or not any(path.iterdir())):
             found.append(name)
     return found
-
-
-def _make_folder(folder: Path) -> None:
-    """Create a folder and those above it, and flush the entry of each to disk."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        flush(made.parent)
 
 
 def _install(staged: Path, target: Path, owned: OwnedFiles) -> None:
@@ -134,7 +129,10 @@ def _transfer(
         without: names of the files in ``source`` that are not foreign.
         earlier: result of an earlier call; unchanged files are not linked again.
     """
-    found = {name: _stamp(source / name) for name in list_foreign(source, without)}
+    found: dict[str, _Stamp] = {}
+    for name in list_foreign(source, without):
+        status = (source / name).lstat()
+        found[name] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     for name, stamp in found.items():
         if earlier.get(name) != stamp:
             _link(source / name, into / name, through)
@@ -162,12 +160,6 @@ def _link(source: Path, place: Path, through: Path) -> None:
         shutil.copy2(source, through, follow_symlinks=False)
         flush(through)
     os.replace(through, place)
-
-
-def _stamp(path: Path) -> _Stamp:
-    """Return what changes when a file is written to or replaced."""
-    found = path.lstat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _is_folder(path: Path) -> bool:
@@ -286,7 +278,7 @@ def read_consistently(path: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(path: Path) -> _Stamp | None:
-    """Return what distinguishes a file or folder from every other one at its place, at any time."""
+    """Return a key that no other file or folder at its place has, at any time."""
     try:
         found = path.stat()
     except OSError:

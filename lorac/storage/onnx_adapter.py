@@ -77,7 +77,7 @@ def read_onnx_adapter(file: BufferedReader, refuse: Callable[[str], FormatError]
     """Return the tensors of an ``.onnx_adapter`` in memory of their own.
 
     Args:
-        refuse: makes the error from what is wrong.
+        refuse: makes the error from its reason.
 
     Raises:
         FormatError: that of ``refuse``, where the file is damaged.

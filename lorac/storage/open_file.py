@@ -1,4 +1,4 @@
-"""Files that are opened once and stay open, so that what was checked is what is read.
+"""Files that are opened once and stay open, so that the bytes that were checked are read.
 
 A path may lead to another file the next time it is opened, when a folder has been replaced or removed. An open file is
 hashed and read through one handle. It is not copied into memory, and stays on disk until the handle is closed. A

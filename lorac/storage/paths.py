@@ -22,7 +22,7 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
 
     Args:
         given: the path.
-        subject: the path as the subject of a sentence: "what lorac.load reads".
+        subject: the path as the subject of a sentence: "the path of lorac.load".
         kind: the error for text that is not a path, with `code`.
 
     Raises:
@@ -58,14 +58,14 @@ _FOREIGN = re.compile(r"[\\:\x00-\x1f\x7f]")
 
 
 def find_inner_path(folder: Path, name: str) -> Path | None:
-    """Return the path of what a file names, or None where that could lie outside the folder.
+    """Return the path of an entry that a file names, or None where that could lie outside the folder.
 
     Every path that lorac takes from a file goes through here. A name is relative and has slashes. It may not be
     absolute, have empty parts or dots for parts, or pass through a link.
 
     Args:
         folder: the folder that the name is relative to.
-        name: what the file says.
+        name: the name in the file.
     """
     parts = name.split("/")
     if _FOREIGN.search(name) or not {"", ".", ".."}.isdisjoint(parts):
@@ -79,7 +79,7 @@ def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) ->
 
     Args:
         names: of the adapters.
-        reserved: what files of adapters are not called.
+        reserved: names that files of adapters do not have.
     """
     stems: dict[str, str] = {}
     for index, name in enumerate(names):

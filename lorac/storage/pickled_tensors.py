@@ -40,8 +40,8 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
     """Return the content of a `.bin` file.
 
     Raises:
-        FormatError: that of ``refuse``, where it is not such a file, or names what no dictionary of tensors needs; or
-            unpacked it is larger than a file may be, or has too many members.
+        FormatError: that of ``refuse``, where it is not such a file, or names anything that a dictionary of tensors
+            does not need; or unpacked it is larger than a file may be, or has too many members.
     """
     check_archive(path, refuse, lambda archive: _check_names(_read_member(archive, refuse), refuse))
     try:
@@ -73,12 +73,12 @@ def _peek_pickle(path: Path) -> bytes:
 
 
 def check_archive(path: Path, refuse: Refuse, check: Callable[[zipfile.ZipFile], None] = lambda _: None) -> None:
-    """Check that what torch.save wrote does not unpack to more than a file may take.
+    """Check that an archive of torch.save does not unpack to more than a file may take.
 
     Args:
         path: the file.
         refuse: makes the error.
-        check: what else to check of it.
+        check: a further check of it.
 
     Raises:
         FormatError: that of ``refuse``, or the file would take too much.

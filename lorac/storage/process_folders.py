@@ -37,7 +37,10 @@ def find_process_folders(parent: Path, mark: str) -> Iterator[Path]:
 def remove_abandoned(parent: Path, mark: str) -> None:
     """Remove the folders with that mark whose process has ended."""
     for path in find_process_folders(parent, mark):
-        if _is_abandoned(path.name, mark):
+        found = _NAME.fullmatch(path.name, len(mark))
+        assert found is not None
+        host, process, start = found.groups()
+        if host == _host() and _started(int(process)) != start:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -56,13 +59,6 @@ def remove_with_owner(owner: object, folder: Path) -> None:
 def _remove(folder: Path, process: int) -> None:
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_abandoned(name: str, mark: str) -> bool:
-    found = _NAME.fullmatch(name, len(mark))
-    assert found is not None
-    host, process, start = found.groups()
-    return host == _host() and _started(int(process)) != start
 
 
 def _host() -> str:

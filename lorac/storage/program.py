@@ -52,7 +52,7 @@ def nodes_to_json(graph: fx.Graph, describe_input: Callable[[fx.Node], JsonObjec
     """Return a graph's nodes as JSON.
 
     Args:
-        describe_input: returns what is stored of an input besides its name.
+        describe_input: returns the stored fields of an input besides its name.
 
     Raises:
         Unavailable: the graph has a nested graph, or a value without a JSON form.

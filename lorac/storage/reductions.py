@@ -1,7 +1,7 @@
 """Reductions as JSON, so that adapters of known structures are prepared without tracing.
 
 Tracing a formula needs torch's compiler, whose import takes longer than loading an artifact. A trace is a small graph
-of ops, stored in the form of programs (``lorac.storage.program``). What only training needs is left out.
+of ops, stored in the form of programs (``lorac.storage.program``). Fields for training alone are left out.
 """
 
 import math

@@ -1,7 +1,7 @@
 """JSON without the extensions that Python's parser accepts, for files of lorac and of others.
 
 Refused are names given twice, NaN and infinity, integers of more than 64 bits, and nesting so deep that a recursive
-reader of the value would fail. What is refused in a file is never written either.
+reader of the value would fail. A value that is refused in a file is never written either.
 """
 
 import collections
@@ -20,7 +20,7 @@ from lorac.limits import check_time, claim_memory
 MAX_DEPTH = 100
 """Depth of nesting; a model's skeleton, the deepest value that lorac writes, has a few dozen levels."""
 Json = Any
-"""A value of JSON; whoever reads it checks what it is."""
+"""A value of JSON; whoever reads it checks its type."""
 JsonObject = dict[str, Json]
 _SCALARS = (str, int, float, type(None))
 _VALUES = operator.methodcaller("values")

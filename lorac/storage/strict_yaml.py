@@ -18,7 +18,7 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
 
     Args:
         file: the recipe, of at most 32 KiB.
-        next_step: what to do about a file that is not one.
+        next_step: the way out for a file that is not one.
 
     Raises:
         MissingExtra: PyYAML, which comes with transformers, is not installed.

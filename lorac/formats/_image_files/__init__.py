@@ -1,4 +1,4 @@
-"""Adapter files of image and video models: what the formats of diffusers, sd-scripts and LyCORIS have in common.
+"""Adapter files of image and video models: the part that diffusers, sd-scripts and LyCORIS have in common.
 
 Every file is a safetensors file of tensors ``<component><module>.<leaf>``, where formats differ in how they spell the
 three. ``spellings`` and ``original_names`` are tables of the names, ``layouts`` of the tensors of a module, one class

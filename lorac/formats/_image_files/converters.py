@@ -1,7 +1,7 @@
 """Files whose names only diffusers' converters know: Wan, Hunyuan, Qwen, LTX and others.
 
-A converter may leave out what it does not know, without a word. So an account is kept: every tensor of the file must
-reach what the converter returns, by autograd, and numbers must have been read. What the converter returns is then
+A converter may drop tensors that it does not know, without a word. So an account is kept: every tensor of the file must
+reach the converter's result, by autograd, and numbers must have been read. That result is then
 looked up in the model, as the tensors of any file.
 """
 
@@ -101,7 +101,7 @@ def _find_converter(model: nn.Module) -> Converter | None:
 
 
 def name_loader(model: str) -> str:
-    """Return what diffusers' class that loads LoRAs is called, for a class of transformers."""
+    """Return the name of diffusers' class that loads LoRAs for a class of transformers."""
     stem = model.partition("Transformer")[0]
     return f"{_FAMILIES.get(stem, stem)}LoraLoaderMixin"
 
@@ -113,7 +113,7 @@ def _join_alphas(answer: Any) -> Mapping[str, Tensor]:
 
 
 def find_dropped(convert: Converter, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors of which no number reaches what a converter returns."""
+    """Return the names of the tensors of which no number reaches a converter's result."""
     with torch.enable_grad():
         leaves = {name: tensor.detach().clone().float().requires_grad_() for name, tensor in tensors.items()}
         copies = {name: leaf.clone() for name, leaf in leaves.items()}

@@ -24,7 +24,7 @@ class StoredModule:
 
     Attributes:
         site: the layer that it stands for; of several, one with all their rows.
-        tensors: by what layouts call them.
+        tensors: by their names in layouts.
         keys: the same, with the names in the file.
         alpha: as the file has it, if it does.
     """
@@ -131,7 +131,7 @@ class ModuleLayout(ABC, Generic[VariantT]):
             variant: the method at the site.
 
         Raises:
-            FormatError: a file has no place for what they hold.
+            FormatError: a file has no place for their values.
         """
 
     def alpha(self, variant: VariantT) -> float | None:

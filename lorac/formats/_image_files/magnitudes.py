@@ -39,7 +39,10 @@ def add_magnitude(method: Method, module: StoredModule) -> Method:
             f"'{module.keys[LYCORIS]}' and '{module.keys[PEFT]}' are of one module",
             next_step="save it again from its trainer: it holds two adapters, or one in two spellings",
         )
-    columns = leaf == LYCORIS and _is_row(module.tensors[leaf], module.site)
+    scale = module.tensors[leaf]
+    # A scale of the columns has a first axis of length 1, where the weight has more rows.
+    is_row = scale.ndim > 1 and scale.shape[0] == 1 and (module.site.out_features > 1 or scale.shape[1] > 1)
+    columns = leaf == LYCORIS and is_row
     length = module.columns[0] if columns else module.site.out_features
     shape = (length,) if module.length(leaf) == length else (1, length)
     vector = module.matrix(leaf, *shape).flatten()
@@ -47,11 +50,6 @@ def add_magnitude(method: Method, module: StoredModule) -> Method:
         return DoRA(r=variant.r, alpha=variant.alpha), {**tensors, "magnitude": vector}
     chain = Chain(parts=(variant, Magnitude(columns=columns)))
     return chain, {**{_FIRST + name: t for name, t in tensors.items()}, f"{_SECOND}magnitude": vector}
-
-
-def _is_row(scale: Tensor, site: Site) -> bool:
-    """Return whether a scale is of the columns: its first axis has length 1, where the weight has more rows."""
-    return scale.ndim > 1 and scale.shape[0] == 1 and (site.out_features > 1 or scale.shape[1] > 1)
 
 
 def take_magnitude(

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def join_methods(methods: Mapping[str, Variant]) -> Variant:
     """Return one method that is at each site the one given for its path.
 
-    Methods that differ in what a pattern can say, such as their ranks, become one with patterns, others parts of a
+    Methods that differ in fields with patterns, such as their ranks, become one with patterns, others parts of a
     ``Union``.
     """
     groups: list[tuple[Variant, dict[str, Variant]]] = []

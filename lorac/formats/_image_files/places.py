@@ -33,7 +33,7 @@ class PipelineModel:
 
     Attributes:
         name: its name in the pipeline.
-        prefix: what the paths of its sites begin with.
+        prefix: the beginning of the paths of its sites.
         model: the model.
     """
 
@@ -126,7 +126,7 @@ def list_pipeline(view: ModelView) -> dict[str, PipelineModel]:
 
 
 def name_component(model: nn.Module) -> str:
-    """Return what a pipeline calls a model of its class; "model" for classes that are in none."""
+    """Return the name of a model of its class in a pipeline; "model" for classes that are in none."""
     library = type(model).__module__.partition(".")[0]
     if library == "diffusers":
         return "unet" if "UNet" in type(model).__name__ else "transformer"

@@ -11,7 +11,7 @@ from lorac.adapters.fit import check_adapter, no_site_error, sort_by_site
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._image_files.converters import convert_names
-from lorac.formats._image_files.layout import AnyLayout, Method, StoredModule, unused_tensor
+from lorac.formats._image_files.layout import Method, StoredModule, unused_tensor
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.layouts.loras import find_alpha
 from lorac.formats._image_files.magnitudes import MAGNITUDES, add_magnitude
@@ -88,7 +88,12 @@ class _FileReader:
         for module in self._list_modules():
             adapter.replaced |= self._read_differences(module)
             found = dict(self._read_methods(module, configs))
-            self._refuse_twice(module, found.keys() & methods.keys())
+            for twice in found.keys() & methods.keys():
+                raise FormatError(
+                    f"'{self.path}' has '{module.key}', and another module that stands for '{twice}' as well",
+                    next_step=_AGAIN,
+                    code="unused_tensors",
+                )
             methods |= {path: method for path, (method, _) in found.items()}
             adapter.tensors |= {path: tensors for path, (_, tensors) in found.items()}
         whole = LNTuning(targets=tuple({key.rpartition(".")[0] for key in adapter.replaced}))
@@ -127,17 +132,14 @@ class _FileReader:
                 raise unused_tensor(f"'{self.path}'", key, "under that name")
             component = choose_component(name.component, pipeline)
             if component is None:
-                raise self._missing_component(name, pipeline)
+                wanted, given = pipeline_names(name.component)[0], ", ".join(f"'{known}': …" for known in pipeline)
+                raise FormatError(
+                    f"'{self.path}' has '{name.key}' of the pipeline's {wanted}, which is not one of the models given",
+                    next_step=f"give that model as well: {{{given}, '{wanted}': …}}",
+                )
             found.append((name, component))
         self._refuse_several(found)
         return found
-
-    def _missing_component(self, name: TensorName, pipeline: Mapping[str, PipelineModel]) -> FormatError:
-        wanted, given = pipeline_names(name.component)[0], ", ".join(f"'{known}': …" for known in pipeline)
-        return FormatError(
-            f"'{self.path}' has '{name.key}' of the pipeline's {wanted}, which is not one of the models given",
-            next_step=f"give that model as well: {{{given}, '{wanted}': …}}",
-        )
 
     def _refuse_several(self, names: Iterable[tuple[TensorName, PipelineModel]]) -> None:
         """Refuse a file of several components where one model alone is given."""
@@ -147,14 +149,6 @@ class _FileReader:
             raise FormatError(
                 f"'{self.path}' adapts several models of a pipeline, {' and '.join(wanted)}, and one model is given",
                 next_step="give all of them by name: {" + ", ".join(f"'{name}': …" for name in wanted) + "}",
-            )
-
-    def _refuse_twice(self, module: _Module, paths: Iterable[str]) -> None:
-        for path in paths:
-            raise FormatError(
-                f"'{self.path}' has '{module.key}', and another module that stands for '{path}' as well",
-                next_step=_AGAIN,
-                code="unused_tensors",
             )
 
     def _read_differences(self, module: _Module) -> dict[str, Tensor]:
@@ -190,11 +184,13 @@ class _FileReader:
         if not module.names:
             return
         sites = [self._find_site(module.component.prefix + path) for path in module.place.paths]
-        layout = self._find_layout(module)
-        names = dict(module.names)
+        layout = next((layout for layout in LAYOUTS if not module.names.keys().isdisjoint(layout.leaves)), None)
+        if layout is None:
+            raise unused_tensor(f"'{self.path}'", module.key, "without other tensors of its module")
+        names, first, widths = dict(module.names), sites[0], [site.out_features for site in sites]
         alpha = self._read_alpha(names.pop(ALPHA)) if ALPHA in names else None
         stored = StoredModule(
-            _join_sites(module, sites),
+            first if len(sites) == 1 else matrix_site(module.name, sum(widths), first.in_features),
             {leaf: self.tensors[name.key] for leaf, name in names.items()},
             {leaf: name.key for leaf, name in names.items()},
             alpha,
@@ -206,12 +202,10 @@ class _FileReader:
             own = self._configure(own, module, config)
         method = add_magnitude(layout.read(own), stored)
         if len(sites) == 1 and not module.place.swapped:
-            yield sites[0].path, method
+            yield first.path, method
             return
-        widths = [site.out_features for site in sites]
-        for site, part in zip(
-            sites, split_rows(method, layout, module.place, widths, sites[0].in_features, module.key), strict=True
-        ):
+        parts = split_rows(method, layout, module.place, widths, first.in_features, module.key)
+        for site, part in zip(sites, parts, strict=True):
             if part is not None:
                 yield site.path, part
 
@@ -225,13 +219,6 @@ class _FileReader:
                 next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
             )
         return site
-
-    def _find_layout(self, module: _Module) -> AnyLayout:
-        """Return the layout that one of a module's tensors is of."""
-        found = next((layout for layout in LAYOUTS if not module.names.keys().isdisjoint(layout.leaves)), None)
-        if found is None:
-            raise unused_tensor(f"'{self.path}'", module.key, "without other tensors of its module")
-        return found
 
     def _read_alpha(self, name: TensorName) -> float | None:
         """Return an alpha; None for 0, which says that the scale is 1."""
@@ -255,10 +242,3 @@ class _FileReader:
                 f"{short(here.r)}"
             )
         return replace(stored, alpha=find_alpha(here))
-
-
-def _join_sites(module: _Module, sites: list[Site]) -> Site:
-    """Return the site of a module; of one that is several layers, a linear one with all their rows."""
-    if len(sites) == 1:
-        return sites[0]
-    return matrix_site(module.name, sum(site.out_features for site in sites), sites[0].in_features)

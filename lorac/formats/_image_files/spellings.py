@@ -25,7 +25,7 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2.": ("text_encoder_2",),
     "text_encoder_3.": ("text_encoder_3",),
 }
-"""How the names of a component's tensors begin -> what pipelines call it; the first that the model has."""
+"""How the names of a component's tensors begin -> its name in pipelines; the first that the model has."""
 BARE = re.compile(r"(double_blocks|single_blocks|blocks|transformer_blocks|single_transformer_blocks)\.\d+\.")
 """How names begin in files that name no component: those of XLabs, DiffSynth and others, of a transformer alone."""
 LEAVES: Mapping[str, str] = {
@@ -53,7 +53,7 @@ LEAVES: Mapping[str, str] = {
     **{name: name for name in ("diff", "diff_b", "w_norm", "b_norm")},
     **{f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
 }
-"""How the name of a tensor of a module ends -> what layouts call it."""
+"""How the name of a tensor of a module ends -> its name in layouts."""
 DIFFERENCES = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 """Tensors that are the difference of a whole parameter -> its name."""
 _OF_LYCORIS = ("weight", "on_input")
@@ -71,7 +71,7 @@ class TensorName:
         key: the name in the file.
         component: the beginning, of ``COMPONENTS``.
         module: the name of the module in the file.
-        leaf: what layouts call the tensor.
+        leaf: the tensor's name in layouts.
     """
 
     key: str

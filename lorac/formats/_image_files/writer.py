@@ -32,7 +32,7 @@ from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.lora import LoRA
 
 Leaves = dict[str, Tensor]
-"""The tensors of a module by what layouts call them."""
+"""The tensors of a module by their names in layouts."""
 PARAMETERS = {"weight": "diff", "bias": "diff_b"}
 """Name of a parameter that an adapter replaces -> that of its difference."""
 
@@ -41,7 +41,7 @@ class ImageFormat(Format):
     """A format of image models' files, which says how the names of tensors are spelt.
 
     Attributes:
-        leaves: what layouts call a tensor -> how its name ends; a tensor without an entry has no place.
+        leaves: a tensor's name in layouts -> how its name in the file ends; a tensor without an entry has no place.
         stores_alpha: whether alphas are tensors.
     """
 

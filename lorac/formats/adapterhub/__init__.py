@@ -38,7 +38,7 @@ _COMPOSITIONS = {
     "adapter_fusion_config.json": "a fusion that attends over several adapters",
     "adapter_setup.json": "how adapters are stacked, fused or run in parallel",
 }
-"""Files of folders without an adapter -> what they describe."""
+"""Files of folders without an adapter -> their contents."""
 
 
 class AdapterHubFormat(Format):

@@ -83,7 +83,7 @@ class PlacedComponent:
     convert: Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]
 
     def read(self, assigned: TensorsBySite) -> dict[str, dict[str, Tensor]]:
-        """Return site path -> its parameters, from what ``assign_tensors`` returned."""
+        """Return site path -> its parameters, from the result of ``assign_tensors``."""
         paths = dict.fromkeys(path for pattern in self.patterns for path in pattern.paths)
         return {path: self.convert(path, assigned[path]) for path in paths}
 

@@ -29,7 +29,7 @@ _REFUSED = {
     "prompt_tuning": "puts embeddings in front of those of the tokens",
     "reft": "rewrites hidden states at some positions",
 }
-"""Architectures that lorac has no method for -> what each does."""
+"""Architectures that lorac has no method for -> their effect."""
 VERSION = "adapters.1.3.0"
 
 

@@ -1,6 +1,6 @@
 """The keys of a file: one table of patterns, used to read and to write."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,9 @@ def assign_tensors(
     assigned: dict[str, dict[str, Tensor]] = {path: {} for pattern in patterns for path in pattern.paths}
     for key, tensor in tensors.items():
         module, group, leaf = _split_key(key, name)
-        candidates = (p for end in _suffixes(module) for p in table.get((group, end), ()) if leaf in p.leaves)
+        parts = module.split(".")
+        ends = [".".join(parts[first:]) for first in range(len(parts) + 1)]  # the longest first, the empty one last
+        candidates = (p for end in ends for p in table.get((group, end), ()) if leaf in p.leaves)
         matching = next(candidates, None)
         if matching is None:
             raise FormatError(
@@ -94,13 +96,6 @@ def _split_key(key: str, name: str) -> tuple[str, str, str]:
         if found:
             return module.removeprefix("."), group, leaf
     return key, "", ""
-
-
-def _suffixes(module: str) -> Iterator[str]:
-    """Iterate over the ends of a module's path, the longest first and the empty one last."""
-    parts = module.split(".")
-    yield from (".".join(parts[i:]) for i in range(len(parts)))
-    yield ""
 
 
 def _store(tensors: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:

@@ -33,7 +33,7 @@ class BlockStack:
         block: the name of the n-th block.
         sublayers: kind of a sublayer -> where in the block its bottleneck is.
         layers: where in the block a layer is -> its role: a letter, ``PACKED``, ``INTERMEDIATE`` or ``OUTPUT``.
-        marker: what the path of a block of this stack contains; may be empty.
+        marker: a part of the path of every block of this stack; may be empty.
         renamed: where a layer is in the library -> where transformers has it now.
     """
 
@@ -240,7 +240,7 @@ def bottleneck_leaves(variant: Bottleneck) -> dict[str, str]:
 
 
 def shared_leaves(variant: Bottleneck) -> dict[str, str]:
-    """Return leaf -> lorac's name, of what all places share."""
+    """Return leaf -> lorac's name, of the tensors that all places share."""
     if not variant.phm_layer:
         return {}
     rules = _factor_names("phm_rule", variant.factorized_phm_rule) if variant.shared_phm_rule else ()

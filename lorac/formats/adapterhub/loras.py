@@ -173,7 +173,7 @@ def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedCo
     """Apply a configuration to the layers of a model.
 
     Raises:
-        FormatError: at a layer the library computes what lorac does not.
+        FormatError: at a layer the library computes something else than lorac.
     """
     layers = {path: layer for path, layer in layout.layers.items() if fields.adapts(layer)}
     for path, layer in layers.items():
@@ -210,7 +210,7 @@ def _make_variants(fields: LoraFields, layers: Mapping[str, AdaptableLayer]) -> 
 
 
 def _check_layer(fields: LoraFields, name: str, site: Site, layer: AdaptableLayer) -> None:
-    """Refuse a layer at which the library computes what lorac does not."""
+    """Refuse a layer at which the library computes something else than lorac."""
     if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
         raise unsupported_error(
             f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "

@@ -103,7 +103,7 @@ class GgufFormat(Format):
         weights = {layer: weight for weight, layer in names.paths.items()}
         sites = find_layers(adapter, view, self.name, _KINDS)
         here = {layer: settings_at(variant, layer) for layer in sites}
-        alphas = {_to_float32(one.scale * one.r) for one in here.values()}
+        alphas = {struct.unpack("<f", struct.pack("<f", one.scale * one.r))[0] for one in here.values()}  # as stored
         alpha = alphas.pop() if len(alphas) == 1 else 0.0
         tensors: dict[str, Tensor] = {}
         for layer, site in sites.items():
@@ -157,10 +157,6 @@ def _to_parameters(path: Path, weight: str, stored: dict[str, Tensor], names: Gg
         stored[A] = transpose_matrix(stored[A])
     check_pair(path, weight, stored)
     return {A: stored[A], B: names.from_file(weight, stored[B])}
-
-
-def _to_float32(value: float) -> float:
-    return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
 def _write_file(path: Path, architecture: str, alpha: float, tensors: dict[str, Tensor]) -> None:

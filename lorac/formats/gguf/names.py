@@ -70,7 +70,7 @@ class GgufNames:
         """Return the names of a model's layers.
 
         Args:
-            subject: what needs them, for the error.
+            subject: the file that needs them, for the error.
 
         Raises:
             FormatError: the model's architecture is not in the table.

@@ -96,7 +96,7 @@ def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Varia
 def write_config(
     variant: Variant, peft_type: AnyPeftType, given: JsonMapping, original: JsonMapping
 ) -> dict[str, object]:
-    """Return a configuration that makes PEFT build what the variant describes.
+    """Return a configuration that makes PEFT build the variant.
 
     Args:
         variant: the method and its hyper-parameters.

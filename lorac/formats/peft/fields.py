@@ -70,7 +70,7 @@ LYCORIS: dict[str, Field] = {
 
 SEEDED: dict[str, Field] = {
     "projection_prng_key": Applied(0, to="projection_prng_key", read=read_int),
-    # With False the file leaves out what the seed gives; lorac always writes it.
+    # With False the file leaves out the tensors that the seed gives; lorac always writes it.
     "save_projection": Applied(True, read=read_flag),
     "init_weights": TrainingOnly(True),
 }

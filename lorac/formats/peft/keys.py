@@ -133,7 +133,7 @@ def embedding_modules(model: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _KeyReader:
-    """Applies the rules to the keys of a file; later rules see what the earlier ones found."""
+    """Applies the rules to the keys of a file; later rules see the result of earlier ones."""
 
     peft_type: AnyPeftType
     values: JsonMapping

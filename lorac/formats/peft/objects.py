@@ -1,6 +1,6 @@
 """PEFT's objects in memory: a configuration as a fresh variant, a model with its layers as a base and adapters.
 
-Both go through files, in a temporary folder, so that what is refused of a file is refused of an object in the same
+Both go through files, in a temporary folder, so that an object is refused as a file is, in the same
 words. PEFT is only used where the caller has imported it.
 """
 
@@ -56,7 +56,7 @@ def variant_from_config(config: PeftObject) -> Variant:
     """Return the fresh variant that a configuration of PEFT's describes.
 
     Raises:
-        FormatError: it sets what lorac does not build, or how PEFT initialises an adapter.
+        FormatError: it sets a field that lorac does not build, or how PEFT initialises an adapter.
     """
     path = Path(type(config).__name__)
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))

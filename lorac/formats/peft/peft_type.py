@@ -31,7 +31,7 @@ class PeftType(ABC, Generic[V]):
         variants: class of the method -> the configuration values that select it.
         read_only: those of the classes that PEFT itself does not compute, so that none is written for it.
         fields: every field of PEFT's configuration class, and those that older releases or forks wrote.
-        suffixes: what follows the path of a module in a key.
+        suffixes: the ends of keys, behind the path of a module.
         shared: names of tensors that all modules share, in the file and as parameters: ``base_model.<name>``, and in
             older files once more at every module.
         kinds: kinds of site that PEFT's type adapts; None: ``check_site`` decides.
@@ -42,7 +42,7 @@ class PeftType(ABC, Generic[V]):
         needs_model: whether a file means nothing without the model, which ``complete_site`` reads.
         tied: of a type that can tie the output layer to the embedding that it adapts: parameter of the former -> the
             parameter of the latter whose transpose it is.
-        copied: what stands between the path of a module and the names of its parameters, of a type that trains whole
+        copied: the part of a key between the path of a module and its parameter's name, of a type that trains whole
             copies of the targeted modules (``Variant.replaces_module``).
         training_state: mark in a key -> field that accounts for it: state of the training alone.
         start_field: the field that says how an adapter was initialised, where some ways rewrite the base.
@@ -82,7 +82,7 @@ class PeftType(ABC, Generic[V]):
 
         Raises:
             SiteError: PEFT has no such layer.
-            FormatError: PEFT has no place for what a parameter holds.
+            FormatError: PEFT has no place for a parameter's values.
         """
         return dict(tensors)
 
@@ -183,7 +183,7 @@ AnyPeftType = PeftType[Any]
 def warn_of_padding(peft_type: str, site: Site) -> None:
     """Warn of a convolution that pads otherwise than with zeros, as PEFT pads the branch that it adds.
 
-    Merged by PEFT the adapter is what it is here; unmerged, PEFT computes something else at the borders.
+    Merged by PEFT the adapter is the same as here; unmerged, PEFT computes something else at the borders.
     """
     if site.conv is None or not site.conv.before or site.conv.mode == "zeros":
         return

@@ -51,7 +51,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     _copy_tied_sites(file)
     matrices = take_matrices(file)
     variant = peft_type.refine_variant(variant_of(values, peft_type, path), contents.sites)
-    if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys say what
+    if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys name the layers
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     provenance = {
         "format": "peft",
@@ -133,7 +133,7 @@ def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
     if not missing:
         return shared
     sites = [] if file.view is None else [_site_of_model(file, path) for path in stored]
-    # What the configuration promises is compared with the file before anything of that size is made.
+    # The configuration's sizes are compared with the file before anything of that size is made.
     for site in sites:
         check_present(adapter.name, adapter.variant, site, stored[site.path])
     if file.values.get("save_projection", True):

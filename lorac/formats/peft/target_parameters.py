@@ -105,7 +105,7 @@ def _select_named(sites: Mapping[str, Site], parameters: Sequence[str]) -> list[
 
 
 def _assign_keys(sites: Sequence[Site]) -> dict[str, str]:
-    """Return what stands before the suffix in keys -> the path of a site; ``sites`` are in the order of the model."""
+    """Return a key without its suffix -> the path of its site; ``sites`` are in the order of the model."""
     wrapped: dict[str, list[str]] = defaultdict(list)
     for site in sites:
         wrapped[str(site.weight).rpartition(".")[0]].append(site.path)

@@ -205,7 +205,7 @@ class _FolderWriter:
         return tied | found
 
     def _complete_replaced(self) -> dict[str, Tensor]:
-        """Return the replacements, and what was not trained of saved modules, which PEFT reads whole."""
+        """Return the replacements, and the untrained parameters of saved modules, which PEFT reads whole."""
         replaced = dict(self.adapter.replaced)
         if self.view is not None:
             named = self.view.named_tensors()
@@ -249,7 +249,7 @@ class _FolderWriter:
         def is_exact(variant: Variant) -> bool:
             return set(select_targets(variant, self.sites, self.view)) == wanted
 
-        # What PEFT makes of "all-linear" depends on its class of model, and with layers it wants a list.
+        # PEFT's choice for "all-linear" depends on the class of the model, and with layers it wants a list.
         filters = {"exclude_modules": variant.exclude, "layers_to_transform": variant.layers}
         has_filters = all(name in self.peft_type.fields for name, value in filters.items() if value)
         has_targets = (
@@ -274,7 +274,7 @@ class _FolderWriter:
 
 
 def _wrapped_path(site: Site) -> str:
-    """Return what stands before the suffix in the keys of a site."""
+    """Return the beginning of the keys of a site, before the suffix."""
     if site.within in {None, site.path}:
         return site.path
     return f"{site.within}.{WRAPPED}{site.path.removeprefix(str(site.within))}"

@@ -1,7 +1,7 @@
 """X-LoRA in files: LoRAs in folders of their own, and the complete classifier that weighs them.
 
 The experts lie in the folder of the classifier. A configuration may name other places, where PEFT looks for them;
-nothing is read there. What lorac writes holds the experts' seals next to the classifier, under a seal of its own.
+nothing is read there. lorac's own folders hold the experts' seals next to the classifier, under a seal of its own.
 
 PEFT up to 0.21 drops tensors of the classifier when it saves: with n experts it mistakes keys that contain ``.0.`` to
 ``.<n − 1>.`` for keys of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file,

@@ -55,14 +55,11 @@ class GloraLayout(ModuleLayout[GLoRA]):
     def read(self, module: StoredModule) -> Method:
         out, (channels, *kernel) = module.site.out_features, module.columns
         rank = min(module.length("b1", 0), module.length("b1", 1))
-        if self._is_exchanged(module, rank):
+        if module.length("b1", 0) == rank != out and module.length("a1", 0) == rank:
             module = module.renamed(_EXCHANGED)
         shapes = {"a1": (channels, rank), "a2": (rank, channels), "b1": (out, rank), "b2": (rank, channels, *kernel)}
         alpha = rank if module.alpha is None else module.alpha
         return GLoRA(r=rank, alpha=alpha), {name: module.matrix(name, *shape) for name, shape in shapes.items()}
-
-    def _is_exchanged(self, module: StoredModule, rank: int) -> bool:
-        return module.length("b1", 0) == rank != module.site.out_features and module.length("a1", 0) == rank
 
     def write(self, variant: GLoRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         if site.conv is None:

@@ -1,7 +1,7 @@
 """PEFT type HRA.
 
 Source: peft.tuners.hra of PEFT 0.21 (config.py, layer.py). In a file a module has `hra_u` (in, r), at convolutions
-(in·kh·kw, r). At a dilated convolution PEFT forgets the dilation unless it merges; lorac computes what PEFT merges.
+(in·kh·kw, r). At a dilated convolution PEFT forgets the dilation unless it merges; lorac uses the merged weight.
 """
 
 from torch import Tensor

@@ -14,7 +14,7 @@ from lorac.variants.ln_tuning import LNTuning
 
 
 def read_modules(value: object) -> str | tuple[str, ...]:
-    """Return names of modules or one regular expression; PEFT writes what it chose itself."""
+    """Return names of modules or one regular expression; PEFT writes its own choice."""
     modules = read_pattern(value)
     if not modules:
         raise ValueError("expected names of modules, or a pattern")

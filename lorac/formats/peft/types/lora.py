@@ -204,7 +204,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
         return written
 
     def check_site(self, site: Site, tensors: Tensors) -> None:
-        """Refuse what PEFT computes by no weight: its A does not dilate, and a packed projection has no DoRA."""
+        """Refuse layers without an equal weight: PEFT's A does not dilate, and a packed projection has no DoRA."""
         warn_of_padding("LORA", site)
         steps = zip(site.conv.dilation, site.conv.kernel, strict=True) if site.conv is not None else ()
         if any(step > 1 and taps > 1 for step, taps in steps):

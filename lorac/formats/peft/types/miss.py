@@ -20,7 +20,7 @@ BLOCK = "miss_block"
 
 
 def read_form(value: object) -> str | bool:
-    """Return what init_weights selects: `"bat"`, or whether the form is mini."""
+    """Return the form that init_weights selects: `"bat"`, or whether the form is mini."""
     if value is None or isinstance(value, bool):
         return False
     if value not in ("bat", "mini"):

@@ -3,7 +3,7 @@
 Source: peft.tuners.oft of PEFT 0.21 (config.py, layer.py). In a file a module has `oft_R.weight` (blocks, β(β−1)/2),
 at embeddings `oft_embedding_R.weight`. Before 0.16 files have whole matrices under `oft_r`; before 0.18 the series had
 another last term, and PEFT warns of such files. At convolutions PEFT's forward pass rotates patches and adds them up
-where they overlap, which is not what it merges: lorac computes what PEFT merges.
+where they overlap, and merges another weight: lorac computes with the merged one.
 """
 
 import re
@@ -31,7 +31,7 @@ _SERIES = "0.18.0"
 
 
 def read_series(value: object) -> str:
-    """Return the version of PEFT, reduced to the last one that changed what is computed."""
+    """Return the version of PEFT, reduced to the last one that changed the computation."""
     numbers = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
     if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 18):
         raise ValueError("OFT of PEFT before 0.18 rotates by another series; load it there and train it again")
