@@ -57,19 +57,14 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
 def peek_names(path: Path) -> frozenset[str]:
     """Return the short texts in a `.bin` file's pickle, names of tensors among them; empty if it is something else."""
     try:
-        steps = pickletools.genops(_peek_pickle(path))
-        texts = (argument for opcode, argument, _ in itertools.islice(steps, MOST_STEPS) if opcode.name in _TEXTS)
-        return frozenset(map(str, texts))
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.rpartition("/")[2] == _PICKLE]
+            if len(members) != 1 or members[0].file_size > _PEEKED:
+                return frozenset()
+            steps = itertools.islice(pickletools.genops(archive.read(members[0])), MOST_STEPS)
+        return frozenset(str(argument) for opcode, argument, _ in steps if opcode.name in _TEXTS)
     except Exception:  # a reader of zip files, or of pickles, fed with garbage may raise anything
         return frozenset()
-
-
-def _peek_pickle(path: Path) -> bytes:
-    """Return the pickle of a file, if it is short; else one that is empty."""
-    with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if member.filename.rpartition("/")[2] == _PICKLE]
-        is_short = len(members) == 1 and members[0].file_size <= _PEEKED
-        return archive.read(members[0]) if is_short else b"."
 
 
 def check_archive(path: Path, refuse: Refuse, check: Callable[[zipfile.ZipFile], None] = lambda _: None) -> None:

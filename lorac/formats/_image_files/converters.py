@@ -97,19 +97,21 @@ def _find_converter(model: nn.Module) -> Converter | None:
     if type(model).__module__.partition(".")[0] != _LIBRARY:
         return None
     mixin = getattr(importlib.import_module(f"{_LIBRARY}.loaders"), name_loader(type(model).__name__), None)
-    return None if mixin is None else lambda tensors: _join_alphas(mixin.lora_state_dict(tensors))
+    if mixin is None:
+        return None
+
+    def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        answer = mixin.lora_state_dict(tensors)
+        converted, alphas = answer if isinstance(answer, tuple) else (answer, None)  # some return the alphas apart
+        return {**converted, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
+
+    return convert
 
 
 def name_loader(model: str) -> str:
     """Return the name of diffusers' class that loads LoRAs for a class of transformers."""
     stem = model.partition("Transformer")[0]
     return f"{_FAMILIES.get(stem, stem)}LoraLoaderMixin"
-
-
-def _join_alphas(answer: Any) -> Mapping[str, Tensor]:
-    """Return one mapping of the tensors and the alphas that some pipelines return apart."""
-    tensors, alphas = answer if isinstance(answer, tuple) else (answer, None)
-    return {**tensors, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
 
 
 def find_dropped(convert: Converter, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -101,6 +101,8 @@ def select_targets(variant: Variant, sites: Mapping[str, Site], view: ModelView 
 
 def saved_parameter_names(variant: Variant, view: ModelView) -> list[str]:
     """Return the parameters and buffers that PEFT saves for modules_to_save, or as part of a copied module."""
+    if not variant.modules_to_save and type(variant).replaces_module is Variant.replaces_module:
+        return []
     names = view.module.state_dict(keep_vars=True)
     return [name for name in names if is_saved(name, variant.modules_to_save) or copied_module(variant, name)]
 

@@ -71,7 +71,9 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
                 code="site_not_found",
             )
         site = sites[module]
-        weight = _fill_weight(name, site, tensor, _indices_of(module, indices), file.view)
+        # PEFT compares the ends of names; other rows are those of the input embedding.
+        named = (numbers for key, numbers in indices.items() if key is not None and module.endswith(key))
+        weight = _fill_weight(name, site, tensor, next(named, indices.get(None, ())), file.view)
         tied = [path for path in site.shares if path not in rows]
         weights |= {str(sites[path].weight): weight for path in (module, *tied)}
     return weights
@@ -88,9 +90,3 @@ def _fill_weight(name: str, site: Site, rows: Tensor, indices: tuple[int, ...], 
             code="shape_mismatch",
         )
     return weight.index_copy(0, torch.tensor(indices), rows.to(weight))
-
-
-def _indices_of(module: str, indices: TokenIndices) -> tuple[int, ...]:
-    """Return the rows under the name of a module, as PEFT compares names, or those of the input embedding."""
-    named = (rows for key, rows in indices.items() if key is not None and module.endswith(key))
-    return next(named, indices.get(None, ()))

@@ -148,14 +148,18 @@ class _FolderWriter:
             for name, shape in peft_type.shared_shapes(adapter.variant, list(sites.values())).items():
                 tensors[SHARED_PREFIX + name] = _resize(tensors[SHARED_PREFIX + name], shape)
         self._refuse_split_embeddings()
-        for name, tensor in self._complete_replaced().items():
+        replaced = dict(adapter.replaced)
+        if self.view is not None:  # PEFT reads saved modules whole, untrained parameters included
+            named = self.view.named_tensors()
+            replaced = {name: named[name] for name in saved_parameter_names(adapter.variant, self.view)} | replaced
+        for name, tensor in replaced.items():
             tensors[PREFIX + self._replaced_key(name, tied)] = tensor
         given = self._targets(matrices, tied)
         given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
         if tied:
             given["ensure_weight_tying"] = True
-        named = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
-        _write_files(adapter, peft_type, given, named, folder, self.view)
+        stored = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
+        _write_files(adapter, peft_type, given, stored, folder, self.view)
 
     def _refuse_parts(self, sites: Mapping[str, Site]) -> None:
         """Refuse a part of a module that reads several weights itself (an attention), which PEFT adapts whole."""
@@ -204,15 +208,6 @@ class _FolderWriter:
                 )
         return tied | found
 
-    def _complete_replaced(self) -> dict[str, Tensor]:
-        """Return the replacements, and the untrained parameters of saved modules, which PEFT reads whole."""
-        replaced = dict(self.adapter.replaced)
-        if self.view is not None:
-            named = self.view.named_tensors()
-            for name in saved_parameter_names(self.adapter.variant, self.view):
-                replaced.setdefault(name, named[name])
-        return replaced
-
     def _replaced_key(self, name: str, tied: Mapping[str, str]) -> str:
         """Return the key of a replacement, without the prefix."""
         variant, adapted = self.adapter.variant, self.adapter.tensors
@@ -225,17 +220,13 @@ class _FolderWriter:
         bias = variant.bias if "bias" in self.peft_type.fields else "none"
         if parameter == "bias" and bias != "none" and (bias == "all" or module in adapted):
             return f"{_wrapped_path(self.sites[module])}.{WRAPPED}.bias" if module in adapted else name
-        if module not in adapted and self._is_embedding(module):
+        known = frozenset() if self.view is None else embedding_modules(self.view.module)
+        if module not in adapted and (module.rpartition(".")[2] in EMBEDDING_NAMES or module in known):
             return name
         raise unsupported_error(
             f"PEFT has no place for '{name}', which adapter '{self.adapter.name}' replaces",
             next_step="name its module in modules_to_save, or use format='native'",
         )
-
-    def _is_embedding(self, module: str) -> bool:
-        if module.rpartition(".")[2] in EMBEDDING_NAMES:
-            return True
-        return self.view is not None and module in embedding_modules(self.view.module)
 
     def _targets(self, matrices: set[str], tied: Mapping[str, str]) -> dict[str, object]:
         """Return the fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
