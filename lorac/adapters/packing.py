@@ -36,6 +36,8 @@ def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter
         packed |= zip(map(id, group), stack.unbind(), strict=True)
 
     def exchange(tensor: Tensor) -> Tensor:
-        return packed[id(tensor)] if id(tensor) in packed else tensor.detach().contiguous()
+        if id(tensor) in packed:
+            return packed[id(tensor)]
+        return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
 
     return replace(prepared, changes={path: map_tensors(exchange, one) for path, one in prepared.changes.items()})
