@@ -2,9 +2,9 @@
 
     python -m benchmarks.bank [--registered 2000] [--room 8] [--processes 3]
 
-A prepared adapter is written into its place among those that a call takes. One from disk of a new layout (header and
-configuration) is read, checked, prepared and bound; after two of a layout, others are read, checked and copied to where
-they are bound. One that is let go of twice is written as it is bound, and then read alone. Targets: <= 1.5 of a copy of
+A prepared adapter is written into its place among those that a call takes. Of one from disk the format reads the header
+and the configuration, if they are new, when it is registered; its values are read, checked, prepared and bound when it is
+used. One that is evicted is written as it is bound, and then read alone. Targets: <= 1.5 of a copy of
 its bytes, <= 1.3 of reading its file, and no more memory than the budget and 10 kB for each registered adapter beyond
 what the program took before.
 """
@@ -28,7 +28,7 @@ NEW, FIRST = "an adapter from disk, of a new layout", "an adapter from disk, the
 DISK = "an adapter from disk, again"
 MEMORY = ("registered, each", "beyond the budget")
 _WARM_UP = 4
-"""Adapters that are read before the first is timed: two of a layout show how the next are read."""
+"""Adapters that are read before the first is timed."""
 OPTIONS = (
     common.MODEL,
     common.layers(20),
