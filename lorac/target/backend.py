@@ -116,7 +116,7 @@ class Backend(ABC, Generic[OptionsT]):
         known = [spec.name for spec in dataclasses.fields(self.options)]
         if not options.keys() <= {*known}:  # loading a program does without the dialect, which imports what builds one
             check_known(options, known, f"target '{self.dialect.name}' has no option")
-        return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
+        return self.options(**options)  # type: ignore[arg-type]  # __post_init__ checks the values
 
     @property
     def emits(self) -> bool:
