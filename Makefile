@@ -71,7 +71,7 @@ mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether t
 	$(BIN)/python -m campaigns.mutants --count $(COUNT) --seed $(SEED)
 
 # Pages of docs/ that are made from the code, each by docs/make_<page>.py.
-PAGES := cli formats peft rooms troubleshooting ways
+PAGES := cli formats packages peft troubleshooting ways
 
 check: $(STAMP) ## Check format, lint, types, the direction of imports, names in texts and the made pages
 	$(BIN)/ruff format --check .

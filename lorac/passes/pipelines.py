@@ -51,7 +51,7 @@ def lowering_passes(
         if not isinstance(step, Pass) or step.reads is not step.leaves:
             raise CompileError(
                 f"the entry point '{name}' of the group '{GROUP}' is not a pass that stays on its level",
-                next_step='name an instance of a Pass there; docs/architecture.md, "Adding things", says which',
+                next_step="name an instance of a Pass there, as docs/adding.md says",
                 code="wrong_level",
             )
         place = next((i for i, other in enumerate(passes) if other.leaves > step.reads), len(passes))

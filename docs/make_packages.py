@@ -1,7 +1,7 @@
-"""The page docs/rooms.md, made from the code: which rooms lorac has, what each is for, and who imports whom.
+"""The page docs/packages.md, made from the code: the packages of lorac, their purpose, and who imports whom.
 
-``python -m docs.make_rooms`` prints it. A room is a package; the interface, ``lorac/__init__.py``, reaches into all of
-them on first use and is left out. Rooms that import each other (a package and its own registry) are one box.
+``python -m docs.make_packages`` prints it. The interface, ``lorac/__init__.py``, imports from all of them on first use
+and is left out. Packages that import each other (a package and its own registry) are one box.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import networkx
 
 PACKAGE = "lorac"
 ROOT = Path(__file__).parents[1]
-HEAD = """# Rooms
+HEAD = """# Packages
 
-Made by `make docs` from the code; `make check` fails where the two differ. What the rooms are about is said in
-[architecture.md](architecture.md).
+Made by `make docs` from the code; `make check` fails where the two differ. [architecture.md](architecture.md)
+says what a package knows.
 
-A box is a room with the number of its modules; an arrow leads to a room that it imports from. Only arrows that no
-longer way round implies are drawn (the transitive reduction, for the sake of reading): a room may import from any room
-that can be reached along the arrows too. What is found by its existence (backends, formats, PEFT types, methods) is
-imported by no name, so no arrow tells of it. The interface, `lorac/__init__.py`, reaches into all rooms on first use
-and is left out. What may import what is said by the contracts in `pyproject.toml`.
+A box is a package with the number of its modules; an arrow leads to a package that it imports from. Arrows that follow
+from others are left out (the transitive reduction): a package may also import from any that can be reached along the
+arrows. Modules that are found because they exist (backends, formats, PEFT types, methods) are imported by no name, so
+no arrow leads to them. The interface, `lorac/__init__.py`, imports from all packages on first use and is left out. The
+contracts in `pyproject.toml` say which imports are allowed.
 """
 
 
-def rooms() -> dict[str, list[str]]:
-    """Room -> names of its modules, both sorted."""
+def packages() -> dict[str, list[str]]:
+    """Package -> names of its modules, both sorted."""
     found = {}
     for door in sorted((ROOT / PACKAGE).rglob("__init__.py")):
-        room = ".".join(door.parent.relative_to(ROOT).parts)
-        found[room] = sorted(path.stem for path in door.parent.glob("*.py") if path != door)
+        package = ".".join(door.parent.relative_to(ROOT).parts)
+        found[package] = sorted(path.stem for path in door.parent.glob("*.py") if path != door)
     return found
 
 
@@ -45,7 +45,7 @@ def arrows(known: Mapping[str, list[str]]) -> networkx.DiGraph:
     drawn.add_nodes_from(known)
     for module in modules.modules - {PACKAGE}:
         for other in modules.find_modules_directly_imported_by(module) - {PACKAGE}:
-            drawn.add_edge(_room(module, known), _room(other, known))
+            drawn.add_edge(_package_of(module, known), _package_of(other, known))
     drawn.remove_edges_from(list(networkx.selfloop_edges(drawn)))
     boxes = networkx.condensation(drawn)
     reduced = networkx.transitive_reduction(boxes)
@@ -53,13 +53,13 @@ def arrows(known: Mapping[str, list[str]]) -> networkx.DiGraph:
     return reduced
 
 
-def _room(module: str, known: Mapping[str, list[str]]) -> str:
+def _package_of(module: str, known: Mapping[str, list[str]]) -> str:
     return module if module in known else module.rpartition(".")[0]
 
 
 def page() -> str:
     """Make the whole page."""
-    known = rooms()
+    known = packages()
     lines = [HEAD, "```mermaid", *_flowchart(known), "```", "", *_table(known)]
     return "\n".join(lines) + "\n"
 
@@ -84,34 +84,34 @@ def _flowchart(known: Mapping[str, list[str]]) -> Iterator[str]:
     yield from sorted(f"    {_key(names[one][0])} --> {_key(names[other][0])}" for one, other in boxes.edges)
 
 
-def _house(room: str) -> str:
-    """Return the package directly below lorac that a room belongs to."""
-    return ".".join(room.split(".")[:2])
+def _house(package: str) -> str:
+    """Return the package directly below lorac that a package belongs to."""
+    return ".".join(package.split(".")[:2])
 
 
 def _box(members: list[str], known: Mapping[str, list[str]]) -> str:
-    labels = [f"{_folder(room, known)} · {len(known[room])}" for room in members]
+    labels = [f"{_folder(package, known)} · {len(known[package])}" for package in members]
     return f'{_key(members[0])}["{"<br>".join(labels)}"]'
 
 
-def _folder(room: str, known: Mapping[str, list[str]]) -> str:
-    """Return the room's folder; its own files alone, where rooms of the picture lie in it."""
-    holds_rooms = any(other.startswith(f"{room}.") for other in known)
-    return room.replace(".", "/") + ("/*.py" if holds_rooms else "")
+def _folder(package: str, known: Mapping[str, list[str]]) -> str:
+    """Return the package's folder; its own files alone, where packages of the picture lie in it."""
+    has_inner = any(other.startswith(f"{package}.") for other in known)
+    return package.replace(".", "/") + ("/*.py" if has_inner else "")
 
 
-def _key(room: str) -> str:
-    return room.replace(".", "_")
+def _key(package: str) -> str:
+    return package.replace(".", "_")
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
 def _table(known: Mapping[str, list[str]]) -> Iterator[str]:
-    yield "| room | what it is for | modules |"
+    yield "| package | what it is for | modules |"
     yield "| --- | --- | --- |"
-    for room, modules in known.items():
-        folder = room.replace(".", "/")
+    for package, modules in known.items():
+        folder = package.replace(".", "/")
         yield f"| `{folder}/` | {_purpose(ROOT / folder)} | {', '.join(modules)} |"
 
 
