@@ -11,8 +11,8 @@
 An adapter whose name is not portable as a file name has a number instead; the manifest says which.
 
 The manifest holds the versions, target and mode, the plan of every site, the active choice, the reductions of the
-adapters' formulas, the model's skeleton, what the target needs besides, size and hash of every other file, and last a
-hash over all this. It holds no time stamp, path or random name, and the folder no pickle: equal input gives equal
+adapters' formulas, the model's skeleton, the target's own entries, size and hash of every other file, and last a hash
+over all this. It holds no time stamp, path or random name, and the folder no pickle: equal input gives equal
 bytes, and loading runs no code that the artifact names.
 
 A folder is written next to its target and takes the target's place in one step when it is complete; after a failure
@@ -109,7 +109,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _owned_files(folder: Path) -> frozenset[str]:
-    """Return the files that an artifact's manifest lists, of whatever version; empty if there is no artifact."""
+    """Return the files that an artifact's manifest of any version lists; empty if there is no artifact."""
     try:
         manifest = parse_object(read_json_text(folder / MANIFEST), ArtifactError)
     except (LoracError, OSError):

@@ -25,6 +25,8 @@ _KEPT_SHAPES = 4096
 _META = torch.device("meta")
 Call = Callable[[fx.Node, Operands, Fields], object]
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
+_HAS_SIZE = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})  # absent on Windows
+_MACHINE_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if _HAS_SIZE else sys.maxsize
 
 
 class BoundedRun:
@@ -52,7 +54,7 @@ class BoundedRun:
             InputMismatch: its results would take more memory at once than the machine has, or than ``lorac.budget``
                 allows.
         """
-        shapes, limit = tuple([value.shape for value in values]), get_chosen_memory() or _get_machine_memory()
+        shapes, limit = tuple([value.shape for value in values]), get_chosen_memory() or _MACHINE_MEMORY
         peaks = self.peaks  # which another thread may replace
         if shapes not in peaks:
             if len(peaks) >= _KEPT_SHAPES:
@@ -171,8 +173,3 @@ def _check(size: int, limit: int) -> None:
             f"with these inputs the stored program takes {size >> 20} MiB at once, more than {limit >> 20} MiB",
             next_step="give fewer rows or a shorter sequence; lorac.budget(bytes=...) around the call sets the limit",
         )
-
-
-def _get_machine_memory() -> int:
-    known = getattr(os, "sysconf_names", {})  # absent on Windows
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in known else sys.maxsize

@@ -7,17 +7,16 @@ The metadata entry "forms" is JSON with the form of each change and the rest of 
 share is stored once, and is one tensor again when it is read.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from lorac.errors import ArtifactError
-from lorac.ir.algebra.changes import Change, SparseSum, from_outputs, to_outputs
+from lorac.ir.algebra.changes import SparseSum, from_outputs, to_outputs
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.storage.open_file import OpenFile
 from lorac.storage.plans import branch_from_json, branch_to_json
-from lorac.storage.strict_json import JsonObject, dump_json, parse_object
+from lorac.storage.strict_json import dump_json, parse_object
 from lorac.storage.tensor_file import TensorFile
 
 _ENTRY = "forms"
@@ -59,21 +58,20 @@ def read_normal_forms(opened: OpenFile) -> PreparedAdapter:
     file = TensorFile(opened)
     entries = parse_object(file.notes.get(_ENTRY, ""), damaged)
     tensors = file.load_all()
+    changes = {}
+    for site, stored in entries["changes"].items():
+        parts = {letter: tensors[_letter(site, letter)] for letter in stored["letters"]}
+        changes[site] = from_outputs(stored["form"], parts, None)
+    branches = {}
+    for site, stored in entries["branches"].items():
+        slot = branch_from_json(site, stored)
+        branches[site] = BranchTerm(slot, tuple(tensors[_parameter(site, name)] for name in slot.params))
     return PreparedAdapter(
-        changes={site: _change(site, stored, tensors) for site, stored in entries["changes"].items()},
-        branches={site: _branch(site, stored, tensors) for site, stored in entries["branches"].items()},
+        changes=changes,
+        branches=branches,
         truncatable=entries["truncatable"],
         reasons=tuple(Reason(*reason) for reason in entries["reasons"]),
     )
-
-
-def _change(site: str, stored: JsonObject, tensors: Mapping[str, Tensor]) -> Change:
-    return from_outputs(stored["form"], {letter: tensors[_letter(site, letter)] for letter in stored["letters"]}, None)
-
-
-def _branch(site: str, stored: JsonObject, tensors: Mapping[str, Tensor]) -> BranchTerm:
-    slot = branch_from_json(site, stored)
-    return BranchTerm(slot, tuple(tensors[_parameter(site, name)] for name in slot.params))
 
 
 def _letter(site: str, letter: str) -> str:

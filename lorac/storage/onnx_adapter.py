@@ -57,20 +57,18 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> None:
             next_step="mode='live' binds factors instead of merged weights where the method has them",
         )
     kept = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    values = {}
+    for name, tensor in kept.items():
+        if tensor.dtype is torch.bfloat16:  # NumPy has no such type
+            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), 16)
+        else:
+            values[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(_VERSION)
     adapter.set_model_version(_VERSION)
-    adapter.set_parameters({name: _to_ort_value(tensor) for name, tensor in kept.items()})
+    adapter.set_parameters(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     adapter.export_adapter(str(path))
-
-
-def _to_ort_value(tensor: Tensor) -> object:
-    import onnxruntime as ort
-
-    if tensor.dtype is not torch.bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), 16)
 
 
 def read_onnx_adapter(file: BufferedReader, refuse: Callable[[str], FormatError]) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
     try:
         os.lstat(path)
     except ValueError as error:  # a NUL, or a lone surrogate
-        what = f"{subject} is {short(text)}, which no file can be called"
-        raise kind(what, next_step=_STEP, code=code) from error
+        fault = f"{subject} is {short(text)}, which no file can be called"
+        raise kind(fault, next_step=_STEP, code=code) from error
     except OSError:
         pass
     with contextlib.suppress(RuntimeError):  # there is no such user
@@ -91,21 +91,21 @@ def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) ->
 
 @contextlib.contextmanager
 def translate_os_errors(
-    path: str | os.PathLike[str], kind: type[LoracError], what: str, code: str | None = None
+    path: str | os.PathLike[str], kind: type[LoracError], verb: str, code: str | None = None
 ) -> Iterator[None]:
     """Turn an ``OSError`` inside the block into one of lorac's errors, with the path and the system's reason.
 
     Args:
         path: the file that is read or written, for errors that name none.
         kind: the error to raise, with `code`.
-        what: "read" or "written".
+        verb: "read" or "written", for the text of the error.
     """
     try:
         yield
     except OSError as error:
         named = error.filename if isinstance(error.filename, str) else os.fspath(path)
         raise kind(
-            f"'{named}' cannot be {what}: {error.strerror or error}",
+            f"'{named}' cannot be {verb}: {error.strerror or error}",
             next_step="check that it exists, is of the kind that is expected, and what its permissions allow",
             code=code,
         ) from error

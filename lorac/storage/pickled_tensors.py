@@ -20,7 +20,7 @@ from lorac.errors import FormatError, LoracError
 from lorac.limits import check_time, claim_memory, pause_clock
 
 Refuse = Callable[[str], FormatError]
-"""(what is wrong) -> the error to raise."""
+"""(fault) -> the error to raise."""
 MOST_STEPS = 1_000_000
 """Steps of a pickle: 30 for each of 30 000 tensors. torch unpickles so many in under two seconds."""
 _PICKLE = "data.pkl"
@@ -43,7 +43,7 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
         FormatError: that of ``refuse``, where it is not such a file, or names anything that a dictionary of tensors
             does not need; or unpacked it is larger than a file may be, or has too many members.
     """
-    check_archive(path, refuse, lambda archive: _check_names(_read_member(archive, refuse), refuse))
+    check_archive(path, refuse, lambda archive: _check_names(archive, refuse))
     try:
         with pause_clock():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -111,27 +111,20 @@ def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
     claim_memory(sum(member.file_size for member in members) - size, "it is packed")
 
 
-def _read_member(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:
+def _check_names(archive: zipfile.ZipFile, refuse: Refuse) -> None:
+    """Refuse a pickle that names anything but types of storages and the functions that rebuild tensors."""
     found = [name for name in archive.namelist() if name.rpartition("/")[2] == _PICKLE]
     if len(found) != 1:
         raise refuse(f"torch.load(weights_only=True) refuses it: it has {len(found)} members called {_PICKLE}, not one")
-    return archive.read(found[0])
-
-
-def _check_names(pickle: bytes, refuse: Refuse) -> None:
-    """Refuse a pickle that names anything but types of storages and the functions that rebuild tensors."""
-    for step, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+    for step, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(found[0]))):
         check_time(step)
         if step == MOST_STEPS:
             raise refuse(f"its pickle takes more than {MOST_STEPS} steps")
         if opcode.name not in {"GLOBAL", "STACK_GLOBAL", "INST"}:
             continue
-        if not isinstance(argument, str) or not (argument in _NAMES or _is_storage(argument)):
+        module, _, kind = str(argument).partition(" ")
+        is_storage = module == "torch" and kind.endswith("Storage") and kind.isidentifier()
+        if argument not in _NAMES and not is_storage:
             raise refuse(
                 f"torch.load(weights_only=True) is not called: it names {argument!r}, which dense tensors need not"
             )
-
-
-def _is_storage(name: str) -> bool:
-    module, _, kind = name.partition(" ")
-    return module == "torch" and kind.endswith("Storage") and kind.isidentifier()

@@ -1,6 +1,6 @@
 """Plans, choices, and the interface and slots of graphs as JSON."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -57,25 +57,22 @@ def branch_to_json(branch: BranchSlot) -> JsonObject:
 
 def branch_from_json(path: str, stored: JsonObject) -> BranchSlot:
     """Return a branch's slot at a site. Its formula is part of the program, so calling it here is refused."""
+
+    def missing_formula(*_: object) -> torch.Tensor:
+        raise Unavailable(
+            f"the branch at '{path}' is part of a stored program and has no formula any more",
+            next_step="compile from the model again, with the adapter in adapters=",
+        )
+
     return BranchSlot(
         key=stored["key"],
-        formula=Formula(_missing_formula(path), "a stored program", path),
+        formula=Formula(missing_formula, "a stored program", path),
         params={name: tuple(shape) for name, shape in stored["params"].items()},
         emits=tuple(stored["emits"]),
         reads=tuple(stored["reads"]),
         once=stored["once"],
         mixes=stored.get("mixes", False),
     )
-
-
-def _missing_formula(path: str) -> Callable[..., torch.Tensor]:
-    def formula(*_: object) -> torch.Tensor:
-        raise Unavailable(
-            f"the branch at '{path}' is part of a stored program and has no formula any more",
-            next_step="compile from the model again, with the adapter in adapters=",
-        )
-
-    return formula
 
 
 def choice_to_json(choice: Choice) -> JsonObject:

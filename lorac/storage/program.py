@@ -62,7 +62,11 @@ def nodes_to_json(graph: fx.Graph, describe_input: Callable[[fx.Node], JsonObjec
         if node.op == "placeholder":
             nodes.append({"input": node.name, **describe_input(node)})
         elif node.op == "call_function":
-            nodes.append(_call_to_json(node))
+            kwargs = {key: _operand_to_json(value) for key, value in node.kwargs.items()}
+            name = op_name(node.target)
+            if name is None:
+                raise _unstorable(f"a captured program that calls {node.target}")
+            nodes.append({"name": node.name, "op": name, "args": _operand_to_json(node.args), "kwargs": kwargs})
         elif node.op == "output":
             nodes.append({"output": _operand_to_json(node.args[0])})
         else:
@@ -70,17 +74,8 @@ def nodes_to_json(graph: fx.Graph, describe_input: Callable[[fx.Node], JsonObjec
     return nodes
 
 
-def _unstorable(what: str) -> Unavailable:
-    return Unavailable(f"{what} cannot be stored", next_step="compile for target='onnxruntime' and save that")
-
-
-def _call_to_json(node: fx.Node) -> JsonObject:
-    """Return a node that calls an op as JSON."""
-    kwargs = {key: _operand_to_json(value) for key, value in node.kwargs.items()}
-    name = op_name(node.target)
-    if name is None:
-        raise _unstorable(f"a captured program that calls {node.target}")
-    return {"name": node.name, "op": name, "args": _operand_to_json(node.args), "kwargs": kwargs}
+def _unstorable(subject: str) -> Unavailable:
+    return Unavailable(f"{subject} cannot be stored", next_step="compile for target='onnxruntime' and save that")
 
 
 def make_functional(program: ExportedProgram) -> ExportedProgram:

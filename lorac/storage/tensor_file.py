@@ -54,7 +54,7 @@ LONGEST_NAME = 1000
 _METADATA, _ENTRY_FIELDS = "__metadata__", 3
 _LONGEST_REASON = 300
 Refuse = Callable[[str], LoracError]
-"""(what is wrong) -> the error to raise."""
+"""(fault) -> the error to raise."""
 
 
 def write_safetensors(
@@ -155,8 +155,8 @@ def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse
     for name, entry in entries.items():
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None or len(entry) != _ENTRY_FIELDS:
-            what = "has fields besides dtype, shape and data_offsets" if dtype else f"is of dtype {entry['dtype']}"
-            raise refuse(f"'{name}' {what}, which lorac does not read")
+            fault = "has fields besides dtype, shape and data_offsets" if dtype else f"is of dtype {entry['dtype']}"
+            raise refuse(f"'{name}' {fault}, which lorac does not read")
         places[name] = TensorPlace(dtype, entry["shape"], first + entry["data_offsets"][0])
     return TensorHeader(metadata, places)
 
@@ -363,18 +363,17 @@ class TensorFile(Mapping[str, Tensor]):
         columns = sorted(({*transposed} - alias.keys() - places.keys()) | external_columns)
         laid_out = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
         written = {name: tensor for name, tensor in laid_out.items() if name not in places}
+        external = {}
+        for name, place in sorted(places.items()):
+            dtype, shape = DTYPE_NAMES[laid_out[name].dtype], list(laid_out[name].shape)
+            external[name] = {"file": place.file, "offset": place.offset, "dtype": dtype, "shape": shape}
+            external[name] |= {"row": place.row} if place.row else {}
         entries = {
             _ALIAS: dict(sorted(alias.items())),
             _TRANSPOSED: columns,
-            _ELSEWHERE: {name: _location_to_json(laid_out[name], place) for name, place in sorted(places.items())},
+            _ELSEWHERE: external,
         }
         write_safetensors(path, written, {**(notes or {}), **{key: dump_json(value) for key, value in entries.items()}})
-
-
-def _location_to_json(tensor: Tensor, place: TensorLocation) -> dict[str, object]:
-    shape = list(tensor.shape)
-    entry = {"file": place.file, "offset": place.offset, "dtype": DTYPE_NAMES[tensor.dtype], "shape": shape}
-    return {**entry, "row": place.row} if place.row else entry
 
 
 def _size_of(dtype: torch.dtype, shape: Collection[int]) -> int:
