@@ -179,22 +179,18 @@ _COLORS = {"in": "#dbe9f6", "out": "#dbe9f6", "live": "#fde3c8", "fused": "#e4dc
 def to_dot(dump: Dump, notes: AdapterNotes | None = None) -> str:
     """Return a dump in Graphviz's language, with identical blocks drawn once."""
     root = build_sections(dump)
-    shown_as = _map_to_representatives(root, SectionPrinter(dump, notes or AdapterNotes()))
-    edges = {(shown_as[ref], shown_as[index]) for index, row in enumerate(dump.rows) for ref in row.refs}
-    body = [*_cluster_lines(root, dump, shown_as, "  "), *(f"  n{a} -> n{b};" for a, b in sorted(edges) if a != b)]
-    head = [f"digraph {_quote(dump.name)} {{", '  node [shape=box, style=filled, fontname="monospace", fontsize=10];']
-    return "\n".join([*head, *body, "}"]) + "\n"
-
-
-def _map_to_representatives(root: Section, body: SectionPrinter) -> dict[int, int]:
-    """Return the row that is drawn for each row: of identical blocks, the first block's."""
-    drawn_as: dict[int, int] = {}
+    body = SectionPrinter(dump, notes or AdapterNotes())
+    drawn_as: dict[int, int] = {}  # of identical blocks, the rows of the first
     # Outer blocks come before inner ones.
     groups = (part for section in root.sections() for part in group_items(section) if isinstance(part, list))
     for blocks, (start, length) in ((group, run) for group in groups for run in body.runs(group)):
         for block in blocks[start + 1 : start + length]:
             drawn_as |= dict(zip(block.rows(), blocks[start].rows(), strict=True))
-    return {index: find_drawn(index, drawn_as) for index in root.rows()}
+    shown_as = {index: find_drawn(index, drawn_as) for index in root.rows()}
+    edges = {(shown_as[ref], shown_as[index]) for index, row in enumerate(dump.rows) for ref in row.refs}
+    lines = [*_cluster_lines(root, dump, shown_as, "  "), *(f"  n{a} -> n{b};" for a, b in sorted(edges) if a != b)]
+    head = [f"digraph {_quote(dump.name)} {{", '  node [shape=box, style=filled, fontname="monospace", fontsize=10];']
+    return "\n".join([*head, *lines, "}"]) + "\n"
 
 
 def _cluster_lines(section: Section, dump: Dump, shown_as: dict[int, int], indent: str) -> Iterator[str]:

@@ -76,7 +76,10 @@ class SlotImages:
             self._forget(name)
             file, layout = self._open(entry.source.folder), SlotLayout.of(snapshot, tensors)
             layout = self._layouts.setdefault(layout.key, layout)
-            places = self._find_places(layout.nbytes)
+            places = self._free.setdefault(layout.nbytes, [])
+            if not places:
+                places.append(self._end)
+                self._end += layout.nbytes
             image = SlotImage(name, entry.serial, layout, places[-1])
             _write_image(file, image, tensors)  # where the disk is full, the place stays free
             self._images[name] = image
@@ -107,14 +110,6 @@ class SlotImages:
         with self._lock:
             for name in tuple(self._images):
                 self._forget(name)
-
-    def _find_places(self, nbytes: int) -> list[int]:
-        """Return the first bytes of free places in the file, at least one."""
-        free = self._free.setdefault(nbytes, [])
-        if not free:
-            free.append(self._end)
-            self._end += nbytes
-        return free
 
     def _forget(self, name: str) -> None:
         image = self._images.pop(name, None)

@@ -86,7 +86,12 @@ def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
     if isinstance(source, str | Path):
         return load_adapter(source, view, name)  # the format checks it against the model
     if isinstance(source, Mapping):
-        adapter = _read_components(session, source, name)
+        parts: dict[str, Adapter] = {}
+        for component, part in source.items():
+            prefix = get_graph_scope(check_component(component, session.traits)).removesuffix(".")
+            own = part if isinstance(part, Adapter) else load_adapter(part, view.module.get_submodule(prefix), name)
+            parts[component] = own
+        adapter = join_components(parts, name or next(iter(parts.values())).name)
     elif isinstance(source, Variant):
         variant = source.for_model(view, session.precision.fit(session.examples.get("example_inputs")))
         adapter = make_fresh_adapter(variant, name or source.name, add_named_modules(variant, view), session.base)
@@ -94,16 +99,6 @@ def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
         adapter = dataclasses.replace(source, name=name or source.name)
     check_adapter(adapter, view)
     return adapter
-
-
-def _read_components(session: Session, sources: Mapping[str, str | Path | Adapter], name: str | None) -> Adapter:
-    """Read an adapter for each of several components, and return them as one."""
-    parts, module = {}, session.view.module
-    for component, source in sources.items():
-        prefix = get_graph_scope(check_component(component, session.traits)).removesuffix(".")
-        part = source if isinstance(source, Adapter) else load_adapter(source, module.get_submodule(prefix), name)
-        parts[component] = part
-    return join_components(parts, name or next(iter(parts.values())).name)
 
 
 def add_sites(session: Session, adapter: Adapter) -> None:
@@ -146,9 +141,11 @@ def join_components(parts: Mapping[str, Adapter], name: str) -> Adapter:
     """
     located = {component: _locate(component, part) for component, part in parts.items()}
     variants = [part.variant for part in located.values()]
+    first, targets = variants[0], tuple(path for variant in variants for path in variant.targets)
+    equal = all(dataclasses.replace(variant, targets=first.targets) == first for variant in variants)
     return Adapter(
         name,
-        _join_variants(variants),
+        dataclasses.replace(first, targets=targets) if equal else Union.over(*variants, like=first),
         {path: tensors for part in located.values() for path, tensors in part.tensors.items()},
         {path: tensor for part in located.values() for path, tensor in part.replaced.items()},
     )
@@ -160,10 +157,3 @@ def _locate(component: str, part: Adapter) -> Adapter:
     replaced = {f"{component}.{name}": tensor for name, tensor in part.replaced.items()}
     variant = dataclasses.replace(part.variant, targets=tuple(tensors), exclude=(), layers=())
     return dataclasses.replace(part, variant=variant, tensors=tensors, replaced=replaced)
-
-
-def _join_variants(variants: list[Variant]) -> Variant:
-    first, targets = variants[0], tuple(path for variant in variants for path in variant.targets)
-    if all(dataclasses.replace(variant, targets=first.targets) == first for variant in variants):
-        return dataclasses.replace(first, targets=targets)
-    return Union.over(*variants, like=first)

@@ -68,7 +68,7 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
         example_inputs: tuple or dict of tensors or NumPy arrays, or a single tensor or array; of several models one
             tuple or dict by name. Default: made from the model's main input and configuration.
         mode: ``"live"``, ``"fused"``, ``"baked"`` or ``"auto"``.
-        active: what ``swap`` takes; ``"auto"``: the only adapter at strength 1, or None if there are several.
+        active: as for ``swap``; ``"auto"``: the only adapter at strength 1, or None if there are several.
         reserve: room for adapters that are added later; default: the sites of the given adapters.
         dynamic_shapes: as torch.export takes them; of several models one by name. Default: batch, and length for
             text. A size that the model's trace fixes nevertheless is named in a warning, and calls of another size

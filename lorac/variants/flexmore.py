@@ -90,7 +90,12 @@ class FlexMoRE(BranchVariant):
         }
         for number, rank in enumerate(self.ranks, 1):
             for part, (gives, takes) in sizes.items():
-                specs |= _expert_specs(f"{part}_{number}", gives, takes, rank)
+                name = f"{part}_{number}"
+                if rank:  # starts as the model's own matrix
+                    specs[f"{name}_A"] = ParamSpec((rank, takes), kaiming_uniform)
+                    specs[f"{name}_B"] = ParamSpec((gives, rank), zeros)
+                else:
+                    specs[name] = ParamSpec((gives, takes), kaiming_uniform)
         return specs
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
@@ -236,16 +241,6 @@ class _GatedLayers:
     down: str
     activation: str
     hidden: int
-
-
-def _expert_specs(name: str, gives: int, takes: int, rank: int) -> dict[str, ParamSpec]:
-    """Return the specs of one matrix of an expert; a low-rank one starts as the model's own."""
-    if not rank:
-        return {name: ParamSpec((gives, takes), kaiming_uniform)}
-    return {
-        f"{name}_A": ParamSpec((rank, takes), kaiming_uniform),
-        f"{name}_B": ParamSpec((gives, rank), zeros),
-    }
 
 
 def _apply_expert(z: Tensor, p: Params, name: str, rank: int) -> Tensor:

@@ -264,7 +264,13 @@ class EagerEngine(Engine):
         elif has_plain_forward(module):
             module.forward = OpaqueCall(functools.partial(self._forward_site, path, module))
         else:
-            self._install_below(path, module)
+            # Adapt the ``super().forward`` of the layer's own class, on a twin with the same attributes.
+            original = self._originals[path]
+            self._originals[path] = functools.partial(find_layer_class(module).forward, module)
+            twin = object.__new__(replace_super_forward(module, functools.partial(self._forward_site, path, module)))
+            object.__setattr__(twin, "__dict__", vars(module))
+            adapted = functools.partial(type(twin).forward, twin)
+            module.forward = functools.partial(self._forward_above, path, original, adapted)
         if plan.site.is_layer:
             guard_hooks(module, path, lambda: path in self.current_slots().touched)
 
@@ -287,15 +293,6 @@ class EagerEngine(Engine):
             return module
         self.hidden = (*self.hidden, twin)
         return twin
-
-    def _install_below(self, path: str, module: nn.Module) -> None:
-        """Adapt the ``super().forward`` of a layer's own class, on a twin with the same attributes."""
-        original = self._originals[path]
-        self._originals[path] = functools.partial(find_layer_class(module).forward, module)
-        twin = object.__new__(replace_super_forward(module, functools.partial(self._forward_site, path, module)))
-        object.__setattr__(twin, "__dict__", vars(module))
-        adapted = functools.partial(type(twin).forward, twin)
-        module.forward = functools.partial(self._forward_above, path, original, adapted)
 
     def _forward_above(
         self, path: str, original: Callable[..., T], adapted: Callable[..., T], *args: object, **kwargs: object

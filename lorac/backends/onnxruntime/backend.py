@@ -187,7 +187,13 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             providers = options.providers if options.place.type == torch.device(device).type else None
             options = dataclasses.replace(options, providers=providers, device=str(device))
         options = self.place_options(options, None)
-        _check_half_precision(plans, options)
+        dtypes = {plan.site.dtype for plan in plans.values()} & set(HALF_PRECISION)
+        if dtypes and options.place.type == "cpu":
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise Unavailable(
+                f"this program is in {names}, in which ONNX Runtime does not compute on the CPU",
+                next_step="load it with device='cuda', or compile it from the model with device='cpu'",
+            )
         return options
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
@@ -234,14 +240,3 @@ def _prequantised_matrices(model: nn.Module, options: OnnxRuntimeOptions) -> tup
             next_step=None if options.weights else "weights='int8' or weights='int4' quantises them anew",
         )
     return tuple(found)
-
-
-def _check_half_precision(plans: Mapping[str, SitePlan], options: OnnxRuntimeOptions) -> None:
-    """Raise ``Unavailable`` for a stored program in half precision on a device that does not compute in it."""
-    dtypes = {plan.site.dtype for plan in plans.values()} & set(HALF_PRECISION)
-    if dtypes and options.place.type == "cpu":
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise Unavailable(
-            f"this program is in {names}, in which ONNX Runtime does not compute on the CPU",
-            next_step="load it with device='cuda', or compile it from the model with device='cpu'",
-        )

@@ -56,9 +56,15 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
         )
     sites = []
     for path, module in modules.items():
-        if (forward := _site_forward(module, path)) is not None:
-            _override(module, forward)
-            sites.append(path)
+        if (forward := _site_forward(module, path)) is None:
+            continue
+        if "_old_forward" in vars(module):  # the wrapper of accelerate's hooks stays on the instance
+            module._old_forward = forward
+        elif has_plain_forward(module):
+            module.forward = forward
+        elif calls_super_forward(module):  # as a scaled or offset embedding does, which keeps its own forward
+            module.__class__ = replace_super_forward(module, forward)
+        sites.append(path)
     for path in set(marks.adapted).intersection(sites):
         guard_hooks(modules[path], path)
     for path in blocks:
@@ -92,21 +98,6 @@ def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forwa
         return result
 
     return forward
-
-
-def _override(module: Any, forward: Forward) -> None:
-    """Replace a layer's own forward, if it is known.
-
-    A subclass whose forward calls ``super().forward`` (a scaled or offset embedding) keeps its forward, and the wrapper
-    of accelerate's hooks stays on the instance.
-    """
-    if "_old_forward" in vars(module):
-        module._old_forward = forward
-        return
-    if has_plain_forward(module):
-        module.forward = forward
-    elif calls_super_forward(module):
-        module.__class__ = replace_super_forward(module, forward)
 
 
 def _block_forward(original: Forward, path: str) -> Forward:

@@ -105,7 +105,7 @@ class Graph:
         axes: torch's symbols for sizes that vary -> their names.
         cache_inputs: public name of an input that holds a cache, its lengths or encoder outputs -> its placeholder.
         longest: the longest sequence that position tables admit; None without tables.
-        skips: pass -> what it left unchanged, and why.
+        skips: pass -> the places that it left unchanged, and why.
     """
 
     name: str

@@ -159,7 +159,10 @@ class _ModelComparison:
     def check(self) -> None:
         """Compare on the example inputs, then at other sizes."""
         first = self._run_example()
-        self._note_written_buffers(first)
+        if changed := self.runner.changed():
+            again = self._run_model(self.runner, self.inputs)
+            if self._worst(self._varying_outputs(again), first, self.inputs) is not None:
+                self._note_stateful(" and ".join(f"'{name}'" for name in changed))
         try:
             worst = self._worst(self._run_program(self.inputs), first, self.inputs)
         except _ProgramError as error:
@@ -334,15 +337,6 @@ class _ModelComparison:
         """Return whether a second run of the model gives other outputs."""
         second = self._run_model(ModelRunner(self.model), self.inputs, seed=_OTHER_SEED if first.drew else _SEED)
         return self._worst(self._varying_outputs(second), first, self.inputs) is not None
-
-    def _note_written_buffers(self, first: ModelRun) -> None:
-        """Note the buffers that a call writes, if they change the answer of the next call."""
-        changed = self.runner.changed()
-        if not changed:
-            return
-        second = self._run_model(self.runner, self.inputs)
-        if self._worst(self._varying_outputs(second), first, self.inputs) is not None:
-            self._note_stateful(" and ".join(f"'{name}'" for name in changed))
 
     def _note_stateful(self, place: str) -> None:
         self.stateful = True

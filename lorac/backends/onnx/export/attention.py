@@ -48,7 +48,11 @@ def attention(
     assert query.dtype is not None
     rank, scale = len(query.shape), 1 / math.sqrt(_size(query, -1)) if scale is None else scale
     if enable_gqa:
-        key, value = (_repeat_heads(operand, _size(query, 1)) for operand in (key, value))
+        heads, repeated = _size(query, 1), []
+        for operand in (key, value):  # (batch, key heads, length, size): once per query head
+            each = op.Expand(op.Unsqueeze(operand, [2]), [1, 1, heads // _size(operand, 1), 1, 1])
+            repeated.append(op.Reshape(each, [0, heads, -1, _size(operand, 3)]))
+        key, value = repeated
     if is_causal:
         attn_mask = op.GreaterOrEqual(op.Unsqueeze(_positions(query), [1]), _positions(key))
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
@@ -80,12 +84,6 @@ def _scalar(number: float, like: ir.Value) -> ir.Value:
 def _positions(rows: ir.Value) -> ir.Value:
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     return op.Range(zero, op.Squeeze(op.Shape(rows, start=-2, end=-1)), one)
-
-
-def _repeat_heads(operand: ir.Value, heads: int) -> ir.Value:
-    """Repeat every head of (batch, key heads, length, size) for all of the ``heads`` queries that share it."""
-    repeated = op.Expand(op.Unsqueeze(operand, [2]), [1, 1, heads // _size(operand, 1), 1, 1])
-    return op.Reshape(repeated, [0, heads, -1, _size(operand, 3)])
 
 
 def cached_attention(*operands: object) -> Outputs:
