@@ -205,10 +205,10 @@ def read_layers(value: object) -> tuple[int, ...]:
     return _read_list(value, int, "layer numbers")
 
 
-def _read_list(value: object, item_type: type[T], what: str) -> tuple[T, ...]:
+def _read_list(value: object, item_type: type[T], plural: str) -> tuple[T, ...]:
     items = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(item) is not item_type for item in items):
-        raise ValueError(f"expected a list of {what}")
+        raise ValueError(f"expected a list of {plural}")
     return tuple(items)
 
 

@@ -5,9 +5,9 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
 
-def unsupported_error(what: str, *, next_step: str | None, nearest: str | None = None) -> FormatError:
+def unsupported_error(fault: str, *, next_step: str | None, nearest: str | None = None) -> FormatError:
     """Return the error for a value that lorac does not build, or that a format has no place for."""
-    return FormatError(what, nearest=nearest, next_step=next_step, code="unsupported_field")
+    return FormatError(fault, nearest=nearest, next_step=next_step, code="unsupported_field")
 
 
 def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatError:
@@ -28,6 +28,6 @@ def native_or_lora(variant: Variant) -> str:
     return "; or ".join(["use format='native'", *filter(None, others)])
 
 
-def corrupt_error(what: str, *, nearest: str | None = None, next_step: str | None = None) -> FormatError:
+def corrupt_error(fault: str, *, nearest: str | None = None, next_step: str | None = None) -> FormatError:
     """Return the error for a file that is damaged or incomplete; its usual next step is to copy the file again."""
-    return FormatError(what, nearest=nearest, next_step=next_step, code="corrupt_file")
+    return FormatError(fault, nearest=nearest, next_step=next_step, code="corrupt_file")

@@ -69,7 +69,8 @@ class AdapterTuneFormat(AuthorsFormat):
             raise BaseNeeded(
                 "AdapterTune's checkpoints hold the whole model", next_step="pass model=; on the command line, --model"
             )
-        whole = {_deepen(name): tensor for name, tensor in view.module.state_dict().items()}
+        # In a file the parameters within blocks have a level more.
+        whole = {_BLOCK.sub(r"\1.block.\2", name): tensor for name, tensor in view.module.state_dict().items()}
         contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in {**whole, **tensors}.items()}
         torch.save({_MODEL: contiguous}, file)
 
@@ -78,12 +79,6 @@ class AdapterTuneFormat(AuthorsFormat):
         if found is None:
             return key
         return f"{found[1]}.{found[2].removeprefix('block.')}" if found[2].startswith("block.") else None
-
-
-def _deepen(name: str) -> str:
-    """Return the key of a parameter in a file, which has a level more within blocks."""
-    found = _BLOCK.fullmatch(name)
-    return name if found is None else f"{found[1]}.block.{found[2]}"
 
 
 FORMAT = AdapterTuneFormat()

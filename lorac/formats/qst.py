@@ -5,7 +5,7 @@ Source: YouAreSpecialToMe/QST, ``save_qst_state`` of QSTLlamaForCausalLM. Layers
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -66,7 +66,15 @@ class QstFormat(Format):
                 f"'{path}' does not hold the number of attention heads, which is the model's",
                 next_step="pass model=; on the command line, --model",
             )
-        stored = dict(_read_files(file))
+        stored: dict[str, tuple[str, Tensor]] = {}  # parameter -> its place in the files, and its tensor
+        for part_name in _TABLE:
+            if not file.has(part_name):
+                raise corrupt_error(f"'{file}' lacks {part_name}", next_step="copy or download the whole folder")
+            part = file.inside(part_name)
+            content = part.read_pickle()
+            for key, tensor in part.check_tensors({"": content} if part_name == _ALPHA else content).items():
+                place = f"'{key}' in '{part.path}'" if key else f"'{part.path}'"
+                stored[_find_parameter(part.path, key)] = place, tensor
         own = {parameter: tensor for parameter, (_, tensor) in stored.items()}
         variant = QST.of(view.module, **_FORM, **_read_sizes(path, own, view.module))
         [site] = [one for one in view.callable_paths if re.fullmatch(str(variant.targets), one)]
@@ -102,17 +110,6 @@ class QstFormat(Format):
         path.mkdir()
         for file, tensors in files.items():
             torch.save(tensors[""] if file == _ALPHA else tensors, path / file)
-
-
-def _read_files(folder: AdapterFile) -> Iterator[tuple[str, tuple[str, Tensor]]]:
-    """Yield every parameter with its place, the file and the key in it, and its tensor."""
-    for name in _TABLE:
-        if not folder.has(name):
-            raise corrupt_error(f"'{folder}' lacks {name}", next_step="copy or download the whole folder")
-        file = folder.inside(name)
-        path, content = file.path, file.read_pickle()
-        for key, tensor in file.check_tensors({"": content} if name == _ALPHA else content).items():
-            yield _find_parameter(path, key), (f"'{key}' in '{path}'" if key else f"'{path}'", tensor)
 
 
 def _find_parameter(path: Path, key: str) -> str:

@@ -75,12 +75,12 @@ class StoredModule:
         return tensor.shape[axis]
 
     def without(self, leaves: Collection[str]) -> "StoredModule":
-        """Return it without some tensors."""
+        """Return the module without some tensors."""
         tensors = {leaf: tensor for leaf, tensor in self.tensors.items() if leaf not in leaves}
         return replace(self, tensors=tensors, keys={leaf: self.keys[leaf] for leaf in tensors})
 
     def renamed(self, names: Mapping[str, str]) -> "StoredModule":
-        """Return it with other names of its tensors."""
+        """Return the module with other names of its tensors."""
         tensors = {names[leaf]: tensor for leaf, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, keys={names[leaf]: key for leaf, key in self.keys.items()})
 

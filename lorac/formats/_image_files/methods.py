@@ -1,21 +1,19 @@
-"""One method for many sites, of methods at single ones: files have a rank and an alpha at every module."""
+"""Joining the methods of single sites into one method: files have a rank and an alpha at every module."""
 
 import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from lorac.argument_types import Fields
 from lorac.ir.sites.patterns import MAX_PATTERN_LENGTH
 from lorac.variants.base import Variant
 from lorac.variants.union import Union
 
-T = TypeVar("T")
-
 
 def join_methods(methods: Mapping[str, Variant]) -> Variant:
-    """Return one method that is at each site the one given for its path.
+    """Return one method that equals, at each site, the method given for its path.
 
     Methods that differ in fields with patterns, such as their ranks, become one with patterns, others parts of a
     ``Union``.
@@ -35,22 +33,19 @@ def join_methods(methods: Mapping[str, Variant]) -> Variant:
 
 
 def _join_group(methods: Mapping[str, Variant]) -> Variant:
+    """Return one method for methods that differ in fields with patterns; a pattern matches exactly its paths."""
     first = next(iter(methods.values()))
     fields: dict[str, Any] = {"targets": tuple(methods)}
     for pattern, name in first.patterned.items():
         values = {path: getattr(method, name) for path, method in methods.items()}
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
-        fields[pattern] = {key: value for value, key in _list_patterns(others)}
+        fields[pattern] = {}
+        for value in dict.fromkeys(others.values()):  # with as few patterns as their length allows
+            paths = [re.escape(path) for path, other in others.items() if other == value]
+            for chunk in _split(paths):
+                fields[pattern][f"^{chunk[0]}" if len(chunk) == 1 else f"^(?:{'|'.join(chunk)})"] = value
     return dataclasses.replace(first, **fields)
-
-
-def _list_patterns(values: Mapping[str, T]) -> Iterator[tuple[T, str]]:
-    """Yield each value with patterns that match exactly its paths, as few as their length allows."""
-    for value in dict.fromkeys(values.values()):
-        paths = [re.escape(path) for path, other in values.items() if other == value]
-        for chunk in _split(paths):
-            yield value, f"^{chunk[0]}" if len(chunk) == 1 else f"^(?:{'|'.join(chunk)})"
 
 
 def _split(names: Sequence[str]) -> Iterator[list[str]]:

@@ -148,7 +148,11 @@ def _list_template_names(
 
 
 def _list_unet_names(modules: Collection[str]) -> Iterator[tuple[str, Place]]:
-    counts = {side: _count_resnets(modules, side) for side in ("down", "up")}
+    counts = {}  # of residual blocks in each stage of a side
+    for side in ("down", "up"):
+        block = re.compile(rf"{side}_blocks\.(\d+)\.resnets\.\d+")
+        stages = Counter(int(found[1]) for path in modules if (found := block.fullmatch(path)))
+        counts[side] = [stages[stage] for stage in range(max(stages, default=-1) + 1)]
     firsts = {
         "down": list(accumulate((count + 1 for count in counts["down"]), initial=1)),
         "up": list(accumulate(counts["up"], initial=0)),
@@ -168,13 +172,6 @@ def _list_unet_names(modules: Collection[str]) -> Iterator[tuple[str, Place]]:
             part = below.get(kind, "2" if f"up_blocks.{stage}.attentions" in modules else "1")
             inner = _name_in_block(kind, rest)
             yield f"{'input' if side == 'down' else 'output'}_blocks.{number}.{part}.{inner}", Place((path,))
-
-
-def _count_resnets(modules: Collection[str], side: str) -> list[int]:
-    """Return how many residual blocks each stage of one side of a U-Net has."""
-    block = re.compile(rf"{side}_blocks\.(\d+)\.resnets\.\d+")
-    stages = Counter(int(found[1]) for path in modules if (found := block.fullmatch(path)))
-    return [stages[stage] for stage in range(max(stages, default=-1) + 1)]
 
 
 def _name_in_block(kind: str, rest: str) -> str:

@@ -1,4 +1,4 @@
-"""Which layers of a model the names of a file mean."""
+"""Layers of a model by the names of a file's modules."""
 
 import functools
 import re
@@ -21,8 +21,9 @@ from lorac.ir.sites.site import CONVOLUTION_KINDS, Site, SiteKind
 
 LAYERS = frozenset({SiteKind.LINEAR, *CONVOLUTION_KINDS.values()})
 """The kinds of site that files adapt."""
-_OLD_LETTER = re.compile(r"\.(q|k|v|out)_proj$")
-"""The layers of CLIP's attentions, which the oldest files call as those of U-Nets."""
+_OLD_LETTERS = {"q": ".to_q", "k": ".to_k", "v": ".to_v", "out": ".to_out.0"}
+"""The layers of CLIP's attentions, which the oldest files name as those of U-Nets."""
+_OLD_LETTER = re.compile(rf"\.({'|'.join(_OLD_LETTERS)})_proj$")
 _TEXT_MODEL = "text_model."
 """The prefix of paths of CLIP's layers before transformers 5, which files still have."""
 
@@ -62,7 +63,9 @@ class PipelineModel:
         own = self._modules
         named = [(path, Place((path,))) for path in own]
         named += [(f"{_TEXT_MODEL}{path}", Place((path,))) for path in own]
-        named += [(_OLD_LETTER.sub(_old_letter, f"{_TEXT_MODEL}{path}"), Place((path,))) for path in own]
+        for path in own:
+            old = _OLD_LETTER.sub(lambda found: _OLD_LETTERS[found[1]], f"{_TEXT_MODEL}{path}")
+            named.append((old, Place((path,))))
         named += [(path.removeprefix(_TEXT_MODEL), Place((path,))) for path in own if path.startswith(_TEXT_MODEL)]
         known: dict[str, set[Place]] = {}
         for name, place in (*named, *self.original.items(), *find_other_names(self.model).items()):
@@ -108,10 +111,6 @@ class PipelineModel:
         return f"'{self.name}'" if self.prefix else f"the {type(self.model).__name__}"
 
 
-def _old_letter(found: re.Match[str]) -> str:
-    return ".to_out.0" if found[1] == "out" else f".to_{found[1]}"
-
-
 def _underscore(name: str) -> str:
     return name.replace(".", "_")
 
@@ -136,7 +135,7 @@ def name_component(model: nn.Module) -> str:
 def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> PipelineModel | None:
     """Return the component of a prefix of names, or None where the model has no such component.
 
-    One model alone is whatever component a file names.
+    Where one model alone is given, every component of a file is that model.
     """
     if len(pipeline) == 1 and not next(iter(pipeline.values())).prefix:
         return next(iter(pipeline.values()))

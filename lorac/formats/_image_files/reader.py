@@ -1,6 +1,6 @@
 """Reading a file of image models: every tensor is of a module of the model, and of a method there."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -138,18 +138,14 @@ class _FileReader:
                     next_step=f"give that model as well: {{{given}, '{wanted}': …}}",
                 )
             found.append((name, component))
-        self._refuse_several(found)
-        return found
-
-    def _refuse_several(self, names: Iterable[tuple[TensorName, PipelineModel]]) -> None:
-        """Refuse a file of several components where one model alone is given."""
-        found = dict.fromkeys(pipeline_names(name.component) for name, component in names if not component.prefix)
-        if len(found) > 1:
-            wanted = [names[0] for names in found]
+        alone = dict.fromkeys(pipeline_names(name.component) for name, component in found if not component.prefix)
+        if len(alone) > 1:  # one model is given, without a name
+            several = [names[0] for names in alone]
             raise FormatError(
-                f"'{self.path}' adapts several models of a pipeline, {' and '.join(wanted)}, and one model is given",
-                next_step="give all of them by name: {" + ", ".join(f"'{name}': …" for name in wanted) + "}",
+                f"'{self.path}' adapts several models of a pipeline, {' and '.join(several)}, and one model is given",
+                next_step="give all of them by name: {" + ", ".join(f"'{name}': …" for name in several) + "}",
             )
+        return found
 
     def _read_differences(self, module: _Module) -> dict[str, Tensor]:
         """Take the differences of norms and of single biases from a module; return these parameters by name."""

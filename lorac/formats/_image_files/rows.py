@@ -55,12 +55,11 @@ def split_rows(
         if place.swapped:
             own |= {name: torch.cat(own[name].chunk(2)[::-1]) for name in by_rows}
         parts.append(_drop_idle((variant, {name: tensor.clone() for name, tensor in own.items()})))
-    idle = [_is_idle(part) for part in parts]
+    idle = [
+        type(own_variant) is LoRA and not any(tensor.any() for name, tensor in own.items() if name != "lora_A")
+        for own_variant, own in parts
+    ]
     return [None if quiet and not all(idle) else part for part, quiet in zip(parts, idle, strict=True)]
-
-
-def _is_idle(method: Method) -> bool:
-    return type(method[0]) is LoRA and not any(tensor.any() for name, tensor in method[1].items() if name != "lora_A")
 
 
 def _drop_idle(method: Method) -> Method:

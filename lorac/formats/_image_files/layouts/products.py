@@ -89,11 +89,13 @@ class LokrLayout(ModuleLayout[LoKr]):
         tensors = {name: module.matrix(name, *shapes[name]) for name in (*first, *second)}
         if core:
             tensors["lokr_t2"] = tensors["lokr_t2"].unflatten(1, (rank, -1))
+        candidates = (-1, left, middle, max(left, middle))  # one number if it divides both sizes as the file does
+        fits = (c for c in candidates if (factors(out, c)[0], factors(channels, c)[0]) == (left, middle))
         variant = LoKr(
             r=rank,
             alpha=rank if module.alpha is None or not ranked else module.alpha,
             decompose_both=len(first) > 1,
-            decompose_factor=_find_factor((out, channels), (left, middle)),
+            decompose_factor=next(fits, (left, middle)),
             effective_conv2d=core,
         )
         if variant.params(module.site).keys() != tensors.keys():
@@ -130,13 +132,6 @@ class LokrLayout(ModuleLayout[LoKr]):
                 "lokr_t2; save it again from LyCORIS",
             )
         return first, second
-
-
-def _find_factor(sizes: tuple[int, int], parts: tuple[int, int]) -> int | tuple[int, int]:
-    """Return the ``decompose_factor`` that divides both sizes as a file does: one number if one does."""
-    candidates = (-1, *parts, max(parts))
-    fits = (c for c in candidates if all(factors(s, c)[0] == part for s, part in zip(sizes, parts, strict=True)))
-    return next(fits, parts)
 
 
 def _as_kernel(site: Site, core: Tensor) -> Tensor:
