@@ -68,23 +68,21 @@ def conformance(
         found.append(Check(f"{describe_sample(sample)}-admitted", admitted))
         for host in hosts.values():
             case = Case(sample, host, equations)
-            if not host.admits(sample):
-                run = {} if host.several else {"refused": checks.check_refused}
-            else:
-                run = dict(several.CHECKS if host.several else checks.CHECKS)
-                run |= _target_checks(host, targets) if index == 0 else {}
             title = f"{describe_sample(sample)}-{host.name}"
+            if not host.admits(sample):
+                if not host.several:
+                    found.append(Check(f"{title}-refused", functools.partial(checks.check_refused, case)))
+                continue
+            run = several.CHECKS if host.several else checks.CHECKS
             found += [Check(f"{title}-{name}", functools.partial(check, case)) for name, check in run.items()]
+            if index == 0:
+                run_on = several.TARGET_CHECKS if host.several else emitted.CHECKS
+                found += [
+                    Check(f"{title}-{target}-{name}", functools.partial(check, case, target))
+                    for target in targets
+                    for name, check in run_on.items()
+                ]
     return found
-
-
-def _target_checks(host: ConformanceHost, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
-    found = several.TARGET_CHECKS if host.several else emitted.CHECKS
-    return {
-        f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values
-        for target in targets
-        for name, check in found.items()
-    }
 
 
 def _require_host(sample: Variant, hosts: Iterable[ConformanceHost]) -> None:

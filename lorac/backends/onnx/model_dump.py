@@ -4,6 +4,7 @@ The module and the line of a node are read from its metadata. A node that a rewr
 the module that reads it, if that module is next to it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -141,10 +142,7 @@ def _format_attributes(node: onnx.NodeProto) -> Iterator[str]:
 
 def _format_constant(tensor: onnx.TensorProto) -> str:
     """Format a small constant as its values, a weight as its name and shape."""
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    if count <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not _is_model_weight(tensor.name):
+    if math.prod(tensor.dims) <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not _is_model_weight(tensor.name):
         return str(numpy_helper.to_array(tensor).tolist())
     return f"{parameter_label(tensor.name) if _is_model_weight(tensor.name) else 'constant'}{list(tensor.dims)}"
 
