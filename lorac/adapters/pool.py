@@ -240,6 +240,8 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             # A new mapping, so that whoever holds the old one can bring it back.
             self.entries = {key: entry for key, entry in self.entries.items() if key != name}
             self.budget.forget((id(self), removed.serial))
+            if removed.adapter is None:
+                removed.forms = None  # calls hold composed weights; the traceback of an error may hold the entry
 
     def invalidate(self) -> None:
         """Prepare every adapter again at its next use, because the model's own tensors were exchanged."""

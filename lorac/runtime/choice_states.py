@@ -84,6 +84,7 @@ class ChoiceStates:
         self._idle: dict[str, SiteSlots] = {}
         self._together: dict[tuple[Choice, ...], tuple[tuple[weakref.ref[Charge], ...], BoundProgram]] = {}
         self._images = SlotImages()
+        self._evicted: dict[str, int] = {}
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
         """Return the state of a choice.
@@ -154,7 +155,10 @@ class ChoiceStates:
         return used if used is not None and used.charge is kept.charge else None
 
     def _evict(self, choice: Choice) -> None:
-        """Evict a state; cache the contents of the slots of an adapter on disk first."""
+        """Evict a state; at the second time, cache the contents of the slots of an adapter on disk.
+
+        Writing them takes longer than reading the adapter once more.
+        """
         state, entry, base = self._kept.pop(choice, None), self._find_stored(choice), self._kept.get(())
         self._in_use.pop(choice, None)
         if state is None or entry is None or base is None or state.entries != (entry,):
@@ -162,6 +166,9 @@ class ChoiceStates:
         name, engine = choice[0][0], self._engine
         shares = any(engine.why_apart(state.snapshot, graph) for graph in engine.interfaces)
         if self._images.find(name, entry) is not None or not engine.interfaces or shares:
+            return
+        if self._evicted.get(name) != entry.serial:
+            self._evicted[name] = entry.serial
             return
         assert state.bound is not None
         assert base.bound is not None
@@ -286,6 +293,7 @@ class ChoiceStates:
     def forget(self, name: str) -> None:
         """Keep no state that an adapter is part of; those in use last until nobody uses them."""
         self._images.forget(name)
+        self._evicted.pop(name, None)
         for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
             self._drop(choice)
         for choices in [choices for choices in tuple(self._together) if any(name in dict(one) for one in choices)]:

@@ -158,12 +158,12 @@ class ChoiceSwitch:
         self.refuse_change()
         choice = parse_choice(adapters, self.pool)
         with self.lock:
+            state = self.states.of(choice)  # before another state is held, which the traceback of its error would keep
             before, blocked = self.state, 0.0
             unchanged = choice == before.choice and self._is_current(before)
             if self.engine.fused:
-                written, blocked = self._write(choice)
+                written, blocked = self._write(state)
             else:
-                state = self.states.of(choice)
                 self._activate(state)
                 written = 0 if state is before else state.nbytes
             changed = self.state
@@ -200,9 +200,8 @@ class ChoiceSwitch:
             before.bound.activate()
             raise
 
-    def _write(self, choice: Choice) -> tuple[int, float]:
-        """Write a choice into the weights once running calls have ended; return the bytes and how long that blocked."""
-        cached = self.states.of(choice)
+    def _write(self, cached: ChoiceState) -> tuple[int, float]:
+        """Write a state into the weights once running calls have ended; return the bytes and how long that blocked."""
         # A snapshot of its own per swap, so that weights settled for an earlier swap do not serve this one unasked.
         state = replace(cached, snapshot=replace(cached.snapshot), original=cached)
         start = time.perf_counter()
@@ -360,7 +359,7 @@ class ChoiceSwitch:
             if not self._holds_active:
                 self.restore(self.state)
             elif not self._is_current(self.state):
-                self._write(self.state.choice)
+                self._write(self.states.of(self.state.choice))
 
     @property
     def _holds_active(self) -> bool:
