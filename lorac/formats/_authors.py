@@ -52,7 +52,7 @@ class KeyRow:
     is_row: bool = False
 
     def find_site(self, key: str) -> str | None:
-        """Return the path of the site that a key is of, or None."""
+        """Return the path of a key's site, or None."""
         return _translate(key, self.key, self.site)
 
     def find_key(self, path: str) -> str | None:
@@ -105,7 +105,7 @@ class AuthorsFormat(Format):
             torch.save(contiguous, file)
 
     def is_trained(self, key: str, values: JsonMapping) -> bool:
-        """Return whether a key is of a parameter that is trained as well."""
+        """Return whether the training also changes the parameter of a key."""
         return key.startswith(self.trained)
 
     def name_copy(self, key: str) -> str | None:
@@ -164,7 +164,7 @@ class AuthorsFormat(Format):
         return file.with_suffix(".json") if self.settings_file is None else file.with_name(self.settings_file)
 
     def _read_settings(self, file: Path) -> tuple[JsonMapping, JsonMapping]:
-        """Return the settings as they are stored, and as lorac has them."""
+        """Return the stored settings, and their values in lorac."""
         path = self.settings_path(file)
         settings = AdapterFile(path)
         raw = settings.read_json() if settings.is_file else {}
@@ -178,7 +178,7 @@ class AuthorsFormat(Format):
         return raw, read_fields(raw, self.settings, path)
 
     def _assign(self, tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Return the tensors of sites by path and parameter, and those that no row is of."""
+        """Return the tensors of sites by path and parameter, and the tensors that match no row."""
         stored: dict[str, dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -250,14 +250,14 @@ class AuthorsFormat(Format):
 
 
 def _locate(path: str, view: ModelView | None) -> str:
-    """Return the path of a site in a model of several components, where the file has that within one."""
+    """Return the path of a site in a model of several components, from its path within one component."""
     if view is None or path in view.sites:
         return path
     return next((inner for inner in (f"{name}.{path}" for name in view.components) if inner in view.sites), path)
 
 
 def required(to: str, read: Any) -> Field:
-    """Return a hyper-parameter that has to be given."""
+    """Return a required hyper-parameter."""
     return Applied(REQUIRED, to=to, read=read)
 
 

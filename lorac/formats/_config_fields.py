@@ -72,7 +72,7 @@ class Applied(Field):
 
 
 class TrainingOnly(Field):
-    """A field that matters while training: the trained tensors hold all that is left of it."""
+    """A field that only training reads: the trained tensors contain its effect."""
 
     use = "training only"
 

@@ -11,7 +11,7 @@ def unsupported_error(fault: str, *, next_step: str | None, nearest: str | None 
 
 
 def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatError:
-    """Return the error for an adapter of another method than those that a format holds."""
+    """Return the error for an adapter whose method a format does not hold."""
     return unsupported_error(
         f"the format '{format}' holds {methods}, and adapter '{adapter.name}' is of {adapter.variant.name}",
         next_step=native_or_lora(adapter.variant),

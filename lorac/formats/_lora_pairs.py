@@ -104,7 +104,7 @@ def check_read(adapter: Adapter, view: ModelView | None) -> Adapter:
 
 
 def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
-    """Return the variant of an adapter of which a format can hold everything.
+    """Return an adapter's variant if a format of plain LoRAs can hold the whole adapter.
 
     Raises:
         FormatError: it is of another method, has biases or replaces parameters.
@@ -122,7 +122,7 @@ def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
 
 
 def settings_at(variant: LoRA | DoRA, path: str) -> LoRA | DoRA:
-    """Return the variant as it is at a layer."""
+    """Return the variant with a layer's own settings."""
     here = variant.at_path(path)
     assert isinstance(here, LoRA | DoRA)
     return here

@@ -1,4 +1,4 @@
-"""Adapters without values, which the values of files with the same headers fill.
+"""Adapters without values; files with the same headers fill them.
 
 A format reads the headers of one file and checks all but the values. Of another file with the same headers and
 configuration the values alone are read and checked, if the adapter holds the tensors of its file as they are.
@@ -19,7 +19,7 @@ from lorac.variants.adapter import Adapter
 
 
 class AdapterOutline:
-    """An adapter whose values were not read, where its format allows it.
+    """An adapter whose values were not read; some formats allow that.
 
     Args:
         path: the file or folder.

@@ -1,4 +1,4 @@
-"""Finding formats, and reading and writing adapters in whatever format.
+"""Finding formats, and reading and writing adapters in any of them.
 
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
@@ -52,7 +52,7 @@ def formats() -> dict[str, Format]:
 
 
 def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name: str | None = None) -> Adapter:
-    """Read an adapter, whatever its format.
+    """Read an adapter of any format.
 
     Every tensor is used or accounted for by a rule of the format, and every configuration field is known. With the
     model, every site, shape and recorded base hash is checked as well. The cost of the file beyond its size is

@@ -127,7 +127,7 @@ def _check_record(file: AdapterFile, stored: JsonMapping, tensors: Mapping[str, 
 
 
 def _choose_adapter(file: Path, names: list[str], name: str | None) -> str:
-    """Return the only adapter of a checkpoint, or the one of the given name."""
+    """Return the name of a checkpoint's adapter: the only one, or the chosen one."""
     if len(names) == 1:
         return names[0]
     if name not in names:

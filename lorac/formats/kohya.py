@@ -47,7 +47,7 @@ class KohyaFormat(ImageFormat):
 
 
 def _find_beginning(component: PipelineModel, pipeline: Mapping[str, PipelineModel]) -> str:
-    """Return how sd-scripts begins the names of a component."""
+    """Return the prefix of a component's names in sd-scripts."""
     if component.name in DENOISERS:
         return "lora_unet_"
     numbered = "text_encoder_2" in pipeline or any(other.uses_original_names for other in pipeline.values())

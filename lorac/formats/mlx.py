@@ -179,7 +179,7 @@ def _read_factors(
 
 
 def _turn(part: str, tensor: Tensor) -> Tensor:
-    """Return a parameter of lorac's from that of mlx-lm, or the other way round: its matrices are transposed."""
+    """Convert a parameter between lorac and mlx-lm, in either direction: matrices are transposed."""
     return tensor if part == _MAGNITUDE else transpose_matrix(tensor)
 
 
@@ -209,7 +209,7 @@ def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: Mod
 
 
 def _transpose_table(site: Site, matrix: Tensor) -> Tensor:
-    """Return the matrix of a site from that of mlx-lm, or the other way round; only embeddings differ."""
+    """Convert a site's matrix between lorac and mlx-lm, in either direction; only embeddings differ."""
     return transpose_matrix(matrix) if site.kind is SiteKind.EMBEDDING else matrix
 
 

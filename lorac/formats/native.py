@@ -187,7 +187,7 @@ def tensor_key(path: str | None, name: str) -> str:
 
 
 def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors to write by key, and further key of a tensor -> the key that it is written under."""
+    """Return the tensors to write by key, and a map from each further key of a tensor to the written one."""
     named = {tensor_key(path, name): t for path, tensors in adapter.tensors.items() for name, t in tensors.items()}
     named |= {tensor_key(None, name): tensor for name, tensor in adapter.replaced.items()}
     first: dict[int, str] = {}
@@ -199,7 +199,7 @@ def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_record(path: Path, text: str) -> JsonMapping:
-    """Return the record that a text holds, checked.
+    """Parse and check the record in a text.
 
     Raises:
         FormatError: it is not a record, is of another version of the format, or lacks a field or has it of another
@@ -252,7 +252,7 @@ def build_variant(path: Path, record: JsonMapping) -> Variant:
 
 
 def _build_or_stand_in(path: Path, record: JsonMapping) -> Variant:
-    """Return the method, or a stand-in where it, or one in its fields, has no class here."""
+    """Return the method; a stand-in if it, or a method in its fields, has no class here."""
     modules = record.get(_MODULES, {})
     try:
         return build_variant(path, record)
@@ -291,7 +291,7 @@ def _build_named_variant(path: Path, name: str, config: JsonMapping, modules: Ma
 
 
 def _revive(path: Path, value: object, modules: Mapping[str, str]) -> object:
-    """Return the value of a field with the methods in it, as ``_to_json`` writes them, built."""
+    """Return the value of a field, with methods built from the JSON of ``_to_json``."""
     if isinstance(value, list):
         return [_revive(path, item, modules) for item in value]
     match value:
@@ -313,7 +313,7 @@ def _default_values(cls: type[Variant]) -> dict[str, object]:
 
 
 def variant_config(variant: Variant) -> tuple[dict[str, object], list[str]]:
-    """Return the fields of a variant as JSON, and the names of those without such a form, left to their defaults."""
+    """Return the fields of a variant as JSON, and the names of those without a JSON form, which keep their defaults."""
     left_out = sorted(name for name, value in variant.settings.items() if not _is_json(value))
     return {n: _to_json(v) for n, v in variant.settings.items() if n not in left_out}, left_out
 

@@ -113,7 +113,7 @@ class QstFormat(Format):
 
 
 def _find_parameter(path: Path, key: str) -> str:
-    """Return the parameter that a key of a file is of."""
+    """Return the parameter of a key in a file."""
     table, shape = _TABLE[path.name], _NUMBER.sub("#", key, count=1)
     if shape not in table:
         raise FormatError(
@@ -152,7 +152,7 @@ def _read_sizes(folder: Path, own: Mapping[str, Tensor], model: nn.Module) -> Js
 def _check_shapes(
     folder: Path, stored: Mapping[str, tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse tensors that are not those of the model's side network, by their names in the files."""
+    """Refuse tensors whose shapes differ from the model's side network, with their names in the files."""
     for parameter in shapes:
         if parameter not in stored:
             file, key = _find_key(parameter)

@@ -120,8 +120,8 @@ class CommonHeader(NamedTuple):
 class AdapterFile:
     """A file or folder that may hold an adapter, opened once.
 
-    Whatever it says is bounded before it is acted on (``lorac.budget``): no code of a pickle runs, sizes are compared
-    with the file's, and no name leads out of the folder. Properties, ``has``, ``begins`` and ``peek_names`` serve
+    Its sizes are checked against the file and ``lorac.budget`` before anything is allocated, no code of a pickle runs,
+    and no name leads out of the folder. Properties, ``has``, ``begins`` and ``peek_names`` serve
     ``Format.recognises``: they never raise, and say of a damaged file that it holds nothing. The other methods, and
     ``header`` and ``metadata``, raise FormatError.
 
@@ -143,17 +143,17 @@ class AdapterFile:
 
     @functools.cached_property
     def is_file(self) -> bool:
-        """Whether it is a file."""
+        """Whether the path is a file."""
         return self.path.is_file()
 
     @property
     def suffix(self) -> str:
-        """The end of its name, from the last dot on."""
+        """The file name's suffix, from the last dot on."""
         return self.path.suffix
 
     @property
     def adapter_name(self) -> str:
-        """The name of an adapter without another: that of the folder, or of the file without its suffix."""
+        """The default name of the adapter: the folder's, or the file's without its suffix."""
         return self.path.stem if self.is_file else self.path.resolve().name
 
     @functools.cached_property
@@ -176,7 +176,7 @@ class AdapterFile:
         return self._inner[name]
 
     def find_inside(self, name: str) -> "AdapterFile | None":
-        """Return a file or folder that a file names, or None where the name leads out of this folder."""
+        """Return a file or folder by a name from a file; None if the name leads out of this folder."""
         return None if find_inner_path(self.path, name) is None else self.inside(name)
 
     def choose(self, *names: str) -> "AdapterFile":
@@ -192,7 +192,7 @@ class AdapterFile:
         return self.inside(found)
 
     def folder_with(self, *names: str) -> "AdapterFile":
-        """Return the folder of a file that has one of these names; itself if it has another, or is a folder."""
+        """Return the folder of a file with one of these names; any other file, or a folder, itself."""
         if self.path.name not in names or not self.is_file:
             return self
         folder = AdapterFile(self.path.parent, self._outline)
@@ -204,7 +204,7 @@ class AdapterFile:
         return OpenFile(self.path, follows_links=True)
 
     def open(self) -> BufferedReader:
-        """Open the file to read bytes: the same file each time, whatever lies at the path meanwhile.
+        """Open the file to read bytes: the same file each time, even if another one replaced it at the path.
 
         Raises:
             OSError: it is missing, or not a file.
@@ -212,14 +212,14 @@ class AdapterFile:
         return self._opened.path.open("rb")
 
     def begins(self, magic: bytes, at: int = 0) -> bool:
-        """Return whether it is a file that has these bytes from a byte on."""
+        """Return whether it is a file with these bytes at an offset."""
         with contextlib.suppress(OSError), self.open() as file:
             file.seek(at)
             return file.read(len(magic)) == magic
         return False
 
     def peek_names(self) -> frozenset[str]:
-        """Return the names of tensors; of a pickle all texts, names of tensors among them."""
+        """Return the names of tensors; for a pickle all its texts, which include them."""
         return self._names_in_pickle if self.suffix in PICKLES else frozenset(self._peeked)
 
     def peek_metadata(self) -> dict[str, str]:
@@ -282,7 +282,7 @@ class AdapterFile:
             raise self.damaged(str(error)) from error
 
     def read_values(self) -> Tensor:
-        """Return all bytes of a safetensors file behind its header, in memory of their own.
+        """Copy all bytes behind a safetensors header into memory.
 
         Raises:
             FormatError: its header is longer than the file, or the file was made shorter meanwhile.
@@ -298,7 +298,7 @@ class AdapterFile:
 
     @functools.cached_property
     def common_header(self) -> CommonHeader:
-        """The text of a safetensors header, of which nothing is checked but its length."""
+        """The text of a safetensors header; only its length is checked."""
         own = [pattern.search(self._header_text) for pattern in (_OWN_SEAL, _OWN_NAME)]
         text = self._header_text
         for found in sorted((one for one in own if one is not None), key=lambda found: -found.start()):
@@ -307,7 +307,7 @@ class AdapterFile:
         return CommonHeader(text, seal, name)
 
     def hash_headers(self) -> tuple[bytes, int]:
-        """Return a hash of everything that the files say besides values, and the bytes of the values.
+        """Return a hash over the files' content except values, and the bytes of the values.
 
         Of a safetensors file it is the header without the seal and the adapter's name, of a configuration the text. Of
         any other file it is the path, which no other adapter has.

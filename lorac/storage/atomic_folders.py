@@ -278,7 +278,7 @@ def read_consistently(path: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(path: Path) -> _Stamp | None:
-    """Return a key that no other file or folder at its place has, at any time."""
+    """Return a key that identifies this file or folder among all that are ever at its path."""
     try:
         found = path.stat()
     except OSError:

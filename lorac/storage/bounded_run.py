@@ -1,4 +1,4 @@
-"""Runs of a stored program within the memory of the machine: the memory that results will take is computed first.
+"""Running a stored program within the machine's memory: the memory of its results is computed first.
 
 Ops that are modest by themselves may double each other's results until the system kills the process. So before the
 first call with some shapes, the ops run on torch's meta device, which allocates nothing. Where sizes depend on values,
@@ -76,7 +76,7 @@ class BoundedRun:
         return _run(self._program.graph, values, self._last_uses, ledger, call)
 
     def _measure(self, values: Sequence[Tensor]) -> int | None:
-        """Return the bytes that results take at most at once for values like these; None if that depends on them."""
+        """Return the peak bytes of results for inputs of these shapes; None if the peak depends on values."""
         ledger = _Ledger(values)
         try:
             _run(self._program.graph, values, self._last_uses, ledger, _call_on_meta)
@@ -151,7 +151,7 @@ def _measure_result(node: fx.Node, args: Operands, kwargs: Fields) -> int:
 
 
 def _measure_by_values(node: fx.Node, tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of a result whose size the values of an op's operands tell; 0 if it is never beyond theirs."""
+    """Return the bytes of a result whose size depends on its operands' values; 0 for other ops."""
     name = getattr(node.target, "_opname", "")
     if name not in {"repeat_interleave", "one_hot"} or not tensors or not tensors[-1].numel():
         return 0

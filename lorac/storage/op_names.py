@@ -73,7 +73,7 @@ _BITS = 64
 
 
 def op_name(target: object) -> str | None:
-    """Return the name under which a program is stored that calls something, or None if it may not be named."""
+    """Return the name of a callable in stored programs, or None if they may not name it."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target) if _is_allowed(target) else None
     module = getattr(target, "__module__", "").removeprefix("_")

@@ -42,7 +42,7 @@ _READS = frozenset({"item", "tolist", "__float__", "__int__"})
 
 
 class WatchedNumber(Tensor):
-    """A tensor of one number that notes when it is read as one, which autograd does not see."""
+    """A tensor of one number that records its conversion to a Python number, which autograd does not see."""
 
     was_read: bool
 
@@ -55,7 +55,7 @@ class WatchedNumber(Tensor):
 
 
 def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) -> Mapping[str, Tensor]:
-    """Return the tensors of a file by names that the models have; unchanged where they have them already.
+    """Return the tensors of a file by the models' names; unchanged if the file uses them already.
 
     Raises:
         FormatError: diffusers' converter for the model leaves out a tensor, or fails.
@@ -81,7 +81,7 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
 
 
 def _find_unknown(names: Iterable[str], view: ModelView, pipeline: Mapping[str, PipelineModel]) -> list[str]:
-    """Return the names that are of no layer of the models."""
+    """Return the names that match no layer of the models."""
     beginnings = {*COMPONENTS, *(f"{component}." for component in pipeline)}
 
     def is_known(key: str) -> bool:
@@ -115,7 +115,7 @@ def name_loader(model: str) -> str:
 
 
 def find_dropped(convert: Converter, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors of which no number reaches a converter's result."""
+    """Return the names of the tensors that do not affect a converter's result."""
     with torch.enable_grad():
         leaves = {name: tensor.detach().clone().float().requires_grad_() for name, tensor in tensors.items()}
         copies = {name: leaf.clone() for name, leaf in leaves.items()}

@@ -165,7 +165,7 @@ AnyLayout = ModuleLayout[Any]
 
 
 def unused_tensor(owner: str, key: str, why: str) -> FormatError:
-    """Return the error for a tensor that no method has a use for."""
+    """Return the error for a tensor that no method uses."""
     return FormatError(
         f"{owner} has the tensor '{key}', which no method here uses {why}",
         next_step="it may change the result, so it is not left out; save the adapter again from its trainer",

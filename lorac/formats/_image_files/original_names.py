@@ -122,7 +122,7 @@ def find_original_names(model: nn.Module) -> dict[str, Place]:
 
 
 def find_other_names(model: nn.Module) -> dict[str, Place]:
-    """Return names that files have besides, and that none is written with."""
+    """Return further names that files may have; lorac writes none of them."""
     is_flux = type(model).__name__ == "FluxTransformer2DModel"
     return _list_template_names(_XLABS, dict(model.named_modules())) if is_flux else {}
 

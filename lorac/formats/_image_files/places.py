@@ -125,7 +125,7 @@ def list_pipeline(view: ModelView) -> dict[str, PipelineModel]:
 
 
 def name_component(model: nn.Module) -> str:
-    """Return the name of a model of its class in a pipeline; "model" for classes that are in none."""
+    """Return the name in pipelines of models of this class; "model" if no pipeline has the class."""
     library = type(model).__module__.partition(".")[0]
     if library == "diffusers":
         return "unet" if "UNet" in type(model).__name__ else "transformer"

@@ -46,7 +46,7 @@ class _Module:
 
     @property
     def key(self) -> str:
-        """The name of one of its tensors, for messages."""
+        """The name of one of the module's tensors, for messages."""
         return next(iter(self.names.values())).key
 
     @property
@@ -122,7 +122,7 @@ class _FileReader:
         return list(modules.values())
 
     def _list_names(self) -> list[tuple[TensorName, PipelineModel]]:
-        """Return every name of the file, taken apart, and the model that it is for."""
+        """Return each name of the file, parsed, and its model."""
         pipeline = list_pipeline(self.view)
         beginnings = {*COMPONENTS, *(f"{name}." for name in pipeline)}
         found = []

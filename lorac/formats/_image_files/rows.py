@@ -1,4 +1,4 @@
-"""Modules of a file that are several layers of the model: their rows, taken apart and put together."""
+"""Modules of a file that cover several layers of the model: splitting and joining their rows."""
 
 import dataclasses
 import re
@@ -63,7 +63,7 @@ def split_rows(
 
 
 def _drop_idle(method: Method) -> Method:
-    """Return a LoRA without the components that these rows do not use, which are those of other layers."""
+    """Return a LoRA without the rank components of other layers, which these rows do not use."""
     variant, tensors = method
     if not isinstance(variant, LoRA | DoRA):
         return method
@@ -76,7 +76,7 @@ def _drop_idle(method: Method) -> Method:
 
 
 def join_rows(methods: Sequence[Method], place: Place) -> Method | None:
-    """Return the LoRA of a module that is several layers; None where their scales differ, or they are no LoRAs.
+    """Return one LoRA for a module of several layers; None if their scales differ or a method is not a LoRA.
 
     Factors A that are the same are kept once; others stand below each other, and B has blocks.
     """

@@ -65,7 +65,7 @@ _OLD_OUTPUT = re.compile(r"\.to_out$")
 
 @dataclass(frozen=True)
 class TensorName:
-    """A name of a file, taken apart.
+    """A name of a file, parsed.
 
     Attributes:
         key: the name in the file.

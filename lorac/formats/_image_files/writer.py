@@ -50,7 +50,7 @@ class ImageFormat(Format):
 
     @abstractmethod
     def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
-        """Return how the names of a module's tensors begin, without the last dot.
+        """Return the prefix of the names of a module's tensors, without the last dot.
 
         Raises:
             FormatError: the format has no name for the component.
@@ -164,7 +164,7 @@ class _FileWriter:
             yield f"{beginning}.{self.format.leaves[leaf]}", tensor
 
     def _method_or_zero(self, path: str, paths: list[str]) -> Method:
-        """Return the method of a layer, or of one without an adapter a LoRA that does nothing."""
+        """Return the method of a layer; a LoRA that does nothing if the layer has no adapter."""
         if path in self.adapter.tensors:
             return self._method(path)
         variant, tensors = self._method(next(other for other in paths if other in self.adapter.tensors))

@@ -1,4 +1,4 @@
-"""Reading a GGUF file without trusting it.
+"""Reading GGUF files without trusting them.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is little-endian; shapes are stored with
 the fastest axis first.
