@@ -57,18 +57,13 @@ def read_config(raw: JsonMapping, file: Path, *, invertible: bool) -> tuple[Conf
         versioned="version" in raw,
         task=raw.get("type") == "text_task" and not invertible,
     )
-    return header, [_read_component(part, header) for part in _split_union(config, file)]
-
-
-def _split_union(config: JsonMapping, file: Path) -> Sequence[JsonMapping]:
-    """Return the configurations of a union; any other configuration alone."""
     if config.get(_ARCHITECTURE) != _UNION:
-        return [config]
+        return header, [_read_component(config, header)]
     refuse_unknown_fields(config, (_ARCHITECTURE, _CONFIGS), file)
     parts = config.get(_CONFIGS)
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise corrupt_error(f"'{file}' is of a union, and has no {_CONFIGS}")
-    return parts
+    return header, [_read_component(part, header) for part in parts]
 
 
 def _read_component(config: JsonMapping, header: ConfigHeader) -> ComponentConfig:

@@ -69,7 +69,10 @@ def assign_tensors(
                 code="unused_tensors",
             )
         for path in matching.paths:
-            _store(assigned[path], matching.leaves[leaf], tensor, key)
+            stored, parameter = assigned[path], matching.leaves[leaf]
+            if parameter in stored and not torch.equal(stored[parameter], tensor):
+                raise corrupt_error(f"'{key}' is one tensor under two names, and the two differ")
+            stored[parameter] = tensor
     _refuse_missing(adapter, patterns, assigned)
     return assigned
 
@@ -96,12 +99,6 @@ def _split_key(key: str, name: str) -> tuple[str, str, str]:
         if found:
             return module.removeprefix("."), group, leaf
     return key, "", ""
-
-
-def _store(tensors: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
-    if name in tensors and not torch.equal(tensors[name], tensor):
-        raise corrupt_error(f"'{key}' is one tensor under two names, and the two differ")
-    tensors[name] = tensor
 
 
 def _refuse_missing(adapter: str, patterns: Iterable[KeyPattern], assigned: TensorsBySite) -> None:

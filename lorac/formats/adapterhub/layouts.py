@@ -10,6 +10,7 @@ The prefix is that of the base model in a class with a head. Source: the mixins 
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from torch import nn
 
@@ -200,21 +201,11 @@ def find_layers(family: Family, stream: ResidualStream, sites: Collection[str]) 
     layers: dict[str, AdaptableLayer] = {}
     numbers = {block: number for number, block in enumerate(stream.blocks)}
     for stack, blocks in _iterate_stacks(family, stream):
-        for block, name in blocks.items():
-            layers |= _find_block_layers(stack, block, name, numbers[block], sites)
-    return layers
-
-
-def _find_block_layers(
-    stack: BlockStack, block: str, name: str, number: int, sites: Collection[str]
-) -> dict[str, AdaptableLayer]:
-    """Return site path -> layer, of one block; ``name`` is the block's in a file."""
-    layers: dict[str, AdaptableLayer] = {}
-    for end, role in stack.layers.items():
-        paths = (f"{block}.{end}", f"{block}.{stack.renamed.get(end, end)}")
-        path = next((path for path in paths if path in sites), None)
-        if path is not None:
-            layers[path] = AdaptableLayer(f"{name}.{end}", role, number)
+        for (block, name), (end, role) in product(blocks.items(), stack.layers.items()):
+            paths = (f"{block}.{end}", f"{block}.{stack.renamed.get(end, end)}")
+            path = next((path for path in paths if path in sites), None)
+            if path is not None:
+                layers[path] = AdaptableLayer(f"{name}.{end}", role, numbers[block])
     return layers
 
 
@@ -228,9 +219,15 @@ def _iterate_stacks(family: Family, stream: ResidualStream) -> Iterator[tuple[Bl
 def bottleneck_leaves(variant: Bottleneck) -> dict[str, str]:
     """Return leaf -> lorac's name, at one place; a norm in front of the bottleneck has two names."""
     down = "adapter_down.1" if variant.ln_before else "adapter_down.0"
+    factors = () if variant.shared_W_phm else _factor_names("W", variant.factorized_phm_W)
+    factors += () if variant.shared_phm_rule else _factor_names("phm_rule", variant.factorized_phm_rule)
     leaves: dict[str, str] = {}
     for stem, name in ((down, "down"), ("adapter_up", "up")):
-        leaves |= _hypercomplex_leaves(variant, stem, name) if variant.phm_layer else _linear_leaves(stem, name)
+        if variant.phm_layer:
+            leaves |= {f"{stem}.{factor}": f"{name}_{factor}" for factor in factors}
+            leaves |= {f"{stem}.b": f"{name}_bias"} if variant.phm_bias else {}
+        else:
+            leaves |= _linear_leaves(stem, name)
     norms = [("adapter_norm_before", "norm_before"), ("adapter_down.0", "norm_before")] if variant.ln_before else []
     norms += [("adapter_norm_after", "norm_after")] if variant.ln_after else []
     norms += [("gate", "gate")] if variant.use_gating else []
@@ -254,13 +251,6 @@ def shared_leaves(variant: Bottleneck) -> dict[str, str]:
 
 def _linear_leaves(stem: str, name: str) -> dict[str, str]:
     return {f"{stem}.weight": name, f"{stem}.bias": f"{name}_bias"}
-
-
-def _hypercomplex_leaves(variant: Bottleneck, stem: str, name: str) -> dict[str, str]:
-    factors = () if variant.shared_W_phm else _factor_names("W", variant.factorized_phm_W)
-    factors += () if variant.shared_phm_rule else _factor_names("phm_rule", variant.factorized_phm_rule)
-    leaves = {f"{stem}.{factor}": f"{name}_{factor}" for factor in factors}
-    return leaves | ({f"{stem}.b": f"{name}_bias"} if variant.phm_bias else {})
 
 
 def _factor_names(name: str, factorized: bool) -> tuple[str, ...]:

@@ -65,7 +65,15 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
     leaves = layer_leaves(fields)
     patterns = tuple(KeyPattern(LORAS, layout.layers[path].name, leaves, (path,)) for path in terms)
     dtypes = {tensor.dtype for stored in tensors.values() for tensor in stored.values()}
-    return ComponentFile(_encode_fields(fields, dtypes), patterns, tensors)
+    config: dict[str, object] = {"architecture": ARCHITECTURE}
+    for name, value in dataclasses.asdict(fields).items():
+        if name not in TASK_FIELDS:
+            config[name] = list(value) if isinstance(value, tuple) else value
+    if len(dtypes) == 1 and dtypes != {torch.float32}:
+        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    if fields.alpha.is_integer():
+        config["alpha"] = int(fields.alpha)
+    return ComponentFile(config, patterns, tensors)
 
 
 def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTerm:
@@ -152,13 +160,3 @@ def _select_layers(name: str, fields: LoraFields, terms: Mapping[str, _LayerTerm
             next_step=_NATIVE,
         )
     return fields
-
-
-def _encode_fields(fields: LoraFields, dtypes: set[torch.dtype]) -> dict[str, object]:
-    config: dict[str, object] = {"architecture": ARCHITECTURE, **dataclasses.asdict(fields)}
-    if len(dtypes) == 1 and dtypes != {torch.float32}:
-        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
-    if fields.alpha.is_integer():
-        config["alpha"] = int(fields.alpha)
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
-    return {name: value for name, value in listed.items() if name not in TASK_FIELDS}

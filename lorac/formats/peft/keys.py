@@ -167,18 +167,15 @@ class _KeyReader:
     def _read_site(self, name: str, tensor: Tensor) -> bool:
         for suffix in self.peft_type.suffixes:
             if name.endswith(f".{suffix}"):
-                path = self._unwrap(name.removesuffix(f".{suffix}"))
+                path = name.removesuffix(f".{suffix}")
+                owner, inside, layer = path.partition(f".{WRAPPED}.")
+                # Wrappers alone wrap the parameters of one module: see lorac.formats.peft.target_parameters.
+                if inside and set(layer.split(".")) != {WRAPPED}:
+                    path = f"{owner}.{layer}"
+                    self.contents.within |= {path: owner, owner: owner}
                 self.contents.sites.setdefault(path, {})[suffix] = tensor
                 return True
         return False
-
-    def _unwrap(self, path: str) -> str:
-        """Return the path of a site without PEFT's wrapper of the module that reads its weight, which is noted."""
-        owner, inside, layer = path.partition(f".{WRAPPED}.")
-        if not inside or set(layer.split(".")) == {WRAPPED}:  # of several parameters of one module
-            return path
-        self.contents.within |= {f"{owner}.{layer}": owner, owner: owner}
-        return f"{owner}.{layer}"
 
     def _read_token_rows(self, name: str, tensor: Tensor) -> bool:
         module = name.removesuffix(f".{TOKENS}")

@@ -126,9 +126,7 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
         raise CompileError(
             f"adapters are merged into the base's weight at '{path}'", next_step="call model.unmerge_adapter() first"
         )
-    copied = _restore_saved_modules(Host.of(wrapped).copy().model)
-    base: nn.Module = copied.unload() if is_wrapped else _remove_layers(copied)
-    _refuse_peft_layers(base)
+    base = _copy_base(wrapped, is_wrapped=is_wrapped)
     _BASES.setdefault(wrapped, []).append(base)
     with tempfile.TemporaryDirectory(prefix="lorac-") as root:
         if is_wrapped:
@@ -138,43 +136,49 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
             _save_injected(wrapped, Path(root))
         folders = {name: Path(root) / ("" if name == _DEFAULT else name) for name in wrapped.peft_config}
         for folder in folders.values():
-            _remove_start(folder)
+            # The base in memory is rewritten already where the initialisation of an adapter rewrites it.
+            config_path = folder / CONFIG
+            raw = json.loads(config_path.read_text())
+            raw.pop(peft_type_of(raw, config_path).start_field, None)
+            config_path.write_text(json.dumps(raw))
         view = ModelView.of(base)
         adapters = tuple(load_adapter(folder, view, name) for name, folder in folders.items())
-    return UnwrappedModel(base, adapters, _active_names(wrapped) if is_wrapped else _injected_names(wrapped))
+    active = wrapped.active_adapters if is_wrapped else _injected_names(wrapped)
+    return UnwrappedModel(base, adapters, tuple(active() if callable(active) else active))
 
 
-def _active_names(wrapped: PeftObject) -> tuple[str, ...]:
-    active = wrapped.active_adapters
-    return tuple(active() if callable(active) else active)
+def _copy_base(wrapped: PeftObject, *, is_wrapped: bool) -> nn.Module:
+    """Return a copy of a model over the same weights, with the base's modules in place of PEFT's."""
+    copied: PeftObject = Host.of(wrapped).copy().model
+    # Of modules that adapters save whole, PEFT itself would keep the active adapter's.
+    wrappers = _find_class("peft.utils.other", "ModulesToSaveWrapper")
+    found: list[tuple[str, PeftObject]] = [(path, m) for path, m in copied.named_modules() if isinstance(m, wrappers)]
+    for path, wrapper in found:
+        owner, _, leaf = path.rpartition(".")
+        setattr(copied.get_submodule(owner), leaf, wrapper.original_module)
+    if is_wrapped:
+        copied = copied.unload()
+    else:
+        for path, layer in list(_iterate_peft_layers(copied)):
+            copied.set_submodule(path, layer.get_base_layer())
+    _refuse_peft_layers(copied)
+    base: nn.Module = copied
+    return base
 
 
 def _injected_names(model: nn.Module) -> tuple[str, ...]:
     """Return the active adapters of a model into which layers were put; each acts at the strength of its training."""
-    layers = dict(_iterate_peft_layers(model))
-    scaled = next(((path, name) for path, layer in layers.items() for name in _rescaled_names(layer)), None)
-    if scaled is not None:
-        raise CompileError(
-            f"adapter '{scaled[1]}' has a strength other than 1 at '{scaled[0]}'",
-            next_step=f"set it to 1 first, pipeline.set_adapters('{scaled[1]}'); lorac's is set by swap()",
-        )
-    return tuple(
-        sorted({name for layer in layers.values() if not layer.disable_adapters for name in layer.active_adapters})
-    )
-
-
-def _rescaled_names(layer: PeftObject) -> Iterator[str]:
-    for name, scaling in getattr(layer, "scaling", {}).items():
-        rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
-        if scaling != layer.lora_alpha[name] / rank:
-            yield name
-
-
-def _remove_layers(model: nn.Module) -> nn.Module:
-    """Put the layers that PEFT's layers wrap back into their places."""
-    for path, layer in list(_iterate_peft_layers(model)):
-        model.set_submodule(path, layer.get_base_layer())
-    return model
+    active: set[str] = set()
+    for path, layer in _iterate_peft_layers(model):
+        for name, scaling in getattr(layer, "scaling", {}).items():
+            rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
+            if scaling != layer.lora_alpha[name] / rank:
+                raise CompileError(
+                    f"adapter '{name}' has a strength other than 1 at '{path}'",
+                    next_step=f"set it to 1 first, pipeline.set_adapters('{name}'); lorac's is set by swap()",
+                )
+        active |= set() if layer.disable_adapters else set(layer.active_adapters)
+    return tuple(sorted(active))
 
 
 def _save_injected(model: PeftObject, root: Path) -> None:
@@ -185,24 +189,6 @@ def _save_injected(model: PeftObject, root: Path) -> None:
         read: PeftObject = sys.modules["peft"].get_peft_model_state_dict
         tensors = read(model, adapter_name=name, save_embedding_layers=False)
         save_file({f"{PREFIX}{key}": tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
-
-
-def _restore_saved_modules(copied: PeftObject) -> PeftObject:
-    """Put the base's modules back in place of those that adapters save whole, the active one of which PEFT keeps."""
-    wrappers = _find_class("peft.utils.other", "ModulesToSaveWrapper")
-    found: list[tuple[str, PeftObject]] = [(path, m) for path, m in copied.named_modules() if isinstance(m, wrappers)]
-    for path, wrapper in found:
-        owner, _, leaf = path.rpartition(".")
-        setattr(copied.get_submodule(owner), leaf, wrapper.original_module)
-    return copied
-
-
-def _remove_start(folder: Path) -> None:
-    """Remove from a file how its adapter was initialised: the base in memory is rewritten already where it was."""
-    path = folder / CONFIG
-    raw = json.loads(path.read_text())
-    raw.pop(peft_type_of(raw, path).start_field, None)
-    path.write_text(json.dumps(raw))
 
 
 def _iterate_peft_layers(model: nn.Module) -> Iterator[tuple[str, PeftObject]]:

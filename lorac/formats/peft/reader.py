@@ -62,7 +62,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     }
     adapter = Adapter(name, variant, replaced=contents.replaced, provenance=provenance)
     adapter.replaced |= fill_rows(file)
-    sites = _read_sites(adapter, file, _complete_shared(adapter, file)) | _add_matrices(adapter, file, matrices)
+    sites = _read_sites(adapter, file, _complete_shared(adapter, file), matrices)
     if view is None:
         check_against_config(adapter, file, sites)
         adapter.replaced |= contents.embeddings
@@ -87,7 +87,9 @@ def _copy_tied_sites(file: PeftFile) -> None:
         stored[path], file.contents.tied[path] = stored[source], source
 
 
-def _read_sites(adapter: Adapter, file: PeftFile, shared: dict[str, Tensor]) -> dict[str, Site]:
+def _read_sites(
+    adapter: Adapter, file: PeftFile, shared: dict[str, Tensor], matrices: dict[str, dict[str, Tensor]]
+) -> dict[str, Site]:
     """Fill in the tensors of the adapter; return its sites as far as the file tells them."""
     peft_type, contents = file.peft_type, file.contents
     sites = {}
@@ -103,15 +105,11 @@ def _read_sites(adapter: Adapter, file: PeftFile, shared: dict[str, Tensor]) -> 
         adapter.tensors[path] = tensors
         check_site(adapter.name, adapter.variant, site, tensors)
         sites[path] = site
-    return sites
-
-
-def _add_matrices(adapter: Adapter, file: PeftFile, matrices: dict[str, dict[str, Tensor]]) -> dict[str, Site]:
-    """Fill in the tensors of matrices that modules multiply by themselves; return their sites."""
     for path, tensors in matrices.items():
-        check_site(adapter.name, adapter.variant, file.sites[path], tensors)
+        sites[path] = file.sites[path]
+        check_site(adapter.name, adapter.variant, sites[path], tensors)
         adapter.tensors[path] = tensors
-    return {path: file.sites[path] for path in matrices}
+    return sites
 
 
 def _site_of_model(file: PeftFile, path: str) -> Site:

@@ -86,12 +86,13 @@ def write_matrices(
             f"'{adapter.name}' has one",
             next_step="set dropout=0.0 before saving, or use format='native'",
         )
-    keys = _assign_keys([sites[path] for path in paths])
-    return {
-        f"{key}.{suffix}": tensor
-        for key, path in keys.items()
-        for suffix, tensor in _write_matrix(sites[path], adapter.tensors[path]).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for key, path in _assign_keys([sites[path] for path in paths]).items():
+        a, b = adapter.tensors[path]["lora_A"], adapter.tensors[path]["lora_B"]
+        if sites[path].stack:
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+        tensors |= {f"{key}.{_A}": a, f"{key}.{_B}": b}
+    return tensors
 
 
 def name_parameters(given: Sequence[str], matrices: Collection[str], sites: Mapping[str, Site]) -> tuple[str, ...]:
@@ -132,8 +133,3 @@ def _read_matrix(site: Site, stored: Tensors) -> dict[str, Tensor]:
         return {"lora_A": b.t(), "lora_B": a.t()} if transposed else {"lora_A": a, "lora_B": b}
     rank = a.shape[0] // count
     return {"lora_A": a.unflatten(0, (count, rank)), "lora_B": b.unflatten(1, (rank, count)).permute(2, 0, 1)}
-
-
-def _write_matrix(site: Site, tensors: Tensors) -> dict[str, Tensor]:
-    a, b = tensors["lora_A"], tensors["lora_B"]
-    return {_A: a.flatten(0, 1), _B: b.permute(1, 2, 0).flatten(1)} if site.stack else {_A: a, _B: b}

@@ -146,7 +146,10 @@ class _FolderWriter:
         tensors |= {PREFIX + key: tensor for key, tensor in written.items()}
         if self.view is not None:
             for name, shape in peft_type.shared_shapes(adapter.variant, list(sites.values())).items():
-                tensors[SHARED_PREFIX + name] = _resize(tensors[SHARED_PREFIX + name], shape)
+                tensor = tensors[SHARED_PREFIX + name]
+                corner = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, shape, strict=True))
+                tensors[SHARED_PREFIX + name] = tensor.new_zeros(shape)
+                tensors[SHARED_PREFIX + name][corner] = tensor[corner]
         self._refuse_split_embeddings()
         replaced = dict(adapter.replaced)
         if self.view is not None:  # PEFT reads saved modules whole, untrained parameters included
@@ -269,11 +272,3 @@ def _wrapped_path(site: Site) -> str:
     if site.within in {None, site.path}:
         return site.path
     return f"{site.within}.{WRAPPED}{site.path.removeprefix(str(site.within))}"
-
-
-def _resize(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of a shape with the corner of another in it, and zeros outside that."""
-    corner = tuple(slice(min(pair)) for pair in zip(tensor.shape, shape, strict=True))
-    resized = tensor.new_zeros(shape)
-    resized[corner] = tensor[corner]
-    return resized
