@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -23,8 +24,18 @@ Train = Callable[[str, CompiledModule], object]
 """Trains a client's adapter, by the client's name, in the model that it is given."""
 STACK = "stack"
 """Name of the adapter that holds all rounds before."""
-Contribution = tuple[Adapter, float]
-"""The adapter that a client trained, and its weight in the round, such as the number of its samples."""
+
+
+class Contribution(NamedTuple):
+    """The part of a client in a round.
+
+    Attributes:
+        adapter: the adapter that it trained.
+        weight: its weight in the round, such as the number of its samples.
+    """
+
+    adapter: Adapter
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class FederatedStack:
                 f"the clients of a round are {', '.join(adapters) or 'none'}, and their weights {dict(given)}",
                 next_step="give each client a weight above 0, such as the number of its samples",
             )
-        contributions = {client: (adapter, float(given[client])) for client, adapter in adapters.items()}
+        contributions = {client: Contribution(adapter, float(given[client])) for client, adapter in adapters.items()}
         return replace(self, rounds=(*self.rounds, contributions))
 
     def without(self, client: str) -> FederatedStack:
