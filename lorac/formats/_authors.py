@@ -241,10 +241,10 @@ class AuthorsFormat(Format):
                 named[str(rows[-1].find_key(site))] = tensor[None] if rows[-1].is_row else tensor
         return named
 
-    def _no_place(self, adapter: Adapter, what: str) -> FormatError:
+    def _no_place(self, adapter: Adapter, content: str) -> FormatError:
         places = dict.fromkeys(row.site.replace("*", "…") for row in self.rows)
         return unsupported_error(
-            f"the format '{self.name}' has no place for {what} of adapter '{adapter.name}'",
+            f"the format '{self.name}' has no place for {content} of adapter '{adapter.name}'",
             next_step=f"it has layers at {', '.join(places)}; format='native' holds every adapter",
         )
 

@@ -112,10 +112,10 @@ def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
     variant = adapter.variant
     if type(variant) is not LoRA:
         raise wrong_method_error(adapter, format, "LoRAs")
-    what = f"replaces '{next(iter(adapter.replaced))}' whole" if adapter.replaced else "has biases"
+    fault = f"replaces '{next(iter(adapter.replaced))}' whole" if adapter.replaced else "has biases"
     if adapter.replaced or variant.lora_bias:
         raise unsupported_error(
-            f"adapter '{adapter.name}' {what}, for which the format '{format}' has no place",
+            f"adapter '{adapter.name}' {fault}, for which the format '{format}' has no place",
             next_step="use format='peft' or 'native'",
         )
     return variant

@@ -122,8 +122,8 @@ def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None) -
     try:
         adapter = format.read(file, view, name)
     except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
-        what, nearest = f"'{file}': {error.what}", error.nearest
-        raise FormatError(what, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
+        fault, nearest = f"'{file}': {error.what}", error.nearest
+        raise FormatError(fault, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
     except (LoracError, OSError):
         raise
     except Exception as error:

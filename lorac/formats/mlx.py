@@ -135,13 +135,13 @@ class MlxFormat(Format):
         elif isinstance(variant, LoRA | DoRA) and not adapter.replaced and not getattr(variant, "lora_bias", False):
             config, tensors = _write_factors(adapter, variant, view, self.name)
         else:
-            what = (
+            fault = (
                 "also replaces parameters or has biases"
                 if isinstance(variant, LoRA | DoRA)
                 else f"is of {variant.name}"
             )
             raise unsupported_error(
-                f"adapter '{adapter.name}' {what}, for which mlx-lm's files have no place",
+                f"adapter '{adapter.name}' {fault}, for which mlx-lm's files have no place",
                 next_step=native_or_lora(variant),
             )
         path.mkdir()

@@ -205,11 +205,11 @@ def parse_record(path: Path, text: str) -> JsonMapping:
         FormatError: it is not a record, is of another version of the format, or lacks a field or has it of another
             type.
     """
-    what = f"the description in '{path}'"
-    record = parse_object(text, lambda reason: corrupt_error(f"{what} {reason}"))
+    subject = f"the description in '{path}'"
+    record = parse_object(text, lambda reason: corrupt_error(f"{subject} {reason}"))
     version = record.get("version")
     if not isinstance(version, int):
-        raise corrupt_error(f"{what} has no version")
+        raise corrupt_error(f"{subject} has no version")
     if version > VERSION:
         raise unsupported_error(
             f"'{path}' is version {version} of the format, this lorac reads {VERSION}", next_step="pip install -U lorac"
@@ -224,20 +224,20 @@ def parse_record(path: Path, text: str) -> JsonMapping:
             )
     for field, expected in _FIELDS.items():
         if field not in record or not matches_type(record[field], expected):
-            raise corrupt_error(f"{what} lacks '{field}', or it is of another type")
+            raise corrupt_error(f"{subject} lacks '{field}', or it is of another type")
     provenance = record["provenance"]
     for entry, expected in _PROVENANCE_TYPES.items():
         if entry in provenance and not matches_type(provenance[entry], expected):
-            raise corrupt_error(f"{what} has '{entry}' of another type in its provenance")
+            raise corrupt_error(f"{subject} has '{entry}' of another type in its provenance")
     for site, layout in provenance.get(LAYOUT, {}).items():
         if not is_site_json(layout):
-            raise corrupt_error(f"{what} has no valid layout of '{site}': {short(layout)}")
+            raise corrupt_error(f"{subject} has no valid layout of '{site}': {short(layout)}")
     modules = record.get(_MODULES, {})
     names = (
         [part for name in modules.values() for part in name.split(".")] if matches_type(modules, _StringMap) else [""]
     )
     if not all(name.isidentifier() for name in names):
-        raise corrupt_error(f"{what} has '{_MODULES}' that are not modules: {short(modules)}")
+        raise corrupt_error(f"{subject} has '{_MODULES}' that are not modules: {short(modules)}")
     return record
 
 

@@ -97,9 +97,9 @@ class QstFormat(Format):
         form = {**_FORM, "causal": True, "rope_theta": 10000.0, "mask": variant.mask}
         other = next((name for name, value in form.items() if getattr(variant, name) != value), None)
         if other is not None or adapter.replaced:
-            what = next(iter(adapter.replaced)) if other is None else f"{other}={getattr(variant, other)!r}"
+            misfit = next(iter(adapter.replaced)) if other is None else f"{other}={getattr(variant, other)!r}"
             raise unsupported_error(
-                f"the format '{self.name}' has no place for {what} of adapter '{adapter.name}'",
+                f"the format '{self.name}' has no place for {misfit} of adapter '{adapter.name}'",
                 next_step="use format='native', which holds every adapter",
             )
         [own] = adapter.tensors.values()

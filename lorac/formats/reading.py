@@ -187,8 +187,8 @@ class AdapterFile:
         """
         found = next(filter(self.has, names), None)
         if found is None:
-            what = f"'{self.path}' has neither {' nor '.join(names)}"
-            raise corrupt_error(what, next_step="copy or download the whole folder")
+            fault = f"'{self.path}' has neither {' nor '.join(names)}"
+            raise corrupt_error(fault, next_step="copy or download the whole folder")
         return self.inside(found)
 
     def folder_with(self, *names: str) -> "AdapterFile":

@@ -94,9 +94,9 @@ class XLoraFormat(Format):
         """
         variant = adapter.variant
         if not isinstance(variant, XLoRA) or adapter.replaced:
-            what = "also replaces parameters" if isinstance(variant, XLoRA) else f"is of {variant.name}"
+            fault = "also replaces parameters" if isinstance(variant, XLoRA) else f"is of {variant.name}"
             raise unsupported_error(
-                f"adapter '{adapter.name}' {what}, and the format '{self.name}' holds an X-LoRA and nothing else",
+                f"adapter '{adapter.name}' {fault}, and the format '{self.name}' holds an X-LoRA and nothing else",
                 next_step="use format='native'",
             )
         if view is not None:

@@ -76,7 +76,7 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
         ) from error
     if dropped:
         raise unused_tensor(f"'{path}'", dropped[0], "and which diffusers' converter for the model leaves out")
-    # Where the converter's names are none of the model's either, what the file itself says is refused.
+    # If the converter's names match no layers either, an error quotes the file's own names.
     return tensors if _find_unknown(converted, view, pipeline) else converted
 
 

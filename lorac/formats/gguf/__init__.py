@@ -109,9 +109,9 @@ class GgufFormat(Format):
         for layer, site in sites.items():
             weight = weights.get(layer)
             if weight is None or site.shares:
-                what = f"shares its weight with '{min(site.shares)}'" if site.shares else "has no name in llama.cpp"
+                fault = f"shares its weight with '{min(site.shares)}'" if site.shares else "has no name in llama.cpp"
                 raise SiteError(
-                    f"'{layer}' of adapter '{adapter.name}' {what}, and llama.cpp does not adapt it",
+                    f"'{layer}' of adapter '{adapter.name}' {fault}, and llama.cpp does not adapt it",
                     next_step="exclude= the module, or use format='peft'",
                 )
             a, b = adapter.tensors[layer][A], adapter.tensors[layer][B]
