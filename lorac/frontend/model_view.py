@@ -1,4 +1,4 @@
-"""A model as adapters see it: the one object that a public operation makes of the model it is given."""
+"""A model and its sites, in one object that each public operation makes from the model it is given."""
 
 import dataclasses
 import functools
@@ -23,10 +23,11 @@ class ModelView:
     Each public operation makes one view (``ModelView.of``) and passes it on, so that the model is searched once.
 
     Attributes:
-        module: the model, several models as ``Components``, or the skeleton of a model that is gone.
-        sites: its sites by path, in module order.
-        widened: name of a parameter -> the dtype in which it was given, if the target computes in a wider one.
-        stored: tensors of a module on the meta device by name, read from a file when they are needed.
+        module: the model; several models as ``Components``; or the ``Skeleton`` of a model that is no longer in memory.
+        sites: sites of the model by path, in module order.
+        widened: name of a parameter -> its original dtype, for parameters that were converted to a wider dtype since
+            the target computes in it.
+        stored: name -> tensor in a file, read on access, for a module on the meta device; empty for other modules.
     """
 
     module: nn.Module
@@ -36,7 +37,7 @@ class ModelView:
 
     @classmethod
     def of(cls, model: "Model") -> "ModelView":
-        """Return the view of a model or of several models by name; a view is returned as it is.
+        """Return the view of a model, or of several models by name; return a view unchanged.
 
         Raises:
             WrongType: ``model`` is not a module.
@@ -47,61 +48,71 @@ class ModelView:
         return cls(module, find_sites(module))
 
     def with_sites(self, sites: Mapping[str, Site]) -> "ModelView":
-        """Return a view of the same model with further sites, or with other descriptions of those it has."""
+        """Return a view of the same model in which these sites are added, or replace the sites of their paths."""
         return dataclasses.replace(self, sites={**self.sites, **sites})
 
     @functools.cached_property
     def components(self) -> dict[str, nn.Module]:
-        """Graph name -> the model that is captured as that graph."""
+        """Name of a graph -> the module that is captured as this graph."""
         return list_components(self.module)
 
     @functools.cached_property
     def callable_paths(self) -> list[str]:
-        """Paths of the modules that are called, without the model itself."""
-        uncalled = (nn.ModuleList, nn.ModuleDict)
-        return [path for path, module in self.module.named_modules() if path and not isinstance(module, uncalled)]
+        """Paths of the modules that can be called: all but the model itself and its lists and dicts of modules."""
+        containers = (nn.ModuleList, nn.ModuleDict)
+        return [path for path, module in self.module.named_modules() if path and not isinstance(module, containers)]
 
     @functools.cached_property
     def output_layers(self) -> list[str]:
-        """Paths of the layer that the model names as its output layer."""
+        """The path of the model's output layer, as ``find_output_layers`` returns it."""
         return find_output_layers(self.module)
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers by every name that they have."""
+        """Return all parameters and buffers by name; a shared tensor is there under each of its names."""
         return named_tensors(self.module)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a parameter or buffer by its name, or a tensor that its module computes at each call."""
+        """Return a parameter or buffer by name, or a tensor that a module computes at each call.
+
+        It comes from the file (``stored``) if it is there, else from the module.
+        """
         return self.stored[name] if name in self.stored else read_stored_tensor(self.module, name)
 
     def as_given(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a parameter in the dtype in which it was given; one that was widened loses nothing."""
+        """Return a parameter in its original dtype; this is exact, since conversion to the wider dtype was."""
         return tensor.detach().to(self.widened.get(name, tensor.dtype))
 
     @functools.cached_property
     def base(self) -> BaseReader:
-        """The reader of the model's weights."""
+        """The reader of the weights and biases of the model's sites."""
         return make_base_reader(self.module, self.stored)
 
     def make_parameter_site(self, name: str) -> Site:
         """Return the site of a bare parameter or buffer (a norm's scale, a class token), which is replaced whole."""
         tensor = self.tensor(name)
-        buffer = not isinstance(tensor, nn.Parameter)
-        owner = name.rpartition(".")[0]
-        return Site(name, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, name, buffer=buffer, within=owner)
+        return Site(
+            name,
+            SiteKind.PARAMETER,
+            out_features=tensor.numel(),
+            in_features=1,
+            dtype=tensor.dtype,
+            weight=name,
+            buffer=not isinstance(tensor, nn.Parameter),
+            within=name.rpartition(".")[0],
+        )
 
     @functools.cached_property
     def readable_values(self) -> ReadableValues:
-        """The values that a branch may read by name."""
+        """The values that a branch may read by name: outputs, tensors and arguments of the model."""
         tensors, arguments = frozenset(self.named_tensors()), None
-        if not isinstance(self.module, Skeleton):  # which has no forward
+        if not isinstance(self.module, Skeleton):  # a skeleton has no forward, so its arguments are unknown
             signatures = (inspect.signature(component.forward) for component in self.components.values())
             arguments = frozenset(name for signature in signatures for name in signature.parameters)
         return ReadableValues(self.sites, frozenset(self.callable_paths), tensors, arguments)
 
 
 def sites(model: nn.Module | Mapping[str, nn.Module]) -> Mapping[str, Site]:
-    """Return every site of a model, or of several models by name, by module path, in module order.
+    """Return all sites of a model, or of several models given by name: path -> site, in module order.
 
     Raises:
         WrongType: ``model`` is not a module.
@@ -110,11 +121,11 @@ def sites(model: nn.Module | Mapping[str, nn.Module]) -> Mapping[str, Site]:
 
 
 def find_output_layers(model: nn.Module) -> list[str]:
-    """Return the paths of the layer that a model names as its output layer."""
+    """Return the path of the layer that ``get_output_embeddings`` of a model returns, in a list; [] if it has none."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return [path for path, module in model.named_modules() if head is not None and module is head]
 
 
 Model = nn.Module | Mapping[str, nn.Module] | ModelView
-"""A model, several by name, or a view of either."""
+"""A model, several models by name, or a view of one or several."""

@@ -1,9 +1,9 @@
-"""fuse_projections: sites of one module that read the same input are computed as one.
+"""fuse_projections: compute the sites of one module that read the same input as one site.
 
-The projections q, k and v (and gate and up) read one x. One product with their matrices, one below the other, takes
-the place of several, and a split of constant sizes follows. Sites without adapters are fused too. An adapted site adds
-the product of x with its own slots to its part. One pair for all would have a block-diagonal B, mostly of zeros.
-Slots that become constants are weights and biases alone, and are joined as the base's are.
+The projections q, k and v (and gate and up) read one x. Their matrices are stacked by rows: one product replaces
+several, and a split of constant sizes follows. Sites without adapters are fused too. Each adapted site adds the
+product of x with its own slots to its part of the split: one LoRA pair for all sites would have a block-diagonal B,
+mostly zeros. If slots become constants, only weights and biases have slots, and these are stacked like the base's.
 """
 
 import functools
@@ -33,16 +33,19 @@ aten = torch.ops.aten
 _NO_OTHERS = "no other site of its module that may be fused with it reads its input"
 _OTHERS_VARY = "its calls do not all read an input together with the same sites"
 _COMMON_ROLES = (WEIGHT, BIAS)
-"""Roles for which all fused sites have a slot, or none: next to a slot, the base's values would need another one."""
+"""Of the sites fused together, either all or none have a slot of these roles.
+
+Otherwise the fused slot would also have to hold the base values of the sites without one.
+"""
 
 
 @final
 @dataclass(frozen=True)
 class FuseProjections(Pass):
-    """Compute sites that read one input as one. A site belongs to at most one fused projection.
+    """Compute sites that read the same input as one site. A site belongs to at most one fused projection.
 
     Attributes:
-        constant: whether the slots become constants of the program: then bound weights can be fused too.
+        constant: whether the slots become constants of the program; then sites with bound weights are fused too.
     """
 
     name: ClassVar[str] = "fuse_projections"
@@ -51,39 +54,34 @@ class FuseProjections(Pass):
     constant: bool = False
 
     def apply(self, graph: Graph) -> PassResult:
-        """Fuse the sites; skip every adapted site that the graph calls and that stays single.
+        """Fuse the sites; report each adapted site that the graph calls and that stays single as a skip.
 
-        A note of the graph says why sites with neighbours that read the same input stay single.
+        Add a note to the graph for each single site that has linear neighbours, with the reason.
         """
         used = find_used_nodes(graph)
-        found = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
-        calls = {path: nodes for path, nodes in found.items() if path not in graph.projections}
-        unfit = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
-        groups = list(_group_fusable(graph, unfit, _COMMON_ROLES if self.constant else ()))
-        candidates = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
-        # A shared layer is called several times: it is fused if each call is together with the same sites.
-        together = {paths: [tuple(group) for group in groups if set(group) & set(paths)] for paths in candidates}
-        fused = [
-            self._describe_fusion(graph, paths)
-            for paths, found in together.items()
-            if set(found) == {paths} and len(set(paths)) == len(paths)
-        ]
+        calls = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
+        calls = {path: nodes for path, nodes in calls.items() if path not in graph.projections}
+        obstacles = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
+        groups = list(_group_fusable(graph, obstacles, _COMMON_ROLES if self.constant else ()))
+        projections = [self._describe_fusion(graph, paths) for paths in _select_constant_groups(groups)]
+
         known: KnownCalls = {}
-        for projection in fused:
+        for projection in projections:
             _replace_calls(graph, projection, calls, known)
-        graph.projections.update({projection.plan.site.path: projection for projection in fused})
+        graph.projections.update({projection.plan.site.path: projection for projection in projections})
+
         members = {path for projection in graph.projections.values() for path in projection.sites}
-        adapted = [path for path, plan in graph.plans.items() if path in calls and not plan.empty]
-        accompanied = {path for group in groups if len(group) > 1 for path in group}
+        grouped = {path for group in groups if len(group) > 1 for path in group}
         single = {
-            path: unfit.get(path) or (_OTHERS_VARY if path in accompanied else _NO_OTHERS)
-            for path in adapted
-            if path not in members
+            path: obstacles.get(path) or (_OTHERS_VARY if path in grouped else _NO_OTHERS)
+            for path, plan in graph.plans.items()
+            if path in calls and path not in members and not plan.empty
         }
-        graph.add_notes(*_single_notes(graph, single, unfit))
-        return PassResult(bool(fused), tuple(Skip(path, why) for path, why in single.items()))
+        graph.add_notes(*_single_notes(graph, single, obstacles))
+        return PassResult(bool(projections), tuple(Skip(path, why) for path, why in single.items()))
 
     def _find_obstacle(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
+        """Return why a site cannot be fused with any other; None if it can."""
         site, plan = graph.sites.get(path), graph.plans.get(path)
         if site is None or site.kind is not SiteKind.LINEAR:
             return "it is not a linear layer"
@@ -98,22 +96,30 @@ class FuseProjections(Pass):
         return _find_weight_obstacle(graph, site, calls)
 
     def _describe_fusion(self, graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
-        """Describe sites as one with all their outputs, and with their slots where these become constants."""
+        """Return the site that computes all outputs of several sites; it has their slots if these become constants."""
         sites = [graph.sites[path] for path in paths]
         sizes = tuple(site.out_features for site in sites)
         module = paths[0].rpartition(".")[0]
         path = ".".join(filter(None, (module, "|".join(path.rpartition(".")[2] for path in paths))))
         bias = f"{path}.{BIAS}" if any(site.bias for site in sites) else None
-        site = Site(path, SiteKind.LINEAR, sum(sizes), sites[0].in_features, sites[0].dtype, None, bias)
-        plan = graph.plans.get(paths[0])
-        return FusedProjection(paths, sizes, SitePlan(site, plan.room if plan is not None and self.constant else {}))
+        site = Site(
+            path,
+            SiteKind.LINEAR,
+            out_features=sum(sizes),
+            in_features=sites[0].in_features,
+            dtype=sites[0].dtype,
+            weight=None,
+            bias=bias,
+        )
+        plan = graph.plans.get(paths[0])  # fused sites have slots of the same roles: the first site's roles are theirs
+        slots = plan.room if plan is not None and self.constant else {}
+        return FusedProjection(paths, sizes, SitePlan(site, slots))
 
 
 def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
-    """Return why a site's weight cannot be written as a part of a larger one; None where it can."""
-    weights = {call.args[1] for call in calls}
-    weight = weights.pop()
-    if weights or not isinstance(weight, fx.Node) or weight.op != "placeholder":
+    """Return why a site's weight cannot be a part of a larger weight; None if it can."""
+    weight, *others = {call.args[1] for call in calls}
+    if others or not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return "its weight is not as the model stores it"
     tensor = graph.exported.state_dict.get(str(site.weight))
     if type(tensor) not in {torch.Tensor, torch.nn.Parameter}:
@@ -125,23 +131,41 @@ def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) ->
     return "its input is written to" if written else None
 
 
-def _group_fusable(graph: Graph, unfit: Mapping[str, str], common_roles: Sequence[str]) -> Iterator[list[str]]:
-    """Yield groups of sites of one module that read one input and may be fused, in the order of their calls."""
+def _group_fusable(
+    graph: Graph, obstacles: Mapping[str, str], common_roles: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yield, for each input, the groups of sites of one module that may be fused, in the order of their calls.
+
+    A site that is called several times is in one group for each call.
+    """
     for paths in group_sites_by_input(graph).values():
         groups: dict[object, list[str]] = {}
-        for path in (path for path in paths if path not in unfit and path not in graph.projections):
-            plan, site = graph.plans.get(path), graph.sites[path]
-            common = () if plan is None else tuple(role for role in common_roles if role in plan.room)
-            groups.setdefault((path.rpartition(".")[0], site.dtype, site.packed, common), []).append(path)
-        yield from groups.values()
+        for path in (path for path in paths if path not in obstacles and path not in graph.projections):
+            plan, site, module = graph.plans.get(path), graph.sites[path], path.rpartition(".")[0]
+            common_slots = () if plan is None else tuple(role for role in common_roles if role in plan.room)
+            groups.setdefault((module, site.dtype, site.packed, common_slots), []).append(path)
+        yield from map(tuple, groups.values())
 
 
-def _single_notes(graph: Graph, single: Mapping[str, str], unfit: Mapping[str, str]) -> Iterator[str]:
-    """Yield notes on adapted layers that do not share a product with others that read their input."""
-    accompanied = {path for paths in group_sites_by_input(graph).values() if len(paths) > 1 for path in paths}
+def _select_constant_groups(groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Yield the groups of two or more sites that are together at every call, each group once.
+
+    A shared layer is called several times, perhaps next to other sites each time, or twice with one input.
+    """
+    for group in dict.fromkeys(groups):
+        members = set(group)
+        called_once_per_input = len(members) == len(group)
+        always_together = all(other == group for other in groups if members.intersection(other))
+        if len(group) > 1 and called_once_per_input and always_together:
+            yield group
+
+
+def _single_notes(graph: Graph, single: Mapping[str, str], obstacles: Mapping[str, str]) -> Iterator[str]:
+    """Yield a note for each reason why adapted linear layers are not fused with layers that read their input."""
+    with_neighbours = {path for paths in group_sites_by_input(graph).values() if len(paths) > 1 for path in paths}
     by_reason: dict[str, list[str]] = {}
     for path, why in single.items():
-        if path in unfit and path in accompanied and graph.sites[path].kind is SiteKind.LINEAR:
+        if path in obstacles and path in with_neighbours and graph.sites[path].kind is SiteKind.LINEAR:
             by_reason.setdefault(why, []).append(path)
     for why, paths in by_reason.items():
         named = list_some(paths, 1)
@@ -151,12 +175,17 @@ def _single_notes(graph: Graph, single: Mapping[str, str], unfit: Mapping[str, s
 def _replace_calls(
     graph: Graph, projection: FusedProjection, calls: Mapping[str, Sequence[fx.Node]], known: KnownCalls
 ) -> None:
+    """Replace the calls of a projection's sites by fused calls, one for each input.
+
+    Each site is called exactly once with each input, so the calls with one input are in the order of the sites.
+    """
     by_input: dict[object, list[fx.Node]] = {}
-    for call in (call for path in projection.sites for call in calls[path]):
-        by_input.setdefault(call.args[0], []).append(call)
-    for together in by_input.values():
-        outputs = _insert_fused(graph, projection, together, known)
-        for path, call, output in zip(projection.sites, together, outputs, strict=True):
+    for path in projection.sites:
+        for call in calls[path]:
+            by_input.setdefault(call.args[0], []).append(call)
+    for site_calls in by_input.values():
+        outputs = _insert_fused(graph, projection, site_calls, known)
+        for path, call, output in zip(projection.sites, site_calls, outputs, strict=True):
             output.meta = {**call.meta, "custom": {SLOTS_KEYWORD: path}}
             graph.replace_node(call, output)
 
@@ -164,21 +193,30 @@ def _replace_calls(
 def _insert_fused(
     graph: Graph, projection: FusedProjection, calls: Sequence[fx.Node], known: KnownCalls
 ) -> list[fx.Node]:
-    """Insert one call and a split before the first call of the members; return the outputs of each."""
+    """Insert one fused call and a split before the earliest of the sites' calls with one input.
+
+    Args:
+        calls: one call of each site, in the order of ``projection.sites``.
+
+    Returns:
+        The output of each site, in the same order.
+    """
     site, first = projection.plan.site, min(calls)
 
     def insert(op: Target, *operands: Argument, **named: Argument) -> fx.Node:
         node = insert_repeated_call(graph.exported, known, first, op, *operands, **named)
-        modules = list(first.meta.get("nn_module_stack", {}).items())
-        if modules and modules[-1][1][0] == ops.site_of(first):  # the call belongs to the module around the sites
-            node.meta["nn_module_stack"] = dict(modules[:-1])
+        modules = dict(first.meta.get("nn_module_stack", {}))
+        if modules:
+            _, (innermost, *_) = modules.popitem()
+            if innermost == ops.site_of(first):  # the fused call belongs to the module around the sites
+                node.meta["nn_module_stack"] = modules
         return node
 
     adapted = {path for path, plan in graph.plans.items() if not plan.empty}
-    own = [path for path in projection.sites if projection.plan.empty and path in adapted]
+    with_slots = [path for path in projection.sites if projection.plan.empty and path in adapted]
     weight = insert(aten.cat.default, [call.args[1] for call in calls])
-    # An adapted site adds its own bias: it may scale the product, or have another bias.
-    biases = [None if path in own else call.args[2] for path, call in zip(projection.sites, calls, strict=True)]
+    # A site with slots of its own adds its bias itself: it may scale the product, or have another bias.
+    biases = [None if path in with_slots else call.args[2] for path, call in zip(projection.sites, calls, strict=True)]
     bias = None
     if any(part is not None for part in biases):
         zeros = functools.partial(insert, aten.zeros.default, dtype=site.dtype)
@@ -188,4 +226,6 @@ def _insert_fused(
     split = insert(ops.SPLIT, insert(ops.LINEAR, x, weight, bias, site.path), list(projection.sizes), -1)
     parts = [insert(operator.getitem, split, index) for index in range(len(calls))]
     members = zip(projection.sites, calls, parts, strict=True)
-    return [insert(ops.MEMBER, x, part, call.args[2], path) if path in own else part for path, call, part in members]
+    return [
+        insert(ops.MEMBER, x, part, call.args[2], path) if path in with_slots else part for path, call, part in members
+    ]

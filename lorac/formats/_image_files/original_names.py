@@ -1,8 +1,15 @@
-"""The names that models of diffusers have in their authors' code, by which sd-scripts and others call their modules.
+"""The names of modules in the original code of image models, which sd-scripts and other tools write in their files.
 
-U-Nets are named by Latent Diffusion's code (https://github.com/CompVis/latent-diffusion), which numbers the
-blocks of all stages together. In the transformers of Flux and SD3, one layer of the authors may be several layers of
-diffusers', its rows one after another.
+diffusers renames these modules. The original code of U-Nets is Latent Diffusion
+(https://github.com/CompVis/latent-diffusion), which numbers the blocks of all stages together:
+
+- ``input_blocks.0`` is ``conv_in``. Each down stage follows with one block per resnet, and ends with a block that holds
+  its downsampler alone. The last stage has no downsampler.
+- ``middle_block`` is a resnet, an attention and a resnet.
+- ``output_blocks`` has one block per resnet of the up stages. An upsampler is in the last block of its stage.
+- Within a block, the resnet (or downsampler) is part 0, the attention part 1, and the upsampler the last part.
+
+In the transformers of Flux and SD3, diffusers may split one layer of the original code by rows into several layers.
 """
 
 import re
@@ -16,17 +23,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Place:
-    """The layers that a module of a file stands for.
+    """The layers of a model that correspond to one module named in a file.
 
     Attributes:
-        paths: their paths in the model, in the order of their rows in the module.
-        swapped: the halves of the rows are exchanged.
+        paths: paths of the layers in the model, in the order of their rows in the file's module.
+        swapped: whether the file's module has the two halves of its rows in the other order.
     """
 
     paths: tuple[str, ...]
     swapped: bool = False
 
 
+# Paths in diffusers -> names in Latent Diffusion: within a resnet, and outside the numbered blocks.
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -35,7 +43,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_OF_UNET = {
+_OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -50,6 +58,8 @@ _EMBEDDERS = {
     "in_layer": "linear_1",
     "out_layer": "linear_2",
 }
+# Class of the model -> the authors' name of a layer -> the paths of the layers that diffusers splits its rows into.
+# "#" stands for the number of a block, which is the same in both.
 _TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "FluxTransformer2DModel": {
         "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{part}" for part in "qkv"),
@@ -99,7 +109,7 @@ _TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     },
 }
-"""Class of the model -> the authors' name of a layer -> diffusers' names of its rows; # is the number of a block."""
+# Names in XLabs' files for Flux, which name a LoRA instead of its layer.
 _XLABS: Mapping[str, tuple[str, ...]] = {
     "double_blocks.#.qkv_lora1": _TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.img_attn.qkv"],
     "double_blocks.#.qkv_lora2": _TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.txt_attn.qkv"],
@@ -108,13 +118,12 @@ _XLABS: Mapping[str, tuple[str, ...]] = {
     "single_blocks.#.qkv_lora": tuple(f"single_transformer_blocks.#.attn.to_{part}" for part in "qkv"),
     "single_blocks.#.proj_lora": ("single_transformer_blocks.#.proj_out",),
 }
-"""Names of XLabs' files for Flux, which name a LoRA instead of its layer."""
-_CONTINUOUS = "AdaLayerNormContinuous"
-"""diffusers' class of a norm whose linear layer has scale before shift, where the authors' has shift before scale."""
+_SCALE_FIRST_NORM = "AdaLayerNormContinuous"
+"""A norm of diffusers whose linear layer computes scale, then shift; the original layer computes shift, then scale."""
 
 
 def find_original_names(model: nn.Module) -> dict[str, Place]:
-    """Return the authors' name of each module of a model -> its place; empty for models that have no other names."""
+    """Return the original name of each module of a model -> its place; empty if diffusers did not rename any."""
     modules = dict(model.named_modules())
     if "UNet2DConditionModel" in {cls.__name__ for cls in type(model).__mro__}:
         return dict(_list_unet_names(modules))
@@ -122,13 +131,13 @@ def find_original_names(model: nn.Module) -> dict[str, Place]:
 
 
 def find_other_names(model: nn.Module) -> dict[str, Place]:
-    """Return further names that files may have; lorac writes none of them."""
+    """Return further names that lorac reads from files but never writes (those of XLabs) -> their places."""
     is_flux = type(model).__name__ == "FluxTransformer2DModel"
     return _list_template_names(_XLABS, dict(model.named_modules())) if is_flux else {}
 
 
 def prefers_original_names(model: nn.Module) -> bool:
-    """Return whether sd-scripts calls a model's modules by their authors' names: SDXL's, and those of transformers."""
+    """Return whether sd-scripts writes original names for a model: it does for SDXL, Flux and SD3."""
     config = getattr(model, "config", {})
     return type(model).__name__ in _TEMPLATES or getattr(config, "addition_embed_type", None) == "text_time"
 
@@ -136,45 +145,55 @@ def prefers_original_names(model: nn.Module) -> bool:
 def _list_template_names(
     templates: Mapping[str, tuple[str, ...]], modules: Mapping[str, nn.Module]
 ) -> dict[str, Place]:
-    named: dict[str, Place] = {}
+    """Return the original names of modules by templates; omit a name if the model lacks one of its layers."""
+    places: dict[str, Place] = {}
     for name, layers in templates.items():
-        first = re.compile(re.escape(layers[0]).replace("\\#", r"(?P<number>\d+)"))
-        numbers = [str(found.groupdict().get("number")) for path in modules if (found := first.fullmatch(path))]
+        # re.escape writes "#" as "\#". A template without "#" has no group, and its number replaces nothing.
+        first_layer = re.compile(re.escape(layers[0]).replace(r"\#", r"(\d+)"))
+        numbers = ["".join(match.groups()) for path in modules if (match := first_layer.fullmatch(path))]
         for number in numbers:
             paths = tuple(layer.replace("#", number) for layer in layers)
-            owner = modules[paths[0].rpartition(".")[0]]
-            named[name.replace("#", number)] = Place(paths, swapped=type(owner).__name__ == _CONTINUOUS)
-    return {name: place for name, place in named.items() if modules.keys() >= set(place.paths)}
+            parent = modules[paths[0].rpartition(".")[0]]
+            places[name.replace("#", number)] = Place(paths, swapped=type(parent).__name__ == _SCALE_FIRST_NORM)
+    return {name: place for name, place in places.items() if modules.keys() >= set(place.paths)}
 
 
 def _list_unet_names(modules: Collection[str]) -> Iterator[tuple[str, Place]]:
-    counts = {}  # of residual blocks in each stage of a side
+    """Yield the Latent Diffusion name of each module of a U-Net, and its place; the top of this file has the layout."""
+    resnets = {}  # side -> number of resnets in each stage
     for side in ("down", "up"):
-        block = re.compile(rf"{side}_blocks\.(\d+)\.resnets\.\d+")
-        stages = Counter(int(found[1]) for path in modules if (found := block.fullmatch(path)))
-        counts[side] = [stages[stage] for stage in range(max(stages, default=-1) + 1)]
-    firsts = {
-        "down": list(accumulate((count + 1 for count in counts["down"]), initial=1)),
-        "up": list(accumulate(counts["up"], initial=0)),
+        resnet = re.compile(rf"{side}_blocks\.(\d+)\.resnets\.\d+")
+        counts = Counter(int(match[1]) for path in modules if (match := resnet.fullmatch(path)))
+        resnets[side] = [counts[stage] for stage in range(max(counts, default=-1) + 1)]
+    # The number of each stage's first block: conv_in is input block 0, and a downsampler has a block of its own.
+    first_blocks = {
+        "down": list(accumulate((count + 1 for count in resnets["down"]), initial=1)),
+        "up": list(accumulate(resnets["up"], initial=0)),
     }
     for path in modules:
-        if path in _OF_UNET:
-            yield _OF_UNET[path], Place((path,))
+        if path in _OUTSIDE_BLOCKS:
+            yield _OUTSIDE_BLOCKS[path], Place((path,))
         elif found := _MIDDLE.fullmatch(path):
             kind, index, rest = found.groups()
-            number = 2 * int(index) if kind == "resnets" else 1
-            yield f"middle_block.{number}.{_name_in_block(kind, rest)}", Place((path,))
+            part = 2 * int(index) if kind == "resnets" else 1
+            yield f"middle_block.{part}.{_name_in_block(kind, rest)}", Place((path,))
         elif found := _BLOCK.fullmatch(path):
             side, stage, kind, index, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-            within = index if not kind.endswith("samplers") else counts[side][stage] - (side == "up")
-            number = firsts[side][stage] + within
-            below = {"resnets": "0", "attentions": "1", "downsamplers": "0"}
-            part = below.get(kind, "2" if f"up_blocks.{stage}.attentions" in modules else "1")
-            inner = _name_in_block(kind, rest)
-            yield f"{'input' if side == 'down' else 'output'}_blocks.{number}.{part}.{inner}", Place((path,))
+            first, count = first_blocks[side][stage], resnets[side][stage]
+            match kind:
+                case "resnets":
+                    block, part = first + index, 0
+                case "attentions":
+                    block, part = first + index, 1
+                case "downsamplers":
+                    block, part = first + count, 0
+                case _:  # an upsampler
+                    block, part = first + count - 1, 2 if f"up_blocks.{stage}.attentions" in modules else 1
+            blocks = "input_blocks" if side == "down" else "output_blocks"
+            yield f"{blocks}.{block}.{part}.{_name_in_block(kind, rest)}", Place((path,))
 
 
 def _name_in_block(kind: str, rest: str) -> str:
-    """Return the authors' name of a module within one of a U-Net's residual blocks, attentions or resamplers."""
-    named = {"resnets": _RESNET, "downsamplers": {"conv": "op"}}.get(kind, {})
-    return named.get(rest, rest)
+    """Return the Latent Diffusion name of a module within a resnet, an attention, a downsampler or an upsampler."""
+    renamed = {"resnets": _RESNET, "downsamplers": {"conv": "op"}}.get(kind, {})
+    return renamed.get(rest, rest)

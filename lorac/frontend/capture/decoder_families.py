@@ -1,9 +1,9 @@
-"""How families of models decode: the table that captures with a cache, and the passes behind them, read.
+"""The differences between families of decoders: tables for captures with a cache, and for the passes after capture.
 
-A model decodes over a cache if it attends through transformers' attention interface, or adds the mask from there to
-scores of its own (``lorac.frontend.capture.written_attention``). Families differ in the names of
-their arguments (``SEQUENCES``), in how they number tokens where they are given no positions (``NUMBERINGS``), and in
-rotary angles that change with the length of a sequence (``CHANGING_ROTARY_KINDS``). A further family is a row.
+A model can decode with a cache if it calls the attention interface of transformers, or if its own attention adds the
+mask that transformers makes (``lorac.frontend.capture.written_attention``). Families differ in the names of their
+arguments (``SEQUENCES``), in the way they number tokens if the caller gives no positions (``NUMBERINGS``), and in
+rotary angles that change with the length of a sequence (``CHANGING_ROTARY_KINDS``). To add a family, add a row.
 """
 
 from collections.abc import Callable, Container
@@ -23,11 +23,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SequenceArguments:
-    """The arguments of forward that describe the sequence that grows.
+    """Names of the arguments of forward for the sequence that grows during decoding.
 
     Attributes:
-        ids: its token ids.
-        mask, positions: arguments that a capture computes from the ids.
+        ids: name of the argument with the token ids.
+        mask: name of the mask's argument, which a capture computes from the ids.
+        positions: name of the positions' argument, which a capture computes from the ids.
     """
 
     ids: str
@@ -39,23 +40,23 @@ SEQUENCES = (
     SequenceArguments(DECODER_IDS, "decoder_attention_mask", "decoder_position_ids"),  # encoder-decoders: T5, BART
     SequenceArguments(IDS, "attention_mask", "position_ids"),  # decoders: Llama, GPT-2
 )
-"""The first whose ids are among a model's arguments is the model's."""
+"""A model has the first row whose ``ids`` is one of its arguments."""
 
 
 def find_sequence(names: Container[str]) -> SequenceArguments:
-    """Return the arguments of the sequence that grows, for a model or a graph with these arguments."""
+    """Return the row of ``SEQUENCES`` for a model or a graph with arguments of these names; else the last row."""
     return next((sequence for sequence in SEQUENCES if sequence.ids in names), SEQUENCES[-1])
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """A way in which decoders number the tokens of a sequence, for all rows alike or by their padding.
+    """A way to number the tokens of a sequence: the same in all rows of a batch, or by the padding of each row.
 
     Attributes:
-        name: its computation in the model.
-        models: examples.
-        first: the number of the first token.
-        matches: (program, node, ids) -> whether a node has these numbers.
+        name: the model's computation of the numbers, in words.
+        models: families that use it, as examples.
+        first: number of the first token.
+        matches: (program, node, ids) -> whether the node computes these numbers.
     """
 
     name: str
@@ -65,20 +66,24 @@ class Numbering:
 
 
 def is_token_numbering(node: fx.Node, length: str) -> bool:
-    """Return whether a node is ``arange(length)``, where torch writes the sequence's length as ``length``."""
+    """Return whether a node is ``arange(length)`` of integers; ``length`` is the text of its size in the trace."""
     ranges = {aten.arange.default, aten.arange.start, aten.arange.start_step}
     if node.target not in ranges or str(node.meta["val"].shape[0]) != length:
         return False
-    start, step = (node.args[0], (*node.args, 1)[2]) if len(node.args) > 1 else (0, 1)
+    # The arguments are (end), (start, end) or (start, end, step).
+    start = node.args[0] if len(node.args) > 1 else 0
+    step = node.args[2] if len(node.args) > 2 else 1
     return (start, step) == (0, 1) and not node.meta["val"].is_floating_point()
 
 
 def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bool:
-    """Return whether a node is a slice of a stored ``arange``, with or without an axis for rows."""
+    """Return whether a node is the start of a stored ``arange``, which may have leading axes of size 1."""
     if node.target is not aten.slice.Tensor or str(node.meta["val"].shape[-1]) != str(ids.meta["val"].shape[1]):
         return False
     operands: Operands = node.args
-    source, axis, start = (*operands, 0, 0)[:3]
+    source = operands[0]  # of slice(source, axis=0, start=0, ...)
+    axis = operands[1] if len(operands) > 1 else 0
+    start = operands[2] if len(operands) > 2 else 0
     stored = find_stored_tensors(program).get(source)
     if stored is None or stored.is_floating_point() or stored.numel() != stored.shape[-1] or start != 0:
         return False
@@ -87,13 +92,13 @@ def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> b
 
 
 def _is_token_count(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bool:
-    """Return whether a node counts the tokens up to each that are not padding."""
+    """Return whether a node has, at each token, the number of tokens up to it that are not padding."""
     if node.target is not aten.cumsum.default or node.args[1] not in {1, -1}:
         return False
-    counted: Any = node.args[0]
-    while counted.target in {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default}:
-        counted = counted.args[0]
-    return counted.target is aten.ne.Scalar and counted.args[0] is ids
+    summand: Any = node.args[0]
+    while summand.target in {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default}:
+        summand = summand.args[0]
+    return summand.target is aten.ne.Scalar and summand.args[0] is ids
 
 
 NUMBERINGS = (
@@ -112,31 +117,33 @@ _COUNTING_METHOD = "create_position_ids_from_input_ids"
 
 
 def counts_by_padding(host: nn.Module) -> bool:
-    """Return whether a model numbers tokens from the id of padding on, as RoBERTa and CamemBERT do."""
+    """Return whether a model numbers the tokens that are not padding, from the padding's id + 1 on (RoBERTa)."""
     return any(hasattr(module, _COUNTING_METHOD) for module in host.modules())
 
 
 _DYNAMIC = "dynamic"
 CHANGING_ROTARY_KINDS = (_DYNAMIC, "longrope")
-"""Values of ``rope_type`` whose angles change once a sequence is longer than the original limit."""
+"""Values of ``rope_type`` with angles that change when a sequence exceeds the original limit."""
 _ORIGINAL_LIMIT = "original_max_position_embeddings"
 
 
 def get_longest_sequence(model: nn.Module) -> int | None:
-    """Return the longest sequence that a model's configuration admits with its first angles; None: no limit."""
+    """Return the longest sequence for which a model keeps its original rotary angles; None if there is no limit."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]  # of transformers
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(inner for inner in parameters.values() if isinstance(inner, dict))]
-    changing = [kind.get(_ORIGINAL_LIMIT) for kind in kinds if kind.get("rope_type") in CHANGING_ROTARY_KINDS]
-    limits = [*changing, getattr(config, "max_position_embeddings", None)]
+    # The parameters are those of all layers, or a dict of them for each type of layer.
+    rotaries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    originals = [rotary.get(_ORIGINAL_LIMIT) for rotary in rotaries if rotary.get("rope_type") in CHANGING_ROTARY_KINDS]
+    limits = [*originals, getattr(config, "max_position_embeddings", None)]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def freeze_dynamic_rotary(host: nn.Module) -> None:
-    """Give the dynamic rotary modules of a copy the angles that they begin with, and switch their updates off.
+    """Restore the original angles of the dynamic rotary modules of a copied model, and switch their updates off.
 
-    The modules compare the largest position with ``get_longest_sequence``, which a trace cannot do and no program
-    exceeds. A model that has processed a longer sequence holds the angles of that one.
+    At each call, these modules compare the largest position with the original limit. A trace cannot follow the
+    comparison, and does not need to: no program accepts a sequence above ``get_longest_sequence``. The angles must be
+    restored because a model that has processed a longer sequence holds the angles for that sequence.
     """
     for module in host.modules():
         kinds: Any = getattr(module, "rope_type", None)
@@ -144,6 +151,6 @@ def freeze_dynamic_rotary(host: nn.Module) -> None:
         for layer_type in [layer_type for layer_type, kind in by_layer_type.items() if kind == _DYNAMIC]:
             rotary: Any = module
             prefix = f"{layer_type}_" if layer_type else ""
-            first = getattr(rotary, f"{prefix}original_inv_freq")
-            setattr(rotary, f"{prefix}inv_freq", first.to(getattr(rotary, f"{prefix}inv_freq").device))
+            original = getattr(rotary, f"{prefix}original_inv_freq")
+            setattr(rotary, f"{prefix}inv_freq", original.to(getattr(rotary, f"{prefix}inv_freq").device))
             rotary.rope_type = {**rotary.rope_type, layer_type: "default"} if layer_type else "default"

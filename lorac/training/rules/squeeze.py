@@ -1,4 +1,4 @@
-"""In-Squeeze: training begins at a high rank and is refactored to lower ones on the way.
+"""In-Squeeze: training begins at a high rank, and the LoRAs are refactored to lower ranks during it.
 
 Vulić et al. 2026, arXiv 2602.10993.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.adapters.rank_reduction import reduce_rank
@@ -17,19 +17,19 @@ from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
 Stages = Sequence[tuple[int, int]]
-"""(rank, steps) of every stage."""
+"""(rank, number of steps) of each stage, in order."""
 
 
 def rank_stages(first: int, last: int, steps: int) -> tuple[tuple[int, int], ...]:
-    """(rank, steps) of every stage: ranks halve from ``first`` to ``last``, and the steps are shared out evenly.
+    """Return stages whose ranks halve from ``first`` to ``last``, and whose numbers of steps differ by at most one.
 
     Args:
-        first: r of the source.
-        last: r of the result.
-        steps: of all stages together; a remainder goes to the last ones. The paper has 200 or more in each.
+        first: rank of the first stage.
+        last: rank of the last stage.
+        steps: number of steps of all stages together. The paper has 200 or more in each stage.
 
     Raises:
-        ChoiceError: the ranks do not fall, or there are fewer steps than stages.
+        ChoiceError: ``first`` is below ``last``, ``last`` is not positive, or there are fewer steps than stages.
     """
     if not 0 < last <= first:
         raise ChoiceError(
@@ -40,28 +40,29 @@ def rank_stages(first: int, last: int, steps: int) -> tuple[tuple[int, int], ...
         ranks.append(max(ranks[-1] // 2, last))
     if steps < len(ranks):
         raise ChoiceError(f"{steps} steps are too few for the ranks {ranks}", next_step="give each at least one")
-    ends = [steps * i // len(ranks) for i in range(len(ranks) + 1)]
-    return tuple((rank, end - start) for rank, (start, end) in zip(ranks, pairwise(ends), strict=True))
+    bounds = [steps * i // len(ranks) for i in range(len(ranks) + 1)]
+    return tuple((rank, end - start) for rank, (start, end) in zip(ranks, pairwise(bounds), strict=True))
 
 
 class Squeeze(Rule):
-    """At the end of each stage but the last, the LoRAs are reduced to the next stage's rank while training goes on.
+    """A rule that reduces the LoRAs to the next stage's rank when a stage ends, while training goes on.
 
-    The compiled model and the optimizer continue with new, smaller tensors: the scale, the active choice and the
-    optimizer's groups stay; moments of the reduced factors start at 0. Other references to the tensors must be renewed
-    from ``compiled.adapters``; another rule on the same optimizer refuses the next step and must be attached again.
+    The compiled model and the optimizer continue with new, smaller tensors. The scale, the active choice and the
+    optimizer's groups stay; the moments of the reduced factors start at 0. Code that holds the old tensors must read
+    the new ones from ``compiled.adapters``. Another rule on the same optimizer refuses the next step, and must be
+    attached again.
 
-    To resume, compile from the saved adapter (``lorac.load_adapter``), which has the rank of its stage.
+    To resume, compile with the saved adapter (``lorac.load_adapter``), which has the rank of its stage.
 
     Args:
-        compiled: as ``Rule``'s.
-        optimizer: as ``Rule``'s, of any kind.
-        stages: as of ``rank_stages``; ranks fall.
+        compiled: the same as for ``Rule``.
+        optimizer: the same as for ``Rule``; any kind of optimizer.
+        stages: (rank, number of steps) of each stage, such as ``rank_stages`` returns; each rank is below the last.
 
     Raises:
-        Unavailable, AdapterNotFound: as ``Rule``; several processes train together, whose wrapper holds the tensors:
-            use ``reduce_rank`` between trainings there.
-        ChoiceError: as ``Rule``; the ranks do not fall, or a stage has no step.
+        Unavailable, AdapterNotFound: for the reasons of ``Rule``. Also Unavailable if several processes train together,
+            whose wrapper (DDP) holds the tensors: use ``reduce_rank`` between trainings there.
+        ChoiceError: for the reasons of ``Rule``; or the ranks do not fall, or a stage has no step.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
@@ -84,17 +85,18 @@ class Squeeze(Rule):
                 "Squeeze exchanges tensors that several processes' wrapper holds",
                 next_step="train a stage, compile again with the adapter that `reduce_rank` returns, and wrap that",
             )
-        self.stages, self.steps = tuple(stages), 0
+        self.stages = tuple(stages)
+        self.steps = 0
         self.attach()
 
     def after(self) -> None:
-        """Count the step, and reduce the rank if its stage is over."""
+        """Count the step, and reduce the LoRAs to the next stage's rank if a stage ends with it."""
         self.steps += 1
         end = 0
-        for (_, count), (rank, _) in pairwise(self.stages):
-            end += count
+        for (_, steps), (next_rank, _) in pairwise(self.stages):
+            end += steps
             if self.steps == end:
-                self._squeeze(rank)
+                self._squeeze(next_rank)
 
     def state(self) -> State:
         return {"steps": self.steps}
@@ -103,18 +105,28 @@ class Squeeze(Rule):
         self.steps = state["steps"]
 
     def _squeeze(self, rank: int) -> None:
-        names = dict.fromkeys(term.adapter for term in self.terms)
-        made = {name: reduce_rank(self.compiled.adapters[name], rank, seed=self.steps) for name in names}
-        active, old = dict(self.compiled.choice), {id(t): t for term in self.terms for t in term.tensors.values()}
-        places = {id(t): (term.adapter, term.site, key) for term in self.terms for key, t in term.tensors.items()}
-        for name, adapter in made.items():
+        """Replace the adapters by adapters of a lower rank, in the compiled model and in the optimizer."""
+        old_tensors = self._list_tensors()
+        active = dict(self.compiled.choice)
+        # Each reduction has another seed; a resumed run, which restores the count of steps, has the same seeds.
+        reduced = {
+            name: reduce_rank(self.compiled.adapters[name], rank, seed=self.steps)
+            for name in dict.fromkeys(term.adapter for term in self.terms)
+        }
+        for name, adapter in reduced.items():
             self.compiled.remove_adapter(name)
             self.compiled.add_adapter(adapter, name)
         self.compiled.swap(active)
         self.terms = trained_terms(self.compiled, self.methods, in_residuals=self.in_residuals)
-        new = {(term.adapter, term.site, key): t for term in self.terms for key, t in term.tensors.items()}
-        for index, tensor in old.items():
-            new[places[index]].requires_grad_(tensor.requires_grad)
-            self.optimizer.state.pop(tensor, None)
+        new_tensors = self._list_tensors()
+
+        replacements: dict[Tensor, Tensor] = {}  # a tensor is hashed by its identity
+        for key, old in old_tensors.items():
+            replacements[old] = new_tensors[key].requires_grad_(old.requires_grad)
+            self.optimizer.state.pop(old, None)
         for group in self.optimizer.param_groups:
-            group["params"] = [new[places[id(t)]] if id(t) in places else t for t in group["params"]]
+            group["params"] = [replacements.get(tensor, tensor) for tensor in group["params"]]
+
+    def _list_tensors(self) -> dict[tuple[str, str, str], Tensor]:
+        """Return the tensors of the terms by adapter, path of the site, and parameter name."""
+        return {(term.adapter, term.site, name): t for term in self.terms for name, t in term.tensors.items()}
