@@ -1,7 +1,7 @@
-"""Tiny non-square models, with their input shapes and their meaning in plain array code.
+"""Tiny models for conformance checks, with their input shapes and, for layers, their computation in array code.
 
-Most have one adaptable site. In those with two of unequal sizes the second layer reads the first one's output, and a
-tensor that the layers share is larger than one of them needs.
+The matrices are not square. Most models have one adaptable site. In the models with two sites of unequal sizes, the
+second layer reads the output of the first, and a tensor that both share is larger than the smaller one needs.
 """
 
 import dataclasses
@@ -37,18 +37,22 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class ConformanceHost:
-    """A model with one site of a kind, or several.
+    """A model with one or several sites, all of one kind.
 
     Attributes:
-        name: the host's name in check names.
-        make: makes the model.
+        name: name of the host in the names of checks.
+        kind: kind of the sites.
+        make: builds the model.
         sizes: shape of one example without batch dimensions; () for ids.
-        apply: (x, W' (out, in), b' (out,)) -> y in array code, independent of lorac; None for blocks.
-        batches: batch dimensions of its calls, all with the same examples; () takes one of them.
-        vocabulary: number of ids, if the input is ids.
-        others: paths of further sites.
-        read: whether it is only for methods that read program values.
-        deep: whether it counts as a model of several sites, for methods with one site that read several layers.
+        apply: (x, adapted weight W' (out, in), adapted bias b' (out,)) -> output of the site, in array code independent
+            of lorac; None for blocks.
+        batches: batch dimensions of each call of a check; () is one example without batch dimensions.
+        vocabulary: number of ids if the input is ids, else 0.
+        path: path of the first site.
+        others: paths of the further sites.
+        read: whether the host is only for methods that read values of the program, such as other layers' outputs.
+        deep: whether the checks of two layers apply although the model has one site: it is for methods that act at one
+            site and read several layers.
     """
 
     name: str
@@ -65,35 +69,35 @@ class ConformanceHost:
 
     @property
     def several(self) -> bool:
-        """Whether a method acts on several of its layers, so that the checks of two layers apply."""
+        """Whether the checks of two layers apply, in place of those of one layer."""
         return self.deep or bool(self.others)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of all its sites."""
+        """The paths of all sites."""
         return (self.path, *self.others)
 
     @functools.cached_property
     def site(self) -> Site:
-        """Its first site."""
+        """The first site."""
         return self.sites[self.path]
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
-        """All its sites by path; a module is a site because an adapter names it."""
-        found = self._view.sites
-        return {path: found[path] if path in found else make_module_site(path, self._view) for path in self.paths}
+        """All sites by path. A module that is not a site of the model becomes one, as if an adapter named it."""
+        known = self._view.sites
+        return {path: known[path] if path in known else make_module_site(path, self._view) for path in self.paths}
 
     def fit(self, variant: Variant) -> Variant:
-        """Return a method for this host's sites, as a fresh adapter has it.
+        """Return a method with this host's sites as targets, fitted to the model as in a fresh adapter.
 
         Raises:
-            SiteError, AdapterError: it is not defined here.
+            SiteError, AdapterError: the method is not defined on this host.
         """
         return dataclasses.replace(variant, targets=self.paths).for_model(self._view)
 
     def admits(self, variant: Variant) -> bool:
-        """Return whether a method is defined here: on the sites' kind and shapes, and on the values that it reads."""
+        """Return whether a method is defined for the kind and shapes of the sites, and can read its values here."""
         try:
             fitted = self.fit(variant)
             for site in self.sites.values():
@@ -117,7 +121,7 @@ class ConformanceHost:
 
     @functools.cached_property
     def _view(self) -> ModelView:
-        return ModelView.of(self.model())  # only read, so that one serves all configurations
+        return ModelView.of(self.model())  # nothing changes this model, so all configurations share it
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """Build the model, with the same weights every time, in eval mode."""
@@ -205,7 +209,9 @@ _HOSTS = (
     ),
     ConformanceHost("padded", _CONV, _single(_PADDED), (3, 5, 4), _apply_padded_conv, batches=_IMAGES),
     ConformanceHost("embedding", _EMBEDDING, _single(lambda: nn.Embedding(13, 6)), (), _apply_lookup, vocabulary=13),
-    ConformanceHost("attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, ((4,), ()), path="site.out_proj"),
+    ConformanceHost(
+        "attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, batches=((4,), ()), path="site.out_proj"
+    ),
     ConformanceHost("block", _BLOCK, lambda: chain_layers(blocks=nn.Sequential(Block(7, 5))), (7,), path="blocks.0"),
     ConformanceHost("gated", _BLOCK, _single(lambda: GatedMLP(6, 10)), (6,)),
     ConformanceHost("stack", _BLOCK, lambda: LayerStack(8, 5, 5), (5, 8), batches=((6,), (2, 3), ()), path="norm"),
@@ -247,8 +253,15 @@ _HOSTS = (
     ),
     ConformanceHost("two_gated", _BLOCK, lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)), (6,), read=True, **_PAIR),
     ConformanceHost(
-        "two_stack", _BLOCK, lambda: LayerStack(8, 5, 3), (5, 8), None, ((6,), (2,)), path="norm", read=True, deep=True
+        "two_stack",
+        _BLOCK,
+        lambda: LayerStack(8, 5, 3),
+        (5, 8),
+        batches=((6,), (2,)),
+        path="norm",
+        read=True,
+        deep=True,
     ),
 )
 HOSTS: Mapping[str, ConformanceHost] = {host.name: host for host in _HOSTS}
-"""Every host by name; those with two sites come last."""
+"""Every host by name; the hosts whose ``several`` is true come last."""

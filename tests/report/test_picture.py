@@ -129,8 +129,8 @@ def test_each_level_has_the_rows_of_each_module(page: str) -> None:
     assert [level["level"] for level in graph["levels"]] == ["host", "adapted", "expanded"]
 
     def rows(level: int, call: str) -> list[str]:
-        pairs = zip(*[iter(graph["levels"][level]["groups"])] * 2, strict=True)
-        found = [group for at, group in pairs if texts["calls"][at] == call]
+        pairs = zip(*[iter(graph["levels"][level]["pairs"])] * 2, strict=True)
+        found = [group for at, group in pairs if texts["modules"][at] == call]
         return [texts["lines"][line][0] for group in found for line in texts["groups"][group]]
 
     assert rows(0, "body.layers.2.key") == ["%key = linear %x, W.key[14, 10], b.key[14]"]
@@ -395,7 +395,7 @@ def make_random_graph(generator: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(6))
 def test_no_box_lies_on_another_however_they_are_linked(seed: int, page: str, tmp_path: Path) -> None:
     graph = make_random_graph(random.Random(seed))
-    data = json.dumps({"graphs": [graph], "sites": {}, "texts": {"lines": [], "groups": [], "calls": []}})
+    data = json.dumps({"graphs": [graph], "sites": {}, "texts": {"lines": [], "groups": [], "modules": []}})
     text = re.sub(r'(id="data">).*?(</script>)', lambda match: match[1] + data + match[2], page, flags=re.S)
     frames = draw(text, tmp_path / "it.html", "open-all")
     assert len(frames.found) == len(graph["boxes"])

@@ -321,9 +321,12 @@ def test_rejects_objects_that_are_not_models() -> None:
         (None, "the model is None"),
         (
             transformers.LlamaConfig(),
-            r"is a LlamaConfig, not an nn.Module\n  make the model of it: transformers.AutoMo",
+            r"is a LlamaConfig, not an nn.Module\n  make a model from this configuration: transformers.AutoMo",
         ),
-        (MLP.model().state_dict(), r"is a Tensor, not an nn.Module\n  of a state dict, give the model that loads it"),
+        (
+            MLP.model().state_dict(),
+            r"is a Tensor, not an nn.Module\n  give the model itself; for a state dict, load it",
+        ),
         (Pipeline(), r"is a Pipeline, not an nn.Module\n  give its models by name: \{'unet': pipeline.unet\}"),
     ):
         with pytest.raises(lorac.CompileError, match=said) as error:

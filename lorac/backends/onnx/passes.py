@@ -1,6 +1,6 @@
-"""Passes over emitted programs: each has a name, reports its changes and skips, and leaves a verified program.
+"""Passes over emitted ONNX programs: each has a name, and reports its changes and skips; the result is verified.
 
-They are to ONNX as ``lorac.passes`` is to captured graphs. A dialect lists its passes as data
+``lorac.passes`` has the passes over captured graphs. A dialect lists its passes over programs as data
 (``Dialect.early_rewrites``, ``Dialect.late_rewrites``).
 """
 
@@ -31,14 +31,14 @@ class OnnxPass(ABC):
     A pass may run twice: the second run changes nothing and says so.
 
     Attributes:
-        name: its name in reports and messages.
+        name: name of the pass in reports and messages.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def apply(self, model: ir.Model) -> PassResult:
-        """Edit a program in place, and report whether it changed, and the parts that were skipped."""
+        """Edit a program in place; report whether it changed, and the parts that were skipped."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def run_passes(model: ir.Model, passes: Sequence[OnnxPass], observe: PassObserve
 
 
 def verify_model(model: ir.Model, after: str) -> None:
-    """Check that every value that a program reads exists where it is read.
+    """Check that every value that a program reads exists before the node that reads it.
 
-    It is an input, an initializer, or an output of an earlier node of the same graph or of a graph around it.
+    Such a value is an input, an initializer, or an output of an earlier node, of the same graph or one around it.
 
     Raises:
-        CompileError: naming the pass, the value and the node that reads it.
+        CompileError: a value does not exist; the message names the pass, the value and the node that reads it.
     """
     _verify_graph(model.graph, set(), after)
 
@@ -108,7 +108,7 @@ def _unknown_value_error(
 
 
 def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Return a graph's constant by name, after adding it if it is missing."""
+    """Return a graph's constant by name; add it to the graph first if it is missing."""
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
     return graph.initializers[name]
@@ -134,52 +134,53 @@ def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], attributes: Iter
 
 
 def nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
-    """Yield the nodes of the graphs within a node, however deep."""
+    """Yield the nodes of the graphs within a node (the branches of an If), at all depths."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield from attribute.as_graph().all_nodes()
 
 
 def module_around(node: ir.Node) -> str:
-    """Return the path of the module that a node comes from, or the node's name where none is noted."""
+    """Return the path of the innermost module that a node comes from, or the node's name if it has no module."""
     modules = modules_of(node.metadata_props)
     return modules[-1] if modules else str(node.name)
 
 
 def make_rewrite_pass(rules: Iterable[pattern.RewriteRule]) -> ir.passes.InPlacePass:
-    """Return a pass that applies rules as onnxscript's own pass does, in this order."""
+    """Return a pass that applies rules in this order, with the result of onnxscript's own pass but faster."""
     return rewriter.RewritePass([_RulesByOp([*rules])])  # type: ignore[list-item]  # stands for a rule
 
 
 class _RulesByOp:
-    """Several rules as one, which at each node tries those whose pattern has the node's op at its end.
+    """Several rules as one rule, which tries at each node only the rules whose pattern ends with the node's op.
 
-    onnxscript tries every rule at every node, and sets up a match before it looks at the node's op.
+    This saves time: onnxscript tries every rule at every node, and sets up a match before it looks at the node's op.
 
     Args:
-        rules: in the order in which they are tried.
+        rules: the rules, in the order in which they are tried.
     """
 
     def __init__(self, rules: list[pattern.RewriteRule]) -> None:
         self.rules = rules
         self._by_op: dict[str, list[pattern.RewriteRule]] = {}
-        # onnxscript asks for the options of the rule that was applied, and at first whether any rule leaves nodes.
-        self._applied = next((rule for rule in rules if not rule.remove_nodes), rules[0])
+        # After a match, onnxscript reads the options of the rule that matched. Before the first match it reads
+        # `remove_nodes` to find out whether any rule keeps the nodes it matched; then such a rule has to answer.
+        self._options_of = next((rule for rule in rules if not rule.remove_nodes), rules[0])
 
     @property
     def name(self) -> str | None:
         """Return the name of the rule that was applied last."""
-        return self._applied.name
+        return self._options_of.name
 
     @property
     def remove_nodes(self) -> bool:
         """Return whether the rule that was applied last removes the nodes it matched."""
-        return self._applied.remove_nodes
+        return self._options_of.remove_nodes
 
     @property
     def as_function(self) -> bool:
         """Return whether the rule that was applied last makes a function."""
-        return self._applied.as_function
+        return self._options_of.as_function
 
     def graph_pre_visitor(self) -> None:
         """Set every rule up for a graph."""
@@ -201,6 +202,6 @@ class _RulesByOp:
         for rule in by_op[op]:
             replacement = rule.try_rewrite(model, graph, node, **options)  # type: ignore[arg-type]  # passed on
             if replacement is not None:
-                self._applied = rule
+                self._options_of = rule
                 return replacement
         return None

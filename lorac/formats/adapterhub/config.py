@@ -1,7 +1,7 @@
-"""adapter_config.json as AdapterHub writes it: ``{"config": {…}, "model_type": …, "name": …, …}``.
+"""The file adapter_config.json of AdapterHub: ``{"config": {…}, "model_type": …, "name": …, …}``.
 
-The kind of a configuration is its ``architecture``; a union has several. Source: adapters.configuration of adapters
-1.3.0.
+The field ``architecture`` of "config" names the kind of adapter. The kind "union" holds a list of configurations.
+Source: adapters.configuration of the library adapters 1.3.0.
 """
 
 import functools
@@ -14,35 +14,39 @@ from lorac.formats._config_fields import refuse_unknown_fields
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.adapterhub.bottlenecks import read_bottlenecks, read_preset
 from lorac.formats.adapterhub.components import ComponentConfig, ComponentFile, ConfigHeader
-from lorac.formats.adapterhub.loras import ARCHITECTURE, TASKS_ARCHITECTURE, read_loras
+from lorac.formats.adapterhub.loras import ARCHITECTURE as LORA_ARCHITECTURE
+from lorac.formats.adapterhub.loras import TASKS_ARCHITECTURE, read_loras
 
-_KNOWN = ("name", "model_type", "config", "hidden_size", "model_name", "model_class", "version", "config_id", "type")
-_ARCHITECTURE, _UNION, _CONFIGS = "architecture", "union", "configs"
+_FIELDS = ("name", "model_type", "config", "hidden_size", "model_name", "model_class", "version", "config_id", "type")
+_ARCHITECTURE_FIELD, _UNION, _CONFIGS_FIELD = "architecture", "union", "configs"
+# Architecture -> reader of its configurations. Bottleneck adapters, the oldest kind, have the architecture null.
 _READERS: Mapping[str | None, Callable[[JsonMapping, ConfigHeader], ComponentConfig]] = {
     None: read_bottlenecks,
-    ARCHITECTURE: read_loras,
+    LORA_ARCHITECTURE: read_loras,
     TASKS_ARCHITECTURE: functools.partial(read_loras, tasks=True),
 }
-"""By architecture."""
+# Architectures that lorac has no method for -> their effect.
 _REFUSED = {
-    "prefix_tuning": "puts keys and values in front of those of the tokens",
-    "prompt_tuning": "puts embeddings in front of those of the tokens",
+    "prefix_tuning": "puts keys and values in front of the tokens' keys and values",
+    "prompt_tuning": "puts embeddings in front of the tokens' embeddings",
     "reft": "rewrites hidden states at some positions",
 }
-"""Architectures that lorac has no method for -> their effect."""
 VERSION = "adapters.1.3.0"
+"""The library's version in the files that lorac writes."""
 
 
 def read_config(raw: JsonMapping, file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
-    """Return the header of a file and its configurations.
+    """Return the header of a file, and its configurations: several for a union, else one.
 
     Args:
-        invertible: whether the tensors include an invertible adapter's.
+        raw: the parsed JSON of the file.
+        file: path of the file, for messages.
+        invertible: whether the tensors beside the file include those of an invertible adapter.
 
     Raises:
-        FormatError: a field is missing, or the library does not have it, or lorac does not build its value.
+        FormatError: a field is missing, or is not a field of the library, or has a value that lorac does not support.
     """
-    refuse_unknown_fields(raw, _KNOWN, file)
+    refuse_unknown_fields(raw, _FIELDS, file)
     config = raw.get("config")
     if isinstance(config, str):
         config = read_preset(config, file)
@@ -57,30 +61,30 @@ def read_config(raw: JsonMapping, file: Path, *, invertible: bool) -> tuple[Conf
         versioned="version" in raw,
         task=raw.get("type") == "text_task" and not invertible,
     )
-    if config.get(_ARCHITECTURE) != _UNION:
+    if config.get(_ARCHITECTURE_FIELD) != _UNION:
         return header, [_read_component(config, header)]
-    refuse_unknown_fields(config, (_ARCHITECTURE, _CONFIGS), file)
-    parts = config.get(_CONFIGS)
+    refuse_unknown_fields(config, (_ARCHITECTURE_FIELD, _CONFIGS_FIELD), file)
+    parts = config.get(_CONFIGS_FIELD)
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        raise corrupt_error(f"'{file}' is of a union, and has no {_CONFIGS}")
+        raise corrupt_error(f"'{file}' describes a union, and has no {_CONFIGS_FIELD}")
     return header, [_read_component(part, header) for part in parts]
 
 
 def _read_component(config: JsonMapping, header: ConfigHeader) -> ComponentConfig:
-    architecture = config.get(_ARCHITECTURE)
+    architecture = config.get(_ARCHITECTURE_FIELD)
     read = _READERS.get(architecture) if isinstance(architecture, str | None) else None
     if read is None:
-        what = _REFUSED.get(architecture, "") if isinstance(architecture, str) else ""
+        effect = _REFUSED.get(architecture, "") if isinstance(architecture, str) else ""
         known = ", ".join(name for name in _READERS if name)
         raise unsupported_error(
-            f"'{header.file}' is of the architecture {short(architecture)}{what and f', which {what}'}; of "
-            f"AdapterHub's lorac reads bottlenecks, {known} and unions of these",
+            f"'{header.file}' has the architecture {short(architecture)}{effect and f', which {effect}'}; lorac reads "
+            f"these adapters of AdapterHub: bottlenecks, {known} and unions of these",
             next_step="run it in AdapterHub's library, or train one of these",
         )
-    return read({name: value for name, value in config.items() if name != _ARCHITECTURE}, header)
+    return read({name: value for name, value in config.items() if name != _ARCHITECTURE_FIELD}, header)
 
 
 def join_configs(components: Sequence[ComponentFile]) -> JsonMapping:
-    """Return one configuration of several components, which ``read_config`` splits again."""
+    """Return one configuration for all components, a union if there are several; ``read_config`` splits it again."""
     configs = [component.config for component in components]
-    return configs[0] if len(configs) == 1 else {_ARCHITECTURE: _UNION, _CONFIGS: configs}
+    return configs[0] if len(configs) == 1 else {_ARCHITECTURE_FIELD: _UNION, _CONFIGS_FIELD: configs}

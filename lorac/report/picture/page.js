@@ -59,7 +59,7 @@ function describeTerm(term) {
   row("runs", `${term.state}: ${term.means}`);
   row("strength", term.strength ? String(term.strength) : "off");
   row("why", term.why.join("; ") || "no form or place is cheaper");
-  row("but", term.merged);
+  row("but", term.unfusable);
   row("tensors", term.tensors);
   row("slots", term.slots.join(", "));
   row("size", `${term.size}, computed in ${term.dtype}`);
@@ -90,11 +90,11 @@ function column(level, box, path) {
   return made;
 }
 function linesOf(level, box, path) {
-  const {calls, groups, lines} = data.texts, loose = box.kind === "ops", sources = new Set(box.sources), out = [];
-  for (let i = 0; i < level.groups.length; i += 2) {
-    const call = calls[level.groups[i]];
+  const {modules, groups, lines} = data.texts, loose = box.kind === "ops", sources = new Set(box.sources), out = [];
+  for (let i = 0; i < level.pairs.length; i += 2) {
+    const call = modules[level.pairs[i]];
     if (loose ? plain(call) !== plain(path) : !isCallInside(call, path)) continue;
-    for (const line of groups[level.groups[i + 1]]) {
+    for (const line of groups[level.pairs[i + 1]]) {
       if (!loose || sources.has(lines[line][2])) out.push(lines[line]);
     }
   }

@@ -1,7 +1,7 @@
-"""The data of the page's script: the boxes of each graph, the adapters at each site, the rows of each level.
+"""The data that the page's script shows: the boxes of each graph, the adapters at each site, the rows of each level.
 
-All of it is read from other reports: terms and reasons are those of ``compiled.explain()``, rows those of the graphs'
-dumps. Equal texts are stored once.
+All data comes from other reports: the adapters and the reasons from ``compiled.explain()``, the rows from the dumps of
+the graphs. Equal texts are stored once. ``page.js`` reads the keys of the records by the same names.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from lorac.report.sections import build_sections
 from lorac.report.terms import STATES, TermRow, format_reason, format_size
 
 ADAPTER_COLORS = 7
-"""The number of colors of the page, which adapters take in turn."""
+"""The number of colors of the page; adapters beyond it repeat the colors in order."""
 _MAX_SOURCE_LINES = 6
 
 Record: TypeAlias = dict[str, object]
@@ -33,8 +33,8 @@ class PictureContext:
 
     Attributes:
         explanation: the result of ``compiled.explain()``.
-        notes: the adapters, as printed graphs show them.
-        parameters: adapter -> its number of parameters, without index tensors.
+        notes: the descriptions of adapters that printed graphs show.
+        parameters: name of an adapter -> number of its parameters, without index tensors.
     """
 
     explanation: Explanation
@@ -51,23 +51,25 @@ def describe_sites(context: PictureContext) -> dict[str, Record]:
     by_site: dict[str, list[TermRow]] = {}
     for row in context.explanation.terms:
         by_site.setdefault(row.site, []).append(row)
-    found: dict[str, Record] = {}
+    adapted: dict[str, Record] = {}
     for path, rows in by_site.items():
         inputs, outputs = rows[0].shape
         terms = [_describe_term(row, context) for row in rows]
-        found[path] = {"kind": rows[0].kind, "shape": f"{inputs} → {outputs}", "terms": terms}
+        adapted[path] = {"kind": rows[0].kind, "shape": f"{inputs} → {outputs}", "terms": terms}
     reserved: Record = {
         "kind": "",
         "shape": "",
         "terms": (),
         "note": "slots are reserved here, and no adapter fills them",
     }
-    return found | dict.fromkeys(context.explanation.reserved, reserved)
+    return adapted | dict.fromkeys(context.explanation.reserved, reserved)
 
 
 def _describe_term(row: TermRow, context: PictureContext) -> Record:
+    """Return the record of one adapter at one site."""
     why = [format_reason(reason, (row.adapter,)) for reason in row.reasons]
-    says_more = row.unfusable is not None and row.unfusable not in why
+    # A reason against merging that is already among the reasons for the state is not shown twice.
+    unfusable = f"cannot be merged: {row.unfusable}" if row.unfusable and row.unfusable not in why else ""
     return {
         "adapter": row.adapter,
         "color": context.color(row.adapter),
@@ -83,20 +85,24 @@ def _describe_term(row: TermRow, context: PictureContext) -> Record:
         "size": format_size(row.nbytes),
         "flops": f"{row.flops:,}".replace(",", " ") if row.flops else "",
         "swap": row.swap,
-        "merged": f"cannot be merged: {row.unfusable}" if says_more else "",
+        "unfusable": unfusable,
     }
 
 
 def describe_boxes(root: Box, dump: Dump) -> Record:
-    """Return the records of all boxes, numbered from the outermost inwards, and the types of the values they link."""
+    """Return the records of all boxes, and the types of the values that flow between them.
+
+    The number of a box is its position in the list: the outermost box is 0.
+    """
     numbers: dict[Box | None, int] = {box: number for number, box in enumerate(root.all())}
-    numbers[None] = -1
+    numbers[None] = -1  # a link that starts or ends outside
     boxes = [_describe_box(box, dump, numbers) for box in root.all()]
     types = {link.value: dump.rows[link.value].type for box in root.all() for link in box.links}
     return {"boxes": boxes, "types": types}
 
 
 def _describe_box(box: Box, dump: Dump, numbers: Mapping[Box | None, int]) -> Record:
+    """Return the record of one box; ``numbers`` has the number of each box."""
     rows = [dump.rows[index] for index in box.rows]
     ops = Counter(row.text.partition(" ")[0] for row in rows if row.kind == "value")
     sources = list(dict.fromkeys(row.source for row in rows if row.source))
@@ -117,42 +123,43 @@ def _describe_box(box: Box, dump: Dump, numbers: Mapping[Box | None, int]) -> Re
 
 
 class LevelTable:
-    """The rows of all graphs at all levels, equal ones stored once: each value and its number.
+    """The printed rows of all graphs at all levels. Equal values are stored once, and are referred to by number.
 
     Attributes:
-        lines: (text, type, source line, role) of each row.
-        groups: numbers of neighbouring lines of one module.
-        calls: paths of modules.
+        lines: (text, type, source line, role) of a printed line -> its number.
+        groups: numbers of neighbouring lines of one module -> number of the group.
+        modules: path of a module (``@n`` for its n-th further call) -> its number.
     """
 
     def __init__(self) -> None:
-        self.lines, self.groups, self.calls = (dict[Hashable, int]() for _ in range(3))
+        self.lines, self.groups, self.modules = (dict[Hashable, int]() for _ in range(3))
 
     def describe(self, title: str, dump: Dump, notes: AdapterNotes) -> Record:
-        """Return the record of one level: its title, and its rows as a flat list of (module, group) pairs."""
-        pairs = [number for call, group in self._groups(dump, notes) for number in (call, group)]
-        return {"title": title, "level": dump.level, "groups": pairs}
+        """Return the record of one level: its title, and its rows as a flat list: module, group, module, group, …."""
+        pairs = [number for pair in self._add_rows(dump, notes) for number in pair]
+        return {"title": title, "level": dump.level, "pairs": pairs}
 
     def data(self) -> Record:
-        """Return the stored values."""
-        return {"lines": [*self.lines], "groups": [*self.groups], "calls": [*self.calls]}
+        """Return the values of each table, in the order of their numbers."""
+        return {"lines": [*self.lines], "groups": [*self.groups], "modules": [*self.modules]}
 
-    def _groups(self, dump: Dump, notes: AdapterNotes) -> Iterator[tuple[int, int]]:
+    def _add_rows(self, dump: Dump, notes: AdapterNotes) -> Iterator[tuple[int, int]]:
+        """Add a dump's rows to the tables; yield (number of the module, number of the group) for each run of rows."""
         printer, sections = SectionPrinter(dump, notes), build_sections(dump).sections()
-        enclosing = {item: section for section in sections for item in section.items if isinstance(item, int)}
-        modules = (row.modules[-1] if row.modules else "" for row in dump.rows)
-        for call, rows in itertools.groupby(enumerate(modules), key=operator.itemgetter(1)):
-            lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], enclosing[index]))
+        section_of = {item: section for section in sections for item in section.items if isinstance(item, int)}
+        innermost = (row.modules[-1] if row.modules else "" for row in dump.rows)
+        for module, rows in itertools.groupby(enumerate(innermost), key=operator.itemgetter(1)):
+            lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], section_of[index]))
             group = tuple(_number(self.lines, (line.left, line.type, line.note, line.role)) for line in lines)
-            yield _number(self.calls, call), _number(self.groups, group)
+            yield _number(self.modules, module), _number(self.groups, group)
 
 
 def _number(numbers: dict[Hashable, int], value: Hashable) -> int:
-    """Return the number of a value, the next one if it is new."""
+    """Return the number of a value; give a new value the next number."""
     return numbers.setdefault(value, len(numbers))
 
 
 def select_levels(stages: Mapping[str, Dump]) -> dict[str, Dump]:
-    """Return the last stage of each level, by title."""
+    """Return the dump of the last stage at each level, by title: the level, and the stage if its name differs."""
     last = {dump.level: (stage, dump) for stage, dump in stages.items()}
     return {level if stage == level else f"{level}, after {stage}": dump for level, (stage, dump) in last.items()}

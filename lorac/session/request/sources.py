@@ -1,4 +1,4 @@
-"""Models and adapters as compile() and add_adapter() take them; anything else is refused with a valid alternative."""
+"""Readers of the model and adapter arguments of compile() and add_adapter(); their errors suggest a valid argument."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -18,20 +18,21 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 AdapterSource = str | Path | Adapter | Variant | Mapping[str, str | Path | Adapter]
-"""A source of an adapter, as ``read_source`` returns it: one, or component -> a source, for several models."""
+"""A source of an adapter, as ``read_source`` returns it. For several models: name of the model -> path or adapter."""
 NamedSource = tuple[str | None, AdapterSource]
+"""(name of the adapter, or None if the caller gave none; source)."""
 _ACCEPTED_SOURCES = "give a path, a method such as lorac.LoRA(r=8), a configuration of PEFT's, or a lorac.Adapter"
 _TENSORS_ADVICE = "give the folder that PEFT saved it in, or lorac.Adapter(name, method, {site: {parameter: tensor}})"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to compile, and the adapters that it brings along.
+    """A model to compile, and the adapters of PEFT that were in it.
 
     Attributes:
-        model: one model, or several by name.
-        adapters: the adapters of a model with PEFT's layers.
-        active: the choice that is active in it; else ``"auto"``.
+        model: one model, or several by name, without layers of PEFT.
+        adapters: the adapters of the layers of PEFT; empty if there are none.
+        active: the choice that PEFT has active; ``"auto"`` for a model without layers of PEFT.
     """
 
     model: nn.Module | Mapping[str, nn.Module]
@@ -40,10 +41,12 @@ class ModelSource:
 
 
 def read_model(given: object) -> ModelSource:
-    """Return the model to compile; one with PEFT's layers becomes its base and its adapters.
+    """Return the model to compile; split a model with layers of PEFT into its base and its adapters.
 
     Raises:
-        CompileError: it is not a model, is compiled already, or has PEFT's layers that nothing describes.
+        CompileError: the value is not a model, or is compiled already; or its layers of PEFT have no configuration, or
+            are merged or scaled.
+        FormatError: lorac does not read the type or the settings of an adapter of PEFT.
     """
     if isinstance(given, Mapping):
         return _read_several({name: _require_module(model, f"model '{name}'") for name, model in given.items()})
@@ -56,27 +59,28 @@ def read_model(given: object) -> ModelSource:
 
 
 def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
-    """Return models by name; adapters of one name in several of them become one adapter."""
-    found = {name: unwrapped for name, model in models.items() if (unwrapped := unwrap_model(model)) is not None}
-    if not found:
+    """Return the source of several models; adapters with the same name in several models become one adapter."""
+    wrapped = {name: unwrapped for name, model in models.items() if (unwrapped := unwrap_model(model)) is not None}
+    if not wrapped:
         return ModelSource(models)
     adapters: dict[str, dict[str, Adapter]] = {}
-    for component, unwrapped in found.items():
+    for component, unwrapped in wrapped.items():
         for adapter in unwrapped.adapters:
             adapters.setdefault(adapter.name, {})[component] = adapter
     for name, parts in adapters.items():
-        states = {component: name in found[component].active for component in parts}
-        if len({*states.values()}) > 1:
+        is_active = {component: name in wrapped[component].active for component in parts}
+        if len({*is_active.values()}) > 1:
             raise CompileError(
-                f"adapter '{name}' is active in {', '.join(c for c, on in states.items() if on)} alone",
+                f"adapter '{name}' is active in {', '.join(c for c, on in is_active.items() if on)} alone",
                 next_step="activate it in every model that has it, or in none",
             )
-    active = {name: 1.0 for unwrapped in found.values() for name in unwrapped.active}
-    bases = {name: found[name].base if name in found else model for name, model in models.items()}
+    active = {name: 1.0 for unwrapped in wrapped.values() for name in unwrapped.active}
+    bases = {name: wrapped[name].base if name in wrapped else model for name, model in models.items()}
     return ModelSource(bases, tuple(adapters.items()), active or None)
 
 
 def _require_module(given: object, subject: str) -> nn.Module:
+    """Return a model without the wrappers that do not change its computation (``strip_wrappers``)."""
     if isinstance(getattr(given, "switch", None), ChoiceSwitch):
         raise CompileError(
             f"{subject} is compiled already",
@@ -89,28 +93,28 @@ def _require_module(given: object, subject: str) -> nn.Module:
 
 
 def _suggest_model(given: object) -> str:
-    """Return the next step for something that is not a model."""
+    """Return the next step of the error for a value that is not a model."""
     if isinstance(given, type):
         return f"give an instance of it: {given.__name__}(...)"
     if isinstance(given, str | os.PathLike):
         return "load it first: transformers.AutoModelForCausalLM.from_pretrained(...); lorac.load reads artifacts"
     if isinstance(given, torch.Tensor):
-        return "of a state dict, give the model that loads it: model.load_state_dict(...)"
+        return "give the model itself; for a state dict, load it into a model first: model.load_state_dict(...)"
     parts = getattr(given, "components", None)
     if isinstance(parts, Mapping):
         names = [name for name, part in parts.items() if isinstance(part, nn.Module)]
         by_name = ", ".join(f"'{name}': pipeline.{name}" for name in names)
         return f"give its models by name: {{{by_name}}}; lorac.diffusion.compile takes a pipeline of diffusers"
     if hasattr(given, "model_type"):
-        return "make the model of it: transformers.AutoModel.from_config(config)"
+        return "make a model from this configuration: transformers.AutoModel.from_config(config)"
     return "give an nn.Module, or several by name"
 
 
 def read_sources(given: object) -> list[NamedSource]:
-    """Return the sources of the adapters to compile with, and their names if they are given by name.
+    """Return the adapters to compile with: a dict by name, an iterable, or one adapter, as (name or None, source).
 
     Raises:
-        AdapterError: one of them cannot be an adapter.
+        AdapterError: one of the values cannot be an adapter.
     """
     if isinstance(given, Mapping):
         if given and all(isinstance(value, torch.Tensor) for value in given.values()):
@@ -127,12 +131,13 @@ def read_source(given: object, name: str | None = None) -> AdapterSource:
     """Return the source of one adapter.
 
     Args:
-        given: a path, a fresh method, a configuration of PEFT's, or an adapter.
-        name: the adapter's name for messages.
+        given: a path, a method without tensors (``lorac.LoRA(r=8)``), a configuration of PEFT, an adapter, or, for
+            several models, name of the model -> path or adapter.
+        name: name of the adapter, for messages.
 
     Raises:
-        AdapterError: it is none of these.
-        FormatError: a configuration that lorac does not build.
+        AdapterError: ``given`` is not one of these.
+        FormatError: ``given`` is a configuration of PEFT with settings that lorac does not support.
     """
     if isinstance(given, str | Adapter | Variant):
         return given
