@@ -61,7 +61,7 @@ def test_rejects_a_union_with_unsupported_parts(of_layers):
     changed(copy, configs=[parts[0], parts[0]])
     refused(copy, lorac.SiteError, "lora and lora both target")
     changed(copy, configs=[])
-    refused(copy, lorac.FormatError, "of a union, and has no configs")
+    refused(copy, lorac.FormatError, "describes a union, and has no configs")
 
 
 PARTS = {"k": lorac.LoRA(r=2, alpha=3)}
