@@ -1,4 +1,4 @@
-"""The page docs/packages.md, made from the code: the packages of lorac, their purpose, and who imports whom.
+"""The page docs/packages.md, made from the code: the packages of lorac, their purposes and their imports.
 
 ``python -m docs.make_packages`` prints it. The interface, ``lorac/__init__.py``, imports from all of them on first use
 and is left out. Packages that import each other (a package and its own registry) are one box.

@@ -9,7 +9,7 @@ from lorac.target.engine import BoundProgram
 
 
 def note_calls(monkeypatch: pytest.MonkeyPatch, program: BoundProgram, method: str, note: Callable[..., Any]) -> None:
-    """Have every program of a class call ``note`` with the arguments of a method before it runs.
+    """Call ``note`` with the arguments of a method before any program of a class runs it.
 
     Args:
         program: one of the class.

@@ -1,6 +1,6 @@
 """Tiers of tests: ``@pytest.mark.medium(reason)`` and ``@pytest.mark.slow(reason)``.
 
-The reason names the tests that find the same fault sooner; a test that is long by nature has none. A marker may take
+The reason names the tests that find the same fault sooner; a test that is long by nature gives none. A marker may take
 some cases of a parametrised test only: those that match a pattern of ``cases``, or all but those that match a pattern
 of ``keep``. In a pattern, * stands for any characters.
 """

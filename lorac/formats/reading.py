@@ -183,7 +183,7 @@ class AdapterFile:
         """Return the first of some files that this folder has.
 
         Raises:
-            FormatError: it has none of them.
+            FormatError: the folder has no such file.
         """
         found = next(filter(self.has, names), None)
         if found is None:

@@ -121,7 +121,7 @@ def sites(model: nn.Module | Mapping[str, nn.Module]) -> Mapping[str, Site]:
 
 
 def find_output_layers(model: nn.Module) -> list[str]:
-    """Return the path of the layer that ``get_output_embeddings`` of a model returns, in a list; [] if it has none."""
+    """Return the path of the layer that ``get_output_embeddings`` of a model returns, in a list; else an empty one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return [path for path, module in model.named_modules() if head is not None and module is head]

@@ -129,7 +129,7 @@ def _iterate_spans(module: nn.Module) -> Iterator[_Span]:
 
 
 def _find_span(tensor: Tensor) -> _Span | None:
-    """Return the memory of a tensor; None for one that has none."""
+    """Return the memory of a tensor; None for a tensor without memory."""
     storage = _find_storage(tensor)
     if not storage or not tensor.numel():
         return None

@@ -137,7 +137,7 @@ class _ActiveAdapter:
         if site.bias is None and shifts:
             shift = self.read(site.path).e
             if shift is not None and shift.any():
-                raise _not_mergeable(adapter, site, "needs a bias, and the layer has none")
+                raise _not_mergeable(adapter, site, "needs a bias, which the layer lacks")
         if site.weight is not None and (site.path in adapter.tensors or site.weight in adapter.replaced):
             yield site.weight
         if site.bias is not None and shifts:

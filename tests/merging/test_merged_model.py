@@ -184,7 +184,7 @@ def test_rejects_sites_that_cannot_be_merged_by_name():
     model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Conv2d(4, 4, 1, groups=2))
     with refuses("not_mergeable", match=r"'a' \(x.*\).*'0'.*\n.*freeze_router|'a' \(meteora\)"):
         lorac.merge_into(model, adapter_for(model, lorac.MeteoRA(targets=["0"])))
-    with refuses("not_mergeable", match=r"'0' it needs a bias, and the layer has none"):
+    with refuses("not_mergeable", match=r"'0' it needs a bias, which the layer lacks"):
         lorac.merge_into(model, drawn(model, lorac.LoRA(r=1, lora_bias=True, targets=["0"]), 0.1).adapters)
     grouped = adapter_for(model, lorac.LoRA(r=1, targets=["1"]))
     with torch.no_grad():

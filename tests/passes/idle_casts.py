@@ -35,4 +35,4 @@ class IdleCasts(Pass):
 
 
 IDLE_CASTS = IdleCasts()
-"""What an entry point names."""
+"""The pass that an entry point names."""

@@ -1,4 +1,4 @@
-"""The audit log: each action on an adapter, by whom, and its outcome."""
+"""The audit log: each action on an adapter, its tenant and its outcome."""
 
 import contextlib
 import datetime
