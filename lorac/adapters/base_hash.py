@@ -138,7 +138,7 @@ def _iter_weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, 
             continue
         model = materialize_weights(view.module)
         for name, parameter in sorted(model.get_submodule(path).named_parameters(path)):
-            yield name, view.as_given(name, parameter)
+            yield name, view.as_given(name, view.stored.get(name, parameter))
 
 
 def _dtype_name(dtypes: set[torch.dtype]) -> str:

@@ -62,7 +62,8 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
         check_replaced(adapter.name, name, tensor, known)
     check_values(adapter)
     for name, copy in copies.items():
-        check_copy(adapter.name, name, copy, view.as_given(name, _find_replaced_tensor(adapter.name, name, known)))
+        _find_replaced_tensor(adapter.name, name, known)
+        check_copy(adapter.name, name, copy, view.as_given(name, view.tensor(name)))
     recorded = adapter.provenance.get("base")
     if recorded:
         check_base(adapter.name, str(recorded), view, adapter.tensors)

@@ -10,13 +10,16 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorac
 from campaigns import mutations, sound
 from lorac.formats.gguf.file import read_gguf
+from lorac.formats.peft.checks import contains_tensors
 from lorac.formats.reading import AdapterFile
+from lorac.merging.stored_model import StoredModel
 from lorac.storage.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from tests.refusing import refuses
 
@@ -145,6 +148,23 @@ def _check(one: sound.Sound, place: Path, whole: lorac.Adapter, key: str, change
 
 def _parts(adapter: lorac.Adapter) -> tuple[Iterable[str], ...]:
     return adapter.tensors, adapter.replaced, adapter.provenance.get("copies", {})
+
+
+def test_reads_with_a_model_in_a_folder_as_with_one_in_memory(files: list[sound.Sound], tmp_path: Path) -> None:
+    """Or says that the format needs a run of the model."""
+    for one in files:
+        host = sound.model(one.host)
+        if not isinstance(host, transformers.PreTrainedModel):
+            continue
+        host.save_pretrained(tmp_path / one.host)
+        try:
+            read = lorac.load_adapter(one.place, StoredModel.open(tmp_path / one.host).view)
+        except lorac.BaseNeeded:
+            continue
+        whole = lorac.load_adapter(one.place, host)
+        assert contains_tensors(read.replaced, whole.replaced)
+        for path, tensors in whole.tensors.items():
+            assert contains_tensors(read.tensors[path], tensors)
 
 
 def test_two_formats_with_equal_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """A model's folder with adapters merged into it, as the library that wrote the folder reads it."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -264,6 +266,28 @@ def test_rejects_an_adapter_of_another_model(given):
         path = next(path for path in model.glob("*.safetensors") if any("q_proj" in name for name in load_file(path)))
         save_file({n: t + 1 for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
         merge_checkpoint(model, adapter, out)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("format", ["peft", "native"])
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+@torch.no_grad()
+def test_merges_an_adapter_that_holds_a_copy_of_the_base(layer, format, tmp_path):
+    """PEFT saves the embedding or the head whole where it is adapted."""
+    model = ZOO["tiny_llama"].fresh()
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", layer], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "peft")
+    adapter = lorac.load_adapter(tmp_path / "peft")
+    lorac.save_adapter(adapter, tmp_path / "native", "native")
+    merge_checkpoint(tmp_path / "model", tmp_path / format, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = lorac.merge_into(model, adapter).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    model.get_submodule(next(path for path in adapter.tensors if path.endswith(layer))).weight[3] += 1
+    model.save_pretrained(tmp_path / "other")
+    with refuses("base_mismatch"):
+        merge_checkpoint(tmp_path / "other", tmp_path / format, tmp_path / "none")
 
 
 MEASURED = """

@@ -171,7 +171,7 @@ class _FileReader:
                     next_step="load the base model that the adapter was trained on",
                     code="shape_mismatch",
                 )
-            base, change = known[parameter].detach(), self.tensors[name.key]
+            base, change = self.view.tensor(parameter).detach(), self.tensors[name.key]
             found[parameter] = base.to(torch.promote_types(base.dtype, change.dtype)) + change.to(base.device)
         return found
 

@@ -54,7 +54,7 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
     _refuse_incomplete(adapter, targets, view)
     for name, tensor in contents.embeddings.items():
         check_replaced(adapter.name, name, tensor, named)
-        if not _is_same_value(tensor, named[name]):
+        if not _is_same_value(tensor, view.tensor(name)):
             adapter.replaced[name] = tensor
     check_adapter(adapter, view)
     for path, stored in sites.items():
@@ -71,7 +71,7 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
         file.peft_type.check_site(site, adapter.tensors[path])
     for name, tensor in contents.copies.items():
         check_replaced(adapter.name, name, tensor, named)
-        if not _is_same_value(tensor, named[name]):
+        if not _is_same_value(tensor, view.tensor(name)):
             raise copy_mismatch_error(adapter.name, name)
 
 

@@ -153,8 +153,8 @@ class _FolderWriter:
         self._refuse_split_embeddings()
         replaced = dict(adapter.replaced)
         if self.view is not None:  # PEFT reads saved modules whole, untrained parameters included
-            named = self.view.named_tensors()
-            replaced = {name: named[name] for name in saved_parameter_names(adapter.variant, self.view)} | replaced
+            saved = saved_parameter_names(adapter.variant, self.view)
+            replaced = {name: self.view.tensor(name) for name in saved} | replaced
         for name, tensor in replaced.items():
             tensors[PREFIX + self._replaced_key(name, tied)] = tensor
         given = self._targets(matrices, tied)
