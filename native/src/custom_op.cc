@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <limits>
 #include <new>
 #include <utility>
 #include <vector>
@@ -18,7 +19,14 @@
 namespace lorac {
 namespace {
 
-enum Part : int64_t { kPair = 1, kBetween = 2, kAfter = 4, kOnBase = 8 };
+enum Part : int64_t { kPair = 1, kBetween = 2, kAfter = 4, kOnBase = 8, kAllParts = 15 };
+constexpr int64_t kMaxWidth = int64_t{1} << 40;
+
+// Multiplies sizes. One beyond int64 becomes the largest number, which no tensor has as its size: wrapped, it could be 0.
+int64_t Multiply(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
 
 struct Tensor {
   const void* data = nullptr;
@@ -29,7 +37,7 @@ struct Tensor {
   int64_t Last() const { return axes > 0 ? shape[axes - 1] : 1; }
   int64_t Count() const {
     int64_t count = 1;
-    for (size_t i = 0; i < axes; ++i) count *= shape[i];
+    for (size_t i = 0; i < axes; ++i) count = shape[i] == 0 ? 0 : Multiply(count, shape[i]);
     return count;
   }
 };
@@ -49,6 +57,12 @@ class ThreadPool final : public Parallel {
   const ort::Api& api_;
   const ort::KernelContext* context_;
 };
+
+ort::Status* Refuse(const ort::Api& api, const char* why) {
+  std::array<char, 160> text;
+  std::snprintf(text.data(), text.size(), "lorac.native::AddLowRank: %s", why);
+  return api.CreateStatus(ort::kInvalidArgument, text.data());
+}
 
 // A node's layers, and what each call reads.
 class AddLowRank {
@@ -72,13 +86,13 @@ class AddLowRank {
     Update update;
     const Tensor x = reader.Next(), base = reader.Next();
     if (reader.status != nullptr) return reader.status;
-    if (x.axes < 1 || base.axes < 1 || base.axes > kMaxAxes) return Refuse("x or base has no features");
+    if (x.axes < 1 || x.Last() < 1 || base.axes < 1 || base.axes > kMaxAxes) return Refuse("x or base has no features");
     update.x = static_cast<const float*>(x.data);
     update.base = static_cast<const float*>(base.data);
     update.features = x.Last();
     update.rows = 1;
-    for (size_t i = 0; i + 1 < base.axes; ++i) update.rows *= base.shape[i];
-    if (x.Count() != update.rows * x.Last()) return Refuse("x and base have different rows");
+    for (size_t i = 0; i + 1 < base.axes; ++i) update.rows = Multiply(update.rows, base.shape[i]);
+    if (x.Count() != Multiply(update.rows, x.Last())) return Refuse("x and base have different rows");
     int64_t width = 0;
     for (size_t i = 0; i < widths_.size(); ++i) {
       if (ort::Status* status = ReadLayer(reader, i, update)) return status;
@@ -101,6 +115,7 @@ class AddLowRank {
       Tensor tensor;
       const ort::Value* value = nullptr;
       if (status == nullptr) status = api.KernelContext_GetInput(context, index++, &value);
+      if (status == nullptr && value == nullptr) status = lorac::Refuse(api, "an input has no value");
       if (status == nullptr) {
         status = api.GetTensorElementTypeAndShapeDataReference(value, &tensor.type, &tensor.shape, &tensor.axes);
       }
@@ -111,11 +126,7 @@ class AddLowRank {
     }
   };
 
-  ort::Status* Refuse(const char* why) const {
-    std::array<char, 160> text;
-    std::snprintf(text.data(), text.size(), "lorac.native::AddLowRank: %s", why);
-    return api_.CreateStatus(ort::kInvalidArgument, text.data());
-  }
+  ort::Status* Refuse(const char* why) const { return lorac::Refuse(api_, why); }
 
   // Notes how many places a tensor of a slot has; every tensor of a call has as many.
   bool TakePlaces(const Tensor& tensor, size_t axes_of_one, bool first, Update& update) const {
@@ -137,8 +148,8 @@ class AddLowRank {
       update.half = half;
       fits = a.axes >= 2 && b.axes >= 2 && b.type == a.type && (half || a.type == ort::kFloat);
       fits = fits && TakePlaces(a, 2, first, update) && TakePlaces(b, 2, false, update);
-      fits = fits && a.Count() == update.places * update.features * layer.rank;
-      fits = fits && b.Count() == update.places * layer.rank * layer.width && b.Last() == layer.width;
+      fits = fits && a.shape[a.axes - 2] == update.features && b.shape[b.axes - 2] == layer.rank;
+      fits = fits && b.Last() == layer.width;
       if (!fits) return Refuse("a factor has another shape or type");
       layer.a = a.data;
       layer.b = b.data;
@@ -154,7 +165,7 @@ class AddLowRank {
       const Tensor scale = reader.Next();
       if (reader.status != nullptr) return reader.status;
       fits = scale.axes >= 1 && scale.type == ort::kFloat && TakePlaces(scale, 1, first, update);
-      if (!fits || scale.Count() != update.places * vector.size) return Refuse("a scale has another shape or type");
+      if (!fits || scale.Count() != Multiply(update.places, vector.size)) return Refuse("a scale has another shape or type");
       *vector.where = static_cast<const float*>(scale.data);
       first = false;
     }
@@ -172,7 +183,8 @@ class AddLowRank {
     if (reader.status != nullptr) return reader.status;
     if (counts.type != ort::kInt32) return Refuse("numbers of tokens are not int32");
     const int64_t batch = counts.Count();
-    if (batch % update.places != 0) return Refuse(uneven);
+    if (batch % update.places != 0 || (batch == 0 && update.rows > 0)) return Refuse(uneven);
+    if (batch == 0) return nullptr;
     update.segments.assign(update.places, 0);
     int64_t rows = 0;
     for (int64_t row = 0; row < batch; ++row) {
@@ -200,6 +212,7 @@ class AddLowRank {
       ort::Value* value = nullptr;
       void* data = nullptr;
       ort::Status* status = api_.KernelContext_GetOutput(context, i, shape.data(), base.axes, &value);
+      if (status == nullptr && value == nullptr) status = Refuse("an output has no name");
       if (status == nullptr) status = api_.GetTensorMutableData(value, &data);
       if (status != nullptr) return status;
       update.layers[i].y = static_cast<float*>(data);
@@ -223,9 +236,16 @@ ort::Status* CreateKernel(const ort::CustomOp*, const ort::Api* api, const ort::
   std::vector<int64_t> widths, parts;
   if (ort::Status* status = ReadNumbers(*api, info, "widths", widths)) return status;
   if (ort::Status* status = ReadNumbers(*api, info, "parts", parts)) return status;
-  if (widths.empty() || widths.size() != parts.size()) {
-    return api->CreateStatus(ort::kInvalidArgument, "lorac.native::AddLowRank: `parts` and `widths` do not agree");
+  size_t inputs = 0, outputs = 0, expected = 2;
+  if (ort::Status* status = api->KernelInfo_GetInputCount(info, &inputs)) return status;
+  if (ort::Status* status = api->KernelInfo_GetOutputCount(info, &outputs)) return status;
+  bool fits = !widths.empty() && widths.size() == parts.size() && widths.size() == outputs;
+  for (size_t i = 0; fits && i < widths.size(); ++i) {
+    fits = widths[i] >= 0 && widths[i] <= kMaxWidth && parts[i] >= 0 && parts[i] <= kAllParts;
+    for (const Part part : {kPair, kPair, kBetween, kAfter, kOnBase}) expected += (parts[i] & part) != 0;
   }
+  if (!fits) return Refuse(*api, "`parts`, `widths` and outputs do not agree");
+  if (inputs != expected && inputs != expected + 1) return Refuse(*api, "inputs are not those that `parts` names");
   *kernel = new AddLowRank(*api, std::move(widths), std::move(parts));
   return nullptr;
 }

@@ -61,6 +61,12 @@ struct Api {
       const KernelInfo* info, const char* name, int64_t* values, size_t* size) const {
     return At<Status* (*)(const KernelInfo*, const char*, int64_t*, size_t*)>(163)(info, name, values, size);
   }
+  Status* KernelInfo_GetInputCount(const KernelInfo* info, size_t* count) const {
+    return At<Status* (*)(const KernelInfo*, size_t*)>(230)(info, count);
+  }
+  Status* KernelInfo_GetOutputCount(const KernelInfo* info, size_t* count) const {
+    return At<Status* (*)(const KernelInfo*, size_t*)>(231)(info, count);
+  }
   Status* KernelContext_ParallelFor(
       const KernelContext* context, void (*function)(void*, size_t), size_t total, size_t batches, void* data) const {
     return At<Status* (*)(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(
