@@ -6,7 +6,8 @@ import atexit
 import collections
 import itertools
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -18,24 +19,29 @@ from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.scheduling.running_batch import RunningBatch
 from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.runtime.scheduling.shared_line import check_line
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
 
 if TYPE_CHECKING:
     from lorac.runtime.generation.generating_model import GeneratingModel
+
+_SHARED, _RECENT = 4, 60.0
+"""The fewest rows of which one is kept free for a tenant that has none, and for how many seconds."""
 
 
 class Scheduler:
     """A compiled model that answers many requests at once, in a thread of its own.
 
     A step computes one token for every running row and a chunk of each prompt, in one engine call whatever adapters
-    they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest.
-    A request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and
+    they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest;
+    of four rows or more, one is kept free while a tenant that sent a request within the last minute has none. A
+    request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and
     swapped meanwhile; a request keeps those that it began with.
 
     Args:
         compiled: compiled with ``cache=True``.
         rows: the most requests at work.
-        waiting: the most that wait.
+        waiting: the most that wait; a tenant with less than its share of them waits too while others' fill the line.
         chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
             sooner, and the others' next tokens come later. Default: as many as make a step of half the rows take half
             as long again, but at least 4, or 64 while more prompts are read than requests run (256 of all prompts
@@ -72,6 +78,7 @@ class Scheduler:
         self._batch = RunningBatch(compiled, rows, chunk, prompts, component)
         self._changed, self._closing, self._numbers = threading.Condition(), False, itertools.count()
         self._queue: collections.OrderedDict[int, RunningRow] = collections.OrderedDict()
+        self._last_request: dict[str, float] = {}
         self._thread = threading.Thread(target=self._work, name="lorac-scheduler", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # the interpreter aborts where it ends below a thread that computes
@@ -82,7 +89,7 @@ class Scheduler:
         Raises:
             AdapterNotFound, ChoiceError: as for ``compiled.swap``.
             InputMismatch, OptionError: as for ``compiled.generate``.
-            OverBudget: as many requests wait as may (code ``queue_full``).
+            OverBudget: as many requests of the tenant wait as may (code ``queue_full``).
             Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
         """
         return self.submit_all([request])[0]
@@ -94,12 +101,11 @@ class Scheduler:
             if self._closing:
                 raise Unavailable("the scheduler is closed", next_step="submit to another lorac.Scheduler(compiled)")
             self._drop_interrupted()
-            if len(self._queue) + len(rows) > self.waiting:
-                raise OverBudget(
-                    f"{len(self._queue)} requests wait, {len(rows)} more would, and waiting={self.waiting}",
-                    next_step="submit it again when one of them has begun",
-                    code="queue_full",
-                )
+            line = [row.request.tenant for row in self._queue.values()]
+            for tenant, count in collections.Counter(request.tenant for request in requests).items():
+                check_line(line, tenant, count, self.waiting)
+                line += [tenant] * count
+                self._last_request[tenant] = time.monotonic()
             self._queue.update((next(self._numbers), row) for row in rows)
             self._changed.notify()
         if self.compiled.switch.mode == "live":
@@ -155,12 +161,21 @@ class Scheduler:
             while not (self._queue or self._batch.rows or self._closing):
                 self._changed.wait()
             self._drop_interrupted()
-            while self._queue and len(self._batch.rows) < self.rows:
+            while self._queue and (free := self.rows - len(self._batch.rows)) > 0:
                 at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
                 waiting = [(at_work[row.request.tenant], number) for number, row in self._queue.items()]
-                if not self._begin(min(waiting)[1]):
+                rows, number = min(waiting)
+                if (rows and free == 1 and self._keeps_row(at_work)) or not self._begin(number):
                     break
             return bool(self._queue or self._batch.rows or not self._closing)
+
+    def _keeps_row(self, at_work: Collection[str]) -> bool:
+        """Return whether the last free row is kept for a tenant that sent a request within the last minute."""
+        if self.rows < _SHARED or self._closing:
+            return False
+        oldest = time.monotonic() - _RECENT
+        self._last_request = {tenant: last for tenant, last in self._last_request.items() if last > oldest}
+        return bool(self._last_request.keys() - at_work)
 
     def _begin(self, number: int) -> bool:
         """Begin a request and return True, or leave it in line until others have freed memory."""

@@ -19,7 +19,9 @@ import lorac
 from lorac import Scheduler, TextRequest
 from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.runtime.row_bank import RowBank
+from lorac.runtime.scheduling.running_batch import RunningBatch
 from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.runtime.scheduling.token_stream import TokenStream
 from lorac.testing import adapter_away
 from tests.decoders import DECODERS, IDS
 from tests.refusing import refuses
@@ -323,6 +325,48 @@ def test_a_free_row_goes_to_the_tenant_with_the_fewest(compiled: Any, monkeypatc
             [TextRequest(prompt(n), tenant=tenant, seed=n, options=options) for n, tenant in enumerate("aaab")]
         )
     assert begun == ["0", "3", "1", "2"]
+
+
+def submit(scheduler: Scheduler, tenant: str, count: int, tokens: int = 1) -> list[TokenStream]:
+    options = {"max_new_tokens": tokens, "eos_token_id": None}
+    return scheduler.submit_all([TextRequest(prompt(n), tenant=tenant, options=options) for n in range(count)])
+
+
+def test_a_full_line_takes_each_tenant_up_to_its_share(compiled: Any) -> None:
+    gate = Gate(1)
+    with Scheduler(compiled, rows=1, waiting=4) as scheduler:
+        reader = iter(scheduler.submit(replace(gate.request(), tenant="alice")))
+        next(reader)
+        taken = submit(scheduler, "alice", 4)
+        with refuses("queue_full", match="share of 4 places in line is 4"):
+            submit(scheduler, "alice", 1)
+        taken += submit(scheduler, "bob", 2)
+        with refuses("queue_full", match="share of 4 places in line is 2"):
+            submit(scheduler, "bob", 1)
+        taken += submit(scheduler, "carol", 2)
+        assert scheduler.load == (1, 8)
+        reader.close()
+        gate.opened.set()
+        assert [len(list(stream)) for stream in taken] == [1] * 8
+
+
+def test_keeps_a_row_for_a_recent_tenant(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    most, step = list[int](), RunningBatch.step
+
+    def counted(batch: RunningBatch) -> None:
+        most.append(len(batch.rows))
+        step(batch)
+
+    monkeypatch.setattr(RunningBatch, "step", counted)
+    with Scheduler(compiled, rows=4, chunk=8) as scheduler:
+        for stream in submit(scheduler, "alice", 6, 3):
+            list(stream)
+        assert max(most) == 4
+        most.clear()
+        list(submit(scheduler, "bob", 1)[0])
+        for stream in submit(scheduler, "alice", 6, 3):
+            list(stream)
+        assert max(most) == 3
 
 
 def test_shares_prefixes_within_a_tenant_only(compiled: Any, scheduler: Scheduler) -> None:
