@@ -2,8 +2,8 @@
 
 import copy
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorac.errors import CaptureError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 
 
 def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
@@ -50,19 +51,22 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
         ) from error
 
 
-def separate_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+def separate_layers(model: nn.Module, paths: Iterable[str], *, merging: bool = False) -> list[nn.Module]:
     """Give layers of a copy that are reached by several names a module of their own at these paths, over one weight.
 
     An adapter acts under the name that it is for, as PEFT's layer does, which takes the place of the first name alone.
+    A place in a list, tuple, set or dictionary of a module is such a name too.
 
     Args:
         model: the copy; changed in place.
         paths: paths of the layers.
+        merging: count names alone, since what holds a layer besides has its merged weight in a checkpoint.
 
     Returns:
         The modules that stay under the other names.
     """
-    names = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    held = (module._modules if merging else vars(module) for module in model.modules())
+    names = Counter(id(child) for values in held for child in _iterate_modules(values, set()))
     left = []
     for path in paths:
         owner, _, leaf = path.rpartition(".")
@@ -73,6 +77,18 @@ def separate_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
             modules[leaf] = copy_layer(layer)
             left.append(layer)
     return left
+
+
+def _iterate_modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules in a container and in those inside it, once for each place; skip containers seen before."""
+    if id(value) in seen or not isinstance(value, _CONTAINERS):
+        return
+    seen.add(id(value))
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, nn.Module):
+            yield inner
+        elif isinstance(inner, _CONTAINERS):
+            yield from _iterate_modules(inner, seen)
 
 
 def copy_layer(layer: nn.Module) -> nn.Module:

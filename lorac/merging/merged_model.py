@@ -146,7 +146,8 @@ def _install(model: ModelT, merged: MergedWeights) -> ModelT:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, parameter in copied.named_parameters():
         parameter.requires_grad_(flags[name])
-    separate_layers(copied, dict.fromkeys(name.rpartition(".")[0] for name in merged if "." in name))
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in merged if "." in name)
+    separate_layers(copied, owners, merging=True)
     values: dict[str, Tensor] = {}
     for name, value in merged.items():
         values[name] = nn.Parameter(value, requires_grad=flags[name]) if name in flags else value
