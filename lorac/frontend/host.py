@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, Self
 
@@ -134,19 +134,10 @@ class Host(ABC):
             values if isinstance(values, Mapping) else inspect.signature(self.model.forward).bind(*values).arguments
         )
 
-    def list_positional_arguments(self, inputs: Collection[str]) -> tuple[str, ...]:
-        """Return the names of forward's arguments in the order of a positional call.
-
-        Args:
-            inputs: inputs of its captured program; those of a ``*args`` are called ``args_0``, ``args_1``, ...
-        """
-        names: list[str] = []
-        for name, parameter in self.parameters.items():
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                names += [found for found in inputs if re.fullmatch(rf"{name}_\d+", found)]
-            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                names.append(name)
-        return tuple(names)
+    def list_positional_arguments(self) -> tuple[str, ...]:
+        """Return the names of forward's arguments in the order of a positional call."""
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return tuple(name for name, parameter in self.parameters.items() if parameter.kind in positional)
 
     def defaults(self) -> dict[str, object]:
         """Return forward's arguments that are not tensors, with the values that a capture gives them."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 from lorac.frontend.capture.decoder_families import find_sequence
-from lorac.ir.calls.interface import program_input_name
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import select_attention
 from lorac.ir.graph.edit import find_fake_mode
@@ -191,7 +190,7 @@ class _BranchExaminer:
         inputs = {node.name: node for node in self.graph.placeholders()}
         found: object = None
         if kind == INPUT:  # a mask that no call gives is that of the ids
-            found = inputs.get(program_input_name(rest), inputs.get(find_sequence(inputs).ids))
+            found = inputs.get(self.graph.interface.aliases.get(rest, rest), inputs.get(find_sequence(inputs).ids))
         elif kind in {WEIGHT, PARAM}:
             stored = self.graph.sites[rest].weight if kind == WEIGHT else rest
             tensor = self.graph.exported.state_dict.get(str(stored))

@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from lorac.errors import SiteError
 from lorac.frontend.capture.decoder_families import find_sequence
-from lorac.ir.calls.interface import program_input_name
 from lorac.ir.graph import ops, segment_ops
 from lorac.ir.graph.adapted_call import VALUE_PREFIX, AdaptedCall, add_operands, select_attention
 from lorac.ir.graph.edit import inline, insert_call
@@ -130,7 +129,7 @@ class _ValueSources:
 
     def _find_input(self, argument: str) -> fx.Node | None:
         """Return an input; a growing sequence, captured without a mask, gets one that says that no token is padding."""
-        name = program_input_name(argument)
+        name = self.graph.interface.aliases.get(argument, argument)
         if name in self.graph.interface.inputs:
             return self.graph.node(name)
         inputs = {node.name: node for node in self.graph.placeholders()}

@@ -9,6 +9,7 @@ from torch import fx
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import find_input_examples, get_example
+from lorac.ir.graph.symbolic_shapes import constant_size
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
@@ -42,7 +43,9 @@ def add_places(
         why_branches_shared: why branches have no places; empty where they have.
     """
     first = next((value for value in find_input_examples(graph.exported).values() if value.dim()), None)
-    batch = first.shape[0] if first is not None and isinstance(first.shape[0], torch.SymInt) else None
+    rows = None if first is None else first.shape[0]
+    # A size that the trace fixed keeps its symbol.
+    batch = rows if isinstance(rows, torch.SymInt) and constant_size(rows) is None else None
     found, shared = dict(planned), dict[str, list[str]]()
     for path, plan in planned.items():
         if not plan.room:

@@ -32,7 +32,7 @@ from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import find_inner_path, translate_os_errors
 from lorac.storage.strict_json import JsonObject, dump_json, parse_object, read_json_text
 
-FORMAT = 5
+FORMAT = 6
 ADAPTERS = "adapters"
 RECORD, FORMS = "file", "forms"
 ADAPTER_FILES = (RECORD, FORMS)

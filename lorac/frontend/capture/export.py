@@ -24,7 +24,7 @@ from lorac.frontend.capture.attention_interface import (
 )
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
-from lorac.frontend.capture.interface import describe_interface
+from lorac.frontend.capture.interface import describe_interface, find_input_paths
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.pipeline import capture_passes
 from lorac.frontend.capture.repeated_layers import trace_repeated_layers_once
@@ -50,7 +50,7 @@ from lorac.frontend.inputs.dynamic_shapes import (
 )
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
-from lorac.ir.calls.interface import Interface, program_input_name
+from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.graph import Graph, Level
@@ -231,9 +231,11 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
         prefix, tuple(arguments.truths), attention=grows, causal=causal, model=type(host.model).__name__
     )
     run_pipeline(graph, passes, observe, first="trace")
-    sizes = collect_constraints(exported, collect_dynamic_axes(named, shapes), guards)
-    graph.axes = name_axes(exported, {program_input_name(argument): shape for argument, shape in shapes.items()})
-    graph.interface = describe_interface(graph, host, arguments, sizes)
+    inputs_by_path = find_input_paths(graph.exported, host)
+    requested = [(inputs_by_path.get(path, path), axis) for path, axis in collect_dynamic_axes(named, shapes)]
+    sizes = collect_constraints(exported, requested, guards)
+    graph.axes = name_axes(exported, {inputs_by_path.get(path, path): shape for path, shape in shapes.items()})
+    graph.interface = describe_interface(graph, host, arguments, inputs_by_path, sizes)
     graph.longest = get_longest_sequence(host.model) if grows else None
     graph.describe_types()
     return graph
@@ -288,11 +290,16 @@ def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
 
 _FIXED = "your code specialized it to be a constant"
 """Part of torch's message about an axis that was to vary and that the model fixes."""
+_NO_ADVICE = "Expected op to be '=='"
+"""Beginning of torch's message where it fails to word its advice on shapes, for a bound such as 18/5 <= batch."""
 
 
 def _is_about_shapes(error: BaseException) -> bool:
     """Return whether the model traced, but not for every size that the shapes promise."""
-    return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in iter_error_causes(error))
+    return any(
+        type(e).__name__ in ("ConstraintViolationError", "UserError") or str(e).startswith(_NO_ADVICE)
+        for e in iter_error_causes(error)
+    )
 
 
 def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:

@@ -1,16 +1,17 @@
 """The interface of a captured program, read from the program and from the signature of its model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import find_row_numbers
-from lorac.ir.calls.interface import Interface, program_input_name
+from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.multimodal_positions import POSITION_IDS
-from lorac.ir.calls.sizes import SizeConstraints
+from lorac.ir.calls.sizes import SizeConstraints, flatten_argument
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import find_input_examples
@@ -25,29 +26,43 @@ _EMBEDDINGS = {aten.embedding.default: (1, 0), ops.EMBEDDING: (0, 1)}
 """Op that looks ids up -> which operands are the ids and the table."""
 
 
-def describe_interface(graph: Graph, host: Host, arguments: CallArguments, sizes: SizeConstraints) -> Interface:
+def find_input_paths(program: ExportedProgram, host: Host) -> dict[str, str]:
+    """Return the path of each tensor in the arguments of a call -> the program's input for it.
+
+    torch joins the parts of a path by underscores, in lower case, and numbers names that are taken.
+    """
+    signature = program.graph_signature
+    args, kwargs = pytree.tree_unflatten([*signature.user_inputs], program.call_spec.in_spec)
+    named = {**dict(zip(host.list_positional_arguments(), args, strict=False)), **kwargs}
+    parts = (part for argument, value in named.items() for part in flatten_argument(value, argument))
+    return {path: name for path, name in parts if isinstance(name, str)}
+
+
+def describe_interface(
+    graph: Graph, host: Host, arguments: CallArguments, paths: Mapping[str, str], sizes: SizeConstraints
+) -> Interface:
     """Return the interface of a captured graph, which knows the structure of the model's output.
 
     Args:
         graph: at level host.
         host: the model that it was captured from.
         arguments: the example call.
+        paths: as ``find_input_paths`` returns them.
         sizes: which sizes the inputs may have.
     """
     program, structure = graph.exported, graph.interface.structure
     assert structure is not None
-    inputs = tuple(map(str, program.graph_signature.user_inputs))
+    inputs = tuple(name for name in program.graph_signature.user_inputs if isinstance(name, str))
     positions = arguments.positions
-    named = ((name, program_input_name(name)) for name in host.parameters)
     return Interface(
         inputs=inputs,
-        arguments=host.list_positional_arguments(inputs),
+        arguments=host.list_positional_arguments(),
         outputs=structure.tensor_names(inputs),
         structure=structure,
         constants=arguments.fixed,
         defaults=host.defaults(),
         id_counts=_count_ids(program, inputs),
-        aliases={name: known for name, known in named if known in inputs and known not in host.parameters},
+        aliases={path: name for path, name in paths.items() if path != name},
         row_numbers=find_row_numbers(host, find_input_examples(program)),
         sizes=sizes,
         derived={} if positions is None else {POSITION_IDS: positions.call},

@@ -13,7 +13,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lorac.frontend.capture.trace_guards import TraceGuard, find_fixing_line
 from lorac.frontend.inputs.dynamic_shapes import list_dynamic_axes
-from lorac.ir.calls.sizes import Axis, SizeConstraints, find_axes
+from lorac.ir.calls.sizes import Axis, SizeConstraints, find_axes, flatten_argument
 from lorac.ir.graph.edit import find_fake_mode
 from lorac.ir.graph.nodes import find_input_examples
 from lorac.ir.graph.symbolic_shapes import SYMBOL, constant_size
@@ -41,22 +41,20 @@ def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) ->
     return names
 
 
-def collect_dynamic_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
-    """Return the axes that dynamic shapes leave free, by torch's names of inputs.
+def collect_dynamic_axes(values: Mapping[str, object], shapes: Mapping[str, Any]) -> list[Axis]:
+    """Return the axes that dynamic shapes leave free, by the paths of tensors in arguments.
 
     Args:
-        value: inputs by name; inside, tensors in dicts, lists and tuples.
-        axes: their dynamic shapes, nested alike.
-        name: of the input that the value is, or is part of; names of parts are joined by ``_``.
+        values: arguments by name.
+        shapes: their dynamic shapes, nested alike.
     """
-    if isinstance(value, Tensor):
-        return [(name, axis) for axis in list_dynamic_axes(axes)]
-    nested = value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in {list, tuple} else ()
-    nested_axes = axes if isinstance(axes, Mapping) else dict(enumerate(axes or ()))
+    dims = {path: dim for name, axes in shapes.items() for path, dim in flatten_argument(axes, name)}
+    tensors = (found for name, value in values.items() for found in flatten_argument(value, name))
     return [
-        axis
-        for key, inner in nested
-        for axis in collect_dynamic_axes(inner, nested_axes.get(key), f"{name}_{key}".strip("_").lower())
+        (path, axis)
+        for path, tensor in tensors
+        if isinstance(tensor, Tensor)
+        for axis in list_dynamic_axes({axis: dims.get(f"{path}[{axis}]") for axis in range(tensor.dim())})
     ]
 
 

@@ -60,7 +60,7 @@ class Interface:
         constants: arguments that the program holds, with the values of the captured call.
         defaults: arguments that a call may leave out -> the value that the program was captured with.
         id_counts: input that holds ids -> the number of rows of the smallest embedding that reads it.
-        aliases: argument of the model -> the input's name, where the two differ.
+        aliases: argument of the model, or path of a tensor in one -> the input's name, where the two differ.
         row_numbers: input with one number per row, for which a call may give a single one of any dtype -> an input
             with as many rows.
         sizes: which sizes the inputs may have.
@@ -112,7 +112,7 @@ class Interface:
                 continue
             name = self.aliases.get(argument, argument)
             if name not in self._known and isinstance(value, Mapping | list | tuple):
-                given |= self._split_argument(name, value)
+                given |= self._split_argument(argument, value)
             else:
                 given[name] = value
         ordered = {name: given.pop(name) for name in self.inputs if name in given}
@@ -122,11 +122,12 @@ class Interface:
         return Call(kwargs=named, wants_tuple=named.get(RETURN_DICT, True) is False)
 
     def _split_argument(self, name: str, value: object) -> dict[str, object]:
-        """Return a container of tensors as the inputs that are named by their place in it, if there are such."""
-        inputs = [part for part in self.inputs if part.startswith(f"{name}_")]
-        parts = {part: tensor for part, tensor in flatten_argument(value, name) if tensor is not None}
+        """Return the tensors in a container by the program's inputs for their places in it, if there are such."""
+        inputs = [known for path, known in self.aliases.items() if path.startswith(f"{name}[")]
         if not inputs:
             return {name: value}
+        found = flatten_argument(value, name)
+        parts = {self.aliases.get(path, path): tensor for path, tensor in found if tensor is not None}
         if parts.keys() != {*inputs}:
             raise InputMismatch(
                 f"argument '{name}' holds {len(parts)} tensors; the program was captured for {', '.join(inputs)}",
@@ -387,8 +388,3 @@ def _check_ids(name: str, value: object, count: int) -> None:
 
 def _as_tuple(output: object) -> object:
     return tuple(value for value in output.values() if value is not None) if isinstance(output, Mapping) else output
-
-
-def program_input_name(argument: str) -> str:
-    """Return the name that torch gives to the input for an argument of forward."""
-    return argument.lower()

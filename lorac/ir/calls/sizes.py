@@ -257,17 +257,17 @@ _CHANGES: tuple[Callable[[int], int], ...] = (
 """Ways from a size to another one, the nearest first."""
 
 
-def flatten_argument(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the values in nested dicts, lists and tuples with torch's names for inputs: keys joined by ``_``."""
+def flatten_argument(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """Yield the values in nested dicts, lists and tuples with their paths, such as ``batch['images'][0]``."""
     if isinstance(value, Mapping):
         items: Iterable[tuple[object, object]] = value.items()
     elif type(value) in {list, tuple}:
         items = enumerate(value)  # type: ignore[arg-type]  # a list or a tuple
     else:
-        yield name, value
+        yield path, value
         return
     for key, inner in items:
-        yield from flatten_argument(inner, f"{name}_{key}".strip("_").lower())
+        yield from flatten_argument(inner, f"{path}[{key!r}]")
 
 
 def describe_axes(axes: Collection[Axis]) -> str:

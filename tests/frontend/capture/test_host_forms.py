@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,12 +148,76 @@ def test_the_batch_of_tensors_in_dicts_and_lists_varies() -> None:
     assert_close(compiled(**more), _Containers()(**more).detach())
 
 
+class _Capitals(_Host):
+    def forward(self, lS_i: list[Tensor], LS_I: Tensor) -> Tensor:
+        return self.up(lS_i[0] - lS_i[1]) * LS_I
+
+
+class _Keys(_Host):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.up(batch["X"]) - 2 * self.down(batch["x"])
+
+
+class _Letters(_Host):
+    def forward(self, x: Tensor, X: Tensor) -> Tensor:
+        return self.up(x) - 2 * self.down(X)
+
+
+class _Numbered(_Host):
+    def forward(self, xs: list[Tensor], xs_0: Tensor) -> Tensor:
+        return self.up(xs[0]) - 2 * self.down(xs_0)
+
+
+@pytest.mark.parametrize("host", [_Capitals, _Keys, _Letters, _Numbered])
+def test_inputs_may_differ_by_case_or_place_alone(host: type[_Host], tmp_path: Path) -> None:
+    def inputs(rows: int) -> tuple[Any, ...]:
+        x, y = torch.rand(2, rows, 6)
+        return {
+            _Capitals: ([x, y], torch.rand(rows, 1)),
+            _Keys: ({"X": x, "x": y},),
+            _Letters: (x, y),
+            _Numbered: ([x], y),
+        }[host]
+
+    compiled, more = _compiled(host(), inputs(3)), inputs(4)
+    expected = host()(*more).detach()
+    assert_close(compiled(*more), expected)
+    compiled.save(tmp_path)
+    assert_close(lorac.load(tmp_path)(*more), expected)
+
+
 def test_dynamic_shapes_reach_into_dicts_and_lists() -> None:
     inputs = {"named": {"x": torch.rand(3, 6)}, "listed": [torch.rand(1, 5)]}
     shapes = {"named": {"x": {0: Dim("rows")}}, "listed": [None]}
     compiled = _compiled(_Containers(), inputs, dynamic_shapes=shapes)
     more = {**inputs, "named": {"x": torch.rand(7, 6)}}
     assert_close(compiled(**more), _Containers()(**more).detach())
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_a_vector_is_no_batch(mode: str) -> None:
+    host, x = nn.Sequential(nn.Linear(6, 6)).eval(), torch.rand(6)
+    with pytest.warns(lorac.LoracWarning, match="fixed sizes that should vary: axis 0 of 'input', at 6"):
+        compiled = _compiled(host, (x,), targets="0", mode=mode)
+    assert_close(compiled(x + 1), host(x + 1).detach())
+
+
+class _Regrouped(nn.Module):
+    """Cuts each nine rows into five images, as one of PEFT's test models does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.conv, self.down = nn.Linear(10, 40), nn.Conv2d(8, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.conv(self.up(x).reshape(-1, 8, 3, 3)).flatten(1)
+        return torch.log_softmax(self.down(images.relu()), dim=-1)
+
+
+def test_narrows_a_batch_whose_bound_is_a_fraction() -> None:
+    host = _Regrouped().eval()
+    compiled, more = _compiled(host, (torch.rand(9, 10),)), torch.rand(18, 10)
+    assert_close(compiled(more), host(more).detach())
 
 
 class _Features(nn.Module):

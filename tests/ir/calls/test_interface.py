@@ -56,7 +56,8 @@ def test_only_arguments_for_further_arguments_may_be_empty():
 
 
 def test_an_argument_that_holds_several_tensors_is_as_many_inputs():
-    interface = Interface(inputs=("pair_0", "pair_1_b", "x"), arguments=("pair", "x"), outputs=("y",))
+    paths = {"pair[0]": "pair_0", "pair[1]['b']": "pair_1_b"}
+    interface = Interface(inputs=(*paths.values(), "x"), arguments=("pair", "x"), outputs=("y",), aliases=paths)
     one, other, x = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     bound = interface.bind(([one, {"b": other, "c": None}], x), {}).kwargs
     assert [bound[name] is tensor for name, tensor in (("pair_0", one), ("pair_1_b", other), ("x", x))] == [True] * 3
