@@ -41,7 +41,7 @@ class _LogFilter(logging.Filter):
 def _has_own_level(name: str, library: str) -> bool:
     """Return whether a logger below a library's has a level that somebody gave it."""
     logger: logging.Logger | None = logging.getLogger(name)
-    while logger is not None and logger.name != library:
+    while logger is not None and logger.name not in (library, "root"):  # a library may have no logger of its name
         if logger.level != logging.NOTSET:
             return True
         logger = logger.parent

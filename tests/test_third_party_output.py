@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import third_party_output
 from lorac.third_party_output import SUPPRESSED_LOGGERS, suppress_third_party_output
 
 
@@ -105,6 +106,18 @@ def test_a_logger_with_a_level_of_its_own_speaks():
     finally:
         logger.removeHandler(handler)
     assert handler.messages == ["asked for"]
+
+
+def test_a_library_without_a_logger_of_its_name_is_not_seen(monkeypatch):
+    monkeypatch.setattr(third_party_output, "SUPPRESSED_LOGGERS", ("nameless",))
+    logger, handler = logging.getLogger("nameless.passes"), RecordingHandler()
+    logger.addHandler(handler)
+    try:
+        with suppress_third_party_output():
+            logger.error("not asked for")
+    finally:
+        logger.removeHandler(handler)
+    assert not handler.messages
 
 
 class Watched(nn.Module):

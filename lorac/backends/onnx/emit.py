@@ -125,8 +125,9 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
     common_passes.OutputFixPass()(model)
     wanted = dict(zip(model.graph.outputs, names, strict=True))
     taken = set(wanted.values())
-    values = [value for node in model.graph.all_nodes() for value in node.outputs if value.name in taken]
-    for value in [value for value in values if value not in wanted]:
+    computed = (value for node in model.graph.all_nodes() for value in node.outputs)
+    values = (*computed, *model.graph.initializers.values())
+    for value in [value for value in values if value.name in taken and value not in wanted]:
         value.name = f"{value.name}_value"
     for value, name in {**wanted, **inputs}.items():
         value.name = name

@@ -89,6 +89,7 @@ class Host(nn.Module):
     def __init__(self, structure: str) -> None:
         super().__init__()
         self.structure, self.layer = structure, nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x: Tensor, other: Tensor) -> Any:
         y, z = self.layer(x), x + other
@@ -98,6 +99,7 @@ class Host(nn.Module):
             "nested": {"scores": y, "hidden": (z, y * 2), "x": z * 2},
             "named": Pair(y, z),
             "passed": {"y": y, "same": y, "x": x},
+            "parameters": {"y": y, "scale": self.scale.exp(), "layer.weight": self.layer.weight * self.scale},
         }
         return found[self.structure]
 
@@ -108,10 +110,11 @@ NAMES = {
     "nested": ["scores", "hidden.0", "hidden.1", "x.output"],
     "named": ["output.0", "output.1"],
     "passed": ["y", "same", "x.output"],
+    "parameters": ["y", "scale", "layer.weight"],
 }
 
 
-@pytest.mark.medium("a nested answer and a tensor", keep=["nested", "tensor"])
+@pytest.mark.medium("a nested answer, a tensor and names of parameters", keep=["nested", "tensor", "parameters"])
 @pytest.mark.parametrize("structure", NAMES)
 @torch.no_grad()
 def test_emits_outputs_of_every_structure(structure: str) -> None:
