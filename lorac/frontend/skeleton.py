@@ -101,7 +101,7 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
         if entry.get("buffer"):
             _module_at(root, owner).register_buffer(leaf, tensor)
         else:
-            _module_at(root, owner).register_parameter(leaf, tensor)  # type: ignore[arg-type]  # not a buffer: a Parameter
+            setattr(_module_at(root, owner), leaf, tensor)  # attention holds None under the names of its further biases
     return root.eval()
 
 

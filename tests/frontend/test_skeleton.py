@@ -46,3 +46,9 @@ def test_ignores_class_names_that_are_not_identifiers() -> None:
     assert type(build_skeleton(described).get_submodule("0")).__name__ == "_Plain"
     described["modules"]["0"]["class"] = "somewhere.not a name"
     assert type(build_skeleton(described).get_submodule("0")) is nn.Module
+
+
+def test_attention_with_biases_of_keys_and_values_has_a_skeleton() -> None:
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    found = build_skeleton(json.loads(json.dumps(describe_skeleton(nn.Sequential(attention)))))
+    assert found.get_parameter("0.bias_k").shape == attention.bias_k.shape
