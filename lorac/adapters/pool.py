@@ -18,6 +18,7 @@ from lorac.adapters.stored import StoredAdapter
 from lorac.errors import AdapterError
 from lorac.ir.slots.choice import require_adapter
 from lorac.ir.slots.plans import PreparedAdapter
+from lorac.ir.traces.gate import outside_traces
 from lorac.target.memory_budget import Charge, MemoryBudget
 from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
@@ -295,8 +296,8 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         addresses = tuple([tensor.data_ptr() for tensor in tensors])
         same = before.sums[: len(tensors)] == addresses and all(map(operator.is_, before.tensors, tensors))
         bits = before.bits if same else tuple([t.detach().view(_INTEGERS[t.element_size()]) for t in tensors])
-        # One transfer brings the sums from a device.
-        sums = torch.stack([each.sum().to(bits[0].device) for each in bits]).tolist()
+        with outside_traces():  # one transfer brings the sums from a device
+            sums = torch.stack([each.sum().to(bits[0].device) for each in bits]).tolist()
         return TensorVersions(tuple(versions), tuple(tensors), (*addresses, *sums), bits)
 
 

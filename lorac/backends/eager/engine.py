@@ -162,6 +162,8 @@ class EagerEngine(Engine):
 
     def make_call(self, active: ActiveSlots) -> ForwardCall:
         """Return the state of a call that begins now, with the terms that it computes."""
+        if self.mode == "baked" and torch.compiler.is_exporting():
+            return ForwardCall(active)  # torch.export stands in for all weights, which hold the choice
         terms = self._terms.current(active.choice)
         given = self._weights.are_given() or terms is not self._terms
         return ForwardCall(active, terms if self.computes_terms or given else None)

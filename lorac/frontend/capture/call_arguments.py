@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureError, short
 from lorac.frontend.capture.trace_guards import find_running_model_line
@@ -22,6 +21,7 @@ from lorac.frontend.model_runner import ModelRunner
 from lorac.ir.calls.call import Call, Inputs
 from lorac.ir.calls.fixed_arguments import to_json_value
 from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
+from lorac.ir.traces.gate import outside_traces
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _ConstantEvaluation(TorchFunctionMode):
         known = all(type(tensor) is Tensor for tensor in tensors) if tensors else func in _MAKERS
         if symbols or not known:
             return func(*args, **given)
-        with _disable_current_modes():
+        with outside_traces():
             return func(*args, **given)
 
 

@@ -6,9 +6,17 @@ transformers' exporters. Two threads that trace at once read each other's.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _GATE = threading.RLock()
+
+
+def outside_traces() -> AbstractContextManager[object]:
+    """Return a block that computes at once, also where an exporter traces the code around it."""
+    return _disable_current_modes() if torch.compiler.is_exporting() else nullcontext()
 
 
 @contextmanager
