@@ -98,11 +98,13 @@ class Compiled:
         def run(own: Call, group: RowGroup) -> CallResult:
             return self.switch.with_rows(group, lambda bound, _: bound.run(graph, own))
 
-        if isinstance(adapters, Sequence) and not isinstance(adapters, str):
+        by_row = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+        if by_row:
             check_rows(call.rows, adapters)
+        if by_row and adapters:
             result = self.switch.run_grouped(adapters, graph, lambda groups: run_rows(run, call, groups))
         else:
-            result = self.switch.with_choice(adapters, lambda bound, _: bound.run(graph, call))
+            result = self.switch.with_choice(None if by_row else adapters, lambda bound, _: bound.run(graph, call))
         self._last_call.aux = result.aux
         return result.output
 

@@ -58,6 +58,12 @@ def test_returns_numpy_for_numpy():
     y = compiled(tokens=X.numpy(), adapters=ROWS)
     assert isinstance(y, np.ndarray)
     assert y.tobytes() == raw(answer(compiled, adapters=ROWS))
+    assert compiled(tokens=X.numpy()[::-1], adapters=ROWS[::-1]).tobytes() == y[::-1].tobytes()
+
+
+def test_no_rows_have_no_choices():
+    compiled = build(pair("lora", "hydra"), "eager")
+    assert answer(compiled, X[:0], adapters=[]).shape == answer(compiled, X[:0]).shape
 
 
 @pytest.mark.parametrize("rows", [[], ["a"], ["a", "b"], ["a", "b", None, None]], ids=len)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,8 @@ def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor
         ChoiceError: the value is of another kind.
     """
     try:
+        if isinstance(value, np.ndarray) and min(value.strides, default=0) < 0:  # which torch takes no view of
+            value = value.copy()
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise not_numbers_error(name, error) from error
