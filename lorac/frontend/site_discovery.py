@@ -75,6 +75,8 @@ def _layer_site(path: str, module: nn.Module) -> Site | None:
 def read_conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
     """Return a convolution's geometry. Padding that the op cannot do (another mode, one side) goes to ``before``."""
     pads = module._reversed_padding_repeated_twice
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):  # a subclass may pad by itself
+        pads = [size for size in reversed(module.padding) for _ in range(2)]
     lopsided = any(pads[i] != pads[i + 1] for i in range(0, len(pads), 2))
     outside = any(pads) and (module.padding_mode != "zeros" or lopsided)
     return ConvGeometry(

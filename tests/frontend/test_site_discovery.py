@@ -201,6 +201,17 @@ def test_padding_of_convolutions():
     assert {path: site.conv for path, site in described.items()} == conv
 
 
+@pytest.mark.parametrize("target", ["eager", pytest.param("onnxruntime", marks=pytest.mark.medium("eager"))])
+@torch.no_grad()
+def test_padding_is_that_of_the_call_where_it_was_changed_after_construction(target):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).eval()  # as Wan's convolutions, which pad by themselves
+    model[0].padding = (0, 0)
+    x = torch.linspace(-1, 1, 2 * 3 * 25).reshape(2, 3, 5, 5)
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=1, targets="all-conv")}, target=target, example_inputs=(x,))
+    assert_close(compiled(x), model(x))
+    assert_close(compiled(x, adapters=None), model(x))
+
+
 def test_an_attentions_weights():
     """Its packed projection is the module's site; where keys or values have a width of their own there are three."""
     model = nn.ModuleDict(
