@@ -97,8 +97,7 @@ def _place(pipeline: Pipeline, compiled: Compiled, models: Mapping[str, nn.Modul
     placed: Any = copy.copy(pipeline)
     placed.__class__ = make_pipeline_class(type(pipeline))
     placed.compiled, placed.running_call = compiled, running
-    for name in compiled.traits:
-        setattr(placed, name, PipelinePart(compiled, name, running, models.get(name)))
+    vars(placed).update({name: PipelinePart(compiled, name, running, models.get(name)) for name in compiled.traits})
     made: CompiledPipeline = placed
     return made
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorac.diffusion.running_call import RunningCall
-from lorac.errors import Unavailable
+from lorac.errors import Unavailable, UnknownAttribute
 from lorac.frontend.host import Host, PlainHost
 from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET
@@ -20,6 +20,8 @@ _LEFT = frozenset({"safety_checker", "image_encoder", "feature_extractor", "cont
 """Models of pipelines that adapters do not change."""
 _HALVES = (torch.float16, torch.bfloat16)
 _HIDDEN_STATES = "output_hidden_states"
+_VALUES = (bool, int, float, str, list, tuple, torch.Tensor)
+"""Attributes of models that pipelines read as they are, such as statistics of latents."""
 _READ_BY_LAYER = frozenset({"clip_text_model", "clip"})
 """Text encoders whose inner layers' states pipelines read."""
 
@@ -65,8 +67,8 @@ class PipelinePart:
     ) -> None:
         self.component, self._name = compiled[name], name
         self._running, self._model = running, model
-        interface = compiled.engine.interfaces.get(name)
-        self._gives_states = interface is not None and interface.constants.get(_HIDDEN_STATES) is True
+        self._interface = compiled.engine.interfaces.get(name)
+        self._gives_states = self._interface is not None and self._interface.constants.get(_HIDDEN_STATES) is True
         self._adaptable = any(not plan.empty for path, plan in compiled.plans.items() if path.startswith(f"{name}."))
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
@@ -83,11 +85,12 @@ class PipelinePart:
             return tuple(value for value in output if not isinstance(value, tuple))
         return type(output)(**{key: value for key, value in output.items() if key != "hidden_states"})
 
-    def decode(self, z: Any, return_dict: bool = True, generator: object = None) -> Any:
-        """Decode latents as the VAE does, which draws no random numbers from the generator."""
-        return self(z.to(self.component.dtype), return_dict=return_dict)
+    def decode(self, z: Any, *args: Any, generator: object = None, **kwargs: Any) -> Any:
+        """Decode latents as the VAE does; a program draws no random numbers from the generator."""
+        drawn = {} if generator is None or self._interface is not None else {"generator": generator}
+        return self(z.to(self.component.dtype), *args, **kwargs, **drawn)
 
-    def encode(self, x: Any, return_dict: bool = True) -> Any:
+    def encode(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode images as the original VAE does; adapters act on the decoder.
 
         Raises:
@@ -98,7 +101,7 @@ class PipelinePart:
                 f"'{self._name}' was compiled to decode, and there is no model that encodes",
                 next_step="give the pipeline its own VAE before the compiled models are placed in it",
             )
-        return self._model.encode(x, return_dict=return_dict)  # type: ignore[operator]  # a method of VAEs
+        return self._model.encode(x, *args, **kwargs)  # type: ignore[operator]  # a method of VAEs
 
     def to(self, *args: Any, **kwargs: Any) -> "PipelinePart":
         """Return the part, which keeps its device and dtype; a VAE stays in float32 whatever dtype is wanted.
@@ -113,7 +116,7 @@ class PipelinePart:
         return self
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **kwargs: object) -> Iterator[None]:
         """Do nothing around a block of calls: a compiled transformer keeps no cache between steps."""
         yield
 
@@ -122,7 +125,20 @@ class PipelinePart:
 
     if not TYPE_CHECKING:  # a type checker would take every attribute to exist
 
+        def __getattribute__(self, name: str) -> Any:
+            # diffusers asks for that of whatever a pipeline is made of: in another one, nothing would set adapters
+            return self.__getattr__(name) if name == "__module__" else super().__getattribute__(name)
+
         def __getattr__(self, name: str) -> Any:
+            if name == "__module__":
+                raise UnknownAttribute(
+                    f"'{self._name}' is compiled, and stands in one pipeline alone",
+                    next_step="make another of the original's models, and place the compiled ones there: "
+                    "lorac.diffusion.place_parts(Other(**original.components), pipeline.compiled)",
+                )
             if name.startswith("__"):  # Python itself asks for those
                 raise AttributeError(name)
+            own = getattr(self._model, name, None)
+            if isinstance(own, _VALUES) or (isinstance(own, nn.Module) and next(own.parameters(), None) is None):
+                return own  # no adapter changes those
             return getattr(self.component, name)

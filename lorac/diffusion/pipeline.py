@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,8 +18,13 @@ from lorac.ir.slots.choice import UNSET, Choice
 from lorac.session.compiled import Compiled
 from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 
-_SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-"""Arguments of pipelines in which diffusers takes the strength of LoRAs."""
+_STRENGTH = re.compile("lora_scale|.*attention_kwargs")
+"""Arguments in which diffusers takes the strength of LoRAs."""
+_MAKING = re.compile("(from|load_lora|save_lora)_")
+"""Methods of classes that make pipelines, or load or write a model's LoRA."""
+_LORA_LOADERS = "diffusers.loaders.lora"
+"""Where diffusers' methods about LoRAs are."""
+_EARLIER = "call it on the original pipeline, then compile that"
 
 
 class Pipeline(Protocol):
@@ -53,15 +59,25 @@ class CompiledPipeline:
             adapters: a choice for this call, or a list with one per prompt; default: the active one. A swap meanwhile
                 takes effect in the next call.
         """
-        scale = 1.0
-        for name in _SCALES:
-            if isinstance(kwargs.get(name), Mapping) and "scale" in kwargs[name]:
-                rest = dict(kwargs[name])
-                scale, kwargs[name] = rest.pop("scale"), rest or None
-        images = int(kwargs.get("num_images_per_prompt") or 1)
-        with hold_adapters(self.compiled, adapters, scale, images) as running:
-            call = super().__call__  # type: ignore[misc]  # the pipeline's
-            return run_with_value(self.running_call, running, lambda: call(*args, **kwargs))
+        call = super().__call__  # type: ignore[misc]  # the pipeline's
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        images = next((n for name, n in bound.arguments.items() if re.fullmatch(r"num_\w+_per_prompt", name)), None)
+        with hold_adapters(self.compiled, adapters, self._take_strength(bound), int(images or 1)) as running:
+            return run_with_value(self.running_call, running, lambda: call(*bound.args, **bound.kwargs))
+
+    def _take_strength(self, call: inspect.BoundArguments) -> Any:
+        """Take the strength of LoRAs out of the arguments of a call; 1 where there is none."""
+        scale: Any = None
+        for name, value in list(call.arguments.items()):
+            if name == "lora_scale":
+                scale = call.arguments.pop(name)
+            elif _STRENGTH.fullmatch(name) and isinstance(value, Mapping) and "scale" in value:
+                rest = dict(value)
+                scale, call.arguments[name] = rest.pop("scale"), rest or None
+        if scale is None:
+            return 1.0
+        self._lora_scale = scale
+        return scale
 
     def load_lora_weights(
         self,
@@ -200,20 +216,54 @@ class CompiledPipeline:
 
 @functools.cache
 def make_pipeline_class(cls: type) -> type[CompiledPipeline]:
-    """Make the class of compiled pipelines of a class."""
+    """Make the class of compiled pipelines of a class, of its name, by which diffusers finds pipelines of other tasks.
+
+    Methods that work on models of diffusers are refused, and those that take the strength of LoRAs hold the adapters
+    at that strength.
+    """
     steps = {**LORAC_STEPS, **COMPUTING_STEPS}
-    own = [name for name in steps if not hasattr(CompiledPipeline, name)]
-    # Methods of the class itself, not of instances, change no pipeline.
-    refused = [name for name in own if inspect.isfunction(inspect.getattr_static(cls, name, None))]
-    methods = {name: _refuse_method(name, steps[name]) for name in refused}
-    members = {"__module__": __name__, "__doc__": cls.__doc__, **methods}
-    return type(f"Compiled{cls.__name__}", (CompiledPipeline, cls), members)
+    members: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": f"Compiled{cls.__name__}",
+        "__doc__": cls.__doc__,
+    }
+    for name in dir(cls):
+        member = inspect.getattr_static(cls, name)
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        if isinstance(member, classmethod):
+            refused = _MAKING.match(name) is not None
+        elif hasattr(CompiledPipeline, name) or not inspect.isfunction(member):
+            continue
+        else:
+            refused = name in steps or (name[0] != "_" and owner.__module__.startswith(_LORA_LOADERS))
+            if not refused and any(map(_STRENGTH.fullmatch, inspect.signature(member).parameters)):
+                members[name] = _take_strengths(member)
+        if refused:
+            members[name] = _refuse_method(name, steps.get(name, _EARLIER))
+    return type(cls.__name__, (CompiledPipeline, cls), members)
+
+
+def _take_strengths(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of pipelines that holds the adapters at the strength that it is given."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def method(self: CompiledPipeline, *args: object, **kwargs: object) -> Any:
+        bound, running = signature.bind(self, *args, **kwargs), self.running_call.get()
+        scale = self._take_strength(bound)
+        if scale == 1:
+            return function(*bound.args, **bound.kwargs)
+        adapters, images = (UNSET, 1) if running is None else (running.choices, running.images)
+        with hold_adapters(self.compiled, adapters, scale, images) as held:
+            return run_with_value(self.running_call, held, lambda: function(*bound.args, **bound.kwargs))
+
+    return method
 
 
 def _refuse_method(name: str, step: str) -> Callable[..., NoReturn]:
     def method(self: CompiledPipeline, *args: object, **kwargs: object) -> NoReturn:
         raise Unavailable(
-            f"'{name}' changes models of diffusers, and the models of this pipeline are compiled", next_step=step
+            f"'{name}' is for models of diffusers, and the models of this pipeline are compiled", next_step=step
         )
 
     method.__name__, method.__doc__ = name, f"Raise ``Unavailable``: {step}."

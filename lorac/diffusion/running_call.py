@@ -26,6 +26,12 @@ class RunningCall:
     shared: bool
     images: int
 
+    @property
+    def choices(self) -> Adapters:
+        """The choices, as ``adapters=`` of a call takes them."""
+        each = [dict(one.choice) for one in self.held]
+        return each[0] if self.shared else each
+
     def choose(self, rows: int) -> HeldChoice | list[HeldChoice]:
         """Return the choice for a call of a model, or one for each of its rows.
 
@@ -69,5 +75,6 @@ def hold_adapters(model: Compiled, adapters: Adapters, scale: float, images: int
 def _scale(model: Compiled, choice: ChoiceSpec, scale: float) -> ChoiceSpec:
     if scale == 1:
         return choice
+    parse_choice({"scale": scale}, ["scale"])  # refuses all but numbers
     active = model.choice if choice is UNSET else parse_choice(choice, model.pool)
     return {name: replace(one, strength=one.strength * scale) for name, one in active}

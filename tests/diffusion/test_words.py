@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from tests.refusing import refuses
 
 diffusers = pytest.importorskip("diffusers")
 CHANGES = re.compile("(enable|disable|set|fuse|unfuse|load|unload)_")
-READ_ONLY = {"lora_scale", "lora_state_dict", "pack_weights", "save_lora_weights", "write_lora_layers"}
-"""Names that change no pipeline: a number, and functions of files and tensors."""
-HELPERS = {"load_lora_into_unet", "load_lora_into_text_encoder", "load_lora_into_transformer"}
-"""Functions of models, which ``load_lora_weights`` calls; compiled models refuse what these do."""
+LORA = re.compile("(?!ip_).*(lora|adapter_(name|weight)|attention_kwargs).*")
+"""Parameters that hold a LoRA, or its strength."""
+READ_ONLY = {"lora_state_dict", "pack_weights", "write_lora_layers"}
+"""Functions of files and tensors, which change no pipeline."""
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,8 @@ def test_samples_as_diffusers_with_the_file(original: Any, pipeline: Any, file: 
     )
     loaded.load_lora_weights(tmp_path / "style.safetensors", adapter_name="style")
     pipeline.load_lora_weights(file)
+    scaled = [p.encode_prompt("a cat", "cpu", 1, False, lora_scale=0.3)[0] for p in (pipeline, loaded)]
+    assert torch.equal(*scaled)
     for scale in (1.0, 0.5):
         ours, theirs = (paint(p, cross_attention_kwargs={"scale": scale}) for p in (pipeline, loaded))
         assert np.array_equal(ours, theirs)
@@ -108,31 +112,110 @@ def test_adapters_are_switched_off_and_on(original: Any, pipeline: Any, file: Pa
     assert pipeline.fused_loras == set()
 
 
-def test_every_method_of_adapters_acts_or_is_rejected(pipeline: Any) -> None:
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+def find_words(cls: type) -> set[str]:
+    """The public methods of a pipeline that take or change a LoRA."""
+    found = set()
+    for name in dir(cls):
+        member = inspect.getattr_static(cls, name)
+        function = getattr(member, "__func__", member)
+        if inspect.isfunction(function) and (name[0] != "_" or name == "__call__"):
+            parameters = inspect.signature(function).parameters
+            at_loaders = function.__module__.startswith("diffusers.loaders.lora")
+            found |= {name} if at_loaders or any(map(LORA.fullmatch, parameters)) else set()
+    return found - READ_ONLY
 
-    names = {name for cls in StableDiffusionLoraLoaderMixin.__mro__[:-1] for name in vars(cls) if name[0] != "_"}
-    methods = {name for name in names if callable(inspect.getattr_static(StableDiffusionLoraLoaderMixin, name))}
-    own = {name for cls in type(pipeline).__mro__[:2] for name in vars(cls)}
-    assert names - own - READ_ONLY - HELPERS - {"unet_name", "text_encoder_name"} == set()
-    for name in methods & {*vars(type(pipeline))}:
-        with refuses("unavailable", match=f"'{name}' changes models of diffusers"):
+
+def check_words(cls: type) -> None:
+    """Check that lorac has a method of its own for each of them."""
+    assert find_words(cls) <= {*vars(make_pipeline_class(cls)), *vars(CompiledPipeline)}
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "LTX"])
+def test_every_method_that_changes_models_acts_or_is_rejected(kind: str) -> None:
+    cls = getattr(diffusers, f"{kind}Pipeline")
+    check_words(cls)
+    own = {*vars(make_pipeline_class(cls)), *vars(CompiledPipeline)}
+    changing = {n for n in dir(cls) if CHANGES.match(n) and inspect.isfunction(inspect.getattr_static(cls, n))}
+    assert changing - own == {"set_progress_bar_config"}
+
+
+@pytest.mark.medium("five pipelines of all")
+def test_every_word_of_loras_acts_or_is_rejected() -> None:
+    code = """
+import diffusers, inspect, warnings
+from tests.diffusion.test_words import check_words, find_words
+warnings.simplefilter("ignore")
+words = 0
+for name in dir(diffusers):
+    try:
+        cls = getattr(diffusers, name)
+    except Exception:  # one that this environment lacks a library for
+        continue
+    if inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline):
+        check_words(cls)
+        words += len(find_words(cls))
+assert words > 2000, words
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_methods_for_models_of_diffusers_are_rejected(pipeline: Any) -> None:
+    for name in ("fuse_lora", "set_lora_device", "save_lora_weights", "load_lora_into_unet", "from_pipe"):
+        with refuses("unavailable", match=f"'{name}' is for models of diffusers"):
             getattr(pipeline, name)()
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"])
-def test_every_method_that_changes_models_acts_or_is_rejected(kind: str) -> None:
-    cls = make_pipeline_class(getattr(diffusers, f"{kind}Pipeline"))
-    own = {*vars(cls), *vars(CompiledPipeline)}
-    changing = {
-        name for name in dir(cls) if CHANGES.match(name) and inspect.isfunction(inspect.getattr_static(cls, name))
-    }
-    assert changing - own == {"set_progress_bar_config"}
+def test_words_of_loras_on_parts_are_rejected(pipeline: Any) -> None:
+    from diffusers.loaders import UNet2DConditionLoadersMixin
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from transformers.integrations.peft import PeftAdapterMixin as TextMixin
+
+    parts = {PeftAdapterMixin: "unet", UNet2DConditionLoadersMixin: "unet", TextMixin: "text_encoder"}
+    for mixin, part in parts.items():
+        for name in (name for name in dir(mixin) if name[0] != "_" and callable(getattr(mixin, name))):
+            for owner in (getattr(pipeline, part), pipeline.components[part]):
+                with pytest.raises(AttributeError, match=r"compile|lorac\.") as caught:
+                    getattr(owner, name)
+                assert isinstance(caught.value, lorac.LoracError)
+    states = torch.randn(2, 12, 16)
+    with refuses("choice_error", match="compiled.swap"):
+        pipeline.unet(torch.randn(2, 4, 16, 16), 1, states, cross_attention_kwargs={"scale": 0.5})
+
+
+def test_the_strength_of_loras_in_encode_prompt_acts(pipeline: Any, file: Path) -> None:
+    def encode(*rest: Any, **options: Any) -> torch.Tensor:
+        states: torch.Tensor = pipeline.encode_prompt("a cat", "cpu", 1, False, *rest, **options)[0]
+        return states
+
+    pipeline.load_lora_weights(file)
+    whole, named, placed = encode(), encode(lora_scale=0.3), encode(None, None, None, 0.3)
+    assert pipeline.lora_scale == 0.3 and pipeline.compiled.active == {"style": 1.0}
+    pipeline.set_adapters("style", 0.3)
+    assert torch.equal(named, encode()) and torch.equal(placed, named) and not torch.equal(named, whole)
+    with refuses("choice_error", match="the strength of 'scale' is 'x', which is not a number"):
+        encode(lora_scale="x")
+    with refuses("choice_error", match="the strength of 'scale' is 'x', which is not a number"):
+        paint(pipeline, cross_attention_kwargs={"scale": "x"})
+
+
+def test_a_compiled_part_is_rejected_in_another_pipeline(original: Any, pipeline: Any) -> None:
+    with refuses("unknown_attribute", match=r"place_parts\(Other\(\*\*original.components\), pipeline.compiled\)"):
+        diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+    with refuses("unknown_attribute", match="'vae' is compiled, and stands in one pipeline alone"):
+        diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+    with refuses("unknown_attribute", match="place_parts"):
+        diffusers.StableDiffusionPipeline(**pipeline.components)
+    kept = original.unet
+    with refuses("unknown_attribute", match="'unet' is compiled"):
+        original.unet = pipeline.unet
+    assert original.unet is kept and pipeline.config["unet"] == ("diffusers", "UNet2DConditionModel")
+    other = diffusers.StableDiffusionImg2ImgPipeline(**original.components)
+    assert isinstance(lorac.diffusion.place_parts(other, pipeline.compiled), CompiledPipeline)
 
 
 def test_rejects_changes_of_the_computation_after_compiling(pipeline: Any) -> None:
     for name in ("enable_freeu", "enable_attention_slicing", "enable_xformers_memory_efficient_attention"):
-        with refuses("unavailable", match=f"'{name}' changes models of diffusers"):
+        with refuses("unavailable", match=f"'{name}' is for models of diffusers"):
             getattr(pipeline, name)()
     with pytest.raises(AttributeError, match=r"parts=\[\.\.\.\]\) leaves a model to PyTorch"):
         pipeline.vae.enable_tiling()
