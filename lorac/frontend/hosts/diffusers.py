@@ -4,7 +4,8 @@ An argument of one name holds the same in all of them, so each has one row in a 
 """
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,15 @@ from lorac.argument_types import JsonMapping
 from lorac.frontend.host import Host, describe_tensors
 from lorac.ir.calls.call import Inputs
 
-_ROWS, _TOKENS, _PATCHES = 2, 7, (2, 3)
+_ROWS, _TOKENS, _FRAMES, _PATCHES = 2, 7, 4, (2, 3)
 _TIME_IDS = 6
 """Sizes and crops that Stable Diffusion XL is conditioned on."""
 
 Shape = tuple[int, ...]
 
-_IMAGE = {2: "height", 3: "width"}
+_IMAGE, _VIDEO = {2: "height", 3: "width"}, {2: "frames", 3: "height", 4: "width"}
 _AXES: Mapping[tuple[str, int], Mapping[int, str]] = {
-    **{(name, 4): _IMAGE for name in ("sample", "hidden_states", "z", "x")},
+    **{(name, 2 + len(axes)): axes for name in ("sample", "hidden_states", "z", "x") for axes in (_IMAGE, _VIDEO)},
     ("hidden_states", 3): {1: "patches"},
     ("img_ids", 2): {0: "patches"},
     ("encoder_hidden_states", 3): {1: "tokens"},
@@ -35,7 +36,7 @@ class DiffusersHost(Host):
 
     named_sizes = (False,)  # it restricts its rows (upsampling distinguishes 64), which torch refuses for a named size
     row_numbers = ("timestep",)  # schedulers give one for all rows, as integers or floats
-    free_sizes = frozenset({"height", "width", "patches", "tokens"})
+    free_sizes = frozenset({"frames", "height", "width", "patches", "tokens"})
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
@@ -58,6 +59,8 @@ class DiffusersHost(Host):
             return {name: self._make(inner) for name, inner in shape.items()}
         if shape == (_ROWS,):  # a time or a strength for each row
             return torch.linspace(0.25, 0.75, _ROWS, device=self.device)
+        if len(shape) == 2 + len(_IMAGE) and any(isinstance(module, nn.Conv3d) for module in self.model.modules()):
+            shape = (*shape[:2], _FRAMES, *shape[2:])
         return self.make_wave(shape)
 
     def axes(self, name: str, value: Tensor, inputs: Inputs) -> dict[int, str]:
@@ -90,12 +93,16 @@ def _size(config: JsonMapping, names: Collection[str]) -> int | None:
 def _image(config: JsonMapping) -> Shape | None:
     """Return the shape of images or latents whose sides a model halves, or cuts into patches."""
     channels, blocks = config.get("in_channels"), config.get("block_out_channels")
-    factor = 2 ** (len(blocks) - 1) if blocks else config.get("patch_size")
+    factor = 2 ** (len(blocks) - 1) if blocks else _largest(config.get("patch_size"))
     return (_ROWS, channels, *(factor * size for size in _PATCHES)) if channels and factor else None
 
 
+def _largest(size: object) -> Any:
+    return max(size) if isinstance(size, Sequence) else size  # of frames, rows and columns
+
+
 def _latents_or_patches(config: JsonMapping) -> Shape | None:
-    if "sample_size" in config:
+    if "sample_size" in config or isinstance(config.get("patch_size"), Sequence):
         return _image(config)
     channels = config.get("in_channels")
     return (_ROWS, _PATCHES[0] * _PATCHES[1], channels) if channels else None
@@ -112,7 +119,7 @@ def _vectors(*names: str, items: Shape = ()) -> Callable[[JsonMapping], Shape | 
 
 
 def _latents(config: JsonMapping) -> Shape | None:
-    channels = config.get("latent_channels")
+    channels = _size(config, ("latent_channels", "z_dim"))
     return (_ROWS, channels, *_PATCHES) if channels else None
 
 
@@ -137,7 +144,7 @@ _SHAPES: Mapping[str, Callable[[JsonMapping], Shape | Mapping[str, Shape] | None
     "z": _latents,
     "timestep": lambda config: (_ROWS,),
     "encoder_hidden_states": _vectors(
-        "joint_attention_dim", "cross_attention_dim", "caption_channels", items=(_TOKENS,)
+        "joint_attention_dim", "cross_attention_dim", "caption_channels", "text_dim", items=(_TOKENS,)
     ),
     "pooled_projections": _vectors("pooled_projection_dim"),
     "img_ids": _positions(_PATCHES[0] * _PATCHES[1]),
