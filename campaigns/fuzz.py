@@ -30,8 +30,11 @@ from typing import Any
 import torch
 
 import lorac
-from campaigns import mutations, sound
+from campaigns import mutations, sound, special_files
 from lorac.limits import ReadBudget
+from lorac.merging import merge_checkpoint
+from lorac.merging.recipe import read_merge_recipe
+from lorac.merging.stored_model import StoredModel
 from lorac.trainer import read_recipe
 from lorac.trainer.checkpoints import open_checkpoint
 
@@ -43,7 +46,7 @@ SLACK_SECONDS, SLACK_BYTES = 1.0, 64 << 20
 """On top of the budget: for steps that cannot be interrupted, and for what an allocator keeps."""
 CEILING = 4 << 30
 """Address space that a process may take beyond what it was forked with."""
-WEIGHTS = {"native": 6, "peft": 6, "bin": 4, "artifact": 6, "training": 4}
+WEIGHTS = {"native": 6, "peft": 6, "bin": 4, "artifact": 6, "training": 4, special_files.KIND: 6}
 """How often each kind is chosen; every other one half as often as a method's."""
 KEPT = Path(".cache/fuzz")
 
@@ -83,14 +86,18 @@ class Campaign:
     def __init__(self, seed: int, folder: Path, kinds: Sequence[str] = ()) -> None:
         self.seed, self.folder = seed, folder
         self.sound = collections.defaultdict(list)
-        for one in (one for one in sound.read(folder) if not kinds or one.kind in kinds):
+        is_special = special_files.KIND in kinds
+        for one in (one for one in sound.read(folder) if not kinds or is_special or one.kind in kinds):
             self.sound[one.kind].append(one)
+        self.kinds = sorted(kinds or [*self.sound, special_files.KIND])
         self.hosts = {one.host: sound.model(one.host) for ones in self.sound.values() for one in ones if one.host}
 
     def check(self) -> None:
         """Everything loads as long as nobody damages it."""
         for one in self.sound.get("recipe", ()):
             read_recipe(self.folder / one.place)  # it imports what a recipe's arguments are of
+        for one in self.sound.get("model", ()):
+            StoredModel.open(self.folder / one.place)
         for one in (one for ones in self.sound.values() for one in ones if one.host and not one.is_refused):
             place, host = self.folder / one.place, self.hosts[one.host]
             open_checkpoint(place).adapters(host) if one.kind == "training" else lorac.load_adapter(place, host)
@@ -98,15 +105,15 @@ class Campaign:
     def prepared(self, index: int, folder: Path) -> tuple[sound.Sound, Path, random.Random]:
         """Write the damaged file of a case into a folder."""
         chance = random.Random(f"{self.seed}/{index}")
-        kinds = sorted(self.sound)
-        kind = chance.choices(kinds, [WEIGHTS.get(kind, 2) for kind in kinds])[0]
-        chosen = chance.choice(self.sound[kind])
+        kind = chance.choices(self.kinds, [WEIGHTS.get(kind, 2) for kind in self.kinds])[0]
+        is_special = kind == special_files.KIND
+        chosen = chance.choice(self.sound[chance.choice(sorted(self.sound)) if is_special else kind])
         source = self.folder / chosen.place
         place = folder / f"it{source.suffix}"
         shutil.copytree(source, place) if source.is_dir() else shutil.copyfile(source, place)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mutations.damage(kind, place, chance)
+            special_files.put_below(place, chance) if is_special else mutations.damage(kind, place, chance)
         return chosen, place, chance
 
     def run(self, index: int) -> Result:
@@ -149,6 +156,12 @@ class Campaign:
             return
         if chosen.kind == "recipe":
             read_recipe(place)
+            return
+        if chosen.kind == "merge_recipe":
+            read_merge_recipe(place)
+            return
+        if chosen.kind == "model":
+            merge_checkpoint(place, self.folder / sound.MERGED, place.with_name("merged"))
             return
         model = self.hosts[chosen.host] if chance.random() < 0.7 else None
         adapter = lorac.load_adapter(place, model)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from campaigns import special_files
 from lorac.formats._writing import EXPERTS, SEAL
 from lorac.storage import artifact
 from lorac.storage.tensor_file import DTYPES
@@ -308,25 +309,13 @@ def damage(kind: str, place: Path, random: random.Random) -> None:
         return
     target = random.choice([place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()))
     if place.is_dir() and random.random() < 0.05:
-        _replace(target, random)
+        special_files.put(target, random)
         return
     by_suffix = {".json": json_text, ".safetensors": safetensors, ".bin": pickled, ".pt": pickled}
     how = checkpoint if kind == "checkpoint" and random.random() < 0.6 else by_suffix.get(target.suffix, octets)
     target.write_bytes(how(target.read_bytes(), random))
     if place.is_dir() and random.random() < 0.95:
         unseal(place)
-
-
-def _replace(target: Path, random: random.Random) -> None:
-    """Put something else in the place of a file: nothing, a folder, or a link."""
-    target.unlink()
-    how = random.randrange(4)
-    if how == 1:
-        target.mkdir()
-    elif how == 2:
-        target.symlink_to("/etc/hostname")
-    elif how == 3:
-        target.symlink_to(target)
 
 
 def checkpoint(data: bytes, random: random.Random) -> bytes:

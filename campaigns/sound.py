@@ -64,6 +64,8 @@ OF_LYCORIS: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"scales_bias": False},
 }
 """Fields of methods by which they are LyCORIS's."""
+MERGED = "model/a.safetensors"
+"""The adapter that is merged into models."""
 PIPELINE = {"unet": "conv", "text_encoder": "two_linear"}
 """Component -> its host."""
 
@@ -274,6 +276,24 @@ def _recipes(folder: Path) -> Iterator[Sound]:
         yield Sound("recipe", file, f"recipe/{file}", "")
 
 
+def _merge_recipes(folder: Path) -> Iterator[Sound]:
+    (folder / "merge_recipe").mkdir()
+    text = "merge_method: ties\ndtype: float32\nmodels:\n" + "".join(
+        f"  - model: {name}\n    parameters: {{weight: 0.5, density: 0.3}}\n" for name in ("a", "b")
+    )
+    (folder / "merge_recipe" / "ties.yaml").write_text(text)
+    yield Sound("merge_recipe", "ties", "merge_recipe/ties.yaml", "")
+
+
+def _models(folder: Path) -> Iterator[Sound]:
+    """Write a model's folder in shards, and next to it an adapter to merge into it."""
+    here = model("tiny_llama")
+    here.save_pretrained(folder / "model" / "llama", max_shard_size="40KB")
+    adapter = lorac.compile(here, {"a": _PAIR}).adapters["a"]
+    lorac.save_adapter(adapter, folder / MERGED, "native")
+    yield Sound("model", "llama", "model/llama", "")
+
+
 def _tiny_vision() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -350,10 +370,12 @@ SAMPLES = {
     "sora": _on("tiny_llama", "sora", "{}", lorac.SoRA(r=3, targets=["q_proj", "down_proj"])),
     "adapterhub": _adapterhub, "diffusers": _diffusers, "kohya": _kohya, "xlora": _xlora, "autolora": _autolora,
     "checkpoint": _checkpoint, "bone_of_peft": _bone_of_peft, "flylora": _flylora, "recipe": _recipes,
-    "training": _training,
+    "training": _training, "merge_recipe": _merge_recipes, "model": _models,
 }  # fmt: skip
 """Formats, and layouts of a format, that ``write_methods`` does not write -> what writes sound ones."""
-FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"bone_of_peft", "flylora", "recipe", "training"}
+FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {
+    "bone_of_peft", "flylora", "recipe", "training", "merge_recipe", "model",
+}  # fmt: skip
 """The formats of which there are sound files."""
 
 

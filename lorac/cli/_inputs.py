@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from lorac.errors import LoracError, OptionError, nearest_name
+from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import parse_object, read_json_text
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def read_inputs(path: Path) -> dict[str, Array]:
             f"'{path}' is not a file of inputs", nearest=nearest_name(path.suffix, _READERS), next_step=INPUTS_HELP
         )
     try:
-        return dict(reader(path))
+        with OpenFile(path, follows_links=True).named() as opened:
+            return dict(reader(opened))
     except LoracError:
         raise
     except Exception as error:  # a damaged file may make a reader raise anything

@@ -6,6 +6,7 @@ program that writes into the file in place changes it for every reader; lorac ne
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import mmap
@@ -21,8 +22,18 @@ from lorac.errors import ArtifactError, replace_in_errors
 
 _PIECE, _CHUNK = 1 << 25, 1 << 20
 """Bytes that one thread hashes, and bytes that are read at a time."""
-_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK"))
-"""Flags that do not wait for a pipe."""
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"))
+
+
+def open_handle(where: str | os.PathLike[str], *, follows_links: bool = False, within: int | None = None) -> int:
+    """Open a file or folder of a stranger's, without waiting for a pipe, and return its handle.
+
+    Args:
+        where: the path.
+        follows_links: whether it may be a link.
+        within: the handle of the folder that the path begins in.
+    """
+    return os.open(where, _FLAGS | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0)), dir_fd=within)
 
 
 class OpenFile:
@@ -38,12 +49,12 @@ class OpenFile:
 
     def __init__(self, where: Path, *, follows_links: bool = False) -> None:
         self.where = where
-        self._handle = os.open(where, _FLAGS | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0)))
+        self._handle = open_handle(where, follows_links=follows_links)
         self._mapping: weakref.ref[mmap.mmap] | None = None
         self._digest: str | None = None
         weakref.finalize(self, os.close, self._handle)
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
-            raise OSError(f"'{where}' is not a regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(where))
 
     @property
     def size(self) -> int:

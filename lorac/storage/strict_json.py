@@ -9,13 +9,13 @@ import itertools
 import json
 import math
 import operator
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorac.errors import LoracError
 from lorac.limits import check_time, claim_memory
+from lorac.storage.open_file import OpenFile
 
 MAX_DEPTH = 100
 """Depth of nesting; a model's skeleton, the deepest value that lorac writes, has a few dozen levels."""
@@ -34,10 +34,11 @@ def read_json_text(path: Path) -> bytes:
 
     Raises:
         FormatError: it is too large.
+        OSError: as ``OpenFile``.
     """
-    with path.open("rb") as file:
-        claim_memory(os.fstat(file.fileno()).st_size, "its JSON")
-        return file.read()
+    file = OpenFile(path, follows_links=True)
+    claim_memory(file.size, "its JSON")
+    return file.read()
 
 
 def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Json:

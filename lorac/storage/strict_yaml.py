@@ -7,6 +7,7 @@ from typing import Any
 
 from lorac.errors import MissingExtra, OptionError
 from lorac.limits import charge_reading, check_time
+from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import translate_os_errors
 from lorac.storage.strict_json import JsonObject, dump_json
 
@@ -29,10 +30,11 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
         import yaml
     except ModuleNotFoundError as error:
         raise MissingExtra("pyyaml", "hf") from error
-    with translate_os_errors(file, OptionError, "read"), file.open("rb") as opened:
-        text = opened.read(_MAX_BYTES + 1)
-    if len(text) > _MAX_BYTES:
-        raise OptionError(f"'{file}' is larger than {_MAX_BYTES >> 10} KiB", next_step=next_step)
+    with translate_os_errors(file, OptionError, "read"):
+        opened = OpenFile(file, follows_links=True)
+        if opened.size > _MAX_BYTES:
+            raise OptionError(f"'{file}' is larger than {_MAX_BYTES >> 10} KiB", next_step=next_step)
+        text = opened.read()
 
     def read() -> Any:
         given = yaml.load(text, _strict_loader())

@@ -10,14 +10,13 @@ from typing import BinaryIO
 from lorac.errors import FormatError, list_some, short
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.serving.store.quotas import QuotaClaim
+from lorac.storage.open_file import open_handle
 from lorac.storage.paths import find_inner_path
 
 NATIVE = "adapter.safetensors"
 """The file of an upload in lorac's own format, whatever its name was."""
 _ENDING = ".safetensors"
 _CHUNK = 1 << 20
-_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Flags that neither follow a link nor wait for a pipe."""
 
 
 def name_files(names: list[str]) -> list[str]:
@@ -99,7 +98,7 @@ def _open_parts(folder: Path, path: object, stack: contextlib.ExitStack) -> dict
 
 
 def _open_handle(name: str, within: int | None, stack: contextlib.ExitStack) -> int:
-    handle = os.open(name, _FLAGS, dir_fd=within)
+    handle = open_handle(name, within=within)
     stack.callback(os.close, handle)
     return handle
 
