@@ -32,6 +32,7 @@ import contextlib
 import difflib
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -340,6 +341,21 @@ def escape_controls(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def drop_frames(error: BaseException) -> None:
+    """Make an error hold no frames, nor its causes: else the memory of what failed is free when a collector runs.
+
+    An error that is not lorac's keeps the text of its traceback as a note.
+    """
+    if not isinstance(error, LoracError):
+        error.add_note("".join(traceback.format_exception(error)))
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            chain += [one.__cause__, one.__context__]
 
 
 _LONGEST = 200

@@ -7,8 +7,7 @@ import json
 import logging
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -18,18 +17,10 @@ import pytest
 from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.serving.request_log import LOGGER
 from tests.refusing import refuses
-from tests.serving.models import make_app, serve
+from tests.serving.models import make_app, serve, wait_until
 
 CHAT = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
 ENDLESS = {**CHAT, "max_tokens": 58, "logit_bias": {"2": -100}, "stream": True}
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if holds():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to hold")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from tests.decoders import VOCABULARY
 from tests.limits import ROWS
-from tests.serving.models import make_app, make_encoder, serve
+from tests.serving.models import make_app, make_encoder, serve, wait_until
 
 TEXTS = ["First", "a second one", "x"]
 
@@ -94,6 +95,17 @@ def test_requests_that_wait_share_a_call(encoder: Any, address: str, monkeypatch
     expected = embedded(encoder, "text0", "one")
     vector = torch.tensor(answers[0].json()["data"][0]["embedding"])
     assert (vector - expected).abs().max() <= ROWS[torch.float32] * expected.abs().max()
+
+
+def test_a_rejected_prediction_leaves_nothing_without_the_collector(address: str) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for ids in ([[1]], [[97]]):
+            httpx2.post(f"{address}/v1/predict", json={"model": "one", "inputs": {"ids": ids}})
+        wait_until(lambda: not [found for found in gc.get_objects() if type(found).__name__ == "_RowJob"])
+    finally:
+        gc.enable()
 
 
 WRONG: list[tuple[str, dict[str, Any], int, str]] = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lorac.errors import drop_frames
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
 from lorac.runtime.generation.prompts import check_ids
@@ -115,9 +115,10 @@ class RunningRow:
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End the request, and let go of its adapters."""
         self.let_go()
+        error = error or self._error
         if error is not None:
-            traceback.clear_frames(error.__traceback__)  # they hold caches for as long as a client keeps the error
-        self.stream.end(reason, error or self._error)
+            drop_frames(error)  # they hold caches for as long as a client keeps the error
+        self.stream.end(reason, error)
 
 
 def _describe_token(token: int, logits: Tensor, logprobs: int | None) -> TextToken:

@@ -77,8 +77,8 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[TextToken]:
         try:
-            while (item := self._items.get()) is not None:
-                yield _token_of(item)
+            while (token := self._next()) is not None:
+                yield token
         finally:
             self._leave()
 
@@ -90,12 +90,21 @@ class TokenStream:
                 ready.clear()
                 if self._items.empty():
                     await ready.wait()
-                if (item := self._items.get()) is None:
+                if (token := self._next()) is None:
                     break
-                yield _token_of(item)
+                yield token
         finally:
             self._wake = None
             self._leave()
+
+    def _next(self) -> TextToken | None:
+        item = self._items.get()
+        if not isinstance(item, BaseException):
+            return item
+        try:
+            raise item
+        finally:
+            del item  # the error holds this frame
 
     def _leave(self) -> None:
         """End the request, and any loop that is begun later."""
@@ -126,9 +135,3 @@ class TokenStream:
                 wake()
             except RuntimeError:  # the reader's event loop was closed
                 self.cancel()
-
-
-def _token_of(item: TextToken | BaseException) -> TextToken:
-    if isinstance(item, BaseException):
-        raise item
-    return item

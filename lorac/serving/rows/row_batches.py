@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lorac.errors import InputMismatch, OverBudget, Unavailable
+from lorac.errors import InputMismatch, OverBudget, Unavailable, drop_frames
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.session.compiled import Compiled
 
@@ -70,7 +70,10 @@ class RowBatches:
             raise OverBudget(
                 f"{self._jobs.maxsize} requests wait", next_step="send it again later", code="queue_full"
             ) from None
-        return await asyncio.wrap_future(job.result)
+        try:
+            return await asyncio.wrap_future(job.result)
+        finally:
+            del job  # an error holds this frame, and the job holds the error
 
     def close(self) -> None:
         """Return when the waiting jobs have been computed."""
@@ -81,7 +84,8 @@ class RowBatches:
         following, ended = None, False
         while not ended and (first := following or self._jobs.get()) is not None:
             jobs, following, ended = self._gather(first)
-            self._run(jobs)
+            self._run([job for job in jobs if job.result.set_running_or_notify_cancel()])
+            del first, jobs  # else the last outputs stay in memory while no request comes
 
     def _gather(self, first: _RowJob) -> tuple[list[_RowJob], _RowJob | None, bool]:
         """Return jobs for one call, the first job of the next one, and whether the queue has ended."""
@@ -98,20 +102,15 @@ class RowBatches:
 
     def _run(self, jobs: Sequence[_RowJob]) -> None:
         """Compute some jobs in one call; if that fails, each in its own."""
-        jobs = [job for job in jobs if job.result.set_running_or_notify_cancel()]
-        if not jobs:
-            return
         try:
-            found = self._call(jobs)
+            found = self._call(jobs) if jobs else []
         except Exception as error:
             if len(jobs) == 1:
+                drop_frames(error)
                 jobs[0].result.set_exception(error)
                 return
             for job in jobs:
-                try:
-                    job.result.set_result(self._call([job])[0])
-                except Exception as own_error:
-                    job.result.set_exception(own_error)
+                self._run([job])
             return
         for job, outputs in zip(jobs, found, strict=True):
             job.result.set_result(outputs)

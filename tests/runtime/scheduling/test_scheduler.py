@@ -442,6 +442,36 @@ def test_the_error_of_a_request_keeps_no_memory(llama_folder: Path) -> None:
         assert not [frame for frame, _ in traceback.walk_tb(kept.tb) if "cache" in frame.f_locals]
 
 
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_rejected_request_frees_its_memory_without_the_collector(llama_folder: Path) -> None:
+    compiled = lorac.load(llama_folder)
+    mixtures = [{"one": strength, "two": 0.5} for strength in (0.1, 0.2, 0.3)]
+    with Scheduler(compiled, rows=2, chunk=4, prompt_cache=0) as scheduler:
+        short = [TextRequest(prompt(1), mixture, options={"max_new_tokens": 2}) for mixture in mixtures]
+        list(scheduler.submit(short[0]))
+        compiled.memory.limit = compiled.memory.used + compiled.engine.new_cache("main", 1, 18).nbytes
+        for request in short[:2]:
+            with pytest.raises(lorac.OverBudget):
+                list(scheduler.submit(replace(request, options={"max_new_tokens": 55})))
+        assert [len(list(scheduler.submit(request))) for request in short] == [2, 2, 2]
+        failing = replace(
+            short[0], options={"max_new_tokens": 2, "logits_processor": [lambda ids, scores: scores[:, :0]]}
+        )
+        with pytest.raises(ValueError, match="empty") as failed:
+            list(scheduler.submit(failing))
+        assert "take_likeliest" in failed.value.__notes__[0], "its traceback is text"
+    del failed
+    assert not [found for found in gc.get_objects() if isinstance(found, RunningRow)]
+
+
 @pytest.mark.medium("a request that waits for memory")
 def test_a_prompt_that_was_read_runs_where_memory_has_no_room_for_a_copy(llama_folder: Path) -> None:
     compiled = lorac.load(llama_folder)
