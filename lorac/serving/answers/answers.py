@@ -12,6 +12,7 @@ from lorac.runtime.scheduling.token_stream import TextToken, TokenStream
 from lorac.serving.active_request import ActiveRequest
 from lorac.serving.answers.chat_parsing import ChatParser, ParsedText
 from lorac.serving.answers.connection import merge_streams
+from lorac.serving.answers.stop_strings import StopString
 from lorac.serving.metrics import ServerMetrics
 from lorac.serving.refusals import DeadlinePassed
 from lorac.serving.tokenizer import FastTokenizer
@@ -54,7 +55,7 @@ class Answer:
         self, stream: TokenStream, tokenizer: FastTokenizer, stops: Sequence[str], parser: ChatParser | None
     ) -> None:
         self.stream, self.stopped = stream, False
-        self._tokenizer, self._stops, self._parser = tokenizer, stops, parser
+        self._tokenizer, self._stops, self._parser = tokenizer, [StopString(stop) for stop in stops], parser
         self._decoder = DecodeStream([], skip_special_tokens=parser is None)
         self._ids: list[int] = []
         self._decoded = self._held = ""
@@ -77,11 +78,11 @@ class Answer:
     def _take(self, new: str) -> str:
         """Add decoded text, and return the part that is certain."""
         self._decoded += new
+        ends = [(stop.find(new), stop.begun) for stop in self._stops]
+        found = [len(self._held) + end - length for end, length in ends if end is not None]
         self._held += new
-        found = [place for place in map(self._held.find, self._stops) if place >= 0]
         self.stopped = bool(found)
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        certain = min(found) if found else len(self._held) - max(begun, default=0)
+        certain = min(found) if found else len(self._held) - max((length for _, length in ends), default=0)
         text, self._held = self._held[:certain], "" if found else self._held[certain:]
         return text
 
