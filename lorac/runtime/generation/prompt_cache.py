@@ -1,11 +1,15 @@
 """The prompt cache: keys and values of earlier sequences, which prompts that begin alike use again."""
 
+import collections
+import contextlib
 import functools
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lorac.argument_types import check_type
@@ -13,8 +17,8 @@ from lorac.ir.slots.choice import Choice
 from lorac.target.engine import Engine
 from lorac.target.kv_cache import KeyValueCache
 
-CacheKey = tuple[str, Choice, Hashable]
-"""A graph, a choice of adapters and the versions of their tensors: keys and values depend on all three."""
+CacheKey = tuple[Hashable, Choice, Hashable]
+"""A graph (with its tenant), a choice of adapters and the versions of their tensors: none serves another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,27 +30,110 @@ class _CachedPrompts:
         key: the choice of adapters.
         rows: the tokens of each.
         cache: holds them.
+        nbytes: its size.
     """
 
     engine: weakref.ref[Engine]
     key: CacheKey
     rows: Sequence[Tensor]
     cache: KeyValueCache
+    nbytes: int
 
-    def best_match(self, row: Tensor) -> tuple[int, int]:
-        """Return how many tokens of a row, without its last, a sequence begins with, and the negated index of that."""
-        return max((min(_common_prefix_length(own, row), row.shape[0] - 1), -i) for i, own in enumerate(self.rows))
 
-    def is_obsolete(self, new: "_CachedPrompts") -> bool:
-        """Return whether the entry is of no use once there is a new one.
+@dataclass(eq=False)
+class _Node:
+    """A node of a tree of sequences, in which those that begin alike share a path.
 
-        Its engine is gone, or its adapters were trained since, or each of its sequences begins one of the new.
+    Attributes:
+        tokens: those between its parent and it.
+        passing: entry -> the first of its sequences that goes through the node.
+        ends: the entry of each sequence that ends here.
+        children: first token -> node.
+    """
+
+    tokens: Tensor
+    passing: dict[_CachedPrompts, int] = field(default_factory=dict)
+    ends: list[_CachedPrompts] = field(default_factory=list)
+    children: dict[int, "_Node"] = field(default_factory=dict)
+
+    def follow(self, row: Tensor) -> Iterator[tuple[int, "_Node"]]:
+        """Yield the nodes below on the path of a row, each with the number of tokens that they share with the row."""
+        node, shared, length = self, 0, 0
+        while length == shared < len(row) and (child := node.children.get(int(row[shared]))) is not None:
+            length = shared + len(child.tokens)
+            shared += _common_prefix_length(child.tokens, row[shared:])
+            node = child
+            yield shared, node
+
+
+@dataclass
+class _PromptTree:
+    """The sequences of an engine with one choice of adapters.
+
+    Attributes:
+        key: of all its entries.
+        root: the node of no tokens.
+    """
+
+    key: CacheKey
+    root: _Node = field(default_factory=lambda: _Node(torch.empty(0)))
+
+    def find(self, rows: Sequence[Tensor]) -> tuple[_CachedPrompts, list[tuple[int, int]]] | None:
+        """Return the entry that shares the most tokens with some rows, the oldest of several; None if none has any.
+
+        With it comes for each row how many it shares, and with which of the entry's sequences.
         """
-        if self.engine() is not new.engine() or self.key[:2] != new.key[:2]:
-            return self.engine() is None
-        if self.key != new.key:
-            return True
-        return all(any(_common_prefix_length(row, longer) == row.shape[0] for longer in new.rows) for row in self.rows)
+        paths = [[(0, self.root), *self.root.follow(row)] for row in rows]
+        (_, last), *others = (path[-1] for path in paths)
+        best = next((entry for entry in last.passing if all(entry in node.passing for _, node in others)), None)
+        if best is None:  # no entry is the best for each row
+            scores = collections.Counter[_CachedPrompts]()
+            for path in paths:
+                lengths: dict[_CachedPrompts, int] = {}
+                for shared, node in path:
+                    lengths.update(dict.fromkeys(node.passing, shared))
+                scores.update(lengths)
+            best = max(scores, key=scores.__getitem__)
+        shares = [next((n, node.passing[best]) for n, node in reversed(path) if best in node.passing) for path in paths]
+        return (best, shares) if any(n for n, _ in shares) else None
+
+    @property
+    def entries(self) -> Collection[_CachedPrompts]:
+        """Its entries."""
+        return self.root.passing
+
+    def add(self, entry: _CachedPrompts) -> list[_CachedPrompts]:
+        """Add an entry; return the others whose sequences each begin one of it."""
+        ended = {id(self.root): self.root.ends}
+        for index, row in enumerate(entry.rows):
+            node, rest = self.root, row
+            node.passing.setdefault(entry, index)
+            while len(rest):
+                first = int(rest[0])
+                child = node.children.setdefault(first, _Node(rest))
+                shared = _common_prefix_length(child.tokens, rest)
+                if shared < len(child.tokens):
+                    upper = _Node(child.tokens[:shared], {**child.passing}, [], {int(child.tokens[shared]): child})
+                    child.tokens = child.tokens[shared:]
+                    node.children[first] = child = upper
+                child.passing.setdefault(entry, index)
+                ended[id(child)] = child.ends
+                node, rest = child, rest[shared:]
+            node.ends.append(entry)
+        counts = collections.Counter(itertools.chain(*ended.values()))
+        return [one for one, count in counts.items() if count == len(one.rows) and one is not entry]
+
+    def remove(self, entry: _CachedPrompts) -> None:
+        """Remove an entry."""
+        for row in entry.rows:
+            above = self.root
+            above.passing.pop(entry, None)
+            for _, node in [*self.root.follow(row)]:
+                node.ends[:] = [one for one in node.ends if one is not entry]
+                node.passing.pop(entry, None)
+                if not node.passing:
+                    above.children.pop(int(node.tokens[0]), None)
+                above = node
 
 
 class PromptCache:
@@ -64,7 +151,22 @@ class PromptCache:
         check_type(bytes, int, "the budget of lorac.PromptCache", next_step="give a number of bytes")
         self.bytes = bytes
         self._lock = threading.Lock()
-        self._entries: list[_CachedPrompts] = []
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._entries: dict[_CachedPrompts, None] = {}
+        self._trees: dict[weakref.ref[Engine], dict[tuple[Hashable, Choice], _PromptTree]] = {}
+        self._used = 0
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock for a block; an interrupt, which may leave the sequences half-changed, makes it forget all."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self._forget_all()
+                raise
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -72,19 +174,20 @@ class PromptCache:
     @property
     def used(self) -> int:
         """The bytes that the sequences take."""
-        return sum(entry.cache.nbytes for entry in self._entries)
+        return self._used
 
     def clear(self) -> None:
         """Forget all sequences."""
-        with self._lock:
-            self._entries = []
+        with self._changing():
+            self._forget_all()
 
     def forget(self, engine: Engine, adapter: str) -> None:
         """Forget the sequences that an engine computed with an adapter."""
-        with self._lock:
-            self._entries = [
-                entry for entry in self._entries if entry.engine() is not engine or adapter not in dict(entry.key[1])
-            ]
+        with self._changing():
+            trees = self._trees.get(weakref.ref(engine), {})
+            self._remove(
+                [one for (_, choice), tree in trees.items() if adapter in dict(choice) for one in tree.entries]
+            )
 
     def find(self, engine: Engine, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
         """Return a copy of the cached beginnings of some rows, without the last token of each; None for nothing.
@@ -94,19 +197,17 @@ class PromptCache:
             key: the choice of adapters.
             rows: the tokens of each row.
         """
-        with self._lock:
-            entries = [entry for entry in self._entries if entry.engine() is engine and entry.key == key]
-            best = max(entries, key=lambda entry: sum(entry.best_match(row)[0] for row in rows), default=None)
-            if best is None:
+        with self._changing():
+            tree = self._trees.get(weakref.ref(engine), {}).get(key[:2])
+            found = None if tree is None or tree.key != key else tree.find([row[:-1] for row in rows])
+            if found is None:
                 return None
-            matches = [best.best_match(row) for row in rows]
-            if not any(length for length, _ in matches):
-                return None
-            self._entries = [*(entry for entry in self._entries if entry is not best), best]
+            best, matches = found
+            self._entries[best] = self._entries.pop(best)
         if engine.memory_budget is not None:
             engine.memory_budget.touch((id(self), id(best)))
         # Without the lock, since a copy may need the memory of other entries.
-        cache = best.cache.copy([-index for _, index in matches])
+        cache = best.cache.copy([index for _, index in matches])
         cache.crop([length for length, _ in matches])
         return cache
 
@@ -119,7 +220,7 @@ class PromptCache:
             rows: the tokens of each row.
             cache: holds them; nothing else may use it.
         """
-        new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache)
+        new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache, cache.nbytes)
         if engine.memory_budget is None or cache.charge is None:
             self._take(new)
         else:
@@ -127,15 +228,37 @@ class PromptCache:
             engine.memory_budget.keep((id(self), id(new)), cache.charge, functools.partial(self._take, new), drop)
 
     def _take(self, new: _CachedPrompts) -> None:
-        with self._lock:
-            self._entries = [*(entry for entry in self._entries if not entry.is_obsolete(new)), new]
-            while self._entries and self.used > self.bytes:
-                del self._entries[0]
+        with self._changing():
+            for trees in [trees for engine, trees in self._trees.items() if engine() is None]:
+                self._remove([one for tree in trees.values() for one in tree.entries])
+            older = self._trees.get(new.engine, {}).get(new.key[:2])
+            if older is not None and older.key != new.key:  # its adapters were trained since
+                self._remove([*older.entries])
+            tree = self._trees.setdefault(new.engine, {}).setdefault(new.key[:2], _PromptTree(new.key))
+            self._entries[new] = None
+            self._used += new.nbytes
+            self._remove(tree.add(new))
+            while self._used > self.bytes:
+                self._remove([next(iter(self._entries))])
 
     def drop(self, entry: _CachedPrompts) -> None:
         """Forget one call's sequences, where others need the memory."""
-        with self._lock:
-            self._entries = [other for other in self._entries if other is not entry]
+        with self._changing():
+            self._remove([entry] if entry in self._entries else [])
+
+    def _remove(self, entries: Sequence[_CachedPrompts]) -> None:
+        for entry in entries:
+            del self._entries[entry]
+            self._used -= entry.nbytes
+            engine = entry.engine()
+            if engine is not None and engine.memory_budget is not None:
+                engine.memory_budget.forget((id(self), id(entry)))
+            trees, place = self._trees[entry.engine], entry.key[:2]
+            trees[place].remove(entry)
+            if not trees[place].entries:
+                del trees[place]
+            if not trees:
+                del self._trees[entry.engine]
 
 
 def _drop(owner: Callable[[], PromptCache | None], entry: Callable[[], _CachedPrompts | None]) -> None:

@@ -66,8 +66,7 @@ class RunningRow:
         with contextlib.ExitStack() as undo:
             held = undo.enter_context(self._model.switch.hold(self.choice))
             self.state, self.program = held.state, held.program_of(self._model.engine)
-            versions = (self.request.tenant, self.state.versions.versions)
-            self.key = (self._graph, self.state.choice, versions)
+            self.key = ((self._graph, self.request.tenant), self.state.choice, self.state.versions.versions)
             known = None if prompts is None else prompts.find(self._model.engine, self.key, [self.text])
             if known is not None:
                 known.grow(self.sampler.most)

@@ -5,8 +5,7 @@ from typing import final
 
 @final
 class StopString:
-    """A search for a string in text that comes in parts, each of whose characters is looked at once (Knuth, Morris,
-    Pratt).
+    """A search for a string in text that comes in parts, by Knuth, Morris and Pratt: it reads each character once.
 
     Args:
         text: the string, not empty.

@@ -373,9 +373,11 @@ def test_shares_prefixes_within_a_tenant_only(compiled: Any, scheduler: Schedule
     long = prompt(3, 16)
     list(scheduler.submit(TextRequest(long, "one", tenant="a", options={"max_new_tokens": 1})))
     own = scheduler._batch.prompts
-    key = own._entries[0].key
+    key = next(iter(own._entries)).key
     assert own.find(compiled.engine, key, [long]) is not None
-    assert own.find(compiled.engine, (key[0], key[1], ("b", key[2][1])), [long]) is None
+    assert own.find(compiled.engine, (("main", "b"), *key[1:]), [long]) is None
+    list(scheduler.submit(TextRequest(long, "one", tenant="b", options={"max_new_tokens": 1})))
+    assert own.find(compiled.engine, key, [long]) is not None, "another tenant's prompts stay"
     request = TextRequest(torch.cat([long, prompt(4)]), "one", tenant="a", options={"max_new_tokens": 5})
     assert [token.id for token in scheduler.submit(request)] == alone(compiled, request)
 

@@ -117,7 +117,7 @@ def _kept_prompts() -> list[tuple[str, tuple[str, ...]]]:
     """Return the tenant and the adapters of each prompt that a scheduler keeps."""
     caches = [found for found in gc.get_objects() if isinstance(found, PromptCache)]
     keys = [entry.key for cache in caches for entry in cache._entries]
-    return [(str(key[2][0]), tuple(name for name, _ in key[1])) for key in keys if isinstance(key[2], tuple)]
+    return [(str(key[0][1]), tuple(name for name, _ in key[1])) for key in keys if isinstance(key[0], tuple)]
 
 
 @pytest.mark.parametrize(
