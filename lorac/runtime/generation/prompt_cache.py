@@ -66,17 +66,15 @@ class _Node:
             yield shared, node
 
 
-@dataclass
 class _PromptTree:
     """The sequences of an engine with one choice of adapters.
 
-    Attributes:
+    Args:
         key: of all its entries.
-        root: the node of no tokens.
     """
 
-    key: CacheKey
-    root: _Node = field(default_factory=lambda: _Node(torch.empty(0)))
+    def __init__(self, key: CacheKey) -> None:
+        self.key, self.root = key, _Node(torch.empty(0))
 
     def find(self, rows: Sequence[Tensor]) -> tuple[_CachedPrompts, list[tuple[int, int]]] | None:
         """Return the entry that shares the most tokens with some rows, the oldest of several; None if none has any.

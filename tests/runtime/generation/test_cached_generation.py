@@ -111,8 +111,6 @@ def test_prefixes_stay_within_their_budget(model: Any) -> None:
         model.generate(prompts(seed)[0][None], **GREEDY, prompt_cache=few)
         assert few.used <= few.bytes
     assert len(few) == 2
-    kept = model.engine.memory_budget._kept
-    assert sum(key[0] == id(few) for key in kept) == 2, "the budget forgets them, too"
     model.engine.fed.clear()
     model.generate(prompts(3)[0][None], **GREEDY, prompt_cache=few)
     assert model.engine.fed[0] == [1]

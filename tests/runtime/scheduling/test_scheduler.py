@@ -382,6 +382,14 @@ def test_shares_prefixes_within_a_tenant_only(compiled: Any, scheduler: Schedule
     assert [token.id for token in scheduler.submit(request)] == alone(compiled, request)
 
 
+def test_a_dropped_prompt_leaves_the_memory_budget(compiled: Any) -> None:
+    with Scheduler(compiled, prompt_cache=compiled.engine.new_cache("main", 1, 18).nbytes) as scheduler:
+        for n in range(4):
+            list(scheduler.submit(TextRequest(prompt(n), options={"max_new_tokens": 1})))
+        own = scheduler._batch.prompts
+        assert sum(key[0] == id(own) for key in compiled.memory._kept) == len(own) < 4
+
+
 def test_log_probabilities(compiled: Any, scheduler: Scheduler) -> None:
     (token,) = scheduler.submit(TextRequest(prompt(1), "one", logprobs=3, options={"max_new_tokens": 1}))
     expected = compiled(input_ids=prompt(1)[None], adapters="one").logits[0, -1].log_softmax(-1)
