@@ -16,6 +16,7 @@ from torch import Tensor
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.edits import hold_changes
 from lorac.adapters.factors import factors, iter_changes, touched_paths
+from lorac.adapters.fit import check_values
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.lora_conversion import truncate_change
 from lorac.argument_types import describe_value, matches_type
@@ -65,7 +66,7 @@ def merge(
     Raises:
         OptionError: there is no such way, or it has no such option or value.
         ChoiceError: the weights are not one finite number for each adapter, or do not suit the way.
-        AdapterError: two adapters have one name, or were made for different models.
+        AdapterError: two adapters have one name, or were made for different models; or the result is not finite.
         CompileError: the way cannot read an adapter's change (code ``not_mergeable``).
         BaseNeeded: there is no model, and a change depends on the base.
         FormatError, SiteError: a file cannot be read, or does not fit the model.
@@ -85,6 +86,7 @@ def merge(
     described = {"method": method, "weights": dict(zip(names, strengths, strict=True)), "options": dict(options)}
     if dtype is not None:
         merged = merged.to(dtype)
+    check_values(merged)
     merged.provenance = {**merged.provenance, "merged": {**described, **merged.provenance.get("merged", {})}}
     return merged
 

@@ -28,12 +28,11 @@ from lorac.storage.sharded_tensors import ShardedTensors
 from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import write_safetensors
 
-_WEIGHTS = frozenset(
-    {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".safetensors"}
-)
+_WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".ot", ".pt", ".pth", ".safetensors"})
 """Suffixes of files that hold weights without the adapters."""
-_INDEX, _ADAPTER = ".index.json", "adapter_"
-"""The end of an index's name, and the beginning of a PEFT file's, which transformers would load on top."""
+_INDEX, _ADAPTER, _ONNX = ".index.json", "adapter_", ".onnx"
+"""The end of an index's name, the beginning of a PEFT file's, which transformers would load on top, and a part of the
+names of ONNX models and their data."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class MergedCheckpoint:
         folder: where it is.
         merged: the number of tensors that the adapters changed.
         size: the size of all tensors in bytes.
-        left_out: files of the model's folder that are not in it, since they hold weights without the adapters.
+        left_out: files of the model's folder that are not in it: those that hold weights without the adapters, and
+            links that lead out of the folder.
     """
 
     folder: Path
@@ -97,21 +97,38 @@ def merge_checkpoint(
 
 
 def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
-    """Copy all files but those of weights, and return the names of files that hold weights without the adapters."""
-    left_out, own = [], {*source.tensors.shards, source.tensors.index_name}
+    """Copy all files but those of weights, and return the names of files that hold weights without the adapters.
+
+    Links that lead out of the folder are not followed: they may lead to files that nobody means to pass on. In a cache
+    of the hub they lead to the same repository's blobs. The configuration is read in any case.
+    """
+    left_out, outside, own = list[str](), list[str](), {*source.tensors.shards, source.tensors.index_name}
+    root = _find_hub_root(source.folder.resolve())
     for path in sorted(source.folder.rglob("*")):
         name = path.relative_to(source.folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if hidden or not path.is_file() or name.as_posix() in own:
             continue
-        if path.suffix in _WEIGHTS or name.name.endswith(_INDEX) or name.name.startswith(_ADAPTER):
+        is_part = path.suffix in _WEIGHTS or _ONNX in name.name or name.name.endswith(_INDEX)
+        if is_part or name.name.startswith(_ADAPTER):
             left_out.append(name.as_posix())
+            continue
+        if name.as_posix() != CONFIG and not path.resolve().is_relative_to(root):
+            outside.append(name.as_posix())
             continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, staged / name)
     if left_out:
         warn(f"left out of '{source.folder}', since they hold weights without the adapters: {list_some(left_out)}")
-    return tuple(left_out)
+    if outside:
+        warn(f"left out of '{source.folder}', since they are links that lead out of it: {list_some(outside)}")
+    return (*left_out, *outside)
+
+
+def _find_hub_root(folder: Path) -> Path:
+    """Return the repository's folder in a cache of the hub (blobs, refs, snapshots); of any other folder itself."""
+    snapshots = (parent for parent in folder.parents if parent.name == "snapshots")
+    return next((path.parent for path in snapshots if (path.parent / "blobs").is_dir()), folder)
 
 
 class _OutputTensors(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.adapters.adapter_sites import add_adapted_modules
-from lorac.adapters.fit import check_adapter
+from lorac.adapters.fit import check_adapter, find_infinite_sums
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError, CompileError, SiteError, warn
@@ -85,11 +85,11 @@ class MergedWeights(Mapping[str, Tensor]):
             merged = merge_weight(change, _widen(weight))
         if site.leaves_blocks(merged):
             raise _not_mergeable(parts[0].adapter, site, "leaves the blocks of a grouped convolution")
-        found = {str(site.weight): _round(site.store(merged), weight.dtype, site)}
+        found = {str(site.weight): _round(site.store(merged), weight.dtype, str(site.weight))}
         if bias is not None:
             shifted = merge_bias(change, _widen(bias))
             assert shifted is not None
-            found[str(site.bias)] = _round(shifted, bias.dtype, site)
+            found[str(site.bias)] = _round(shifted, bias.dtype, str(site.bias))
         return found
 
 
@@ -227,13 +227,15 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _round(merged: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
+def _round(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return a merged tensor in the dtype that the model stores."""
     rounded = merged.to(dtype).contiguous()
-    if dtype is torch.float16 and not torch.isfinite(rounded).all():
+    if find_infinite_sums({name: rounded}) and not torch.isfinite(rounded).all():
         raise AdapterError(
-            f"a merged value of '{site.path}' is larger than float16 can hold",
-            next_step="load the model in bfloat16 or float32, and merge into that",
+            f"a merged value of '{name}' is NaN, or larger than {str(dtype).removeprefix('torch.')} can hold",
+            next_step="load the model in bfloat16 or float32, and merge into that"
+            if dtype is torch.float16
+            else "merge at a lower strength, or take an earlier checkpoint of the adapter",
             code="non_finite",
         )
     return rounded

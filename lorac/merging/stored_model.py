@@ -17,6 +17,8 @@ from lorac.merging.tied_weights import find_ties
 from lorac.session.model_folders import CONFIG, outline_model, read_model_config
 from lorac.storage.sharded_tensors import ShardedTensors
 
+_MANY_LAYERS = 1000
+"""Layers that take no time to make, also where several share their weights."""
 Stored = ShardedTensors | DequantisedTensors
 
 
@@ -66,6 +68,7 @@ class StoredModel:
         tensors: Stored = DequantisedTensors(as_stored, folder, settings) if settings else as_stored
         if settings:
             config = {name: value for name, value in config.items() if name != "quantization_config"}
+        _check_depth(folder, config, max(_MANY_LAYERS, len(as_stored)))
         model = outline_model(folder)
         keys, groups = find_stored_names(model, tensors)
         outline, converted = _outline_tensors(folder, tensors, keys, groups)
@@ -145,6 +148,19 @@ def _outline_tensors(
         found |= loaded
         converted |= dict.fromkeys(loaded, group)
     return found, converted
+
+
+def _check_depth(folder: Path, config: JsonMapping, most: int) -> None:
+    """Refuse a number of layers that the weights cannot have, before so many are made."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(folder, value, most)
+        elif type(value) is int and value > most and ("layer" in name or "depth" in name):
+            raise FormatError(
+                f"'{folder / CONFIG}' says {name}={value}, more than its weights can be of",
+                next_step="give the configuration that the weights were saved with",
+                code="corrupt_file",
+            )
 
 
 def _check_shapes(folder: Path, model: nn.Module, outline: Mapping[str, Tensor]) -> None:

@@ -103,7 +103,8 @@ def translate_os_errors(
     try:
         yield
     except OSError as error:
-        named = error.filename if isinstance(error.filename, str) else os.fspath(path)
+        is_named = isinstance(error.filename, str) and error.filename2 is None  # of two, one is a temporary name
+        named = error.filename if is_named else os.fspath(path)
         raise kind(
             f"'{named}' cannot be {verb}: {error.strerror or error}",
             next_step="check that it exists, is of the kind that is expected, and what its permissions allow",

@@ -1,6 +1,7 @@
 """A model's weights as transformers and diffusers save them: one safetensors file, or several with an index."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePath
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lorac.storage.tensor_file import TensorFile
 _NAMES = ("model", "diffusion_pytorch_model")
 """How the libraries call a model's weights."""
 _OTHERS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
+_SHARD = re.compile(r"-of-\d+\.safetensors$")
 _STEP = "download the whole folder again"
 
 
@@ -41,7 +43,9 @@ class ShardedTensors(Mapping[str, Tensor]):
             self.shards = {only: _open_shard(folder / only)}
         else:
             self.index = _read_index(folder / self.index_name)
-            self.shards = {name: _open_shard(folder / name) for name in sorted({*self.index["weight_map"].values()})}
+            names = {*self.index["weight_map"].values()}
+            _check_complete(folder, self.index_name, names)
+            self.shards = {name: _open_shard(folder / name) for name in sorted(names)}
         self._places = {name: shard for shard, file in self.shards.items() for name in file}
         named: Mapping[str, str] = self._places if self.index is None else self.index["weight_map"]
         absent = [name for name, shard in named.items() if self._places.get(name) != shard]
@@ -76,6 +80,15 @@ def _find_weights(folder: Path) -> tuple[str, str]:
 
 def _file_names(stem: str) -> tuple[str, str]:
     return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+
+
+def _check_complete(folder: Path, index: str, names: Collection[str]) -> None:
+    """Refuse an index that leaves out a shard of its own series; those of another number are of an earlier model."""
+    endings = {found[0] for name in names if (found := _SHARD.search(name))}
+    others = [path.name for path in folder.glob("*.safetensors") if path.name not in names]
+    left_out = [name for name in sorted(others) if (found := _SHARD.search(name)) and found[0] in endings]
+    if left_out:
+        raise _damaged(folder / index, f"does not name {list_some(left_out)}, which is part of the model")
 
 
 def _open_shard(path: Path) -> TensorFile:

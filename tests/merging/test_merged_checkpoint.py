@@ -1,8 +1,10 @@
 """A model's folder with adapters merged into it, as the library that wrote the folder reads it."""
 
 import copy
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,20 +129,70 @@ def test_names_that_transformers_changes_are_found(given):
 
 def test_links_are_followed_as_the_hub_lays_them_out(given, tmp_path):
     model, adapter, out = given
-    (tmp_path / "snapshot").mkdir()
-    for path in model.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    merge_checkpoint(tmp_path / "snapshot", adapter, out)
+    hub, snapshot = tmp_path / "models--a--b", tmp_path / "models--a--b" / "snapshots" / "5e0f" / "unet"
+    snapshot.mkdir(parents=True)
+    model.rename(hub / "blobs")
+    for path in (hub / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(Path("..", "..", "..", "blobs", path.name))
+    assert not merge_checkpoint(snapshot, adapter, out).left_out
+    assert {path.name for path in out.iterdir()} == {path.name for path in snapshot.iterdir()}
     assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_leaves_out_links_that_lead_out_of_the_folder(given, tmp_path):
+    model, adapter, out = given
+    (tmp_path / "secret").write_text("mine")
+    (model / "notes.txt").symlink_to(tmp_path / "secret")
+    (model / "more.txt").symlink_to("generation_config.json")
+    (model / "folder").symlink_to(tmp_path)
+    with pytest.warns(lorac.LoracWarning, match="'notes.txt'") as said:
+        made = merge_checkpoint(model, adapter, out)
+    assert len(said) == 1
+    assert made.left_out == ("notes.txt",)
+    assert (out / "more.txt").read_bytes() == (model / "generation_config.json").read_bytes()
+    assert not (out / "notes.txt").exists()
+    assert not (out / "folder").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strength", [1e39, 1.0])
+def test_rejects_merged_values_that_are_not_finite(strength, dtype, tmp_path):
+    model = ZOO["tiny_llama"].fresh().to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    adapter = drawn(model, {"a": lorac.LoRA(r=1, targets=["q_proj"])}, 0.1).adapters["a"]
+    with torch.no_grad():
+        for tensor in adapter.tensors["model.layers.1.self_attn.q_proj"].values():
+            tensor.fill_(1e20 if dtype is not torch.float16 else 6e4)
+    for into in (model, tmp_path / "model"):
+        with refuses("non_finite", match=r"'model.layers.\d.self_attn.q_proj.weight'"):
+            if into is model:
+                lorac.merge_into(model, {"a": adapter}, {"a": strength})
+            else:
+                merge_checkpoint(into, {"a": adapter}, tmp_path / "out", {"a": strength})
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_the_folder_where_the_disk_is_full(given, monkeypatch):
+    model, adapter, out = given
+
+    def fill(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", fill)
+    with refuses("option_error", match=rf"^'{out}' cannot be written: No space"):
+        merge_checkpoint(model, adapter, out)
+    assert not out.exists()
 
 
 def test_files_that_hold_other_weights_are_left_out_with_a_word(given):
     model, adapter, out = given
-    for name in ("pytorch_model.bin", "adapter_config.json", "consolidated.safetensors"):
+    (model / "onnx").mkdir()
+    names = ("pytorch_model.bin", "adapter_config.json", "consolidated.safetensors", "onnx/model.onnx.data")
+    for name in names:
         (model / name).write_bytes(b"old")
-    with pytest.warns(lorac.LoracWarning, match="left out.*'adapter_config.json', 'consolidated.safetensors', 'pyt"):
+    with pytest.warns(lorac.LoracWarning, match="left out.*'adapter_config.json', 'consolidated.safetensors', 'onn"):
         made = merge_checkpoint(model, adapter, out)
-    assert made.left_out == ("adapter_config.json", "consolidated.safetensors", "pytorch_model.bin")
+    assert made.left_out == tuple(sorted(names))
     assert not any((out / name).exists() for name in made.left_out)
 
 
@@ -177,10 +229,24 @@ def changed(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def indexed(path):
+    return json.loads(path.read_text())["weight_map"]
+
+
+def unnamed(path, shard):
+    """Take all tensors of a shard out of an index."""
+    changed(path, weight_map={name: place for name, place in indexed(path).items() if place != shard})
+
+
 WRONG = {
     "missing shard": ("corrupt_file", lambda m: shard(m).unlink()),
     "cut shard": ("corrupt_file", lambda m: shard(m).write_bytes(shard(m).read_bytes()[:-9])),
-    "index names more": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": shard(m).name})),
+    "index names fewer": ("corrupt_file", lambda m: unnamed(m / INDEX, shard(m).name)),
+    "ten million layers": ("corrupt_file", lambda m: changed(m / "config.json", num_hidden_layers=10**7)),
+    "index names more": (
+        "corrupt_file",
+        lambda m: changed(m / INDEX, weight_map={**indexed(m / INDEX), "x": shard(m).name}),
+    ),
     "index leads out": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": "../a/x.safetensors"})),
     "index is damaged": ("corrupt_file", lambda m: (m / INDEX).write_text("{")),
     "no weights": ("unreadable", lambda m: [path.unlink() for path in m.glob("*.safetensors*")]),

@@ -225,5 +225,5 @@ def test_rejects_values_that_float16_cannot_hold():
     with torch.no_grad():
         adapter.tensors["0"]["lora_A"].fill_(1e3)
         adapter.tensors["0"]["lora_B"].fill_(1e3)
-    with refuses("non_finite", match="'0' is larger than float16"):
+    with refuses("non_finite", match="'0.weight' is NaN, or larger than float16"):
         lorac.merge_into(model, adapter)

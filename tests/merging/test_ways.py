@@ -40,6 +40,13 @@ def test_cat_has_no_cross_terms_and_linear_factors_have():
     assert_close(matrix(linear), tensor([2, -1], [1, -0.5]))
 
 
+@pytest.mark.parametrize("way", ["cat", "ties"])
+def test_rejects_results_that_are_not_finite(way):
+    large = [of_pair(name, tensor([1e200], [1]), tensor([1e200, 1]), 1e20) for name in ("a", "b")]
+    with refuses("non_finite"):
+        lorac.merge(large, way, [1e300, 1e300])
+
+
 def test_two_copies_at_half():
     one, other = lora("a", 1, r=3, alpha=3), lora("b", 1, r=3, alpha=3)
     expected = deltas(one, host())
