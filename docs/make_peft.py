@@ -27,11 +27,20 @@ instead. Any other field is unknown, and refused by name.
 
 def page() -> str:
     """Return the whole page."""
-    lines = [HEAD, "## In every type", "", *_table(COMMON)]
+    lines = [HEAD, "## Types", "", _types(), "", "## In every type", "", *_table(COMMON)]
     for name, peft_type in sorted(peft_types().items()):
         fields = {key: field for key, field in peft_type.fields.items() if COMMON.get(key) is not field}
         lines += ["", f"## {name}", "", _classes(peft_type), "", *_table(fields)]
     return "\n".join(lines) + "\n"
+
+
+def _types() -> str:
+    """Return which of PEFT's types are read, and which are not."""
+    import peft
+
+    known, read = sorted(kind.value for kind in peft.PeftType), peft_types().keys()
+    refused = ", ".join(kind for kind in known if kind not in read)
+    return f"Of PEFT's {len(known)} types lorac reads {len(read)}, each below. It refuses by name: {refused}."
 
 
 def _classes(peft_type: AnyPeftType) -> str:

@@ -4,13 +4,16 @@ import importlib
 import re
 from pathlib import Path
 
+import peft
 import pytest
 
 from lorac.backends.onnx.legalize import Legalize
+from lorac.formats.peft.config import peft_types
 from lorac.frontend.capture.pipeline import capture_passes
 from lorac.frontend.host import GROUP as ENTRY_POINTS_OF_HOSTS
 from lorac.ir.slots.roles import ROLES
 from lorac.passes.pipelines import lowering_passes
+from lorac.variants import variants
 from tests.docs.pages import PAGES as READ
 from tests.docs.pages import name
 
@@ -154,3 +157,22 @@ def test_the_table_of_passes():
     rows = [line.rpartition(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
     steps = [*capture_passes(attention=True), *lowering_passes(), Legalize()]
     assert rows == [f"| `{step.name}` | {step.reads.name.lower()} | {step.leaves.name.lower()}" for step in steps]
+
+
+# --- figures of the README -------------------------------------------------------------------------------------------
+
+
+def test_the_readme_quotes_the_measured_swaps():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| swapping a .*$", readme, re.MULTILINE)
+    swaps = _section((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), "swap")
+    measured = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", swaps, re.MULTILINE))
+    sides = ("live LoRA (ONNX Runtime)", "fused LoRA (ONNX Runtime)", "PEFT unmerge + merge")
+    assert re.findall(r"([\d.]+) ms", row) == [measured[side] for side in sides]
+
+
+def test_the_readme_counts_methods_and_types():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| adapter methods .*$", readme, re.MULTILINE)
+    methods, read, known = re.findall(r"\[(\d+)\]\(|\[(\d+) of PEFT's types\]|(\d+) types, a closed", row)
+    assert (methods[0], read[1], known[2]) == (f"{len(variants())}", f"{len(peft_types())}", f"{len(peft.PeftType)}")

@@ -38,7 +38,7 @@ _FIXED = ("maxvit_t", "vit_b_16")
 
 
 class Scores(nn.Module):
-    """A detector up to the scores and boxes of all places: which of them it keeps is a matter of the last bit."""
+    """A detector's backbone and head, up to the scores and boxes of all places, without the choice among them."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ def entries() -> list[Entry]:
     pixels = [
         (name, functools.partial(_build, name, weights_backbone=None, num_classes=5), 32) for name in SEGMENTATION
     ]
-    objects = [(name, functools.partial(_detector, name), 128) for name in DETECTION.split()]
+    scores = [(f"{name}-scores", functools.partial(_scores, name), 128) for name in DETECTION.split()]
     fixed = [Entry(f"torchvision/{name}", "torchvision", build, _images(side)) for name, build, side in labels + pixels]
     resized = [
         Entry(f"torchvision/{name}-resized", "torchvision", build, images(max(side, 64)), None, free_sizes)
-        for name, build, side in labels + pixels + objects
+        for name, build, side in labels + pixels + scores
         if name not in _FIXED
     ]
     clips = [
@@ -89,7 +89,7 @@ def _build(name: str, **settings: Any) -> nn.Module:
     return made.eval()
 
 
-def _detector(name: str) -> nn.Module:
+def _scores(name: str) -> nn.Module:
     return Scores(_build(name, weights_backbone=None, num_classes=5)).eval()
 
 

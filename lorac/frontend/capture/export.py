@@ -306,8 +306,8 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
     line, module = find_failing_model_line(error), find_failing_module(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (
-        "make this line independent of the values of tensors (torch.where), or give forward what it "
-        "computes there, position_ids for one, if it takes that; target='eager' runs the model itself"
+        "make this line independent of the values of tensors (torch.where), give forward what it computes there "
+        "(position_ids for one), or compile a part without it (model.backbone); target='eager' runs the model itself"
     )
     if line is None and guards:
         line, module = guards[0].line, guards[0].module
