@@ -143,7 +143,7 @@ class UnknownMethod(AdapterError):
 
 
 class BaseNeeded(AdapterError):
-    """The operation needs the base weights, and no model was given."""
+    """The operation needs the base weights, and no model was given, or one without values."""
 
 
 class FormatError(LoracError):

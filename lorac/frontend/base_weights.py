@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lorac.errors import BaseNeeded
 from lorac.frontend.parametrized_weights import read_module_tensor
 from lorac.frontend.quantised_weights import LayerWeight, dequantise, is_bitsandbytes_layer
 from lorac.ir.sites.site import BaseReader, Site
@@ -16,6 +17,27 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise ``BaseNeeded`` if a tensor of a model is on the meta device, where it has no values."""
+    for name, tensor in named_tensors(model).items():
+        _check_value(model, name, tensor)
+
+
+def _check_value(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_meta:
+        return
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise BaseNeeded(
+            f"'{name}' is offloaded: accelerate's hook gives it values for one call of its layer alone",
+            next_step="load the model without offload, or take the hooks of its cpu_offload or disk_offload off by "
+            "accelerate's remove_hook_from_module, with recurse on",
+        )
+    raise BaseNeeded(
+        f"'{name}' is on the meta device, and has no values",
+        next_step="load its weights first: from_pretrained does, and load_state_dict with assign on",
+    )
 
 
 def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
@@ -35,7 +57,9 @@ def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
 def read_weight(site: Site, model: nn.Module) -> torch.Tensor:
     """Return the site's W (out, in), a stack as (E, out, in); of a quantised weight its float values."""
     assert site.weight is not None
-    return site.present(dequantise(read_stored_tensor(model, site.weight)).detach())
+    weight = read_stored_tensor(model, site.weight)
+    _check_value(model, site.weight, weight)
+    return site.present(dequantise(weight).detach())
 
 
 def read_bias(site: Site, model: nn.Module) -> torch.Tensor | None:

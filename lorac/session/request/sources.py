@@ -11,6 +11,7 @@ from torch import nn
 from lorac.argument_types import describe_value
 from lorac.errors import AdapterError, ChoiceError, CompileError, short
 from lorac.formats.peft.objects import is_peft_config, unwrap_model, variant_from_config
+from lorac.frontend.base_weights import check_values
 from lorac.frontend.components import strip_wrappers
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.runtime.choice_switch import ChoiceSwitch
@@ -46,6 +47,7 @@ def read_model(given: object) -> ModelSource:
     Raises:
         CompileError: the value is not a model, or is compiled already; or its layers of PEFT have no configuration, or
             are merged or scaled.
+        BaseNeeded: a tensor of the model has no values.
         FormatError: lorac does not read the type or the settings of an adapter of PEFT.
     """
     if isinstance(given, Mapping):
@@ -80,7 +82,7 @@ def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
 
 
 def _require_module(given: object, subject: str) -> nn.Module:
-    """Return a model without the wrappers that do not change its computation (``strip_wrappers``)."""
+    """Return a model without the wrappers that do not change its computation; raises as ``check_values`` does."""
     if isinstance(getattr(given, "switch", None), ChoiceSwitch):
         raise CompileError(
             f"{subject} is compiled already",
@@ -88,7 +90,10 @@ def _require_module(given: object, subject: str) -> nn.Module:
         )
     if isinstance(given, nn.Module):
         inner = strip_wrappers(given)
-        return inner if inner is given else _require_module(inner, subject)
+        if inner is not given:
+            return _require_module(inner, subject)
+        check_values(given)
+        return given
     raise CompileError(f"{subject} is {describe_value(given)}, not an nn.Module", next_step=_suggest_model(given))
 
 
