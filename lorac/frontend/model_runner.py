@@ -4,14 +4,13 @@ import pickle
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,26 +219,3 @@ def _get_storage_address(tensor: Tensor) -> int | None:
 def _devices(model: nn.Module) -> list[torch.device]:
     """Return the devices other than the CPU that draw random numbers for a model."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters() if parameter.is_cuda))
-
-
-FUSED_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""Layers of torch that in evaluation call one fused kernel, which bypasses the layers inside them."""
-
-
-class NoFastPath(TorchFunctionMode):
-    """Does nothing; but torch fuses no layer whose calls somebody watches, in this thread alone."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., T],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> T:
-        return func(*args, **(kwargs or {}))
-
-
-def disable_fast_path(model: nn.Module) -> AbstractContextManager[object]:
-    """Return a context in which torch calls the layers inside a model's transformer layers."""
-    fuses = any(isinstance(module, FUSED_LAYERS) for module in model.modules())
-    return NoFastPath() if fuses else nullcontext()

@@ -18,8 +18,9 @@ from torch._ops import OpOverload
 
 from lorac.errors import SiteError, list_some, warn
 from lorac.frontend.copying import separate_layers
+from lorac.frontend.fast_path import disable_fast_path
 from lorac.frontend.host import Host
-from lorac.frontend.model_runner import WatchingMode, disable_fast_path, preserve_random_state
+from lorac.frontend.model_runner import WatchingMode, preserve_random_state
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph

@@ -1,8 +1,8 @@
 """torch's transformer layers, which in evaluation call one fused kernel with the weights of the layers inside them.
 
 The kernel bypasses the forwards of the layers inside, and an adapter there with them. So where a call touches a site
-inside such a layer, the layer's Python code runs. Where it touches none, the layer computes as the host's does, whose
-weights may need gradients.
+inside such a layer, or records gradients through its inputs, the layer's Python code runs. Where it touches none, the
+layer computes as the host's does, whose weights may need gradients.
 """
 
 import functools
@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorac.frontend.model_runner import FUSED_LAYERS, NoFastPath
+from lorac.frontend.fast_path import FUSED_LAYERS, NoFastPath, find_unfused_forward
 
 TouchedSites = Callable[[], Collection[str]]
 T = TypeVar("T")
@@ -32,20 +32,26 @@ def disable_fast_path(host: nn.Module, copy: nn.Module, planned: Collection[str]
             continue
         inside = frozenset(site for site in planned if site.startswith(f"{path}." if path else ""))
         needs_grad = any(parameter.requires_grad for parameter in host.get_submodule(path).parameters())
-        if inside or needs_grad:
-            layer: nn.Module = module
-            layer.forward = functools.partial(_forward, layer.forward, inside, needs_grad, touched)
+        layer: nn.Module = module
+        forwards = layer.forward, find_unfused_forward(layer)
+        layer.forward = functools.partial(_forward, *forwards, inside, needs_grad, touched)
 
 
 def _forward(
     forward: Callable[..., T],
+    unfused: Callable[..., T],
     inside: frozenset[str],
     needs_grad: bool,
     touched: TouchedSites,
     *args: object,
     **kwargs: object,
 ) -> T:
-    if inside.isdisjoint(touched()) and not (needs_grad and torch.is_grad_enabled()):
+    acting, records = touched(), torch.is_grad_enabled()
+    through = records and any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+    if records and needs_grad:
+        with NoFastPath():
+            return forward(*args, **kwargs)
+    if not acting or (inside.isdisjoint(acting) and not through):
         return forward(*args, **kwargs)
     with NoFastPath():
-        return forward(*args, **kwargs)
+        return unfused(*args, **kwargs)

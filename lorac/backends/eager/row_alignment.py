@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import Unavailable
 from lorac.frontend.copying import separate_layers
+from lorac.frontend.fast_path import disable_fast_path
 from lorac.frontend.host import Host
 from lorac.frontend.hosts.transformers import TRACE_CONFIG
-from lorac.frontend.model_runner import disable_fast_path
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.row_selection import RowSelection

@@ -39,6 +39,7 @@ from lorac.frontend.capture.trace_guards import (
     record_guards,
 )
 from lorac.frontend.copying import WeightCast, refuse_casts
+from lorac.frontend.fast_path import FUSED_LAYERS, disable_fast_path, find_unfused_forward
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import (
     fix_hinted_axes,
@@ -49,7 +50,7 @@ from lorac.frontend.inputs.dynamic_shapes import (
     spread_row_numbers,
 )
 from lorac.frontend.layer_classes import Forward
-from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
+from lorac.frontend.model_runner import preserve_random_state
 from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
@@ -103,7 +104,7 @@ def _export_arguments(
 
     # Caching symbolic shapes takes longer than to compute each op's shapes anew.
     uncached = config.patch(fake_tensor_cache_enabled=False)
-    with isolate_tracing(host.model), uncached, contextlib.ExitStack() as stack:
+    with isolate_tracing(host.model), disable_fast_path(host.model), uncached, contextlib.ExitStack() as stack:
         copied = _make_marked_copy(host, marks, arguments)
         if marks.attention:
             copied.model.forward = derive_decoder_arguments(copied.model.forward)
@@ -141,7 +142,6 @@ def isolate_tracing(model: nn.Module) -> Iterator[None]:
         suppress_third_party_output(),
         torch.no_grad(),
         preserve_random_state(model),
-        disable_fast_path(model),
     ):
         yield
 
@@ -151,6 +151,9 @@ def _make_marked_copy(host: Host, marks: SiteMarks, arguments: CallArguments) ->
     copied = host.copy(share_buffers=True)
     model = copied.model.eval()
     alike = find_layer_groups(model)
+    for module in model.modules():
+        if isinstance(module, FUSED_LAYERS):
+            module.forward = find_unfused_forward(module)  # type: ignore[method-assign]  # of a copy
     mark_sites(model, marks)
     refuse_casts(model)
     trace_repeated_layers_once(model, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])

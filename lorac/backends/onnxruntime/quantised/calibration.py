@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import OptionError
+from lorac.frontend.fast_path import disable_fast_path
 from lorac.frontend.host import Host
-from lorac.frontend.model_runner import disable_fast_path, seed_random_numbers
+from lorac.frontend.model_runner import seed_random_numbers
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.progress import progress
 
