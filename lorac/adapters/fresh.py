@@ -107,6 +107,13 @@ def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:
         specs = adapter.variant.at(site).specs(site)
         dtype = factor_dtype(site.dtype)
         copy.tensors[path] = {name: copy_tensor(tensors[name], dtype, spec.role) for name, spec in specs.items()}
+    for path, source in adapter.provenance.get("tied", {}).items():
+        tied, others = copy.tensors.get(path, {}), copy.tensors.get(source, {}).values()
+        for name, tensor in tied.items():
+            # A tied layer's tensor may be the transpose of one of its embedding: an optimizer moves both, as in PEFT.
+            alike = (one for one in others if one.ndim == 2 and tensor.requires_grad and tensor is not one)
+            other = next((one for one in alike if torch.equal(one.t(), tensor)), None)
+            tied[name] = tensor if other is None else nn.Parameter(other.detach().t())
     for fqn in sorted(adapter.replaced, key=[*view.named_tensors()].index):
         tensor = adapter.replaced[fqn]
         buffer = fqn in sites and sites[fqn].buffer
@@ -137,8 +144,9 @@ def _make_initial_tensors(
     tensors: dict[str, Tensor] = {}
     dtype = factor_dtype(site.dtype)
     for key, spec in specs.items():
-        if key in shared.made:
-            tensors[key] = shared.made[key]
+        known = spec.tie or key
+        if known in shared.made:
+            tensors[key] = shared.made[known]
             continue
         shape, generator = spec.shape, site_generator
         if spec.shared:
@@ -146,8 +154,8 @@ def _make_initial_tensors(
         context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
         value = spec.init(context)
         tensors[key] = value if spec.role is Role.INDEX else value.to(dtype)
-        if spec.shared:
-            shared.made[key] = tensors[key]
+        if spec.shared or spec.tie:
+            shared.made[known] = tensors[key]
     return tensors
 
 

@@ -28,7 +28,7 @@ from lorac.limits import charge_reading
 from lorac.storage.strict_json import parse_object
 from lorac.variants import find_variant, variants
 from lorac.variants._missing_method import MissingMethod, class_modules
-from lorac.variants.adapter import Adapter
+from lorac.variants.adapter import TOKEN_ROWS, Adapter
 from lorac.variants.base import Variant, dataclass_fields
 
 VERSION = 1
@@ -54,6 +54,7 @@ _PROVENANCE_TYPES: Mapping[str, object] = {
     "tied": _StringMap,
     "config": JsonMapping,
     LAYOUT: Mapping[str, JsonMapping],
+    TOKEN_ROWS: Mapping[str, tuple[int, ...]],
 }
 """The entries of an adapter's provenance that lorac reads again; others are only stored."""
 

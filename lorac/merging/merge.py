@@ -30,7 +30,7 @@ from lorac.merging.terms import SiteTerms, scale_change, shape_of
 from lorac.merging.way import AdaptersWay, SiteWay
 from lorac.progress import progress
 from lorac.session.request.sources import read_sources
-from lorac.variants.adapter import Adapter
+from lorac.variants.adapter import TOKEN_ROWS, Adapter
 from lorac.variants.lora import LoRA
 
 Weights = Mapping[str, float] | Sequence[float]
@@ -143,6 +143,10 @@ def merge_sites(
     inexact = {path: error for path, error in errors.items() if error}
     layouts = {path: layout for one in adapters for path, layout in one.provenance.get(LAYOUT, {}).items()}
     result.provenance |= {**({"errors": inexact} if inexact else {}), LAYOUT: layouts}
+    for weight in whole:
+        numbers = [one.provenance.get(TOKEN_ROWS, {}).get(weight, ()) for one in adapters if weight in one.replaced]
+        if numbers and all(numbers):
+            result.provenance.setdefault(TOKEN_ROWS, {})[weight] = sorted({row for own in numbers for row in own})
     return result
 
 

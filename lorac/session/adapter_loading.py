@@ -8,6 +8,7 @@ from lorac.adapters.adapter_sites import add_adapted_modules, add_named_modules,
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import add_replaced_parameters, make_fresh_adapter, make_trainable
 from lorac.adapters.preparation import Preparer
+from lorac.adapters.token_rows import split_token_rows
 from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
 from lorac.formats import load_adapter
 from lorac.formats.native import load_record
@@ -17,7 +18,7 @@ from lorac.session.request.sources import AdapterSource, check_argument_order, r
 from lorac.session.session import SHAPES_ONLY, Session
 from lorac.storage.normal_forms import read_normal_forms
 from lorac.storage.open_file import OpenFile
-from lorac.variants.adapter import Adapter
+from lorac.variants.adapter import TOKEN_ROWS, Adapter
 from lorac.variants.base import Variant
 from lorac.variants.union import Union
 
@@ -46,6 +47,8 @@ def make_adapter(session: Session, given: object, name: str | None) -> Adapter:
     if any(tensor.is_meta for tensor in adapter.parameters()):
         raise _missing_base_weights(adapter.name)
     add_sites(session, adapter)
+    if not session.backend.emits:  # a session that trains
+        adapter = split_token_rows(adapter, session.view)
     return make_trainable(adapter, session.view)
 
 
@@ -143,11 +146,13 @@ def join_components(parts: Mapping[str, Adapter], name: str) -> Adapter:
     variants = [part.variant for part in located.values()]
     first, targets = variants[0], tuple(path for variant in variants for path in variant.targets)
     equal = all(dataclasses.replace(variant, targets=first.targets) == first for variant in variants)
+    rows = {path: own for part in located.values() for path, own in part.provenance[TOKEN_ROWS].items()}
     return Adapter(
         name,
         dataclasses.replace(first, targets=targets) if equal else Union.over(*variants, like=first),
         {path: tensors for part in located.values() for path, tensors in part.tensors.items()},
         {path: tensor for part in located.values() for path, tensor in part.replaced.items()},
+        {TOKEN_ROWS: rows} if rows else {},
     )
 
 
@@ -155,5 +160,6 @@ def _locate(component: str, part: Adapter) -> Adapter:
     """Return an adapter of a component with paths from the whole, and the paths of its sites as its targets."""
     tensors = {f"{component}.{path}": at for path, at in part.tensors.items()}
     replaced = {f"{component}.{name}": tensor for name, tensor in part.replaced.items()}
+    rows = {f"{component}.{name}": own for name, own in part.provenance.get(TOKEN_ROWS, {}).items()}
     variant = dataclasses.replace(part.variant, targets=tuple(tensors), exclude=(), layers=())
-    return dataclasses.replace(part, variant=variant, tensors=tensors, replaced=replaced)
+    return Adapter(part.name, variant, tensors, replaced, {TOKEN_ROWS: rows})

@@ -224,8 +224,9 @@ def trained_terms(
     found = [
         TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained_method)
         for adapter in adapters
-        if isinstance(adapter.variant.trained_method if in_residuals else adapter.variant, methods)
         for path, tensors in adapter.tensors.items()
+        for method in (adapter.variant.method_at(path),)
+        if isinstance(method.trained_method if in_residuals else method, methods)
     ]
     if not found:
         wanted = " or ".join(method.name for method in methods)

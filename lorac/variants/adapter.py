@@ -9,8 +9,10 @@ import torch
 from lorac.errors import AdapterError, ChoiceError
 from lorac.variants.base import Tensor, Variant
 
-_BASE_FACTS = ("base", "layout")
-"""Entries of the provenance: the hash of the base's weights, and the layouts of the sites."""
+TOKEN_ROWS = "rows"
+"""Entry of the provenance: name of a replaced weight -> the numbers of its rows that train, where not all do."""
+_BASE_FACTS = ("base", "layout", TOKEN_ROWS)
+"""Entries of the provenance: the hash of the base's weights, the layouts of the sites, and rows that train."""
 
 
 @dataclass(eq=False)

@@ -55,6 +55,7 @@ class ParamSpec:
             needs; a formula takes the corner it needs.
         decay: whether weight decay customarily applies (metadata for trainers).
         below: for an index (n, K): the sizes of the n axes that its columns point into. All columns differ.
+        tie: sites of an adapter whose specs have the same text here hold one tensor; empty: each has its own.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class ParamSpec:
     shared: bool = False
     decay: bool = True
     below: tuple[int, ...] = ()
+    tie: str = ""
 
     def stacked(self, number: int) -> "ParamSpec":
         """Return the spec for a stack of matrices: one tensor per matrix, each initialised as for a single matrix."""

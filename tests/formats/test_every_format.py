@@ -17,7 +17,7 @@ from torch import Tensor
 import lorac
 from campaigns import mutations, sound
 from lorac.formats.gguf.file import read_gguf
-from lorac.formats.peft.checks import contains_tensors
+from lorac.formats.peft.peft_type import contains_tensors
 from lorac.formats.reading import AdapterFile
 from lorac.merging.stored_model import StoredModel
 from lorac.storage.onnx_adapter import read_onnx_adapter, write_onnx_adapter

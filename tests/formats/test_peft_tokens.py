@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
 
 import lorac
+import lorac.training
 from lorac import AdapterError, BaseNeeded, FormatError, LoracError, SiteError, load_adapter, save_adapter
 from tests import parity
 from tests.end_to_end.peft_cases import tie
-from tests.peft_files import change_tensors, configure, load_peft, make_peft
+from tests.peft_files import change_tensors, configure, load_peft, make_peft, quiet
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -54,12 +56,7 @@ def test_matches_peft(rows: Any, tied: bool, tmp_path: Path) -> None:
     for mode in ("live", "fused"):
         compiled = lorac.compile(model, {"a": tmp_path / "theirs"}, mode=mode)
         parity.assert_parity(compiled(**inputs).logits, expected, base)
-    read = load_adapter(tmp_path / "theirs", model)
-    if tied and rows is APART:
-        with refuses("unsupported_field", match="are one tensor in the model, by two"):
-            save_adapter(read, tmp_path / "back", model=model)
-        return
-    save_adapter(read, tmp_path / "back", model=model)
+    save_adapter(load_adapter(tmp_path / "theirs", model), tmp_path / "back", model=model)
     assert torch.equal(load_peft(model, tmp_path / "back")(**inputs).logits, expected)
 
 
@@ -137,3 +134,144 @@ def test_rows_as_a_method_of_their_own(tmp_path: Path) -> None:
     configure(tmp_path / "free", token_indices=[1, 1, 2, 3, 4, 5])
     with refuses("unsupported_field", match="expected numbers of rows, each once"):
         load_adapter(tmp_path / "free", free)
+
+
+class Words(nn.Module):
+    """An embedding, a layer and an output layer, under the names and methods that PEFT looks for."""
+
+    def __init__(self, *, tied: bool, embedding: str = "emb") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = {"tie_word_embeddings": tied, "model_type": "words"}
+        self._tied_weights_keys = {"lm_head.weight": f"{embedding}.weight"} if tied else {}
+        self._embedding = embedding
+        self.add_module(embedding, nn.Embedding(9, 6))
+        self.up, self.lm_head = nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        if tied:
+            self.lm_head.weight = self.get_input_embeddings().weight
+        self.double()
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(torch.tanh(self.up(self.get_input_embeddings()(words))))  # type: ignore[no-any-return]  # a layer's
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_submodule(self._embedding)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+IDS = torch.tensor([[1, 3, 5, 7]])
+
+
+def train(model: nn.Module) -> list[float]:
+    """Take four steps; return the losses."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=0.1), []
+    for _ in range(4):
+        loss = nn.functional.cross_entropy(model(IDS)[0], IDS[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def count_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def lora(rows: Any = None, targets: str = "up", **settings: Any) -> PeftConfig:
+    return LoraConfig(r=2, target_modules=[targets], trainable_token_indices=rows, init_lora_weights=False, **settings)
+
+
+TRAINED: dict[str, PeftConfig] = {
+    "list": lora([1, 3]),
+    "named": lora({"emb": [1, 3], "lm_head": [1, 3]}),
+    "apart": lora({"emb": [1, 3], "lm_head": [2]}),
+    "head": lora({"lm_head": [1, 3]}),
+    "dora": lora([1, 3], use_dora=True, bias="lora_only"),
+    "tokens": TrainableTokensConfig(target_modules=["emb"], token_indices=[1, 3]),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_trains_the_same_tensors_as_peft(name: str, tied: bool, tmp_path: Path) -> None:
+    """Files saved after training, with the model and without, hold rows again and mean the same to PEFT and lorac."""
+    with quiet():
+        theirs = get_peft_model(Words(tied=tied), copy.deepcopy(TRAINED[name]))
+        theirs.save_pretrained(tmp_path / "theirs")
+    ours = lorac.compile(Words(tied=tied), {"a": tmp_path / "theirs"}).train()
+    assert count_trained(ours) == count_trained(theirs)
+    assert train(ours) == pytest.approx(train(theirs), rel=1e-12)
+    expected = theirs(IDS).detach()
+    for number, model in enumerate([Words(tied=tied), None]):
+        save_adapter(ours.adapters["a"], tmp_path / f"{number}", model=model)
+        torch.testing.assert_close(load_peft(Words(tied=tied), tmp_path / f"{number}")(IDS), expected)
+    save_adapter(ours.adapters["a"], tmp_path / "native", format="native")
+    again = lorac.compile(Words(tied=tied), {"a": tmp_path / "native"}).train()
+    assert count_trained(again) == count_trained(theirs)
+    assert train(again) == pytest.approx(train(theirs), rel=1e-12)
+
+
+def test_tied_factors_train_as_in_peft(tmp_path: Path) -> None:
+    """Under ensure_weight_tying an optimizer moves A and B of the embedding, and as their transposes once more."""
+
+    def host() -> nn.Module:
+        return Words(tied=True, embedding="embed_tokens")
+
+    with quiet():
+        theirs = get_peft_model(host(), lora(targets="embed_tokens", ensure_weight_tying=True))
+        theirs.save_pretrained(tmp_path / "theirs")
+    ours = lorac.compile(host(), {"a": tmp_path / "theirs"}).train()
+    assert train(ours) == pytest.approx(train(theirs), rel=1e-12)
+    save_adapter(ours.adapters["a"], tmp_path / "ours", model=host())
+    torch.testing.assert_close(load_peft(host(), tmp_path / "ours")(IDS), theirs(IDS))
+    save_adapter(ours.adapters["a"], tmp_path / "native", format="native")
+    again = lorac.compile(host(), {"a": tmp_path / "native"}).train()
+    assert train(again) == pytest.approx(train(theirs), rel=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+def test_fresh_rows_train_as_peft_trains_them(tied: bool, tmp_path: Path) -> None:
+    """As a method of their own, and in a union with a LoRA, which PEFT reads as LoRA with trainable_token_indices."""
+    with quiet():
+        theirs = get_peft_model(Words(tied=tied), copy.deepcopy(TRAINED["tokens"]))
+    tokens = lorac.TrainableTokens(token_indices=[1, 3], targets=["emb"])
+    ours = lorac.compile(Words(tied=tied), {"a": tokens}).train()
+    assert train(ours) == pytest.approx(train(theirs), rel=1e-12)
+    both = lorac.Union(parts=(lorac.LoRA(r=2, targets=["up"]), tokens))
+    ours = lorac.compile(Words(tied=tied), {"a": both}).train()
+    with lorac.training.LoRAPlus(ours, torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad])):
+        train(ours)
+    save_adapter(ours.adapters["a"], tmp_path / "both", model=Words(tied=tied))
+    read = load_peft(Words(tied=tied), tmp_path / "both")
+    assert read.peft_config["default"].trainable_token_indices == {"emb": [1, 3]}
+    torch.testing.assert_close(read(IDS), ours(IDS))
+
+
+def test_rows_stay_rows_in_a_converted_adapter(tmp_path: Path) -> None:
+    with quiet():
+        get_peft_model(Words(tied=True), copy.deepcopy(TRAINED["list"])).save_pretrained(tmp_path / "theirs")
+    read = load_adapter(tmp_path / "theirs", Words(tied=True))
+    merged = lorac.merge({"a": read, "b": read}, "linear", [0.5, 0.5], Words(tied=True))
+    for adapter in (lorac.resize(read, 1), lorac.to_lora(read), merged):
+        assert {len(tensor) for tensor in adapter.replaced.values()} == {9}
+        factors = sum(tensor.numel() for tensor in adapter.tensors["up"].values())
+        assert count_trained(lorac.compile(Words(tied=True), {"a": adapter})) == 2 * 6 + factors
+    several = lorac.compile({"first": Words(tied=True)}, {"a": {"first": tmp_path / "theirs"}})
+    assert sum(one.numel() for one in several.adapters["a"].parameters() if one.requires_grad) == 2 * 6 + 2 * 2 * 6
+
+
+def test_rejects_tied_layers_with_other_rows(tmp_path: Path) -> None:
+    free = lorac.compile(
+        Words(tied=False),
+        {
+            "a": lorac.Union(
+                parts=(lorac.LoRA(r=2, targets=["up"]), lorac.TrainableTokens(token_indices=[1], targets=["emb"]))
+            )
+        },
+    )
+    with refuses("unsupported_field", match="changes 'lm_head' with 'emb', which it is tied to"):
+        save_adapter(free.adapters["a"], tmp_path / "a", model=Words(tied=True))

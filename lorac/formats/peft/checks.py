@@ -107,11 +107,6 @@ def saved_parameter_names(variant: Variant, view: ModelView) -> list[str]:
     return [name for name in names if is_saved(name, variant.modules_to_save) or copied_module(variant, name)]
 
 
-def contains_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Return whether the expected tensors are among others, value for value."""
-    return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in expected.items())
-
-
 def _has_copied_module(adapter: Adapter) -> bool:
     return any(copied_module(adapter.variant, name) for name in adapter.replaced)
 
@@ -143,7 +138,7 @@ def _tie_to_embedding(adapter: Adapter, path: str, file: PeftFile, sites: Mappin
     tensors = adapter.tensors[path]
     for other, embedding in adapter.tensors.items():
         tied = file.peft_type.tied_tensors(embedding) if sites[other].kind is SiteKind.EMBEDDING else {}
-        if tied and contains_tensors(tensors, tied):
+        if tied and file.peft_type.holds_tied(tensors, embedding):
             tensors |= tied
             return other
     return None

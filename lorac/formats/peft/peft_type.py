@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
@@ -174,6 +175,16 @@ class PeftType(ABC, Generic[V]):
         if not embedding.keys() >= set(self.tied.values()):
             return {}
         return {own: embedding[other].t() for own, other in self.tied.items()}
+
+    def holds_tied(self, own: Tensors, embedding: Tensors) -> bool:
+        """Return whether a layer that is tied to an embedding has its tensors, value for value."""
+        tied = self.tied_tensors(embedding)
+        return bool(tied) and contains_tensors(own, tied)
+
+
+def contains_tensors(tensors: Tensors, expected: Tensors) -> bool:
+    """Return whether the expected tensors are among others, value for value."""
+    return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 AnyPeftType = PeftType[Any]

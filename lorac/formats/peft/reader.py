@@ -11,9 +11,10 @@ from lorac.formats._config_fields import read_fields
 from lorac.formats._errors import corrupt_error
 from lorac.formats._site_layouts import LAYOUT, site_to_json
 from lorac.formats._writing import BASE_HASH
-from lorac.formats.peft.checks import check_against_config, check_against_model, contains_tensors
+from lorac.formats.peft.checks import check_against_config, check_against_model
 from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.keys import PeftFile, read_keys
+from lorac.formats.peft.peft_type import contains_tensors
 from lorac.formats.peft.target_parameters import take_matrices
 from lorac.formats.peft.token_rows import fill_rows
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, seal_text
@@ -61,7 +62,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
         "tied": contents.tied,
     }
     adapter = Adapter(name, variant, replaced=contents.replaced, provenance=provenance)
-    adapter.replaced |= fill_rows(file)
+    fill_rows(adapter, file)
     sites = _read_sites(adapter, file, _complete_shared(adapter, file), matrices)
     if view is None:
         check_against_config(adapter, file, sites)

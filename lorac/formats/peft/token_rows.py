@@ -2,22 +2,28 @@
 
 Source: peft.utils.other.TrainableTokensWrapper and peft.tuners.trainable_tokens of PEFT 0.21. A file holds, per module,
 ``token_adapter.trainable_tokens_delta`` (n, d): n rows, which replace those whose numbers the configuration has. An
-output layer that is tied to the embedding reads the same rows. Here they become the whole weight, filled with the
-model's own other rows.
+output layer that is tied to the embedding reads the same rows. An adapter that is read holds the whole weight, filled
+with the model's own other rows; while it trains, it holds the rows (``lorac.adapters.token_rows``).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError, BaseNeeded, SiteError, nearest_name
+from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.formats._config_fields import read_rows
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.peft.keys import PeftFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
+from lorac.variants.adapter import TOKEN_ROWS, Adapter
+from lorac.variants.trainable_tokens import TrainableTokens, rows_of
+from lorac.variants.union import Union
 
+NumberedRows = tuple[tuple[int, ...], Tensor]
+"""Numbers of n rows of a weight, and the rows (n, d)."""
 TokenIndices = Mapping[str | None, tuple[int, ...]]
 """End of the path of a module -> its row numbers; None stands for the input embedding."""
 
@@ -32,8 +38,8 @@ def read_token_rows(value: object) -> TokenIndices:
     return {key: read_rows(rows) for key, rows in by_module.items()}
 
 
-def fill_rows(file: PeftFile) -> dict[str, Tensor]:
-    """Return whole weights with the rows of a file in them, by the names of the parameters that they replace.
+def fill_rows(adapter: Adapter, file: PeftFile) -> None:
+    """Add whole weights with the rows of a file in them to the parameters that an adapter replaces.
 
     Raises:
         BaseNeeded: there is no model.
@@ -50,7 +56,18 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
             next_step="PEFT does not combine them either: exclude_modules the layer",
         )
     indices: TokenIndices = file.values.get("trainable_token_indices") or {}
-    missing = [key for key in indices if key is not None and not any(module.endswith(key) for module in rows)]
+
+    def find_numbers(module: str) -> tuple[int, ...]:
+        # PEFT compares the ends of names; other rows are those of the input embedding.
+        named = (own for key, own in indices.items() if key is not None and module.endswith(key))
+        return next(named, indices.get(None, ()))
+
+    embeddings = [path for path in rows if path in file.sites and file.sites[path].kind is SiteKind.EMBEDDING]
+    # PEFT ties a layer whose numbers are the embedding's, or that has none, and saves the embedding's rows alone.
+    tied = {other: path for path in embeddings for other in file.sites[path].shares if other not in rows}
+    tied = {other: path for other, path in tied.items() if find_numbers(other) in {(), find_numbers(path)}}
+    named = (key for key in indices if key is not None)
+    missing = [key for key in named if not any(module.endswith(key) for module in (*rows, *tied))]
     if missing or (indices and not rows):
         raise corrupt_error(
             f"the file of adapter '{name}' lacks the rows of '{missing[0] if missing else 'the embedding'}' that its "
@@ -58,10 +75,10 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
             next_step="it is incomplete: save the adapter again",
         )
     if not rows:
-        return {}
+        return
     if file.view is None:
         raise BaseNeeded(f"adapter '{name}' holds rows of '{min(rows)}' alone", next_step="load_adapter(path, model)")
-    sites, weights = file.view.sites, dict[str, Tensor]()
+    sites, numbers = file.view.sites, adapter.provenance.setdefault(TOKEN_ROWS, {})
     for module, tensor in rows.items():
         if module not in sites:
             raise SiteError(
@@ -70,13 +87,57 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
                 next_step="load the class of model that the adapter was trained on",
                 code="site_not_found",
             )
-        site = sites[module]
-        # PEFT compares the ends of names; other rows are those of the input embedding.
-        named = (numbers for key, numbers in indices.items() if key is not None and module.endswith(key))
-        weight = _fill_weight(name, site, tensor, next(named, indices.get(None, ())), file.view)
-        tied = [path for path in site.shares if path not in rows]
-        weights |= {str(sites[path].weight): weight for path in (module, *tied)}
-    return weights
+        own = find_numbers(module)
+        weight = _fill_weight(name, sites[module], tensor, own, file.view)
+        names = [str(sites[path].weight) for path in (module, *tied) if tied.get(path, module) == module]
+        adapter.replaced |= dict.fromkeys(names, weight)
+        numbers |= dict.fromkeys(names, own)
+
+
+def take_rows(adapter: Adapter, view: ModelView | None) -> tuple[Adapter, dict[str, NumberedRows]]:
+    """Return an adapter without the rows that train by themselves, and those rows by module, as a file has them.
+
+    A layer that is tied to an embedding has the embedding's rows in PEFT, and is left out.
+
+    Raises:
+        FormatError: such a layer has other rows.
+    """
+    variant, replaced = adapter.variant, dict(adapter.replaced)
+    rows: dict[str, NumberedRows] = {}
+    cut: dict[int, Tensor] = {}
+    for name, numbers in adapter.provenance.get(TOKEN_ROWS, {}).items():
+        whole = replaced.pop(name)
+        rows[name.rpartition(".")[0]] = tuple(numbers), cut.setdefault(id(whole), whole[list(numbers)])
+    if isinstance(variant, Union) and sum(not isinstance(part, TrainableTokens) for part in variant.parts) == 1:
+        methods = {path: variant.method_at(path) for path in adapter.tensors}
+        # Embeddings come first: the layers that are tied to them have "rows".
+        for path, method in sorted(methods.items(), key=lambda item: "rows" in adapter.tensors[item[0]]):
+            if isinstance(method, TrainableTokens):
+                rows[path] = method.token_indices, rows_of(adapter.tensors[path])
+            else:
+                rest = replace(method, targets=(), modules_to_save=variant.modules_to_save, bias=variant.bias)
+        variant = rest
+    kept: dict[str, NumberedRows] = {}
+    for path, (numbers, own) in rows.items():
+        shares = () if view is None else view.sites[path].shares
+        tied = (at for at, (same, other) in kept.items() if own is other or (at in shares and numbers == same))
+        source = next(tied, None)
+        if source is None:
+            kept[path] = numbers, own
+        elif not torch.equal(own, kept[source][1]):
+            raise untied_error(adapter.name, path, source)
+        if view is not None and view.sites[path].kind is SiteKind.EMBEDDING and (alone := {*shares} - {*rows}):
+            raise untied_error(adapter.name, min(alone), path)
+    tensors = {path: own for path, own in adapter.tensors.items() if path not in rows}
+    return replace(adapter, variant=variant, tensors=tensors, replaced=replaced), kept
+
+
+def untied_error(adapter: str, path: str, source: str) -> FormatError:
+    """Return the error for a layer that PEFT changes with the embedding that it is tied to."""
+    return unsupported_error(
+        f"PEFT changes '{path}' with '{source}', which it is tied to; adapter '{adapter}' does not",
+        next_step="adapt both alike, or use format='native'",
+    )
 
 
 def _fill_weight(name: str, site: Site, rows: Tensor, indices: tuple[int, ...], view: ModelView) -> Tensor:

@@ -14,12 +14,13 @@ from lorac.argument_types import JsonMapping
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._site_layouts import remembered_sites
 from lorac.formats._writing import BASE_HASH, EXPERTS, SEAL, encode_config, write_json, write_sealed
-from lorac.formats.peft.checks import contains_tensors, saved_parameter_names, select_targets
+from lorac.formats.peft.checks import saved_parameter_names, select_targets
 from lorac.formats.peft.config import peft_types, write_config
 from lorac.formats.peft.keys import (
     EMBEDDING_NAMES,
     PREFIX,
     SHARED_PREFIX,
+    TOKENS,
     WRAPPED,
     copied_module,
     embedding_modules,
@@ -27,6 +28,7 @@ from lorac.formats.peft.keys import (
 )
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.target_parameters import matrix_paths, name_parameters, write_matrices
+from lorac.formats.peft.token_rows import NumberedRows, take_rows, untied_error
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import TARGET_KEYWORDS, is_named
@@ -51,13 +53,19 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
     """
     if view is not None:
         check_adapter(adapter, view)
+    adapter, rows = take_rows(adapter, view)
     adapter = _convert(adapter)
     peft_type = _find_peft_type(adapter, of_fork)
+    if rows and "trainable_token_indices" not in peft_type.fields:
+        raise unsupported_error(
+            f"PEFT's {peft_type.peft_type} has no place for the rows of '{min(rows)}' in adapter '{adapter.name}'",
+            next_step="use format='native'",
+        )
     contents = peft_type.write_folder(adapter, view)
     folder.mkdir()
     if contents is None:
         known = remembered_sites(adapter) if view is None else view.sites
-        _FolderWriter(adapter, peft_type, view, known).write(folder)
+        _FolderWriter(adapter, peft_type, view, known, rows).write(folder)
         return
     tensors, experts = contents
     for name, expert in experts.items():
@@ -121,12 +129,14 @@ class _FolderWriter:
     Attributes:
         view: the base, if it is given.
         sites: the sites of the model, or without one those of the adapter.
+        rows: module -> the numbers of its rows that train by themselves, and the rows.
     """
 
     adapter: Adapter
     peft_type: AnyPeftType
     view: ModelView | None
     sites: Mapping[str, Site]
+    rows: Mapping[str, NumberedRows]
 
     def write(self, folder: Path) -> None:
         adapter, peft_type = self.adapter, self.peft_type
@@ -161,6 +171,9 @@ class _FolderWriter:
         given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
         if tied:
             given["ensure_weight_tying"] = True
+        if self.rows:
+            tensors |= {f"{PREFIX}{path}.{TOKENS}": rows for path, (_, rows) in self.rows.items()}
+            given["trainable_token_indices"] = {path: list(numbers) for path, (numbers, _) in self.rows.items()}
         stored = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
         _write_files(adapter, peft_type, given, stored, folder, self.view)
 
@@ -196,19 +209,15 @@ class _FolderWriter:
             if name in adapter.replaced and source in adapter.replaced:
                 same = torch.equal(adapter.replaced[name], adapter.replaced[source])
             else:
-                expected = peft_type.tied_tensors(adapter.tensors.get(source, {}))
-                same = bool(expected) and contains_tensors(adapter.tensors.get(name, {}), expected)
+                same = peft_type.holds_tied(adapter.tensors.get(name, {}), adapter.tensors.get(source, {}))
             if same:
                 tied[name] = source
         if self.view is None:
             return tied
         found = peft_type.find_tied_sites(adapter.tensors, self.sites)
         for path, source in found.items():
-            if not contains_tensors(adapter.tensors.get(path, {}), peft_type.tied_tensors(adapter.tensors[source])):
-                raise unsupported_error(
-                    f"PEFT changes '{path}' with '{source}', which it is tied to; adapter '{adapter.name}' does not",
-                    next_step="adapt both alike, or use format='native'",
-                )
+            if not peft_type.holds_tied(adapter.tensors.get(path, {}), adapter.tensors[source]):
+                raise untied_error(adapter.name, path, source)
         return tied | found
 
     def _replaced_key(self, name: str, tied: Mapping[str, str]) -> str:

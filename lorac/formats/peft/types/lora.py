@@ -121,7 +121,6 @@ FIELDS: Mapping[str, Field] = {
     "qalora_group_size": Irrelevant(16),
     "runtime_config": Irrelevant(written=False),
     "megatron_config": Refused(next_step="save the adapter from a model without Megatron's parallel layers"),
-    # lorac writes the rows with the whole embedding, so that the field is null.
     "trainable_token_indices": Applied(read=read_token_rows),
     "alora_invocation_tokens": Refused(next_step="it acts on some tokens only; run it in PEFT"),
     "use_qalora": Refused(False, next_step="it pools the inputs of quantised layers; run it in PEFT"),

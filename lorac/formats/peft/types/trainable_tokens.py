@@ -6,6 +6,7 @@ same rows, and a file has them again for it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.variants.trainable_tokens import TrainableTokens
+from lorac.variants.trainable_tokens import TrainableTokens, rows_of
 
 DELTA = "trainable_tokens_delta"
 
@@ -32,22 +33,29 @@ class TrainableTokensType(PeftType[TrainableTokens]):
     }
     suffixes = (DELTA,)
     needs_model = True
-    tied = {"rows": "columns"}
 
     def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:
-        """Return layers that are tied to an embedding whose rows a file has -> that embedding."""
-        embeddings = [sites[path] for path in stored if path in sites and sites[path].kind is SiteKind.EMBEDDING]
-        return {other: site.path for site in embeddings for other in site.shares}
+        """Return layers that are tied to an embedding whose rows a file has -> that embedding, the model's first."""
+        tied: dict[str, str] = {}
+        for path, site in sites.items():
+            if path in stored and site.kind is SiteKind.EMBEDDING and path not in tied:
+                tied |= dict.fromkeys(site.shares, path)
+        return tied
+
+    def refine_variant(self, variant: TrainableTokens, stored: Mapping[str, Tensors]) -> TrainableTokens:
+        """Return the variant with ``tied`` set where ``find_tied_sites`` gave two layers the same tensor."""
+        return replace(variant, tied=len({id(tensors[DELTA]) for tensors in stored.values()}) < len(stored))
 
     def read_site(self, variant: TrainableTokens, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return the rows as columns of an embedding, and an embedding that they fit."""
+        """Return the rows, and an embedding that they fit."""
         delta = take_tensors(path, stored, {DELTA: 2}, f"{DELTA} is (n, d)")[DELTA]
-        return matrix_site(path, delta.shape[1], len(delta), SiteKind.EMBEDDING), {"columns": delta.t()}
+        return matrix_site(path, delta.shape[1], len(delta), SiteKind.EMBEDDING), {DELTA: delta}
 
     def complete_site(self, variant: TrainableTokens, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        index = torch.tensor([variant.token_indices], dtype=torch.int64)
-        columns = tensors["columns"]
-        return {"index": index} | ({"columns": columns} if site.kind is SiteKind.EMBEDDING else {"rows": columns.t()})
+        return variant.hold_rows(site, tensors[DELTA])
 
     def write_site(self, variant: TrainableTokens, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        return {DELTA: tensors["columns"].t() if "columns" in tensors else tensors["rows"]}
+        return {DELTA: rows_of(tensors)}
+
+    def holds_tied(self, own: Tensors, embedding: Tensors) -> bool:
+        return bool(own and embedding) and torch.equal(rows_of(own), rows_of(embedding))
