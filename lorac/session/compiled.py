@@ -447,7 +447,7 @@ class CompiledModule(nn.Module, Compiled):
         return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "forward" and install_fused_head(self.host, value, self.plans)):
+        if not (name == "forward" and install_fused_head(self, value)):
             nn.Module.__setattr__(self, name, value)
 
     def train(self, mode: bool = True) -> CompiledModule:

@@ -6,41 +6,102 @@ its adapters wherever a layer is recomputed.
 """
 
 import functools
+import inspect
 import types
-from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from lorac.errors import Unavailable
-from lorac.ir.slots.plans import SitePlan
+from lorac.ir.algebra.changes import merge_weight
+from lorac.ir.sites.site import factor_dtype
+from lorac.variants.adapter import Adapter
+
+_NO_CHANGE = 1e-5
+"""‖W' − W‖ / ‖W‖ that rounding may leave of an adapter that begins at the base, such as PiSSA's."""
 
 
-def install_fused_head(host: Any, forward: Any, plans: Mapping[str, SitePlan]) -> bool:
-    """Run TRL's ``forward`` as that of the host; return False for any other.
+def install_fused_head(compiled: Any, forward: Any) -> bool:
+    """Run TRL's ``forward`` as that of a compiled model's host; return False for any other.
 
     Args:
-        host: the copy of the model that a call runs.
         forward: the function that was assigned to the compiled model. TRL's has the name and signature of the original.
-        plans: site path -> its slots.
 
     Raises:
-        Unavailable: an adapter changes the head.
+        Unavailable: the trainer that assigns it loaded the base as its reference, and an adapter begins elsewhere.
     """
     fused: Any = getattr(forward, "__func__", None)
     code = getattr(fused, "__code__", None)
     if not (isinstance(code, types.CodeType) and "fused_lm_head" in code.co_varnames):
         return False
-    head, plain = host.get_output_embeddings(), host.forward
-    heads = {path for path, module in host.named_modules() if module is head}
-    for path, plan in plans.items():
-        if not plan.empty and (plan.site.within or path) in heads:
-            raise Unavailable(
-                f"an adapter changes '{path}', and TRL multiplies with the weight of the head itself",
-                next_step=f"leave '{path}' out of the adapter's targets and of its modules_to_save",
-            )
+    _refuse_base_as_reference(compiled)
+    host = compiled.host
+    plain = host.forward
 
     @functools.wraps(plain)
     def switched(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return fused(host, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(*args, **kwargs)
+        if not fused_lm_head:
+            return plain(*args, **kwargs)
+        return fused(_with_adapted_head(compiled), *args, fused_lm_head=True, **kwargs)
 
     host.forward = switched
     return True
+
+
+class _HostWithHead:
+    """A host whose head has another weight and bias; everything else is the host's own."""
+
+    def __init__(self, host: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._host, self._head = host, types.SimpleNamespace(weight=weight, bias=bias)
+
+    def get_output_embeddings(self) -> types.SimpleNamespace:
+        return self._head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+
+def _with_adapted_head(compiled: Any) -> Any:
+    """Return the host of a compiled model, with its head as the adapters of the running call change it."""
+    host = compiled.host
+    head = host.get_output_embeddings()
+    paths = [path for path, module in host.named_modules() if module is head and path in compiled.plans]
+    adapted = next(filter(None, map(compiled.engine.adapted_weight, paths)), None)
+    return host if adapted is None else _HostWithHead(host, *adapted)
+
+
+def _refuse_base_as_reference(compiled: Any) -> None:
+    """Raise ``Unavailable`` where a TRL trainer's reference is the base, and not the model as the training begins.
+
+    TRL decides it in ``__init__`` of its trainers by whether the model is PEFT's, and loads the model's folder again
+    where it is not. Nothing but that function's frame tells a model so.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and getattr(frame.f_locals.get("self"), "__dict__", {}).get("ref_model") is None:
+        frame = frame.f_back
+    if frame is None or frame.f_locals.get("ref_model") is not None:
+        return
+    preparer, adapters = compiled.session.preparer, compiled.adapters
+    moved = next((name for name, _ in compiled.choice if _moves_base(preparer, adapters[name])), None)
+    if moved is not None:
+        trainer = type(frame.f_locals["self"])
+        given = "ref_model" in inspect.signature(trainer).parameters
+        raise Unavailable(
+            f"{trainer.__name__} has loaded the base as its reference, and adapter '{moved}' begins elsewhere",
+            next_step="give it ref_model=lorac.compile(model, dict(compiled.adapters)).eval()"
+            if given
+            else "save the base with the adapter merged into it (lorac.merge_into), and train a new adapter on that",
+        )
+
+
+@torch.no_grad()
+def _moves_base(preparer: Any, adapter: Adapter) -> bool:
+    """Return whether an adapter changes the model; of a branch its file alone tells that it was trained."""
+    prepared = preparer.prepare(adapter)
+    for path, change in prepared.changes.items():
+        weight = preparer.base.weight(preparer.sites[path])
+        weight = weight.to(factor_dtype(weight.dtype))
+        moved = torch.linalg.vector_norm(merge_weight(change, weight) - weight)
+        if moved > _NO_CHANGE * torch.linalg.vector_norm(weight) or (change.e is not None and bool(change.e.any())):
+            return True
+    return bool(prepared.branches) and "format" in adapter.provenance

@@ -14,6 +14,7 @@ from torch import nn
 import lorac
 import lorac.training
 from lorac import AdapterError, BaseNeeded, FormatError, LoracError, SiteError, load_adapter, save_adapter
+from lorac.testing import assert_close
 from tests import parity
 from tests.end_to_end.peft_cases import tie
 from tests.peft_files import change_tensors, configure, load_peft, make_peft, quiet
@@ -164,7 +165,7 @@ class Words(nn.Module):
 IDS = torch.tensor([[1, 3, 5, 7]])
 
 
-def train(model: nn.Module) -> list[float]:
+def train(model: nn.Module) -> torch.Tensor:
     """Take four steps; return the losses."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=0.1), []
@@ -173,8 +174,8 @@ def train(model: nn.Module) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 def count_trained(model: nn.Module) -> int:
@@ -204,15 +205,15 @@ def test_trains_the_same_tensors_as_peft(name: str, tied: bool, tmp_path: Path) 
         theirs.save_pretrained(tmp_path / "theirs")
     ours = lorac.compile(Words(tied=tied), {"a": tmp_path / "theirs"}).train()
     assert count_trained(ours) == count_trained(theirs)
-    assert train(ours) == pytest.approx(train(theirs), rel=1e-12)
+    assert_close(train(ours), train(theirs))
     expected = theirs(IDS).detach()
     for number, model in enumerate([Words(tied=tied), None]):
         save_adapter(ours.adapters["a"], tmp_path / f"{number}", model=model)
-        torch.testing.assert_close(load_peft(Words(tied=tied), tmp_path / f"{number}")(IDS), expected)
+        assert_close(load_peft(Words(tied=tied), tmp_path / f"{number}")(IDS), expected)
     save_adapter(ours.adapters["a"], tmp_path / "native", format="native")
     again = lorac.compile(Words(tied=tied), {"a": tmp_path / "native"}).train()
     assert count_trained(again) == count_trained(theirs)
-    assert train(again) == pytest.approx(train(theirs), rel=1e-12)
+    assert_close(train(again), train(theirs))
 
 
 def test_tied_factors_train_as_in_peft(tmp_path: Path) -> None:
@@ -225,12 +226,12 @@ def test_tied_factors_train_as_in_peft(tmp_path: Path) -> None:
         theirs = get_peft_model(host(), lora(targets="embed_tokens", ensure_weight_tying=True))
         theirs.save_pretrained(tmp_path / "theirs")
     ours = lorac.compile(host(), {"a": tmp_path / "theirs"}).train()
-    assert train(ours) == pytest.approx(train(theirs), rel=1e-12)
+    assert_close(train(ours), train(theirs))
     save_adapter(ours.adapters["a"], tmp_path / "ours", model=host())
-    torch.testing.assert_close(load_peft(host(), tmp_path / "ours")(IDS), theirs(IDS))
+    assert_close(load_peft(host(), tmp_path / "ours")(IDS), theirs(IDS))
     save_adapter(ours.adapters["a"], tmp_path / "native", format="native")
     again = lorac.compile(host(), {"a": tmp_path / "native"}).train()
-    assert train(again) == pytest.approx(train(theirs), rel=1e-12)
+    assert_close(train(again), train(theirs))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
@@ -240,7 +241,7 @@ def test_fresh_rows_train_as_peft_trains_them(tied: bool, tmp_path: Path) -> Non
         theirs = get_peft_model(Words(tied=tied), copy.deepcopy(TRAINED["tokens"]))
     tokens = lorac.TrainableTokens(token_indices=[1, 3], targets=["emb"])
     ours = lorac.compile(Words(tied=tied), {"a": tokens}).train()
-    assert train(ours) == pytest.approx(train(theirs), rel=1e-12)
+    assert_close(train(ours), train(theirs))
     both = lorac.Union(parts=(lorac.LoRA(r=2, targets=["up"]), tokens))
     ours = lorac.compile(Words(tied=tied), {"a": both}).train()
     with lorac.training.LoRAPlus(ours, torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad])):
@@ -248,7 +249,7 @@ def test_fresh_rows_train_as_peft_trains_them(tied: bool, tmp_path: Path) -> Non
     save_adapter(ours.adapters["a"], tmp_path / "both", model=Words(tied=tied))
     read = load_peft(Words(tied=tied), tmp_path / "both")
     assert read.peft_config["default"].trainable_token_indices == {"emb": [1, 3]}
-    torch.testing.assert_close(read(IDS), ours(IDS))
+    assert_close(read(IDS), ours(IDS))
 
 
 def test_rows_stay_rows_in_a_converted_adapter(tmp_path: Path) -> None:

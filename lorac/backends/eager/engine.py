@@ -32,6 +32,7 @@ from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.row_slots import find_shared_slot, run_row_slots, run_row_terms, stack_choices
 from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.context_values import run_with_value
+from lorac.errors import Unavailable
 from lorac.frontend.components import get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
 from lorac.frontend.host import Host
@@ -90,7 +91,7 @@ class EagerEngine(Engine):
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
         self.alignment = RowAlignment(request.model, plans.values())
         self._reads, self._unobserved = request.reads, self.components.keys() - request.reads.observed
-        self._observing = threading.Lock()
+        self._observing, self._lent = threading.Lock(), set[str]()
         self._branches = BranchRunner(module, plans, request.sites)
         self._originals: dict[str, Forward] = {}
         self._merged: dict[str, Forward] = {}
@@ -203,7 +204,7 @@ class EagerEngine(Engine):
             layers = [path for path, plan in self.plans.items() if plan.site.is_layer and path.startswith(scope)]
             reads = WeightReads(self.module, layers)
             output = reads.run(lambda: forward(*args, **kwargs))
-            self._reads.note(graph, reads.read, reads.called)
+            self._reads.note(graph, reads.read, reads.called | self._lent)
             self._unobserved.discard(graph)
             return forward(*args, **kwargs) if self._restore_base(reads.read) else output
 
@@ -249,6 +250,24 @@ class EagerEngine(Engine):
             return current[1]
         # A checkpoint recomputes within backward, outside of calls, with the slots of the last call.
         return self._last_recorded if is_in_backward() else None
+
+    def adapted_weight(self, path: str) -> tuple[Tensor, Tensor | None] | None:
+        """Return a layer's weight and bias with the terms of the running call; None where no adapter changes it.
+
+        Raises:
+            Unavailable: a branch or dropout acts there, or rows have adapters of their own.
+        """
+        call = self._call()
+        if path not in call.active.touched:
+            return None
+        terms = None if call.active.places else (call.terms or self._terms).at(path, call.active.choice)
+        if terms is None or any(term.change is None or (term.rate and self.module.training) for term in terms):
+            raise Unavailable(
+                f"the adapters at '{path}' change more than its weight, which is all that TRL's fused head reads",
+                next_step=f"set the method's dropout to 0, or leave '{path}' out of the adapter's targets",
+            )
+        self._lent.add(path)
+        return combine_weights(self.plans[path].site, terms, *self._weights[path])
 
     def _install(self, path: str, plan: SitePlan) -> None:
         owner = path if plan.site.within is None else plan.site.within
