@@ -34,6 +34,10 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
     ] = None,
     pooling: Annotated[str, typer.Option(help="How an encoder's states become an embedding: mean or cls.")] = "mean",
+    predict: Annotated[
+        bool | None,
+        typer.Option(help="Whether /v1/predict gives the model's outputs; default: unless it continues text."),
+    ] = None,
     prepacked: PrepackedOption = None,
     keys: Annotated[
         Path | None, typer.Option("--keys", help="A JSON file of API key -> tenant; default: everybody may ask.")
@@ -50,6 +54,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         base_name=base_name,
         pinned=tuple(pinned or ()),
         pooling=pooling,  # type: ignore[arg-type]  # the settings check it
+        predict=predict,
         keys={} if keys is None else _read_keys(keys),
     )
     run(folder, settings, host, port, adapters=adapters, store=store, bases=bases or (), prepacked=prepacked)

@@ -1,6 +1,6 @@
 """The endpoints of adapters: loaded and unloaded as in vLLM; uploaded, listed and removed by a store's tenants."""
 
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import anyio
 import anyio.to_thread
@@ -9,8 +9,10 @@ import pydantic
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.guard import UPLOADS
 from lorac.serving.refusals import NotAllowed, RefusedField
+from lorac.serving.requests.request_body import read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
 
 _MOST_UPLOADS = 4
@@ -43,8 +45,12 @@ class UnloadFields(pydantic.BaseModel, extra="forbid", strict=True):
     lora_int_id: int | None = None
 
 
+LoadBody: TypeAlias = Annotated[LoadFields, read_body(LoadFields)]
+UnloadBody: TypeAlias = Annotated[UnloadFields, read_body(UnloadFields)]
+
+
 @router.post("/v1/load_lora_adapter")
-def load_adapter(fields: LoadFields, http: fastapi.Request) -> PlainTextResponse:
+def load_adapter(fields: LoadBody, http: fastapi.Request) -> PlainTextResponse:
     """Load an adapter from the store."""
     with http.app.state.metrics.time_load("path"):
         http.app.state.source.load(http.state.tenant, fields.lora_name, fields.lora_path)
@@ -52,7 +58,7 @@ def load_adapter(fields: LoadFields, http: fastapi.Request) -> PlainTextResponse
 
 
 @router.post("/v1/unload_lora_adapter")
-def unload_adapter(fields: UnloadFields, http: fastapi.Request) -> PlainTextResponse:
+def unload_adapter(fields: UnloadBody, http: fastapi.Request) -> PlainTextResponse:
     """Unload an adapter; requests at work keep it to their end."""
     if fields.lora_name in http.app.state.settings.pinned:
         raise NotAllowed(f"'{fields.lora_name}' is pinned", next_step="start the server without pinning it")
@@ -90,8 +96,8 @@ def add_store_endpoints(app: fastapi.FastAPI, store: AdapterStore) -> None:
         return JSONResponse(_describe(await anyio.to_thread.run_sync(add, limiter=limiter)), 201)
 
     @app.get(UPLOADS)
-    async def adapters(http: fastapi.Request) -> dict[str, object]:
-        return {"object": "list", "data": [_describe(adapter) for adapter in store.adapters(http.state.tenant)]}
+    def adapters(http: fastapi.Request) -> JSONResponse:
+        return JsonAnswer({"object": "list", "data": [_describe(one) for one in store.adapters(http.state.tenant)]})
 
     @app.delete(f"{UPLOADS}/{{name}}")
     async def unload(name: str, http: fastapi.Request) -> dict[str, object]:

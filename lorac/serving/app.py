@@ -16,6 +16,7 @@ from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.serving import adapter_endpoints, text_endpoints
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
+from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
@@ -82,7 +83,8 @@ def build_app(
     if decodes(compiled):
         app.include_router(text_endpoints.router)
     app.include_router(adapter_endpoints.router)
-    if rows is not None or isinstance(compiled, Compiled):
+    predicts = not decodes(compiled) if given.predict is None else given.predict
+    if predicts and (rows is not None or isinstance(compiled, Compiled)):
         app.include_router(row_endpoints.predict_router)
     if not decodes(compiled) and compiled.tokenizer is not None:
         app.include_router(row_endpoints.embedding_router)
@@ -130,10 +132,10 @@ def _add_state(app: fastapi.FastAPI) -> None:
         return Response(state.metrics.expose(state.scheduler, shared), media_type=MEDIA_TYPE)
 
     @app.get("/v1/models")
-    async def models(http: fastapi.Request) -> dict[str, object]:
+    def models(http: fastapi.Request) -> Response:
         names = state.source.names(http.state.tenant)
         base = state.settings.base_name
-        return {"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]}
+        return JsonAnswer({"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]})
 
     @app.get("/v1/status")
     async def status(http: fastapi.Request) -> dict[str, object]:

@@ -30,6 +30,8 @@ _KINDS = {
     504: "server_error",
 }
 """Status -> OpenAI's name for such errors."""
+_LONGEST = 100
+"""The most characters of a part of a field's name in a message."""
 RETRY_AFTER = "1"
 """Seconds after which a client should ask again."""
 
@@ -116,10 +118,10 @@ def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
         return f"'{field}' is not a field that this server knows" + (f"; nearest: '{nearest}'" if nearest else "")
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']}"
-    if problem["type"] == "model_attributes_type":
-        return "the body is not a JSON object"
     if problem["type"] == "missing":
         return f"'{field}' is missing" if field else "the request has no body; send JSON as application/json"
+    if not field:
+        return "the body is not a JSON object"
     return f"'{field}' is wrong: {problem['msg']}"
 
 
@@ -139,7 +141,7 @@ def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.Ba
         model = fields.get(request.url.path)
         known = () if model is None else tuple(model.model_fields)
         first = error.errors()[0]
-        path = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+        path = (f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST]}" for part in first["loc"][1:])
         field = "".join(path).removeprefix(".")  # such as messages[0].role
         return refusal(400, _describe(first, field, known), code=first["type"], field=field or None)
 

@@ -22,6 +22,8 @@ class ServingSettings:
         max_new_tokens: the most tokens of an answer, and the number for a chat that names none.
         deadline: seconds after which a request ends, those of waiting included; None: never.
         pinned: adapters that stay in memory and cannot be unloaded.
+        predict: whether ``/v1/predict`` gives the model's outputs; None: unless the model continues text.
+        max_output_bytes: the most bytes of outputs that ``/v1/predict`` gives.
         page: whether ``/`` is a page to chat on.
         pooling: an embedding is the mean of an encoder's last hidden states, or (``cls``) the first.
     """
@@ -36,6 +38,8 @@ class ServingSettings:
     max_new_tokens: Count = 1024
     deadline: Positive | None = None
     pinned: tuple[str, ...] = ()
+    predict: bool | None = None
+    max_output_bytes: Count = 16 << 20
     page: bool = True
     pooling: Literal["mean", "cls"] = "mean"
 

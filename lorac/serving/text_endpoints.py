@@ -3,34 +3,40 @@
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import fastapi
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from lorac.errors import LoracError
 from lorac.serving.answers.answers import AnswerPart
 from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_event, run_while_connected
-from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape, Json
+from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape
 from lorac.serving.refusals import error_body
 from lorac.serving.requests.chat_fields import ChatFields
 from lorac.serving.requests.completion_fields import CompletionFields
+from lorac.serving.requests.request_body import read_body
 from lorac.serving.requests.sampling_fields import SamplingFields
 from lorac.serving.text_service import SubmittedText
 
 FieldsT = TypeVar("FieldsT", bound=SamplingFields)
+_FEW = 4
+"""Tokens that the event loop itself describes."""
+ChatBody: TypeAlias = Annotated[ChatFields, read_body(ChatFields)]
+CompletionBody: TypeAlias = Annotated[CompletionFields, read_body(CompletionFields)]
 router = fastapi.APIRouter()
 
 
 @router.post("/v1/chat/completions")
-async def chat(fields: ChatFields, http: fastapi.Request) -> Response:
+async def chat(fields: ChatBody, http: fastapi.Request) -> Response:
     """Answer a conversation."""
     return await _answer(http, http.app.state.text.begin_chat, fields, ChatShape)
 
 
 @router.post("/v1/completions")
-async def complete(fields: CompletionFields, http: fastapi.Request) -> Response:
+async def complete(fields: CompletionBody, http: fastapi.Request) -> Response:
     """Continue prompts."""
     return await _answer(http, http.app.state.text.begin_completion, fields, CompletionShape)
 
@@ -49,18 +55,27 @@ async def _answer(
         found = await run_while_connected(_collect(parts), http.receive)
         if found is None:
             return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(shape.whole(found))
+        return await run_in_threadpool(lambda: JsonAnswer(shape.whole(found)))
     # A failure before the first token still has a status of its own.
     first = await run_while_connected(_first(parts), http.receive)
     if first is None:
         await parts.aclose()
         return Response(status_code=CLIENT_LEFT)
-    opening = [*shape.opening(), shape.chunk(first)]
+    opening = [*(format_event(json.dumps(one)) for one in shape.opening()), await _write_chunk(shape, first)]
     return EventStream(_events(shape, opening, parts, reports_usage=fields.reports_usage))
 
 
 async def _first(parts: AsyncGenerator[AnswerPart]) -> AnswerPart:
     return await anext(parts)
+
+
+async def _write_chunk(shape: AnswerShape, part: AnswerPart) -> str:
+    """Return a part as an event, made in a thread if it has many tokens, each with its log-probabilities."""
+
+    def write() -> str:
+        return format_event(json.dumps(shape.chunk(part)))
+
+    return await run_in_threadpool(write) if len(part.tokens) > _FEW else write()
 
 
 async def _collect(parts: AsyncGenerator[AnswerPart]) -> list[AnswerPart]:
@@ -69,19 +84,19 @@ async def _collect(parts: AsyncGenerator[AnswerPart]) -> list[AnswerPart]:
 
 
 async def _events(
-    shape: AnswerShape, opening: Sequence[Json], parts: AsyncGenerator[AnswerPart], *, reports_usage: bool
+    shape: AnswerShape, opening: Sequence[str], parts: AsyncGenerator[AnswerPart], *, reports_usage: bool
 ) -> AsyncGenerator[str]:
     """Yield the events of a stream; its status has been sent, so an error is an event too.
 
     Args:
-        opening: the first objects.
+        opening: the first events.
         parts: the parts behind these.
     """
     try:
         for chunk in opening:
-            yield format_event(json.dumps(chunk))
+            yield chunk
         async for part in parts:
-            yield format_event(json.dumps(shape.chunk(part)))
+            yield await _write_chunk(shape, part)
         if reports_usage:
             yield format_event(json.dumps(shape.usage()))
         yield format_event("[DONE]")

@@ -45,9 +45,11 @@ class ParsedText:
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls)
 
-    def joined(self, other: "ParsedText") -> "ParsedText":
-        """Return this part and one behind it as one."""
-        return ParsedText(self.content + other.content, self.reasoning + other.reasoning, self.calls + other.calls)
+    def joined(self, *others: "ParsedText") -> "ParsedText":
+        """Return this part and those behind it as one."""
+        parts = (self, *others)
+        content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
+        return ParsedText(content, reasoning, tuple(call for part in parts for call in part.calls))
 
 
 def find_response_template(tokenizer: FastTokenizer, model_type: str) -> JsonMapping | None:

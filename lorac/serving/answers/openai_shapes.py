@@ -1,6 +1,6 @@
 """Answers in the form that OpenAI's clients read."""
 
-import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
@@ -37,7 +37,7 @@ class AnswerShape(ABC):
         choices = []
         for index in range(self._request.answers):
             own = [part for part in parts if part.index == index]
-            parsed = functools.reduce(ParsedText.joined, (part.parsed for part in own))
+            parsed = ParsedText().joined(*(part.parsed for part in own))
             head = {"index": index, **self._message(parsed), "finish_reason": own[-1].reason}
             choices.append(head | self._logprobs([token for part in own for token in part.tokens]))
         return {**self._head(self.kind), "choices": choices, "usage": self._request.usage}
@@ -139,7 +139,7 @@ class CompletionShape(AnswerShape):
             "tokens": texts,
             "token_logprobs": [_bounded(token.logprob) for token in tokens],
             "top_logprobs": likeliest,
-            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+            "text_offset": [*itertools.accumulate(map(len, texts), initial=0)][:-1],
         }
 
 

@@ -7,7 +7,11 @@ import pydantic
 
 from lorac.argument_types import JsonMapping
 from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.request_body import Items
 from lorac.serving.requests.sampling_fields import Amount, SamplingFields
+
+MOST_MESSAGES = 4096
+"""The most turns of a conversation."""
 
 
 class TextPart(pydantic.BaseModel, extra="forbid", strict=True):
@@ -40,10 +44,10 @@ class ChatMessage(pydantic.BaseModel, extra="forbid", strict=True):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: str | Items[TextPart] = ""
     name: str = ""
     reasoning_content: str = ""
-    tool_calls: list[ToolCallFields] = []
+    tool_calls: Items[ToolCallFields] = []
     tool_call_id: str = ""
 
     @pydantic.model_validator(mode="before")
@@ -111,11 +115,11 @@ class ChatFields(SamplingFields):
         tools: the answer may call them, where the model's tokenizer says how calls look.
     """
 
-    messages: Annotated[list[ChatMessage], pydantic.Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], pydantic.Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Amount | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, pydantic.Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], pydantic.Field(max_length=128)] = pydantic.Field(default_factory=list)
+    tools: Annotated[Items[Tool], pydantic.Field(max_length=128)] = pydantic.Field(default_factory=list)
     tool_choice: Literal["auto", "none"] = "auto"
     response_format: ResponseFormat = ResponseFormat(type="text")
 

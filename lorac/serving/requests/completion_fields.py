@@ -5,9 +5,10 @@ from typing import Annotated
 
 import pydantic
 
+from lorac.serving.requests.request_body import Items
 from lorac.serving.requests.sampling_fields import SamplingFields
 
-Ids = Annotated[list[Annotated[int, pydantic.Field(ge=0)]], pydantic.Field(min_length=1)]
+Ids = Annotated[Items[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]], pydantic.Field(min_length=1)]
 USUAL_TOKENS = 16
 """The most tokens of an answer to a request that does not say, as OpenAI's."""
 
@@ -28,7 +29,7 @@ class CompletionFields(SamplingFields):
         prompt: one or several, as text or token ids.
     """
 
-    prompt: str | Ids | Annotated[list[str] | list[Ids], pydantic.Field(min_length=1, max_length=64)]
+    prompt: str | Ids | Annotated[Items[str] | Items[Ids], pydantic.Field(min_length=1, max_length=64)]
     logprobs: Annotated[int, pydantic.Field(ge=0, le=5)] | None = None
 
     @property

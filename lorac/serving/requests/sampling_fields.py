@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
+from lorac.errors import short
 from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.request_body import Items, Name
 
 Amount: TypeAlias = Annotated[int, pydantic.Field(ge=1)]
 Penalty: TypeAlias = Annotated[float, pydantic.Field(ge=-2, le=2)]
 MOST_CHOICES = 16
 """The most answers to a prompt."""
+MOST_ROWS = 256
+"""The most texts of a request for embeddings, and the most choices of adapters."""
+_DIGITS = 20
 _EXTENSIONS = ("min_p", "repetition_penalty")
 """Fields that are options of ``generate``, and not OpenAI's."""
 
@@ -25,8 +30,14 @@ class ActiveFields(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_na
     rank: Amount | None = None
 
 
-Strengths: TypeAlias = str | dict[str, float | ActiveFields]
+Strengths: TypeAlias = Name | Annotated[dict[Name, float | ActiveFields], pydantic.Field(max_length=64)]
 """A choice of adapters: a name, or name -> strength."""
+Choices: TypeAlias = Strengths | Annotated[Items[Strengths | None], pydantic.Field(max_length=MOST_ROWS)] | None
+"""A choice of adapters for all prompts or rows, or one for each."""
+ModelName: TypeAlias = Annotated[str, pydantic.Field(max_length=4096)]
+"""An adapter, a mixture of several, or the base."""
+UserName: TypeAlias = Annotated[str, pydantic.Field(max_length=512)]
+StopText: TypeAlias = Annotated[str, pydantic.Field(max_length=1024)]
 
 
 class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
@@ -51,20 +62,20 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         user: is logged.
     """
 
-    model: str
-    adapters: Strengths | list[Strengths | None] | None = None
+    model: ModelName
+    adapters: Choices = None
     max_tokens: Amount | None = None
     temperature: Annotated[float, pydantic.Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
     n: Annotated[int, pydantic.Field(ge=1, le=MOST_CHOICES)] = 1
     seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)] | None = None
-    stop: str | Annotated[list[str], pydantic.Field(max_length=4)] = []
+    stop: StopText | Annotated[Items[StopText], pydantic.Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, Annotated[float, pydantic.Field(ge=-100, le=100)]] = {}
-    user: str = ""
+    user: UserName = ""
     top_k: Annotated[int, pydantic.Field(ge=0)] | None = None
     min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, pydantic.Field(gt=0)] | None = None
@@ -124,8 +135,8 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         drawn = {"do_sample": True, **found} if found["temperature"] else {"do_sample": False}
         more = {name: getattr(self, name) for name in _EXTENSIONS if getattr(self, name) is not None}
         for token in self.logit_bias:
-            if not (token.isascii() and token.isdecimal() and int(token[:20]) < vocabulary):
-                what = f"has the key '{token}', which is not a token id"
+            if not (token.isascii() and token.isdecimal() and len(token) < _DIGITS and int(token) < vocabulary):
+                what = f"has the key {short(token)}, which is not a token id"
                 raise RefusedField("logit_bias", what, next_step=f"the model's ids go from 0 to {vocabulary - 1}")
         biases = {(int(token),): bias for token, bias in self.logit_bias.items() if bias}
         return {**drawn, **more, **({"sequence_bias": biases} if biases else {})}

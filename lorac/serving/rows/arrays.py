@@ -11,6 +11,9 @@ from torch import Tensor
 from lorac.ir.sites.site import cast_floating
 from lorac.serving.refusals import RefusedField
 
+_LARGE = 1 << 14
+"""The most numbers that become a list in one call."""
+
 
 def read_lists(inputs: Mapping[str, list[object]], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return nested lists as tensors.
@@ -63,6 +66,8 @@ def write_npz(outputs: Mapping[str, Tensor]) -> bytes:
 def write_lists(tensor: Tensor) -> list[object]:
     """Return a tensor as nested lists; infinities and NaN, for which JSON has no number, are null."""
     array = _to_numpy(tensor)
+    if array.ndim > 1 and array.size > _LARGE:  # NumPy keeps the interpreter for the time of a call
+        return [write_lists(part) for part in tensor]
     objects = array.astype(object)
     if array.dtype.kind == "f":
         objects[~numpy.isfinite(array)] = None

@@ -8,27 +8,29 @@ import fastapi
 import pydantic
 import torch
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from torch import Tensor
 from torch.nn import functional
 
 from lorac.errors import Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec
+from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.choices import read_choices
 from lorac.serving.requests.completion_fields import Ids, list_texts
-from lorac.serving.requests.sampling_fields import Strengths
+from lorac.serving.requests.request_body import Items, Name, parse_fields, read_body
+from lorac.serving.requests.sampling_fields import MOST_ROWS, Choices, ModelName, UserName
 from lorac.serving.rows.arrays import read_lists, read_npz, write_lists, write_npz
 from lorac.serving.tokenizer import FastTokenizer
 
 NPZ = ("application/x-npz", "application/octet-stream")
 """Media types of NumPy's files."""
 embedding_router, predict_router = fastapi.APIRouter(), fastapi.APIRouter()
-MOST_ROWS = 256
-"""The most rows of a request."""
-Choices: TypeAlias = Strengths | list[Strengths | None] | None
+MOST_PREDICTED = 4096
+"""The most rows of a request for outputs."""
+MOST_TOKENS = 1 << 18
+"""The most tokens of a request for embeddings, with those that fill its texts up to the longest."""
 
 
 class EmbeddingFields(pydantic.BaseModel, extra="forbid", strict=True):
@@ -41,16 +43,19 @@ class EmbeddingFields(pydantic.BaseModel, extra="forbid", strict=True):
         user: is not used.
     """
 
-    model: str
-    input: str | Ids | Annotated[list[str] | list[Ids], pydantic.Field(min_length=1, max_length=MOST_ROWS)]
+    model: ModelName
+    input: str | Ids | Annotated[Items[str] | Items[Ids], pydantic.Field(min_length=1, max_length=MOST_ROWS)]
     encoding_format: Literal["float", "base64"] = "float"
     adapters: Choices = None
-    user: str = ""
+    user: UserName = ""
 
     @property
     def texts(self) -> list[str | list[int]]:
         """The texts, as text or token ids."""
         return list_texts(self.input)
+
+
+EmbeddingBody: TypeAlias = Annotated[EmbeddingFields, read_body(EmbeddingFields)]
 
 
 class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
@@ -62,54 +67,72 @@ class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
         adapters: a choice of adapters for the base; or a list with one per row.
     """
 
-    model: str
-    inputs: Annotated[dict[str, list[object]], pydantic.Field(min_length=1)]
+    model: ModelName
+    inputs: Annotated[dict[Name, list[object]], pydantic.Field(min_length=1)]
     adapters: Choices = None
 
 
 @embedding_router.post("/v1/embeddings")
-async def embed(fields: EmbeddingFields, http: fastapi.Request) -> Response:
+async def embed(fields: EmbeddingBody, http: fastapi.Request) -> Response:
     """Return an embedding of length 1 for each text."""
-    state = http.app.state
-    texts = fields.texts
-    choices = _read_choices(http, fields.model, fields.adapters, len(texts))
+    state, texts = http.app.state, fields.texts
     most = getattr(state.compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
-    inputs = await run_in_threadpool(_encode, state.compiled.tokenizer, texts, most)
+
+    def read() -> tuple[dict[str, Tensor], list[ChoiceSpec]]:
+        choices = _read_choices(http, fields.model, fields.adapters, len(texts))
+        return _encode(state.compiled.tokenizer, texts, most), choices
+
+    inputs, choices = await run_in_threadpool(read)
     outputs = await state.rows.compute(inputs, choices)
-    vectors = _pool(outputs, inputs["attention_mask"], state.settings.pooling)
-    if fields.encoding_format == "float":
-        embeddings: list[object] = vectors.tolist()
-    else:
-        embeddings = [base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() for vector in vectors]
-    data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
-    count = int(inputs["attention_mask"].sum())
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"object": "list", "data": data, "model": fields.model, "usage": usage})
+
+    def write() -> Response:
+        vectors = _pool(outputs, inputs["attention_mask"], state.settings.pooling)
+        if fields.encoding_format == "float":
+            embeddings: list[object] = write_lists(vectors)
+        else:
+            embeddings = [base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() for vector in vectors]
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
+        count = int(inputs["attention_mask"].sum())
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JsonAnswer({"object": "list", "data": data, "model": fields.model, "usage": usage})
+
+    return await run_in_threadpool(write)
 
 
 @predict_router.post("/v1/predict")
 async def predict(http: fastapi.Request) -> Response:
     """Return a model's outputs for the rows of its inputs, in the inputs' form: JSON or npz."""
     state, media = http.app.state, http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await http.body()
-    if media in NPZ:
-        model = http.query_params.get("model", state.settings.base_name)
-        adapters, inputs = None, read_npz(body, state.settings.max_body_bytes)
-    else:
-        fields = _parse(body)
-        dtype = state.compiled.traits[MAIN_GRAPH].dtype
-        model, adapters, inputs = fields.model, fields.adapters, read_lists(fields.inputs, dtype)
-    outputs = await state.rows.compute(inputs, _read_choices(http, model, adapters, _count_rows(inputs)))
-    if media in NPZ:
-        return Response(write_npz(outputs), media_type=NPZ[0])
-    return JSONResponse({"model": model, "outputs": {name: write_lists(value) for name, value in outputs.items()}})
+    body, traits, most = await http.body(), state.compiled.traits[MAIN_GRAPH], state.settings.max_output_bytes
+
+    def read() -> tuple[str, dict[str, Tensor], list[ChoiceSpec]]:
+        adapters: Choices = None
+        if media in NPZ:
+            model = http.query_params.get("model", state.settings.base_name)
+            inputs = read_npz(body, state.settings.max_body_bytes)
+        else:
+            fields = parse_fields(PredictFields, body)
+            model, adapters, inputs = fields.model, fields.adapters, read_lists(fields.inputs, traits.dtype)
+        rows = _count_rows(inputs)
+        logits = getattr(traits.config, "vocab_size", 0) if traits.generation is not None else 0
+        _check_size(max(value.numel() for value in inputs.values()) * logits * traits.dtype.itemsize, most)
+        return model, inputs, _read_choices(http, model, adapters, rows)
+
+    model, inputs, choices = await run_in_threadpool(read)
+    outputs = await state.rows.compute(inputs, choices)
+
+    def write() -> Response:
+        _check_size(sum(value.nbytes for value in outputs.values()), most)
+        if media in NPZ:
+            return Response(write_npz(outputs), media_type=NPZ[0])
+        return JsonAnswer({"model": model, "outputs": {name: write_lists(value) for name, value in outputs.items()}})
+
+    return await run_in_threadpool(write)
 
 
-def _parse(body: bytes) -> PredictFields:
-    try:
-        return PredictFields.model_validate_json(body)
-    except pydantic.ValidationError as error:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from error
+def _check_size(nbytes: int, most: int) -> None:
+    if nbytes > most:
+        raise RefusedField("inputs", f"give {nbytes} bytes of outputs, and this server gives {most} at most")
 
 
 def _read_choices(http: fastapi.Request, model: str, adapters: Choices, rows: int) -> list[ChoiceSpec]:
@@ -123,7 +146,10 @@ def _count_rows(inputs: Mapping[str, Tensor]) -> int:
     if len({*counts.values()}) != 1 or 0 in counts.values():
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items()) or "none"
         raise RefusedField("inputs", f"have no number of rows in common: {listed}")
-    return next(iter(counts.values()))
+    rows = next(iter(counts.values()))
+    if rows > MOST_PREDICTED:
+        raise RefusedField("inputs", f"have {rows} rows, and a request has {MOST_PREDICTED} at most")
+    return rows
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: int | None) -> dict[str, Tensor]:
@@ -133,6 +159,10 @@ def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: in
         if not row or (most is not None and len(row) > most):
             raise RefusedField("input", f"has {len(row)} tokens in text {index}, and the model reads 1 to {most}")
     longest = max(map(len, rows))
+    if len(rows) * longest > MOST_TOKENS:
+        raise RefusedField(
+            "input", f"has {len(rows)} texts of up to {longest} tokens, and room for {MOST_TOKENS} in all"
+        )
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])

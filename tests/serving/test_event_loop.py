@@ -1,0 +1,112 @@
+"""The event loop, on which all answers wait, computes nothing that grows with a request."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.serving.models import make_app, serve
+
+LONGEST = 0.05
+"""Seconds of processor time that a callback of the loop may take."""
+TEXT: dict[str, Any] = {"model": "one", "prompt": "Say", "max_tokens": 2}
+CHAT: dict[str, Any] = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x" * 10] * 500}}}
+MANY_KEYS = {f"k{i}": 0 for i in range(60_000)}
+LONG = "u" * 900_000
+SCHEMA = {"name": "s", "schema": {"enum": [f"v{i}" for i in range(20_000)]}}
+REQUESTS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "the longest stop strings": ("completions", {**TEXT, "stop": ["u" * 1024] * 4}, 200),
+    "a stop string": ("completions", {**TEXT, "stop": LONG}, 400),
+    "many stop strings": ("completions", {**TEXT, "stop": ["u"] * 200_000}, 400),
+    "biases": ("completions", {**TEXT, "logit_bias": {str(i): 1 for i in range(49_000)}}, 400),
+    "a bias": ("completions", {**TEXT, "logit_bias": {LONG: 1}}, 400),
+    "a mixture": ("completions", {**TEXT, "model": "one:1+" * 150_000}, 400),
+    "a name": ("completions", {**TEXT, "model": "o" * 4000}, 404),
+    "a user": ("completions", {**TEXT, "user": LONG}, 400),
+    "an unknown field": ("completions", {**TEXT, LONG: 1}, 400),
+    "unknown fields": ("completions", {**TEXT, **MANY_KEYS}, 400),
+    "choices": ("completions", {**TEXT, "model": "base", "adapters": [{}] * 200_000}, 400),
+    "a choice": ("completions", {**TEXT, "model": "base", "adapters": {f"k{i}": 1 for i in range(60_000)}}, 400),
+    "a prompt": ("completions", {**TEXT, "prompt": LONG[:200_000]}, 400),
+    "a prompt of ids": ("completions", {**TEXT, "prompt": [5] * 300_000}, 400),
+    "a prompt of wrong ids": ("completions", {**TEXT, "prompt": ["a", 5] * 100_000}, 400),
+    "prompts": ("completions", {**TEXT, "prompt": [[5]] * 150_000}, 400),
+    "messages": ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": ""}] * 20_000}, 400),
+    "wrong messages": ("chat/completions", {**CHAT, "messages": [{}] * 200_000}, 400),
+    "a message of many fields": ("chat/completions", {**CHAT, "messages": [MANY_KEYS]}, 400),
+    "parts": ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": [1] * 300_000}]}, 400),
+    "tools": ("chat/completions", {**CHAT, "tools": [TOOL] * 128}, 400),
+    "a schema": (
+        "chat/completions",
+        {**CHAT, "response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+        200,
+    ),
+    "log-probabilities": (
+        "chat/completions",
+        {**CHAT, "n": 16, "max_tokens": 40, "logprobs": True, "top_logprobs": 20, "logit_bias": {"2": -100}},
+        200,
+    ),
+    "outputs": ("predict", {"model": "one", "inputs": {"input_ids": [[5] * 60] * 64}}, 200),
+    "too many outputs": ("predict", {"model": "one", "inputs": {"input_ids": [[5] * 60] * 1000}}, 400),
+    "too many rows": ("predict", {"model": "one", "inputs": {"input_ids": [[5]] * 5000}}, 400),
+}
+
+
+@pytest.fixture(scope="module")
+def http(compiled: Any) -> Iterator[httpx2.Client]:
+    app = make_app(compiled, predict=True)
+    with serve(app) as url, httpx2.Client(base_url=url, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, str]]]:
+    """The seconds of processor time of each callback of loops in other threads; no collector runs meanwhile."""
+    run, noted = asyncio.Handle._run, list[tuple[float, str]]()
+
+    def measured(handle: asyncio.Handle) -> None:
+        begun, shown = time.thread_time(), repr(handle)
+        run(handle)
+        if threading.current_thread() is not threading.main_thread():
+            noted.append((time.thread_time() - begun, shown))
+
+    monkeypatch.setattr(asyncio.Handle, "_run", measured)
+    gc.collect()
+    gc.disable()
+    yield noted
+    gc.enable()
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_no_request_keeps_the_loop(name: str, http: httpx2.Client, pauses: list[tuple[float, str]]) -> None:
+    path, fields, status = REQUESTS[name]
+    body = json.dumps(fields).encode()
+    assert len(body) < 1 << 20, "the server refuses it unread"
+    answer = http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text[:300]
+    assert len(pauses) > 5
+    assert max(pauses)[0] < LONGEST, max(pauses)
+    assert status == 200 or len(answer.content) < 5000
+
+
+@pytest.mark.parametrize("name", ["log-probabilities", "a schema"])
+def test_no_stream_keeps_the_loop(name: str, http: httpx2.Client, pauses: list[tuple[float, str]]) -> None:
+    path, fields, _ = REQUESTS[name]
+    answer = http.post(f"/v1/{path}", json={**fields, "stream": True})
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert max(pauses)[0] < LONGEST, max(pauses)
+
+
+def test_a_text_model_gives_outputs_only_where_its_server_is_set_to(url: str, http: httpx2.Client) -> None:
+    fields = {"model": "one", "inputs": {"input_ids": [[5]]}}
+    assert httpx2.post(f"{url}/v1/predict", json=fields).status_code == 404
+    assert http.post("/v1/predict", json=fields).status_code == 200
