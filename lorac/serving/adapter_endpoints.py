@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.guard import UPLOADS
 from lorac.serving.refusals import NotAllowed, RefusedField
+from lorac.serving.requests.fields import drop_usual
 from lorac.serving.requests.request_body import read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
 
@@ -31,6 +32,7 @@ class LoadFields(pydantic.BaseModel, extra="forbid", strict=True):
 
     lora_name: AdapterName
     lora_path: AdapterName
+    drop_usual = pydantic.model_validator(mode="before")(drop_usual)
 
 
 class UnloadFields(pydantic.BaseModel, extra="forbid", strict=True):
@@ -43,6 +45,7 @@ class UnloadFields(pydantic.BaseModel, extra="forbid", strict=True):
 
     lora_name: AdapterName
     lora_int_id: int | None = None
+    drop_usual = pydantic.model_validator(mode="before")(drop_usual)
 
 
 LoadBody: TypeAlias = Annotated[LoadFields, read_body(LoadFields)]

@@ -21,7 +21,7 @@ from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
 from lorac.serving.request_log import RequestLog
-from lorac.serving.requests.chat_fields import ChatFields
+from lorac.serving.requests.chat_fields import ChatFields, TokenizeFields
 from lorac.serving.requests.choices import check_shared_names
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.rows import row_endpoints
@@ -32,11 +32,13 @@ from lorac.serving.store import AdapterStore
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
 from lorac.session.compiled import Compiled
+from lorac.version import VERSION
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/chat/completions": ChatFields,
     "/v1/completions": CompletionFields,
+    "/tokenize": TokenizeFields,
     "/v1/load_lora_adapter": adapter_endpoints.LoadFields,
     "/v1/unload_lora_adapter": adapter_endpoints.UnloadFields,
     UPLOADS: adapter_endpoints.UploadFields,
@@ -122,7 +124,7 @@ def _add_state(app: fastapi.FastAPI) -> None:
     """Add the endpoints that tell a server's state."""
     state, created = app.state, int(time.time())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response(status_code=200 if state.scheduler is None or state.scheduler.works else 503)
 
@@ -136,6 +138,16 @@ def _add_state(app: fastapi.FastAPI) -> None:
         names = state.source.names(http.state.tenant)
         base = state.settings.base_name
         return JsonAnswer({"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str, http: fastapi.Request) -> dict[str, object]:
+        if name != state.settings.base_name:
+            state.source.find(http.state.tenant, name)
+        return _describe_model(name, created, state.settings.base_name)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
 
     @app.get("/v1/status")
     async def status(http: fastapi.Request) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Refusals as OpenAI's clients read them."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import fastapi
@@ -34,6 +35,9 @@ _LONGEST = 100
 """The most characters of a part of a field's name in a message."""
 RETRY_AFTER = "1"
 """Seconds after which a client should ask again."""
+
+_UNION = re.compile(r"str|int|float|NamedTool|ActiveFields|\S+[\[(].*")
+"""The names of types, of which pydantic puts one behind a field that takes several."""
 
 
 class RefusedRequest(LoracError):
@@ -141,13 +145,16 @@ def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.Ba
         model = fields.get(request.url.path)
         known = () if model is None else tuple(model.model_fields)
         first = error.errors()[0]
-        path = (f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST]}" for part in first["loc"][1:])
+        parts = [part for part in first["loc"][1:] if not _UNION.fullmatch(str(part))]
+        path = (f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST]}" for part in parts)
         field = "".join(path).removeprefix(".")  # such as messages[0].role
         return refusal(400, _describe(first, field, known), code=first["type"], field=field or None)
 
     async def answer_status(request: fastapi.Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 500)
-        message = {404: "there is no such path", 405: "the path has no such method"}.get(status, str(error))
+        message = {404: "there is no such path", 405: "the path has no such method"}.get(
+            status, getattr(error, "detail", "the request is not HTTP")
+        )
         return refusal(status, message, headers=getattr(error, "headers", None))
 
     async def answer_fault(request: fastapi.Request, error: Exception) -> JSONResponse:

@@ -15,7 +15,7 @@ from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_ev
 from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape
 from lorac.serving.refusals import error_body
-from lorac.serving.requests.chat_fields import ChatFields
+from lorac.serving.requests.chat_fields import ChatFields, TokenizeFields
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.request_body import read_body
 from lorac.serving.requests.sampling_fields import SamplingFields
@@ -26,6 +26,7 @@ _FEW = 4
 """Tokens that the event loop itself describes."""
 ChatBody: TypeAlias = Annotated[ChatFields, read_body(ChatFields)]
 CompletionBody: TypeAlias = Annotated[CompletionFields, read_body(CompletionFields)]
+TokenizeBody: TypeAlias = Annotated[TokenizeFields, read_body(TokenizeFields)]
 router = fastapi.APIRouter()
 
 
@@ -39,6 +40,12 @@ async def chat(fields: ChatBody, http: fastapi.Request) -> Response:
 async def complete(fields: CompletionBody, http: fastapi.Request) -> Response:
     """Continue prompts."""
     return await _answer(http, http.app.state.text.begin_completion, fields, CompletionShape)
+
+
+@router.post("/tokenize")
+def tokenize(fields: TokenizeBody, http: fastapi.Request) -> Response:
+    """Return the tokens of a prompt or of a conversation."""
+    return JsonAnswer(http.app.state.text.tokenize(fields))
 
 
 async def _answer(

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeAlias, final
 
 import torch
@@ -15,10 +15,10 @@ from lorac.runtime.scheduling.token_stream import TextRequest
 from lorac.serving.active_request import ActiveRequest
 from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.answers.answers import Answer, AnswerPart, read_answers
-from lorac.serving.answers.chat_parsing import ChatParser, find_response_template
+from lorac.serving.answers.chat_parsing import CallReader, ChatParser, find_response_template
 from lorac.serving.metrics import ServerMetrics
 from lorac.serving.refusals import RefusedField
-from lorac.serving.requests.chat_fields import ChatFields, ResponseFormat
+from lorac.serving.requests.chat_fields import ChatFields, ChatMessage, TokenizeFields
 from lorac.serving.requests.choices import read_choices
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.grammar import Grammars
@@ -29,7 +29,6 @@ from lorac.serving.tokenizer import find_tokenizer
 
 SubmittedText: TypeAlias = tuple[ActiveRequest, AsyncGenerator[AnswerPart]]
 """A request whose answers are being computed, and their parts as they come."""
-_PLAIN = ResponseFormat(type="text")
 
 
 @final
@@ -69,45 +68,50 @@ class TextService:
         if isinstance(fields.adapters, list):
             raise RefusedField("adapters", "is a list, and a chat has one choice", next_step="give a name or an object")
         tools = fields.offered_tools
-        if tools and self._template is None:
+        if tools and self._template is None and not fields.forced_tools:
             raise RefusedField("tools", "are not supported: the model's tokenizer has no response template")
-        if not self._tokenizer.chat_template:
-            raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
-        try:
-            with self._lock:
-                found = self._tokenizer.apply_chat_template(
-                    fields.turns, tools=tools or None, add_generation_prompt=True, return_dict=True
-                )
-        except Exception as error:  # a template is a program of the model's author, and may raise anything
-            reason = str(error).strip().partition("\n")[0]
-            raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
-        ids = found["input_ids"]
-        return self._submit(fields, tenant, [ids], tools, fields.response_format)
+        ids = self._encode_chat(fields.messages, tools)
+
+        def new_parser() -> ChatParser | CallReader | None:
+            if fields.forced_tools or self._template is None:
+                return CallReader() if fields.forced_tools else None
+            return ChatParser(self._tokenizer, self._template, self._tokenizer.decode(ids), tools)
+
+        return self._submit(fields, tenant, [ids], new_parser)
 
     def begin_completion(self, fields: CompletionFields, tenant: str) -> SubmittedText:
         """Submit a request that continues prompts; raises as ``begin_chat``."""
         fields.check()
         prompts = [self._encode(prompt) for prompt in fields.prompts]
-        return self._submit(fields, tenant, prompts)
+        return self._submit(fields, tenant, prompts, lambda: None)
+
+    def tokenize(self, fields: TokenizeFields) -> dict[str, object]:
+        """Return the tokens of a prompt or of a conversation, in vLLM's form.
+
+        Raises:
+            RefusedField: there is neither, or there are both.
+        """
+        if (fields.prompt is None) == (fields.messages is None):
+            raise RefusedField("prompt", "or 'messages' is needed, and not both")
+        ids = self._encode(fields.prompt or "") if fields.messages is None else self._encode_chat(fields.messages)
+        return {"count": len(ids), "max_model_len": self._spec.limit, "tokens": ids}
 
     def _submit(
         self,
         fields: SamplingFields,
         tenant: str,
         prompts: Sequence[Sequence[int]],
-        tools: Sequence[JsonMapping] | None = None,
-        form: ResponseFormat = _PLAIN,
+        new_parser: Callable[[], ChatParser | CallReader | None],
     ) -> SubmittedText:
         """Submit all requests of all prompts, or none.
 
         Args:
-            tools: those that a chat's answer may call; None for no chat.
-            form: of the answers.
+            new_parser: returns the parser of an answer.
         """
         base_name = self._settings.base_name
         choices = read_choices(self._source, tenant, base_name, fields.model, fields.adapters, len(prompts))
         rows = [(ids, choice, i) for ids, choice in zip(prompts, choices, strict=True) for i in range(fields.n)]
-        requests = [self._request(fields, tenant, *row, form) for row in rows]
+        requests = [self._request(fields, tenant, *row) for row in rows]
         try:
             names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
             streams = self._scheduler.submit_all(requests)
@@ -115,12 +119,7 @@ class TextService:
             raise AdapterNotFound(
                 "an adapter of the request was unloaded meanwhile", next_step="load it again, or list those there are"
             ) from error
-        answers = []
-        for stream, (ids, _, _) in zip(streams, rows, strict=True):
-            parser = None
-            if tools is not None and self._template is not None:
-                parser = ChatParser(self._tokenizer, self._template, self._tokenizer.decode(ids), tools)
-            answers.append(Answer(stream, self._tokenizer, fields.stops, parser))
+        answers = [Answer(stream, self._tokenizer, fields.stops, new_parser()) for stream in streams]
         prompt_tokens = sum(map(len, prompts))
         request = ActiveRequest(
             tenant, fields.model, tuple(sorted(names)), prompt_tokens, answers=len(rows), user=fields.user
@@ -129,14 +128,15 @@ class TextService:
         return request, parts
 
     def _request(
-        self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int, form: ResponseFormat
+        self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int
     ) -> TextRequest:
         options = fields.options(self._defaults, self._spec.vocabulary)
         processors: list[object] = []
         if fields.presence_penalty or fields.frequency_penalty:
             processors.append(CountPenalty(len(ids), fields.presence_penalty, fields.frequency_penalty))
-        if form.type != "text":
-            processors.append(self._grammars.processor(form, len(ids)))
+        if fields.answer_schema is not None:
+            field, schema = fields.answer_schema
+            processors.append(self._grammars.processor(schema, len(ids), field))
         more = {"logits_processor": processors} if processors else {}
         return TextRequest(
             torch.tensor(ids),
@@ -164,6 +164,22 @@ class TextService:
     @functools.cached_property
     def _grammars(self) -> Grammars:
         return Grammars.of(self._scheduler.compiled)
+
+    def _encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[JsonMapping] | None = None
+    ) -> Sequence[int]:
+        turns = [message.for_template() for message in messages]
+        if not self._tokenizer.chat_template:
+            raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
+        try:
+            with self._lock:
+                found = self._tokenizer.apply_chat_template(
+                    turns, tools=tools or None, add_generation_prompt=True, return_dict=True
+                )
+        except Exception as error:  # a template is a program of the model's author, and may raise anything
+            reason = str(error).strip().partition("\n")[0]
+            raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
+        return found["input_ids"]
 
     def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):

@@ -6,9 +6,10 @@ import json
 import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 import torch
 import transformers
@@ -16,7 +17,6 @@ from tokenizers import Tokenizer, models
 
 import lorac
 from lorac.serving.answers.chat_parsing import ChatParser, ParsedText, find_response_template
-from lorac.serving.requests.chat_fields import JsonSchema, ResponseFormat
 from lorac.serving.requests.grammar import Grammars
 from tests.decoders import VOCABULARY
 from tests.serving.models import alone, make_app, make_tokenizer, serve
@@ -97,8 +97,7 @@ def test_an_answer_is_json_of_a_schema(client: openai.OpenAI, compiled: Any, see
     answer = client.chat.completions.create(
         model="one", messages=CHAT, seed=seed, temperature=0.7, max_tokens=40, response_format=FORM
     )
-    form = ResponseFormat(type="json_schema", json_schema=JsonSchema(name="adapter", schema=SCHEMA))
-    mask = Grammars(compiled.tokenizer, VOCABULARY, [2]).processor(form, len(PROMPT))
+    mask = Grammars(compiled.tokenizer, VOCABULARY, [2]).processor(SCHEMA, len(PROMPT))
     options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 40}
     text = alone(compiled, PROMPT, "one", seed=seed, logits_processor=[mask], **options)
     assert answer.choices[0].message.content == text
@@ -107,10 +106,45 @@ def test_an_answer_is_json_of_a_schema(client: openai.OpenAI, compiled: Any, see
     assert found["kind"] in ("lora", "dora") and 1 <= found["rank"] <= 64
 
 
+class Size(pydantic.BaseModel, extra="forbid"):
+    r: Literal[4, 8]
+
+
+class Adapter(pydantic.BaseModel, extra="forbid"):
+    s: Size
+
+
+def ask_for_call(client: openai.OpenAI, choice: Any, **options: Any) -> Any:
+    tools: Any = [*TOOLS, openai.pydantic_function_tool(Adapter, name="A")]
+    given = {"model": "one", "messages": CHAT, "seed": 3, "temperature": 0.7, "max_tokens": 40, **options}
+    return client.chat.completions.create(tools=tools, tool_choice=choice, parallel_tool_calls=False, **given)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_fits_the_schema_of_its_tool(client: openai.OpenAI, stream: bool) -> None:
+    choice = {"type": "function", "function": {"name": "A"}}
+    answer = ask_for_call(client, choice, stream=stream)
+    if stream:
+        found = [event.choices[0] for event in answer]
+        calls, reason = [call for part in found for call in part.delta.tool_calls or ()], found[-1].finish_reason
+    else:
+        calls, reason = answer.choices[0].message.tool_calls, answer.choices[0].finish_reason
+    ((name, arguments),) = [(call.function.name, call.function.arguments) for call in calls]
+    assert (name, reason) == ("A", "tool_calls")
+    assert Adapter.model_validate_json(arguments).s.r in (4, 8)
+
+
+def test_a_required_call_is_of_any_tool_and_one_that_is_cut_off_is_text(client: openai.OpenAI) -> None:
+    (call,) = ask_for_call(client, "required").choices[0].message.tool_calls
+    assert call.function.name in ("f", "A")
+    cut = ask_for_call(client, "required", max_tokens=3).choices[0]
+    assert (cut.message.content[0], cut.message.tool_calls, cut.finish_reason) == ("{", None, "length")
+
+
 def test_a_grammar_goes_on_in_another_process(compiled: Any) -> None:
     """A worker of a cluster gets a mask before its first token, and may get part of the answer with it."""
     grammars, prompt = Grammars.of(compiled), compiled.tokenizer("Say")["input_ids"]
-    mask = grammars.processor(ResponseFormat(type="json_object"), len(prompt))
+    mask = grammars.processor({"type": "object"}, len(prompt))
     sent = pickle.dumps(mask)
     text, scores = torch.tensor([prompt]), torch.zeros(1, VOCABULARY)
     for token in compiled.tokenizer('{"a":')["input_ids"]:

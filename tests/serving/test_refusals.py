@@ -38,7 +38,8 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": None}, 400, "'messages' is missing"),
     (turn(role="wizard"), 400, "'messages[0].role'"),
     (turn(content=5), 400, "'messages[0].content"),
-    (turn(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "'messages[0].content"),
+    (turn(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "'messages[0].content[0].type' is wrong"),
+    (turn(content=[{"type": "text"}]), 400, "'messages[0].content[0].text' is missing"),
     (turn(mood="good"), 400, "'messages[0].mood'"),
     (turn(role="assistant", tool_calls=[CALL]), 400, "'messages' holds a call of 'f'"),
     ({"messages": CHAT["messages"] * 30}, 400, "'max_tokens'"),
@@ -53,7 +54,7 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({"temperature": "hot"}, 400, "'temperature'"),
     ({"temprature": 1}, 400, "nearest: 'temperature'"),
     ({"top_p": 0}, 400, "'top_p'"),
-    ({"top_k": -1}, 400, "'top_k'"),
+    ({"top_k": -2}, 400, "'top_k'"),
     ({"min_p": 2}, 400, "'min_p'"),
     ({"repetition_penalty": 0}, 400, "'repetition_penalty'"),
     ({"presence_penalty": 3}, 400, "'presence_penalty'"),
@@ -62,7 +63,7 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({"n": 17}, 400, "'n'"),
     ({"seed": -1}, 400, "'seed'"),
     ({"seed": 1 << 64}, 400, "'seed'"),
-    ({"stop": ["a"] * 5}, 400, "'stop"),
+    ({"stop": ["a"] * 5}, 400, "'stop' is wrong: List should have at most 4 items"),
     ({"stop": [""]}, 400, "'stop' holds an empty string"),
     ({"stop": 5}, 400, "'stop"),
     ({"stream": "yes"}, 400, "'stream'"),
@@ -77,6 +78,11 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({"tools": [TOOL]}, 400, "'tools'"),
     ({"tools": [{"type": "retrieval"}]}, 400, "'tools[0]"),
     ({"tool_choice": "required"}, 400, "'tool_choice'"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, 400, "'tool_choice'"),
+    ({"parallel_tool_calls": 3}, 400, "'parallel_tool_calls'"),
+    ({"store": True}, 400, "'store' is not a field"),
+    ({"min_tokens": 1}, 400, "'min_tokens'"),
+    ({"ignore_eos": True}, 400, "'ignore_eos'"),
     ({"response_format": {"type": "xml"}}, 400, "'response_format.type'"),
     ({"response_format": {"type": "json_schema"}}, 400, "'response_format'"),
     (
@@ -93,8 +99,9 @@ TEXTS: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": []}, 400, "'prompt"),
     ({"prompt": None}, 400, "'prompt' is missing"),
     ({"prompt": [97]}, 400, "not a token id"),
-    ({"prompt": [-1]}, 400, "'prompt"),
-    ({"prompt": ["a", 5]}, 400, "'prompt"),
+    ({"prompt": [-1]}, 400, "'prompt[0]' is wrong: Input should be greater"),
+    ({"prompt": ["a", 5]}, 400, "'prompt[1]' is wrong: Input should be a valid string"),
+    ({"prompt": ["a"] * 70}, 400, "'prompt' is wrong: Value should have at most 64 items"),
     ({"logprobs": 6}, 400, "'logprobs'"),
     ({"logprobs": True}, 400, "'logprobs'"),
     ({"echo": True}, 400, "'echo'"),
@@ -141,6 +148,20 @@ def test_wrong_completions(http: httpx2.Client, fields: dict[str, Any], status: 
 def test_wrong_bodies(http: httpx2.Client, request_line: str, body: bytes, status: int, sentence: str) -> None:
     method, path = request_line.split()
     check(http.request(method, path, content=body, headers={"content-type": "application/json"}), status, sentence)
+
+
+USUAL = {
+    **{"echo": False, "best_of": 1, "suffix": "", "store": False, "metadata": {"run": "7"}, "service_tier": "auto"},
+    **{"safety_identifier": "u", "prompt_cache_key": "k", "top_k": -1, "ignore_eos": False, "min_tokens": 0},
+    **{"stop_token_ids": [], "parallel_tool_calls": True, "seed": 4, "modalities": ["text"]},
+}
+
+
+@pytest.mark.parametrize(("path", "fields"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+def test_takes_fields_that_change_nothing(http: httpx2.Client, path: str, fields: dict[str, Any]) -> None:
+    plain = http.post(path, json={**fields, "seed": 4, "top_k": 0}).json()
+    found = http.post(path, json={**fields, **USUAL})
+    assert (found.status_code, found.json().get("choices")) == (200, plain["choices"]), found.text
 
 
 def test_a_rejected_request_leaves_nothing_behind(http: httpx2.Client) -> None:

@@ -7,9 +7,11 @@ import json
 import subprocess
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
+import lorac
 from tests.serving.models import alone
 
 CHAT = [{"role": "user", "content": "Say"}]
@@ -131,3 +133,17 @@ def test_curl(url: str, compiled: Any) -> None:
 
 def test_models_are_the_base_and_its_adapters(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["base", "one", "two"]
+    assert [client.models.retrieve(name).parent for name in ("one", "two")] == ["base", "base"]  # type: ignore[attr-defined]  # vLLM's
+    with pytest.raises(openai.NotFoundError, match="'three'"):
+        client.models.retrieve("three")
+
+
+def test_tokens_and_the_version_are_given_as_by_vllm(url: str, compiled: Any) -> None:
+    ids = compiled.tokenizer(PROMPT)["input_ids"]
+    expected = {"count": len(ids), "max_model_len": 64, "tokens": ids}
+    for fields in ({"prompt": PROMPT}, {"messages": CHAT}):
+        assert httpx2.post(f"{url}/tokenize", json={"model": "one", **fields}).json() == expected
+    for fields in ({}, {"prompt": PROMPT, "messages": CHAT}):
+        assert httpx2.post(f"{url}/tokenize", json=fields).status_code == 400
+    assert httpx2.get(f"{url}/version").json() == {"version": lorac.__version__}
+    assert httpx2.head(f"{url}/health").status_code == 200

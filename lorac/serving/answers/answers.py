@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from lorac.runtime.scheduling.token_stream import TextToken, TokenStream
 from lorac.serving.active_request import ActiveRequest
-from lorac.serving.answers.chat_parsing import ChatParser, ParsedText
+from lorac.serving.answers.chat_parsing import CallReader, ChatParser, ParsedText
 from lorac.serving.answers.connection import merge_streams
 from lorac.serving.answers.stop_strings import StopString
 from lorac.serving.metrics import ServerMetrics
@@ -52,7 +52,11 @@ class Answer:
     """
 
     def __init__(
-        self, stream: TokenStream, tokenizer: FastTokenizer, stops: Sequence[str], parser: ChatParser | None
+        self,
+        stream: TokenStream,
+        tokenizer: FastTokenizer,
+        stops: Sequence[str],
+        parser: ChatParser | CallReader | None,
     ) -> None:
         self.stream, self.stopped = stream, False
         self._tokenizer, self._stops, self._parser = tokenizer, [StopString(stop) for stop in stops], parser

@@ -119,6 +119,31 @@ def _read_event(event: Event) -> ParsedText:
     if event["type"] == "region_close" and event["field"] == "tool_calls":
         for value in event["value"] if isinstance(event["value"], list) else [event["value"]]:
             name, arguments = value["function"]["name"], value["function"]["arguments"]
-            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            calls.append(ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, text))
+            calls.append(_make_call(name, arguments))
     return ParsedText(calls=tuple(calls))
+
+
+@final
+class CallReader:
+    """Reads the text of an answer that a grammar keeps to one call of a tool, as JSON."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def add(self, text: str) -> ParsedText:
+        """Add a piece of the text, which is only read at its end."""
+        self._text += text
+        return ParsedText()
+
+    def end(self) -> ParsedText:
+        """Read the text; a call that is cut off is content."""
+        try:
+            call, _ = json.JSONDecoder().raw_decode(self._text)
+        except ValueError:
+            return ParsedText(self._text)
+        return ParsedText(calls=(_make_call(call["name"], call["arguments"]),))
+
+
+def _make_call(name: str, arguments: object) -> ToolCall:
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, text)

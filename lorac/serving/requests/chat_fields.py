@@ -1,17 +1,21 @@
 """The fields of a chat request, and the conversation that a chat template takes."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
 
 from lorac.argument_types import JsonMapping
 from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.fields import drop_usual
 from lorac.serving.requests.request_body import Items
 from lorac.serving.requests.sampling_fields import Amount, SamplingFields
 
 MOST_MESSAGES = 4096
 """The most turns of a conversation."""
+ANY: JsonMapping = {"type": "object"}
+"""The schema of any JSON object."""
 
 
 class TextPart(pydantic.BaseModel, extra="forbid", strict=True):
@@ -49,12 +53,7 @@ class ChatMessage(pydantic.BaseModel, extra="forbid", strict=True):
     reasoning_content: str = ""
     tool_calls: Items[ToolCallFields] = []
     tool_call_id: str = ""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, fields: object) -> object:
-        """Leave out fields that are null, as clients send back an answer's message."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    drop_usual = pydantic.model_validator(mode="before")(drop_usual)
 
     def for_template(self) -> dict[str, object]:
         """Return the turn as chat templates take it."""
@@ -78,11 +77,16 @@ def _call_for_template(call: ToolCallFields) -> dict[str, object]:
 
 
 class ToolFunction(pydantic.BaseModel, extra="forbid", strict=True):
-    """A function that the model may call."""
+    """A function that the model may call.
+
+    Attributes:
+        strict: whether arguments must fit the schema, as those of a forced call do, strict or not.
+    """
 
     name: Annotated[str, pydantic.Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str = ""
-    parameters: JsonMapping = {}
+    parameters: JsonMapping = pydantic.Field(default_factory=dict)
+    strict: bool = False
 
 
 class Tool(pydantic.BaseModel, extra="forbid", strict=True):
@@ -90,6 +94,19 @@ class Tool(pydantic.BaseModel, extra="forbid", strict=True):
 
     type: Literal["function"]
     function: ToolFunction
+
+
+class ToolName(pydantic.BaseModel, extra="forbid", strict=True):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(pydantic.BaseModel, extra="forbid", strict=True):
+    """The tool that the answer must call."""
+
+    type: Literal["function"]
+    function: ToolName
 
 
 class JsonSchema(pydantic.BaseModel, extra="forbid", strict=True):
@@ -113,6 +130,7 @@ class ChatFields(SamplingFields):
 
     Attributes:
         tools: the answer may call them, where the model's tokenizer says how calls look.
+        tool_choice: "required" or a tool: the answer is one call, as JSON that the schema of its arguments admits.
     """
 
     messages: Annotated[Items[ChatMessage], pydantic.Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -120,7 +138,8 @@ class ChatFields(SamplingFields):
     logprobs: bool = False
     top_logprobs: Annotated[int, pydantic.Field(ge=0, le=20)] | None = None
     tools: Annotated[Items[Tool], pydantic.Field(max_length=128)] = pydantic.Field(default_factory=list)
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
     response_format: ResponseFormat = ResponseFormat(type="text")
 
     @property
@@ -134,12 +153,23 @@ class ChatFields(SamplingFields):
     @property
     def offered_tools(self) -> list[dict[str, object]]:
         """The tools that the answer may call, as chat templates take them."""
-        return [tool.model_dump() for tool in self.tools] if self.tool_choice != "none" else []
+        dumped = [tool.model_dump(exclude={"function": {"strict"}}) for tool in self.tools]
+        return dumped if self.tool_choice != "none" else []
 
     @property
-    def turns(self) -> list[dict[str, object]]:
-        """The conversation, as chat templates take it."""
-        return [message.for_template() for message in self.messages]
+    def forced_tools(self) -> list[ToolFunction]:
+        """The tools of which the answer must call one; empty: it may be any text."""
+        functions = [tool.function for tool in self.tools]
+        if isinstance(self.tool_choice, str):
+            return functions if self.tool_choice == "required" else []
+        return [function for function in functions if function.name == self.tool_choice.function.name]
+
+    @property
+    def answer_schema(self) -> tuple[str, JsonMapping] | None:
+        if self.forced_tools:
+            return "tools", _call_schema(self.forced_tools)
+        schema = self.response_format.json_schema
+        return None if self.response_format.type == "text" else ("response_format", schema.schema_ if schema else ANY)
 
     def check(self) -> None:
         super().check()
@@ -149,7 +179,37 @@ class ChatFields(SamplingFields):
             raise RefusedField("max_tokens", "contradicts 'max_completion_tokens'", next_step="leave one of them out")
         if (self.response_format.type == "json_schema") != (self.response_format.json_schema is not None):
             raise RefusedField("response_format", "has a 'json_schema' if, and only if, that is its type")
+        if self.tool_choice not in ("auto", "none") and not self.forced_tools:
+            raise RefusedField("tool_choice", "wants a call of a tool that 'tools' does not hold")
+        if self.offered_tools and not (self.parallel_tool_calls or self.forced_tools):
+            raise RefusedField(
+                "parallel_tool_calls", "cannot be false", next_step="force one call: 'tool_choice': \"required\""
+            )
         if self.offered_tools and self.response_format.type != "text":
             raise RefusedField(
                 "response_format", "leaves no room for calls of 'tools'", next_step="leave one of them out"
             )
+
+
+class TokenizeFields(pydantic.BaseModel, extra="forbid", strict=True):
+    """The fields of a request for the tokens of a prompt or of a conversation, as vLLM's.
+
+    Attributes:
+        model: is not used: all adapters have the base's tokenizer.
+    """
+
+    model: str = ""
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], pydantic.Field(min_length=1)] | None = None
+    drop_usual = pydantic.model_validator(mode="before")(drop_usual)
+
+
+def _call_schema(functions: Sequence[ToolFunction]) -> dict[str, object]:
+    """Return the schema of a call of one of some functions; references within their own schemas still lead there."""
+    calls, own = [], {}
+    for function in functions:
+        text = json.dumps(function.parameters or ANY)
+        own[function.name] = json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/{function.name}'))
+        fields = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{function.name}"}}
+        calls.append({"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False})
+    return {"anyOf": calls, "$defs": own, "x-guidance": {"whitespace_flexible": False}}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from lorac.argument_types import JsonMapping
 from lorac.errors import MissingExtra
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.serving.refusals import RefusedField
-from lorac.serving.requests.chat_fields import ResponseFormat
 from lorac.serving.served_model import ServedModel
 from lorac.serving.tokenizer import FastTokenizer, find_tokenizer
 
@@ -51,26 +51,26 @@ class Grammars:
         ends = (model.traits[MAIN_GRAPH].generation or {}).get("eos_token_id", [])
         return cls(find_tokenizer(model), spec.vocabulary, ends if isinstance(ends, list) else [ends])
 
-    def processor(self, form: ResponseFormat, prompt: int) -> GrammarMask:
+    def processor(self, schema: JsonMapping, prompt: int, field: str = "response_format") -> GrammarMask:
         """Return a logits processor for one answer.
 
         Args:
-            form: JSON, of a schema or any object.
+            schema: of the answer, which is JSON.
             prompt: tokens of the prompt.
+            field: the field of the request that gives the schema.
 
         Raises:
             RefusedField: the schema is wrong, or has a part that the grammar cannot express.
         """
         from llguidance import LLMatcher
 
-        schema = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
         except ValueError as error:
-            raise RefusedField("response_format", f"has no usable schema: {error}") from error
+            raise RefusedField(field, f"has no usable schema: {error}") from error
         problem = LLMatcher.validate_grammar(grammar, self._tokens)
         if problem:
-            raise RefusedField("response_format", f"has no usable schema: {problem}")
+            raise RefusedField(field, f"has no usable schema: {problem}")
         mask = GrammarMask(grammar, prompt)
         self.bind(mask)
         return mask

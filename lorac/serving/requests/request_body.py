@@ -40,8 +40,11 @@ def parse_fields(fields: type[FieldsT], body: bytes) -> FieldsT:
         json.loads(body, object_pairs_hook=_check_keys)
         return fields.model_validate_json(body)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise RequestValidationError([{**first, "loc": ("body", *first["loc"])}]) from None
+        errors = error.errors(include_url=False, include_input=False)
+        of_first = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+        # Of the errors of a union's types, the deepest that is not of the type itself says what to change.
+        worst = max(of_first, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+        raise RequestValidationError([{**worst, "loc": ("body", *worst["loc"])}]) from None
     except (ValueError, RecursionError) as error:
         raise _wrong("json_invalid", str(error)) from None
 

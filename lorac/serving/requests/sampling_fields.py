@@ -10,6 +10,7 @@ from torch import Tensor
 from lorac.argument_types import JsonMapping
 from lorac.errors import short
 from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.fields import drop_usual
 from lorac.serving.requests.request_body import Items, Name
 
 Amount: TypeAlias = Annotated[int, pydantic.Field(ge=1)]
@@ -53,13 +54,12 @@ class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
 class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow_inf_nan=False):
     """The fields that requests for text have in common: OpenAI's, and some that vLLM's clients know.
 
-    There are no others, and null is as good as leaving one out.
-
     Attributes:
         model: an adapter, a mixture ``a:0.7+b:0.3``, or the base.
         adapters: a choice of adapters as ``compiled.swap`` takes it, for the base; or a list with one per prompt.
         seed: of the first answer; that of the i-th is larger by i.
         user: is logged.
+        top_k: 0, and -1 as vLLM's clients say it, cut nothing off.
     """
 
     model: ModelName
@@ -76,15 +76,11 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, Annotated[float, pydantic.Field(ge=-100, le=100)]] = {}
     user: UserName = ""
-    top_k: Annotated[int, pydantic.Field(ge=0)] | None = None
+    top_k: Annotated[int, pydantic.Field(ge=-1)] | None = None
     min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, pydantic.Field(gt=0)] | None = None
 
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, fields: object) -> object:
-        """Leave out fields that are null."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    drop_usual = pydantic.model_validator(mode="before")(drop_usual)
 
     @property
     @abstractmethod
@@ -95,6 +91,11 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
     @abstractmethod
     def new_tokens(self) -> int | None:
         """The most tokens of an answer; None: as many as the server gives."""
+
+    @property
+    def answer_schema(self) -> tuple[str, JsonMapping] | None:
+        """The field that wants answers of JSON, and their schema; None: any text."""
+        return None
 
     @property
     def stops(self) -> list[str]:
@@ -132,6 +133,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         for name, usual in sampling.items():
             given = getattr(self, name)
             found[name] = given if given is not None else defaults.get(name, usual)
+        found["top_k"] = max(found["top_k"], 0)
         drawn = {"do_sample": True, **found} if found["temperature"] else {"do_sample": False}
         more = {name: getattr(self, name) for name in _EXTENSIONS if getattr(self, name) is not None}
         for token in self.logit_bias:
