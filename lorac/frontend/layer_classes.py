@@ -1,14 +1,17 @@
-"""Adapted layers: where the ``forward`` of a layer's class uses the weight, and hooks around it.
+"""Adapted layers: where the code of a layer uses the weight, what that code changes, and hooks around it.
 
-A scaled embedding returns a multiple of the result of ``nn.Embedding``. The change of an adapter of its weight is
-scaled with it, as it is once merged.
+A layer may have a ``forward`` of its own. PEFT's layer runs it on the base's product alone, and on the adapted one once
+the adapter is merged. Where the two differ, the adapter is refused. Where they agree, as in an embedding that scales by
+``embed_scale``, which PEFT reads too, an adapter acts on the weight inside; and so it does where PEFT's layer raises an
+error, as around a convolution that pads its input.
 
-A hook that changes the inputs or outputs of a layer is ambiguous there: PEFT's layer runs it on the base's product
-alone, and on the adapted one once the adapter is merged. So it is refused; a hook that changes nothing is kept.
+A hook that changes the inputs or outputs of a layer is ambiguous in the same way, and refused; a hook that changes
+nothing is kept.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,30 +38,54 @@ def find_layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_layer(path: str, model: nn.Module) -> None:
-    """Raise ``SiteError`` if a layer's class computes more than the layer by itself: no adapter can act there."""
+    """Raise ``SiteError`` if the code of a layer's own changes what the layer takes or returns."""
     module = model.get_submodule(path)
-    if not has_plain_forward(module) and not calls_super_forward(module):
-        raise SiteError(
-            f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer by itself",
-            next_step="exclude= it, or let its forward call super().forward",
+    inside = calls_super_forward(module)
+    if not _is_ordinary(module) and not _adds_changes(module, inside):
+        raise _refuse_change(
+            f"the forward of '{path}', a {type(module).__name__},",
+            "move the change into a module around the layer, or exclude= the layer",
         )
 
 
-def has_plain_forward(module: nn.Module) -> bool:
-    """Return whether a layer's forward is that of its layer class.
+def _refuse_change(subject: str, step: str) -> SiteError:
+    return SiteError(
+        f"{subject} changes what the layer takes or returns: PEFT runs it before the "
+        "adapter's part is added, and after it once that is merged",
+        next_step=step,
+    )
 
-    A forward that calls no other is counted as such if it gives the same result, as Falcon's product without
-    ``F.linear`` does.
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Return whether a layer's class computes what its layer class does.
+
+    A forward that does not call ``super().forward`` is counted as such if it gives the same result, as Falcon's product
+    without ``F.linear`` does.
     """
-    if type(module).forward is find_layer_class(module).forward or is_bitsandbytes_layer(module):
+    return _is_ordinary(module, of_class=True) or (not calls_super_forward(module) and _adds_changes(module, False))
+
+
+def _is_ordinary(module: nn.Module, *, of_class: bool = False) -> bool:
+    """Return whether a layer runs the code of its layer class, or a library's with a quantised weight.
+
+    Args:
+        module: the layer.
+        of_class: whether a forward on the instance does not count.
+    """
+    if is_bitsandbytes_layer(module):
         return True
-    return not calls_super_forward(module) and _acts_as_linear(module)
+    cls, base, own = type(module), find_layer_class(module), vars(module)
+    replaced = "forward" in own and "_old_forward" not in own  # by which accelerate's hooks call the layer's own
+    same = all(
+        getattr(cls, name, None) is getattr(base, name, None) for name in ("forward", "__call__", "_conv_forward")
+    )
+    return same and (of_class or not replaced)
 
 
 def calls_super_forward(module: nn.Module) -> bool:
     """Return whether a layer's own forward calls ``super().forward``; a forward without code counts as one."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is None or "forward" in code.co_names
+    return code is None or {"super", "forward"} <= {*code.co_names}
 
 
 def replace_super_forward(module: nn.Module, forward: Forward) -> type[nn.Module]:
@@ -76,15 +103,51 @@ def pad_conv_input(x: Tensor, conv: ConvGeometry | None) -> Tensor:
 
 
 @torch.no_grad()
-def _acts_as_linear(module: nn.Module) -> bool:
-    """Return whether a linear layer's own forward gives the result of ``nn.Linear`` on random numbers."""
-    if not isinstance(module, nn.Linear) or module.weight.is_meta:
-        return False
-    drawn = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0))
-    x = drawn.to(module.weight)
-    layer = copy_structure(module).eval()  # a forward may write attributes
-    own, plain = type(layer).forward(layer, x), nn.Linear.forward(layer, x)
-    return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)
+def _adds_changes(module: nn.Module, inside: bool) -> bool:
+    """Return whether a change of a layer's product is added to what the layer returns, as PEFT adds it; tried once.
+
+    Args:
+        module: the layer. The change is its product itself, which is doubled.
+        inside: whether ``super().forward`` gives the product; else what the layer returns has to be the product.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return inside
+    if isinstance(module, nn.Embedding) and not (inside and module.max_norm is None):
+        return inside  # a table that is looked up otherwise may have rows elsewhere; max_norm writes into the weight
+    layer, base = copy_structure(module).eval(), find_layer_class(module)  # a forward may write attributes
+    layer._forward_hooks.clear()
+    layer._forward_pre_hooks.clear()
+    convolve = getattr(base, "_conv_forward", None)
+
+    def multiply(x: Tensor, times: int = 1) -> Tensor:
+        product = convolve(layer, x, layer.weight, layer.bias) if convolve else base.forward(layer, x)
+        return times * product
+
+    x = _draw_input(module, weight)
+    try:
+        found, expected = layer(x), multiply(x)
+        if inside:
+            expected = found + getattr(module, "embed_scale", 1) * expected
+            layer.__class__ = replace_super_forward(layer, functools.partial(multiply, times=2))
+            found = layer(x)
+        difference = (found - expected).abs().max() if found.shape == expected.shape else math.inf
+    except Exception:  # of other arguments or results than one tensor: PEFT's layer cannot take or add them either
+        return inside
+    return bool(difference <= max(1e-3, 8 * torch.finfo(weight.dtype).eps) * expected.abs().max())
+
+
+def _draw_input(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return an input of a layer: ids, or random numbers that fill two places of a kernel, and three if it pads."""
+    layer: Any = module
+    if isinstance(module, nn.Embedding):
+        return torch.tensor([[0, 1], [1, 0]], device=weight.device) % module.num_embeddings
+    sizes: list[int] = []
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        geometry = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        sizes = [dilation * (kernel - 1) + 2 * stride for kernel, stride, dilation in geometry]
+    features = layer.in_channels if sizes else layer.nx if is_gpt2_conv1d(module) else layer.in_features
+    return torch.randn(3, features, *sizes, generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = lambda: True) -> None:
@@ -115,10 +178,9 @@ def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], 
     same = len(after) == len(before) and all(one is other for one, other in zip(after, before, strict=True))
     if is_adapted() and not (same and writes == [_count_writes(leaf) for leaf in before]):
         name = getattr(hook, "__qualname__", type(hook).__name__)
-        raise SiteError(
-            f"the forward hook {name} of '{path}' changes what the layer takes or returns: PEFT runs it before the "
-            "adapter's part is added, and after it once that is merged",
-            next_step="register it on a module around the layer, or remove it and exclude= the layer",
+        raise _refuse_change(
+            f"the forward hook {name} of '{path}'",
+            "register it on a module around the layer, or remove it and exclude= the layer",
         )
     return result
 

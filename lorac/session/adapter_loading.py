@@ -13,6 +13,7 @@ from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
 from lorac.formats import load_adapter
 from lorac.formats.native import load_record
 from lorac.frontend.components import check_component, get_graph_scope
+from lorac.frontend.layer_classes import check_layer
 from lorac.ir.slots.plans import PreparedAdapter
 from lorac.session.request.sources import AdapterSource, check_argument_order, read_source
 from lorac.session.session import SHAPES_ONLY, Session
@@ -20,6 +21,7 @@ from lorac.storage.normal_forms import read_normal_forms
 from lorac.storage.open_file import OpenFile
 from lorac.variants.adapter import TOKEN_ROWS, Adapter
 from lorac.variants.base import Variant
+from lorac.variants.full import Full
 from lorac.variants.union import Union
 
 
@@ -105,8 +107,15 @@ def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
 
 
 def add_sites(session: Session, adapter: Adapter) -> None:
-    """Make a site of every module that an adapter names, and of every parameter that it replaces."""
+    """Make a site of every module that an adapter names, and of every parameter that it replaces.
+
+    Raises:
+        SiteError: an adapter's part at a layer would have two meanings (``check_layer``), and the model is in memory.
+    """
     view = add_adapted_modules(adapter, session.view)
+    for path in adapter.tensors if session.host.in_memory else ():
+        if view.sites[path].is_layer and not isinstance(adapter.variant.at(view.sites[path]), Full):
+            check_layer(path, view.module)
     view = view.with_sites(make_once_sites(adapter, view.sites))
     session.preparer.sites = add_replaced_parameters(adapter, view).sites
 

@@ -60,6 +60,8 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
             continue
         if "_old_forward" in vars(module):  # the wrapper of accelerate's hooks stays on the instance
             module._old_forward = forward
+        elif "forward" in vars(module) and path not in marks.adapted:  # it may compute something else
+            continue
         elif has_plain_forward(module):
             module.forward = forward
         elif calls_super_forward(module):  # as a scaled or offset embedding does, which keeps its own forward
