@@ -28,6 +28,8 @@ from lorac.variants.adapter import Adapter
 
 MANIFEST = "checkpoint.json"
 FOLDER = re.compile(r"checkpoint-([0-9]{1,18})", re.ASCII)
+ROWS_HASH = "rows_hash"
+"""Entry of a run: the hash of its rows."""
 _FIELDS = {"lorac_checkpoint": int, "step": int, "adapters": dict, "recipe": dict, "files": dict, "seal": str}
 _UNBOUND = re.compile(
     r"(model|out)$|arguments\.(logging_|log_|save_|hub_|push_to_hub|report_to|run_name|project|disable_tqdm"
@@ -66,9 +68,12 @@ class Checkpoint:
         """Check that a run is the one that wrote the checkpoint.
 
         Raises:
-            ChoiceError: it has another recipe, base or set of adapters, or another number of rows or processes.
+            ChoiceError: it has another recipe, base or set of adapters, other rows, or another number of processes.
         """
-        for path, there, here in _iterate_differences({name: self.run.get(name) for name in run}, run):
+        bound = {
+            name: here for name, here in run.items() if name != ROWS_HASH or name in self.run
+        }  # older ones lack it
+        for path, there, here in _iterate_differences({name: self.run.get(name) for name in bound}, bound):
             if not _UNBOUND.match(path):
                 raise ChoiceError(
                     f"'{self.folder}' is of another run: {path} is {short(there)} there, and {short(here)} here",

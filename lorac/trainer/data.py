@@ -29,6 +29,12 @@ READERS: Mapping[str, str] = {
 """Suffix -> the reader of ``datasets``."""
 BUNDLED = ("python-docs", "python-source")
 """Names of texts bundled with Python."""
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("messages", "conversations"), (list,)),
+    **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), (str, list)),
+    **dict.fromkeys(("text", "instruction", "output"), (str,)),
+}
+"""Column -> the types of its values."""
 _TALKS = ("prompt", "completion", "chosen", "rejected", "messages")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _SOURCE_FILES = 200
@@ -56,6 +62,13 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
         known = ", or ".join(" and ".join(found) for found in COLUMNS[task])
         found = f"the columns {', '.join(rows.column_names)}" if len(rows) else "no row"
         raise OptionError(f"'{data}' has {found}", next_step=f"task: {task} takes {known}")
+    kinds = {**_KINDS, "label": (bool, int) if task == "kto" else (str, int)}
+    for name in (name for name in columns if name in kinds):
+        wrong = next(((n, value) for n, value in enumerate(rows[name], 1) if not isinstance(value, kinds[name])), None)
+        if wrong is not None:
+            names = " or ".join(kind.__name__ for kind in kinds[name])
+            what = f"row {wrong[0]} of '{data}' has the {name} {short(wrong[1])}"
+            raise OptionError(what, next_step=f"give it a value of Python's type {names}, or leave the row out")
     if task.endswith("classification"):
         return _encode(rows, task, tokenizer)
     if "instruction" in columns:
@@ -67,7 +80,9 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     if not getattr(tokenizer, needed) and getattr(arguments, given, None) is None:
         what = f"the rows of '{data}' need the tokenizer's {needed}, and it has none"
         raise OptionError(what, next_step=f"name one by {given}:")
-    return rows.map(lambda row: {name: _plain_turns(row[name]) for name in talks}) if talks else rows
+    if not talks:
+        return rows
+    return rows.map(lambda row, n: {name: _plain_turns(row[name], n + 1) for name in talks}, with_indices=True)
 
 
 def _read(data: str) -> Dataset:
@@ -108,10 +123,10 @@ def _ask(row: Row) -> Row:
     return {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
 
 
-def _plain_turns(turns: Sequence[Any]) -> list[Row]:
-    """Give every turn a role and a text: a template would print anything else as Python does."""
-    if not turns:
-        raise OptionError("a conversation has no turns", next_step="leave its row out")
+def _plain_turns(turns: Sequence[Any], number: int) -> list[Row]:
+    """Give every turn of a row a role and a text: a template would print anything else as Python does."""
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise OptionError(f"the conversation of row {number} has no turns", next_step="leave its row out")
     plain = []
     for turn in turns:
         fields = dict(turn) if isinstance(turn, Mapping) else {"content": turn}
@@ -121,7 +136,7 @@ def _plain_turns(turns: Sequence[Any]) -> list[Row]:
         is_text = isinstance(content, str) or (content is None and fields.get("tool_calls"))
         if not isinstance(role, str) or not is_text:
             raise OptionError(
-                f"a turn has the role {short(role)} and the content {short(content)}",
+                f"a turn of row {number} has the role {short(role)} and the content {short(content)}",
                 next_step="give each a role, and a text or parts of the type text as content",
             )
         plain.append({**fields, "role": _SHAREGPT.get(role, role), "content": content})

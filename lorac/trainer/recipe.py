@@ -83,6 +83,12 @@ class Recipe:
             raise ChoiceError(
                 "a recipe without adapters trains nothing", next_step="add adapters: {mine: {method: lora}}"
             )
+        idle = next((name for name in self.adapters if self.active is not None and not self.active.get(name)), None)
+        if idle is not None:
+            raise ChoiceError(
+                f"active gives the adapter '{idle}' no strength, so that nothing trains it",
+                next_step=f"add {idle}: 1.0 to active, or leave '{idle}' out of adapters",
+            )
         if self.eval_data is not None and self.test_size is not None:
             raise ChoiceError("eval_data and test_size both name rows to evaluate on", next_step="give one of them")
         if self.early_stopping_patience is not None and not self.evaluates:

@@ -8,6 +8,7 @@ This file alone overrides private functions of ``Trainer``; ``tests/trainer/test
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sized
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lorac.adapters.base_hash import compute_base_hash
-from lorac.errors import ArtifactError, OptionError, Unavailable, translate_errors
+from lorac.errors import ArtifactError, OptionError, Unavailable, not_one_of, translate_errors
 from lorac.formats.native import variant_config
 from lorac.storage.strict_json import JsonObject, dump_json
 from lorac.trainer import checkpoints, losses
@@ -130,8 +131,45 @@ class AdapterTrainer(Trainer):
             found.check_run(self._describe_run())
             what = f"the run cannot go on from '{found.folder}'"
             refusals = translate_errors(ArtifactError, what, unless=lambda: self.state.global_step > found.step)
+        least, rows = self.args.train_batch_size * self.args.world_size, self.train_dataset
+        if self.args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < least:
+            raise OptionError(
+                f"the run has {len(rows)} rows, and dataloader_drop_last leaves out a batch of fewer than {least}",
+                next_step="give more rows or a smaller per_device_train_batch_size, or leave dataloader_drop_last out",
+            )
         with refusals:
             return super().train(None if found is None else str(found.folder), *args, **settings)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if (name := self.args.metric_for_best_model) is not None:
+            wanted = f"eval_{name.removeprefix('eval_')}"
+            if wanted not in metrics:
+                known = [key.removeprefix("eval_") for key in metrics]
+                raise not_one_of("no evaluation gives the metric_for_best_model", name, known)
+        return super()._determine_best_metric(metrics, trial)
+
+    @functools.cached_property
+    def _rows_hash(self) -> str | None:
+        """The hash of the rows that are trained on, in their order; None where they are not a table."""
+        with_format = getattr(self.train_dataset, "with_format", None)
+        if with_format is None or not isinstance(self.train_dataset, Sized):
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        for table in with_format("arrow").iter(1000):
+            for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+                digest.update(batch.serialize())
+        return digest.hexdigest()
+
+    def create_model_card(self, *_: Any, **settings: Any) -> None:
+        """Write the README.md of the run's folder: which adapters it holds, of which methods and for which base."""
+        if not self.is_world_process_zero():
+            return
+        base = self.recipe.model or getattr(self.model.config, "_name_or_path", "") or "the model given"
+        adapters = "".join(f"- `{name}`: {one.variant.name}\n" for name, one in sorted(self.model.adapters.items()))
+        text = f"# Adapters trained by lorac\n\nBase: {base}\n\n{adapters}\nLoad one by `lorac.compile(model, path)`.\n"
+        Path(str(self.args.output_dir), "README.md").write_text(
+            f"---\nlibrary_name: lorac\n---\n\n{text}", encoding="utf-8"
+        )
 
     @functools.cached_property
     def _base(self) -> str | None:
@@ -148,6 +186,7 @@ class AdapterTrainer(Trainer):
         }
         rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
         run = {"adapters": adapters, "recipe": dataclasses.asdict(self.recipe), "base": self._base, "rows": rows}
+        run |= {checkpoints.ROWS_HASH: self._rows_hash}
         described: JsonObject = json.loads(dump_json({**run, "processes": self.args.world_size}))
         return described
 

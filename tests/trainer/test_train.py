@@ -5,14 +5,19 @@ import copy
 import json
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
+from lorac import ChoiceError, OptionError
 from lorac.cli import main
 from lorac.trainer import Recipe, train
+from tests.end_to_end.peft_cases import tie
 from tests.limits import LOSSES
+from tests.peft_files import quiet
 from tests.refusing import refuses
 from tests.trainer.runs import CPU, LORA, PAIRS, STEPS, TEXTS, recipe, tokenizer, write_rows
 from tests.zoo import ZOO
@@ -123,7 +128,35 @@ def test_the_command_line_reads_a_recipe_and_goes_on(texts, tmp_path, monkeypatc
     assert call("--resume")[0] == 0
 
 
-def test_rejects_an_adapter_on_a_head_whose_weight_is_read(texts, tmp_path):
-    with refuses("unavailable", match="lm_head"):
-        adapters = {"mine": {**LORA, "modules_to_save": ["lm_head"]}}
-        train(LLAMA.fresh(), tokenizer(), recipe(texts, adapters=adapters), tmp_path / "run")
+def test_trains_on_rows_of_a_tied_embedding(texts, tmp_path):
+    """Rows of PEFT's file train alone, in a head that TRL reads, and are written as such; README.md says what it is."""
+    model = LLAMA.fresh()
+    tie(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[97, 101])
+    with quiet():
+        peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "begun")
+    said = recipe(texts, adapters={"mine": {"path": str(tmp_path / "begun")}}, arguments={"save_steps": 2})
+    train(model, tokenizer(), said, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "mine" / "adapter_config.json").read_text())
+    assert written["trainable_token_indices"] == {"model.embed_tokens": [97, 101]}
+    rows = load_file(tmp_path / "run" / "mine" / "adapter_model.safetensors").popitem()[1]
+    assert not torch.equal(rows, model.lm_head.weight[[97, 101]])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "`mine`: union" in card and "None" not in card
+
+
+def test_rejects_to_resume_with_other_rows(tmp_path):
+    data, said = tmp_path / "rows.jsonl", {"save_steps": 1, "max_steps": 1}
+    for more in ("", " again"):
+        write_rows(data, [{"text": text + more} for text in TEXTS])
+        if more:
+            with pytest.raises(ChoiceError, match="of another run: rows_hash is"):
+                train(LLAMA.fresh(), tokenizer(), recipe(data, arguments=said), tmp_path / "run", resume=True)
+        else:
+            train(LLAMA.fresh(), tokenizer(), recipe(data, arguments=said), tmp_path / "run")
+
+
+def test_rejects_a_metric_that_no_evaluation_gives(texts, tmp_path):
+    said = {"metric_for_best_model": "los", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(OptionError, match="gives the metric_for_best_model 'los'\n  nearest: loss"):
+        train(LLAMA.fresh(), tokenizer(), recipe(texts, test_size=1, arguments=said), tmp_path / "run")

@@ -296,6 +296,7 @@ def test_a_changed_byte_is_found_in_every_file(written: Path, tmp_path: Path) ->
 RELIED_ON = {
     "_save_checkpoint": ("self", "model", "trial"),
     "_set_signature_columns_if_needed": ("self",),
+    "_determine_best_metric": ("self", "metrics", "trial"),
     "_get_output_dir": ("self", "trial"),
 }
 """Of these the last is called alone."""

@@ -88,7 +88,7 @@ def prune(
 
     Raises:
         OptionError: a share is out of range, or ``by`` is unknown.
-        SiteError: nothing can be pruned (``find_unit_groups``).
+        SiteError: nothing can be pruned (``find_unit_groups``), or a layer is quantised.
         AdapterError, SiteError: as ``lorac.training.initialisation.sum_gradients``.
     """
     _check_share("heads", heads)
@@ -100,6 +100,16 @@ def prune(
     ]
     if not groups:
         raise OptionError(f"layers={sorted(layers or ())} names no layer", next_step="give numbers from 0 on")
+    sites = ModelView.of(model).sites
+    quantised = [
+        path for group in groups for path in (*group.rows, *group.columns) if path in sites and sites[path].packed
+    ]
+    if quantised:
+        raise SiteError(
+            f"'{quantised[0]}' is quantised ({sites[quantised[0]].packed}), and rows of its weight cannot be removed",
+            next_step="prune the model before it is quantised",
+            code="site_unsupported",
+        )
     scores = _score_weights(
         model, [path for group in groups for path in (*group.rows, *group.columns)], by, batches, loss, seed
     )

@@ -355,3 +355,15 @@ def test_rejects_invalid_files_of_removed_units(tmp_path: Path) -> None:
     file.rename(tmp_path / "model.layers.0.self_attn.k_prj.pt")
     with refuses("corrupt_file", match="nearest: model.layers.0.self_attn.k_proj"):
         loram.read_removed_units(tmp_path, model)
+
+
+class Codes(nn.Parameter):
+    """Stands for a library's class of quantised weights."""
+
+
+def test_rejects_quantised_layers() -> None:
+    model = llama()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = Codes(layer.weight.detach())
+    with refuses("site_unsupported", match=r"layers\.1\.mlp\.up_proj' is quantised \(Codes\)"):
+        loram.prune(model)
