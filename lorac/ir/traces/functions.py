@@ -8,13 +8,14 @@ here, and a test compares the graphs with those of ``make_fx``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from torch.fx.experimental.proxy_tensor import _GraphAppendingTracerEx
@@ -29,7 +30,7 @@ class _FunctionTracer(_MakefxTracer):
     def _construct_modes_with_fx_tracer(self, fx_tracer: PythonKeyTracer | _GraphAppendingTracerEx) -> None:
         assert isinstance(fx_tracer, PythonKeyTracer)
         # An attribute, since torch traces the branches of torch.cond only below a PythonKeyTracer itself.
-        vars(fx_tracer)["trace"] = partial(_record, fx_tracer)
+        vars(fx_tracer)["trace"] = functools.partial(_record, fx_tracer)
         super()._construct_modes_with_fx_tracer(fx_tracer)
 
 
@@ -47,7 +48,7 @@ def record_function(
         decompositions: ops that are recorded as others.
         pre_dispatch: record ops as they are called, before autograd and before torch decomposes them.
     """
-    return _FunctionTracer(
+    traced = _FunctionTracer(
         decompositions,
         tracing_mode="real",
         _allow_non_fake_inputs=False,
@@ -55,7 +56,37 @@ def record_function(
         record_module_stack=False,
         _allow_fake_constant=False,
         _error_on_data_dependent_ops=True,
-    ).trace(function, *values)
+    ).trace(function if pre_dispatch else _keep_detach(function), *values)
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.lorac.detach.default):
+        node.target = torch.ops.aten.detach.default
+    traced.recompile()
+    return traced
+
+
+@torch.library.custom_op("lorac::detach", mutates_args=())
+def _detach(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_detach.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _DetachMode(TorchFunctionMode):
+    """Calls detach as an op that stays in a trace; torch 2.15 records an alias, through which gradients flow."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
+        return _detach(*args) if func in (Tensor.detach, torch.detach) else func(*args, **(kwargs or {}))
+
+
+def _keep_detach(function: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(function)
+    def call(*values: object) -> object:
+        with _DetachMode():
+            return function(*values)
+
+    return call
 
 
 def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: Any) -> fx.Graph:

@@ -50,6 +50,16 @@ def _nodes(module: fx.GraphModule) -> list[tuple[object, ...]]:
     return [(n.op, n.name, n.target, str(n.args), n.kwargs, n.meta.keys()) for n in module.graph.nodes]
 
 
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_no_gradient_flows_through_detach(pre_dispatch: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * torch.detach(x.norm()) / x.sum().detach()
+
+    x = torch.arange(1.0, 4.0, requires_grad=True)
+    traced = record_function(function, torch.ones(3), pre_dispatch=pre_dispatch)
+    assert torch.equal(*(torch.autograd.grad(each(x).sum(), x)[0] for each in (function, traced)))
+
+
 def test_leaves_classes_of_modules_unchanged() -> None:
     seen: list[tuple[object, object]] = []
 
