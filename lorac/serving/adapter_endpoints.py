@@ -1,6 +1,8 @@
 """The endpoints of adapters: loaded and unloaded as in vLLM; uploaded, listed and removed by a store's tenants."""
 
-from typing import Annotated, TypeAlias
+import collections
+from collections.abc import Callable
+from typing import Annotated, TypeAlias, TypeVar, final
 
 import anyio
 import anyio.to_thread
@@ -15,11 +17,25 @@ from lorac.serving.refusals import NotAllowed, RefusedField
 from lorac.serving.requests.fields import drop_usual
 from lorac.serving.requests.request_body import read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
+from lorac.serving.store.reading_process import READERS
 
-_MOST_UPLOADS = 4
-"""Uploads that are worked on at a time, so that they never take all threads of a server."""
 AdapterName = Annotated[str, pydantic.Field(min_length=1, max_length=256)]
+T = TypeVar("T")
 router = fastapi.APIRouter()
+
+
+@final
+class FairReaders:
+    """Has the readers of a store work for tenants in turn, each of which has one at most."""
+
+    def __init__(self) -> None:
+        self._all = anyio.CapacityLimiter(READERS)
+        self._own = collections.defaultdict[str, anyio.CapacityLimiter](lambda: anyio.CapacityLimiter(1))
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """Return the result of work for a tenant, which a thread does when it is the tenant's turn."""
+        async with self._own[tenant]:
+            return await anyio.to_thread.run_sync(work, limiter=self._all)
 
 
 class LoadFields(pydantic.BaseModel, extra="forbid", strict=True):
@@ -53,10 +69,15 @@ UnloadBody: TypeAlias = Annotated[UnloadFields, read_body(UnloadFields)]
 
 
 @router.post("/v1/load_lora_adapter")
-def load_adapter(fields: LoadBody, http: fastapi.Request) -> PlainTextResponse:
+async def load_adapter(fields: LoadBody, http: fastapi.Request) -> PlainTextResponse:
     """Load an adapter from the store."""
-    with http.app.state.metrics.time_load("path"):
-        http.app.state.source.load(http.state.tenant, fields.lora_name, fields.lora_path)
+    state, tenant = http.app.state, http.state.tenant
+
+    def load() -> None:
+        with state.metrics.time_load("path"):
+            state.source.load(tenant, fields.lora_name, fields.lora_path)
+
+    await state.readers.run(tenant, load)
     return PlainTextResponse(f"Success: LoRA adapter '{fields.lora_name}' added successfully.")
 
 
@@ -84,7 +105,6 @@ def add_store_endpoints(app: fastapi.FastAPI, store: AdapterStore) -> None:
         app: the state of its requests says which tenant asks.
         store: keeps the adapters.
     """
-    limiter = anyio.CapacityLimiter(_MOST_UPLOADS)
 
     @app.post(UPLOADS)
     async def upload(fields: Annotated[UploadFields, fastapi.Form()], http: fastapi.Request) -> JSONResponse:
@@ -96,7 +116,7 @@ def add_store_endpoints(app: fastapi.FastAPI, store: AdapterStore) -> None:
             with app.state.metrics.time_load("upload"):
                 return store.upload(http.state.tenant, fields.name, files, base=fields.base)
 
-        return JSONResponse(_describe(await anyio.to_thread.run_sync(add, limiter=limiter)), 201)
+        return JSONResponse(_describe(await app.state.readers.run(http.state.tenant, add)), 201)
 
     @app.get(UPLOADS)
     def adapters(http: fastapi.Request) -> JSONResponse:

@@ -77,6 +77,7 @@ def build_app(
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name)
+    app.state.readers = adapter_endpoints.FairReaders()
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if decodes(compiled):
         find_tokenizer(compiled)
@@ -92,7 +93,7 @@ def build_app(
         app.include_router(row_endpoints.embedding_router)
     if isinstance(store, AdapterStore):
         adapter_endpoints.add_store_endpoints(app, store)
-    app.add_middleware(Guard, settings=given)
+    app.add_middleware(Guard, settings=given, store=store if isinstance(store, AdapterStore) else None)
     app.add_middleware(RequestLog)
     install_handlers(app, FIELDS)
     _add_state(app)

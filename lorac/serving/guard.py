@@ -1,15 +1,21 @@
 """Who may ask, and how much: checked before the app reads a request."""
 
+import asyncio
+import functools
 import hashlib
 import hmac
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import final
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorac.serving.refusals import refusal
+from lorac.errors import LoracError
+from lorac.serving.refusals import refusal, refuse
 from lorac.serving.settings import ServingSettings
+from lorac.serving.store import AdapterStore
 
 UPLOADS = "/v1/adapters"
 """The path to which adapters are uploaded."""
@@ -17,39 +23,68 @@ OPEN_PATHS = frozenset({"/", "/health"})
 """Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
 NOBODY = "default"
 """The tenant of requests without a key."""
+_LEAST_RATE = 1 << 16
+"""Bytes of a body per second that are fast enough."""
+_CLOSE = {"connection": "close"}
 
 
 @final
 class Guard:
-    """Lets requests with a known key and a body of admitted size through to an app.
+    """Lets requests with a known key and a body of admitted size through to an app, so many of a tenant at a time.
+
+    A body that comes too slowly is refused. Room for the bytes of an upload is found before they are received.
 
     It is not one of Starlette's HTTP middlewares, behind which an app does not learn that a client has left.
 
     Args:
         app: the app behind it.
         settings: the keys, and the most bytes.
+        store: takes the uploads; None: there are none.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServingSettings) -> None:
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, settings: ServingSettings, store: AdapterStore | None = None) -> None:
+        self._app, self._settings, self._store = app, settings, store
         self._tenants = {_digest(key): tenant for key, tenant in settings.keys.items()}
+        self._running, self._receiving = Counter[str](), Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        most = self._settings.max_upload_bytes if scope["path"] == UPLOADS else self._settings.max_body_bytes
+        uploads = scope["path"] == UPLOADS and scope["method"] == "POST"
+        most = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes
         tenant = self._check(headers, scope["path"], most)
         if isinstance(tenant, JSONResponse):
             await tenant(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
-        body = _CountedBody(receive, send, most)
+        body = _Body(receive, send, most, self._settings.body_timeout)
+        self._running[tenant] += scope["path"] not in OPEN_PATHS
         try:
+            if self._running[tenant] > -(-self._settings.max_connections // 2):
+                raise _Refused(refusal(429, "the tenant has half of the requests that the server answers at a time"))
+            if uploads:
+                body.claim = functools.partial(self._claim, tenant)
+                body.announce(int(headers.get(b"content-length", "0")))
             await self._app(scope, body.receive, body.send)
-        except _BodyTooLarge:
-            await _too_large(most)(scope, receive, send)
+        except _Refused as refused:
+            await refused.answer(scope, receive, send)
+        finally:
+            self._running[tenant] -= scope["path"] not in OPEN_PATHS
+            self._receiving[tenant] -= body.claimed
+
+    def _claim(self, tenant: str, nbytes: int) -> None:
+        """Find room for more bytes of a tenant's uploads, of which it has at most half."""
+        own, most = self._receiving[tenant] + nbytes, self._settings.max_spool_bytes
+        try:
+            if self._store is not None:
+                self._store.check_upload(tenant, own)
+        except LoracError as error:
+            raise _Refused(refuse(error)) from error
+        if own > most // 2 or self._receiving.total() + nbytes > most:
+            raise _Refused(refusal(429, f"{self._receiving.total()} bytes of uploads are being received"))
+        self._receiving[tenant] = own
 
     def _check(self, headers: Mapping[bytes, str], path: str, most: int) -> str | JSONResponse:
         """Return who asks, or the refusal. Every key is compared, in constant time."""
@@ -66,24 +101,45 @@ class Guard:
 
 
 @final
-class _CountedBody:
-    """Counts the bytes of a request's body as they come, whatever its headers say.
+class _Body:
+    """The body of a request as it comes, whatever its headers say: its bytes are counted, and its time is limited.
 
     Args:
         receive: gives the messages of the request.
         send: takes those of the answer.
         most: the most bytes.
+        seconds: for the whole body, and as many more as its bytes take at ``_LEAST_RATE``.
+
+    Attributes:
+        claim: finds room for more bytes; None: nothing needs room.
+        claimed: bytes that have room.
     """
 
-    def __init__(self, receive: Receive, send: Send, most: int) -> None:
-        self._receive, self._send, self._most = receive, send, most
-        self._read, self._begun = 0, False
+    claim: Callable[[int], None] | None = None
+
+    def __init__(self, receive: Receive, send: Send, most: int, seconds: float) -> None:
+        self._receive, self._send, self._most, self._ends = receive, send, most, time.monotonic() + seconds
+        self._read, self.claimed, self._begun, self._whole = 0, 0, False, False
+
+    def announce(self, nbytes: int) -> None:
+        """Find room for the first bytes of the body."""
+        if self.claim is not None and nbytes > self.claimed:
+            self.claim(nbytes - self.claimed)
+            self.claimed = nbytes
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        if self._whole or self._begun:  # then a message says that the client has left
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._ends + self._read / _LEAST_RATE - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise _Refused(refusal(408, "the body came too slowly", headers=_CLOSE)) from None
         self._read += len(message.get("body", b""))
-        if self._read > self._most and not self._begun:
-            raise _BodyTooLarge
+        self._whole = not message.get("more_body", False)
+        if self._read > self._most:
+            raise _Refused(_too_large(self._most))
+        self.announce(self._read)
         return message
 
     async def send(self, message: Message) -> None:
@@ -91,12 +147,20 @@ class _CountedBody:
         await self._send(message)
 
 
-class _BodyTooLarge(BaseException):
-    """A body is larger than it may be. No handler of the app's may answer it."""
+class _Refused(BaseException):
+    """A request is refused. No handler of the app's may answer it.
+
+    Args:
+        answer: says why.
+    """
+
+    def __init__(self, answer: JSONResponse) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 def _too_large(most: int) -> JSONResponse:
-    return refusal(413, f"a request has at most {most} bytes", headers={"connection": "close"})
+    return refusal(413, f"a request has at most {most} bytes", headers=_CLOSE)
 
 
 def _digest(key: str) -> bytes:

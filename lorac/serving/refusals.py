@@ -94,6 +94,11 @@ def refusal(
     return _answer(status, _body(status, message, code, field), headers)
 
 
+def refuse(error: LoracError) -> JSONResponse:
+    """Return an error of lorac's as the answer to a request."""
+    return _answer(error_status(error), error_body(error))
+
+
 def _answer(status: int, body: dict[str, object], headers: Mapping[str, str] | None = None) -> JSONResponse:
     retry = {"retry-after": RETRY_AFTER} if status in (429, 503) else {}
     return JSONResponse(body, status, {**retry, **(headers or {})})
@@ -138,7 +143,7 @@ def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.Ba
 
     async def answer_error(request: fastapi.Request, error: Exception) -> JSONResponse:
         assert isinstance(error, LoracError)
-        return _answer(error_status(error), error_body(error))
+        return refuse(error)
 
     async def answer_validation(request: fastapi.Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

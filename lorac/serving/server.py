@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lorac.serving.app import build_app
+from lorac.serving.connections import limit_connections
 from lorac.serving.request_log import LOGGER
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
@@ -49,4 +50,9 @@ def run(
         if store is not None:
             kept = stack.enter_context(AdapterStore(compiled, store, bases=bases, reserved=[settings.base_name]))
         app = build_app(compiled, settings, store=kept)
-        uvicorn.run(app, host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=30)
+        config = uvicorn.Config(
+            app, host=host, port=port, http="h11", access_log=False, server_header=False, timeout_graceful_shutdown=30
+        )
+        server = uvicorn.Server(config)
+        limit_connections(server, settings.header_timeout, settings.max_connections)
+        server.run()

@@ -19,6 +19,10 @@ class ServingSettings:
         keys: API key -> tenant; without any, everybody may ask.
         max_body_bytes: the most bytes of a request, but for uploads.
         max_upload_bytes: the most bytes of an upload of an adapter.
+        max_spool_bytes: the most bytes of all uploads that are being received; a tenant's have at most half.
+        max_connections: the most connections; a tenant has requests on at most half.
+        header_timeout: seconds that a connection may be open without a whole request, first or next.
+        body_timeout: seconds in which a body must come, besides those that its bytes take at 64 KiB a second.
         max_new_tokens: the most tokens of an answer, and the number for a chat that names none.
         deadline: seconds after which a request ends, those of waiting included; None: never.
         pinned: adapters that stay in memory and cannot be unloaded.
@@ -35,6 +39,10 @@ class ServingSettings:
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_body_bytes: Count = 1 << 20
     max_upload_bytes: Count = 256 << 20
+    max_spool_bytes: Count = 1 << 30
+    max_connections: Count = 512
+    header_timeout: Positive = 10.0
+    body_timeout: Positive = 30.0
     max_new_tokens: Count = 1024
     deadline: Positive | None = None
     pinned: tuple[str, ...] = ()

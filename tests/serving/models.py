@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import lorac
 from lorac.serving import ServingSettings, build_app
+from lorac.serving.connections import limit_connections
 from lorac.testing import adapter_away
 from tests.decoders import VOCABULARY
 
@@ -58,7 +59,8 @@ def make_encoder() -> Any:
 @contextlib.contextmanager
 def serve(app: fastapi.FastAPI) -> Iterator[str]:
     """Run an app for a block; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="on"))
+    limit_connections(server, app.state.settings.header_timeout, app.state.settings.max_connections)
     started, startup = threading.Event(), server.startup
 
     async def announce(*given: Any, **more: Any) -> None:

@@ -76,6 +76,16 @@ class TenantAccount:
         Raises:
             OverBudget: the tenant uploads too often; then the upload is not counted.
         """
+        self.check_upload()
+        with self._lock:
+            self._uploads.append(time.monotonic())
+
+    def check_upload(self, nbytes: int = 0) -> None:
+        """Check that the tenant may upload now, and have so many more bytes.
+
+        Raises:
+            OverBudget: it may not.
+        """
         with self._lock:
             now, most = time.monotonic(), self._quotas.uploads_per_minute
             while self._uploads and self._uploads[0] <= now - _MINUTE:
@@ -87,7 +97,7 @@ class TenantAccount:
                     next_step=f"upload again in {wait:.0f} s",
                     code="too_many_uploads",
                 )
-            self._uploads.append(now)
+            self._check(nbytes, self.bytes, self._quotas.bytes, "bytes")
 
     def add(self, *, nbytes: int = 0, adapters: int = 0) -> None:
         """Count bytes and adapters, whatever the quotas; negative numbers give them back."""

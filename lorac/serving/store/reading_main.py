@@ -33,6 +33,7 @@ REFUSED = 2
 """Exit status of a child that has written why."""
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _MOST_FILES = 64
+_NICE = 10  # the server's own work comes first
 _NAME = "adapter"
 """The name in every rewritten file, so that equal adapters have equal files."""
 
@@ -75,6 +76,7 @@ def _limit(seconds: float, memory: int, size: int) -> None:
         memory: bytes of address space beyond those in use.
         size: bytes of a file.
     """
+    os.nice(_NICE)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     for kind, most in (
         (resource.RLIMIT_CPU, math.ceil(seconds)),

@@ -16,6 +16,8 @@ from lorac.serving.store.reading_main import REFUSAL, REFUSED, REWRITTEN, main, 
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_object
 
+READERS = 2
+"""Processes of a server that read uploads, so that one tenant's slow uploads do not hold another's."""
 _WAIT = 4.0
 """Seconds to wait for each second of processor time that a reader may take: other work may slow it."""
 _STARTING = 60.0

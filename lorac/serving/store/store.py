@@ -1,6 +1,7 @@
 """The store: adapters that tenants bring, load and unload while a compiled model serves them."""
 
 import os
+import queue
 import re
 import threading
 from collections.abc import Collection, Mapping
@@ -24,7 +25,7 @@ from lorac.formats.native import read_record
 from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
 from lorac.serving.store.quotas import QuotaClaim, StoreQuotas, TenantAccount
-from lorac.serving.store.reading_process import ReadingProcess
+from lorac.serving.store.reading_process import READERS, ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from lorac.session.registry import AdapterSize
 from lorac.storage.open_file import OpenFile
@@ -116,7 +117,10 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         with translate_os_errors(path, FormatError, "written", "unreadable"):
             self._folder = StoreFolder(path)
         self._audit = AuditLog(path / "audit.jsonl")
-        self._reader = ReadingProcess(self._quotas)
+        self._readers = [ReadingProcess(self._quotas) for _ in range(READERS)]
+        self._free_readers: queue.LifoQueue[ReadingProcess] = queue.LifoQueue()
+        for reader in reversed(self._readers):
+            self._free_readers.put(reader)
         for entry in self._folder.scan():
             self._restore(entry)
 
@@ -149,6 +153,15 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             nearest=nearest_name(str(name)[:100], [*self._shared, *names]),
             next_step="upload it first, or list the adapters that there are",
         )
+
+    def check_upload(self, tenant: str, nbytes: int) -> None:
+        """Check that a tenant may send so many bytes now, before they are received.
+
+        Raises:
+            AdapterError: the tenant cannot have adapters.
+            OverBudget: it uploads too often, or has no room for them.
+        """
+        self._open_account(tenant).account.check_upload(nbytes)
 
     def upload(
         self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None
@@ -208,8 +221,9 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
                 own.account.add(nbytes=-found.nbytes)
 
     def close(self) -> None:
-        """End the process that reads uploads, and let another process use the folder; the adapters stay."""
-        self._reader.close()
+        """End the processes that read uploads, and let another process use the folder; the adapters stay."""
+        for reader in self._readers:
+            reader.close()
         self._folder.close()
 
     def __exit__(self, *_: object) -> None:
@@ -228,7 +242,11 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         with failure, own.account.claim() as claim, self._folder.workshop() as folder:
             claim.take(adapters=int(name not in own.adapters))
             size = copy_files(files, folder, claim)
-            staged = OpenFile(self._reader.rewrite(folder, base, size + _OVERHEAD))
+            reader = self._free_readers.get()
+            try:
+                staged = OpenFile(reader.rewrite(folder, base, size + _OVERHEAD))
+            finally:
+                self._free_readers.put(reader)
             line["digest"] = digest = staged.digest()
             line["bytes"] = staged.size
             claim.take(nbytes=staged.size - size)

@@ -1,0 +1,37 @@
+"""Connections of a uvicorn server that send no whole request, or are too many."""
+
+import time
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+def limit_connections(server: uvicorn.Server, seconds: float, most: int) -> None:
+    """Have a server close connections that wait for a request too long, and those that wait longest if it has too many.
+
+    uvicorn itself waits for the headers of a request as long as some of them come. It has no documented way to its
+    connections: this reads ``Server.server_state.connections``, and of those that h11 parses ``cycle`` (the request
+    that is being answered, or was last) and ``transport``.
+
+    Args:
+        seconds: the longest time without a request, first or next.
+        most: the most connections.
+    """
+    waiting: dict[H11Protocol, tuple[object, float]] = {}
+
+    async def sweep() -> None:
+        nonlocal waiting
+        now, found = time.monotonic(), dict[H11Protocol, tuple[object, float]]()
+        connections = [one for one in server.server_state.connections if isinstance(one, H11Protocol)]
+        for connection in connections:
+            cycle = connection.cycle
+            if not cycle or cycle.response_complete:
+                known = waiting.get(connection)
+                found[connection] = known if known is not None and known[0] is cycle else (cycle, now)
+        excess = len(connections) - most
+        for place, connection in enumerate(sorted(found, key=lambda one: found[one][1])):
+            if place < excess or now - found[connection][1] > seconds:
+                connection.transport.close()
+        waiting = found
+
+    server.config.callback_notify, server.config.timeout_notify = sweep, 0
