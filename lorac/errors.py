@@ -35,7 +35,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "AdapterError",
@@ -209,7 +209,18 @@ class InputMismatch(LoracError):
 
 
 class OverBudget(LoracError):
-    """There is no room for it now, and there may be later. Nothing was changed."""
+    """There is no room for it now, and there may be later. Nothing was changed.
+
+    Attributes:
+        permanent: whether there never will be: it alone takes more than the whole budget.
+    """
+
+    permanent = False
+
+    def for_good(self) -> Self:
+        """Return the error as a permanent one."""
+        self.permanent = True
+        return self
 
     codes: ClassVar[Mapping[str, str]] = {
         "over_budget": "``compiled.memory`` has no room for it: what is held leaves too little",

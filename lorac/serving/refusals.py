@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import AdapterNotFound, LoracError, escape_controls, nearest_name
+from lorac.errors import AdapterNotFound, FormatError, LoracError, OverBudget, escape_controls, nearest_name
 
 _STATUS = {
     "adapter_exists": 409,
@@ -111,7 +111,11 @@ def _body(status: int, message: str, code: str | None, field: str | None) -> dic
 
 def error_status(error: LoracError) -> int:
     """Return the status of the answer to a request that raises an error."""
-    return error.status if isinstance(error, RefusedRequest) else _STATUS.get(error.code, 400)
+    if isinstance(error, RefusedRequest):
+        return error.status
+    # A file that takes too much to read always will, as will a request that is larger than the memory.
+    is_final = isinstance(error, FormatError) or (isinstance(error, OverBudget) and error.permanent)
+    return 400 if is_final else _STATUS.get(error.code, 400)
 
 
 def error_body(error: LoracError) -> dict[str, object]:

@@ -178,6 +178,11 @@ class MemoryBudget:
         with self._lock:
             self._settle()
             before, after = {*charge.blocks}, {*blocks}
+            if self._limit is not None and (whole := sum([nbytes for _, nbytes in after])) > self._limit:
+                raise OverBudget(
+                    f"{whole} bytes are needed at once, and the budget has {self._limit}",
+                    next_step="ask for less, such as fewer adapters or tokens, or raise compiled.memory.limit",
+                ).for_good()
             more = sum([block[1] for block in after - before if block not in self._blocks])
             more -= sum([block[1] for block in before - after if self._blocks[block] == 1])
             if self._limit is not None and more > 0 and self._used + more > self._limit:

@@ -13,7 +13,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 
+from lorac import TextRequest
 from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.serving.request_log import LOGGER
 from tests.refusing import refuses
@@ -88,11 +90,19 @@ def test_a_disconnected_client_frees_its_row_and_place_in_the_queue(tight: Any, 
     assert hidden["rows"] == []
 
 
-def test_rejects_requests_while_the_queue_is_full(tight: Any) -> None:
-    refused = tight[1].post("/v1/chat/completions", json={**CHAT, "n": 2})
-    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-    assert refused.json()["error"]["code"] == "queue_full"
-    assert tight[0].state.scheduler.load == (0, 0)
+def test_rejects_requests_while_the_queue_is_full(tight: Any, steps: threading.Semaphore) -> None:
+    app, http = tight
+    with http.stream("POST", "/v1/chat/completions", json=ENDLESS) as running:
+        next(running.iter_lines())
+        waiting = app.state.scheduler.submit(TextRequest(torch.tensor([5]), tenant="a"))
+        full = http.post("/v1/chat/completions", json=CHAT)
+        waiting.cancel()
+    steps.release(1000)
+    assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+    assert full.json()["error"]["code"] == "queue_full"
+    never = http.post("/v1/chat/completions", json={**CHAT, "n": 2})
+    assert (never.status_code, "retry-after" in never.headers) == (400, False)
+    wait_until(lambda: app.state.scheduler.load == (0, 0))
 
 
 def read_metrics(http: Any) -> dict[str, float]:

@@ -9,6 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 
+import lorac
+from lorac.serving.refusals import error_status
+
 CHAT = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
 TEXT = {"model": "one", "prompt": "Say", "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -75,6 +78,8 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({"logit_bias": {"a": 1}}, 400, "'logit_bias'"),
     ({"logit_bias": {"1": 101}}, 400, "'logit_bias"),
     ({"logit_bias": {"97": 1}}, 400, "'logit_bias'"),
+    ({"logit_bias": {"0" * 5000 + "9": 1}}, 400, "'logit_bias' has the key"),
+    ({"n": 16, "messages": [{"role": "user", "content": "Say"}], "max_tokens": 1 << 70}, 400, "'max_tokens'"),
     ({"tools": [TOOL]}, 400, "'tools'"),
     ({"tools": [{"type": "retrieval"}]}, 400, "'tools[0]"),
     ({"tool_choice": "required"}, 400, "'tool_choice'"),
@@ -102,6 +107,9 @@ TEXTS: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": [-1]}, 400, "'prompt[0]' is wrong: Input should be greater"),
     ({"prompt": ["a", 5]}, 400, "'prompt[1]' is wrong: Input should be a valid string"),
     ({"prompt": ["a"] * 70}, 400, "'prompt' is wrong: Value should have at most 64 items"),
+    ({"prompt": [10**21]}, 400, "'prompt"),
+    ({"prompt": [1 << 63]}, 400, "'prompt"),
+    ({"prompt": ["a"] * 5, "n": 16}, 400, "80 requests come at once, and at most 64 may wait"),
     ({"logprobs": 6}, 400, "'logprobs'"),
     ({"logprobs": True}, 400, "'logprobs'"),
     ({"echo": True}, 400, "'echo'"),
@@ -115,6 +123,10 @@ BODIES: list[tuple[str, bytes, int, str]] = [
     ("POST /v1/chat/completions", b"", 400, "no body"),
     ("POST /v1/chat/completions", b'{"model": NaN}', 400, "'model'"),
     ("POST /v1/chat/completions", b"\xff\xfe", 400, "JSON"),
+    ("POST /v1/completions", b'{"model": "one", "prompt": "\\ud800"}', 400, "not JSON"),
+    ("POST /v1/completions", b'{"model": "\\udfff", "prompt": "x"}', 400, "not JSON"),
+    ("POST /v1/completions", b'{"model": "one", "prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "recursion"),
+    ("POST /v1/completions", b'{"model": "one", "seed": ' + b"9" * 5000 + b"}", 400, "JSON"),
     ("GET /v1/chat/completions", b"", 405, "method"),
     ("POST /v1/audio/speech", b"{}", 404, "path"),
     ("GET /docs", b"", 404, "path"),
@@ -132,6 +144,7 @@ def check(answer: httpx2.Response, status: int, sentence: str) -> None:
     assert (answer.status_code, sentence in error["message"]) == (status, True), (answer.status_code, error["message"])
     assert {*error} == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]
+    assert status != 400 or "retry-after" not in answer.headers
 
 
 @pytest.mark.parametrize(("fields", "status", "sentence"), CHATS, ids=lambda value: str(value)[:40])
@@ -169,3 +182,9 @@ def test_a_rejected_request_leaves_nothing_behind(http: httpx2.Client) -> None:
     http.post("/v1/chat/completions", content=wrong, headers={"content-type": "application/json"})
     status = http.get("/v1/status").json()
     assert (status["running"], status["waiting"], status["rows"]) == (0, 0, [])
+
+
+def test_refusals_that_no_waiting_ends_name_no_time_to_come_again() -> None:
+    too_large = lorac.OverBudget("a mixture").for_good()
+    assert [error_status(error) for error in (too_large, lorac.OverBudget("a mixture"))] == [400, 503]
+    assert error_status(lorac.FormatError("a file", code="over_budget")) == 400

@@ -122,6 +122,10 @@ WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     ("predict", {"model": "one", "inputs": {"input_ids": [[1]], "attention_mask": [[1], [1]]}}, 400, "'inputs'"),
     ("predict", {"model": "one", "inputs": {"ids": [[1]]}}, 400, "ids"),
     ("predict", {"model": "one"}, 400, "'inputs' is missing"),
+    ("predict", {"model": "one", "inputs": {"input_ids": [[10**30]]}}, 400, "'inputs.input_ids'"),
+    ("predict", {"model": "one", "inputs": {"input_ids": [[1 << 63]]}}, 400, "input_ids"),
+    ("predict", {"model": "one", "inputs": {"input_ids": [[[]]]}}, 400, "input_ids"),
+    ("embeddings", {"model": "one", "input": [[1 << 63]]}, 400, "'input"),
     ("chat/completions", {"model": "one"}, 404, "path"),
 ]
 

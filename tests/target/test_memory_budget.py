@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorac import OverBudget
 from lorac.target import memory_budget
 from lorac.target.memory_budget import Charge, MemoryBudget
 from tests.refusing import refuses
@@ -197,3 +198,15 @@ def test_threads_share_a_budget() -> None:
     assert not errors, errors[0]
     budget.limit = 0
     assert budget.used == 0
+
+
+def test_rejects_for_good_a_claim_of_more_than_the_whole_budget() -> None:
+    budget = MemoryBudget(10 * BLOCK)
+    held = budget.claim(4 * BLOCK)
+    for size, is_permanent in {7: False, 11: True}.items():
+        with pytest.raises(OverBudget) as refused:
+            budget.claim(size * BLOCK)
+        assert refused.value.permanent is is_permanent
+    with refuses("over_budget", match="at once"):
+        held.resize(11 * BLOCK)
+    assert budget.used == 4 * BLOCK

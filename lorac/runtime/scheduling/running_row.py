@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lorac.errors import drop_frames
+from lorac.errors import AdapterError, drop_frames, list_some
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
 from lorac.runtime.generation.prompts import check_ids
@@ -84,6 +85,13 @@ class RunningRow:
         Args:
             failed: why none could be drawn.
         """
+        if math.isnan(logits[token]) or (failed is not None and not math.isfinite(logits.max())):
+            names = list_some([name for name, _ in self.state.choice]) or "none"
+            failed = AdapterError(
+                f"the logits are NaN or infinite with these adapters: {names}",
+                next_step="lower their strengths or train them again, as their values overflow in this model",
+                code="non_finite",
+            )
         if failed is not None:
             self._error = failed
             return "error"

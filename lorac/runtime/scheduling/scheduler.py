@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from lorac.argument_types import check_type
-from lorac.errors import OverBudget, Unavailable
+from lorac.errors import InputMismatch, OverBudget, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.scheduling.running_batch import RunningBatch
@@ -88,7 +88,7 @@ class Scheduler:
 
         Raises:
             AdapterNotFound, ChoiceError: as for ``compiled.swap``.
-            InputMismatch, OptionError: as for ``compiled.generate``.
+            InputMismatch, OptionError: as for ``compiled.generate``; or more come at once than may ever wait.
             OverBudget: as many requests of the tenant wait as may (code ``queue_full``).
             Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
         """
@@ -96,13 +96,20 @@ class Scheduler:
 
     def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
         """Put several requests in line, all or none; raises as ``submit``."""
+        counts = collections.Counter(request.tenant for request in requests)
+        for count in counts.values():
+            if count > self.waiting:
+                raise InputMismatch(
+                    f"{count} requests come at once, and at most {self.waiting} may wait",
+                    next_step="submit fewer at once",
+                )
         rows = [RunningRow(self.compiled, request, self.component) for request in requests]
         with self._changed:
             if self._closing:
                 raise Unavailable("the scheduler is closed", next_step="submit to another lorac.Scheduler(compiled)")
             self._drop_interrupted()
             line = [row.request.tenant for row in self._queue.values()]
-            for tenant, count in collections.Counter(request.tenant for request in requests).items():
+            for tenant, count in counts.items():
                 check_line(line, tenant, count, self.waiting)
                 line += [tenant] * count
                 self._last_request[tenant] = time.monotonic()
@@ -183,7 +190,7 @@ class Scheduler:
         try:
             self._batch.admit(row)
         except Exception as error:
-            if isinstance(error, OverBudget) and self._batch.rows:
+            if isinstance(error, OverBudget) and not error.permanent and self._batch.rows:
                 return False
             row.end("error", error)
         del self._queue[number]

@@ -30,8 +30,8 @@ def read_lists(inputs: Mapping[str, list[object]], dtype: torch.dtype) -> dict[s
             array = numpy.asarray(value)
         except ValueError as error:
             raise RefusedField(f"inputs.{name}", "has rows of several lengths") from error
-        if array.dtype.kind not in "biuf":
-            raise RefusedField(f"inputs.{name}", "holds a value that is not a number")
+        if array.dtype.kind not in "bif":
+            raise RefusedField(f"inputs.{name}", "holds a value that is not a number, or one beyond 64 bits")
         tensors[name] = cast_floating(torch.from_numpy(array), dtype)
     return tensors
 

@@ -390,6 +390,46 @@ def test_a_dropped_prompt_leaves_the_memory_budget(compiled: Any) -> None:
         assert sum(key[0] == id(own) for key in compiled.memory._kept) == len(own) < 4
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED])
+def test_names_the_adapter_whose_logits_are_not_numbers(
+    options: dict[str, Any], compiled: Any, scheduler: Scheduler
+) -> None:
+    bad = lorac.Adapter("bad", compiled.adapters["one"].variant, compiled.adapters["one"].tensors)
+    compiled.add_adapter(bad, name="bad")
+    try:
+        with torch.no_grad():
+            for tensor in compiled.adapters["bad"].parameters():
+                tensor.fill_(1e38)
+        good = TextRequest(prompt(1), "one", options={"max_new_tokens": 4})
+        streams = scheduler.submit_all([TextRequest(prompt(1), "bad", options={"max_new_tokens": 4, **options}), good])
+        with refuses("non_finite", match="'bad'"):
+            list(streams[0])
+        assert [token.id for token in streams[1]] == alone(compiled, good)
+    finally:
+        compiled.remove_adapter("bad")
+
+
+def test_rejects_at_once_a_request_that_memory_never_has_room_for(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begin = Gate(1), RunningRow.begin
+
+    def fail(row: RunningRow, *given: Any) -> Any:
+        if row.request.seed == 7:
+            raise lorac.OverBudget("too large").for_good()
+        return begin(row, *given)
+
+    monkeypatch.setattr(RunningRow, "begin", fail)
+    reader = iter(scheduler.submit(gate.request()))
+    next(reader)
+    stream = scheduler.submit(TextRequest(prompt(2), seed=7, options={"max_new_tokens": 2}))
+    gate.opened.set()
+    with refuses("over_budget"):
+        list(stream)
+    assert scheduler.load == (1, 0), "it waited for no row"
+    reader.close()
+
+
 def test_log_probabilities(compiled: Any, scheduler: Scheduler) -> None:
     (token,) = scheduler.submit(TextRequest(prompt(1), "one", logprobs=3, options={"max_new_tokens": 1}))
     expected = compiled(input_ids=prompt(1)[None], adapters="one").logits[0, -1].log_softmax(-1)
