@@ -17,8 +17,8 @@ from lorac.storage.atomic_folders import MANIFEST
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
+    from lorac.frontend.model_view import Model
     from lorac.variants.adapter import Adapter
 
 
@@ -67,7 +67,7 @@ def inspect(
         raise typer.Exit(MISFIT)
 
 
-def _inspect_adapter(path: Path, model: nn.Module | None) -> dict[str, object]:
+def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:
     import lorac
 
     try:
@@ -141,11 +141,11 @@ def extract(
 ) -> None:
     """Write the difference of two models as an adapter: the nearest LoRA, or without --rank and --tolerance exactly."""
     import lorac
+    from lorac.merging.stored_model import StoredModel
 
-    checkpoints = [spec if Path(spec).is_dir() else load_model(spec) for spec in (tuned, base)]
-    adapter = lorac.extract(*checkpoints, rank=rank, tolerance=tolerance, name=destination.stem)
-    host = checkpoints[1] if not isinstance(checkpoints[1], str) else None
-    save(adapter, destination, format, host, dtype=dtype, as_json=json)
+    views = [StoredModel.open(Path(spec)).view if Path(spec).is_dir() else load_model(spec) for spec in (tuned, base)]
+    adapter = lorac.extract(*views, rank=rank, tolerance=tolerance, name=destination.stem)
+    save(adapter, destination, format, views[1], dtype=dtype, as_json=json)
 
 
 def diff(
@@ -243,7 +243,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def save(
-    adapter: Adapter, destination: Path, format: str, model: nn.Module | None, *, dtype: str = "", as_json: bool
+    adapter: Adapter, destination: Path, format: str, model: Model | None, *, dtype: str = "", as_json: bool
 ) -> None:
     """Write an adapter, and print where, with the rank and the error of each site where it was approximated.
 

@@ -1,6 +1,7 @@
 """ONNX Runtime's adapter files: ``.onnx_adapter``, with the factors of LoRAs by the names of a program's inputs.
 
-    <path of a layer>.lora_A.weight, .lora_B.weight     as Olive (olive convert-adapters) names them
+    <path of a layer>.lora_A.weight, .lora_B.weight     as Olive (olive convert-adapters) names them, with PEFT's
+                                                        prefix in front of paths that do not begin with "model."
     <path of a layer>:a, :b                             as the programs that lorac saves name them
 
 Both have A as (in, r) and B as (r, out) with the scale in it, and no metadata.
@@ -20,6 +21,7 @@ from lorac.formats._lora_pairs import (
     settings_at,
     transpose_matrix,
 )
+from lorac.formats.peft.keys import PREFIX
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.storage.onnx_adapter import MAGIC, read_onnx_adapter, write_onnx_adapter
@@ -44,7 +46,10 @@ class OnnxAdapterFormat(Format):
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         path = file.path
         with file.open() as opened:
-            stored = read_onnx_adapter(opened, file.damaged)
+            found = read_onnx_adapter(opened, file.damaged)
+        stored = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+        if len(stored) < len(found):
+            raise file.damaged(f"it has a tensor with and without '{PREFIX}' in front of its name")
         layers = group_by_layer(stored, _SUFFIXES, path)
         tensors = {
             layer: {
@@ -54,7 +59,7 @@ class OnnxAdapterFormat(Format):
             }
             for layer, names in layers.items()
         }
-        ranks = {layer: float(check_pair(path, layer, found)) for layer, found in tensors.items()}
+        ranks = {layer: float(check_pair(path, layer, pair)) for layer, pair in tensors.items()}
         return make_lora(name, self.name, path, tensors, ranks, view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:

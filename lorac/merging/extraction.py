@@ -1,11 +1,12 @@
 """``extract``: the difference of two checkpoints of one model as an adapter, site by site."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorac.adapters.edits import hold_changes
 from lorac.adapters.fit import check_finite
@@ -13,7 +14,7 @@ from lorac.adapters.lora_conversion import check_error, check_sizes
 from lorac.adapters.truncation import truncate_matrix
 from lorac.errors import AdapterError, CompileError, FormatError, SiteError, nearest_name
 from lorac.formats._site_layouts import LAYOUT, site_to_json
-from lorac.frontend.model_view import ModelView
+from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.merging.stored_model import StoredModel
@@ -22,7 +23,7 @@ from lorac.storage.paths import parse_path
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
-Checkpoint = str | os.PathLike[str] | nn.Module | Mapping[str, nn.Module]
+Checkpoint = str | os.PathLike[str] | Model
 """A model's folder, the model, or several models by name."""
 
 
@@ -68,23 +69,24 @@ def extract(
             changes[path], error = _truncate(path, change, rank, tolerance)
             errors |= {} if error is None else {path: error}
     replaced = _find_replaced(*views)
-    if not changes and not replaced:
+    biases = {} if rank is None and tolerance is None else _separate_biases(changes, *views)
+    if not changes and not replaced and not biases:
         raise AdapterError(
             "the two models have the same weights, so that there is nothing to extract",
             next_step="give the fine-tuned model first, and then its base",
         )
     if not name:
-        name = (not isinstance(tuned, nn.Module | Mapping) and Path(tuned).name) or "extracted"
+        name = (Path(tuned).name if isinstance(tuned, str | os.PathLike) else "") or "extracted"
     modules = dict.fromkeys(module for module in (key.rpartition(".")[0] for key in replaced) if module)
     parameters = tuple(path for path in changes if views[1].sites[path].kind is SiteKind.MATRIX)
-    made = hold_changes(name, changes, like=LoRA(parameters=parameters, modules_to_save=tuple(modules)))
-    made.replaced |= replaced
+    like = LoRA(parameters=parameters, modules_to_save=tuple(modules), bias="all" if biases else "none")
+    made = hold_changes(name, changes, like=like, replaced=replaced | biases)
     made.provenance |= {"errors": errors, LAYOUT: {path: site_to_json(views[1].sites[path]) for path in changes}}
     return made
 
 
 def _open(given: Checkpoint, role: str) -> ModelView:
-    if isinstance(given, nn.Module | Mapping):
+    if not isinstance(given, str | os.PathLike):
         return ModelView.of(given)
     return StoredModel.open(parse_path(given, f"the {role} model of lorac.extract", FormatError, "unreadable")).view
 
@@ -113,12 +115,19 @@ def _check_alike(tuned: ModelView, base: ModelView) -> None:
                 next_step="give the models as they were before quantisation",
                 code="not_mergeable",
             )
-        shapes = [site.kernel for site in (own[path], other[path])]
-        if shapes[0] != shapes[1] or (own[path].bias is None) != (other[path].bias is None):
+        differ = own[path].kernel != other[path].kernel
+        if differ or (own[path].bias is None) != (other[path].bias is None):
+            shapes = [tuple(view.tensor(str(view.sites[path].weight)).shape) for view in (tuned, base)]
+            words = (
+                differ
+                and shapes[0][1:] == shapes[1][1:]
+                and (other[path].kind is SiteKind.EMBEDDING or path in base.output_layers)
+            )
             raise AdapterError(
                 f"'{path}' has shape {shapes[0]} in the tuned model and {shapes[1]} in the base"
-                + ("" if shapes[0] != shapes[1] else ", and only one of them has a bias"),
-                next_step="give its base; model.resize_token_embeddings makes the vocabulary of one that of the other",
+                + ("" if differ else ", and only one of them has a bias"),
+                next_step="give the base that it was tuned from"
+                + ("; resize_token_embeddings makes the vocabulary of one that of the other" if words else ""),
                 code="shape_mismatch",
             )
 
@@ -161,6 +170,27 @@ def _truncate(path: str, change: Change, rank: int | None, tolerance: float | No
     if rank is not None and tolerance is not None:
         check_error("the tuned model", path, cut.rank, cut.error, tolerance)
     return LowRank(cut.a.mT, cut.b.mT, e=change.e), cut.error
+
+
+def _separate_biases(changes: dict[str, Change], tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
+    """Take the changes of biases out where an embedding changes too, and return the tuned biases by name.
+
+    A LoRA has its own biases (``lora_bias``) at all of its layers, and PEFT has none at an embedding.
+    """
+    shifted = [path for path, change in changes.items() if change.e is not None]
+    if not shifted or all(base.sites[path].kind is not SiteKind.EMBEDDING for path in changes):
+        return {}
+    biases = {}
+    for path in shifted:
+        change, bias = changes[path], tuned.base.bias(tuned.sites[path])
+        assert isinstance(change, LowRank)
+        assert bias is not None
+        biases[str(base.sites[path].bias)] = bias.detach().clone()
+        if change.b.any():
+            changes[path] = replace(change, e=None)
+        else:
+            del changes[path]
+    return biases
 
 
 def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:

@@ -173,3 +173,11 @@ def _check_shapes(folder: Path, model: nn.Module, outline: Mapping[str, Tensor])
             next_step="give the configuration that the weights were saved with",
             code="corrupt_file",
         )
+    whole = (name for name in outline if name in described and described[name].is_floating_point())
+    wrong = next((name for name in whole if not outline[name].is_floating_point()), None)
+    if wrong is not None:
+        raise FormatError(
+            f"'{folder}' holds '{wrong}' in {outline[wrong].dtype}, which is not a weight as it was trained",
+            next_step="give the model as it was before quantisation",
+            code="corrupt_file",
+        )

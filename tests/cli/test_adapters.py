@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import lorac
 from lorac.analysis.entanglement import adapter_entanglement
 from lorac.cli import main
+from lorac.testing import assert_close
 from tests.mistakes import Tiny
 
 MODEL = "tests.mistakes:Tiny"
@@ -142,6 +144,23 @@ def test_analyse_entanglement(cli, folder, tmp_path):
     code, _, err = cli("analyse", "entangled", "sql")
     assert code == 1
     assert "entanglement" in err
+
+
+def test_extracts_stacks_of_experts_from_folders(cli, tmp_path):
+    """What PEFT calls their tensors depends on the model."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**sizes, num_local_experts=2, vocab_size=20, num_key_value_heads=1)
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.down_proj += torch.randn(16, 1) * torch.randn(24)
+    model.save_pretrained(tmp_path / "tuned")
+    code, _, err = cli("extract", tmp_path / "tuned", tmp_path / "base", tmp_path / "made", "--rank", 2)
+    assert code == 0, err
+    base = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    merged = lorac.merge_into(base, {"a": tmp_path / "made"}).model.layers[0].mlp.experts
+    assert_close(merged.down_proj, experts.down_proj)
 
 
 def test_extract(cli, tmp_path, monkeypatch):

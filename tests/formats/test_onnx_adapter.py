@@ -50,6 +50,18 @@ def test_onnx_runtime_reads_saved_files(tmp_path: Path) -> None:
         assert (tmp_path / "a.onnx_adapter").read_bytes() == (tmp_path / "b.onnx_adapter").read_bytes()
 
 
+def test_reads_the_names_that_olive_leaves(tmp_path: Path) -> None:
+    """Olive takes PEFT's prefix off paths that begin with "model." alone."""
+    model = ZOO["tiny_llama"].model()
+    a, b, head = (np.ones(shape, np.float32) for shape in ((64, 2), (2, 96), (2, model.lm_head.out_features)))
+    named = {f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b}
+    named |= {"base_model.model.lm_head.lora_A.weight": a, "base_model.model.lm_head.lora_B.weight": head}
+    assert {*lorac.load_adapter(write(tmp_path / "a.onnx_adapter", **named), model).tensors} == {LAYER, "lm_head"}
+    twice = write(tmp_path / "b.onnx_adapter", **named, **{"lm_head.lora_A.weight": a})
+    with refuses("corrupt_file", match="with and without 'base_model.model.'"):
+        lorac.load_adapter(twice, model)
+
+
 @pytest.mark.medium("session/test_artifact.py: it runs alone, with an adapter file")
 def test_a_program_that_lorac_saved(tmp_path: Path) -> None:
     """Its slots have A and B too."""

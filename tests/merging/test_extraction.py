@@ -181,8 +181,13 @@ def test_refusals(folders, tmp_path):
     base = Net()
     with pytest.raises(lorac.AdapterError, match="the same weights"):
         lorac.extract(base, Net())
-    with refuses("shape_mismatch", match=r"'embed' has shape \(10, 11\) in the tuned model and \(8, 11\) in the base"):
+    with refuses(
+        "shape_mismatch", match=r"'embed' has shape \(11, 10\) in the tuned model and \(11, 8\) in the base"
+    ) as error:
         lorac.extract(Net(width=10), base)
+    assert "vocabulary" not in str(error.value)
+    with refuses("shape_mismatch", match="resize_token_embeddings"):
+        lorac.extract(nn.Sequential(nn.Embedding(9, 4)), nn.Sequential(nn.Embedding(8, 4)))
     with refuses("site_not_found", match="the tuned model has no layer '.+', which the other has"):
         lorac.extract(nn.Sequential(nn.Linear(3, 2)), base)
     with refuses("shape_mismatch", match="the tensor 'more' of one of the models is missing in the other"):
@@ -211,3 +216,25 @@ def test_peft_reads_an_extract_that_no_model_was_loaded_for(folders, tmp_path):
     reference = peft.PeftModel.from_pretrained(other, tmp_path / "peft").eval()(**inputs)
     plain = base(**inputs)
     assert_parity(lorac.compile(base, {"a": tmp_path / "peft"})(**inputs), reference, plain, names=["logits"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@torch.no_grad()
+def test_peft_reads_an_extract_of_biases_and_an_embedding(tmp_path):
+    """PEFT has no lora_bias at an embedding: biases are replaced."""
+    peft = pytest.importorskip("peft")
+    entry = ZOO["tiny_gpt2"]
+    base, other = entry.fresh(), entry.fresh()
+    for name, parameter in other.named_parameters():
+        torch.manual_seed(len(name))
+        if parameter.ndim == 2:
+            parameter.add_(0.02 * torch.randn(len(parameter), 1) * torch.randn(parameter.shape[1]))
+        elif name.endswith("bias"):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    adapter = lorac.extract(other, base, rank=2)
+    assert not adapter.variant.lora_bias
+    lorac.save_adapter(adapter, tmp_path / "peft", model=base)
+    reference = peft.PeftModel.from_pretrained(entry.fresh(), tmp_path / "peft").eval()(**entry.inputs()).logits
+    plain, wanted = (model(**entry.inputs()).logits for model in (base, other))
+    assert_parity(reference, wanted, plain)
+    assert_parity(lorac.compile(base, {"a": tmp_path / "peft"})(**entry.inputs()).logits, wanted, plain)

@@ -233,6 +233,10 @@ def indexed(path):
     return json.loads(path.read_text())["weight_map"]
 
 
+def whole_numbers(path):
+    save_file({name: tensor.int() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
 def unnamed(path, shard):
     """Take all tensors of a shard out of an index."""
     changed(path, weight_map={name: place for name, place in indexed(path).items() if place != shard})
@@ -248,6 +252,7 @@ WRONG = {
         lambda m: changed(m / INDEX, weight_map={**indexed(m / INDEX), "x": shard(m).name}),
     ),
     "index leads out": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": "../a/x.safetensors"})),
+    "whole numbers": ("corrupt_file", lambda m: whole_numbers(shard(m))),
     "index is damaged": ("corrupt_file", lambda m: (m / INDEX).write_text("{")),
     "no weights": ("unreadable", lambda m: [path.unlink() for path in m.glob("*.safetensors*")]),
     "other shapes": ("corrupt_file", lambda m: changed(m / "config.json", hidden_size=32)),
