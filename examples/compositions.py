@@ -123,7 +123,8 @@ class Compositions:
             passes.append(ConceptPass(self.base.states(prompt)[0], self.empty, colour, 1.0, words))
         groups = [[(j, word) for j in range(len(passes)) for word in words] for words in WORDS.values()]
         options: dict[str, Any] = {"steps": STEPS, "guidance": 1.0, "updates": UPDATES, "refinements": 3}
-        return self._finish(self.contrasted(noise, passes, groups, rate=rate, **options))
+        masks: dict[str, Any] = {"reduce": "sum", "upsampling": "bilinear"}
+        return self._finish(self.contrasted(noise, passes, groups, rate=rate, decays=True, **options, **masks))
 
     def figures(self, images: Tensor) -> dict[str, float]:
         """Return what was seen in the steps of the last pictures, and what they show."""

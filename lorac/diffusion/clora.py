@@ -10,6 +10,10 @@
 Every step predicts the noise once for each LoRA with a prompt of its own, all as rows of one call. In the first steps
 gradients in eager mode move the latents, so that maps of one concept agree and those of different concepts do not. Each
 LoRA's noise is taken where its words are attended to. Meral et al. 2024, arXiv 2403.19776.
+
+Defaults are those of the authors' function; their notebook has ``updates=50`` of 100 steps, ``refinements=21`` and
+``threshold=0.4``. Two things differ from their code: maps are those of the prompts alone, not also of the negative
+ones, and the noise of a step is predicted after its last update.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +35,10 @@ from lorac.session.request.sources import AdapterSource
 
 MAPS = "attention_maps"
 """Name of the adapter that gives maps."""
-REFINED, LAST = (0, 10, 20), 25
+REFINED, LAST = (0, 10, 20), 30
 """Steps with several updates, and the step that ends them."""
+Reduction = Literal["sum", "union"]
+Upsampling = Literal["nearest", "bilinear"]
 Group = Sequence[tuple[int, int]]
 """A concept: (pass, place of one of its words in the pass's prompt)."""
 
@@ -46,8 +52,8 @@ class ConceptPass:
         negative: of the negative prompt.
         adapter: name of the LoRA that acts; None: none.
         strength: of the LoRA.
-        words: places of the words whose maps say where the LoRA's noise is taken; none for the first pass, whose noise
-            is taken elsewhere.
+        words: places of the words whose maps say where the pass's noise is taken; that of the first pass is taken
+            wherever no other is, too.
     """
 
     states: Embeddings
@@ -80,7 +86,7 @@ def contrast(maps: Tensor, concepts: Sequence[int], temperature: float = 0.5) ->
     return (torch.logaddexp(scores, others) - scores)[..., pairs].mean(-1)
 
 
-def subject_mask(maps: Tensor, threshold: float = 0.3, reduce: Literal["sum", "union"] = "sum") -> Tensor:
+def subject_mask(maps: Tensor, threshold: float = 0.3, reduce: Reduction = "union") -> Tensor:
     """Return where attention to some words is above a share of its maximum, as booleans (…, height, width).
 
     Args:
@@ -92,14 +98,19 @@ def subject_mask(maps: Tensor, threshold: float = 0.3, reduce: Literal["sum", "u
     return (maps > threshold * maps.amax((-3, -2), keepdim=True)).any(-1)
 
 
-def add_background(masks: Tensor) -> Tensor:
-    """Return weights (…, n + 1, height, width) of masks (…, n, height, width): first of the part without a mask."""
-    return torch.cat([~masks.any(-3, keepdim=True), masks], -3).float()
+def add_background(masks: Tensor, first: Tensor | bool = False) -> Tensor:
+    """Return weights (…, n + 1, height, width) of masks (…, n, height, width): first of the part without a mask.
+
+    Args:
+        masks: of the passes after the first.
+        first: the first pass's own mask (…, height, width), which is added to that part.
+    """
+    return torch.cat([(~masks.any(-3) | first).unsqueeze(-3), masks], -3).float()
 
 
-def fuse(predictions: Tensor, weights: Tensor) -> Tensor:
+def fuse(predictions: Tensor, weights: Tensor, upsampling: Upsampling = "nearest") -> Tensor:
     """Return the mean (b, channels, H, W) of predictions (passes, b, channels, H, W) by weights (b, passes, h, w)."""
-    weights = F.interpolate(weights, predictions.shape[-2:], mode="bilinear").transpose(0, 1).unsqueeze(2)
+    weights = F.interpolate(weights, predictions.shape[-2:], mode=upsampling).transpose(0, 1).unsqueeze(2)
     return (predictions * weights).sum(0) / weights.sum(0)
 
 
@@ -150,9 +161,11 @@ class ContrastiveComposer:
         guidance: float = 7.5,
         rate: float = RATE,
         updates: int = LAST,
-        refinements: int = 5,
+        decays: bool = False,
+        refinements: int = 1,
         threshold: float = 0.3,
-        reduce: Literal["sum", "union"] = "sum",
+        reduce: Reduction = "union",
+        upsampling: Upsampling = "nearest",
         on_update: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Return the latents (b, channels, H, W) that noise of that shape becomes.
@@ -163,10 +176,12 @@ class ContrastiveComposer:
             groups: words of each concept; none: the latents are not moved.
             steps: of the scheduler.
             guidance: factor of classifier-free guidance; 1: none.
-            rate: of the updates, times √s with s from 1 to ½ over all steps; 0: none.
+            rate: of the updates; 0: none.
             updates: the number of first steps that update the latents.
+            decays: whether the rate falls as √s, with s from 1 to ½ over all steps.
             refinements: the number of updates in the steps 0, 10 and 20; others have one.
             threshold, reduce: as for ``subject_mask``.
+            upsampling: how masks become as large as latents; ``"bilinear"`` blends at their borders.
             on_update: gets the step and the loss (b,) of each row before each update.
 
         Raises:
@@ -181,16 +196,17 @@ class ContrastiveComposer:
                 report.step(f"step {i + 1} of {steps}")
                 for _ in range(0 if i >= moving else refinements if i in REFINED else 1):
                     loss, slope = self.slope(latents, t, passes, groups)
-                    latents = latents - update_rate(i, steps, rate) * slope
+                    latents = latents - (update_rate(i, steps, rate) if decays else rate) * slope
                     if on_update is not None:
                         on_update(i, loss)
                 predicted = self.predict(latents, t, passes, guidance)
                 maps = self.maps(self.engine, latents, len(passes))
-                masks = maps.new_zeros(len(latents), 0, *maps.shape[2:4], dtype=torch.bool)
-                for j, one in enumerate(passes[1:], 1):
-                    own = subject_mask(maps[:, j][..., list(one.words)], threshold, reduce)
-                    masks = torch.cat([masks, own[:, None]], 1)
-                noise = [fuse(one, add_background(masks)) for one in predicted]
+                masks = torch.stack(
+                    [subject_mask(maps[:, j][..., list(one.words)], threshold, reduce) for j, one in enumerate(passes)],
+                    1,
+                )
+                weights = add_background(masks[:, 1:], masks[:, 0])
+                noise = [fuse(one, weights, upsampling) for one in predicted]
                 guided = noise[0] if guidance == 1 else noise[1] + guidance * (noise[0] - noise[1])
                 latents = self.scheduler.step(guided, t, latents).prev_sample
         return latents

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,8 +81,8 @@ def test_a_mask_holds_values_above_a_share_of_the_peak() -> None:
     peak = torch.exp(-((rows - 2).square() + (columns - 3).square()) / 4)
     assert torch.equal(subject_mask(peak[..., None], 0.3), peak > 0.3)
     words = torch.stack([peak, 0.1 * peak.roll(3, 1)], -1)
-    assert torch.equal(subject_mask(words, 0.3), words.sum(-1) > 0.3 * words.sum(-1).max())
-    assert torch.equal(subject_mask(words, 0.3, "union"), (peak > 0.3) | (peak.roll(3, 1) > 0.3))
+    assert torch.equal(subject_mask(words, 0.3, "sum"), words.sum(-1) > 0.3 * words.sum(-1).max())
+    assert torch.equal(subject_mask(words, 0.3), (peak > 0.3) | (peak.roll(3, 1) > 0.3))
 
 
 def test_every_pixel_has_a_prediction() -> None:
@@ -91,8 +94,13 @@ def test_every_pixel_has_a_prediction() -> None:
     assert fuse(predictions, weights)[0, 0, :, 0].tolist() == [1.0, 1.0, 0.0, 2.0]
     masks[0, 1, 1:] = True  # a row that two LoRAs have
     assert fuse(predictions, add_background(masks))[0, 0, :, 0].tolist() == [1.0, 1.5, 2.0, 2.0]
-    wide = torch.randn(3, 1, 2, 8, 8)
-    assert fuse(wide, add_background(masks)).shape == (1, 2, 8, 8)
+    first = torch.zeros(1, 4, 4, dtype=torch.bool)
+    first[:, 0] = True
+    weights = add_background(masks, first)
+    assert fuse(predictions, weights)[0, 0, :, 0].tolist() == [0.5, 1.5, 2.0, 2.0]
+    wide = torch.arange(3.0).reshape(3, 1, 1, 1, 1).expand(3, 1, 2, 8, 8)
+    assert fuse(wide, weights)[0, 0, :, 0].tolist() == [0.5, 0.5, 1.5, 1.5, 2.0, 2.0, 2.0, 2.0]
+    assert fuse(wide, weights, "bilinear")[0, 0, :3, 0].tolist() == [0.5, 0.75, 1.25]
 
 
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,6 +169,110 @@ def test_first_steps_update(composer: ContrastiveComposer, passes: list[ConceptP
     moved = make(composer, passes, **options, on_update=lambda step, _: seen.append(step))
     assert seen == [0, 0, 0, 1]
     assert_apart(moved, make(composer, passes))
+
+
+class Attention:
+    """Attention of diffusers, which keeps its probabilities."""
+
+    def __init__(self, attention: Any, kept: list[Tensor]) -> None:
+        self.scores, self.kept = type(attention).get_attention_scores.__get__(attention), kept
+        attention.get_attention_scores = self
+
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        probabilities: Tensor = self.scores(query, key, mask)
+        self.kept.append(probabilities)
+        return probabilities
+
+
+def watch(unet: Any, lora: lorac.Adapter | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the noise of a merged copy of a U-Net, and the maps (4, 4, tokens) of its cross-attention at 4 x 4."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model = copy.deepcopy(unet if lora is None else lorac.merge_into(unet, {"a": lora}, "a"))
+    model.set_attn_processor(AttnProcessor())
+    kept: list[Tensor] = []
+    Attention(model.mid_block.attentions[0].transformer_blocks[0].attn2, kept)
+
+    def predict(latents: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        kept.clear()
+        noise = model(latents, t, prompt[None]).sample
+        return noise, kept[0].mean(0).reshape(4, 4, -1)
+
+    return predict
+
+
+def plain_loss(maps: list[Tensor]) -> Tensor:
+    """NT-Xent of GROUPS, pair by pair."""
+    chosen = [(n, maps[at][..., word].flatten()) for n, group in enumerate(GROUPS) for at, word in group]
+    scaled = [(n, (one - one.min()) / (one.max() - one.min())) for n, one in chosen]
+    losses = []
+    for i, (group, one) in enumerate(scaled):
+        scores = [(n, (torch.cosine_similarity(one, other, 0) / 0.5).exp()) for n, other in scaled]
+        others = torch.stack([score for n, score in scores if n != group]).sum()
+        losses += [-(s / (s + others)).log() for j, (n, s) in enumerate(scores) if n == group and j != i]
+    return torch.stack(losses).mean()
+
+
+SETTINGS: dict[str, Any] = {"steps": 3, "guidance": 3.0, "rate": 40.0, "updates": 2, "refinements": 2, "threshold": 0.4}
+
+
+@pytest.fixture(scope="module")
+def doubled(unet: Any, loras: dict[str, lorac.Adapter]) -> ContrastiveComposer:
+    return ContrastiveComposer(copy.deepcopy(unet).double(), scheduler(), loras, stride=2)
+
+
+@pytest.fixture(scope="module")
+def peaked() -> list[ConceptPass]:
+    """Passes whose words are attended to here and there; the first has one, the last two."""
+    prompts, negative = [4 * states(seed).double() for seed in (1, 3, 4)], states(2).double()
+    cat, dog = (ConceptPass(p, negative, name) for p, name in zip(prompts[1:], ("cat", "dog"), strict=True))
+    return [ConceptPass(prompts[0], negative, words=(2,)), replace(cat, words=(1,)), replace(dog, words=(3, 4))]
+
+
+@pytest.mark.medium("test_the_loop_is_that_of_the_authors")
+def test_every_setting_of_the_loop_acts(doubled: ContrastiveComposer, peaked: list[ConceptPass]) -> None:
+    noise = inputs(1)["sample"].double()
+    found = doubled(noise, peaked, GROUPS, **SETTINGS)
+    for other in ({"reduce": "sum"}, {"decays": True}, {"threshold": 0.2}, {"upsampling": "bilinear"}):
+        assert_apart(doubled(noise, peaked, GROUPS, **{**SETTINGS, **other}), found)
+    assert_apart(doubled(noise, [replace(peaked[0], words=()), *peaked[1:]], GROUPS, **SETTINGS), found)
+
+
+def test_the_loop_is_that_of_the_authors(
+    unet: Any, loras: dict[str, lorac.Adapter], doubled: ContrastiveComposer, peaked: list[ConceptPass]
+) -> None:
+    """Written from their code (76def7c), but for maps of prompts alone and the noise after the last update."""
+    host, noise = copy.deepcopy(unet).double(), inputs(1)["sample"].double()
+    prompts, negative = [one.states for one in peaked], peaked[0].negative
+    models = [watch(host, loras[one.adapter] if one.adapter else None) for one in peaked]
+    times = scheduler()
+    times.set_timesteps(SETTINGS["steps"])
+    latents = noise
+    for step, t in enumerate(times.timesteps):
+        for _ in range((2, 1, 0)[step]):
+            with torch.enable_grad():
+                moving = latents.requires_grad_()
+                loss = plain_loss([model(moving, t, p)[1] for model, p in zip(models, prompts, strict=True)])
+                latents = (moving - SETTINGS["rate"] * torch.autograd.grad(loss, moving)[0]).detach()
+        with torch.no_grad():
+            told = [model(latents, t, p) for model, p in zip(models, prompts, strict=True)]
+            plain = [model(latents, t, negative)[0] for model in models]
+            masks = torch.stack(
+                [
+                    torch.stack([maps[..., word] > 0.4 * maps[..., word].max() for word in one.words]).any(0)
+                    for (_, maps), one in zip(told, peaked, strict=True)
+                ]
+            )
+            masks[0] |= ~masks.any(0)
+            assert 0 < masks.float().mean() < 1
+            masks = masks.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            mean = [
+                sum(n * m for n, m in zip(each, masks, strict=True)) / masks.sum(0)
+                for each in ([one for one, _ in told], plain)
+            ]
+            latents = times.step(mean[1] + 3.0 * (mean[0] - mean[1]), t, latents).prev_sample
+    found = doubled(noise, peaked, GROUPS, **SETTINGS)
+    assert (found - latents).abs().max() < ROWS[torch.float64] * latents.abs().max()
 
 
 @pytest.mark.slow  # one more program
