@@ -1,6 +1,6 @@
 """AutoLoRA's encoder of adapters: a LoRA's weights as one vector, which depends on its changes alone.
 
-arXiv 2508.02107, and its code lzws/AutoLoRA, whose names of tensors these are.
+arXiv 2508.02107. It computes as its code (lzws/AutoLoRA) does at its width of 768; names of tensors are others.
 """
 
 import re
