@@ -15,7 +15,7 @@ _BASE_FACTS = ("base", "layout", TOKEN_ROWS)
 """Entries of the provenance: the hash of the base's weights, the layouts of the sites, and rows that train."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Adapter:
     """An adapter: a name, a variant, the sites it targets, and its tensors.
 
@@ -72,6 +72,12 @@ class Adapter:
                 next_step=f"only one adapter of a {self.variant.name} may replace a parameter",
             )
         self.replaced |= other.replaced
+
+    def __repr__(self) -> str:
+        dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.parameters()}))
+        replaced = f"replaced parameters: {len(self.replaced)}, " if self.replaced else ""
+        values = f"values: {self.numel()}" + (f" ({dtypes})" if dtypes else "")
+        return f"<Adapter {self.name!r}: {self.variant.name}, sites: {len(self.tensors)}, {replaced}{values}>"
 
     def numel(self) -> int:
         """Return the number of stored values; shared tensors count once."""

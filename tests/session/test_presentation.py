@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 import lorac
@@ -33,6 +34,13 @@ def test_repr_names_target_sites_and_adapters(compiled, stored):
         "  active: sql*0.5>",
     ]
     assert repr(stored).startswith("<Compiled for eager, live\n")
+
+
+def test_repr_of_an_adapter_counts_its_values(compiled):
+    assert repr(compiled.adapters["sql"]) == "<Adapter 'sql': lora, sites: 2, values: 208 (float32)>"
+    assert len(str(compiled.adapters)) < 200
+    empty = lorac.Adapter("none", lora(), replaced={"bias": torch.zeros(3, dtype=torch.float16)})
+    assert repr(empty) == "<Adapter 'none': lora, sites: 0, replaced parameters: 1, values: 3 (float16)>"
 
 
 def test_many_adapters_are_counted():
