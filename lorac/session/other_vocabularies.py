@@ -28,8 +28,8 @@ _NAMES_BY_STEP: Mapping[str, str] = {
     "lorac.compile(..., mode='fused') merges the active adapters, and compiled.swap(None) takes them out again": (
         "fuse_lora fused_loras merge_adapter num_fused_loras unfuse_lora unmerge_adapter"
     ),
-    "to run merged weights, lorac.compile(..., mode='baked'); for a merged checkpoint, write the adapter with "
-    "lorac.save_adapter(compiled.adapters['name'], folder, model=model) and merge it with PEFT": "merge_and_unload",
+    "to run merged weights, lorac.compile(..., mode='baked'); for a merged checkpoint, "
+    "lorac.merge_into(model, compiled.adapters, 'name').save_pretrained(folder)": "merge_and_unload",
     "compiled.adapters['name'].numel() counts the values of an adapter, all of which lorac trains unless its method "
     "freezes them": "get_nb_trainable_parameters print_trainable_parameters",
     "compiled.adapters['name'].parameters() are its tensors": "set_requires_grad",
