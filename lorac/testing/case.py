@@ -157,7 +157,29 @@ class Case:
     def references(self, x: Tensor) -> dict[str, Tensor]:
         """Return the expected output of adapter a by each function of the oracle, or by the formula without one."""
         values = self._run_pass(self.model, x, self._initial_values(self.model, x), acts=False)[1]
-        return self._expected(self.site, self.model, x, self.base(x), values)
+        expected = self._expected(self.site, self.model, *self.observe(self.model, x), values)
+        return {name: self.complete(x, y) for name, y in expected.items()}
+
+    @torch.no_grad()
+    def observe(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input and the output of the site in a call of the host, or of a compiled model.
+
+        They are the model's own where it calls no module there: an attention multiplies by its output layer itself.
+        """
+        calls, host = list[tuple[Tensor, Tensor]](), model.host if isinstance(model, CompiledModule) else model
+        hook = host.get_submodule(self.site.path).register_forward_hook(lambda _, args, y: calls.append((args[0], y)))
+        with hook:
+            output = model(x)
+        return (calls or [(x, output)])[-1]
+
+    @torch.no_grad()
+    def complete(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the host's output with ``y`` as the site's, which ``observe`` returns in the shape that is wanted."""
+        calls: list[nn.Module] = []
+        hook = self.model.get_submodule(self.site.path).register_forward_hook(lambda m, *_: calls.append(m) or y)
+        with hook:
+            output: Tensor = self.model(x)
+        return output if calls else y
 
     @torch.no_grad()
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -247,8 +269,7 @@ class Case:
             new_weight = self.oracle.weight(weight, p, variant)
             if self.oracle.bias is not None:
                 bias = self.oracle.bias(bias, weight, p, variant)
-            assert self.host.apply is not None
-            expected["weight"] = torch.from_numpy(self.host.apply(_array(x), new_weight, bias))
+            expected["weight"] = torch.from_numpy(self.host.compute(_array(x), new_weight, bias))
         if self.oracle.branch is not None:
             expected["branch"] = torch.from_numpy(self.oracle.branch(_array(x), _array(y), p, variant))
         assert expected, "the oracle has neither weight() nor branch()"
@@ -276,9 +297,8 @@ class Case:
             values |= {program_value_name("", f"{OWN}:{name}"): value for name, value in own.items()}
             return variant.branch(x, y, p, context)
         assert isinstance(variant, WeightVariant)
-        assert self.host.apply is not None
         weight, bias = variant.weight(_weight(site, model), p), variant.new_bias(_bias(site, model), p)
-        return torch.from_numpy(self.host.apply(_array(x), _array(weight), _array(bias)))
+        return torch.from_numpy(self.host.compute(_array(x), _array(weight), _array(bias)))
 
 
 def _weight(site: Site, model: nn.Module) -> Tensor:

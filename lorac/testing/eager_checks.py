@@ -58,18 +58,21 @@ def check_modes(case: Case) -> None:
 
 
 def check_strength(case: Case) -> None:
-    """Check that strength t gives y + t·(y' − y), and a mixture the sum of such terms, live and fused."""
-    base = case.base(case.x)
-    moved = {adapter.name: _call(case.compiled(adapter), case.x) - base for adapter in (case.a, case.b)}
+    """Check that a site's output at strength t is y + t·(y' − y), and a mixture's the sum, live and fused."""
+    base, (_, y) = case.base(case.x), case.observe(case.model, case.x)
+    moved = {one.name: case.observe(case.compiled(one), case.x)[1] - y for one in (case.a, case.b)}
+
+    def expect(choice: Mapping[str, float]) -> Tensor:
+        return case.complete(case.x, y + sum(t * moved[name] for name, t in choice.items()))
+
     for mode in ("live", "fused") if case.mergeable else ("live",):
         compiled = case.compiled(case.a, case.b, mode=mode)
         for choice in ({"a": 0.5}, MIX):
-            expected = base + sum(t * moved[name] for name, t in choice.items())
-            assert_parity(_call(compiled, case.x, choice), expected, base)
-            assert_parity(compiled(case.x, adapters=choice), expected, base)
+            assert_parity(_call(compiled, case.x, choice), expect(choice), base)
+            assert_parity(compiled(case.x, adapters=choice), expect(choice), base)
     if case.fits_weights:
         merged = merge_into(case.model, [case.a, case.b], MIX)
-        assert_parity(_call(merged, case.x), base + sum(t * moved[name] for name, t in MIX.items()), base)
+        assert_parity(_call(merged, case.x), expect(MIX), base)
 
 
 def check_identity_at_init(case: Case) -> None:

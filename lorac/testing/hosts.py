@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorac.argument_types import Fields
-from lorac.errors import AdapterError, SiteError
+from lorac.errors import AdapterError, OptionError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
 from lorac.ir.sites.site import Site, SiteKind
@@ -45,7 +45,7 @@ class ConformanceHost:
         make: builds the model.
         sizes: shape of one example without batch dimensions; () for ids.
         apply: (x, adapted weight W' (out, in), adapted bias b' (out,)) -> output of the site, in array code independent
-            of lorac; None for blocks.
+            of lorac; None for blocks, and for linear layers and embeddings without ops of their own.
         batches: batch dimensions of each call of a check; () is one example without batch dimensions.
         vocabulary: number of ids if the input is ids, else 0.
         path: path of the first site.
@@ -87,6 +87,20 @@ class ConformanceHost:
         """All sites by path. A module that is not a site of the model becomes one, as if an adapter named it."""
         known = self._view.sites
         return {path: known[path] if path in known else make_module_site(path, self._view) for path in self.paths}
+
+    def compute(self, x: Array, weight: Array, bias: Array) -> Array:
+        """Return the output of the site with an adapted weight (out, in) and bias (out,).
+
+        Raises:
+            OptionError: the host does not say how its kind of site computes.
+        """
+        apply = self.apply or {SiteKind.LINEAR: _apply_linear, SiteKind.EMBEDDING: _apply_lookup}.get(self.kind)
+        if apply is None:
+            raise OptionError(
+                f"the host '{self.name}' does not say what its sites of kind {self.kind.value} compute",
+                next_step="give apply=, a function of x, the weight (out, in) and the bias in NumPy",
+            )
+        return apply(x, weight, bias)
 
     def fit(self, variant: Variant) -> Variant:
         """Return a method with this host's sites as targets, fitted to the model as in a fresh adapter.

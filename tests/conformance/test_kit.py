@@ -191,3 +191,27 @@ def test_a_method_that_names_a_module_is_given_a_host():
     assert len(checks) > 5
     for check in checks:
         check()
+
+
+class Inner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lower, self.upper = torch.nn.Linear(12, 6), torch.nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.upper(torch.tanh(self.lower(x)))
+
+
+@pytest.mark.parametrize("method", [lorac.LoRA(), lorac.Hydra()], ids=lambda method: method.name)
+def test_a_host_may_compute_more_after_its_site(method):
+    """A branch and a weight: what is compared is the model's output with the site's as the formula has it."""
+    host = Host("inner", SiteKind.LINEAR, Inner, (12,), path="lower")
+    for check in conformance(method, targets=(), hosts={"inner": host}):
+        check()
+
+
+def test_rejects_a_host_that_does_not_say_how_its_site_computes():
+    host = Host("conv", SiteKind.CONV2D, HOSTS["conv"].make, (3, 6, 5), batches=((4,),))
+    with refuses("option_error", match="apply="):
+        for check in conformance(lorac.LoRA(), targets=(), hosts={"conv": host}):
+            check()
