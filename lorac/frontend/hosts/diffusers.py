@@ -5,7 +5,6 @@ An argument of one name holds the same in all of them, so each has one row in a 
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +91,10 @@ def _size(config: JsonMapping, names: Collection[str]) -> int | None:
 
 def _image(config: JsonMapping) -> Shape | None:
     """Return the shape of images or latents whose sides a model halves, or cuts into patches."""
-    channels, blocks = config.get("in_channels"), config.get("block_out_channels")
-    factor = 2 ** (len(blocks) - 1) if blocks else _largest(config.get("patch_size"))
+    channels, blocks, patch = (config.get(name) for name in ("in_channels", "block_out_channels", "patch_size"))
+    side = max(patch) if isinstance(patch, Sequence) else patch  # of frames, rows and columns
+    factor = 2 ** (len(blocks) - 1) if blocks else side
     return (_ROWS, channels, *(factor * size for size in _PATCHES)) if channels and factor else None
-
-
-def _largest(size: object) -> Any:
-    return max(size) if isinstance(size, Sequence) else size  # of frames, rows and columns
 
 
 def _latents_or_patches(config: JsonMapping) -> Shape | None:
