@@ -19,8 +19,8 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
     """Copy a model module by module over the same weight storage, with every ``requires_grad`` off.
 
     Parameters become new ``nn.Parameter`` objects that share the host's storage, one per distinct parameter: ties stay
-    ties, and flags set on the copy leave the model unchanged. Parameters of a subclass (quantised ones, say) are shared
-    themselves, since a plain ``nn.Parameter`` would lose their data.
+    ties, and flags set on the copy leave the model unchanged. Parameters of a class of their own keep it, and their
+    attributes. Those that have no storage (torchao's, say) are shared themselves.
 
     Args:
         model: the host; not touched.
@@ -39,9 +39,7 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
         shared.extend(model.buffers())
     memo = {id(value): value for value in shared}
     for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter
-        new = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-        memo.setdefault(id(parameter), new)
+        memo.setdefault(id(parameter), _copy_parameter(parameter))
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # objects that a model holds may raise anything when they are copied
@@ -49,6 +47,23 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
             f"{type(model).__name__} cannot be copied: {error}",
             next_step="find the attribute that copy.deepcopy(model) fails on, and store it outside of the model",
         ) from error
+
+
+def _copy_parameter(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter over the same storage, which may be given other data and attributes.
+
+    Layers of bitsandbytes move attributes of their weights elsewhere when they are called first, and repack the data.
+    """
+    cls = type(parameter)
+    if cls is nn.Parameter:
+        return nn.Parameter(parameter.detach(), requires_grad=False)
+    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ or cls.__module__.startswith("torch."):
+        return parameter
+    with torch._C.DisableTorchFunctionSubclass():
+        own = Tensor._make_subclass(cls, parameter.detach(), False)
+    shared = (Tensor, nn.Module)
+    own.__dict__ |= {n: v if isinstance(v, shared) else copy.copy(v) for n, v in vars(parameter).items()}
+    return own
 
 
 def separate_layers(model: nn.Module, paths: Iterable[str], *, merging: bool = False) -> list[nn.Module]:

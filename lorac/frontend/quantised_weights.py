@@ -123,7 +123,7 @@ class QuantisedOrigin:
     Attributes:
         kind: the class that held it.
         codes: its integers; None where they are of another form than ``QuantisedMatrix``.
-        rounds_inputs: whether its products quantise their inputs too, which float products do not.
+        rounds_inputs: whether its products round their inputs too, to integers or half precision.
     """
 
     kind: str
@@ -146,14 +146,22 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
                 module.__class__ = nn.Linear
             module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
             module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
-    rounding = [name for name, origin in iter_quantised_origins(copied) if origin.rounds_inputs]
+    return copied
+
+
+def warn_of_rounded_inputs(model: nn.Module) -> None:
+    """Warn of the dequantised weights of a copy whose products rounded what they read, which those of a program do not.
+
+    Args:
+        model: as ``dequantise_weights`` returns it.
+    """
+    rounding = [name for name, origin in iter_quantised_origins(model) if origin.rounds_inputs]
     if rounding:
         warn(
-            f"products with {len(rounding)} weights of the model quantise what they read too ('{rounding[0]}'), and "
-            "those of the program do not: outputs differ by that rounding",
+            f"products with {len(rounding)} weights of the model round what they read ('{rounding[0]}'), and those of "
+            "the program do not: outputs differ by that rounding",
             next_step="target='eager' runs the model's own products",
         )
-    return copied
 
 
 def settle_dequantised_weights(model: nn.Module) -> None:
@@ -246,10 +254,12 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
             scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset
         codes = _read_nf4_matrix(weight.data, state, scale.float())
         value = _decode_4_bits(weight.data, state, scale.float()) if codes is None else codes.dequantised()
-        return QuantisedOrigin(kind, codes), value
+        halves = getattr(module, "compute_dtype", None) in {torch.bfloat16, torch.float16}
+        repacks = getattr(module, "support_avx512bf16_for_cpu", False) and weight.device.type == "cpu"  # as bfloat16
+        return QuantisedOrigin(kind, codes, halves or repacks), value
     rows = weight.SCB if weight.SCB is not None else module.state.SCB
     codes = QuantisedMatrix(8, weight.data, rows.float().unsqueeze(1) / _ABSMAX_8_BIT)
-    return QuantisedOrigin(kind, codes), codes.dequantised()
+    return QuantisedOrigin(kind, codes, rounds_inputs=True), codes.dequantised()
 
 
 def decode_4_bits(packed: Tensor, table: Tensor, scale: Tensor, block: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The eager target; its programs are stored as nodes and tensors, since a module would need pickle."""
 
+import functools
 import inspect
 import json
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import separate_layers
 from lorac.frontend.host import Host
+from lorac.frontend.quantised_weights import is_bitsandbytes_layer
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph, Level, Program, SlotInput
 from lorac.ir.sites.site import BaseReader, Site
@@ -63,6 +65,9 @@ class EagerBackend(Backend[EagerOptions]):
     def build(self, request: BuildRequest[EagerOptions]) -> EagerEngine:
         module = Host.of(request.model).copy().model
         separate_layers(module, list_layers(request.plans.values()))
+        for layer in filter(is_bitsandbytes_layer, module.modules()):
+            # The library's own unpacks the weight, and rounds it anew; a state dict here holds no weights.
+            layer._save_to_state_dict = functools.partial(nn.Module._save_to_state_dict, layer)  # type: ignore[method-assign]  # of a copy
         match_linear_rounding(request.model, module)
         disable_fast_path(request.model, module, request.plans, lambda: engine.current_slots().touched)
         engine = EagerEngine(module, request)
