@@ -39,7 +39,8 @@ Made by `python -m campaigns.zoo page` from `docs/models.jsonl`, where `make zoo
 tiny and random; PEFT writes an adapter for it (LoRA on every layer that its LoRA adapts, experts by "all-linear", and
 its other types on small hosts), and lorac has to answer as PEFT does by the measure of `lorac/testing/parity.py`: at
 the size it was shown and at another, with the adapter, without it and with it again, and with the host left as it
-was. A way that a model was not run by counts neither for nor against.
+was. A way that a model was not run by counts neither for nor against. Of a detector (*-scores*)
+the backbone and the head are run, without the choice among boxes.
 
 *ok* is all of that. *fixed* is that too, at another number of rows or another length alone, or at the example's size
 alone: the model's own Python loops over the other, which the error at another size names with its line. *refused* is
