@@ -63,7 +63,8 @@ def _frozen_factors(
             code="shape_mismatch",
         )
     a, b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
-    each = row.to(b).repeat_interleave(a.shape[0] // variant.routes)
+    scaled = row.to(b) * row.new_tensor(variant.scales).to(b) if variant.scales else row.to(b)
+    each = scaled.repeat_interleave(a.shape[0] // variant.routes)
     scale = torch.as_tensor(variant.output_scale(Params(**parameters)), dtype=b.dtype).detach()
     weighted = each != 0
     if not weighted.any():

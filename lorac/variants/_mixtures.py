@@ -28,6 +28,8 @@ class RoutedVariant(BranchVariant):
     """
 
     emits: ClassVar[tuple[str, ...]] = ("router",)
+    scales: tuple[float, ...] = ()
+    """Scales of the experts that are not part of their B."""
     instead: ClassVar[str] = (
         "lorac.freeze_router(adapter, weights) makes a LoRA of it, with the same expert weights for all tokens"
     )
@@ -43,6 +45,7 @@ class RoutedVariant(BranchVariant):
 
     def mix(self, hidden: Tensor, weights: Tensor, p: Params) -> Tensor:
         """Return Σ_i w_i·B_i·h_i (…, out) for h = A·x (…, L·k) and w (…, L); a scale costs least as part of w."""
+        weights = weights * weights.new_tensor(self.scales) if self.scales else weights
         gated = (hidden.unflatten(-1, (self.routes, -1)) * weights.unsqueeze(-1)).flatten(-2)
         return F.linear(gated, p.lora_B)
 

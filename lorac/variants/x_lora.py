@@ -6,9 +6,9 @@ the weight ``scaling_pass_value``. Only the classifier is trained.
 """
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
 from lorac.ir.slots.program_values import BASE, pass_value_name
 from lorac.variants._mixtures import LoraMixture, RoutedVariant, top_k_mask
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
 from lorac.variants.initialisers import kaiming_uniform, uniform
 from lorac.variants.low_rank import factor_specs
@@ -56,6 +57,7 @@ class XLoRA(LoraMixture, RoutedVariant):
         scaling_pass_value: v.
         global_scaling_weight: g.
         use_trainable_adapters: train A and B too.
+        scales: alpha/r of each expert, where it is not part of its B: an optimizer's step then is PEFT's.
     """
 
     hidden: str
@@ -74,9 +76,28 @@ class XLoRA(LoraMixture, RoutedVariant):
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
     use_trainable_adapters: bool = False
+    scales: tuple[float, ...] = ()
 
     name = "x_lora"
     paper = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
+
+    @classmethod
+    def from_loras(cls, adapters: Sequence[Adapter], **settings: Any) -> Adapter:
+        """Return one adapter made from several LoRAs, as ``LoraMixture`` does; B that trains keeps its scale outside.
+
+        Raises:
+            AdapterError, OptionError: as there.
+        """
+        made = super().from_loras(adapters, **settings)
+        found = [{getattr(one.variant.at_path(path), "scale", 0.0) for path in one.tensors} for one in adapters]
+        if not settings.get("use_trainable_adapters") or any(len(each) != 1 or 0 in each for each in found):
+            return made
+        scales = tuple(scale for each in found for scale in each)
+        assert isinstance(made.variant, XLoRA)
+        for tensors in made.tensors.values():
+            b = tensors["lora_B"]
+            tensors["lora_B"] = b / b.new_tensor(scales).repeat_interleave(made.variant.r)
+        return replace(made, variant=replace(made.variant, scales=scales))
 
     def for_model(self, view: ModelView, inputs: object = None) -> "XLoRA":
         """Return this variant, after a check of the width that the classifier reads.

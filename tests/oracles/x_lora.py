@@ -37,7 +37,8 @@ def site(x, y, a, b, weights, variant):
     """y' of one token."""
     for i, w in enumerate(weights):
         rows = slice(i * variant.r, (i + 1) * variant.r)
-        y = y + variant.global_scaling_weight * w * (b[:, rows] @ (a[rows] @ x))
+        scale = variant.scales[i] if variant.scales else 1
+        y = y + variant.global_scaling_weight * scale * w * (b[:, rows] @ (a[rows] @ x))
     return y
 
 

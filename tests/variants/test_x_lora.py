@@ -18,7 +18,7 @@ from tests.limits import decimals
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
-from tests.xlora_files import IDS, OTHER, adapter, model, of_peft, tiny
+from tests.xlora_files import IDS, OTHER, adapter, complete, model, of_peft, tiny
 
 
 @functools.cache
@@ -116,6 +116,28 @@ def test_matches_peft(ids: torch.Tensor) -> None:
     latest = of_peft().base_model.internal_xlora_scalings.permute(2, 0, 1, 3)
     kept = latest * (latest > latest.amin(-1, keepdim=True))
     assert_close(router, kept)
+
+
+def test_experts_train_as_in_peft(tmp_path: Path) -> None:
+    """Each expert's alpha/r stays outside of its B, in the program and in its file."""
+    fields = {"use_trainable_adapters": True, "xlora_dropout_p": 0.0}
+    begun = complete(tmp_path / "begun", fields)
+    ours, losses = lorac.compile(tiny(num_key_value_heads=2), {"x": begun}), []
+    for trained in (ours.train(), of_peft(**fields).train()):
+        optimizer = torch.optim.AdamW([t for t in trained.parameters() if t.requires_grad], lr=1e-2)
+        losses.append(torch.zeros(4))
+        for step in range(4):
+            loss = trained(input_ids=IDS, labels=IDS).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1][step] = loss.detach()
+    assert_close(*losses)
+    lorac.save_adapter(ours.adapters["x"], tmp_path / "ended", model=model())
+    read = lorac.load_adapter(tmp_path / "ended", model())
+    assert isinstance(read.variant, lorac.XLoRA)
+    assert read.variant.scales == (8 / 4, 8 / 2, 8 / 3)
+    assert_close(lorac.compile(model(), {"x": read})(IDS).logits, ours.eval()(IDS).logits)
 
 
 @torch.no_grad()

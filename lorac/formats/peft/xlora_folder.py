@@ -36,6 +36,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.frontend.transformer_blocks import find_last_hidden_state
 from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
 from lorac.variants.x_lora import XLoRA
 
 
@@ -220,8 +221,12 @@ def split_xlora(
     if variant.layerwise_scalings:
         for key in (keys[-1], _bias_key(keys[-1])):
             tensors[key] = _reorder_rows(adapter, variant, tensors[key], view)
-    alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0), adapter.tensors)
-    return tensors, {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(torch.eye(variant.experts))}
+    alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0, scales=()), adapter.tensors)
+    loras = {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(torch.eye(variant.experts))}
+    for lora, scale in zip(loras.values(), variant.scales, strict=False):  # where scales are in B, there are none
+        assert isinstance(lora.variant, LoRA)
+        lora.variant = replace(lora.variant, alpha=scale * lora.variant.alpha)
+    return tensors, loras
 
 
 def _reorder_rows(adapter: Adapter, variant: XLoRA, stored: Tensor, view: ModelView | None) -> Tensor:
