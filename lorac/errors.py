@@ -225,6 +225,7 @@ class OverBudget(LoracError):
     codes: ClassVar[Mapping[str, str]] = {
         "over_budget": "``compiled.memory`` has no room for it: what is held leaves too little",
         "queue_full": "as many requests wait as a scheduler admits",
+        "stopping": "a scheduler takes no more requests, since its server stops",
         "quota_full": "a tenant of a server has as many adapters, or bytes of them, as it may",
         "too_many_uploads": "a tenant of a server has uploaded as often as it may within a minute",
     }

@@ -18,6 +18,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     waiting: Annotated[int, typer.Option(help="The most requests that wait.")] = 64,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", help="The most tokens of an answer.")] = 1024,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which a request ends; default: never.")] = None,
+    grace: Annotated[float, typer.Option(help="Seconds to finish requests at work, when it is to stop.")] = 150,
     base_name: Annotated[str, typer.Option("--name", help="The model without adapters, in requests.")] = "base",
     adapters: Annotated[
         Path | None, typer.Option("--adapters", help="A folder of further adapters, read when they are used.")
@@ -51,6 +52,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         waiting=waiting,
         max_new_tokens=max_new_tokens,
         deadline=deadline,
+        grace=grace,
         base_name=base_name,
         pinned=tuple(pinned or ()),
         pooling=pooling,  # type: ignore[arg-type]  # the settings check it

@@ -17,6 +17,7 @@ from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.serving import adapter_endpoints, text_endpoints
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
 from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving.draining import DrainGate
 from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
@@ -74,6 +75,7 @@ def build_app(
     lifespan = functools.partial(_run, scheduler=scheduler, rows=rows)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
+    app.state.draining = False
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name)
@@ -93,6 +95,7 @@ def build_app(
         app.include_router(row_endpoints.embedding_router)
     if isinstance(store, AdapterStore):
         adapter_endpoints.add_store_endpoints(app, store)
+    app.add_middleware(DrainGate)
     app.add_middleware(Guard, settings=given, store=store if isinstance(store, AdapterStore) else None)
     app.add_middleware(RequestLog)
     install_handlers(app, FIELDS)
@@ -125,9 +128,16 @@ def _add_state(app: fastapi.FastAPI) -> None:
     """Add the endpoints that tell a server's state."""
     state, created = app.state, int(time.time())
 
+    def answers() -> bool:
+        return state.scheduler is None or state.scheduler.works
+
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        return Response(status_code=200 if state.scheduler is None or state.scheduler.works else 503)
+        return Response(status_code=200 if state.draining or answers() else 503)
+
+    @app.api_route("/ready", methods=["GET", "HEAD"])
+    async def ready() -> Response:
+        return Response(status_code=200 if not state.draining and answers() else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -19,7 +19,7 @@ from lorac.serving.store import AdapterStore
 
 UPLOADS = "/v1/adapters"
 """The path to which adapters are uploaded."""
-OPEN_PATHS = frozenset({"/", "/health"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
 NOBODY = "default"
 """The tenant of requests without a key."""

@@ -18,6 +18,7 @@ _STATUS = {
     "over_budget": 503,
     "quota_full": 403,
     "queue_full": 429,
+    "stopping": 503,
     "too_many_uploads": 429,
 }
 """Code of an error -> the status of its answer; 400 for all others."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorac.serving.app import build_app
 from lorac.serving.connections import limit_connections
+from lorac.serving.draining import DrainingServer
 from lorac.serving.request_log import LOGGER
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
@@ -23,7 +24,7 @@ def run(
     bases: Collection[str] = (),
     prepacked: str | Path | None = None,
 ) -> None:
-    """Serve a compiled folder until the process is interrupted; requests at work are then finished.
+    """Serve a compiled folder until the process is interrupted; requests at work are then finished (``grace``).
 
     Args:
         adapters: a folder of further adapters, read when they are used.
@@ -50,9 +51,7 @@ def run(
         if store is not None:
             kept = stack.enter_context(AdapterStore(compiled, store, bases=bases, reserved=[settings.base_name]))
         app = build_app(compiled, settings, store=kept)
-        config = uvicorn.Config(
-            app, host=host, port=port, http="h11", access_log=False, server_header=False, timeout_graceful_shutdown=30
-        )
-        server = uvicorn.Server(config)
+        config = uvicorn.Config(app, host=host, port=port, http="h11", access_log=False, server_header=False)
+        server = DrainingServer(config, app, settings.grace)
         limit_connections(server, settings.header_timeout, settings.max_connections)
         server.run()

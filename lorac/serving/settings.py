@@ -25,6 +25,7 @@ class ServingSettings:
         body_timeout: seconds in which a body must come, besides those that its bytes take at 64 KiB a second.
         max_new_tokens: the most tokens of an answer, and the number for a chat that names none.
         deadline: seconds after which a request ends, those of waiting included; None: never.
+        grace: seconds for which ``lorac serve`` goes on with requests at work when it is to stop.
         pinned: adapters that stay in memory and cannot be unloaded.
         predict: whether ``/v1/predict`` gives the model's outputs; None: unless the model continues text.
         max_output_bytes: the most bytes of outputs that ``/v1/predict`` gives.
@@ -45,6 +46,7 @@ class ServingSettings:
     body_timeout: Positive = 30.0
     max_new_tokens: Count = 1024
     deadline: Positive | None = None
+    grace: Positive = 150.0
     pinned: tuple[str, ...] = ()
     predict: bool | None = None
     max_output_bytes: Count = 16 << 20

@@ -16,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lorac.cli import app
+from lorac.serving import ServingSettings
 
 FOLDER = Path(__file__).parents[2] / "examples" / "serving"
 ROOT = FOLDER.parents[1]
@@ -48,6 +49,14 @@ def test_the_objects_of_the_cluster_know_each_other() -> None:
     assert found["InferencePool"]["spec"]["targetPorts"] == [{"number": port}]
     assert found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == found["Deployment"]["metadata"]["name"]
     assert {mount["name"] for mount in server["volumeMounts"]} == {each["name"] for each in pod["spec"]["volumes"]}
+
+
+def test_a_pod_has_the_time_to_finish_its_requests() -> None:
+    pod = documents("kubernetes.yaml")["Deployment"]["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    waits = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > waits + ServingSettings().grace
+    assert server["readinessProbe"]["httpGet"]["path"] == "/ready"
 
 
 def test_the_metrics_that_are_read_exist() -> None:

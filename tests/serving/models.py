@@ -57,9 +57,9 @@ def make_encoder() -> Any:
 
 
 @contextlib.contextmanager
-def serve(app: fastapi.FastAPI) -> Iterator[str]:
+def serve(app: fastapi.FastAPI, make: Callable[[uvicorn.Config], uvicorn.Server] = uvicorn.Server) -> Iterator[str]:
     """Run an app for a block; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="on"))
+    server = make(uvicorn.Config(app, port=0, http="h11", log_level="error", lifespan="on"))
     limit_connections(server, app.state.settings.header_timeout, app.state.settings.max_connections)
     started, startup = threading.Event(), server.startup
 

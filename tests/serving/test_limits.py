@@ -93,8 +93,9 @@ def test_a_disconnected_client_frees_its_row_and_place_in_the_queue(tight: Any, 
 def test_rejects_requests_while_the_queue_is_full(tight: Any, steps: threading.Semaphore) -> None:
     app, http = tight
     with http.stream("POST", "/v1/chat/completions", json=ENDLESS) as running:
-        next(running.iter_lines())
-        waiting = app.state.scheduler.submit(TextRequest(torch.tensor([5]), tenant="a"))
+        lines = running.iter_lines()
+        next(lines)
+        waiting = app.state.scheduler.submit(TextRequest(torch.tensor([5]), tenant="a", options={"max_new_tokens": 1}))
         full = http.post("/v1/chat/completions", json=CHAT)
         waiting.cancel()
     steps.release(1000)

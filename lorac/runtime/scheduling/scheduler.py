@@ -77,6 +77,7 @@ class Scheduler:
             compiled.prompt_caches[id(prompts)] = prompts
         self._batch = RunningBatch(compiled, rows, chunk, prompts, component)
         self._changed, self._closing, self._numbers = threading.Condition(), False, itertools.count()
+        self._draining = False
         self._queue: collections.OrderedDict[int, RunningRow] = collections.OrderedDict()
         self._last_request: dict[str, float] = {}
         self._thread = threading.Thread(target=self._work, name="lorac-scheduler", daemon=True)
@@ -89,7 +90,7 @@ class Scheduler:
         Raises:
             AdapterNotFound, ChoiceError: as for ``compiled.swap``.
             InputMismatch, OptionError: as for ``compiled.generate``; or more come at once than may ever wait.
-            OverBudget: as many requests of the tenant wait as may (code ``queue_full``).
+            OverBudget: as many requests of the tenant wait as may (code ``queue_full``); or it drains (``stopping``).
             Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
         """
         return self.submit_all([request])[0]
@@ -105,6 +106,8 @@ class Scheduler:
                 )
         rows = [RunningRow(self.compiled, request, self.component) for request in requests]
         with self._changed:
+            if self._draining:
+                raise _stopping()
             if self._closing:
                 raise Unavailable("the scheduler is closed", next_step="submit to another lorac.Scheduler(compiled)")
             self._drop_interrupted()
@@ -139,6 +142,21 @@ class Scheduler:
     def nbytes(self) -> dict[str, int]:
         """Bytes that rows at work take: of "bank", which holds their adapters, and of "kv", keys and values."""
         return self._batch.nbytes
+
+    def drain(self, *, running: bool = False) -> None:
+        """Take no more requests, and end those that wait by an error (code ``stopping``); those at work go on.
+
+        Args:
+            running: end those at work, too, by their deadline.
+        """
+        with self._changed:
+            self._closing = self._draining = True
+            for row in self._queue.values():
+                row.end("error", _stopping())
+            self._queue.clear()
+            for row in self._batch.rows if running else ():
+                row.stream.expire()
+            self._changed.notify()
 
     def close(self) -> None:
         """Take no more requests; return when those that were submitted have ended."""
@@ -201,3 +219,8 @@ class Scheduler:
             if row.stream.interrupted:
                 row.end(row.stream.interrupted)
                 del self._queue[number]
+
+
+def _stopping() -> OverBudget:
+    text = "the server is stopping, and takes no more requests"
+    return OverBudget(text, next_step="send the request again, and another one answers it", code="stopping")

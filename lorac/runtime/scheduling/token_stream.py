@@ -119,6 +119,10 @@ class TokenStream:
             return "cancelled"
         return "deadline" if self._ends_at is not None and time.monotonic() > self._ends_at else ""
 
+    def expire(self) -> None:
+        """End the request by its deadline, which is now."""
+        self._ends_at = 0.0
+
     def put(self, token: TextToken) -> None:
         """Give the reader a token."""
         self._put(token)

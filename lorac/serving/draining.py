@@ -1,0 +1,72 @@
+"""The end of a server: new requests are sent elsewhere, and those at work are finished."""
+
+import time
+from types import FrameType
+from typing import final
+
+import fastapi
+import uvicorn
+from fastapi.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lorac.serving.guard import OPEN_PATHS
+from lorac.serving.refusals import refusal
+
+_FLUSHING = 10
+"""Seconds to send the last events of requests that were cut."""
+
+
+@final
+class DrainGate:
+    """Refuses requests to an app that drains, as its ``state.draining`` says, but those that ask for its state.
+
+    Args:
+        app: the app behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["app"].state.draining and scope["path"] not in {*OPEN_PATHS, "/metrics"}:
+            text = "the server is stopping; send the request again, and another one answers it"
+            app = refusal(503, text, code="stopping", headers={"connection": "close"})
+        await app(scope, receive, send)
+
+
+@final
+class DrainingServer(uvicorn.Server):
+    """A server that drains at the first signal to stop, and ends when its requests have, or some seconds later.
+
+    Until then it listens: whoever sends requests may take a while to learn that it stops. The second signal ends it.
+
+    Args:
+        config: of uvicorn.
+        app: is served.
+        grace: the most seconds for requests at work.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: fastapi.FastAPI, grace: float) -> None:
+        config.timeout_graceful_shutdown = _FLUSHING
+        super().__init__(config)
+        self._state, self._grace = app.state, grace
+        self._ends: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or exit if that has begun."""
+        if self._ends is None:
+            self._ends = time.monotonic() + self._grace
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server exits; called ten times a second."""
+        state, ends = self._state, self._ends
+        if ends is not None:
+            is_late = time.monotonic() > ends
+            if state.scheduler is not None and (is_late or not state.draining):
+                await run_in_threadpool(state.scheduler.drain, running=is_late)
+            state.draining = True
+            self.should_exit |= is_late or not self.server_state.tasks
+        return await super().on_tick(counter)
