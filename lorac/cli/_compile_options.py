@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorac.argument_types import Fields, field_types
 from lorac.errors import OptionError, not_one_of
@@ -23,6 +23,7 @@ DYNAMIC_HELP = (
 )
 _CALIBRATION_TOKENS = 256
 """The number of tokens that a model reads at once for its calibration."""
+T = TypeVar("T")
 _BOOLEANS = {"yes": True, "no": False}
 
 
@@ -34,30 +35,34 @@ def parse_targets(targets: str) -> str | tuple[str, ...]:
 
 
 def parse_reserve(specs: Sequence[str]) -> Reserve | None:
-    """Return the reserve given by ``--reserve``, or None.
-
-    Raises:
-        OptionError: a reserve does not have the name or the value.
-    """
+    """Return the reserve given by ``--reserve``, or None; raises as ``parse_record``."""
     from lorac.ir.slots.required_slots import Reserve
 
+    return parse_record("--reserve", Reserve, specs, RESERVE_HELP)
+
+
+def parse_record(option: str, record: Callable[..., T], specs: Sequence[str], usage: str) -> T | None:
+    """Return the dataclass whose fields an option gives, each as FIELD=VALUE; None without any.
+
+    Raises:
+        OptionError: there is no such field, or it does not take the value.
+    """
     found: dict[str, Any] = {}
-    for name, value in (_split_pair("--reserve", spec, RESERVE_HELP) for spec in specs):
-        types = field_types(Reserve)
+    for name, value in (_split_pair(option, spec, usage) for spec in specs):
+        types = field_types(record)
         if name not in types:
-            raise not_one_of("--reserve has no field", name, types)
-        found[name] = _parse_reserve_value(name, value, types[name])
-    return Reserve(**found) if found else None
+            raise not_one_of(f"{option} has no field", name, types)
+        found[name] = _parse_value(f"{option} takes no {name}={value}", value, types[name])
+    return record(**found) if found else None
 
 
-def _parse_reserve_value(name: str, text: str, kind: object) -> int | str | tuple[str, ...]:
-    if kind is int and text.isdecimal():
+def _parse_value(fault: str, text: str, kind: object) -> float | str | tuple[str, ...]:
+    if kind in (int, float) and text.isdecimal():
         return int(text)
     if kind is bool and text in _BOOLEANS:
         return _BOOLEANS[text]
-    if kind in (int, bool):
-        step = "give a whole number" if kind is int else "give yes or no"
-        raise OptionError(f"--reserve takes no {name}={text}", next_step=step)
+    if kind in (int, float, bool):
+        raise OptionError(fault, next_step="give yes or no" if kind is bool else "give a whole number")
     return parse_targets(text)
 
 

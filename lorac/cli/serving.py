@@ -1,25 +1,35 @@
 """The command that serves a compiled model: serve."""
 
+import dataclasses
+import inspect
 import json
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lorac.cli._compile_options import parse_record
 from lorac.cli._models import PrepackedOption
 from lorac.errors import OptionError
+from lorac.serving import ServingSettings
+
+_NAMES = {"max_new_tokens": "--max-tokens", "base_name": "--name", "pinned": "--pin"}
+"""Settings whose options are not called as they are."""
+_QUOTA_HELP = (
+    "A quota of each tenant of the store: adapters=20, bytes=1000000, rank=16, sites=200, uploads_per_minute=5, "
+    "seconds=10 or memory=1000000000; may be given several times."
+)
+_KEYS = 'write a JSON file: {"key": "tenant", ...}'
 
 
 def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     folder: Annotated[Path, typer.Argument(help="A folder written by `lorac compile`, with a tokenizer.")],
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
-    rows: Annotated[int, typer.Option(help="The most requests at work.")] = 8,
-    waiting: Annotated[int, typer.Option(help="The most requests that wait.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option("--max-tokens", help="The most tokens of an answer.")] = 1024,
-    deadline: Annotated[float | None, typer.Option(help="Seconds after which a request ends; default: never.")] = None,
-    grace: Annotated[float, typer.Option(help="Seconds to finish requests at work, when it is to stop.")] = 150,
-    base_name: Annotated[str, typer.Option("--name", help="The model without adapters, in requests.")] = "base",
+    metrics_port: Annotated[
+        int | None, typer.Option(help="A further port, which gives /metrics without a key, and nothing else.")
+    ] = None,
     adapters: Annotated[
         Path | None, typer.Option("--adapters", help="A folder of further adapters, read when they are used.")
     ] = None,
@@ -31,35 +41,37 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         list[str] | None,
         typer.Option("--base", help="The model's name in the PEFT files of such adapters; may be given several times."),
     ] = None,
-    pinned: Annotated[
-        list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
-    ] = None,
-    pooling: Annotated[str, typer.Option(help="How an encoder's states become an embedding: mean or cls.")] = "mean",
-    predict: Annotated[
-        bool | None,
-        typer.Option(help="Whether /v1/predict gives the model's outputs; default: unless it continues text."),
-    ] = None,
+    quotas: Annotated[list[str] | None, typer.Option("--quota", metavar="FIELD=VALUE", help=_QUOTA_HELP)] = None,
     prepacked: PrepackedOption = None,
-    keys: Annotated[
-        Path | None, typer.Option("--keys", help="A JSON file of API key -> tenant; default: everybody may ask.")
-    ] = None,
+    **settings: Any,
 ) -> None:
     """Serve a compiled model with OpenAI's interface; its adapters are the models that clients name."""
-    from lorac.serving import ServingSettings, run
+    from lorac.serving import run
+    from lorac.serving.store import StoreQuotas
 
-    settings = ServingSettings(
-        rows=rows,
-        waiting=waiting,
-        max_new_tokens=max_new_tokens,
-        deadline=deadline,
-        grace=grace,
-        base_name=base_name,
-        pinned=tuple(pinned or ()),
-        pooling=pooling,  # type: ignore[arg-type]  # the settings check it
-        predict=predict,
-        keys={} if keys is None else _read_keys(keys),
-    )
-    run(folder, settings, host, port, adapters=adapters, store=store, bases=bases or (), prepacked=prepacked)
+    settings["keys"] = _read_keys(settings["keys"]) if settings["keys"] else {}
+    given = ServingSettings(**{**settings, "pinned": tuple(settings["pinned"] or ())})
+    shared = parse_record("--quota", StoreQuotas, quotas or (), _QUOTA_HELP)
+    places = {"adapters": adapters, "store": store, "prepacked": prepacked, "metrics_port": metrics_port}
+    run(folder, given, host, port, **places, bases=bases or (), quotas=shared)  # type: ignore[arg-type]  # by name
+
+
+def _list_options() -> list[inspect.Parameter]:
+    """Return the fields of the settings as options, with the class's texts on them as help."""
+    about = re.split(r"\n    (\w+): ", inspect.getdoc(ServingSettings) or "")
+    texts = {name: " ".join(text.split()) for name, text in zip(about[1::2], about[2::2], strict=True)}
+    texts |= {"keys": "a JSON file of API key -> tenant; default: everybody may ask."}
+    kinds = {**get_type_hints(ServingSettings), "keys": Path | None, "pinned": list[str] | None}
+    found = []
+    for one in dataclasses.fields(ServingSettings):
+        text = texts[one.name].replace("None: ", "default: ").replace("``", "`")
+        more = " May be given several times." if one.name == "pinned" else ""
+        names = [_NAMES[one.name]] if one.name in _NAMES else []
+        default = None if one.name in {"keys", "pinned"} else one.default
+        option = typer.Option(default, *names, help=text[0].upper() + text[1:] + more)
+        kind = kinds[one.name]
+        found.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
+    return found
 
 
 def _read_keys(path: Path) -> dict[str, str]:
@@ -73,5 +85,8 @@ def _read_keys(path: Path) -> dict[str, str]:
     return keys
 
 
-_KEYS = 'write a JSON file: {"key": "tenant", ...}'
+_own = inspect.signature(serve)
+_parameters = [*list(_own.parameters.values())[:-1], *_list_options()]
+serve.__signature__ = _own.replace(parameters=_parameters)  # type: ignore[attr-defined]  # functions take attributes
+serve.__annotations__ = {one.name: one.annotation for one in _parameters}
 COMMANDS = (serve,)

@@ -11,7 +11,7 @@ import pydantic
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
 
-from lorac.errors import warn
+from lorac.errors import AdapterNotFound, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.serving import adapter_endpoints, text_endpoints
@@ -20,7 +20,7 @@ from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.draining import DrainGate
 from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
-from lorac.serving.refusals import install_handlers
+from lorac.serving.refusals import NotAllowed, install_handlers
 from lorac.serving.request_log import RequestLog
 from lorac.serving.requests.chat_fields import ChatFields, TokenizeFields
 from lorac.serving.requests.choices import check_shared_names
@@ -69,22 +69,28 @@ def build_app(
     Raises:
         AdapterError: an adapter that all tenants share has the name of the base, or one that is read as a mixture.
         AdapterNotFound: a pinned adapter does not exist.
-        Unavailable: the model has no tokenizer, or one that cannot be read token by token.
+        Unavailable: the model continues text and keeps no cache; it has no tokenizer, or one that cannot be read
+            token by token.
     """
     given = ServingSettings() if settings is None else settings
     lifespan = functools.partial(_run, scheduler=scheduler, rows=rows)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
     app.state.draining = False
+    if given.memory is not None and isinstance(compiled, Compiled):
+        compiled.memory.limit = given.memory
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
-    app.state.metrics = ServerMetrics(compiled, given.base_name)
+    app.state.metrics = ServerMetrics(compiled, given.base_name, app.state.source)
     app.state.readers = adapter_endpoints.FairReaders()
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if decodes(compiled):
         find_tokenizer(compiled)
-    elif compiled.traits[MAIN_GRAPH].generation is not None:
-        warn("the model keeps no cache, so it is not served as text", next_step="compile it with cache=True")
+    elif compiled.traits[MAIN_GRAPH].generation is not None and not given.predict:
+        raise Unavailable(
+            "the model keeps no cache, so it is not served as text",
+            next_step="compile it with cache=True (--cache), or serve its outputs alone: predict=True (--predict)",
+        )
     if decodes(compiled):
         app.include_router(text_endpoints.router)
     app.include_router(adapter_endpoints.router)
@@ -97,7 +103,7 @@ def build_app(
         adapter_endpoints.add_store_endpoints(app, store)
     app.add_middleware(DrainGate)
     app.add_middleware(Guard, settings=given, store=store if isinstance(store, AdapterStore) else None)
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, metrics=app.state.metrics)
     install_handlers(app, FIELDS)
     _add_state(app)
     if given.page and PAGE.is_file():
@@ -115,6 +121,7 @@ async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowC
         if decodes(state.compiled):
             state.scheduler = scheduler or Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
             stack.push_async_callback(run_in_threadpool, state.scheduler.close)
+            state.metrics.scheduler = state.scheduler
             state.text = TextService(state.scheduler, state.source, settings, state.metrics)
         if rows is None and isinstance(state.compiled, Compiled):
             rows = RowBatches(state.compiled, settings.rows, settings.waiting)
@@ -140,9 +147,12 @@ def _add_state(app: fastapi.FastAPI) -> None:
         return Response(status_code=200 if not state.draining and answers() else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        shared = {*state.source.names("")}  # nobody's: no tenant has this name
-        return Response(state.metrics.expose(state.scheduler, shared), media_type=MEDIA_TYPE)
+    def metrics() -> Response:
+        if state.settings.keys:
+            raise NotAllowed(
+                "metrics are of all tenants", next_step="start the server with --metrics-port, and read them there"
+            )
+        return Response(state.metrics.expose(), media_type=MEDIA_TYPE)
 
     @app.get("/v1/models")
     def models(http: fastapi.Request) -> Response:
@@ -161,14 +171,18 @@ def _add_state(app: fastapi.FastAPI) -> None:
         return {"version": VERSION}
 
     @app.get("/v1/status")
-    async def status(http: fastapi.Request) -> dict[str, object]:
-        running, waiting = (0, 0) if state.scheduler is None else state.scheduler.load
-        requests = [*state.metrics.running.values()]
+    def status(http: fastapi.Request) -> dict[str, object]:
+        tenant, resident, ready = http.state.tenant, {*state.compiled.pool.resident}, 0
+        requests = [one for one in [*state.metrics.running.values()] if one.tenant == tenant]
+        running = sum(request.answers for request in requests if request.first_token is not None)
+        for name in (names := state.source.names(tenant)):
+            with contextlib.suppress(AdapterNotFound):  # it was unloaded meanwhile
+                ready += state.source.find(tenant, name) in resident
         return {
             "running": running,
-            "waiting": waiting,
-            "rows": [request.describe() for request in requests if request.tenant == http.state.tenant],
-            "adapters": {"registered": len(state.compiled.pool), "resident": len(state.compiled.pool.resident)},
+            "waiting": sum(request.answers for request in requests) - running,
+            "rows": [request.describe() for request in requests],
+            "adapters": {"registered": len(names), "resident": ready},
         }
 
 

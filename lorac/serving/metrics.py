@@ -2,12 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import final
 
 import prometheus_client
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from lorac.serving.active_request import ActiveRequest
+from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.served_model import ServedModel, TextScheduler
 
 MEDIA_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -18,21 +21,26 @@ _REASONS = {"cancelled": "abort", "deadline": "abort", "tool_calls": "stop"}
 
 
 @final
-class ServerMetrics:
+class ServerMetrics(Collector):
     """The requests that a server is answering, and its metrics. Only the event loop's thread may change the requests.
 
     Args:
         compiled: the model.
         base_name: its name, as the label ``model_name``.
+        source: knows the adapters of all tenants, which alone are named.
 
     Attributes:
         running: the requests that are being answered, by id.
+        scheduler: whose rows are reported; None: the model gives no text.
+        registry: of all metrics.
     """
 
-    def __init__(self, compiled: ServedModel, base_name: str) -> None:
-        self._compiled, self._name = compiled, base_name
+    def __init__(self, compiled: ServedModel, base_name: str, source: AdapterSource) -> None:
+        self._compiled, self._name, self._source = compiled, base_name, source
         self.running: dict[str, ActiveRequest] = {}
-        self._registry = prometheus_client.CollectorRegistry()
+        self.scheduler: TextScheduler | None = None
+        self.registry = prometheus_client.CollectorRegistry()
+        self.registry.register(self)  # first, since it brings times of loads
         self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were read.")
         self._generated = self._counter("vllm:generation_tokens", "Tokens of answers.")
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Time until an answer's first token.", _SLOW)
@@ -42,15 +50,22 @@ class ServerMetrics:
             "vllm:request_success",
             "Answers that ended, by reason.",
             ["model_name", "finished_reason"],
-            registry=self._registry,
+            registry=self.registry,
+        )
+        self._responses = prometheus_client.Counter(
+            "lorac_http_responses", "Answers to requests, by HTTP status.", ["status"], registry=self.registry
         )
         self._loads = prometheus_client.Histogram(
             "lorac_adapter_load_seconds",
             "Time of loading adapters, by way: from a path, an upload, or the disk when a request needs them.",
             ["model_name", "way"],
-            registry=self._registry,
+            registry=self.registry,
             buckets=_SLOW,
         )
+
+    def count_response(self, status: int) -> None:
+        """Count an answer to a request."""
+        self._responses.labels(str(status)).inc()
 
     @contextlib.contextmanager
     def time_load(self, way: str) -> Iterator[None]:
@@ -87,32 +102,31 @@ class ServerMetrics:
             self._prompt.inc(request.prompt_tokens)
             self._first.observe(request.first_token)
 
-    def expose(self, scheduler: TextScheduler | None, shared: Collection[str]) -> bytes:
-        """Return all metrics in Prometheus' text format.
+    def expose(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return prometheus_client.generate_latest(self.registry)
 
-        Args:
-            scheduler: whose rows are reported; None: the model gives no text.
-            shared: adapters of all tenants, which alone are named.
-        """
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauges, which are read when Prometheus asks."""
         reads = self._compiled.pool.read_seconds
         while reads:
             self._loads.labels(self._name, "use").observe(reads.popleft())
-        state = prometheus_client.CollectorRegistry()
-        for name, text, value in self._read_state(scheduler):
-            prometheus_client.Gauge(name, text, ["model_name"], registry=state).labels(self._name).set(value)
+        for name, text, value in self._read_state(self.scheduler):
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([self._name], value)
+            yield gauge
         # Inference gateways read from labels which adapters run and wait, and send requests where theirs are.
-        names = {True: set[str](), False: set[str]()}
+        shared, names = {*self._source.names("")}, {True: set[str](), False: set[str]()}  # no tenant has this name
         for request in [*self.running.values()]:
             names[request.first_token is not None].update(name for name in request.adapters if name in shared)
         labels = {
-            "max_lora": "0" if scheduler is None else str(scheduler.rows),
+            "max_lora": "0" if self.scheduler is None else str(self.scheduler.rows),
             "running_lora_adapters": ",".join(sorted(names[True])),
             "waiting_lora_adapters": ",".join(sorted(names[False])),
         }
-        text = "Adapters of requests that run and wait."
-        info = prometheus_client.Gauge("vllm:lora_requests_info", text, [*labels], registry=state)
-        info.labels(**labels).set(time.time())
-        return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of requests that run and wait.", labels=[*labels])
+        info.add_metric([*labels.values()], time.time())
+        yield info
 
     def _read_state(self, scheduler: TextScheduler | None) -> Iterator[tuple[str, str, float]]:
         """Yield the name, the text and the value of each gauge."""
@@ -134,8 +148,8 @@ class ServerMetrics:
             yield f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes
 
     def _counter(self, name: str, text: str) -> prometheus_client.Counter:
-        return prometheus_client.Counter(name, text, ["model_name"], registry=self._registry).labels(self._name)
+        return prometheus_client.Counter(name, text, ["model_name"], registry=self.registry).labels(self._name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> prometheus_client.Histogram:
-        made = prometheus_client.Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
+        made = prometheus_client.Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
         return made.labels(self._name)

@@ -2,36 +2,48 @@
 
 import json
 import logging
+import re
 import time
+import uuid
 from typing import final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorac.serving.answers.connection import CLIENT_LEFT
+from lorac.serving.metrics import ServerMetrics
 
 LOGGER = logging.getLogger("lorac.serving")
+_ID = re.compile(rb"[!-~]{1,128}")
+_PROBED, _FAILED = ("/health", "/ready", "/metrics"), 400
 
 
 @final
 class RequestLog:
-    """Logs the requests to an app. JSON escapes whatever names and paths hold.
+    """Logs and counts the requests to an app. JSON escapes whatever names and paths hold.
+
+    An answer has the ``x-request-id`` of its request, or a new one. Probes that find what they look for are not logged.
 
     Args:
         app: answers them.
+        metrics: counts the answers.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not LOGGER.isEnabledFor(logging.INFO):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status, begun = CLIENT_LEFT, time.monotonic()
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        number = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
         async def note_status(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", number)]}
             await send(message)
 
         try:
@@ -40,7 +52,10 @@ class RequestLog:
             status = 500  # it is sent behind this
             raise
         finally:
-            LOGGER.info(json.dumps(_describe(scope, status, time.monotonic() - begun)))
+            self._metrics.count_response(status)
+            if LOGGER.isEnabledFor(logging.INFO) and (scope["path"] not in _PROBED or status >= _FAILED):
+                line = _describe(scope, status, time.monotonic() - begun)
+                LOGGER.info(json.dumps({**line, "request_id": number.decode()}))
 
 
 def _describe(scope: Scope, status: int, seconds: float) -> dict[str, object]:

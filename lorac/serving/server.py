@@ -10,10 +10,10 @@ from lorac.serving.connections import limit_connections
 from lorac.serving.draining import DrainingServer
 from lorac.serving.request_log import LOGGER
 from lorac.serving.settings import ServingSettings
-from lorac.serving.store import AdapterStore
+from lorac.serving.store import AdapterStore, StoreQuotas
 
 
-def run(
+def run(  # noqa: PLR0913  (a command's options)
     folder: str | Path,
     settings: ServingSettings | None = None,
     host: str = "127.0.0.1",
@@ -23,6 +23,8 @@ def run(
     store: str | Path | None = None,
     bases: Collection[str] = (),
     prepacked: str | Path | None = None,
+    metrics_port: int | None = None,
+    quotas: StoreQuotas | None = None,
 ) -> None:
     """Serve a compiled folder until the process is interrupted; requests at work are then finished (``grace``).
 
@@ -31,11 +33,14 @@ def run(
         store: a folder for the adapters that tenants bring; None: they may bring none.
         bases: names by which PEFT's configurations call the model (``AdapterStore``).
         prepacked: a folder for prepacked weights, as ``lorac.load`` takes it.
+        metrics_port: a further port, which gives ``/metrics`` to everybody and nothing else.
+        quotas: of each tenant of the store; default: ``StoreQuotas()``.
 
     Raises:
         ArtifactError: the folder holds no compiled model, or a damaged one.
         LoracError: as ``build_app``.
     """
+    import prometheus_client
     import uvicorn
 
     import lorac
@@ -49,8 +54,14 @@ def run(
     with contextlib.ExitStack() as stack:
         kept = None
         if store is not None:
-            kept = stack.enter_context(AdapterStore(compiled, store, bases=bases, reserved=[settings.base_name]))
+            kept = stack.enter_context(
+                AdapterStore(compiled, store, quotas=quotas, bases=bases, reserved=[settings.base_name])
+            )
         app = build_app(compiled, settings, store=kept)
+        if metrics_port is not None:
+            served, thread = prometheus_client.start_http_server(metrics_port, host, app.state.metrics.registry)
+            for end in (served.server_close, thread.join, served.shutdown):  # the last is called first
+                stack.callback(end)
         config = uvicorn.Config(app, host=host, port=port, http="h11", access_log=False, server_header=False)
         server = DrainingServer(config, app, settings.grace)
         limit_connections(server, settings.header_timeout, settings.max_connections)

@@ -30,6 +30,7 @@ class ServingSettings:
         predict: whether ``/v1/predict`` gives the model's outputs; None: unless the model continues text.
         max_output_bytes: the most bytes of outputs that ``/v1/predict`` gives.
         page: whether ``/`` is a page to chat on.
+        memory: the most bytes of adapters and caches (``compiled.memory.limit``); None: as many as they take.
         pooling: an embedding is the mean of an encoder's last hidden states, or (``cls``) the first.
     """
 
@@ -51,6 +52,7 @@ class ServingSettings:
     predict: bool | None = None
     max_output_bytes: Count = 16 << 20
     page: bool = True
+    memory: Count | None = None
     pooling: Literal["mean", "cls"] = "mean"
 
     def __post_init__(self) -> None:

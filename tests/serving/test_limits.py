@@ -106,18 +106,18 @@ def test_rejects_requests_while_the_queue_is_full(tight: Any, steps: threading.S
     wait_until(lambda: app.state.scheduler.load == (0, 0))
 
 
-def read_metrics(http: Any) -> dict[str, float]:
-    lines = [line for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
+def read_metrics(app: Any) -> dict[str, float]:
+    lines = [line for line in app.state.metrics.expose().decode().splitlines() if not line.startswith("#")]
     return {line.partition("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
 
 def test_tokens_are_counted_as_they_come(tight: Any, steps: threading.Semaphore) -> None:
     app, http = tight
-    before = read_metrics(http)
+    before = read_metrics(app)
     with http.stream("POST", "/v1/chat/completions", json=ENDLESS) as running:
         lines = running.iter_lines()
         wait_until(lambda: "content" in next(lines) and len(app.state.metrics.running) == 1)
-        now = read_metrics(http)
+        now = read_metrics(app)
     steps.release(1000)
     ended = "vllm:e2e_request_latency_seconds_count"
     assert now[ended] == before[ended]
@@ -130,7 +130,7 @@ def test_metrics_count_requests_and_tokens(tight: Any) -> None:
     app, http = tight
     assert http.post("/v1/chat/completions", json={**CHAT, "logit_bias": {"2": -100}}).status_code == 200
     wait_until(lambda: app.state.scheduler.load == (0, 0))
-    found = read_metrics(http)
+    found = read_metrics(app)
     for name in ("generation_tokens_total", "prompt_tokens_total", "time_to_first_token_seconds_count"):
         assert found[f"vllm:{name}"] > 0, name
     assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0

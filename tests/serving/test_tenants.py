@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
+import re
 import socket
 import threading
 import time
@@ -18,8 +21,9 @@ from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.serving import build_app
 from lorac.serving.store import AdapterStore, StoreQuotas
 from tests.serving.models import serve, settings
-from tests.serving.test_limits import CHAT, ENDLESS, wait_until
+from tests.serving.test_limits import CHAT, ENDLESS, log, wait_until
 
+__all__ = ["log"]
 KEYS = {"k-a": "alice", "k-b": "bob"}
 
 
@@ -201,3 +205,39 @@ def test_a_tenant_has_half_of_the_requests_at_a_time(small: Any, bob: httpx2.Cli
         assert bob.post("/v1/completions", json={"model": "one", "prompt": "Say", "max_tokens": 1}).status_code == 200
         statuses = sorted(each.recv(4000).split(b" ")[1] for each in slow)
     assert statuses == [b"408"] * 4 + [b"429"]
+
+
+def test_metrics_and_states_of_all_tenants_are_for_none_of_them(
+    small: Any, alice: httpx2.Client, bob: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = OrtProgram.decode
+    monkeypatch.setattr(OrtProgram, "decode", lambda *given: (time.sleep(0.05), decode(*given))[1])
+    refused = alice.get("/metrics")
+    assert (refused.status_code, "--metrics-port" in refused.text) == (403, True)
+    with alice.stream("POST", "/v1/chat/completions", json={**ENDLESS, "max_tokens": 40}) as running:
+        lines = running.iter_lines()  # a reader that is dropped closes its connection
+        next(lines)
+        own, other = (client.get("/v1/status").json() for client in (alice, bob))
+    assert (own["running"], len(own["rows"]), own["adapters"]["registered"]) == (1, 1, 2)
+    assert (other["running"], other["waiting"], other["rows"]) == (0, 0, [])
+
+
+def test_answers_are_counted_by_status_and_bear_the_number_of_their_request(
+    small: Any, alice: httpx2.Client, log: io.StringIO
+) -> None:
+    def counts() -> dict[str, float]:
+        text = small[0].state.metrics.expose().decode()
+        return {
+            status: float(n)
+            for status, n in re.findall(r'^lorac_http_responses_total{status="(\d+)"} (.*)$', text, re.M)
+        }
+
+    before = counts()
+    given = alice.get("/v1/nothing", headers={"x-request-id": "its-own"})
+    made = [alice.get("/health", headers=headers) for headers in ({}, {"x-request-id": "a b"})]
+    wait_until(lambda: counts().get("404", 0) == before.get("404", 0) + 1)
+    wait_until(lambda: counts()["200"] == before["200"] + 2)
+    assert given.headers["x-request-id"] == "its-own"
+    assert all(re.fullmatch("[0-9a-f]{32}", one.headers["x-request-id"]) for one in made)
+    (line,) = map(json.loads, log.getvalue().splitlines())
+    assert (line["path"], line["request_id"]) == ("/v1/nothing", "its-own")

@@ -49,6 +49,8 @@ class Worker:
 
     def __init__(self, folder: str, settings: ServingSettings, adapters: int, *, grows: bool) -> None:
         self._compiled = lorac.load(folder)
+        if settings.memory is not None:
+            self._compiled.memory.limit = settings.memory
         if grows:
             self._compiled.refuse_baked()
         self._files = AdapterFiles(self._compiled)

@@ -32,8 +32,13 @@ def store(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 
 @pytest.fixture(scope="module")
-def address(compiled: Any, store: AdapterStore) -> Iterator[str]:
-    with serve(build_app(compiled, settings(keys=KEYS, max_upload_bytes=100_000), store=store)) as found:
+def app(compiled: Any, store: AdapterStore) -> Any:
+    return build_app(compiled, settings(keys=KEYS, max_upload_bytes=100_000), store=store)
+
+
+@pytest.fixture(scope="module")
+def address(app: Any) -> Iterator[str]:
+    with serve(app) as found:
         yield found
 
 
@@ -140,9 +145,11 @@ def test_wrong_uploads(alice: httpx2.Client, fields: Any, files: Any, status: in
     assert (answer.status_code, said in answer.text) == (status, True), answer.text
 
 
-def test_loads_are_counted_by_every_way(alice: httpx2.Client, store: AdapterStore, file: bytes) -> None:
+def test_loads_are_counted_by_every_way(app: Any, alice: httpx2.Client, store: AdapterStore, file: bytes) -> None:
+    metrics = app.state.metrics
+
     def counts() -> dict[str, int]:
-        found = re.findall(r'^lorac_adapter_load_seconds_count{.*way="(.*)"} (.*)$', alice.get("/metrics").text, re.M)
+        found = re.findall(r'^lorac_adapter_load_seconds_count{.*way="(.*)"} (.*)$', metrics.expose().decode(), re.M)
         return {way: int(float(count)) for way, count in found}
 
     before = counts()

@@ -1,0 +1,80 @@
+"""The command `lorac serve`: its options are the settings, and it serves what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner
+
+import lorac
+from lorac.cli import app
+from lorac.serving import ServingSettings, build_app, run, server
+from lorac.serving.store import StoreQuotas
+from tests.decoders import DECODERS, IDS
+from tests.refusing import refuses
+from tests.serving.models import make_tokenizer
+
+
+def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(server, "run", lambda folder, settings, *_, **more: given.update(more, settings=settings))
+    keys = tmp_path / "keys.json"
+    keys.write_text('{"k": "alice"}')
+    values = {
+        **{"rows": 3, "waiting": 5, "chunk": 16, "name": "m", "max_body_bytes": 7, "max_upload_bytes": 8, "memory": 99},
+        **{"max_spool_bytes": 9, "max_connections": 10, "header_timeout": 1.5, "body_timeout": 2.5, "max_tokens": 11},
+        **{
+            "deadline": 3.5,
+            "pin": "one",
+            "max_output_bytes": 12,
+            "grace": 6.5,
+            "pooling": "cls",
+            "keys": keys,
+            "metrics_port": 4,
+        },
+    }
+    options = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    more = ["--predict", "--no-page", "--quota", "rank=4", "--quota", "seconds=2"]
+    done = CliRunner().invoke(app, ["serve", str(tmp_path), *options, *more])
+    assert done.exit_code == 0, done.output
+    renamed = {"name": "base_name", "max_tokens": "max_new_tokens", "pin": "pinned"}
+    expected = {renamed.get(name, name): value for name, value in values.items() if name != "metrics_port"}
+    expected |= {"keys": {"k": "alice"}, "pinned": ("one",), "predict": True, "page": False}
+    assert dataclasses.asdict(given["settings"]) == expected
+    assert (given["quotas"], given["metrics_port"]) == (StoreQuotas(rank=4, seconds=2), 4)
+    assert CliRunner().invoke(app, ["serve", str(tmp_path)]).exit_code == 0
+    assert given["settings"] == ServingSettings()
+
+
+def test_rejects_a_model_that_it_would_serve_nothing_of() -> None:
+    host = DECODERS["llama"]()
+    compiled = lorac.compile(host, {"one": lorac.LoRA(r=2, targets=["q_proj"])}, example_inputs={"input_ids": IDS})
+    compiled.tokenizer = make_tokenizer()
+    with refuses("unavailable", match="--predict"):
+        build_app(compiled)
+    paths = {getattr(route, "path", "") for route in build_app(compiled, ServingSettings(predict=True)).routes}
+    assert "/v1/chat/completions" not in paths
+
+
+def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list[str]()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def ask(self: uvicorn.Server) -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            found.append(answer.read().decode())
+
+    monkeypatch.setattr(uvicorn.Server, "run", ask)
+    compiled = lorac.load(llama_folder)
+    compiled.tokenizer = make_tokenizer()
+    monkeypatch.setattr(lorac, "load", lambda folder: compiled)
+    run(llama_folder, ServingSettings(keys={"k": "alice"}), metrics_port=port)
+    assert re.search(r"^vllm:num_requests_running", found[0], re.M)
