@@ -41,6 +41,7 @@ def packages() -> dict[str, list[str]]:
 def arrows(known: Mapping[str, list[str]]) -> networkx.DiGraph:
     """Return the boxes and the arrows between them; each box knows its ``members``."""
     modules = grimp.build_graph(PACKAGE, exclude_type_checking_imports=False, cache_dir=None)
+    modules.remove_module(f"{PACKAGE}.__main__")  # a way in, like the interface
     drawn: networkx.DiGraph = networkx.DiGraph()
     drawn.add_nodes_from(known)
     for module in modules.modules - {PACKAGE}:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lorac.adapters.lora_conversion import check_error, check_sizes, replace_by_lora
 from lorac.adapters.truncation import compute_product_svd, find_rank, tail_errors
-from lorac.errors import AdapterNotFound, OptionError
+from lorac.errors import AdapterError, OptionError
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 from lorac.variants.lora import LoRA
@@ -37,7 +37,7 @@ def reduce_rank(
         seed: of the random rows.
 
     Raises:
-        AdapterNotFound: the adapter is of another method.
+        AdapterError: the adapter is of another method.
         OptionError: neither or both of rank and energy are given, or one out of range.
     """
     if (rank is None) == (energy is None):
@@ -71,7 +71,7 @@ def resize(adapter: Adapter, rank: int | None = None, *, tolerance: float | None
             that cannot is refused.
 
     Raises:
-        AdapterNotFound: the adapter is of another method.
+        AdapterError: the adapter is of another method.
         OptionError: neither rank nor tolerance is given, or one out of range.
         CompileError: an error is above ``tolerance`` at this rank.
     """
@@ -94,11 +94,11 @@ def _change_ranks(
 ) -> Adapter:
     """Return a LoRA with the rank at each site that its singular values (…, r) choose."""
     if not isinstance(adapter.variant, LoRA):
-        raise AdapterNotFound(
+        raise AdapterError(
             f"'{adapter.name}' is {adapter.variant.name}, which is not LoRA",
             next_step=adapter.variant.instead or "use a method that edits weights; `lorac variants` lists them"
             if isinstance(adapter.variant, BranchVariant)
-            else "lorac.to_lora(adapter, model, rank=…) makes a LoRA of it; on the command line, lorac convert --rank",
+            else "lorac.to_lora(adapter, model, rank=…) makes a LoRA of it",
         )
     generator = torch.Generator().manual_seed(seed)
     tensors, alphas, errors = {}, {}, {}

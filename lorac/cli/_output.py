@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -15,6 +16,16 @@ from lorac.errors import LoracError, escape_controls
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
+_ARGUMENT = re.compile(r"\b([a-z_]+)=(?![\[{(])('[^']*'|\"[^\"]*\"|[\w.…]+)?")
+"""An argument of a call in Python, with a value that is not a list, mapping or call."""
+_CALLS = {
+    "load_adapter(path, model)": "give --model",
+    "save_adapter(adapter, path, format='gguf', model=model)": "give --model",
+    "lorac.to_lora(adapter, model, rank=…)": "`lorac convert --model MODEL --rank RANK`",
+    "lorac.to_lora(adapter, model)": "`lorac convert --model MODEL`",
+    "import its module": "give --import MODULE",
+}
+"""Next steps in Python -> those of the command line."""
 _UNLIMITED_WIDTH = 1_000_000
 """Columns where the output is not a terminal, so that nothing is cut or wrapped."""
 
@@ -56,6 +67,26 @@ def format_number(value: object) -> str:
 def format_error(error: LoracError) -> str:
     """Return the text of an error."""
     return f"lorac.{type(error).__name__}: {error}"
+
+
+def name_options(step: str, words: Sequence[str], options: Mapping[str, Collection[str]]) -> str:
+    """Return a next step with options in place of arguments of Python.
+
+    Args:
+        step: as the error has it.
+        words: of the command line.
+        options: command -> its options; those of commands that the step names are meant too.
+    """
+    for call, instead in _CALLS.items():
+        step = step.replace(call, instead)
+    commands = [next((word for word in words if word in options), ""), *re.findall(r"\w+", step)]
+    known = {option for command in commands for option in options.get(command, ())}
+
+    def name_option(found: re.Match[str]) -> str:
+        option, value = f"--{found[1].replace('_', '-')}", (found[2] or "").strip("'\"")
+        return found[0] if option not in known else option if value in {"", "True", "…"} else f"{option} {value}"
+
+    return _ARGUMENT.sub(name_option, step)
 
 
 def _to_json(value: object) -> object:

@@ -76,7 +76,7 @@ def sites(
             found, targets
         )
         if not selected:
-            raise no_match_error("(command line)", targets, found)
+            raise no_match_error("(command line)", parse_targets(targets), found)
     report = [
         {
             "site": site.path,

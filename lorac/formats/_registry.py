@@ -3,6 +3,7 @@
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -17,14 +18,17 @@ from lorac.errors import FormatError, LoracError, OptionError, WrongType, neares
 from lorac.formats._format import Evidence, Format
 from lorac.formats._outlines import AdapterOutline
 from lorac.formats.checkpoint import CheckpointFormat
-from lorac.formats.reading import AdapterFile
+from lorac.formats.reading import PICKLES, AdapterFile
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
+from lorac.storage.file_kinds import describe_mistake
 from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
+_INVERSION = frozenset({"emb_params", "string_to_param", "clip_l"})
+"""Names in files of textual inversion, by their trainers."""
 GROUP = "lorac.formats"
 """The package of lorac's own formats, and the entry-point group of others."""
 
@@ -203,12 +207,32 @@ def _find_format(file: AdapterFile) -> Format:
             return _choose_finest(path, matching)
     if file.is_file and file.suffix == ".safetensors":
         file.header  # noqa: B018  (the error of a damaged file says more)
+    kind, separator, step = (_describe_other(file) or "").partition(": ")
     raise FormatError(
-        f"'{path}' is an adapter of no known format; docs/formats.md says how these are recognised: "
+        f"'{path}' is {kind}"
+        if separator
+        else f"'{path}' is an adapter of no known format; docs/formats.md says how these are recognised: "
         + ", ".join(formats()),
-        next_step=_suggest_path(path),
+        next_step=step or _suggest_path(path),
         code="unknown_format",
     )
+
+
+def _describe_other(file: AdapterFile) -> str | None:
+    """Return what a path that is not an adapter leads to, and what to do, where it is a usual mistake."""
+    if not file.path.is_dir() and not file.path.is_file():
+        return "neither a file nor a folder: give the path of one"
+    lone = [name for name in sorted(file.names or {file.path.name}) if name.startswith("adapter_model.")]
+    if lone:
+        return f"without adapter_config.json next to {lone[0]}: download the whole folder"
+    names = file.peek_names()
+    if _INVERSION & names or any(name.startswith("<") and name.endswith(">") for name in names):
+        return "an embedding of textual inversion, not an adapter: load_textual_inversion of a pipeline loads it"
+    with contextlib.suppress(OSError), file.open() as opened:
+        begin = opened.read(512)
+        is_pickle = file.suffix in PICKLES and begin.startswith(b"PK")
+        return None if is_pickle else describe_mistake(begin, file.suffix)
+    return None
 
 
 def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:

@@ -66,9 +66,7 @@ class AdapterTuneFormat(AuthorsFormat):
             BaseNeeded: no model is given.
         """
         if view is None:
-            raise BaseNeeded(
-                "AdapterTune's checkpoints hold the whole model", next_step="pass model=; on the command line, --model"
-            )
+            raise BaseNeeded("AdapterTune's checkpoints hold the whole model", next_step="pass model=")
         # In a file the parameters within blocks have a level more.
         whole = {_BLOCK.sub(r"\1.block.\2", name): view.tensor(name) for name in view.module.state_dict()}
         contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in {**whole, **tensors}.items()}

@@ -76,7 +76,7 @@ def _factorise(adapter: Adapter, path: str, view: ModelView | None) -> Tensors:
     if view is None:
         raise BaseNeeded(
             f"the factors of adapter '{adapter.name}' are those of the base's weights",
-            next_step="pass model=; on the command line, --model",
+            next_step="pass model=",
         )
     if path not in view.sites:
         raise no_site_error(adapter.name, path, view)

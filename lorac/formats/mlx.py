@@ -188,7 +188,7 @@ def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: Mod
     if view is None:
         raise BaseNeeded(
             f"'{folder}' holds parameters by name, and which are weights of layers depends on the model",
-            next_step="load_adapter(path, model); on the command line, --model",
+            next_step="load_adapter(path, model)",
         )
     adapter = Adapter(name, Full())
     layers = {site.weight: site for site in view.sites.values() if site.weight}

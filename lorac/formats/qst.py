@@ -64,7 +64,7 @@ class QstFormat(Format):
         if view is None:
             raise BaseNeeded(
                 f"'{path}' does not hold the number of attention heads, which is the model's",
-                next_step="pass model=; on the command line, --model",
+                next_step="pass model=",
             )
         stored: dict[str, tuple[str, Tensor]] = {}  # parameter -> its place in the files, and its tensor
         for part_name in _TABLE:

@@ -61,7 +61,7 @@ class StoredModel:
             raise CompileError(
                 f"'{folder}' holds a quantised model, and changes of its weights can be neither added nor extracted",
                 next_step="give the model as it was before"
-                + ("" if dequantize is None else ", or dequantize=True (--dequantize) to merge into its float values"),
+                + ("" if dequantize is None else ", or dequantize=True to merge into its float values"),
                 code="not_mergeable",
             )
         as_stored = ShardedTensors(folder)

@@ -22,6 +22,7 @@ from lorac.errors import ArtifactError, BaseNeeded, LoracError
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.limits import claim_memory
+from lorac.storage.file_kinds import describe_mistake
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json, parse_object
 
@@ -125,7 +126,11 @@ def read_header_text(file: OpenFile, refuse: Refuse) -> bytes:
     with file.path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if file.size < 8 or length > min(file.size - 8, MAX_HEADER):
-            raise refuse(f"it promises {length} bytes of header, the file has {file.size} bytes")
+            opened.seek(0)
+            kind = describe_mistake(opened.read(512), file.where.suffix)
+            raise refuse(
+                f"it is {kind}" if kind else f"it promises {length} bytes of header, the file has {file.size} bytes"
+            )
         claim_memory(length, "its header")
         return opened.read(length)
 

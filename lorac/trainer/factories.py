@@ -84,7 +84,8 @@ def _make_adapter(
         return lorac.load_adapter(path, model, name)
     start, known = fields.pop("start", None), lorac.variants()
     spec = {"name": fields.pop("method", None), **fields}
-    method, keywords = _look_up(spec, f"adapter '{name}': there is no method", known)
+    step = "`lorac variants` lists the methods; or import its module, which makes one of your own known"
+    method, keywords = _look_up(spec, f"adapter '{name}': there is no method", known, step)
     variant: Variant = _construct(known[method], keywords)
     if start is None:
         return variant
@@ -94,12 +95,15 @@ def _make_adapter(
     return adapter
 
 
-def _look_up(spec: NamedSpec, what: str, known: Collection[str]) -> tuple[str, dict[str, Any]]:
+def _look_up(
+    spec: NamedSpec, what: str, known: Collection[str], next_step: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """Return the name of a spec, one of those that are known, and its keywords."""
     keywords = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = keywords.pop("name", None)
     if not isinstance(name, str) or name not in known:
-        raise not_one_of(what, name, sorted(known))
+        error = not_one_of(what, name, sorted(known))
+        raise OptionError(error.what, nearest=error.nearest, next_step=next_step or error.next_step)
     return name, keywords
 
 

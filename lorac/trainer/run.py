@@ -47,7 +47,9 @@ def train(
     folder = parse_path(out, "out", OptionError)
     checkpoint = checkpoints.find_checkpoint(folder) if resume else None
     if not resume and (checkpoints.list_checkpoints(folder) or (folder / "trainer_state.json").exists()):
-        raise ChoiceError(f"'{folder}' holds a run already", next_step="resume it, or give another folder")
+        raise ChoiceError(
+            f"'{folder}' holds a run already", next_step="resume=True continues it; or give another folder"
+        )
     run = _Run(model, copy.deepcopy(processing_class), recipe, folder)
     trainer = run.make_trainer(None if checkpoint is None else checkpoint.adapters(model))
     trainer.train(resume_from_checkpoint=checkpoint)

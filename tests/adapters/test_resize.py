@@ -70,5 +70,5 @@ def test_refusals():
         lorac.resize(lora(), 1, tolerance=0.01)
     with pytest.raises(lorac.OptionError, match="rank= or tolerance= is needed"):
         lorac.resize(lora())
-    with pytest.raises(lorac.AdapterNotFound, match="which is not LoRA"):
+    with refuses("adapter_error", match="which is not LoRA"):
         lorac.resize(lorac.Adapter("x", lorac.Edit()), 1)

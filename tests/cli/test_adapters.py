@@ -1,6 +1,7 @@
 """Commands about adapters' files: ranks, dtypes, and reports of adapters in the words of the Python functions."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 import lorac
 from lorac.analysis.entanglement import adapter_entanglement
 from lorac.cli import main
+from lorac.cli._output import name_options
 from lorac.testing import assert_close
 from tests.mistakes import Tiny
 
@@ -91,7 +93,7 @@ def test_resize(cli, folder):
         assert all(torch.equal(made.tensors[path][name], tensor) for name, tensor in tensors.items())
     code, _, err = cli("resize", "dora", "small-dora", "--rank", 1)
     assert code == 1
-    assert "lorac.to_lora" in err
+    assert "lorac convert --model MODEL" in err
 
 
 def test_diff(cli, folder):
@@ -106,7 +108,7 @@ def test_diff(cli, folder):
     assert "layers.1.q_proj" in table
     code, _, err = cli("diff", "sql", "dora")
     assert code == 1
-    assert "pass model=" in err
+    assert "pass --model," in err
 
 
 def test_inspect_measures_each_site(cli, folder):
@@ -140,7 +142,7 @@ def test_analyse_entanglement(cli, folder, tmp_path):
     found = json.loads(cli("analyse", "entanglement", "dora", "--model", MODEL, "--json")[1])
     wanted = adapter_entanglement(lorac.load_adapter(folder / "dora", Tiny()), Tiny())
     assert {site: tuple(one["entropies"]) for site, one in found.items()} == {s: w.entropies for s, w in wanted.items()}
-    assert "pass model=" in cli("analyse", "entanglement", "dora")[2]
+    assert "pass --model," in cli("analyse", "entanglement", "dora")[2]
     code, _, err = cli("analyse", "entangled", "sql")
     assert code == 1
     assert "entanglement" in err
@@ -183,3 +185,26 @@ def test_extract(cli, tmp_path, monkeypatch):
     assert code == 1
     assert "the same weights" in err
     assert not (tmp_path / "none").exists()
+
+
+def test_next_steps_name_options(cli):
+    assert (
+        "use --format native; or `lorac convert --model MODEL`" in cli("convert", "dora", "x.gguf", "--to", "gguf")[2]
+    )
+    assert "`lorac convert --model MODEL --rank RANK` makes" in cli("resize", "dora", "x", "--rank", 2)[2]
+    _, _, err = cli("sites", MODEL, "--targets", "q_pro")
+    assert "nearest: q_proj" in err
+    assert "targets=" not in err
+    options = {"run": {"--inputs"}, "compile": {"--cache", "--target", "--inputs"}}
+    for step, wanted in {
+        "compile with cache=True for target='onnxruntime'": "compile with --cache for --target onnxruntime",
+        "give inputs=, or seed=3": "give --inputs, or seed=3",
+        "inputs={'x': 1}": "inputs={'x': 1}",
+        "cache=True": "cache=True",
+    }.items():
+        assert name_options(step, ["run", "x"], options) == wanted
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "lorac", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("lorac ")

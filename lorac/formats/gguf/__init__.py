@@ -61,7 +61,7 @@ class GgufFormat(Format):
         if view is None:
             raise BaseNeeded(
                 f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
-                next_step="load_adapter(path, model); on the command line, --model",
+                next_step="load_adapter(path, model)",
             )
         names = GgufNames.of(view, f"'{path}'")
         stored_for = str(fields[_ARCHITECTURE])
@@ -97,7 +97,7 @@ class GgufFormat(Format):
         if view is None:
             raise BaseNeeded(
                 f"llama.cpp's names of the layers of adapter '{adapter.name}' depend on the model",
-                next_step="save_adapter(adapter, path, format='gguf', model=model); on the command line, --model",
+                next_step="save_adapter(adapter, path, format='gguf', model=model)",
             )
         names = GgufNames.of(view, "a GGUF file")
         weights = {layer: weight for weight, layer in names.paths.items()}
