@@ -343,10 +343,12 @@ class Compiled:
 
         Raises:
             BaseNeeded: the model is gone.
+            Unavailable: modules or weights of ``compiled.host`` were replaced.
         """
         from lorac.session.request.compile_request import CompileRequest
         from lorac.session.request.sources import read_model
 
+        self.engine.check_module()
         model, moved = self.session.host.original()
         given = {"active": dict(self.choice) or None, **self.session.examples, **moved, **options}
         request = CompileRequest.read(dict(self.adapters), target, mode=mode, **given)
@@ -366,10 +368,11 @@ class Compiled:
 
         Raises:
             ArtifactError: the folder holds something else, or other files next to an older artifact.
-            Unavailable: an active adapter is registered only.
+            Unavailable: an active adapter is registered only, or modules or weights of ``compiled.host`` were replaced.
         """
         from lorac.session.saving import save
 
+        self.engine.check_module()
         with self.switch.lock:
             tokenizer = self._tokenizer if tokenizer is None else tokenizer
             save(self.session, self.switch, folder, tokenizer, onnx_adapters=onnx_adapters)

@@ -89,6 +89,9 @@ class Engine(ABC):
         """Suffix of the files of choices (``write_choice``); None where the program does not run without lorac."""
         return None
 
+    def check_module(self) -> None:  # noqa: B027  (an emitted program has no modules)
+        """Raise ``Unavailable`` if children or weights of the copy that it runs are not those of the model."""
+
     def dump(self) -> Mapping[str, Dump]:
         """Return the emitted program as rows of text, by graph; empty where the engine runs the model itself."""
         return {}

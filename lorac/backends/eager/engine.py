@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.backends.eager.branches import BranchRunner
+from lorac.backends.eager.child_modules import ChildModules
 from lorac.backends.eager.forward_call import (
     NO_ADAPTERS,
     ActiveSlots,
@@ -108,6 +109,7 @@ class EagerEngine(Engine):
             path: allocate_buffer(self._find_written_module(plan.site), plan, base) for path, plan in bound.items()
         }
         self._weights.remember(self.buffers.keys() - self._merged)
+        self._children = ChildModules(module)
 
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> "EagerProgram":
         """Bind the slots of the sites that the choice touches; other sites run unchanged."""
@@ -161,8 +163,18 @@ class EagerEngine(Engine):
 
         return end
 
+    def check_module(self) -> None:
+        self._children.check()
+        self._weights.check()
+
     def make_call(self, active: ActiveSlots) -> ForwardCall:
-        """Return the state of a call that begins now, with the terms that it computes."""
+        """Return the state of a call that begins now, with the terms that it computes.
+
+        Raises:
+            Unavailable: modules of the copy were replaced, or weights that a swap writes.
+        """
+        if not torch.compiler.is_compiling():
+            self._children.check()
         if self.mode == "baked" and torch.compiler.is_exporting():
             return ForwardCall(active)  # torch.export stands in for all weights, which hold the choice
         terms = self._terms.current(active.choice)

@@ -103,14 +103,25 @@ class SiteTensors:
         """
         if not any(stored.is_given for stored in self._all):
             return False
-        refused = next((path for path in self._written if any(s and s.is_given for s in self._stored[path])), None)
-        if refused is not None:
-            raise Unavailable(
-                f"the weight of '{refused}', which holds the active adapters, was replaced by another",
-                next_step="compile with mode='live', or give the adapters' own tensors alone, whose names begin with "
-                "adapter_tensors.",
-            )
+        self._refuse(
+            self._written,
+            "compile with mode='live', or give the adapters' own tensors alone, "
+            "whose names begin with adapter_tensors.",
+        )
         return True
+
+    def check(self) -> None:
+        """Refuse tensors that are not the modules' own.
+
+        Raises:
+            Unavailable: a module has another.
+        """
+        self._refuse(self._stored, "change the original model and compile it again")
+
+    def _refuse(self, paths: Iterable[str], step: str) -> None:
+        refused = next((path for path in paths if any(s and s.is_given for s in self._stored[path])), None)
+        if refused is not None:
+            raise Unavailable(f"the weight of '{refused}', where adapters act, was replaced by another", next_step=step)
 
     def make_reader(self) -> BaseReader:
         """Return a reader of W (out, in) and the bias of a site."""

@@ -1,0 +1,58 @@
+"""The children of the modules of a copy that runs: a program is made of the original, and would have no others.
+
+PEFT, trainers that take a ``peft_config=``, and libraries that quantise or fuse layers replace the children of a model
+in place. The base, the adapters, exports and artifacts of a compiled model would not know of it.
+"""
+
+from torch import nn
+
+from lorac.errors import Unavailable, list_some
+
+
+class ChildModules:
+    """The children of all modules of a copy, as they are when it is built.
+
+    Args:
+        model: the copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(path, module) for path, module in model.named_modules() if module._modules]
+        self._paths, self._now = [path for path, _ in named], [module._modules for _, module in named]
+        self._first = [dict(children) for children in self._now]
+
+    def check(self) -> None:
+        """Refuse a copy whose children were replaced since; one that is wrapped, as by ``torch.compile``, is kept.
+
+        Raises:
+            Unavailable: naming the children.
+        """
+        if self._now == self._first:  # compares identities, some 50 ns for a module with children
+            return
+        replaced = {
+            f"{path}.{name}".removeprefix("."): now.get(name)
+            for path, now, first in zip(self._paths, self._now, self._first, strict=True)
+            for name, child in first.items()
+            if child is not None and not _contains(now.get(name), child)
+        }
+        if not replaced:
+            self._first = [dict(children) for children in self._now]
+            return
+        kinds = {
+            "nothing" if child is None else f"{type(child).__module__.partition('.')[0]}'s {type(child).__name__}"
+            for child in replaced.values()
+        }
+        raise Unavailable(
+            f"{list_some(sorted(replaced), 3)} of a compiled model became {', '.join(sorted(kinds))}, "
+            "which its adapters, exports and artifacts do not have",
+            next_step="change the original model and compile it again; for an adapter of PEFT's, give its folder or "
+            "configuration in adapters=",
+        )
+
+
+def _contains(module: nn.Module | None, inner: nn.Module) -> bool:
+    """Return whether a module is another, or contains it and has no other parameters."""
+    if module is None or module is inner:
+        return module is inner
+    same = {*map(id, module.parameters())} == {*map(id, inner.parameters())}
+    return same and any(one is inner for one in module.modules())
