@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from lorac.errors import ChoiceError
 from lorac.ir.slots.choice import UNSET, ChoiceSpec, parse_choice
@@ -75,6 +76,7 @@ def hold_adapters(model: Compiled, adapters: Adapters, scale: float, images: int
 def _scale(model: Compiled, choice: ChoiceSpec, scale: float) -> ChoiceSpec:
     if scale == 1:
         return choice
+    scale = float(scale) if isinstance(scale, Real) else scale  # one of NumPy's too
     parse_choice({"scale": scale}, ["scale"])  # refuses all but numbers
     active = model.choice if choice is UNSET else parse_choice(choice, model.pool)
     return {name: replace(one, strength=one.strength * scale) for name, one in active}

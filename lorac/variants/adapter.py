@@ -15,7 +15,7 @@ _BASE_FACTS = ("base", "layout", TOKEN_ROWS)
 """Entries of the provenance: the hash of the base's weights, the layouts of the sites, and rows that train."""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class Adapter:
     """An adapter: a name, a variant, the sites it targets, and its tensors.
 

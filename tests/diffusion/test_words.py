@@ -191,6 +191,7 @@ def test_the_strength_of_loras_in_encode_prompt_acts(pipeline: Any, file: Path) 
     whole, named, placed = encode(), encode(lora_scale=0.3), encode(None, None, None, 0.3)
     assert pipeline.lora_scale == 0.3 and pipeline.compiled.active == {"style": 1.0}
     pipeline.set_adapters("style", 0.3)
+    assert torch.equal(encode(lora_scale=np.float32(0.5)), encode(lora_scale=0.5))
     assert torch.equal(named, encode()) and torch.equal(placed, named) and not torch.equal(named, whole)
     with refuses("choice_error", match="the strength of 'scale' is 'x', which is not a number"):
         encode(lora_scale="x")
