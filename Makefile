@@ -105,8 +105,10 @@ format: $(STAMP) ## Format the code and apply safe fixes
 bench: $(STAMP) ## Run the benchmarks, whatever fails among them
 	$(BIN)/python -m benchmarks
 
-fuzz: $(STAMP) ## Damage files by the thousand: each loads, or is refused by an error of lorac's
+OPS ?= 4000
+fuzz: $(STAMP) ## Damage files by the thousand, and call ops with hostile operands, 250 a case of OPS=: nothing ends a process
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS) --kind ops --mutations $(OPS)
 
 # Hosts of the zoo alone; they lie beside the environment, whose dependencies they share.
 HOSTS := .cache/zoo-hosts

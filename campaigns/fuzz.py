@@ -2,7 +2,8 @@
 
 Every case has its own seed, so that it can be repeated alone: ``python -m campaigns.fuzz --seed 0 --only 1234``. Cases
 run in forked processes with bounded memory; each is measured. Found is what raises anything else, costs more than
-``lorac.budget`` allows, hangs, or ends the process.
+``lorac.budget`` allows, hangs, or ends the process. The kind ``ops`` calls the ops that a stored program may name, with
+hostile operands (``campaigns.op_calls``), and ``native_op`` that of lorac-native (``campaigns.native_calls``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 import lorac
-from campaigns import mutations, sound, special_files
+from campaigns import mutations, native_calls, op_calls, sound, special_files
 from lorac.limits import ReadBudget
 from lorac.merging import merge_checkpoint
 from lorac.merging.recipe import read_merge_recipe
@@ -48,6 +49,8 @@ CEILING = 4 << 30
 """Address space that a process may take beyond what it was forked with."""
 WEIGHTS = {"native": 6, "peft": 6, "bin": 4, "artifact": 6, "training": 4, special_files.KIND: 6}
 """How often each kind is chosen; every other one half as often as a method's."""
+CALLED: Mapping[str, Callable[[random.Random, Path], None]] = {"ops": op_calls.run, "native_op": native_calls.run}
+"""Kinds that are no files, and are run if asked for -> what makes the calls of a case."""
 KEPT = Path(".cache/fuzz")
 
 
@@ -106,6 +109,8 @@ class Campaign:
         """Write the damaged file of a case into a folder."""
         chance = random.Random(f"{self.seed}/{index}")
         kind = chance.choices(self.kinds, [WEIGHTS.get(kind, 2) for kind in self.kinds])[0]
+        if kind in CALLED:
+            return sound.Sound(kind, "", "", ""), folder, chance
         is_special = kind == special_files.KIND
         chosen = chance.choice(self.sound[chance.choice(sorted(self.sound)) if is_special else kind])
         source = self.folder / chosen.place
@@ -126,6 +131,8 @@ class Campaign:
             seconds, taken = time.process_time() - begun, _peak() - before
         budget = ReadBudget()
         found = bool(detail)
+        if chosen.kind in CALLED:
+            return Result(index, chosen.kind, chosen.what, outcome, found, detail, seconds, taken)
         if seconds > budget.seconds + SLACK_SECONDS:
             outcome, found = f"takes long ({outcome})", True
         if taken > budget.bytes + 3 * size + SLACK_BYTES:
@@ -148,6 +155,9 @@ class Campaign:
         return "loads", ""
 
     def _load(self, chosen: sound.Sound, place: Path, chance: random.Random) -> None:
+        if chosen.kind in CALLED:
+            CALLED[chosen.kind](chance, place)
+            return
         if chosen.kind == "artifact":
             lorac.load(place)
             return
@@ -282,6 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.wait()[1]:
             raise SystemExit("the sound files could not be written")
         torch.set_num_threads(1)  # a forked process waits for ever for threads of its parent
+        if "ops" in given.kind:
+            op_calls.import_lazily()
         campaign = Campaign(given.seed, folder, given.kind)
         campaign.check()
         if given.only is not None:
@@ -298,6 +310,8 @@ def _report(campaign: Campaign, given: argparse.Namespace) -> int:
         if result.found:
             _keep(campaign, result.index)
             print(f"case {result.index}: {result.kind} {result.what}: {result.outcome}\n{result.detail}", flush=True)
+            for latest in campaign.folder.glob(f"{result.index}-*/{op_calls.LATEST}"):  # of a process that ended
+                print(latest.read_text().rstrip(), flush=True)
     print(table(found))
     slowest, largest = max(found, key=lambda r: r.seconds), max(found, key=lambda r: r.bytes)
     wrong = sum(result.found for result in found)

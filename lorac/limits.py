@@ -29,10 +29,13 @@ class ReadBudget:
     Attributes:
         seconds: processor time, without the time that grows with the file's tensors and the model.
         bytes: memory, without the file's contents.
+        operations: multiplications and additions of a call of a loaded eager artifact; None for a number that grows
+            with its inputs and weights.
     """
 
     seconds: float = 2.0
     bytes: int = 256 << 20
+    operations: float | None = None
 
 
 @dataclass
@@ -48,21 +51,27 @@ class _BudgetAccount:
 
 _DEFAULT = ReadBudget()
 _budget: ContextVar[ReadBudget] = ContextVar("budget", default=_DEFAULT)
+_is_trusted: ContextVar[bool] = ContextVar("is_trusted", default=False)
 _account: ContextVar[_BudgetAccount | None] = ContextVar("account", default=None)
 
 
 @contextlib.contextmanager
-def budget(*, seconds: float | None = None, bytes: int | None = None) -> Iterator[ReadBudget]:
+def budget(
+    *, seconds: float | None = None, bytes: int | None = None, operations: float | None = None
+) -> Iterator[ReadBudget]:
     """Change the limits for every file that is read inside the block, by this thread or task.
 
     Args:
         seconds: processor time; default: unchanged, at first 2.
         bytes: memory beyond the file; default: unchanged, at first 256 MiB. A call of a loaded eager artifact may take
             so much too, by default as much as the machine has.
+        operations: multiplications and additions that a call of a loaded eager artifact may take; default: unchanged,
+            at first in proportion to its inputs and weights, far beyond those of a model.
     """
     changed = _budget.get()
     changed = changed if seconds is None else replace(changed, seconds=seconds)
     changed = changed if bytes is None else replace(changed, bytes=bytes)
+    changed = changed if operations is None else replace(changed, operations=operations)
     token = _budget.set(changed)
     try:
         yield changed
@@ -74,6 +83,21 @@ def get_chosen_memory() -> int | None:
     """Return the bytes that a ``budget`` block around this code allows, or None."""
     chosen = _budget.get().bytes
     return None if chosen == _DEFAULT.bytes else chosen
+
+
+def get_chosen_operations() -> float | None:
+    """Return the operations that a ``budget`` block around this code allows, or None."""
+    return _budget.get().operations
+
+
+def read_trusted(is_trusted: bool, read: Callable[[], T]) -> T:
+    """Read a file that the caller trusts, or not."""
+    return run_with_value(_is_trusted, is_trusted, read)
+
+
+def is_trusted() -> bool:
+    """Return whether the caller trusts the file that is being read."""
+    return _is_trusted.get()
 
 
 def charge_reading(file: str | os.PathLike[str], read: Callable[[], T]) -> T:

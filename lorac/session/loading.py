@@ -14,6 +14,7 @@ from lorac.frontend.module_sites import make_module_site
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.choice import parse_choice
 from lorac.ir.slots.program_values import make_once_site
+from lorac.limits import read_trusted
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.traits import traits_from_json
 from lorac.session.adapter_loading import restore_adapter
@@ -31,7 +32,12 @@ from lorac.target.backend import Backend, TargetOptions
 
 
 def load(
-    folder: str | Path, target: str | None = None, device: str | torch.device | None = None, **options: object
+    folder: str | Path,
+    target: str | None = None,
+    device: str | torch.device | None = None,
+    *,
+    trust: bool = False,
+    **options: object,
 ) -> Compiled:
     """Load a compiled model from an artifact of ``compiled.save``, without the original model or its weights.
 
@@ -44,6 +50,8 @@ def load(
     Args:
         target: default: the target it was saved from. An eager artifact can also be compiled for another target.
         device: where it runs; default: where it ran when it was saved.
+        trust: whether you made the artifact, or trust whoever did. An eager one may then call ops that were not tried
+            on hostile operands, and take any number of operations. Otherwise it is refused, and its calls are bounded.
         **options: the target's options that say how a program runs, such as ``threads`` and ``spinning`` of
             onnxruntime; default: as it was saved. An eager artifact that is compiled for another target takes all.
 
@@ -60,7 +68,7 @@ def load(
         return _load_folder(real, target, parsed_device, options)
 
     with translate_os_errors(path, ArtifactError, "read"):
-        return read_consistently(real, read)
+        return read_trusted(trust, lambda: read_consistently(real, read))
 
 
 def _load_folder(

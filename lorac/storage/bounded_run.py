@@ -1,10 +1,13 @@
-"""Running a stored program within the machine's memory: the memory of its results is computed first.
+"""Running a stored program within bounds: its sizes are checked first, and its memory and operations computed.
 
-Ops that are modest by themselves may double each other's results until the system kills the process. So before the
-first call with some shapes, the ops run on torch's meta device, which allocates nothing. Where sizes depend on values,
-each op is measured so before it runs.
+Ops that are modest by themselves may double each other's results until the system kills the process, and a few
+multiplications of matrices take hours. So before the first call with some shapes, the ops run on torch's meta device,
+which allocates and computes nothing, and where shapes that do not fit are errors, whatever a kernel checks. Where sizes
+depend on values, each op is measured so before it runs.
 """
 
+import functools
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -13,17 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lorac.argument_types import Fields, Operands
-from lorac.errors import InputMismatch
-from lorac.limits import get_chosen_memory
+from lorac.errors import InputMismatch, LoracError
+from lorac.limits import get_chosen_memory, get_chosen_operations
 from lorac.storage.op_guards import GuardedOp
 
 _KEPT_SHAPES = 4096
 """Number of input shapes whose peak is remembered; one more, and all are forgotten."""
 _META = torch.device("meta")
+_OPERATIONS, _FACTOR = 1 << 38, 1 << 10
+"""Operations that any call may take, and further ones for each pair of a value of the caller's and a value that the
+program reads. A linear layer takes 2 of a pair; attention to long inputs, and features of pictures, take more."""
+_PER_OP = 1 << 17
+"""Operations in the time that it takes to call an op."""
+_BY_VALUES = frozenset({"repeat_interleave", "one_hot"})
+"""Ops whose results have sizes that depend on values, beyond those of their operands."""
+_OF_MATRICES = ("solve", "inv_", "inverse", "cholesky", "_lu", "qr", "svd", "eig", "det", "matrix_exp", "cdist")
+"""Parts of names of ops that take more operations than they have values."""
 Call = Callable[[fx.Node, Operands, Fields], object]
+Limit = tuple[float, float]
+"""What a call may take: bytes at once, and operations."""
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
 _HAS_SIZE = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})  # absent on Windows
 _MACHINE_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if _HAS_SIZE else sys.maxsize
@@ -34,14 +49,17 @@ class BoundedRun:
 
     Args:
         program: the program.
+        callers: which of its inputs are the caller's.
+        is_trusted: whether it may take any number of operations, and call ops that the meta device lacks.
 
     Attributes:
-        peaks: shapes of inputs -> the most bytes that results take at once; None if that depends on values.
+        peaks: shapes of inputs -> the most bytes that results take at once, and the operations; None if they depend on
+            values.
     """
 
-    def __init__(self, program: fx.GraphModule) -> None:
-        self._program = program
-        self.peaks: dict[tuple[torch.Size, ...], int | None] = {}
+    def __init__(self, program: fx.GraphModule, callers: Sequence[bool], is_trusted: bool) -> None:
+        self._program, self._callers, self._is_trusted = program, callers, is_trusted
+        self.peaks: dict[tuple[torch.Size, ...], tuple[int, float] | None] = {}
         self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         last = {used: node for node in program.graph.nodes for used in (*node.all_input_nodes, node)}
         for used, node in last.items():
@@ -52,37 +70,105 @@ class BoundedRun:
 
         Raises:
             InputMismatch: its results would take more memory at once than the machine has, or than ``lorac.budget``
-                allows.
+                allows, or more operations.
+            Exception: shapes do not fit.
         """
-        shapes, limit = tuple([value.shape for value in values]), get_chosen_memory() or _MACHINE_MEMORY
+        shapes, limit = tuple([value.shape for value in values]), self._find_limit(values)
         peaks = self.peaks  # which another thread may replace
         if shapes not in peaks:
             if len(peaks) >= _KEPT_SHAPES:
                 peaks = self.peaks = {}
-            peaks[shapes] = self._measure([value.to(_META) for value in values])
+            peaks[shapes] = self._measure([value.to(_META) for value in values], limit)
         peak = peaks[shapes]
         if peak is not None:
-            _check(peak, limit)
+            _check(*peak, limit)
             outputs: Sequence[object] = self._program(*values)
             return outputs
-        ledger = _Ledger(values)
+        ledger, counter = _Ledger(values), OperationCounter(limit)
 
         def call(node: fx.Node, args: Operands, kwargs: Fields) -> object:
-            _check(ledger.live + _measure_result(node, args, kwargs), limit)
+            _check(ledger.live + self._measure_result(node, args, kwargs, counter), counter.operations, limit)
             result = node.target(*args, **kwargs)  # type: ignore[operator]  # a stored program calls functions alone
-            _check(ledger.live + sum(size for _, size in _list_storages(result)), limit)
+            _check(ledger.live + sum(size for _, size in _list_storages(result)), counter.operations, limit)
             return result
 
         return _run(self._program.graph, values, self._last_uses, ledger, call)
 
-    def _measure(self, values: Sequence[Tensor]) -> int | None:
-        """Return the peak bytes of results for inputs of these shapes; None if the peak depends on values."""
+    def _find_limit(self, values: Sequence[Tensor]) -> Limit:
+        operations = math.inf if self._is_trusted else get_chosen_operations()
+        if operations is None:
+            sizes = [value.numel() for value in values]
+            callers = sum(size for size, is_callers in zip(sizes, self._callers, strict=True) if is_callers)
+            operations = _OPERATIONS + _FACTOR * float(callers) * sum(sizes)
+        return get_chosen_memory() or _MACHINE_MEMORY, operations
+
+    def _measure(self, values: Sequence[Tensor], limit: Limit) -> tuple[int, float] | None:
+        """Return the peak bytes and the operations for inputs of these shapes; None if they depend on values."""
         ledger = _Ledger(values)
         try:
-            _run(self._program.graph, values, self._last_uses, ledger, _call_on_meta)
-        except Exception:  # an op without a kernel there, one that needs a value, or shapes that do not fit
+            with torch.inference_mode(False), OperationCounter(limit) as counter:
+                _run(self._program.graph, values, self._last_uses, ledger, _call_on_meta)
+        except Exception as error:
+            self._raise_misfit(error)
             return None
-        return ledger.peak
+        return ledger.peak, counter.operations
+
+    def _measure_result(self, node: fx.Node, args: Operands, kwargs: Fields, counter: "OperationCounter") -> int:
+        """Return the bytes that an op is about to allocate for its result, as far as they may exceed its operands'."""
+        given = _to_meta((args, kwargs))
+        try:
+            with torch.inference_mode(False), counter:
+                made = _call_on_meta(node, *given)
+        except Exception as error:
+            self._raise_misfit(error)
+            return _measure_by_values(node, [*_list_tensors((args, kwargs))])
+        operands = {address for address, _ in _list_storages(given)}
+        return sum(size for address, size in _list_storages(made) if address not in operands)
+
+    def _raise_misfit(self, error: Exception) -> None:
+        """Raise what the meta device raised, unless it lacks the op or needs a value."""
+        if isinstance(error, LoracError) or not (self._is_trusted or isinstance(error, NotImplementedError)):
+            raise error
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of ops that run on the meta device, of which others are composed.
+
+    Args:
+        limit: raises ``InputMismatch`` as soon as they are too many.
+
+    Attributes:
+        operations: their number.
+    """
+
+    def __init__(self, limit: Limit) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
+        self.operations, self._limit = 0.0, limit
+
+    def __torch_dispatch__(
+        self, op: torch._ops.OpOverload, types: object, args: Operands = (), kwargs: Fields | None = None
+    ) -> object:
+        if torch.Tag.data_dependent_output in op.tags:
+            raise NotImplementedError(f"{op} needs values")
+        result = op(*args, **(kwargs or {}))
+        self.operations += _PER_OP + count_operations(op, args, kwargs or {}, result)
+        _check(0, self.operations, self._limit)
+        return result
+
+
+def count_operations(op: torch._ops.OpOverload, args: Operands, kwargs: Fields, result: object) -> float:
+    """Return the operations of an op: those of products by torch's formulas, else at least one for each value."""
+    tensors = [*_list_tensors((args, kwargs, result))]
+    # A kernel may run along an axis although another one is empty.
+    values = sum(tensor.numel() or math.prod(max(size, 1) for size in tensor.shape) for tensor in tensors)
+    formula = flop_registry.get(op._overloadpacket)
+    if formula is not None:
+        return float(values + formula(*args, **kwargs, out_val=result))
+    if "pool" in op._opname and isinstance(args[1], Sequence):  # each result reads a window
+        return float(values) * math.prod(args[1])
+    if any(part in op._opname for part in _OF_MATRICES):  # each result reads a row
+        return float(values) * max((size for tensor in tensors for size in tensor.shape[-2:]), default=1)
+    return float(values)
 
 
 class _Ledger:
@@ -126,50 +212,72 @@ def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger:
 
 
 def _call_on_meta(node: fx.Node, args: Operands, kwargs: Fields) -> object:
-    """Call an op with operands on the meta device, without its guard, which reads values."""
+    """Call an op with operands on the meta device, without a guard that reads values."""
     target: Any = node.target
+    if isinstance(target, GuardedOp) and not target.reads_values:
+        target.check_operands(args, kwargs)
     op = target.op if isinstance(target, GuardedOp) else target
     op = torch.ops.aten.reshape.default if op is torch.ops.aten.view.default else op  # strides may differ there
-    args, kwargs = pytree.tree_map_only(torch.device, lambda _: _META, (args, kwargs))
-    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
-    if any(argument.kwarg_only and argument.name == "device" for argument in arguments):
-        kwargs = {"device": _META, **kwargs}
-    return op(*args, **kwargs)
-
-
-def _measure_result(node: fx.Node, args: Operands, kwargs: Fields) -> int:
-    """Return the bytes that an op is about to allocate for its result, as far as they may exceed its operands'."""
-    given = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(_META), (args, kwargs))
+    args, kwargs = _to_meta((args, kwargs))
     try:
-        made = _call_on_meta(node, *given)
-    except Exception:  # as in ``BoundedRun._measure``
-        return _measure_by_values(
-            node, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        )
-    operands = {address for address, _ in _list_storages(given)}
-    return sum(size for address, size in _list_storages(made) if address not in operands)
+        return op(*args, **({"device": _META, **kwargs} if _takes_device(op) else kwargs))
+    except RuntimeError as error:
+        if op._opname not in _BY_VALUES:
+            raise
+        raise NotImplementedError(f"{op} needs values") from error
+
+
+@functools.cache
+def _takes_device(op: object) -> bool:
+    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
+    return any(argument.kwarg_only and argument.name == "device" for argument in arguments)
+
+
+def _to_meta(value: Any) -> Any:
+    """Return operands on the meta device."""
+    if isinstance(value, Tensor):
+        return value.to(_META)
+    if isinstance(value, list | tuple):
+        return [*map(_to_meta, value)]
+    if isinstance(value, dict):
+        return {key: _to_meta(item) for key, item in value.items()}
+    return _META if isinstance(value, torch.device) else value
+
+
+def _list_tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _list_tensors(item)
+    elif isinstance(value, dict):
+        yield from _list_tensors([*value.values()])
 
 
 def _measure_by_values(node: fx.Node, tensors: Sequence[Tensor]) -> int:
     """Return the bytes of a result whose size depends on its operands' values; 0 for other ops."""
-    name = getattr(node.target, "_opname", "")
-    if name not in {"repeat_interleave", "one_hot"} or not tensors or not tensors[-1].numel():
+    name = getattr(getattr(node.target, "op", node.target), "_opname", "")
+    if name not in _BY_VALUES or not tensors or not tensors[-1].numel():
         return 0
     first, last = tensors[0], tensors[-1]
     if name == "one_hot":
         return last.numel() * (int(last.max()) + 1) * last.itemsize
-    return int(last.sum()) * first.numel() // last.numel() * first.itemsize
+    return int(float(last.double().sum()) * first.numel() / last.numel() * first.itemsize)
 
 
 def _list_storages(value: object) -> Iterator[tuple[int, int]]:
     """Yield address and size of each distinct storage of a result."""
-    storages = (leaf.untyped_storage() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    storages = (tensor.untyped_storage() for tensor in _list_tensors(value))
     yield from {storage._cdata: storage.nbytes() for storage in storages}.items()
 
 
-def _check(size: int, limit: int) -> None:
-    if size > limit:
-        raise InputMismatch(
-            f"with these inputs the stored program takes {size >> 20} MiB at once, more than {limit >> 20} MiB",
-            next_step="give fewer rows or a shorter sequence; lorac.budget(bytes=...) around the call sets the limit",
-        )
+def _check(size: int, operations: float, limit: Limit) -> None:
+    if size <= limit[0] and operations <= limit[1]:
+        return
+    amount, name = f"{size >> 20} MiB at once, more than {limit[0] / (1 << 20):.0f} MiB", "bytes"
+    if size <= limit[0]:
+        amount, name = f"{operations:.1e} operations, more than {limit[1]:.1e}", "operations"
+    raise InputMismatch(
+        f"with these inputs the stored program takes {amount}",
+        next_step=f"give fewer rows or a shorter sequence; around the call lorac.budget({name}=...) sets the limit",
+    )

@@ -1,6 +1,7 @@
-"""Checks before ops whose kernels do not check their operands: with wrong shapes or offsets they read beyond a tensor.
+"""Checks before ops whose kernels do not check their operands.
 
-A captured program has no such calls; a file that somebody wrote may. Seen on the CPU with torch 2.13.
+With wrong shapes or offsets these kernels read beyond a tensor, and the quotient of the smallest integer and -1 ends
+the process. A captured program has no such calls; a file that somebody wrote may. Seen on the CPU with torch 2.13.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lorac.argument_types import Fields, Operands
 from lorac.errors import ArtifactError
 
 
@@ -16,11 +18,14 @@ class GuardedOp:
 
     Args:
         fits: returns whether the operands fit together.
+
+    Attributes:
+        reads_values: whether the check needs values of tensors, not only their shapes.
     """
 
     def __init__(self, op: torch._ops.OpOverload, fits: Callable[..., bool]) -> None:
-        self.op, self.fits = op, fits
-        self.__name__, self.__module__ = f"guarded_{op._opname}", __name__
+        self.op, self.fits, self.reads_values = op, fits, fits in _READ_VALUES
+        self.__name__, self.__module__, self.__wrapped__ = f"guarded_{op._opname}", __name__, op
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Check the operands and call the op.
@@ -29,38 +34,91 @@ class GuardedOp:
             ArtifactError: they do not fit together.
         """
         # While a program is exported its operands are symbolic, and nothing is computed.
-        if not torch.compiler.is_compiling() and not self.fits(*args, **kwargs):
-            raise ArtifactError(f"the program calls '{self.op}' with operands that do not fit together")
+        if not torch.compiler.is_compiling():
+            self.check_operands(args, kwargs)
         return self.op(*args, **kwargs)
+
+    def check_operands(self, args: Operands, kwargs: Fields) -> None:
+        """Check operands, whether they are given in order or by name.
+
+        Raises:
+            ArtifactError: they do not fit together.
+        """
+        arguments = self.op._schema.arguments
+        given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+        if not self.fits(*(given.get(argument.name, argument.default_value) for argument in arguments)):
+            raise ArtifactError(f"the program calls '{self.op}' with operands that do not fit together")
 
 
 def guard_op(op: torch._ops.OpOverload) -> Callable[..., object]:
     """Return an op, guarded if its kernel believes its operands."""
-    fits = _CHECKS.get(op._opname)
+    fits = find_check(op)
     return op if fits is None else GuardedOp(op, fits)
 
 
-def _fits_attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> bool:
+def find_check(op: torch._ops.OpOverload) -> Callable[..., bool] | None:
+    """Return the check of an op's operands, in the order of its arguments; None if its kernel checks them."""
+    return _CHECKS.get(f"{op._opname}.{op._overloadname}", _CHECKS.get(op._opname))
+
+
+def _fits_attention(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool:
     return key.dim() > 1 and query.shape[-1:] == key.shape[-1:] and key.shape[-2:-1] == value.shape[-2:-1]
 
 
-def _fits_bags(weight: Tensor, indices: Tensor, offsets: Tensor, *_: object, **__: object) -> bool:
+def _fits_bags(
+    weight: Tensor, indices: Tensor, offsets: Tensor, _a: bool, _b: int, _c: bool, _d: object, ends: bool, *_: object
+) -> bool:
     bounds = torch.cat((offsets.new_zeros(1), offsets, offsets.new_full((1,), indices.numel())))
-    return offsets.dim() == 1 and bool((bounds.diff() >= 0).all())
+    return offsets.dim() == 1 and len(offsets) > ends and bool((bounds.diff() >= 0).all())
 
 
 def _fits_norm(v: Tensor, g: Tensor, dim: int = 0) -> bool:
-    return g.numel() == (v.shape[dim] if dim != -1 else 1)
+    return v.numel() > 0 and g.numel() == (v.shape[dim] if dim != -1 else 1)
 
 
-def _fits_batch_norm(x: Tensor, *parameters: object, **_: object) -> bool:
+def _fits_batch_norm(x: Tensor, *parameters: object) -> bool:
     return all(parameter.shape == x.shape[1:2] for parameter in parameters if isinstance(parameter, Tensor))
+
+
+def _fits_own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, *_: float) -> bool:
+    return training and _fits_batch_norm(x, weight, bias)
+
+
+def _fits_transform(x: Tensor, dims: Sequence[int], *_: object) -> bool:
+    return 0 < len(dims) == len({*dims}) and all(0 <= dim < x.dim() and x.shape[dim] > 0 for dim in dims)
+
+
+def _fits_inverse(x: Tensor, dims: Sequence[int], _: int, size: int) -> bool:
+    return _fits_transform(x, dims) and 0 < size // 2 + 1 == x.shape[dims[-1]]
+
+
+def _fits_windows(_: Tensor, *windows: Sequence[int]) -> bool:
+    return all(abs(number) < _MOST_PADDING for window in windows for number in window)
+
+
+def _fits_repeats(*operands: object) -> bool:
+    repeats = [operand for operand in operands[:2] if isinstance(operand, Tensor)][-1]
+    return bool((repeats >= 0).all()) and float(repeats.double().sum()) < _MOST_REPEATS
+
+
+def _fits_classes(x: Tensor, *_: object) -> bool:
+    return x.numel() == 0 or int(x.max()) < _MOST_REPEATS // x.numel()
+
+
+def _fits_quotient(a: Tensor | float, b: Tensor | float, *_: object) -> bool:
+    kind = torch.result_type(a, b)
+    if kind.is_floating_point or kind.is_complex or kind in (torch.bool, torch.uint8):
+        return True
+    least = torch.iinfo(kind).min
+    return not any(bool((torch.as_tensor(value).to(kind) == least).any()) for value in (a, b))
 
 
 def _fits_lstm(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *settings: int) -> bool:
     has_biases, layers, _, _, bidirectional, batch_first = settings
     hidden, cells = states[0].shape[-1], states[1].shape[-1]
     directions, batch = 1 + bidirectional, x.shape[0 if batch_first else 1]
+    if layers * directions > len(params):
+        return False
     expected: list[tuple[int, ...]] = []
     for layer in range(layers):
         width = hidden * directions if layer else x.shape[-1]
@@ -75,7 +133,22 @@ _CHECKS: Mapping[str, Callable[..., bool]] = {
     "scaled_dot_product_attention": _fits_attention,
     "embedding_bag": _fits_bags,
     "_weight_norm": _fits_norm,
-    "_native_batch_norm_legit": _fits_batch_norm,
+    "_native_batch_norm_legit": _fits_own_statistics,
     "_native_batch_norm_legit_no_training": _fits_batch_norm,
     "lstm": _fits_lstm,
+    "col2im": _fits_windows,
+    "im2col": _fits_windows,
+    "one_hot": _fits_classes,
+    "repeat_interleave.Tensor": _fits_repeats,
+    "repeat_interleave.self_Tensor": _fits_repeats,
+    "_fft_c2c": _fits_transform,
+    "_fft_r2c": _fits_transform,
+    "_fft_c2r": _fits_inverse,
+    **dict.fromkeys(("div.Tensor_mode", "div.Scalar_mode", "divide.Tensor_mode", "divide.Scalar_mode"), _fits_quotient),
+    **dict.fromkeys(("floor_divide", "remainder", "fmod", "lcm", "gcd"), _fits_quotient),
 }
+_MOST_PADDING = 1 << 24
+"""Far below what wraps in 32 bits when it is multiplied."""
+_READ_VALUES = (_fits_bags, _fits_classes, _fits_quotient, _fits_repeats)
+_MOST_REPEATS = 1 << 40
+"""Far below what wraps in 64 bits, which the kernel does not notice."""

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lorac.errors import ArtifactError, Unavailable, short
-from lorac.limits import claim_memory
+from lorac.limits import claim_memory, is_trusted
 from lorac.storage.bounded_run import BoundedRun
 from lorac.storage.op_guards import GuardedOp
 from lorac.storage.op_names import find_op, op_name
@@ -125,7 +125,7 @@ class StoredProgram(nn.Module):
             [inspect.Parameter(name, kind) for name, tensor in self.inputs if tensor is None]
         )
         self.forward = forward
-        self.bounded = BoundedRun(self.program)
+        self.bounded = BoundedRun(self.program, [tensor is None for _, tensor in self.inputs], is_trusted())
 
     def call_bounded(self, given: Mapping[str, Tensor]) -> Sequence[Any]:
         """Return the outputs for some inputs; raise ``InputMismatch`` if memory for them lacks (``BoundedRun``)."""

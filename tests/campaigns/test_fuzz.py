@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 import lorac
-from campaigns import fuzz, mutations, sound
+from campaigns import fuzz, mutations, native_calls, op_calls, sound
 from lorac.formats import formats
 from lorac.formats.peft.config import peft_types
+from tests.native.library import PACKAGE, build_package, needs_compiler
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it forks, and reads its memory from /proc")
 ROOT = Path(__file__).parents[2]
@@ -128,3 +130,34 @@ def test_a_process_that_ends_or_hangs_is_found(campaign: fuzz.Campaign, monkeypa
     monkeypatch.setattr(fuzz, "HANGS_AFTER", 1.0)
     found = {result.index: result.outcome for result in fuzz.results(campaign, range(6), workers=2)}
     assert found == {0: "loads", 1: "ends the process (9)", 2: "loads", 3: "hangs", 4: "loads", 5: "loads"}
+
+
+def test_calls_ops_with_hostile_operands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_calls, "CALLS", 40)
+    op_calls.run(random.Random(0), tmp_path)
+    assert (tmp_path / op_calls.LATEST).read_text().startswith("39 ")
+    monkeypatch.setattr(op_calls, "LONGEST", -1.0)
+    with pytest.raises(RuntimeError, match="0 s: 0 "):
+        op_calls.run(random.Random(0), tmp_path)
+    monkeypatch.setattr(op_calls, "LONGEST", 5.0)
+    monkeypatch.setattr(op_calls, "_call", lambda *_: os._exit(3))
+    calls = fuzz.Campaign.__new__(fuzz.Campaign)
+    calls.seed, calls.folder, calls.kinds = 0, tmp_path, ["ops"]
+    assert [(r.outcome, r.found) for r in fuzz.results(calls, range(1), workers=1)] == [("ends the process (3)", True)]
+    assert "aten" in next(tmp_path.glob(f"0-*/{op_calls.LATEST}")).read_text()
+
+
+def test_every_sound_call_answers() -> None:
+    answered = set()
+    for op, make in op_calls._sound_calls():
+        with contextlib.suppress(RuntimeError):  # another overload's operands
+            op_calls.guard_op(op)(*make())
+            answered |= {op._opname, f"{op._opname}.{op._overloadname}"}
+    assert not op_calls.SOUND.keys() - answered - {"div.Tensor_mode"}  # it takes its mode by name
+
+
+@needs_compiler
+def test_runs_malformed_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_calls, "find_library", lambda: str(build_package() / PACKAGE / "liblorac_native.so"))
+    native_calls.run(random.Random(0), tmp_path)
+    assert "widths=" in (tmp_path / op_calls.LATEST).read_text()
