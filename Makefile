@@ -55,9 +55,10 @@ soak-bank: $(STAMP) ## The same to adapters on disk under a budget, which are re
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.soak_bank --operations $(OPERATIONS) --seed $(SEED)
 
 REQUESTS ?= 20000
-soak-serve: $(STAMP) ## Send thousands of requests to a scheduler, and over HTTP; SEED= and REQUESTS= choose
+soak-serve: $(STAMP) ## Send thousands of requests to a scheduler, over HTTP, and next to hostile tenants; SEED= and REQUESTS= choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.serve --requests $(REQUESTS) --seed $(SEED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.serve_http --requests $(REQUESTS) --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.hostile --seed $(SEED)
 
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)

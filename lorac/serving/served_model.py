@@ -72,7 +72,9 @@ def decodes(model: ServedModel) -> bool:
 class RowComputer(Protocol):
     """Computes rows of a model's inputs: ``RowBatches``, or one that has them computed elsewhere."""
 
-    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Mapping[str, Tensor]: ...
+    async def compute(
+        self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], tenant: str = ""
+    ) -> Mapping[str, Tensor]: ...
 
     def close(self) -> None: ...
 

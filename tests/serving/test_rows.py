@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import io
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from lorac.serving.rows.row_batches import RowBatches
 from tests.decoders import VOCABULARY
 from tests.limits import ROWS
+from tests.refusing import refuses
 from tests.serving.models import make_app, make_encoder, serve, wait_until
 
 TEXTS = ["First", "a second one", "x"]
@@ -142,3 +145,31 @@ def test_rejects_bytes_that_are_not_an_npz(address: str) -> None:
         for content in (b"", b"PK\x03\x04", b"x" * 50):
             answer = http.post("/v1/predict", content=content, headers={"content-type": "application/x-npz"})
             assert (answer.status_code, "npz" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_rows_of_tenants_take_turns(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, order, call = threading.Event(), list[str](), RowBatches._call
+    row = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.int64)}
+
+    def gated(batches: RowBatches, jobs: Any) -> Any:
+        assert opened.wait(60)
+        order.extend(job.tenant for job in jobs)
+        return call(batches, jobs)
+
+    monkeypatch.setattr(RowBatches, "_call", gated)
+    batches = RowBatches(encoder, 1, 2)
+
+    async def run() -> None:
+        tasks = list[asyncio.Task[Any]]()
+        for tenant, waiting in (("alice", 0), ("alice", 1), ("alice", 2), ("bob", 3)):
+            tasks.append(asyncio.create_task(batches.compute(row, ["one"], tenant)))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(wait_until, lambda waiting=waiting: len(batches._jobs) == waiting)
+        with refuses("queue_full"):
+            await batches.compute(row, ["one"], "alice")
+        opened.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    batches.close()
+    assert order == ["alice", "bob", "alice", "alice"]

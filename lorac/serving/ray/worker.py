@@ -109,7 +109,7 @@ class Worker:
         return Grammars.of(self._compiled)
 
     async def compute(
-        self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], files: Mapping[str, SharedFile]
+        self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], files: Mapping[str, SharedFile], tenant: str
     ) -> Mapping[str, Tensor] | LoracError:
         """Return rows of the model's outputs, or why there are none.
 
@@ -118,7 +118,7 @@ class Worker:
         """
         try:
             await asyncio.to_thread(self._files.add, files)
-            return await self._rows.compute(inputs, choices)
+            return await self._rows.compute(inputs, choices, tenant)
         except LoracError as error:
             return error
 

@@ -67,10 +67,12 @@ class RemoteRows:
     def __init__(self, pool: RemoteAdapters, workers: DeploymentHandle) -> None:
         self._pool, self._workers = pool, workers
 
-    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Mapping[str, Tensor]:
+    async def compute(
+        self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], tenant: str = ""
+    ) -> Mapping[str, Tensor]:
         """Return the rows of every output, by name; raises as ``RowBatches.compute``."""
         files = self._pool.find_files(choices)
-        return cast("Mapping[str, Tensor]", await call_worker(self._workers, "compute", inputs, choices, files))
+        return cast("Mapping[str, Tensor]", await call_worker(self._workers, "compute", inputs, choices, files, tenant))
 
     def close(self) -> None:
         """Do nothing: workers end by themselves."""

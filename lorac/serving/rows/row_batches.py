@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import itertools
-import queue
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lorac.errors import InputMismatch, OverBudget, Unavailable, drop_frames
+from lorac.errors import InputMismatch, Unavailable, drop_frames
 from lorac.ir.slots.choice import ChoiceSpec
+from lorac.runtime.scheduling.shared_line import check_line
 from lorac.session.compiled import Compiled
 
 Outputs: TypeAlias = Mapping[str, Tensor]
@@ -27,11 +27,13 @@ class _RowJob:
     Attributes:
         inputs: name -> (rows, …).
         choices: of adapters, one per row.
+        tenant: who asks.
         result: becomes the rows of every output.
     """
 
     inputs: Mapping[str, Tensor]
     choices: Sequence[ChoiceSpec]
+    tenant: str
     result: concurrent.futures.Future[Outputs] = field(default_factory=concurrent.futures.Future)
 
     @property
@@ -52,24 +54,23 @@ class RowBatches:
 
     def __init__(self, compiled: Compiled, rows: int, waiting: int) -> None:
         self._compiled, self._rows = compiled, rows
-        self._jobs: queue.Queue[_RowJob | None] = queue.Queue(waiting)
+        self._waiting, self._jobs, self._changed, self._closing = waiting, list[_RowJob](), threading.Condition(), False
+        self._turns, self._numbers = dict[str, int](), itertools.count()
         self._thread = threading.Thread(target=self._work, name="lorac-rows", daemon=True)
         self._thread.start()
 
-    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Outputs:
+    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], tenant: str = "") -> Outputs:
         """Return the rows of every output, by name.
 
         Raises:
-            OverBudget: as many requests wait as may (code ``queue_full``).
+            OverBudget: as many requests of the tenant wait as may (code ``queue_full``).
             LoracError: as a call of the model.
         """
-        job = _RowJob(inputs, choices)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise OverBudget(
-                f"{self._jobs.maxsize} requests wait", next_step="send it again later", code="queue_full"
-            ) from None
+        job = _RowJob(inputs, choices, tenant)
+        with self._changed:
+            check_line([one.tenant for one in self._jobs], tenant, 1, self._waiting)
+            self._jobs.append(job)
+            self._changed.notify()
         try:
             return await asyncio.wrap_future(job.result)
         finally:
@@ -77,28 +78,29 @@ class RowBatches:
 
     def close(self) -> None:
         """Return when the waiting jobs have been computed."""
-        self._jobs.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join()
 
     def _work(self) -> None:
-        following, ended = None, False
-        while not ended and (first := following or self._jobs.get()) is not None:
-            jobs, following, ended = self._gather(first)
+        while jobs := self._gather():
             self._run([job for job in jobs if job.result.set_running_or_notify_cancel()])
-            del first, jobs  # else the last outputs stay in memory while no request comes
+            del jobs  # else the last outputs stay in memory while no request comes
 
-    def _gather(self, first: _RowJob) -> tuple[list[_RowJob], _RowJob | None, bool]:
-        """Return jobs for one call, the first job of the next one, and whether the queue has ended."""
-        jobs, count = [first], len(first.choices)
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is None:
-                return jobs, None, True
-            if job.form != first.form or count + len(job.choices) > self._rows:
-                return jobs, job, False
-            jobs.append(job)
-            count += len(job.choices)
-        return jobs, None, False
+    def _gather(self) -> list[_RowJob]:
+        """Wait for jobs and return those of one call, the tenant first whose turn is longest ago; none at the end."""
+        jobs, count = list[_RowJob](), 0
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            for job in sorted(self._jobs, key=lambda one: self._turns.get(one.tenant, -1)):
+                if not jobs or (job.form == jobs[0].form and count + len(job.choices) <= self._rows):
+                    jobs.append(job)
+                    count += len(job.choices)
+            for job in jobs:
+                self._jobs.remove(job)
+                self._turns[job.tenant] = next(self._numbers)
+        return jobs
 
     def _run(self, jobs: Sequence[_RowJob]) -> None:
         """Compute some jobs in one call; if that fails, each in its own."""

@@ -83,7 +83,7 @@ async def embed(fields: EmbeddingBody, http: fastapi.Request) -> Response:
         return _encode(state.compiled.tokenizer, texts, most), choices
 
     inputs, choices = await run_in_threadpool(read)
-    outputs = await state.rows.compute(inputs, choices)
+    outputs = await state.rows.compute(inputs, choices, http.state.tenant)
 
     def write() -> Response:
         vectors = _pool(outputs, inputs["attention_mask"], state.settings.pooling)
@@ -119,7 +119,7 @@ async def predict(http: fastapi.Request) -> Response:
         return model, inputs, _read_choices(http, model, adapters, rows)
 
     model, inputs, choices = await run_in_threadpool(read)
-    outputs = await state.rows.compute(inputs, choices)
+    outputs = await state.rows.compute(inputs, choices, http.state.tenant)
 
     def write() -> Response:
         _check_size(sum(value.nbytes for value in outputs.values()), most)

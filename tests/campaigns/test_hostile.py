@@ -1,0 +1,20 @@
+"""The campaign of hostile tenants, in short: each attack is made, and the victim is answered."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from campaigns import hostile
+
+
+@pytest.mark.slow("serving/test_tenants.py has each bound by itself")
+def test_measures_a_victim_next_to_each_attack(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostile, "MOST_TIMES", 100.0)  # few requests on a busy machine
+    hostile.main(["--requests", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split(r"\s{2,}", line)[0] for line in lines[1:]] == ["nobody", *hostile.ATTACKS, "nobody, again"]
+    assert all(re.search(r" ms  0; {", line) for line in lines[2:-1])
