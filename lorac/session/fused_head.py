@@ -82,7 +82,9 @@ def _refuse_base_as_reference(compiled: Any) -> None:
     if frame is None or frame.f_locals.get("ref_model") is not None:
         return
     preparer, adapters = compiled.session.preparer, compiled.adapters
-    moved = next((name for name, _ in compiled.choice if _moves_base(preparer, adapters[name])), None)
+    moved = next(
+        (name for name, _ in compiled.choice if name in adapters and _moves_base(preparer, adapters[name])), None
+    )
     if moved is not None:
         trainer = type(frame.f_locals["self"])
         given = "ref_model" in inspect.signature(trainer).parameters
