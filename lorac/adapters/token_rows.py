@@ -22,13 +22,17 @@ def split_token_rows(adapter: Adapter, view: ModelView) -> Adapter:
     Args:
         adapter: one that fits the model; its provenance tells the rows. Without such rows it is returned as it is.
     """
+    sites = (site for site in view.sites.values() if site.kind in TrainableTokens.kinds and site.is_layer)
+    paths = {site.weight: site.path for site in sites if not site.transposed}
     numbers: dict[tuple[int, ...], list[str]] = {}
     for name, own in adapter.provenance.get(TOKEN_ROWS, {}).items():
-        numbers.setdefault(tuple(own), []).append(name)
+        if name in paths:
+            numbers.setdefault(tuple(own), []).append(name)
     if not numbers:
         return adapter
-    paths = {site.weight: path for path, site in view.sites.items()}
-    parts = [replace(adapter.variant, targets=adapter.sites, exclude=(), layers=())]
+    parts = list(adapter.variant.methods)
+    if not isinstance(adapter.variant, Union):
+        parts = [replace(adapter.variant, targets=adapter.sites, exclude=(), layers=())]
     tensors, rest = dict(adapter.tensors), dict(adapter.replaced)
     for own, names in numbers.items():
         whole = {paths[name]: rest.pop(name) for name in names}

@@ -161,6 +161,10 @@ def assemble_adapter(
                 next_step="names are tensors/<site>/<parameter> and replaced/<parameter>",
                 code="unused_tensors",
             )
+    for weight, numbers in provenance.get(TOKEN_ROWS, {}).items():
+        found = adapter.replaced.get(weight)
+        if found is None or found.ndim != 2 or not {*numbers} <= {*range(len(found))} or len({*numbers}) < len(numbers):
+            raise corrupt_error(f"'{path}' names rows of '{weight}' that its tensors do not have")
     return adapter
 
 

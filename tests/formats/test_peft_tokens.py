@@ -261,8 +261,12 @@ def test_rows_stay_rows_in_a_converted_adapter(tmp_path: Path) -> None:
         assert {len(tensor) for tensor in adapter.replaced.values()} == {9}
         factors = sum(tensor.numel() for tensor in adapter.tensors["up"].values())
         assert count_trained(lorac.compile(Words(tied=True), {"a": adapter})) == 2 * 6 + factors
-    several = lorac.compile({"first": Words(tied=True)}, {"a": {"first": tmp_path / "theirs"}})
-    assert sum(one.numel() for one in several.adapters["a"].parameters() if one.requires_grad) == 2 * 6 + 2 * 2 * 6
+    with quiet():
+        get_peft_model(Words(tied=True), lora([2], use_dora=True)).save_pretrained(tmp_path / "dora")
+    hosts = {"first": Words(tied=True), "second": Words(tied=True)}
+    several = lorac.compile(hosts, {"a": {"first": tmp_path / "theirs", "second": tmp_path / "dora"}})
+    trained = [one.numel() for one in several.adapters["a"].parameters() if one.requires_grad]
+    assert sorted(trained) == sorted([2 * 6, 12, 12, 1 * 6, 12, 12, 6])
 
 
 def test_rejects_tied_layers_with_other_rows(tmp_path: Path) -> None:
@@ -276,3 +280,14 @@ def test_rejects_tied_layers_with_other_rows(tmp_path: Path) -> None:
     )
     with refuses("unsupported_field", match="changes 'lm_head' with 'emb', which it is tied to"):
         save_adapter(free.adapters["a"], tmp_path / "a", model=Words(tied=True))
+
+
+@pytest.mark.parametrize("numbers", [{"emb.weight": [9]}, {"emb.weight": [1, 1]}, {"up.weight": [0]}], ids=str)
+def test_rejects_rows_that_a_file_lacks(numbers: dict[str, list[int]], tmp_path: Path) -> None:
+    with quiet():
+        get_peft_model(Words(tied=False), copy.deepcopy(TRAINED["list"])).save_pretrained(tmp_path / "theirs")
+    read = load_adapter(tmp_path / "theirs", Words(tied=False))
+    read.provenance["rows"] = numbers
+    save_adapter(read, tmp_path / "strange", format="native")
+    with refuses("corrupt_file", match="that its tensors do not have"):
+        load_adapter(tmp_path / "strange")

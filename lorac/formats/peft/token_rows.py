@@ -108,15 +108,14 @@ def take_rows(adapter: Adapter, view: ModelView | None) -> tuple[Adapter, dict[s
     for name, numbers in adapter.provenance.get(TOKEN_ROWS, {}).items():
         whole = replaced.pop(name)
         rows[name.rpartition(".")[0]] = tuple(numbers), cut.setdefault(id(whole), whole[list(numbers)])
-    if isinstance(variant, Union) and sum(not isinstance(part, TrainableTokens) for part in variant.parts) == 1:
-        methods = {path: variant.method_at(path) for path in adapter.tensors}
+    others = [part for part in variant.methods if not isinstance(part, TrainableTokens)]
+    if isinstance(variant, Union) and len(others) == 1:
         # Embeddings come first: the layers that are tied to them have "rows".
-        for path, method in sorted(methods.items(), key=lambda item: "rows" in adapter.tensors[item[0]]):
+        for path in sorted(adapter.tensors, key=lambda path: "rows" in adapter.tensors[path]):
+            method = variant.method_at(path)
             if isinstance(method, TrainableTokens):
                 rows[path] = method.token_indices, rows_of(adapter.tensors[path])
-            else:
-                rest = replace(method, targets=(), modules_to_save=variant.modules_to_save, bias=variant.bias)
-        variant = rest
+        variant = replace(others[0], targets=(), modules_to_save=variant.modules_to_save, bias=variant.bias)
     kept: dict[str, NumberedRows] = {}
     for path, (numbers, own) in rows.items():
         shares = () if view is None else view.sites[path].shares
