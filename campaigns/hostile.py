@@ -235,22 +235,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             head = {"authorization": "Bearer k-v"}
             with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=head, timeout=300) as client:
                 measure(client, 20)
-                alone, usual, _ = measure(client, given.requests)
-                print(f"{'next to':18} {'95 %':>9} {'to alone':>9} {'pause':>9}  not answered; answers to the hostile")
-                print(f"{'nobody':18} {alone * 1e3:6.1f} ms {1:9.2f} {usual * 1e3:6.1f} ms", flush=True)
+                print("next to               alone       95 %  times  pause; not answered; the hostile's answers")
                 for name in ATTACKS:
+                    alone, usual, _ = measure(client, given.requests)  # each time: others may use the machine too
                     with _started(_ATTACK, name, port, "--seed", given.seed) as hostile:
                         time.sleep(5)
                         late, pause, failed = measure(client, given.requests)
                         told, _ = hostile.communicate("\n", 120)
                     times = late / alone
-                    print(
-                        f"{name:18} {late * 1e3:6.1f} ms {times:9.2f} {pause * 1e3:6.1f} ms  {failed}; {told.strip()}",
-                        flush=True,
-                    )
+                    row = f"{name:18} {alone * 1e3:5.0f} ms {late * 1e3:7.0f} ms {times:6.2f}"
+                    print(f"{row} {usual * 1e3:3.0f} to {pause * 1e3:.0f} ms; {failed}; {told.strip()}", flush=True)
                     bad += [name] * (times > MOST_TIMES or pause > max(MOST_PAUSE, MOST_TIMES * usual) or failed > 0)
-                again, pause, _ = measure(client, given.requests)
-                print(f"{'nobody, again':18} {again * 1e3:6.1f} ms {again / alone:9.2f} {pause * 1e3:6.1f} ms")
     if bad:
         raise SystemExit(f"failed: {', '.join(bad)}")
 

@@ -1,5 +1,6 @@
 """The app: OpenAI's endpoints over a compiled model."""
 
+import asyncio
 import contextlib
 import functools
 import time
@@ -140,11 +141,11 @@ def _add_state(app: fastapi.FastAPI) -> None:
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        return Response(status_code=200 if state.draining or answers() else 503)
+        return Response(status_code=200 if state.draining or await asyncio.to_thread(answers) else 503)
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
-        return Response(status_code=200 if not state.draining and answers() else 503)
+        return Response(status_code=200 if not state.draining and await asyncio.to_thread(answers) else 503)
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -198,6 +198,17 @@ def test_a_worker_that_is_killed_is_not_noticed(compiled: Any, client: openai.As
     assert sum(right) == 24, right
 
 
+def test_health_fails_while_no_worker_runs(cluster: None) -> None:
+    def waits_for(status: int) -> bool:
+        return any(httpx2.get(f"{URL}/health", timeout=60).status_code == status or time.sleep(0.1) for _ in range(600))
+
+    assert waits_for(200)
+    for worker in workers():
+        worker.kill()
+    assert waits_for(503)
+    assert waits_for(200)
+
+
 def test_rejects_only_surplus_requests(compiled: Any, client: openai.AsyncOpenAI) -> None:
     async def work() -> list[Any]:
         return await asyncio.gather(*(read(client, "Say", "one", 1, []) for _ in range(60)), return_exceptions=True)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Protocol, final
 
 import torch
+from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -87,8 +88,11 @@ class RemoteScheduler:
 
     @property
     def works(self) -> bool:
-        """Whether requests are answered: Ray starts another worker where one has died."""
-        return True
+        """Whether a worker runs, as Ray's controller says; it takes a while, and no event loop may wait for it."""
+        application = serve.status().applications.get(self._workers.app_name)
+        if application is None:
+            return False
+        return bool(application.deployments[self._workers.deployment_name].replica_states.get("RUNNING"))
 
     def close(self) -> None:
         """Return when the requests that were submitted have ended."""
