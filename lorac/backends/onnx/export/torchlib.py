@@ -42,6 +42,7 @@ from torch.onnx._internal.fx.passes.type_promotion import (
     get_type_promotion_rule,
 )
 
+from lorac.backends.onnx.export.cells import CELLS
 from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
 from lorac.ir.graph.edit import copy_program, inline, trace_function, update_signature
 from lorac.ir.traces.functions import Decompositions
@@ -193,7 +194,11 @@ def find_translation(node: fx.Node, translations: Mapping[Target, Translation]) 
 def decompose(program: ExportedProgram, translations: Mapping[Target, Translation]) -> ExportedProgram:
     """Return a program, traced again, in which ops without a translation are decomposed."""
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # it is a ConfigModule
-        return program.run_decompositions(_make_decompositions(translations))
+        decomposed = program.run_decompositions(_make_decompositions(translations))
+    for module in decomposed.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            _restore_transforms(module.graph)
+    return decomposed
 
 
 def decompose_calls(
@@ -206,9 +211,10 @@ def decompose_calls(
     for node in [node for node in program.graph.nodes if node.name in names]:
         operands = node.all_input_nodes
         if node.users:
-            traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
-            for transform in traced.graph.find_nodes(op="call_function", target=_transform._opoverload):
-                transform.target = _TRANSFORM
+            rule = decompositions[node.target] if node.target in _UNROLLED else CELLS.get(node.target, node.target)
+            call = functools.partial(_run_call, rule, node, operands)
+            traced = trace_function(program, call, operands, decompositions)
+            _restore_transforms(traced.graph)
             _, results = inline(program, node, traced, operands, traced)
             if not isinstance(node.meta["val"], tuple | list):
                 node.replace_all_uses_with(results[0])
@@ -223,13 +229,10 @@ def decompose_calls(
     return program
 
 
-_TRANSFORM = torch.ops.aten._fft_c2c.default
-
-
 @torch.library.custom_op("lorac::fourier_transform", mutates_args=())
 def _transform(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
-    """Stand for a Fourier transform in a trace: torch's own rule for its shape fixes sizes at those of the example."""
-    return cast(torch.Tensor, _TRANSFORM(x, dim, normalization, forward))
+    """Stand for a Fourier transform in a trace: torch's own rules for the shapes fix sizes at those of the example."""
+    return cast(torch.Tensor, torch.ops.aten._fft_c2c(x, dim, normalization, forward))
 
 
 @_transform.register_fake
@@ -237,11 +240,56 @@ def _(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> tor
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _run_call(node: fx.Node, operands: Sequence[fx.Node], *values: Argument) -> tuple[object, ...]:
+@torch.library.custom_op("lorac::fourier_transform_of_real", mutates_args=())
+def _transform_real(x: torch.Tensor, dim: list[int], normalization: int, onesided: bool) -> torch.Tensor:
+    """Stand for one of real numbers."""
+    return cast(torch.Tensor, torch.ops.aten._fft_r2c(x, dim, normalization, onesided))
+
+
+@_transform_real.register_fake
+def _(x: torch.Tensor, dim: list[int], normalization: int, onesided: bool) -> torch.Tensor:
+    sizes = list(x.shape)
+    sizes[dim[-1]] = sizes[dim[-1]] // 2 + 1 if onesided else sizes[dim[-1]]
+    return x.new_empty(sizes, dtype=x.dtype.to_complex())
+
+
+@torch.library.custom_op("lorac::fourier_transform_to_real", mutates_args=())
+def _transform_back(x: torch.Tensor, dim: list[int], normalization: int, last_dim_size: int) -> torch.Tensor:
+    """Stand for one whose result is real."""
+    return cast(torch.Tensor, torch.ops.aten._fft_c2r(x, dim, normalization, last_dim_size))
+
+
+@_transform_back.register_fake
+def _(x: torch.Tensor, dim: list[int], normalization: int, last_dim_size: int) -> torch.Tensor:
+    sizes = list(x.shape)
+    sizes[dim[-1]] = last_dim_size
+    return x.new_empty(sizes, dtype=x.dtype.to_real())
+
+
+_TRANSFORMS: Mapping[Any, OpOverload] = {
+    _transform: torch.ops.aten._fft_c2c.default,
+    _transform_real: torch.ops.aten._fft_r2c.default,
+    _transform_back: torch.ops.aten._fft_c2r.default,
+}
+"""Stand-in -> its op."""
+
+
+def _restore_transforms(graph: fx.Graph) -> None:
+    for stand_in, transform in _TRANSFORMS.items():
+        for node in graph.find_nodes(op="call_function", target=stand_in._opoverload):
+            node.target = transform
+
+
+_UNROLLED = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input)
+"""Ops whose own parts write in place, and those of torch's decomposition do not."""
+
+
+def _run_call(
+    function: Callable[..., object], node: fx.Node, operands: Sequence[fx.Node], *values: Argument
+) -> tuple[object, ...]:
     known = dict(zip(operands, values, strict=True))
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-    assert callable(node.target)
-    result = node.target(*args, **kwargs)
+    result = function(*args, **kwargs)
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
@@ -249,7 +297,8 @@ def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompos
     """Return the decompositions of the ops without a translation."""
     targets = [meta.fx_target for meta in get_torchlib_ops()]
     targets += filter(None, map(_registration._get_overload, default_registry))
-    return {**_decomp.create_onnx_friendly_decomposition_table({*targets, *translations}), _TRANSFORM: _transform}
+    transforms = {op: stand_in for stand_in, op in _TRANSFORMS.items()}
+    return {**_decomp.create_onnx_friendly_decomposition_table({*targets, *translations}), **transforms}
 
 
 @functools.cache
