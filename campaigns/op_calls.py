@@ -283,7 +283,7 @@ SOUND: Mapping[str, Callable[[], list[Any]]] = {
     "embedding": lambda: [_noise(5, 3), _ids(0, 4, 2), -1, False, False],
     "embedding_bag": lambda: [_noise(5, 8), _ids(0, 1, 2, 3), _ids(0, 2, 2, 4), False, 1, False, None, True, -1],
     "scaled_dot_product_attention": lambda: [
-        _noise(1, 2, 3, 8), _noise(1, 2, 5, 8), _noise(1, 2, 5, 8), _noise(1, 1, 3, 5), 0.0, False, 0.3, False
+        _noise(1, 2, 3, 8), _noise(1, 2, 5, 8), _noise(1, 2, 5, 8), _noise(1, 1, 3, 5), 0.0, False
     ],
     "_native_batch_norm_legit.no_stats": lambda: [_noise(2, 3, 4), _noise(3), _noise(3), True, 0.1, 1e-5],
     "_native_batch_norm_legit_no_training": lambda: [
@@ -324,7 +324,7 @@ SOUND: Mapping[str, Callable[[], list[Any]]] = {
     "gather": lambda: [_noise(3, 4), 1, torch.zeros(3, 2, dtype=torch.int64)],
     "scatter.src": lambda: [_noise(3, 4), 1, torch.zeros(3, 2, dtype=torch.int64), _noise(3, 2)],
     "scatter_add": lambda: [_noise(3, 4), 1, torch.zeros(3, 2, dtype=torch.int64), _noise(3, 2)],
-    "scatter_reduce.two": lambda: [_noise(3, 4), 1, torch.zeros(3, 2, dtype=torch.int64), _noise(3, 2), "amax", True],
+    "scatter_reduce.two": lambda: [_noise(3, 4), 1, torch.zeros(3, 2, dtype=torch.int64), _noise(3, 2), "amax"],
     "masked_scatter": lambda: [_noise(3, 4), _noise(3, 4) > 0, _noise(12)],
     "select_scatter": lambda: [_noise(3, 4), _noise(4), 0, 1],
     "slice_scatter": lambda: [_noise(5, 4), _noise(2, 4), 0, 1, 5, 2],
