@@ -2,11 +2,12 @@
 
 python -m campaigns.soak [--operations N] [--seed N] [--processes N] [--json FILE]
 
-Ten methods on one small host, in eager and in ONNX Runtime, live and fused. One thread swaps, and is interrupted by
-signals and by failures injected into what it calls; another adds and removes adapters, and fails at it; others call,
-with the active choice, with one of their own, or with one for each row. Now and then the model is saved and loaded.
-Every answer is held against the bits of a fresh model of that choice: a mismatch belongs to another choice than
-the one that was active for certain, or to none. Errors are counted where they are none of lorac's.
+Ten methods on one small host, some of whose layers have a forward of their own or are read by others, in eager and in
+ONNX Runtime, live and fused. One thread swaps, and is interrupted by signals and by failures injected into what it
+calls; another adds and removes adapters, and fails at it; others call, with the active choice, with one of their own,
+or with one for each row. Now and then the model is saved and loaded. Every answer is held against the bits of a fresh
+model of that choice: a mismatch belongs to another choice than the one that was active for certain, or to none. Errors
+are counted where they are none of lorac's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,8 +42,9 @@ from lorac.testing import adapter_away
 
 ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
 WHERE = ("up", "down", "head")
+EVERYWHERE = (*WHERE, "embed", "mix")
 METHODS: dict[str, lorac.WeightVariant | lorac.BranchVariant] = {
-    "lora": lorac.LoRA(r=3, alpha=5, targets=WHERE),
+    "lora": lorac.LoRA(r=3, alpha=5, targets=EVERYWHERE),
     "dora": lorac.DoRA(r=2, alpha=3, targets=("up", "head")),
     "ia3": lorac.IA3(targets=WHERE),
     "shira": lorac.SHiRA(r=1, targets=WHERE),
@@ -77,19 +80,45 @@ class Injected(MemoryError):
     """A failure in what a swap or an addition calls."""
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's."""
+
+    embed_scale = 1.5
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class CastingLinear(nn.Linear):
+    """One that computes in its weight's dtype, whatever it is given."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+class Product(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T
+
+
 class Host(nn.Module):
-    """An embedding and three linears, one without a bias."""
+    """Layers with a forward of their own, one whose weight is only read, and one that is called and read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(23, 8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 6, bias=False)
+        self.embed = ScaledEmbedding(23, 8)
+        self.up = CastingLinear(8, 12)
+        self.down = Product(12, 6, bias=False)
+        self.mix = nn.Linear(6, 6)
         self.head = nn.Linear(6, 7)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.gelu(self.up(self.embed(tokens)))
-        answer: torch.Tensor = self.head(torch.tanh(self.down(hidden)))
+        hidden = torch.tanh(self.down(nn.functional.gelu(self.up(self.embed(tokens)))))
+        mix, head = self.mix, self.head
+        mixed = nn.functional.linear(hidden, mix.weight, mix.bias)
+        answer: torch.Tensor = head(mixed) + nn.functional.linear(hidden, head.weight)
         return answer
 
 
@@ -182,15 +211,17 @@ def _active(choice: Any) -> dict[str, float]:
 def make_models(methods: Sequence[str], folder: Path) -> list[Model]:
     """Return a model for each engine, with adapters of some of METHODS."""
     torch.manual_seed(0)
-    host = Host().double().eval()
-    adapters = {name: adapter_away(METHODS[name], host, X, name=name, seed=index) for index, name in enumerate(methods)}
-    mixtures = [choice for choice in MIXTURES if choice.keys() <= adapters.keys()]
-    choices = [None, *adapters, *mixtures]
-    models = []
-    for target, mode in ENGINES:
-        (folder / f"{target}-{mode}").mkdir()
-        with torch.no_grad():  # else eager computes from the tensors that train, and rounds otherwise
-            models.append(Model(target, mode, adapters, choices, folder / f"{target}-{mode}"))
+    host, models = Host().double().eval(), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "adapters have no effect at 'mix'")
+        drawn = enumerate(methods)
+        adapters = {name: adapter_away(METHODS[name], host, X, name=name, seed=index) for index, name in drawn}
+        mixtures = [choice for choice in MIXTURES if choice.keys() <= adapters.keys()]
+        choices = [None, *adapters, *mixtures]
+        for target, mode in ENGINES:
+            (folder / f"{target}-{mode}").mkdir()
+            with torch.no_grad():  # else eager computes from the tensors that train, and rounds otherwise
+                models.append(Model(target, mode, adapters, choices, folder / f"{target}-{mode}"))
     return models
 
 
