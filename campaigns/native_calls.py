@@ -8,6 +8,7 @@ is built. To see what is read or written beyond a buffer, have Python find a pac
 from __future__ import annotations
 
 import functools
+import math
 import os
 import random
 from pathlib import Path
@@ -120,8 +121,8 @@ def _draw(chance: random.Random) -> tuple[dict[str, np.ndarray], list[int], list
 
 
 def _array(shape: tuple[int, ...], kind: type, chance: random.Random) -> np.ndarray:
-    # Nothing stands behind a size that long, unless another is 0, and of two NumPy makes no array.
-    if 0 not in shape or shape.count(LONG) > 1:
+    # Nothing stands behind a size that long, unless another is 0, and NumPy takes no product far beyond it.
+    if 0 not in shape or math.prod(max(length, 1) for length in shape) > LONG:
         shape = tuple(min(length, 9) for length in shape)
     fill = chance.choice((1, 1, 2, -1, 2**31 - 1)) if kind in (np.int32, np.int64) else 1
     return np.full(shape, fill, kind)
