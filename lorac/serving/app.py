@@ -162,7 +162,7 @@ def _add_state(app: fastapi.FastAPI) -> None:
         return JsonAnswer({"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]})
 
     @app.get("/v1/models/{name}")
-    async def model(name: str, http: fastapi.Request) -> dict[str, object]:
+    def model(name: str, http: fastapi.Request) -> dict[str, object]:
         if name != state.settings.base_name:
             state.source.find(http.state.tenant, name)
         return _describe_model(name, created, state.settings.base_name)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from lorac.serving.answers.json_answer import JsonAnswer
 from tests.serving.models import make_app, serve
 
 LONGEST = 0.05
@@ -110,3 +111,12 @@ def test_a_text_model_gives_outputs_only_where_its_server_is_set_to(url: str, ht
     fields = {"model": "one", "inputs": {"input_ids": [[5]]}}
     assert httpx2.post(f"{url}/v1/predict", json=fields).status_code == 404
     assert http.post("/v1/predict", json=fields).status_code == 200
+
+
+def test_other_threads_run_while_an_answer_is_written() -> None:
+    writer, turns = threading.Thread(target=JsonAnswer, args=([[0.123456789] * 1000] * 400,)), 0
+    writer.start()
+    while writer.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 4

@@ -127,6 +127,7 @@ BODIES: list[tuple[str, bytes, int, str]] = [
     ("POST /v1/completions", b'{"model": "\\udfff", "prompt": "x"}', 400, "not JSON"),
     ("POST /v1/completions", b'{"model": "one", "prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "recursion"),
     ("POST /v1/completions", b'{"model": "one", "seed": ' + b"9" * 5000 + b"}", 400, "JSON"),
+    ("POST /v1/completions", json.dumps(dict.fromkeys(map(str, range(1100)))).encode(), 400, "an object has 1100 keys"),
     ("GET /v1/chat/completions", b"", 405, "method"),
     ("POST /v1/audio/speech", b"{}", 404, "path"),
     ("GET /docs", b"", 404, "path"),

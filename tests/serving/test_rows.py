@@ -111,6 +111,18 @@ def test_a_rejected_prediction_leaves_nothing_without_the_collector(address: str
         gc.enable()
 
 
+def test_rejects_outputs_and_texts_beyond_their_limits(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorac.serving.rows.row_endpoints.MOST_TOKENS", 10)
+    ids = torch.ones(2, 5, dtype=torch.long).tolist()
+    outputs = {"model": "one", "inputs": {"input_ids": ids, "attention_mask": ids}}
+    with serve(make_app(encoder, max_output_bytes=1000)) as url:
+        large = httpx2.post(f"{url}/v1/predict", json=outputs)
+        few = httpx2.post(f"{url}/v1/embeddings", json={"model": "one", "input": ["x" * 5, "x"]})
+        long = httpx2.post(f"{url}/v1/embeddings", json={"model": "one", "input": ["x" * 6, "x"]})
+    assert (large.status_code, "give 1280 bytes" in large.text) == (400, True)
+    assert (few.status_code, long.status_code, "2 texts of up to 6 tokens" in long.text) == (200, 400, True)
+
+
 WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     ("embeddings", {"model": "one"}, 400, "'input' is missing"),
     ("embeddings", {"model": "one", "input": ""}, 400, "'input' has 0 tokens"),
