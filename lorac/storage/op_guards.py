@@ -138,6 +138,8 @@ _CHECKS: Mapping[str, Callable[..., bool]] = {
     "lstm": _fits_lstm,
     "col2im": _fits_windows,
     "im2col": _fits_windows,
+    **dict.fromkeys((f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)), _fits_windows),
+    "_pdist_forward": lambda x, _: x.dim() == 2 and x.numel() > 0,
     "one_hot": _fits_classes,
     "repeat_interleave.Tensor": _fits_repeats,
     "repeat_interleave.self_Tensor": _fits_repeats,
