@@ -280,6 +280,12 @@ CELLS = [torch.zeros(1, 2, 16)] * 2
             (_normal(5, 8), torch.tensor([0, 1, 2]), torch.tensor([0]), False, 1, False, None, True, -1),
         ),
         ("aten._weight_norm.default", (_normal(5, 4), _normal(5, 1)), (_normal(0), _normal(3, 0))),
+        (
+            "aten.replication_pad2d.default",
+            (_normal(1, 2, 4, 4), [1, 1, 3, 0]),
+            (_normal(1, 2, 4, 4), [2**63 - 1, 2**63 - 1, 3, 0]),
+        ),
+        ("aten._pdist_forward.default", (_normal(3, 4), 2.0), (_normal(4, 8, 0, 4), 2.0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
