@@ -356,7 +356,7 @@ def escape_controls(text: str) -> str:
 
 
 def drop_frames(error: BaseException) -> None:
-    """Make an error hold no frames, nor its causes: else the memory of what failed is free when a collector runs.
+    """Make an error and its causes hold no frames, which would keep the memory of a failed call until a collector runs.
 
     An error that is not lorac's keeps the text of its traceback as a note.
     """

@@ -133,8 +133,8 @@ class PipelinePart:
             if name == "__module__":
                 raise UnknownAttribute(
                     f"'{self._name}' is compiled, and stands in one pipeline alone",
-                    next_step="make another of the original's models, and place the compiled ones there: "
-                    "lorac.diffusion.place_parts(Other(**original.components), pipeline.compiled)",
+                    next_step="make the other pipeline of the original's models, and place the compiled ones there: "
+                    "lorac.diffusion.place_parts(other, pipeline.compiled)",
                 )
             if name.startswith("__"):  # Python itself asks for those
                 raise AttributeError(name)

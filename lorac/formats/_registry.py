@@ -219,7 +219,7 @@ def _find_format(file: AdapterFile) -> Format:
 
 
 def _describe_other(file: AdapterFile) -> str | None:
-    """Return what a path that is not an adapter leads to, and what to do, where it is a usual mistake."""
+    """Return the kind of a path that is not an adapter, and the next step, where it is a usual mistake."""
     if not file.path.is_dir() and not file.path.is_file():
         return "neither a file nor a folder: give the path of one"
     lone = [name for name in sorted(file.names or {file.path.name}) if name.startswith("adapter_model.")]

@@ -1,4 +1,4 @@
-"""Adapted layers: where the code of a layer uses the weight, what that code changes, and hooks around it.
+"""Adapted layers: where the code of a layer uses the weight, how it changes the result, and hooks around it.
 
 A layer may have a ``forward`` of its own. PEFT's layer runs it on the base's product alone, and on the adapted one once
 the adapter is merged. Where the two differ, the adapter is refused. Where they agree, as in an embedding that scales by
@@ -38,7 +38,7 @@ def find_layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_layer(path: str, model: nn.Module) -> None:
-    """Raise ``SiteError`` if the code of a layer's own changes what the layer takes or returns."""
+    """Raise ``SiteError`` if the code of a layer's own changes the layer's input or output."""
     module = model.get_submodule(path)
     inside = calls_super_forward(module)
     if not _is_ordinary(module) and not _adds_changes(module, inside):
@@ -57,7 +57,7 @@ def _refuse_change(subject: str, step: str) -> SiteError:
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Return whether a layer's class computes what its layer class does.
+    """Return whether a layer's class computes as its layer class does.
 
     A forward that does not call ``super().forward`` is counted as such if it gives the same result, as Falcon's product
     without ``F.linear`` does.
@@ -104,11 +104,11 @@ def pad_conv_input(x: Tensor, conv: ConvGeometry | None) -> Tensor:
 
 @torch.no_grad()
 def _adds_changes(module: nn.Module, inside: bool) -> bool:
-    """Return whether a change of a layer's product is added to what the layer returns, as PEFT adds it; tried once.
+    """Return whether a change of a layer's product is added to the layer's output, as PEFT adds it; tried once.
 
     Args:
         module: the layer. The change is its product itself, which is doubled.
-        inside: whether ``super().forward`` gives the product; else what the layer returns has to be the product.
+        inside: whether ``super().forward`` gives the product; else the layer's output has to be the product.
     """
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():

@@ -150,7 +150,7 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
 
 
 def warn_of_rounded_inputs(model: nn.Module) -> None:
-    """Warn of the dequantised weights of a copy whose products rounded what they read, which those of a program do not.
+    """Warn of the dequantised weights of a copy whose products rounded their inputs, as those of a program do not.
 
     Args:
         model: as ``dequantise_weights`` returns it.

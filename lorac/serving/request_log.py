@@ -21,7 +21,7 @@ _PROBED, _FAILED = ("/health", "/ready", "/metrics"), 400
 class RequestLog:
     """Logs and counts the requests to an app. JSON escapes whatever names and paths hold.
 
-    An answer has the ``x-request-id`` of its request, or a new one. Probes that find what they look for are not logged.
+    An answer has the ``x-request-id`` of its request, or a new one. Successful probes are not logged.
 
     Args:
         app: answers them.

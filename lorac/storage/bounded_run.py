@@ -126,7 +126,7 @@ class BoundedRun:
         return sum(size for address, size in _list_storages(made) if address not in operands)
 
     def _raise_misfit(self, error: Exception) -> None:
-        """Raise what the meta device raised, unless it lacks the op or needs a value."""
+        """Raise the error of the meta device, unless it lacks the op or needs a value."""
         if isinstance(error, LoracError) or not (self._is_trusted or isinstance(error, NotImplementedError)):
             raise error
 

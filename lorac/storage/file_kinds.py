@@ -16,7 +16,7 @@ _UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".incomplete", "
 
 
 def describe_mistake(begin: bytes, suffix: str) -> str | None:
-    """Return what a file is, and what to do with it, where it is one that people give by mistake.
+    """Return the kind of a file that people give by mistake, and the next step.
 
     Args:
         begin: its first bytes, 512 where there are so many.
