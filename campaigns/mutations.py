@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import random
 import zipfile
@@ -287,7 +288,7 @@ def damage_sealed(manifest: Path, random: random.Random) -> None:
         manifest.write_bytes(json_text(manifest.read_bytes(), random))
     else:
         target = random.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path != manifest])
-        by_suffix = {".json": json_text, ".safetensors": safetensors}
+        by_suffix = {".json": json_text, ".safetensors": safetensors, ".onnx": nodes}
         target.write_bytes(by_suffix.get(target.suffix, octets)(target.read_bytes(), random))
         told = json.loads(manifest.read_bytes())
         told["files"] = {
@@ -300,6 +301,77 @@ def damage_sealed(manifest: Path, random: random.Random) -> None:
         return
     if random.random() < 0.97:
         manifest.write_text(agreed)
+
+
+OPS = (
+    "Add", "MatMul", "Gemm", "Reshape", "Transpose", "Concat", "Slice", "Gather", "Expand", "Tile", "Pad", "Range",
+    "Softmax", "TopK", "Split", "Squeeze", "Where", "Cast", "ScatterND", "Conv", "LSTM", "Einsum", "Resize",
+)  # fmt: skip
+"""Ops of ONNX that a node may become."""
+
+
+def nodes(data: bytes, random: random.Random) -> bytes:
+    """Return an ONNX model some of whose nodes, constants and inputs do not go together; at times only its bytes."""
+    import onnx
+
+    if random.random() < 0.2:
+        return octets(data, random)
+    model = onnx.ModelProto.FromString(data)
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
+        random.choice((_node, _node, _node, _attribute, _constant, _shape))(model.graph, random)
+    return model.SerializeToString()
+
+
+def _node(graph: Any, random: random.Random) -> None:
+    node, values = random.choice(graph.node), [name for node in graph.node for name in (*node.input, *node.output)]
+    place = random.randrange(max(1, len(node.input)))
+    change = random.choice(("op", "input", "drop", "more", "output", "twice"))
+    if change == "op":
+        node.op_type, node.domain = random.choice(OPS), random.choice(("", "", node.domain, "com.microsoft"))
+    elif change == "input" and node.input:
+        node.input[place] = random.choice((*values, "", "nowhere"))
+    elif change == "drop" and node.input:
+        del node.input[place]
+    elif change == "more":
+        node.input.extend(random.choices(values, k=random.choice((1, 3, 40))))
+    elif change == "output":
+        del node.output[random.randrange(len(node.output)) :]
+    else:
+        graph.node.append(node)
+
+
+def _attribute(graph: Any, random: random.Random) -> None:
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    if not attributes:
+        return
+    chosen = random.choice(attributes)
+    number = random.choice([one for one in NUMBERS if type(one) is int and -(1 << 63) <= one < 1 << 63])
+    if chosen.ints:
+        chosen.ints[random.randrange(len(chosen.ints))] = number
+    elif chosen.HasField("i"):
+        chosen.i = number
+    else:
+        chosen.f = random.choice((math.nan, math.inf, -1.0, 1e38))
+
+
+def _constant(graph: Any, random: random.Random) -> None:
+    if not graph.initializer:
+        return
+    chosen = random.choice(graph.initializer)
+    if random.random() < 0.3:
+        chosen.data_type = random.randrange(24)
+    elif random.random() < 0.5 and chosen.dims:
+        chosen.dims[random.randrange(len(chosen.dims))] = random.choice((-1, 0, 1, 3, 1 << 20, 1 << 40, (1 << 63) - 1))
+    elif len(chosen.raw_data) >= 8:
+        chosen.raw_data = random.choice((random.randbytes(len(chosen.raw_data)), chosen.raw_data[:-3], b"\xff" * 8))
+
+
+def _shape(graph: Any, random: random.Random) -> None:
+    tensor = random.choice([*graph.input, *graph.output]).type.tensor_type
+    if random.random() < 0.5:
+        tensor.elem_type = random.randrange(24)
+    elif tensor.shape.dim:
+        random.choice(tensor.shape.dim).dim_value = random.choice((-1, 0, 1, 7, 1 << 40))
 
 
 def damage(kind: str, place: Path, random: random.Random) -> None:

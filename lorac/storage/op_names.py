@@ -3,7 +3,8 @@
 The file, which anybody may have written, decides which ops are called. Whatever writes into an argument, leaves memory
 uninitialised, skips checks or reads a file is never among them. Of the others a file may name those of core ATen, to
 which programs are decomposed, pointwise ones, those that captured programs of models contain (``captured_ops.txt``,
-written by ``campaigns.captured_ops``), and those that are guarded (``lorac.storage.op_guards``). The campaign
+written by ``campaigns.captured_ops``), some that formulas call, and those that are guarded
+(``lorac.storage.op_guards``). The campaign
 ``campaigns.op_calls`` calls them with hostile operands. The rest is for files that the caller of ``lorac.load`` trusts.
 """
 
@@ -30,6 +31,17 @@ _UNSAFE_ARGUMENTS = frozenset({"filename", "unsafe", "batch_sizes"})
 """Arguments of overloads that read files or skip the checks of their operands."""
 _CAPTURED = Path(__file__).with_name("captured_ops.txt")
 """Lines with the number of captured programs that call an op, and its name."""
+_COMPOSED_NAMES = """
+    absolute adjoint arccos arccosh arcsin arcsinh arctan arctan2 arctanh atleast_1d atleast_2d atleast_3d block_diag
+    broadcast_tensors broadcast_to column_stack concat conj cosine_similarity diag dot dsplit dstack fix fliplr flipud
+    frobenius_norm ger greater greater_equal hsplit hstack inner kron l1_loss less less_equal linalg_matmul linalg_norm
+    linalg_vecdot logsumexp moveaxis movedim mse_loss narrow negative norm not_equal numpy_T outer pixel_shuffle
+    pixel_unshuffle prelu ravel real row_stack special_erf special_exp2 special_expit special_expm1 special_log1p
+    special_log_softmax special_logsumexp special_softmax std std_mean subtract swapaxes swapdims take_along_dim
+    tensor_split tensordot trace var_mean vdot view_as vsplit vstack
+"""
+_COMPOSED = frozenset(_COMPOSED_NAMES.split())
+"""Names of ops that formulas of methods call, and that torch composes of views and of ops of the other kinds."""
 _MODULES: Mapping[str, ModuleType] = {"operator": operator, "math": math, "torch": torch}
 _NUMBER_FUNCTIONS = frozenset(
     {"getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge"}
@@ -86,7 +98,7 @@ def is_checked(op: torch._ops.OpOverload) -> bool:
     """Return whether an op may be called with whatever operands a file states."""
     is_known = not _TAGS.isdisjoint(op.tags) and "polynomial" not in op._opname  # of any degree, at any cost
     is_known = is_known or op.namespace == ops.LINEAR.namespace or find_check(op) is not None
-    return _is_functional(op) and (is_known or op._opname in _read_captured())
+    return _is_functional(op) and (is_known or op._opname in _COMPOSED or op._opname in _read_captured())
 
 
 @functools.cache

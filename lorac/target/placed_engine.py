@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from lorac.errors import InputMismatch, LoracError
 from lorac.frontend.components import get_encoder_graph_name
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
@@ -115,6 +117,25 @@ class PlacedEngine(Engine, Generic[GraphT]):
         each = [program.placed_tensors() for program in programs]
         stacked = {name: stack_places([tensors[name] for tensors in each]) for name in each[0]}
         return dataclasses.replace(programs[0].with_places(stacked), own=tuple(stacked.values()))
+
+
+@contextmanager
+def translate_program_errors() -> Iterator[None]:
+    """Name the errors of a stored program that runs inside the block.
+
+    Raises:
+        InputMismatch: ids are out of range, say, or whatever somebody wrote into the program.
+    """
+    try:
+        yield
+    except LoracError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputMismatch(
+            f"the stored program cannot compute with these inputs: {type(error).__name__}: {reason}",
+            next_step="compare them with those it was compiled with; if they are alike, save the artifact again",
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

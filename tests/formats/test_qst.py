@@ -129,5 +129,5 @@ def test_rejects_saving_methods_of_whole_modules_in_formats_of_layers(
     adapter = lorac.load_adapter(folder, model)
     with refuses("unsupported_field", match="qst"):
         lorac.save_adapter(adapter, tmp_path / "a", format, model)
-    with refuses("adapter_not_found", match="is not LoRA\n.*edits weights"):
+    with refuses("adapter_error", match="is not LoRA\n.*edits weights"):
         lorac.resize(adapter, 1)

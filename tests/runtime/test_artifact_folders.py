@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import lorac
 from lorac.ir.calls.output_structure import find_output_class
@@ -133,6 +135,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _manifest(lambda m: m["program"]["graphs"]["main"]["signature"].update(below={"x": "many"})),
         "signature of a stored program does not fit together",
     ),
+    "graph of another name": (
+        _manifest(lambda m: m["program"].update(graphs={"other": m["program"]["graphs"]["main"]})),
+        "has no graph 'main'|does not fit together",
+    ),
     "manifest of gigabytes of nothing": (lambda folder: os.truncate(folder / "manifest.json", 3 << 30), "its JSON"),
 }
 
@@ -146,6 +152,33 @@ def test_rejects_bad_folders(damage: str, sound: Path, tmp_path: Path) -> None:
     harm(folder)
     with within_budget(), pytest.raises((lorac.ArtifactError, lorac.FormatError), match=words):
         lorac.load(folder)
+
+
+@pytest.mark.parametrize("change", ["input", "op"])
+def test_names_a_program_that_cannot_compute(change: str, tmp_path: Path) -> None:
+    import onnx
+
+    host, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.ones(2, 4)
+    options: Any = {"target": "onnxruntime", "self_test": False, "example_inputs": (x,)}
+    lorac.compile(host, {"a": lorac.LoRA(r=2)}, **options).save(tmp_path)
+    path = next(tmp_path.rglob("*.onnx"))
+    model = onnx.load(path, load_external_data=False)
+    slot = next(value.name for value in model.graph.input if ":" in value.name)
+    for node in model.graph.node if change == "input" else ():
+        node.input[:] = ["other" if name == slot else name for name in node.input]
+    if change == "input":
+        next(value for value in model.graph.input if value.name == slot).name = "other"
+    else:  # it fits by its shapes, as far as ONNX Runtime infers them
+        taken = next(iter(model.graph.node)).input
+        model.graph.node.insert(0, onnx.helper.make_node("Reshape", [taken[0], "five"], ["flat"]))
+        model.graph.initializer.append(onnx.helper.make_tensor("five", onnx.TensorProto.INT64, [1], [5]))
+        taken[0] = "flat"
+    path.write_bytes(model.SerializeToString())
+    _manifest(lambda m: m["files"].update(artifact.describe_files(tmp_path)) or m["files"].pop("manifest.json"))(
+        tmp_path
+    )
+    with pytest.raises((lorac.ArtifactError, lorac.InputMismatch), match=r"cannot compute|fit together|ONNX"):
+        lorac.load(tmp_path)(x)
 
 
 def test_a_constant_of_a_node_lies_in_no_file(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_other_rules_need_a_new_attachment_after_a_change() -> None:
 
 def test_rejects_other_methods_and_invalid_ranks() -> None:
     dora: Any = lorac.compile(linear(4, 3), {"a": lorac.DoRA(r=2, targets=("site",))})
-    with pytest.raises(lorac.AdapterNotFound, match="'a' is dora, which is not LoRA"):
+    with pytest.raises(lorac.AdapterError, match="'a' is dora, which is not LoRA"):
         reduce_rank(dora.adapters["a"], 1)
     made = lora(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in ({}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"rank": 1, "energy": 0.5}):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorac.errors import InputMismatch, LoracError
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import group_aux_outputs
@@ -16,7 +15,7 @@ from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.program import StoredProgram
 from lorac.target.engine import CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine, PlacedProgram
+from lorac.target.placed_engine import PlacedEngine, PlacedProgram, translate_program_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,28 +66,15 @@ class StoredBoundProgram(PlacedProgram):
     @torch.no_grad()
     def run(self, graph: str, call: Call) -> CallResult:
         part = self.engine.graphs[graph]
-        filled = {slot.node: self.tensors[name] for name, slot in part.slots.items()}
 
         def run(arguments: dict[str, object]) -> list[object]:
             inputs = {name: torch.as_tensor(value) for name, value in arguments.items()}
-            values: list[object] = [*_compute(part.program, {**inputs, **filled})]
+            with translate_program_errors():
+                filled = {slot.node: self.tensors[name] for name, slot in part.slots.items()}
+                values: list[object] = [*part.program.call_bounded({**inputs, **filled})]
             if arguments and all(isinstance(value, np.ndarray) for value in arguments.values()):
                 values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
             return values
 
         output, extra = part.interface.run(call, run)
         return CallResult(output, group_aux_outputs(extra, self.tensors))
-
-
-def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the outputs of a program."""
-    try:
-        return list(program.call_bounded(inputs))
-    except LoracError:
-        raise
-    except Exception as error:  # ids that are out of range, say, or whatever somebody wrote into the program
-        reason = str(error).strip().partition("\n")[0]
-        raise InputMismatch(
-            f"the stored program cannot compute with these inputs: {type(error).__name__}: {reason}",
-            next_step="compare them with those it was compiled with; if they are alike, save the artifact again",
-        ) from error

@@ -18,7 +18,7 @@ from lorac.ir.slots.plans import SitePlan
 from lorac.report.dump import Dump
 from lorac.target.backend import TargetOptions
 from lorac.target.engine import CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine, PlacedProgram, ProgramGraph
+from lorac.target.placed_engine import PlacedEngine, PlacedProgram, ProgramGraph, translate_program_errors
 
 
 class LoadedGraph(ProgramGraph, Protocol):
@@ -113,7 +113,8 @@ class OnnxProgram(PlacedProgram, ABC):
         loaded = self.engine.graphs[graph]
 
         def run(inputs: Mapping[str, object]) -> Sequence[object]:
-            return match_inputs(self.run_graph(graph, convert_inputs(loaded, inputs)), inputs)
+            with translate_program_errors():
+                return match_inputs(self.run_graph(graph, convert_inputs(loaded, inputs)), inputs)
 
         output, extra = loaded.interface.run(call, run)
         return CallResult(output, group_aux_outputs(extra, self.tensors) if extra else {})
