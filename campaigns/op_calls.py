@@ -101,7 +101,7 @@ def run(chance: random.Random, folder: Path) -> None:
 
 
 def import_lazily() -> None:
-    """Have torch import all that a program needs in a call, before processes are forked."""
+    """Import the parts of torch that calls need, before processes are forked."""
     for op, make in _sound_calls()[::8]:
         _call(op, make(), {}, is_program=True)
 

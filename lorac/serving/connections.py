@@ -7,7 +7,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def limit_connections(server: uvicorn.Server, seconds: float, most: int) -> None:
-    """Have a server close connections that wait for a request too long, and those that wait longest if it has too many.
+    """Close connections that wait too long for a request, and the oldest of these if a server has too many.
 
     uvicorn itself waits for the headers of a request as long as some of them come. It has no documented way to its
     connections: this reads ``Server.server_state.connections``, and of those that h11 parses ``cycle`` (the request

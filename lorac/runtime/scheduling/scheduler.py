@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lorac.runtime.generation.generating_model import GeneratingModel
 
 _SHARED, _RECENT = 4, 60.0
-"""The fewest rows of which one is kept free for a tenant that has none, and for how many seconds."""
+"""The number of rows from which on one is kept for a tenant without rows, and the seconds for which it is."""
 
 
 class Scheduler:
