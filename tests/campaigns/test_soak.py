@@ -16,7 +16,7 @@ from lorac.ir.slots.buffers import FusedBuffer
 KINDS = {
     "addition", "removal", "save and load", "swap", "call", "call of its own choice", "failing swap", "interrupted",
 }  # fmt: skip
-BETWEEN_OPEN_AND_WITH = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+BETWEEN_OPEN_AND_WITH = pytest.mark.filterwarnings("ignore:unclosed (file|scandir iterator):ResourceWarning")
 """An interrupt may come there. As an error the warning would keep the whole stack, and the adapters in use on it."""
 pytestmark = BETWEEN_OPEN_AND_WITH
 
