@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser wheel-native test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Train two adapters, compile both for ONNX Runtime and swap them
 	$(BIN)/python -m examples.demo
@@ -24,6 +24,12 @@ denoiser: $(STAMP) ## Train the tiny denoiser of experiments on diffusion, once 
 
 wheel-native: $(STAMP) ## Build lorac-native, an op for ONNX Runtime, as a wheel in dist/ (needs CMake and a C++ compiler)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./native
+
+release: ## Build a release in dist/ and use it as a stranger does; nothing is uploaded (needs CMake and a C++ compiler)
+	$(PYTHON) -m campaigns.release
+
+release-tests: ## The same, and the small tests from the source archive, unpacked in an empty folder
+	$(PYTHON) -m campaigns.release --tests
 
 test: $(STAMP) ## Run the small tests, before every push
 	$(PYTEST) -m "not slow and not medium" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml
