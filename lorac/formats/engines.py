@@ -24,7 +24,7 @@ _OTHER_SCALES = ("use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertNames:
     """The names of a mixture's experts in an engine, whose matrices are apart where the model fuses two of them.
 
     Attributes:
@@ -37,7 +37,7 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class EngineRules:
     """The LoRAs that one engine takes.
 
     Attributes:
@@ -76,7 +76,7 @@ class Engine:
     without: frozenset[str] = frozenset()
     heads: tuple[str, ...] = ()
     together: tuple[tuple[str, ...], ...] = ()
-    experts: Mapping[str, Experts] = field(default_factory=dict)
+    experts: Mapping[str, ExpertNames] = field(default_factory=dict)
     stacked: frozenset[str] = frozenset()
     biases: bool = False
     ranks: tuple[int, ...] = ()
@@ -101,7 +101,7 @@ class Engine:
             return "outside the language model"
         return None if self.leaves is None or leaf in self.leaves else "a layer that it does not know by this name"
 
-    def experts_of(self, model_type: str) -> Experts | None:
+    def experts_of(self, model_type: str) -> ExpertNames | None:
         """Return the names of experts that lie apart in its files; None where they do not."""
         return None if model_type in self.stacked else self.experts.get(model_type, self.experts.get(""))
 
@@ -130,8 +130,8 @@ _SGLANG_LEAVES = (
 _QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _GGUF = "convert_lora_to_gguf.py, src/llama-adapter.cpp and src/llama-graph.cpp (build_lora_mm)"
 
-ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine(
+ENGINES: Mapping[str, EngineRules] = {
+    "vllm": EngineRules(
         version="vLLM 0.33.0",
         source="vllm/lora/peft_helper.py, utils.py, lora_model.py, model_manager.py; models/* (SupportsLoRA)",
         format="peft",
@@ -143,11 +143,11 @@ ENGINES: Mapping[str, Engine] = {
         | {"": ()},
         without=frozenset(_VLLM_WITHOUT.split()),
         heads=("classifier", "score"),
-        experts={"mixtral": Experts("block_sparse_moe.experts", ("w1", "w3", "w2")), "": Experts()},
+        experts={"mixtral": ExpertNames("block_sparse_moe.experts", ("w1", "w3", "w2")), "": ExpertNames()},
         stacked=frozenset(_VLLM_STACKED.split()),
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
     ),
-    "sglang": Engine(
+    "sglang": EngineRules(
         version="SGLang 0.5.23",
         source="sglang/srt/lora/lora_config.py, lora.py, lora_manager.py, mem_pool.py, utils.py",
         format="peft",
@@ -156,10 +156,10 @@ ENGINES: Mapping[str, Engine] = {
         ignored=(*_OTHER_SCALES, *_SPECIAL, "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),
         leaves=frozenset(_SGLANG_LEAVES.split()),
         together=(_QKV, _GATED),
-        experts={"": Experts()},
+        experts={"": ExpertNames()},
         uniform=True,
     ),
-    "llama.cpp": Engine(
+    "llama.cpp": EngineRules(
         version="llama.cpp of xllamacpp 2026.10.11549",
         source=_GGUF,
         format="gguf",
@@ -167,14 +167,14 @@ ENGINES: Mapping[str, Engine] = {
         refused=("use_dora", "lora_bias", "modules_to_save"),
         ignored=_OTHER_SCALES,
     ),
-    "ollama": Engine(
+    "ollama": EngineRules(
         version="ollama of 21 August 2026",
         source="convert/convert.go, llm/llama_server.go (--lora), docs/modelfile.mdx",
         format="gguf",
         usage="printf 'FROM BASE\\nADAPTER {path}\\n' > Modelfile && ollama create NAME",
         ignored=_OTHER_SCALES,
     ),
-    "genai": Engine(
+    "genai": EngineRules(
         version="onnxruntime-genai 0.18.0",
         source="models/builders/base.py (make_matmul_lora) with Olive's passes/onnx/extract_adapters.py",
         format="onnx_adapter",
@@ -184,7 +184,7 @@ ENGINES: Mapping[str, Engine] = {
         dtypes=("float32", "float16"),
         renames={".self_attn.": ".attn.", ".lora_A.": ".lora_A.MatMul.", ".lora_B.": ".lora_B.MatMul."},
     ),
-    "diffusers": Engine(
+    "diffusers": EngineRules(
         version="diffusers 0.42.1",
         source="loaders/peft.py, utils/peft_utils.py",
         format="diffusers",
@@ -192,14 +192,14 @@ ENGINES: Mapping[str, Engine] = {
         kinds=_LINEAR | frozenset(CONVOLUTION_KINDS.values()),
         biases=True,
     ),
-    "mlx": Engine(
+    "mlx": EngineRules(
         version="mlx-lm 0.32.2",
         source="mlx_lm/tuner/utils.py (load_adapters), tuner/lora.py",
         format="mlx",
         usage="mlx_lm.generate --model BASE --adapter-path {path} --prompt …",
         uniform=True,
     ),
-    "olive": Engine(
+    "olive": EngineRules(
         version="Olive 0.13.0",
         source="olive/cli/convert_adapters.py, olive/passes/onnx/extract_adapters.py",
         format="peft",
@@ -214,7 +214,7 @@ ENGINES: Mapping[str, Engine] = {
 """Name in ``lorac convert --for`` -> its rules."""
 
 
-def find_engine(name: str) -> Engine:
+def find_engine(name: str) -> EngineRules:
     """Return the rules of an engine.
 
     Raises:
