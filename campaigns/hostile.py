@@ -1,16 +1,19 @@
 """Measure what a tenant of a server notices of hostile ones, and how long the event loop pauses.
 
-python -m campaigns.hostile [--requests N] [--seed N]
+python -m campaigns.hostile [--requests N] [--seed N] [--attack NAME]...
 
 A server with a store of uploads runs in a process of its own, the hostile tenant in another. The victim sends one short
-request after the other, alone and next to each attack: floods of requests, long stop strings, bodies that come slowly,
-large uploads, connections without a request. Its 95th percentile may be twice that alone, and a pause of the loop 50 ms
-or, on a busy machine, twice the longest alone; both are printed.
+request after the other, alone and next to each attack in turn: floods of requests, long prompts, long stop strings,
+long texts to tokenize, slow bodies, large uploads, connections without a request. Its 95th percentile may be twice that
+alone, and the event loop's thread may compute for 50 ms between two looks at what waits. Both are printed, with the
+longest time between two looks, which a busy machine makes longer, and the cores that the server and the hostile tenant
+used. The hostile tenant's process has the lowest priority, since it would have a machine of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import contextlib
 import os
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,9 @@ import httpx2
 
 KEYS = {"k-v": "victim", "k-h": "hostile"}
 MOST_TIMES, MOST_PAUSE = 2.0, 0.05
-"""The largest 95th percentile and pause of the loop, in those alone; the seconds of a pause that is right anyway."""
-WORDS = 512
-_PORT, _ATTACK = "PORT", "--attack"
+"""The largest 95th percentile, in that alone; the most seconds that the loop's thread computes at a time."""
+WORDS, _TURNS, _WAIT = 512, 4, 3
+_PORT, _HOSTILE = "PORT", "--hostile"
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,7 +61,11 @@ def make_folder(folder: Path) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Serve a folder, print the port, and answer ``/loop`` with the longest pause of the event loop since the last."""
+    """Serve a folder and print the port.
+
+    ``/loop`` answers with the event loop's longest time between two looks since it was last asked, in seconds of wall
+    time and of processor time, and with the server's processor time.
+    """
     import uvicorn
 
     import lorac
@@ -68,19 +76,21 @@ def serve(folder: Path) -> None:
     settings = ServingSettings(keys=KEYS, rows=8, waiting=32, body_timeout=5, header_timeout=2, max_connections=256)
     compiled = lorac.load(folder / "model")
     with AdapterStore(compiled, folder / "store") as store:
-        app, pauses = build_app(compiled, settings, store=store), [0.0]
+        app = build_app(compiled, settings, store=store)
+        waits, works = [0.0], [0.0]
 
         async def watch() -> None:
             while True:
-                begun = time.perf_counter()
+                begun, used = time.perf_counter(), time.thread_time()
                 await asyncio.sleep(0.005)
-                pauses.append(time.perf_counter() - begun - 0.005)
+                waits[0] = max(waits[0], time.perf_counter() - begun - 0.005)
+                works[0] = max(works[0], time.thread_time() - used)
 
         @app.get("/loop")
-        async def loop() -> float:
-            longest = max(pauses)
-            pauses[:] = [0.0]
-            return longest
+        async def loop() -> tuple[float, float, float]:
+            found = waits[0], works[0], time.process_time()
+            waits[0] = works[0] = 0.0
+            return found
 
         server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="critical"))
         limit_connections(server, settings.header_timeout, settings.max_connections)
@@ -111,6 +121,18 @@ async def _post(client: httpx2.AsyncClient, chance: random.Random, fields: dict[
 async def flood(client: httpx2.AsyncClient, chance: random.Random) -> int:
     """Ask for text, again as soon as it is refused."""
     return await _post(client, chance, _fields(n=chance.randrange(1, 4)))
+
+
+async def prompt(client: httpx2.AsyncClient, chance: random.Random) -> int:
+    """Ask for text behind prompts as long as the model takes."""
+    words = " ".join(f"w{chance.randrange(WORDS)}" for _ in range(340))
+    return await _post(client, chance, _fields(prompt=words))
+
+
+async def text(client: httpx2.AsyncClient, chance: random.Random) -> int:
+    """Have texts tokenized that are as long as bodies may be, and longer than the model takes."""
+    words, path = "w5 " * 300_000, chance.choice(["/tokenize", "/v1/completions"])
+    return (await client.post(path, json={"model": "one", "prompt": words})).status_code
 
 
 async def stop(client: httpx2.AsyncClient, chance: random.Random) -> int:
@@ -150,7 +172,9 @@ async def connect(client: httpx2.AsyncClient, chance: random.Random) -> int:
 
 ATTACKS: dict[str, tuple[Callable[[httpx2.AsyncClient, random.Random], Coroutine[Any, Any, int]], int]] = {
     "floods": (flood, 40),
+    "long prompts": (prompt, 16),
     "long stops": (stop, 16),
+    "long texts": (text, 8),
     "slow bodies": (drip, 80),
     "large uploads": (upload, 10),
     "many connections": (connect, 600),
@@ -161,7 +185,7 @@ ATTACKS: dict[str, tuple[Callable[[httpx2.AsyncClient, random.Random], Coroutine
 async def attack(name: str, port: int, seed: int) -> None:
     """Attack a server until the input ends; print how often, by status."""
     work, clients = ATTACKS[name]
-    count, ended = Counter[int](), asyncio.Event()
+    count, ended, begun = Counter[int](), asyncio.Event(), time.process_time()
 
     async def go_on(client: httpx2.AsyncClient, chance: random.Random) -> None:
         while not ended.is_set():
@@ -181,7 +205,7 @@ async def attack(name: str, port: int, seed: int) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    print(dict(sorted(count.items())), flush=True)
+    print(time.process_time() - begun, dict(sorted(count.items())), flush=True)
 
 
 # ── The victim ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -200,15 +224,62 @@ def _started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             pipe.close()
 
 
-def measure(client: httpx2.Client, requests: int) -> tuple[float, float, int]:
-    """Return the victim's 95th percentile, the loop's longest pause since, and how many requests were not answered."""
-    client.get("/loop")
-    seconds, failed = list[float](), 0
-    for seed in range(requests):
-        begun = time.perf_counter()
-        failed += client.post("/v1/completions", json=_fields(seed=seed, max_tokens=12)).status_code != 200
-        seconds.append(time.perf_counter() - begun)
-    return sorted(seconds)[int(0.95 * (requests - 1))], client.get("/loop").json(), failed
+@dataclass
+class Measured:
+    """The victim's requests, alone or next to an attack.
+
+    Attributes:
+        seconds: of each.
+        failed: how many were not answered.
+        wait, work: the event loop's longest time between two looks, in seconds of wall time and of processor time.
+        wall, server: seconds that passed, and those of processor time that the server took.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    failed: int = 0
+    wait: float = 0.0
+    work: float = 0.0
+    wall: float = 0.0
+    server: float = 0.0
+
+    @property
+    def late(self) -> float:
+        """The 95th percentile."""
+        return sorted(self.seconds)[int(0.95 * (len(self.seconds) - 1))]
+
+    def measure(self, client: httpx2.Client, requests: int) -> None:
+        """Send requests, one after the other."""
+        first, started = client.get("/loop").json()[2], time.perf_counter()
+        for seed in range(requests):
+            begun = time.perf_counter()
+            answer = client.post("/v1/completions", json=_fields(seed=seed, max_tokens=12))
+            self.failed += answer.status_code != 200
+            self.seconds.append(time.perf_counter() - begun)
+        wait, work, last = client.get("/loop").json()
+        self.wait, self.work, self.server = max(self.wait, wait), max(self.work, work), self.server + last - first
+        self.wall += time.perf_counter() - started
+
+
+def compare(client: httpx2.Client, name: str, requests: int, seed: int) -> bool:
+    """Measure the victim alone and next to an attack, in turn; return whether it notices too much.
+
+    In turn, since others may use the machine, too, now more and now less.
+    """
+    alone, beside, cpu, count = Measured(), Measured(), 0.0, Counter[int]()
+    for turn in range(_TURNS):
+        alone.measure(client, requests // _TURNS)
+        with _started(_HOSTILE, name, client.base_url.port, "--seed", seed + 1000 * turn) as hostile:
+            time.sleep(_WAIT)
+            beside.measure(client, requests // _TURNS)
+            used, _, statuses = hostile.communicate("\n", 120)[0].partition(" ")
+        cpu += float(used)
+        count.update(ast.literal_eval(statuses))
+    times = beside.late / alone.late
+    row = f"{name:17}{alone.late * 1e3:6.0f} ms {beside.late * 1e3:6.0f} ms {times:6.2f}"
+    loop = f"{beside.work * 1e3:.0f} ms ({alone.wait * 1e3:.0f} to {beside.wait * 1e3:.0f} ms)"
+    cores = f"{beside.server / beside.wall:.2f}, {cpu / (beside.wall + _WAIT * _TURNS):.2f}"
+    print(f"{row}  {loop}; {cores}; {beside.failed}; {dict(sorted(count.items()))}", flush=True)
+    return times > MOST_TIMES or beside.work > MOST_PAUSE or beside.failed > 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -217,16 +288,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=200, help="of the victim, next to each attack")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument(_ATTACK, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--attack", action="append", choices=ATTACKS, help="only this one; may be given several times")
+    parser.add_argument(_HOSTILE, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.serve:
         serve(given.serve)
         return
-    if given.attack:
-        os.nice(10)  # hostile tenants have machines of their own
-        asyncio.run(attack(given.attack[0], int(given.attack[1]), given.seed))
+    if given.hostile:
+        os.nice(19)  # hostile tenants have machines of their own
+        asyncio.run(attack(given.hostile[0], int(given.hostile[1]), given.seed))
         return
-    bad = list[str]()
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder) / "model")
         with _started("--serve", folder) as server:
@@ -234,18 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             port = int(server.stdout.readline().removeprefix(_PORT))
             head = {"authorization": "Bearer k-v"}
             with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=head, timeout=300) as client:
-                measure(client, 20)
-                print("next to               alone       95 %  times  pause; not answered; the hostile's answers")
-                for name in ATTACKS:
-                    alone, usual, _ = measure(client, given.requests)  # each time: others may use the machine too
-                    with _started(_ATTACK, name, port, "--seed", given.seed) as hostile:
-                        time.sleep(5)
-                        late, pause, failed = measure(client, given.requests)
-                        told, _ = hostile.communicate("\n", 120)
-                    times = late / alone
-                    row = f"{name:18} {alone * 1e3:5.0f} ms {late * 1e3:7.0f} ms {times:6.2f}"
-                    print(f"{row} {usual * 1e3:3.0f} to {pause * 1e3:.0f} ms; {failed}; {told.strip()}", flush=True)
-                    bad += [name] * (times > MOST_TIMES or pause > max(MOST_PAUSE, MOST_TIMES * usual) or failed > 0)
+                Measured().measure(client, 20)
+                print(
+                    "next to       95 % alone, with it, times; loop; cores of the server, the hostile; failed; statuses"
+                )
+                names = given.attack or ATTACKS
+                bad = [name for name in names if compare(client, name, given.requests, given.seed)]
     if bad:
         raise SystemExit(f"failed: {', '.join(bad)}")
 

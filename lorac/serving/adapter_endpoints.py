@@ -1,11 +1,7 @@
 """The endpoints of adapters: loaded and unloaded as in vLLM; uploaded, listed and removed by a store's tenants."""
 
-import collections
-from collections.abc import Callable
-from typing import Annotated, TypeAlias, TypeVar, final
+from typing import Annotated, TypeAlias
 
-import anyio
-import anyio.to_thread
 import fastapi
 import pydantic
 from fastapi.concurrency import run_in_threadpool
@@ -17,25 +13,9 @@ from lorac.serving.refusals import NotAllowed, RefusedField
 from lorac.serving.requests.fields import drop_usual
 from lorac.serving.requests.request_body import read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
-from lorac.serving.store.reading_process import READERS
 
 AdapterName = Annotated[str, pydantic.Field(min_length=1, max_length=256)]
-T = TypeVar("T")
 router = fastapi.APIRouter()
-
-
-@final
-class FairReaders:
-    """Has the readers of a store work for tenants in turn, each of which has one at most."""
-
-    def __init__(self) -> None:
-        self._all = anyio.CapacityLimiter(READERS)
-        self._own = collections.defaultdict[str, anyio.CapacityLimiter](lambda: anyio.CapacityLimiter(1))
-
-    async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """Return the result of work for a tenant, which a thread does when it is the tenant's turn."""
-        async with self._own[tenant]:
-            return await anyio.to_thread.run_sync(work, limiter=self._all)
 
 
 class LoadFields(pydantic.BaseModel, extra="forbid", strict=True):

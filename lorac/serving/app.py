@@ -31,12 +31,16 @@ from lorac.serving.rows.row_batches import RowBatches
 from lorac.serving.served_model import RowComputer, ServedModel, TextScheduler, decodes
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
+from lorac.serving.store.reading_process import READERS
+from lorac.serving.tenant_turns import TenantTurns
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
 from lorac.session.compiled import Compiled
 from lorac.version import VERSION
 
 PAGE = Path(__file__).with_name("page") / "index.html"
+_PREPARING, _SENDING = 2, 40
+"""Threads that read requests and answers, where this process computes and where others do."""
 FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/chat/completions": ChatFields,
     "/v1/completions": CompletionFields,
@@ -83,7 +87,9 @@ def build_app(
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name, app.state.source)
-    app.state.readers = adapter_endpoints.FairReaders()
+    app.state.readers = TenantTurns(READERS)
+    # Preparing a request holds the interpreter, for which the scheduler's thread waits; workers have their own.
+    app.state.turns = TenantTurns(_PREPARING) if scheduler is None else TenantTurns(_SENDING, _SENDING)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if decodes(compiled):
         find_tokenizer(compiled)

@@ -43,9 +43,10 @@ async def complete(fields: CompletionBody, http: fastapi.Request) -> Response:
 
 
 @router.post("/tokenize")
-def tokenize(fields: TokenizeBody, http: fastapi.Request) -> Response:
+async def tokenize(fields: TokenizeBody, http: fastapi.Request) -> Response:
     """Return the tokens of a prompt or of a conversation."""
-    return JsonAnswer(http.app.state.text.tokenize(fields))
+    state = http.app.state
+    return await state.turns.run(http.state.tenant, lambda: JsonAnswer(state.text.tokenize(fields)))
 
 
 async def _answer(
@@ -54,15 +55,15 @@ async def _answer(
     fields: FieldsT,
     shape_class: type[AnswerShape],
 ) -> Response:
-    request, parts = await run_in_threadpool(begin, fields, http.state.tenant)
+    state, tenant = http.app.state, http.state.tenant
+    request, parts = await state.turns.run(tenant, lambda: begin(fields, tenant))
     http.state.text = request
-    tokenizer = http.app.state.compiled.tokenizer
-    shape = shape_class(request, tokenizer, has_logprobs=fields.logprob_count is not None)
+    shape = shape_class(request, state.compiled.tokenizer, has_logprobs=fields.logprob_count is not None)
     if not fields.stream:
         found = await run_while_connected(_collect(parts), http.receive)
         if found is None:
             return Response(status_code=CLIENT_LEFT)
-        return await run_in_threadpool(lambda: JsonAnswer(shape.whole(found)))
+        return await state.turns.run(tenant, lambda: JsonAnswer(shape.whole(found)))
     # A failure before the first token still has a status of its own.
     first = await run_while_connected(_first(parts), http.receive)
     if first is None:

@@ -19,7 +19,9 @@ import pytest
 
 from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.serving import build_app
+from lorac.serving.requests.chat_fields import TokenizeFields
 from lorac.serving.store import AdapterStore, StoreQuotas
+from lorac.serving.text_service import TextService
 from tests.serving.models import serve, settings
 from tests.serving.test_limits import CHAT, ENDLESS, log, wait_until
 
@@ -169,6 +171,32 @@ def test_one_tenants_slow_uploads_do_not_hold_another(
     opened.set()
     for reader in readers:
         reader.join()
+
+
+def test_one_tenants_slow_requests_do_not_hold_another(
+    alice: httpx2.Client, bob: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, running = threading.Event(), list[str]()
+
+    def slow(service: TextService, fields: TokenizeFields) -> dict[str, object]:
+        running.append(fields.model)
+        assert fields.model == "bob" or opened.wait(60)
+        return {}
+
+    monkeypatch.setattr(TextService, "tokenize", slow)
+
+    def send(client: httpx2.Client, name: str) -> int:
+        return client.post("/tokenize", json={"model": name, "prompt": "x"}).status_code
+
+    waiting = [threading.Thread(target=send, args=(alice, "alice")) for _ in range(3)]
+    for one in waiting:
+        one.start()
+    wait_until(lambda: running == ["alice"])
+    assert send(bob, "bob") == 200
+    assert running == ["alice", "bob"]
+    opened.set()
+    for one in waiting:
+        one.join()
 
 
 def test_closes_connections_that_send_no_whole_request(small: Any, alice: httpx2.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -113,10 +114,10 @@ class RunningBatch:
     def _count_tokens(self, lane: _Lane) -> list[int]:
         """Return how many tokens of each row the next call computes."""
         assert self.chunk is not None
-        rows = self.rows
-        reading = sum(not row.is_read for row in rows)
-        crowded = self._chooses and 2 * reading > len(rows)
-        chunk = large_chunk(self.chunk, reading) if crowded else self.chunk
+        at_work = Counter(row.request.tenant for row in self.rows)
+        reading = Counter(row.request.tenant for row in self.rows if not row.is_read)
+        crowded = self._chooses and all(2 * reading[tenant] > rows for tenant, rows in at_work.items())
+        chunk = large_chunk(self.chunk, reading.total()) if crowded else self.chunk
         # Behind the longest row there is room for the padding of the others, so that a call needs no more memory.
         most = min(chunk, lane.cache.capacity - max(lane.cache.lengths))
         return [min(most, len(row.text) - past) for row, past in zip(lane.rows, lane.cache.lengths, strict=True)]

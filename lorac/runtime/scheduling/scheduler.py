@@ -7,7 +7,7 @@ import collections
 import itertools
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from lorac.runtime.generation.generating_model import GeneratingModel
 
 _SHARED, _RECENT = 4, 60.0
-"""The number of rows from which on one is kept for a tenant without rows, and the seconds for which it is."""
+"""The number of rows from which on some are kept for tenants, and the seconds for which a request lets them be."""
 
 
 class Scheduler:
     """A compiled model that answers many requests at once, in a thread of its own.
 
     A step computes one token for every running row and a chunk of each prompt, in one engine call whatever adapters
-    they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest;
-    of four rows or more, one is kept free while a tenant that sent a request within the last minute has none. A
-    request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and
-    swapped meanwhile; a request keeps those that it began with.
+    they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest.
+    While others sent a request within the last minute, a tenant has at most half of four rows or more, and one is kept
+    free for those without rows. A request begins when there is a row and memory for it (``compiled.memory``). Adapters
+    may be added, removed and swapped meanwhile; a request keeps those that it began with.
 
     Args:
         compiled: compiled with ``cache=True``.
@@ -44,8 +44,8 @@ class Scheduler:
         waiting: the most that wait; a tenant with less than its share of them waits too while others' fill the line.
         chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
             sooner, and the others' next tokens come later. Default: as many as make a step of half the rows take half
-            as long again, but at least 4, or 64 while more prompts are read than requests run (256 of all prompts
-            together); the model is timed once, before the first request begins.
+            as long again, but at least 4, or 64 while every tenant has more prompts that are read than requests that
+            run (256 of all prompts together); the model is timed once, before the first request begins.
         prompt_cache: bytes of keys and values that are cached for prompts that begin alike; 0 caches nothing.
         component: which of several models decodes.
 
@@ -104,7 +104,20 @@ class Scheduler:
                     f"{count} requests come at once, and at most {self.waiting} may wait",
                     next_step="submit fewer at once",
                 )
+        self._check_room(counts)  # first, so that requests without room cost nothing
         rows = [RunningRow(self.compiled, request, self.component) for request in requests]
+        with self._changed:
+            self._check_room(counts)
+            self._last_request.update(dict.fromkeys(counts, time.monotonic()))
+            self._queue.update((next(self._numbers), row) for row in rows)
+            self._changed.notify()
+        if self.compiled.switch.mode == "live":
+            for row in rows:
+                self.compiled.switch.prefetch(row.choice)
+        return [row.stream for row in rows]
+
+    def _check_room(self, counts: Mapping[str, int]) -> None:
+        """Check that so many requests of each tenant may be put in line."""
         with self._changed:
             if self._draining:
                 raise _stopping()
@@ -115,13 +128,6 @@ class Scheduler:
             for tenant, count in counts.items():
                 check_line(line, tenant, count, self.waiting)
                 line += [tenant] * count
-                self._last_request[tenant] = time.monotonic()
-            self._queue.update((next(self._numbers), row) for row in rows)
-            self._changed.notify()
-        if self.compiled.switch.mode == "live":
-            for row in rows:
-                self.compiled.switch.prefetch(row.choice)
-        return [row.stream for row in rows]
 
     @property
     def load(self) -> tuple[int, int]:
@@ -190,17 +196,25 @@ class Scheduler:
                 at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
                 waiting = [(at_work[row.request.tenant], number) for number, row in self._queue.items()]
                 rows, number = min(waiting)
-                if (rows and free == 1 and self._keeps_row(at_work)) or not self._begin(number):
+                if self._keeps_row(at_work.keys(), rows, free) or not self._begin(number):
                     break
             return bool(self._queue or self._batch.rows or not self._closing)
 
-    def _keeps_row(self, at_work: Collection[str]) -> bool:
-        """Return whether the last free row is kept for a tenant that sent a request within the last minute."""
+    def _keeps_row(self, at_work: Set[str], rows: int, free: int) -> bool:
+        """Return whether the next free row is kept for tenants that sent a request within the last minute.
+
+        Args:
+            at_work: the tenants that have rows.
+            rows: the fewest that a tenant has whose request waits.
+            free: the number of free rows.
+        """
         if self.rows < _SHARED or self._closing:
             return False
         oldest = time.monotonic() - _RECENT
         self._last_request = {tenant: last for tenant, last in self._last_request.items() if last > oldest}
-        return bool(self._last_request.keys() - at_work)
+        recent = self._last_request.keys()
+        has_share = rows >= self.rows // 2 and len(recent | at_work) > 1
+        return has_share or bool(rows and free == 1 and recent - at_work)
 
     def _begin(self, number: int) -> bool:
         """Begin a request and return True, or leave it in line until others have freed memory."""

@@ -1,12 +1,12 @@
 """The JSON of a request, read in a thread: the event loop, on which all answers wait, never parses."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import fastapi
 import pydantic
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 
 T = TypeVar("T")
@@ -25,7 +25,8 @@ def read_body(fields: type[FieldsT]) -> Any:
         media, body = http.headers.get("content-type", "").partition(";")[0].strip().lower(), await http.body()
         if not body or not (media == "application/json" or media.endswith("+json")):
             raise _wrong("missing")
-        return await run_in_threadpool(parse_fields, fields, body)
+        parse = functools.partial(parse_fields, fields, body)
+        return await http.app.state.turns.run(http.state.tenant, parse)
 
     return fastapi.Depends(read)
 

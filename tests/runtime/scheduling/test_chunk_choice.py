@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
 def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(
     compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: tuple[int, ...], shapes: list[tuple[int, int]]
 ) -> None:
+    assert record_steps(compiled, monkeypatch, [("", count) for count in begun]) == shapes
+
+
+def test_prompts_of_one_tenant_do_not_slow_a_running_row_of_another(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = [("alice", 1), ("bob", 2), ("", 0)]
+    assert record_steps(compiled, monkeypatch, begun) == [(1, 29), (3, LEAST), (3, LEAST)]
+
+
+def record_steps(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: Sequence[tuple[str, int]]
+) -> list[tuple[int, ...]]:
+    """Return rows and tokens of each step, before which so many requests of a tenant begin."""
     monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
     found, decode = list[tuple[int, ...]](), OrtProgram.decode
 
@@ -92,13 +107,14 @@ def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(
     monkeypatch.setattr(OrtProgram, "decode", noted)
     batch = RunningBatch(compiled, 3, None, None, "main")
     batch.choose_chunk()
-    request = TextRequest(torch.arange(1, 30), options={"max_new_tokens": 34, "eos_token_id": None})
+    options = {"max_new_tokens": 34, "eos_token_id": None}
     with torch.no_grad():
-        for rows in begun:
+        for tenant, rows in begun:
             for _ in range(rows):
+                request = TextRequest(torch.arange(1, 30), tenant=tenant, options=options)
                 batch.admit(RunningRow(compiled, request, "main"))
             batch.step()
-    assert found == shapes
+    return found
 
 
 @pytest.mark.parametrize(

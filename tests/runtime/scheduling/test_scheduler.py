@@ -351,7 +351,7 @@ def test_a_full_line_takes_each_tenant_up_to_its_share(compiled: Any) -> None:
         assert [len(list(stream)) for stream in taken] == [1] * 8
 
 
-def test_keeps_a_row_for_a_recent_tenant(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tenant_has_half_of_the_rows_next_to_recent_ones(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     most, step = list[int](), RunningBatch.step
 
     def counted(batch: RunningBatch) -> None:
@@ -367,7 +367,25 @@ def test_keeps_a_row_for_a_recent_tenant(compiled: Any, monkeypatch: pytest.Monk
         list(submit(scheduler, "bob", 1)[0])
         for stream in submit(scheduler, "alice", 6, 3):
             list(stream)
-        assert max(most) == 3
+        assert max(most) == 2
+        most.clear()
+        list(submit(scheduler, "carol", 1)[0])
+        for stream in [*submit(scheduler, "alice", 6, 3), *submit(scheduler, "bob", 6, 3)]:
+            list(stream)
+        assert max(most) == 3, "the last row is kept for carol"
+
+
+def test_a_request_without_room_costs_nothing(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, made = Gate(1), RunningRow.__init__
+    with Scheduler(compiled, rows=1, waiting=2) as scheduler:
+        reader = iter(scheduler.submit(gate.request()))
+        next(reader)
+        submit(scheduler, "", 2)
+        monkeypatch.setattr(RunningRow, "__init__", lambda *given: pytest.fail("it was prepared"))
+        with refuses("queue_full"):
+            submit(scheduler, "", 1)
+        monkeypatch.setattr(RunningRow, "__init__", made)
+        gate.opened.set()
 
 
 def test_shares_prefixes_within_a_tenant_only(compiled: Any, scheduler: Scheduler) -> None:
