@@ -45,6 +45,8 @@ from lorac.runtime.scheduling.scheduler import Scheduler as Scheduler
 from lorac.runtime.scheduling.token_stream import TextRequest as TextRequest
 from lorac.runtime.scheduling.token_stream import TextToken as TextToken
 from lorac.runtime.scheduling.token_stream import TokenStream as TokenStream
+from lorac.session.adapter_check import AdapterCheck as AdapterCheck
+from lorac.session.adapter_check import check as check
 from lorac.session.api import compile as compile
 from lorac.session.compiled import Compiled as Compiled
 from lorac.session.loading import load as load

@@ -80,8 +80,8 @@ def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
     )
 
 
-def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) -> None:
-    """Check a recorded hash against the model.
+def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) -> bool:
+    """Check a recorded hash against the model; return whether they could be compared.
 
     A model in a wider dtype than the recorded one is compared as cast to it. In a narrower dtype, or under a quantised
     weight, the original values are unknown and nothing is checked.
@@ -91,13 +91,13 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
     """
     recorded_dtype, paths = _parse_recorded_dtype(name, recorded), tuple(paths)
     if _is_quantised(view, paths):
-        return
+        return False
     own_dtype = _dtype_name({weight.dtype for _, weight in _iter_weights(view, paths)})
     known = _CHECKED.setdefault(view.module, set()) if isinstance(view.module, Skeleton) else set()
     if (recorded, paths) in known:
-        return
+        return True
     if not _holds_values(own_dtype, recorded_dtype):
-        return
+        return False
     found = compute_base_hash(view, paths, dtype=getattr(torch, recorded_dtype, None))
     if found != recorded:
         raise AdapterError(
@@ -107,6 +107,7 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
             code="base_mismatch",
         )
     known.add((recorded, paths))
+    return True
 
 
 def _is_quantised(view: ModelView, paths: Iterable[str]) -> bool:

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
-from lorac.errors import AdapterError, FormatError, SiteError, nearest_name
+from lorac.errors import AdapterError, FormatError, LoracError, SiteError, nearest_name
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import no_match_error
 from lorac.ir.sites.site import Site
@@ -45,28 +46,57 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
         AdapterError: a parameter is missing or has another shape or dtype; a position lies outside the weight or is
             given twice; a tensor or a hyper-parameter is NaN or infinite; the recorded base hash is another or invalid.
     """
-    check_numbers(adapter.name, adapter.variant)
+    for check in _iter_checks(adapter, view):
+        check()
+
+
+def list_faults(adapter: Adapter, view: ModelView) -> list[LoracError]:
+    """Return each error for which an adapter does not fit a model, where ``check_adapter`` raises the first."""
+    faults = []
+    for check in _iter_checks(adapter, view):
+        try:
+            check()
+        except LoracError as error:
+            faults.append(error)
+    return faults
+
+
+def _iter_checks(adapter: Adapter, view: ModelView) -> Iterator[Callable[[], object]]:
+    """Yield the parts of the check in order; each raises its own errors, and none relies on an earlier one."""
+    name, variant = adapter.name, adapter.variant
+    yield partial(check_numbers, name, variant)
     if not adapter.tensors and not adapter.replaced:
-        raise no_match_error(adapter.name, adapter.variant.all_targets, view.sites)
+        yield partial(_raise, no_match_error(name, variant.all_targets, view.sites))
     copies = adapter.provenance.get("copies", {})
     known = view.named_tensors() if adapter.replaced or copies else {}
     view = add_adapted_modules(adapter, view)
     sites = view.sites
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
-        if path not in sites:
-            raise no_site_error(adapter.name, path, view)
-        check_site(adapter.name, adapter.variant, sites[path], tensors, shapes=shapes)
-    check_reads(adapter, view)
-    for name, tensor in adapter.replaced.items():
-        check_replaced(adapter.name, name, tensor, known)
-    check_values(adapter)
-    for name, copy in copies.items():
-        _find_replaced_tensor(adapter.name, name, known)
-        check_copy(adapter.name, name, copy, view.as_given(name, view.tensor(name)))
+        if path in sites:
+            yield partial(check_site, name, variant, sites[path], tensors, shapes=shapes)
+        else:
+            yield partial(_raise, no_site_error(name, path, view))
+    complete = adapter.tensors.keys() <= sites.keys()
+    if complete:
+        yield partial(check_reads, adapter, view)
+    for parameter, tensor in adapter.replaced.items():
+        yield partial(check_replaced, name, parameter, tensor, known)
+    yield partial(check_values, adapter)
+    for parameter, copy in copies.items():
+        yield partial(_check_copy, name, parameter, copy, view, known)
     recorded = adapter.provenance.get("base")
-    if recorded:
-        check_base(adapter.name, str(recorded), view, adapter.tensors)
+    if recorded and complete:
+        yield partial(check_base, name, str(recorded), view, adapter.tensors)
+
+
+def _raise(error: LoracError) -> None:
+    raise error
+
+
+def _check_copy(adapter: str, name: str, copy: str, view: ModelView, known: Mapping[str, Tensor]) -> None:
+    _find_replaced_tensor(adapter, name, known)
+    check_copy(adapter, name, copy, view.as_given(name, view.tensor(name)))
 
 
 def check_reads(adapter: Adapter, view: ModelView) -> None:

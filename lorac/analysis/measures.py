@@ -3,17 +3,15 @@
 Everything is computed in float64, from factors where a change has them. With ΔW = W' − W, norms are Frobenius's.
 """
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
-from lorac.adapters.base_hash import check_base
 from lorac.adapters.factors import factors
-from lorac.adapters.fit import check_replaced, check_site, no_site_error
+from lorac.adapters.fit import list_faults
 from lorac.adapters.lora_conversion import compute_delta
 from lorac.adapters.truncation import (
     compute_product_svd,
@@ -105,7 +103,7 @@ def inspect(adapter: Adapter, model: Model | None = None) -> AdapterMeasures:
     """
     check_type(adapter, Adapter, "the adapter of lorac.inspect", next_step="give an adapter: lorac.load_adapter(path)")
     view = None if model is None else add_adapted_modules(adapter, ModelView.of(model))
-    mismatches = () if view is None else tuple(_iter_mismatches(adapter, view))
+    mismatches = () if view is None else tuple(error.what for error in list_faults(adapter, view))
     return AdapterMeasures({path: _measure_site(adapter, path, view) for path in adapter.tensors}, mismatches)
 
 
@@ -275,25 +273,3 @@ def _find_cosines(
     found = (torch.linalg.svdvals(one.mT @ other) for one, other in zip(*spaces, strict=True))
     outputs, inputs = (tuple(cosines.reshape(-1).clamp(max=1).tolist()) for cosines in found)
     return outputs, inputs
-
-
-def _iter_mismatches(adapter: Adapter, view: ModelView) -> Iterator[str]:
-    """Yield each reason why an adapter does not fit a model, where ``check_adapter`` stops at the first."""
-    known, recorded = view.named_tensors(), adapter.provenance.get("base")
-    checks = [functools.partial(_check_site, adapter, path, view) for path in adapter.tensors]
-    checks += [
-        functools.partial(check_replaced, adapter.name, name, one, known) for name, one in adapter.replaced.items()
-    ]
-    if recorded and adapter.tensors.keys() <= view.sites.keys():
-        checks.append(functools.partial(check_base, adapter.name, str(recorded), view, adapter.tensors))
-    for check in checks:
-        try:
-            check()
-        except LoracError as error:
-            yield error.what
-
-
-def _check_site(adapter: Adapter, path: str, view: ModelView) -> None:
-    if path not in view.sites:
-        raise no_site_error(adapter.name, path, view)
-    check_site(adapter.name, adapter.variant, view.sites[path], adapter.tensors[path])

@@ -15,12 +15,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, Any, TextIO
+from typing import Annotated, TextIO
 
 import typer
 
 from lorac.cli import adapters, artifacts, merging, models, serving, training
-from lorac.cli._output import format_error, name_options
+from lorac.cli._output import format_error, reword_step
 from lorac.cli._user_modules import add_import_option
 from lorac.errors import LoracError, LoracWarning
 from lorac.version import VERSION
@@ -85,18 +85,12 @@ def _run_app() -> int:
     except BrokenPipeError:
         return REFUSED
     except LoracError as error:
-        step = name_options(error.next_step or "", sys.argv[1:], _list_options())
+        step = reword_step(error.next_step or "", typer.main.get_command(app))
         return _print_error(error, format_error(error).removesuffix(error.next_step or "") + step, REFUSED)
     except Exception as error:
         message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
         return _print_error(error, message, OUR_FAULT)
     return 0
-
-
-def _list_options() -> dict[str, set[str]]:
-    """Return command -> its options."""
-    group: Any = typer.main.get_command(app)
-    return {name: {text for one in command.params for text in one.opts} for name, command in group.commands.items()}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The report of ``lorac inspect``: the contents of a compiled folder or of an adapter's file."""
+"""The reports of ``lorac inspect`` and ``check``: the contents of a folder or file, and the fit of an adapter."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorac.analysis.measures import AdapterMeasures
+    from lorac.session.adapter_check import AdapterCheck
     from lorac.variants.adapter import Adapter
 
 Inspection: TypeAlias = JsonMapping
@@ -150,3 +152,15 @@ def _format_adapter(contents: Inspection) -> Iterator[Table | str]:
 
 def _format_settings(settings: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def format_check(found: AdapterCheck) -> Iterator[str]:
+    """Yield the page about an adapter; faults that differ by their numbers alone are counted."""
+    yield f"{found.adapter}: {'fits' if found.fits else 'does not fit'}"
+    yield from (f"  {subject}: {finding}" for subject, finding in found.facts.items())
+    alike: dict[str, list[str]] = {}
+    for fault in found.faults:
+        alike.setdefault(re.sub(r"\d+", "*", fault), []).append(fault)
+    for first, *others in alike.values():
+        yield f"  {first}" + (f" (and {len(others)} more like it)" if others else "")
+    yield from (f"  mend: {step}" for step in found.repairs)

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -87,6 +87,12 @@ def name_options(step: str, words: Sequence[str], options: Mapping[str, Collecti
         return found[0] if option not in known else option if value in {"", "True", "…"} else f"{option} {value}"
 
     return _ARGUMENT.sub(name_option, step)
+
+
+def reword_step(step: str, group: Any) -> str:
+    """Return a next step in the words of the command line that runs, one of a group's commands."""
+    options = {name: {text for one in command.params for text in one.opts} for name, command in group.commands.items()}
+    return name_options(step, sys.argv[1:], options)
 
 
 def _to_json(value: object) -> object:

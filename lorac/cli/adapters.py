@@ -1,15 +1,16 @@
-"""Commands about files of adapters: inspect, convert, resize, extract, diff, analyse, retrieve."""
+"""Commands about files of adapters: check, inspect, convert, resize, extract, diff, analyse, retrieve."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorac.cli._inspection import describe_adapter_file, describe_folder, format_contents
+from lorac.cli._inspection import describe_adapter_file, describe_folder, format_check, format_contents
 from lorac.cli._models import load_model
-from lorac.cli._output import JsonOption, format_number, make_table, print_report
+from lorac.cli._output import JsonOption, format_number, make_table, print_report, reword_step
 from lorac.errors import LoracError, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
@@ -30,7 +31,7 @@ def _list_formats() -> list[str]:
 
 CHECKPOINT_HELP = "A folder saved by transformers or diffusers, read a tensor at a time; or package.module:function."
 MISFIT = 1
-"""The exit code of ``inspect`` where an adapter does not fit the model."""
+"""The exit code of ``check`` and ``inspect`` where an adapter does not fit the model."""
 _MEASURES = ("entanglement",)
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 SourceArgument = Annotated[Path, typer.Argument(help="An adapter's file or folder.")]
@@ -64,6 +65,26 @@ def inspect(
             contents = _inspect_adapter(path, load_model(model) if model else None)
     print_report(contents, *format_contents(contents), as_json=json)
     if contents.get("mismatches"):
+        raise typer.Exit(MISFIT)
+
+
+def check(
+    context: typer.Context,
+    adapters: Annotated[list[Path], typer.Argument(help="Files or folders of adapters.")],
+    model: ModelOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Check whether adapters fit a model: what does not, why, and how it is mended; exits with 1 if one does not."""
+    import lorac
+
+    with progress("check", total=len(adapters)) as report:
+        host, found = load_model(model) if model else None, []
+        for path in adapters:
+            report.step(str(path))
+            one = lorac.check(path, host)
+            found.append(dataclasses.replace(one, repairs=tuple(reword_step(step, context.find_root().command) for step in one.repairs)))
+    print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
+    if not all(one.fits for one in found):
         raise typer.Exit(MISFIT)
 
 
@@ -264,4 +285,4 @@ def save(
     print_report(report, f"{destination}: {format}", *table, as_json=as_json)
 
 
-COMMANDS = (inspect, convert, resize, extract, diff, analyse, retrieve)
+COMMANDS = (check, inspect, convert, resize, extract, diff, analyse, retrieve)

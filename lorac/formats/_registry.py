@@ -3,7 +3,6 @@
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
 
-import contextlib
 import functools
 import importlib
 import os
@@ -18,11 +17,10 @@ from lorac.errors import FormatError, LoracError, OptionError, WrongType, neares
 from lorac.formats._format import Evidence, Format
 from lorac.formats._outlines import AdapterOutline
 from lorac.formats.checkpoint import CheckpointFormat
-from lorac.formats.reading import PICKLES, AdapterFile
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
-from lorac.storage.file_kinds import describe_mistake
 from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.variants.adapter import Adapter
 
@@ -222,17 +220,18 @@ def _describe_other(file: AdapterFile) -> str | None:
     """Return the kind of a path that is not an adapter, and the next step, where it is a usual mistake."""
     if not file.path.is_dir() and not file.path.is_file():
         return "neither a file nor a folder: give the path of one"
-    lone = [name for name in sorted(file.names or {file.path.name}) if name.startswith("adapter_model.")]
-    if lone:
-        return f"without adapter_config.json next to {lone[0]}: download the whole folder"
     names = file.peek_names()
+    lone = [name for name in sorted(file.names or {file.path.name}) if name.startswith("adapter_model.")]
+    if lone or any(".lora_A." in name for name in names):
+        return f"without adapter_config.json next to {(lone or [file.path.name])[0]}: download the whole folder"
     if _INVERSION & names or any(name.startswith("<") and name.endswith(">") for name in names):
         return "an embedding of textual inversion, not an adapter: load_textual_inversion of a pipeline loads it"
-    with contextlib.suppress(OSError), file.open() as opened:
-        begin = opened.read(512)
-        is_pickle = file.suffix in PICKLES and begin.startswith(b"PK")
-        return None if is_pickle else describe_mistake(begin, file.suffix)
-    return None
+    kind = (
+        "an empty folder: give the one that PEFT wrote" if file.path.is_dir() and not any(file.path.iterdir()) else None
+    )
+    if any(name.endswith("norm.weight") for name in names):
+        kind = "the weights of a whole model: `lorac extract TUNED BASE OUT` makes an adapter of the folders of two"
+    return kind or file.describe_mistake()
 
 
 def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:

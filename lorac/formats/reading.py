@@ -40,6 +40,7 @@ from lorac.formats._lora_pairs import check_pair, check_read, group_by_layer, ma
 from lorac.formats._writing import SEAL
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
+from lorac.storage.file_kinds import describe_mistake
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import find_inner_path
 from lorac.storage.strict_json import JsonObject, parse_object
@@ -399,9 +400,18 @@ class AdapterFile:
         with pause_clock():
             return seal is None or agrees_with_hash(seal, text, tensors)
 
+    def describe_mistake(self) -> str | None:
+        """Return the kind of a file that people give by mistake and the next step, with a colon between."""
+        with contextlib.suppress(OSError), self.open() as opened:
+            begin = opened.read(512)
+            is_pickle = self.suffix in PICKLES and begin.startswith(b"PK")
+            return None if is_pickle else describe_mistake(begin, self.suffix)
+        return None
+
     def damaged(self, reason: str) -> FormatError:
-        """Return the error for a damaged file."""
-        return corrupt_error(f"'{self.path}' is damaged: {reason}")
+        """Return the error for a damaged file, or for another kind of file in its place."""
+        kind, _, step = (self.describe_mistake() or "").partition(": ")
+        return corrupt_error(f"'{self.path}' is {kind or f'damaged: {reason}'}", next_step=step or None)
 
 
 def _read_parts(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:

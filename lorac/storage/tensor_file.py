@@ -4,6 +4,7 @@ Format: https://github.com/huggingface/safetensors#format. The library's writer 
 entries in random order, and copies all tensors before it writes the first.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -155,7 +156,9 @@ def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse
         with safe_open(file.path, framework="numpy"):
             metadata = entries.pop(_METADATA, None) or {}  # MLX writes null
     except SafetensorError as error:
-        raise refuse(f"the safetensors library refuses it: {str(error)[:_LONGEST_REASON]}") from error
+        lacking = _find_end(entries) + first - file.size
+        half = f"; it ends {lacking} bytes before its tensors do, as half a download does" if lacking > 0 else ""
+        raise refuse(f"the safetensors library refuses it: {str(error)[:_LONGEST_REASON]}{half}") from error
     places = {}
     for name, entry in entries.items():
         dtype = DTYPES.get(entry["dtype"])
@@ -164,6 +167,13 @@ def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse
             raise refuse(f"'{name}' {fault}, which lorac does not read")
         places[name] = TensorPlace(dtype, entry["shape"], first + entry["data_offsets"][0])
     return TensorHeader(metadata, places)
+
+
+def _find_end(entries: JsonObject) -> int:
+    """Return where the last tensor of a header ends; 0 where its entries are no offsets."""
+    with contextlib.suppress(TypeError, LookupError, ValueError):
+        return max(int(entry["data_offsets"][1]) for name, entry in entries.items() if name != _METADATA)
+    return 0
 
 
 def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:

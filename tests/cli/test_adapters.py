@@ -1,17 +1,20 @@
 """Commands about adapters' files: ranks, dtypes, and reports of adapters in the words of the Python functions."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lorac
 from lorac.analysis.entanglement import adapter_entanglement
 from lorac.cli import main
 from lorac.cli._output import name_options
+from lorac.session.adapter_check import AdapterCheck
 from lorac.testing import assert_close
 from tests.mistakes import Tiny
 
@@ -208,3 +211,35 @@ def test_next_steps_name_options(cli):
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "lorac", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("lorac ")
+
+
+def test_check_prints_a_page_and_exits_by_it(cli):
+    code, out, _ = cli("check", "sql", "conv", "--model", MODEL)
+    assert code == 0
+    assert "sql: fits\n  format: peft\n  method: lora at 2 sites" in out
+    assert "conv: fits" in out
+    code, out, _ = cli("check", "sql", "nothing", "--model", MODEL, "--json")
+    assert code == 1
+    assert [(one["adapter"], one["fits"]) for one in json.loads(out)] == [("sql", True), ("nothing", False)]
+
+
+def test_check_counts_faults_that_differ_by_numbers(cli, folder):
+    tensors = load_file(folder / "sql" / "adapter_model.safetensors")
+    (folder / "moved").mkdir()
+    config = (folder / "sql" / "adapter_config.json").read_text()
+    (folder / "moved" / "adapter_config.json").write_text(config)
+    moved = {re.sub(r"layers\.(\d)", r"layers.1\1", key): tensor for key, tensor in tensors.items()}
+    save_file(moved, folder / "moved" / "adapter_model.safetensors")
+    code, out, _ = cli("check", "moved", "--model", MODEL)
+    assert code == 1
+    lines = out.splitlines()
+    assert lines[0] == "moved: does not fit"
+    assert "'layers.10.q_proj', which is not a module" in lines[1]
+    assert lines[1].endswith("(and 1 more like it)")
+    assert lines[2].startswith("  mend: load the model that the adapter was trained on")
+    assert len(lines) == 3
+
+
+def test_check_repairs_by_options_of_the_command_line(cli, folder, monkeypatch):
+    monkeypatch.setattr(lorac, "check", lambda *_: AdapterCheck("a", fits=False, repairs=("pass model=",)))
+    assert "mend: pass --model" in cli("check", "sql")[1]

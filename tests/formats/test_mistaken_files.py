@@ -32,6 +32,27 @@ def _folder(path: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, path / "adapter_model.safetensors")
 
 
+def _half(path: Path) -> None:
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, path)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def _lone(path: Path) -> None:
+    tensors = {"base_model.model.x.lora_A.weight": torch.ones(2, 3)}
+    torch.save(tensors, path) if path.suffix == ".pt" else save_file(tensors, path)
+
+
+def _model(path: Path) -> None:
+    tensors = {"model.norm.weight": torch.ones(3), "lm_head.weight": torch.ones(4, 3)}
+    torch.save(tensors, path) if path.suffix == ".pt" else save_file(tensors, path)
+
+
+def _config(path: Path) -> None:
+    path.mkdir()
+    _page(path / "adapter_config.json")
+    _lone(path / "adapter_model.safetensors")
+
+
 def _page(path: Path) -> None:
     path.write_text("\n<!DOCTYPE html>\n<html>\n")
 
@@ -41,9 +62,9 @@ def _pointer(path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a.safetensors": (_pointer, "a pointer of Git LFS.*git lfs pull"),
+    "a.safetensors": (_pointer, "a pointer of Git LFS(.|\n)*git lfs pull"),
     "a.gguf": (_pointer, "a pointer of Git LFS(.|\n)*git lfs pull"),
-    "b.safetensors": (_page, "a web page.*/resolve/"),
+    "b.safetensors": (_page, "a web page(.|\n)*/resolve/"),
     "b.bin": (_page, "a web page(.|\n)*/resolve/"),
     "c.zip": (_zip, "an archive\n.*unpack it"),
     "c.tar": (_tar, "an archive\n.*unpack it"),
@@ -53,6 +74,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "e.safetensors": (lambda path: save_file({"emb_params": torch.ones(2, 3)}, path), "textual inversion"),
     "f": (_folder, "without adapter_config.json next to adapter_model.safetensors"),
     "g": (os.mkfifo, "neither a file nor a folder"),
+    "h.safetensors": (_half, "ends 8 bytes before its tensors do(.|\n)*download the file again"),
+    "i.pt": (_lone, "without adapter_config.json next to i.pt(.|\n)*download the whole folder"),
+    "i.safetensors": (_lone, "without adapter_config.json next to i.safetensors"),
+    "j.pt": (_model, "the weights of a whole model(.|\n)*lorac extract"),
+    "j.safetensors": (_model, "the weights of a whole model(.|\n)*lorac extract"),
+    "k": (os.mkdir, "an empty folder"),
+    "l": (_config, "adapter_config.json' is a web page"),
 }
 """Name -> how it is made, and what the message says."""
 
@@ -68,5 +96,5 @@ def test_names_the_mistake(name: str, tmp_path: Path) -> None:
 def test_names_a_pointer_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["x"]}')
     _pointer(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(lorac.FormatError, match=r"adapter_model\.safetensors' is damaged: it is a pointer of Git LFS"):
+    with pytest.raises(lorac.FormatError, match=r"adapter_model\.safetensors' is a pointer of Git LFS"):
         lorac.load_adapter(tmp_path)
