@@ -82,7 +82,8 @@ def check(
         for path in adapters:
             report.step(str(path))
             one = lorac.check(path, host)
-            found.append(dataclasses.replace(one, repairs=tuple(reword_step(step, context.find_root().command) for step in one.repairs)))
+            steps = tuple(reword_step(step, context.find_root().command) for step in one.repairs)
+            found.append(dataclasses.replace(one, repairs=steps))
     print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
     if not all(one.fits for one in found):
         raise typer.Exit(MISFIT)
