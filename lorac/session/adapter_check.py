@@ -57,21 +57,22 @@ def check(
     """
     step = "give the path of its file or folder, or an adapter: lorac.load_adapter(path)"
     check_type(adapter, (str, os.PathLike, Adapter), "the adapter of lorac.check", next_step=step)
-    name = adapter.name if isinstance(adapter, Adapter) else os.fspath(adapter)
+    source = adapter if isinstance(adapter, Adapter) else os.fspath(adapter)
+    name = source.name if isinstance(source, Adapter) else source
     given = None if model is None else read_model(model).model
     view = None if given is None else ModelView.of(given)
     try:
-        taken = _read(adapter) if given is None else next(iter(compile(given, [adapter]).adapters.values()))
+        taken = _read(source) if given is None else next(iter(compile(given, [source]).adapters.values()))
     except LoracError as refusal:
         faults, repairs = [refusal.what], [refusal.next_step]
     else:
         return AdapterCheck(name, True, facts=_find_facts(taken, name, view))
     with contextlib.suppress(LoracError):  # only with the model, or not at all, it can be read
-        faults += [] if view is None else [error.what for error in list_faults(_read(adapter), view)]
+        faults += [] if view is None else [error.what for error in list_faults(_read(source), view)]
     return AdapterCheck(name, False, tuple(dict.fromkeys(faults)), tuple(filter(None, repairs)))
 
 
-def _read(given: Adapter | str | os.PathLike[str]) -> Adapter:
+def _read(given: Adapter | str) -> Adapter:
     return given if isinstance(given, Adapter) else load_adapter(given)
 
 
