@@ -255,11 +255,30 @@ class WrongType(LoracError, TypeError):
     """An argument, or a hyper-parameter, has the wrong type."""
 
 
-class MissingExtra(LoracError):
-    """An optional library is not installed; the message gives the pip command."""
+EXTRAS: Mapping[str, str | None] = {
+    **dict.fromkeys(("bitsandbytes", "matplotlib", "tensorrt")),
+    **{name: name for name in ("diffusers", "gguf", "ray")},
+    **dict.fromkeys(("accelerate", "transformers"), "hf"),
+    **dict.fromkeys(("lorac-native", "lorac_native"), "native"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "onnxruntime"),
+    **dict.fromkeys(("fastapi", "llguidance", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
+    "tensorrt_rtx": "tensorrt",
+    **dict.fromkeys(("datasets", "trl"), "train"),
+}
+"""Optional library, as it is imported -> the extra of lorac that installs it; None: no extra does."""
 
-    def __init__(self, library: str, extra: str | None) -> None:
-        needed = f"'lorac[{extra}]'" if extra is not None else library
+
+class MissingExtra(LoracError):
+    """An optional library is not installed; the message gives the pip command.
+
+    Args:
+        library: its name.
+        extra: the extra of lorac that installs it; default: that of ``EXTRAS``.
+    """
+
+    def __init__(self, library: str, extra: str | None = None) -> None:
+        extra = extra or EXTRAS.get(library)
+        needed = f'"lorac[{extra}]"' if extra is not None else library
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
 
 
@@ -328,6 +347,20 @@ def translate_errors(
             raise
         said = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
         raise kind(f"{problem}: {' '.join(said.split())}", next_step=next_step) from error
+
+
+@contextlib.contextmanager
+def translate_import_errors() -> Iterator[None]:
+    """Raise ``MissingExtra`` where the block imports a library of ``EXTRAS`` that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        # transformers and TRL import their parts lazily, and raise an error without a name from that of the import.
+        names = (getattr(one, "name", None) or "" for one in (error, error.__cause__))
+        missing = next((library for name in names if (library := name.partition(".")[0]) in EXTRAS), None)
+        if missing is None:
+            raise
+        raise MissingExtra(missing) from error
 
 
 @contextlib.contextmanager

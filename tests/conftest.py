@@ -7,15 +7,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import fcntl
 import gc
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import zoo
-
-pytest_plugins = ["tests.journal", "tests.tiers"]
+pytest_plugins = ["tests.extras", "tests.journal", "tests.tiers"]
 pytest.register_assert_rewrite("tests.parity", "tests.peft_files")
 
 
@@ -64,12 +63,13 @@ def _seeded() -> None:
 def _shared_models_untouched() -> Iterator[None]:
     """The zoo's models live as long as the session, so no test, and nothing made for one, may change one."""
     yield
-    now = {name: zoo.fingerprint(model) for name, model in zoo.built.items()}
+    zoo = sys.modules.get("tests.zoo")  # it imports transformers, which some tests do without
+    now = {} if zoo is None else {name: zoo.fingerprint(model) for name, model in zoo.built.items()}
     changed = [name for name, mark in now.items() if _known.get(name, mark) != mark]
     _known.clear()
     _known.update(now)
     for name in changed:
-        del zoo.built[name], _known[name]  # the tests that follow get a fresh one
+        del sys.modules["tests.zoo"].built[name], _known[name]  # the tests that follow get a fresh one
     assert not changed, f"a test of this file changed shared models: {changed}; use ZOO[name].fresh()"
 
 

@@ -17,7 +17,7 @@ from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.truncation import find_rank
 from lorac.analysis.measures import read_change, require_parts
 from lorac.argument_types import check_type
-from lorac.errors import AdapterError, MissingExtra, not_one_of
+from lorac.errors import AdapterError, not_one_of, translate_import_errors
 from lorac.frontend.model_view import Model, ModelView
 from lorac.variants.adapter import Adapter
 
@@ -111,10 +111,8 @@ def draw_entanglement(profiles: Mapping[str, EntanglementProfile | None], path: 
         MissingExtra: matplotlib is not installed.
         OptionError: it writes no such format.
     """
-    try:
+    with translate_import_errors():
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", None) from error
     figure = Figure(figsize=(8, 8), layout="constrained")
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in formats:

@@ -22,7 +22,7 @@ import typer
 from lorac.cli import adapters, artifacts, merging, models, serving, training
 from lorac.cli._output import format_error, reword_step
 from lorac.cli._user_modules import add_import_option
-from lorac.errors import LoracError, LoracWarning
+from lorac.errors import LoracError, LoracWarning, translate_import_errors
 from lorac.version import VERSION
 
 NAME = "lorac"
@@ -76,7 +76,7 @@ def main() -> None:
 def _run_app() -> int:
     """Run the command and return the exit code."""
     try:
-        with _print_warnings():
+        with _print_warnings(), translate_import_errors():
             app(prog_name=NAME)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else REFUSED

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorac.diffusion.weight_encoder import Pairs, WeightEncoder
-from lorac.errors import ChoiceError, FormatError
+from lorac.errors import ChoiceError, FormatError, translate_import_errors
 from lorac.formats import is_adapter, load_adapter
 from lorac.frontend.model_view import Model
 from lorac.progress import progress
@@ -116,9 +116,11 @@ class Retriever:
         """Read the folder of ``save``.
 
         Raises:
+            MissingExtra: transformers is not installed.
             FormatError: the folder holds no retriever, or a damaged one.
         """
-        from transformers import AutoModel, AutoTokenizer
+        with translate_import_errors():
+            from transformers import AutoModel, AutoTokenizer
 
         place = parse_path(folder, "the folder of Retriever.load", FormatError, "unreadable")
         if not (place / FILE).is_file():

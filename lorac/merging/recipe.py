@@ -59,7 +59,6 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
     """Read a recipe of merging from a YAML file.
 
     Raises:
-        MissingExtra: PyYAML, which comes with transformers, is not installed.
         OptionError, WrongType: the file cannot be read, or has fields, adapters or parameters that mean nothing here.
         FormatError: reading it takes too long.
     """

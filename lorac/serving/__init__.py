@@ -6,6 +6,8 @@ The public names are imported when they are first used: the process that reads s
 import importlib
 from typing import TYPE_CHECKING
 
+from lorac.errors import translate_import_errors
+
 if TYPE_CHECKING:
     from lorac.serving.app import build_app
     from lorac.serving.server import run
@@ -19,4 +21,5 @@ _HOMES = {"ServingSettings": "settings", "build_app": "app", "run": "server"}
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with translate_import_errors():
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

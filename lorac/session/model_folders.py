@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import MissingExtra, OptionError, short
+from lorac.errors import OptionError, short, translate_import_errors
 from lorac.storage.paths import translate_os_errors
 from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MODEL_HELP = "A folder saved by transformers or diffusers, or package.module:function returning an nn.Module."
 CONFIG = "config.json"
 _PIPELINE = "model_index.json"
-_LIBRARIES = {"_class_name": ("diffusers", "diffusers"), "architectures": ("transformers", "hf")}
-"""Entry of a configuration that names the model's class -> the library, and the extra that installs it."""
+_LIBRARIES = {"_class_name": "diffusers", "architectures": "transformers"}
+"""Entry of a configuration that names the model's class -> the library."""
 ModelClass: TypeAlias = Any
 """A class of a library that has no types."""
 
@@ -91,15 +91,13 @@ def _make_model(folder: Path, make: Callable[[ModelClass], object]) -> nn.Module
 def _find_model_class(folder: Path, config: JsonMapping) -> ModelClass:
     """Return the class that a configuration names; default: transformers' "AutoModel"."""
     entry = next((entry for entry in _LIBRARIES if entry in config), "architectures")
-    named, (package, extra) = config.get(entry), _LIBRARIES[entry]
+    named, package = config.get(entry), _LIBRARIES[entry]
     listed = [named] if package == "diffusers" else named or ["AutoModel"]
     name = listed[0] if isinstance(listed, list) else None
     if not isinstance(name, str):
         raise _refuse_config(folder, f"names no architecture by {entry}={short(named)}")
-    try:
+    with translate_import_errors():
         library = importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise MissingExtra(package, extra) from error
     cls = getattr(library, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not callable(getattr(cls, "from_pretrained", None)):
         raise OptionError(

@@ -6,12 +6,11 @@ Another package offers a target by an entry point of the group ``lorac.backends`
 
 import functools
 import importlib
-from importlib import metadata
 from pathlib import Path
 
 from lorac import backends
 from lorac.discovery import list_entry_points, list_modules
-from lorac.errors import MissingExtra, not_one_of
+from lorac.errors import EXTRAS, MissingExtra, not_one_of
 from lorac.target.backend import Backend, TargetOptions
 
 GROUP = "lorac.backends"
@@ -40,8 +39,7 @@ def find_backend(target: str) -> Backend[TargetOptions]:
         else:
             backend = list_entry_points(GROUP)[target].load()
     except ModuleNotFoundError as error:
-        extras = metadata.metadata("lorac").get_all("Provides-Extra") or []
-        raise MissingExtra(error.name or target, target if target in extras else None) from error
+        raise MissingExtra(error.name or target, target if target in EXTRAS.values() else None) from error
     return backend
 
 

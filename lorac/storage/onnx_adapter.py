@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorac.errors import FormatError, Unavailable
+from lorac.errors import FormatError, Unavailable, translate_import_errors
 from lorac.limits import check_time, claim_memory, pause_clock
 from lorac.storage.tensor_file import TensorPlace, read_tensors
 
@@ -46,9 +46,11 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as an ``.onnx_adapter``; equal tensors give equal bytes.
 
     Raises:
+        MissingExtra: ONNX Runtime, which writes such files, is not installed; to read them takes none.
         Unavailable: the tensors are too large for such a file.
     """
-    import onnxruntime as ort
+    with translate_import_errors():
+        import onnxruntime as ort
 
     size = sum(tensor.nbytes for tensor in tensors.values())
     if size > _MAX_BYTES:

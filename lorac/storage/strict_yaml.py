@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lorac.errors import MissingExtra, OptionError
+from lorac.errors import OptionError
 from lorac.limits import charge_reading, check_time
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import translate_os_errors
@@ -22,14 +22,11 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
         next_step: the way out for a file that is not one.
 
     Raises:
-        MissingExtra: PyYAML, which comes with transformers, is not installed.
         OptionError: the file cannot be read, is not a mapping, has a name twice or an alias, or is too large or deep.
         FormatError: reading it takes too long.
     """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise MissingExtra("pyyaml", "hf") from error
+    import yaml
+
     with translate_os_errors(file, OptionError, "read"):
         opened = OpenFile(file, follows_links=True)
         if opened.size > _MAX_BYTES:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorac.errors import MissingExtra, OptionError, nearest_name, short, translate_errors
+from lorac.errors import OptionError, nearest_name, short, translate_errors, translate_import_errors
 from lorac.storage.paths import parse_path
 
 if TYPE_CHECKING:
@@ -86,10 +86,8 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
 
 
 def _read(data: str) -> Dataset:
-    try:
+    with translate_import_errors():
         import datasets
-    except ModuleNotFoundError as error:
-        raise MissingExtra("datasets", "train") from error
     if data == "python-docs":
         from pydoc_data.topics import topics
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from lorac.argument_types import Count, Fields, OneOf, check_fields, field_types, format_type, matches_type
-from lorac.errors import ChoiceError, MissingExtra, OptionError, WrongType, nearest_name, short
+from lorac.errors import ChoiceError, OptionError, WrongType, nearest_name, short, translate_import_errors
 from lorac.storage.paths import parse_path
 from lorac.storage.strict_yaml import read_yaml
 
@@ -109,10 +109,8 @@ class Recipe:
     def load_classes(self) -> tuple[Any, Any]:
         """Return the trainer of the task, and the dataclass of its arguments."""
         library, *names = TASKS[self.task]
-        try:
+        with translate_import_errors():
             trainer, config = (getattr(importlib.import_module(library), name) for name in names)
-        except ImportError as error:
-            raise MissingExtra(library, "train") from error
         return trainer, config
 
     def _check_argument(self, name: str, value: object) -> None:
@@ -141,7 +139,6 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe from a YAML file.
 
     Raises:
-        MissingExtra: PyYAML, which comes with transformers, is not installed.
         OptionError: the file cannot be read, is not a mapping, has a name twice or an alias, or is too large or deep.
         FormatError: reading it takes too long.
         WrongType, ChoiceError, OptionError: as ``Recipe``.

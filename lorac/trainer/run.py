@@ -9,7 +9,7 @@ from typing import Any
 from torch import distributed, nn
 
 import lorac
-from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors
+from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors, translate_import_errors
 from lorac.session.compiled import CompiledModule
 from lorac.session.model_folders import outline_model
 from lorac.storage.paths import file_stems, parse_path
@@ -22,6 +22,7 @@ from lorac.variants.adapter import Adapter
 _STEP = "change the field that it names, or the rows"
 
 
+@translate_import_errors()
 def train(
     model: nn.Module, processing_class: Any, recipe: Recipe, out: str | Path, *, resume: bool = False
 ) -> CompiledModule:

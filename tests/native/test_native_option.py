@@ -114,7 +114,7 @@ def test_an_artifact_runs_without_the_library(
     with installed(None):
         loaded = lorac.load(tmp_path / "artifact")
         assert torch.equal(loaded(**INPUTS, adapters="lora").logits, own)
-        assert "pip install 'lorac[native]'" in str(loaded.explain())
+        assert 'pip install "lorac[native]"' in str(loaded.explain())
 
 
 def test_rejects_the_option_without_the_library(model: LlamaForCausalLM) -> None:

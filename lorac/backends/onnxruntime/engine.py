@@ -136,7 +136,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):
             return ()
         library, layers = self.options.native_library, graph.session.lorac_native_layers
         if library is None:
-            return ("ONNX Runtime's own ops add adapters; pip install 'lorac[native]' adds them by one op (faster)",)
+            return ('ONNX Runtime\'s own ops add adapters; pip install "lorac[native]" adds them by one op (faster)',)
         factors = ", factors in float16" if self.options.native == FLOAT16 else ""
         return (f"lorac-native adds the adapters of {layers} of {pairs} sites ({library.kernels}{factors})",)
 

@@ -249,7 +249,7 @@ class OnnxRuntimeOptions(TargetOptions):
                 next_step="leave native= out, or give device='cpu'",
             )
         if find_native_library() is None:
-            raise MissingExtra("lorac-native", "native")
+            raise MissingExtra("lorac-native")
 
     def check_quantisation(self) -> None:
         """Raise ``OptionError`` for options about quantised weights where no weight is quantised."""

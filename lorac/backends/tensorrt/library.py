@@ -117,7 +117,7 @@ def find_library(name: str | None = None) -> TensorRTLibrary:
             return _import_library(each)
         except (ImportError, OSError) as error:  # OSError: the package is there, and its shared library is not
             failed = error
-    raise MissingExtra(name or RTX, None if name == NVIDIA else "tensorrt") from failed
+    raise MissingExtra(name or RTX) from failed
 
 
 @functools.cache

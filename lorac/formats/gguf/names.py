@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorac.errors import MissingExtra, nearest_name
+from lorac.errors import nearest_name, translate_import_errors
 from lorac.formats._errors import unsupported_error
 from lorac.frontend.model_view import ModelView
 
@@ -76,10 +76,8 @@ class GgufNames:
             FormatError: the model's architecture is not in the table.
             MissingExtra: ``gguf`` is not installed.
         """
-        try:
+        with translate_import_errors():
             import gguf
-        except ImportError as error:
-            raise MissingExtra("gguf", "gguf") from error
         config: Any = getattr(view.module, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         model_type = str(getattr(config, "model_type", "without a config"))

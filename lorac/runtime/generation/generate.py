@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lorac.argument_types import check_type
-from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
+from lorac.errors import InputMismatch, Unavailable, WrongType, short, translate_import_errors
 from lorac.frontend.components import check_component, list_components
 from lorac.ir.calls.call import cast_tensors
 from lorac.ir.calls.row_selection import count_rows
@@ -68,10 +68,8 @@ def generate(
             next_step="transformers' models whose can_generate() is true do, such as those of AutoModelForCausalLM",
         )
     if traits.generation is not None:
-        try:
+        with translate_import_errors():
             import transformers  # noqa: F401  (only whether it is installed)
-        except ModuleNotFoundError as error:
-            raise MissingExtra("transformers", "hf") from error
     if prompt_cache is not None:
         next_step = "give a lorac.PromptCache(), the same one at each call"
         check_type(prompt_cache, PromptCache, "prompt_cache=", next_step=next_step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorac.errors import ArtifactError, MissingExtra, WrongType, short
+from lorac.errors import ArtifactError, MissingExtra, WrongType, short, translate_import_errors
 from lorac.storage.open_file import OpenFile
 
 if TYPE_CHECKING:
@@ -64,10 +64,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         MissingExtra: transformers is not installed.
         Exception: transformers cannot read the files.
     """
-    try:
+    with translate_import_errors():
         from transformers import AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise MissingExtra("transformers", "hf") from error
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 

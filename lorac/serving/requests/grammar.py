@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import MissingExtra
+from lorac.errors import translate_import_errors
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.serving.refusals import RefusedField
 from lorac.serving.served_model import ServedModel
@@ -33,10 +33,8 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: FastTokenizer, vocabulary: int, ends: list[int]) -> None:
-        try:
+        with translate_import_errors():
             import llguidance.hf
-        except ModuleNotFoundError as error:
-            raise MissingExtra("llguidance", "serve") from error
         try:
             self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=ends or None)  # type: ignore[arg-type]  # a part
         except ValueError as error:

@@ -3,7 +3,6 @@
 bitsandbytes is asked for its two codes and for the coding of a tensor alone, which it has for the CPU, too.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.errors import MissingExtra
+from lorac.errors import translate_import_errors
 from lorac.training.rule import State
 
 _BLOCK = 256
@@ -41,9 +40,8 @@ class EightBitMoments:
     """
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingExtra("bitsandbytes", None)
-        from bitsandbytes import functional
+        with translate_import_errors():
+            from bitsandbytes import functional
 
         self._functional: Any = functional
         self._codes = {name: functional.create_dynamic_map(signed=signed) for name, signed in _SIGNED.items()}

@@ -275,7 +275,7 @@ except lorac.MissingExtra as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "tensorrt_rtx is not installed\n  pip install 'lorac[tensorrt]'\n"
+    assert done.stdout == 'tensorrt_rtx is not installed\n  pip install "lorac[tensorrt]"\n'
 
 
 @pytest.mark.medium("cli/test_cli.py compiles for ONNX Runtime by the same command")

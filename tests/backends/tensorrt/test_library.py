@@ -42,7 +42,7 @@ def test_a_library_that_cannot_be_loaded_is_passed_over(monkeypatch: pytest.Monk
 
     install_gpus(monkeypatch, "8.6")
     monkeypatch.setattr(library, "_import_library", load)
-    with pytest.raises(MissingExtra, match=r"pip install 'lorac\[tensorrt\]'"):
+    with pytest.raises(MissingExtra, match=r'pip install "lorac\[tensorrt\]"'):
         find_library()
     assert tried == ["tensorrt", "tensorrt_rtx"]
     with pytest.raises(MissingExtra, match=r"tensorrt is not installed\n  pip install tensorrt"):

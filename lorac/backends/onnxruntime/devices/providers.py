@@ -160,7 +160,7 @@ def _unloadable(provider: str, error: Exception) -> Unavailable:
         else f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
     )
     return Unavailable(
-        f"{provider} {lacking}", next_step=f"pip install 'lorac[cuda]' brings CUDA and cuDNN; {_CPU_ADVICE}"
+        f"{provider} {lacking}", next_step=f'pip install "lorac[cuda]" brings CUDA and cuDNN; {_CPU_ADVICE}'
     )
 
 
