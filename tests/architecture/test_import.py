@@ -124,6 +124,7 @@ WORKS = (
     "sites tiny:make",
     "inspect a --model tiny:make",
     "inspect a.onnx_adapter",
+    "check a --model tiny:make",
     "convert a a.safetensors --to native",
     "convert a.onnx_adapter read --to native",
     "convert dora lora --rank 2 --model tiny:make",
