@@ -33,6 +33,10 @@ PrepackedOption = Annotated[
     Path | None,
     typer.Option(help="A folder for prepacked weights, which processes map instead of each having a copy of its own."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Take a compiled folder of target eager that you made, or whose maker you trust."),
+]
 
 
 def load_model(spec: str) -> nn.Module:
@@ -40,29 +44,32 @@ def load_model(spec: str) -> nn.Module:
     return load_with_tokenizer(spec)[0]
 
 
-def load_compiled(spec: str, adapters: Sequence[str], *, prepacked: Path | None = None, **options: Any) -> Compiled:
+def load_compiled(
+    spec: str, adapters: Sequence[str], *, prepacked: Path | None = None, trust: bool = False, **options: Any
+) -> Compiled:
     """Load a compiled folder, or compile a model for target "eager", with its tokenizer.
 
     Args:
         spec: the folder or the model.
         adapters: the adapters of the command line.
         prepacked: the option of target "onnxruntime".
+        trust: as for ``lorac.load``.
         options: further arguments of ``lorac.compile``.
 
     Raises:
-        OptionError: adapters are given to a compiled folder, which holds its own.
+        OptionError: adapters are given to a compiled folder, which holds its own, or trust to a model.
         LoracError: loading or compiling fails.
     """
     import lorac
 
-    folder = Path(spec)
+    folder, more = Path(spec), dict[str, Any]() if prepacked is None else {"prepacked": prepacked}
     if (folder / MANIFEST).is_file() or (folder.exists() and not (folder / CONFIG).is_file()):
         if adapters:
             raise OptionError(
                 f"'{spec}' is compiled, and holds adapters of its own",
                 next_step="give the model itself, or compile it with them: lorac compile MODEL -a NAME=PATH -o FOLDER",
             )
-        return lorac.load(folder) if prepacked is None else lorac.load(folder, prepacked=prepacked)
+        return lorac.load(folder, trust=trust, **more)
     if ":" not in spec and not folder.exists():
         folders = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
         raise OptionError(
@@ -70,10 +77,10 @@ def load_compiled(spec: str, adapters: Sequence[str], *, prepacked: Path | None 
             nearest=nearest_name(folder.name, folders),
             next_step=COMPILED_HELP,
         )
+    if trust:
+        raise OptionError(f"'{spec}' is a model, and --trust is for compiled folders", next_step="leave it out")
     model, tokenizer = load_with_tokenizer(spec)
-    if prepacked is not None:
-        options["prepacked"] = prepacked
-    compiled = lorac.compile(model, parse_adapters(adapters), **options)
+    compiled = lorac.compile(model, parse_adapters(adapters), **more, **options)
     compiled.tokenizer = tokenizer
     return compiled
 

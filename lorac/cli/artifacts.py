@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lorac.cli._inputs import Array, InputsOption, format_inputs, read_inputs, to_arrays
-from lorac.cli._models import AdapterOption, CompiledOrModel, PrepackedOption, load_compiled, parse_choice
+from lorac.cli._models import (
+    AdapterOption,
+    CompiledOrModel,
+    PrepackedOption,
+    TrustOption,
+    load_compiled,
+    parse_choice,
+)
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.progress import progress
@@ -38,6 +45,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz file.")] = None,
     prepacked: PrepackedOption = None,
+    trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Call a compiled model with --inputs, let it continue a --prompt, or chat with it: /adapter NAME, /adapters."""
@@ -49,7 +57,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
         raise typer.BadParameter("--json is for --inputs and --prompt, not for a chat")
     with progress("run") as report:
         report.step("loading")
-        compiled = load_compiled(model, adapter, prepacked=prepacked)
+        compiled = load_compiled(model, adapter, prepacked=prepacked, trust=trust)
         if inputs is not None:
             report.step("calling")
             choice = {"adapters": parse_choice(adapters)} if adapters else {}
@@ -111,6 +119,7 @@ def swap(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the choice for ONNX Runtime alone (.onnx_adapter).")
     ] = None,
+    trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Swap adapters in a compiled model and report the cost."""
@@ -118,7 +127,7 @@ def swap(
 
     with progress("swap") as steps:
         steps.step("loading")
-        compiled = lorac.load(folder)
+        compiled = lorac.load(folder, trust=trust)
         steps.step("swapping")
         report = compiled.swap(parse_choice(adapters))
         if out is not None:
@@ -145,6 +154,7 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
     settle: Annotated[
         bool, typer.Option("--settle", help="Make merged weights constants after each swap; for onnxruntime, fused.")
     ] = False,
+    trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians.
@@ -157,7 +167,7 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
         raise typer.BadParameter("--rows is for generation; with --inputs, a batch has the rows of its arrays")
     with progress("bench") as report:
         report.step("loading")
-        compiled = load_compiled(model, adapter, active=None)
+        compiled = load_compiled(model, adapter, trust=trust, active=None)
         if inputs is None:
             times = time_generation(compiled, prompt_tokens, new_tokens, rounds, rows, settle=settle)
         else:

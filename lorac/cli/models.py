@@ -20,6 +20,7 @@ from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._models import (
     AdapterOption,
     CompiledOrModel,
+    TrustOption,
     load_compiled,
     load_model,
     load_with_tokenizer,
@@ -212,12 +213,13 @@ def explain(
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write a page with the picture of the graph.")
     ] = None,
+    trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Explain how each adapter runs at each site, and why nothing cheaper does."""
     with progress("explain") as report:
         report.step("loading")
-        compiled = load_compiled(model, adapter, mode=mode, active=None)
+        compiled = load_compiled(model, adapter, trust=trust, mode=mode, active=None)
         explanation = compiled.explain(target)
     print_report(explanation, str(explanation), as_json=json)
     if html is not None:

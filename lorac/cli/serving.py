@@ -10,17 +10,23 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lorac.cli._compile_options import parse_record
-from lorac.cli._models import PrepackedOption
+from lorac.cli._models import PrepackedOption, TrustOption
 from lorac.errors import OptionError
-from lorac.serving import ServingSettings
+from lorac.serving.settings import ServingSettings, StoreQuotas
 
 _NAMES = {"max_new_tokens": "--max-tokens", "base_name": "--name", "pinned": "--pin"}
 """Settings whose options are not called as they are."""
-_QUOTA_HELP = (
-    "A quota of each tenant of the store: adapters=20, bytes=1000000, rank=16, sites=200, uploads_per_minute=5, "
-    "seconds=10 or memory=1000000000; may be given several times."
-)
 _KEYS = 'write a JSON file: {"key": "tenant", ...}'
+
+
+def _read_texts(record: type) -> dict[str, str]:
+    """Return the texts on a dataclass's attributes by name."""
+    about = re.split(r"\n    (\w+): ", inspect.getdoc(record) or "")
+    return {name: " ".join(text.split()) for name, text in zip(about[1::2], about[2::2], strict=True)}
+
+
+_QUOTAS = " ".join(f"{name}: {text}" for name, text in _read_texts(StoreQuotas).items())
+_QUOTA_HELP = f"A quota of each tenant of the store; may be given several times. {_QUOTAS}"
 
 
 def serve(  # noqa: PLR0913, PLR0917  (a command's options)
@@ -43,24 +49,22 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     ] = None,
     quotas: Annotated[list[str] | None, typer.Option("--quota", metavar="FIELD=VALUE", help=_QUOTA_HELP)] = None,
     prepacked: PrepackedOption = None,
+    trust: TrustOption = False,
     **settings: Any,
 ) -> None:
     """Serve a compiled model with OpenAI's interface; its adapters are the models that clients name."""
     from lorac.serving import run
-    from lorac.serving.store import StoreQuotas
 
     settings["keys"] = _read_keys(settings["keys"]) if settings["keys"] else {}
     given = ServingSettings(**{**settings, "pinned": tuple(settings["pinned"] or ())})
-    shared = parse_record("--quota", StoreQuotas, quotas or (), _QUOTA_HELP)
+    shared = parse_record("--quota", StoreQuotas, quotas or (), "write FIELD=VALUE, such as rank=16")
     places = {"adapters": adapters, "store": store, "prepacked": prepacked, "metrics_port": metrics_port}
-    run(folder, given, host, port, **places, bases=bases or (), quotas=shared)  # type: ignore[arg-type]  # by name
+    run(folder, given, host, port, **places, bases=bases or (), quotas=shared, trust=trust)  # type: ignore[arg-type]  # by name
 
 
 def _list_options() -> list[inspect.Parameter]:
     """Return the fields of the settings as options, with the class's texts on them as help."""
-    about = re.split(r"\n    (\w+): ", inspect.getdoc(ServingSettings) or "")
-    texts = {name: " ".join(text.split()) for name, text in zip(about[1::2], about[2::2], strict=True)}
-    texts |= {"keys": "a JSON file of API key -> tenant; default: everybody may ask."}
+    texts = _read_texts(ServingSettings) | {"keys": "a JSON file of API key -> tenant; default: everybody may ask."}
     kinds = {**get_type_hints(ServingSettings), "keys": Path | None, "pinned": list[str] | None}
     found = []
     for one in dataclasses.fields(ServingSettings):

@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, Self
 
@@ -108,8 +108,20 @@ class Host(ABC):
         return ExampleInputsNeeded(
             f"example inputs cannot be made for {type(self.model).__name__}; "
             f"its forward takes ({', '.join(self.parameters)})",
-            next_step=f"pass example_inputs={example}, batch and lengths of 2 or more",
+            next_step=self.advise_names(()) or f"pass example_inputs={example}, batch and lengths of 2 or more",
         )
+
+    def advise_names(self, given: Collection[object]) -> str | None:
+        """Return advice where inputs are for forward's ``*args``; else None.
+
+        Args:
+            given: names or numbers of the inputs.
+        """
+        names = self.list_positional_arguments()
+        star = next((name for name, one in self.parameters.items() if one.kind is one.VAR_POSITIONAL), None)
+        if star is None or (names and star not in given and len(given) <= len(names)):
+            return None
+        return f"inputs of a program have names, *{star} have none: compile a module around it whose forward names them"
 
     def bind(self, inputs: object = None) -> dict[str, Any]:
         """Return inputs by the names of forward's arguments, without those that are None.

@@ -4,13 +4,14 @@ import contextlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from lorac.serving.app import build_app
 from lorac.serving.connections import limit_connections
 from lorac.serving.draining import DrainingServer
 from lorac.serving.request_log import LOGGER
-from lorac.serving.settings import ServingSettings
-from lorac.serving.store import AdapterStore, StoreQuotas
+from lorac.serving.settings import ServingSettings, StoreQuotas
+from lorac.serving.store import AdapterStore
 
 
 def run(  # noqa: PLR0913  (a command's options)
@@ -25,6 +26,7 @@ def run(  # noqa: PLR0913  (a command's options)
     prepacked: str | Path | None = None,
     metrics_port: int | None = None,
     quotas: StoreQuotas | None = None,
+    trust: bool = False,
 ) -> None:
     """Serve a compiled folder until the process is interrupted; requests at work are then finished (``grace``).
 
@@ -35,6 +37,7 @@ def run(  # noqa: PLR0913  (a command's options)
         prepacked: a folder for prepacked weights, as ``lorac.load`` takes it.
         metrics_port: a further port, which gives ``/metrics`` to everybody and nothing else.
         quotas: of each tenant of the store; default: ``StoreQuotas()``.
+        trust: as for ``lorac.load``.
 
     Raises:
         ArtifactError: the folder holds no compiled model, or a damaged one.
@@ -47,7 +50,8 @@ def run(  # noqa: PLR0913  (a command's options)
 
     LOGGER.addHandler(logging.StreamHandler())
     LOGGER.setLevel(logging.INFO)
-    compiled = lorac.load(folder) if prepacked is None else lorac.load(folder, prepacked=prepacked)
+    more: dict[str, Any] = {} if prepacked is None else {"prepacked": prepacked}
+    compiled = lorac.load(folder, trust=trust, **more)
     if adapters is not None:
         compiled.register(adapters)
     settings = ServingSettings() if settings is None else settings

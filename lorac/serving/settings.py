@@ -1,10 +1,16 @@
-"""The settings of a server."""
+"""The settings of a server, and the quotas of its tenants."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorac.argument_types import Count, Positive, check_fields
+from lorac.errors import AdapterError
+
+if TYPE_CHECKING:
+    from lorac.session.registry import AdapterSize
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,46 @@ class ServingSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreQuotas:
+    """The quotas of each tenant of a store.
+
+    Attributes:
+        bytes: the most of all files together, with those being uploaded; equal files count once.
+        adapters: the most names.
+        rank: the largest rank of an adapter.
+        sites: the most sites of an adapter.
+        uploads_per_minute: the most uploads, with refused ones.
+        seconds: the most processor time of reading an upload.
+        memory: the most bytes that reading an upload takes.
+    """
+
+    bytes: Count = 1 << 30
+    adapters: Count = 100
+    rank: Count = 64
+    sites: Count = 1000
+    uploads_per_minute: Count = 10
+    seconds: Positive = 10.0
+    memory: Count = 1 << 30
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check_size(self, name: str, size: AdapterSize) -> None:
+        """Refuse an adapter that is too large.
+
+        Raises:
+            AdapterError: it has more sites, or a larger rank, than an adapter may.
+        """
+        for found, most, what in (
+            (size.rank, self.rank, f"rank {size.rank}"),
+            (size.sites, self.sites, f"{size.sites} sites"),
+        ):
+            if found > most:
+                raise AdapterError(
+                    f"adapter '{name}' has {what}",
+                    next_step=f"the most that this server admits is {most}",
+                    code="over_quota",
+                )

@@ -79,7 +79,7 @@ def find_op(name: str) -> Callable[..., object]:
     if not is_checked(found) and not is_trusted():
         raise ArtifactError(
             f"the program calls '{name}', which is not an op that an artifact may name unless you trust it",
-            next_step="if the artifact is yours: lorac.load(folder, trust=True)",
+            next_step="if you made the artifact, or trust who did: trust=True",
         )
     return guard_op(found)
 

@@ -85,6 +85,21 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     return rows.map(lambda row, n: {name: _plain_turns(row[name], n + 1) for name in talks}, with_indices=True)
 
 
+def check_ids(rows: Dataset, tokenizer: Any, size: int) -> None:
+    """Check that an embedding of some size has the tokens of rows.
+
+    Raises:
+        OptionError: the tokenizer has more tokens, and a row holds one of these.
+    """
+    names = [name for name in rows.column_names if name.endswith("ids")] if len(tokenizer) > size else ()
+    most = max((max(ids, default=0) for name in names for ids in rows[name]), default=0)
+    if most >= size:
+        raise OptionError(
+            f"a row holds token {most}: the tokenizer has {len(tokenizer)} tokens, and the model's embedding {size}",
+            next_step="give the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) first",
+        )
+
+
 def _read(data: str) -> Dataset:
     with translate_import_errors():
         import datasets

@@ -14,7 +14,7 @@ from lorac.session.compiled import CompiledModule
 from lorac.session.model_folders import outline_model
 from lorac.storage.paths import file_stems, parse_path
 from lorac.trainer import checkpoints, factories, losses
-from lorac.trainer.data import load_rows
+from lorac.trainer.data import check_ids, load_rows
 from lorac.trainer.recipe import Recipe
 from lorac.training import loram
 from lorac.variants.adapter import Adapter
@@ -122,7 +122,12 @@ class _Run:
         compiled = lorac.compile(self.model, adapters, active=active, aux=aux)
         for adapter in compiled.adapters.values():
             self.recover(adapter)  # refused before the training, where it cannot be after it
-        return self._construct(adapter_trainer(self.trainer_class), compiled, **options)
+        trainer = self._construct(adapter_trainer(self.trainer_class), compiled, **options)
+        host: Any = self.model
+        for rows in (trainer.train_dataset, trainer.eval_dataset) if recipe.task != "image-classification" else ():
+            if rows is not None:
+                check_ids(rows, trainer.processing_class, host.get_input_embeddings().num_embeddings)
+        return trainer
 
     def recover(self, adapter: Adapter) -> Adapter:
         """Return an adapter for the large model where the recipe names one, else the adapter."""

@@ -131,6 +131,11 @@ class AdapterTrainer(Trainer):
             found.check_run(self._describe_run())
             what = f"the run cannot go on from '{found.folder}'"
             refusals = translate_errors(ArtifactError, what, unless=lambda: self.state.global_step > found.step)
+        if self.args.max_steps <= 0 >= self.args.num_train_epochs:
+            raise OptionError(
+                f"a run of {self.args.num_train_epochs:g} epochs takes no step",
+                next_step="give num_train_epochs a number above 0, or max_steps",
+            )
         least, rows = self.args.train_batch_size * self.args.world_size, self.train_dataset
         if self.args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < least:
             raise OptionError(

@@ -334,3 +334,25 @@ def test_exit_codes_are_documented(cli):
     for code in (0, 1, 2, 3, 130):
         assert re.search(rf"\b{code}\b", out.partition("Exits with")[2])
         assert re.search(rf"^    {code} +\w", lorac.cli.__doc__, re.MULTILINE)
+
+
+def test_trust_takes_a_strangers_eager_folder(cli, files):
+    class Polynomial(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.special.laguerre_polynomial_l(self.layer(x), 3)
+
+    x = torch.ones(2, 4)
+    lorac.compile(Polynomial(), {"a": lorac.LoRA(r=2, targets=["layer"])}, "eager", (x,)).save(files.folder / "odd_ops")
+    np.savez(files.folder / "x.npz", x=x.numpy())
+    for call in (("run", "odd_ops", "-i", "x.npz"), ("bench", "odd_ops", "-i", "x.npz"), ("swap", "odd_ops", "a")):
+        code, _, said = cli(*call)
+        assert (code, "if you made the artifact, or trust who did: --trust" in said) == (1, True), said
+        assert cli(*call, "--trust")[0] == 0
+    assert "or trust who did: --trust" in cli("explain", "odd_ops")[2]
+    assert "or trust who did: --trust" in cli("serve", "odd_ops")[2]
+    code, _, said = cli("run", "model", "--trust", "--prompt", "a")
+    assert (code, "--trust is for compiled folders" in said) == (1, True)

@@ -75,6 +75,6 @@ def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monke
     monkeypatch.setattr(uvicorn.Server, "run", ask)
     compiled = lorac.load(llama_folder)
     compiled.tokenizer = make_tokenizer()
-    monkeypatch.setattr(lorac, "load", lambda folder: compiled)
+    monkeypatch.setattr(lorac, "load", lambda folder, **_: compiled)
     run(llama_folder, ServingSettings(keys={"k": "alice"}), metrics_port=port)
     assert re.search(r"^vllm:num_requests_running", found[0], re.M)

@@ -9,7 +9,7 @@ import yaml
 import lorac
 from lorac.trainer import read_recipe, train
 from tests import goldens
-from tests.trainer.runs import CPU, LORA, PAIRS, tokenizer, write_rows
+from tests.trainer.runs import CPU, LORA, PAIRS, recipe, tokenizer, write_rows
 from tests.zoo import ZOO
 
 ADAPTERS = "adapters: {mine: {method: lora, r: 2, targets: [q_proj]}}"
@@ -103,10 +103,11 @@ RUNS = {
     "an evaluation of nothing": {"data": [{"text": "a"}], "eval_strategy": "steps", "eval_steps": 1},
     "patience without an evaluation": {"data": [{"text": "a"}], "early_stopping_patience": 2},
     "answers alone of plain texts": {"data": [{"text": "a"}], "assistant_only_loss": True},
+    "no epoch": {"num_train_epochs": 0},
 }
 
 
-FEW = {"an unknown method", "no site", "an unknown rule", "a schedule", "no such data", "pairs for sft"}
+FEW = {"an unknown method", "no site", "no epoch", "an unknown rule", "a schedule", "no such data", "pairs for sft"}
 """Runs that are wrong in one way each."""
 
 
@@ -134,6 +135,15 @@ def test_each_run_is_answered_in_a_sentence(some, tmp_path):
         if (name in FEW) == (some == "few"):
             said += answer(f"gives {name}", lambda given=given, index=index: run(tmp_path / f"{index}", given))
     check(f"wrong_runs_{some}", said, tmp_path)
+
+
+def test_rejects_a_token_that_the_embedding_lacks(tmp_path):
+    larger, rows = tokenizer(), write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b<new>"}])
+    size = ZOO["tiny_llama"].model().get_input_embeddings().num_embeddings
+    larger.add_tokens([f"<{n}>" for n in range(size - len(larger))] + ["<new>"])
+    match = f"row holds token {size}: the tokenizer has {size + 1} tokens, and the model's embedding {size}"
+    with pytest.raises(lorac.OptionError, match=match):
+        train(ZOO["tiny_llama"].model(), larger, recipe(rows), tmp_path / "out")
 
 
 def check(golden, said, folder):

@@ -44,7 +44,9 @@ REFUSED = {
     "max_cache_len": _OWN_CACHE,
     "compile_config": Refusal("configures torch.compile, and the program is compiled already", "leave it out"),
     "continuous_batching_config": Refusal("is for transformers' generate_batch", "leave it out"),
-    "low_memory": Refusal(_MOVED.why, _MOVED.next_step, (False,)),
+    "low_memory": Refusal(
+        "asks for a beam search step by step, which transformers has no more", "leave it out", (False,)
+    ),
     "penalty_alpha": _MOVED,
     "dola_layers": _MOVED,
     "diversity_penalty": Refusal(_MOVED.why, _MOVED.next_step, (0,)),

@@ -21,8 +21,8 @@ SLOWER = 1.5
 LEAST, MOST = 4, 512
 """The fewest and the most tokens of a chunk; in between, powers of two are tried."""
 LARGE, LARGE_TOGETHER = 64, 256
-"""The tokens of each prompt per step while every tenant has more prompts that are read than rows that run, which wait;
-and the most of all prompts together."""
+"""The tokens of each prompt per step while a tenant alone has more prompts that are read than rows that run, which wait
+for them; and the most of all prompts together."""
 _REPEATS = 3
 
 
@@ -66,7 +66,7 @@ def largest_chunk(measure: Callable[[int], float], longest: int) -> int:
 
 
 def large_chunk(chunk: int, prompts: int) -> int:
-    """Return the most tokens of each prompt per step while no tenant has as many rows that run as prompts.
+    """Return the most tokens of each prompt per step while more prompts are read than rows run.
 
     Args:
         chunk: the most otherwise, and the fewest now.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,12 @@ class RunningBatch:
         chunk: the most tokens of each prompt per step; None: ``choose_chunk`` must be called first.
         prompts: caches the keys and values of rows, for prompts that begin alike; None caches nothing.
         graph: decodes.
+
+    Attributes:
+        is_shared: whether several tenants send requests, which no large chunks may keep waiting.
     """
+
+    is_shared = False
 
     def __init__(
         self, model: GeneratingModel, rows: int, chunk: int | None, prompts: PromptCache | None, graph: str
@@ -114,13 +118,19 @@ class RunningBatch:
     def _count_tokens(self, lane: _Lane) -> list[int]:
         """Return how many tokens of each row the next call computes."""
         assert self.chunk is not None
-        at_work = Counter(row.request.tenant for row in self.rows)
-        reading = Counter(row.request.tenant for row in self.rows if not row.is_read)
-        crowded = self._chooses and all(2 * reading[tenant] > rows for tenant, rows in at_work.items())
-        chunk = large_chunk(self.chunk, reading.total()) if crowded else self.chunk
+        reading = sum(not row.is_read for row in self.rows)
+        crowded = self._chooses and not self.is_shared and 2 * reading > len(self.rows)
+        chunk = large_chunk(self.chunk, reading) if crowded else self.chunk
         # Behind the longest row there is room for the padding of the others, so that a call needs no more memory.
         most = min(chunk, lane.cache.capacity - max(lane.cache.lengths))
-        return [min(most, len(row.text) - past) for row, past in zip(lane.rows, lane.cache.lengths, strict=True)]
+        counts, left = list[int](), dict.fromkeys((row.request.tenant for row in self.rows), chunk)
+        for row, past in zip(lane.rows, lane.cache.lengths, strict=True):
+            tenant, count = row.request.tenant, min(most, len(row.text) - past)
+            if len(left) > 1 and not row.is_read:
+                count = min(count, left[tenant])
+                left[tenant] -= count
+            counts.append(count)
+        return counts
 
     def _draw(self, lane: _Lane, places: Sequence[int], logits: Tensor) -> None:
         """Draw a token for the rows in some places from their logits (places, vocabulary); rows that end leave."""

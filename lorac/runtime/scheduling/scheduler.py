@@ -35,8 +35,9 @@ class Scheduler:
     A step computes one token for every running row and a chunk of each prompt, in one engine call whatever adapters
     they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest.
     While others sent a request within the last minute, a tenant has at most half of four rows or more, and one is kept
-    free for those without rows. A request begins when there is a row and memory for it (``compiled.memory``). Adapters
-    may be added, removed and swapped meanwhile; a request keeps those that it began with.
+    free for those without rows; while several have rows, a step reads one chunk for each tenant. A request begins when
+    there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and swapped meanwhile; a
+    request keeps those that it began with.
 
     Args:
         compiled: compiled with ``cache=True``.
@@ -44,8 +45,8 @@ class Scheduler:
         waiting: the most that wait; a tenant with less than its share of them waits too while others' fill the line.
         chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
             sooner, and the others' next tokens come later. Default: as many as make a step of half the rows take half
-            as long again, but at least 4, or 64 while every tenant has more prompts that are read than requests that
-            run (256 of all prompts together); the model is timed once, before the first request begins.
+            as long again, but at least 4, or 64 while a tenant is alone and has more prompts that are read than
+            requests that run (256 of all prompts together); the model is timed once, before the first request begins.
         prompt_cache: bytes of keys and values that are cached for prompts that begin alike; 0 caches nothing.
         component: which of several models decodes.
 
@@ -192,12 +193,15 @@ class Scheduler:
             while not (self._queue or self._batch.rows or self._closing):
                 self._changed.wait()
             self._drop_interrupted()
+            oldest = time.monotonic() - _RECENT
+            self._last_request = {tenant: last for tenant, last in self._last_request.items() if last > oldest}
             while self._queue and (free := self.rows - len(self._batch.rows)) > 0:
                 at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
                 waiting = [(at_work[row.request.tenant], number) for number, row in self._queue.items()]
                 rows, number = min(waiting)
                 if self._keeps_row(at_work.keys(), rows, free) or not self._begin(number):
                     break
+            self._batch.is_shared = len(self._last_request.keys() | {r.request.tenant for r in self._batch.rows}) > 1
             return bool(self._queue or self._batch.rows or not self._closing)
 
     def _keeps_row(self, at_work: Set[str], rows: int, free: int) -> bool:
@@ -208,13 +212,11 @@ class Scheduler:
             rows: the fewest that a tenant has whose request waits.
             free: the number of free rows.
         """
-        if self.rows < _SHARED or self._closing:
-            return False
-        oldest = time.monotonic() - _RECENT
-        self._last_request = {tenant: last for tenant, last in self._last_request.items() if last > oldest}
         recent = self._last_request.keys()
         has_share = rows >= self.rows // 2 and len(recent | at_work) > 1
-        return has_share or bool(rows and free == 1 and recent - at_work)
+        return (
+            self.rows >= _SHARED and not self._closing and (has_share or bool(rows and free == 1 and recent - at_work))
+        )
 
     def _begin(self, number: int) -> bool:
         """Begin a request and return True, or leave it in line until others have freed memory."""

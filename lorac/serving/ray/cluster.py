@@ -30,6 +30,7 @@ class RayServer(pydantic.BaseModel, extra="forbid"):
         bases: names by which PEFT's configurations call the model (``AdapterStore``).
         adapters_per_worker: how many choices of adapters a worker is kept to while others have room.
         fronts: how many replicas answer clients.
+        trust: as for ``lorac.load``, by every worker.
         worker_options: Ray's options of a worker's process, such as ``{"num_cpus": 4}``.
     """
 
@@ -40,6 +41,7 @@ class RayServer(pydantic.BaseModel, extra="forbid"):
     bases: list[str] = []
     adapters_per_worker: pydantic.PositiveInt = 16
     fronts: pydantic.PositiveInt = 1
+    trust: bool = False
     worker_options: dict[str, float] = pydantic.Field(default_factory=lambda: {"num_cpus": 1.0})
 
     @pydantic.model_validator(mode="after")
@@ -63,7 +65,9 @@ def build_server(server: RayServer) -> serve.Application:
     front = serve.deployment(serve.ingress()(Front)).options(
         num_replicas=server.fronts, max_ongoing_requests=1 << 14, ray_actor_options={"num_cpus": 0.1}
     )
-    bound = worker.bind(server.folder, settings, server.adapters_per_worker, grows=bool(server.store))
+    bound = worker.bind(
+        server.folder, settings, server.adapters_per_worker, grows=bool(server.store), trust=server.trust
+    )
     return front.bind(bound, server)
 
 

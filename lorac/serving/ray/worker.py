@@ -45,10 +45,13 @@ class Worker:
         settings: of the server.
         adapters: how many choices of adapters it is kept to.
         grows: whether adapters come while it runs.
+        trust: as for ``lorac.load``.
     """
 
-    def __init__(self, folder: str, settings: ServingSettings, adapters: int, *, grows: bool) -> None:
-        self._compiled = lorac.load(folder)
+    def __init__(
+        self, folder: str, settings: ServingSettings, adapters: int, *, grows: bool, trust: bool = False
+    ) -> None:
+        self._compiled = lorac.load(folder, trust=trust)
         if settings.memory is not None:
             self._compiled.memory.limit = settings.memory
         if grows:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorac import errors
 from lorac.errors import FormatError, LoracError
-from lorac.serving.store.quotas import StoreQuotas
+from lorac.serving.settings import StoreQuotas
 from lorac.serving.store.reading_main import REFUSAL, REFUSED, REWRITTEN, main, over_budget_error
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_object

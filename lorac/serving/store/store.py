@@ -22,9 +22,10 @@ from lorac.errors import (
     warn,
 )
 from lorac.formats.native import read_record
+from lorac.serving.settings import StoreQuotas
 from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
-from lorac.serving.store.quotas import QuotaClaim, StoreQuotas, TenantAccount
+from lorac.serving.store.quotas import QuotaClaim, TenantAccount
 from lorac.serving.store.reading_process import READERS, ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from lorac.session.registry import AdapterSize

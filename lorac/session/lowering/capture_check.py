@@ -97,7 +97,8 @@ def _rejected_inputs(host: Host, inputs: object, error: Exception) -> ExampleInp
     return ExampleInputsNeeded(
         f"{type(host.model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
         nearest=nearest_name(unknown[0], parameters) if unknown else None,
-        next_step=f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
+        next_step=host.advise_names(named)
+        or f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
     )
 
 

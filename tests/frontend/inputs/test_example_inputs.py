@@ -4,9 +4,11 @@ import pytest
 import torch
 import transformers
 
+import lorac
 import lorac.errors
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
+from tests.refusing import refuses
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 MOVING = {**SMALL, "image_size": 8, "num_frames": 4}
@@ -110,3 +112,17 @@ def test_rows_are_those_of_the_text_where_pieces_of_images_come_first():
     assert shapes["pixel_values"] == {0: torch.export.Dim.AUTO}
     assert shapes["input_ids"][0].__name__ == "batch"
     assert shapes["table"] == {}
+
+
+@pytest.mark.parametrize("given", [None, (torch.ones(2, 6), torch.ones(2, 6)), {"parts": (torch.ones(2, 6),)}])
+def test_says_that_inputs_without_names_need_some(given):
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 5)
+
+        def forward(self, *parts):
+            return self.layer(torch.stack(parts).sum(0))
+
+    with refuses("example_inputs_needed", match=r"\*parts have none: compile a module around it"):
+        lorac.compile(Sum(), {"a": lorac.LoRA(r=2, targets=["layer"])}, "onnxruntime", given)

@@ -140,6 +140,11 @@ def test_accepts_neutral_values_of_unsupported_options() -> None:
             assert torch.equal(model.generate(row, **PLAIN, **{name: value}), expected), name
 
 
+def test_says_that_transformers_has_no_search_step_by_step() -> None:
+    with refuses("unavailable", match="low_memory= asks for a beam search step by step"):
+        over(compiled("llama")).generate(prompts()[0][None], **PLAIN, num_beams=2, low_memory=True)
+
+
 def test_the_models_own_generation_names_the_cache() -> None:
     with refuses("unavailable", match="cache= in transformers"):
         compiled("llama").generate(prompts()[0][None], **PLAIN, past_key_values=object())

@@ -83,30 +83,31 @@ def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
 def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(
     compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: tuple[int, ...], shapes: list[tuple[int, int]]
 ) -> None:
-    assert record_steps(compiled, monkeypatch, [("", count) for count in begun]) == shapes
+    steps = record_steps(compiled, monkeypatch, [("", count) for count in begun], is_shared=False)
+    assert [(len(counts), max(counts)) for counts in steps] == shapes
 
 
-def test_prompts_of_one_tenant_do_not_slow_a_running_row_of_another(
-    compiled: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_reads_one_chunk_for_each_of_several_tenants(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = [("alice", 1), ("bob", 2), ("", 0)]
-    assert record_steps(compiled, monkeypatch, begun) == [(1, 29), (3, LEAST), (3, LEAST)]
+    steps = record_steps(compiled, monkeypatch, begun, is_shared=True)
+    assert steps == [[LEAST], [LEAST, LEAST, 0], [LEAST, LEAST, 0]]
 
 
 def record_steps(
-    compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: Sequence[tuple[str, int]]
-) -> list[tuple[int, ...]]:
-    """Return rows and tokens of each step, before which so many requests of a tenant begin."""
+    compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: Sequence[tuple[str, int]], *, is_shared: bool
+) -> list[list[int]]:
+    """Return how many tokens of each row each step computes, before which so many requests of a tenant begin."""
     monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
-    found, decode = list[tuple[int, ...]](), OrtProgram.decode
+    found, decode = list[list[int]](), OrtProgram.decode
 
     def noted(program: Any, graph: str, cache: Any, step: Any) -> Any:
-        found.append(tuple(step.ids.shape))
+        found.append([*step.counts])
         return decode(program, graph, cache, step)
 
     monkeypatch.setattr(OrtProgram, "decode", noted)
     batch = RunningBatch(compiled, 3, None, None, "main")
     batch.choose_chunk()
+    batch.is_shared = is_shared
     options = {"max_new_tokens": 34, "eos_token_id": None}
     with torch.no_grad():
         for tenant, rows in begun:
