@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
+from lorac.adapters.name_repair import REPAIR, find_own_names
 from lorac.errors import AdapterError, FormatError, LoracError, SiteError, nearest_name
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import no_match_error
@@ -355,6 +356,8 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
         fewer = f", which has only {len(others)} of its kind" if others else ""
         owner = next((name for name in view.components if f"{name}.{path}" in view.sites), None)
         step = "load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one"
+        own = find_own_names([path], view)
+        step = step if own is None else f"{REPAIR}, '{own[path]}'"
         return SiteError(
             f"adapter '{adapter}' has tensors for '{path}', which is not a module of the model{fewer}",
             nearest=nearest_name(path, others or view.sites),

@@ -23,6 +23,7 @@ _CALLS = {
     "save_adapter(adapter, path, format='gguf', model=model)": "give --model",
     "lorac.to_lora(adapter, model, rank=…)": "`lorac convert --model MODEL --rank RANK`",
     "lorac.to_lora(adapter, model)": "`lorac convert --model MODEL`",
+    "lorac.load_adapter(path, model, fix_names=True)": "`lorac convert ADAPTER OUT --model MODEL --fix-names`",
     "import its module": "give --import MODULE",
 }
 """Next steps in Python -> those of the command line."""

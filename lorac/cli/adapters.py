@@ -105,7 +105,7 @@ def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:
     return dict(describe_adapter_file(adapter, path, measures))
 
 
-def convert(
+def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
     source: SourceArgument,
     destination: DestinationArgument,
     format: FormatOption = "peft",
@@ -113,6 +113,9 @@ def convert(
     rank: RankOption = None,
     tolerance: ToleranceOption = None,
     dtype: DtypeOption = "",
+    fix_names: Annotated[
+        bool, typer.Option("--fix-names", help="Give layers the model's names where a file of PEFT's has others.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write an adapter in another format; with --rank or --tolerance as the nearest LoRA, which every tool reads."""
@@ -121,7 +124,7 @@ def convert(
     with progress("convert") as report:
         report.step("reading")
         host = load_model(model) if model else None
-        adapter = lorac.load_adapter(source, host)
+        adapter = lorac.load_adapter(source, host, fix_names=fix_names)
         if rank is not None or tolerance is not None:
             report.step("making a LoRA")
             adapter = lorac.to_lora(adapter, host, rank=rank, tolerance=tolerance)

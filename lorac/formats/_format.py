@@ -66,6 +66,14 @@ class Format(ABC):
             name: the name of the adapter; None for that which the file records, or ``file.adapter_name``.
         """
 
+    def read_renamed(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        """Return the adapter as ``read`` does, with the model's names in place of the file's where these differ."""
+        raise FormatError(
+            f"names are repaired in PEFT's folders, and '{file}' is of the format '{self.name}'",
+            next_step="write it as one first: `lorac convert ADAPTER OUT --to peft`",
+            code="unsupported_field",
+        )
+
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write a file or folder; a format that does not override this is read only.
 

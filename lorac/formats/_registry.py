@@ -53,7 +53,9 @@ def formats() -> dict[str, Format]:
     return known
 
 
-def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name: str | None = None) -> Adapter:
+def load_adapter(
+    path: str | os.PathLike[str], model: Model | None = None, name: str | None = None, *, fix_names: bool = False
+) -> Adapter:
     """Read an adapter of any format.
 
     Every tensor is used or accounted for by a rule of the format, and every configuration field is known. With the
@@ -64,6 +66,8 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
         path: a PEFT folder, a file of lorac's own, or any other format of ``formats()``.
         model: the base that the adapter is for, or a copy of it, or the components of one by name; only read.
         name: the adapter's name; by default that of the folder, or the one that the file records.
+        fix_names: give layers the model's names where the file of PEFT's has others: a prefix that moved or is doubled,
+            or names that DDP or torch.compile add. What is not certain is refused.
 
     Returns:
         The adapter. Its tensors have the file's dtype, matrices the shape (out, in).
@@ -74,7 +78,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
     view = None if model is None else ModelView.of(model)
-    return _read(path, lambda file: _read_adapter(file, view, name))
+    return _read(path, lambda file: _read_adapter(file, view, name, fix_names=fix_names))
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: Model | None = None) -> dict[str, Adapter]:
@@ -119,10 +123,10 @@ def _read(path: str | os.PathLike[str], read: Callable[[AdapterFile], T]) -> T:
         return read_consistently(path, lambda: charge_reading(path, lambda: read(AdapterFile(path))))
 
 
-def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None, *, fix_names: bool = False) -> Adapter:
     format = _find_format(file)
     try:
-        adapter = format.read(file, view, name)
+        adapter = (format.read_renamed if fix_names else format.read)(file, view, name)
     except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
         fault, nearest = f"'{file}': {error.what}", error.nearest
         raise FormatError(fault, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error

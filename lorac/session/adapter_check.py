@@ -10,6 +10,7 @@ from torch import nn
 
 from lorac.adapters.base_hash import check_base
 from lorac.adapters.fit import list_faults
+from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import check_type
 from lorac.errors import LoracError
 from lorac.formats import load_adapter
@@ -67,6 +68,10 @@ def check(
         faults, repairs = [refusal.what], [refusal.next_step]
     else:
         return AdapterCheck(name, True, facts=_find_facts(taken, name, view))
+    if view is not None and isinstance(source, str):
+        with contextlib.suppress(LoracError):
+            load_adapter(source, view, fix_names=True)
+            repairs = [REPAIR]
     with contextlib.suppress(LoracError):  # only with the model, or not at all, it can be read
         faults += [] if view is None else [error.what for error in list_faults(_read(source), view)]
     return AdapterCheck(name, False, tuple(dict.fromkeys(faults)), tuple(filter(None, repairs)))

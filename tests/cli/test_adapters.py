@@ -243,3 +243,21 @@ def test_check_counts_faults_that_differ_by_numbers(cli, folder):
 def test_check_repairs_by_options_of_the_command_line(cli, folder, monkeypatch):
     monkeypatch.setattr(lorac, "check", lambda *_: AdapterCheck("a", fits=False, repairs=("pass model=",)))
     assert "mend: pass --model" in cli("check", "sql")[1]
+
+
+def test_convert_writes_the_names_of_the_model(cli, folder):
+    tensors = load_file(folder / "sql" / "adapter_model.safetensors")
+    (folder / "wrapped").mkdir()
+    (folder / "wrapped" / "adapter_config.json").write_text((folder / "sql" / "adapter_config.json").read_text())
+    wrapped = {f"module.{key}": tensor for key, tensor in tensors.items()}
+    save_file(wrapped, folder / "wrapped" / "adapter_model.safetensors")
+    code, out, _ = cli("check", "wrapped", "--model", MODEL)
+    assert code == 1
+    command = "`lorac convert ADAPTER OUT --model MODEL --fix-names`"
+    assert f"mend: {command} gives it the model's names" in out
+    code, _, err = cli("convert", "wrapped", "unwrapped", "--model", MODEL)
+    assert code == 1
+    assert command in err
+    assert cli("convert", "wrapped", "unwrapped", "--model", MODEL, "--fix-names")[0] == 0
+    assert cli("check", "unwrapped", "--model", MODEL)[0] == 0
+    assert load_file(folder / "unwrapped" / "adapter_model.safetensors").keys() == tensors.keys()

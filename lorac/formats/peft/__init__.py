@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorac.formats._format import Evidence, Format
 from lorac.formats.peft.reader import PICKLED, read_folder
+from lorac.formats.peft.renamed_folder import read_renamed
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, write_folder
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
@@ -26,6 +27,9 @@ class PeftFormat(Format):
 
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         return read_folder(file.folder_with(CONFIG, WEIGHTS, PICKLED), view, name)
+
+    def read_renamed(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+        return read_renamed(file.folder_with(CONFIG, WEIGHTS, PICKLED), view, name)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         write_folder(adapter, path, view)

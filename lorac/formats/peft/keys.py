@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, list_some, nearest_name
 from lorac.formats._errors import corrupt_error
@@ -281,7 +282,7 @@ class _KeyReader:
             f"no rule of peft_type {self.peft_type.peft_type} accounts for {len(keys)} tensors: {listed}",
             nearest=nearest_name(keys[0], expected),
             next_step="keys are base_model.model.<module path>.<"
-            f"{'|'.join(suffixes)}>; a model wrapped by torch.compile or DDP adds names of its own",
+            f"{'|'.join(suffixes)}>; where DDP, torch.compile or a second prefix added names, {REPAIR}",
             code="unused_tensors",
         )
 

@@ -1,0 +1,70 @@
+"""Reading a PEFT folder whose keys have other names than the model's, as if it had the model's."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from lorac.adapters.name_repair import WRAPPERS, find_own_names
+from lorac.errors import BaseNeeded, FormatError
+from lorac.formats._config_fields import ALL_LINEAR, read_fields
+from lorac.formats._writing import write_json
+from lorac.formats.peft.config import peft_type_of
+from lorac.formats.peft.keys import PREFIX, SHARED_PREFIX, WRAPPED
+from lorac.formats.peft.reader import PICKLED, read_folder
+from lorac.formats.peft.writer import CONFIG, WEIGHTS
+from lorac.formats.reading import AdapterFile
+from lorac.frontend.model_view import ModelView
+from lorac.storage.tensor_file import write_safetensors
+from lorac.variants.adapter import Adapter
+
+_BEGINNING = re.compile(rf"^(?:(?:{'|'.join((*WRAPPERS, re.escape(PREFIX[:-1])))})\.)+")
+"""What stands in front of a module's path: PEFT's prefix, any number of times, and names of wrappers."""
+_ADAPTER_NAME = re.compile(r"(?<=\.)default\.|\.default$")
+"""The name of PEFT's adapter, which its own writer takes out of keys."""
+_NAMING = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices")
+_NAMING_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
+    """Return the adapter of a PEFT folder by the model's names; a recorded hash of the base is dropped with the others.
+
+    Raises:
+        FormatError: the model's names of its modules are not certain; or as ``read_folder``.
+        BaseNeeded: there is no model.
+    """
+    if view is None:
+        raise BaseNeeded("names of layers are repaired by those of a model", next_step="pass model=")
+    config, tensors = dict(folder.inside(CONFIG).read_json()), folder.choose(WEIGHTS, PICKLED).read_tensors()
+    peft_type = peft_type_of(config, folder.inside(CONFIG).path)
+    read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # its errors name this file, not the repaired one
+    shared = {SHARED_PREFIX + one for one in peft_type.shared}
+    marks = "|".join(map(re.escape, (*peft_type.suffixes, *peft_type.shared, WRAPPED, "token_adapter")))
+    inner = {key: _ADAPTER_NAME.sub("", _BEGINNING.sub("", key)) for key in tensors.keys() - shared}
+    paths = {key: re.split(rf"\.(?:{marks})(?:\.|$)", one, maxsplit=1)[0] for key, one in inner.items()}
+    own = find_own_names(sorted(set(paths.values())), view)
+    if own is None:
+        raise FormatError(
+            f"no single change of prefixes makes '{min(paths.values())}' and others in '{folder}' names of the model",
+            next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the names of one",
+            code="unused_tensors",
+        )
+    keys = {key: PREFIX + own[paths[key]] + one.removeprefix(paths[key]) for key, one in inner.items()}
+    if keys.items() <= {key: key for key in tensors}.items():
+        return read_folder(folder, view, name)
+    if len({*keys.values()}) < len(keys):
+        raise folder.damaged("two of its tensors have one name once wrappers are left out")
+    if isinstance(config.get("target_modules"), str) and config["target_modules"] != ALL_LINEAR:
+        adapted = (path for key, path in paths.items() if inner[key] != path)
+        config |= {"target_modules": sorted({own[path] for path in adapted}), "exclude_modules": None}
+    for field in (*_NAMING, *_NAMING_PATTERNS):
+        given = config.get(field)
+        if isinstance(given, dict):
+            config[field] = {own.get(key, key): value for key, value in given.items()}
+        elif isinstance(given, list):
+            config[field] = [own.get(one, one) if isinstance(one, str) else one for one in given]
+    with tempfile.TemporaryDirectory() as place:
+        write_safetensors(Path(place, WEIGHTS), {keys.get(key, key): one for key, one in tensors.items()}, {})
+        write_json(Path(place, CONFIG), config)
+        adapter = read_folder(AdapterFile(Path(place)), view, name or folder.adapter_name)
+    adapter.provenance["source"] = str(folder)
+    return adapter
