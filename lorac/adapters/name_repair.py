@@ -1,7 +1,7 @@
 """The model's own names of modules and parameters that an adapter's file names otherwise."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 
 from lorac.frontend.checkpoint_names import find_stored_names
 from lorac.frontend.model_view import ModelView
@@ -18,7 +18,7 @@ def find_own_names(names: Iterable[str], view: ModelView) -> dict[str, str] | No
     Names of wrappers are left out. Then all names with one first part get another beginning: the one by which
     transformers' class renames them when it loads a checkpoint, or the only one that makes all of them the model's.
     """
-    known = {*view.callable_paths, *view.named_tensors()}
+    known = frozenset([*view.callable_paths, *view.named_tensors()])
     groups: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for name in names:
         parts = [part for part in name.split(".") if part not in WRAPPERS] or [name]
@@ -32,7 +32,7 @@ def find_own_names(names: Iterable[str], view: ModelView) -> dict[str, str] | No
     return found
 
 
-def _rename(group: Mapping[str, list[str]], known: Set[str], view: ModelView) -> dict[str, str] | None:
+def _rename(group: Mapping[str, list[str]], known: frozenset[str], view: ModelView) -> dict[str, str] | None:
     """Return the names as they are, or as transformers' class renames them; None where one is not the model's then."""
     plain = {name: ".".join(parts) for name, parts in group.items()}
     if known.issuperset(plain.values()):
@@ -43,7 +43,7 @@ def _rename(group: Mapping[str, list[str]], known: Set[str], view: ModelView) ->
     return own if known.issuperset(own.values()) else None
 
 
-def _move(group: Mapping[str, list[str]], known: Set[str]) -> dict[str, str] | None:
+def _move(group: Mapping[str, list[str]], known: frozenset[str]) -> dict[str, str] | None:
     """Return the names with another beginning, the longest end of all that exists in the model kept."""
     first = next(iter(group.values()))
     for start in range(len(first)):
