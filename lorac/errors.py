@@ -258,10 +258,11 @@ class WrongType(LoracError, TypeError):
 EXTRAS: Mapping[str, str | None] = {
     **dict.fromkeys(("bitsandbytes", "matplotlib", "tensorrt")),
     **{name: name for name in ("diffusers", "gguf", "ray")},
-    **dict.fromkeys(("accelerate", "transformers"), "hf"),
+    **dict.fromkeys(("accelerate", "huggingface_hub", "transformers"), "hf"),
     **dict.fromkeys(("lorac-native", "lorac_native"), "native"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "onnxruntime"),
     **dict.fromkeys(("fastapi", "llguidance", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
+    **dict.fromkeys(("fsspec", "gcsfs", "s3fs"), "stores"),
     "tensorrt_rtx": "tensorrt",
     **dict.fromkeys(("datasets", "trl"), "train"),
 }
@@ -330,7 +331,11 @@ def warn(fact: str, *, next_step: str | None = None) -> None:
 
 @contextlib.contextmanager
 def translate_errors(
-    kind: type[LoracError], problem: str, *, next_step: str | None = None, unless: Callable[[], bool] = lambda: False
+    kind: Callable[..., LoracError],
+    problem: str,
+    *,
+    next_step: str | None = None,
+    unless: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Raise lorac's own error for any exception of another library in the block, with its message in one line.
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lorac.context_values import run_with_value
 from lorac.errors import FormatError
@@ -31,11 +31,13 @@ class ReadBudget:
         bytes: memory, without the file's contents.
         operations: multiplications and additions of a call of a loaded eager artifact; None for a number that grows
             with its inputs and weights.
+        download: bytes that a name on the hub, in a store or on a web server may bring into a cache.
     """
 
     seconds: float = 2.0
     bytes: int = 256 << 20
     operations: float | None = None
+    download: int = 32 << 30
 
 
 @dataclass
@@ -57,7 +59,11 @@ _account: ContextVar[_BudgetAccount | None] = ContextVar("account", default=None
 
 @contextlib.contextmanager
 def budget(
-    *, seconds: float | None = None, bytes: int | None = None, operations: float | None = None
+    *,
+    seconds: float | None = None,
+    bytes: int | None = None,
+    operations: float | None = None,
+    download: int | None = None,
 ) -> Iterator[ReadBudget]:
     """Change the limits for every file that is read inside the block, by this thread or task.
 
@@ -67,11 +73,11 @@ def budget(
             so much too, by default as much as the machine has.
         operations: multiplications and additions that a call of a loaded eager artifact may take; default: unchanged,
             at first in proportion to its inputs and weights, far beyond those of a model.
+        download: bytes that a name on the hub, in a store or on a web server may bring; default: unchanged, at first
+            32 GiB.
     """
-    changed = _budget.get()
-    changed = changed if seconds is None else replace(changed, seconds=seconds)
-    changed = changed if bytes is None else replace(changed, bytes=bytes)
-    changed = changed if operations is None else replace(changed, operations=operations)
+    given: dict[str, Any] = {"seconds": seconds, "bytes": bytes, "operations": operations, "download": download}
+    changed = replace(_budget.get(), **{name: value for name, value in given.items() if value is not None})
     token = _budget.set(changed)
     try:
         yield changed
@@ -138,6 +144,25 @@ def check_time(step: int = 0) -> None:
         raise FormatError(
             f"reading '{account.file}' takes longer than {account.budget.seconds:g} s of processor time",
             next_step=_NEXT_STEP.format("seconds"),
+            code="over_budget",
+        )
+
+
+def check_download(size: int, origin: str) -> None:
+    """Check the bytes of a download before they are written.
+
+    Args:
+        size: bytes, of all its files.
+        origin: its name, for the message.
+
+    Raises:
+        FormatError: they are more than the budget admits.
+    """
+    most = _budget.get().download
+    if size > most:
+        raise FormatError(
+            f"{origin} would bring {size} bytes or more, and a name may bring {most}",
+            next_step=f"if you want it: with lorac.budget(download={size}):, or download it and give its path",
             code="over_budget",
         )
 

@@ -54,9 +54,9 @@ FILES = [
         lambda w: lorac.load(w.path("base")),
         lambda w, said: transformers.AutoModel.from_pretrained,
     ),
-    Mistake("loading from an address", lambda w: lorac.load_adapter("https://huggingface.co/someone/some-lora")),
+    Mistake("loading from an address", lambda w: lorac.load_adapter("ftp://server/some-lora")),
     Mistake(
-        "loading by a name on the hub",
+        "loading by a name on the hub, where there is no network",
         lambda w: lorac.load_adapter("someone/some-lora"),
         lambda w, said: huggingface_hub.snapshot_download,
     ),

@@ -16,6 +16,7 @@ import typer
 from lorac.errors import AdapterError, ChoiceError, OptionError, nearest_name, warn
 from lorac.session.model_folders import CONFIG, MODEL_HELP, load_model_folder
 from lorac.storage.atomic_folders import MANIFEST
+from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from lorac.session.compiled import Compiled
 
 COMPILED_HELP = (
-    "A folder written by `lorac compile`; or a model: a folder saved by transformers, or package.module:function."
+    f"A folder, {NAME_FORMS}, written by `lorac compile`; or a model: one saved by transformers, or "
+    "package.module:function."
 )
 CompiledOrModel = Annotated[str, typer.Argument(help=COMPILED_HELP, metavar="MODEL")]
 AdapterOption = Annotated[
-    list[str], typer.Option("--adapter", "-a", help="NAME=PATH, or PATH; may be given several times.")
+    list[str], typer.Option("--adapter", "-a", help=f"NAME=PATH or PATH, {NAME_FORMS}; may be given several times.")
 ]
 PrepackedOption = Annotated[
     Path | None,
@@ -62,7 +64,8 @@ def load_compiled(
     """
     import lorac
 
-    folder, more = Path(spec), dict[str, Any]() if prepacked is None else {"prepacked": prepacked}
+    folder = find_source(spec, "MODEL", OptionError)
+    more = dict[str, Any]() if prepacked is None else {"prepacked": prepacked}
     if (folder / MANIFEST).is_file() or (folder.exists() and not (folder / CONFIG).is_file()):
         if adapters:
             raise OptionError(
@@ -79,7 +82,7 @@ def load_compiled(
         )
     if trust:
         raise OptionError(f"'{spec}' is a model, and --trust is for compiled folders", next_step="leave it out")
-    model, tokenizer = load_with_tokenizer(spec)
+    model, tokenizer = load_with_tokenizer(str(folder))
     compiled = lorac.compile(model, parse_adapters(adapters), **more, **options)
     compiled.tokenizer = tokenizer
     return compiled
@@ -92,8 +95,9 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
         OptionError: neither a transformers folder nor a function that returns one, or loading it fails.
         MissingExtra: the folder needs transformers.
     """
-    if Path(spec).is_dir():
-        return load_model_folder(Path(spec)), load_tokenizer(spec)
+    folder = find_source(spec, "MODEL", OptionError)
+    if folder.is_dir():
+        return load_model_folder(folder), load_tokenizer(folder)
     from torch import nn
 
     module, separator, function = spec.partition(":")
@@ -110,16 +114,16 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
     return model.eval(), tokenizer if callable(getattr(tokenizer, "decode", None)) else None
 
 
-def load_tokenizer(spec: str) -> object:
+def load_tokenizer(folder: Path) -> object:
     """Load the tokenizer in a model's folder; return None where it is missing or cannot be read."""
     from lorac.runtime.generation.tokenizers import read_tokenizer
 
-    if not (Path(spec) / "tokenizer_config.json").is_file():
+    if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        return read_tokenizer(Path(spec))
+        return read_tokenizer(folder)
     except Exception as error:  # a damaged folder may make transformers raise anything
-        warn(f"the tokenizer in '{spec}' cannot be loaded: {_format_exception(error)}")
+        warn(f"the tokenizer in '{folder}' cannot be loaded: {_format_exception(error)}")
         return None
 
 
@@ -149,7 +153,7 @@ def _format_exception(error: Exception) -> str:
 
 
 def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
-    """Return name -> path of adapters given as NAME=PATH, or as PATH, which is named after its folder.
+    """Return name -> path or name of adapters given as NAME=PATH, or as PATH, which is named after its folder.
 
     Raises:
         AdapterError: two have one name.
@@ -158,7 +162,7 @@ def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
     for spec in specs:
         name, separator, path = spec.partition("=")
         if not separator:
-            name, path = Path(spec).stem, spec
+            name, path = find_stem(spec), spec
         if name in found:
             raise AdapterError(
                 f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH", code="adapter_exists"

@@ -11,10 +11,11 @@ import typer
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_check, format_contents
 from lorac.cli._models import load_model
 from lorac.cli._output import JsonOption, format_number, make_table, print_report, reword_step
-from lorac.errors import LoracError, not_one_of
+from lorac.errors import FormatError, LoracError, OptionError, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.atomic_folders import MANIFEST
+from lorac.storage.remote.names import NAME_FORMS, find_source
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +30,14 @@ def _list_formats() -> list[str]:
     return [name for name, found in formats().items() if found.writes]
 
 
-CHECKPOINT_HELP = "A folder saved by transformers or diffusers, read a tensor at a time; or package.module:function."
+CHECKPOINT_HELP = (
+    f"A folder saved by transformers or diffusers, {NAME_FORMS}, read a tensor at a time; or package.module:function."
+)
 MISFIT = 1
 """The exit code of ``check`` and ``inspect`` where an adapter does not fit the model."""
 _MEASURES = ("entanglement",)
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
-SourceArgument = Annotated[Path, typer.Argument(help="An adapter's file or folder.")]
+SourceArgument = Annotated[Path, typer.Argument(help=f"An adapter's file or folder, {NAME_FORMS}.")]
 DestinationArgument = Annotated[Path, typer.Argument(help="Where to write.")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 FormatOption = Annotated[
@@ -52,13 +55,14 @@ DtypeOption = Annotated[
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter's file or folder, or a compiled folder.")],
+    path: Annotated[Path, typer.Argument(help=f"An adapter's file or folder, or a compiled folder: {NAME_FORMS}.")],
     model: ModelOption = "",
     json: JsonOption = False,
 ) -> None:
     """Print the contents of a compiled folder or an adapter's file; with --model also the parts that do not fit it."""
     with progress("inspect") as report:
         report.step("reading")
+        path = find_source(path, "the path", FormatError, "unreadable")
         if (path / MANIFEST).is_file():
             contents = describe_folder(path)
         else:
@@ -70,7 +74,7 @@ def inspect(
 
 def check(
     context: typer.Context,
-    adapters: Annotated[list[Path], typer.Argument(help="Files or folders of adapters.")],
+    adapters: Annotated[list[Path], typer.Argument(help=f"Files or folders of adapters, {NAME_FORMS}.")],
     model: ModelOption = "",
     json: JsonOption = False,
 ) -> None:
@@ -168,7 +172,8 @@ def extract(
     import lorac
     from lorac.merging.stored_model import StoredModel
 
-    views = [StoredModel.open(Path(spec)).view if Path(spec).is_dir() else load_model(spec) for spec in (tuned, base)]
+    found = [find_source(spec, "the model", OptionError) for spec in (tuned, base)]
+    views = [StoredModel.open(path).view if path.is_dir() else load_model(str(path)) for path in found]
     adapter = lorac.extract(*views, rank=rank, tolerance=tolerance, name=destination.stem)
     save(adapter, destination, format, views[1], dtype=dtype, as_json=json)
 

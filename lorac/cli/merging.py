@@ -15,6 +15,7 @@ from lorac.cli._output import JsonOption, print_report
 from lorac.cli.adapters import FormatOption, ModelOption, save
 from lorac.errors import AdapterError, OptionError
 from lorac.progress import progress
+from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
 
 if TYPE_CHECKING:
     from lorac.frontend.model_view import Model
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from lorac.variants.adapter import Adapter
 
 _FOLDER_HELP = "A folder saved by transformers or diffusers; the adapters go into its weights. Else into an adapter."
-_ADAPTER_HELP = "PATH=WEIGHT or NAME=PATH=WEIGHT, with weight 1 if there is none; may be given several times."
+_ADAPTER_HELP = (
+    f"PATH=WEIGHT or NAME=PATH=WEIGHT, {NAME_FORMS}, with weight 1 if there is none; may be given several times."
+)
 _OPTION_HELP = "KEY=VALUE, an option of the method, such as density=0.5; may be given several times."
 _DEQUANTIZE_HELP = "Merge into the float values of MODEL's weights where they are quantised; the result is in floats."
 _SUM = "cat"
@@ -75,8 +78,9 @@ def _merge_into_folder(folder: str, given: MergeRecipe, out: Path, *, dequantize
 
     if given.method == _SUM and not given.options:
         return merge_checkpoint(folder, given.adapters, out, given.weights, dequantize=dequantize)
-    merged = _merge_adapters(given, StoredModel.open(Path(folder), dequantize=dequantize).view)
-    return merge_checkpoint(folder, merged, out, dequantize=dequantize)
+    source = find_source(folder, "MODEL", OptionError)
+    merged = _merge_adapters(given, StoredModel.open(source, dequantize=dequantize).view)
+    return merge_checkpoint(source, merged, out, dequantize=dequantize)
 
 
 def _merge_adapters(given: MergeRecipe, model: Model | None) -> Adapter:
@@ -104,7 +108,7 @@ def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], 
                 rest, weight = before, float(last)
         name, separator, path = rest.partition("=") if not Path(rest).exists() else ("", "", rest)
         if not separator:
-            name, path = Path(rest).stem, rest
+            name, path = find_stem(rest), rest
         if name in paths:
             raise AdapterError(
                 f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH=WEIGHT", code="adapter_exists"

@@ -12,6 +12,7 @@ from lorac.cli._output import JsonOption, print_report
 from lorac.errors import OptionError
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
+from lorac.storage.remote.names import find_source
 
 _OPTION_HELP = "KEY=VALUE, a hyper-parameter of the method, such as r=8; may be given several times."
 
@@ -33,9 +34,10 @@ def train(
     for field, path in (("model", host), ("out", folder)):
         if path is None:
             raise OptionError(f"'{config}' has no {field}", next_step=f"add it, or give --{field}")
-    loaded, processing_class = load_with_tokenizer(str(host))
+    host = str(find_source(host, "the model", OptionError))
+    loaded, processing_class = load_with_tokenizer(host)
     if recipe.task == "image-classification":
-        processing_class = load_image_processor(str(host))
+        processing_class = load_image_processor(host)
     if processing_class is None:
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     with contextlib.redirect_stdout(sys.stderr):  # trainers print their log

@@ -17,6 +17,7 @@ from lorac.errors import ChoiceError, OptionError, Unavailable
 from lorac.ir.slots.choice import UNSET, Choice
 from lorac.session.compiled import Compiled
 from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
+from lorac.storage.remote.names import parse_name
 
 _STRENGTH = re.compile("lora_scale|.*attention_kwargs")
 """Arguments in which diffusers takes the strength of LoRAs."""
@@ -85,15 +86,20 @@ class CompiledPipeline:
         adapter_name: str | None = None,
         *,
         weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
         hotswap: bool = False,
         **options: object,
     ) -> None:
         """Add an adapter from a file or folder and make it the active one, without a rebuild.
 
         Args:
-            source: the file, or the folder that holds it; of any format that ``lorac.load_adapter`` reads.
+            source: the file, or the folder that holds it, by its path or name; of any format that
+                ``lorac.load_adapter`` reads.
             adapter_name: default: the file's.
             weight_name: the file in the folder.
+            subfolder: the folder in the source that holds it.
+            revision: of a name on the hub; a path has none.
             hotswap: replace the adapter of that name, which stays if the file is refused.
             **options: diffusers' options of downloads, which have no effect.
 
@@ -107,7 +113,9 @@ class CompiledPipeline:
                 f"load_lora_weights takes a file or a folder, not a {type(source).__name__}",
                 next_step="write the tensors with safetensors.torch.save_file, and give the file",
             )
-        path = Path(source) if weight_name is None else Path(source) / weight_name
+        path = Path(source, *filter(None, (subfolder, weight_name)))
+        if revision is not None and parse_name(path) is not None:
+            path = path.with_name(f"{path.name}@{revision}")
         if hotswap and adapter_name in self.compiled.adapters:
             self._replace_adapter(path, adapter_name)
         else:

@@ -29,6 +29,7 @@ from lorac.frontend.model_view import Model
 from lorac.progress import progress
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
 
 FILE, TEXT = "retriever.safetensors", "text_encoder"
@@ -228,7 +229,7 @@ def find_adapters(
         FormatError: there is no adapter, or one cannot be read.
         SiteError, AdapterError: as ``WeightEncoder.stack_pairs``.
     """
-    place = parse_path(folder, "the folder of adapters", FormatError, "unreadable")
+    place = find_source(folder, "the folder of adapters", FormatError, "unreadable")
     with translate_os_errors(place, FormatError, "read", "unreadable"):
         paths = [inner for inner in sorted(place.iterdir()) if is_adapter(inner)]
     if not paths:

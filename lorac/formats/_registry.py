@@ -21,7 +21,8 @@ from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
-from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
+from lorac.storage.paths import parse_path, suggest_name, translate_os_errors
+from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
@@ -63,7 +64,8 @@ def load_adapter(
     bounded; ``lorac.budget`` sets the bounds.
 
     Args:
-        path: a PEFT folder, a file of lorac's own, or any other format of ``formats()``.
+        path: a PEFT folder, a file of lorac's own, or any other format of ``formats()``; or the name of one on the hub,
+            in a store or on a web server, as ``user/repo@revision`` or ``s3://bucket/folder``, which is downloaded.
         model: the base that the adapter is for, or a copy of it, or the components of one by name; only read.
         name: the adapter's name; by default that of the folder, or the one that the file records.
         fix_names: give layers the model's names where the file of PEFT's has others: a prefix that moved or is doubled,
@@ -118,7 +120,7 @@ def fill_adapter(path: str | os.PathLike[str], outlines: Mapping[bytes, AdapterO
 
 
 def _read(path: str | os.PathLike[str], read: Callable[[AdapterFile], T]) -> T:
-    path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
+    path = find_source(path, "what lorac.load_adapter reads", FormatError, "unreadable")
     with translate_os_errors(path, FormatError, "read", "unreadable"):
         return read_consistently(path, lambda: charge_reading(path, lambda: read(AdapterFile(path))))
 
@@ -200,7 +202,7 @@ def _find_format(file: AdapterFile) -> Format:
         raise FormatError(
             f"there is no adapter at '{path}'",
             nearest=nearest_name(path.name, [sibling.name for sibling in siblings]),
-            next_step=suggest_download(path) or "give the path of a file or folder",
+            next_step=suggest_name(path) or "give the path of a file or folder",
             code="unknown_format",
         )
     for evidence in Evidence:  # a less sure one is not looked for where there is a surer one

@@ -154,8 +154,11 @@ class AdapterFile:
 
     @property
     def adapter_name(self) -> str:
-        """The default name of the adapter: the folder's, or the file's without its suffix."""
-        return self.path.stem if self.is_file else self.path.resolve().name
+        """The default name of the adapter: the folder's or repository's, or the file's without its suffix."""
+        if self.is_file:
+            return self.path.stem
+        repo, snapshots, name = ("", "", *self.path.resolve().parts)[-3:]
+        return repo.rpartition("--")[2] if snapshots == "snapshots" and repo.startswith("models--") else name
 
     @functools.cached_property
     def names(self) -> frozenset[str]:

@@ -19,7 +19,7 @@ from lorac.ir.algebra.changes import Change, Delta, LowRank
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.merging.stored_model import StoredModel
 from lorac.progress import progress
-from lorac.storage.paths import parse_path
+from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
@@ -43,7 +43,7 @@ def extract(
     neither model is ever in memory.
 
     Args:
-        tuned, base: folders that transformers or diffusers wrote, or models; only read.
+        tuned, base: folders that transformers or diffusers wrote, by their paths or names; or models; only read.
         rank: the largest rank at each site; the error, ‖ΔW − B·A‖ / ‖ΔW‖, is then nearly as small as it can be.
         tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
             that cannot is refused.
@@ -88,7 +88,7 @@ def extract(
 def _open(given: Checkpoint, role: str) -> ModelView:
     if not isinstance(given, str | os.PathLike):
         return ModelView.of(given)
-    return StoredModel.open(parse_path(given, f"the {role} model of lorac.extract", FormatError, "unreadable")).view
+    return StoredModel.open(find_source(given, f"the {role} model of lorac.extract", FormatError, "unreadable")).view
 
 
 def _weighted_sites(view: ModelView) -> dict[str, Site]:

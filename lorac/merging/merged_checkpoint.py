@@ -24,6 +24,7 @@ from lorac.session.model_folders import CONFIG
 from lorac.session.request.sources import read_sources
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.remote.names import find_source
 from lorac.storage.sharded_tensors import ShardedTensors
 from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import write_safetensors
@@ -80,7 +81,7 @@ def merge_checkpoint(
         CompileError: the weights are quantised, or an adapter cannot be merged into them.
         AdapterError, SiteError, ChoiceError: as ``merge_into``.
     """
-    folder = parse_path(folder, "the model's folder", OptionError)
+    folder = find_source(folder, "the model's folder", OptionError)
     destination = parse_path(destination, "where the merged model is written to", OptionError)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise OptionError(f"'{destination}' exists already", next_step="give the path of a new folder")

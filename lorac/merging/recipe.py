@@ -3,7 +3,7 @@
 merge_method: ties
 base_model: path/to/model            # only where the way needs it
 adapters:                            # or models:
-  - adapter: path/to/sql             # or model: BASE+ADAPTER, as mergekit writes it
+  - adapter: path/to/sql             # a path or a name; or model: BASE+ADAPTER, as mergekit writes it
     parameters: {weight: 0.7, density: 0.5}
   - adapter: path/to/chat
     parameters: {weight: 0.3}
@@ -22,6 +22,7 @@ from lorac.argument_types import describe_value, matches_type
 from lorac.errors import OptionError, WrongType, check_known, not_one_of
 from lorac.merging.registry import find_way, option_defaults
 from lorac.storage.paths import parse_path
+from lorac.storage.remote.names import find_stem
 from lorac.storage.strict_json import Json, JsonObject
 from lorac.storage.strict_yaml import read_yaml
 
@@ -105,7 +106,7 @@ def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
         if text is None:
             raise OptionError(f"'{file}' has an adapter without a path", next_step="give adapter: <path>")
         path = text if Path(text).exists() else text.rpartition("+")[2]
-        name = _read_text(file, entry, "name") or Path(path).stem
+        name = _read_text(file, entry, "name") or find_stem(path)
         if name in found:
             raise OptionError(f"'{file}' has two adapters called '{name}'", next_step="give one of them a name:")
         found[name] = {**entry, "path": path}

@@ -12,13 +12,14 @@ from lorac.adapters.base_hash import check_base
 from lorac.adapters.fit import list_faults
 from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import check_type
-from lorac.errors import LoracError
+from lorac.errors import FormatError, LoracError
 from lorac.formats import load_adapter
 from lorac.formats.peft.keys import embedding_modules
 from lorac.frontend.model_view import ModelView
 from lorac.runtime.generation.tokenizers import read_tokenizer
 from lorac.session.api import compile
 from lorac.session.request.sources import read_model
+from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
 
 
@@ -49,7 +50,7 @@ def check(
     It fits exactly where ``lorac.compile`` takes it for target "eager", since that is tried.
 
     Args:
-        adapter: its path, or the adapter; only read.
+        adapter: its path or name, or the adapter; only read.
         model: the base, or several by name; only read. Without it the adapter is read, and nothing is compared.
 
     Raises:
@@ -63,11 +64,13 @@ def check(
     given = None if model is None else read_model(model).model
     view = None if given is None else ModelView.of(given)
     try:
+        if not isinstance(source, Adapter):
+            source = str(find_source(source, "the adapter of lorac.check", FormatError, "unreadable"))
         taken = _read(source) if given is None else next(iter(compile(given, [source]).adapters.values()))
     except LoracError as refusal:
         faults, repairs = [refusal.what], [refusal.next_step]
     else:
-        return AdapterCheck(name, True, facts=_find_facts(taken, name, view))
+        return AdapterCheck(name, True, facts=_find_facts(taken, str(source), view))
     if view is not None and isinstance(source, str):
         with contextlib.suppress(LoracError):
             load_adapter(source, view, fix_names=True)

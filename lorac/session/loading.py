@@ -26,8 +26,9 @@ from lorac.session.session import Session
 from lorac.session.targets import find_backend
 from lorac.storage.artifact import Manifest, open_artifact
 from lorac.storage.atomic_folders import MANIFEST, read_consistently
-from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
+from lorac.storage.paths import suggest_name, translate_os_errors
 from lorac.storage.plans import choice_from_json, plan_from_json
+from lorac.storage.remote.names import find_source
 from lorac.target.backend import Backend, TargetOptions
 
 
@@ -48,6 +49,7 @@ def load(
     same names. Other outputs come back as plain dicts or tuples.
 
     Args:
+        folder: its path, or a name, as ``lorac.load_adapter`` takes it.
         target: default: the target it was saved from. An eager artifact can also be compiled for another target.
         device: where it runs; default: where it ran when it was saved.
         trust: whether you made the artifact, or trust whoever did. An eager one may then call ops that were not tried
@@ -60,7 +62,7 @@ def load(
         OptionError: an option does not exist, or was fixed when the artifact was compiled.
         Unavailable: the artifact cannot be turned into the target.
     """
-    path, parsed_device = parse_path(folder, "what lorac.load reads", ArtifactError), parse_device(device)
+    parsed_device, path = parse_device(device), find_source(folder, "what lorac.load reads", ArtifactError)
     real = Path(os.path.realpath(path))
 
     def read() -> Compiled:
@@ -102,7 +104,7 @@ def _refuse_other_contents(folder: Path, given: Path) -> None:
         raise ArtifactError(
             f"there is no compiled model at '{given}'",
             nearest=nearest_name(folder.name, [found.parent.name for found in folder.parent.glob(f"*/{MANIFEST}")]),
-            next_step=suggest_download(given) or "compiled.save(folder) writes one",
+            next_step=suggest_name(given) or "compiled.save(folder) writes one",
         )
     if folder.is_file() and (folder.parent / MANIFEST).is_file():
         raise ArtifactError(

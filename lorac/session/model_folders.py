@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lorac.argument_types import JsonMapping
 from lorac.errors import OptionError, short, translate_import_errors
 from lorac.storage.paths import translate_os_errors
+from lorac.storage.remote.names import NAME_FORMS
 from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 
 if TYPE_CHECKING:
     from torch import nn
 
-MODEL_HELP = "A folder saved by transformers or diffusers, or package.module:function returning an nn.Module."
+MODEL_HELP = (
+    f"A folder saved by transformers or diffusers, {NAME_FORMS}; or package.module:function returning an nn.Module."
+)
 CONFIG = "config.json"
 _PIPELINE = "model_index.json"
 _LIBRARIES = {"_class_name": "diffusers", "architectures": "transformers"}

@@ -25,7 +25,8 @@ from lorac.runtime.capacity import check_capacity
 from lorac.session.adapter_loading import add_sites, outline_adapter_forms
 from lorac.session.session import Session
 from lorac.storage.open_file import OpenFile
-from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.paths import translate_os_errors
+from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
 
 _MOST_CHECKED, _MOST_OUTLINES = 10_000, 32
@@ -79,7 +80,7 @@ class AdapterRegistry:
             FormatError, AdapterError, SiteError: there is none, or one does not fit the model; then none is registered.
             NeedsRecompile: one does not fit the reserved room.
         """
-        path = parse_path(folder, "what register reads", FormatError, "unreadable")
+        path = find_source(folder, "what register reads", FormatError, "unreadable")
         with translate_os_errors(path, FormatError, "read", "unreadable"):
             adapters = filter(is_adapter, sorted(path.iterdir()))
             found = {inner.name if inner.is_dir() else inner.stem: inner for inner in adapters}

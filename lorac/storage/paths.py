@@ -9,12 +9,17 @@ from pathlib import Path
 from lorac.argument_types import check_type
 from lorac.errors import LoracError, short
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""The beginning of an address on the web, also if a Path has shortened its slashes; a drive has one letter."""
+ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
+"""An address, also if a Path has shortened its slashes; a drive has one letter."""
+HUB_NAME = re.compile(
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<at>refs/(pr|convert)/\w+|[^/@]+))?(/(?P<inner>[^@]*))?(@(?P<revision>[^@]+))?",
+    re.ASCII,
+)
+"""A name on the hub: the revision stands behind the repository, as in hf:// of its library, or at the end."""
 _STEP = "give the path of a file or folder"
+_LOCAL_STEP = "give a path; names of models and adapters are user/repo, hf://, s3://, gs:// and https://"
 _PORTABLE_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 """Names of adapters that every system accepts as file names; on Windows some are devices, with any ending."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def parse_path(given: object, subject: str, kind: type[LoracError], code: str | None = None) -> Path:
@@ -31,8 +36,8 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
     check_type(given, (str, os.PathLike), subject, next_step=_STEP)
     text = os.fspath(given)  # type: ignore[call-overload]  # checked above
     path = Path(text)
-    if _ADDRESS.match(str(path)):
-        raise kind(f"{subject} is an address, {short(text)}", next_step="download it, and give its path", code=code)
+    if ADDRESS.fullmatch(str(path)):
+        raise kind(f"{subject} is an address, {short(text)}", next_step=_LOCAL_STEP, code=code)
     try:
         os.lstat(path)
     except ValueError as error:  # a NUL, or a lone surrogate
@@ -45,16 +50,19 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
     return path
 
 
-def suggest_download(path: Path) -> str | None:
-    """Return a next step for a missing path that has the form of a name on the Hugging Face hub."""
+def suggest_name(path: Path) -> str | None:
+    """Return a next step for a missing path that could also be a name on the Hugging Face hub."""
     name = path.as_posix()
-    if not _HUB_NAME.fullmatch(name) or path.parent.exists():
-        return None
-    return f"if it is on the Hugging Face hub, huggingface_hub.snapshot_download('{name}') returns its folder"
+    return f"for the one of that name on the Hugging Face hub: 'hf://{name}'" if HUB_NAME.fullmatch(name) else None
 
 
 _FOREIGN = re.compile(r"[\\:\x00-\x1f\x7f]")
 """Characters that separate folders, name drives or streams, or end names on some system."""
+
+
+def is_inner_name(name: str) -> bool:
+    """Return whether a name, relative and with slashes, leads nowhere else than into its folder, if by no link."""
+    return not _FOREIGN.search(name) and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def find_inner_path(folder: Path, name: str) -> Path | None:
@@ -67,9 +75,9 @@ def find_inner_path(folder: Path, name: str) -> Path | None:
         folder: the folder that the name is relative to.
         name: the name in the file.
     """
-    parts = name.split("/")
-    if _FOREIGN.search(name) or not {"", ".", ".."}.isdisjoint(parts):
+    if not is_inner_name(name):
         return None
+    parts = name.split("/")
     steps = [folder.joinpath(*parts[: i + 1]) for i in range(len(parts))]
     return None if any(step.is_symlink() for step in steps) else steps[-1]
 

@@ -13,6 +13,7 @@ from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors
 from lorac.session.compiled import CompiledModule
 from lorac.session.model_folders import outline_model
 from lorac.storage.paths import file_stems, parse_path
+from lorac.storage.remote.names import find_source
 from lorac.trainer import checkpoints, factories, losses
 from lorac.trainer.data import check_ids, load_rows
 from lorac.trainer.recipe import Recipe
@@ -78,7 +79,7 @@ class _Run:
         self.model, self.recipe = model, recipe
         self.host, self.kept = model, None
         if recipe.recover:  # the large model without its weights, and the rows and columns that its smaller copy keeps
-            large, pruned = (parse_path(recipe.recover[name], name, OptionError) for name in ("model", "pruned"))
+            large, pruned = (find_source(recipe.recover[name], name, OptionError) for name in ("model", "pruned"))
             self.host = outline_model(large)
             if pruned.is_dir():
                 self.kept = loram.read_removed_units(pruned, self.host)

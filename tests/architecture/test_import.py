@@ -56,7 +56,7 @@ def test_importing_lorac_is_fast_and_loads_no_heavy_library():
 # --- without optional libraries --------------------------------------------------------------------------------------
 
 
-OTHERS = ("google", "huggingface_hub", "peft", "psutil", "scipy", "timm", "tokenizers", "torchvision")
+OTHERS = ("google", "peft", "psutil", "scipy", "timm", "tokenizers", "torchvision")
 """Libraries that come with an extra and that lorac need not name."""
 WITHOUT = """
 import contextlib, io, json, sys
@@ -147,6 +147,7 @@ NEEDS = {
     "convert a b.onnx_adapter --to onnx_adapter": ("onnxruntime", "onnxruntime"),
     "convert a b.gguf --to gguf --model tiny:make": ("gguf", "gguf"),
     "sites of_transformers": ("transformers", "hf"),
+    "inspect user/adapter": ("huggingface_hub", "hf"),
     "sites of_diffusers": ("diffusers", "diffusers"),
     "retrieve red --from .": ("transformers", "hf"),
     "train train.yaml": ("trl", "train"),

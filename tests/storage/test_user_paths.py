@@ -29,7 +29,7 @@ def test_rejects_text_that_names_no_file(path: str) -> None:
         lorac.load(path)
 
 
-@pytest.mark.parametrize("path", ["https://huggingface.co/a/b", Path("hf://a/b")])
+@pytest.mark.parametrize("path", ["ftp://server/a/b", Path("hf://a"), "file:///a"])
 def test_rejects_addresses(path: str | Path) -> None:
     with refuses("unreadable", match="is an address"):
         lorac.load_adapter(path)

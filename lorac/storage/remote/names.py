@@ -1,0 +1,262 @@
+"""Names of adapters and models that are elsewhere: on the Hugging Face hub, in a store, or on a web server.
+
+``user/repo``, ``user/repo@revision``, ``user/repo/subfolder@revision``, ``hf://…``, ``s3://…``, ``gs://…``, ``https://…``.
+``find_source`` downloads what a name stands for, and returns its path in a cache. A name never implies trust: its files
+are read as any other's.
+"""
+
+import contextlib
+import fnmatch
+import glob
+import hashlib
+import importlib
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from lorac.errors import LoracError, list_some, nearest_name, short, translate_errors, translate_import_errors, warn
+from lorac.limits import check_download
+from lorac.progress import step
+from lorac.storage.atomic_folders import replace_atomically
+from lorac.storage.paths import ADDRESS, HUB_NAME, is_inner_name, parse_path
+
+NAME_FORMS = "a path or a name (user/repo@revision, s3://…, https://…)"
+_HUB_HOSTS = ("huggingface.co", "hf.co")
+_HUB_PAGE = re.compile(
+    r"(?P<repo>[^/]+/[^/]+)(/(tree|blob|resolve)/(?P<at>[^/]+)(/(?P<inner>[^?]*))?)?(?P<revision>)(\?.*)?"
+)
+"""The path of a page of the hub's."""
+_STORES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
+"""Scheme of an address -> the library with which fsspec reads it."""
+_UNREAD = [
+    *(".*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.png", "*.jpg", "*.mp4", "runs/*", "checkpoint-*/*"),
+    *("*optimizer.pt", "*optimizer.bin", "*scheduler.pt", "*rng_state*.pth", "*training_args.bin"),
+]
+"""Files that are not downloaded: hidden ones, other libraries' weights, pictures, and the states of trainings."""
+_DOUBLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
+"""Weights that are not downloaded where there are safetensors."""
+_CHUNK, _TIMEOUT = 1 << 20, 30.0
+Refuse = Callable[..., LoracError]
+"""The error for what a name stands for, made of its text and next step."""
+_RemoteFiles = dict[str, tuple[int | None, str, Callable[[], contextlib.AbstractContextManager[Any]]]]
+"""Name of a file -> its size, if its server says it; a text that changes with its content; and how it is opened."""
+
+
+class HubName(NamedTuple):
+    """A model or an adapter on the hub.
+
+    Attributes:
+        repo: the user's name and the repository's.
+        revision: a branch, a tag or a commit; None: ``main``.
+        inner: a file or folder in the repository, or nothing.
+    """
+
+    repo: str
+    revision: str | None
+    inner: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}{self.inner and '/'}{self.inner}"
+
+
+def parse_name(given: str | os.PathLike[str]) -> HubName | str | None:
+    """Return the name that a text is, an address as text; None where it is a path, or could be one.
+
+    A path that exists wins. So does a relative path whose first folder exists: ``hf://`` names the hub's then.
+    """
+    text = os.fspath(given)
+    if not isinstance(text, str) or os.path.lexists(text):
+        return None
+    address = ADDRESS.fullmatch(text)  # a Path has shortened the slashes
+    if address is None:
+        return None if os.path.exists(text.partition("/")[0]) else _parse_hub_name(HUB_NAME.fullmatch(text))
+    scheme, rest = address["scheme"].lower(), address["rest"]
+    host, _, path = rest.partition("/")
+    if scheme == "hf":
+        return _parse_hub_name(HUB_NAME.fullmatch(rest))
+    if scheme in ("http", "https") and host in (*_HUB_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc):
+        return _parse_hub_name(_HUB_PAGE.fullmatch(path))
+    return f"{scheme}://{rest}" if scheme in ("http", "https", *_STORES) else None
+
+
+def _parse_hub_name(found: re.Match[str] | None) -> HubName | None:
+    if found is None or (found["at"] and found["revision"]):
+        return None
+    revision, inner = unquote(found["at"] or found["revision"] or ""), unquote(found["inner"] or "").strip("/")
+    return HubName(found["repo"], revision or None, inner) if not inner or is_inner_name(inner) else None
+
+
+def find_stem(given: str | os.PathLike[str]) -> str:
+    """Return the default name of the adapter that a path or name stands for."""
+    return Path(str(parse_name(given) or given).partition("?")[0]).stem
+
+
+def find_source(given: object, subject: str, kind: type[LoracError], code: str | None = None) -> Path:
+    """Return the path of a file or folder that a path or name stands for, downloaded into a cache if it is elsewhere.
+
+    Args:
+        given: the path or name.
+        subject: it as the subject of a sentence, as ``parse_path`` takes it.
+        kind: the error for a name that stands for nothing that can be read, with `code`.
+
+    Raises:
+        WrongType: it is neither text nor a path.
+        MissingExtra: the library that reads such names is not installed.
+        FormatError: it is larger than ``lorac.budget`` admits.
+    """
+    name = parse_name(given) if isinstance(given, str | os.PathLike) else None
+    if name is None:
+        return parse_path(given, subject, kind, code)
+    refuse = partial(kind, code=code)
+    step(f"looking for {name}")
+    if isinstance(name, HubName):
+        return _find_on_hub(name, refuse)
+    with translate_errors(refuse, f"{short(name)} cannot be read", next_step="check the address, and the access to it"):
+        return _find_at_address(name, refuse)
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _find_on_hub(name: HubName, refuse: Refuse) -> Path:
+    with translate_import_errors():
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    api, where = hub.HfApi(), f"'{name.repo}' on {urlsplit(hub.constants.ENDPOINT).netloc}"
+    download = partial(hub.snapshot_download, name.repo, revision=name.revision)
+    try:
+        info = api.model_info(name.repo, revision=name.revision, files_metadata=True)
+    except errors.RepositoryNotFoundError as error:
+        user = name.repo.partition("/")[0]
+        near = _find_nearest(name.repo, lambda: [one.id for one in api.list_models(author=user, limit=100)])
+        what = f"'{name}' is neither a path nor a name that you may read: there is no {where}, or it is not public"
+        how = "check the name, ask for access on its page, and log in: hf auth login, or HF_TOKEN"
+        raise refuse(what, nearest=near, next_step=how) from error
+    except errors.RevisionNotFoundError as error:
+        refs = partial(api.list_repo_refs, name.repo)
+        near = _find_nearest(str(name.revision), lambda: [one.name for one in refs().branches + refs().tags])
+        how = "give a branch, a tag or a whole commit hash"
+        raise refuse(f"{where} has no revision '{name.revision}'", nearest=near, next_step=how) from error
+    except Exception as error:  # no network, a failing server, and whatever a client of HTTP raises
+        reason = "HF_HUB_OFFLINE is set" if _is_offline() else f"asking for it fails, {type(error).__name__}: {error}"
+        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+            below = f"{glob.escape(name.inner)}/" if name.inner else ""
+            ignore = [below + pattern for pattern in _UNREAD + _DOUBLES]
+            folder = Path(download(allow_patterns=[f"{below}*"], ignore_patterns=ignore, local_files_only=True))
+            if (folder / name.inner).exists():
+                if not _is_offline():
+                    warn(f"{where} is read as the cache has it: {reason}")
+                return folder / name.inner
+        how = f"check the name, the network and HF_TOKEN, or download it where that works: hf download {name.repo}"
+        raise refuse(f"{where} is not in the hub's cache, and {reason.splitlines()[0]}", next_step=how) from error
+    files = {one.rfilename: one.size for one in info.siblings or ()}
+    chosen = _choose(files, name.inner, where, refuse)
+    cached = partial(hub.try_to_load_from_cache, name.repo, revision=info.sha)
+    check_download(sum(files[one] or 0 for one in chosen if not isinstance(cached(one), str)), f"'{name}'")
+    with translate_errors(refuse, f"{where} cannot be downloaded", next_step="load it again"):
+        folder = Path(download(allow_patterns=[glob.escape(one) for one in chosen]))
+    for one in chosen:
+        _check_size(f"'{folder / one}'", (folder / one).stat().st_size, files[one], refuse)
+    return folder / name.inner
+
+
+def _find_nearest(name: str, listed: Callable[[], list[str]]) -> str | None:
+    """Return the name that a server lists and that is most like another; None where it lists none."""
+    with contextlib.suppress(Exception):  # it is only for a message
+        return nearest_name(name, listed(), alike=0.6)
+    return None
+
+
+def _choose(names: Collection[str], inner: str, where: str, refuse: Refuse) -> list[str]:
+    """Return the files to download: those at a place in a folder that lorac may read."""
+    unread = _UNREAD + _DOUBLES * any(one.endswith(".safetensors") for one in names)
+    below = [one for one in names if not inner or one == inner or one.startswith(f"{inner}/")]
+    unsafe = next((one for one in below if not is_inner_name(one)), None)
+    if unsafe is not None:
+        how = "tell who made it, or download the files that you need, and give their path"
+        raise refuse(f"{where} names the file {short(unsafe)}, which could lie outside its folder", next_step=how)
+    chosen = [one for one in below if not any(fnmatch.fnmatch(one.removeprefix(f"{inner}/"), name) for name in unread)]
+    if not chosen:
+        known = sorted({*names, *(str(folder) for one in names for folder in [*PurePosixPath(one).parents][:-1])})
+        near, how = nearest_name(inner, known), f"it has {list_some(known) or 'no files'}"
+        raise refuse(f"{where} has nothing that lorac reads{inner and f' at {inner!r}'}", nearest=near, next_step=how)
+    return chosen
+
+
+def _check_size(file: str, size: int, said: int | None, refuse: Refuse) -> None:
+    if said is not None and size != said:
+        raise refuse(f"{file} has {size} bytes, and its server says {said}", next_step="remove it, and load it again")
+
+
+def _find_at_address(address: str, refuse: Refuse) -> Path:
+    """Return the path of a copy in the cache; a copy is never changed, and another content is another copy."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorac" / "names"
+    place, where = cache / _hash(address), short(address)
+    if _is_offline():
+        kept = sorted(place.glob("*/*"), key=lambda path: path.parent.stat().st_mtime)
+        if not kept:
+            raise refuse(f"{where} is not in the cache, and HF_HUB_OFFLINE is set", next_step="unset it")
+        return kept[-1]
+    with contextlib.ExitStack() as stack:
+        content = _open_web(address, stack) if address.startswith("http") else _list_store(address)
+        root = next(iter(content), "").partition("/")[0]
+        chosen = _choose(content, root, where, refuse)
+        check_download(sum(content[one][0] or 0 for one in chosen), where)
+        copy, done = place / _hash(repr([(one, *content[one][:2]) for one in sorted(chosen)])), 0
+        if not copy.exists():
+            with replace_atomically(copy) as staged:
+                for one, target in ((one, staged / one) for one in chosen):
+                    step(one)
+                    said = content[one][0]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with content[one][2]() as source, target.open("xb") as file:
+                        while (said is None or file.tell() <= said) and (chunk := source.read(_CHUNK)):
+                            check_download(done := done + len(chunk), where)
+                            file.write(chunk)
+                    _check_size(f"'{one}' of {where}", target.stat().st_size, said, refuse)
+    return copy / root
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _list_store(address: str) -> _RemoteFiles:
+    """Return the files of a store at an address, by their paths from the folder above it."""
+    with translate_import_errors():
+        import fsspec
+
+        importlib.import_module(_STORES[address.partition(":")[0]])
+    store, root = fsspec.url_to_fs(address.rstrip("/"))
+    store.invalidate_cache()
+    found, above = store.find(root, detail=True), len(root.rpartition("/")[0]) + 1
+    own = [(path, info) for path, info in found.items() if path == root or path.startswith(f"{root}/")]
+    return {path[above:]: (info.get("size"), str(info), partial(store.open, path, "rb")) for path, info in own}
+
+
+def _open_web(address: str, stack: contextlib.ExitStack) -> _RemoteFiles:
+    """Return the file at an address. No credentials are sent."""
+    if "@" in urlsplit(address).netloc:
+        raise ValueError("an address with somebody's name or password is not read")
+    answer = stack.enter_context(urllib.request.build_opener(_SameHost).open(address, timeout=_TIMEOUT))
+    size, headers = answer.headers["content-length"], answer.headers
+    tag = headers["etag"] or headers["last-modified"] or str(time.time_ns())
+    name = str(headers.get_filename() or unquote(urlsplit(address).path).rpartition("/")[2] or "file")
+    return {name: (size and int(size), tag, partial(contextlib.nullcontext, answer))}
+
+
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows redirects within a host: whoever names an address names the host that is read."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.netloc != old.netloc or new.scheme not in {"https", old.scheme}:
+            raise ValueError(f"it leads to another host; if you trust that one, give {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
