@@ -283,6 +283,21 @@ class MissingExtra(LoracError):
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
 
 
+def check_release(purpose: str, library: str, found: str, needed: str, *, otherwise: str) -> None:
+    """Raise ``Unavailable`` for a release of a library that is older than a purpose needs.
+
+    Args:
+        purpose: the subject of the sentence: "generation over a cache".
+        library: its name on PyPI.
+        found, needed: releases, such as "5.24.0" and "5.24".
+        otherwise: how to do without: "compile without cache=True".
+    """
+    release, oldest = (tuple(map(int, re.findall(r"\d+", version)[:2])) for version in (found, needed))
+    if release < oldest:
+        step = f"pip install '{library}>={needed}', or {otherwise}"
+        raise Unavailable(f"{purpose} needs {library} ≥ {needed}, found {found}", next_step=step)
+
+
 def not_one_of(problem: str, value: object, known: Iterable[str]) -> OptionError:
     """Return the error for a value that is not one of those that exist.
 

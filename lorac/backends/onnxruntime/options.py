@@ -11,7 +11,7 @@ import torch
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
 from lorac.backends.onnxruntime.quantised.algorithms import ALGORITHMS, GPTQ, K_QUANT, RTN
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
-from lorac.errors import MissingExtra, OptionError, Unavailable, nearest_name, not_one_of, short
+from lorac.errors import MissingExtra, OptionError, check_release, nearest_name, not_one_of, short
 from lorac.native_library import NativeLibrary, find_native_library
 from lorac.target.backend import TargetOptions
 
@@ -28,7 +28,7 @@ FLOAT32_LEVEL = 1
 INT8_LEVEL = 4
 """The accuracy level of products that round their operand to int8."""
 _ACCURACY_LEVELS = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
-_CACHE_RELEASE = (1, 32)
+_CACHE_RELEASE = "1.32"
 """The first release whose GroupQueryAttention takes rows of several lengths, which a cache needs."""
 FLOAT16 = "float16"
 """The value of ``native`` with which factors are float16."""
@@ -153,13 +153,9 @@ class OnnxRuntimeOptions(TargetOptions):
         return self.cache
 
     def check(self) -> None:
-        release = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
-        if self.cache and release < _CACHE_RELEASE:
-            raise Unavailable(
-                f"generation over a cache needs ONNX Runtime {'.'.join(map(str, _CACHE_RELEASE))}, and this one is "
-                f"{onnxruntime.__version__}",
-                next_step="install onnxruntime in its place, or compile without cache=True",
-            )
+        if self.cache:
+            found, otherwise = onnxruntime.__version__, "compile without cache=True"
+            check_release("generation over a cache", "onnxruntime", found, _CACHE_RELEASE, otherwise=otherwise)
         self._check_weights()
         self._check_device()
         self._check_native()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from lorac.errors import check_release
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.example_inputs import describe_processor_call, make_example_inputs
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 TRACE_CONFIG = CAPTURE_CONFIG | {"_experts_implementation": "batched_mm"}
 """Fields set during a trace: experts are multiplied by ops that every target has, not by kernels for token groups."""
-
+_EXPORTER_RELEASE = "5.24"
+"""The first release of transformers whose exporter traces as lorac expects."""
 TIES = "tie_word_embeddings"
 """Field of a configuration: whether the input's and the output's embedding are one tensor."""
 _IDS = "input_ids"
@@ -96,11 +98,9 @@ class TransformersHost(Host):
 
     def find_number_inputs(self, inputs: Inputs) -> dict[str, object]:
         """Find the tensors that forward reads as numbers, such as sizes of images, by transformers' exporter."""
-        from transformers.exporters.utils import precompute_export_inputs
-
-        prepared = dict(inputs)
+        (utils, _), prepared = _import_exporter(), dict(inputs)
         with contextlib.suppress(Exception):  # it may fail on arguments that the model does not have
-            precompute_export_inputs(self.model, prepared)
+            utils.precompute_export_inputs(self.model, prepared)
         tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
         return {name: prepared[name] for name in tensors if not isinstance(prepared[name], Tensor)}
 
@@ -119,17 +119,18 @@ class TransformersHost(Host):
         return MultimodalPositions(copied)
 
     def trace(self, inputs: Any, shapes: Any) -> ExportedProgram:
-        """Trace through transformers' exporter, which patches code of its models that does not trace; no caches."""
-        from transformers.exporters.configs import DynamoConfig
-        from transformers.exporters.exporter_dynamo import DynamoExporter
-
-        # Without tested_versions it warns at every export that torch is newer than the tested one.
-        exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
+        """Trace inside the contexts of transformers' exporter, which patch code of its models that does not trace."""
+        utils, exporter = _import_exporter()
         self.configure(TRACE_CONFIG)
-        program: ExportedProgram
-        with _patch_imported_models_only():
-            program, _ = exporter.export_program(self.model, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
-        return program
+        model, named, flags = utils.prepare_for_export(self.model, dict(inputs))
+        exporter.register_cache_pytrees_for_model(model)
+        with (
+            utils.patch_attributes(list(_list_patches(utils))),
+            exporter.reset_model_state(model),
+            exporter.patch_model_config(model, flags),
+            exporter.patch_forward_signature(model, named),
+        ):
+            return super().trace(copy.deepcopy(named), shapes)
 
     def configure(self, fields: Mapping[str, object]) -> Self:
         configs = [module.config for module in self.model.modules() if hasattr(module, "config")]
@@ -177,31 +178,26 @@ class TransformersHost(Host):
 HOST = TransformersHost
 
 
-@contextlib.contextmanager
-def _patch_imported_models_only() -> Iterator[None]:
-    """Make transformers' exporter patch imported models only, in this context.
+def _import_exporter() -> tuple[Any, Any]:
+    """Return the two modules of transformers' exporter that a trace needs.
 
-    It imports every model that it has a patch for, which takes most of a second. Unnecessary once it looks these models
-    up among those that are imported.
+    Raises:
+        Unavailable: the release of transformers is older.
     """
-    from transformers.exporters import utils
+    found, otherwise = sys.modules["transformers"].__version__, "compile with target='eager'"
+    check_release("capture for ONNX and TensorRT", "transformers", found, _EXPORTER_RELEASE, otherwise=otherwise)
+    from transformers.exporters import exporter_dynamo, utils
 
-    import_anything = utils.import_dotted_path
-
-    def import_if_loaded(path: str, missing_ok: bool = False) -> object:
-        module = ".".join(path.split(".")[: len(_A_MODELS_MODULE)])
-        absent = _own_trace.get() and path.startswith(_MODELS) and module not in sys.modules
-        return None if absent and missing_ok else import_anything(path, missing_ok)
-
-    utils.import_dotted_path = import_if_loaded
-    token = _own_trace.set(True)
-    try:
-        yield
-    finally:
-        _own_trace.reset(token)
-        utils.import_dotted_path = import_anything
+    return utils, exporter_dynamo
 
 
-_own_trace: ContextVar[bool] = ContextVar("own_trace", default=False)
-_A_MODELS_MODULE = ("transformers", "models", "model", "module")
-_MODELS = ".".join(_A_MODELS_MODULE[:2]) + "."
+def _list_patches(utils: Any) -> Iterator[tuple[object, str, object]]:
+    """Yield the exporter's patches of imported modules and their classes.
+
+    Its own ``apply_patches`` imports every model that it has a patch for, which takes most of a second.
+    """
+    for path, name, patch in utils._PATCHES["dynamo"]:
+        module, _, owner = path.rpartition(".")
+        found = sys.modules.get(path) or vars(sys.modules.get(module, object)).get(owner)
+        if found is not None:
+            yield found, name, patch

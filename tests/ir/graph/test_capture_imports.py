@@ -1,5 +1,6 @@
 """A capture imports no models: transformers' exporter patches only those that are imported."""
 
+import re
 import sys
 
 import pytest
@@ -8,7 +9,9 @@ from transformers.exporters import (
     utils,
 )
 
+import lorac
 from tests.captured import captured_program
+from tests.refusing import refuses
 from tests.zoo import tiny_llama
 
 ABSENT = "transformers.models.of_nobody.modeling_of_nobody"
@@ -29,17 +32,16 @@ def test_models_that_are_not_imported_stay_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "meta_path", [asked, *sys.meta_path])
     patches = [*utils._PATCHES["dynamo"], (f"{ABSENT}.Model", "forward", lambda forward: forward)]
     monkeypatch.setitem(utils._PATCHES, "dynamo", patches)
-    found = utils.import_dotted_path
     captured_program(model)
-    assert utils.import_dotted_path is found
     assert not [name for name in asked.names if name.startswith("transformers.models.")]
 
 
 @pytest.mark.medium("test_models_that_are_not_imported_stay_so")
 def test_models_that_are_here_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made, functions = [], dict(vars(utils))
 
     def patched(forward):
+        assert vars(utils) == functions, "nothing of the exporter itself is replaced, not even during a trace"
         made.append(forward)
         return forward
 
@@ -47,3 +49,19 @@ def test_models_that_are_here_are_patched(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(utils._PATCHES, "dynamo", [*utils._PATCHES["dynamo"], (path, "forward", patched)])
     captured_program(tiny_llama(layers=1))
     assert len(made) == 1
+
+
+def test_owners_of_patches_are_modules_or_their_classes():
+    """A capture looks owners up among imported modules and their attributes, and would miss any other."""
+    for path in {owner for owner, _, _ in utils._PATCHES["dynamo"]}:
+        module, _, name = path.rpartition(".")
+        assert re.fullmatch(r"(torch|transformers)(\.[a-z]\w*)*(\.[A-Z]\w*)?", path), path
+        if not path.startswith("transformers.models.") and name[0].isupper():
+            assert vars(sys.modules[module])[name] is utils.import_dotted_path(path)
+
+
+def test_refuses_releases_of_transformers_before_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(layers=1)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.20.2")
+    with refuses("unavailable", match="needs transformers ≥ 5.24, found 5.20.2"):
+        lorac.compile(model, target="onnxruntime")
