@@ -46,13 +46,13 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 7)).eval()
 
 
-def llama() -> tuple[nn.Module, Ids]:
+def llama(**fields: object) -> tuple[nn.Module, Ids]:
     """Return a tiny decoder of transformers and its inputs."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, **fields
     )
     config.pad_token_id = 0
     model = transformers.LlamaForCausalLM(config).eval()
@@ -75,7 +75,7 @@ def write_adapter(model: nn.Module, targets: tuple[str, ...], folder: Path, seed
                     f"base_model.model.{path}.lora_A.weight": down,
                     f"base_model.model.{path}.lora_B.weight": up,
                 }
-                module.weight += ALPHA / RANK * up @ down
+                module.weight = nn.Parameter(module.weight + ALPHA / RANK * up @ down)  # of it alone where it is tied
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(targets), "bias": "none"}
@@ -196,6 +196,17 @@ def use_files(folder: Path) -> None:
         check_equal(loaded(**inputs), merged(**inputs), model(**inputs))
 
 
+@step("merge into a tied embedding")
+def merge_tied(folder: Path) -> None:
+    model, inputs = llama(tie_word_embeddings=True)
+    merged = write_adapter(model, ("lm_head",), folder / "a", 0)
+    model.save_pretrained(folder / "base")
+    run("merge", folder / "base", "--adapter", folder / "a", "--out", folder / "merged")
+    loaded = type(model).from_pretrained(folder / "merged").eval()
+    with torch.no_grad():
+        check_equal(loaded(**inputs), merged(**inputs), model(**inputs))
+
+
 @step("check")
 def check_file(folder: Path) -> None:
     model, _ = llama()
@@ -217,11 +228,15 @@ def read_by_peft(folder: Path) -> None:
 
 
 def run(*arguments: object) -> None:
-    """Run a command of lorac; an exit status other than 0 is an error with what it printed."""
+    """Run a command of lorac; raises what it says where its exit status is not 0."""
     done = subprocess.run(
         [sys.executable, "-m", "lorac", *map(str, arguments)], capture_output=True, text=True, check=False
     )
-    assert not done.returncode, " ".join((done.stderr or done.stdout).split())
+    if done.returncode == 1:  # a refusal
+        raise lorac.LoracError(done.stderr.rpartition("lorac.")[2].partition(": ")[2].splitlines()[0])
+    assert not done.returncode, (
+        f"exit status {done.returncode}: {' '.join((done.stderr or done.stdout).split())[-300:]}"
+    )
 
 
 def outcome(function: Callable[[Path], None]) -> str:

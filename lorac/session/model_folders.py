@@ -69,7 +69,9 @@ def outline_model(folder: Path) -> nn.Module:
             if hasattr(cls, "load_config"):  # of diffusers
                 return cls.from_config(cls.load_config(folder))
             if hasattr(cls, "config_class"):
-                return cls(cls.config_class.from_pretrained(folder))
+                model = cls(cls.config_class.from_pretrained(folder))
+                model.tie_weights()  # transformers 5.0 ties none on the meta device by itself
+                return model
             configurations = importlib.import_module("transformers").AutoConfig
             return cls.from_config(configurations.from_pretrained(folder))
 

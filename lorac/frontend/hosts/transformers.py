@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 TRACE_CONFIG = CAPTURE_CONFIG | {"_experts_implementation": "batched_mm"}
 """Fields set during a trace: experts are multiplied by ops that every target has, not by kernels for token groups."""
-_EXPORTER_RELEASE = "5.24"
-"""The first release of transformers whose exporter traces as lorac expects."""
 TIES = "tie_word_embeddings"
 """Field of a configuration: whether the input's and the output's embedding are one tensor."""
 _IDS = "input_ids"
@@ -151,8 +149,16 @@ class TransformersHost(Host):
         """
         model = self.model
         known = dict(model.named_parameters(remove_duplicate=False))
-        tied = {name: source for name, source in model.all_tied_weights_keys.items() if known[name] is known[source]}
-        if len(tied) == len(model.all_tied_weights_keys):
+        declared = getattr(model, "all_tied_weights_keys", None)
+        if declared is None:  # transformers 4 ties them again by the field, whatever a checkpoint holds
+            field = getattr(model.config.get_text_config(decoder=True), TIES, True)
+            alike = [name for name in model._tied_weights_keys or () if name in known and field]
+            shared: Any = model.get_input_embeddings().weight if alike else None
+            if any(known[name] is not shared and known[name].shape == shared.shape for name in alike):
+                _check_release("a checkpoint of weights tied no longer", "5.0", "adapt all of the tied weights alike")
+            return
+        tied = {name: source for name, source in declared.items() if known[name] is known[source]}
+        if len(tied) == len(declared):
             return
         model.all_tied_weights_keys = tied
         fields = {**model.config.to_dict(), TIES: False}
@@ -178,14 +184,19 @@ class TransformersHost(Host):
 HOST = TransformersHost
 
 
-def _import_exporter() -> tuple[Any, Any]:
-    """Return the two modules of transformers' exporter that a trace needs.
+def require_graphs(purpose: str) -> None:
+    """Raise ``Unavailable`` for releases of transformers without the exporter and generation that graphs need."""
+    _check_release(purpose, "5.24", "compile with target='eager'")
 
-    Raises:
-        Unavailable: the release of transformers is older.
-    """
-    found, otherwise = sys.modules["transformers"].__version__, "compile with target='eager'"
-    check_release("capture for ONNX and TensorRT", "transformers", found, _EXPORTER_RELEASE, otherwise=otherwise)
+
+def _check_release(purpose: str, needed: str, otherwise: str) -> None:
+    found = sys.modules["transformers"].__version__
+    check_release(purpose, "transformers", found, needed, otherwise=otherwise)
+
+
+def _import_exporter() -> tuple[Any, Any]:
+    """Return the two modules of transformers' exporter that a trace needs."""
+    require_graphs("capture for ONNX and TensorRT")
     from transformers.exporters import exporter_dynamo, utils
 
     return utils, exporter_dynamo

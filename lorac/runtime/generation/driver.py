@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import InputMismatch
+from lorac.frontend.hosts.transformers import require_graphs
 from lorac.runtime.generation.decoding_state import DecodeTokens, DecodingState
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
     from transformers.utils.generic import ModelOutput
 
+require_graphs("generation over a cache")
 CONFIG_FIELDS = (
     "bos_token_id",
     "decoder_start_token_id",
@@ -86,7 +89,9 @@ class GenerationDriver(GenerationMixin, ABC):
 
     def __init__(self, program: DecodingProgram, config: JsonMapping, generation: JsonMapping) -> None:
         self.program = program
-        self.config = PreTrainedConfig(**{name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None})
+        self.config = transformers.PreTrainedConfig(
+            **{name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None}
+        )
         self.generation_config = GenerationConfig(**generation)
         self.state: DecodingState | None = None
 

@@ -51,7 +51,7 @@ def test_models_that_are_here_are_patched(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(made) == 1
 
 
-def test_owners_of_patches_are_modules_or_their_classes():
+def test_finds_the_owners_of_all_patches():
     """A capture looks owners up among imported modules and their attributes, and would miss any other."""
     for path in {owner for owner, _, _ in utils._PATCHES["dynamo"]}:
         module, _, name = path.rpartition(".")
@@ -60,7 +60,7 @@ def test_owners_of_patches_are_modules_or_their_classes():
             assert vars(sys.modules[module])[name] is utils.import_dotted_path(path)
 
 
-def test_refuses_releases_of_transformers_before_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_transformers_without_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(layers=1)
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.20.2")
     with refuses("unavailable", match="needs transformers ≥ 5.24, found 5.20.2"):
