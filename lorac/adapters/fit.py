@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -81,8 +81,9 @@ def _iter_checks(adapter: Adapter, view: ModelView) -> Iterator[Callable[[], obj
     complete = adapter.tensors.keys() <= sites.keys()
     if complete:
         yield partial(check_reads, adapter, view)
+    resizable = view.list_resizable(adapter.replaced) if adapter.replaced else ()
     for parameter, tensor in adapter.replaced.items():
-        yield partial(check_replaced, name, parameter, tensor, known)
+        yield partial(check_replaced, name, parameter, tensor, known, resizable)
     yield partial(check_values, adapter)
     for parameter, copy in copies.items():
         yield partial(_check_copy, name, parameter, copy, view, known)
@@ -304,7 +305,9 @@ def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[in
         )
 
 
-def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> None:
+def check_replaced(
+    adapter: str, name: str, tensor: Tensor, known: Mapping[str, Tensor], resizable: Collection[str] = ()
+) -> None:
     """Check a replacement against the parameter or buffer that it replaces.
 
     Args:
@@ -312,13 +315,15 @@ def check_replaced(adapter: str, name: str, tensor: Tensor, known: Mapping[str, 
         name: of the parameter or buffer.
         tensor: the replacement.
         known: the model's parameters and buffers by name.
+        resizable: names of tensors that may have another number of rows than the model's.
 
     Raises:
         SiteError: the model has no such parameter or buffer.
         AdapterError: it has another shape or another kind of numbers.
     """
     original = _find_replaced_tensor(adapter, name, known)
-    if original.shape == tensor.shape:
+    resized = name in resizable and tensor.numel() > 0 and original.shape[1:] == tensor.shape[1:]
+    if original.shape == tensor.shape or resized:
         kinds = {(t.is_floating_point(), t.is_complex(), t.dtype is torch.bool) for t in (original, tensor)}
         if len(kinds) > 1:
             raise _wrong_dtype_error(adapter, f"the replacement of '{name}'", tensor, f"{original.dtype} there")

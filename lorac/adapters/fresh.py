@@ -51,7 +51,7 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     shared = _SharedTensors(shapes, {})
     for site in chosen:
         adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, shared)
-    _add_replaced(adapter, model, [site.path for site in chosen])
+    _add_replaced(adapter, view, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
         raise no_match_error(name, variant.all_targets, sites)
     return adapter
@@ -165,14 +165,15 @@ def _fold_seed(*names: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _add_replaced(adapter: Adapter, model: nn.Module, adapted: list[str]) -> None:
-    variant = adapter.variant
+def _add_replaced(adapter: Adapter, view: ModelView, adapted: list[str]) -> None:
+    variant, model = adapter.variant, view.module
     saved = variant.modules_to_save
     for path, module in model.named_modules():
         leaf = path.rpartition(".")[2]
         if path in saved or leaf in saved or variant.replaces_module(path):
-            adapter.replaced |= {fqn: parameter.detach().clone() for fqn, parameter in module.named_parameters(path)}
+            own = ((fqn, view.in_own_size(fqn, parameter)) for fqn, parameter in module.named_parameters(path))
+            adapter.replaced |= {fqn: parameter.detach().clone() for fqn, parameter in own}
     for fqn, parameter in model.named_parameters():
         owner, _, leaf = fqn.rpartition(".")
         if leaf.endswith("bias") and (variant.bias == "all" or (variant.bias != "none" and owner in adapted)):
-            adapter.replaced.setdefault(fqn, parameter.detach().clone())
+            adapter.replaced.setdefault(fqn, view.in_own_size(fqn, parameter).detach().clone())

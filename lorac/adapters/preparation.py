@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import describe_structure, make_branch_term, make_once_term
 from lorac.adapters.packing import pack_adapter
+from lorac.errors import NeedsRecompile
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, map_tensors, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
@@ -19,6 +21,7 @@ from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import AlgebraRule
 from lorac.ir.sites.site import BaseReader, Site, SiteKind, cast_floating, factor_dtype
 from lorac.ir.slots.execution import FormulaContext
+from lorac.ir.slots.layer_sizes import pad_rows
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
@@ -84,7 +87,10 @@ class Preparer:
                 changes[path] = self._find_change(adapter, path, reduction, contiguous=not packed)
         once = get_once_path(adapter)
         branches |= {once: make_once_term(adapter, self.sites)} if once else {}
-        prepared = PreparedAdapter(changes, branches, adapter.variant.truncatable, tuple(reasons))
+        owned = {site.weight: path for path, site in self.sites.items() if site.is_resizable}
+        sizes = {owned[name]: len(tensor) for name, tensor in adapter.replaced.items() if name in owned}
+        power, labels = adapter.variant.truncatable, tuple(adapter.provenance.get("labels", ()))
+        prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels)
         return pack_adapter(prepared, adapter) if packed else prepared
 
     def touched(self, adapter: Adapter) -> list[str]:
@@ -224,7 +230,7 @@ class Preparer:
         bias = self.base.bias(site)
         assert bias is not None
         dtype = factor_dtype(site.dtype)
-        return trained.to(dtype) - bias.to(dtype)
+        return _fill_layer(adapter, site, trained).to(dtype) - bias.to(dtype)
 
     def dropped(self, adapter: Adapter, site: Site) -> DropoutDelta | None:
         """Return the term of a site with dropout between its factors: (x, y, rate) -> y' − y.
@@ -249,7 +255,7 @@ class Preparer:
         """Return the change of a site of which an adapter only replaces tensors (modules_to_save, a bias), or None."""
         weight = adapter.replaced.get(site.weight) if site.weight else None
         if weight is not None:
-            return self.with_bias(adapter, site, Dense(site.present(weight.to(site.dtype))))
+            return self.with_bias(adapter, site, Dense(site.present(_fill_layer(adapter, site, weight).to(site.dtype))))
         if site.bias is None or site.bias not in adapter.replaced:
             return None
         dtype = factor_dtype(site.dtype)
@@ -292,6 +298,24 @@ class Preparer:
         """
         drops = isinstance(variant, WeightVariant) and variant.dropout_place is Dropout.RANK
         return self.keep_factors or drops or variant.truncatable is not None or _is_grouped(site)
+
+
+def _fill_layer(adapter: Adapter, site: Site, tensor: Tensor) -> Tensor:
+    """Return a replacement of a layer's tensor with as many rows as the program has.
+
+    Raises:
+        NeedsRecompile: it has more, or the program holds layers of one size.
+    """
+    if not site.is_resizable or len(tensor) == site.size:
+        return tensor
+    if not site.own_size or len(tensor) > site.size:
+        raise NeedsRecompile(
+            f"adapter '{adapter.name}' has {len(tensor)} rows for '{site.path}', and the program "
+            f"{'at most ' if site.own_size else ''}{site.size}",
+            next_step=f"compile again with reserve=lorac.Reserve(outputs={{'{site.path}': {len(tensor)}}}), or with it "
+            "in adapters=",
+        )
+    return pad_rows(tensor, site.size, math.nan if site.kind is SiteKind.EMBEDDING else 0.0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -79,7 +79,7 @@ def load_adapter(
         AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
-    view = None if model is None else ModelView.of(model)
+    view = None if model is None else ModelView.of(model, resizes=True)
     return _read(path, lambda file: _read_adapter(file, view, name, fix_names=fix_names))
 
 

@@ -55,6 +55,7 @@ _PROVENANCE_TYPES: Mapping[str, object] = {
     "config": JsonMapping,
     LAYOUT: Mapping[str, JsonMapping],
     TOKEN_ROWS: Mapping[str, tuple[int, ...]],
+    "labels": tuple[str, ...],
 }
 """The entries of an adapter's provenance that lorac reads again; others are only stored."""
 

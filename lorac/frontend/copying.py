@@ -3,13 +3,14 @@
 import copy
 import functools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorac.errors import CaptureError
+from lorac.ir.slots.layer_sizes import pad_rows
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
@@ -133,3 +134,23 @@ def _check_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: 
         if wanted != tensor.dtype:
             raise WeightCast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
     return module
+
+
+def widen_layers(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
+    """Return a structural copy of a model in which some tensors have more rows, of zeros.
+
+    Args:
+        sizes: name of a tensor -> its number of rows; names that share a tensor share the new one.
+    """
+    copied, wide = copy_structure(model), dict[int, nn.Parameter]()
+    for name, size in sizes.items():
+        owner, _, leaf = name.rpartition(".")
+        module = copied.get_submodule(owner)
+        own = module._parameters[leaf]
+        assert own is not None
+        wide.setdefault(id(own), nn.Parameter(pad_rows(own.detach(), size), requires_grad=False))
+        module._parameters[leaf] = wide[id(own)]
+        for attribute in ("out_features", "out_channels", "num_embeddings"):
+            if attribute in vars(module):
+                setattr(module, attribute, size)
+    return copied

@@ -28,15 +28,17 @@ class ModelView:
         widened: name of a parameter -> its original dtype, for parameters that were converted to a wider dtype since
             the target computes in it.
         stored: name -> tensor in a file, read on access, for a module on the meta device; empty for other modules.
+        resizes: whether an adapter may replace layers by ones of other sizes, as it may in ``lorac.compile``.
     """
 
     module: nn.Module
     sites: Mapping[str, Site]
     widened: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    resizes: bool = False
 
     @classmethod
-    def of(cls, model: "Model") -> "ModelView":
+    def of(cls, model: "Model", *, resizes: bool = False) -> "ModelView":
         """Return the view of a model, or of several models by name; return a view unchanged.
 
         Raises:
@@ -45,7 +47,7 @@ class ModelView:
         if isinstance(model, ModelView):
             return model
         module = Components(model) if isinstance(model, Mapping) else strip_wrappers(model)
-        return cls(module, find_sites(module))
+        return cls(module, find_sites(module), resizes=resizes)
 
     def with_sites(self, sites: Mapping[str, Site]) -> "ModelView":
         """Return a view of the same model in which these sites are added, or replace the sites of their paths."""
@@ -79,8 +81,25 @@ class ModelView:
         return self.stored[name] if name in self.stored else read_stored_tensor(self.module, name)
 
     def as_given(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a parameter in its original dtype; this is exact, since conversion to the wider dtype was."""
-        return tensor.detach().to(self.widened.get(name, tensor.dtype))
+        """Return a parameter in its original dtype and size; this is exact, since conversion to the wider dtype was."""
+        return self.in_own_size(name, tensor).detach().to(self.widened.get(name, tensor.dtype))
+
+    def in_own_size(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a parameter without the rows that it has for adapters with larger layers (``Site.own_size``)."""
+        return tensor[: self._own_sizes[name]] if name in self._own_sizes else tensor
+
+    @functools.cached_property
+    def _own_sizes(self) -> dict[str, int]:
+        return {name: site.own_size for site in self.sites.values() if site.own_size for name in site.stored_names}
+
+    def list_resizable(self, replaced: Mapping[str, Tensor]) -> set[str]:
+        """Return the tensors in whose place others of another size may be: a layer's, with one number of rows."""
+        found = set[str]()
+        for site in (site for site in self.sites.values() if self.resizes and site.is_resizable):
+            own = (site.own_size or site.size,)
+            rows = {replaced[name].shape[:1] if name in replaced else own for name in site.stored_names}
+            found |= {*site.stored_names} if len(rows) == 1 else set()
+        return found
 
     @functools.cached_property
     def base(self) -> BaseReader:

@@ -21,7 +21,7 @@ def is_placed(plan: SitePlan, role: str) -> bool:
     """Whether a slot of a site has places."""
     if role not in ROLES:
         return plan.branches[branch_index(role)].axes is not None
-    return plan.placed and not ROLES[role].why_shared
+    return plan.placed and not plan.why_shared(role)
 
 
 def add_places(
@@ -57,7 +57,7 @@ def add_places(
         if why:
             shared.setdefault(why, []).append(path)
         else:
-            found[path] = replace(plan, placed=any(not role.why_shared for role, _ in plan.roles()))
+            found[path] = replace(plan, placed=any(not plan.why_shared(role) for role in plan.room))
     graph.plans = {path: found.get(path, plan) for path, plan in graph.plans.items()}
     branches, placed = {path: calls[path] for path, plan in found.items() if plan.branches}, dict[str, SitePlan]()
     if branches and why_branches_shared:

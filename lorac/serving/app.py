@@ -49,6 +49,8 @@ FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/unload_lora_adapter": adapter_endpoints.UnloadFields,
     UPLOADS: adapter_endpoints.UploadFields,
     "/v1/embeddings": row_endpoints.EmbeddingFields,
+    "/v1/classify": row_endpoints.ClassifyFields,
+    "/classify": row_endpoints.ClassifyFields,
     "/v1/predict": row_endpoints.PredictFields,
 }
 """Path of an endpoint -> the fields of its requests."""
@@ -105,7 +107,7 @@ def build_app(
     if predicts and (rows is not None or isinstance(compiled, Compiled)):
         app.include_router(row_endpoints.predict_router)
     if not decodes(compiled) and compiled.tokenizer is not None:
-        app.include_router(row_endpoints.embedding_router)
+        app.include_router(row_endpoints.text_router)
     if isinstance(store, AdapterStore):
         adapter_endpoints.add_store_endpoints(app, store)
     app.add_middleware(DrainGate)

@@ -62,7 +62,7 @@ def check(
     source = adapter if isinstance(adapter, Adapter) else os.fspath(adapter)
     name = source.name if isinstance(source, Adapter) else source
     given = None if model is None else read_model(model).model
-    view = None if given is None else ModelView.of(given)
+    view = None if given is None else ModelView.of(given, resizes=True)
     try:
         if not isinstance(source, Adapter):
             source = str(find_source(source, "the adapter of lorac.check", FormatError, "unreadable"))

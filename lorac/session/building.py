@@ -17,6 +17,7 @@ from lorac.progress import progress
 from lorac.runtime.traits import collect_traits
 from lorac.session.adapter_loading import make_adapter
 from lorac.session.host_model import HostModel
+from lorac.session.layer_sizes import make_room
 from lorac.session.lowering.lower import find_component_example, lower_model, lower_stored
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.placement import resolve_placement
@@ -41,8 +42,10 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
     session.precision, session.traits = precision, collect_traits(model)
     session.quantise_sites()
     names = {name for name, _ in request.sources}
-    for name, given in (*(named for named in source.adapters if named[0] not in names), *request.sources):
-        adapter = make_adapter(session, given, name)
+    given = (*(named for named in source.adapters if named[0] not in names), *request.sources)
+    adapters = [make_adapter(session, one, name) for name, one in given]
+    make_room(session, adapters, request.reserve)
+    for adapter in adapters:
         session.pool.add(adapter, session.pool.prepare(adapter))
     session.plans = plan_sites(session.sites, session.pool, request.mode, request.reserve, dialect.ranks_at)
     _check_layers(session)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from lorac.errors import BaseNeeded, FormatError, Unavailable
+from lorac.errors import BaseNeeded, FormatError, InputMismatch, Unavailable
 from lorac.formats import save_adapter
 from lorac.frontend.components import MAIN_GRAPH, check_component, list_components
 from lorac.frontend.host import Host
 from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
+from lorac.ir.slots.layer_sizes import drop_marked
 from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.capacity import check_capacity
 from lorac.runtime.choice_switch import ChoiceSwitch, HeldChoice, RowGroup, SwapReport
@@ -61,6 +63,7 @@ class Compiled:
         sites: every site of the model.
         switch: the choice of adapters.
         traits: graph name -> configuration, dtype and device of its model.
+        resized: paths of the layers that adapters replace by ones of other sizes.
         input_dtypes: dtype of the original model -> dtype in which it was compiled, for inputs of calls.
         prompt_caches: the caches that calls of ``generate`` were given, as long as somebody else holds them.
     """
@@ -68,6 +71,7 @@ class Compiled:
     def __init__(self, session: Session, engine: Engine) -> None:
         self.session, self.engine, self.mode = session, engine, session.mode
         self.plans, self.pool, self.sites = session.plans, session.pool, session.sites
+        self.resized = [path for path, plan in self.plans.items() if plan.site.own_size]
         self.traits, self.input_dtypes = session.traits, session.precision.inputs
         self.switch = ChoiceSwitch(engine, session.plans, session.pool, session.base, session.mode)
         self.prompt_caches = weakref.WeakValueDictionary[int, PromptCache]()
@@ -95,6 +99,12 @@ class Compiled:
                 kept = Host.of(list_components(self.engine.module)[graph]).list_row_numbers(call)
             call = call.cast(self.input_dtypes, kept)
 
+        if self.resized and "labels" in call.kwargs:
+            raise InputMismatch(
+                f"labels= make a loss over the outputs of '{self.resized[0]}', and adapters have others",
+                next_step="leave labels= out, and compute the loss of the logits that the call returns",
+            )
+
         def run(own: Call, group: RowGroup) -> CallResult:
             return self.switch.with_rows(group, lambda bound, _: bound.run(graph, own))
 
@@ -106,7 +116,7 @@ class Compiled:
         else:
             result = self.switch.with_choice(None if by_row else adapters, lambda bound, _: bound.run(graph, call))
         self._last_call.aux = result.aux
-        return result.output
+        return pytree.tree_map(drop_marked, result.output) if self.resized else result.output
 
     @property
     def aux(self) -> Mapping[str, Mapping[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import BaseNeeded
+from lorac.frontend.copying import widen_layers
 from lorac.frontend.skeleton import build_skeleton, describe_skeleton, read_widened
 
 GivenModel = nn.Module | Mapping[str, nn.Module]
@@ -32,6 +33,7 @@ class HostModel:
         self, module: nn.Module | None, given: GivenModel | None = None, moved: Mapping[str, object] | None = None
     ) -> None:
         self._module, self._given, self._moved = module, _weak_reference(given), dict(moved or {})
+        self._own = module
         self._skeleton: Mapping[str, object] = {}
         self._base: Mapping[str, Tensor] = {}
         self._built: Callable[[], nn.Module | None] = lambda: None
@@ -67,10 +69,15 @@ class HostModel:
         """The skeleton as JSON."""
         return self._skeleton if self._module is None else describe_skeleton(self._module, self.packed, self.widened)
 
+    def widen(self, sizes: Mapping[str, int]) -> None:
+        """Replace the model by a copy with more rows in some tensors (``widen_layers``)."""
+        assert self._module is not None
+        self._module = widen_layers(self._module, sizes)
+
     def release(self, base: Mapping[str, Tensor]) -> None:
         """Replace the model by its skeleton; ``base`` are the base weights that are still needed, by name."""
         if self._module is not None:
-            self._skeleton, self._module, self._base = self.skeleton, None, base
+            self._skeleton, self._module, self._own, self._base = self.skeleton, None, None, base
 
     def original(self) -> tuple[GivenModel, Mapping[str, object]]:
         """Return the model to compile again, and compile()'s dtype and device for it.
@@ -78,8 +85,8 @@ class HostModel:
         Raises:
             BaseNeeded: the model no longer exists.
         """
-        if self._module is not None:
-            return self._module, {}
+        if self._own is not None:
+            return self._own, {}
         given = self._given()
         if given is None:
             raise BaseNeeded(

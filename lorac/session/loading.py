@@ -20,6 +20,7 @@ from lorac.runtime.traits import traits_from_json
 from lorac.session.adapter_loading import restore_adapter
 from lorac.session.compiled import Compiled, make_compiled
 from lorac.session.host_model import HostModel
+from lorac.session.layer_sizes import restore_size
 from lorac.session.request.placement import check_device, parse_device, resolve_placement
 from lorac.session.request.precision import check_stored_dtypes
 from lorac.session.session import Session
@@ -163,6 +164,8 @@ def _open_stored(manifest: Manifest) -> Session:
     session.read_base_from(base)
     session.preparer.stored = manifest.fields["reductions"]
     session.traits = traits_from_json(manifest.fields["components"])
+    for path, plan in manifest.fields["plans"].items():
+        restore_size(session, path, plan)
     for name, record, forms in manifest.adapters():
         restore_adapter(session, name, record, forms)
     view = session.view

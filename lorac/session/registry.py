@@ -7,6 +7,7 @@ adapter is used, its file is read and checked as any other, or its values alone 
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class AdapterRegistry:
         """The model with its sites, which is searched once for all adapters."""
         module = self._session.host.module if self._view is None else self._view.module
         if self._view is None or self._view.sites is not self._session.sites:
-            self._view = ModelView(module, self._session.sites, widened=self._session.host.widened)
+            self._view = dataclasses.replace(self._session.view, module=module)
         return self._view
 
     def register(self, folder: str | os.PathLike[str]) -> list[str]:

@@ -68,7 +68,7 @@ class Session:
     @property
     def view(self) -> ModelView:
         """The model with these sites. It holds the model or its skeleton, so it is not to be stored."""
-        return ModelView(self.host.module, self.sites, widened=self.host.widened)
+        return ModelView(self.host.module, self.sites, widened=self.host.widened, resizes=True)
 
     @property
     def base(self) -> BaseReader:

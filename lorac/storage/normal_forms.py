@@ -39,6 +39,7 @@ def write_normal_forms(path: Path, prepared: PreparedAdapter) -> None:
         "branches": branches,
         "truncatable": prepared.truncatable,
         "reasons": [[reason.adapter, reason.site, reason.why] for reason in prepared.reasons],
+        "sizes": dict(prepared.sizes),
     }
     TensorFile.write(path, tensors, notes={_ENTRY: dump_json(description)})
 
@@ -71,6 +72,7 @@ def read_normal_forms(opened: OpenFile) -> PreparedAdapter:
         branches=branches,
         truncatable=entries["truncatable"],
         reasons=tuple(Reason(*reason) for reason in entries["reasons"]),
+        sizes=entries.get("sizes", {}),
     )
 
 

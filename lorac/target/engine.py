@@ -21,6 +21,7 @@ from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Skip
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.layer_sizes import mark_beyond
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.weight_writes import SparseWrites
 from lorac.report.dump import Dump
@@ -160,6 +161,8 @@ class Engine(ABC):
             composed = snapshot.composed.get(path)
             written += buffer.start_write(composed.change if composed is not None else None, sparse)
         sparse.run()
+        for path, buffer in self.buffers.items():
+            mark_beyond(buffer.bias, buffer.site, snapshot.sizes.get(path, 0))
         self.record_written(snapshot)
         return written
 

@@ -107,7 +107,8 @@ class PlacedEngine(Engine, Generic[GraphT]):
             roles = (*composed.roles, *(strength_role(branch_name(index)) for index in range(len(branches))))
             name = next((name for role in roles if (name := slot_name(path, role)) in shared), None)
             if name is not None:
-                why = ROLES[self.slots[name].role].why_shared if self.slots[name].role in ROLES else ""
+                role = self.slots[name].role
+                why = self.plans[path].why_shared(role) if role in ROLES else ""
                 why = why or why_shared(self.plans[path])
                 return f"all rows of a call share '{name}'{why and f': {why}'}"
         return None

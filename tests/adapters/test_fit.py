@@ -138,11 +138,11 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         "adapter 'mine' replaces 'norm.weight' by shape (5,), the model's has (4,)\n"
         "  load the base model that the adapter was trained on",
     ),
-    "another vocabulary": (
-        good(replaced={"table.weight": torch.ones(7, 4)}),
+    "another vocabulary of another width": (
+        good(replaced={"table.weight": torch.ones(7, 3)}),
         lorac.AdapterError,
-        "adapter 'mine' replaces 'table.weight' by shape (7, 4), the model's has (5, 4)\n"
-        "  call model.resize_token_embeddings(7) if the vocabulary has grown",
+        "adapter 'mine' replaces 'table.weight' by shape (7, 3), the model's has (5, 4)\n"
+        "  load the base model that the adapter was trained on",
     ),
     "a copy of no parameter": (
         good(provenance={"copies": {"table.wait": compute_tensor_hash(torch.ones(5, 4))}}),
@@ -251,6 +251,19 @@ def test_raises_the_same_error_for_a_fault_on_every_way(fault: str, way: Way, tm
         way(adapter, tmp_path)
     assert type(raised.value) is kind
     assert str(raised.value) == text
+
+
+def test_rejects_another_vocabulary_where_nothing_is_compiled(tmp_path: Path) -> None:
+    adapter = good(replaced={"table.weight": torch.ones(7, 4)})
+    compiling(adapter, tmp_path)
+    loading(adapter, tmp_path)
+    for way in (saving, lambda given, _: lorac.merge_into(model(), [given])):
+        with pytest.raises(lorac.AdapterError) as raised:
+            way(adapter, tmp_path)
+        assert str(raised.value) == (
+            "adapter 'mine' replaces 'table.weight' by shape (7, 4), the model's has (5, 4)\n"
+            "  call model.resize_token_embeddings(7) if the vocabulary has grown"
+        )
 
 
 @WAYS

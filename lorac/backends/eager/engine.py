@@ -51,6 +51,7 @@ from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import SiteCall, read_weight_slots, run_site
+from lorac.ir.slots.layer_sizes import hide_beyond
 from lorac.ir.slots.live_terms import combine_weights, run_terms
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
@@ -142,7 +143,7 @@ class EagerEngine(Engine):
 
     def record_written(self, snapshot: ComposedWeights) -> None:
         """Run calls with the written weights, at the sites that the choice touches."""
-        self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed))
+        self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed), sizes=snapshot.sizes)
 
     def listen(self, names: Iterable[str], listener: EmissionListener) -> Callable[[], None]:
         """Call a listener with extra outputs after each call that trains; return the function that ends it.
@@ -273,7 +274,12 @@ class EagerEngine(Engine):
         if path not in call.active.touched:
             return None
         terms = None if call.active.places else (call.terms or self._terms).at(path, call.active.choice)
-        if terms is None or any(term.change is None or (term.rate and self.module.training) for term in terms):
+        resized = self.plans[path].site.own_size
+        if (
+            resized
+            or terms is None
+            or any(term.change is None or (term.rate and self.module.training) for term in terms)
+        ):
             raise Unavailable(
                 f"the adapters at '{path}' change more than its weight, which is all that TRL's fused head reads",
                 next_step=f"set the method's dropout to 0, or leave '{path}' out of the adapter's targets",
@@ -333,6 +339,13 @@ class EagerEngine(Engine):
         return (adapted if path in self.current_slots().touched else original)(*args, **kwargs)
 
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
+        y, site = self._forward_layer(path, module, x), self.plans[path].site
+        if not site.own_size:
+            return y
+        active = self._call().active
+        return hide_beyond(y, x, site, [one.sizes.get(path, site.own_size) for one in active.places or (active,)])
+
+    def _forward_layer(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
         if path not in self.current_slots().touched:
             return self._originals[path](x)
         adapted = self._compute_adapted(path, module, pad_conv_input(x, self.plans[path].site.conv))

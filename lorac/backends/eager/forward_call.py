@@ -33,6 +33,7 @@ class ActiveSlots:
         branches: whether a branch is active.
         apart: paths of the sites whose slots have no places: those with merged weights and branches.
         places: the slots of each part of the rows, where they have choices of their own; ``slots`` holds all of them.
+        sizes: path of a layer that the choice replaces -> its size (``ComposedSite``).
     """
 
     choice: Choice = ()
@@ -42,6 +43,7 @@ class ActiveSlots:
     branches: bool = False
     apart: frozenset[str] = frozenset()
     places: "tuple[ActiveSlots, ...]" = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def needs_preparation(self) -> bool:
@@ -132,7 +134,7 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
     apart = (
         path for path, at in snapshot.composed.items() if at.branches or any(ROLES[r].why_shared for r in at.roles)
     )
-    return ActiveSlots(snapshot.choice, slots, touched, read, bool(terms), frozenset(apart))
+    return ActiveSlots(snapshot.choice, slots, touched, read, bool(terms), frozenset(apart), sizes=snapshot.sizes)
 
 
 def check_no_cache(attention: BranchAttention) -> None:

@@ -42,9 +42,10 @@ def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots]
     """
     touched = frozenset[str]().union(*(content.touched for content in contents))
     apart = frozenset(path for path in touched if why_shared(plans[path])).union(*(each.apart for each in contents))
+    placed = {path: [each.slots[path] for each in contents] for path in touched - apart if fill}
     return ActiveSlots(
         choice=tuple(dict(active for content in contents for active in content.choice).items()),
-        slots={path: stack_site_slots([each.slots[path] for each in contents]) for path in touched - apart if fill},
+        slots={path: stack_site_slots(plans[path], each) for path, each in placed.items()},
         touched=touched,
         branches=any(content.branches for content in contents),
         places=tuple(contents),

@@ -52,9 +52,10 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
     named = view.named_tensors() if adapter.replaced or contents.embeddings or contents.copies else {}
     _refuse_computed_weights(adapter, set(named))
     _refuse_incomplete(adapter, targets, view)
+    resizable = view.list_resizable(contents.embeddings)
     for name, tensor in contents.embeddings.items():
-        check_replaced(adapter.name, name, tensor, named)
-        if not _is_same_value(tensor, view.tensor(name)):
+        check_replaced(adapter.name, name, tensor, named, resizable)
+        if not _is_same_value(tensor, view.as_given(name, view.tensor(name))):
             adapter.replaced[name] = tensor
     check_adapter(adapter, view)
     for path, stored in sites.items():

@@ -1,6 +1,7 @@
 """Reading a PEFT folder, with every tensor and field accounted for."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 
-PICKLED = "adapter_model.bin"
+PICKLED, MODEL_CONFIG = "adapter_model.bin", "config.json"
 
 
 def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
@@ -54,12 +55,15 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     variant = peft_type.refine_variant(variant_of(values, peft_type, path), contents.sites)
     if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys name the layers
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
+    model_config = folder.inside(MODEL_CONFIG).read_json() if folder.has(MODEL_CONFIG) else {}
+    labels = model_config.get("id2label")
     provenance = {
         "format": "peft",
         "source": str(folder),
         "config": raw,
         "base": metadata.get(BASE_HASH),
         "tied": contents.tied,
+        "labels": [str(labels.get(str(i))) for i in range(len(labels))] if isinstance(labels, Mapping) else [],
     }
     adapter = Adapter(name, variant, replaced=contents.replaced, provenance=provenance)
     fill_rows(adapter, file)

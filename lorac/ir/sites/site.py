@@ -7,7 +7,7 @@ finds the sites of a model.
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -83,6 +83,8 @@ class Site:
             hold it so. Nothing can be merged into it.
         named: a module that is a site since an adapter names it (``lorac.frontend.module_sites``).
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
+        own_size: where adapters replace the layer by ones of other sizes, the size of the model's own: its outputs, or
+            its tokens if it is an embedding. ``out_features`` or ``in_features`` is then the largest size; else 0.
     """
 
     path: str
@@ -102,11 +104,34 @@ class Site:
     packed: str | None = None
     named: bool = False
     shares: tuple[str, ...] = field(default=(), compare=False)
+    own_size: int = 0
 
     @property
     def is_layer(self) -> bool:
         """Whether it is a layer, which its model calls."""
         return self.within is None and self.kind not in {SiteKind.BLOCK, SiteKind.ONCE}
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The names of its weight and bias."""
+        return [name for name in (self.weight, self.bias) if name]
+
+    @property
+    def is_resizable(self) -> bool:
+        """Whether an adapter may replace it by a layer of another size: its stored weight has a row for each entry."""
+        dense = self.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING} or (self.conv is not None and self.conv.groups == 1)
+        return dense and self.is_layer and not (self.transposed or self.stack or self.packed)
+
+    @property
+    def size(self) -> int:
+        """The number of rows of the stored weight of a site that ``is_resizable``."""
+        return self.in_features if self.kind is SiteKind.EMBEDDING else self.out_features
+
+    def resized(self, size: int, own_size: int) -> "Site":
+        """Return it with another ``size`` and ``own_size``."""
+        if self.kind is SiteKind.EMBEDDING:
+            return replace(self, in_features=size, own_size=own_size)
+        return replace(self, out_features=size, own_size=own_size)
 
     @property
     def stacked(self) -> tuple[int, ...]:

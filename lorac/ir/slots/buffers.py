@@ -26,6 +26,7 @@ from lorac.ir.algebra.changes import (
     merge_weight,
 )
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
+from lorac.ir.slots.layer_sizes import mark_beyond
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name
@@ -182,6 +183,7 @@ def make_fused_buffers(
         bias, base_bias = None, base.bias(site)
         if operands.BIAS in plan.room:
             bias = weight.new_zeros(site.out_features) if base_bias is None else base_bias.clone()
+            mark_beyond(bias, site)
             memory[slot_name(path, operands.BIAS)] = bias
         matrix_of = torch.t if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING} else site.present
         # The weight is read once: mapping a file again at every swap would cost as much as the write itself.

@@ -16,6 +16,7 @@ from lorac.ir.algebra.changes import Change, LowRank, compose, list_tensors
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_site, filled_roles, find_missing_room, why_merged_weight
+from lorac.ir.slots.layer_sizes import find_one_size
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
 
 
@@ -28,12 +29,14 @@ class ComposedSite:
         branches: strength and term of each branch.
         roles: the roles whose slots the change fills.
         reasons: why it fills the weight's slot, if it does.
+        size: of a layer that adapters replace by ones of other sizes (``Site.own_size``), its size for the choice.
     """
 
     change: Change | None = None
     branches: tuple[tuple[float, BranchTerm], ...] = ()
     roles: tuple[str, ...] = ()
     reasons: tuple[Reason, ...] = ()
+    size: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,11 @@ class ComposedWeights:
 
     choice: Choice
     composed: Mapping[str, ComposedSite] = field(default_factory=dict)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Path -> size, of the layers that have adapters of other sizes."""
+        return {path: site.size for path, site in self.composed.items() if site.size}
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of all changes and branches."""
@@ -56,7 +64,7 @@ def compose_choice(
     """Compose the active adapters site by site.
 
     Raises:
-        ChoiceError: a rank is given for a method that cannot be truncated.
+        ChoiceError: a rank is given for a method that cannot be truncated, or layers of several sizes are mixed.
     """
     active = [(name, how.strength, truncate_adapter(name, prepared[name], how.rank)) for name, how in choice]
     composed = {}
@@ -66,6 +74,9 @@ def compose_choice(
         if terms or branches:
             change = compose(list(terms.values()), functools.partial(base.weight, plan.site))
             composed[path] = place_change(plan, change, terms, branches)
+            if plan.site.own_size:
+                sizes = {name: p.sizes.get(path, plan.site.own_size) for name, _, p in active if name in terms}
+                composed[path] = replace(composed[path], size=find_one_size(path, sizes))
     return ComposedWeights(choice, composed)
 
 
@@ -116,7 +127,7 @@ def fill_slots(
     for path, plan in plans.items():
         composed = weights.composed.get(path)
         if composed is not None:
-            filled[path] = fill_site(plan, composed.change, composed.roles, composed.branches, base)
+            filled[path] = fill_site(plan, composed.change, composed.roles, composed.branches, base, composed.size)
             continue
         if path not in idle:
             idle[path] = fill_site(plan, None, (), (), base)

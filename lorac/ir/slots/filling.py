@@ -10,7 +10,8 @@ from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, Sparse, SparseSum, merge_bias, merge_weight
 from lorac.ir.algebra.operands import FOLDABLE
-from lorac.ir.sites.site import BaseReader, Site, factor_dtype
+from lorac.ir.sites.site import BaseReader, Site, SiteKind, factor_dtype
+from lorac.ir.slots.layer_sizes import mark_beyond
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, SlotSpec, tensors_by_role
@@ -22,6 +23,7 @@ def fill_site(
     roles: Sequence[str],
     branches: Sequence[tuple[float, BranchTerm]],
     base: BaseReader,
+    size: int = 0,
 ) -> SiteSlots:
     """Return the tensors of one composed change, and of the branches next to it, in a site's slots.
 
@@ -30,6 +32,7 @@ def fill_site(
         roles: the roles whose slots it fills (``filled_roles``).
         branches: strength and term of each branch.
         base: reads W (out, in) if the plan binds the weight, and the bias.
+        size: of a layer that adapters replace by ones of other sizes; 0 for the model's own.
 
     Raises:
         NeedsRecompile: the change or a branch does not fit the plan.
@@ -50,9 +53,13 @@ def fill_site(
         new[operands.BIAS] = new_bias
     tensors = {}
     for role, room in plan.roles():
-        size = max(rank, plan.least_rank) if role.ranked else room
-        spec = SlotSpec(layout=layout, size=size, weight=weight, bias=bias)
+        extent = max(rank, plan.least_rank) if role.ranked else room
+        spec = SlotSpec(layout=layout, size=extent, weight=weight, bias=bias)
         tensors[role.name] = role.filled(spec, new.get(role.name))
+    marked = operands.WEIGHT if plan.site.kind is SiteKind.EMBEDDING else operands.BIAS
+    if plan.site.own_size and (change is None or marked == operands.BIAS):
+        tensors[marked] = tensors[marked].clone()
+        mark_beyond(tensors[marked], plan.site, size)
     return SiteSlots(tensors, _fill_branches(plan, branches) if branches or plan.branches else ())
 
 

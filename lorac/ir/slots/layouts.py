@@ -111,7 +111,7 @@ class LinearLayout(SiteLayout):
         return F.linear(x, self.site.present(stored), bias)
 
     def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = torch.matmul(x, weight)
+        y = _multiply(x, weight)
         return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:

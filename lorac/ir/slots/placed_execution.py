@@ -25,7 +25,6 @@ from lorac.ir.slots.execution import (
 from lorac.ir.slots.places import as_place, cut_segments, join_segments, stack_places
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots, ValueAxis
 from lorac.ir.slots.program_values import program_value_name
-from lorac.ir.slots.roles import ROLES
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,17 @@ def why_shared(plan: SitePlan) -> str:
     return "" if plan.site.within is None else "its module computes with it in its own way"
 
 
-def stack_site_slots(each: Sequence[SiteSlots]) -> SiteSlots:
+def stack_site_slots(plan: SitePlan, each: Sequence[SiteSlots]) -> SiteSlots:
     """Return a site's slots with places, one for each of its slots without; roles that rows share are the first's.
 
     Args:
-        each: the site's slots for one choice of adapters after the other, without active branches.
+        plan: the site's slots.
+        each: their tensors for one choice of adapters after the other, without active branches.
     """
     first = each[0].tensors
     stacked = {
         name: tensor
-        if ROLES[name].why_shared
+        if plan.why_shared(name)
         else stack_places([as_place(slots.tensors[name].detach()) for slots in each])
         for name, tensor in first.items()
     }
@@ -77,7 +77,7 @@ def run_placed(plan: SitePlan, slots: SiteSlots, call: SiteCall, segments: Segme
     active = any(fill is not None for fill in slots.branches)
     if active and product is None:
         product = call.multiply(x)
-    slot = next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)
+    slot = next(tensor for name, tensor in slots.tensors.items() if not plan.why_shared(name))
     features = layout.input_axes
     if not active and all(role.stage.of_pair for role, _ in plan.roles()):
         inside = call.bias if layout.keeps_bias_inside and product is None else None

@@ -100,6 +100,7 @@ class SitePlan:
         reasons: why the weight is bound.
         ranks: the ranks that the pair may have, by the target's dialect.
         placed: whether rows of a batch may have slots of their own, so that slots have a first axis of places.
+        row_weights: whether that is so of the slot of a whole weight: a small layer that adapters replace.
     """
 
     site: Site
@@ -108,6 +109,12 @@ class SitePlan:
     reasons: tuple[Reason, ...] = ()
     ranks: RankPolicy = RankPolicy.FROM_ZERO
     placed: bool = False
+    row_weights: bool = False
+
+    def why_shared(self, role: str) -> str:
+        """Return why all rows of a batch share a role's slot; empty where each may have its own."""
+        own = self.row_weights and role == operands.WEIGHT
+        return "" if own else ROLES[role].why_shared
 
     @property
     def empty(self) -> bool:
@@ -233,12 +240,16 @@ class PreparedAdapter:
         truncatable: the power by which its scale falls with the rank (``LowRank.truncated``); None if
             ``Active(rank=…)`` may not truncate it.
         reasons: why its terms have no cheaper form.
+        sizes: path of a layer that it replaces -> the outputs of its own, or the tokens of its embedding.
+        labels: the names of a classifier's outputs, if its file has them.
     """
 
     changes: Mapping[str, Change]
     branches: Mapping[str, BranchTerm] = field(default_factory=dict)
     truncatable: float | None = None
     reasons: tuple[Reason, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """Return all its tensors."""

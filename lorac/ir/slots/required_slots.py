@@ -13,7 +13,7 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.operands import FOLDABLE
 from lorac.ir.sites.patterns import check_targets_match, no_match_error, select_sites
-from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site
+from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.ir.slots.filling import leaves_blocks, why_merged_weight
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchSlot, PreparedAdapter, RankPolicy, Reason, SitePlan
@@ -21,6 +21,8 @@ from lorac.ir.slots.roles import ROLES, Stage, keeps_base_weight, tensors_by_rol
 
 MODES = ("auto", "live", "fused", "baked")
 _MERGING_MODES = frozenset({"fused", "baked"})
+_MOST_PER_ROW = 1 << 20
+"""The most values of a layer of which rows may have their own in one call; for larger ones a call each costs less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Reserve:
         adapters: how many may be active together.
         scales: make room for DoRA-like adapters (an output scale and a shift).
         weights: make room for any adapter with a weight form, in a bound weight.
+        outputs: name or path of a layer -> the most outputs, or tokens of an embedding, that an adapter may give it in
+            its place (``modules_to_save``).
     """
 
     targets: str | Sequence[str] = "all-linear"
@@ -40,6 +44,7 @@ class Reserve:
     adapters: int = 1
     scales: bool = False
     weights: bool = False
+    outputs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, list):
@@ -54,12 +59,14 @@ class _SiteNeeds:
     Attributes:
         rooms: role -> every size that a term needs.
         rank: the sum of the terms' ranks.
+        merges: whether a term is merged into the weight, and does not replace the layer.
     """
 
     rooms: dict[str, set[int]] = field(default_factory=dict)
     rank: int = 0
     branches: list[BranchSlot] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
+    merges: bool = False
 
     def require(self, role: str, size: int = 1) -> None:
         """Add a slot of a role."""
@@ -98,7 +105,7 @@ def plan_sites(
     for name, path, adapter in terms:
         need = needs.setdefault(path, _SiteNeeds())
         if path in adapter.changes:
-            _add_change(need, name, sites[path], adapter.changes[path], mode)
+            _add_change(need, name, sites[path], adapter.changes[path], mode, replaces=path in adapter.sizes)
         if path in adapter.branches:
             slot = adapter.branches[path].slot
             if mode in _MERGING_MODES:
@@ -111,6 +118,11 @@ def plan_sites(
             need.branches.append(slot)
     if reserve is not None:
         _add_reserve(needs, sites, reserve, mode)
+    for site in (site for site in sites.values() if site.own_size):
+        need = needs.setdefault(site.path, _SiteNeeds())
+        need.require(operands.WEIGHT)
+        if site.kind is not SiteKind.EMBEDDING:
+            need.require(operands.BIAS)
     planned = {path: _plan_site(site, needs[path], mode) for path, site in sites.items() if path in needs}
     for plan in planned.values():
         if plan.bound and plan.site.packed:
@@ -143,8 +155,9 @@ def needs_merged_weight(site: Site, change: Change) -> bool:
     return not (isinstance(change, LowRank) and keeps_base_weight(layout_of(site), change))
 
 
-def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: str) -> None:
+def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: str, *, replaces: bool) -> None:
     bound = mode in _MERGING_MODES or needs_merged_weight(site, change)
+    need.merges |= bound and not replaces
     if bound and leaves_blocks(site, change):
         raise CompileError(
             f"the weight that '{name}' gives '{site.path}' is not block-diagonal, as its grouped convolution needs",
@@ -189,6 +202,7 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
         biased = site.within is None or site.bias is not None
         for role in [role for role in admitted if (role.merged or not merged) and (biased or role.stage != Stage.BIAS)]:
             need.require(role.name)
+        need.merges |= reserve.weights and not site.own_size
         if merged:
             need.require(operands.WEIGHT)
         else:
@@ -212,10 +226,15 @@ def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:
     if need.rooms.keys() & FOLDABLE:
         for role_name in FOLDABLE:
             need.require(role_name)
+    own = site.kind is SiteKind.LINEAR and site.is_resizable
     rooms = {name: need.rank if ROLES[name].ranked else max(need.rooms[name]) for name in ROLES if name in need.rooms}
     return SitePlan(
         site,
         room={name: room for name, room in rooms.items() if room},
         branches=tuple(need.branches),
         reasons=tuple(need.reasons),
+        row_weights=operands.WEIGHT in need.rooms
+        and not need.merges
+        and own
+        and site.in_features * site.out_features <= _MOST_PER_ROW,
     )

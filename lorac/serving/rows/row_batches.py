@@ -4,7 +4,7 @@ import asyncio
 import concurrent.futures
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import InputMismatch, Unavailable, drop_frames
 from lorac.ir.slots.choice import ChoiceSpec
+from lorac.ir.slots.layer_sizes import drop_marked
 from lorac.runtime.scheduling.shared_line import check_line
 from lorac.session.compiled import Compiled
 
@@ -129,10 +130,11 @@ class RowBatches:
                 f"the output '{odd[0]}' has no row for each of the {len(choices)} rows of the inputs",
                 next_step="serve a model whose outputs have the batch in front",
             )
+        drop: Callable[[Tensor], Tensor] = drop_marked if self._compiled.resized else torch.Tensor.contiguous
         counts = [len(job.choices) for job in jobs]
         ends = itertools.accumulate(counts)
         return [
-            {name: output[end - count : end] for name, output in outputs.items()}
+            {name: drop(output[end - count : end]) for name, output in outputs.items()}
             for count, end in zip(counts, ends, strict=True)
         ]
 

@@ -1,14 +1,18 @@
-"""The endpoints that call a model once: embeddings and predictions."""
+"""The endpoints that call a model once: embeddings, classes and predictions."""
 
 import base64
+import time
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, final
 
 import fastapi
 import pydantic
 import torch
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
+from starlette.datastructures import State
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,19 +26,22 @@ from lorac.serving.requests.completion_fields import Ids, list_texts
 from lorac.serving.requests.request_body import Items, Name, parse_fields, read_body
 from lorac.serving.requests.sampling_fields import MOST_ROWS, Choices, ModelName, UserName
 from lorac.serving.rows.arrays import read_lists, read_npz, write_lists, write_npz
+from lorac.serving.rows.classes import classify_rows
+from lorac.serving.rows.row_batches import Outputs
 from lorac.serving.tokenizer import FastTokenizer
+from lorac.storage.strict_json import JsonObject
 
 NPZ = ("application/x-npz", "application/octet-stream")
 """Media types of NumPy's files."""
-embedding_router, predict_router = fastapi.APIRouter(), fastapi.APIRouter()
+text_router, predict_router = fastapi.APIRouter(), fastapi.APIRouter()
 MOST_PREDICTED = 4096
 """The most rows of a request for outputs."""
 MOST_TOKENS = 1 << 18
 """The most tokens of a request for embeddings, with those that fill its texts up to the longest."""
 
 
-class EmbeddingFields(pydantic.BaseModel, extra="forbid", strict=True):
-    """The fields of a request for embeddings.
+class _TextFields(pydantic.BaseModel, ABC, extra="forbid", strict=True):
+    """The fields of a request that reads texts, which embeddings and classes have in common.
 
     Attributes:
         model: an adapter, a mixture, or the base.
@@ -45,17 +52,53 @@ class EmbeddingFields(pydantic.BaseModel, extra="forbid", strict=True):
 
     model: ModelName
     input: str | Ids | Annotated[Items[str] | Items[Ids], pydantic.Field(min_length=1, max_length=MOST_ROWS)]
-    encoding_format: Literal["float", "base64"] = "float"
     adapters: Choices = None
     user: UserName = ""
 
-    @property
-    def texts(self) -> list[str | list[int]]:
-        """The texts, as text or token ids."""
-        return list_texts(self.input)
+    @abstractmethod
+    def write(self, outputs: Outputs, mask: Tensor, choices: Sequence[ChoiceSpec], state: State) -> JsonObject:
+        """Return the entries of an answer.
+
+        Args:
+            outputs: of the model, one row for each text.
+            mask: the texts' tokens (rows, length).
+            choices: of adapters, one for each text.
+            state: the app's.
+        """
+
+
+@final
+class EmbeddingFields(_TextFields):
+    """The fields of a request for embeddings."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+
+    def write(self, outputs: Outputs, mask: Tensor, choices: Sequence[ChoiceSpec], state: State) -> JsonObject:
+        vectors = _pool(outputs, mask, state.settings.pooling)
+        if self.encoding_format == "float":
+            embeddings: list[object] = write_lists(vectors)
+        else:
+            embeddings = [base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() for vector in vectors]
+        return {"data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(embeddings)]}
+
+
+@final
+class ClassifyFields(_TextFields):
+    """The fields of a request for classes, as vLLM has them.
+
+    Attributes:
+        use_activation: give probabilities; else logits.
+    """
+
+    use_activation: bool = True
+
+    def write(self, outputs: Outputs, mask: Tensor, choices: Sequence[ChoiceSpec], state: State) -> JsonObject:
+        classes = classify_rows(state.compiled, outputs, choices, probabilities=self.use_activation)
+        return {"id": f"classify-{uuid.uuid4().hex}", "created": int(time.time()), "data": classes}
 
 
 EmbeddingBody: TypeAlias = Annotated[EmbeddingFields, read_body(EmbeddingFields)]
+ClassifyBody: TypeAlias = Annotated[ClassifyFields, read_body(ClassifyFields)]
 
 
 class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
@@ -72,10 +115,22 @@ class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
     adapters: Choices = None
 
 
-@embedding_router.post("/v1/embeddings")
+@text_router.post("/v1/embeddings")
 async def embed(fields: EmbeddingBody, http: fastapi.Request) -> Response:
     """Return an embedding of length 1 for each text."""
-    state, texts = http.app.state, fields.texts
+    return await _answer(fields, http)
+
+
+@text_router.post("/classify")
+@text_router.post("/v1/classify")
+async def classify(fields: ClassifyBody, http: fastapi.Request) -> Response:
+    """Return the class of each text, and the probabilities of all classes that its adapter has."""
+    return await _answer(fields, http)
+
+
+async def _answer(fields: _TextFields, http: fastapi.Request) -> Response:
+    """Compute the rows of a request's texts, and answer."""
+    state, texts = http.app.state, list_texts(fields.input)
     most = getattr(state.compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
 
     def read() -> tuple[dict[str, Tensor], list[ChoiceSpec]]:
@@ -85,18 +140,14 @@ async def embed(fields: EmbeddingBody, http: fastapi.Request) -> Response:
     inputs, choices = await run_in_threadpool(read)
     outputs = await state.rows.compute(inputs, choices, http.state.tenant)
 
-    def write() -> Response:
-        vectors = _pool(outputs, inputs["attention_mask"], state.settings.pooling)
-        if fields.encoding_format == "float":
-            embeddings: list[object] = write_lists(vectors)
-        else:
-            embeddings = [base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() for vector in vectors]
-        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
-        count = int(inputs["attention_mask"].sum())
+    def respond() -> Response:
+        mask = inputs["attention_mask"]
+        count = int(mask.sum())
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return JsonAnswer({"object": "list", "data": data, "model": fields.model, "usage": usage})
+        own = fields.write(outputs, mask, choices, state)
+        return JsonAnswer({"object": "list", "model": fields.model, "usage": usage, **own})
 
-    return await run_in_threadpool(write)
+    return await run_in_threadpool(respond)
 
 
 @predict_router.post("/v1/predict")
@@ -169,7 +220,7 @@ def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: in
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _pool(outputs: Mapping[str, Tensor], mask: Tensor, pooling: str) -> Tensor:
+def _pool(outputs: Outputs, mask: Tensor, pooling: str) -> Tensor:
     """Return vectors of length 1 (rows, width) of the last hidden states (rows, length, width)."""
     if "last_hidden_state" not in outputs:
         raise Unavailable(

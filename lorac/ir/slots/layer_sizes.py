@@ -1,0 +1,78 @@
+"""Layers that adapters replace by ones of other sizes: heads of other labels, embeddings of other vocabularies.
+
+The program holds the largest (``Site.own_size``), and smaller ones are padded. Beyond a layer's own outputs it gives
+−inf, so that softmax, argmax and sampling over all outputs are right, and ``drop_marked`` leaves out those that no row
+of a call has. The embedding of a token beyond an adapter's own vocabulary is NaN.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorac.errors import ChoiceError
+from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.slots.layouts import layout_of
+
+T = TypeVar("T")
+
+
+def pad_rows(tensor: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """Return a tensor with more rows, which hold a value."""
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, size - len(tensor)), value=value)
+
+
+def mark_beyond(tensor: Tensor | None, site: Site, size: int = 0) -> None:
+    """Mark what lies beyond a layer's own size in its bias, or an embedding's weight; 0 is the model's own size."""
+    if site.own_size and tensor is not None:
+        tensor[size or site.own_size :] = math.nan if site.kind is SiteKind.EMBEDDING else -math.inf
+
+
+def hide_beyond(y: Tensor, x: Tensor, site: Site, sizes: Sequence[int]) -> Tensor:
+    """Return a layer's output, marked beyond the layer's own size.
+
+    Args:
+        y, x: output and input of the site, rows first.
+        sizes: the size for each part of the rows.
+    """
+    if min(sizes) == site.size:
+        return y
+    limits = torch.tensor(sizes, device=y.device).repeat_interleave(len(y) // len(sizes) if len(sizes) > 1 else 1)
+    if site.kind is SiteKind.EMBEDDING:
+        return y.masked_fill((x >= limits.view(-1, *(1,) * (x.dim() - 1)))[..., None], math.nan)
+    places = layout_of(site).per_output(torch.arange(site.size, device=y.device))
+    return y.masked_fill(places >= limits.view(-1, *(1,) * (y.dim() - 1)), -math.inf)
+
+
+def drop_marked(output: T) -> T:
+    """Return an output (rows, …) without the last entries of an axis that no row has: −inf, as marked; else itself."""
+    if not isinstance(output, Tensor | np.ndarray) or output.ndim < 2:
+        return output
+    values, kept = torch.as_tensor(output), [slice(None)] * output.ndim
+    for axis in (1, output.ndim - 1):
+        if (values.select(axis, -1) == -math.inf).all():
+            own = (values != -math.inf).movedim(axis, 0).flatten(1).any(1).nonzero()
+            kept[axis] = slice(int(own.max()) + 1 if len(own) else None)
+    return output[tuple(kept)]  # type: ignore[return-value]  # of the same kind
+
+
+def find_one_size(path: str, sizes: Mapping[str, int]) -> int:
+    """Return the size of a layer for adapters that are active together.
+
+    Args:
+        sizes: the adapters' sizes by name.
+
+    Raises:
+        ChoiceError: they are several.
+    """
+    if len({*sizes.values()}) > 1:
+        listed = ", ".join(f"'{name}' has {size}" for name, size in sizes.items())
+        raise ChoiceError(
+            f"layers of several sizes cannot be mixed at '{path}': {listed} rows",
+            next_step="activate one of these adapters, or give each row of a batch its own: adapters=[...]",
+        )
+    return next(iter(sizes.values()))

@@ -1,0 +1,63 @@
+"""Room for adapters that replace a layer by one of another size."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lorac.errors import AdapterError, ArtifactError
+from lorac.ir.sites.patterns import check_targets_match, select_sites
+from lorac.ir.slots.required_slots import Reserve
+from lorac.session.session import Session
+from lorac.storage.strict_json import JsonObject
+from lorac.variants.adapter import Adapter
+
+
+def make_room(session: Session, adapters: Sequence[Adapter], reserve: Reserve | None) -> None:
+    """Widen the layers that adapters replace by ones of other sizes, in a copy of the session's model.
+
+    Args:
+        adapters: those of the session.
+        reserve: has the largest size of later adapters.
+
+    Raises:
+        SiteError: ``reserve`` names no layer that an adapter may replace.
+        AdapterError: an adapter changes a layer of which another has a larger or smaller one.
+    """
+    sites = session.sites
+    layers, largest = {path: site for path, site in sites.items() if site.is_resizable}, dict[str, int]()
+    for name, size in {} if reserve is None else reserve.outputs.items():
+        check_targets_match("reserve", (name,), layers)
+        largest |= {site.path: max(size, site.size) for site in select_sites(layers, (name,))}
+    for site in layers.values():
+        found = {len(one.replaced[str(site.weight)]) for one in adapters if str(site.weight) in one.replaced}
+        if found - {site.size}:
+            largest[site.path] = max(*found, largest.get(site.path, 0), site.size)
+    for path in tuple(largest):
+        largest |= {other: max(largest[path], largest.get(other, 0)) for other in (path, *sites[path].shares)}
+    if not largest:
+        return
+    for adapter in adapters:
+        if changed := next((path for path in largest if path in adapter.tensors), None):
+            raise AdapterError(
+                f"adapter '{adapter.name}' changes '{changed}', which other adapters replace by layers of other sizes",
+                next_step="compile it without these, or train it with modules_to_save in place of target_modules there",
+            )
+    names = {name: size for path, size in largest.items() for name in sites[path].stored_names}
+    session.host.widen(names)
+    session.preparer.sites = {
+        path: site.resized(largest[path], site.size) if path in largest else site for path, site in sites.items()
+    }
+
+
+def restore_size(session: Session, path: str, plan: JsonObject) -> None:
+    """Give a site of an artifact the size that the model's own layer had.
+
+    Raises:
+        ArtifactError: the layer in the program is smaller, or cannot have been widened.
+    """
+    site, own = session.sites.get(path), plan.get("own_size")
+    if own is None or site is None:
+        return
+    if not site.is_resizable or type(own) is not int or not 0 < own <= site.size:
+        what = f"the plan of '{path}' says that the model's layer had {own!r} rows, which it cannot have had"
+        raise ArtifactError(what, next_step="copy the whole folder again, or save it anew")
+    session.preparer.sites = {**session.sites, path: dataclasses.replace(site, own_size=own)}
