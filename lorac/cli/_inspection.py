@@ -159,7 +159,7 @@ def format_check(found: AdapterCheck) -> Iterator[str]:
     yield f"{found.adapter}: {'fits' if found.fits else 'does not fit'}"
     yield from (f"  {subject}: {finding}" for subject, finding in found.facts.items())
     alike: dict[str, list[str]] = {}
-    for fault in found.faults:
+    for fault in (*found.faults, *found.objections):
         alike.setdefault(re.sub(r"\d+", "*", fault), []).append(fault)
     for first, *others in alike.values():
         yield f"  {first}" + (f" (and {len(others)} more like it)" if others else "")

@@ -30,6 +30,12 @@ def _list_formats() -> list[str]:
     return [name for name, found in formats().items() if found.writes]
 
 
+def _list_engines() -> list[str]:
+    from lorac.formats.engines import ENGINES
+
+    return list(ENGINES)
+
+
 CHECKPOINT_HELP = (
     f"A folder saved by transformers or diffusers, {NAME_FORMS}, read a tensor at a time; or package.module:function."
 )
@@ -76,20 +82,24 @@ def check(
     context: typer.Context,
     adapters: Annotated[list[Path], typer.Argument(help=f"Files or folders of adapters, {NAME_FORMS}.")],
     model: ModelOption = "",
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", help="An engine of `lorac convert`.", autocompletion=_list_engines),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check whether adapters fit a model: what does not, why, and how it is mended; exits with 1 if one does not."""
+    """Check whether adapters fit a model and an engine: what fails, and how it is mended; then exits with 1."""
     import lorac
 
     with progress("check", total=len(adapters)) as report:
         host, found = load_model(model) if model else None, []
         for path in adapters:
             report.step(str(path))
-            one = lorac.check(path, host)
+            one = lorac.check(path, host, for_=engine)
             steps = tuple(reword_step(step, context.find_root().command) for step in one.repairs)
             found.append(dataclasses.replace(one, repairs=steps))
     print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
-    if not all(one.fits for one in found):
+    if not all(one.fits and not one.objections for one in found):
         raise typer.Exit(MISFIT)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from lorac.adapters.base_hash import check_base
 from lorac.adapters.fit import list_faults
 from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import check_type
-from lorac.errors import FormatError, LoracError
+from lorac.errors import FormatError, LoracError, list_some, short
 from lorac.formats import load_adapter
+from lorac.formats.engines import EngineRules, find_engine, find_model_type
 from lorac.formats.peft.keys import embedding_modules
 from lorac.frontend.model_view import ModelView
 from lorac.runtime.generation.tokenizers import read_tokenizer
@@ -21,6 +22,13 @@ from lorac.session.api import compile
 from lorac.session.request.sources import read_model
 from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
+
+_LORAS = ("lora", "dora")
+_HARMLESS: Mapping[str, tuple[object, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+}
+"""Field of PEFT's -> values that leave an adapter a plain LoRA beside the base; vLLM's peft_helper lists the starts."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class AdapterCheck:
         faults: the reasons why not, of which ``lorac.compile`` gives the first.
         repairs: steps that mend it.
         facts: subject -> finding, where nothing is at fault.
+        objections: what the engine refuses, ignores or reads otherwise; empty where it computes what lorac does.
     """
 
     adapter: str
@@ -40,21 +49,27 @@ class AdapterCheck:
     faults: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
+    objections: tuple[str, ...] = ()
 
 
 def check(
-    adapter: Adapter | str | os.PathLike[str], model: nn.Module | Mapping[str, nn.Module] | None = None
+    adapter: Adapter | str | os.PathLike[str],
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+    *,
+    for_: str | None = None,
 ) -> AdapterCheck:
-    """Check whether an adapter fits a model, and list everything that does not.
+    """Check whether an adapter fits a model, and an engine, and list everything that does not.
 
     It fits exactly where ``lorac.compile`` takes it for target "eager", since that is tried.
 
     Args:
         adapter: its path or name, or the adapter; only read.
         model: the base, or several by name; only read. Without it the adapter is read, and nothing is compared.
+        for_: an engine of ``lorac.convert``, whose rules are compared with the file.
 
     Raises:
         CompileError: the model is not one that can be compiled.
+        OptionError: there is no such engine.
         WrongType: ``adapter`` is neither a path nor an adapter.
     """
     step = "give the path of its file or folder, or an adapter: lorac.load_adapter(path)"
@@ -63,6 +78,7 @@ def check(
     name = source.name if isinstance(source, Adapter) else source
     given = None if model is None else read_model(model).model
     view = None if given is None else ModelView.of(given, resizes=True)
+    rules = None if for_ is None else find_engine(for_)
     try:
         if not isinstance(source, Adapter):
             source = str(find_source(source, "the adapter of lorac.check", FormatError, "unreadable"))
@@ -70,7 +86,15 @@ def check(
     except LoracError as refusal:
         faults, repairs = [refusal.what], [refusal.next_step]
     else:
-        return AdapterCheck(name, True, facts=_find_facts(taken, str(source), view))
+        objections = () if rules is None else tuple(_iter_objections(rules, taken, view))
+        step = f"`lorac convert ADAPTER OUT --for {for_} --model MODEL` writes the LoRA that it runs"
+        return AdapterCheck(
+            name,
+            fits=True,
+            repairs=(step,) if objections else (),
+            facts=_find_facts(taken, str(source), view),
+            objections=objections,
+        )
     if view is not None and isinstance(source, str):
         with contextlib.suppress(LoracError):
             load_adapter(source, view, fix_names=True)
@@ -115,3 +139,45 @@ def _find_facts(adapter: Adapter, place: str, view: ModelView | None) -> dict[st
             step = f"call model.resize_token_embeddings({tokens}) before the adapter is loaded"
             facts["vocabulary"] = f"the tokenizer beside it has {tokens} tokens, the model {rows}: {step}"
     return facts
+
+
+def _iter_objections(rules: EngineRules, adapter: Adapter, view: ModelView | None) -> Iterator[str]:
+    """Yield everything in an adapter's file that an engine does not compute as lorac does."""
+    variant, config, format = adapter.variant, adapter.provenance.get("config"), adapter.provenance.get("format")
+    settings = dict(config) if isinstance(config, dict) else {}
+    settings |= {"use_dora": True} if variant.name == "dora" else {}
+    saved = settings.get("modules_to_save") or ()
+    settings["modules_to_save"] = [name for name in saved if name not in rules.heads]
+    if format != rules.format:
+        yield f"{rules.version} reads files of the format '{rules.format}', and this is of '{format}'"
+    if variant.name not in _LORAS:
+        yield f"{rules.version} runs LoRAs, and this is {variant.name}"
+    for verb, fields in (("refuses", rules.refused), ("ignores", rules.ignored)):
+        for name in fields:
+            if settings.get(name) and settings[name] not in _HARMLESS.get(name, ()):
+                yield f"{rules.version} {verb} {name}={short(settings[name])}"
+    at = {path: variant.at_path(path).settings for path in adapter.tensors}
+    ranks = [own["r"] for own in at.values() if isinstance(own.get("r"), int)]
+    if ranks and rules.ranks and max(ranks) > rules.ranks[-1]:
+        yield f"{rules.version} has ranks up to {rules.ranks[-1]}, and this has {max(ranks)}"
+    if rules.uniform and len({(own.get("r"), own.get("alpha")) for own in at.values()}) > 1:
+        yield f"{rules.version} has one rank and one scale for all layers, and this has several"
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in adapter.parameters()} - {*rules.dtypes}
+    if dtypes:
+        yield f"{rules.version} does not read tensors of {', '.join(sorted(dtypes))}"
+    if view is None:
+        return
+    model_type = find_model_type(view)
+    if not rules.serves(model_type):
+        yield f"{rules.version} runs no adapters on models of type '{model_type}'"
+    places: dict[str, list[str]] = {}
+    for path in adapter.tensors:
+        why = rules.why_not(view.sites[path], view) if path in view.sites else "not a layer"
+        places.setdefault(why or "", []).append(f"'{path}'")
+        owner, _, leaf = path.rpartition(".")
+        group = {f"{owner}.{name}" for names in rules.together if leaf in names for name in names}
+        if lacking := sorted((group & view.sites.keys()) - adapter.tensors.keys()):
+            places.setdefault(f"without one of {', '.join(lacking)}", []).append(f"'{path}'")
+    for why, paths in places.items():
+        if why:
+            yield f"{rules.version} takes no LoRA of {list_some(paths, quote='')}: {why}"

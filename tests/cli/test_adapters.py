@@ -241,7 +241,7 @@ def test_check_counts_faults_that_differ_by_numbers(cli, folder):
 
 
 def test_check_repairs_by_options_of_the_command_line(cli, folder, monkeypatch):
-    monkeypatch.setattr(lorac, "check", lambda *_: AdapterCheck("a", fits=False, repairs=("pass model=",)))
+    monkeypatch.setattr(lorac, "check", lambda *_, **__: AdapterCheck("a", fits=False, repairs=("pass model=",)))
     assert "mend: pass --model" in cli("check", "sql")[1]
 
 
@@ -261,3 +261,12 @@ def test_convert_writes_the_names_of_the_model(cli, folder):
     assert cli("convert", "wrapped", "unwrapped", "--model", MODEL, "--fix-names")[0] == 0
     assert cli("check", "unwrapped", "--model", MODEL)[0] == 0
     assert load_file(folder / "unwrapped" / "adapter_model.safetensors").keys() == tensors.keys()
+
+
+def test_check_exits_by_the_objections_of_an_engine(cli):
+    assert cli("check", "dora", "--model", MODEL)[0] == 0
+    code, out, _ = cli("check", "dora", "--model", MODEL, "--for", "vllm")
+    assert code == 1
+    assert "refuses use_dora=True" in out
+    assert "mend: `lorac convert ADAPTER OUT --for vllm --model MODEL`" in out
+    assert "nearest: vllm" in cli("check", "dora", "--for", "vlm")[2]

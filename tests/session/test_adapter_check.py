@@ -113,3 +113,67 @@ def test_reads_nothing_that_is_not_there(model, tmp_path):
         lorac.check(3, model)
     with pytest.raises(lorac.CompileError):
         lorac.check(tmp_path, "base")
+
+
+def save_lora(model, folder, **fields) -> Path:
+    config = peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False, **fields})
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields", "words"),
+    [
+        ("vllm", {}, None),
+        ("vllm", {"use_dora": True}, "refuses use_dora=True"),
+        ("vllm", {"modules_to_save": ["lm_head"]}, "refuses modules_to_save=['lm_head']"),
+        ("vllm", {"trainable_token_indices": [1, 2]}, "ignores trainable_token_indices"),
+        ("vllm", {"init_lora_weights": "pissa"}, "refuses init_lora_weights='pissa'"),
+        ("vllm", {"init_lora_weights": "gaussian"}, None),
+        ("vllm", {"rank_pattern": {"v_proj": 3}, "use_rslora": True}, None),
+        ("sglang", {"use_rslora": True}, "ignores use_rslora=True"),
+        ("sglang", {"use_dora": True}, "refuses use_dora=True"),
+        ("olive", {"rank_pattern": {"v_proj": 3}}, "ignores rank_pattern"),
+        ("olive", {"rank_pattern": {"v_proj": 3}}, "one rank and one scale for all layers"),
+        ("llama.cpp", {"use_rslora": True}, "ignores use_rslora=True"),
+        ("llama.cpp", {}, "reads files of the format 'gguf', and this is of 'peft'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_lists_what_an_engine_computes_otherwise(model, tmp_path, engine, fields, words):
+    found = lorac.check(save_lora(model, tmp_path / "lora", **fields), model, for_=engine)
+    assert found.fits
+    if words is None:
+        assert (found.objections, found.repairs) == ((), ())
+        return
+    assert any(words in text for text in found.objections)
+    assert found.repairs[0].startswith(f"`lorac convert ADAPTER OUT --for {engine} --model MODEL`")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_compares_sites_and_models_with_an_engine(model, tmp_path):
+    head = save_lora(model, tmp_path / "head", target_modules=["lm_head", "q_proj"])
+    assert any(
+        "takes no LoRA of 'model.layers.0" in text for text in lorac.check(head, model, for_="sglang").objections
+    )
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    other = transformers.GPT2LMHeadModel(config).eval()
+    gpt = save_lora(other, tmp_path / "gpt", target_modules=["c_attn"], fan_in_fan_out=True)
+    assert any("models of type 'gpt2'" in text for text in lorac.check(gpt, other, for_="vllm").objections)
+    assert lorac.check(gpt, other).fits
+    large = save_lora(model, tmp_path / "large", r=600)
+    assert any(
+        "ranks up to 512, and this has 600" in text for text in lorac.check(large, model, for_="vllm").objections
+    )
+    doubles = save_lora(
+        copy.deepcopy(model).double(), tmp_path / "doubles", target_modules=["q_proj", "k_proj", "v_proj"]
+    )
+    assert any("tensors of float64" in text for text in lorac.check(doubles, model, for_="vllm").objections)
+
+
+def test_compares_other_methods_with_an_engine(model, tmp_path):
+    config = peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    assert any("runs LoRAs, and this is ia3" in text for text in lorac.check(tmp_path, for_="vllm").objections)
+    with pytest.raises(lorac.OptionError, match="there is no engine"):
+        lorac.check(tmp_path, for_="vlm")
