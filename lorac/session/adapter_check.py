@@ -148,7 +148,7 @@ def _iter_objections(rules: EngineRules, adapter: Adapter, view: ModelView | Non
     settings |= {"use_dora": True} if variant.name == "dora" else {}
     saved = settings.get("modules_to_save") or ()
     settings["modules_to_save"] = [name for name in saved if name not in rules.heads]
-    if format != rules.format:
+    if format not in {None, rules.format}:
         yield f"{rules.version} reads files of the format '{rules.format}', and this is of '{format}'"
     if variant.name not in _LORAS:
         yield f"{rules.version} runs LoRAs, and this is {variant.name}"
