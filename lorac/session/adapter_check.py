@@ -82,11 +82,11 @@ def check(
     try:
         if not isinstance(source, Adapter):
             source = str(find_source(source, "the adapter of lorac.check", FormatError, "unreadable"))
-        taken = _read(source) if given is None else next(iter(compile(given, [source]).adapters.values()))
+        taken = _read(source, None) if given is None else next(iter(compile(given, [source]).adapters.values()))
     except LoracError as refusal:
         faults, repairs = [refusal.what], [refusal.next_step]
     else:
-        objections = () if rules is None else tuple(_iter_objections(rules, taken, view))
+        objections = () if rules is None else tuple(_iter_objections(rules, _read(source, view), view))
         step = f"`lorac convert ADAPTER OUT --for {for_} --model MODEL` writes the LoRA that it runs"
         return AdapterCheck(
             name,
@@ -100,12 +100,12 @@ def check(
             load_adapter(source, view, fix_names=True)
             repairs = [REPAIR]
     with contextlib.suppress(LoracError):  # only with the model, or not at all, it can be read
-        faults += [] if view is None else [error.what for error in list_faults(_read(source), view)]
+        faults += [] if view is None else [error.what for error in list_faults(_read(source, None), view)]
     return AdapterCheck(name, False, tuple(dict.fromkeys(faults)), tuple(filter(None, repairs)))
 
 
-def _read(given: Adapter | str) -> Adapter:
-    return given if isinstance(given, Adapter) else load_adapter(given)
+def _read(given: Adapter | str, view: ModelView | None) -> Adapter:
+    return given if isinstance(given, Adapter) else load_adapter(given, view)
 
 
 def _find_facts(adapter: Adapter, place: str, view: ModelView | None) -> dict[str, str]:
