@@ -157,9 +157,9 @@ def _iter_objections(rules: EngineRules, adapter: Adapter, view: ModelView | Non
             if settings.get(name) and settings[name] not in _HARMLESS.get(name, ()):
                 yield f"{rules.version} {verb} {name}={short(settings[name])}"
     at = {path: variant.at_path(path).settings for path in adapter.tensors}
-    ranks = [own["r"] for own in at.values() if isinstance(own.get("r"), int)]
-    if ranks and rules.ranks and max(ranks) > rules.ranks[-1]:
-        yield f"{rules.version} has ranks up to {rules.ranks[-1]}, and this has {max(ranks)}"
+    rank = max((r for own in at.values() if isinstance(r := own.get("r"), int)), default=0)
+    if rules.ranks and rank > rules.ranks[-1]:
+        yield f"{rules.version} has ranks up to {rules.ranks[-1]}, and this has {rank}"
     if rules.uniform and len({(own.get("r"), own.get("alpha")) for own in at.values()}) > 1:
         yield f"{rules.version} has one rank and one scale for all layers, and this has several"
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in adapter.parameters()} - {*rules.dtypes}
