@@ -140,7 +140,7 @@ def save_lora(model, folder, **fields) -> Path:
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-def test_lists_what_an_engine_computes_otherwise(model, tmp_path, engine, fields, words):
+def test_lists_objections_of_an_engine(model, tmp_path, engine, fields, words):
     found = lorac.check(save_lora(model, tmp_path / "lora", **fields), model, for_=engine)
     assert found.fits
     if words is None:
