@@ -1,39 +1,19 @@
 """Where a server finds the adapters that requests name."""
 
-from collections.abc import Mapping, Sequence
-from typing import BinaryIO, NoReturn, Protocol, final
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, final
 
 from lorac.ir.slots.choice import require_adapter
 from lorac.serving.refusals import NotAllowed
-from lorac.serving.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from lorac.serving.served_model import ServedModel
+    from lorac.serving.store import AdapterStore
 
 
-class AdapterSource(Protocol):
-    """The adapters of each tenant, which come and go while the server runs."""
-
-    def names(self, tenant: str) -> Sequence[str]:
-        """Return the names of the adapters that a tenant may use."""
-
-    def find(self, tenant: str, name: str) -> str:
-        """Return the name that an adapter of a tenant has in the compiled model.
-
-        Raises:
-            AdapterNotFound: the tenant has no such adapter.
-        """
-
-    def load(self, tenant: str, name: str, path: str) -> object:
-        """Add an adapter from a path inside the store."""
-
-    def upload(self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None) -> object:
-        """Add an adapter from files that a tenant sends.
-
-        Args:
-            files: file name -> content.
-            base: the hash of the base weights, if the files do not record it.
-        """
-
-    def unload(self, tenant: str, name: str) -> object:
-        """Remove an adapter; requests at work keep it to their end."""
+AdapterSource: TypeAlias = "AdapterStore | SharedAdapters"
 
 
 @final
@@ -55,9 +35,6 @@ class SharedAdapters:
         return name
 
     def load(self, tenant: str, name: str, path: str) -> object:
-        return _refuse()
-
-    def upload(self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None) -> object:
         return _refuse()
 
     def unload(self, tenant: str, name: str) -> object:

@@ -1,5 +1,7 @@
 """The app: OpenAI's endpoints over a compiled model."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import functools
@@ -8,7 +10,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import fastapi
-import pydantic
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
 
@@ -18,14 +19,11 @@ from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.serving import adapter_endpoints, text_endpoints
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
 from lorac.serving.answers.json_answer import JsonAnswer
-from lorac.serving.draining import DrainGate
-from lorac.serving.guard import NOBODY, UPLOADS, Guard
+from lorac.serving.guard import NOBODY, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import NotAllowed, install_handlers
 from lorac.serving.request_log import RequestLog
-from lorac.serving.requests.chat_fields import ChatFields, TokenizeFields
 from lorac.serving.requests.choices import check_shared_names
-from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.rows import row_endpoints
 from lorac.serving.rows.row_batches import RowBatches
 from lorac.serving.served_model import RowComputer, ServedModel, TextScheduler, decodes
@@ -41,19 +39,6 @@ from lorac.version import VERSION
 PAGE = Path(__file__).with_name("page") / "index.html"
 _PREPARING, _SENDING = 2, 40
 """Threads that read requests and answers, where this process computes and where others do."""
-FIELDS: dict[str, type[pydantic.BaseModel]] = {
-    "/v1/chat/completions": ChatFields,
-    "/v1/completions": CompletionFields,
-    "/tokenize": TokenizeFields,
-    "/v1/load_lora_adapter": adapter_endpoints.LoadFields,
-    "/v1/unload_lora_adapter": adapter_endpoints.UnloadFields,
-    UPLOADS: adapter_endpoints.UploadFields,
-    "/v1/embeddings": row_endpoints.EmbeddingFields,
-    "/v1/classify": row_endpoints.ClassifyFields,
-    "/classify": row_endpoints.ClassifyFields,
-    "/v1/predict": row_endpoints.PredictFields,
-}
-"""Path of an endpoint -> the fields of its requests."""
 
 
 def build_app(
@@ -110,10 +95,9 @@ def build_app(
         app.include_router(row_endpoints.text_router)
     if isinstance(store, AdapterStore):
         adapter_endpoints.add_store_endpoints(app, store)
-    app.add_middleware(DrainGate)
     app.add_middleware(Guard, settings=given, store=store if isinstance(store, AdapterStore) else None)
     app.add_middleware(RequestLog, metrics=app.state.metrics)
-    install_handlers(app, FIELDS)
+    install_handlers(app, adapter_endpoints.UploadFields)
     _add_state(app)
     if given.page and PAGE.is_file():
         app.get("/")(lambda: FileResponse(PAGE))
@@ -131,7 +115,7 @@ async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowC
             state.scheduler = scheduler or Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
             stack.push_async_callback(run_in_threadpool, state.scheduler.close)
             state.metrics.scheduler = state.scheduler
-            state.text = TextService(state.scheduler, state.source, settings, state.metrics)
+            state.text = TextService(state.compiled, state.scheduler, state.source, settings, state.metrics)
         if rows is None and isinstance(state.compiled, Compiled):
             rows = RowBatches(state.compiled, settings.rows, settings.waiting)
         if rows is not None:

@@ -7,32 +7,9 @@ from typing import final
 import fastapi
 import uvicorn
 from fastapi.concurrency import run_in_threadpool
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from lorac.serving.guard import OPEN_PATHS
-from lorac.serving.refusals import refusal
 
 _FLUSHING = 10
 """Seconds to send the last events of requests that were cut."""
-
-
-@final
-class DrainGate:
-    """Refuses requests to an app that drains, as its ``state.draining`` says, but those that ask for its state.
-
-    Args:
-        app: the app behind it.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http" and scope["app"].state.draining and scope["path"] not in {*OPEN_PATHS, "/metrics"}:
-            text = "the server is stopping; send the request again, and another one answers it"
-            app = refusal(503, text, code="stopping", headers={"connection": "close"})
-        await app(scope, receive, send)
 
 
 @final

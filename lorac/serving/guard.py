@@ -26,13 +26,15 @@ NOBODY = "default"
 _LEAST_RATE = 1 << 16
 """Bytes of a body per second that are fast enough."""
 _CLOSE = {"connection": "close"}
+_STOPPING = "the server is stopping; send the request again, and another one answers it"
 
 
 @final
 class Guard:
     """Lets requests with a known key and a body of admitted size through to an app, so many of a tenant at a time.
 
-    A body that comes too slowly is refused. Room for the bytes of an upload is found before they are received.
+    An app that drains, as its ``state.draining`` says, gets those alone that ask for its state. A body that comes too
+    slowly is refused. Room for the bytes of an upload is found before they are received.
 
     It is not one of Starlette's HTTP middlewares, behind which an app does not learn that a client has left.
 
@@ -55,6 +57,8 @@ class Guard:
         uploads = scope["path"] == UPLOADS and scope["method"] == "POST"
         most = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes
         tenant = self._check(headers, scope["path"], most)
+        if isinstance(tenant, str) and scope["app"].state.draining and scope["path"] not in {*OPEN_PATHS, "/metrics"}:
+            tenant = refusal(503, _STOPPING, code="stopping", headers=_CLOSE)
         if isinstance(tenant, JSONResponse):
             await tenant(scope, receive, send)
             return

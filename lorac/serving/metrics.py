@@ -1,5 +1,7 @@
 """Metrics for Prometheus, by vLLM's names where they mean the same."""
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Iterator

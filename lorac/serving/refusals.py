@@ -92,22 +92,17 @@ def refusal(
         code: the error's code.
         field: the field of the request that caused it.
     """
-    return _answer(status, _body(status, message, code, field), headers)
+    kind = _KINDS.get(status, "invalid_request_error")
+    error = {"message": escape_controls(message), "type": kind, "param": field, "code": code}
+    retry = {"retry-after": RETRY_AFTER} if status in (429, 503) else {}
+    return JSONResponse({"error": error}, status, {**retry, **(headers or {})})
 
 
 def refuse(error: LoracError) -> JSONResponse:
     """Return an error of lorac's as the answer to a request."""
-    return _answer(error_status(error), error_body(error))
-
-
-def _answer(status: int, body: dict[str, object], headers: Mapping[str, str] | None = None) -> JSONResponse:
-    retry = {"retry-after": RETRY_AFTER} if status in (429, 503) else {}
-    return JSONResponse(body, status, {**retry, **(headers or {})})
-
-
-def _body(status: int, message: str, code: str | None, field: str | None) -> dict[str, object]:
-    kind = _KINDS.get(status, "invalid_request_error")
-    return {"error": {"message": escape_controls(message), "type": kind, "param": field, "code": code}}
+    parts = (error.what, error.nearest and f"nearest: {error.nearest}", error.next_step)
+    field = error.field if isinstance(error, RefusedField) else "model" if isinstance(error, AdapterNotFound) else None
+    return refusal(error_status(error), "; ".join(filter(None, parts)), code=error.code, field=field)
 
 
 def error_status(error: LoracError) -> int:
@@ -117,13 +112,6 @@ def error_status(error: LoracError) -> int:
     # A file that takes too much to read always will, as will a request that is larger than the memory.
     is_final = isinstance(error, FormatError) or (isinstance(error, OverBudget) and error.permanent)
     return 400 if is_final else _STATUS.get(error.code, 400)
-
-
-def error_body(error: LoracError) -> dict[str, object]:
-    """Return an error in OpenAI's form."""
-    parts = (error.what, error.nearest and f"nearest: {error.nearest}", error.next_step)
-    field = error.field if isinstance(error, RefusedField) else "model" if isinstance(error, AdapterNotFound) else None
-    return _body(error_status(error), "; ".join(filter(None, parts)), error.code, field)
 
 
 def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
@@ -139,11 +127,11 @@ def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
     return f"'{field}' is wrong: {problem['msg']}"
 
 
-def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.BaseModel]]) -> None:
+def install_handlers(app: fastapi.FastAPI, form: type[pydantic.BaseModel]) -> None:
     """Make an app answer errors in OpenAI's form.
 
     Args:
-        fields: path of an endpoint -> the fields of its requests.
+        form: the fields of requests that are forms; ``read_body`` tells those of others.
     """
 
     async def answer_error(request: fastapi.Request, error: Exception) -> JSONResponse:
@@ -152,9 +140,8 @@ def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.Ba
 
     async def answer_validation(request: fastapi.Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        model = fields.get(request.url.path)
-        known = () if model is None else tuple(model.model_fields)
-        first = error.errors()[0]
+        model = error.body if isinstance(error.body, type) and issubclass(error.body, pydantic.BaseModel) else form
+        known, first = tuple(model.model_fields), error.errors()[0]
         parts = [part for part in first["loc"][1:] if not _UNION.fullmatch(str(part))]
         path = (f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST]}" for part in parts)
         field = "".join(path).removeprefix(".")  # such as messages[0].role

@@ -14,7 +14,7 @@ from lorac.serving.answers.answers import AnswerPart
 from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_event, run_while_connected
 from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape
-from lorac.serving.refusals import error_body
+from lorac.serving.refusals import refuse
 from lorac.serving.requests.chat_fields import ChatFields, TokenizeFields
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.request_body import read_body
@@ -65,16 +65,12 @@ async def _answer(
             return Response(status_code=CLIENT_LEFT)
         return await state.turns.run(tenant, lambda: JsonAnswer(shape.whole(found)))
     # A failure before the first token still has a status of its own.
-    first = await run_while_connected(_first(parts), http.receive)
+    first = await run_while_connected(anext(parts), http.receive)
     if first is None:
         await parts.aclose()
         return Response(status_code=CLIENT_LEFT)
     opening = [*(format_event(json.dumps(one)) for one in shape.opening()), await _write_chunk(shape, first)]
     return EventStream(_events(shape, opening, parts, reports_usage=fields.reports_usage))
-
-
-async def _first(parts: AsyncGenerator[AnswerPart]) -> AnswerPart:
-    return await anext(parts)
 
 
 async def _write_chunk(shape: AnswerShape, part: AnswerPart) -> str:
@@ -109,6 +105,6 @@ async def _events(
             yield format_event(json.dumps(shape.usage()))
         yield format_event("[DONE]")
     except LoracError as error:
-        yield format_event(json.dumps(error_body(error)))
+        yield format_event(bytes(refuse(error).body).decode())
     finally:
         await parts.aclose()

@@ -1,5 +1,7 @@
 """Requests for text, checked and submitted."""
 
+from __future__ import annotations
+
 import functools
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,7 +25,7 @@ from lorac.serving.requests.choices import read_choices
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.grammar import Grammars
 from lorac.serving.requests.sampling_fields import CountPenalty, SamplingFields
-from lorac.serving.served_model import TextScheduler
+from lorac.serving.served_model import ServedModel, TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer
 
@@ -36,6 +38,7 @@ class TextService:
     """Checks requests for text and submits them. Threads may share it.
 
     Args:
+        compiled: the model.
         scheduler: computes the answers.
         source: knows the adapters.
         settings: limits of requests.
@@ -43,10 +46,15 @@ class TextService:
     """
 
     def __init__(
-        self, scheduler: TextScheduler, source: AdapterSource, settings: ServingSettings, metrics: ServerMetrics
+        self,
+        compiled: ServedModel,
+        scheduler: TextScheduler,
+        source: AdapterSource,
+        settings: ServingSettings,
+        metrics: ServerMetrics,
     ) -> None:
-        self._scheduler, self._source, self._settings, self._metrics = scheduler, source, settings, metrics
-        compiled = scheduler.compiled
+        self._compiled, self._scheduler, self._source = compiled, scheduler, source
+        self._settings, self._metrics = settings, metrics
         self._tokenizer = find_tokenizer(compiled)
         spec = compiled.engine.cache_spec(scheduler.component)
         assert spec is not None  # the scheduler has checked it
@@ -113,7 +121,7 @@ class TextService:
         rows = [(ids, choice, i) for ids, choice in zip(prompts, choices, strict=True) for i in range(fields.n)]
         requests = [self._request(fields, tenant, *row) for row in rows]
         try:
-            names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
+            names = {name for choice in choices for name, _ in parse_choice(choice, self._compiled.pool)}
             streams = self._scheduler.submit_all(requests)
         except AdapterNotFound as error:  # whose message may name adapters of other tenants
             raise AdapterNotFound(
@@ -163,7 +171,7 @@ class TextService:
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
-        return Grammars.of(self._scheduler.compiled)
+        return Grammars.of(self._compiled)
 
     def _encode_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[JsonMapping] | None = None

@@ -1,7 +1,7 @@
 """Base class of training rules: the terms a rule applies to, and its hooks on an optimizer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar, Self, TypeAlias
@@ -230,12 +230,16 @@ def trained_terms(
     ]
     if not found:
         wanted = " or ".join(method.name for method in methods)
-        there = ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
         raise AdapterNotFound(
-            f"no adapter is of method {wanted}; there is {there}",
+            f"no adapter is of method {wanted}; there is {list_adapters(adapters)}",
             next_step=f"compile with one: {{'a': lorac.{methods[0].__name__}(...)}}",
         )
     return found
+
+
+def list_adapters(adapters: Iterable[Adapter]) -> str:
+    """Return the names and methods of adapters."""
+    return ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Any:

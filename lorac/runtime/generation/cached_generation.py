@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,7 +90,10 @@ class CachedGeneration:
             elif self.prompt_cache is not None:
                 known = self._find(self.prompt_cache, keyed, self.prompts.tokens())
                 extra |= {} if known is None else {"cache": DecodingState(known)}
-        with _seed_torch(None if by_row else generators):
+        with contextlib.ExitStack() as stack:
+            if generators and not by_row:
+                stack.enter_context(torch.random.fork_rng(devices=[]))
+                torch.manual_seed(generators[0].initial_seed())
             output: Output = driver.generate(**{**self.options, **extra})
         if driver.state is not None and not isinstance(output, torch.Tensor):
             driver.state.engine = weakref.ref(self.engine)
@@ -145,17 +148,6 @@ class CachedGeneration:
             places = [row * copies + copy for row in rows for copy in range(copies)]
             part = own if len(keyed) == 1 else own.copy(places)
             prompt_cache.add(self.engine, key, [tokens[place] for place in places], part)
-
-
-@contextlib.contextmanager
-def _seed_torch(generators: list[torch.Generator] | None) -> Iterator[None]:
-    """Seed torch's generator inside the block; afterwards it goes on as if the block had not been."""
-    if not generators:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generators[0].initial_seed())
-        yield
 
 
 def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:

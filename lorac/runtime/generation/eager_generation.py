@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import Unavailable
 from lorac.frontend.model_runner import preserve_random_state
@@ -62,7 +63,12 @@ class EagerGeneration:
                 extra["assistant_model"] = DraftModel(
                     model, functools.partial(draft.run_with_model, self.graph), self.request
                 )
-            with _seed_torch(model, seed), _pass_mask(model) if (INPUT, MASK) in reads else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if seed is not None:
+                    stack.enter_context(preserve_random_state(model))
+                    torch.manual_seed(seed)
+                if (INPUT, MASK) in reads:
+                    stack.enter_context(_pass_mask(model))
                 return model.generate(**{**self.options, **extra})
 
         return bound.run_with_model(self.graph, generate)
@@ -78,20 +84,8 @@ def refuse_prompt_cache(prompt_cache: object, why: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _seed_torch(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Seed torch's generators inside the block; afterwards they go on as if the block had not been."""
-    if seed is None:
-        yield
-        return
-    with preserve_random_state(model):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def _pass_mask(model: nn.Module) -> Iterator[None]:
-    """Give each call of this thread a mask inside the block; transformers omits it where nothing is padding."""
+def _pass_mask(model: nn.Module) -> RemovableHandle:
+    """Give each call of this thread a mask until the handle is left; transformers omits it where nothing is padding."""
     thread = threading.get_ident()
 
     def add_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -103,8 +97,4 @@ def _pass_mask(model: nn.Module) -> Iterator[None]:
         return args, {**kwargs, MASK: kwargs[IDS].new_ones(rows, past + new)}
 
     # Before the engine's own hook, which keeps the arguments of the call.
-    handle = model.register_forward_pre_hook(add_mask, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return model.register_forward_pre_hook(add_mask, prepend=True, with_kwargs=True)

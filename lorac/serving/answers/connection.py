@@ -1,7 +1,7 @@
 """Work that ends when its client leaves."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import TypeVar, final
 
 from fastapi.responses import StreamingResponse
@@ -12,7 +12,7 @@ CLIENT_LEFT = 499
 """The status in the log of a request whose client has left; nginx's number."""
 
 
-async def run_while_connected(work: Coroutine[object, object, T], receive: Receive) -> T | None:
+async def run_while_connected(work: Awaitable[T], receive: Receive) -> T | None:
     """Return the result of some work; None, and the work is cancelled, if the client leaves before.
 
     Args:

@@ -7,12 +7,17 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import TypeAlias, final
 
+from lorac.errors import LoracError
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
+from lorac.runtime.scheduling.token_stream import TextToken
 from lorac.runtime.traits import ModelTraits
 from lorac.target.kv_cache import CacheSpec
+
+Event: TypeAlias = "TextToken | str | LoracError | None"
+"""An answer of a worker: None when it has taken a request, its tokens, and why it ended or cannot go on."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from lorac.errors import LoracError, OverBudget
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import describe_choice, parse_choice
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
-from lorac.serving.ray.remote_model import RemoteModel, SharedFile
-from lorac.serving.ray.worker import Event
+from lorac.serving.ray.remote_model import Event, RemoteModel, SharedFile
 from lorac.serving.ray.worker_calls import MOST_MOVES, WORKER_ENDED, all_full, moved_too_often
 
 PAUSE = 0.2

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TypeAlias
 
 from ray import serve
 from ray.util import metrics
@@ -19,7 +18,7 @@ from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
-from lorac.serving.ray.remote_model import RemoteAdapters, RemoteModel, SharedFile
+from lorac.serving.ray.remote_model import Event, RemoteAdapters, RemoteModel, SharedFile
 from lorac.serving.requests.grammar import GrammarMask, Grammars
 from lorac.serving.rows.row_batches import RowBatches
 from lorac.serving.served_model import decodes
@@ -27,8 +26,6 @@ from lorac.serving.settings import ServingSettings
 from lorac.session.compiled import Compiled
 from lorac.session.registry import AdapterSize
 
-Event: TypeAlias = "TextToken | str | LoracError | None"
-"""An answer of a worker: None when it has taken a request, its tokens, and why it ended or cannot go on."""
 _GAUGES = {
     "requests_running": "Requests at work in a worker.",
     "requests_waiting": "Requests that wait in a worker.",

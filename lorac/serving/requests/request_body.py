@@ -24,7 +24,7 @@ def read_body(fields: type[FieldsT]) -> Any:
     async def read(http: fastapi.Request) -> FieldsT:
         media, body = http.headers.get("content-type", "").partition(";")[0].strip().lower(), await http.body()
         if not body or not (media == "application/json" or media.endswith("+json")):
-            raise _wrong("missing")
+            raise _wrong("missing", fields)
         parse = functools.partial(parse_fields, fields, body)
         return await http.app.state.turns.run(http.state.tenant, parse)
 
@@ -35,7 +35,8 @@ def parse_fields(fields: type[FieldsT], body: bytes) -> FieldsT:
     """Return the fields that JSON holds.
 
     Raises:
-        RequestValidationError: it is not JSON, has an object of too many keys, or fields that do not fit.
+        RequestValidationError: it is not JSON, has an object of too many keys, or fields that do not fit; its body is
+            the model.
     """
     try:
         json.loads(body, object_pairs_hook=_check_keys)
@@ -45,15 +46,15 @@ def parse_fields(fields: type[FieldsT], body: bytes) -> FieldsT:
         of_first = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
         # Of the errors of a union's types, the deepest that is not of the type itself says what to change.
         worst = max(of_first, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
-        raise RequestValidationError([{**worst, "loc": ("body", *worst["loc"])}]) from None
+        raise RequestValidationError([{**worst, "loc": ("body", *worst["loc"])}], body=fields) from None
     except (ValueError, RecursionError) as error:
-        raise _wrong("json_invalid", str(error)) from None
+        raise _wrong("json_invalid", fields, str(error)) from None
 
 
 def _check_keys(pairs: Sequence[tuple[str, object]]) -> None:
     if len(pairs) > MOST_KEYS:
-        raise _wrong("json_invalid", f"an object has {len(pairs)} keys, and {MOST_KEYS} are the most")
+        raise ValueError(f"an object has {len(pairs)} keys, and {MOST_KEYS} are the most")
 
 
-def _wrong(kind: str, reason: str = "") -> RequestValidationError:
-    return RequestValidationError([{"type": kind, "loc": ("body",), "ctx": {"error": reason}}])
+def _wrong(kind: str, fields: type[pydantic.BaseModel], reason: str = "") -> RequestValidationError:
+    return RequestValidationError([{"type": kind, "loc": ("body",), "ctx": {"error": reason}}], body=fields)

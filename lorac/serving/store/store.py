@@ -1,5 +1,7 @@
 """The store: adapters that tenants bring, load and unload while a compiled model serves them."""
 
+from __future__ import annotations
+
 import os
 import queue
 import re
@@ -8,7 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO
 
 from lorac.argument_types import JsonMapping, check_type
 from lorac.errors import (
@@ -28,9 +30,12 @@ from lorac.serving.store.intake import copy_files, open_files
 from lorac.serving.store.quotas import QuotaClaim, TenantAccount
 from lorac.serving.store.reading_process import READERS, ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
-from lorac.session.registry import AdapterSize
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
+
+if TYPE_CHECKING:
+    from lorac.serving.ray.worker_calls import RemoteAdapterHolder
+    from lorac.session.compiled import Compiled
 
 _OVERHEAD = 1 << 20
 """Bytes that an adapter may take more once it is written anew."""
@@ -67,19 +72,6 @@ class _Tenant:
         return any(adapter.digest == digest for adapter in self.adapters.values())
 
 
-class AdapterHolder(Protocol):
-    """The compiled model that a store adds adapters to, or a stand-in for one that others hold."""
-
-    @property
-    def pool(self) -> Collection[str]: ...
-
-    def refuse_baked(self) -> None: ...
-
-    def register_file(self, path: Path, name: str, digest: str) -> AdapterSize: ...
-
-    def remove_adapter(self, name: str) -> None: ...
-
-
 class AdapterStore(AbstractContextManager["AdapterStore"]):
     """Adapters that the tenants of a server bring while it runs. Threads may share it; one process may use its folder.
 
@@ -101,7 +93,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
 
     def __init__(
         self,
-        compiled: AdapterHolder,
+        compiled: Compiled | RemoteAdapterHolder,
         folder: str | os.PathLike[str],
         *,
         quotas: StoreQuotas | None = None,

@@ -1,13 +1,14 @@
 """Inputs of sites, row by row, while batches run through the model."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
+from lorac.training.initialisation.model_state import borrow_model, call_model
 
 Visit = Callable[[str, Tensor], None]
 """(path of a site, rows (n, in) that it was called with)."""
@@ -59,8 +60,9 @@ def visit_inputs(
 
         return watch
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(watching(path), with_kwargs=True) for path in sites]
-    with borrow_model(model, training=False), remove_hooks(handles):
+    with borrow_model(model, training=False), ExitStack() as hooks:
+        for path in sites:
+            hooks.enter_context(model.get_submodule(path).register_forward_pre_hook(watching(path), with_kwargs=True))
         for batch in batches:
             counted = _counted_positions(batch) if labelled else None
             call_model(model, batch)

@@ -1,17 +1,17 @@
 """Gradients of base weights, summed over batches; besides the sums, only one weight's gradient is ever in memory."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites.site import Site, factor_dtype
-from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
+from lorac.training.initialisation.model_state import borrow_model, call_model
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the loss, a scalar."""
@@ -68,8 +68,8 @@ def sum_gradients(
         owners.setdefault(_trainable_weight_name(site, model), []).append(path)
     sums: dict[str, Tensor] = {}
     count = 0
-    with borrow_model(model, training=True), torch.enable_grad(), remove_hooks([]) as handles:
-        _accumulate_gradients(model, {name: sites[paths[0]] for name, paths in owners.items()}, sums, handles)
+    with borrow_model(model, training=True), torch.enable_grad(), ExitStack() as hooks:
+        _accumulate_gradients(model, {name: sites[paths[0]] for name, paths in owners.items()}, sums, hooks)
         for batch in batches:
             found = (loss or compute_loss)(model, batch)
             if found.requires_grad:  # sites without a gradient are refused afterwards
@@ -96,7 +96,7 @@ def _trainable_weight_name(site: Site, model: nn.Module) -> str:
 
 
 def _accumulate_gradients(
-    model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], handles: list[RemovableHandle]
+    model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], hooks: ExitStack
 ) -> None:
     """Add every weight's gradient to its sum, and free it, as soon as backward has computed it."""
     for parameter in model.parameters():
@@ -115,7 +115,7 @@ def _accumulate_gradients(
     for name, site in sites.items():
         weight = read_stored_tensor(model, name)
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(adding(name, site)))
+        hooks.enter_context(weight.register_post_accumulate_grad_hook(adding(name, site)))
 
 
 def _find_sum(path: str, name: str, sums: Mapping[str, Tensor]) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -28,16 +27,6 @@ def borrow_model(model: nn.Module, *, training: bool) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-
-
-@contextmanager
-def remove_hooks(handles: list[RemovableHandle]) -> Iterator[list[RemovableHandle]]:
-    """Remove hooks at the end of the block, those added to the list within it too."""
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def call_model(model: nn.Module, batch: object) -> Any:

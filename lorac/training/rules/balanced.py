@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound
-from lorac.training.rule import Rule, spans_processes, unwrap_ddp
+from lorac.training.rule import Rule, list_adapters, spans_processes, unwrap_ddp
 from lorac.training.rules.pairs import FROM_0, check_settings
 from lorac.variants.base import BranchVariant, Variant
 
@@ -52,11 +52,8 @@ class Balanced(Rule):
             if _CHOSEN in getattr(adapter.variant, "emits", ()) and any(bias in own for own in adapter.tensors.values())
         }
         if not found:
-            there = (
-                ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
-            )
             raise AdapterNotFound(
-                f"no adapter emits '{_CHOSEN}' and holds a buffer '{bias}'; there is {there}",
+                f"no adapter emits '{_CHOSEN}' and holds a buffer '{bias}'; there is {list_adapters(adapters)}",
                 next_step="compile with a method that chooses by a score and a bias",
             )
         self.methods = tuple(found)  # type: ignore[misc]  # which they are is known of this model alone

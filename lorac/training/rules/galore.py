@@ -12,7 +12,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -117,17 +117,11 @@ class GaLore(Optimizer, ABC):
             self._update(tensor, group)
             tensor.grad = None
 
-        handles = [
-            tensor.register_post_accumulate_grad_hook(functools.partial(step, group))
-            for group in self.param_groups
-            for tensor in group["params"]
-            if tensor.requires_grad
-        ]
-        try:
+        with ExitStack() as hooks:
+            for group in self.param_groups:
+                for tensor in [one for one in group["params"] if one.requires_grad]:
+                    hooks.enter_context(tensor.register_post_accumulate_grad_hook(functools.partial(step, group)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def load_state_dict(self, state_dict: State) -> None:
         """Load a state as torch does, but keep dtypes: torch would cast 8-bit moments."""
