@@ -16,11 +16,13 @@ import argparse
 import ast
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -64,7 +66,7 @@ def serve(folder: Path) -> None:
     """Serve a folder and print the port.
 
     ``/loop`` answers with the event loop's longest time between two looks since it was last asked, in seconds of wall
-    time and of processor time, and with the server's processor time.
+    time and of processor time, without and for the garbage collector, and with the server's processor time.
     """
     import uvicorn
 
@@ -77,19 +79,28 @@ def serve(folder: Path) -> None:
     compiled = lorac.load(folder / "model")
     with AdapterStore(compiled, folder / "store") as store:
         app = build_app(compiled, settings, store=store)
-        waits, works = [0.0], [0.0]
+        waits, works, collected, main = [0.0], [0.0], [0.0, 0.0, 0.0], threading.get_ident()
+
+        def note_collection(phase: str, _: object) -> None:
+            if threading.get_ident() == main and phase == "start":
+                collected[0] = time.thread_time()
+            elif threading.get_ident() == main:
+                spent = time.thread_time() - collected[0]
+                collected[1:] = collected[1] + spent, max(collected[2], spent)
+
+        gc.callbacks.append(note_collection)
 
         async def watch() -> None:
             while True:
-                begun, used = time.perf_counter(), time.thread_time()
+                begun, used = time.perf_counter(), time.thread_time() - collected[1]
                 await asyncio.sleep(0.005)
                 waits[0] = max(waits[0], time.perf_counter() - begun - 0.005)
-                works[0] = max(works[0], time.thread_time() - used)
+                works[0] = max(works[0], time.thread_time() - collected[1] - used)
 
         @app.get("/loop")
-        async def loop() -> tuple[float, float, float]:
-            found = waits[0], works[0], time.process_time()
-            waits[0] = works[0] = 0.0
+        async def loop() -> tuple[float, float, float, float]:
+            found = waits[0], works[0], collected[2], time.process_time()
+            waits[0] = works[0] = collected[2] = 0.0
             return found
 
         server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="critical"))
@@ -232,6 +243,7 @@ class Measured:
         seconds: of each.
         failed: how many were not answered.
         wait, work: the event loop's longest time between two looks, in seconds of wall time and of processor time.
+        collection: the longest of Python's garbage collector in the loop's thread, which ``work`` leaves out.
         wall, server: seconds that passed, and those of processor time that the server took.
     """
 
@@ -239,6 +251,7 @@ class Measured:
     failed: int = 0
     wait: float = 0.0
     work: float = 0.0
+    collection: float = 0.0
     wall: float = 0.0
     server: float = 0.0
 
@@ -249,15 +262,24 @@ class Measured:
 
     def measure(self, client: httpx2.Client, requests: int) -> None:
         """Send requests, one after the other."""
-        first, started = client.get("/loop").json()[2], time.perf_counter()
+        first, started = client.get("/loop").json()[3], time.perf_counter()
         for seed in range(requests):
             begun = time.perf_counter()
             answer = client.post("/v1/completions", json=_fields(seed=seed, max_tokens=12))
             self.failed += answer.status_code != 200
             self.seconds.append(time.perf_counter() - begun)
-        wait, work, last = client.get("/loop").json()
-        self.wait, self.work, self.server = max(self.wait, wait), max(self.work, work), self.server + last - first
+        wait, work, collection, last = client.get("/loop").json()
+        self.wait, self.work = max(self.wait, wait), max(self.work, work)
+        self.collection, self.server = max(self.collection, collection), self.server + last - first
         self.wall += time.perf_counter() - started
+
+
+def rest(client: httpx2.Client) -> None:
+    """Wait until the server has nothing more to do."""
+    used = -1.0
+    while (now := client.get("/loop").json()[3]) - used > 0.05:
+        used = now
+        time.sleep(0.5)
 
 
 def compare(client: httpx2.Client, name: str, requests: int, seed: int) -> bool:
@@ -267,6 +289,7 @@ def compare(client: httpx2.Client, name: str, requests: int, seed: int) -> bool:
     """
     alone, beside, cpu, count = Measured(), Measured(), 0.0, Counter[int]()
     for turn in range(_TURNS):
+        rest(client)
         alone.measure(client, requests // _TURNS)
         with _started(_HOSTILE, name, client.base_url.port, "--seed", seed + 1000 * turn) as hostile:
             time.sleep(_WAIT)
@@ -276,7 +299,9 @@ def compare(client: httpx2.Client, name: str, requests: int, seed: int) -> bool:
         count.update(ast.literal_eval(statuses))
     times = beside.late / alone.late
     row = f"{name:17}{alone.late * 1e3:6.0f} ms {beside.late * 1e3:6.0f} ms {times:6.2f}"
-    loop = f"{beside.work * 1e3:.0f} ms ({alone.wait * 1e3:.0f} to {beside.wait * 1e3:.0f} ms)"
+    loop = (
+        f"{beside.work * 1e3:.0f}, {beside.collection * 1e3:.0f} ms ({alone.wait * 1e3:.0f} to {beside.wait * 1e3:.0f})"
+    )
     cores = f"{beside.server / beside.wall:.2f}, {cpu / (beside.wall + _WAIT * _TURNS):.2f}"
     print(f"{row}  {loop}; {cores}; {beside.failed}; {dict(sorted(count.items()))}", flush=True)
     return times > MOST_TIMES or beside.work > MOST_PAUSE or beside.failed > 0
@@ -307,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=head, timeout=300) as client:
                 Measured().measure(client, 20)
                 print(
-                    "next to       95 % alone, with it, times; loop; cores of the server, the hostile; failed; statuses"
+                    "next to       95 % alone, with it, times; loop, collector (wall); cores of both; failed; statuses"
                 )
                 names = given.attack or ATTACKS
                 bad = [name for name in names if compare(client, name, given.requests, given.seed)]

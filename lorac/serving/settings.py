@@ -96,13 +96,8 @@ class StoreQuotas:
         Raises:
             AdapterError: it has more sites, or a larger rank, than an adapter may.
         """
-        for found, most, what in (
-            (size.rank, self.rank, f"rank {size.rank}"),
-            (size.sites, self.sites, f"{size.sites} sites"),
-        ):
-            if found > most:
-                raise AdapterError(
-                    f"adapter '{name}' has {what}",
-                    next_step=f"the most that this server admits is {most}",
-                    code="over_quota",
-                )
+        rank = size.rank > self.rank
+        if rank or size.sites > self.sites:
+            what, most = (f"rank {size.rank}", self.rank) if rank else (f"{size.sites} sites", self.sites)
+            step = f"the most that this server admits is {most}"
+            raise AdapterError(f"adapter '{name}' has {what}", next_step=step, code="over_quota")

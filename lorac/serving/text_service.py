@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeAlias, final
 
@@ -63,7 +62,7 @@ class TextService:
         self._defaults: JsonMapping = traits.generation or {}
         model_type = str(getattr(traits.config, "model_type", ""))
         self._template = find_response_template(self._tokenizer, model_type)
-        self._lock = threading.Lock()
+        self._tokenizer("")  # no later call changes its padding and truncation, so that threads may share it
 
     def begin_chat(self, fields: ChatFields, tenant: str) -> SubmittedText:
         """Submit a chat request.
@@ -180,10 +179,9 @@ class TextService:
         if not self._tokenizer.chat_template:
             raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
         try:
-            with self._lock:
-                found = self._tokenizer.apply_chat_template(
-                    turns, tools=tools or None, add_generation_prompt=True, return_dict=True
-                )
+            found = self._tokenizer.apply_chat_template(
+                turns, tools=tools or None, add_generation_prompt=True, return_dict=True
+            )
         except Exception as error:  # a template is a program of the model's author, and may raise anything
             reason = str(error).strip().partition("\n")[0]
             raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
@@ -192,8 +190,7 @@ class TextService:
     def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):
             return prompt
-        with self._lock:  # it keeps settings of padding, which calls change
-            ids = self._tokenizer(prompt)["input_ids"]
+        ids = self._tokenizer(prompt)["input_ids"]
         if not ids:
             raise RefusedField("prompt", "is empty")
         return ids

@@ -19,9 +19,7 @@ import pytest
 
 from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.serving import build_app
-from lorac.serving.requests.chat_fields import TokenizeFields
 from lorac.serving.store import AdapterStore, StoreQuotas
-from lorac.serving.text_service import TextService
 from tests.serving.models import serve, settings
 from tests.serving.test_limits import CHAT, ENDLESS, log, wait_until
 
@@ -138,7 +136,8 @@ def list_handles() -> list[str]:
 
 
 def test_a_chunked_upload_is_counted_as_it_comes(alice: httpx2.Client, store: AdapterStore) -> None:
-    content = (bytes(10_000) for _ in range(6))
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="y"\r\n\r\n'
+    content = (part * (not number) + bytes(10_000) for number in range(6))
     headers = {"content-type": "multipart/form-data; boundary=x"}
     refused = alice.post("/v1/adapters", content=content, headers=headers)
     assert (refused.status_code, "bytes of uploads" in refused.text) == (429, True), refused.text
@@ -173,27 +172,27 @@ def test_one_tenants_slow_uploads_do_not_hold_another(
         reader.join()
 
 
-def test_one_tenants_slow_requests_do_not_hold_another(
-    alice: httpx2.Client, bob: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+def test_one_tenants_long_texts_do_not_hold_another(
+    small: Any, alice: httpx2.Client, bob: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, running = threading.Event(), list[str]()
 
-    def slow(service: TextService, fields: TokenizeFields) -> dict[str, object]:
-        running.append(fields.model)
-        assert fields.model == "bob" or opened.wait(60)
-        return {}
+    def tokenize(text: str) -> dict[str, list[int]]:
+        running.append(text)
+        assert text == "short" or opened.wait(60)
+        return {"input_ids": [1]}
 
-    monkeypatch.setattr(TextService, "tokenize", slow)
+    monkeypatch.setattr(small[0].state.text, "_tokenizer", tokenize)
 
-    def send(client: httpx2.Client, name: str) -> int:
-        return client.post("/tokenize", json={"model": name, "prompt": "x"}).status_code
+    def send(client: httpx2.Client, text: str) -> int:
+        return client.post("/tokenize", json={"prompt": text}).status_code
 
-    waiting = [threading.Thread(target=send, args=(alice, "alice")) for _ in range(3)]
+    waiting = [threading.Thread(target=send, args=(alice, "long")) for _ in range(3)]
     for one in waiting:
         one.start()
-    wait_until(lambda: running == ["alice"])
-    assert send(bob, "bob") == 200
-    assert running == ["alice", "bob"]
+    wait_until(lambda: running == ["long"])
+    assert send(bob, "short") == 200
+    assert running == ["long", "short"], "alice's other requests wait for her first"
     opened.set()
     for one in waiting:
         one.join()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -199,7 +199,9 @@ class GenerationDriver(GenerationMixin, ABC):
         A finished row gets no further tokens, and its later scores are zeros, if an end token finished it: only then
         does transformers pad the row.
         """
-        record = _StepRecord(generation_config, self.output_class)
+        as_object = generation_config.return_dict_in_generate
+        kept_scores: tuple[Tensor, ...] | None = () if as_object and generation_config.output_scores else None
+        kept_logits: tuple[Tensor, ...] | None = () if as_object and generation_config.output_logits else None
         pads = any(getattr(criterion, "eos_token_id", None) is not None for criterion in stopping_criteria)
         pad, state = generation_config._pad_token_tensor, model_kwargs["cache"]
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
@@ -208,12 +210,13 @@ class GenerationDriver(GenerationMixin, ABC):
         while True:
             logits = logits.to(torch.float32)
             scores = logits_processor(input_ids, logits)
-            record.add(scores, logits)
+            kept_scores = None if kept_scores is None else (*kept_scores, scores)
+            kept_logits = None if kept_logits is None else (*kept_logits, logits)
             tokens = self._draw(scores) if generation_config.do_sample else take_likeliest(scores)
             if pads:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, record.scores)
+            unfinished = unfinished & ~stopping_criteria(input_ids, kept_scores)
             if streamer is not None:
                 streamer.put(tokens.cpu())
             if not unfinished.any():
@@ -221,7 +224,10 @@ class GenerationDriver(GenerationMixin, ABC):
             logits = state.step(self.program.decode, tokens, unfinished.tolist() if pads else all_rows)
         if streamer is not None:
             streamer.end()
-        return record.build_output(input_ids, self._returned_cache(state))
+        if not as_object:
+            return input_ids
+        cache = self._returned_cache(state)
+        return self.output_class(sequences=input_ids, scores=kept_scores, logits=kept_logits, cache=cache)
 
     def _draw(self, scores: Tensor) -> Tensor:
         """Draw a token for each row."""
@@ -252,36 +258,3 @@ def take_likeliest(scores: Tensor) -> Tensor:
         scores: (rows, vocabulary).
     """
     return torch.from_numpy(scores.detach().cpu().numpy().argmax(-1)).to(scores.device)
-
-
-@dataclass
-class _StepRecord:
-    """The scores and logits of each step, as far as the caller asked for them.
-
-    Attributes:
-        config: the caller's configuration.
-        output_class: the class of an output that holds them.
-    """
-
-    config: GenerationConfig
-    output_class: Callable[..., ModelOutput]
-    scores: tuple[Tensor, ...] | None = field(init=False)
-    logits: tuple[Tensor, ...] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        as_object = self.config.return_dict_in_generate
-        self.scores = () if as_object and self.config.output_scores else None
-        self.logits = () if as_object and self.config.output_logits else None
-
-    def add(self, scores: Tensor, logits: Tensor) -> None:
-        """Add one step."""
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-
-    def build_output(self, sequences: Tensor, cache: DecodingState | None) -> Tensor | ModelOutput:
-        """Return the sequences, or transformers' output object."""
-        if not self.config.return_dict_in_generate:
-            return sequences
-        return self.output_class(sequences=sequences, scores=self.scores, logits=self.logits, cache=cache)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,52 +25,44 @@ if TYPE_CHECKING:
     from transformers.utils.generic import ModelOutput
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EagerGeneration:
-    """One run of some rows by the model itself.
+def generate_eagerly(
+    graph: str,
+    request: GenerateRequest,
+    options: Mapping[str, object],
+    seeds: int | list[int] | None,
+    bound: BoundProgram,
+    state: ChoiceState,
+    draft: BoundProgram | None,
+) -> torch.Tensor | ModelOutput:
+    """Generate some rows in one run of the model itself.
 
-    Attributes:
+    Args:
         graph: which of several models.
         request: the options as the caller gave them.
         options: options and inputs as transformers takes them.
         seeds: one for the run, alone or in a list.
+        bound, state: the choice of adapters.
+        draft: the choice that drafts tokens.
     """
+    seed = seeds[0] if isinstance(seeds, list) else seeds
+    branches = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
+    reads = [parse_value_name(name) for slot in branches for name in slot.reads]
+    # No cache holds the keys of a branch that attends by itself, or of a pass before the call's own.
+    whole = any(slot.mixes for slot in branches) or any(kind in {BASE, PASS} for kind, _ in reads)
+    extra: dict[str, object] = {"use_cache": False} if whole else {}
 
-    graph: str
-    request: GenerateRequest
-    options: Mapping[str, object]
-    seeds: int | list[int] | None
+    def generate(model: Any) -> torch.Tensor | ModelOutput:
+        if draft is not None:
+            extra["assistant_model"] = DraftModel(model, functools.partial(draft.run_with_model, graph), request)
+        with contextlib.ExitStack() as stack:
+            if seed is not None:
+                stack.enter_context(preserve_random_state(model))
+                torch.manual_seed(seed)
+            if (INPUT, MASK) in reads:
+                stack.enter_context(_pass_mask(model))
+            return model.generate(**{**options, **extra})
 
-    def __call__(
-        self, bound: BoundProgram, state: ChoiceState, draft: BoundProgram | None
-    ) -> torch.Tensor | ModelOutput:
-        """Generate.
-
-        Args:
-            bound, state: the choice of adapters.
-            draft: the choice that drafts tokens.
-        """
-        seed = self.seeds[0] if isinstance(self.seeds, list) else self.seeds
-        branches = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
-        reads = [parse_value_name(name) for slot in branches for name in slot.reads]
-        # No cache holds the keys of a branch that attends by itself, or of a pass before the call's own.
-        whole = any(slot.mixes for slot in branches) or any(kind in {BASE, PASS} for kind, _ in reads)
-        extra: dict[str, object] = {"use_cache": False} if whole else {}
-
-        def generate(model: Any) -> torch.Tensor | ModelOutput:
-            if draft is not None:
-                extra["assistant_model"] = DraftModel(
-                    model, functools.partial(draft.run_with_model, self.graph), self.request
-                )
-            with contextlib.ExitStack() as stack:
-                if seed is not None:
-                    stack.enter_context(preserve_random_state(model))
-                    torch.manual_seed(seed)
-                if (INPUT, MASK) in reads:
-                    stack.enter_context(_pass_mask(model))
-                return model.generate(**{**self.options, **extra})
-
-        return bound.run_with_model(self.graph, generate)
+    return bound.run_with_model(graph, generate)
 
 
 def refuse_prompt_cache(prompt_cache: object, why: str) -> None:

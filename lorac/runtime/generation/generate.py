@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
 from lorac.runtime.batching import check_rows
 from lorac.runtime.choice_switch import RowGroup
-from lorac.runtime.generation.eager_generation import EagerGeneration, refuse_prompt_cache
+from lorac.runtime.generation.eager_generation import generate_eagerly, refuse_prompt_cache
 from lorac.runtime.generation.output_merger import OutputMerger, select_rows
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
@@ -243,12 +244,8 @@ class _GenerateCall:
     def _make_run(self, group: RowGroup, options: dict[str, object], prompts: Prompts | None) -> Run:
         if not self._over_cache:
             refuse_prompt_cache(self.prompt_cache, "the model's own generation keeps no prompts between calls")
-            return EagerGeneration(
-                graph=self.graph,
-                request=self.request,
-                options=cast_tensors(options, self.model.input_dtypes),
-                seeds=self.seeds,
-            )
+            cast = cast_tensors(options, self.model.input_dtypes)
+            return functools.partial(generate_eagerly, self.graph, self.request, cast, self.seeds)
         from lorac.runtime.generation.cached_generation import CachedGeneration
 
         if self.token_inputs[0] != IDS:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Mapping, Sequence, Set
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +29,7 @@ _SHARED, _RECENT = 4, 60.0
 """The number of rows from which on some are kept for tenants, and the seconds for which a request lets them be."""
 
 
-class Scheduler:
+class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
     """A compiled model that answers many requests at once, in a thread of its own.
 
     A step computes one token for every running row and a chunk of each prompt, in one engine call whatever adapters
@@ -173,12 +173,7 @@ class Scheduler:
         self._thread.join()
         atexit.unregister(self.close)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _work(self) -> None:

@@ -123,16 +123,13 @@ class TokenStream:
         """End the request by its deadline, which is now."""
         self._ends_at = 0.0
 
-    def put(self, token: TextToken) -> None:
-        """Give the reader a token."""
-        self._put(token)
-
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """End the stream; the reader's loop ends, or raises the error."""
         self.reason = reason
-        self._put(error)
+        self.put(error)
 
-    def _put(self, item: TextToken | BaseException | None) -> None:
+    def put(self, item: TextToken | BaseException | None) -> None:
+        """Give the reader a token, an error, or None at the end."""
         self._items.put(item)
         if (wake := self._wake) is not None:
             try:
