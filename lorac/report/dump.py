@@ -46,6 +46,7 @@ class Row:
         modules: all modules around it, outermost first; the n-th further call of one ends in ``@n``.
         site: the site that it belongs to, or None.
         adapted: whether it is a whole call of an adapted site.
+        stored: public names of the slots, and names of the weights and constants, that it reads -> dtype and shape.
     """
 
     kind: str
@@ -58,6 +59,12 @@ class Row:
     modules: tuple[str, ...] = ()
     site: str | None = None
     adapted: bool = False
+    stored: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        """The op; empty for inputs and outputs."""
+        return "" if self.kind != "value" else self.text.removeprefix("adapted ").partition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ class _GraphDumper:
         self.sizes: dict[object, str] = {}
         self.types: dict[int, str] = {}
         self.index: dict[fx.Node, int] = {}
+        self.stored: dict[str, str] = {}
         self.names = ValueNames()
         self.scopes = ModuleScopes([n for n in self.fx.nodes if n.op not in ("placeholder", "output")])
 
@@ -217,9 +225,10 @@ class _GraphDumper:
         if node.op == "output":
             for value in node.args[0]:  # type: ignore[union-attr]  # an output node holds a tuple
                 refs: list[int] = []
+                self.stored = {}
                 text = self._operand(value, refs)
                 example = value.meta.get("val") if isinstance(value, fx.Node) else None
-                yield Row("out", "", text, tuple(refs), self._type(example))
+                yield Row("out", "", text, tuple(refs), self._type(example), stored=self.stored)
             return
         value = node.meta.get("val")
         if is_size(value) or (value is None and not node.users):
@@ -230,11 +239,15 @@ class _GraphDumper:
         owner, modules, source = self.scopes.locate(node)
         blocks = self.scopes.blocks_of(modules)
         refs: list[int] = []
+        self.stored = {}
         label, args, kwargs = _op_label(node.target), list(node.args), node.kwargs
         if node.target is ops.adapted:
             call = AdaptedCall.of(node)
             label, args = f"adapted {_op_label(call.op)}", list(call.host)
             kwargs = {role: operand for role, operand in call.operands.items() if operand.op != "placeholder"}
+            for operand in call.operands.values():
+                if operand.op == "placeholder":
+                    self._state(operand)
         elif node.target in ops.SITE_OPS:
             args = list(ops.operands_of(node))
         while args and args[-1] is None:
@@ -247,7 +260,8 @@ class _GraphDumper:
         name = self.names.new(label, owner, blocks, is_result=node in self.scopes.results)
         adapted = find_producing_call(node).target is ops.adapted
         type_ = self._type(node.meta.get("val"))
-        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, self._site(node), adapted)
+        site = self._site(node)
+        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, site, adapted, self.stored)
 
     def _site(self, node: fx.Node) -> str | None:
         """Return the site that a node belongs to; nodes of a fused projection belong to no single site."""
@@ -278,11 +292,13 @@ class _GraphDumper:
 
     def _state(self, node: fx.Node) -> str:
         """Return the label of a parameter, buffer, constant or slot, with its shape."""
-        shape = self._shape(node.meta.get("val"))
+        shape, type_ = self._shape(node.meta.get("val")), self._type(node.meta.get("val"))
         slot = self.slots.get(node.name)
         if slot is not None:
+            self.stored[slot.name] = type_
             return f"{slot_label(slot.site, slot.role)}{shape}!"
         _, target = self.graph.inputs.get(node.name, (None, None))
+        self.stored[str(target or node.target)] = type_
         return parameter_label(str(target or node.target)) + shape
 
     def _is_input(self, node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorac.errors import OptionError, Unavailable, nearest_name
 from lorac.ir.graph.graph import Level, Skip
@@ -17,6 +18,9 @@ from lorac.report.picture.page_data import PictureContext
 from lorac.report.printer import AdapterNotes, SectionPrinter, diff_dumps, to_text
 from lorac.report.sections import Section, build_sections, extract_module, find_drawn, group_items
 from lorac.storage.paths import translate_os_errors
+
+if TYPE_CHECKING:
+    import networkx
 
 _TRACED = Level.TRACED.name.lower()
 
@@ -118,6 +122,16 @@ class GraphView:
         """Return the graph in Graphviz's language."""
         return to_dot(self.dump, self._context().notes)
 
+    def to_networkx(self) -> networkx.DiGraph:
+        """Return the graph of values for networkx: a node for each value, weight and slot, an edge to each reader.
+
+        Nodes are called by the path of their module and their op, weights and slots by their own names. A node has the
+        attributes ``kind`` ("in", "value", "out", "weight" or "slot"), ``op``, ``shape`` (dtype and sizes), ``source``
+        (file and line), ``site`` and ``slot`` (its letter), each where there is one. An edge has the dtype and sizes of
+        what it carries as ``value``.
+        """
+        return to_networkx(self.dump)
+
     def to_html(self, path: str | Path) -> Path:
         """Write a self-contained page that draws the graph, and return its path."""
         return _write_page(path, {self.dump.name: self}, self._context())
@@ -154,6 +168,13 @@ class GraphViews(dict[str, GraphView]):
         """Return all graphs in Graphviz's language, one after another."""
         return "\n".join(view.to_dot() for view in self.values())
 
+    def to_networkx(self) -> networkx.DiGraph:
+        """Return all graphs for networkx; of several, the names of nodes begin with that of their graph and a colon."""
+        import networkx
+
+        graphs = [view.to_networkx() for view in self.values()]
+        return networkx.union_all(graphs, rename=[f"{name}:" for name in self if len(self) > 1])
+
     def to_html(self, path: str | Path) -> Path:
         """Write a self-contained page that draws all graphs, and return its path."""
         return _write_page(path, self, self._context())
@@ -171,6 +192,26 @@ def _write_page(path: str | Path, views: Mapping[str, GraphView], context: Pictu
     with translate_os_errors(target, OptionError, "written"):
         target.write_text(page, encoding="utf-8")
     return target
+
+
+def to_networkx(dump: Dump) -> networkx.DiGraph:
+    """Return a dump as a graph of networkx (``GraphView.to_networkx``)."""
+    import networkx
+
+    graph, names = networkx.DiGraph(name=dump.name), list[str]()
+    for name, shape in {name: shape for row in dump.rows for name, shape in row.stored.items()}.items():
+        slot = {"slot": name.rpartition(":")[2], "site": dump.slots[name]} if name in dump.slots else {}
+        graph.add_node(name, kind="slot" if slot else "weight", shape=shape, **slot)
+    for row in dump.rows:
+        name = f"{row.blocks[-1]}.{row.name}" if row.blocks else row.name or "output"
+        while name in graph:
+            name += "'"
+        facts = {"op": row.op, "shape": row.type, "source": row.source, "site": row.site}
+        graph.add_node(name, kind=row.kind, **{key: value for key, value in facts.items() if value})
+        for operand in (*(names[ref] for ref in row.refs), *row.stored):
+            graph.add_edge(operand, name, value=graph.nodes[operand].get("shape", ""))
+        names.append(name)
+    return graph
 
 
 _COLORS = {"in": "#dbe9f6", "out": "#dbe9f6", "live": "#fde3c8", "fused": "#e4dcf3", "bare": "#f2f2f2"}

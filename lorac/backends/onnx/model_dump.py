@@ -42,6 +42,7 @@ class _ModelDumper:
         self.types = {value.name: _format_type(value) for value in values}
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.index: dict[str, int] = {}
+        self.stored: dict[str, str] = {}
         self.names = ValueNames()
 
     def dump(self) -> Dump:
@@ -64,10 +65,14 @@ class _ModelDumper:
 
     def _row(self, node: onnx.NodeProto, modules: tuple[str, ...]) -> Row:
         refs: list[int] = []
+        self.stored = {}
         operands = [self._operand(name, refs) for name in node.input]
         text = " ".join(part for part in (node.op_type, ", ".join([*operands, *_format_attributes(node)])) if part)
         # A node reads the values that the branches behind its condition read.
-        inner = [self.index[name] for name in _walk_subgraph_inputs(node) if name in self.index]
+        names = dict.fromkeys(_walk_subgraph_inputs(node))
+        inner = [self.index[name] for name in names if name in self.index]
+        for name in names.keys() & (self.slots.keys() | self.constants.keys()):
+            self._operand(name, [])
         refs.extend(ref for ref in inner if ref not in refs)
         text += "".join(f"; {REF}" for _ in range(text.count(REF), len(refs)))
         owner = modules[-1] if modules else ""
@@ -76,7 +81,8 @@ class _ModelDumper:
         site = owner if owner in self.sites and owner not in self.containers else None
         name = self.names.new(node.op_type, owner, blocks)
         type_ = ", ".join(self.types.get(output, "") for output in node.output if output)
-        return Row("value", name, text, tuple(refs), type_, source_of(read_metadata(node)), blocks, modules, site)
+        source = source_of(read_metadata(node))
+        return Row("value", name, text, tuple(refs), type_, source, blocks, modules, site, stored=self.stored)
 
     def _operand(self, name: str, refs: list[int]) -> str:
         if name in self.index:
@@ -84,8 +90,14 @@ class _ModelDumper:
             return REF
         slot = self.slots.get(name)
         if slot is not None:
+            self.stored[name] = self.types[name]
             return slot_label(slot.site, slot.role) + self.types[name].partition("[")[2].join(["[", ""]) + "!"
-        return _format_constant(self.constants[name]) if name in self.constants else name or "–"
+        tensor = self.constants.get(name)
+        if tensor is None:
+            return name or "–"
+        dtype = short_dtype(str(helper.tensor_dtype_to_np_dtype(tensor.data_type)))
+        self.stored[name] = f"{dtype}{list(tensor.dims)}"
+        return _format_constant(tensor)
 
 
 def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:

@@ -5,8 +5,8 @@ depend on the same of its boxes. Neighbours in one list of modules are drawn as 
 adapters included, and where each reads its predecessor's inputs or its outputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from lorac.report.dump import Dump, Row, short_path
 from lorac.report.sections import Section, find_drawn, nest_rows, path_stem, relative_path
@@ -78,29 +78,12 @@ def build_boxes(dump: Dump, site_keys: Mapping[str, str]) -> Box:
     return _BoxBuilder(dump, site_keys).build()
 
 
-@dataclass
-class _BoxItems:
-    """The items of one box: neighbouring identical sections, the row of a site, or loose rows that belong together.
-
-    Attributes:
-        items: rows by index, or sections.
-        is_loose: whether these are loose rows.
-        is_input: whether this is an input of the graph.
-        depends: numbers of the boxes that it depends on, without loose rows and inputs.
-    """
-
-    items: list[int | Section]
-    is_loose: bool = False
-    is_input: bool = False
-    depends: frozenset[int] = field(default_factory=frozenset)
-
-
 class _BoxBuilder:
     def __init__(self, dump: Dump, site_keys: Mapping[str, str]) -> None:
         self.dump, self.site_keys = dump, site_keys
         self.rows = dump.rows
         # Links begin at the operand of a cast that changes no type.
-        casts = [(n, row) for n, row in enumerate(dump.rows) if row.refs and _op_name(row) == "to"]
+        casts = [(n, row) for n, row in enumerate(dump.rows) if row.refs and row.op == "to"]
         self.drawn_as = {n: row.refs[0] for n, row in casts if dump.rows[row.refs[0]].type == row.type}
         self._keys: dict[int, tuple[object, ...]] = {}
         with_rows = {row.site for row in dump.rows if row.site}
@@ -127,18 +110,18 @@ class _BoxBuilder:
                 runs.append([item])
         return tuple(self._box(bundle, section.path) for bundle in _bundle_items(self.rows, runs))
 
-    def _box(self, bundle: _BoxItems, outer: str) -> Box:
-        first = bundle.items[0]
+    def _box(self, items: list[int | Section], outer: str) -> Box:
+        first = items[0]
         if isinstance(first, int):
-            rows = sorted(item for item in bundle.items if isinstance(item, int))
+            rows = [item for item in items if isinstance(item, int)]
             row = self.rows[rows[0]]
             if row.kind != "value":
                 title = row.name if row.kind == "in" else "output"
                 return Box(row.kind, "", title, row.type, tuple(rows))
             if row.site is not None:
-                return Box("site", outer, _inner_path(row.site, outer), _op_name(row), tuple(rows), sites=(row.site,))
+                return Box("site", outer, _inner_path(row.site, outer), row.op, tuple(rows), sites=(row.site,))
             return Box("ops", outer, *self._summarize(rows), tuple(rows))
-        copies = [item for item in bundle.items[1:] if isinstance(item, Section)]
+        copies = [item for item in items[1:] if isinstance(item, Section)]
         for copy in copies:
             self.drawn_as |= dict(zip(copy.rows(), first.rows(), strict=True))
         box = self._box_of_section(first, outer)
@@ -151,7 +134,7 @@ class _BoxBuilder:
         sites = {row.site for index in rows if (row := self.rows[index]).site}
         is_leaf = all(isinstance(item, int) for item in section.items)
         if is_leaf and sites == {section.path}:
-            about = _op_name(self.rows[rows[0]]) if len(rows) == 1 else name
+            about = self.rows[rows[0]].op if len(rows) == 1 else name
             return Box("site", section.call, title, about, rows, sites=(section.path,))
         if is_leaf and not sites:
             return Box("module", section.call, title, name or self._summarize(rows)[0], rows)
@@ -159,7 +142,7 @@ class _BoxBuilder:
 
     def _summarize(self, rows: Sequence[int]) -> tuple[str, str]:
         """Return the first few telling operations of loose rows, and the number of all."""
-        ops = [_op_name(self.rows[index]) for index in rows]
+        ops = [self.rows[index].op for index in rows]
         named = list(dict.fromkeys([op for op in ops if op.lower() not in _LAYOUT_OPS] or ops))
         more = f" +{len(named) - _MAX_NAMED_OPS}" if len(named) > _MAX_NAMED_OPS else ""
         return " · ".join(named[:_MAX_NAMED_OPS]) + more, f"{len(ops)} ops" if len(ops) > 1 else ""
@@ -200,40 +183,37 @@ class _BoxBuilder:
         return list(dict.fromkeys(ref for ref in refs if ref not in inside))
 
 
-def _bundle_items(rows: Sequence[Row], runs: Sequence[list[int | Section]]) -> list[_BoxItems]:
-    """Return the items of each box of a section, such that no boxes depend on each other in a circle.
+def _bundle_items(rows: Sequence[Row], runs: Sequence[list[int | Section]]) -> Iterator[list[int | Section]]:
+    """Yield the items of each box of a section, such that no boxes depend on each other in a circle.
 
     Loose rows are together where one reads the other and both depend on the same boxes of the section.
     """
-    bundles: list[_BoxItems] = []
-    bundle_of: dict[int, int] = {}
-    for run in runs:
-        indices = [row for item in run for row in ([item] if isinstance(item, int) else item.rows())]
-        read = {bundle_of[ref] for index in indices for ref in rows[index].refs if ref in bundle_of}
-        boxes = {n for n in read if not bundles[n].is_loose and not bundles[n].is_input}
-        depends = frozenset(boxes).union(*(bundles[n].depends for n in read))
-        first = rows[run[0]] if isinstance(run[0], int) else None
-        is_loose = first is not None and first.kind == "value" and first.site is None
-        joined = [n for n in sorted(read) if is_loose and bundles[n].is_loose and bundles[n].depends == depends]
-        place = joined[0] if joined else len(bundles)
-        if not joined:
-            bundles.append(_BoxItems([], is_loose, first is not None and first.kind == "in", depends))
-        bundles[place].items.extend(run)
-        bundle_of |= dict.fromkeys(indices, place)
-        for other in joined[1:]:
-            bundle_of |= {row: place for row, n in bundle_of.items() if n == other}
-            bundles[place].items.extend(bundles[other].items)
-            bundles[other].items.clear()
-    return [bundle for bundle in bundles if bundle.items]
+    import networkx
+
+    run_of = {row: n for n, run in enumerate(runs) for item in run for row in _rows_of(item)}
+    reads = networkx.DiGraph()
+    reads.add_nodes_from(range(len(runs)))
+    reads.add_edges_from((run_of[ref], n) for row, n in run_of.items() for ref in rows[row].refs if ref in run_of)
+    single = {n: rows[run[0]] for n, run in enumerate(runs) if isinstance(run[0], int)}
+    loose = {n for n, row in single.items() if row.kind == "value" and row.site is None}
+    boxes = {n for n in reads if n not in loose and (n not in single or single[n].kind != "in")}
+    depends: dict[int, frozenset[int]] = {}
+    for n in reads:  # a run reads itself and earlier ones
+        depends[n] = frozenset().union(*(depends[m] | ({m} & boxes) for m in reads.pred[n] if m != n))
+    alike = networkx.Graph()
+    alike.add_nodes_from(reads)
+    alike.add_edges_from((m, n) for m, n in reads.edges if {m, n} <= loose and depends[m] == depends[n])
+    for together in networkx.connected_components(alike):
+        yield [item for n in sorted(together) for item in runs[n]]
+
+
+def _rows_of(item: int | Section) -> Iterable[int]:
+    return [item] if isinstance(item, int) else item.rows()
 
 
 def _inner_path(path: str, outer: str) -> str:
     """Return a module's path, relative to the module around it."""
     return relative_path(path, outer) or short_path(path)
-
-
-def _op_name(row: Row) -> str:
-    return row.text.removeprefix("adapted ").partition(" ")[0]
 
 
 def _innermost_box(box: Box, site: str) -> Box | None:
