@@ -65,7 +65,7 @@ def test_only_values_have_an_op(graph: nx.DiGraph) -> None:
     assert {kind for name, kind in graph.nodes(data="kind") if graph.nodes[name].get("op")} == {"value"}
 
 
-def test_tells_what_an_adapter_changes(graph: nx.DiGraph) -> None:
+def test_finds_the_outputs_that_a_slot_reaches(graph: nx.DiGraph) -> None:
     outputs = [name for name, kind in graph.nodes(data="kind") if kind == "out"]
     reached = {slot: [name in nx.descendants(graph, slot) for name in outputs] for slot in ("first:b", "aside:b")}
     assert reached == {"first:b": [True, False], "aside:b": [False, True]}
