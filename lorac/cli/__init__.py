@@ -10,6 +10,7 @@ Exit codes, for scripts:
 """
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -64,6 +65,8 @@ def main() -> None:
     Raises:
         SystemExit: always.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a code page of Windows lacks letters that are printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = _run_app()
     try:
         sys.stdout.flush()

@@ -214,11 +214,11 @@ def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> 
         places = {name: shard for shard in source.tensors.shards for name in tensors.outline(shard)}
         index = {**source.tensors.index, "weight_map": dict(sorted(places.items()))}
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
-        (staged / source.tensors.index_name).write_text(dump_json(index, indent=2))
+        (staged / source.tensors.index_name).write_text(dump_json(index, indent=2), encoding="utf-8")
     is_untied = bool(tensors.added) and getattr(source.view.module.config, TIES, None) is False
     if is_untied or not isinstance(source.tensors, ShardedTensors):
         config = _untie_config(source.config) if is_untied else source.config
-        (staged / CONFIG).write_text(dump_json(config, indent=2))
+        (staged / CONFIG).write_text(dump_json(config, indent=2), encoding="utf-8")
     return size
 
 

@@ -9,6 +9,10 @@ Where the system cannot exchange folders, three renames through the workshop do 
 leaves no target, and the old folder in its workshop. ``recover_folder``, which every reader and writer calls first,
 moves it back.
 
+Windows locks no folders, so two writers of one folder at a time may each keep a part of the other's files there. It
+refuses to replace or move files that are open or mapped, such as those of a loaded artifact: writing then fails, and
+the old content stays.
+
 A writer states which files of a folder are its own. All others are kept: they are linked into the new folder before it
 takes the old one's place, and files that appeared or changed meanwhile are transferred afterwards.
 """
@@ -25,9 +29,6 @@ from typing import TypeVar
 
 from lorac.errors import LoracError
 from lorac.storage.process_folders import find_process_folders, make_process_folder, remove_abandoned
-
-if sys.platform != "win32":
-    import fcntl
 
 MANIFEST = "manifest.json"
 """The file by which the folder of a compiled model is recognised."""
@@ -176,7 +177,7 @@ def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     if path.is_symlink() or not (path.is_file() or (path.is_dir() and sys.platform != "win32")):
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows flushes what it may write
     try:
         os.fsync(handle)
     finally:
@@ -197,11 +198,9 @@ def _exchange(one: Path, other: Path) -> None:
 
 def _exchange_in_one_step(one: Path, other: Path) -> bool:
     """Exchange two folders by one system call; return False where that is not possible."""
-    if sys.platform != "linux":
-        return False
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # an older C library
+    except (AttributeError, TypeError):  # an older C library, or another system's
         return False
     if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
@@ -214,18 +213,15 @@ def _exchange_in_one_step(one: Path, other: Path) -> bool:
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Admit one process or thread at a time, where the file system has locks; the system unlocks for a killed one."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as unlock:
         if sys.platform != "win32":
-            _lock(folder, stack)
+            import fcntl
+
+            with contextlib.suppress(OSError):  # the file system has none
+                handle = os.open(folder, os.O_RDONLY)
+                unlock.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _lock(folder: Path, unlock: contextlib.ExitStack) -> None:
-    """Lock a folder until a stack is closed; do nothing where the file system has no locks."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        unlock.callback(os.close, handle)
-        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _mark(target: Path) -> str:
@@ -279,8 +275,7 @@ def read_consistently(path: Path, read: Callable[[], T]) -> T:
 
 def _identity(path: Path) -> _Stamp | None:
     """Return a key that identifies this file or folder among all that are ever at its path."""
-    try:
+    with contextlib.suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_ctime_ns
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+    return None

@@ -22,18 +22,23 @@ from lorac.errors import ArtifactError, replace_in_errors
 
 _PIECE, _CHUNK = 1 << 25, 1 << 20
 """Bytes that one thread hashes, and bytes that are read at a time."""
+_NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)  # which Windows lacks
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"))
 
 
 def open_handle(where: str | os.PathLike[str], *, follows_links: bool = False, within: int | None = None) -> int:
     """Open a file or folder of a stranger's, without waiting for a pipe, and return its handle.
 
+    On Windows, which cannot open a path only if it is no link, a link that is made at that moment is followed.
+
     Args:
         where: the path.
         follows_links: whether it may be a link.
         within: the handle of the folder that the path begins in.
     """
-    return os.open(where, _FLAGS | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0)), dir_fd=within)
+    if not (follows_links or _NO_LINK) and os.path.islink(where):
+        raise OSError(errno.ELOOP, "it is a link", os.fspath(where))
+    return os.open(where, _FLAGS | (0 if follows_links else _NO_LINK), dir_fd=within)
 
 
 class OpenFile:

@@ -18,7 +18,8 @@ HUB_NAME = re.compile(
 """A name on the hub: the revision stands behind the repository, as in hf:// of its library, or at the end."""
 _STEP = "give the path of a file or folder"
 _LOCAL_STEP = "give a path; names of models and adapters are user/repo, hf://, s3://, gs:// and https://"
-_PORTABLE_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+_DEVICE = r"(?i:con|prn|aux|nul|com\d|lpt\d)"
+_PORTABLE_NAME = re.compile(rf"(?!{_DEVICE}$)[A-Za-z0-9][A-Za-z0-9_-]{{0,63}}", re.ASCII)
 """Names of adapters that every system accepts as file names; on Windows some are devices, with any ending."""
 
 
@@ -56,8 +57,8 @@ def suggest_name(path: Path) -> str | None:
     return f"for the one of that name on the Hugging Face hub: 'hf://{name}'" if HUB_NAME.fullmatch(name) else None
 
 
-_FOREIGN = re.compile(r"[\\:\x00-\x1f\x7f]")
-"""Characters that separate folders, name drives or streams, or end names on some system."""
+_FOREIGN = re.compile(rf"[\\:\x00-\x1f\x7f]|[. ](?:/|$)|(?:^|/){_DEVICE}(?:\.[^/]*)?(?:/|$)")
+"""Characters that separate folders, name drives or streams, or end names on some system; and Windows' devices."""
 
 
 def is_inner_name(name: str) -> bool:
@@ -79,7 +80,7 @@ def find_inner_path(folder: Path, name: str) -> Path | None:
         return None
     parts = name.split("/")
     steps = [folder.joinpath(*parts[: i + 1]) for i in range(len(parts))]
-    return None if any(step.is_symlink() for step in steps) else steps[-1]
+    return None if any(step.is_symlink() or getattr(step, "is_junction", bool)() for step in steps) else steps[-1]
 
 
 def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) -> dict[str, str]:
@@ -92,8 +93,7 @@ def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) ->
     stems: dict[str, str] = {}
     for index, name in enumerate(names):
         taken = name.lower() in {stem.lower() for stem in stems.values()} or (reserved and reserved.fullmatch(name))
-        own = _PORTABLE_NAME.fullmatch(name) and not taken
-        stems[name] = name if own else f"_{index}"
+        stems[name] = name if _PORTABLE_NAME.fullmatch(name) and not taken else f"_{index}"
     return stems
 
 

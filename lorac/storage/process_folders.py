@@ -1,7 +1,8 @@
 """Folders that belong to a process, by which later processes recognise and remove those of a killed one.
 
 Their names are ``<mark>lorac-<host>-<process>-<start>-<random>``. Process ids are reused, and machines may share a
-folder. So a folder counts as abandoned only where this host knows that the process has ended.
+folder. So a folder counts as abandoned only where this host knows that the process has ended. Windows does not say, so
+there those of killed processes stay.
 """
 
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-_NAME = re.compile(r"lorac-([0-9a-f]{8})-(\d+)-(\d+)-\w{8}", re.ASCII)
+_NAME = re.compile(r"lorac-[0-9a-f]{8}-\d+-\d+-\w{8}", re.ASCII)
 _UNKNOWN = "0"
 """Start of a process on systems that do not report it."""
 
@@ -37,9 +38,7 @@ def find_process_folders(parent: Path, mark: str) -> Iterator[Path]:
 def remove_abandoned(parent: Path, mark: str) -> None:
     """Remove the folders with that mark whose process has ended."""
     for path in find_process_folders(parent, mark):
-        found = _NAME.fullmatch(path.name, len(mark))
-        assert found is not None
-        host, process, start = found.groups()
+        _, host, process, start, _ = path.name[len(mark) :].split("-")
         if host == _host() and _started(int(process)) != start:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -72,15 +71,13 @@ def _started(process: int) -> str | None:
             text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
-        fields = text.rpartition(")")[2].split()  # the command before it may contain anything
-        state, start = fields[0], fields[19]
-        return None if state in "ZX" else start
-    if sys.platform == "win32":  # there, sending signal 0 ends a process
-        return _UNKNOWN
+        state, *fields = text.rpartition(")")[2].split()  # the command before it may contain anything
+        return None if state in "ZX" else fields[18]
     try:
-        os.kill(process, 0)
+        if sys.platform != "win32":  # there, sending signal 0 ends a process
+            os.kill(process, 0)
     except ProcessLookupError:
         return None
     except OSError:  # another user's
-        return _UNKNOWN
+        pass
     return _UNKNOWN

@@ -109,7 +109,7 @@ def _read(data: str) -> Dataset:
         return datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})
     if data == "python-source":
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:_SOURCE_FILES]
-        return datasets.Dataset.from_dict({"text": [file.read_text(errors="replace") for file in files]})
+        return datasets.Dataset.from_dict({"text": [file.read_text("utf-8", "replace") for file in files]})
     path = parse_path(data, "data", OptionError)
     files = [file for file in sorted(path.rglob("*")) or [path] if file.suffix.lower() in READERS and file.is_file()]
     kinds = {READERS[file.suffix.lower()] for file in files}

@@ -138,9 +138,9 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
         for folder in folders.values():
             # The base in memory is rewritten already where the initialisation of an adapter rewrites it.
             config_path = folder / CONFIG
-            raw = json.loads(config_path.read_text())
+            raw = json.loads(config_path.read_text(encoding="utf-8"))
             raw.pop(peft_type_of(raw, config_path).start_field, None)
-            config_path.write_text(json.dumps(raw))
+            config_path.write_text(json.dumps(raw), encoding="utf-8")
         view = ModelView.of(base)
         adapters = tuple(load_adapter(folder, view, name) for name, folder in folders.items())
     active = wrapped.active_adapters if is_wrapped else _injected_names(wrapped)

@@ -46,12 +46,9 @@ class AuditLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         text = json.dumps({"time": now, **line}) + "\n"
         with translate_os_errors(self._path, ArtifactError, "written"):
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            handle = os.open(self._path, flags, 0o600)
-            try:
-                os.write(handle, text.encode())
-            finally:
-                os.close(handle)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # which Windows lacks
+            with os.fdopen(os.open(self._path, flags, 0o600), "ab", buffering=0) as file:
+                file.write(text.encode())
 
 
 def _cut(value: object) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -67,7 +68,7 @@ def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
     """Open the adapter at a path within a folder: a file, or the files of a PEFT folder.
 
     Each part of the path is opened below the one before and never by a link, so that nothing that is moved meanwhile
-    leads elsewhere.
+    leads elsewhere; on Windows, which cannot, a folder that becomes a link at that moment does.
 
     Args:
         path: relative, with slashes.
@@ -86,12 +87,16 @@ def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
 def _open_parts(folder: Path, path: object, stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
     if not isinstance(path, str) or find_inner_path(folder, path) is None:
         raise _unreadable(path, "is not a path inside the store")
-    handle = _open_handle(os.fspath(folder), None, stack)
-    for part in path.split("/"):
-        handle = _open_handle(part, handle, stack)
-    found = {path.rpartition("/")[2]: handle}
-    if stat.S_ISDIR(os.fstat(handle).st_mode):
-        found = {name: _open_handle(name, handle, stack) for name in (CONFIG, WEIGHTS)}
+    if sys.platform == "win32":  # it opens nothing below a folder that is open, and no folder at all
+        files = [f"{path}/{name}" for name in (CONFIG, WEIGHTS)] if (folder / path).is_dir() else [path]
+        found = {file.rpartition("/")[2]: _open_handle(os.fspath(folder / file), None, stack) for file in files}
+    else:
+        handle = _open_handle(os.fspath(folder), None, stack)
+        for part in path.split("/"):
+            handle = _open_handle(part, handle, stack)
+        found = {path.rpartition("/")[2]: handle}
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            found = {name: _open_handle(name, handle, stack) for name in (CONFIG, WEIGHTS)}
     if not all(stat.S_ISREG(os.fstat(file).st_mode) for file in found.values()):
         raise _unreadable(path, "is not a file")
     return {name: stack.enter_context(os.fdopen(os.dup(file), "rb")) for name, file in found.items()}

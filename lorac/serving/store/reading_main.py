@@ -3,6 +3,9 @@
 It reads requests, a line of JSON each, from its input. For each it forks a child, which limits itself, reads the
 adapter and writes it anew in lorac's own format, or writes why it does not. The answer is a line with the child's exit
 status. This process has one thread, and reads nothing else.
+
+Elsewhere than on Linux it reads one upload itself, and its own exit status is the answer: on macOS libraries do not
+survive a fork, and Windows has none. ``WEAKER`` says which limits those systems lack; time is limited by the clock.
 """
 
 import contextlib
@@ -10,7 +13,6 @@ import ctypes
 import json
 import math
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +33,10 @@ REWRITTEN, REFUSAL = "rewritten.safetensors", "refusal.json"
 """Files in the folder of an upload: the adapter as it was written anew, or why it was not."""
 REFUSED = 2
 """Exit status of a child that has written why."""
+WEAKER = {"linux": "", "darwin": "on memory and the network"}.get(sys.platform, "on memory, files and the network")
+"""The limits that readers of uploads lack on this system; empty where they have all."""
+FORKS = not WEAKER
+"""Whether a child reads each upload."""
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _MOST_FILES = 64
 _NICE = 10  # the server's own work comes first
@@ -44,7 +50,7 @@ def main() -> None:
     for load in (variants, peft_types):  # once, and not in every child
         load()
     for line in iter(sys.stdin.readline, ""):
-        child = os.fork()
+        child = os.fork() if FORKS else 0
         if not child:
             _serve(json.loads(line))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -62,30 +68,31 @@ def _serve(request: JsonObject) -> NoReturn:
         rewrite(folder, request["base"])
         status = 0
     except (LoracError, MemoryError, OSError) as error:
-        (folder / REFUSAL).write_text(json.dumps(_describe(error)))
+        (folder / REFUSAL).write_text(json.dumps(_describe(error)), encoding="ascii")
         status = REFUSED
     finally:
         os._exit(status)
 
 
 def _limit(seconds: float, memory: int, size: int) -> None:
-    """Bound this process's resources, and leave the network where the system allows it.
+    """Bound this process's resources, and leave the network, where the system allows it.
 
     Args:
         seconds: processor time.
         memory: bytes of address space beyond those in use.
         size: bytes of a file.
     """
+    if sys.platform == "win32":
+        return
+    import resource
+
     os.nice(_NICE)
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    for kind, most in (
-        (resource.RLIMIT_CPU, math.ceil(seconds)),
-        (resource.RLIMIT_AS, pages * resource.getpagesize() + memory),
-        (resource.RLIMIT_FSIZE, size),
-        (resource.RLIMIT_NOFILE, _MOST_FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
+    limits = {"CPU": math.ceil(seconds), "FSIZE": size, "NOFILE": _MOST_FILES, "CORE": 0}
+    if FORKS:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limits["AS"] = pages * resource.getpagesize() + memory
+    for kind, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).unshare(_NEW_USER | _NEW_NETWORK)
 

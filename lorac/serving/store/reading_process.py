@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +10,7 @@ from pathlib import Path
 from lorac import errors
 from lorac.errors import FormatError, LoracError
 from lorac.serving.settings import StoreQuotas
-from lorac.serving.store.reading_main import REFUSAL, REFUSED, REWRITTEN, main, over_budget_error
+from lorac.serving.store.reading_main import FORKS, REFUSAL, REFUSED, REWRITTEN, main, over_budget_error
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_object
 
@@ -23,8 +21,12 @@ _WAIT = 4.0
 _STARTING = 60.0
 """Seconds to wait for the first answer, before which the process imports its libraries."""
 _PROGRAM = f"from {main.__module__} import main; main()"
-_LONGEST_REFUSAL = 1 << 16
-_LIMITS = {-signal.SIGXCPU: "time", -signal.SIGKILL: "time or memory"}
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "SYSTEMROOT")
+"""Variables of the environment that a reader has; the last one Windows starts no process without."""
+_LONGEST_ANSWER, _LONGEST_REFUSAL = 100, 1 << 16
+_KILLED = -9
+_LIMITS = {-24: "time", _KILLED: "time or memory", -_KILLED: "time"}
+"""By minus the numbers of SIGXCPU and SIGKILL, and by the status that a killed process has on Windows."""
 
 
 class ReadingProcess:
@@ -71,25 +73,27 @@ class ReadingProcess:
         with self._lock:
             process = self._start()
             assert process.stdin is not None and process.stdout is not None
+            timeout = self._quotas.seconds * _WAIT + (0 if self._answered else _STARTING)
+            timer = threading.Timer(timeout, _kill, [process])
+            timer.start()
             try:
                 process.stdin.write(f"{request}\n".encode())
                 process.stdin.flush()
-                timeout = self._quotas.seconds * _WAIT + (0 if self._answered else _STARTING)
-                answer = _read_line(process.stdout.fileno(), timeout)
+                answer = process.stdout.readline(_LONGEST_ANSWER) if FORKS else b"%d" % process.wait()
             except OSError:
                 answer = b""
-            if not answer:
+            timer.cancel()
+            self._answered = bool(answer)
+            if not (answer and FORKS):
                 self._end()
-                return -signal.SIGKILL
-            self._answered = True
-            return int(answer)
+            return int(answer or _KILLED)
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._end()
         paths = [path or os.getcwd() for path in sys.path]
-        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
@@ -102,24 +106,20 @@ class ReadingProcess:
         return self._process
 
     def _end(self) -> None:
-        """Kill the process with its children."""
+        """Kill the process."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
+        if process is not None:
+            with contextlib.suppress(OSError), process:
+                _kill(process)
 
 
-def _read_line(handle: int, seconds: float) -> bytes:
-    """Return a short line; empty where none comes in time, or none any more."""
-    poll = select.poll()
-    poll.register(handle, select.POLLIN)
-    return os.read(handle, 100) if poll.poll(seconds * 1000) else b""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with its children."""
+    with contextlib.suppress(OSError):  # it has ended
+        if FORKS:
+            os.killpg(process.pid, -_KILLED)
+        elif process.poll() is None:  # its number is not another's yet
+            os.kill(process.pid, -_KILLED)
 
 
 def _read_refusal(folder: Path) -> LoracError:
@@ -138,6 +138,4 @@ def _read_refusal(folder: Path) -> LoracError:
 
 def _without_folder(text: object, folder: Path) -> str | None:
     """Return a text that does not say where the server keeps uploads."""
-    if not isinstance(text, str):
-        return None
-    return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload")
+    return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload") if isinstance(text, str) else None

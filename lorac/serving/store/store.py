@@ -28,6 +28,7 @@ from lorac.serving.settings import StoreQuotas
 from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
 from lorac.serving.store.quotas import QuotaClaim, TenantAccount
+from lorac.serving.store.reading_main import WEAKER
 from lorac.serving.store.reading_process import READERS, ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from lorac.storage.open_file import OpenFile
@@ -109,6 +110,11 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         self._lock = threading.RLock()
         with translate_os_errors(path, FormatError, "written", "unreadable"):
             self._folder = StoreFolder(path)
+        if WEAKER:
+            warn(
+                f"readers of uploads have no limit {WEAKER} on this system",
+                next_step="run a server that strangers reach on Linux",
+            )
         self._audit = AuditLog(path / "audit.jsonl")
         self._readers = [ReadingProcess(self._quotas) for _ in range(READERS)]
         self._free_readers: queue.LifoQueue[ReadingProcess] = queue.LifoQueue()
@@ -237,15 +243,16 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             size = copy_files(files, folder, claim)
             reader = self._free_readers.get()
             try:
-                staged = OpenFile(reader.rewrite(folder, base, size + _OVERHEAD))
+                staged = reader.rewrite(folder, base, size + _OVERHEAD)
             finally:
                 self._free_readers.put(reader)
-            line["digest"] = digest = staged.digest()
-            line["bytes"] = staged.size
-            claim.take(nbytes=staged.size - size)
-            added = TenantAdapter(name, f"{tenant}/{digest}", digest, staged.size)
+            opened = OpenFile(staged)
+            line["digest"], line["bytes"] = digest, nbytes = opened.digest(), opened.size
+            del opened  # Windows moves no file that is open
+            claim.take(nbytes=nbytes - size)
+            added = TenantAdapter(name, f"{tenant}/{digest}", digest, nbytes)
             with self._lock:
-                return self._install(own, tenant, added, staged.where, claim)
+                return self._install(own, tenant, added, staged, claim)
 
     def _open_account(self, tenant: str) -> _Tenant:
         check_name("a tenant", tenant)

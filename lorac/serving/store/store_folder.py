@@ -8,14 +8,14 @@ An adapter is there when its name is. A file without a name was left by a writer
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lorac.errors import ArtifactError
 from lorac.storage.atomic_folders import flush
@@ -49,12 +49,10 @@ class StoreFolder:
         self.path, self._incoming, self._adapters = path, path / "incoming", path / "adapters"
         for folder in (path, self._incoming, self._adapters):
             folder.mkdir(mode=_ONLY_OWNER, parents=True, exist_ok=True)
-        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._unlock = weakref.finalize(self, os.close, self._lock)
+        self._lock = FileLock(path / ".lock", mode=0o600, thread_local=False, blocking=False)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._unlock()
+            self._lock.acquire()
+        except Timeout as error:
             raise ArtifactError(
                 f"another store uses '{path}'", next_step="close that store, or give each server a folder of its own"
             ) from error
@@ -62,11 +60,11 @@ class StoreFolder:
 
     def close(self) -> None:
         """Let another process use the folder."""
-        self._unlock()
+        self._lock.release()
 
     def incoming(self, tenant: str) -> Path:
         """Return the folder that a tenant may load from."""
-        return self._incoming / tenant
+        return _folder_of(self._incoming, tenant)
 
     @contextlib.contextmanager
     def workshop(self) -> Iterator[Path]:
@@ -79,7 +77,7 @@ class StoreFolder:
 
     def file_of(self, tenant: str, digest: str) -> Path:
         """Return the path of an adapter."""
-        return self._adapters / tenant / f"{digest}.safetensors"
+        return _folder_of(self._adapters, tenant) / f"{digest}.safetensors"
 
     def place(self, tenant: str, digest: str, staged: Path) -> None:
         """Move an adapter's file, which lies in a workshop, to its place."""
@@ -91,8 +89,9 @@ class StoreFolder:
         flush(target.parent)
 
     def discard(self, tenant: str, digest: str) -> None:
-        """Remove an adapter's file, which has no name."""
-        self.file_of(tenant, digest).unlink(missing_ok=True)
+        """Remove an adapter's file, which has no name; on Windows, one that is in use stays until the next start."""
+        with contextlib.suppress(PermissionError):
+            self.file_of(tenant, digest).unlink(missing_ok=True)
 
     def add_name(self, entry: StoredName) -> None:
         """Give an adapter a name, whatever had the name before."""
@@ -121,6 +120,15 @@ class StoreFolder:
 
     def _path_of(self, entry: StoredName) -> Path:
         return self._adapters / entry.tenant / f"{entry.name}@{entry.digest}"
+
+
+def _folder_of(parent: Path, tenant: str) -> Path:
+    """Return a tenant's folder, unless the file system takes another tenant's for it, as on Windows and macOS."""
+    folder = parent / tenant
+    if folder.exists() and tenant not in os.listdir(parent):
+        fault = f"tenant '{tenant}' and another differ by case alone, which the file system of '{parent}' ignores"
+        raise ArtifactError(fault, next_step="give the tenant another name")
+    return folder
 
 
 def _find_names(folder: Path) -> list[StoredName]:

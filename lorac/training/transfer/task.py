@@ -61,8 +61,8 @@ class Task:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         fields = {key: value for key, value in asdict(self).items() if key != "seeds"}
-        (folder / _FILE).write_text(json.dumps(fields, indent=2) + "\n")
-        (folder / _SEEDS).write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in self.seeds))
+        (folder / _FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (folder / _SEEDS).write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in self.seeds), "utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Task":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorac.errors import ArtifactError
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from tests.storage.kills import killed_at
 
@@ -76,6 +77,29 @@ def test_adding_and_removing_are_atomic(tmp_path: Path) -> None:
             assert names in ([before, after] if killed else [after])
             seen.add((work.__name__, *names))
     assert seen == {("add",), ("add", "mine"), ("remove",), ("remove", "mine")}
+
+
+def test_rejects_a_tenant_whose_folder_is_anothers_where_case_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StoreFolder(tmp_path)
+    add(folder)
+    assert folder.file_of("T", DIGEST).parent.name == "T"  # here the file system tells them apart
+    exists = os.path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: exists(path.with_name(path.name.lower())))
+    for find in (lambda: folder.file_of("T", DIGEST), lambda: folder.place("T", DIGEST, tmp_path / "staged")):
+        with pytest.raises(ArtifactError, match="tenant 'T' and another differ by case alone") as refused:
+            find()
+        assert refused.value.next_step == "give the tenant another name"
+    assert folder.file_of("t", DIGEST).is_file()
+
+
+def test_rejects_a_folder_that_another_store_uses(tmp_path: Path) -> None:
+    folder = StoreFolder(tmp_path)
+    with pytest.raises(ArtifactError, match="another store uses"):
+        StoreFolder(tmp_path)
+    folder.close()
+    StoreFolder(tmp_path).close()
 
 
 def test_keeps_one_adapter_per_name(tmp_path: Path) -> None:
