@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest versions lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -43,6 +43,9 @@ durations: ## Show where the time of the last `make test` or `make test-ci` went
 TESTS ?=
 latest: ## Check the newest and the lowest versions that pyproject.toml admits (PYTHON= chooses; TESTS= instead of all)
 	status=0; for bounds in newest lowest; do $(PYTHON) -m campaigns.latest $$bounds $(TESTS) || status=1; done; exit $$status
+
+versions: ## Run the README's job with many releases of torch, transformers, PEFT and Python, and write docs/versions.md
+	nice $(PYTHON) -m campaigns.latest table
 
 PART ?= 1/1
 JOURNAL ?= build/journal

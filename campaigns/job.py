@@ -2,19 +2,21 @@
 
 python -m campaigns.job
 
-Prints a JSON object of step -> "right", "refused: …" or "WRONG: …". Expected outputs come from the model itself, with
-weights to which this file has added B A by hand.
+Prints releases, and for each step "right", "refused: …" or "WRONG: …". Expected outputs come from the model itself,
+with weights to which this file has added B A by hand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorac
+from lorac.cli import REFUSED
+from lorac.cli import main as command
 
 RANK, ALPHA = 4, 8
 TOLERANCE = 1e-4
@@ -228,15 +232,17 @@ def read_by_peft(folder: Path) -> None:
 
 
 def run(*arguments: object) -> None:
-    """Run a command of lorac; raises what it says where its exit status is not 0."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lorac", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    if done.returncode == 1:  # a refusal
-        raise lorac.LoracError(done.stderr.rpartition("lorac.")[2].partition(": ")[2].splitlines()[0])
-    assert not done.returncode, (
-        f"exit status {done.returncode}: {' '.join((done.stderr or done.stdout).split())[-300:]}"
-    )
+    """Run a command of lorac in this process; raises its words where its exit status is not 0."""
+    printed = io.StringIO()
+    sys.argv = ["lorac", *map(str, arguments)]
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            command()
+        except SystemExit as stopped:
+            status = stopped.code
+    if status == REFUSED:
+        raise lorac.LoracError(printed.getvalue().rpartition("\nlorac.")[2].partition(": ")[2].splitlines()[0])
+    assert not status, f"exit status {status}: {' '.join(printed.getvalue().split())[-300:]}"
 
 
 def outcome(function: Callable[[Path], None]) -> str:
@@ -254,8 +260,12 @@ def outcome(function: Callable[[Path], None]) -> str:
 
 def main() -> None:
     """Run all steps, or those that the command line names."""
-    chosen = sys.argv[1:] or list(STEPS)
-    print(json.dumps({name: outcome(STEPS[name]) for name in chosen}, indent=1, ensure_ascii=False))
+    releases = {}
+    for name in ("torch", "transformers", "peft", "numpy", "onnx", "onnxscript", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            releases[name] = metadata.version(name)
+    steps = {name: outcome(STEPS[name]) for name in sys.argv[1:] or list(STEPS)}
+    print(json.dumps({"versions": releases, "steps": steps}, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

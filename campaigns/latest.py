@@ -1,10 +1,12 @@
 """The checks and the suite with the newest version of every dependency, or the lowest that pyproject.toml declares.
 
 python -m campaigns.latest newest|lowest [ARGUMENT OF PYTEST ...]
+python -m campaigns.latest table [--prefix WORDS] [--only NAMES] [--again]
 
 Makes an environment, .cache/latest/<bounds>-<python>, by the Python that runs this, and needs nothing but that Python.
 For the newest versions every upper bound in pyproject.toml is dropped, so that a release is met before somebody asks
-for it. Says of each step whether it passed, and which faults the failures of the suite have in common.
+for it. Says of each step whether it passed, and which faults the failures of the suite have in common. ``table`` writes
+docs/versions.md: see ``campaigns.version_table``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
+
+from campaigns import version_table
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".cache/latest"
@@ -107,9 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m campaigns.latest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bounds", choices=tuple(RESOLUTIONS))
+    parser.add_argument("bounds", choices=(*RESOLUTIONS, "table"))
     parser.add_argument("tests", nargs=argparse.REMAINDER, help="pytest's arguments, instead of the whole suite")
     given = parser.parse_args(arguments)
+    if given.bounds == "table":
+        version_table.main(given.tests)
+        return
     python = make_environment(given.bounds)
     passed = check(python, given.bounds, given.tests)
     found = python.parents[1] / "tests.xml"
