@@ -31,10 +31,12 @@ def __getattr__(name: str) -> object:
         return sorted(_public_names())
     if name.startswith("_"):  # Python itself asks for private names, which must not import anything
         raise AttributeError(f"module 'lorac' has no attribute '{name}'")
+    from lorac.errors import nearest_name, translate_import_errors
+
     if name in _public_names():
         module, attribute = _public_names()[name]
-        return getattr(importlib.import_module(module), attribute)
-    from lorac.errors import nearest_name
+        with translate_import_errors():
+            return getattr(importlib.import_module(module), attribute)
     from lorac.variants import variants
 
     method = next((variant for variant in variants().values() if variant.__name__ == name), None)

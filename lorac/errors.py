@@ -63,6 +63,10 @@ __all__ = [
 ]
 
 
+TESTED = {"torch": "2.15", "transformers": "5.24"}
+"""Library whose private parts are used -> the newest release that lorac was tested with; newer ones are admitted."""
+
+
 class LoracError(Exception):
     """Base of every error that lorac raises on purpose.
 
@@ -292,10 +296,23 @@ def check_release(purpose: str, library: str, found: str, needed: str, *, otherw
         found, needed: releases, such as "5.24.0" and "5.24".
         otherwise: how to do without: "compile without cache=True".
     """
-    release, oldest = (tuple(map(int, re.findall(r"\d+", version)[:2])) for version in (found, needed))
-    if release < oldest:
+    if _is_older(found, needed):
         step = f"pip install '{library}>={needed}', or {otherwise}"
         raise Unavailable(f"{purpose} needs {library} ≥ {needed}, found {found}", next_step=step)
+
+
+def find_untested() -> str | None:
+    """Return a next step for a fault that a library may cause which is newer than those that lorac was tested with."""
+    for library, tested in TESTED.items():
+        found = str(getattr(sys.modules.get(library), "__version__", tested))
+        if _is_older(tested, found):
+            return f"pip install '{library}=={tested}.*': lorac was tested up to that release, and this is {found}"
+    return None
+
+
+def _is_older(version: str, other: str) -> bool:
+    first, second = (tuple(map(int, re.findall(r"\d+", one)[:2])) for one in (version, other))
+    return first < second
 
 
 def not_one_of(problem: str, value: object, known: Iterable[str]) -> OptionError:
@@ -371,7 +388,7 @@ def translate_errors(
 
 @contextlib.contextmanager
 def translate_import_errors() -> Iterator[None]:
-    """Raise ``MissingExtra`` where the block imports a library of ``EXTRAS`` that is not installed."""
+    """Raise a typed error where the block imports a library of ``EXTRAS`` that is not installed, or too new."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -381,6 +398,10 @@ def translate_import_errors() -> Iterator[None]:
         if missing is None:
             raise
         raise MissingExtra(missing) from error
+    except ImportError as error:  # a name that a module no longer has
+        if step := find_untested():
+            raise Unavailable(str(error), next_step=step) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureError, LoracError
+from lorac.errors import CaptureError, LoracError, find_untested
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
     derive_decoder_arguments,
@@ -326,7 +326,7 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
     elif isinstance(error, WeightCast):
         step = "call the model once before compiling: then its weights are cast; target='eager' runs it without that"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
-        step = "target='eager' runs the model itself"
+        step = find_untested() or "target='eager' runs the model itself"
     path = next((path for path, other in host.named_modules() if other is module), "")
     where = (f" at {line}" if line else "") + (f", in '{path}'" if path else "")
     return CaptureError(

@@ -108,13 +108,8 @@ class TransformersHost(Host):
         owner = next((one for one in (model, model.base_model) if hasattr(one, ROPE_METHOD)), None)
         if owner is None or POSITION_IDS not in self.parameters:
             return None
-        copied = copy_structure(owner, share_buffers=True)
-        for module in copied.modules():
-            for name, parameter in module._parameters.items():
-                module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"), False)
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to("meta")
-        return MultimodalPositions(copied)
+        # transformers refuses its own ``to`` for some quantised models.
+        return MultimodalPositions(nn.Module.to(copy_structure(owner, share_buffers=True), "meta"))
 
     def trace(self, inputs: Any, shapes: Any) -> ExportedProgram:
         """Trace inside the contexts of transformers' exporter, which patch code of its models that does not trace."""
@@ -177,8 +172,7 @@ class TransformersHost(Host):
     def checkpoint_changes(self) -> list[Any]:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        changes: list[Any] = get_model_conversion_mapping(self.model)
-        return changes
+        return list(get_model_conversion_mapping(self.model))
 
 
 HOST = TransformersHost

@@ -1,5 +1,6 @@
 """A capture imports no models: transformers' exporter patches only those that are imported."""
 
+import importlib
 import re
 import sys
 
@@ -65,3 +66,11 @@ def test_rejects_transformers_without_the_exporter(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.20.2")
     with refuses("unavailable", match="needs transformers ≥ 5.24, found 5.20.2"):
         lorac.compile(model, target="onnxruntime")
+
+
+def test_rejects_generation_graphs_with_an_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved program may meet another release than the one that it was made with."""
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.23.0")
+    monkeypatch.delitem(sys.modules, "lorac.runtime.generation.driver", raising=False)
+    with refuses("unavailable", match="generation over a cache needs transformers ≥ 5.24, found 5.23.0"):
+        importlib.import_module("lorac.runtime.generation.driver")
