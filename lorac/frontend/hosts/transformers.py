@@ -170,6 +170,7 @@ class TransformersHost(Host):
             quantizer.remove_quantization_config(self.model)
 
     def checkpoint_changes(self) -> list[Any]:
+        _check_release("a checkpoint with names of its own", "5.0", "save lorac.merge_into(…) by save_pretrained")
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(self.model))
