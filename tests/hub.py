@@ -181,13 +181,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         parts, hub = self._note(), self.server_hub
         body = self.rfile.read(int(self.headers["content-length"] or 0))
+        if parts == ["api", "validate-yaml"]:
+            return self._send_json({"errors": [], "warnings": []})
         if not (self.headers["authorization"] or "").startswith("Bearer hf_"):
             return self._refuse(401, "Unauthorized")
         if parts == ["api", "repos", "create"]:
             given = json.loads(body)
             name = f"{given['organization']}/{given['name']}" if given.get("organization") else given["name"]
+            is_private = given.get("private") or given.get("visibility") == "private"
             if name not in hub.repositories:
-                hub.add(name, {}, token=self.headers["authorization"][7:] if given.get("private") else None)
+                hub.add(name, {}, token=self.headers["authorization"][7:] if is_private else None)
             return self._send_json({"url": f"{hub.address}/{name}", "id": name})
         found = hub.repositories["/".join(parts[2:4])]
         if parts[4] == "branch":
@@ -206,7 +209,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 found.commits[revision][line["value"]["path"]] = base64.b64decode(content)
         hub.commits.append(next(line["value"] for line in lines if line["key"] == "header"))
         oid = found.sha(revision)
-        return self._send_json({"commitUrl": f"{hub.address}/x/commit/{oid}", "commitOid": oid})
+        address = f"{hub.address}/{'/'.join(parts[2:4])}/commit/{oid}"
+        return self._send_json({"commitUrl": address, "commitOid": oid})
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from lorac.cli._models import PrepackedOption, TrustOption
 from lorac.errors import OptionError
 from lorac.serving.settings import ServingSettings, StoreQuotas
 
-_NAMES = {"max_new_tokens": "--max-tokens", "base_name": "--name", "pinned": "--pin"}
+_NAMES = {"max_new_tokens": "--max-tokens", "base_name": "--name", "pinned": "--pin", "sources": "--allow-source"}
 """Settings whose options are not called as they are."""
+_LISTS = ("pinned", "sources")
 _KEYS = 'write a JSON file: {"key": "tenant", ...}'
 
 
@@ -56,7 +57,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     from lorac.serving import run
 
     settings["keys"] = _read_keys(settings["keys"]) if settings["keys"] else {}
-    given = ServingSettings(**{**settings, "pinned": tuple(settings["pinned"] or ())})
+    given = ServingSettings(**{**settings, **{name: tuple(settings[name] or ()) for name in _LISTS}})
     shared = parse_record("--quota", StoreQuotas, quotas or (), "write FIELD=VALUE, such as rank=16")
     places = {"adapters": adapters, "store": store, "prepacked": prepacked, "metrics_port": metrics_port}
     run(folder, given, host, port, **places, bases=bases or (), quotas=shared, trust=trust)  # type: ignore[arg-type]  # by name
@@ -65,13 +66,13 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
 def _list_options() -> list[inspect.Parameter]:
     """Return the fields of the settings as options, with the class's texts on them as help."""
     texts = _read_texts(ServingSettings) | {"keys": "a JSON file of API key -> tenant; default: everybody may ask."}
-    kinds = {**get_type_hints(ServingSettings), "keys": Path | None, "pinned": list[str] | None}
+    kinds = {**get_type_hints(ServingSettings), "keys": Path | None, **dict.fromkeys(_LISTS, list[str] | None)}
     found = []
     for one in dataclasses.fields(ServingSettings):
         text = texts[one.name].replace("None: ", "default: ").replace("``", "`")
-        more = " May be given several times." if one.name == "pinned" else ""
+        more = " May be given several times." if one.name in _LISTS else ""
         names = [_NAMES[one.name]] if one.name in _NAMES else []
-        default = None if one.name in {"keys", "pinned"} else one.default
+        default = None if one.name in {"keys", *_LISTS} else one.default
         option = typer.Option(default, *names, help=text[0].upper() + text[1:] + more)
         kind = kinds[one.name]
         found.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))

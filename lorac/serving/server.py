@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lorac.errors import OptionError
 from lorac.serving.app import build_app
 from lorac.serving.connections import limit_connections
 from lorac.serving.draining import DrainingServer
@@ -55,11 +56,15 @@ def run(  # noqa: PLR0913  (a command's options)
     if adapters is not None:
         compiled.register(adapters)
     settings = ServingSettings() if settings is None else settings
+    if settings.sources and store is None:
+        raise OptionError("adapters are loaded by name into a store, and there is none", next_step="give store=… too")
     with contextlib.ExitStack() as stack:
         kept = None
         if store is not None:
             kept = stack.enter_context(
-                AdapterStore(compiled, store, quotas=quotas, bases=bases, reserved=[settings.base_name])
+                AdapterStore(
+                    compiled, store, quotas=quotas, bases=bases, reserved=[settings.base_name], sources=settings.sources
+                )
             )
         app = build_app(compiled, settings, store=kept)
         if metrics_port is not None:

@@ -33,6 +33,8 @@ class ServingSettings:
         deadline: seconds after which a request ends, those of waiting included; None: never.
         grace: seconds for which ``lorac serve`` goes on with requests at work when it is to stop.
         pinned: adapters that stay in memory and cannot be unloaded.
+        sources: places from which ``/v1/load_lora_adapter`` takes adapters by name, as ``hf:user/*`` or
+            ``s3://bucket/*``; by default none.
         predict: whether ``/v1/predict`` gives the model's outputs; None: unless the model continues text.
         max_output_bytes: the most bytes of outputs that ``/v1/predict`` gives.
         page: whether ``/`` is a page to chat on.
@@ -55,6 +57,7 @@ class ServingSettings:
     deadline: Positive | None = None
     grace: Positive = 150.0
     pinned: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     predict: bool | None = None
     max_output_bytes: Count = 16 << 20
     page: bool = True

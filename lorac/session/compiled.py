@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import inspect
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from lorac.session.presentation import INTERFACE, describe_compiled, explain, un
 from lorac.session.registry import AdapterRegistry, AdapterSize
 from lorac.session.session import Session
 from lorac.storage.paths import file_stems, parse_path
+from lorac.storage.remote.upload import push_folder
 from lorac.target.engine import CallResult, Engine
 from lorac.target.memory_budget import MemoryBudget
 from lorac.variants.adapter import Adapter
@@ -386,6 +388,27 @@ class Compiled:
         with self.switch.lock:
             tokenizer = self._tokenizer if tokenizer is None else tokenizer
             save(self.session, self.switch, folder, tokenizer, onnx_adapters=onnx_adapters)
+
+    def push_to_hub(self, repo: str, *, base_model: str | None = None, **options: Any) -> str:
+        """Save the compiled model into a repository of the Hugging Face hub, with a card; return the commit's address.
+
+        ``lorac.load(repo)`` loads it. The card names the base, the adapters with their methods, sites and hashes, and
+        the hashes of the files; an older card is replaced.
+
+        Args:
+            repo: the user's name and the repository's, which is made if it does not exist.
+            base_model: the base's name on the hub.
+            **options: as ``Adapter.push_to_hub`` takes them.
+
+        Raises:
+            LoracError: as ``save`` and ``Adapter.push_to_hub``.
+        """
+        snippet = "import lorac\n\ncompiled = lorac.load({name!r})\nprint(compiled)"
+        own = {f"`{name}`, {key}": text for name, one in self.adapters.items() for key, text in one.describe().items()}
+        facts = {"base": base_model or "not recorded", "target": self.engine.target, "mode": self.mode, **own}
+        with tempfile.TemporaryDirectory() as made:
+            self.save(Path(made, "files"))
+            return push_folder(Path(made, "files"), repo, facts, snippet, {**options, "base_model": base_model})
 
     def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
         """Write a choice as an ``.onnx_adapter`` file (as safetensors, if ``portable``), to run without lorac.

@@ -40,7 +40,7 @@ _NAMES_BY_STEP: Mapping[str, str] = {
         "set_output_embeddings tie_weights unfuse_qkv_projections"
     ),
     "lorac.save_adapter(compiled.adapters['name'], folder, model=model) writes an adapter": (
-        "create_or_update_model_card get_adapter_state_dict lora_state_dict push_to_hub save_attn_procs "
+        "create_or_update_model_card get_adapter_state_dict lora_state_dict save_attn_procs "
         "save_lora_adapter save_lora_weights"
     ),
     "lorac.load(folder) loads what compiled.save(folder) writes": "from_pretrained",

@@ -1,12 +1,17 @@
 """An adapter: a name, a method with its hyper-parameters, and its tensors."""
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorac.errors import AdapterError, ChoiceError
+from lorac.errors import AdapterError, ChoiceError, list_some
+from lorac.report.terms import describe_variant
+from lorac.storage.remote.names import HubName, parse_name
+from lorac.storage.remote.upload import push_folder
 from lorac.variants.base import Tensor, Variant
 
 TOKEN_ROWS = "rows"
@@ -58,6 +63,52 @@ class Adapter:
         cast = {id(tensor): _cast(self.name, tensor, dtype) for tensor in self.parameters()}
         tensors = {path: {key: cast[id(tensor)] for key, tensor in at.items()} for path, at in self.tensors.items()}
         return replace(self, tensors=tensors, replaced={name: cast[id(one)] for name, one in self.replaced.items()})
+
+    def describe(self) -> dict[str, str]:
+        """Return subject -> finding, for the card of a model on the hub."""
+        base = self.provenance.get("base") or "not recorded"
+        sites = list_some(self.sites, 10, quote="`")
+        return {"method": describe_variant(self.variant), "sites": sites, "hash of the base's weights": f"`{base}`"}
+
+    def push_to_hub(
+        self, repo: str, *, model: Any = None, base_model: str | None = None, format: str = "peft", **options: Any
+    ) -> str:
+        """Write the adapter into a repository of the Hugging Face hub, with a card, and return the commit's address.
+
+        The card names the base, the method, the sites and the hashes, and shows how it is loaded; an older card is
+        replaced.
+
+        Args:
+            repo: the user's name and the repository's, which is made if it does not exist.
+            model: as ``lorac.save_adapter`` takes it; the card's Python compiles it if it is one of transformers' with
+                a name on the hub.
+            base_model: its name on the hub; default: the one that the adapter's file, or the model's configuration has.
+            format: as ``lorac.save_adapter`` takes it, ``"native"`` for methods that PEFT lacks.
+            **options: ``private``, whether a new repository is; ``revision``, a branch, made if it does not exist;
+                ``token``, default: the one that huggingface_hub has; ``message`` of the commit; ``license``,
+                ``license_name`` and ``license_link``, fields of the card.
+
+        Raises:
+            MissingExtra: huggingface_hub is not installed.
+            OptionError: there is no such option.
+            FormatError: the hub refuses it, or cannot be reached.
+            LoracError: as ``lorac.save_adapter``.
+        """
+        import lorac
+
+        config = self.provenance.get("config")
+        given = (base_model, (config or {}).get("base_model_name_or_path"), getattr(model, "name_or_path", None))
+        base = next((one for one in given if one and isinstance(parse_name(one), HubName)), None)
+        with tempfile.TemporaryDirectory() as made:
+            folder, inner = Path(made, "files"), "" if format == "peft" else "/adapter.safetensors"
+            lorac.save_adapter(self, f"{folder}{inner}", format, model)
+            snippet = "import lorac\n\nadapter = lorac.load_adapter({name!r})\nprint(adapter)"
+            if base and type(model).__module__.startswith("transformers."):
+                loaded = f"transformers.{type(model).__name__}.from_pretrained({base!r})"
+                run = "compiled = lorac.compile(model, [{name!r}])\nprint(compiled)"
+                snippet = f"import lorac\nimport transformers\n\nmodel = {loaded}\n{run}"
+            facts = {"base": base or "not recorded", **lorac.load_adapter(f"{folder}{inner}").describe()}
+            return push_folder(folder, repo + inner, facts, snippet, {**options, "base_model": base})
 
     def join_replaced(self, other: "Adapter") -> None:
         """Replace the parameters that another adapter replaces, too.

@@ -97,7 +97,13 @@ class Front:
 
     def _open_store(self, loop: asyncio.AbstractEventLoop) -> AdapterStore:
         server, model = self._server, RemoteAdapterHolder(self._model.pool, self._workers, loop)
-        return AdapterStore(model, server.store, bases=server.bases, reserved=[server.settings.base_name])
+        return AdapterStore(
+            model,
+            server.store,
+            bases=server.bases,
+            reserved=[server.settings.base_name],
+            sources=server.settings.sources,
+        )
 
     def __serve_build_asgi_app__(self) -> object:
         settings, workers = self._server.settings, self._server.workers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import os
 import queue
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,8 @@ from lorac.errors import (
     warn,
 )
 from lorac.formats.native import read_record
+from lorac.formats.peft.writer import CONFIG, WEIGHTS
+from lorac.limits import budget
 from lorac.serving.settings import StoreQuotas
 from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
@@ -33,6 +37,7 @@ from lorac.serving.store.reading_process import READERS, ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.remote.names import HubName, find_source, parse_name
 
 if TYPE_CHECKING:
     from lorac.serving.ray.worker_calls import RemoteAdapterHolder
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
 _OVERHEAD = 1 << 20
 """Bytes that an adapter may take more once it is written anew."""
 
+_Files = AbstractContextManager[Mapping[str, BinaryIO]]
+"""Opens the files of an adapter, by name, for a block."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 """A name that may become part of paths, log lines and requests."""
 
@@ -86,6 +93,8 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         quotas: of each tenant; default: ``StoreQuotas()``.
         bases: names by which PEFT's configurations call the model, for files that do not record a hash of the base.
         reserved: names that no adapter may have, such as that of the model itself.
+        sources: patterns of the places that ``load`` may take adapters from by their names, such as ``hf:user/*`` or
+            ``s3://bucket/*``; by default none. Asterisks stand for any text.
 
     Raises:
         ArtifactError: another process uses the folder, or it cannot be written.
@@ -100,10 +109,12 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         quotas: StoreQuotas | None = None,
         bases: Collection[str] = (),
         reserved: Collection[str] = (),
+        sources: Collection[str] = (),
     ) -> None:
         compiled.refuse_baked()
         path = parse_path(folder, "the folder of a store", FormatError, "unreadable").absolute()
         self._compiled, self._quotas, self._bases = compiled, quotas or StoreQuotas(), frozenset(bases)
+        self._sources = tuple(sources)
         self._shared = {name: TenantAdapter(name, name) for name in compiled.pool}
         self._reserved = self._shared.keys() | set(reserved)
         self._tenants: dict[str, _Tenant] = {}
@@ -182,19 +193,35 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             OverBudget: the tenant has used up its quotas.
         """
         with self._audit.record("upload", tenant, name) as line:
-            return self._add(tenant, name, files, base, line)
+            return self._add(tenant, name, contextlib.nullcontext(files), base, line)
 
     def load(self, tenant: str, name: str, path: str) -> TenantAdapter:
-        """Store the adapter at a path below ``incoming/<tenant>`` in the folder, as ``upload`` does.
+        """Store the adapter at a path below ``incoming/<tenant>`` in the folder, or of a name, as ``upload`` does.
 
         Raises:
-            FormatError: also, the path leads elsewhere, or passes through a link.
+            FormatError: also, the path leads elsewhere, or passes through a link; or the name is of no admitted source.
         """
         with self._audit.record("load", tenant, name) as line:
             line["path"] = short(path)
             check_name("a tenant", tenant)
+            return self._add(tenant, name, self._open(tenant, path), None, line)
+
+    @contextlib.contextmanager
+    def _open(self, tenant: str, path: str) -> Iterator[dict[str, BinaryIO]]:
+        """Open the files of an adapter in the tenant's folder, or of one that has a name in an admitted source."""
+        place = parse_name(path) if self._sources and isinstance(path, str) else None
+        if place is None or (self._folder.incoming(tenant) / path).exists():
             with open_files(self._folder.incoming(tenant), path) as files:
-                return self._add(tenant, name, files, None, line)
+                yield files
+            return
+        origin = f"hf:{place}" if isinstance(place, HubName) else place
+        if not any(fnmatch.fnmatchcase(origin, pattern) for pattern in self._sources):
+            step = f"it loads from {', '.join(self._sources)}"
+            raise FormatError(f"this server loads nothing from {short(origin)}", next_step=step, code="unreadable")
+        with budget(download=self._quotas.bytes), contextlib.ExitStack() as stack:
+            found = find_source(path, "the adapter's path", FormatError, "unreadable")
+            paths = [found] if found.is_file() else [found / CONFIG, found / WEIGHTS]
+            yield {one.name: stack.enter_context(one.open("rb")) for one in paths}
 
     def unload(self, tenant: str, name: str) -> None:
         """Remove an adapter of a tenant; requests that have begun keep it to their end.
@@ -228,9 +255,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _add(
-        self, tenant: str, name: str, files: Mapping[str, BinaryIO], base: str | None, line: dict[str, object]
-    ) -> TenantAdapter:
+    def _add(self, tenant: str, name: str, source: _Files, base: str | None, line: dict[str, object]) -> TenantAdapter:
         own = self._open_account(tenant)
         if check_name("an adapter", name) in self._reserved:
             raise AdapterError(f"the name '{name}' is reserved", next_step="choose another", code="adapter_exists")
@@ -240,7 +265,8 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         failure = translate_os_errors(self._folder.path, FormatError, "written", "unreadable")
         with failure, own.account.claim() as claim, self._folder.workshop() as folder:
             claim.take(adapters=int(name not in own.adapters))
-            size = copy_files(files, folder, claim)
+            with source as files:
+                size = copy_files(files, folder, claim)
             reader = self._free_readers.get()
             try:
                 staged = reader.rewrite(folder, base, size + _OVERHEAD)

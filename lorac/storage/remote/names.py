@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import re
+import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Collection
@@ -23,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from lorac.errors import LoracError, list_some, nearest_name, short, translate_errors, translate_import_errors, warn
 from lorac.limits import check_download
 from lorac.progress import step
-from lorac.storage.atomic_folders import replace_atomically
+from lorac.storage.atomic_folders import MANIFEST, replace_atomically
 from lorac.storage.paths import ADDRESS, HUB_NAME, is_inner_name, parse_path
 
 NAME_FORMS = "a path or a name (user/repo@revision, s3://…, https://…)"
@@ -39,6 +40,8 @@ _UNREAD = [
     *("*optimizer.pt", "*optimizer.bin", "*scheduler.pt", "*rng_state*.pth", "*training_args.bin"),
 ]
 """Files that are not downloaded: hidden ones, other libraries' weights, pictures, and the states of trainings."""
+_UNLISTED = shutil.ignore_patterns("README.md", "LICENSE*", ".*")
+"""Files of a repository that a compiled model's manifest does not list."""
 _DOUBLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 """Weights that are not downloaded where there are safetensors."""
 _CHUNK, _TIMEOUT = 1 << 20, 30.0
@@ -82,7 +85,8 @@ def parse_name(given: str | os.PathLike[str]) -> HubName | str | None:
         return _parse_hub_name(HUB_NAME.fullmatch(rest))
     if scheme in ("http", "https") and host in (*_HUB_HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc):
         return _parse_hub_name(_HUB_PAGE.fullmatch(path))
-    return f"{scheme}://{rest}" if scheme in ("http", "https", *_STORES) else None
+    is_known = scheme in ("http", "https", *_STORES) and ".." not in unquote(rest).split("/")
+    return f"{scheme}://{rest}" if is_known else None
 
 
 def _parse_hub_name(found: re.Match[str] | None) -> HubName | None:
@@ -153,7 +157,7 @@ def _find_on_hub(name: HubName, refuse: Refuse) -> Path:
             if (folder / name.inner).exists():
                 if not _is_offline():
                     warn(f"{where} is read as the cache has it: {reason}")
-                return folder / name.inner
+                return _copy_linked(folder / name.inner)
         how = f"check the name, the network and HF_TOKEN, or download it where that works: hf download {name.repo}"
         raise refuse(f"{where} is not in the hub's cache, and {reason.splitlines()[0]}", next_step=how) from error
     files = {one.rfilename: one.size for one in info.siblings or ()}
@@ -164,7 +168,23 @@ def _find_on_hub(name: HubName, refuse: Refuse) -> Path:
         folder = Path(download(allow_patterns=[glob.escape(one) for one in chosen]))
     for one in chosen:
         _check_size(f"'{folder / one}'", (folder / one).stat().st_size, files[one], refuse)
-    return folder / name.inner
+    return _copy_linked(folder / name.inner)
+
+
+def _copy_linked(folder: Path) -> Path:
+    """Return a copy of a compiled model without links, which the hub's cache has; any other folder or file itself."""
+    copy = _find_cache() / _hash(os.path.realpath(folder))
+    if (folder / MANIFEST).is_file() and not copy.exists():
+        with replace_atomically(copy) as staged:
+            shutil.copytree(folder, staged, ignore=_UNLISTED, copy_function=_link_or_copy)
+    return copy if (folder / MANIFEST).is_file() else folder
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def _find_nearest(name: str, listed: Callable[[], list[str]]) -> str | None:
@@ -197,8 +217,7 @@ def _check_size(file: str, size: int, said: int | None, refuse: Refuse) -> None:
 
 def _find_at_address(address: str, refuse: Refuse) -> Path:
     """Return the path of a copy in the cache; a copy is never changed, and another content is another copy."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorac" / "names"
-    place, where = cache / _hash(address), short(address)
+    place, where = _find_cache() / _hash(address), short(address)
     if _is_offline():
         kept = sorted(place.glob("*/*"), key=lambda path: path.parent.stat().st_mtime)
         if not kept:
@@ -222,6 +241,10 @@ def _find_at_address(address: str, refuse: Refuse) -> Path:
                             file.write(chunk)
                     _check_size(f"'{one}' of {where}", target.stat().st_size, said, refuse)
     return copy / root
+
+
+def _find_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorac" / "names"
 
 
 def _hash(text: str) -> str:
