@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import final
+from collections.abc import Callable, Iterator
+from typing import TypeVar, final
 
 import prometheus_client
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -15,6 +15,7 @@ from lorac.serving.active_request import ActiveRequest
 from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.served_model import ServedModel, TextScheduler
 
+T = TypeVar("T")
 MEDIA_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (*_FAST, 25, 50, 100, 250)
@@ -48,22 +49,14 @@ class ServerMetrics(Collector):
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Time until an answer's first token.", _SLOW)
         self._gaps = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens of an answer.", _FAST)
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Time of whole requests.", _SLOW)
-        self._ended = prometheus_client.Counter(
-            "vllm:request_success",
-            "Answers that ended, by reason.",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
+        self._ended = self._new(
+            prometheus_client.Counter, "vllm:request_success", "Answers that ended, by reason.", "finished_reason"
         )
         self._responses = prometheus_client.Counter(
             "lorac_http_responses", "Answers to requests, by HTTP status.", ["status"], registry=self.registry
         )
-        self._loads = prometheus_client.Histogram(
-            "lorac_adapter_load_seconds",
-            "Time of loading adapters, by way: from a path, an upload, or the disk when a request needs them.",
-            ["model_name", "way"],
-            registry=self.registry,
-            buckets=_SLOW,
-        )
+        loads = "Time of loading adapters, by way: from a path, an upload, or the disk when a request needs them."
+        self._loads = self._new(prometheus_client.Histogram, "lorac_adapter_load_seconds", loads, "way", buckets=_SLOW)
 
     def count_response(self, status: int) -> None:
         """Count an answer to a request."""
@@ -150,8 +143,10 @@ class ServerMetrics(Collector):
             yield f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes
 
     def _counter(self, name: str, text: str) -> prometheus_client.Counter:
-        return prometheus_client.Counter(name, text, ["model_name"], registry=self.registry).labels(self._name)
+        return self._new(prometheus_client.Counter, name, text).labels(self._name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> prometheus_client.Histogram:
-        made = prometheus_client.Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
-        return made.labels(self._name)
+        return self._new(prometheus_client.Histogram, name, text, buckets=buckets).labels(self._name)
+
+    def _new(self, kind: Callable[..., T], name: str, text: str, *labels: str, **settings: object) -> T:
+        return kind(name, text, ["model_name", *labels], registry=self.registry, **settings)

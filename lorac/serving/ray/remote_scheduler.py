@@ -7,14 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol, final
+from typing import final
 
 import torch
 from ray import serve
 from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from lorac.errors import LoracError, OverBudget
 from lorac.frontend.components import MAIN_GRAPH
@@ -99,14 +99,6 @@ class RemoteScheduler:
 
     async def _drain(self) -> None:
         await asyncio.gather(*self._requests.values(), return_exceptions=True)
-
-
-class _Answer(Protocol):
-    """Ray's answer of a worker."""
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
-
-    def cancel(self) -> None: ...
 
 
 class _ClientLeft(Exception):
@@ -202,7 +194,7 @@ class RemoteRequest:
         if self._drawn:
             ids = torch.cat([request.ids, torch.tensor(self._drawn)])
             request = dataclasses.replace(request, ids=ids, drawn=len(self._drawn))
-        self._answer: _Answer = self._worker.answer.remote(request, self._files)
+        self._answer: DeploymentResponseGenerator[Event] = self._worker.answer.remote(request, self._files)
         self._events = aiter(self._answer)
         try:
             taken = await self._next()

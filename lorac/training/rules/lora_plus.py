@@ -49,9 +49,7 @@ class LoRAPlus(Rule):
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__
-        check_settings(name, ratio=(ratio, ABOVE_0))
-        if embedding_lr is not None:
-            check_settings(name, embedding_lr=(embedding_lr, FROM_0))
+        check_settings(name, ratio=(ratio, ABOVE_0), embedding_lr=(embedding_lr or 0.0, FROM_0))
         if any(group.get("lr") is None for group in self.optimizer.param_groups):
             raise ChoiceError(
                 f"{name} multiplies the rate of a group, and {type(self.optimizer).__name__} has a group without one",
@@ -62,11 +60,11 @@ class LoRAPlus(Rule):
         self._written: dict[str, Group] = {}
         for term in self.terms:
             embedding = self.compiled.sites[term.site].kind is SiteKind.EMBEDDING
-            faster = () if embedding else ("lora_B", "lora_bias")
-            self._roles |= {id(tensor): _FASTER for key, tensor in term.tensors.items() if key in faster}
-            self._roles |= {
-                id(tensor): _EMBEDDED for tensor in term.tensors.values() if embedding and embedding_lr is not None
-            }
+            if embedding and embedding_lr is not None:
+                self._roles |= {id(tensor): _EMBEDDED for tensor in term.tensors.values()}
+            elif not embedding:
+                faster = [term.tensors[name] for name in ("lora_B", "lora_bias") if name in term.tensors]
+                self._roles |= {id(tensor): _FASTER for tensor in faster}
         self.attach()
 
     def view(self, optimizer: Optimizer) -> Optimizer:
