@@ -126,6 +126,7 @@ class _PromptTree:
         for row in entry.rows:
             above = self.root
             above.passing.pop(entry, None)
+            above.ends[:] = [one for one in above.ends if one is not entry]
             for _, node in [*self.root.follow(row)]:
                 node.ends[:] = [one for one in node.ends if one is not entry]
                 node.passing.pop(entry, None)

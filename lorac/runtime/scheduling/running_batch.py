@@ -127,7 +127,7 @@ class RunningBatch:
         for row, past in zip(lane.rows, lane.cache.lengths, strict=True):
             tenant, count = row.request.tenant, min(most, len(row.text) - past)
             if len(left) > 1 and not row.is_read:
-                count = min(count, left[tenant])
+                count = count if count <= left[tenant] else 0  # whole chunks: their sizes decide how sums are rounded
                 left[tenant] -= count
             counts.append(count)
         return counts
@@ -150,7 +150,7 @@ class RunningBatch:
 
     def _end(self, row: RunningRow, reason: str, cache: KeyValueCache, place: int) -> None:
         """End a row, and keep its keys and values for prompts that begin alike, if there is room for a copy."""
-        if self.prompts is not None:
+        if self.prompts is not None and cache.lengths[place]:
             with contextlib.suppress(OverBudget):
                 copy = cache.copy([place])
                 self.prompts.add(self.model.engine, row.key, [row.text[: copy.lengths[0]]], copy)

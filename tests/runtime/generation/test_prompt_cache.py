@@ -81,6 +81,14 @@ def test_finds_the_longest_shared_beginnings_that_a_scan_finds(seed: int) -> Non
     assert (len(cache), cache.used, cache._trees) == (0, 0, {})
 
 
+def test_empty_sequences_replace_each_other() -> None:
+    cache: Any = PromptCache(bytes=120)
+    engine: Any = Engine()
+    for _ in range(3):
+        cache.add(engine, ("g", (), 0), [torch.tensor([], dtype=torch.int64)], Cache([]))
+    assert len(cache) == 1
+
+
 def test_an_interrupt_leaves_a_cache_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     cache: Any = PromptCache()
     engine: Any = Engine()
