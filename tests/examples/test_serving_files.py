@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import urllib.parse
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from lorac.cli import app
 from lorac.serving import ServingSettings
+from lorac.serving.guard import OPEN_PATHS
 
 FOLDER = Path(__file__).parents[2] / "examples" / "serving"
 ROOT = FOLDER.parents[1]
@@ -75,9 +78,52 @@ def test_the_image_and_the_pod_start_the_server_as_its_command_line_is() -> None
     assert all(option in shown for option in command if option.startswith("--"))
 
 
+def test_the_image_is_built_by_commands_and_options_that_exist() -> None:
+    known = {
+        "FROM",
+        "WORKDIR",
+        "RUN",
+        "COPY",
+        "USER",
+        "ENV",
+        "EXPOSE",
+        "STOPSIGNAL",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+    }
+    text = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
+    assert set(re.findall(r"^([A-Z]+) ", text, re.M)) == known
+    for run in steps("RUN"):
+        words = [word for word in run.split() if not re.search("[$:/]", word)]
+        if "pip" in run:
+            command = [sys.executable, "-m", "pip", words[0], "--help"]
+        else:
+            command = [sys.executable, "-m", "venv", "--help"] if "venv" in run else ["useradd", "--help"]
+        if command[0] == "useradd" and shutil.which("useradd") is None:
+            continue
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert [option for option in re.findall(r"--[a-z-]+", run) if option not in shown] == []
+    # The wheel that the first stage builds is the one that it installs, with an extra that exists.
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert re.findall(r"\$\(ls /wheels/\*\.whl\)\[(\w+)\]", text) == ["serve"] and "serve" in extras
+
+
+def test_the_image_runs_as_a_user_of_its_own_and_says_whether_it_is_well() -> None:
+    (user,), (command,) = steps("USER"), map(json.loads, steps("CMD"))
+    assert user != "0" and f"--uid {user} " in " ".join(steps("RUN"))
+    (check,) = steps("HEALTHCHECK")
+    _, option, code = json.loads(check.partition("CMD ")[2])
+    address = urllib.parse.urlsplit(re.findall(r"http://[^']+", code)[0])
+    assert option == "-c" and compile(code, "HEALTHCHECK", "exec")
+    assert address.path in OPEN_PATHS and address.path != "/"
+    assert str(address.port) == command[command.index("--port") + 1] == steps("EXPOSE")[0]
+
+
 @pytest.mark.slow
 def test_the_image_copies_all_files_of_the_package(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling", reason="hatchling is not installed: the image's pip would fetch it")
+    for name in ("hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(name, reason=f"{name} is not installed: the image's pip would fetch it")
     source = tmp_path / "source"
     source.mkdir()
     for step in steps("COPY"):
