@@ -49,6 +49,7 @@ from lorac.session.adapter_check import AdapterCheck as AdapterCheck
 from lorac.session.adapter_check import check as check
 from lorac.session.api import compile as compile
 from lorac.session.compiled import Compiled as Compiled
+from lorac.session.conversion import convert as convert
 from lorac.session.loading import load as load
 from lorac.variants import variants as variants
 from lorac.variants.adalora import AdaLoRA as AdaLoRA

@@ -61,7 +61,7 @@ def to_lora(
         found[path] = truncate_change(path, change, view, rank, tolerance or 0.0)
         if rank is not None and tolerance is not None:
             check_error(adapter.name, path, found[path].rank, found[path].error, tolerance)
-        if change.e is not None:
+        if change.e is not None and bool(change.e.any()):
             shifts[path] = change.e.clone()
     tensors = {path: {"lora_A": cut.a.contiguous(), "lora_B": cut.b.contiguous()} for path, cut in found.items()}
     for path, cut in found.items() if shifts else ():

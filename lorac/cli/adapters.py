@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_check, format_contents
 from lorac.cli._models import load_model
 from lorac.cli._output import JsonOption, format_number, make_table, print_report, reword_step
@@ -48,7 +49,13 @@ DestinationArgument = Annotated[Path, typer.Argument(help="Where to write.")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 FormatOption = Annotated[
     str,
-    typer.Option("--to", "--format", "-f", help="The format, such as peft or native.", autocompletion=_list_formats),
+    typer.Option(
+        "--to",
+        "--format",
+        "-f",
+        help="The format; by default peft, and native for a difference that is no LoRA.",
+        autocompletion=_list_formats,
+    ),
 ]
 RankOption = Annotated[int | None, typer.Option("--rank", "-r", help="The largest rank, a whole number above 0.")]
 ToleranceOption = Annotated[
@@ -122,28 +129,64 @@ def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:
 def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
     source: SourceArgument,
     destination: DestinationArgument,
-    format: FormatOption = "peft",
+    format: FormatOption = "",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="The engine that is to run it: vllm, sglang, llama.cpp, ollama, genai, diffusers, mlx or olive.",
+            autocompletion=_list_engines,
+        ),
+    ] = "",
     model: ModelOption = "",
     rank: RankOption = None,
     tolerance: ToleranceOption = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--inputs", "-i", help=f"With --for: change the outputs least on these. {INPUTS_HELP}"),
+    ] = None,
     dtype: DtypeOption = "",
     fix_names: Annotated[
         bool, typer.Option("--fix-names", help="Give layers the model's names where a file of PEFT's has others.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Write an adapter in another format; with --rank or --tolerance as the nearest LoRA, which every tool reads."""
+    """Write an adapter in another format, or as the LoRA that an engine runs; --rank and --tolerance make a LoRA."""
     import lorac
+    from lorac.formats.engines import ENGINES
 
+    _check_options(engine, format, model, inputs, dtype)
     with progress("convert") as report:
         report.step("reading")
         host = load_model(model) if model else None
         adapter = lorac.load_adapter(source, host, fix_names=fix_names)
-        if rank is not None or tolerance is not None:
+        if engine and host is not None:
+            report.step("making a LoRA")
+            given = read_inputs(inputs) if inputs else None
+            adapter = lorac.convert(adapter, for_=engine, model=host, rank=rank, tolerance=tolerance, inputs=given)
+            format = ENGINES[engine].format
+        elif rank is not None or tolerance is not None:
             report.step("making a LoRA")
             adapter = lorac.to_lora(adapter, host, rank=rank, tolerance=tolerance)
         report.step("writing")
-        save(adapter, destination, format, host, dtype=dtype, as_json=json)
+        save(adapter, destination, format or "peft", host, dtype=dtype, as_json=json)
+
+
+def _check_options(engine: str, format: str, model: str, inputs: Path | None, dtype: str) -> None:
+    """Refuse options that do not go with --for, or only with it."""
+    from lorac.formats.engines import find_engine
+
+    if not engine:
+        if inputs is not None:
+            raise OptionError("--inputs are those of --for", next_step="give --for ENGINE, or leave --inputs out")
+        return
+    rules = find_engine(engine)
+    if format not in {"", rules.format}:
+        raise OptionError(f"--for {engine} writes the format '{rules.format}'", next_step="leave --to out")
+    if not model:
+        raise OptionError(f"which layers {rules.version} adapts depends on the base", next_step="give --model BASE")
+    if dtype and dtype not in rules.dtypes:
+        raise not_one_of(f"{rules.version} does not read tensors of --dtype", dtype, rules.dtypes)
 
 
 def resize(
@@ -170,9 +213,7 @@ def extract(
     tuned: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
     base: Annotated[str, typer.Argument(help="The model that it was tuned from, likewise.")],
     destination: DestinationArgument,
-    format: Annotated[
-        str, typer.Option("--to", "--format", "-f", help="The format; by default peft for a LoRA, else native.")
-    ] = "",
+    format: FormatOption = "",
     rank: RankOption = None,
     tolerance: ToleranceOption = None,
     dtype: DtypeOption = "",
@@ -292,16 +333,27 @@ def save(
         dtype: of its tensors; empty for their own.
     """
     import lorac
+    from lorac.formats.engines import ENGINE, ENGINES
 
     adapter = adapter.to(parse_dtype(dtype)) if dtype else adapter
     format = format or ("peft" if adapter.variant.name == "lora" else "native")
     lorac.save_adapter(adapter, destination, format=format, model=model)
-    errors = adapter.provenance.get("errors", {})
+    errors, seen = (adapter.provenance.get(name, {}) for name in ("errors", "output_errors"))
     ranks = {path: adapter.variant.at_path(path).settings.get("r") for path in errors}
-    rows = [(path, format_number(ranks[path]), format_number(error)) for path, error in errors.items()]
+    columns = {"site": [*errors], "rank": ranks.values(), "error": errors.values()}
+    columns |= {"error on inputs": [seen.get(path) for path in errors]} if seen else {}
+    rows = [(path, *map(format_number, cells)) for path, *cells in zip(*columns.values(), strict=True)]
+    parts = [make_table(columns, rows)] if rows else []
     report = {"path": str(destination), "format": format, **({"ranks": ranks, "errors": errors} if errors else {})}
-    table = [make_table(("site", "rank", "error"), rows)] if rows else []
-    print_report(report, f"{destination}: {format}", *table, as_json=as_json)
+    if seen:
+        report["output_errors"] = seen
+        parts.append(f"the model's outputs on the inputs: {format_number(seen[''])} of the adapter's effect")
+    if engine := ENGINES.get(adapter.provenance.get(ENGINE, "")):
+        widest = max(ranks.values(), default=1)
+        step = next((one for one in engine.ranks if one >= widest), widest)
+        report["usage"] = engine.usage.format(path=destination, rank=step)
+        parts.append(f"{engine.version}: {report['usage']}")
+    print_report(report, f"{destination}: {format}", *parts, as_json=as_json)
 
 
 COMMANDS = (check, inspect, convert, resize, extract, diff, analyse, retrieve)

@@ -21,6 +21,7 @@ from lorac.formats._lora_pairs import (
     settings_at,
     transpose_matrix,
 )
+from lorac.formats.engines import ENGINE, ENGINES
 from lorac.formats.peft.keys import PREFIX
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
@@ -76,6 +77,9 @@ class OnnxAdapterFormat(Format):
             here, own = settings_at(variant, layer), adapter.tensors[layer]
             tensors[f"{layer}.lora_A.weight"] = own[A].mT
             tensors[f"{layer}.lora_B.weight"] = (here.scale * own[B]).mT
+        engine = ENGINES.get(adapter.provenance.get(ENGINE, ""))
+        for ours, theirs in engine.renames.items() if engine else ():
+            tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
         write_onnx_adapter(path, tensors)
 
 

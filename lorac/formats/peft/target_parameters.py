@@ -15,6 +15,7 @@ the last stands outermost, and those before it under ``base_layer``.
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -93,6 +94,28 @@ def write_matrices(
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         tensors |= {f"{key}.{_A}": a, f"{key}.{_B}": b}
     return tensors
+
+
+def split_experts(
+    adapter: Adapter, sites: Mapping[str, Site], names: Sequence[str]
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """Return an adapter without its stacks of experts, and each expert's factors by key without PEFT's prefix.
+
+    A gate and an up projection that the model fuses have one A, and the halves of B.
+    """
+    tensors: dict[str, Tensor] = {}
+    module, gate, up, down = names
+    for path in (path for path in adapter.tensors if sites[path].stack):
+        owner, _, parameter = path.rpartition(".")
+        block = owner.removesuffix(".experts").rpartition(".")[0]
+        a, b = adapter.tensors[path]["lora_A"], adapter.tensors[path]["lora_B"]
+        parts = {down: b} if parameter == "down_proj" else dict(zip((gate, up), b.chunk(2, dim=1), strict=True))
+        for name, own in parts.items():
+            for number in range(sites[path].stack):
+                key = f"{block}.{module}.{number}.{name}"
+                tensors |= {f"{key}.{_A}": a[number].clone(), f"{key}.{_B}": own[number].clone()}
+    rest = {path: at for path, at in adapter.tensors.items() if not sites[path].stack}
+    return replace(adapter, variant=replace(adapter.variant, targets=tuple(rest)), tensors=rest), tensors
 
 
 def name_parameters(given: Sequence[str], matrices: Collection[str], sites: Mapping[str, Site]) -> tuple[str, ...]:

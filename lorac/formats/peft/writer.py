@@ -14,6 +14,7 @@ from lorac.argument_types import JsonMapping
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._site_layouts import remembered_sites
 from lorac.formats._writing import BASE_HASH, EXPERTS, SEAL, encode_config, write_json, write_sealed
+from lorac.formats.engines import ENGINE, ENGINES, find_model_type
 from lorac.formats.peft.checks import saved_parameter_names, select_targets
 from lorac.formats.peft.config import peft_types, write_config
 from lorac.formats.peft.keys import (
@@ -27,7 +28,7 @@ from lorac.formats.peft.keys import (
     is_saved,
 )
 from lorac.formats.peft.peft_type import AnyPeftType
-from lorac.formats.peft.target_parameters import matrix_paths, name_parameters, write_matrices
+from lorac.formats.peft.target_parameters import matrix_paths, name_parameters, split_experts, write_matrices
 from lorac.formats.peft.token_rows import NumberedRows, take_rows, untied_error
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
@@ -65,7 +66,10 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
     folder.mkdir()
     if contents is None:
         known = remembered_sites(adapter) if view is None else view.sites
-        _FolderWriter(adapter, peft_type, view, known, rows).write(folder)
+        engine = ENGINES.get(adapter.provenance.get(ENGINE, ""))
+        names = engine.experts_of(find_model_type(view)) if engine and view else None
+        adapter, experts = split_experts(adapter, known, names) if names else (adapter, {})
+        _FolderWriter(adapter, peft_type, view, known, rows, experts).write(folder)
         return
     tensors, experts = contents
     for name, expert in experts.items():
@@ -130,6 +134,7 @@ class _FolderWriter:
         view: the base, if it is given.
         sites: the sites of the model, or without one those of the adapter.
         rows: module -> the numbers of its rows that train by themselves, and the rows.
+        experts: the factors of experts that lie apart, by key without the prefix.
     """
 
     adapter: Adapter
@@ -137,6 +142,7 @@ class _FolderWriter:
     view: ModelView | None
     sites: Mapping[str, Site]
     rows: Mapping[str, NumberedRows]
+    experts: Mapping[str, Tensor]
 
     def write(self, folder: Path) -> None:
         adapter, peft_type = self.adapter, self.peft_type
@@ -153,7 +159,7 @@ class _FolderWriter:
                 prefix = SHARED_PREFIX if suffix in peft_type.shared else f"{PREFIX}{_wrapped_path(sites[path])}."
                 tensors[prefix + suffix] = tensor
         written = write_matrices(adapter, matrices, self.sites, self.view)
-        tensors |= {PREFIX + key: tensor for key, tensor in written.items()}
+        tensors |= {PREFIX + key: tensor for key, tensor in (written | self.experts).items()}
         if self.view is not None:
             for name, shape in peft_type.shared_shapes(adapter.variant, list(sites.values())).items():
                 tensor = tensors[SHARED_PREFIX + name]
@@ -168,6 +174,9 @@ class _FolderWriter:
         for name, tensor in replaced.items():
             tensors[PREFIX + self._replaced_key(name, tied)] = tensor
         given = self._targets(matrices, tied)
+        if self.experts:
+            own = given.get("target_modules", adapter.variant.targets)
+            given["target_modules"] = sorted({*map(str, own), *(key.split(".")[-3] for key in self.experts)})
         given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
         if tied:
             given["ensure_weight_tying"] = True

@@ -1,0 +1,232 @@
+"""``lorac.convert``: the LoRA that an engine runs, read by the engine's own loader where its package is to be had."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lorac
+from campaigns.engines import checkers
+from lorac.formats.engines import ENGINES
+from lorac.storage.onnx_adapter import read_onnx_adapter
+from lorac.testing.parity import CONTRIBUTION, assert_parity
+from lorac.variants.base import Variant
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+IDS = torch.arange(3, 19)[None]
+METHODS: dict[str, Variant] = {
+    "lora": lorac.LoRA(r=3, alpha=5, targets=["k_proj", "up_proj", "lm_head", "embed_tokens"]),
+    "patterns": lorac.LoRA(r=3, rslora=True, rank_pattern={"o_proj": 5}, targets=["q_proj", "o_proj"]),
+    "dora": lorac.DoRA(r=2, targets=["v_proj", "down_proj"]),
+    "ia3": lorac.IA3(targets=["k_proj"], feedforward=[]),
+    "hra": lorac.HRA(r=4, targets=["q_proj", "gate_proj", "up_proj", "lm_head"]),
+    "tokens": lorac.TrainableTokens(token_indices=(4, 9, 11), targets=["embed_tokens"]),
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+
+
+@pytest.fixture(scope="module")
+def mixture() -> nn.Module:
+    torch.manual_seed(0)
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **fields)).eval()
+
+
+def trained(model: nn.Module, variant: Variant) -> lorac.Adapter:
+    """Return an adapter that contributes about a fifth of the base's output."""
+    size = 0.3
+    for _ in range(12):
+        compiled = lorac.compile(model, {"mine": variant})
+        adapter = compiled.adapters["mine"]
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for tensor in filter(torch.is_floating_point, adapter.parameters()):
+                tensor.add_(size * torch.randn(tensor.shape, generator=generator))
+            base, given = (compiled(input_ids=IDS, adapters=name).logits for name in (None, "mine"))
+        share = float(torch.dist(base, given) / base.norm())
+        if CONTRIBUTION[0] < share < CONTRIBUTION[1]:
+            return adapter
+        size *= min(4.0, max(0.25, 0.2 / share))
+    raise AssertionError(f"{variant.name} contributes {share:.1%}")
+
+
+def answer(model: Any, adapter: lorac.Adapter | None = None) -> Tensor:
+    compiled = lorac.compile(model, {} if adapter is None else {"mine": adapter})
+    with torch.no_grad():
+        return compiled(input_ids=IDS, adapters=None if adapter is None else "mine").logits
+
+
+def served(engine: str, folder: Path, model: nn.Module) -> Tensor:
+    if checkers.find_package(engine) is None:
+        pytest.skip(f"{engine} is not installed, nor unpacked in ${checkers.WHEELS}")
+    with torch.no_grad():
+        return checkers.apply(checkers.READERS[engine](folder, model), model)(IDS).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_is_served_equal_by_the_loader_of_the_engine(engine, method, llama, tmp_path):
+    adapter = trained(llama, METHODS[method])
+
+    made = lorac.convert(adapter, tmp_path / "out", for_=engine, model=llama, tolerance=0)
+
+    base, given = answer(llama), answer(llama, adapter)
+    assert_parity({"logits": answer(llama, made)}, {"logits": given}, {"logits": base})
+    assert_parity({"logits": served(engine, tmp_path / "out", llama)}, {"logits": given}, {"logits": base})
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_experts_lie_apart_in_the_file(engine, mixture, tmp_path):
+    adapter = trained(mixture, lorac.LoRA(r=3, targets=["v_proj"], parameters=["mlp.experts.gate_up_proj"]))
+
+    lorac.convert(adapter, tmp_path / "out", for_=engine, model=mixture)
+
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    expert = "base_model.model.model.layers.1.mlp.experts.3."
+    assert {f"{expert}{name}.lora_A.weight" for name in ("gate_proj", "up_proj", "down_proj")} <= keys.keys()
+    assert not any(key.endswith("experts.lora_A.weight") for key in keys)
+    found = served(engine, tmp_path / "out", mixture)
+    assert_parity({"logits": found}, {"logits": answer(mixture, adapter)}, {"logits": answer(mixture)})
+
+
+def test_experts_are_stacked_where_the_engine_stacks_them(tmp_path):
+    fields = {"num_local_experts": 4, "head_dim": 8}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **fields)).eval()
+    adapter = trained(model, lorac.LoRA(r=2, targets=(), parameters=["mlp.experts.down_proj"]))
+
+    lorac.convert(adapter, tmp_path / "out", for_="vllm", model=model)
+
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert keys["base_model.model.model.layers.0.mlp.experts.lora_A.weight"].shape == (8, 48)
+    # vLLM asserts that both projections have factors.
+    assert not keys["base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"].any()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "olive"])
+def test_the_file_holds_no_bias_and_no_field_that_the_engine_leaves_out(engine, llama, tmp_path):
+    rules = ENGINES[engine]
+    adapter = trained(llama, lorac.IA3(targets=["k_proj", "down_proj"], feedforward=["down_proj"]))
+
+    lorac.convert(adapter, tmp_path / "out", for_=engine, model=llama, rank=8)
+
+    assert not any(key.endswith("bias") for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    unset = (None, False, True, "none", {}, [], 16)
+    assert all(config.get(name) in unset for name in (*rules.refused, *rules.ignored))
+
+
+def test_to_lora_makes_no_biases_of_zeros(llama):
+    made = lorac.to_lora(trained(llama, lorac.IA3(targets=["k_proj"], feedforward=[])), llama, rank=4)
+
+    assert not made.variant.settings["lora_bias"]
+    assert all(at.keys() == {"lora_A", "lora_B"} for at in made.tensors.values())
+
+
+def test_sglang_gets_one_rank_and_whole_groups(llama):
+    made = lorac.convert(trained(llama, METHODS["patterns"]), for_="sglang", model=llama)
+
+    leaves = {path.rpartition(".")[2] for path in made.tensors}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {at["lora_A"].shape[0] for at in made.tensors.values()} == {5}
+    assert not made.variant.settings["rank_pattern"]
+
+
+def test_replaced_head_becomes_a_lora_or_stays_whole_where_the_engine_takes_it(llama, tmp_path):
+    fields = {**SIZES, "num_labels": 5, "pad_token_id": 0}
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**fields)).eval()
+    adapter = trained(model, lorac.LoRA(r=2, targets=["q_proj"], modules_to_save=["score"]))
+
+    lorac.convert(adapter, tmp_path / "out", for_="vllm", model=model)
+    made = lorac.convert(
+        trained(llama, lorac.LoRA(targets=["q_proj"], modules_to_save=["lm_head"])), for_="vllm", model=llama
+    )
+
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert torch.equal(keys["base_model.model.score.weight"], adapter.replaced["score.weight"])
+    assert made.tensors["lm_head"]["lora_A"].shape == (16, 32) and not made.replaced
+    with pytest.raises(lorac.SiteError, match=r"SGLang .* has no place for .* 'score', a layer that it does not know"):
+        lorac.convert(adapter, for_="sglang", model=model)
+
+
+def test_rejects_by_site_and_writes_nothing(llama, tmp_path):
+    adapter = trained(llama, lorac.LNTuning(targets=["input_layernorm"]))
+
+    with pytest.raises(
+        lorac.SiteError, match=r"does to 2 sites: 'model.layers.0.input_layernorm.weight', a weight within"
+    ) as caught:
+        lorac.convert(adapter, tmp_path / "out", for_="vllm", model=llama)
+
+    assert "lorac merge" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "mlx"])
+def test_rejects_a_model_of_which_the_engine_runs_no_adapters(engine):
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)).eval()
+    adapter = trained(model, lorac.LoRA(targets=["c_attn"]))
+
+    with pytest.raises(lorac.SiteError, match="runs no adapters on a model of type 'gpt2'"):
+        lorac.convert(adapter, for_=engine, model=model)
+
+
+def test_tolerance_chooses_the_smallest_rank(llama):
+    adapter = trained(llama, METHODS["dora"])
+
+    made = lorac.convert(adapter, for_="vllm", model=llama, tolerance=0.3)
+
+    for path, error in made.provenance["errors"].items():
+        rank = made.tensors[path]["lora_A"].shape[0]
+        less = lorac.convert(adapter, for_="vllm", model=llama, rank=rank - 1)
+        assert error <= 0.3 < less.provenance["errors"][path]
+    with pytest.raises(lorac.CompileError, match=r"more than tolerance=0\.01"):
+        lorac.convert(adapter, for_="vllm", model=llama, rank=2, tolerance=0.01)
+    with pytest.raises(lorac.OptionError, match="up to rank 512, not 600"):
+        lorac.convert(adapter, for_="vllm", model=llama, rank=600)
+
+
+def test_inputs_choose_the_pair_that_changes_their_outputs_least(llama):
+    torch.manual_seed(2)
+    wide = copy.deepcopy(llama)
+    with torch.no_grad():  # features of unequal size, as trained models have
+        wide.get_submodule("model.layers.0.input_layernorm").weight.mul_(torch.logspace(-1, 1, 32))
+    adapter = trained(wide, lorac.DoRA(r=4, targets=["layers.0.self_attn.q_proj"]))
+
+    plain = lorac.convert(adapter, for_="vllm", model=wide, rank=4)
+    seen = lorac.convert(adapter, for_="vllm", model=wide, rank=4, inputs={"input_ids": IDS})
+
+    base, given = answer(wide), answer(wide, adapter)
+    errors = [float(torch.dist(answer(wide, made), given) / torch.dist(given, base)) for made in (plain, seen)]
+    assert errors[1] < 0.9 * errors[0]
+    assert seen.provenance["output_errors"][""] == pytest.approx(errors[1], rel=1e-3)
+    [site] = seen.tensors
+    assert seen.provenance["output_errors"][site] < plain.provenance["errors"][site] <= seen.provenance["errors"][site]
+
+
+def test_names_the_inputs_of_genai_programs(llama, tmp_path):
+    adapter = trained(llama, lorac.LoRA(r=2, targets=["q_proj", "down_proj"]))
+
+    lorac.convert(adapter, tmp_path / "out.onnx_adapter", for_="genai", model=llama)
+
+    with (tmp_path / "out.onnx_adapter").open("rb") as file:
+        names = set(read_onnx_adapter(file, AssertionError))
+    assert "model.layers.0.attn.q_proj.lora_A.MatMul.weight" in names
+    assert "model.layers.1.mlp.down_proj.lora_B.MatMul.weight" in names
