@@ -546,9 +546,11 @@ def _make_inputs(path: Path) -> None:
     for one in [one for one in graph.initializer if ".lora_A." in one.name or ".lora_B." in one.name]:
         axis = 1 if ".lora_A." in one.name else 0
         shape: list[Any] = list(one.dims)
-        shape[axis] = "lora_r"
+        shape[axis] = f"rank of {one.name.partition('.lora_')[0]}"
         graph.input.append(helper.make_tensor_value_info(one.name, one.data_type, shape))
         size = [0 if number == axis else value for number, value in enumerate(one.dims)]
         graph.initializer.remove(one)
         graph.initializer.append(numpy_helper.from_array(np.zeros(size, np.float32), one.name))
+    for one in [one for one in graph.value_info if "/lora_" in one.name]:  # their recorded rank is the builder's
+        graph.value_info.remove(one)
     onnx.save(model, str(path), save_as_external_data=False)
