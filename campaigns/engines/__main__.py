@@ -38,9 +38,9 @@ SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 TEXT = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 FAMILIES: Mapping[str, Any] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, head_dim=16)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**TEXT, head_dim=8, tie_word_embeddings=True)
+        transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=True)
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TEXT, **MOE)),
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)),

@@ -36,6 +36,8 @@ _DAMP = 0.01
 """Share of the mean of C's diagonal that is added to it, so that directions without inputs keep some weight."""
 _ROUNDING = 1e-6
 """An error that is rounding (float32), and no reason to refuse."""
+_EXPERTS = ("gate_up_proj", "down_proj")
+"""Stacks of which every engine takes both or none."""
 _WATCHED = 64
 """Layers whose C is in memory at once."""
 
@@ -218,7 +220,8 @@ class _Conversion:
         """Return zeros for the layers without which the engine takes none of their group."""
         added = {}
         for (owner, _, leaf), at in ((path.rpartition("."), at) for path, at in tensors.items()):
-            for other in (name for group in self.engine.together if leaf in group for name in group):
+            groups = (*self.engine.together, _EXPERTS) if at["lora_A"].ndim > 2 else self.engine.together
+            for other in (name for group in groups if leaf in group for name in group):
                 site, a = self.view.sites.get(f"{owner}.{other}"), at["lora_A"]
                 if site is not None and site.path not in tensors and self.engine.why_not(site, self.view) is None:
                     a = a.new_zeros(*site.stacked, a.shape[-2], site.in_features)
