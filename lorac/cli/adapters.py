@@ -20,6 +20,7 @@ from lorac.storage.remote.names import NAME_FORMS, find_source
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
     from lorac.frontend.model_view import Model
     from lorac.variants.adapter import Adapter
@@ -343,13 +344,13 @@ def save(
     columns = {"site": [*errors], "rank": ranks.values(), "error": errors.values()}
     columns |= {"error on inputs": [seen.get(path) for path in errors]} if seen else {}
     rows = [(path, *map(format_number, cells)) for path, *cells in zip(*columns.values(), strict=True)]
-    parts = [make_table(columns, rows)] if rows else []
+    parts: list[Table | str] = [make_table(columns, rows)] if rows else []
     report = {"path": str(destination), "format": format, **({"ranks": ranks, "errors": errors} if errors else {})}
     if seen:
         report["output_errors"] = seen
         parts.append(f"the model's outputs on the inputs: {format_number(seen[''])} of the adapter's effect")
     if engine := ENGINES.get(adapter.provenance.get(ENGINE, "")):
-        widest = max(ranks.values(), default=1)
+        widest = max((at["lora_A"].shape[-2] for at in adapter.tensors.values()), default=1)
         step = next((one for one in engine.ranks if one >= widest), widest)
         report["usage"] = engine.usage.format(path=destination, rank=step)
         parts.append(f"{engine.version}: {report['usage']}")

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,8 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
         known = remembered_sites(adapter) if view is None else view.sites
         engine = ENGINES.get(adapter.provenance.get(ENGINE, ""))
         names = engine.experts_of(find_model_type(view)) if engine and view else None
-        adapter, experts = split_experts(adapter, known, names) if names else (adapter, {})
-        _FolderWriter(adapter, peft_type, view, known, rows, experts).write(folder)
+        adapter, apart = split_experts(adapter, known, names) if names else (adapter, {})
+        _FolderWriter(adapter, peft_type, view, known, rows, apart).write(folder)
         return
     tensors, experts = contents
     for name, expert in experts.items():
@@ -159,7 +160,7 @@ class _FolderWriter:
                 prefix = SHARED_PREFIX if suffix in peft_type.shared else f"{PREFIX}{_wrapped_path(sites[path])}."
                 tensors[prefix + suffix] = tensor
         written = write_matrices(adapter, matrices, self.sites, self.view)
-        tensors |= {PREFIX + key: tensor for key, tensor in (written | self.experts).items()}
+        tensors |= {PREFIX + key: tensor for key, tensor in {**written, **self.experts}.items()}
         if self.view is not None:
             for name, shape in peft_type.shared_shapes(adapter.variant, list(sites.values())).items():
                 tensor = tensors[SHARED_PREFIX + name]
@@ -175,8 +176,8 @@ class _FolderWriter:
             tensors[PREFIX + self._replaced_key(name, tied)] = tensor
         given = self._targets(matrices, tied)
         if self.experts:
-            own = given.get("target_modules", adapter.variant.targets)
-            given["target_modules"] = sorted({*map(str, own), *(key.split(".")[-3] for key in self.experts)})
+            own: Any = given.get("target_modules", adapter.variant.targets)
+            given["target_modules"] = sorted({*own, *(key.split(".")[-3] for key in self.experts)})
         given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
         if tied:
             given["ensure_weight_tying"] = True
