@@ -278,7 +278,7 @@ def write_page(rows: Sequence[Row], results: Mapping[str, Mapping[str, object]])
     for torch in TORCH:
         for python in PYTHONS:
             group = [row for row in cells if (row.torch, row.python) == (torch, python)]
-            tested = next(tests(row) for row in group if row.tests)
+            tested = next((tests(row) for row in group if row.tests), "")
             lines.append(f"| {torch} | {python} | {' | '.join(map(cell, group))} | {tested} |")
     lines += ["", "| beside | releases | `pip install lorac` | job | small tests |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
@@ -289,8 +289,6 @@ def write_page(rows: Sequence[Row], results: Mapping[str, Mapping[str, object]])
             lines.append(f"| {row.title} | {versions(row)} | {resolves} | {cell(row)} | {tests(row)} |")
     lines += ["", "The sentences, each with the steps that gave it:", ""]
     lines += [f"- {mark}: {text} ({', '.join(sorted(marks[mark]))})" for text, mark in refusals.items()]
-    commits = sorted({str(result["commit"]) for result in results.values()})
-    lines += ["", f"Made at {', '.join(commits)}."]
     return "\n".join(lines) + "\n"
 
 

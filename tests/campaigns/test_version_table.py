@@ -51,14 +51,13 @@ def test_writes_each_sentence_once_and_marks_faults() -> None:
     ]
     beside = Row("2.13", "3.11", (), pins=("torch==2.14.*",), title="another library")
     results = {
-        rows[0].key: {"steps": {"eager": "right", "emit": SAID}, "commit": "abc"},
-        rows[1].key: {"steps": {"eager": "right", "emit": SAID}, "commit": "abc"},
+        rows[0].key: {"steps": {"eager": "right", "emit": SAID}},
+        rows[1].key: {"steps": {"eager": "right", "emit": SAID}},
         rows[2].key: {
             "steps": {"eager": "WRONG: off by 1"},
             "tests": {"passed": 3, "failed": ["tests.a::b"]},
-            "commit": "def",
         },
-        beside.key: {"steps": {"eager": "right"}, "versions": {"torch": "2.14.1"}, "resolves": False, "commit": "abc"},
+        beside.key: {"steps": {"eager": "right"}, "versions": {"torch": "2.14.1"}, "resolves": False},
     }
     page = write_page([*rows, beside], results)
     wrong = "0 right, **1 WRONG** (b) | 3 passed, **1 failed**: tests.a::b"
