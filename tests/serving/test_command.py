@@ -33,6 +33,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         **{
             "deadline": 3.5,
             "pin": "one",
+            "allow_source": "hf:ann/*",
             "max_output_bytes": 12,
             "grace": 6.5,
             "pooling": "cls",
@@ -44,9 +45,9 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     more = ["--predict", "--no-page", "--quota", "rank=4", "--quota", "seconds=2"]
     done = CliRunner().invoke(app, ["serve", str(tmp_path), *options, *more])
     assert done.exit_code == 0, done.output
-    renamed = {"name": "base_name", "max_tokens": "max_new_tokens", "pin": "pinned"}
+    renamed = {"name": "base_name", "max_tokens": "max_new_tokens", "pin": "pinned", "allow_source": "sources"}
     expected = {renamed.get(name, name): value for name, value in values.items() if name != "metrics_port"}
-    expected |= {"keys": {"k": "alice"}, "pinned": ("one",), "predict": True, "page": False}
+    expected |= {"keys": {"k": "alice"}, "pinned": ("one",), "sources": ("hf:ann/*",), "predict": True, "page": False}
     assert dataclasses.asdict(given["settings"]) == expected
     assert (given["quotas"], given["metrics_port"]) == (StoreQuotas(rank=4, seconds=2), 4)
     assert CliRunner().invoke(app, ["serve", str(tmp_path)]).exit_code == 0
