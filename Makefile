@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest versions lock clean
+.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz check-fit experiments check types docs pictures format bench zoo mutants latest versions lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -119,6 +119,10 @@ OPS ?= 4000
 fuzz: $(STAMP) ## Damage files by the thousand, and call ops with hostile operands, 250 a case of OPS=: nothing ends a process
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS) --kind ops --mutations $(OPS)
+
+FILES ?= 200
+check-fit: $(STAMP) ## Compare lorac check with compile on FILES= random files, sound and damaged, of all formats
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fit --files $(FILES) --seed $(SEED)
 
 # Hosts of the zoo alone; they lie beside the environment, whose dependencies they share.
 HOSTS := .cache/zoo-hosts
