@@ -5,8 +5,8 @@
 
 A file is a sound one, or a damaged one, for its own model or another. The command has to exit with 0 exactly where
 compile accepts the adapter, and otherwise to name a fault and a next step. Of PEFT's cases each is saved by PEFT, then
-checked and merged by the command line: no raw error, and a next step with every refusal. What a journal has is not run
-again.
+checked, and merged by ``merge_into`` and ``merge``: no raw error, and a next step with every refusal. A case that the
+journal has is not run again.
 """
 
 from __future__ import annotations
