@@ -329,8 +329,9 @@ def check_replaced(
             raise _wrong_dtype_error(adapter, f"the replacement of '{name}'", tensor, f"{original.dtype} there")
         return
     step = "load the base model that the adapter was trained on"
-    if original.shape[1:] == tensor.shape[1:] and tensor.ndim == 2:
-        step = f"call model.resize_token_embeddings({tensor.shape[0]}) if the vocabulary has grown"
+    if original.shape[1:] == tensor.shape[1:] and (tensor.ndim == 2 or name.endswith(".bias")):
+        step = f"load the model with {len(tensor)} rows there: num_labels={len(tensor)} of a classifier, or "
+        step += f"model.resize_token_embeddings({len(tensor)}); lorac.compile also takes a whole layer of another size"
     raise AdapterError(
         f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has "
         f"{tuple(original.shape)}",

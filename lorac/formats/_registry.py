@@ -179,7 +179,7 @@ def save_adapter(
             code="unknown_format",
         )
     target = parse_path(path, "where lorac.save_adapter writes to", FormatError, "unreadable")
-    view = None if model is None else ModelView.of(model)
+    view = None if model is None else ModelView.of(model, resizes=True)
     with translate_os_errors(target, FormatError, "written", "unreadable"), replace_atomically(target) as staged:
         writable[format].write(adapter, staged, view, target)
         if target.is_file() if staged.is_dir() else target.is_dir():

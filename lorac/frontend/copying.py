@@ -150,7 +150,4 @@ def widen_layers(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
         assert own is not None
         wide.setdefault(id(own), nn.Parameter(pad_rows(own.detach(), size), requires_grad=False))
         module._parameters[leaf] = wide[id(own)]
-        for attribute in ("out_features", "out_channels", "num_embeddings"):
-            if attribute in vars(module):
-                setattr(module, attribute, size)
     return copied

@@ -69,7 +69,7 @@ def _layer_site(path: str, module: nn.Module) -> Site | None:
     conv = read_conv_geometry(module)
     columns = module.in_channels * torch.Size(conv.kernel).numel()
     kind = CONVOLUTION_KINDS[len(conv.kernel)]
-    return dataclasses.replace(site, kind=kind, out_features=module.out_channels, in_features=columns, conv=conv)
+    return dataclasses.replace(site, kind=kind, in_features=columns, conv=conv)
 
 
 def read_conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:

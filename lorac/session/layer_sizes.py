@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lorac.errors import AdapterError, ArtifactError
+from lorac.frontend.site_discovery import find_sites
 from lorac.ir.sites.patterns import check_targets_match, select_sites
 from lorac.ir.slots.required_slots import Reserve
 from lorac.session.session import Session
@@ -43,9 +44,9 @@ def make_room(session: Session, adapters: Sequence[Adapter], reserve: Reserve | 
             )
     names = {name: size for path, size in largest.items() for name in sites[path].stored_names}
     session.host.widen(names)
-    session.preparer.sites = {
-        path: site.resized(largest[path], site.size) if path in largest else site for path, site in sites.items()
-    }
+    wide = find_sites(session.host.module)
+    widened = {path: dataclasses.replace(wide[path], own_size=sites[path].size) for path in largest}
+    session.preparer.sites = {**sites, **widened}
 
 
 def restore_size(session: Session, path: str, plan: JsonObject) -> None:

@@ -17,13 +17,12 @@ from lorac.storage.strict_json import JsonObject
 
 def plan_to_json(plan: SitePlan) -> JsonObject:
     """Return a plan as JSON, without its site, which the skeleton describes but for its ``own_size``."""
-    facts = {"own_size": plan.site.own_size, "row_weights": plan.row_weights}
     return {
         "room": dict(plan.room),
         "ranks": plan.ranks,
         "branches": [branch_to_json(branch) for branch in plan.branches],
         "reasons": [[r.adapter, r.why] for r in plan.reasons],
-        **{name: value for name, value in facts.items() if value},
+        **({"own_size": plan.site.own_size} if plan.site.own_size else {}),
     }
 
 
@@ -42,8 +41,7 @@ def plan_from_json(site: Site, stored: JsonObject) -> SitePlan:
         )
     branches = tuple(branch_from_json(site.path, branch) for branch in stored["branches"])
     reasons = tuple(Reason(adapter, site.path, why) for adapter, why in stored["reasons"])
-    own = bool(stored.get("row_weights"))
-    return SitePlan(site, stored["room"], branches, reasons, RankPolicy(stored["ranks"]), row_weights=own)
+    return SitePlan(site, stored["room"], branches, reasons, ranks=RankPolicy(stored["ranks"]))
 
 
 def branch_to_json(branch: BranchSlot) -> JsonObject:

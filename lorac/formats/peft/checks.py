@@ -52,7 +52,7 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
     named = view.named_tensors() if adapter.replaced or contents.embeddings or contents.copies else {}
     _refuse_computed_weights(adapter, set(named))
     _refuse_incomplete(adapter, targets, view)
-    resizable = view.list_resizable(contents.embeddings)
+    resizable = view.list_resizable({**adapter.replaced, **contents.embeddings, **contents.copies})
     for name, tensor in contents.embeddings.items():
         check_replaced(adapter.name, name, tensor, named, resizable)
         if not _is_same_value(tensor, view.as_given(name, view.tensor(name))):
@@ -71,8 +71,9 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
             )
         file.peft_type.check_site(site, adapter.tensors[path])
     for name, tensor in contents.copies.items():
-        check_replaced(adapter.name, name, tensor, named)
-        if not _is_same_value(tensor, view.tensor(name)):
+        check_replaced(adapter.name, name, tensor, named, resizable)
+        own = view.as_given(name, view.tensor(name))  # tokens that were added are not the model's
+        if not _is_same_value(tensor[: len(own)] if name in adapter.replaced else tensor, own):
             raise copy_mismatch_error(adapter.name, name)
 
 

@@ -223,10 +223,10 @@ class _KeyReader:
         return True
 
     def _split_wrapped_bias(self, name: str) -> tuple[str, str] | None:
-        """Return (name without the wrapper, the wrapper) of a bias inside PEFT's wrapper of a saved module."""
-        if self.values.get("bias", "none") != "all" or not name.endswith(".bias"):
-            return None
+        """Return (name without the wrapper, the wrapper) of a bias or embedding inside PEFT's wrapper of a module."""
         parts = name.split(".")
+        if not (self.values.get("bias") == "all" if parts[-1] == "bias" else {*EMBEDDING_NAMES} & {*parts}):
+            return None
         saved = self.values.get("modules_to_save") or ()
         for index, wrapper in enumerate(parts):
             if wrapper in {"original_module", "modules_to_save"} and ".".join(parts[:index]).endswith(saved):

@@ -7,7 +7,7 @@ finds the sites of a model.
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -126,12 +126,6 @@ class Site:
     def size(self) -> int:
         """The number of rows of the stored weight of a site that ``is_resizable``."""
         return self.in_features if self.kind is SiteKind.EMBEDDING else self.out_features
-
-    def resized(self, size: int, own_size: int) -> "Site":
-        """Return it with another ``size`` and ``own_size``."""
-        if self.kind is SiteKind.EMBEDDING:
-            return replace(self, in_features=size, own_size=own_size)
-        return replace(self, out_features=size, own_size=own_size)
 
     @property
     def stacked(self) -> tuple[int, ...]:

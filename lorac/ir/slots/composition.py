@@ -16,7 +16,6 @@ from lorac.ir.algebra.changes import Change, LowRank, compose, list_tensors
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_site, filled_roles, find_missing_room, why_merged_weight
-from lorac.ir.slots.layer_sizes import find_one_size
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
 
 
@@ -76,7 +75,13 @@ def compose_choice(
             composed[path] = place_change(plan, change, terms, branches)
             if plan.site.own_size:
                 sizes = {name: p.sizes.get(path, plan.site.own_size) for name, _, p in active if name in terms}
-                composed[path] = replace(composed[path], size=find_one_size(path, sizes))
+                if len({*sizes.values()}) > 1:
+                    listed = ", ".join(f"'{name}' has {size}" for name, size in sizes.items())
+                    raise ChoiceError(
+                        f"layers of several sizes cannot be mixed at '{path}': {listed} rows",
+                        next_step="activate one of these adapters, or give each row of a batch its own: adapters=[...]",
+                    )
+                composed[path] = replace(composed[path], size=max(sizes.values()))
     return ComposedWeights(choice, composed)
 
 

@@ -86,7 +86,11 @@ def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
 def find_misfit(plan: SitePlan, change: Change) -> str | None:
     """Return why a change does not fit a plan's slots, or None."""
     missing = find_missing_room(plan, change) if isinstance(change, LowRank) else "has no slot for a whole weight"
-    return _find_weight_misfit(plan, change) if missing and plan.bound else missing
+    if not missing or not plan.bound:
+        return missing
+    if leaves_blocks(plan.site, change):
+        return "is a grouped convolution, whose kernel cannot hold a weight that is not block-diagonal"
+    return "has no slot for a bias" if change.e is not None and operands.BIAS not in plan.room else None
 
 
 def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
@@ -103,12 +107,6 @@ def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
         if size > room or (size != room and not role.ranked):
             return f"holds {role.unit.format(room)}, not {size}"
     return None
-
-
-def _find_weight_misfit(plan: SitePlan, change: Change) -> str | None:
-    if leaves_blocks(plan.site, change):
-        return "is a grouped convolution, whose kernel cannot hold a weight that is not block-diagonal"
-    return "has no slot for a bias" if change.e is not None and operands.BIAS not in plan.room else None
 
 
 def _fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:

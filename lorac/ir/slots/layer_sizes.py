@@ -6,7 +6,7 @@ of a call has. The embedding of a token beyond an adapter's own vocabulary is Na
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorac.errors import ChoiceError
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
 
@@ -42,10 +41,9 @@ def hide_beyond(y: Tensor, x: Tensor, site: Site, sizes: Sequence[int]) -> Tenso
     if min(sizes) == site.size:
         return y
     limits = torch.tensor(sizes, device=y.device).repeat_interleave(len(y) // len(sizes) if len(sizes) > 1 else 1)
-    if site.kind is SiteKind.EMBEDDING:
-        return y.masked_fill((x >= limits.view(-1, *(1,) * (x.dim() - 1)))[..., None], math.nan)
-    places = layout_of(site).per_output(torch.arange(site.size, device=y.device))
-    return y.masked_fill(places >= limits.view(-1, *(1,) * (y.dim() - 1)), -math.inf)
+    embeds = site.kind is SiteKind.EMBEDDING
+    places = x[..., None] if embeds else layout_of(site).per_output(torch.arange(site.size, device=y.device))
+    return y.masked_fill(places >= limits.view(-1, *(1,) * (y.dim() - 1)), math.nan if embeds else -math.inf)
 
 
 def drop_marked(output: T) -> T:
@@ -58,21 +56,3 @@ def drop_marked(output: T) -> T:
             own = (values != -math.inf).movedim(axis, 0).flatten(1).any(1).nonzero()
             kept[axis] = slice(int(own.max()) + 1 if len(own) else None)
     return output[tuple(kept)]  # type: ignore[return-value]  # of the same kind
-
-
-def find_one_size(path: str, sizes: Mapping[str, int]) -> int:
-    """Return the size of a layer for adapters that are active together.
-
-    Args:
-        sizes: the adapters' sizes by name.
-
-    Raises:
-        ChoiceError: they are several.
-    """
-    if len({*sizes.values()}) > 1:
-        listed = ", ".join(f"'{name}' has {size}" for name, size in sizes.items())
-        raise ChoiceError(
-            f"layers of several sizes cannot be mixed at '{path}': {listed} rows",
-            next_step="activate one of these adapters, or give each row of a batch its own: adapters=[...]",
-        )
-    return next(iter(sizes.values()))

@@ -109,7 +109,7 @@ class SitePlan:
     reasons: tuple[Reason, ...] = ()
     ranks: RankPolicy = RankPolicy.FROM_ZERO
     placed: bool = False
-    row_weights: bool = False
+    row_weights: bool = field(default=False, compare=False)
 
     def why_shared(self, role: str) -> str:
         """Return why all rows of a batch share a role's slot; empty where each may have its own."""

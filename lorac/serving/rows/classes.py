@@ -31,23 +31,15 @@ def classify_rows(
             f"the model gives no class for each text, but {', '.join(outputs)}",
             next_step="serve a model for sequence classification; /v1/predict gives any model's outputs",
         )
-    found = list[object]()
+    found, named = list[object](), getattr(config, "id2label", None) or {}
     for index, (row, choice) in enumerate(zip(logits.float(), choices, strict=True)):
         own = row[row > -math.inf]
-        labels, best = _list_labels(compiled, choice, len(own)), int(own.argmax())
+        known: list[Sequence[str]] = [[str(named[key]) for key in sorted(named, key=int)]]
+        if isinstance(compiled, Compiled):
+            known[:0] = [compiled.pool[name].labels for name, _ in parse_choice(choice, compiled.pool)]
+        best, usual = int(own.argmax()), [f"LABEL_{place}" for place in range(len(own))]
+        labels = next((labels for labels in known if len(labels) == len(own)), usual)
         independent = len(own) == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
         values = own if not probabilities else own.sigmoid() if independent else own.softmax(0)
         found.append({"index": index, "label": labels[best], "probs": values.tolist(), "num_classes": len(own)})
     return found
-
-
-def _list_labels(compiled: ServedModel, choice: ChoiceSpec, count: int) -> Sequence[str]:
-    """Return the labels of a choice's adapter, else those of the model, if they are as many as its classes."""
-    own = getattr(compiled.traits[MAIN_GRAPH].config, "id2label", None) or {}
-    known: list[Sequence[str]] = [
-        [str(own[key]) for key in sorted(own, key=int)],
-        [f"LABEL_{place}" for place in range(count)],
-    ]
-    if isinstance(compiled, Compiled):
-        known = [*(compiled.pool[name].labels for name, _ in parse_choice(choice, compiled.pool)), *known]
-    return next(labels for labels in known if len(labels) == count)
