@@ -11,6 +11,8 @@ place of its own.
 A second table has thousands of registered adapters: a step of 32 rows over 8 of them, and the first token of one that
 is read from disk.
 
+A third table has one encoder with twenty classifiers, each row its own: of 2 to 77 labels, and all of 77.
+
 ``--native`` chooses whether the op of lorac-native is used ("auto": where it is installed).
 
 Targets at one token, with that op: 8 adapters <= 1.20 (int4) and 1.10 (float32), 32 adapters <= 1.35 and 1.20, and
@@ -43,6 +45,10 @@ _IN_A_STEP = 8
 """Adapters of the rows of a step, where thousands are registered."""
 REGISTERED = "registered"
 """The job of the second table."""
+CLASSIFIERS = "classifiers"
+"""The job of the third table."""
+SIZES, EQUAL, BY_SIZE = "2 to 77 labels", "77 labels each", "2 to 77 labels, a call per size"
+_CLASSIFIERS = 20
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -79,6 +85,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
     (weights,) = job
     if weights == REGISTERED:
         return _measure_registered(given)
+    if weights == CLASSIFIERS:
+        return _measure_classifiers(given)
     live, base, again = _loaded(weights, given)
     bank.add_copies(live, given.rows)
     call = common.torch_call if weights == EAGER else common.call
@@ -122,6 +130,43 @@ def _measure_registered(given: argparse.Namespace) -> dict[str, dict[str, float]
         }
         found[str(count)] = {**common.alternate(sides, given.rounds), BYTES: each}
         gc.collect()
+    return found
+
+
+def _measure_classifiers(given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of a call of an encoder with a classifier for each row: tokens -> side -> seconds."""
+    import torch
+    import transformers
+
+    import lorac
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024
+    )
+    host = transformers.BertForSequenceClassification(config).eval()
+    lora = lorac.LoRA(r=given.rank, alpha=given.rank, targets=["query", "value"], modules_to_save=["classifier"])
+    names, programs = [f"a{row}" for row in range(_CLASSIFIERS)], []
+    for labels in ([2 + round(row * 75 / (_CLASSIFIERS - 1)) for row in range(_CLASSIFIERS)], [77] * _CLASSIFIERS):
+        adapters = lorac.compile(host, dict.fromkeys(names, lora), active=None).adapters
+        for name, count in zip(names, labels, strict=True):
+            own = adapters[name].replaced
+            own |= {key: torch.randn(count, *tensor.shape[1:]) for key, tensor in own.items()}
+        programs.append(lorac.compile(host, adapters, target="onnxruntime", active=None))
+    found = {}
+    for length in (1, 16, 128):
+        inputs = {"input_ids": torch.randint(5, 1000, (_CLASSIFIERS, length)).numpy()}
+        mixed, equal = programs
+        found[str(length)] = common.alternate(
+            {
+                BASE: common.torch_call(mixed, inputs),
+                AGAIN: common.torch_call(mixed, inputs),
+                SIZES: common.torch_call(functools.partial(mixed, adapters=names), inputs),
+                EQUAL: common.torch_call(functools.partial(equal, adapters=names), inputs),
+                BY_SIZE: _call_per_choice(mixed, inputs, _CLASSIFIERS, common.torch_call),
+            },
+            given.rounds,
+        )
     return found
 
 
@@ -193,8 +238,20 @@ def _peft_call(model: Any, inputs: dict[str, Any], mixed: int) -> common.Side:
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     """One table for each kind of weights, and one of registered adapters: milliseconds, and ratios to the base last."""
     rest = {weights: figures for (weights,), figures in found.items()}
-    registered = [_registered_table(rest.pop(REGISTERED))] if REGISTERED in rest else []
-    return [*(_table(weights, by_length, given) for weights, by_length in rest.items()), *registered]
+    further = [_registered_table(rest.pop(REGISTERED))] if REGISTERED in rest else []
+    further += [_classifiers_table(rest.pop(CLASSIFIERS))] if CLASSIFIERS in rest else []
+    return [*(_table(weights, by_length, given) for weights, by_length in rest.items()), *further]
+
+
+def _classifiers_table(found: Any) -> common.Table:
+    rows = [
+        (f"{_CLASSIFIERS}x{length}", what, f"{seconds * 1e3:.1f}", f"{seconds / sides[BASE]:.3f}")
+        for length, sides in found.items()
+        for what, seconds in sides.items()
+    ]
+    again = {f"{_CLASSIFIERS}x{length}": sides[AGAIN] / sides[BASE] for length, sides in found.items()}
+    title = "twenty classifiers of one encoder, each row its own, in ONNX Runtime"
+    return common.Table(title, ("shape", "side", "ms", "ratio"), rows, [row[:2] for row in rows], again)
 
 
 def _registered_table(found: Any) -> common.Table:
@@ -254,7 +311,7 @@ BENCHMARK = common.Benchmark(
         common.Option("peft", True, smoke=True, help="measure PEFT too"),
         common.Option("registered", 2000, smoke=32, help="adapters on disk, in the end"),
     ),
-    jobs=lambda given: [(kind,) for kind in (*given.weights, *([REGISTERED] if _emitted(given) else []))],
+    jobs=lambda given: [(kind,) for kind in (*given.weights, *([REGISTERED, CLASSIFIERS] if _emitted(given) else []))],
     measure=measure,
     tables=tables,
     prepare=prepare,

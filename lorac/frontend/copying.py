@@ -144,10 +144,7 @@ def widen_layers(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
     """
     copied, wide = copy_structure(model), dict[int, nn.Parameter]()
     for name, size in sizes.items():
-        owner, _, leaf = name.rpartition(".")
-        module = copied.get_submodule(owner)
-        own = module._parameters[leaf]
-        assert own is not None
+        own, (owner, _, leaf) = copied.get_parameter(name), name.rpartition(".")
         wide.setdefault(id(own), nn.Parameter(pad_rows(own.detach(), size), requires_grad=False))
-        module._parameters[leaf] = wide[id(own)]
+        copied.get_submodule(owner)._parameters[leaf] = wide[id(own)]
     return copied

@@ -102,10 +102,8 @@ class Compiled:
             call = call.cast(self.input_dtypes, kept)
 
         if self.resized and "labels" in call.kwargs:
-            raise InputMismatch(
-                f"labels= make a loss over the outputs of '{self.resized[0]}', and adapters have others",
-                next_step="leave labels= out, and compute the loss of the logits that the call returns",
-            )
+            what = f"labels= make a loss over the outputs of '{self.resized[0]}', and adapters have others"
+            raise InputMismatch(what, next_step="leave labels= out, and compute the loss of the logits of the answer")
 
         def run(own: Call, group: RowGroup) -> CallResult:
             return self.switch.with_rows(group, lambda bound, _: bound.run(graph, own))

@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from lorac.errors import AdapterError, ArtifactError
+from lorac.errors import AdapterError
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.sites.patterns import check_targets_match, select_sites
 from lorac.ir.slots.required_slots import Reserve
 from lorac.session.session import Session
-from lorac.storage.strict_json import JsonObject
 from lorac.variants.adapter import Adapter
 
 
@@ -36,29 +35,13 @@ def make_room(session: Session, adapters: Sequence[Adapter], reserve: Reserve | 
         largest |= {other: max(largest[path], largest.get(other, 0)) for other in (path, *sites[path].shares)}
     if not largest:
         return
-    for adapter in adapters:
-        if changed := next((path for path in largest if path in adapter.tensors), None):
-            raise AdapterError(
-                f"adapter '{adapter.name}' changes '{changed}', which other adapters replace by layers of other sizes",
-                next_step="compile it without these, or train it with modules_to_save in place of target_modules there",
-            )
+    for name, path in ((one.name, path) for one in adapters for path in largest if path in one.tensors):
+        raise AdapterError(
+            f"adapter '{name}' changes '{path}', which other adapters replace by layers of other sizes",
+            next_step="compile it without these, or train it with modules_to_save in place of target_modules there",
+        )
     names = {name: size for path, size in largest.items() for name in sites[path].stored_names}
     session.host.widen(names)
     wide = find_sites(session.host.module)
     widened = {path: dataclasses.replace(wide[path], own_size=sites[path].size) for path in largest}
     session.preparer.sites = {**sites, **widened}
-
-
-def restore_size(session: Session, path: str, plan: JsonObject) -> None:
-    """Give a site of an artifact the size that the model's own layer had.
-
-    Raises:
-        ArtifactError: the layer in the program is smaller, or cannot have been widened.
-    """
-    site, own = session.sites.get(path), plan.get("own_size")
-    if own is None or site is None:
-        return
-    if not site.is_resizable or type(own) is not int or not 0 < own <= site.size:
-        what = f"the plan of '{path}' says that the model's layer had {own!r} rows, which it cannot have had"
-        raise ArtifactError(what, next_step="copy the whole folder again, or save it anew")
-    session.preparer.sites = {**session.sites, path: dataclasses.replace(site, own_size=own)}

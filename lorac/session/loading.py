@@ -20,7 +20,6 @@ from lorac.runtime.traits import traits_from_json
 from lorac.session.adapter_loading import restore_adapter
 from lorac.session.compiled import Compiled, make_compiled
 from lorac.session.host_model import HostModel
-from lorac.session.layer_sizes import restore_size
 from lorac.session.request.placement import check_device, parse_device, resolve_placement
 from lorac.session.request.precision import check_stored_dtypes
 from lorac.session.session import Session
@@ -165,7 +164,10 @@ def _open_stored(manifest: Manifest) -> Session:
     session.preparer.stored = manifest.fields["reductions"]
     session.traits = traits_from_json(manifest.fields["components"])
     for path, plan in manifest.fields["plans"].items():
-        restore_size(session, path, plan)
+        site, own = session.sites.get(path), plan.get("own_size")
+        if site is not None and site.is_resizable and isinstance(own, int):
+            resized = dataclasses.replace(site, own_size=max(1, min(own, site.size)))
+            session.preparer.sites = {**session.sites, path: resized}
     for name, record, forms in manifest.adapters():
         restore_adapter(session, name, record, forms)
     view = session.view

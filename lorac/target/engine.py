@@ -160,9 +160,8 @@ class Engine(ABC):
         for path, buffer in self.buffers.items():
             composed = snapshot.composed.get(path)
             written += buffer.start_write(composed.change if composed is not None else None, sparse)
-        sparse.run()
-        for path, buffer in self.buffers.items():
             mark_beyond(buffer.bias, buffer.site, snapshot.sizes.get(path, 0))
+        sparse.run()
         self.record_written(snapshot)
         return written
 

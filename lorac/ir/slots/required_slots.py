@@ -119,10 +119,9 @@ def plan_sites(
     if reserve is not None:
         _add_reserve(needs, sites, reserve, mode)
     for site in (site for site in sites.values() if site.own_size):
-        need = needs.setdefault(site.path, _SiteNeeds())
-        need.require(operands.WEIGHT)
-        if site.kind is not SiteKind.EMBEDDING:
-            need.require(operands.BIAS)
+        roles = (operands.WEIGHT,) if site.kind is SiteKind.EMBEDDING else (operands.WEIGHT, operands.BIAS)
+        for role in roles:
+            needs.setdefault(site.path, _SiteNeeds()).require(role)
     planned = {path: _plan_site(site, needs[path], mode) for path, site in sites.items() if path in needs}
     for plan in planned.values():
         if plan.bound and plan.site.packed:

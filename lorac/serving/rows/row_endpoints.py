@@ -142,8 +142,7 @@ async def _answer(fields: _TextFields, http: fastapi.Request) -> Response:
 
     def respond() -> Response:
         mask = inputs["attention_mask"]
-        count = int(mask.sum())
-        usage = {"prompt_tokens": count, "total_tokens": count}
+        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), int(mask.sum()))
         own = fields.write(outputs, mask, choices, state)
         return JsonAnswer({"object": "list", "model": fields.model, "usage": usage, **own})
 
