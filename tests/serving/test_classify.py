@@ -77,7 +77,7 @@ def test_answers_with_the_classes_and_labels_of_each_adapter(path: str, classifi
         assert (torch.tensor(found["probs"]) - expected).abs().max() < 1e-5
 
 
-def test_gives_logits_where_they_are_asked_for(classifier: Any, http: httpx2.Client) -> None:
+def test_returns_logits_without_the_activation(classifier: Any, http: httpx2.Client) -> None:
     answer = http.post("/v1/classify", json={"model": "topic", "input": "First", "use_activation": False}).json()
     assert (torch.tensor(answer["data"][0]["probs"]) - logits(classifier, "First", "topic")).abs().max() < 1e-5
 
