@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import lorac
+from lorac.testing import assert_close
 from tests.decoders import VOCABULARY
 from tests.serving.models import make_app, make_tokenizer, serve
 
@@ -74,12 +75,12 @@ def test_answers_with_the_classes_and_labels_of_each_adapter(path: str, classifi
         assert found["index"] == index
         assert found["num_classes"] == len(expected)
         assert found["label"] == labels[choice][int(expected.argmax())]
-        assert (torch.tensor(found["probs"]) - expected).abs().max() < 1e-5
+        assert_close(torch.tensor(found["probs"]), expected)
 
 
 def test_returns_logits_without_the_activation(classifier: Any, http: httpx2.Client) -> None:
     answer = http.post("/v1/classify", json={"model": "topic", "input": "First", "use_activation": False}).json()
-    assert (torch.tensor(answer["data"][0]["probs"]) - logits(classifier, "First", "topic")).abs().max() < 1e-5
+    assert_close(torch.tensor(answer["data"][0]["probs"]), logits(classifier, "First", "topic"))
 
 
 def test_predictions_have_no_outputs_of_other_adapters(classifier: Any, http: httpx2.Client) -> None:
