@@ -107,7 +107,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        self.send_header("content-length", headers.pop("content_length", str(len(content))))
+        if length := headers.pop("content_length", str(len(content))):  # "": it is not said
+            self.send_header("content-length", length)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()

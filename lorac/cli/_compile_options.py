@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 from lorac.argument_types import Fields, field_types
 from lorac.errors import OptionError, not_one_of
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lorac.ir.slots.required_slots import Reserve
 
 RESERVE_HELP = (
-    "Room for adapters that are added later, as rank=64, targets=q_proj,v_proj, adapters=8, scales=yes or weights=yes; "
-    "may be given several times."
+    "Room for adapters that are added later, as rank=64, targets=q_proj,v_proj, adapters=8, scales=yes, weights=yes or "
+    "outputs=classifier:77; may be given several times."
 )
 DYNAMIC_HELP = (
     "INPUT=AXES: which axes of an input may vary, as input_ids=0,1, or input_ids= for none; may be given several times."
@@ -52,11 +52,17 @@ def parse_record(option: str, record: Callable[..., T], specs: Sequence[str], us
         types = field_types(record)
         if name not in types:
             raise not_one_of(f"{option} has no field", name, types)
-        found[name] = _parse_value(f"{option} takes no {name}={value}", value, types[name])
+        parsed = _parse_value(f"{option} takes no {name}={value}", value, types[name])
+        found[name] = found.get(name, {}) | parsed if isinstance(parsed, dict) else parsed
     return record(**found) if found else None
 
 
-def _parse_value(fault: str, text: str, kind: object) -> float | str | tuple[str, ...]:
+def _parse_value(fault: str, text: str, kind: object) -> float | str | tuple[str, ...] | dict[str, int]:
+    if get_origin(kind) is Mapping:
+        sizes = [one.rpartition(":") for one in text.split(",")]
+        if not all(name and size.isdecimal() for name, _, size in sizes):
+            raise OptionError(fault, next_step="give NAME:NUMBER, such as classifier:77, or several with commas")
+        return {name: int(size) for name, _, size in sizes}
     if kind in (int, float) and text.isdecimal():
         return int(text)
     if kind is bool and text in _BOOLEANS:

@@ -115,7 +115,7 @@ class CompiledPipeline:
             )
         path = Path(source, *filter(None, (subfolder, weight_name)))
         if revision is not None and parse_name(path) is not None:
-            path = path.with_name(f"{path.name}@{revision}")
+            path = Path(f"{path}@{revision}")
         if hotswap and adapter_name in self.compiled.adapters:
             self._replace_adapter(path, adapter_name)
         else:

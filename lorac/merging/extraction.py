@@ -19,7 +19,7 @@ from lorac.ir.algebra.changes import Change, Delta, LowRank
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.merging.stored_model import StoredModel
 from lorac.progress import progress
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote.names import find_source, parse_name
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
@@ -76,7 +76,8 @@ def extract(
             next_step="give the fine-tuned model first, and then its base",
         )
     if not name:
-        name = (Path(tuned).name if isinstance(tuned, str | os.PathLike) else "") or "extracted"
+        given = tuned if isinstance(tuned, str | os.PathLike) else ""
+        name = Path(str(parse_name(given) or given)).name or "extracted"
     modules = dict.fromkeys(module for module in (key.rpartition(".")[0] for key in replaced) if module)
     parameters = tuple(path for path in changes if views[1].sites[path].kind is SiteKind.MATRIX)
     like = LoRA(parameters=parameters, modules_to_save=tuple(modules), bias="all" if biases else "none")

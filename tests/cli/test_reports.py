@@ -132,7 +132,7 @@ def test_cuts_a_table_only_at_a_terminals_width(monkeypatch, capsys):
 def test_a_warning_is_printed_in_words(folder, monkeypatch, capsys):
     compiled = lorac.load(folder / "compiled")
 
-    def loaded(path):
+    def loaded(path, **options):
         warn("it computes in float32", next_step="dtype='float32' asks for that")
         return compiled
 
@@ -151,6 +151,7 @@ def test_a_reserve():
     found = parse_reserve(["rank=64", "targets=all-linear", "adapters=8", "scales=yes"])
     assert found == lorac.Reserve(targets="all-linear", rank=64, adapters=8, scales=True)
     assert parse_reserve(["targets=a,b"]) == lorac.Reserve(targets=("a", "b"))
+    assert parse_reserve(["outputs=a:77,b.c:3", "outputs=d:5"]) == lorac.Reserve(outputs={"a": 77, "b.c": 3, "d": 5})
     assert parse_reserve([]) is None
 
 
@@ -169,6 +170,10 @@ def test_dynamic_shapes():
         (lambda: parse_reserve(["rank"]), "--reserve takes no 'rank'"),
         (lambda: parse_reserve(["rank=many"]), "--reserve takes no rank=many\n  give a whole number"),
         (lambda: parse_reserve(["scales=maybe"]), "--reserve takes no scales=maybe\n  give yes or no"),
+        *(
+            (lambda text=text: parse_reserve([f"outputs={text}"]), f"takes no outputs={text}\n  give NAME:NUMBER")
+            for text in ("head", "head:many", ":3", "")
+        ),
         (
             lambda: parse_dynamic_shapes(["idx=0"], Tiny(), INPUTS),
             "--dynamic: the model has no input 'idx'\n  nearest: ids\n",

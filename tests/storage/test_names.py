@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.request import Request
 
 import fsspec
 import pytest
@@ -13,10 +17,16 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.storage.remote.names import find_stem, parse_name
+from lorac.cli import main
+from lorac.diffusion.pipeline import CompiledPipeline
+from lorac.serving import run
+from lorac.storage.remote.names import _SameHost, find_stem, parse_name
+from lorac.trainer.factories import make_adapters
 from tests.hub import Hub, child_environment, read_files, use_hub
 from tests.mistakes import Tiny, lora
 from tests.refusing import refuses
+from tests.runtime.generation.test_artifacts import words
+from tests.zoo import SMALL_LLAMA
 
 TOKEN = "hf_" + "x" * 34
 
@@ -154,6 +164,14 @@ def test_rejects_a_file_of_another_size_than_its_header_says(
         lorac.load_adapter("ann/lies")
 
 
+def test_rejects_a_file_of_another_size_than_the_listing_says(hub: Hub, files: dict[str, bytes]) -> None:
+    with Hub() as other:
+        other.pages = {f"/{name}": ({}, content) for name, content in files.items()}
+        hub.add("ann/lies", files, sizes={"adapter_model.safetensors": 9}, elsewhere=other.address)
+        with refuses("unreadable", match="bytes, and its server says 9\n  remove it, and load it again"):
+            lorac.load_adapter("ann/lies")
+
+
 def test_rejects_more_bytes_than_the_budget_before_it_downloads_any(hub: Hub, files: dict[str, bytes]) -> None:
     hub.add("ann/sql", files)
     with lorac.budget(download=100), refuses("over_budget", match=r"lorac.budget\(download=\d+\)"):
@@ -244,6 +262,9 @@ def test_loads_a_file_from_a_web_server(hub: Hub, files: dict[str, bytes], tmp_p
         web.pages["/long"] = ({"content_length": str(1 << 40)}, content)
         with refuses("over_budget"):
             lorac.load_adapter(f"{web.address}/long")
+        web.pages["/cut"] = ({"content_length": str(len(content) + 8)}, content)
+        with refuses("unreadable", match=f"has {len(content)} bytes, and its server says {len(content) + 8}"):
+            lorac.load_adapter(f"{web.address}/cut")
         web.pages["/evil"] = ({"Content_Disposition": 'attachment; filename="../out"'}, content)
         with refuses("unreadable", match="could lie outside"):
             lorac.load_adapter(f"{web.address}/evil")
@@ -258,6 +279,15 @@ def test_follows_no_redirect_to_another_host(hub: Hub) -> None:
         with refuses("unreadable", match=f"it leads to another host; if you trust that one, give {other.address}/b"):
             lorac.load_adapter(f"{web.address}/a")
         assert not other.requests
+
+
+def test_follows_no_redirect_that_gives_up_encryption() -> None:
+    def follow(old: str, new: str) -> Any:
+        return _SameHost().redirect_request(Request(old), None, 302, "", {}, new)
+
+    assert follow("http://a/b", "https://a/c").full_url == "https://a/c"
+    with pytest.raises(ValueError, match="leads to another host"):
+        follow("https://a/b", "http://a/c")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +311,103 @@ def test_leaves_paths_alone(text: str, hub: Hub) -> None:
 )
 def test_names_an_adapter_after_its_name(text: str, stem: str, hub: Hub) -> None:
     assert find_stem(text) == stem
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """A decoder, it with one other weight, it compiled, and an adapter of it."""
+    place, decoder = tmp_path_factory.mktemp("models"), SMALL_LLAMA.model()
+    words().save_pretrained(place / "base")
+    decoder.save_pretrained(place / "base")  # type: ignore[operator]
+    compiled = lorac.compile(decoder, {"lora": lorac.LoRA(r=2, targets=["q_proj"])})
+    lorac.save_adapter(compiled.adapters["lora"], place / "lora", model=decoder)
+    compiled.save(place / "compiled")
+    with torch.no_grad():
+        decoder.get_parameter("model.layers.0.mlp.up_proj.weight")[3, 5] += 1
+    decoder.save_pretrained(place / "tuned")  # type: ignore[operator]
+    return {name: read_files(place / name) for name in ("base", "tuned", "compiled", "lora")}
+
+
+def extract(_: pytest.MonkeyPatch) -> None:
+    adapter = lorac.extract("ann/tuned@v1", "ann/base@v1")
+    assert (adapter.name, [*adapter.tensors]) == ("tuned", ["model.layers.0.mlp.up_proj"])
+
+
+def merge(patch: pytest.MonkeyPatch) -> None:
+    entries = [{"adapter": "ann/lora@v1"}, {"adapter": "ann/many/two@v1"}]
+    recipe = {"merge_method": "linear", "base_model": "ann/base@v1", "models": entries}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    patch.setattr(sys, "argv", ["lorac", "merge", "--recipe", "recipe.yaml", "-o", "merged"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert len(lorac.load_adapter("merged").sites) == 2
+
+
+def train(patch: pytest.MonkeyPatch) -> None:
+    recipe = {"adapters": {"own": {"path": "ann/lora@v1"}}, "model": "ann/base@v1", "out": "run"}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    made: list[str] = []
+
+    def begin(model: nn.Module, _: object, recipe: Any, *rest: object, **options: object) -> SimpleNamespace:
+        made.extend(make_adapters(recipe.adapters, model, list))
+        return SimpleNamespace(adapters=made)
+
+    patch.setattr("lorac.trainer.train", begin)
+    patch.setattr(sys, "argv", ["lorac", "train", "recipe.yaml"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert made == ["own"]
+
+
+def register(_: pytest.MonkeyPatch) -> None:
+    compiled = lorac.compile(SMALL_LLAMA.model(), {}, reserve=lorac.Reserve(targets=["q_proj"], rank=2))
+    assert compiled.register("ann/many@v1") == ["one", "two"]
+
+
+def serve(patch: pytest.MonkeyPatch) -> None:
+    served: list[lorac.Compiled] = []
+
+    def build(compiled: lorac.Compiled, *_: object, **options: object) -> None:
+        served.append(compiled)
+        raise KeyboardInterrupt
+
+    patch.setattr("lorac.serving.server.build_app", build)
+    with pytest.raises(KeyboardInterrupt):
+        run("ann/compiled@v1", adapters="ann/many@v1")
+    assert [*served[0].adapters] == ["lora"]
+    served[0].swap("two")
+
+
+DOORS = {door.__name__: door for door in (extract, merge, train, register, serve)}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_takes_a_name(
+    door: str, hub: Hub, folders: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"{name}/{file}": content for name in ("one", "two") for file, content in folders["lora"].items()}
+    for name, found in {**folders, "many": many}.items():
+        hub.add(f"ann/{name}", {}).commits["v1"] = found
+    DOORS[door](monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("ann/style", {"subfolder": "b", "weight_name": "own.safetensors", "revision": "v1"}),
+        ("ann/style", {"subfolder": "b", "weight_name": "own.safetensors", "revision": "refs/pr/1"}),
+        ("ann/style@v1", {"subfolder": "b", "weight_name": "own.safetensors"}),
+        ("hf://ann/style", {"subfolder": "b", "weight_name": "own.safetensors", "revision": "v1"}),
+    ],
+)
+def test_load_lora_weights_takes_a_name(
+    source: str, options: dict[str, str], hub: Hub, files: dict[str, bytes], tmp_path: Path, model: nn.Module
+) -> None:
+    found = {"b/own.safetensors": native(files, tmp_path, model), "c/adapter_config.json": b"{}"}
+    hub.add("ann/style", {}).commits.update({"v1": found, "refs/pr/1": found})
+    pipeline: Any = SimpleNamespace(compiled=lorac.compile(model, {}, reserve=lorac.Reserve(rank=4)))
+    CompiledPipeline.load_lora_weights(pipeline, source, "own", **options)  # type: ignore[arg-type]  # by name
+    assert pipeline.compiled.active == {"own": 1.0}
 
 
 @pytest.mark.medium("starts two processes; the others set the same settings in this one")
