@@ -1,10 +1,10 @@
-"""Every method, on models of four families, for every engine: converted, and read or run by the engine's own code.
+"""Every method, on models of five families, for every engine: converted, and read or run by the engine's own code.
 
     python -m campaigns.engines run [--journal FILE] [--methods lora,dora] [--families llama]
     python -m campaigns.engines page > docs/engines.md
 
 A run goes on where it stopped. $LORAC_WHEELS names a folder with the unpacked wheels of vLLM, SGLang and Olive; mlx-lm,
-xllamacpp and onnxruntime-genai are imported. An engine that is not to be had is left out.
+xllamacpp, onnxruntime-genai and diffusers are imported. An engine that is not to be had is left out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from campaigns import sound
 from campaigns.engines import checkers
 from campaigns.zoo import journal
 from lorac.formats.engines import ENGINES
+from lorac.ir.sites.site import SiteKind
 from lorac.variants.base import Variant
 
 JOURNAL = journal.ROOT / "docs" / "engines.jsonl"
@@ -43,6 +44,23 @@ SIZES = {
 }
 TEXT = {**SIZES, "num_key_value_heads": 3, "max_position_embeddings": 64}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+
+
+def _unet() -> nn.Module:
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(24, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=48,
+        attention_head_dim=3,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
 FAMILIES: Mapping[str, Any] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, head_dim=16)),
     "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TEXT, **MOE)),
@@ -50,17 +68,21 @@ FAMILIES: Mapping[str, Any] = {
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=True)
     ),
+    "unet": _unet,
 }
 TARGETS = {
     "llama": ["k_proj", "down_proj"],
     "qwen3": ["v_proj", "up_proj"],
     "qwen3_moe": ["q_proj", "o_proj"],
     "bert": ["query", "intermediate.dense"],
+    "unet": ["to_v", "to_out.0"],
 }
+CONVOLUTIONS = ["conv1", "upsamplers.0.conv"]
+"""Further targets in the U-Net, of the methods that adapt convolutions."""
 IDS = torch.arange(3, 15)[None]
 EXACT = 1e-4
 """The share of the adapter's effect up to which an answer is the same (float32), as in the tests."""
-RUNS = {"mlx": "mlx_lm", "llama.cpp": "xllamacpp", "genai": "onnxruntime_genai"}
+RUNS = {"mlx": "mlx_lm", "llama.cpp": "xllamacpp", "genai": "onnxruntime_genai", "diffusers": "diffusers"}
 
 
 @functools.cache
@@ -99,8 +121,17 @@ def _tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1")
 
 
+def arguments(family: str) -> dict[str, Tensor]:
+    """Return the arguments of the call by which answers are compared."""
+    if family != "unet":
+        return {"input_ids": IDS}
+    generator = torch.Generator().manual_seed(2)
+    latents, states = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 5, 48)))
+    return {"sample": latents, "timestep": torch.tensor([400.0]), "encoder_hidden_states": states}
+
+
 def answer(output: Any) -> Tensor:
-    return output.logits.detach()
+    return output[0].detach()
 
 
 @functools.lru_cache(1)
@@ -117,7 +148,7 @@ def adapted(family: str, key: str) -> tuple[lorac.Adapter, Tensor, Tensor]:
         with torch.no_grad():
             for tensor in filter(torch.is_floating_point, adapter.parameters()):
                 tensor.add_(size * torch.randn(tensor.shape, generator=generator))
-            plain, given = (answer(compiled(input_ids=IDS, adapters=name)) for name in (None, "one"))
+            plain, given = (answer(compiled(**arguments(family), adapters=name)) for name in (None, "one"))
         share = float(torch.dist(plain, given) / plain.norm())
         if 0.05 < share < 0.5:
             break
@@ -128,6 +159,8 @@ def adapted(family: str, key: str) -> tuple[lorac.Adapter, Tensor, Tensor]:
 def fit(variant: Variant, family: str) -> Variant:
     """Return a method with targets in a family."""
     named: dict[str, Any] = {"targets": TARGETS[family]}
+    if family == "unet" and SiteKind.CONV2D in variant.kinds:
+        named["targets"] = [*TARGETS[family], *CONVOLUTIONS]
     if variant.name == "trainable_tokens":
         named["targets"] = ["embed_tokens" if family != "bert" else "word_embeddings"]
     elif variant.name in {"ln_tuning"}:
@@ -148,6 +181,8 @@ def serve(engine: str, path: Path, family: str) -> tuple[Tensor, bool]:
             return answer(checkers.apply(checkers.READERS[engine](path, model), model)(IDS)), False
     if engine == "mlx":
         return checkers.run_mlx(path, folder / "hf", IDS), False
+    if engine == "diffusers":
+        return checkers.run_diffusers(path, model, arguments(family)), False
     if engine == "genai":
         return program(family).run(path, IDS), False
     gguf = folder / "base.gguf"
@@ -173,6 +208,8 @@ def runs(engine: str, family: str) -> bool:
         return checkers.find_package(engine) is not None
     if importlib.util.find_spec(RUNS.get(engine, "absent")) is None:
         return False
+    if engine == "diffusers":
+        return family == "unet"
     return family in ("llama", "qwen3", *(["qwen3_moe"] if engine == "mlx" else []))
 
 
@@ -218,6 +255,8 @@ def run(path: Path, methods: list[str], families: list[str], engines: list[str])
     for family in families:
         for key in methods:
             for engine in engines:
+                if (family == "unet") != (engine == "diffusers"):
+                    continue
                 name = f"{family}/{key}/{engine}"
                 if name in done:
                     continue
@@ -245,11 +284,12 @@ The rules were read in these files:
 
 ## Every method
 
-Tiny models of four families, with adapters that move the output by about a fifth. *equal*: converted with
+Tiny models of the families below, with adapters that move the output by about a fifth. *equal*: converted with
 `--tolerance 0`, the engine's own code gives the adapter's answer within 1e-4 of its effect, or within four times the
 engine's rounding on the base. The number is the largest error of a site at the default rank of 16, where that is not
 exact. *written*: the engine's code does not run here on that family. *refused*: the engine has no place for the layer
 or the change, which `lorac convert` names with the reason. *–*: the method adapts no layer that was targeted here.
+The U-Net is for diffusers alone, which runs it.
 
 vLLM, SGLang and Olive run as far as their loaders: what these read is multiplied out into the model. mlx-lm, llama.cpp
 and onnxruntime-genai run the model.
@@ -272,9 +312,10 @@ def page(path: Path) -> str:
         methods = sorted({key.split("/")[1] for key in found if key.startswith(f"{family}/")})
         if not methods:
             continue
-        text += f"\n### {family}\n\n| method | {' | '.join(engines)} |\n| --- |{' --- |' * len(engines)}\n"
+        columns = [name for name in engines if any(f"{family}/{key}/{name}" in found for key in methods)]
+        text += f"\n### {family}\n\n| method | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}\n"
         for key in methods:
-            cells = [_cell(found.get(f"{family}/{key}/{engine}")) for engine in engines]
+            cells = [_cell(found.get(f"{family}/{key}/{engine}")) for engine in columns]
             text += f"| `{key}` | {' | '.join(cells)} |\n"
     counts = Counter(record["outcome"] for record in found.values())
     return text + "\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".\n"
@@ -293,7 +334,7 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, default=JOURNAL)
     parser.add_argument("--methods", default=",".join(lorac.variants()))
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--engines", default="vllm,sglang,llama.cpp,genai,mlx,olive")
+    parser.add_argument("--engines", default="vllm,sglang,llama.cpp,genai,mlx,olive,diffusers")
     given = parser.parse_args()
     if given.what == "page":
         print(page(given.journal), end="")

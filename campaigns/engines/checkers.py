@@ -2,7 +2,8 @@
 
 vLLM, SGLang and Olive do not run without a GPU or their other dependencies, and their loaders do: a few of their files
 are imported by path, over stand-ins for the modules that these name. What a loader reads is then multiplied out as the
-engine's layers do, into a copy of the model. mlx-lm, llama.cpp and onnxruntime-genai run the model themselves.
+engine's layers do, into a copy of the model. mlx-lm, llama.cpp, onnxruntime-genai and diffusers run the model
+themselves.
 """
 
 from __future__ import annotations
@@ -490,6 +491,26 @@ def read_gguf_vocabulary(base: Path) -> Iterator[int]:
     import gguf
 
     yield len(gguf.GGUFReader(base).fields["tokenizer.ggml.tokens"].data)
+
+
+@torch.no_grad()
+def run_diffusers(path: Path, model: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor:
+    """Return the first output of a model that diffusers' own loader gives an adapter's file; the model is only read.
+
+    Raises:
+        Refusal: in diffusers' words, or where it would leave out a layer.
+    """
+    made: Any = copy.deepcopy(model)
+    prefix = "unet" if "UNet" in type(model).__name__ else "transformer"
+    try:  # with the option with which pipelines call it, by which it reads the metadata too
+        made.load_lora_adapter(str(path), prefix=prefix, use_safetensors=True)
+    except (AttributeError, ValueError, RuntimeError) as error:
+        raise Refusal(str(error)) from error
+    given, loaded = (sum(".lora_A." in name for name in names) for names in (load_file(path), made.state_dict()))
+    if given != loaded:
+        raise Refusal(f"{loaded} of {given} layers are loaded")
+    answer: Tensor = made(**arguments, return_dict=False)[0]
+    return answer
 
 
 class GenaiProgram:

@@ -50,6 +50,8 @@ class EngineRules:
         ranks: the ranks that it reserves memory for, of which the last is the largest possible; none: any.
         uniform: all layers have one rank and one scale.
         dtypes: dtypes of tensors that it reads.
+        loaders: library of a model's class -> the method with which its models load LoRAs; the others of that library
+            run none.
         renames: parts of names in lorac's file of the format -> as the engine has them.
     """
 
@@ -74,6 +76,7 @@ class EngineRules:
     ranks: Sequence[int] = ()
     uniform: bool = False
     dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
+    loaders: Mapping[str, str] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def why_not(self, site: Site, view: ModelView) -> str | None:
@@ -83,6 +86,12 @@ class EngineRules:
             return None if self.experts_of(model_type) or model_type in self.stacked else "a stack of experts"
         if site.within is not None or site.kind not in self.kinds:
             return f"a weight within '{site.within}'" if site.within else f"of kind {site.kind}"
+        if site.conv is not None and site.conv.groups > 1:
+            return f"a convolution of {site.conv.groups} groups"
+        owner = type(view.components.get(site.path.partition(".")[0], view.module))
+        loader = self.loaders.get(owner.__module__.partition(".")[0])
+        if loader is not None and not hasattr(owner, loader):
+            return f"in a {owner.__name__}, which has no {loader}"
         if site.shares and not self.ties:
             return f"whose weight is that of '{site.shares[0]}'"
         if leaf == _OUTPUT or site.kind is SiteKind.EMBEDDING:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from lorac.formats.engines import ENGINES
 from lorac.storage.onnx_adapter import read_onnx_adapter
 from lorac.testing.parity import CONTRIBUTION, assert_close, assert_parity
 from lorac.variants.base import Variant
+from tests import image_files
+from tests.diffusion import small_unet
 
 SIZES = {
     "vocab_size": 96,
@@ -230,3 +234,125 @@ def test_names_the_inputs_of_genai_programs(llama, tmp_path):
         names = set(read_onnx_adapter(file, AssertionError))
     assert "model.layers.0.attn.q_proj.lora_A.MatMul.weight" in names
     assert "model.layers.1.mlp.down_proj.lora_B.MatMul.weight" in names
+
+
+# ── diffusers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def make_sd3() -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        caption_projection_dim=16, joint_attention_dim=12, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=8, dual_attention_layers=(0,),
+    ).eval()  # fmt: skip
+
+
+def call_sd3() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"hidden_states": (1, 4, 8, 8), "encoder_hidden_states": (1, 5, 12), "pooled_projections": (1, 10)}
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**drawn, "timestep": torch.tensor([400.0])}
+
+
+@torch.no_grad()
+def draw(model: Any, variant: Variant, call: Mapping[str, Tensor]) -> tuple[lorac.Adapter, Tensor]:
+    """Return an adapter away from its start, and what the model computes with it."""
+    compiled = lorac.compile(model, {"mine": variant})
+    adapter, generator = compiled.adapters["mine"], torch.Generator().manual_seed(1)
+    for tensor in adapter.parameters():
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+    base, given = (compiled(**call, adapters=name, return_dict=False)[0] for name in (None, "mine"))
+    assert torch.dist(base, given) > CONTRIBUTION[0] * base.norm()
+    return adapter, given
+
+
+IMAGES: dict[str, Any] = {
+    "unet": (small_unet.small_unet, small_unet.inputs, ["to_q", "conv1", "conv_in", "time_emb_proj"]),
+    "sd3": (make_sd3, call_sd3, ["to_q", "ff.net.2", "pos_embed.proj"]),
+}
+OF_IMAGES: dict[str, Variant] = {
+    "lora": lorac.LoRA(r=3, alpha=5, rank_pattern={"to_q": 5}, alpha_pattern={"to_q": 2}),
+    "biases": lorac.LoRA(r=2, alpha=3, rslora=True, lora_bias=True),
+    "dora": lorac.DoRA(r=2, alpha=7),
+    "oft": lorac.OFT(block_size=4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("method", OF_IMAGES)
+@pytest.mark.parametrize("family", IMAGES)
+def test_is_the_same_in_diffusers(family, method, tmp_path):
+    make, call, targets = IMAGES[family]
+    model, path = make(), tmp_path / "out.safetensors"
+    adapter, given = draw(model, dataclasses.replace(OF_IMAGES[method], targets=targets), call())
+
+    made = lorac.convert(adapter, path, for_="diffusers", model=model, tolerance=0)
+
+    assert_close(checkers.run_diffusers(path, model, call()), given)
+    assert ("conv_in" if family == "unet" else "pos_embed.proj") in made.tensors
+
+
+def test_biases_of_layers_become_those_of_the_lora(tmp_path):
+    model, path = make_sd3(), tmp_path / "out.safetensors"
+    adapter, given = draw(model, lorac.LoRA(r=2, targets=["to_q"], bias="all"), call_sd3())
+
+    lorac.convert(adapter, path, for_="diffusers", model=model)
+
+    assert_close(checkers.run_diffusers(path, model, call_sd3()), given)
+
+
+@torch.no_grad()
+def test_pipelines_load_a_dora_of_two_models(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pair = image_files.make_pair()
+    compiled = lorac.compile(pair, {"mine": lorac.DoRA(r=3, alpha=5, targets=["to_q", "conv1", "q_proj"])})
+    for tensor in compiled.adapters["mine"].parameters():
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    expected = image_files.run_pair(compiled)
+
+    lorac.convert(compiled.adapters["mine"], tmp_path / "out", for_="diffusers", model=pair, tolerance=0)
+
+    parts = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    StableDiffusionPipeline(**parts, **pair, requires_safety_checker=False).load_lora_weights(tmp_path / "out")
+    for found, given in zip(image_files.run_pair(pair), expected, strict=True):
+        assert_close(found, given)
+
+
+def make_video() -> Any:
+    import diffusers
+
+    return diffusers.UNet3DConditionModel(
+        sample_size=8, block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, cross_attention_dim=4,
+        attention_head_dim=2, down_block_types=("DownBlock3D",), up_block_types=("UpBlock3D",),
+    ).eval()  # fmt: skip
+
+
+class Depthwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    "make, variant, why",
+    [
+        (small_unet.small_unet, lorac.LNTuning(targets=["norm1"]), r"'.*norm1.weight', a weight within '.*norm1'"),
+        (small_unet.small_unet, lorac.LoRA(targets=["to_q"], bias="all"), r"'.*norm1.bias', a weight within"),
+        (make_video, lorac.LoRA(targets=["conv_in"]), "'conv_in', in a UNet3DConditionModel, which has no load_lora"),
+        (Depthwise, lorac.LoRA(r=2, targets=["conv"]), "'conv', a convolution of 4 groups"),
+    ],
+    ids=["norms", "biases of norms", "class without loader", "groups"],
+)
+def test_diffusers_has_no_place_for_it(make, variant, why, tmp_path):
+    model = make()
+    adapter = small_unet.noisy(lorac.compile(model, {"mine": variant}).adapters["mine"])
+
+    with pytest.raises(lorac.SiteError, match=f"diffusers .* has no place for .* sites: {why}"):
+        lorac.convert(adapter, tmp_path / "out", for_="diffusers", model=model)
+
+    assert not (tmp_path / "out").exists()
