@@ -10,7 +10,7 @@ from torch import nn
 
 import lorac
 from campaigns.version_table import TORCH, TRANSFORMERS
-from lorac.errors import TESTED, find_untested, translate_import_errors
+from lorac.errors import TESTED, check_release, find_untested, translate_import_errors
 from tests.refusing import refuses
 
 
@@ -52,6 +52,24 @@ def test_names_a_newer_torch_where_a_name_is_gone(monkeypatch: pytest.MonkeyPatc
 def test_keeps_import_errors_of_tested_releases() -> None:
     with pytest.raises(ImportError, match="gone"), translate_import_errors():
         from torch._guards import gone  # noqa: F401  (it is not there)
+
+
+@pytest.mark.parametrize("cause", [None, ModuleNotFoundError("no onnx", name="onnx.helper")])
+def test_names_the_extra_of_a_missing_library(cause: Exception | None) -> None:
+    """Of transformers' lazy imports the cause alone has the library's name."""
+    with refuses("missing_extra", match=r"onnx is not installed\n.*lorac\[onnxruntime\]"), translate_import_errors():
+        raise ModuleNotFoundError("none", name="onnx" if cause is None else None) from cause
+    with pytest.raises(ModuleNotFoundError, match="mine"), translate_import_errors():
+        raise ModuleNotFoundError("no module named mine", name="mine")
+
+
+def test_rejects_an_older_release() -> None:
+    """Numbers are compared, not letters."""
+    for found in ("4.10", "4.10.0", "4.11.1", "5.0.0.dev0"):
+        check_release("generation", "transformers", found, "4.10", otherwise="compile without cache=True")
+    step = r"pip install 'transformers>=4.10', or compile without cache=True"
+    with refuses("unavailable", match=rf"generation needs transformers ≥ 4.10, found 4.9.1\n  {step}"):
+        check_release("generation", "transformers", "4.9.1", "4.10", otherwise="compile without cache=True")
 
 
 def test_names_a_newer_torch_where_a_trace_fails(monkeypatch: pytest.MonkeyPatch) -> None:

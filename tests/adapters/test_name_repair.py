@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorac
+from lorac.adapters.name_repair import find_own_names
+from lorac.frontend.model_view import ModelView
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -144,6 +146,21 @@ def test_never_moves_a_layer_to_another_number(model, tmp_path):
     )
     with refuses("unused_tensors", match="no single change of prefixes makes"):
         lorac.load_adapter(folder, model, fix_names=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "own"),
+    [
+        (["decoder.layers.0.attn.q"], ["text.layers.0.attn.q"]),
+        (["layers.7.attn.q"], None),  # a layer's number is never left out
+        (["decoder.q"], None),  # one name is too short an end, though the model has it once
+        (["a.x.attn.q", "a.y.attn.k"], None),  # two prefixes
+    ],
+)
+def test_moves_names_by_one_long_end(names, own):
+    attention = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)})
+    model = nn.ModuleDict({"text": nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": attention})])})})
+    assert find_own_names(names, ModelView.of(model)) == (own and dict(zip(names, own, strict=True)))
 
 
 def test_rejects_files_without_certain_names(model, sound, tmp_path):

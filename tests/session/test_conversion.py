@@ -225,6 +225,32 @@ def test_inputs_choose_the_pair_that_changes_their_outputs_least(llama):
     assert seen.provenance["output_errors"][site] < plain.provenance["errors"][site] <= seen.provenance["errors"][site]
 
 
+def test_a_tolerance_is_that_of_the_outputs_where_inputs_are_given(llama):
+    adapter = trained(llama, lorac.DoRA(r=4, targets=["layers.0.self_attn.q_proj"]))
+    given: dict[str, Any] = {"for_": "vllm", "model": llama, "rank": 12}
+    seen = lorac.convert(adapter, **given, inputs={"input_ids": IDS})
+    [site] = seen.tensors
+    between = (seen.provenance["output_errors"][site] + seen.provenance["errors"][site]) / 2
+
+    lorac.convert(adapter, **given, inputs={"input_ids": IDS}, tolerance=between)
+
+    with pytest.raises(lorac.CompileError, match="more than tolerance="):
+        lorac.convert(adapter, **given, inputs={"input_ids": IDS}, tolerance=seen.provenance["output_errors"][site] / 2)
+
+
+def test_a_bias_at_one_site_gives_the_others_zeros(llama):
+    adapter = trained(llama, lorac.LoRA(r=2, lora_bias=True, targets=["q_proj", "k_proj"]))
+    for path, tensors in adapter.tensors.items():
+        tensors["lora_bias"].data.mul_(path.endswith("layers.0.self_attn.q_proj"))
+
+    made = lorac.convert(adapter, for_="diffusers", model=llama)
+
+    assert all(tensors["lora_bias"].any() == ("layers.0.self_attn.q" in path) for path, tensors in made.tensors.items())
+    assert_close(answer(llama, made), answer(llama, adapter))
+    with pytest.raises(lorac.SiteError, match=r"does to 1 sites: 'model.layers.0.self_attn.q_proj', its bias"):
+        lorac.convert(adapter, for_="vllm", model=llama)
+
+
 def test_names_the_inputs_of_genai_programs(llama, tmp_path):
     adapter = trained(llama, lorac.LoRA(r=2, targets=["q_proj", "down_proj"]))
 
