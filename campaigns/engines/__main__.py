@@ -159,7 +159,7 @@ def adapted(family: str, key: str) -> tuple[lorac.Adapter, Tensor, Tensor]:
 def fit(variant: Variant, family: str) -> Variant:
     """Return a method with targets in a family."""
     named: dict[str, Any] = {"targets": TARGETS[family]}
-    if family == "unet" and SiteKind.CONV2D in variant.kinds:
+    if family == "unet" and SiteKind.CONV2D in variant.kinds and variant.name != "chain":  # its parts are for matrices
         named["targets"] = [*TARGETS[family], *CONVOLUTIONS]
     if variant.name == "trainable_tokens":
         named["targets"] = ["embed_tokens" if family != "bert" else "word_embeddings"]
