@@ -40,7 +40,8 @@ class HttpLoad(Load):
         with _serving(app) as self._port:
             self.scheduler = app.state.scheduler
             yield
-        app.state.scheduler = app.state.text = None  # FastAPI's caches hold the app's functions, which hold its state
+        # FastAPI's caches hold the app's functions, which hold its state.
+        app.state.scheduler = app.state.text = app.state.metrics = None
 
     async def _send_all(self) -> None:
         address, limits = f"http://127.0.0.1:{self._port}/v1", {"timeout": PATIENCE, "max_retries": 0}

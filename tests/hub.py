@@ -8,11 +8,12 @@ import hashlib
 import http.server
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 Files = dict[str, bytes]
 
@@ -214,25 +215,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send_json({"commitUrl": address, "commitOid": oid})
 
 
-@contextlib.contextmanager
-def use_hub(hub: Hub, cache: Path) -> Iterator[None]:
-    """Let huggingface_hub ask the stub, and keep what it brings in a folder."""
-    import pytest
+def use_hub(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub ask the stub, and keep what it brings in a folder, until a test's patches are undone."""
     from huggingface_hub import constants
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", hub.address)
-        patch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
-        patch.setenv("HF_ENDPOINT", hub.address)
-        patch.setenv("HF_HUB_OFFLINE", "0")
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.delenv("HF_TOKEN", raising=False)
-        patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
-        yield
+    patch.setattr(constants, "ENDPOINT", hub.address)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    patch.setenv("HF_ENDPOINT", hub.address)
+    patch.setenv("HF_HUB_OFFLINE", "0")
+    patch.setenv("XDG_CACHE_HOME", str(cache))
+    patch.delenv("HF_TOKEN", raising=False)
+    patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
 
 
 def child_environment(hub: Hub, cache: Path, **more: str) -> dict[str, str]:

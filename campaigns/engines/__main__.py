@@ -36,7 +36,7 @@ from lorac.variants.base import Variant
 
 JOURNAL = journal.ROOT / "docs" / "engines.jsonl"
 SIZES = {
-    "vocab_size": 96,
+    "vocab_size": 112,  # unlike the other sizes, by which genai's builder knows the output layer
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -292,7 +292,7 @@ or the change, which `lorac convert` names with the reason. *–*: the method ad
 The U-Net is for diffusers alone, which runs it.
 
 vLLM, SGLang and Olive run as far as their loaders: what these read is multiplied out into the model. mlx-lm, llama.cpp
-and onnxruntime-genai run the model.
+and onnxruntime-genai run the model. {absent}
 """
 
 
@@ -307,7 +307,9 @@ def page(path: Path) -> str:
     sources = "\n".join(f"- {one.version}: `{one.source}`" for one in ENGINES.values())
     found = journal.read(path)
     engines = [name for name in ENGINES if any(key.endswith(f"/{name}") for key in found)]
-    text = INTRODUCTION + "\n".join(rows) + "\n" + READ.format(sources=sources)
+    absent = [f"`{name}`" for name in ENGINES if name not in engines]
+    absent_text = f"No file for {', '.join(absent)} was run." if absent else ""
+    text = INTRODUCTION + "\n".join(rows) + "\n" + READ.format(sources=sources, absent=absent_text)
     for family in FAMILIES:
         methods = sorted({key.split("/")[1] for key in found if key.startswith(f"{family}/")})
         if not methods:

@@ -330,7 +330,7 @@ def check_replaced(
         return
     step = "load the base model that the adapter was trained on"
     if original.shape[1:] == tensor.shape[1:] and (tensor.ndim == 2 or name.endswith(".bias")):
-        step = f"load the model with {len(tensor)} rows there: num_labels={len(tensor)} of a classifier, or "
+        step = f"load the model with {len(tensor)} rows there, the num_labels of a classifier, or call "
         step += f"model.resize_token_embeddings({len(tensor)}); lorac.compile also takes a whole layer of another size"
     raise AdapterError(
         f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has "

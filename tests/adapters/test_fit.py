@@ -261,7 +261,7 @@ def test_rejects_another_vocabulary_where_nothing_is_compiled(tmp_path: Path) ->
         lorac.merge_into(model(), [adapter])
     assert str(raised.value) == (
         "adapter 'mine' replaces 'table.weight' by shape (7, 4), the model's has (5, 4)\n"
-        "  load the model with 7 rows there: num_labels=7 of a classifier, or model.resize_token_embeddings(7); "
+        "  load the model with 7 rows there, the num_labels of a classifier, or call model.resize_token_embeddings(7); "
         "lorac.compile also takes a whole layer of another size"
     )
 

@@ -279,7 +279,7 @@ def test_a_wrong_command_line_exits_with_2(cli, words, message):
 
 
 def test_a_fault_of_lorac_exits_with_3_and_traceback_shows_where(cli, monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr("lorac.load", fail)
@@ -295,7 +295,7 @@ def test_a_fault_of_lorac_exits_with_3_and_traceback_shows_where(cli, monkeypatc
 
 
 def test_an_interrupt_exits_with_130(cli, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lorac.load", interrupt)

@@ -137,7 +137,7 @@ def list_handles() -> list[str]:
 
 def test_a_chunked_upload_is_counted_as_it_comes(alice: httpx2.Client, store: AdapterStore) -> None:
     part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="y"\r\n\r\n'
-    content = (part * (not number) + bytes(10_000) for number in range(6))
+    content = (part * (not number) + bytes(10_000) for number in range(5))
     headers = {"content-type": "multipart/form-data; boundary=x"}
     refused = alice.post("/v1/adapters", content=content, headers=headers)
     assert (refused.status_code, "bytes of uploads" in refused.text) == (429, True), refused.text

@@ -219,7 +219,7 @@ def test_inputs_choose_the_pair_that_changes_their_outputs_least(llama):
 
     base, given = answer(wide), answer(wide, adapter)
     errors = [float(torch.dist(answer(wide, made), given) / torch.dist(given, base)) for made in (plain, seen)]
-    assert errors[1] < errors[0]
+    assert errors[1] < 0.9 * errors[0]
     assert_close(*map(torch.tensor, (seen.provenance["output_errors"][""], errors[1])))
     [site] = seen.tensors
     assert seen.provenance["output_errors"][site] < plain.provenance["errors"][site] <= seen.provenance["errors"][site]

@@ -227,7 +227,7 @@ def test_each_adapter_generates_with_its_own_vocabulary(vocabularies: Vocabulari
     assert compiled(input_ids=foreign, adapters="v64").logits[0, 1:].isnan().all()  # which it has no embedding of
 
 
-@pytest.mark.medium("eager mode has the same sizes, and classifiers show them on ONNX Runtime")
+@pytest.mark.medium("eager mode, and classifiers on ONNX Runtime, have these sizes")
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_each_adapter_generates_over_a_cache_with_its_own_vocabulary(mode: str, vocabularies: Vocabularies) -> None:

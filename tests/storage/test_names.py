@@ -51,7 +51,8 @@ def files(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    with Hub() as hub, use_hub(hub, tmp_path / "cache"):
+    with Hub() as hub:
+        use_hub(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 

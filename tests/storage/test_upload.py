@@ -25,7 +25,8 @@ TOKEN = "hf_" + "x" * 34
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.chdir(tmp_path)
-    with Hub() as hub, use_hub(hub, tmp_path / "cache"):
+    with Hub() as hub:
+        use_hub(hub, tmp_path / "cache", monkeypatch)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 

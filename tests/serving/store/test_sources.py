@@ -17,8 +17,9 @@ from tests.serving.store.stores import BASE_NAME, compiled, log_of, made, native
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with Hub() as hub, use_hub(hub, tmp_path / "cache"):
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as hub:
+        use_hub(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 
