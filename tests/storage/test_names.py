@@ -263,6 +263,9 @@ def test_loads_a_file_from_a_web_server(hub: Hub, files: dict[str, bytes], tmp_p
         web.pages["/long"] = ({"content_length": str(1 << 40)}, content)
         with refuses("over_budget"):
             lorac.load_adapter(f"{web.address}/long")
+        web.pages["/endless"] = ({"content_length": ""}, content)
+        with lorac.budget(download=100), refuses("over_budget"):
+            lorac.load_adapter(f"{web.address}/endless")
         web.pages["/cut"] = ({"content_length": str(len(content) + 8)}, content)
         with refuses("unreadable", match=f"has {len(content)} bytes, and its server says {len(content) + 8}"):
             lorac.load_adapter(f"{web.address}/cut")
