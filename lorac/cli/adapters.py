@@ -96,7 +96,7 @@ def check(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check whether adapters fit a model and an engine: what fails, and how it is mended; then exits with 1."""
+    """Print the faults by which adapters do not fit a model or an engine, each with its remedy; then exit with 1."""
     import lorac
 
     with progress("check", total=len(adapters)) as report:

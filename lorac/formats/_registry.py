@@ -69,7 +69,7 @@ def load_adapter(
         model: the base that the adapter is for, or a copy of it, or the components of one by name; only read.
         name: the adapter's name; by default that of the folder, or the one that the file records.
         fix_names: give layers the model's names where the file of PEFT's has others: a prefix that moved or is doubled,
-            or names that DDP or torch.compile add. What is not certain is refused.
+            or names that DDP or torch.compile add. Names that are not certain are refused.
 
     Returns:
         The adapter. Its tensors have the file's dtype, matrices the shape (out, in).

@@ -1,7 +1,7 @@
 """The engines that run adapters, and the LoRAs that each takes: the table ``engines.toml``.
 
-An engine that ignores a field or a tensor computes something else without a word, so that its row lists what it ignores
-as well as what it refuses. ``lorac.convert`` makes the LoRA that a row takes.
+An engine that ignores a field or a tensor computes something else without a word, so that its row lists the fields that
+it ignores next to those that it refuses. ``lorac.convert`` makes the LoRA that a row takes.
 """
 
 import tomllib
@@ -80,7 +80,7 @@ class EngineRules:
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def why_not(self, site: Site, view: ModelView) -> str | None:
-        """Return what a site is that it takes no LoRA of, as the end of a sentence about it; None if it takes one."""
+        """Return why it takes no LoRA of a site, as the end of a sentence about the site; None if it takes one."""
         model_type, leaf = find_model_type(view), site.path.rpartition(".")[2]
         if site.stack:
             return None if self.experts_of(model_type) or model_type in self.stacked else "a stack of experts"

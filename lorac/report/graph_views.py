@@ -128,7 +128,7 @@ class GraphView:
         Nodes are called by the path of their module and their op, weights and slots by their own names. A node has the
         attributes ``kind`` ("in", "value", "out", "weight" or "slot"), ``op``, ``shape`` (dtype and sizes), ``source``
         (file and line), ``site`` and ``slot`` (its letter), each where there is one. An edge has the dtype and sizes of
-        what it carries as ``value``.
+        its value as ``value``.
         """
         return to_networkx(self.dump)
 

@@ -41,7 +41,8 @@ class AdapterCheck:
         faults: the reasons why not, of which ``lorac.compile`` gives the first.
         repairs: steps that mend it.
         facts: subject -> finding, where nothing is at fault.
-        objections: what the engine refuses, ignores or reads otherwise; empty where it computes what lorac does.
+        objections: the fields and tensors that the engine refuses, ignores or reads otherwise; empty where its
+            outputs are those of lorac.
     """
 
     adapter: str

@@ -64,7 +64,7 @@ def convert(
         path: where to write, in the format that the engine reads; None: nowhere. ``save_adapter`` writes it too.
         for_: "vllm", "sglang", "llama.cpp", "ollama", "genai", "diffusers", "mlx" or "olive".
         model: the base, or several by name.
-        rank: the largest rank; default: what is exact, and 16 where no pair of factors is.
+        rank: the largest rank; default: the exact one, and 16 where no pair of factors is exact.
         tolerance: the largest error, on inputs of the outputs. Without ``rank`` each site has the smallest rank that
             keeps to it; with it, a site that cannot is refused.
         inputs: arguments of a call, as tensors or arrays by name, whose outputs the truncation is to change least.

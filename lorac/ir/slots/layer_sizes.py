@@ -26,7 +26,7 @@ def pad_rows(tensor: Tensor, size: int, value: float = 0.0) -> Tensor:
 
 
 def mark_beyond(tensor: Tensor | None, site: Site, size: int = 0) -> None:
-    """Mark what lies beyond a layer's own size in its bias, or an embedding's weight; 0 is the model's own size."""
+    """Mark the places beyond a layer's own size in its bias, or in an embedding's weight; 0 is the model's own size."""
     if site.own_size and tensor is not None:
         tensor[size or site.own_size :] = math.nan if site.kind is SiteKind.EMBEDDING else -math.inf
 

@@ -1,7 +1,7 @@
 """Names of adapters and models that are elsewhere: on the Hugging Face hub, in a store, or on a web server.
 
 ``user/repo``, ``user/repo@revision``, ``user/repo/subfolder@revision``, ``hf://…``, ``s3://…``, ``gs://…``, ``https://…``.
-``find_source`` downloads what a name stands for, and returns its path in a cache. A name never implies trust: its files
+``find_source`` downloads the files of a name, and returns their path in a cache. A name never implies trust: its files
 are read as any other's.
 """
 

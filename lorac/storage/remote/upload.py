@@ -1,4 +1,4 @@
-"""Folders of adapters and compiled models on the Hugging Face hub, each with a card that says what is in it."""
+"""Folders of adapters and compiled models on the Hugging Face hub, each with a card that describes it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ def push_folder(folder: Path, place: str, facts: Mapping[str, object], snippet: 
 
     Args:
         folder: the files; gets the card.
-        place: the name of what is uploaded, in a repository, but for its revision.
+        place: the name of the folder in a repository, without its revision.
         facts: subject -> finding, for the card.
-        snippet: Python that loads what is uploaded, with ``{name!r}`` where its name stands.
+        snippet: Python that loads the folder, with ``{name!r}`` for its name.
         options: of ``push_to_hub``; ``base_model`` is the name of the base on the hub, or None.
 
     Raises:
