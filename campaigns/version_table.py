@@ -245,10 +245,9 @@ def write_page(rows: Sequence[Row], results: Mapping[str, Mapping[str, object]])
     marks: dict[str, set[str]] = defaultdict(set)
 
     def cell(row: Row) -> str:
-        result = results.get(row.key)
-        if result is None:
+        steps: Mapping[str, str] = (results.get(row.key) or {}).get("steps", {})
+        if not steps:
             return "not run"
-        steps: Mapping[str, str] = result["steps"]
         said = {name: text for name, text in steps.items() if text != "right"}
         for name, text in said.items():
             # Releases of patches and folders differ between cells that say the same.
@@ -312,7 +311,10 @@ def main(arguments: Sequence[str]) -> None:
         if part not in known or given.again:
             begun = time.monotonic()
             commit = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True).strip()
-            row.journal.write_text(json.dumps(known | run(row) | {"commit": commit}, indent=1, ensure_ascii=False))
+            result = json.dumps(known | run(row) | {"commit": commit}, indent=1, ensure_ascii=False)
+            partial = row.journal.with_suffix(".partial")
+            partial.write_text(result)
+            partial.replace(row.journal)
             print(f"{row.key}: {part}, {time.monotonic() - begun:.0f} s", flush=True)
     page = write_page(rows, {row.key: json.loads(row.journal.read_text()) for row in rows if row.journal.exists()})
     PAGE.write_text(page)
