@@ -320,7 +320,7 @@ def test_names_an_adapter_after_its_name(text: str, stem: str, hub: Hub) -> None
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     """A decoder, it with one other weight, it compiled, and an adapter of it."""
-    place, decoder = tmp_path_factory.mktemp("models"), SMALL_LLAMA.model()
+    place, decoder = tmp_path_factory.mktemp("models"), SMALL_LLAMA.fresh()
     words().save_pretrained(place / "base")
     decoder.save_pretrained(place / "base")  # type: ignore[operator]
     compiled = lorac.compile(decoder, {"lora": lorac.LoRA(r=2, targets=["q_proj"])})
