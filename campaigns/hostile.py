@@ -141,7 +141,7 @@ async def prompt(client: httpx2.AsyncClient, chance: random.Random) -> int:
 
 
 async def text(client: httpx2.AsyncClient, chance: random.Random) -> int:
-    """Have texts tokenized that are as long as bodies may be, and longer than the model takes."""
+    """Send texts to be tokenized that are as long as bodies may be, and longer than the model takes."""
     words, path = "w5 " * 300_000, chance.choice(["/tokenize", "/v1/completions"])
     return (await client.post(path, json={"model": "one", "prompt": words})).status_code
 

@@ -122,7 +122,7 @@ def list_rows(lowest: Sequence[str]) -> list[Row]:
 
 
 class Runner:
-    """What makes environments and runs commands in them.
+    """The tools that make environments and run commands in them.
 
     Args:
         prefix: words before each run of tests, such as ``nice``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -102,15 +103,9 @@ def program(family: str) -> checkers.GenaiProgram:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "hf")
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    made = peft.get_peft_model(_copy(model), peft.LoraConfig(r=2, target_modules=every))
+    made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=every))
     made.save_pretrained(folder / "peft")
     return checkers.GenaiProgram(folder / "hf", folder / "peft", folder / "onnx")
-
-
-def _copy(model: nn.Module) -> Any:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 def _tokenizer() -> Any:

@@ -38,7 +38,7 @@ _OF_MATRICES = ("solve", "inv_", "inverse", "cholesky", "_lu", "qr", "svd", "eig
 """Parts of names of ops that take more operations than they have values."""
 Call = Callable[[fx.Node, Operands, Fields], object]
 Limit = tuple[float, float]
-"""What a call may take: bytes at once, and operations."""
+"""The limits of a call: bytes at once, and operations."""
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
 _HAS_SIZE = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})  # absent on Windows
 _MACHINE_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if _HAS_SIZE else sys.maxsize

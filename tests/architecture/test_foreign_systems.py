@@ -1,4 +1,4 @@
-"""What Windows and macOS would meet, found on Linux: in the sources, and in a process that lacks what they lack."""
+"""Faults on Windows and macOS, found on Linux: in the sources, and in a process without the modules that they lack."""
 
 from __future__ import annotations
 

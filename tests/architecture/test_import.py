@@ -159,7 +159,7 @@ NEEDS = {
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory):
-    """What each command says, and its exit status, in one process where no optional library can be imported."""
+    """Each command's output and exit status, in one process where no optional library can be imported."""
     folder = tmp_path_factory.mktemp("without")
     (folder / "tiny.py").write_text(TINY)
     (folder / "recipe.yaml").write_text(RECIPE)

@@ -152,7 +152,7 @@ def test_analyse_entanglement(cli, folder, tmp_path):
 
 
 def test_extracts_stacks_of_experts_from_folders(cli, tmp_path):
-    """What PEFT calls their tensors depends on the model."""
+    """PEFT's names of their tensors depend on the model."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.MixtralConfig(**sizes, num_local_experts=2, vocab_size=20, num_key_value_heads=1)
     model = transformers.MixtralForCausalLM(config)

@@ -18,7 +18,7 @@ from lorac.storage.tensor_file import write_safetensors
 from lorac.variants.adapter import Adapter
 
 _BEGINNING = re.compile(rf"^(?:(?:{'|'.join((*WRAPPERS, re.escape(PREFIX[:-1])))})\.)+")
-"""What stands in front of a module's path: PEFT's prefix, any number of times, and names of wrappers."""
+"""The prefix of a module's path in a key: PEFT's own, any number of times, and names of wrappers."""
 _ADAPTER_NAME = re.compile(r"(?<=\.)default\.|\.default$")
 """The name of PEFT's adapter, which its own writer takes out of keys."""
 _NAMING = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "trainable_token_indices")
