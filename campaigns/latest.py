@@ -1,7 +1,7 @@
 """The checks and the suite with the newest version of every dependency, or the lowest that pyproject.toml declares.
 
 python -m campaigns.latest newest|lowest [ARGUMENT OF PYTEST ...]
-python -m campaigns.latest table [--prefix WORDS] [--only NAMES] [--again]
+python -m campaigns.latest table [--prefix WORDS] [--only NAMES] [--part steps|tests] [--again]
 
 Makes an environment, .cache/latest/<bounds>-<python>, by the Python that runs this, and needs nothing but that Python.
 For the newest versions every upper bound in pyproject.toml is dropped, so that a release is met before somebody asks

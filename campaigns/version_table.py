@@ -297,6 +297,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prefix", default="", help="words before each run of tests, such as 'nice -n 19'")
     parser.add_argument("--only", default="", help="a regular expression: rows whose names have it")
     parser.add_argument("--again", action="store_true", help="run those rows that the journal has, too")
+    parser.add_argument("--part", choices=("steps", "tests"), help="run only the job's steps, or only the small tests")
     given = parser.parse_args(arguments)
     pyproject = (ROOT / "pyproject.toml").read_text()
     lowest = lowest_releases(pyproject, "onnxruntime")
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str]) -> None:
     todo += [(row, "tests", runner.run_tests) for row in chosen if row.tests]
     for row, part, run in todo:
         known = json.loads(row.journal.read_text()) if row.journal.exists() else {}
-        if part not in known or given.again:
+        if given.part in (None, part) and (part not in known or given.again):
             begun = time.monotonic()
             commit = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True).strip()
             result = json.dumps(known | run(row) | {"commit": commit}, indent=1, ensure_ascii=False)
