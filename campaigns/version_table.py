@@ -17,6 +17,7 @@ import sys
 import time
 import tomllib
 import venv
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Row:
         tests: whose small tests run.
         pins: requirements beside which ``pip install lorac`` has to resolve; empty: not tried.
         title: the first column of a row that is no cell of the large table.
+        resolution: "highest", or "lowest-direct" for the lowest releases that ``packages`` admit, as uv has it.
     """
 
     torch: str
@@ -65,6 +67,7 @@ class Row:
     tests: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
     title: str = ""
+    resolution: str = "highest"
 
     @property
     def key(self) -> str:
@@ -77,11 +80,11 @@ class Row:
         return PLACE / "table" / f"{re.sub(r'[^A-Za-z0-9.=]+', '_', self.key)[:150]}.json"
 
 
-def list_rows(lowest: Sequence[str]) -> list[Row]:
+def list_rows(floors: Sequence[str]) -> list[Row]:
     """Return all rows.
 
     Args:
-        lowest: the lowest releases that pyproject.toml admits, for the row of these.
+        floors: what lorac requires, without torch, for the rows of the lowest releases.
     """
     cells = [
         Row(torch, python, (f"transformers=={release}.*",), ROOMS if release == TRANSFORMERS[-1] else ())
@@ -115,8 +118,12 @@ def list_rows(lowest: Sequence[str]) -> list[Row]:
             Row("2.13", "3.11", (newest, f"peft=={release}.*"), ("tests/formats",), (), f"PEFT {release}")
             for release in ("0.21", "0.20", "0.19")
         ),
-        Row(
-            "2.11", "3.11", (newest, *lowest), ("tests/ir", "tests/passes"), (), "the lowest that pyproject.toml admits"
+        *(
+            Row("2.11", "3.11", (f"transformers=={release}.*", *floors), rooms, (), title, "lowest-direct")
+            for release, rooms, title in (
+                (TRANSFORMERS[0], (), "the lowest that pyproject.toml admits"),
+                (TRANSFORMERS[-1], ("tests/ir", "tests/passes"), f"the lowest beside transformers {TRANSFORMERS[-1]}"),
+            )
         ),
     ]
 
@@ -162,12 +169,14 @@ class Runner:
             (folder / "complete").touch()
         return found
 
-    def make_folder(self, python: Path, version: str, packages: Sequence[str]) -> Path:
-        """Return a folder with packages, to be put on the path of imports."""
-        folder = PLACE / "packages" / f"{version}-{re.sub(r'[^a-z0-9.=]+', '_', ' '.join(packages).lower())[:80]}"
+    def make_folder(self, python: Path, row: Row) -> Path:
+        """Return a folder with a row's packages, to be put on the path of imports."""
+        text = " ".join((row.python, row.resolution, *row.packages)).lower()
+        folder = PLACE / "packages" / f"{re.sub(r'[^a-z0-9.=]+', '_', text)[:80]}-{zlib.crc32(text.encode()):x}"
         if not (folder / "complete").exists():
-            lone = [one for one in packages if one.startswith(ALONE)]
-            self.install(python, "--target", folder, *(one for one in packages if one not in lone))
+            lone = [one for one in row.packages if one.startswith(ALONE)]
+            others = [one for one in row.packages if one not in lone]
+            self.install(python, "--target", folder, "--resolution", row.resolution, *others)
             if lone:
                 self.install(python, "--no-deps", "--target", folder, *lone)
             (folder / "complete").touch()
@@ -176,7 +185,7 @@ class Runner:
     def prepare(self, row: Row) -> tuple[str, dict[str, str]]:
         """Return the Python of a row, and its environment."""
         python = self.make_environment(row.torch, row.python)
-        path = f"{ROOT}{os.pathsep}{self.make_folder(python, row.python, row.packages)}"
+        path = f"{ROOT}{os.pathsep}{self.make_folder(python, row)}"
         return str(python), {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run_job(self, row: Row) -> dict[str, object]:
@@ -232,11 +241,11 @@ def count_tests(report: str) -> dict[str, object]:
     return {"passed": len(passed), "failed": [f"{case.get('classname')}::{case.get('name')}" for case in faulty]}
 
 
-def lowest_releases(pyproject: str, extra: str) -> list[str]:
-    """Return the lowest release of everything but torch that a project and an extra of it admit."""
+def list_floors(pyproject: str, *extras: str) -> list[str]:
+    """Return what a project and extras of it require, without itself and what a row chooses or brings torch along."""
     project = tomllib.loads(pyproject)["project"]
-    found = [*project["dependencies"], *project["optional-dependencies"][extra]]
-    return [re.sub(r">=([\w.]+).*", r"==\1.*", one) for one in found if not re.match("torch|lorac", one)]
+    found = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    return [one for one in found if not re.match("|".join(("torch", project["name"], "transformers", *ALONE)), one)]
 
 
 def write_page(rows: Sequence[Row], results: Mapping[str, Mapping[str, object]]) -> str:
@@ -300,10 +309,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--part", choices=("steps", "tests"), help="run only the job's steps, or only the small tests")
     given = parser.parse_args(arguments)
     pyproject = (ROOT / "pyproject.toml").read_text()
-    lowest = lowest_releases(pyproject, "onnxruntime")
-    rows = list_rows(lowest)
-    base = [one.replace("==", ">=").replace(".*", "") for one in lowest]
-    runner = Runner(shlex.split(given.prefix), base)
+    floors = list_floors(pyproject, "onnxruntime", "hf")
+    rows = list_rows(floors)
+    runner = Runner(shlex.split(given.prefix), floors)
     chosen = [row for row in rows if re.search(given.only, row.key)]
     todo = [(row, "steps", runner.run_job) for row in chosen]
     todo += [(row, "tests", runner.run_tests) for row in chosen if row.tests]
@@ -312,7 +320,12 @@ def main(arguments: Sequence[str]) -> None:
         if given.part in (None, part) and (part not in known or given.again):
             begun = time.monotonic()
             commit = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True).strip()
-            result = json.dumps(known | run(row) | {"commit": commit}, indent=1, ensure_ascii=False)
+            try:
+                found = run(row)
+            except subprocess.CalledProcessError as error:  # the other rows are run
+                print(f"{row.key}: {part}, exit status {error.returncode}", flush=True)
+                continue
+            result = json.dumps(known | found | {"commit": commit}, indent=1, ensure_ascii=False)
             partial = row.journal.with_suffix(".partial")
             partial.write_text(result)
             partial.replace(row.journal)

@@ -14,8 +14,8 @@ from campaigns.version_table import (
     TRANSFORMERS,
     Row,
     count_tests,
+    list_floors,
     list_rows,
-    lowest_releases,
     write_page,
 )
 from tests.campaigns.test_latest import REPORT
@@ -26,6 +26,7 @@ name = "it"
 dependencies = ["numpy>=2.0", "torch>=2.11", "typer>=0.16"]
 [project.optional-dependencies]
 onnxruntime = ["onnx>=1.20"]
+hf = ["it[onnxruntime]", "transformers>=4.57", "accelerate>=1.10", "huggingface_hub>=0.34"]
 """
 SAID = "refused: capture needs transformers ≥ 5.24, found 5.16.1"
 
@@ -36,8 +37,13 @@ def test_lists_a_cell_for_each_combination() -> None:
     assert len({row.journal for row in list_rows([])}) == len(list_rows([]))
 
 
-def test_finds_the_lowest_releases_of_a_project() -> None:
-    assert lowest_releases(PROJECT, "onnxruntime") == ["numpy==2.0.*", "typer==0.16.*", "onnx==1.20.*"]
+def test_lists_what_a_project_requires() -> None:
+    assert list_floors(PROJECT, "onnxruntime", "hf") == [
+        "numpy>=2.0",
+        "typer>=0.16",
+        "onnx>=1.20",
+        "huggingface_hub>=0.34",
+    ]
 
 
 def test_counts_passed_and_failed_tests() -> None:
