@@ -1,6 +1,6 @@
 """Every method, on models of five families, for every engine: converted, and read or run by the engine's own code.
 
-    python -m campaigns.engines run [--journal FILE] [--methods lora,dora] [--families llama]
+    python -m campaigns.engines run [--journal FILE] [--methods lora,dora] [--families llama] [--engines vllm] [--again]
     python -m campaigns.engines page > docs/engines.md
 
 A run goes on where it stopped. $LORAC_WHEELS names a folder with the unpacked wheels of vLLM, SGLang and Olive; mlx-lm,
@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import json
 import sys
 import tempfile
 import warnings
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 import lorac
 from campaigns import sound
 from campaigns.engines import checkers
+from campaigns.engines.contribution import contributing
 from campaigns.zoo import journal
 from lorac.formats.engines import ENGINES
 from lorac.ir.sites.site import SiteKind
@@ -78,8 +80,10 @@ TARGETS = {
     "bert": ["query", "intermediate.dense"],
     "unet": ["to_v", "to_out.0"],
 }
-CONVOLUTIONS = ["conv1", "upsamplers.0.conv"]
-"""Further targets in the U-Net, of the methods that adapt convolutions."""
+EMBEDDINGS = {"bert": ["word_embeddings"]}
+NORMS = {"bert": ["LayerNorm"]}
+CONVOLUTIONS = {"unet": ["conv1", "upsamplers.0.conv"]}
+"""Further targets of the methods that adapt convolutions."""
 IDS = torch.arange(3, 15)[None]
 EXACT = 1e-4
 """The share of the adapter's effect up to which an answer is the same (float32), as in the tests."""
@@ -132,40 +136,22 @@ def answer(output: Any) -> Tensor:
 @functools.lru_cache(1)
 def adapted(family: str, key: str) -> tuple[lorac.Adapter, Tensor, Tensor]:
     """Return an adapter of a method that moves the output by about a fifth, with the base's output and its own."""
-    model, _ = base(family)
     variant, _ = sound.configured(key)
-    variant = fit(variant, family)
-    size, share = 0.3, 0.0
-    for _ in range(10):
-        compiled = lorac.compile(model, {"one": variant})
-        adapter = compiled.adapters["one"]
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in filter(torch.is_floating_point, adapter.parameters()):
-                tensor.add_(size * torch.randn(tensor.shape, generator=generator))
-            plain, given = (answer(compiled(**arguments(family), adapters=name)) for name in (None, "one"))
-        share = float(torch.dist(plain, given) / plain.norm())
-        if 0.05 < share < 0.5:
-            break
-        size *= min(4.0, max(0.25, 0.2 / max(share, 1e-9)))
-    return adapter, plain, given
+    return contributing(base(family)[0], fit(variant, family), lambda call: answer(call(**arguments(family))))
 
 
 def fit(variant: Variant, family: str) -> Variant:
-    """Return a method with targets in a family."""
-    named: dict[str, Any] = {"targets": TARGETS[family]}
-    if family == "unet" and SiteKind.CONV2D in variant.kinds and variant.name != "chain":  # its parts are for matrices
-        named["targets"] = [*TARGETS[family], *CONVOLUTIONS]
-    if variant.name == "trainable_tokens":
-        named["targets"] = ["embed_tokens" if family != "bert" else "word_embeddings"]
-    elif variant.name in {"ln_tuning"}:
-        named["targets"] = ["norm" if family != "bert" else "LayerNorm"]
-    elif variant.name == "ia3":
-        named["feedforward"] = ()
-    elif variant.name == "union":
-        part: Any = lorac.LoRA(r=2, targets=TARGETS[family])
-        return dataclasses.replace(variant, parts=(part,))  # type: ignore[call-arg]
-    return dataclasses.replace(variant, **named)
+    """Return a method with targets in a family: those of its parts, where it has none of its own."""
+    parts = getattr(variant, "parts", ())
+    kinds = frozenset.intersection(variant.kinds, *(part.kinds for part in parts if isinstance(part, Variant)))
+    targets = TARGETS[family] + CONVOLUTIONS.get(family, []) * (SiteKind.CONV2D in kinds)
+    if hasattr(variant, "token_indices"):
+        targets = EMBEDDINGS.get(family, ["embed_tokens"])
+    elif SiteKind.PARAMETER in kinds:
+        targets = NORMS.get(family, ["norm"])
+    if parts and not type(variant).targets:
+        return dataclasses.replace(variant, **{"parts": tuple(fit(part, family) for part in parts)})
+    return dataclasses.replace(variant, targets=targets)
 
 
 def serve(engine: str, path: Path, family: str) -> tuple[Tensor, bool]:
@@ -215,6 +201,8 @@ def check(family: str, key: str, engine: str) -> dict[str, Any]:
         adapter, plain, given = adapted(family, key)
     except lorac.LoracError as error:
         return {"outcome": "no such layer", "why": type(error).__name__}
+    except AssertionError as error:
+        return {"outcome": "undecided", "why": str(error)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / (
             "out.gguf" if engine == "llama.cpp" else "out.onnx_adapter" if engine == "genai" else "out"
@@ -245,8 +233,8 @@ def check(family: str, key: str, engine: str) -> dict[str, Any]:
     return {"outcome": "equal" if ratio <= allowed else "differs", "ratio": ratio, "allowed": allowed, **record}
 
 
-def run(path: Path, methods: list[str], families: list[str], engines: list[str]) -> None:
-    done = journal.read(path)
+def run(path: Path, methods: list[str], families: list[str], engines: list[str], *, again: bool) -> None:
+    done = {} if again else journal.read(path)
     for family in families:
         for key in methods:
             for engine in engines:
@@ -259,6 +247,7 @@ def run(path: Path, methods: list[str], families: list[str], engines: list[str])
                     warnings.simplefilter("ignore")
                     record = check(family, key, engine)
                 journal.append(path, {"model": name, **record})
+    path.write_text("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in journal.read(path).values()))
 
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -331,12 +320,13 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, default=JOURNAL)
     parser.add_argument("--methods", default=",".join(lorac.variants()))
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--again", action="store_true", help="run what the journal has, too")
     parser.add_argument("--engines", default="vllm,sglang,llama.cpp,genai,mlx,olive,diffusers")
     given = parser.parse_args()
     if given.what == "page":
         print(page(given.journal), end="")
         return
-    run(given.journal, *(text.split(",") for text in (given.methods, given.families, given.engines)))
+    run(given.journal, *(text.split(",") for text in (given.methods, given.families, given.engines)), again=given.again)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,7 @@ class _Anything:
 
 def _stub(name: str, **values: object) -> types.ModuleType:
     module = types.ModuleType(name)
-    module.__path__ = []  # type: ignore[attr-defined]
-    vars(module).update(values)
+    vars(module).update(values, __path__=[])
     return module
 
 
@@ -271,7 +270,8 @@ def read_sglang(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     }
     stubs["sglang.srt.lora.lora_config"] = _load("sglang.srt.lora.lora_config", lora / "lora_config.py", stubs)
     loader = _load("sglang.srt.lora.lora", lora / "lora.py", stubs)
-    config = stubs["sglang.srt.lora.lora_config"].LoRAConfig(str(folder), base_vocab_size=model.config.vocab_size)  # type: ignore[union-attr]
+    base: Any = model.config
+    config = stubs["sglang.srt.lora.lora_config"].LoRAConfig(str(folder), base_vocab_size=base.vocab_size)
     if config.use_dora:
         raise Refusal("LoRA serving currently doesn't support DoRA adapters")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -376,10 +376,10 @@ def read_olive(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def apply(found: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
     """Return a copy of a model with the changes that an engine reads; each layer has a weight of its own."""
-    made = copy.deepcopy(model)
-    if model.config.tie_word_embeddings and hasattr(made, "lm_head"):  # type: ignore[union-attr]
-        made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())  # type: ignore[union-attr]
-    parameters = dict(made.named_parameters(remove_duplicate=False))
+    made: Any = copy.deepcopy(model)
+    if made.config.tie_word_embeddings and hasattr(made, "lm_head"):
+        made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
+    parameters: dict[str, Tensor] = dict(made.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, delta in found.items():
             if name.startswith("="):
@@ -387,7 +387,8 @@ def apply(found: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
                 own.copy_(delta)
             else:
                 parameters[name].add_(delta)
-    return made
+    adapted: nn.Module = made
+    return adapted
 
 
 READERS: Mapping[str, Callable[[Path, nn.Module], dict[str, Tensor]]] = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lorac
 from campaigns.engines import checkers
+from campaigns.engines.contribution import contributing
 from lorac.formats.engines import ENGINES
 from lorac.storage.onnx_adapter import read_onnx_adapter
 from lorac.testing.parity import CONTRIBUTION, assert_close, assert_parity
@@ -58,20 +59,7 @@ def mixture() -> nn.Module:
 
 def trained(model: nn.Module, variant: Variant) -> lorac.Adapter:
     """Return an adapter that contributes about a fifth of the base's output."""
-    size = 0.3
-    for _ in range(12):
-        compiled = lorac.compile(model, {"mine": variant})
-        adapter = compiled.adapters["mine"]
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in filter(torch.is_floating_point, adapter.parameters()):
-                tensor.add_(size * torch.randn(tensor.shape, generator=generator))
-            base, given = (compiled(input_ids=IDS, adapters=name).logits for name in (None, "mine"))
-        share = float(torch.dist(base, given) / base.norm())
-        if CONTRIBUTION[0] < share < CONTRIBUTION[1]:
-            return adapter
-        size *= min(4.0, max(0.25, 0.2 / share))
-    raise AssertionError(f"{variant.name} contributes {share:.1%}")
+    return contributing(model, variant, lambda call: call(input_ids=IDS).logits)[0]
 
 
 def answer(model: Any, adapter: lorac.Adapter | None = None) -> Tensor:
