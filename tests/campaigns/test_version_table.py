@@ -37,7 +37,7 @@ def test_lists_a_cell_for_each_combination() -> None:
     assert len({row.journal for row in list_rows([])}) == len(list_rows([]))
 
 
-def test_lists_what_a_project_requires() -> None:
+def test_lists_requirements_of_a_project() -> None:
     assert list_floors(PROJECT, "onnxruntime", "hf") == [
         "numpy>=2.0",
         "typer>=0.16",
