@@ -17,7 +17,7 @@ from lorac.variants import variants
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "LoRA": ("lora",),
     "Rank: expansion": ("bat*", "fourierft*", "full*", "hira", "loha", "lokr", "plp*", "shira*", "tlora*"),
-    "Rank: sharing": ("miss*", "randlora", "tera*", "vblora", "vera"),
+    "Rank: sharing": ("miss*", "randlora", "tera*", "vblora", "vera", "pvera*"),
     "Rank: budgeting": ("adalora", "dylora*", "sora"),
     "Optimization: stability": ("rsLoRA", "LoRA+", "Riemannian"),
     "Optimization: alignment with full fine-tuning": ("dora", "LoRA-Pro", "AltLoRA*", "AltLoRA+*", "ALLoRA*"),
@@ -68,6 +68,8 @@ def _rows(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     placed += [("–", name) for name in ways() if name not in {name.rstrip("*") for _, name in placed}]
     for family, starred in placed:
         name = starred.rstrip("*")
+        if name not in tables[VALUES]["scores"]:
+            continue  # a method newer than the run
         row, values, time = known[ways()[name].method.name], tables[VALUES], tables[TIME]
         cells = (
             family,

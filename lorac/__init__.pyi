@@ -94,6 +94,7 @@ from lorac.variants.oft import OFT as OFT
 from lorac.variants.params import ParamSpec as ParamSpec
 from lorac.variants.params import Role as Role
 from lorac.variants.plp import PLP as PLP
+from lorac.variants.pvera import PVeRA as PVeRA
 from lorac.variants.qst import QST as QST
 from lorac.variants.randlora import RandLoRA as RandLoRA
 from lorac.variants.remix import ReMix as ReMix

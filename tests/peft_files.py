@@ -37,8 +37,8 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
     "The symmetric initialization can NOT be performed",  # HRA of odd r
     "Unsupported layer type",  # LN tuning asks every norm for its features
     "Invalid `(r|oft_block_size)`",  # OFT takes the next that divides
-    "Specified to not save (vera|basis)_A and (vera|basis)_B",
-    "Specified to not load vera_A and vera_B",
+    "Specified to not save (p?vera|basis)_A and (p?vera|basis)_B",
+    "Specified to not load p?vera_A and p?vera_B",
     # lorac writes A and B of RandLoRA once; PEFT reads them and misses the copies that it makes at every site.
     "Found missing adapter keys while loading the checkpoint. .*randlora_A",
 )
@@ -56,6 +56,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"r": 2},
     "MISS": {"r": 2},
     "OFT": {"oft_block_size": 2},
+    "PVERA": {"r": 2},
     "RANDLORA": {"r": 2, "randlora_alpha": 4},
     "SHIRA": {"r": 2},
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},

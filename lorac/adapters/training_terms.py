@@ -20,7 +20,7 @@ from lorac.ir.slots.filling import strength_tensor
 from lorac.ir.slots.live_terms import Dropout, LiveTerm, TrainingTerms
 from lorac.ir.slots.plans import BranchFill, BranchTerm
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant
+from lorac.variants.base import BranchVariant, Variant
 
 
 class AdapterTerms(TrainingTerms):
@@ -77,7 +77,7 @@ class AdapterTerms(TrainingTerms):
         if adapter.name not in self._given:
             _write_constrained(method, tensors)
         reduction = preparer.reduction(adapter.variant, site, tensors)
-        if reduction.form == BRANCH:
+        if reduction.form == BRANCH or (isinstance(method, BranchVariant) and method.samples):
             return _branch_term(make_branch_term(adapter, site, detach=False), site, active, rate, place)
         change = preparer.change(reduction, site, tensors)
         if active.rank is not None and isinstance(change, LowRank):

@@ -305,6 +305,8 @@ class BranchVariant(Variant):
     """Whether a token's output depends on earlier tokens other than by ``Context.attend``. No cache stores the
     formula's values for them, so generation runs without one."""
 
+    samples: ClassVar[bool] = False
+    """Whether the formula draws random numbers in training. Such a call runs it as it is; others its reduced form."""
     instead: ClassVar[str] = ""
     """The next step in messages: how to get an adapter with a weight form in place of this one; may be empty."""
 

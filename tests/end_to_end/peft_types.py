@@ -22,6 +22,7 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftConfig,
+    PveraConfig,
     RandLoraConfig,
     TrainableTokensConfig,
     VBLoRAConfig,
@@ -53,6 +54,7 @@ loha = _of(LoHaConfig, r=3, alpha=6)
 lokr = _of(LoKrConfig, r=2, alpha=5)
 miss = _of(MissConfig, r=3)
 oft = _of(OFTConfig)
+pvera = _of(PveraConfig, r=3)
 randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
 tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
@@ -140,6 +142,10 @@ CASES: tuple[Case, ...] = (
     oft("exact", "tiny_bert", "query", "dense", r=7, **BY_RANK, **EXACT, **CLASSIFIER),
     oft("terms", "tiny_llama", "q_proj", "down_proj", num_cayley_neumann_terms=3, **OUTER),
     oft("default", "tiny_llama", "embed_tokens", "q_proj"),
+    pvera("plain", "plain_mlp", "up", "down", "head", bias="all", emitted=True),
+    pvera("seed", "plain_mlp", "up", **SEED),
+    pvera("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    pvera("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
     randlora("plain", "plain_mlp", "up", "down", "head", bias="randlora_only", emitted=True),
     randlora("sparse", "plain_mlp", "up", "down", sparse=True, projection_prng_key=4, **HEAD),
     randlora("seed", "plain_mlp", "up", **SEED),

@@ -19,7 +19,11 @@ from tests.refusing import refuses
 from tests.zoo import ZOO
 
 MODEL = ZOO["plain_mlp"].model
-TRAINED = {"VERA": {"vera_lambda_b", "vera_lambda_d"}, "RANDLORA": {"randlora_lambda", "randlora_gamma"}}
+TRAINED = {
+    "VERA": {"vera_lambda_b", "vera_lambda_d"},
+    "PVERA": {"pvera_lambda_b", "pvera_lambda_d"},
+    "RANDLORA": {"randlora_lambda", "randlora_gamma"},
+}
 
 
 @pytest.mark.medium("a setting of each method", keep=["VERA-settings0"])
@@ -29,6 +33,7 @@ TRAINED = {"VERA": {"vera_lambda_b", "vera_lambda_d"}, "RANDLORA": {"randlora_la
         ("VERA", {"projection_prng_key": 0}),
         ("VERA", {"projection_prng_key": 11}),
         ("VERA", {"projection_prng_key": 11, "target_modules": ["up"]}),
+        ("PVERA", {"projection_prng_key": 11}),
         ("RANDLORA", {"projection_prng_key": 11}),
         ("RANDLORA", {"projection_prng_key": 11, "sparse": True}),
         ("RANDLORA", {"projection_prng_key": 11, "very_sparse": True}),

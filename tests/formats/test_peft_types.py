@@ -31,6 +31,7 @@ from lorac import (
     LoKr,
     LoracError,
     MiSS,
+    PVeRA,
     RandLoRA,
     SiteError,
     VBLoRA,
@@ -90,6 +91,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
         {"bias": "oft_only", "module_dropout": 0.5, "block_share": True, "num_cayley_neumann_terms": 4},
         OFT(block_size=2, bias="oft_only", block_share=True, num_cayley_neumann_terms=4),
     ),
+    ("PVERA", {"pvera_dropout": 0.25, "generator_seed": 3}, PVeRA(r=2, dropout=0.25)),
     (
         "RANDLORA",
         {"projection_prng_key": 3, "randlora_dropout": 0.25, "bias": "randlora_only", "sparse": True},
@@ -167,6 +169,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("eps", None),
         ("bias", "some"),
     ],
+    "PVERA": [("r", 0), ("sample_at_inference", True), ("bias", "vera_only"), ("pvera_dropout", "0.1")],
     "RANDLORA": [("r", 0), ("randlora_alpha", None), ("sparse", 1), ("projection_prng_key", 0.5)],
     "VBLORA": [("r", 0), ("topk", "2"), ("vector_length", None), ("save_only_topk_weights", 1)],
     "VERA": [

@@ -21,6 +21,7 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftConfig,
+    PveraConfig,
     RandLoraConfig,
     ShiraConfig,
     VBLoRAConfig,
@@ -57,6 +58,7 @@ CASES = [
     _case("tiny_llama", "oft", OFTConfig),
     _case("tiny_llama", "hira", HiraConfig, r=4),
     _case("tiny_llama", "vera", VeraConfig, r=16),
+    _case("tiny_llama", "pvera", PveraConfig, r=16, pvera_dropout=0.1),
     # Not AdaLoRA: PEFT's model adds a penalty to the loss, and prunes.
     _case("tiny_llama", "bat", MissConfig, r=8, init_weights="bat", slow=True),
     _case("tiny_llama", "boft", BOFTConfig, boft_block_size=8, slow=True),
@@ -81,7 +83,8 @@ CASES = [
 
 @pytest.mark.medium("two methods; test_learning.py and test_trained.py compare the same outputs")
 @pytest.mark.slow(
-    "LoRA with dropout, DoRA and OFT", keep=["tiny_llama-lora-dropout", "tiny_bert-dora", "tiny_llama-oft"]
+    "LoRA with dropout, DoRA and OFT",
+    keep=["tiny_llama-lora-dropout", "tiny_bert-dora", "tiny_llama-oft", "tiny_llama-pvera"],
 )
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_the_curve_is_pefts(name: str, config: PeftConfig, tmp_path: Path) -> None:
