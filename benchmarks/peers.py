@@ -1,0 +1,355 @@
+"""Text beside the engines that people would pick instead: llama.cpp, OpenVINO GenAI, onnxruntime-genai, PEFT.
+
+    python -m benchmarks.peers [--threads 2] [--tokens 32] [--rounds 5] [--processes 3] [--weights float32 int4]
+                               [--engines FOLDER] [--genai FOLDER] [--folder FOLDER]
+
+SmolLM2 with no adapter, with one LoRA on all linear layers, and with another LoRA for each row of eight; in float32 and
+in four bits. All sides of one kind of weights run in one process and take turns. Each is called as its users call it,
+for one token and for many: the difference, divided by the number of tokens between, is the time of a token. llama.cpp
+and OpenVINO read GGUF files of the same values (OpenVINO reads float16, which it computes in float32); llama.cpp's
+cache is float16, as it is by default. A second table has what each takes in a process of its own: seconds to load,
+memory that no file backs, and how much longer the first token takes after a change of adapter. Perplexities are in
+``benchmarks.quantised``.
+
+Targets: lorac >= 1.0 of genai's base and >= 1.05 of its adapter at one row; in four bits >= 1.0 of llama.cpp with a
+LoRA at 8 rows and at 32; and with eight different LoRAs at 8 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _genai, common
+from benchmarks import _gguf_engines as gguf
+
+LORAC, AGAIN, GENAI, PEFT = "lorac", "lorac, A/A", "genai", "PEFT"
+NONE, ONE, EIGHT = "none", "one", "eight"
+WEIGHTS = ("float32", "int4")
+SHAPES = {"x1": (1, 64), "x8": (8, 64), "x32": (32, 64), "512": (1, 512)}
+"""Rows and length of the prompts."""
+COUNTS = {EIGHT: ("x8",)}
+"""With a LoRA for each row only eight rows are measured."""
+NAMES = tuple("abcdefgh")
+"""The LoRAs."""
+SIDES = {
+    "float32": (
+        *((LORAC, adapters) for adapters in (NONE, ONE, EIGHT)),
+        (AGAIN, NONE),
+        *((GENAI, adapters) for adapters in (NONE, ONE)),
+        *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
+        *((gguf.OPENVINO, adapters) for adapters in (NONE, ONE)),
+        *((PEFT, adapters) for adapters in (NONE, ONE, EIGHT)),
+    ),
+    "int4": (
+        *((LORAC, adapters) for adapters in (NONE, ONE, EIGHT)),
+        (AGAIN, NONE),
+        (GENAI, NONE),
+        *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
+        *((gguf.OPENVINO, adapters) for adapters in (NONE, ONE)),
+    ),
+}
+"""Weights -> engine and adapters. genai's builder puts no adapter over four bits, and only lorac, llama.cpp and PEFT
+take another adapter for each row."""
+BOUNDS = {
+    ("float32", GENAI, NONE, "x1"): 1.0,
+    ("float32", GENAI, ONE, "x1"): 1.05,
+    ("int4", gguf.LLAMA_CPP, ONE, "x8"): 1.0,
+    ("int4", gguf.LLAMA_CPP, ONE, "x32"): 1.0,
+    ("int4", gguf.LLAMA_CPP, EIGHT, "x8"): 1.0,
+}
+"""How many times as fast as a side lorac is to be."""
+MEMORY = "memory"
+Write = Callable[[Any, int, Sequence[str | None]], Any]
+"""(ids (rows, length), how many tokens, an adapter or None per row) -> tokens or text per row."""
+
+
+# ── What is prepared ─────────────────────────────────────────────────────────────────────────────────────────────────
+def prepare(given: argparse.Namespace) -> None:
+    """Write the model, the LoRAs in each engine's format, and each engine's model, where they are not there."""
+    import lorac
+
+    folder = _folder(given)
+    if (folder / "ready").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    model = common.host(given)
+    common.save_host(model, folder / "model", given)
+    common.save_peft(folder / "peft", given)
+    adapter = lorac.load_adapter(folder / "peft", model)
+    for seed, name in enumerate(NAMES):
+        common.away_from_init(adapter, seed)
+        lorac.save_adapter(adapter, folder / name, format="peft", model=model)
+        if _has_gguf(given):
+            lorac.save_adapter(adapter, folder / f"{name}.gguf", format="gguf", model=model)
+            shutil.copy(folder / name / "adapter_model.safetensors", folder / f"{name}.safetensors")
+    for weights in given.weights:
+        for adapters in (NONE, EIGHT):
+            chosen = {name: folder / name for name in NAMES} if adapters == EIGHT else {}
+            options = {"weights": weights} if weights == "int4" else {}
+            lorac.compile(
+                common.saved_host(folder / "model"),
+                chosen,
+                target="onnxruntime",
+                cache=True,
+                threads=given.threads,
+                self_test=False,
+                **({"mode": "live"} if chosen else {}),
+                **options,
+            ).save(folder / f"{weights}-{adapters}")
+        for adapters in (NONE, ONE) if _genai.found(given) else ():
+            if (GENAI, adapters) in SIDES[weights]:
+                precision = {"float32": "fp32"}.get(weights, weights)
+                built = folder / f"genai-{weights}-{adapters}"
+                _genai.build(folder / "model", built, precision, folder / "a" if adapters == ONE else None)
+    if _has_gguf(given):
+        gguf.write_base(folder)
+        if gguf.find_engine(gguf.OPENVINO, given):
+            for weights in ("float16", "int4"):
+                gguf.write_openvino(folder / f"{weights}.gguf", folder / f"openvino-{weights}")
+    (folder / "ready").touch()
+
+
+def _folder(given: argparse.Namespace) -> Path:
+    """Where all that is kept: artifacts know how many threads they run on."""
+    return Path(given.folder, f"{given.model}-{given.layers}-{given.rank}-{given.threads}")
+
+
+def _has_gguf(given: argparse.Namespace) -> bool:
+    """Whether one of the engines is here whose files are made of SmolLM2's own."""
+    return given.model == common.SMOLLM2 and any(gguf.find_engine(name, given) for name in gguf.MODULES)
+
+
+def sides(weights: str, given: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the sides that can be measured here: engine and adapters."""
+    here = {LORAC, AGAIN, PEFT, *([GENAI] if _genai.found(given) else [])}
+    if given.model == common.SMOLLM2:
+        here |= {name for name in gguf.MODULES if gguf.find_engine(name, given)}
+    return [side for side in SIDES[weights] if side[0] in here]
+
+
+# ── The sides ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _open(engine: str, weights: str, adapters: str, rows: int, given: argparse.Namespace) -> Write:
+    folder = _folder(given)
+    length = max(length for _, length in SHAPES.values()) + given.tokens
+    if engine == gguf.LLAMA_CPP:
+        files = [folder / f"{name}.gguf" for name in _named(adapters)]
+        return gguf.open_llama_cpp(folder / f"{weights}.gguf", files, rows, length, given.threads)
+    if engine == gguf.OPENVINO:
+        files = [folder / f"{name}.safetensors" for name in _named(adapters)]
+        model = folder / f"openvino-{ {'float32': 'float16'}.get(weights, weights)}"
+        return gguf.open_openvino(model, files, given.threads, exact=weights == "float32")
+    if engine == GENAI:
+        return functools.partial(_write_by_genai, _genai.load(folder / f"genai-{weights}-{adapters}", given.threads))
+    if engine == PEFT:
+        return functools.partial(_write_by_peft, _open_peft(folder, adapters))
+    import lorac
+
+    return functools.partial(_write_by_lorac, lorac.load(folder / f"{weights}-{NONE if adapters == NONE else EIGHT}"))
+
+
+def _named(adapters: str) -> Sequence[str]:
+    """Return the LoRAs that an engine has: two of one, so that it can change."""
+    return {NONE: (), ONE: NAMES[:2], EIGHT: NAMES}[adapters]
+
+
+def _open_peft(folder: Path, adapters: str) -> Any:
+    import peft
+
+    model = common.saved_host(folder / "model")
+    model.generation_config.eos_token_id = None
+    if adapters == NONE:
+        return model
+    names = _named(adapters)
+    wrapped = peft.PeftModel.from_pretrained(model, str(folder / names[0]), adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.load_adapter(str(folder / name), adapter_name=name)
+    return wrapped.eval()
+
+
+def _write_by_peft(model: Any, ids: Any, count: int, adapters: Sequence[str | None]) -> Any:
+    import torch
+
+    options: dict[str, Any] = {}
+    if len({*adapters}) > 1:
+        options["adapter_names"] = [*adapters]
+    elif adapters[0] is not None and model.active_adapter != adapters[0]:
+        model.set_adapter(adapters[0])
+    told = torch.from_numpy(ids)
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=told,
+            attention_mask=torch.ones_like(told),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+    return written[:, ids.shape[1] :].tolist()
+
+
+def _write_by_lorac(compiled: Any, ids: Any, count: int, adapters: Sequence[str | None]) -> Any:
+    choice = [*adapters] if len({*adapters}) > 1 else adapters[0]
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    written = compiled.generate(input_ids=ids, attention_mask=ids * 0 + 1, adapters=choice, **options)
+    return written[:, ids.shape[1] :].tolist()
+
+
+def _write_by_genai(model: Any, ids: Any, count: int, adapters: Sequence[str | None]) -> Any:
+    generator = _genai.begin(model, ids, ids.shape[1] + count)
+    steps = [generator.get_next_tokens().tolist()]
+    while len(steps) < count:
+        generator.generate_next_token()
+        steps.append(generator.get_next_tokens().tolist())
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+# ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def jobs(given: argparse.Namespace) -> list[common.Job]:
+    """The speeds of one kind of weights, all sides in turn; and the memory of each side by itself."""
+    each = [(MEMORY, weights, *side) for weights in given.weights for side in sides(weights, given)]
+    return [*((weights,) for weights in given.weights), *each]
+
+
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
+    """Return ``engine adapters`` -> shape -> seconds of a token (of the first one, for a long prompt); or memory."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(given.threads)
+    try:
+        if job[0] == MEMORY:
+            _, weights, engine, adapters = job
+            return _measure_memory(weights, engine, adapters, given)
+        (weights,) = job
+        rows = max(rows for rows, _ in SHAPES.values())
+        opened = {side: _open(side[0], weights, side[1], rows, given) for side in sides(weights, given)}
+        found: dict[str, dict[str, float]] = {" ".join(side): {} for side in opened}
+        for label in SHAPES:
+            chosen = {side: write for side, write in opened.items() if label in COUNTS.get(side[1], SHAPES)}
+            for side, seconds in _measure_shape(label, chosen, given).items():
+                found[" ".join(side)][label] = seconds
+        return found
+    finally:
+        torch.set_num_threads(threads)  # a smoke run is not alone in its process
+
+
+def _measure_shape(
+    label: str, opened: dict[tuple[str, str], Write], given: argparse.Namespace
+) -> dict[tuple[str, str], float]:
+    """Return the median over rounds of each side, order shuffled in each."""
+    rows, length = SHAPES[label]
+    ids = common.tokens(given, (rows, length))["input_ids"]
+    times: dict[tuple[str, str], list[float]] = {side: [] for side in opened}
+    for turn in range(1 + given.rounds):
+        for side in random.sample([*opened], len(opened)):
+            one = functools.partial(opened[side], ids, adapters=_choose(side[1], rows))
+            first = common.seconds(functools.partial(one, 1))
+            each = first if label == "512" else (common.seconds(functools.partial(one, given.tokens)) - first)
+            if turn:
+                times[side].append(each if label == "512" else each / (given.tokens - 1) / rows)
+    return {side: statistics.median(found) for side, found in times.items()}
+
+
+def _choose(adapters: str, rows: int) -> list[str | None]:
+    """Return an adapter for each row."""
+    return [{NONE: None, ONE: NAMES[0], EIGHT: NAMES[row % len(NAMES)]}[adapters] for row in range(rows)]
+
+
+def _measure_memory(weights: str, engine: str, adapters: str, given: argparse.Namespace) -> dict[str, float]:
+    """Return seconds to load, MiB that no file backs after eight tokens, and seconds that a change of adapter adds."""
+    ids = common.tokens(given, (1, 8))["input_ids"]
+    before, begun = common.anonymous(), time.perf_counter()
+    write = _open(engine, weights, adapters, 1, given)
+    loaded = time.perf_counter() - begun
+    names: Sequence[str | None] = _named(adapters)[:2] or (None, None)
+    write(ids, 8, [names[0]])
+    found = {"load": loaded, "anonymous": common.anonymous() - before}
+    if adapters == ONE and engine != GENAI:
+        for name in names:
+            write(ids, 1, [name])
+        turns = {"same": (names[0], names[0]), "other": names}
+        seconds: dict[str, list[float]] = {what: [] for what in turns}
+        for _ in range(given.rounds):
+            for what, (first, second) in turns.items():
+                write(ids, 1, [first])
+                seconds[what].append(common.seconds(lambda name=second: write(ids, 1, [name])))
+        medians = {what: statistics.median(values) for what, values in seconds.items()}
+        found["swap"] = medians["other"] - medians["same"]
+    return found
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """Return for each kind of weights the speeds, lorac's over each of them, and what each side takes."""
+    return [table for weights in given.weights for table in _tables(weights, found, given)]
+
+
+def _tables(weights: str, found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    speeds, measured = found[(weights,)], sides(weights, given)
+    notes = [gguf.note(given), _genai.note(given), common.native_note()]
+    again = {label: speeds[f"{LORAC} {NONE}"][label] / speeds[f"{AGAIN} {NONE}"][label] for label in SHAPES}
+    rows, held, taken = [], [], []
+    for engine, adapters in measured:
+        one, own = speeds[f"{engine} {adapters}"], speeds[f"{LORAC} {adapters}"]
+        cells = [f"{1 / one[label]:.1f}" if label in one else "-" for label in SHAPES if label != "512"]
+        rows.append((engine, adapters, *cells, f"{one['512'] * 1e3:.0f}" if "512" in one else "-"))
+        if engine not in {LORAC, AGAIN}:
+            ratios = {label: one[label] / own[label] for label in one}
+            told = [_hold(ratios.get(label), BOUNDS.get((weights, engine, adapters, label))) for label in SHAPES]
+            held.append((engine, adapters, *told))
+        memory = found[(MEMORY, weights, engine, adapters)]
+        swap = f"{memory['swap'] * 1e3:.1f}" if "swap" in memory else "-"
+        taken.append((engine, adapters, f"{memory['load']:.2f}", f"{memory['anonymous']:.0f}", swap))
+    title = f"{given.model}, {weights}, LoRA of rank {given.rank}, {given.threads} threads"
+    columns = ("engine", "LoRAs", *(f"tok/s {label}" for label in SHAPES if label != "512"), "ms to first, 512")
+    others = [side for side in measured if side[0] not in {LORAC, AGAIN}]
+    return [
+        common.Table(title, columns, rows, measured, again, notes),
+        common.Table(f"lorac's speed over theirs, {weights}", ("engine", "LoRAs", *SHAPES), held, others, again),
+        common.Table(
+            f"a process of each, {weights}",
+            ("engine", "LoRAs", "s to load", "anonymous MiB", "ms that a swap adds"),
+            taken,
+            measured,
+            {},
+        ),
+    ]
+
+
+def _hold(ratio: float | None, bound: float | None) -> str:
+    """How many times as fast, beside its target, where it has one."""
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" + (f" ({'missed: ' if ratio < bound else ''}>= {bound:.2f})" if bound else "")
+
+
+BENCHMARK = common.Benchmark(
+    name="peers",
+    text=__doc__,
+    options=(
+        common.TEXT_MODEL,
+        common.layers(30),
+        common.RANK,
+        common.rounds(5),
+        common.Option("tokens", 32, smoke=4, help="written behind each prompt"),
+        common.Option("threads", 2, smoke=1, help="of every side"),
+        common.Option("weights", WEIGHTS, smoke=("float32",), help="these kinds of weights"),
+        gguf.OPTION,
+        _genai.OPTION,
+    ),
+    jobs=jobs,
+    measure=measure,
+    tables=tables,
+    prepare=prepare,
+)
+
+if __name__ == "__main__":
+    BENCHMARK.main()
