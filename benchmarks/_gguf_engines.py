@@ -47,6 +47,7 @@ def write_base(folder: Path) -> None:
     """Write SmolLM2, whose source is a GGUF file, in each kind of weights; four bits with a head in eight."""
     import gguf
     import numpy as np
+
     from examples.models import package_folder
 
     kinds = gguf.GGMLQuantizationType
@@ -59,9 +60,7 @@ def write_base(folder: Path) -> None:
         for key, field in source.fields.items():
             if key not in own and not key.startswith("GGUF."):
                 array = field.types[0] == gguf.GGUFValueType.ARRAY
-                writer.add_key_value(
-                    key, field.contents(), field.types[0], sub_type=field.types[-1] if array else None
-                )
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
         for tensor in source.tensors:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             to = kinds.F32 if values.ndim == 1 else wanted

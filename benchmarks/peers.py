@@ -144,7 +144,7 @@ def _open(engine: str, weights: str, adapters: str, rows: int, given: argparse.N
         return gguf.open_llama_cpp(folder / f"{weights}.gguf", files, rows, length, given.threads)
     if engine == gguf.OPENVINO:
         files = [folder / f"{name}.safetensors" for name in _named(adapters)]
-        model = folder / f"openvino-{ {'float32': 'float16'}.get(weights, weights)}"
+        model = folder / f"openvino-{ {'float32': 'float16'}.get(weights, weights) }"
         return gguf.open_openvino(model, files, given.threads, exact=weights == "float32")
     if engine == GENAI:
         return functools.partial(_write_by_genai, _genai.load(folder / f"genai-{weights}-{adapters}", given.threads))
@@ -247,15 +247,20 @@ def _measure_shape(
     """Return the median over rounds of each side, order shuffled in each."""
     rows, length = SHAPES[label]
     ids = common.tokens(given, (rows, length))["input_ids"]
-    times: dict[tuple[str, str], list[float]] = {side: [] for side in opened}
+    counts = (1,) if label == "512" else (1, given.tokens)
+    times: dict[tuple[str, str], dict[int, list[float]]] = {side: {count: [] for count in counts} for side in opened}
     for turn in range(1 + given.rounds):
         for side in random.sample([*opened], len(opened)):
-            one = functools.partial(opened[side], ids, adapters=_choose(side[1], rows))
-            first = common.seconds(functools.partial(one, 1))
-            each = first if label == "512" else (common.seconds(functools.partial(one, given.tokens)) - first)
-            if turn:
-                times[side].append(each if label == "512" else each / (given.tokens - 1) / rows)
-    return {side: statistics.median(found) for side, found in times.items()}
+            for count in counts:
+                write = functools.partial(opened[side], ids, count, _choose(side[1], rows))
+                seconds = common.seconds(write)
+                if turn:
+                    times[side][count].append(seconds)
+    medians = {side: [statistics.median(found) for found in each.values()] for side, each in times.items()}
+    return {
+        side: found[0] if label == "512" else (found[1] - found[0]) / (given.tokens - 1) / rows
+        for side, found in medians.items()
+    }
 
 
 def _choose(adapters: str, rows: int) -> list[str | None]:
@@ -338,8 +343,8 @@ BENCHMARK = common.Benchmark(
         common.TEXT_MODEL,
         common.layers(30),
         common.RANK,
-        common.rounds(5),
-        common.Option("tokens", 32, smoke=4, help="written behind each prompt"),
+        common.Option("rounds", 5, smoke=3, help="timed in each process, all sides in each; differences need several"),
+        common.Option("tokens", 32, smoke=16, help="written behind each prompt"),
         common.Option("threads", 2, smoke=1, help="of every side"),
         common.Option("weights", WEIGHTS, smoke=("float32",), help="these kinds of weights"),
         gguf.OPTION,
