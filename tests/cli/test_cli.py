@@ -353,6 +353,7 @@ def test_trust_takes_a_strangers_eager_folder(cli, files):
         assert (code, "if you made the artifact, or trust who did: --trust" in said) == (1, True), said
         assert cli(*call, "--trust")[0] == 0
     assert "or trust who did: --trust" in cli("explain", "odd_ops")[2]
+    assert cli("explain", "odd_ops", "--trust")[0] == 0
     assert "or trust who did: --trust" in cli("serve", "odd_ops")[2]
     code, _, said = cli("run", "model", "--trust", "--prompt", "a")
     assert (code, "--trust is for compiled folders" in said) == (1, True)

@@ -42,16 +42,16 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         },
     }
     options = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    more = ["--predict", "--no-page", "--quota", "rank=4", "--quota", "seconds=2"]
+    more = ["--predict", "--no-page", "--trust", "--quota", "rank=4", "--quota", "seconds=2"]
     done = CliRunner().invoke(app, ["serve", str(tmp_path), *options, *more])
     assert done.exit_code == 0, done.output
     renamed = {"name": "base_name", "max_tokens": "max_new_tokens", "pin": "pinned", "allow_source": "sources"}
     expected = {renamed.get(name, name): value for name, value in values.items() if name != "metrics_port"}
     expected |= {"keys": {"k": "alice"}, "pinned": ("one",), "sources": ("hf:ann/*",), "predict": True, "page": False}
     assert dataclasses.asdict(given["settings"]) == expected
-    assert (given["quotas"], given["metrics_port"]) == (StoreQuotas(rank=4, seconds=2), 4)
+    assert (given["quotas"], given["metrics_port"], given["trust"]) == (StoreQuotas(rank=4, seconds=2), 4, True)
     assert CliRunner().invoke(app, ["serve", str(tmp_path)]).exit_code == 0
-    assert given["settings"] == ServingSettings()
+    assert (given["settings"], given["trust"]) == (ServingSettings(), False)
 
 
 def test_rejects_a_model_that_it_would_serve_nothing_of() -> None:
@@ -76,6 +76,8 @@ def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monke
     monkeypatch.setattr(uvicorn.Server, "run", ask)
     compiled = lorac.load(llama_folder)
     compiled.tokenizer = make_tokenizer()
-    monkeypatch.setattr(lorac, "load", lambda folder, **_: compiled)
-    run(llama_folder, ServingSettings(keys={"k": "alice"}), metrics_port=port)
+    loaded = dict[str, Any]()
+    monkeypatch.setattr(lorac, "load", lambda folder, **options: loaded.update(options) or compiled)
+    run(llama_folder, ServingSettings(keys={"k": "alice"}), metrics_port=port, trust=True)
+    assert loaded == {"trust": True}
     assert re.search(r"^vllm:num_requests_running", found[0], re.M)

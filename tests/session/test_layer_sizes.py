@@ -258,3 +258,51 @@ def test_twenty_classifiers_of_2_to_77_labels_share_a_call(
         expected = torch.nn.functional.linear(pooled, *reversed([*adapters[name].replaced.values()]))[0]
         assert agrees(logits[row, :labels], expected)
         assert (logits[row, labels:] == -math.inf).all()
+
+
+@torch.no_grad()
+def test_a_reserve_may_be_wider_than_the_adapters(classifiers: Classifiers) -> None:
+    reserve = lorac.Reserve(outputs={"classifier": 77})
+    compiled = lorac.compile(classifiers.base, {"c3": classifiers.folders["c3"]}, reserve=reserve)
+    compiled.add_adapter(classifiers.folders["c77"])
+    for name in ("c3", "c77", None):
+        assert agrees(compiled(input_ids=IDS, adapters=name).logits, classifiers.answer(name, IDS))
+
+
+@pytest.mark.parametrize("reserve", [None, lorac.Reserve(outputs={"classifier": 3})])
+@torch.no_grad()
+def test_a_host_keeps_outputs_that_no_adapter_has(reserve: lorac.Reserve | None, classifiers: Classifiers) -> None:
+    host = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=5)).eval()
+    adapter = lorac.load_adapter(classifiers.folders["c2"], classifiers.base, name="c2")
+    compiled = lorac.compile(host, {"c2": adapter} if reserve is None else {}, reserve=reserve)
+    assert agrees(compiled(input_ids=IDS, adapters=None).logits, host(input_ids=IDS).logits)
+    if reserve is None:
+        assert compiled(input_ids=IDS, adapters=["c2", None, "c2", None]).logits.shape == (4, 5)
+
+
+def test_rejects_a_lora_on_a_layer_that_others_resize(classifiers: Classifiers) -> None:
+    own = lorac.LoRA(r=2, targets=["classifier"])
+    with pytest.raises(lorac.AdapterError, match=r"'own' changes 'classifier', which other .*\n.*modules_to_save"):
+        lorac.compile(classifiers.base, {"own": own, "c5": classifiers.folders["c5"]})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@torch.no_grad()
+def test_the_head_of_a_resized_tied_embedding_keeps_its_size(target: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=True)
+    base = transformers.LlamaForCausalLM(config).eval()
+    method = lorac.LoRA(r=2, targets=["q_proj"], modules_to_save=["embed_tokens"])
+    adapter = lorac.compile(base, {"wide": method}).adapters["wide"]
+    adapter.replaced["model.embed_tokens.weight"] = rows = torch.randn(70, 16)
+    compiled = lorac.compile(base, {"wide": adapter}, target=target)
+    ids = torch.tensor([[3, 69, 5, 61]])
+    hidden = base.model(inputs_embeds=torch.nn.functional.embedding(ids, rows)).last_hidden_state
+    assert agrees(compiled(input_ids=ids, adapters="wide").logits, base.lm_head(hidden))
+    assert agrees(compiled(input_ids=ids[:, :1], adapters=None).logits, base(ids[:, :1]).logits)
+    later = lorac.LoRA(r=2, targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    both = lorac.compile(base, {"both": later}).adapters["both"]
+    both.replaced |= dict.fromkeys(both.replaced, rows)
+    compiled.add_adapter(both)
+    assert agrees(compiled(input_ids=ids, adapters="both").logits, torch.nn.functional.linear(hidden, rows))

@@ -218,7 +218,10 @@ def test_accepts_slices_whose_size_is_an_input():
 
 @pytest.mark.medium("scores that are written in place, in test_emits_the_same_model_as_torch")
 def test_rejects_a_write_that_torch_loses():
-    """Its decomposition takes dropout's answer for a new tensor."""
+    """Up to torch 2.13 its decomposition takes dropout's answer for a new tensor; 2.14 keeps the write."""
+    if torch.__version__ >= (2, 14):
+        assert_close(*answers(dropped_in_place))
+        return
     with refuses("self_test_failed"):
         answers(dropped_in_place)
 

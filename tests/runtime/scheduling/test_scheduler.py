@@ -172,6 +172,19 @@ def test_prompts_that_come_together_share_a_call(
     assert answers == [alone(compiled, request) for request in requests]
 
 
+def test_a_step_reads_a_chunk_for_each_tenant_and_cuts_none(
+    compiled: Any, scheduler: Scheduler, calls: list[list[int]]
+) -> None:
+    tenants = {"ann": 6, "ann again": 10, "bob": 10}
+    requests = [
+        TextRequest(prompt(n, length), "one", tenant=name[:3], options={"max_new_tokens": 2, "eos_token_id": None})
+        for n, (name, length) in enumerate(tenants.items())
+    ]
+    answers = [[token.id for token in stream] for stream in scheduler.submit_all(requests)]
+    assert calls[:3] == [[4, 4, 0], [2, 4, 0], [1, 2, 4]], "2 tokens of her chunk are left in the second step"
+    assert answers == [alone(compiled, request) for request in requests]
+
+
 def test_a_request_that_ends_in_its_prompt_leaves_the_others_that_are_read(
     compiled: Any, scheduler: Scheduler, calls: list[list[int]]
 ) -> None:
