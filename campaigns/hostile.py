@@ -71,6 +71,7 @@ def serve(folder: Path) -> None:
     import uvicorn
 
     import lorac
+    from lorac.cli.serving import tune_process
     from lorac.serving import ServingSettings, build_app
     from lorac.serving.connections import limit_connections
     from lorac.serving.store import AdapterStore
@@ -103,6 +104,7 @@ def serve(folder: Path) -> None:
             waits[0] = works[0] = collected[2] = 0.0
             return found
 
+        tune_process()
         server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="critical"))
         limit_connections(server, settings.header_timeout, settings.max_connections)
 

