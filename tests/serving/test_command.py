@@ -85,7 +85,7 @@ def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monke
     assert re.search(r"^vllm:num_requests_running", found[0], re.M)
 
 
-def test_the_command_alone_tunes_its_process(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tunes_the_process_of_the_command_alone(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen, interval, found = gc.get_freeze_count(), sys.getswitchinterval(), list[tuple[float, int]]()
     monkeypatch.setattr(uvicorn.Server, "run", lambda _: found.append((sys.getswitchinterval(), gc.get_freeze_count())))
     compiled = lorac.load(llama_folder)

@@ -114,7 +114,7 @@ def test_a_text_model_gives_outputs_only_where_its_server_is_set_to(url: str, ht
     assert http.post("/v1/predict", json=fields).status_code == 200
 
 
-def test_a_prompt_of_too_many_tokens_is_refused_before_it_is_copied(
+def test_rejects_a_prompt_of_too_many_tokens_before_it_is_copied(
     http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin, seconds = TextService.begin_completion, list[float]()

@@ -234,7 +234,7 @@ def test_a_tenant_has_half_of_the_requests_at_a_time(small: Any, bob: httpx2.Cli
     assert statuses == [b"408"] * 4 + [b"429"]
 
 
-def test_a_tenant_waits_for_its_refusals_once_they_are_many(alice: httpx2.Client, bob: httpx2.Client) -> None:
+def test_paces_the_refusals_of_a_tenant(alice: httpx2.Client, bob: httpx2.Client) -> None:
     def refuse(client: httpx2.Client) -> float:
         begun = time.monotonic()
         assert client.get("/v1/nothing").status_code == 404
