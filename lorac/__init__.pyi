@@ -66,6 +66,7 @@ from lorac.variants.chain import Chain as Chain
 from lorac.variants.cp_lora import CPLoRA as CPLoRA
 from lorac.variants.decor import DECOR as DECOR
 from lorac.variants.decor_weight import DECORWeight as DECORWeight
+from lorac.variants.deft import DEFT as DEFT
 from lorac.variants.dora import DoRA as DoRA
 from lorac.variants.dylora import DyLoRA as DyLoRA
 from lorac.variants.edit import Edit as Edit
@@ -108,6 +109,7 @@ from lorac.variants.trainable_tokens import TrainableTokens as TrainableTokens
 from lorac.variants.union import Union as Union
 from lorac.variants.vblora import VBLoRA as VBLoRA
 from lorac.variants.vera import VeRA as VeRA
+from lorac.variants.waveft import WaveFT as WaveFT
 from lorac.variants.x_lora import XLoRA as XLoRA
 
 __version__: str

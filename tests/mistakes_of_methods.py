@@ -136,6 +136,7 @@ METHODS = [
     _sized(lorac.BAT, {"r": 3}, {"r": 4}),
     _sized(lorac.BOFT, {"block_size": 5}, {"block_size": 4}, {"block_size": 0, "block_num": 6}),
     _sized(lorac.FourierFT, {"n_frequency": 10_000}, {"n_frequency": 100}),
+    _sized(lorac.WaveFT, {"n_frequency": 10_000}, {"n_frequency": 100}),
     _sized(lorac.HRA, {"r": 40, "apply_GS": True}, {"r": 24, "apply_GS": True}, {"r": 40}),
     _sized(lorac.LoLDU, {"r": 40}, {"r": 24}),
     _sized(lorac.LoRAXS, {"r": 40}, {"r": 24}),

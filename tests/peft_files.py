@@ -46,6 +46,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "ADALORA": {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 10},
     "BOFT": {"boft_block_size": 2},
     # From zeros: what PEFT draws at first moves the output far more than decides anything.
+    "DEFT": {"r": 2, "decomposition_method": "qr"},
     "FOURIERFT": {"n_frequency": 9, "scaling": 30, "init_weights": True},
     "HIRA": {"r": 2},
     "HRA": {"r": 2},
@@ -61,6 +62,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "SHIRA": {"r": 2},
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},
     "VERA": {"r": 2},
+    "WAVEFT": {"n_frequency": 9},
 }
 """Settings that make an adapter of plain_mlp's `up` and `down` small, by PEFT type."""
 

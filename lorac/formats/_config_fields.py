@@ -182,6 +182,22 @@ def read_number(value: object) -> float:
     return value
 
 
+def read_optional_number(value: object) -> float | None:
+    """Return a finite number, or None for null."""
+    return None if value is None else read_number(value)
+
+
+def read_choice(*names: str) -> Callable[[object], str]:
+    """Return a reader of one of some names."""
+
+    def read(value: object) -> str:
+        if value not in names:
+            raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
+        return str(value)
+
+    return read
+
+
 def read_names(value: object) -> tuple[str, ...]:
     """Return a list of names; one name counts as a list, and null as an empty one."""
     return _read_list(value, str, "names")

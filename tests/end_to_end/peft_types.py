@@ -12,6 +12,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
+    DeftConfig,
     FourierFTConfig,
     HiraConfig,
     HRAConfig,
@@ -27,6 +28,7 @@ from peft import (
     TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 
 from tests.end_to_end.peft_cases import Case, build, tie
@@ -43,6 +45,7 @@ def _of(config: type[PeftConfig], **defaults: Any) -> Callable[..., Case]:
 
 adalora = _of(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5, total_step=10)
 boft = _of(BOFTConfig)
+deft = _of(DeftConfig, r=3, dtype=torch.float32)  # PEFT computes in no other
 # PEFT transforms in float32 only. From zeros: what it draws at first moves the output far more than decides anything.
 fourierft = _of(FourierFTConfig, n_frequency=30, scaling=20.0, init_weights=True, dtype=torch.float32, alone=False)
 hira = _of(HiraConfig, r=3)
@@ -59,6 +62,7 @@ randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
 tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
 vera = _of(VeraConfig, r=3)
+waveft = _of(WaveFTConfig, n_frequency=30, scaling=5.0, alone=False)
 
 OUTER = {"layers_to_transform": [0, 2]}
 NO_POOLER = {"exclude_modules": ["pooler.dense"]}
@@ -83,6 +87,12 @@ CASES: tuple[Case, ...] = (
     boft("number", "plain_conv", "stem", "head", boft_block_num=1, bias="boft_only", **BY_NUMBER),
     boft("number", "tiny_bert", "query", "dense", boft_block_num=4, **BY_NUMBER, **CLASSIFIER),
     boft("size", "tiny_llama", "q_proj", "down_proj", boft_block_size=8, **OUTER),
+    deft("relu", "plain_mlp", "up", "down", "head", bias="deft_only", emitted=True),
+    deft("qr", "plain_mlp", "up", "down", decomposition_method="qr", alpha=4, **HEAD),
+    deft("para", "plain_mlp", "up", "head", para=True, r=20, bias="all"),
+    deft("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    deft("saved", "tiny_bert", "query", "dense", **NO_POOLER, **CLASSIFIER),
+    deft("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
     fourierft("bias", "plain_mlp", "up", "head", bias="fourier_only", n_frequency_pattern={"up": 140}, emitted=True),
     fourierft("saved", "plain_mlp", "up", bias="all", random_loc_seed=3, **HEAD),
     fourierft("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
@@ -171,4 +181,10 @@ CASES: tuple[Case, ...] = (
     vera("bias", "tiny_bert", "query", "value", "dense", bias="all", **CLASSIFIER),
     vera("seed", "tiny_bert", "dense", **SEED),
     vera("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    waveft("haar", "plain_mlp", "up", "head", bias="waveft_only", n_frequency_pattern={"up": 60}, emitted=True),
+    waveft("shares", "plain_mlp", "up", "down", wavelet_family="db4", proportional_parameters=True, **HEAD),
+    waveft("entries", "plain_mlp", "up", use_idwt=False, bias="all", random_loc_seed=3),
+    waveft("layers", "tiny_llama", "q_proj", "down_proj", wavelet_family="sym5", **OUTER),
+    waveft("saved", "tiny_bert", "query", "dense", wavelet_family="sym10", **NO_POOLER, **CLASSIFIER),
+    waveft("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
 )

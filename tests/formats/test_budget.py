@@ -249,6 +249,8 @@ TOLD_BY_TENSORS = {
         ("VBLORA", "num_vectors", {}),
         ("VBLORA", "vector_length", {}),
         ("FOURIERFT", "n_frequency", {}),
+        ("WAVEFT", "n_frequency", {}),
+        ("DEFT", "r", {}),
         ("HRA", "r", {}),
         ("SHIRA", "r", {}),
         ("LOKR", "decompose_factor", {}),

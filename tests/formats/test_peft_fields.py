@@ -9,7 +9,29 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftType
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    DeftConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftType,
+    RandLoraConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    WaveFTConfig,
+    XLoraConfig,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lorac import DoRA, FormatError, LoRA, load_adapter
@@ -20,6 +42,28 @@ from tests.refusing import refuses
 from tests.zoo import ZOO
 
 CLASSES = {kind: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in sorted(peft_types())}
+CLASSES = {
+    "ADALORA": AdaLoraConfig,
+    "BOFT": BOFTConfig,
+    "DEFT": DeftConfig,
+    "FOURIERFT": FourierFTConfig,
+    "HIRA": HiraConfig,
+    "HRA": HRAConfig,
+    "IA3": IA3Config,
+    "LN_TUNING": LNTuningConfig,
+    "LOHA": LoHaConfig,
+    "LOKR": LoKrConfig,
+    "LORA": LoraConfig,
+    "MISS": MissConfig,
+    "OFT": OFTConfig,
+    "RANDLORA": RandLoraConfig,
+    "SHIRA": ShiraConfig,
+    "TRAINABLE_TOKENS": TrainableTokensConfig,
+    "VBLORA": VBLoRAConfig,
+    "VERA": VeraConfig,
+    "WAVEFT": WaveFTConfig,
+    "XLORA": XLoraConfig,
+}
 
 
 def test_every_type_of_peft_is_known() -> None:

@@ -18,6 +18,7 @@ import lorac
 from lorac import (
     BAT,
     BOFT,
+    DEFT,
     HRA,
     IA3,
     OFT,
@@ -36,6 +37,7 @@ from lorac import (
     SiteError,
     VBLoRA,
     VeRA,
+    WaveFT,
     load_adapter,
     save_adapter,
 )
@@ -75,6 +77,12 @@ def copy_of(originals: Path, tmp_path: Path) -> Copy:
 BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
     ("ADALORA", {"bias": "lora_only", "lora_dropout": 0.25}, AdaLoRA(r=3, alpha=5, bias="adalora_only", dropout=0.25)),
     ("BOFT", {"bias": "boft_only", "boft_dropout": 0.5}, BOFT(block_size=2, bias="boft_only")),
+    (
+        "DEFT",
+        {"bias": "deft_only", "alpha": 4, "decomposition_method": "relu"},
+        DEFT(r=2, alpha=4, decomposition_method="relu", bias="deft_only"),
+    ),
+    ("DEFT", {"para": True, "decomposition_method": "relu"}, DEFT(r=2, para=True)),
     ("FOURIERFT", {}, FourierFT(n_frequency=9, scaling=30)),
     ("HIRA", {"hira_dropout": 0.25, "rank_pattern": {"up": 1}}, HiRA(r=2, dropout=0.25)),
     ("HRA", {"bias": "hra_only", "exclude_modules": ["head"]}, HRA(r=2, exclude=("head",), bias="hra_only")),
@@ -115,6 +123,12 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
         {"projection_prng_key": 3, "vera_dropout": 0.25, "d_initial": 0.5, "bias": "vera_only"},
         VeRA(r=2, projection_prng_key=3, dropout=0.25, d_initial=0.5, bias="vera_only"),
     ),
+    (
+        "WAVEFT",
+        {"wavelet_family": "sym4", "scaling": 3, "random_loc_seed": 5, "bias": "waveft_only"},
+        WaveFT(n_frequency=9, wavelet_family="sym4", scaling=3, random_loc_seed=5, bias="waveft_only"),
+    ),
+    ("WAVEFT", {"use_idwt": False}, WaveFT(n_frequency=9, use_idwt=False)),
 )
 """PEFT type, settings, and the variant that they are, but for its targets."""
 
@@ -151,6 +165,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("layer_replication", [[0, 1]]),
     ],
     "BOFT": [("boft_block_size", -1), ("boft_block_num", "2"), ("boft_n_butterfly_factor", 0), ("bias", "some")],
+    "DEFT": [("r", 0), ("alpha", "4"), ("decomposition_method", "svd"), ("para", 1), ("deft_dropout", "0.1")],
     "FOURIERFT": [("n_frequency", 0), ("scaling", "30"), ("random_loc_seed", None), ("bias", "lora_only")],
     "HIRA": [("r", 0), ("hira_dropout", "0.1")],
     "HRA": [("r", 0), ("apply_GS", "yes"), ("bias", "some"), ("layers_to_transform", ["0"])],
@@ -179,6 +194,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("bias", "lora_only"),
         ("d_initial", None),
     ],
+    "WAVEFT": [("n_frequency", 0), ("scaling", None), ("wavelet_family", "coif1"), ("use_idwt", 1), ("bias", "some")],
 }
 """Fields and values that no file of a type may have."""
 
@@ -228,6 +244,9 @@ DAMAGED = (
         error=SiteError,
     ),
     Damaged("BOFT", r"'down'|'up'", {"boft_block_size": 14}),
+    Damaged("DEFT", r"deft_P at 'down' has shape \(6, 2\), expected \(6, 3\)", {"r": 3}),
+    Damaged("DEFT", "do not belong together: deft_P .*, deft_R", {"para": True}),
+    Damaged("WAVEFT", r"waveft_spectrum at '.*' has shape \(9,\), expected \(8,\)", {"n_frequency": 8}, alone=False),
     Damaged(
         "FOURIERFT", r"fourierft_spectrum at '.*' has shape \(9,\), expected \(8,\)", {"n_frequency": 8}, alone=False
     ),
@@ -312,6 +331,8 @@ ATTENTION = "transformer.h.0.attn.c_attn"
 NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
     ("ADALORA", AdaLoRA(r=2, targets=("grouped",)), "plain_conv", "of kind conv2d with 2 groups"),
     ("BOFT", BOFT(block_size=4, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("DEFT", DEFT(r=2, targets=("embed",)), "plain_mlp", "of kind embedding"),
+    ("WAVEFT", WaveFT(n_frequency=3, targets=("embed",)), "plain_mlp", "of kind embedding"),
     ("FOURIERFT", FourierFT(n_frequency=3, targets=("embed",)), "plain_mlp", "of kind embedding"),
     ("HIRA", HiRA(r=2, targets=("grouped",)), "plain_conv", "of kind conv2d with 2 groups"),
     ("HRA", HRA(r=2, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),

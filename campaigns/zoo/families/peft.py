@@ -244,6 +244,10 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
             },
         ),
     ],
+    "DEFT": [*_on("linears", *_usual(r=2)), *_on("linears", {"target_modules": BOTH, "r": 2, "para": True})],
+    "WAVEFT": [
+        *_on("linears", *_usual(n_frequency=10), {"target_modules": BOTH, "n_frequency": 10, "use_idwt": False})
+    ],
     "VBLORA": [
         *_on("linears", *_usual(r=2, vector_length=2, num_vectors=10)),
         *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "vector_length": 2, "num_vectors": 10}),

@@ -36,7 +36,7 @@ def peft_types() -> dict[str, AnyPeftType]:
     modules = import_modules(importlib.import_module("lorac.formats.peft.types"))
     classes = [value for module in modules for value in vars(module).values() if inspect.isclass(value)]
     concrete = [cls for cls in classes if issubclass(cls, PeftType) and not inspect.isabstract(cls)]
-    return {cls.peft_type: cls() for cls in concrete}
+    return {one.peft_type: one for one in (cls() for cls in concrete)}
 
 
 def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:

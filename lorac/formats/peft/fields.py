@@ -5,6 +5,7 @@ from lorac.formats._config_fields import (
     Field,
     Irrelevant,
     TrainingOnly,
+    read_choice,
     read_flag,
     read_int,
     read_layers,
@@ -79,13 +80,7 @@ SEEDED: dict[str, Field] = {
 
 def bias(prefix: str) -> Field:
     """Return the field that says which biases are trained: none, all or ``<prefix>_only``."""
-    allowed = ("none", "all", f"{prefix}_only")
-
-    def read(value: object) -> str:
-        if value not in allowed:
-            raise ValueError(f"expected {allowed[0]}, {allowed[1]} or {allowed[2]}")
-        return str(value)
-
+    read = read_choice("none", "all", f"{prefix}_only")
     return Applied("none", to="bias", read=read, write=lambda value: rename_bias(value, prefix))
 
 

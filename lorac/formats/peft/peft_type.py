@@ -27,7 +27,6 @@ class PeftType(ABC, Generic[V]):
     """A PEFT type.
 
     Attributes:
-        peft_type: its name in the configuration.
         former_names: names of types of older releases of PEFT whose files are of this one.
         variants: class of the method -> the configuration values that select it.
         read_only: those of the classes that PEFT itself does not compute, so that none is written for it.
@@ -49,7 +48,6 @@ class PeftType(ABC, Generic[V]):
         start_field: the field that says how an adapter was initialised, where some ways rewrite the base.
     """
 
-    peft_type: ClassVar[str]
     former_names: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[Mapping[type[Variant], JsonMapping]]
     fields: ClassVar[Mapping[str, Field]]
@@ -66,6 +64,11 @@ class PeftType(ABC, Generic[V]):
     copied: ClassVar[str | None] = None
     training_state: ClassVar[Mapping[str, str]] = {}
     start_field: ClassVar[str | None] = None
+
+    @property
+    @abstractmethod
+    def peft_type(self) -> str:
+        """The name in the configuration; a class that several types share has none."""
 
     @abstractmethod
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
@@ -127,8 +130,8 @@ class PeftType(ABC, Generic[V]):
         """Return the tensors by the keys that the fork writes which has a method of ``read_only``."""
         return tensors
 
-    def refine_variant(self, variant: V, stored: Mapping[str, Tensors]) -> Variant:
-        """Return the variant corrected by the tensors of a file, by site and suffix."""
+    def refine_variant(self, variant: V, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
+        """Return the variant corrected by the configuration's values and the tensors of a file, by site and suffix."""
         return variant
 
     def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:

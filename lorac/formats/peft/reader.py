@@ -52,7 +52,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     file = PeftFile(name, peft_type, values, contents, view)
     _copy_tied_sites(file)
     matrices = take_matrices(file)
-    variant = peft_type.refine_variant(variant_of(values, peft_type, path), contents.sites)
+    variant = peft_type.refine_variant(variant_of(values, peft_type, path), values, contents.sites)
     if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys name the layers
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     model_config = folder.inside(MODEL_CONFIG).read_json() if folder.has(MODEL_CONFIG) else {}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_count, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
@@ -58,7 +59,7 @@ class BoftType(PeftType[BOFT]):
             )
         return {**tensors, SCALE: tensors[SCALE] if site.conv is None else tensors[SCALE].t()}
 
-    def refine_variant(self, variant: BOFT, stored: Mapping[str, Tensors]) -> BOFT:
+    def refine_variant(self, variant: BOFT, values: JsonMapping, stored: Mapping[str, Tensors]) -> BOFT:
         counts = {
             len(tensors[ROTATION]) for tensors in stored.values() if ROTATION in tensors and tensors[ROTATION].ndim
         }

@@ -229,7 +229,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
             )
         return {**tensors, "lora_B": 2 * tensors["lora_B"]}
 
-    def refine_variant(self, variant: Variant, stored: Mapping[str, Tensors]) -> Variant:
+    def refine_variant(self, variant: Variant, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
         """Return the variant as it trains: FlyLoRA's fork lets no gradient through A; latent matrices make LoRA-XS.
 
         Raises:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_rows
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
@@ -42,7 +43,9 @@ class TrainableTokensType(PeftType[TrainableTokens]):
                 tied |= dict.fromkeys(site.shares, path)
         return tied
 
-    def refine_variant(self, variant: TrainableTokens, stored: Mapping[str, Tensors]) -> TrainableTokens:
+    def refine_variant(
+        self, variant: TrainableTokens, values: JsonMapping, stored: Mapping[str, Tensors]
+    ) -> TrainableTokens:
         """Return the variant with ``tied`` set where ``find_tied_sites`` gave two layers the same tensor."""
         return replace(variant, tied=len({id(tensors[DELTA]) for tensors in stored.values()}) < len(stored))
 

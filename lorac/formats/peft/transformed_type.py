@@ -1,0 +1,70 @@
+"""PEFT types that store values of a transform, and no positions: a seed in the configuration chooses them."""
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lorac.formats._config_fields import (
+    Applied,
+    Field,
+    read_int,
+    read_number,
+    read_rank_pattern,
+    read_size,
+    write_number_pattern,
+)
+from lorac.formats._errors import unsupported_error
+from lorac.formats._site_layouts import matrix_site
+from lorac.formats.peft.fields import COMMON, FILTERS
+from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
+from lorac.ir.sites.site import Site, SiteKind
+from lorac.variants._transformed import TransformedVariant
+
+T = TypeVar("T", bound=TransformedVariant)
+INDICES = "indices"
+
+
+def transformed_fields(n_frequency: int, scaling: float) -> dict[str, Field]:
+    """Return the fields that these types have in common, with these defaults."""
+    return {
+        **COMMON,
+        **FILTERS,
+        "n_frequency": Applied(n_frequency, to="n_frequency", read=read_size),
+        "scaling": Applied(scaling, to="scaling", read=read_number),
+        "random_loc_seed": Applied(777, to="random_loc_seed", read=read_int),
+        "n_frequency_pattern": Applied(
+            {}, to="n_frequency_pattern", read=read_rank_pattern, write=write_number_pattern
+        ),
+    }
+
+
+class TransformedType(PeftType[T], Generic[T]):
+    """A type of which a module has one tensor, the trained values (n,).
+
+    They belong to the first n positions of a permutation of its out·in, drawn from random_loc_seed.
+    """
+
+    kinds = frozenset({SiteKind.LINEAR})
+    conv1d = True
+    needs_model = True
+
+    def read_site(self, variant: T, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        (spectrum,) = self.suffixes
+        tensors = take_tensors(path, stored, {spectrum: 1}, f"{spectrum} is (n_frequency,)")
+        return matrix_site(path, 1, tensors[spectrum].numel()), tensors
+
+    def complete_site(self, variant: T, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        variant.check(site)
+        return {INDICES: variant.positions(site), **tensors}
+
+    def write_site(self, variant: T, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        at_site = variant.at(site)
+        assert isinstance(at_site, TransformedVariant)
+        at_site.check(site)
+        if not torch.equal(at_site.positions(site), tensors[INDICES].cpu()):
+            raise unsupported_error(
+                f"the positions at '{site.path}' are not those that random_loc_seed chooses, and PEFT stores none",
+                next_step="use format='native'",
+            )
+        return {name: tensors[name] for name in self.suffixes}
