@@ -140,6 +140,7 @@ METHODS = [
     _sized(lorac.HRA, {"r": 40, "apply_GS": True}, {"r": 24, "apply_GS": True}, {"r": 40}),
     _sized(lorac.LoLDU, {"r": 40}, {"r": 24}),
     _sized(lorac.LoRAXS, {"r": 40}, {"r": 24}),
+    _sized(lorac.PSOFT, {"r": 40}, {"r": 24}),
     _sized(lorac.MiSS, {"r": 50}, {"r": 24}),
     _sized(lorac.MiSS, {"r": 4, "mini": True, "mini_r": 5}, {"r": 4, "mini": True, "mini_r": 4}),
     _sized(lorac.OFT, {"block_size": 1, "r": 0}, {"block_size": 4, "r": 0}),

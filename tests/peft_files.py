@@ -58,6 +58,8 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "MISS": {"r": 2},
     "OFT": {"oft_block_size": 2},
     "PVERA": {"r": 2},
+    "PEANUT": {"r": 2, "depth": 1},
+    "PSOFT": {"r": 2, "psoft_alpha": 3},
     "RANDLORA": {"r": 2, "randlora_alpha": 4},
     "SHIRA": {"r": 2},
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},

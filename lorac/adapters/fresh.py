@@ -76,14 +76,20 @@ def _make_specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]
     return specs
 
 
-def make_site_tensors(variant: Variant, name: str, site: Site, base: BaseReader) -> dict[str, Tensor]:
+def make_site_tensors(
+    variant: Variant, name: str, site: Site, base: BaseReader, known: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return the initial tensors of an adapter at one site, those that share with no other.
+
+    Args:
+        known: tensors that are taken as they are.
 
     Raises:
         SiteError: the method is not defined on the site.
     """
     variant.at(site).check(site)
-    return _make_initial_tensors(_make_specs(name, variant, site), site, name, base, _SharedTensors({}, {}))
+    shared = _SharedTensors({}, {**(known or {})})
+    return _make_initial_tensors(_make_specs(name, variant, site), site, name, base, shared)
 
 
 def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:
@@ -144,7 +150,7 @@ def _make_initial_tensors(
     tensors: dict[str, Tensor] = {}
     dtype = factor_dtype(site.dtype)
     for key, spec in specs.items():
-        known = spec.tie or key
+        known = key if key in shared.made else spec.tie or key
         if known in shared.made:
             tensors[key] = shared.made[known]
             continue

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lorac.argument_types import Count
-from lorac.errors import AdapterError, SiteError
+from lorac.errors import AdapterError
+from lorac.variants._singular import require_rank
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
@@ -90,14 +91,7 @@ class LoRAXS(InputDropout, WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        most = min(site.out_features, site.in_features)
-        if self.r > most:
-            raise SiteError(
-                f"the weight of '{site.path}' ({site.in_features} -> {site.out_features}) has fewer than the {self.r} "
-                "singular vectors that LoRA-XS needs",
-                nearest=f"r={most}",
-                next_step="give a smaller r, or exclude= the module",
-            )
+        require_rank("LoRA-XS", self.r, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         def left(context: InitContext) -> Tensor:

@@ -22,7 +22,9 @@ from peft import (
     LoKrConfig,
     MissConfig,
     OFTConfig,
+    PeanutConfig,
     PeftConfig,
+    PsoftConfig,
     PveraConfig,
     RandLoraConfig,
     TrainableTokensConfig,
@@ -58,6 +60,8 @@ lokr = _of(LoKrConfig, r=2, alpha=5)
 miss = _of(MissConfig, r=3)
 oft = _of(OFTConfig)
 pvera = _of(PveraConfig, r=3)
+peanut = _of(PeanutConfig, r=3)
+psoft = _of(PsoftConfig, r=3, psoft_alpha=6, dtype=torch.float32, alone=False)  # factors are made in no other
 randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
 tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
@@ -156,6 +160,15 @@ CASES: tuple[Case, ...] = (
     pvera("seed", "plain_mlp", "up", **SEED),
     pvera("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
     pvera("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    peanut("plain", "plain_mlp", "up", "down", "head", emitted=True),
+    peanut("deep", "plain_mlp", "up", "down", depth=2, act_fn="gelu", scaling=2.0, **HEAD),
+    peanut("layers", "tiny_llama", "q_proj", "down_proj", depth=1, act_fn="silu", **OUTER),
+    peanut("saved", "tiny_bert", "query", "dense", act_fn="tanh", **NO_POOLER, **CLASSIFIER),
+    psoft("plain", "plain_mlp", "up", "down", "head", emitted=True),
+    psoft("matrix", "plain_mlp", "up", "down", psoft_orth=False, psoft_mag_b=False, ab_svd_init="pissa_init", **HEAD),
+    psoft("lowrank", "plain_mlp", "up", psoft_svd="lowrank", random_seed=3, use_cayley_neumann=True),
+    psoft("layers", "tiny_llama", "q_proj", "down_proj", use_cayley_neumann=True, cayley_neumann_eps=0.5, **OUTER),
+    psoft("saved", "tiny_bert", "query", "dense", r=6, **NO_POOLER, **CLASSIFIER),
     randlora("plain", "plain_mlp", "up", "down", "head", bias="randlora_only", emitted=True),
     randlora("sparse", "plain_mlp", "up", "down", sparse=True, projection_prng_key=4, **HEAD),
     randlora("seed", "plain_mlp", "up", **SEED),

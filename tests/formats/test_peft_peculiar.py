@@ -41,7 +41,7 @@ def test_fourierft_chooses_its_positions_by_a_seed(tmp_path: Path) -> None:
     parity.assert_parity(lorac.compile(model, {"a": native})(**inputs), oracle(**inputs), model(**inputs))
 
     adapter.tensors["up"]["indices"] = adapter.tensors["up"]["indices"].flip(-1)
-    with refuses("unsupported_field", match="the positions at 'up' are not those that random_loc_seed chooses"):
+    with refuses("unsupported_field", match="'indices' at 'up' is not what PEFT makes of the configuration"):
         save_adapter(adapter, tmp_path / "x", model=model)
 
 

@@ -248,6 +248,8 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
     "WAVEFT": [
         *_on("linears", *_usual(n_frequency=10), {"target_modules": BOTH, "n_frequency": 10, "use_idwt": False})
     ],
+    "PEANUT": [*_on("linears", *_usual(r=2), {"target_modules": BOTH, "r": 2, "depth": 1, "act_fn": "gelu"})],
+    "PSOFT": [*_on("linears", *_usual(r=2), {"target_modules": BOTH, "r": 2, "psoft_svd": "lowrank"})],
     "VBLORA": [
         *_on("linears", *_usual(r=2, vector_length=2, num_vectors=10)),
         *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "vector_length": 2, "num_vectors": 10}),

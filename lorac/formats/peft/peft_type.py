@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lorac.adapters.fresh import make_site_tensors
 from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterError, SiteError, warn
 from lorac.formats._config_fields import Field
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -39,6 +40,7 @@ class PeftType(ABC, Generic[V]):
         grouped: whether convolutions of several groups are.
         pads_itself: whether PEFT's forward pass pads as the convolution does, by whatever mode.
         shapes_tell_kind: whether the shapes in a file tell the kind and kernel of a site.
+        derived: parameters that no file holds, since configuration and model tell them.
         needs_model: whether a file means nothing without the model, which ``complete_site`` reads.
         tied: of a type that can tie the output layer to the embedding that it adapts: parameter of the former -> the
             parameter of the latter whose transpose it is.
@@ -59,6 +61,7 @@ class PeftType(ABC, Generic[V]):
     grouped: ClassVar[bool] = False
     pads_itself: ClassVar[bool] = False
     shapes_tell_kind: ClassVar[bool] = False
+    derived: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
     tied: ClassVar[Mapping[str, str]] = {}
     copied: ClassVar[str | None] = None
@@ -114,9 +117,9 @@ class PeftType(ABC, Generic[V]):
             next_step="use format='native', or exclude= the module",
         )
 
-    def complete_site(self, variant: V, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters with those that no file holds, as configuration and model tell them."""
-        return tensors
+    def complete_site(self, variant: V, site: Site, tensors: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+        """Return the parameters with those that no file holds (``derived``): a fresh adapter's are the same."""
+        return make_site_tensors(variant, variant.name, site, base, tensors)
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the effective parameters of a layer that PEFT adapts with the module that reads its weight."""

@@ -105,8 +105,8 @@ def _read_sites(
         if site.within not in {None, path}:
             tensors = peft_type.read_inner(file.values, tensors)
         if peft_type.needs_model:
-            site = _site_of_model(file, path)
-            tensors = peft_type.complete_site(adapter.variant.at(site), site, tensors)
+            site, view = _site_of_model(file, path)
+            tensors = peft_type.complete_site(adapter.variant.at(site), site, tensors, view.base)
         adapter.tensors[path] = tensors
         check_site(adapter.name, adapter.variant, site, tensors)
         sites[path] = site
@@ -117,8 +117,8 @@ def _read_sites(
     return sites
 
 
-def _site_of_model(file: PeftFile, path: str) -> Site:
-    """Return the site of the model at a path, for files that mean nothing without it."""
+def _site_of_model(file: PeftFile, path: str) -> tuple[Site, ModelView]:
+    """Return the site of the model at a path, and the model, for files that mean nothing without it."""
     if file.view is None:
         raise BaseNeeded(
             f"a file of peft_type {file.peft_type.peft_type} does not contain the shapes of adapter '{file.name}'",
@@ -126,7 +126,7 @@ def _site_of_model(file: PeftFile, path: str) -> Site:
         )
     if path not in file.sites:
         raise no_site_error(file.name, path, file.view)
-    return file.sites[path]
+    return file.sites[path], file.view
 
 
 def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
     missing = [name for name in file.peft_type.shared if name not in shared]
     if not missing:
         return shared
-    sites = [] if file.view is None else [_site_of_model(file, path) for path in stored]
+    sites = [] if file.view is None else [_site_of_model(file, path)[0] for path in stored]
     # The configuration's sizes are compared with the file before anything of that size is made.
     for site in sites:
         check_present(adapter.name, adapter.variant, site, stored[site.path])

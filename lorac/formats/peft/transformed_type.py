@@ -2,7 +2,6 @@
 
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from lorac.formats._config_fields import (
@@ -14,7 +13,6 @@ from lorac.formats._config_fields import (
     read_size,
     write_number_pattern,
 )
-from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
@@ -22,7 +20,6 @@ from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants._transformed import TransformedVariant
 
 T = TypeVar("T", bound=TransformedVariant)
-INDICES = "indices"
 
 
 def transformed_fields(n_frequency: int, scaling: float) -> dict[str, Field]:
@@ -48,23 +45,9 @@ class TransformedType(PeftType[T], Generic[T]):
     kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
     needs_model = True
+    derived = ("indices",)
 
     def read_site(self, variant: T, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         (spectrum,) = self.suffixes
         tensors = take_tensors(path, stored, {spectrum: 1}, f"{spectrum} is (n_frequency,)")
         return matrix_site(path, 1, tensors[spectrum].numel()), tensors
-
-    def complete_site(self, variant: T, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        variant.check(site)
-        return {INDICES: variant.positions(site), **tensors}
-
-    def write_site(self, variant: T, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        at_site = variant.at(site)
-        assert isinstance(at_site, TransformedVariant)
-        at_site.check(site)
-        if not torch.equal(at_site.positions(site), tensors[INDICES].cpu()):
-            raise unsupported_error(
-                f"the positions at '{site.path}' are not those that random_loc_seed chooses, and PEFT stores none",
-                next_step="use format='native'",
-            )
-        return {name: tensors[name] for name in self.suffixes}

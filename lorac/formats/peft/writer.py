@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
+from lorac.adapters.fresh import make_site_tensors
 from lorac.argument_types import JsonMapping
+from lorac.errors import BaseNeeded
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._site_layouts import remembered_sites
 from lorac.formats._writing import BASE_HASH, EXPERTS, SEAL, encode_config, write_json, write_sealed
@@ -34,7 +36,7 @@ from lorac.formats.peft.token_rows import NumberedRows, take_rows, untied_error
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import TARGET_KEYWORDS, is_named
-from lorac.ir.sites.site import Site
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.storage.strict_json import dump_json
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -156,7 +158,7 @@ class _FolderWriter:
             peft_type.check_site(sites[path], parameters)
             if path in matrices:
                 continue
-            for suffix, tensor in peft_type.write_site(adapter.variant, sites[path], parameters).items():
+            for suffix, tensor in peft_type.write_site(adapter.variant, sites[path], self._stored(sites[path])).items():
                 prefix = SHARED_PREFIX if suffix in peft_type.shared else f"{PREFIX}{_wrapped_path(sites[path])}."
                 tensors[prefix + suffix] = tensor
         written = write_matrices(adapter, matrices, self.sites, self.view)
@@ -186,6 +188,27 @@ class _FolderWriter:
             given["trainable_token_indices"] = {path: list(numbers) for path, (numbers, _) in self.rows.items()}
         stored = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
         _write_files(adapter, peft_type, given, stored, folder, self.view)
+
+    def _stored(self, site: Site) -> Mapping[str, Tensor]:
+        """Return the parameters of a site but those that PEFT makes anew from the configuration and the base."""
+        adapter, derived = self.adapter, self.peft_type.derived
+        tensors = adapter.tensors[site.path]
+        kept = {name: tensor for name, tensor in tensors.items() if name not in derived}
+        made = tensors
+        if len(kept) < len(tensors):
+            base = self.view.base if self.view else BaseReader(_refuse_base, _refuse_base)
+            made = make_site_tensors(adapter.variant, adapter.name, site, base, kept)
+        for name in tensors.keys() - kept.keys():
+            own, other = tensors[name].cpu(), made[name]
+            # Another dtype rounds a factor; positions are exact.
+            slack = 1e-3 * float(other.abs().max()) if own.is_floating_point() else 0.0
+            if not torch.allclose(own.double(), other.double(), rtol=0, atol=slack):
+                raise unsupported_error(
+                    f"'{name}' at '{site.path}' is not what PEFT makes of the configuration and the base, and its "
+                    "files lack it",
+                    next_step="use format='native'",
+                )
+        return kept
 
     def _refuse_parts(self, sites: Mapping[str, Site]) -> None:
         """Refuse a part of a module that reads several weights itself (an attention), which PEFT adapts whole."""
@@ -284,6 +307,13 @@ class _FolderWriter:
             targets = "|".join(re.escape(path) for path in paths)
         none = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         return {**given, "target_modules": targets, **none}
+
+
+def _refuse_base(site: Site) -> Tensor:
+    raise BaseNeeded(
+        f"PEFT makes parameters of '{site.path}' from the base's weight",
+        next_step="pass model=, or use format='native'",
+    )
 
 
 def _wrapped_path(site: Site) -> str:

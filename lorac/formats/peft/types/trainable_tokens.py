@@ -16,7 +16,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_rows
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.variants.trainable_tokens import TrainableTokens, rows_of
 
 DELTA = "trainable_tokens_delta"
@@ -54,7 +54,9 @@ class TrainableTokensType(PeftType[TrainableTokens]):
         delta = take_tensors(path, stored, {DELTA: 2}, f"{DELTA} is (n, d)")[DELTA]
         return matrix_site(path, delta.shape[1], len(delta), SiteKind.EMBEDDING), {DELTA: delta}
 
-    def complete_site(self, variant: TrainableTokens, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def complete_site(
+        self, variant: TrainableTokens, site: Site, tensors: dict[str, Tensor], base: BaseReader
+    ) -> dict[str, Tensor]:
         return variant.hold_rows(site, tensors[DELTA])
 
     def write_site(self, variant: TrainableTokens, site: Site, tensors: Tensors) -> dict[str, Tensor]:
