@@ -26,7 +26,7 @@ LARGEST_ROOM = 20
 SHORT = 5
 MOST_SHORT_FUNCTIONS = 173
 USES_OF_A_RECORD = 3
-MOST_RECORDS = 126
+MOST_RECORDS = 93
 TEST_NAME = re.compile(r"^\s*def test_(\w+)", re.MULTILINE)
 RIDDLES = {"what", "whatever", "told", "tells", "asked", "came", "whom", "beside", "besides", "refused", "refuses"}
 SILENCED = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)")
@@ -153,7 +153,10 @@ def test_short_private_functions_have_two_callers():
 
 
 def test_records_are_built_in_two_places():
-    """A dataclass is built in two places, but for passes, which are values, and for a number that only falls."""
+    """A dataclass is built in two places, but for passes and methods, which are values, and a number that only falls.
+
+    A method is built where it is used, outside of lorac.
+    """
     calls = Counter(
         node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         for node in _nodes()
@@ -164,7 +167,7 @@ def test_records_are_built_in_two_places():
         for node in _nodes()
         if isinstance(node, ast.ClassDef) and "dataclass" in " ".join(map(ast.unparse, node.decorator_list))
         if calls[node.name] <= 1 and _uses()[node.name] <= USES_OF_A_RECORD
-        if "Pass" not in map(ast.unparse, node.bases)
+        if not any(ast.unparse(base).endswith(("Pass", "Variant")) for base in node.bases)
     ]
     assert len(found) <= MOST_RECORDS, found
 
