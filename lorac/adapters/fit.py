@@ -13,13 +13,13 @@ from torch import Tensor
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
 from lorac.adapters.name_repair import REPAIR, find_own_names
-from lorac.errors import AdapterError, FormatError, LoracError, SiteError, nearest_name
+from lorac.errors import AdapterError, CompileError, FormatError, LoracError, SiteError, nearest_name
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import no_match_error
 from lorac.ir.sites.site import Site
 from lorac.limits import check_time, pause_clock
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Variant, iterate_fields
+from lorac.variants.base import BranchVariant, Variant, invocation_of, iterate_fields
 from lorac.variants.params import ParamSpec, Role
 
 _NUMBER = re.compile(r"\d+")
@@ -66,6 +66,7 @@ def _iter_checks(adapter: Adapter, view: ModelView) -> Iterator[Callable[[], obj
     """Yield the parts of the check in order; each raises its own errors, and none relies on an earlier one."""
     name, variant = adapter.name, adapter.variant
     yield partial(check_numbers, name, variant)
+    yield partial(_check_invocation, adapter)
     if not adapter.tensors and not adapter.replaced:
         yield partial(_raise, no_match_error(name, variant.all_targets, view.sites))
     copies = adapter.provenance.get("copies", {})
@@ -128,6 +129,38 @@ def check_values(adapter: Adapter) -> None:
     """
     named = {f"{path}.{name}": tensor for path, at in adapter.tensors.items() for name, tensor in at.items()}
     check_finite({**named, **adapter.replaced}, f"adapter '{adapter.name}'")
+
+
+def _check_invocation(adapter: Adapter) -> None:
+    """Refuse invocation tokens where something of the adapter acts on every token.
+
+    Raises:
+        FormatError: a LoRA with such tokens is a part of another method, or replaces tensors of the model.
+    """
+    inner = [one for one in iterate_fields(adapter.variant) if isinstance(one, Variant) and one is not adapter.variant]
+    fault = f"is a part of a {adapter.variant.name}" if any(map(invocation_of, inner)) else ""
+    if adapter.replaced and invocation_of(adapter.variant):
+        fault = f"replaces '{next(iter(adapter.replaced))}', which acts on every token"
+    if fault:
+        raise FormatError(
+            f"adapter '{adapter.name}' has invocation_tokens and {fault}",
+            next_step="give invocation_tokens to a LoRA by itself, without modules_to_save= and bias=",
+            code="unsupported_field",
+        )
+
+
+def refuse_invocation(adapter: Adapter, why: str) -> None:
+    """Refuse an adapter that acts from its invocation tokens on, where weights act on every token.
+
+    Raises:
+        CompileError: it is one (code ``not_mergeable``).
+    """
+    if invocation_of(adapter.variant):
+        raise CompileError(
+            f"adapter '{adapter.name}' acts from its invocation tokens on, and {why}",
+            next_step="lorac.compile(model, [adapter]) and `lorac serve` run it next to the weights",
+            code="not_mergeable",
+        )
 
 
 def check_numbers(adapter: str, variant: Variant) -> None:

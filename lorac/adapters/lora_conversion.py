@@ -14,7 +14,7 @@ from lorac.errors import BaseNeeded, CompileError, OptionError
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank, merge_weight
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant
+from lorac.variants.base import Variant, invocation_of
 from lorac.variants.lora import LoRA
 
 T = TypeVar("T")
@@ -102,6 +102,7 @@ def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], lik
         targets=tuple(ranks),
         parameters=like.parameters,
         modules_to_save=like.modules_to_save,
+        invocation_tokens=invocation_of(like),
         bias="lora_only" if like.bias.endswith("_only") else like.bias,
         **fields,
     )

@@ -28,7 +28,7 @@ from lorac.storage.reductions import check_sizes, reduction_from_json, reduction
 from lorac.storage.strict_json import JsonObject
 from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Variant, WeightVariant
+from lorac.variants.base import BranchVariant, Variant, WeightVariant, invocation_of
 
 _REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
@@ -90,7 +90,8 @@ class Preparer:
         owned = {site.weight: path for path, site in self.sites.items() if site.is_resizable}
         sizes = {owned[name]: len(tensor) for name, tensor in adapter.replaced.items() if name in owned}
         power, labels = adapter.variant.truncatable, tuple(adapter.provenance.get("labels", ()))
-        prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels)
+        invocation = invocation_of(adapter.variant)
+        prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels, invocation)
         return pack_adapter(prepared, adapter) if packed else prepared
 
     def touched(self, adapter: Adapter) -> list[str]:

@@ -20,7 +20,7 @@ from lorac.ir.slots.filling import strength_tensor
 from lorac.ir.slots.live_terms import Dropout, LiveTerm, TrainingTerms
 from lorac.ir.slots.plans import BranchFill, BranchTerm
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Variant
+from lorac.variants.base import BranchVariant, Variant, invocation_of
 
 
 class AdapterTerms(TrainingTerms):
@@ -53,8 +53,8 @@ class AdapterTerms(TrainingTerms):
         for name, _ in choice:
             if name not in adapters:
                 raise Unavailable(
-                    f"adapter '{name}' is registered, and calls that train or record gradients need its tensors in "
-                    "memory",
+                    f"adapter '{name}' is registered, and calls that train, record gradients or look for "
+                    "invocation tokens need its tensors in memory",
                     next_step="call the model in eval mode under torch.no_grad(), or add the adapter by add_adapter",
                 )
         if self._base is not None:
@@ -84,7 +84,8 @@ class AdapterTerms(TrainingTerms):
             change = change.truncated(active.rank, adapter.variant.truncatable or 0.0)
         change = preparer.with_bias(adapter, site, change)
         dropped = preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
-        return LiveTerm(active.strength, change, rate=rate, dropout=place, dropout_delta=dropped)
+        invoked = adapter.name if invocation_of(adapter.variant) else ""
+        return LiveTerm(active.strength, change, rate=rate, dropout=place, dropout_delta=dropped, invoked=invoked)
 
 
 def _write_constrained(method: Variant, tensors: Mapping[str, Tensor]) -> None:

@@ -236,6 +236,14 @@ def read_rows(value: object) -> tuple[int, ...]:
     return rows
 
 
+def read_token_ids(value: object) -> tuple[int, ...]:
+    """Return token ids; null is empty."""
+    ids = read_layers(value)
+    if ids and min(ids) < 0:
+        raise ValueError("expected token ids")
+    return ids
+
+
 def read_rank_pattern(value: object) -> dict[str, int]:
     """Return pattern -> rank in the file's order; null is empty."""
     return {key: read_size(item) for key, item in _read_mapping(value).items()}

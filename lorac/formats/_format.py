@@ -36,6 +36,7 @@ class Format(ABC):
         written_by: the tools that write such files, for the documentation.
         evidence: the kind of that evidence. Of several formats that recognise a file, the one with the surest wins.
         magic: a position, and the bytes there, by which ``recognises`` knows the files of the format.
+        invocations: whether its files hold the token ids from which on an adapter acts.
         refines: a format that also recognises these files, over which this one wins.
     """
 
@@ -45,6 +46,7 @@ class Format(ABC):
     written_by: ClassVar[str] = ""
     evidence: ClassVar[Evidence] = Evidence.NAMES
     magic: ClassVar[tuple[int, bytes] | None] = None
+    invocations: ClassVar[bool] = False
     refines: ClassVar[str | None] = None
 
     def recognises(self, file: AdapterFile) -> bool:

@@ -14,6 +14,7 @@ from lorac.adapters.fit import check_values
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, LoracError, OptionError, WrongType, nearest_name, warn
+from lorac.formats._errors import unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._outlines import AdapterOutline
 from lorac.formats.checkpoint import CheckpointFormat
@@ -24,6 +25,7 @@ from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_at
 from lorac.storage.paths import parse_path, suggest_name, translate_os_errors
 from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import invocation_of
 
 T = TypeVar("T")
 _INVERSION = frozenset({"emb_params", "string_to_param", "clip_l"})
@@ -177,6 +179,11 @@ def save_adapter(
             nearest=nearest_name(format, writable),
             next_step=f"formats to save in: {', '.join(writable)}",
             code="unknown_format",
+        )
+    if invocation_of(adapter.variant) and not writable[format].invocations:
+        raise unsupported_error(
+            f"adapter '{adapter.name}' has invocation_tokens, for which the format '{format}' has no place",
+            next_step=f"save it as {' or '.join(name for name, one in writable.items() if one.invocations)}",
         )
     target = parse_path(path, "where lorac.save_adapter writes to", FormatError, "unreadable")
     view = None if model is None else ModelView.of(model, resizes=True)

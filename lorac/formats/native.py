@@ -67,6 +67,7 @@ class NativeFormat(Format):
     looks_for = "a safetensors file with lorac's description in its metadata"
     written_by = "lorac"
     evidence = Evidence.METADATA
+    invocations = True
 
     def recognises(self, file: AdapterFile) -> bool:
         return _ENTRY in file.peek_metadata()

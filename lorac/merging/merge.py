@@ -16,7 +16,7 @@ from torch import Tensor
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.edits import hold_changes
 from lorac.adapters.factors import factors, iter_changes, touched_paths
-from lorac.adapters.fit import check_values
+from lorac.adapters.fit import check_values, refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.lora_conversion import truncate_change
 from lorac.argument_types import describe_value, matches_type
@@ -81,6 +81,8 @@ def merge(
         merged = replace(sources[0], name=name)
     else:
         check_count(way, len(sources))
+        for one in sources:
+            refuse_invocation(one, "a merged adapter acts on every token")
         made_of = way.assemble if isinstance(way, AdaptersWay) else functools.partial(merge_sites, cast(SiteWay, way))
         merged = made_of(sources, strengths, name, view)
     described = {"method": method, "weights": dict(zip(names, strengths, strict=True)), "options": dict(options)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.adapters.adapter_sites import add_adapted_modules
-from lorac.adapters.fit import check_adapter, find_infinite_sums
+from lorac.adapters.fit import check_adapter, find_infinite_sums, refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError, CompileError, SiteError, warn
@@ -104,6 +104,7 @@ class _ActiveAdapter:
 
     def __init__(self, adapter: Adapter, how: Active, view: ModelView, only_read: Collection[str]) -> None:
         check_adapter(adapter, view)
+        refuse_invocation(adapter, "merged weights act on every token")
         sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
         self.adapter, self.strength, self._rank = adapter, how.strength, how.rank
         self._preparer = Preparer(sites, view.base, keep_factors=True)

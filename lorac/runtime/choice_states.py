@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
-from lorac.errors import FormatError, NeedsRecompile
+from lorac.errors import FormatError, NeedsRecompile, Unavailable
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import AS_TRAINED, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
@@ -164,7 +164,9 @@ class ChoiceStates:
         if state is None or entry is None or base is None or state.entries != (entry,):
             return
         name, engine = choice[0][0], self._engine
-        shares = any(engine.why_apart(state.snapshot, graph) for graph in engine.interfaces)
+        shares = state.snapshot.invocations or any(
+            engine.why_apart(state.snapshot, graph) for graph in engine.interfaces
+        )
         if self._images.find(name, entry) is not None or not engine.interfaces or shares:
             return
         if self._evicted.get(name) != entry.serial:
@@ -274,6 +276,12 @@ class ChoiceStates:
         """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""
         target = parse_path(path, "where save_choice writes to", FormatError, "unreadable")
         snapshot = compose_choice(self._plans, self._pool, choice, self._base)
+        if snapshot.invocations:
+            raise Unavailable(
+                f"adapter '{next(iter(snapshot.invocations))}' acts from its invocation tokens on, which programs that "
+                "run without lorac do not look for",
+                next_step="compiled.save(folder) keeps it for lorac.load",
+            )
         writing = translate_os_errors(target, FormatError, "written", code="unreadable")
         with writing, replace_atomically(target) as staged, self._suggesting_reserve(choice):
             self._engine.write_choice(snapshot, graph, staged)

@@ -18,6 +18,7 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.places import choose_places
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
 from lorac.runtime.choice_states import ChoiceState, ChoiceStates
+from lorac.runtime.invocation import InvokedProgram
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.row_bank import RowBank
 from lorac.target.engine import BoundProgram, Engine, RowsApart
@@ -315,7 +316,7 @@ class ChoiceSwitch:
             work: takes the engine's program with the choice, and its state.
         """
         if isinstance(adapters, HeldChoice):
-            return work(adapters.program_of(self.engine), adapters.state)
+            return work(self._at_prompts(adapters.program_of(self.engine), [adapters.state]), adapters.state)
         if self.mode == "baked":
             if adapters is not UNSET and parse_choice(adapters, self.pool) != self.choice:
                 self.refuse_baked()
@@ -326,7 +327,13 @@ class ChoiceSwitch:
         state = self.state if adapters is UNSET else self.states.of(parse_choice(adapters, self.pool), stale=training)
         state = state if training else self.refresh(state)
         assert state.bound is not None
-        return work(state.bound, state)
+        return work(self._at_prompts(state.bound, [state]), state)
+
+    def _at_prompts(self, bound: BoundProgram, rows: Sequence[ChoiceState]) -> BoundProgram:
+        """Return the program of some rows, which finds the invocation tokens of their adapters in prompts."""
+        if self.engine.finds_invocations or not any(state.snapshot.invocations for state in rows):
+            return bound
+        return InvokedProgram(self.engine, self.states, rows)
 
     def _with_written(self, adapters: ChoiceSpec, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         if adapters is UNSET:
@@ -417,7 +424,8 @@ class ChoiceSwitch:
         """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""
         if not group.mixed:
             return self.with_choice(group.choice, work)
-        return work(self.states.bind_rows(choose_places(group.states)), group.states[0])
+        bound = self.states.bind_rows(choose_places(group.states))
+        return work(self._at_prompts(bound, group.states), group.states[0])
 
     def new_row_bank(self, rows: int, graph: str = MAIN_GRAPH) -> RowBank:
         """Return places for the adapters of the rows of a running batch.

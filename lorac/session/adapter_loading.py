@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorac.adapters.adapter_sites import add_adapted_modules, add_named_modules, make_once_sites
-from lorac.adapters.fit import check_adapter
+from lorac.adapters.fit import check_adapter, refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters, make_fresh_adapter, make_trainable
 from lorac.adapters.preparation import Preparer
 from lorac.adapters.token_rows import split_token_rows
@@ -112,6 +112,8 @@ def add_sites(session: Session, adapter: Adapter) -> None:
     Raises:
         SiteError: an adapter's part at a layer would have two meanings (``check_layer``), and the model is in memory.
     """
+    if session.mode != "live":
+        refuse_invocation(adapter, f"the weights of mode='{session.mode}' act on every token")
     view = add_adapted_modules(adapter, session.view)
     for path in adapter.tensors if session.host.in_memory else ():
         if view.sites[path].is_layer and not isinstance(adapter.variant.at(view.sites[path]), Full):

@@ -40,7 +40,7 @@ def write_normal_forms(path: Path, prepared: PreparedAdapter) -> None:
         "truncatable": prepared.truncatable,
         "reasons": [[reason.adapter, reason.site, reason.why] for reason in prepared.reasons],
         "sizes": dict(prepared.sizes),
-    }
+    } | ({"invocation": [*prepared.invocation]} if prepared.invocation else {})
     TensorFile.write(path, tensors, notes={_ENTRY: dump_json(description)})
 
 
@@ -73,6 +73,7 @@ def read_normal_forms(opened: OpenFile) -> PreparedAdapter:
         truncatable=entries["truncatable"],
         reasons=tuple(Reason(*reason) for reason in entries["reasons"]),
         sizes=entries.get("sizes", {}),
+        invocation=tuple(entries.get("invocation", ())),
     )
 
 

@@ -56,6 +56,7 @@ class Engine(ABC):
         target: the backend's name.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         fused: whether weights are written in place (``write``) instead of bound for each choice (``bind``).
+        finds_invocations: whether its programs find the tokens from which on adapters with invocation tokens act.
         computes_terms: whether a call made now computes its terms from the adapters' own tensors, and reads no slot.
         files: the emitted program and its base weights by name; None where the engine runs the model itself.
         module: the copy of the model that it runs; None where it runs an emitted program.
@@ -70,6 +71,7 @@ class Engine(ABC):
     target: str
     mode: str
     fused: bool
+    finds_invocations: bool = False
     computes_terms: bool = False
     files: ProgramFiles | None = None
     module: nn.Module | None = None
@@ -223,6 +225,15 @@ class BoundProgram(ABC):
             NotImplementedError: the engine runs an emitted program.
         """
         raise NotImplementedError
+
+    def for_prompts(self, ids: torch.Tensor, mask: torch.Tensor | None) -> BoundProgram:
+        """Return the program for sequences that begin with prompts, in which adapters' invocation tokens are found.
+
+        Args:
+            ids: token ids (rows, length), padded on the left.
+            mask: (rows, length), 0 for padding; None where nothing is padding.
+        """
+        return self
 
     def activate(self) -> None:  # noqa: B027  (only where the engine runs the model there is such work)
         """Make this choice the active one, for work outside any call, such as recomputation in backward."""

@@ -366,6 +366,11 @@ def iterate_fields(value: object) -> Iterator[object]:
         yield from iterate_fields(inner)
 
 
+def invocation_of(variant: Variant) -> tuple[int, ...]:
+    """Return the token ids from which on a method acts; empty for one that acts on every token."""
+    return tuple(variant.settings.get("invocation_tokens", ()))  # type: ignore[arg-type]  # checked by its class
+
+
 def dataclass_fields(variant: type[Variant]) -> tuple[str, ...]:
     """Return the names of a variant's hyper-parameters."""
     return tuple(f.name for f in dataclasses.fields(variant))

@@ -1,10 +1,13 @@
-"""LoRA, with rsLoRA's scaling.
+"""LoRA, with rsLoRA's scaling, and activated LoRA.
 
-Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; aLoRA: Greenewald et al. 2025, arXiv
+2504.12397.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorac.errors import SiteError
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 from lorac.variants.low_rank import RankStabilizedFields, peft_factor_specs
@@ -16,9 +19,12 @@ class LoRA(RankStabilizedFields, WeightVariant):
 
     Attributes:
         lora_bias: B carries a bias β (out,).
+        invocation_tokens: PEFT's alora_invocation_tokens: token ids from whose last occurrence in a prompt on the
+            change acts, and nowhere in a prompt without them; none: it acts on every token.
     """
 
     lora_bias: bool = False
+    invocation_tokens: Sequence[int] = ()
 
     name = "lora"
     paper = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
@@ -27,6 +33,15 @@ class LoRA(RankStabilizedFields, WeightVariant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         specs = peft_factor_specs(site, self.r)
         return specs | ({"lora_bias": ParamSpec((site.out_features,), zeros)} if self.lora_bias else {})
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.invocation_tokens and (site.kind is not SiteKind.LINEAR or site.within is not None):
+            raise SiteError(
+                f"a LoRA with invocation_tokens adapts layers that compute a value for each token, and '{site.path}' "
+                f"is a {site.kind}" + (f" within '{site.within}'" if site.within else ""),
+                next_step="narrow targets=, or exclude= the module",
+            )
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return W + self.scale * (p.lora_B @ p.lora_A)

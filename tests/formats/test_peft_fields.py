@@ -103,7 +103,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3, "router_temperature": 1.0}),
         ("enable_lora", [True, False, True]),
         ("kasa_config", {"beta": 0.1, "gamma": 0.1}),

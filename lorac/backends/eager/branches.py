@@ -12,10 +12,19 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardCall, check_no_cache, choose_attention
+from lorac.backends.eager.forward_call import (
+    ActiveSlots,
+    AdapterPass,
+    ForwardCall,
+    check_no_cache,
+    choose_attention,
+    find_start_columns,
+)
 from lorac.backends.eager.random_seeds import SeedHistory
+from lorac.errors import InputMismatch, Unavailable
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.calls.call import Call
+from lorac.ir.graph.attention_ops import DECODER_IDS, IDS
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
 from lorac.ir.slots.live_terms import LiveTerm
@@ -39,6 +48,32 @@ from lorac.ir.slots.program_values import (
 
 FilledBranch = tuple[BranchSlot, BranchFill]
 _STORED_KINDS = (WEIGHT, PARAM)
+
+
+def _find_acting(call: ForwardCall, module: nn.Module, arguments: Mapping[str, object]) -> None:
+    """Find the tokens of a forward on which adapters with invocation tokens act.
+
+    Raises:
+        InputMismatch: it has no token ids of a sequence.
+        Unavailable: it continues a cache, and nothing says how the sequences begin.
+    """
+    name, ids, mask = next(iter(call.active.invocations)), arguments.get(IDS), arguments.get("attention_mask")
+    decodes = DECODER_IDS not in inspect.signature(module.forward).parameters
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not decodes:
+        raise InputMismatch(
+            f"adapter '{name}' acts from its invocation tokens on, and the call has no {IDS} of a decoder",
+            next_step=f"give a decoder without an encoder {IDS}= (rows, length), or leave the adapter out",
+        )
+    places = call.attention.positions(ids[..., None])
+    if not call.starts and int(places[0]):
+        raise Unavailable(
+            f"adapter '{name}' acts from its invocation tokens on, which may be among those in the call's cache",
+            next_step="call generate, or give the whole sequence and no cache",
+        )
+    whole = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+    starts = call.starts or find_start_columns(call.active.invocations, ids, whole)
+    repeats = {name: own.repeat_interleave(len(ids) // len(own)) for name, own in starts.items()}
+    call.acting = {name: places >= own[:, None] for name, own in repeats.items()}
 
 
 @final
@@ -92,7 +127,10 @@ class BranchRunner:
         """
         named = inspect.signature(module.forward).bind_partial(*arguments.args, **arguments.kwargs).arguments
         call.attention = choose_attention((*named.values(), *arguments.kwargs.values()))
-        self.draw_seed(call)
+        if call.active.branches:
+            self.draw_seed(call)
+        if call.active.invocations:
+            _find_acting(call, module, named)
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
 

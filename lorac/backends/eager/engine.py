@@ -10,7 +10,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from lorac.backends.eager.forward_call import (
     ActiveSlots,
     ForwardCall,
     announce_in_backward,
+    find_start_columns,
     slots_from_snapshot,
     translate_errors,
 )
@@ -80,6 +81,7 @@ class EagerEngine(Engine):
     """
 
     target = "eager"
+    finds_invocations = True
     module: nn.Module
 
     def __init__(self, module: nn.Module, request: BuildRequest[Any]) -> None:
@@ -179,7 +181,7 @@ class EagerEngine(Engine):
         if self.mode == "baked" and torch.compiler.is_exporting():
             return ForwardCall(active)  # torch.export stands in for all weights, which hold the choice
         terms = self._terms.current(active.choice)
-        given = self._weights.are_given() or terms is not self._terms
+        given = self._weights.are_given() or terms is not self._terms or active.invocations
         return ForwardCall(active, terms if self.computes_terms or given else None)
 
     def prepare(self, call: ForwardCall, graph: str, arguments: Call) -> None:
@@ -278,7 +280,7 @@ class EagerEngine(Engine):
         if (
             resized
             or terms is None
-            or any(term.change is None or (term.rate and self.module.training) for term in terms)
+            or any(term.change is None or term.invoked or (term.rate and self.module.training) for term in terms)
         ):
             raise Unavailable(
                 f"the adapters at '{path}' change more than its weight, which is all that TRL's fused head reads",
@@ -377,7 +379,7 @@ class EagerEngine(Engine):
         call, plan = self._call(), self.plans[path]
         emitted: dict[str, list[Tensor]] = {}
         ctx = self._branches.ctx(plan, call, module.training, emitted)
-        site_call = SiteCall(x, ctx, *self._weights[path], block=block)
+        site_call = SiteCall(x, ctx, *self._weights[path], block=block, acting=call.acting)
         if call.passing is not None:
             return self._branches.run_alone(path, call.passing, x, site_call.base(), ctx)
         places = call.active.places
@@ -435,6 +437,11 @@ class EagerProgram(BoundProgram):
 
     engine: EagerEngine
     active: ActiveSlots
+    starts: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    def for_prompts(self, ids: Tensor, mask: Tensor | None) -> "EagerProgram":
+        invocations = self.active.invocations
+        return replace(self, starts=find_start_columns(invocations, ids, mask)) if invocations else self
 
     def activate(self) -> None:
         """Use the slots outside of calls, as when a submodule is called directly."""
@@ -453,6 +460,7 @@ class EagerProgram(BoundProgram):
     def run_with_model(self, graph: str, work: Callable[[nn.Module], T]) -> T:
         engine, active = self.engine, self.active
         module, call = engine.components[graph], engine.make_call(active)
+        call.starts = self.starts
 
         def before(called: nn.Module, *given: Any) -> None:
             own = engine.running_call() is call  # else it is in a pass before it, or in a call of another thread

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -15,10 +16,14 @@ from lorac.frontend.model_runner import is_dynamo_error
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.invocation import Invocations, find_start
 from lorac.ir.slots.live_terms import TrainingTerms
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.program_values import BASE, INPUT, OWN, parse_value_name
 from lorac.ir.slots.roles import ROLES
+
+_NEVER = 1 << 62
+"""The column from which on an adapter acts on a row without its invocation tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,7 @@ class ActiveSlots:
         apart: paths of the sites whose slots have no places: those with merged weights and branches.
         places: the slots of each part of the rows, where they have choices of their own; ``slots`` holds all of them.
         sizes: path of a layer that the choice replaces -> its size (``ComposedSite``).
+        invocations: of those adapters of the choice that act from their invocation tokens on.
     """
 
     choice: Choice = ()
@@ -44,11 +50,13 @@ class ActiveSlots:
     apart: frozenset[str] = frozenset()
     places: "tuple[ActiveSlots, ...]" = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
+    invocations: Invocations = field(default_factory=dict)
 
     @property
     def needs_preparation(self) -> bool:
-        """Return whether values that branches read are computed before a call, from its arguments."""
-        return self.branches or any(parse_value_name(name)[0] in {BASE, INPUT, OWN} for name in self.read)
+        """Return whether values are computed before a call, from its arguments: those that branches read, for one."""
+        first = {BASE, INPUT, OWN}
+        return bool(self.branches or self.invocations or any(parse_value_name(name)[0] in first for name in self.read))
 
     def base_pass(self, scope: str) -> "ActiveSlots":
         """Return the slots of a pass of the base, all empty, with the values that branches read of it.
@@ -93,6 +101,8 @@ class ForwardCall:
         attention: of the call's branches.
         passing: the adapter's pass that this call is, if it is one.
         rows: the number of rows, where they have choices of their own.
+        starts: name of an adapter with invocation tokens -> the column of each row (rows,) from which on it acts.
+        acting: the same name -> the tokens of a forward (rows, length) on which it acts, as booleans.
     """
 
     active: ActiveSlots
@@ -104,6 +114,8 @@ class ForwardCall:
     attention: BranchAttention = field(default_factory=FullAttention)
     passing: AdapterPass | None = None
     rows: int = 0
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
+    acting: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[ForwardCall], None]) -> None:
@@ -116,7 +128,7 @@ def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[
         announce: gets the call.
     """
     latest = weakref.ref(call)
-    kept = ForwardCall(call.active, call.terms, call.seed, dict(call.prepared), rows=call.rows)
+    kept = ForwardCall(call.active, call.terms, call.seed, dict(call.prepared), rows=call.rows, acting=call.acting)
 
     def announce_call(_: object) -> None:
         announce(latest() or kept)
@@ -124,6 +136,22 @@ def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
             leaf.grad_fn.register_prehook(announce_call)
+
+
+def find_start_columns(invocations: Invocations, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Return ``ForwardCall.starts`` of whole sequences.
+
+    Args:
+        ids: token ids (rows, length).
+        mask: (rows, length), 0 for padding; None where nothing is padding.
+    """
+    columns = [row.nonzero()[:, 0] for row in (torch.ones_like(ids) if mask is None else mask)]
+    starts: dict[str, list[int]] = {name: [] for name in invocations}
+    for row, own in zip(ids, columns, strict=True):
+        for name, invocation in invocations.items():
+            found = find_start(row[own], invocation)
+            starts[name].append(_NEVER if found is None else int(own[found]))
+    return {name: ids.new_tensor(found) for name, found in starts.items()}
 
 
 def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> ActiveSlots:
@@ -134,7 +162,9 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
     apart = (
         path for path, at in snapshot.composed.items() if at.branches or any(ROLES[r].why_shared for r in at.roles)
     )
-    return ActiveSlots(snapshot.choice, slots, touched, read, bool(terms), frozenset(apart), sizes=snapshot.sizes)
+    places, sizes = (), snapshot.sizes
+    held = (snapshot.choice, slots, touched, read, bool(terms), frozenset(apart))
+    return ActiveSlots(*held, places, sizes, snapshot.invocations)
 
 
 def check_no_cache(attention: BranchAttention) -> None:

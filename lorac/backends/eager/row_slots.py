@@ -49,6 +49,7 @@ def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots]
         touched=touched,
         branches=any(content.branches for content in contents),
         places=tuple(contents),
+        invocations={name: ids for content in contents for name, ids in content.invocations.items()},
     )
 
 
@@ -80,7 +81,8 @@ def run_row_terms(terms: TrainingTerms, places: Sequence[ActiveSlots], call: Sit
     for choice, same in itertools.groupby(place.choice for place in places):
         rows = slice(first, first + size * len(list(same)))
         own = terms.at(call.ctx.own_site.path, choice)
-        part = dataclasses.replace(call, x=call.x[rows], block=base[rows])
+        acting = {name: tokens.reshape(len(base), -1)[rows] for name, tokens in call.acting.items()}
+        part = dataclasses.replace(call, x=call.x[rows], block=base[rows], acting=acting)
         parts.append(part.base() if own is None else run_terms(own, part))
         first = rows.stop
     return torch.cat(parts)

@@ -21,6 +21,7 @@ class PeftFormat(Format):
     looks_for = f"a folder with {CONFIG}"
     written_by = "PEFT"
     evidence = Evidence.LAYOUT
+    invocations = True
 
     def recognises(self, file: AdapterFile) -> bool:
         return file.folder_with(CONFIG, WEIGHTS, PICKLED).has(CONFIG)

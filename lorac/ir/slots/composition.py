@@ -16,6 +16,7 @@ from lorac.ir.algebra.changes import Change, LowRank, compose, list_tensors
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_site, filled_roles, find_missing_room, why_merged_weight
+from lorac.ir.slots.invocation import Invocations
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
 
 
@@ -44,6 +45,7 @@ class ComposedWeights:
 
     choice: Choice
     composed: Mapping[str, ComposedSite] = field(default_factory=dict)
+    invocations: Invocations = field(default_factory=dict)
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -82,7 +84,8 @@ def compose_choice(
                         next_step="activate one of these adapters, or give each row of a batch its own: adapters=[...]",
                     )
                 composed[path] = replace(composed[path], size=max(sizes.values()))
-    return ComposedWeights(choice, composed)
+    invocations = {name: one.invocation for name, _, one in active if one.invocation}
+    return ComposedWeights(choice, composed, invocations)
 
 
 def place_change(

@@ -8,7 +8,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -149,6 +149,7 @@ class SiteCall:
         bias: its base bias.
         block: the output of a block, if the site is one.
         product: the base's product W·x, if a fused projection computed it.
+        acting: name of an adapter with invocation tokens -> the tokens of x (…,) on which it acts, as booleans.
     """
 
     x: Tensor
@@ -157,6 +158,7 @@ class SiteCall:
     bias: Tensor | None = None
     block: Tensor | None = None
     product: Tensor | None = None
+    acting: Mapping[str, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def layout(self) -> SiteLayout:

@@ -52,6 +52,7 @@ class LiveTerm:
         rate: dropout rate.
         dropout: where dropout acts.
         dropout_delta: computes the change of y with dropout between the factors, if the form alone does not allow it.
+        invoked: the name of its adapter, if that acts from its invocation tokens on.
     """
 
     strength: float
@@ -60,6 +61,7 @@ class LiveTerm:
     rate: float = 0.0
     dropout: Dropout = Dropout.NONE
     dropout_delta: DropoutDelta | None = None
+    invoked: str = ""
 
 
 class TrainingTerms(ABC):
@@ -104,8 +106,9 @@ def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
         elif term.dropout_delta is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
             y = y + _scale(term.strength, term.dropout_delta(call.x, base, rate)).to(y.dtype)
         elif isinstance(term.change, LowRank) and keeps_base_weight(call.layout, term.change):
-            y = y + _scale(term.strength, _low_rank_delta(term, term.change.folded(), call, base)).to(y.dtype)
+            y = _add_low_rank(term, term.change.folded(), call, base, y)
         elif term.change is not None:
+            assert not term.invoked
             _refuse_dropout(term, ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
             rate = _input_rate(term, call)
             dropped = dataclasses.replace(call, x=F.dropout(call.x, rate)) if rate else call
@@ -171,6 +174,26 @@ def _lay_out(layout: SiteLayout, change: LowRank, bias: Tensor | None = None) ->
     """Return a change's tensors, and a bias, in slot layout."""
     tensors = tensors_by_role(change) | ({} if bias is None else {operands.BIAS: bias})
     return SiteSlots({name: ROLES[name].into_slot(layout, tensor) for name, tensor in tensors.items()})
+
+
+def _add_low_rank(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor, y: Tensor) -> Tensor:
+    """Return y plus the change of a term, which is computed of the tokens alone on which its adapter acts, as in PEFT.
+
+    Raises:
+        Unavailable: no call of the model says which these are.
+    """
+    if not term.invoked:
+        return y + _scale(term.strength, _low_rank_delta(term, change, call, base)).to(y.dtype)
+    acting = call.acting.get(term.invoked)
+    if acting is None or acting.numel() != call.x.shape[:-1].numel():
+        raise Unavailable(
+            f"adapter '{term.invoked}' acts on some tokens of a prompt, and '{call.ctx.own_site.path}' is called "
+            + ("alone" if acting is None else "on other values than one for each token"),
+            next_step="call the model, or leave the layer out of the targets of a LoRA with invocation_tokens",
+        )
+    own = acting.reshape(call.x.shape[:-1])
+    delta = _low_rank_delta(term, change, dataclasses.replace(call, x=call.x[own]), base[own])
+    return y.index_put((own,), _scale(term.strength, delta).to(y.dtype), accumulate=True)
 
 
 def _low_rank_delta(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor) -> Tensor:

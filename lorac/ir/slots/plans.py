@@ -242,6 +242,7 @@ class PreparedAdapter:
         reasons: why its terms have no cheaper form.
         sizes: path of a layer that it replaces -> the outputs of its own, or the tokens of its embedding.
         labels: the names of a classifier's outputs, if its file has them.
+        invocation: the token ids from which on it acts; empty: it acts on every token.
     """
 
     changes: Mapping[str, Change]
@@ -250,6 +251,7 @@ class PreparedAdapter:
     reasons: tuple[Reason, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """Return all its tensors."""

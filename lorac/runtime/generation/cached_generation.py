@@ -21,6 +21,7 @@ from lorac.runtime.generation.encoder_decoder_driver import driver_class
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
 from lorac.runtime.generation.prompts import IDS, Prompts, check_ids
 from lorac.runtime.generation.request import GenerateRequest
+from lorac.runtime.invocation import InvokedProgram
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
@@ -71,6 +72,9 @@ class CachedGeneration:
         """
         if self.prompts is not None:
             check_ids(self.prompts.ids, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
+        if self.prompts is not None and not self.cache_spec.encodes:
+            ids, mask = self.prompts.ids, self.prompts.mask
+            bound, draft = bound.for_prompts(ids, mask), None if draft is None else draft.for_prompts(ids, mask)
         by_row = self.request.samples_rows
         seeds = [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -80,16 +84,25 @@ class CachedGeneration:
             drafting = self._make_driver(draft, [])
             extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting), self.request)
         keyed: dict[CacheKey, list[int]] = {}
+        limits: dict[int, int] = {}
         for row in range(0 if self.prompts is None else len(self.prompts.counts)):
             own = self.row_states[row] if self.row_states else state
+            if isinstance(bound, InvokedProgram):
+                (_, own), *later = bound.phases[row]
+                if later:
+                    limits[row] = later[0].start
             keyed.setdefault((self.graph, own.choice, own.versions.versions), []).append(row)
         if self.prompts is not None:
             cache = self.options.get("cache")
             if cache is not None:
                 _check_cache(cache, self.prompts, self.engine)
             elif self.prompt_cache is not None:
-                known = self._find(self.prompt_cache, keyed, self.prompts.tokens())
+                tokens = self.prompts.tokens()
+                beginnings = [own[: limits.get(row, len(own)) + 1] for row, own in enumerate(tokens)]
+                known = self._find(self.prompt_cache, keyed, beginnings)
                 extra |= {} if known is None else {"cache": DecodingState(known)}
+                whole = [row for row, n in limits.items() if n == (0 if known is None else known.lengths[row])]
+                keyed = {key: [row for row in rows if row not in whole] for key, rows in keyed.items()}
         with contextlib.ExitStack() as stack:
             if generators and not by_row:
                 stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -100,7 +113,7 @@ class CachedGeneration:
             if self.prompts is not None and self.request.beams == 1:  # of beams, the rows that were last
                 driver.state.rows = _cached_tokens(self.prompts, output, driver.state.cache, beams=1)
         if self.prompt_cache is not None and driver.state is not None:
-            self._keep(self.prompt_cache, keyed, driver.state.cache, output)
+            self._keep(self.prompt_cache, keyed, limits, driver.state.cache, output)
         return output
 
     def _make_driver(self, bound: BoundProgram, generators: list[torch.Generator]) -> GenerationDriver:
@@ -134,20 +147,29 @@ class CachedGeneration:
         self,
         prompt_cache: PromptCache,
         keyed: Mapping[CacheKey, Sequence[int]],
+        limits: Mapping[int, int],
         cache: KeyValueCache,
         output: Output,
     ) -> None:
-        """Keep the sequences of a run; copy the cache where the caller has it too."""
+        """Keep the sequences of a run; copy the cache where the caller has it too.
+
+        Args:
+            limits: row -> the number of its tokens before those that invoked adapters compute.
+        """
         assert self.prompts is not None
         beams = self.request.beams
         kept = range(0, len(cache.lengths), beams)
         shared = self.options.get("cache") is not None or not isinstance(output, torch.Tensor)
         own = cache.copy(kept) if shared or beams > 1 else cache
         tokens, copies = _cached_tokens(self.prompts, output, own, beams=beams), len(kept) // len(self.prompts.counts)
+        if limits:
+            own.crop([min(limits.get(place // copies, length), length) for place, length in enumerate(own.lengths)])
+            tokens = [row[:length] for row, length in zip(tokens, own.lengths, strict=True)]
         for key, rows in keyed.items():
             places = [row * copies + copy for row in rows for copy in range(copies)]
-            part = own if len(keyed) == 1 else own.copy(places)
-            prompt_cache.add(self.engine, key, [tokens[place] for place in places], part)
+            if places:
+                part = own if len(keyed) == 1 and not limits else own.copy(places)
+                prompt_cache.add(self.engine, key, [tokens[place] for place in places], part)
 
 
 def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:

@@ -139,8 +139,8 @@ class PromptCache:
     """Sequences kept between calls of ``compiled.generate(prompt_cache=...)``; the least recently used go first.
 
     A call begins with the cached beginnings of its prompts, and adds its own sequences. Sequences of one choice of
-    adapters serve no other, since keys and values depend on it. Those of an adapter that was removed or trained since
-    serve none, and go.
+    adapters serve no other, since keys and values depend on it; tokens before an adapter's invocation tokens are those
+    of the choice without it. Sequences of an adapter that was removed or trained since serve none, and go.
 
     Args:
         bytes: the most that all sequences may take.

@@ -96,9 +96,10 @@ class RunningBatch:
 
     def _key(self, row: RunningRow) -> object:
         """Return a key that is equal for rows that may share a call: the bank, or else their choice."""
-        if self._bank is not None and self._bank.why_apart(row.state) is None:
+        states = [phase.state for phase in row.phases]
+        if self._bank is not None and not any(map(self._bank.why_apart, states)):
             return self._bank
-        return (row.state.choice, row.state.versions.versions)
+        return row if len(states) > 1 else (row.state.choice, row.state.versions.versions)
 
     def _advance(self, lane: _Lane) -> None:
         """Compute new tokens of the rows of a lane; rows whose whole text is computed get their next token."""
@@ -125,7 +126,7 @@ class RunningBatch:
         most = min(chunk, lane.cache.capacity - max(lane.cache.lengths))
         counts, left = list[int](), dict.fromkeys((row.request.tenant for row in self.rows), chunk)
         for row, past in zip(lane.rows, lane.cache.lengths, strict=True):
-            tenant, count = row.request.tenant, min(most, len(row.text) - past)
+            tenant, count = row.request.tenant, min(most, row.count_left(past))
             if len(left) > 1 and not row.is_read:
                 count = count if count <= left[tenant] else 0  # whole chunks: their sizes decide how sums are rounded
                 left[tenant] -= count
@@ -150,7 +151,9 @@ class RunningBatch:
 
     def _end(self, row: RunningRow, reason: str, cache: KeyValueCache, place: int) -> None:
         """End a row, and keep its keys and values for prompts that begin alike, if there is room for a copy."""
-        if self.prompts is not None and cache.lengths[place]:
+        if row.limit is not None:
+            cache.crop([min(n, row.limit) if at == place else n for at, n in enumerate(cache.lengths)])
+        if self.prompts is not None and cache.lengths[place] and not row.is_kept:
             with contextlib.suppress(OverBudget):
                 copy = cache.copy([place])
                 self.prompts.add(self.model.engine, row.key, [row.text[: copy.lengths[0]]], copy)

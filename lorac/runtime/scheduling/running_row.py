@@ -15,6 +15,7 @@ from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
 from lorac.runtime.generation.prompts import check_ids
 from lorac.runtime.generation.row_sampler import RowSampler
+from lorac.runtime.invocation import find_phases
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
 from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import KeyValueCache
@@ -36,6 +37,9 @@ class RunningRow:
         stream: the tokens of the answer.
         text: the prompt and the answer so far (length,).
         is_read: whether the whole prompt was computed, and a token drawn.
+        state, program: the choice of the tokens that are computed next, and the engine's program with it.
+        key, limit: by which its first tokens are cached, and how many; None: all.
+        is_kept: whether they are cached already, as far as that is known.
 
     Raises:
         AdapterNotFound, ChoiceError: as for ``compiled.swap``.
@@ -45,6 +49,8 @@ class RunningRow:
     state: ChoiceState
     program: BoundProgram
     key: CacheKey
+    limit: int | None
+    is_kept: bool
 
     def __init__(self, model: GeneratingModel, request: TextRequest, graph: str) -> None:
         active = model.switch.choice if request.adapters is UNSET else parse_choice(request.adapters, model.switch.pool)
@@ -66,14 +72,28 @@ class RunningRow:
         """
         with contextlib.ExitStack() as undo:
             held = undo.enter_context(self._model.switch.hold(self.choice))
-            self.state, self.program = held.state, held.program_of(self._model.engine)
+            self.program = held.program_of(self._model.engine)
+            prompt = self.text[: len(self.text) - self.request.drawn]
+            self.phases = find_phases(self._model.switch.states, held.state, prompt)
+            self.state, self.limit = self.phases[0].state, self.phases[1].start if len(self.phases) > 1 else None
+            self.program = self.state.bound or self.program
             self.key = ((self._graph, self.request.tenant), self.state.choice, self.state.versions.versions)
-            known = None if prompts is None else prompts.find(self._model.engine, self.key, [self.text])
+            begins = self.text if self.limit is None else self.text[: self.limit + 1]
+            known = None if prompts is None else prompts.find(self._model.engine, self.key, [begins])
             if known is not None:
                 known.grow(self.sampler.most)
+            self.is_kept = self.limit == (0 if known is None else known.lengths[0])
             cache = known or self._model.engine.new_cache(self._graph, 1, self.sampler.most)
             self._held = undo.pop_all()
         return cache
+
+    def count_left(self, past: int) -> int:
+        """Return how many tokens behind ``past`` ones have the same choice, and make it the row's."""
+        while len(self.phases) > 1 and self.phases[1].start <= past:
+            del self.phases[0]
+            self.state = self.phases[0].state
+            self.program = self.state.bound or self.program
+        return (self.phases[1].start if len(self.phases) > 1 else len(self.text)) - past
 
     def let_go(self) -> None:
         """Let go of the adapters."""

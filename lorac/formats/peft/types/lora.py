@@ -43,6 +43,7 @@ from lorac.formats._config_fields import (
     read_number,
     read_optional_size,
     read_size,
+    read_token_ids,
     write_list,
     write_number,
 )
@@ -122,7 +123,7 @@ FIELDS: Mapping[str, Field] = {
     "runtime_config": Irrelevant(written=False),
     "megatron_config": Refused(next_step="save the adapter from a model without Megatron's parallel layers"),
     "trainable_token_indices": Applied(read=read_token_rows),
-    "alora_invocation_tokens": Refused(next_step="it acts on some tokens only; run it in PEFT"),
+    "alora_invocation_tokens": Applied(to="invocation_tokens", read=read_token_ids, write=write_list),
     "use_qalora": Refused(False, next_step="it pools the inputs of quantised layers; run it in PEFT"),
     "layer_replication": Refused(next_step="stack the layers in the base model, then train on that"),
     "target_parameters": Applied(to="parameters", read=lambda value: read_names(value or None), write=write_list),

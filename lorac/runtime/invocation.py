@@ -1,0 +1,124 @@
+"""Rows whose adapters act from their invocation tokens on, over a cache: each token is computed with its own choice.
+
+The tokens before the invocation are computed with the adapters that act on every token, so that their keys and values
+are those of any row with these adapters, or of the base.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from lorac.errors import Unavailable
+from lorac.ir.calls.call import Call
+from lorac.ir.slots.invocation import find_start
+from lorac.ir.slots.places import choose_places
+from lorac.target.engine import BoundProgram, CallResult
+from lorac.target.kv_cache import DecodeStep, KeyValueCache
+
+if TYPE_CHECKING:
+    from lorac.runtime.choice_states import ChoiceState, ChoiceStates
+
+
+class Phase(NamedTuple):
+    """A choice that acts on the tokens of a row from a place on."""
+
+    start: int
+    state: ChoiceState
+
+
+def find_phases(states: ChoiceStates, state: ChoiceState, tokens: Tensor) -> list[Phase]:
+    """Return the choices that act on the tokens of a row one after the other; the first acts from place 0 on.
+
+    Args:
+        state: the choice of the whole row.
+        tokens: of its prompt (length,).
+    """
+    if not state.snapshot.invocations:
+        return [Phase(0, state)]
+    starts = {name: find_start(tokens, invocation) for name, invocation in state.snapshot.invocations.items()}
+    found = list[Phase]()
+    for place in sorted({0, *(start for start in starts.values() if start is not None)}):
+        off = {name for name, start in starts.items() if start is None or start > place}
+        part = tuple(one for one in state.choice if one[0] not in off)
+        found.append(Phase(place, states.of(part) if off else state))
+    return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class InvokedProgram(BoundProgram):
+    """The program of rows some of whose adapters act from their invocation tokens on.
+
+    Attributes:
+        states: makes the states of parts of a choice.
+        rows: the choice of each row, or that of all.
+        phases: the choices of each row's tokens; empty until the prompts are known.
+    """
+
+    states: ChoiceStates
+    rows: Sequence[ChoiceState]
+    phases: Sequence[Sequence[Phase]] = ()
+
+    def for_prompts(self, ids: Tensor, mask: Tensor | None) -> InvokedProgram:
+        tokens = ids if mask is None else [row[own.bool()] for row, own in zip(ids, mask, strict=True)]
+        rows = zip(itertools.cycle(self.rows), tokens, strict=False)
+        found = [find_phases(self.states, state, row) for state, row in rows]
+        return InvokedProgram(self.engine, self.states, self.rows, found)
+
+    def run(self, graph: str, call: Call) -> CallResult:
+        raise _unknown_prompt(self.rows)
+
+    @functools.cached_property
+    def programs(self) -> list[tuple[list[float], BoundProgram]]:
+        """The programs that compute the tokens of all rows one after the other, each up to a place of each row.
+
+        The last one computes each row's last phase, so that new tokens of all rows take one call.
+        """
+        most, found = max(map(len, self.phases)), list[tuple[list[float], BoundProgram]]()
+        for index in range(most):
+            own = [row[min(index, len(row) - 1)].state for row in self.phases]
+            is_last = index == most - 1
+            ends = [math.inf if is_last else row[min(index + 1, len(row) - 1)].start for row in self.phases]
+            alone = all(state is own[0] for state in own)
+            bound = own[0].bound if alone else self.states.bind_rows(choose_places(own))
+            assert bound is not None
+            found.append((ends, bound))
+        return found
+
+    def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
+        """Add tokens to the rows, each with the adapters that act on it; a call that fails may have added some."""
+        past, logits = cache.lengths, None
+        done, copies = [0] * len(past), len(past) // len(self.phases)
+        for ends, program in self.programs:
+            places = [max(ends[row // copies] - before, 0) for row, before in enumerate(past)]
+            upto = [max(int(min(n, end)), had) for n, end, had in zip(step.counts, places, done, strict=True)]
+            if upto == done:
+                continue
+            first, last = torch.tensor(done)[:, None], torch.tensor(upto)[:, None]
+            parts = [row[had:end] for row, had, end in zip(step.ids, done, upto, strict=True)]
+            part = DecodeStep(
+                ids=torch.nn.utils.rnn.pad_sequence(parts, batch_first=True),
+                counts=[len(ids) for ids in parts],
+                wanted=(step.wanted - first).clamp(min=0).minimum((last - first - 1).clamp(min=0)),
+            )
+            found, own = program.decode(graph, cache, part), (step.wanted >= first) & (step.wanted < last)
+            logits, done = found if logits is None else torch.where(own[..., None], found, logits), upto
+        if logits is None:
+            raise _unknown_prompt(self.rows)
+        return logits
+
+
+def _unknown_prompt(rows: Sequence[ChoiceState]) -> Unavailable:
+    name = next(name for state in rows for name in state.snapshot.invocations)
+    return Unavailable(
+        f"adapter '{name}' acts from its invocation tokens on, which this program does not look for in a call",
+        next_step="call generate, with cache=True for target='onnxruntime'; or compile with target='eager'",
+    )
