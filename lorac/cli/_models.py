@@ -82,25 +82,29 @@ def load_compiled(
         )
     if trust:
         raise OptionError(f"'{spec}' is a model, and --trust is for compiled folders", next_step="leave it out")
-    model, tokenizer = load_with_tokenizer(str(folder))
+    model, tokenizer = load_found_model(folder)
     compiled = lorac.compile(model, parse_adapters(adapters), **more, **options)
     compiled.tokenizer = tokenizer
     return compiled
 
 
 def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
-    """Load the model that a command names, and its tokenizer, or None.
+    """Load the model that a command names, and its tokenizer, or None; raises as ``load_found_model``."""
+    return load_found_model(find_source(spec, "MODEL", OptionError))
+
+
+def load_found_model(spec: Path) -> tuple[nn.Module, object]:
+    """Load a model from the place that ``find_source`` found, and its tokenizer, or None.
 
     Raises:
         OptionError: neither a transformers folder nor a function that returns one, or loading it fails.
         MissingExtra: the folder needs transformers.
     """
-    folder = find_source(spec, "MODEL", OptionError)
-    if folder.is_dir():
-        return load_model_folder(folder), load_tokenizer(folder)
+    if spec.is_dir():
+        return load_model_folder(spec), load_tokenizer(spec)
     from torch import nn
 
-    module, separator, function = spec.partition(":")
+    module, separator, function = str(spec).partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
         raise OptionError(f"'{spec}' is not a model", next_step=MODEL_HELP)
     sys.path.insert(0, os.getcwd())
@@ -127,7 +131,7 @@ def load_tokenizer(folder: Path) -> object:
         return None
 
 
-def load_image_processor(spec: str) -> object:
+def load_image_processor(spec: Path) -> object:
     """Load the image processor in a model's folder.
 
     Raises:

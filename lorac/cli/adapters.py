@@ -10,7 +10,7 @@ import typer
 
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_check, format_contents
-from lorac.cli._models import load_model
+from lorac.cli._models import load_found_model, load_model
 from lorac.cli._output import JsonOption, format_number, make_table, print_report, reword_step
 from lorac.errors import FormatError, LoracError, OptionError, not_one_of
 from lorac.progress import progress
@@ -225,7 +225,7 @@ def extract(
     from lorac.merging.stored_model import StoredModel
 
     found = [find_source(spec, "the model", OptionError) for spec in (tuned, base)]
-    views = [StoredModel.open(path).view if path.is_dir() else load_model(str(path)) for path in found]
+    views = [StoredModel.open(path).view if path.is_dir() else load_found_model(path)[0] for path in found]
     adapter = lorac.extract(*views, rank=rank, tolerance=tolerance, name=destination.stem)
     save(adapter, destination, format, views[1], dtype=dtype, as_json=json)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._models import load_image_processor, load_with_tokenizer, parse_option
+from lorac.cli._models import load_found_model, load_image_processor, load_with_tokenizer, parse_option
 from lorac.cli._output import JsonOption, print_report
 from lorac.errors import OptionError
 from lorac.progress import progress
@@ -34,10 +34,10 @@ def train(
     for field, path in (("model", host), ("out", folder)):
         if path is None:
             raise OptionError(f"'{config}' has no {field}", next_step=f"add it, or give --{field}")
-    host = str(find_source(host, "the model", OptionError))
-    loaded, processing_class = load_with_tokenizer(host)
+    place = find_source(host, "the model", OptionError)
+    loaded, processing_class = load_found_model(place)
     if recipe.task == "image-classification":
-        processing_class = load_image_processor(host)
+        processing_class = load_image_processor(place)
     if processing_class is None:
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     with contextlib.redirect_stdout(sys.stderr):  # trainers print their log

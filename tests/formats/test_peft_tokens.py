@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 import lorac
@@ -75,6 +77,20 @@ def test_the_other_rows_are_the_models(theirs: Path) -> None:
     weight = load_adapter(theirs, model).replaced[f"{EMBEDDED}.weight"]
     others = [row for row in range(len(weight)) if row not in ROWS]
     assert torch.equal(weight[others], model.get_parameter(f"{EMBEDDED}.weight")[others])
+
+
+@pytest.mark.parametrize("between", ["peft", "native"])
+def test_writes_the_rows_that_were_read_and_no_others(between: str, theirs: Path, tmp_path: Path) -> None:
+    model, name = LLAMA.fresh(), "adapter_model.safetensors"
+    save_adapter(load_adapter(theirs, model), tmp_path / "between", format=between, model=model)
+    save_adapter(load_adapter(tmp_path / "between", model), tmp_path / "back", model=model)
+    read, written = load_file(theirs / name), load_file(tmp_path / "back" / name)
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[key], tensor) for key, tensor in read.items())
+    assert written[f"base_model.{KEY}"].shape == (len(ROWS), model.config.hidden_size)
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {EMBEDDED: ROWS}
+    assert not config["modules_to_save"]
 
 
 SPOILT: tuple[tuple[str, type[LoracError], dict[str, Any], dict[str, Any]], ...] = (
