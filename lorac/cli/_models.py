@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -164,9 +165,7 @@ def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for spec in specs:
-        name, separator, path = spec.partition("=")
-        if not separator:
-            name, path = find_stem(spec), spec
+        name, path = spec.split("=", 1) if "=" in spec else (find_stem(spec), spec)
         if name in found:
             raise AdapterError(
                 f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH", code="adapter_exists"
@@ -181,15 +180,11 @@ def parse_choice(text: str | None) -> str | dict[str, float] | None:
         return None
     if "=" not in text:
         return text
-    try:
+    with contextlib.suppress(ValueError):
         parts = [(name, float(value)) for name, value in (part.split("=") for part in text.split(","))]
-        if len(dict(parts)) < len(parts):
-            raise ValueError("a name is given twice")
-        return dict(parts)
-    except ValueError as error:
-        raise ChoiceError(
-            f"'{text}' is not a choice of adapters", next_step="write none, NAME, or A=0.7,B=0.3"
-        ) from error
+        if len(dict(parts)) == len(parts):
+            return dict(parts)
+    raise ChoiceError(f"'{text}' is not a choice of adapters", next_step="write none, NAME, or A=0.7,B=0.3")
 
 
 def parse_option(spec: str) -> tuple[str, object]:

@@ -58,6 +58,8 @@ FormatOption = Annotated[
         autocompletion=_list_formats,
     ),
 ]
+_ENGINE_HELP = "The engine that is to run it: vllm, sglang, llama.cpp, ollama, genai, diffusers, mlx or olive."
+EngineOption = Annotated[str, typer.Option("--for", help=_ENGINE_HELP, autocompletion=_list_engines)]
 RankOption = Annotated[int | None, typer.Option("--rank", "-r", help="The largest rank, a whole number above 0.")]
 ToleranceOption = Annotated[
     float | None,
@@ -90,10 +92,7 @@ def check(
     context: typer.Context,
     adapters: Annotated[list[Path], typer.Argument(help=f"Files or folders of adapters, {NAME_FORMS}.")],
     model: ModelOption = "",
-    engine: Annotated[
-        str | None,
-        typer.Option("--for", help="An engine of `lorac convert`.", autocompletion=_list_engines),
-    ] = None,
+    engine: EngineOption = "",
     json: JsonOption = False,
 ) -> None:
     """Print the faults by which adapters do not fit a model or an engine, each with its remedy; then exit with 1."""
@@ -103,7 +102,7 @@ def check(
         host, found = load_model(model) if model else None, []
         for path in adapters:
             report.step(str(path))
-            one = lorac.check(path, host, for_=engine)
+            one = lorac.check(path, host, for_=engine or None)
             steps = tuple(reword_step(step, context.find_root().command) for step in one.repairs)
             found.append(dataclasses.replace(one, repairs=steps))
     print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
@@ -131,14 +130,7 @@ def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
     source: SourceArgument,
     destination: DestinationArgument,
     format: FormatOption = "",
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--for",
-            help="The engine that is to run it: vllm, sglang, llama.cpp, ollama, genai, diffusers, mlx or olive.",
-            autocompletion=_list_engines,
-        ),
-    ] = "",
+    engine: EngineOption = "",
     model: ModelOption = "",
     rank: RankOption = None,
     tolerance: ToleranceOption = None,

@@ -13,6 +13,7 @@ from lorac.serving.refusals import NotAllowed, RefusedField
 from lorac.serving.requests.fields import drop_usual
 from lorac.serving.requests.request_body import read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
+from lorac.storage.remote.names import parse_name
 
 AdapterName = Annotated[str, pydantic.Field(min_length=1, max_length=256)]
 router = fastapi.APIRouter()
@@ -57,7 +58,8 @@ async def load_adapter(fields: LoadBody, http: fastapi.Request) -> PlainTextResp
         with state.metrics.time_load("path"):
             state.source.load(tenant, fields.lora_name, fields.lora_path)
 
-    await state.readers.run(tenant, load)
+    turns = state.readers if parse_name(fields.lora_path) is None else state.downloads
+    await turns.run(tenant, load)
     return PlainTextResponse(f"Success: LoRA adapter '{fields.lora_name}' added successfully.")
 
 

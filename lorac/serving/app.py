@@ -74,7 +74,8 @@ def build_app(
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name, app.state.source)
-    app.state.readers = TenantTurns(READERS)
+    # A slow source of adapters holds up no uploads.
+    app.state.readers, app.state.downloads = TenantTurns(READERS), TenantTurns(READERS)
     # Preparing a request holds the interpreter, for which the scheduler's thread waits; workers have their own.
     app.state.turns = TenantTurns(_PREPARING) if scheduler is None else TenantTurns(_SENDING, _SENDING)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]

@@ -214,14 +214,17 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             with open_files(self._folder.incoming(tenant), path) as files:
                 yield files
             return
+        self._admit(place)
+        with budget(download=self._quotas.bytes), contextlib.ExitStack() as stack:
+            found = find_source(path, "the adapter's path", FormatError, "unreadable", self._admit)
+            paths = [found] if found.is_file() else [found / CONFIG, found / WEIGHTS]
+            yield {one.name: stack.enter_context(one.open("rb")) for one in paths}
+
+    def _admit(self, place: HubName | str) -> None:
         origin = f"hf:{place}" if isinstance(place, HubName) else place
         if not any(fnmatch.fnmatchcase(origin, pattern) for pattern in self._sources):
             step = f"it loads from {', '.join(self._sources)}"
             raise FormatError(f"this server loads nothing from {short(origin)}", next_step=step, code="unreadable")
-        with budget(download=self._quotas.bytes), contextlib.ExitStack() as stack:
-            found = find_source(path, "the adapter's path", FormatError, "unreadable")
-            paths = [found] if found.is_file() else [found / CONFIG, found / WEIGHTS]
-            yield {one.name: stack.enter_context(one.open("rb")) for one in paths}
 
     def unload(self, tenant: str, name: str) -> None:
         """Remove an adapter of a tenant; requests that have begun keep it to their end.

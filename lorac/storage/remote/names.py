@@ -68,6 +68,9 @@ class HubName(NamedTuple):
         return f"{self.repo}{self.inner and '/'}{self.inner}"
 
 
+Admit = Callable[[HubName], None]
+
+
 def parse_name(given: str | os.PathLike[str]) -> HubName | str | None:
     """Return the name that a text is, an address as text; None where it is a path, or could be one.
 
@@ -101,13 +104,16 @@ def find_stem(given: str | os.PathLike[str]) -> str:
     return Path(str(parse_name(given) or given).partition("?")[0]).stem
 
 
-def find_source(given: object, subject: str, kind: type[LoracError], code: str | None = None) -> Path:
+def find_source(
+    given: object, subject: str, kind: type[LoracError], code: str | None = None, admit: Admit = lambda _: None
+) -> Path:
     """Return the path of a file or folder that a path or name stands for, downloaded into a cache if it is elsewhere.
 
     Args:
         given: the path or name.
         subject: it as the subject of a sentence, as ``parse_path`` takes it.
         kind: the error for a name that stands for nothing that can be read, with `code`.
+        admit: raises for a repository that may not be read, by the name that it has on the hub now.
 
     Raises:
         WrongType: it is neither text nor a path.
@@ -120,7 +126,7 @@ def find_source(given: object, subject: str, kind: type[LoracError], code: str |
     refuse = partial(kind, code=code)
     step(f"looking for {name}")
     if isinstance(name, HubName):
-        return _find_on_hub(name, refuse)
+        return _find_on_hub(name, refuse, admit)
     with translate_errors(refuse, f"{short(name)} cannot be read", next_step="check the address, and the access to it"):
         return _find_at_address(name, refuse)
 
@@ -129,7 +135,7 @@ def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _find_on_hub(name: HubName, refuse: Refuse) -> Path:
+def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit) -> Path:
     with translate_import_errors():
         import huggingface_hub as hub
         from huggingface_hub import errors
@@ -160,6 +166,7 @@ def _find_on_hub(name: HubName, refuse: Refuse) -> Path:
                 return _copy_linked(folder / name.inner)
         how = f"check the name, the network and HF_TOKEN, or download it where that works: hf download {name.repo}"
         raise refuse(f"{where} is not in the hub's cache, and {reason.splitlines()[0]}", next_step=how) from error
+    admit(name._replace(repo=info.id))
     files = {one.rfilename: one.size for one in info.siblings or ()}
     chosen = _choose(files, name.inner, where, refuse)
     cached = partial(hub.try_to_load_from_cache, name.repo, revision=info.sha)

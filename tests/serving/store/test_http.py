@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import lorac
 from lorac import PromptCache
 from lorac.serving import build_app
 from lorac.serving.store import AdapterStore, StoreQuotas
+from lorac.serving.store.reading_process import READERS
 from lorac.testing import adapter_away
 from tests.decoders import DECODERS, IDS
 from tests.serving.models import alone, make_app, serve, settings
 
-KEYS = {"key-a": "alice", "key-b": "bob"}
+KEYS = {"key-a": "alice", "key-b": "bob", "key-c": "carol"}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,34 @@ def test_loads_are_counted_by_every_way(app: Any, alice: httpx2.Client, store: A
     assert alice.post("/v1/load_lora_adapter", json={**given, "lora_path": "y"}).status_code == 400
     store.unload("alice", "put")
     assert {way: count - before.get(way, 0) for way, count in counts().items()} == {"upload": 1, "path": 1, "use": 1}
+
+
+def test_a_slow_source_holds_up_no_upload(
+    alice: httpx2.Client,
+    bob: httpx2.Client,
+    address: str,
+    store: AdapterStore,
+    file: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, opened = threading.Semaphore(0), threading.Event()
+
+    def load_slowly(tenant: str, name: str, path: str) -> None:
+        begun.release()
+        opened.wait(60)
+
+    monkeypatch.setattr(store, "load", load_slowly)
+    given = {"lora_name": "slow", "lora_path": "hf://ann/slow"}
+    with ThreadPoolExecutor(READERS) as threads:
+        loads = [threads.submit(one.post, "/v1/load_lora_adapter", json=given) for one in (alice, bob)]
+        assert all(begun.acquire(timeout=30) for _ in loads)
+        try:
+            with httpx2.Client(base_url=address, headers={"authorization": "Bearer key-c"}, timeout=30) as carol:
+                assert upload(carol, "n", file).status_code == 201
+        finally:
+            opened.set()
+    assert [one.result().status_code for one in loads] == [200] * READERS
+    store.unload("carol", "n")
 
 
 def test_quotas_and_keys(alice: httpx2.Client, address: str, file: bytes) -> None:

@@ -64,6 +64,19 @@ def test_rejects_names_that_lead_upwards(hub: Hub, open_store: AdapterStore, ten
     assert not hub.requests
 
 
+def test_rejects_a_repository_that_has_moved_to_another_owner(hub: Hub, open_store: AdapterStore, tenant: str) -> None:
+    hub.add("bob/new", dict(peft(made("m"))))
+    hub.add("ann/new", dict(peft(made("m"))))
+    for owner in ("bob", "ann"):
+        hub.redirects[f"/api/models/ann/to-{owner}"] = f"{hub.address}/api/models/{owner}/new"
+    with refuses("unreadable", match="this server loads nothing from 'hf:bob/new'\n  it loads from hf:ann/"):
+        open_store.load(tenant, "a", "ann/to-bob")
+    assert not any("resolve" in path for _, path, _ in hub.requests), "no file is downloaded"
+    with refuses("unreadable", match="cannot be downloaded"):  # the stub moves no files
+        open_store.load(tenant, "a", "ann/to-ann")
+    assert open_store.names(tenant) == ["shared"]
+
+
 def test_a_store_without_sources_loads_no_names(hub: Hub, store: AdapterStore, tenant: str) -> None:
     hub.add("ann/sql", dict(peft(made("m"))))
     for name in ("ann/sql", "hf://ann/sql", "memory://bucket/own/x"):
