@@ -137,16 +137,15 @@ def _check_invocation(adapter: Adapter) -> None:
     Raises:
         FormatError: a LoRA with such tokens is a part of another method, or replaces tensors of the model.
     """
-    inner = [one for one in iterate_fields(adapter.variant) if isinstance(one, Variant) and one is not adapter.variant]
-    fault = f"is a part of a {adapter.variant.name}" if any(map(invocation_of, inner)) else ""
-    if adapter.replaced and invocation_of(adapter.variant):
-        fault = f"replaces '{next(iter(adapter.replaced))}', which acts on every token"
-    if fault:
-        raise FormatError(
-            f"adapter '{adapter.name}' has invocation_tokens and {fault}",
-            next_step="give invocation_tokens to a LoRA by itself, without modules_to_save= and bias=",
-            code="unsupported_field",
-        )
+    own, parts = adapter.variant, iterate_fields(adapter.variant)
+    fault = f"replaces '{next(iter(adapter.replaced))}' on every token" if adapter.replaced else ""
+    if any(invocation_of(one) for one in parts if isinstance(one, Variant) and one is not own):
+        fault = f"is a part of a {own.name}"
+    elif not fault or not invocation_of(own):
+        return
+    what = f"adapter '{adapter.name}' has invocation_tokens and {fault}"
+    step = "give invocation_tokens to a LoRA by itself, without modules_to_save= and bias="
+    raise FormatError(what, next_step=step, code="unsupported_field")
 
 
 def refuse_invocation(adapter: Adapter, why: str) -> None:

@@ -22,6 +22,7 @@ from lorac.ir.traces.gate import outside_traces
 from lorac.target.memory_budget import Charge, MemoryBudget
 from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import invocation_of
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             require_adapter(name, self.entries)
             raise KeyError(name)
         return entry
+
+    def invocation(self, name: str) -> tuple[int, ...]:
+        """Return the token ids from which on an adapter acts; empty for one that acts on every token."""
+        source = self.find(name).source
+        return source.invocation if isinstance(source, StoredAdapter) else invocation_of(source.variant)
 
     def find_given(self, names: Iterable[str]) -> dict[str, Adapter]:
         """Return those of some adapters whose modules were given other tensors, with these."""

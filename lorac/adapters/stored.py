@@ -66,10 +66,12 @@ class StoredAdapter(ABC):
 
     Attributes:
         nbytes: the size of its tensors there.
+        invocation: the token ids from which on it acts; empty: it acts on every token.
     """
 
-    __slots__ = ("nbytes",)
+    __slots__ = ("invocation", "nbytes")
     nbytes: int
+    invocation: tuple[int, ...]
 
     @property
     @abstractmethod

@@ -14,8 +14,9 @@ from lorac.errors import not_one_of
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
 
-ENGINE = "engine"
-"""Entry of the provenance of a LoRA that was made for an engine: its name, by which its file is laid out."""
+ENGINE, INVOCATION = "engine", "alora_invocation_tokens"
+"""Entry of the provenance of a LoRA that was made for an engine: its name, by which its file is laid out; and PEFT's
+field with token ids, which an engine looks for that neither refuses nor ignores it."""
 _ANY = "*"
 """The model_type that stands for all that a row does not list."""
 _OUTPUT = "lm_head"

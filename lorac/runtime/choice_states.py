@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
-from lorac.errors import FormatError, NeedsRecompile, Unavailable
+from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import AS_TRAINED, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
+from lorac.ir.slots.invocation import no_prompt_error
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots
 from lorac.runtime.capacity import suggest_reserve
 from lorac.runtime.slot_images import SlotImage, SlotImages
@@ -277,11 +278,7 @@ class ChoiceStates:
         target = parse_path(path, "where save_choice writes to", FormatError, "unreadable")
         snapshot = compose_choice(self._plans, self._pool, choice, self._base)
         if snapshot.invocations:
-            raise Unavailable(
-                f"adapter '{next(iter(snapshot.invocations))}' acts from its invocation tokens on, which programs that "
-                "run without lorac do not look for",
-                next_step="compiled.save(folder) keeps it for lorac.load",
-            )
+            raise no_prompt_error(snapshot.invocations)
         writing = translate_os_errors(target, FormatError, "written", code="unreadable")
         with writing, replace_atomically(target) as staged, self._suggesting_reserve(choice):
             self._engine.write_choice(snapshot, graph, staged)

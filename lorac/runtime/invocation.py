@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorac.errors import Unavailable
 from lorac.ir.calls.call import Call
-from lorac.ir.slots.invocation import find_start
+from lorac.ir.slots.invocation import find_start, no_prompt_error
 from lorac.ir.slots.places import choose_places
 from lorac.target.engine import BoundProgram, CallResult
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
@@ -41,8 +41,6 @@ def find_phases(states: ChoiceStates, state: ChoiceState, tokens: Tensor) -> lis
         state: the choice of the whole row.
         tokens: of its prompt (length,).
     """
-    if not state.snapshot.invocations:
-        return [Phase(0, state)]
     starts = {name: find_start(tokens, invocation) for name, invocation in state.snapshot.invocations.items()}
     found = list[Phase]()
     for place in sorted({0, *(start for start in starts.values() if start is not None)}):
@@ -74,7 +72,10 @@ class InvokedProgram(BoundProgram):
         return InvokedProgram(self.engine, self.states, self.rows, found)
 
     def run(self, graph: str, call: Call) -> CallResult:
-        raise _unknown_prompt(self.rows)
+        raise self._error()
+
+    def _error(self) -> Unavailable:
+        return no_prompt_error([name for state in self.rows for name in state.snapshot.invocations])
 
     @functools.cached_property
     def programs(self) -> list[tuple[list[float], BoundProgram]]:
@@ -82,6 +83,8 @@ class InvokedProgram(BoundProgram):
 
         The last one computes each row's last phase, so that new tokens of all rows take one call.
         """
+        if not self.phases:
+            raise self._error()
         most, found = max(map(len, self.phases)), list[tuple[list[float], BoundProgram]]()
         for index in range(most):
             own = [row[min(index, len(row) - 1)].state for row in self.phases]
@@ -95,9 +98,9 @@ class InvokedProgram(BoundProgram):
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
         """Add tokens to the rows, each with the adapters that act on it; a call that fails may have added some."""
-        past, logits = cache.lengths, None
+        past, programs, logits = cache.lengths, self.programs, None
         done, copies = [0] * len(past), len(past) // len(self.phases)
-        for ends, program in self.programs:
+        for ends, program in programs:
             places = [max(ends[row // copies] - before, 0) for row, before in enumerate(past)]
             upto = [max(int(min(n, end)), had) for n, end, had in zip(step.counts, places, done, strict=True)]
             if upto == done:
@@ -111,14 +114,5 @@ class InvokedProgram(BoundProgram):
             )
             found, own = program.decode(graph, cache, part), (step.wanted >= first) & (step.wanted < last)
             logits, done = found if logits is None else torch.where(own[..., None], found, logits), upto
-        if logits is None:
-            raise _unknown_prompt(self.rows)
+        assert logits is not None
         return logits
-
-
-def _unknown_prompt(rows: Sequence[ChoiceState]) -> Unavailable:
-    name = next(name for state in rows for name in state.snapshot.invocations)
-    return Unavailable(
-        f"adapter '{name}' acts from its invocation tokens on, which this program does not look for in a call",
-        next_step="call generate, with cache=True for target='onnxruntime'; or compile with target='eager'",
-    )

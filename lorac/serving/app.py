@@ -148,17 +148,24 @@ def _add_state(app: fastapi.FastAPI) -> None:
             )
         return Response(state.metrics.expose(), media_type=MEDIA_TYPE)
 
+    def describe(tenant: str, name: str) -> dict[str, object]:
+        base, own = state.settings.base_name, dict[str, object]()
+        if name != base:
+            own = {"parent": base}
+            if tokens := state.compiled.pool.invocation(state.source.find(tenant, name)):
+                own |= {"invocation_tokens": [*tokens]}
+        return {"id": name, "object": "model", "created": created, "owned_by": "lorac", "root": name, **own}
+
     @app.get("/v1/models")
     def models(http: fastapi.Request) -> Response:
-        names = state.source.names(http.state.tenant)
-        base = state.settings.base_name
-        return JsonAnswer({"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]})
+        names, base = state.source.names(http.state.tenant), state.settings.base_name
+        return JsonAnswer({"object": "list", "data": [describe(http.state.tenant, name) for name in (base, *names)]})
 
     @app.get("/v1/models/{name}")
     def model(name: str, http: fastapi.Request) -> dict[str, object]:
         if name != state.settings.base_name:
             state.source.find(http.state.tenant, name)
-        return _describe_model(name, created, state.settings.base_name)
+        return describe(http.state.tenant, name)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -178,8 +185,3 @@ def _add_state(app: fastapi.FastAPI) -> None:
             "rows": [request.describe() for request in requests],
             "adapters": {"registered": len(names), "resident": ready},
         }
-
-
-def _describe_model(name: str, created: int, base: str) -> dict[str, object]:
-    parent = {"parent": base} if name != base else {}
-    return {"id": name, "object": "model", "created": created, "owned_by": "lorac", "root": name, **parent}

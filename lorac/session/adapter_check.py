@@ -14,7 +14,7 @@ from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import check_type
 from lorac.errors import FormatError, LoracError, list_some, short
 from lorac.formats import load_adapter
-from lorac.formats.engines import EngineRules, find_engine, find_model_type
+from lorac.formats.engines import INVOCATION, EngineRules, find_engine, find_model_type
 from lorac.formats.peft.keys import embedding_modules
 from lorac.frontend.model_view import ModelView
 from lorac.runtime.generation.tokenizers import read_tokenizer
@@ -22,6 +22,7 @@ from lorac.session.api import compile
 from lorac.session.request.sources import read_model
 from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import invocation_of
 
 _LORAS = ("lora", "dora")
 _HARMLESS: Mapping[str, tuple[object, ...]] = {
@@ -147,6 +148,7 @@ def _iter_objections(rules: EngineRules, adapter: Adapter, view: ModelView | Non
     variant, config, format = adapter.variant, adapter.provenance.get("config"), adapter.provenance.get("format")
     settings = dict(config) if isinstance(config, dict) else {}
     settings |= {"use_dora": True} if variant.name == "dora" else {}
+    settings[INVOCATION] = [*invocation_of(variant)]
     saved = settings.get("modules_to_save") or ()
     settings["modules_to_save"] = [name for name in saved if name not in rules.heads]
     if format not in {None, rules.format}:

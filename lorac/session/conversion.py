@@ -15,19 +15,21 @@ from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.factors import iter_changes
+from lorac.adapters.fit import refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.lora_conversion import check_error, check_sizes, compute_delta, replace_by_lora, truncate_change
 from lorac.adapters.rank_reduction import resize
 from lorac.adapters.truncation import Truncation, truncate_matrix
 from lorac.errors import OptionError, SiteError, list_some
 from lorac.formats import save_adapter
-from lorac.formats.engines import ENGINE, EngineRules, find_engine, find_model_type
+from lorac.formats.engines import ENGINE, INVOCATION, EngineRules, find_engine, find_model_type
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.session.api import compile
 from lorac.training.initialisation.activations import visit_inputs
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import invocation_of
 from lorac.variants.lora import LoRA
 
 _RANK = 16
@@ -83,6 +85,8 @@ def convert(
             next_step=f"give rank={engine.ranks[-1]} or less",
         )
     view = ModelView.of(model)
+    if INVOCATION in (*engine.refused, *engine.ignored):
+        refuse_invocation(adapter, f"{engine.version} runs adapters on every token")
     if not engine.serves(find_model_type(view)):
         raise SiteError(
             f"{engine.version} runs no adapters on a model of type '{find_model_type(view)}'",
@@ -150,7 +154,8 @@ class _Conversion:
         tensors |= self._fill_groups(tensors)
         for path, at in tensors.items() if shifts else ():
             at["lora_bias"] = shifts.get(path, at["lora_B"].new_zeros(at["lora_B"].shape[-2]))
-        saved = Adapter(adapter.name, LoRA(modules_to_save=tuple({*map(_owner, heads)})), replaced=heads)
+        invocation, owners = invocation_of(adapter.variant), tuple({*map(_owner, heads)})
+        saved = Adapter(adapter.name, LoRA(modules_to_save=owners, invocation_tokens=invocation), replaced=heads)
         made = replace_by_lora(saved, None, tensors)
         if engine.uniform and made.variant.settings["rank_pattern"]:
             made = resize(made, max(at["lora_A"].shape[-2] for at in tensors.values()))

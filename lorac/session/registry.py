@@ -41,16 +41,18 @@ class AdapterSize:
     Attributes:
         sites: the number of sites.
         rank: the largest rank of a low-rank change; 0 if it has none.
+        invocation: the token ids from which on it acts; empty: it acts on every token.
     """
 
     sites: int
     rank: int
+    invocation: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, forms: PreparedAdapter) -> "AdapterSize":
         """Return the size of an adapter in its normal forms."""
         ranks = [change.rank for change in forms.changes.values() if isinstance(change, LowRank)]
-        return cls(len(forms.paths), max(ranks, default=0))
+        return cls(len(forms.paths), max(ranks, default=0), forms.invocation)
 
 
 class AdapterRegistry:
@@ -91,7 +93,7 @@ class AdapterRegistry:
                     next_step="give the folder that holds them, one file or folder each",
                     code="unknown_format",
                 )
-            stored = {name: StoredFile(self, str(inner), self._check(name, inner)[1]) for name, inner in found.items()}
+            stored = {name: StoredFile(self, str(inner), *self._check(name, inner)) for name, inner in found.items()}
         self._session.pool.register(stored)
         return list(stored)
 
@@ -103,7 +105,7 @@ class AdapterRegistry:
         """
         with translate_os_errors(path, FormatError, "read", "unreadable"):
             size, nbytes = self._check(name, path)
-        self._session.pool.register({name: StoredFile(self, str(path), nbytes, digest)})
+        self._session.pool.register({name: StoredFile(self, str(path), size, nbytes, digest)})
         return size
 
     def _check(self, name: str, path: Path) -> tuple[AdapterSize, int]:
@@ -141,13 +143,17 @@ class StoredFile(StoredAdapter):
     Args:
         registry: reads it.
         path: where it lies.
+        size: of it in the model.
         nbytes: the size of its tensors.
         digest: of the bytes of the file; None accepts any that fit the model.
     """
 
     __slots__ = ("_digest", "_path", "_registry")
 
-    def __init__(self, registry: AdapterRegistry, path: str, nbytes: int, digest: str | None = None) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, path: str, size: AdapterSize, nbytes: int, digest: str | None = None
+    ) -> None:
+        self.invocation = size.invocation
         self._registry, self._path, self.nbytes, self._digest = registry, path, nbytes, digest
 
     @property

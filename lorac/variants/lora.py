@@ -37,11 +37,8 @@ class LoRA(RankStabilizedFields, WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if self.invocation_tokens and (site.kind is not SiteKind.LINEAR or site.within is not None):
-            raise SiteError(
-                f"a LoRA with invocation_tokens adapts layers that compute a value for each token, and '{site.path}' "
-                f"is a {site.kind}" + (f" within '{site.within}'" if site.within else ""),
-                next_step="narrow targets=, or exclude= the module",
-            )
+            what = f"a LoRA with invocation_tokens adapts linear layers alone, and '{site.path}' is none"
+            raise SiteError(what, next_step="narrow targets=, or exclude= the module")
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return W + self.scale * (p.lora_B @ p.lora_A)

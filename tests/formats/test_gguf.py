@@ -157,7 +157,8 @@ def write(path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda _: None
         (lambda w: w.add_tensor("blk.0.attn_norm.weight", np.ones(3, np.float32)), "unused_tensors", "attn_norm"),
         (lambda w: w.add_tensor("blk.7.attn_q.weight.lora_a", np.ones((2, 3), np.float32)), "site_not_found", "blk.7"),
         (lambda w: w.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((2, 3), np.float32)), "corrupt_file", "attn_q"),
-        (lambda w: w.add_array("adapter.alora.invocation_tokens", [1, 2]), "unsupported_field", "invocation_tokens"),
+        (lambda w: w.add_array("adapter.alora.invocation_tokens", [1, -2]), "corrupt_file", "invocation_tokens"),
+        (lambda w: w.add_string("adapter.alora.invocation_tokens", "1"), "corrupt_file", "invocation_tokens"),
         (lambda w: w.add_string("adapter.gate", "x"), "unknown_field", "adapter.gate"),
     ],
 )
@@ -167,6 +168,18 @@ def test_rejects_unknown_fields_and_tensors(
     assert lorac.load_adapter(write(tmp_path / "sound.gguf"), model()).sites
     with refuses(code, match=said):
         lorac.load_adapter(write(tmp_path / "a.gguf", change), model())
+
+
+def test_keeps_invocation_tokens(tmp_path: Path) -> None:
+    change = lambda writer: writer.add_key_value(  # noqa: E731  (llama.cpp's converter gives the types)
+        "adapter.alora.invocation_tokens", [5, 3, 5], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+    )
+    adapter = lorac.load_adapter(write(tmp_path / "a.gguf", change), model())
+    assert adapter.variant.invocation_tokens == (5, 3, 5)
+    lorac.save_adapter(adapter, tmp_path / "b.gguf", "gguf", model())
+    assert lorac.load_adapter(tmp_path / "b.gguf", model()).variant == adapter.variant
+    stored = gguf.GGUFReader(tmp_path / "b.gguf").fields["adapter.alora.invocation_tokens"]
+    assert stored.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
 
 
 def test_files_of_something_else(tmp_path: Path) -> None:

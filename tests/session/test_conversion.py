@@ -24,6 +24,7 @@ from lorac.testing.parity import CONTRIBUTION, assert_close, assert_parity
 from lorac.variants.base import Variant
 from tests import image_files
 from tests.diffusion import small_unet
+from tests.refusing import refuses
 
 SIZES = {
     "vocab_size": 96,
@@ -375,3 +376,20 @@ def test_diffusers_has_no_place_for_it(make, variant, why, tmp_path):
         lorac.convert(adapter, tmp_path / "out", for_="diffusers", model=model)
 
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_keeps_invocation_tokens_where_the_engine_looks_for_them(llama: nn.Module, engine: str, tmp_path: Path) -> None:
+    adapter = trained(llama, lorac.LoRA(r=3, targets=["q_proj", "k_proj", "v_proj"]))
+    adapter.variant = dataclasses.replace(adapter.variant, invocation_tokens=(7, 8))
+    lorac.save_adapter(adapter, tmp_path / "given", model=llama)
+    if engine == "llama.cpp":
+        lorac.convert(adapter, tmp_path / "made.gguf", for_=engine, model=llama)
+        assert lorac.load_adapter(tmp_path / "made.gguf", llama).variant.invocation_tokens == (7, 8)
+        assert not any("alora" in text for text in lorac.check(tmp_path / "given", llama, for_=engine).objections)
+        return
+    with refuses("not_mergeable", match="runs adapters on every token"):
+        lorac.convert(adapter, for_=engine, model=llama)
+    if ENGINES[engine].serves("llama"):
+        objections = lorac.check(tmp_path / "given", llama, for_=engine).objections
+        assert any("alora_invocation_tokens=[7, 8]" in text for text in objections)

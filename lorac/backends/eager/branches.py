@@ -21,12 +21,12 @@ from lorac.backends.eager.forward_call import (
     find_start_columns,
 )
 from lorac.backends.eager.random_seeds import SeedHistory
-from lorac.errors import InputMismatch, Unavailable
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.calls.call import Call
 from lorac.ir.graph.attention_ops import DECODER_IDS, IDS
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
+from lorac.ir.slots.invocation import no_prompt_error
 from lorac.ir.slots.live_terms import LiveTerm
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan
 from lorac.ir.slots.program_values import (
@@ -54,26 +54,17 @@ def _find_acting(call: ForwardCall, module: nn.Module, arguments: Mapping[str, o
     """Find the tokens of a forward on which adapters with invocation tokens act.
 
     Raises:
-        InputMismatch: it has no token ids of a sequence.
-        Unavailable: it continues a cache, and nothing says how the sequences begin.
+        Unavailable: nothing says how its sequences begin.
     """
-    name, ids, mask = next(iter(call.active.invocations)), arguments.get(IDS), arguments.get("attention_mask")
+    ids, mask, active = arguments.get(IDS), arguments.get("attention_mask"), call.active.invocations
     decodes = DECODER_IDS not in inspect.signature(module.forward).parameters
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not decodes:
-        raise InputMismatch(
-            f"adapter '{name}' acts from its invocation tokens on, and the call has no {IDS} of a decoder",
-            next_step=f"give a decoder without an encoder {IDS}= (rows, length), or leave the adapter out",
-        )
-    places = call.attention.positions(ids[..., None])
-    if not call.starts and int(places[0]):
-        raise Unavailable(
-            f"adapter '{name}' acts from its invocation tokens on, which may be among those in the call's cache",
-            next_step="call generate, or give the whole sequence and no cache",
-        )
+    places = call.attention.positions(ids[..., None]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+    if not isinstance(ids, Tensor) or not decodes or places is None or not (call.starts or int(places[0]) == 0):
+        raise no_prompt_error(active)
     whole = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-    starts = call.starts or find_start_columns(call.active.invocations, ids, whole)
-    repeats = {name: own.repeat_interleave(len(ids) // len(own)) for name, own in starts.items()}
-    call.acting = {name: places >= own[:, None] for name, own in repeats.items()}
+    starts = call.starts or find_start_columns(active, ids, whole)
+    repeats = {name: len(ids) // len(own) for name, own in starts.items()}
+    call.acting = {name: places >= own.repeat_interleave(repeats[name])[:, None] for name, own in starts.items()}
 
 
 @final

@@ -162,9 +162,8 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
     apart = (
         path for path, at in snapshot.composed.items() if at.branches or any(ROLES[r].why_shared for r in at.roles)
     )
-    places, sizes = (), snapshot.sizes
-    held = (snapshot.choice, slots, touched, read, bool(terms), frozenset(apart))
-    return ActiveSlots(*held, places, sizes, snapshot.invocations)
+    own = (snapshot.choice, slots, touched, read, bool(terms), frozenset(apart))
+    return ActiveSlots(*own, sizes=snapshot.sizes, invocations=snapshot.invocations)
 
 
 def check_no_cache(attention: BranchAttention) -> None:

@@ -6,14 +6,15 @@ layer's scale is alpha / r; without it, or with 0, it is 1. A of the token embed
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name
+from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
@@ -21,6 +22,7 @@ from lorac.formats._lora_pairs import (
     A,
     B,
     check_pair,
+    check_read,
     find_layers,
     group_by_layer,
     make_lora,
@@ -54,6 +56,7 @@ class GgufFormat(Format):
     evidence = Evidence.LAYOUT
     magic = (0, MAGIC)
     methods = (LoRA,)
+    invocations = True
 
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         path, (fields, stored) = file.path, read_gguf(file)
@@ -83,7 +86,9 @@ class GgufFormat(Format):
             pair = {name: stored[key] for name, key in keys.items()}
             tensors[names.paths[weight]] = _to_parameters(path, weight, pair, names)
         alphas = {layer: alpha or float(found[A].shape[0]) for layer, found in tensors.items()}
-        return make_lora(name, self.name, path, tensors, alphas, view)
+        made, tokens = make_lora(name, self.name, path, tensors, alphas, view), fields.get(_TOKENS)
+        method = made.variant if tokens is None else replace(made.variant, invocation_tokens=tokens)  # type: ignore[call-arg]  # a LoRA
+        return check_read(replace(made, variant=method), view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write the factors; scales that one alpha for all layers does not give are multiplied into B.
@@ -117,7 +122,7 @@ class GgufFormat(Format):
             a, b = adapter.tensors[layer][A], adapter.tensors[layer][B]
             b = names.to_file(weight, b if alpha else here[layer].scale * b)
             tensors[f"{weight}.lora_a"], tensors[f"{weight}.lora_b"] = a.mT if weight == EMBEDDING else a, b
-        _write_file(path, names.architecture, alpha, tensors)
+        _write_file(path, names.architecture, alpha, tensors, variant.invocation_tokens)
 
 
 def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
@@ -129,12 +134,10 @@ def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
                 f"'{path}' says {key}={fields.get(key)!r}, and what lorac reads of GGUF is {key}={value!r}",
                 next_step="give the adapter that convert_lora_to_gguf.py of llama.cpp wrote",
             )
-    if _TOKENS in fields:
-        raise unsupported_error(
-            f"'{path}' sets {_TOKENS}: the adapter acts on the tokens after these only, which lorac does not build",
-            next_step="run it in llama.cpp",
-        )
-    known = {*expected, _ARCHITECTURE, _ALPHA, *_IRRELEVANT}
+    tokens = fields.get(_TOKENS, [0])
+    if not isinstance(tokens, list) or not tokens or any(type(token) is not int or token < 0 for token in tokens):
+        raise corrupt_error(f"'{path}' sets {_TOKENS}={short(tokens)}, and these are token ids")
+    known = {*expected, _ARCHITECTURE, _ALPHA, _TOKENS, *_IRRELEVANT}
     unknown = next((key for key in fields if key not in known and not key.startswith(_GENERAL)), None)
     if unknown is not None:
         raise FormatError(
@@ -159,13 +162,15 @@ def _to_parameters(path: Path, weight: str, stored: dict[str, Tensor], names: Gg
     return {A: stored[A], B: names.from_file(weight, stored[B])}
 
 
-def _write_file(path: Path, architecture: str, alpha: float, tensors: dict[str, Tensor]) -> None:
+def _write_file(path: Path, architecture: str, alpha: float, tensors: dict[str, Tensor], tokens: Sequence[int]) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string(_TYPE, "adapter")
     writer.add_string(_ADAPTER_TYPE, "lora")
     writer.add_float32(_ALPHA, alpha)
+    if tokens:
+        writer.add_key_value(_TOKENS, [*tokens], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
     for key, tensor in tensors.items():
         values: Any = tensor.detach().contiguous()
         if tensor.dtype not in _DTYPES:

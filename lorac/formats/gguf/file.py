@@ -29,11 +29,11 @@ _DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bflo
 """Number of a type of tensors -> its dtype; blocks are read as bytes."""
 _Q8_0, _Q8_0_VALUES, _Q8_0_BYTES = 8, 32, 34
 """A type of blocks: a scale in float16, and 32 values of one byte."""
-_MOST_AXES, _LONGEST_TEXT = 4, 1 << 20
+_MOST_AXES, _MOST_NUMBERS, _LONGEST_TEXT = 4, 1024, 1 << 20
 
 
 def read_gguf(file: AdapterFile) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Return the fields of a file, with None in place of arrays, and its tensors, copied into memory of their own.
+    """Return the fields of a file, None for arrays of many values or of texts, and its tensors in memory of their own.
 
     Raises:
         FormatError: it is damaged, or of a version or a type of tensors that lorac does not read.
@@ -97,6 +97,8 @@ class _Reader:
         if kind != _ARRAY:
             raise ValueError(f"it has a value of the unknown type {kind}")
         inner, count = self._number("<I"), self._number("<Q")
+        if inner in _SCALARS and count <= _MOST_NUMBERS:
+            return [self._number(_SCALARS[inner]) for _ in range(count)]
         if inner in _SCALARS:
             self._skip(count * struct.calcsize(_SCALARS[inner]))
             return None

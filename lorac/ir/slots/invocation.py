@@ -1,8 +1,10 @@
 """Adapters that act from their invocation tokens on (aLoRA, Greenewald et al. 2025, arXiv 2504.12397)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
+
+from lorac.errors import Unavailable
 
 Invocations = Mapping[str, tuple[int, ...]]
 """Name of an adapter -> its invocation tokens, of those adapters of a choice that have some."""
@@ -17,3 +19,12 @@ def find_start(tokens: Tensor, invocation: Sequence[int]) -> int | None:
         return None
     found = (tokens.unfold(0, len(invocation), 1) == tokens.new_tensor(invocation)).all(1).nonzero()
     return int(found[-1]) if len(found) else None
+
+
+def no_prompt_error(names: Iterable[str], step: str = "") -> Unavailable:
+    """Return the error for adapters with invocation tokens where no prompt says from which token on they act."""
+    return Unavailable(
+        f"adapter '{next(iter(names))}' acts from its invocation tokens on, and this call does not look for these",
+        next_step="call generate, with cache=True for target='onnxruntime'; or compile with target='eager', and give a "
+        f"decoder input_ids= (rows, length) and no cache{step}",
+    )

@@ -21,6 +21,7 @@ from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_w
 from lorac.ir.sites.site import BaseReader, Site, cast_floating
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, SiteCall, apply_stage, compute_branch_delta, run_site
+from lorac.ir.slots.invocation import no_prompt_error
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import branch_owner
@@ -186,11 +187,7 @@ def _add_low_rank(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor,
         return y + _scale(term.strength, _low_rank_delta(term, change, call, base)).to(y.dtype)
     acting = call.acting.get(term.invoked)
     if acting is None or acting.numel() != call.x.shape[:-1].numel():
-        raise Unavailable(
-            f"adapter '{term.invoked}' acts on some tokens of a prompt, and '{call.ctx.own_site.path}' is called "
-            + ("alone" if acting is None else "on other values than one for each token"),
-            next_step="call the model, or leave the layer out of the targets of a LoRA with invocation_tokens",
-        )
+        raise no_prompt_error([term.invoked], f"; or leave '{call.ctx.own_site.path}' out of its targets")
     own = acting.reshape(call.x.shape[:-1])
     delta = _low_rank_delta(term, change, dataclasses.replace(call, x=call.x[own]), base[own])
     return y.index_put((own,), _scale(term.strength, delta).to(y.dtype), accumulate=True)

@@ -72,9 +72,6 @@ class CachedGeneration:
         """
         if self.prompts is not None:
             check_ids(self.prompts.ids, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
-        if self.prompts is not None and not self.cache_spec.encodes:
-            ids, mask = self.prompts.ids, self.prompts.mask
-            bound, draft = bound.for_prompts(ids, mask), None if draft is None else draft.for_prompts(ids, mask)
         by_row = self.request.samples_rows
         seeds = [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

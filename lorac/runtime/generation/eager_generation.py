@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def generate_eagerly(
     graph: str,
     request: GenerateRequest,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     seeds: int | list[int] | None,
     bound: BoundProgram,
     state: ChoiceState,
@@ -51,14 +51,9 @@ def generate_eagerly(
     whole = any(slot.mixes for slot in branches) or any(kind in {BASE, PASS} for kind, _ in reads)
     extra: dict[str, object] = {"use_cache": False} if whole else {}
 
-    def at_prompts(program: BoundProgram) -> BoundProgram:
-        ids, mask = options.get(IDS), options.get(MASK)
-        return program.for_prompts(ids, mask) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else program
-
     def generate(model: Any) -> torch.Tensor | ModelOutput:
         if draft is not None:
-            drafting = at_prompts(draft)
-            extra["assistant_model"] = DraftModel(model, functools.partial(drafting.run_with_model, graph), request)
+            extra["assistant_model"] = DraftModel(model, functools.partial(draft.run_with_model, graph), request)
         with contextlib.ExitStack() as stack:
             if seed is not None:
                 stack.enter_context(preserve_random_state(model))
@@ -67,7 +62,7 @@ def generate_eagerly(
                 stack.enter_context(_pass_mask(model))
             return model.generate(**{**options, **extra})
 
-    return at_prompts(bound).run_with_model(graph, generate)
+    return bound.run_with_model(graph, generate)
 
 
 def refuse_prompt_cache(prompt_cache: object, why: str) -> None:

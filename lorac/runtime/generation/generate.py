@@ -233,7 +233,7 @@ class _GenerateCall:
             options = {name: prompts.arrange(value) for name, value in options.items()}
             mask = torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask
             options |= dict(zip(self.token_inputs, (prompts.ids, mask), strict=True))
-        output = self._bind(group, self._make_run(group, options, prompts))
+        output = self._bind(group, self._make_run(group, options, prompts), prompts)
         if prompts is None:
             return output
         if isinstance(output, torch.Tensor):
@@ -265,12 +265,15 @@ class _GenerateCall:
             row_states=group.states if group.mixed else (),
         )
 
-    def _bind(self, group: RowGroup, run: Run) -> Output:
+    def _bind(self, group: RowGroup, run: Run, prompts: Prompts | None) -> Output:
         """Run with the choices of a group and, where there is a draft, with that choice too."""
-        switch = self.model.switch
+        switch, known = self.model.switch, None if self.token_inputs[0] != IDS else prompts
+
+        def at(program: BoundProgram) -> BoundProgram:
+            return program if known is None else program.for_prompts(known.ids, known.mask)
 
         def bind(drafting: BoundProgram | None) -> Output:
-            return switch.with_rows(group, lambda bound, state: translate_errors(lambda: run(bound, state, drafting)))
+            return switch.with_rows(group, lambda own, state: translate_errors(lambda: run(at(own), state, drafting)))
 
         if self.draft is UNSET:
             return bind(None)
@@ -279,7 +282,7 @@ class _GenerateCall:
                 "weights hold one choice of adapters at a time, and a draft is a second",
                 next_step="compile with mode='live', or leave draft= out",
             )
-        return switch.with_choice(self.draft, lambda drafting, _: bind(drafting))
+        return switch.with_choice(self.draft, lambda drafting, _: bind(at(drafting)))
 
 
 def _missing_prompt() -> InputMismatch:
