@@ -55,6 +55,14 @@ ROWS = {
         ],
         ["base, A/A", "live"],
     ],
+    "invocation": [
+        [
+            "aLoRA, the base's prompt reused",
+            "A/A: aLoRA, the base's prompt reused",
+            "aLoRA, the whole prompt read",
+            "LoRA beside the base's prompt",
+        ]
+    ],
     "forms": [
         [
             *["sum and RMS norm"] * 2,
