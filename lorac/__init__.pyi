@@ -60,13 +60,16 @@ from lorac.variants.autolora import AutoLoRA as AutoLoRA
 from lorac.variants.base import BranchVariant as BranchVariant
 from lorac.variants.base import WeightVariant as WeightVariant
 from lorac.variants.bat import BAT as BAT
+from lorac.variants.beft import BEFT as BEFT
 from lorac.variants.boft import BOFT as BOFT
 from lorac.variants.bottleneck import Bottleneck as Bottleneck
+from lorac.variants.c3a import C3A as C3A
 from lorac.variants.chain import Chain as Chain
 from lorac.variants.cp_lora import CPLoRA as CPLoRA
 from lorac.variants.decor import DECOR as DECOR
 from lorac.variants.decor_weight import DECORWeight as DECORWeight
 from lorac.variants.deft import DEFT as DEFT
+from lorac.variants.delora import DeLoRA as DeLoRA
 from lorac.variants.dora import DoRA as DoRA
 from lorac.variants.dylora import DyLoRA as DyLoRA
 from lorac.variants.edit import Edit as Edit
@@ -75,6 +78,8 @@ from lorac.variants.flylora import FlyLoRA as FlyLoRA
 from lorac.variants.fourierft import FourierFT as FourierFT
 from lorac.variants.full import Full as Full
 from lorac.variants.glora import GLoRA as GLoRA
+from lorac.variants.glora_hadamard import GLoRAHadamard as GLoRAHadamard
+from lorac.variants.gralora import GraLoRA as GraLoRA
 from lorac.variants.hira import HiRA as HiRA
 from lorac.variants.hra import HRA as HRA
 from lorac.variants.hydra import Hydra as Hydra
@@ -102,6 +107,7 @@ from lorac.variants.qst import QST as QST
 from lorac.variants.randlora import RandLoRA as RandLoRA
 from lorac.variants.remix import ReMix as ReMix
 from lorac.variants.residual import Residual as Residual
+from lorac.variants.road import RoAd as RoAd
 from lorac.variants.shira import SHiRA as SHiRA
 from lorac.variants.sora import SoRA as SoRA
 from lorac.variants.split import Split as Split

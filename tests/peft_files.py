@@ -35,6 +35,7 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
     r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # it takes lora_bias for a shard
     "The following rank_pattern keys did not match",  # of every AdaLoRA that it pruned; it applies the pattern
     "The symmetric initialization can NOT be performed",  # HRA of odd r
+    "Detected that the base layer has no bias term",  # BEFT, which PEFT then cannot merge
     "Unsupported layer type",  # LN tuning asks every norm for its features
     "Invalid `(r|oft_block_size)`",  # OFT takes the next that divides
     "Specified to not save (p?vera|basis)_A and (p?vera|basis)_B",
@@ -44,10 +45,15 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
 )
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "ADALORA": {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 10},
+    "BEFT": {},
     "BOFT": {"boft_block_size": 2},
+    "C3A": {"block_size": 2, "init_weights": True},
+    "DELORA": {"r": 2},
     # From zeros: what PEFT draws at first moves the output far more than decides anything.
     "DEFT": {"r": 2, "decomposition_method": "qr"},
     "FOURIERFT": {"n_frequency": 9, "scaling": 30, "init_weights": True},
+    "GLORA": {"r": 2},
+    "GRALORA": {"r": 2, "alpha": 3},
     "HIRA": {"r": 2},
     "HRA": {"r": 2},
     "IA3": {"feedforward_modules": ["down"]},
@@ -61,6 +67,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "PEANUT": {"r": 2, "depth": 1},
     "PSOFT": {"r": 2, "psoft_alpha": 3},
     "RANDLORA": {"r": 2, "randlora_alpha": 4},
+    "ROAD": {"group_size": 2},
     "SHIRA": {"r": 2},
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},
     "VERA": {"r": 2},

@@ -34,7 +34,7 @@ _REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
 _MAX_REDUCTIONS = 512
 Shapes = tuple[tuple[str, torch.Size], ...]
-_FORMULAS = ("weight", "new_bias", "branch")
+_FORMULAS = ("weight", "new_bias", "compute_bias", "branch")
 
 
 class Preparer:
@@ -272,10 +272,10 @@ class Preparer:
         if isinstance(variant, WeightVariant):
             shared = [name for name, spec in variant.specs(site).items() if spec.shared]
             of_weight = Formula(variant.weight, variant.name, site.path)
-            of_bias = Formula(variant.new_bias, variant.name, site.path)
+            of_bias = Formula(variant.compute_bias, variant.name, site.path)
 
             def formula(w: Tensor, b: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-                return of_weight(w, p, like=w), of_bias(b, p, like=b)
+                return of_weight(w, p, like=w), of_bias(w, b, p, like=b)
 
             return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=keep)
         assert isinstance(variant, BranchVariant)

@@ -147,6 +147,17 @@ def read_flag(value: object) -> bool:
     return bool(value)
 
 
+def read_one_of(*allowed: object) -> Callable[[object], Any]:
+    """Return a function that returns one of some values."""
+
+    def read(value: object) -> object:
+        if value not in allowed:
+            raise ValueError(f"expected {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+        return value
+
+    return read
+
+
 def read_int(value: object) -> int:
     """Return a whole number."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -302,7 +302,8 @@ class Case:
             values |= {program_value_name("", f"{OWN}:{name}"): value for name, value in own.items()}
             return variant.branch(x, y, p, context)
         assert isinstance(variant, WeightVariant)
-        weight, bias = variant.weight(_weight(site, model), p), variant.new_bias(_bias(site, model), p)
+        base, bias = _weight(site, model), _bias(site, model)
+        weight, bias = variant.weight(base, p), variant.compute_bias(base, bias, p)
         return torch.from_numpy(self.host.compute(_array(x), _array(weight), _array(bias)))
 
 

@@ -290,6 +290,10 @@ class WeightVariant(Variant):
         """Return b' (out,) from b (out,), zeros where the base has no bias. Default: b."""
         return b
 
+    def compute_bias(self, W: Tensor, b: Tensor, p: Params) -> Tensor:
+        """Return b' of a method whose bias depends on W (out, in), too. Default: ``new_bias``."""
+        return self.new_bias(b, p)
+
 
 class BranchVariant(Variant):
     """A method that reads a site's input and output.

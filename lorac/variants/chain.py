@@ -84,9 +84,9 @@ class Chain(CompositeVariant):
             W = part.weight(W, own)
         return W
 
-    def new_bias(self, b: Tensor, p: Params) -> Tensor:
+    def compute_bias(self, W: Tensor, b: Tensor, p: Params) -> Tensor:
         for part, own in self._with_tensors(p):
-            b = part.new_bias(b, own)
+            W, b = part.weight(W, own), part.compute_bias(W, b, own)
         return b
 
     def _with_tensors(self, p: Params) -> Iterator[tuple[WeightVariant, Params]]:

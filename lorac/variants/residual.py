@@ -75,5 +75,5 @@ class Residual(CompositeVariant):
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return self.method.weight(W - p.start_B @ p.start_A, p)
 
-    def new_bias(self, b: Tensor, p: Params) -> Tensor:
-        return self.method.new_bias(b, p)
+    def compute_bias(self, W: Tensor, b: Tensor, p: Params) -> Tensor:
+        return self.method.compute_bias(W - p.start_B @ p.start_A, b, p)

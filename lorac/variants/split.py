@@ -84,11 +84,11 @@ class Split(InputDropout, CompositeVariant):
             rows[part] = method.weight(rows[part], select_params(p, f"{part}_"))
         return self._join_rows(rows)
 
-    def new_bias(self, b: Tensor, p: Params) -> Tensor:
-        rows = self._split_rows(b)
+    def compute_bias(self, W: Tensor, b: Tensor, p: Params) -> Tensor:
+        rows, weights = self._split_rows(b), self._split_rows(W)
         changed = dict(rows)
         for part, method in self.parts.items():
-            changed[part] = method.new_bias(rows[part], select_params(p, f"{part}_"))
+            changed[part] = method.compute_bias(weights[part], rows[part], select_params(p, f"{part}_"))
         unchanged = all(changed[part] is rows[part] for part in rows)
         return b if unchanged else self._join_rows(changed)
 

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from peft import (
     AdaLoraConfig,
+    BeftConfig,
     BOFTConfig,
     DeftConfig,
+    C3AConfig,
+    DeloraConfig,
     FourierFTConfig,
+    GloraConfig,
+    GraloraConfig,
     HiraConfig,
     HRAConfig,
     IA3Config,
@@ -27,6 +32,8 @@ from peft import (
     PsoftConfig,
     PveraConfig,
     RandLoraConfig,
+    SupertuningConfig,
+    RoadConfig,
     TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -46,10 +53,16 @@ def _of(config: type[PeftConfig], **defaults: Any) -> Callable[..., Case]:
 
 
 adalora = _of(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5, total_step=10)
+beft = _of(BeftConfig)
 boft = _of(BOFTConfig)
 deft = _of(DeftConfig, r=3, dtype=torch.float32)  # PEFT computes in no other
+# PEFT transforms in float32 only. From zeros, as FOURIERFT.
+c3a = _of(C3AConfig, block_size=2, init_weights=True, dtype=torch.float32)
+delora = _of(DeloraConfig, r=3)
 # PEFT transforms in float32 only. From zeros: what it draws at first moves the output far more than decides anything.
 fourierft = _of(FourierFTConfig, n_frequency=30, scaling=20.0, init_weights=True, dtype=torch.float32, alone=False)
+glora = _of(GloraConfig, r=3)
+gralora = _of(GraloraConfig, r=4, alpha=6)
 hira = _of(HiraConfig, r=3)
 hra = _of(HRAConfig, r=4)
 ia3 = _of(IA3Config)
@@ -63,6 +76,8 @@ pvera = _of(PveraConfig, r=3)
 peanut = _of(PeanutConfig, r=3)
 psoft = _of(PsoftConfig, r=3, psoft_alpha=6, dtype=torch.float32, alone=False)  # factors are made in no other
 randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
+supertuning = _of(SupertuningConfig, sparsity=0.8, alone=False)
+road = _of(RoadConfig, group_size=2)
 tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
 vera = _of(VeraConfig, r=3)
@@ -87,6 +102,9 @@ CASES: tuple[Case, ...] = (
     adalora("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
     adalora("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
     adalora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    beft("biases", "plain_mlp", "up", "head", emitted=True),
+    beft("no_biases", "tiny_llama", "v_proj", "down_proj"),
+    beft("biases", "tiny_bert", "value", **CLASSIFIER),
     boft("size", "plain_mlp", "up", "down", "head", boft_block_size=2, bias="all", emitted=True),
     boft("number", "plain_conv", "stem", "head", boft_block_num=1, bias="boft_only", **BY_NUMBER),
     boft("number", "tiny_bert", "query", "dense", boft_block_num=4, **BY_NUMBER, **CLASSIFIER),
@@ -97,11 +115,30 @@ CASES: tuple[Case, ...] = (
     deft("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
     deft("saved", "tiny_bert", "query", "dense", **NO_POOLER, **CLASSIFIER),
     deft("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    c3a("pattern", "plain_mlp", "up", "down", bias="c3a_only", block_size_pattern={"up": 1}, emitted=True),
+    c3a("saved", "plain_mlp", "up", bias="all", **HEAD),
+    c3a("layers", "tiny_llama", "q_proj", "down_proj", block_size=16, **OUTER),
+    c3a("saved", "tiny_bert", "query", "dense", block_size=4, **CLASSIFIER),
+    delora("bias", "plain_mlp", "up", "head", bias="delora_only", delora_lambda=2, emitted=True),
+    delora("patterns", "plain_mlp", "up", rank_pattern={"up": 2}, lambda_pattern={"up": 3}, bias="all", **HEAD),
+    delora("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
+    delora("saved", "tiny_bert", "query", "dense", **NO_POOLER, **CLASSIFIER),
     fourierft("bias", "plain_mlp", "up", "head", bias="fourier_only", n_frequency_pattern={"up": 140}, emitted=True),
     fourierft("saved", "plain_mlp", "up", bias="all", random_loc_seed=3, **HEAD),
     fourierft("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
     fourierft("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
     fourierft("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    glora("lora", "plain_mlp", "up", "down", "head", emitted=True),
+    glora("vector", "plain_mlp", "up", "down", config_A_B="vector", config_C="vector", config_D_E="vector", **HEAD),
+    glora("constant", "plain_mlp", "up", "down", config_A_B="constant", config_C="none", config_D_E="none", bias="all"),
+    glora("none", "plain_mlp", "up", config_A_B="none", config_D_E="none"),
+    glora("no_biases", "tiny_llama", "q_proj", "down_proj"),
+    glora("biases", "tiny_bert", "query", "dense", config_D_E="vector", **CLASSIFIER),
+    gralora("blocks", "plain_mlp", "up", "down", bias="gralora_only", emitted=True),
+    gralora("hybrid", "plain_mlp", "up", "down", hybrid_r=3, bias="all", **HEAD),
+    gralora("layers", "tiny_llama", "q_proj", "down_proj", r=8, gralora_k=4, **OUTER),
+    gralora("hybrid", "tiny_bert", "query", "dense", hybrid_r=2, **CLASSIFIER),
+    gralora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
     hira("embedding", "plain_mlp", "embed", "up", "head", r=5, emitted=True),
     hira("saved", "plain_mlp", "up", **HEAD),
     hira("conv", "plain_conv", "stem", "dilated", "line", "head"),
@@ -176,6 +213,15 @@ CASES: tuple[Case, ...] = (
     randlora("bias", "tiny_bert", "query", "value", "dense", bias="all", very_sparse=True, **CLASSIFIER),
     randlora("seed", "tiny_bert", "dense", **SEED),
     randlora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True, r=5),
+    supertuning("super", "plain_mlp", "up", "head", emitted=True),
+    supertuning("supra", "plain_mlp", "up", "down", r=2, lora_alpha=5, emitted=True, **HEAD),
+    supertuning("smallest", "tiny_llama", "q_proj", "down_proj", select_top=False),
+    supertuning("computed", "tiny_llama", "q_proj", "v_proj", r=3, save_precomputed_indices=False),
+    road("one", "plain_mlp", "up", "down", emitted=True),
+    road("two", "plain_mlp", "up", "down", variant="road_2", **HEAD),
+    road("four", "plain_mlp", "up", "down", variant="road_4"),
+    road("groups", "tiny_llama", "q_proj", "down_proj", group_size=8),
+    road("four", "tiny_bert", "query", "dense", group_size=4, variant="road_4", **CLASSIFIER),
     tokens("rows", "plain_mlp", "embed", token_indices=list(range(0, 23, 2)), emitted=True),
     tokens("chosen-tied", "tiny_llama", target_modules=None, token_indices=list(range(0, 128, 3)), change=tie),
     vblora("plain", "plain_mlp", "up", "down", bias="vblora_only", emitted=True),

@@ -218,6 +218,21 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         ),
     ],
     "HRA": [*_on("linears conv2d", *_usual(r=2)), *_on("linears", {"target_modules": BOTH, "r": 2, "apply_GS": True})],
+    "BEFT": [*_on("linears", *_usual())],
+    "C3A": [*_on("linears", *_usual(block_size=2, init_weights=True))],
+    "DELORA": [*_on("linears", *_usual(r=3))],
+    "GLORA": [
+        *_on(
+            "linears",
+            *_usual(r=3),
+            *({"target_modules": BOTH, "config_A_B": f} for f in ("vector", "constant", "none")),
+        )
+    ],
+    "GRALORA": [
+        *_on("linears", *_usual(r=4), {"target_modules": BOTH, "r": 4, "hybrid_r": 2}),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "r": 4}),
+    ],
+    "ROAD": [*_on("linears", *_usual(group_size=2), {"target_modules": BOTH, "group_size": 2, "variant": "road_4"})],
     "VERA": [
         *_on("linears", *_usual(r=3), {"target_modules": BOTH, "save_projection": False}),
         *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True}),

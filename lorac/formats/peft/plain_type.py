@@ -1,0 +1,47 @@
+"""The base class of PEFT types with one tensor a parameter, stored as the formula reads it."""
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorac.formats._site_layouts import matrix_site
+from lorac.formats.peft.peft_type import PeftType, Tensors, V, mismatched_shapes
+from lorac.ir.sites.site import Site, SiteKind
+
+
+class PlainType(PeftType[V]):
+    """A type whose parameters are the tensors of a file, named by their suffixes with underscores for dots.
+
+    A tensor of a file that belongs to a layer's bias says that the layer has one.
+
+    Attributes:
+        layout: the shapes, for errors.
+    """
+
+    layout: ClassVar[str]
+    kinds: ClassVar[frozenset[SiteKind] | None] = frozenset({SiteKind.LINEAR})
+
+    @abstractmethod
+    def measure(self, variant: V, stored: Tensors) -> tuple[int, int]:
+        """Return the outputs and inputs of a layer as its tensors in a file tell them, 1 where they do not."""
+
+    def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        smallest, here = matrix_site(path, 1, 1), variant.at_path(path)
+        needed, specs = (here.params(replace(smallest, bias=bias)) for bias in (None, "bias"))
+        tensors = {parameter_name(suffix): tensor for suffix, tensor in stored.items()}
+        is_complete = needed.keys() <= tensors.keys() <= specs.keys()
+        if not is_complete or any(tensor.ndim != len(specs[name].shape) for name, tensor in tensors.items()):
+            raise mismatched_shapes(path, stored, self.layout)
+        site = matrix_site(path, *self.measure(variant, stored))
+        return replace(site, bias=None if tensors.keys() <= needed.keys() else f"{path}.bias"), tensors
+
+    def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        names = {suffix: parameter_name(suffix) for suffix in self.suffixes}
+        return {suffix: tensors[name] for suffix, name in names.items() if name in tensors}
+
+
+def parameter_name(suffix: str) -> str:
+    """Return the name of the parameter of a suffix."""
+    return suffix.removesuffix(".weight").replace(".", "_")

@@ -1,0 +1,23 @@
+"""PEFT type BEFT.
+
+Source: peft.tuners.beft of PEFT 0.21. A module has `beft_bias` (1, out) alone, and no tensor shows its inputs.
+"""
+
+from lorac.formats._config_fields import TrainingOnly
+from lorac.formats.peft.fields import WITHOUT_FAN
+from lorac.formats.peft.peft_type import Tensors
+from lorac.formats.peft.plain_type import PlainType
+from lorac.variants.beft import BEFT
+
+
+class BeftType(PlainType[BEFT]):
+    """BEFT."""
+
+    peft_type = "BEFT"
+    variants = {BEFT: {}}
+    fields = {**WITHOUT_FAN, "init_weights": TrainingOnly(True)}
+    suffixes = ("beft_bias",)
+    layout = "beft_bias is (1, out)"
+
+    def measure(self, variant: BEFT, stored: Tensors) -> tuple[int, int]:
+        return stored["beft_bias"].shape[1], 1

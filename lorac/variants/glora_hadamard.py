@@ -1,0 +1,85 @@
+"""GLoRA as PEFT builds it: changes of weight and bias that scale their entries, and an offset of the input.
+
+Chavan et al. 2023, arXiv 2306.07967, equation 6, with W∘A for the paper's product; forms and start values as in PEFT's
+GLORA. ``lorac.GLoRA`` is LyCORIS's form.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from lorac.argument_types import Count, OneOf
+from lorac.errors import OptionError
+from lorac.variants.base import Init, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import kaiming_uniform, zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLoRAHadamard(WeightVariant):
+    """``W' = W + W∘A + B`` and ``b' = b + b∘D + E + W·C``; layers without a bias have no C, D and E.
+
+    ``"lora"`` is Xd·Xu of rank r, ``"vector"`` one number an output (an input for C), ``"constant"`` one number, and
+    ``"none"`` leaves a change out.
+
+    Attributes:
+        r: rank of the changes in the form ``"lora"``.
+        config_A_B: form of A and B (out, in).
+        config_C: form of C (in, 1).
+        config_D_E: form of D and E (out,).
+    """
+
+    r: Count = 8
+    config_A_B: Annotated[str, OneOf(("lora", "vector", "constant", "none"))] = "lora"
+    config_C: Annotated[str, OneOf(("lora", "vector", "none"))] = "lora"
+    config_D_E: Annotated[str, OneOf(("vector", "constant", "none"))] = "constant"
+
+    name = "glora_hadamard"
+    paper = "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, arXiv 2306.07967"
+    kinds = frozenset({SiteKind.LINEAR})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias != "none" and self.config_D_E != "none":
+            raise OptionError(
+                f"GLoRA's D scales the base's bias, and bias='{self.bias}' trains that bias itself",
+                next_step="give bias='none', or config_D_E='none'",
+            )
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        forms = {"A": self.config_A_B, "B": self.config_A_B}
+        if site.bias is not None:
+            forms |= {"C": self.config_C, "D": self.config_D_E, "E": self.config_D_E}
+        rows, columns = site.out_features, site.in_features
+        sizes = {"A": (rows, columns), "B": (rows, columns), "C": (columns, 1), "D": (rows,), "E": (rows,)}
+        specs = {}
+        for name, form in forms.items():
+            for part, (shape, init) in _form_shapes(form, sizes[name], self.r).items():
+                specs[f"glora_{name}_{part}"] = ParamSpec(shape, init)
+        return specs
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        scale, shift = _read_change(p, "A"), _read_change(p, "B")
+        return W if scale is None or shift is None else W + W * scale + shift
+
+    def compute_bias(self, W: Tensor, b: Tensor, p: Params) -> Tensor:
+        offset, scale, shift = (_read_change(p, name) for name in "CDE")
+        moved = b if scale is None or shift is None else b + b * scale + shift
+        return moved if offset is None else moved + (W @ offset)[:, 0]
+
+
+def _form_shapes(form: str, size: tuple[int, ...], r: int) -> Mapping[str, tuple[tuple[int, ...], Init]]:
+    """Return the tensors of a change by name: shape and initialiser."""
+    if form == "lora":
+        return {"Xd": ((size[0], r), zeros), "Xu": ((r, size[1]), kaiming_uniform)}
+    if form == "vector":
+        return {"X": ((size[0], *(1,) * (len(size) - 1)), zeros)}
+    return {"X": ((1,), zeros)} if form == "constant" else {}
+
+
+def _read_change(p: Params, name: str) -> Tensor | None:
+    """Return a change, which broadcasts; None where the configuration leaves it out."""
+    tensors = vars(p)
+    if f"glora_{name}_Xd" in tensors:
+        product: Tensor = tensors[f"glora_{name}_Xd"] @ tensors[f"glora_{name}_Xu"]
+        return product
+    return tensors.get(f"glora_{name}_X")
