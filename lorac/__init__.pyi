@@ -85,6 +85,7 @@ from lorac.variants.hra import HRA as HRA
 from lorac.variants.hydra import Hydra as Hydra
 from lorac.variants.ia3 import IA3 as IA3
 from lorac.variants.learned_cat import LearnedCat as LearnedCat
+from lorac.variants.lily import Lily as Lily
 from lorac.variants.ln_tuning import LNTuning as LNTuning
 from lorac.variants.loha import LoHa as LoHa
 from lorac.variants.lokr import LoKr as LoKr
@@ -102,6 +103,7 @@ from lorac.variants.params import Role as Role
 from lorac.variants.peanut import PEANuT as PEANuT
 from lorac.variants.plp import PLP as PLP
 from lorac.variants.psoft import PSOFT as PSOFT
+from lorac.variants.poly import Poly as Poly
 from lorac.variants.pvera import PVeRA as PVeRA
 from lorac.variants.qst import QST as QST
 from lorac.variants.randlora import RandLoRA as RandLoRA

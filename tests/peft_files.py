@@ -57,6 +57,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "HIRA": {"r": 2},
     "HRA": {"r": 2},
     "IA3": {"feedforward_modules": ["down"]},
+    "LILY": {"r": 2},
     "LN_TUNING": {},
     "LOHA": {"r": 2, "alpha": 3},
     "LOKR": {"r": 2, "alpha": 3, "decompose_both": True, "decompose_factor": 2},

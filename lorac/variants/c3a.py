@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from lorac.argument_types import Count
-from lorac.errors import SiteError
+from lorac.variants._divisors import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import uniform
 
@@ -38,14 +38,7 @@ class C3A(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        common = math.gcd(site.out_features, site.in_features)
-        if common % self.block_size:
-            raise SiteError(
-                f"block_size={self.block_size} does not divide both sides of '{site.path}', "
-                f"{site.in_features} -> {site.out_features}",
-                nearest=f"block_size={math.gcd(common, self.block_size)}",
-                next_step="give another block_size, or exclude= the module",
-            )
+        require_divisor(site, "block_size", self.block_size)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         shape = (site.out_features // self.block_size, site.in_features // self.block_size, self.block_size)

@@ -9,7 +9,8 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Bounds, Count
-from lorac.errors import OptionError, SiteError
+from lorac.errors import OptionError
+from lorac.variants._divisors import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import uniform, zeros
 from lorac.variants.low_rank import InputDropout, peft_factor_specs
@@ -45,11 +46,7 @@ class GraLoRA(InputDropout, WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        if site.in_features % self.k or site.out_features % self.k:
-            raise SiteError(
-                f"k={self.k} does not divide both sides of '{site.path}', {site.in_features} -> {site.out_features}",
-                next_step="give a k that divides both, or exclude= the module",
-            )
+        require_divisor(site, "k", self.k)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         columns, rows = site.in_features // self.k, site.out_features // self.k

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Bounds, Count
-from lorac.errors import SiteError
+from lorac.variants._divisors import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, uniform
 from lorac.variants.low_rank import InputDropout
@@ -44,12 +44,7 @@ class VBLoRA(InputDropout, WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        if site.in_features % self.vector_length or site.out_features % self.vector_length:
-            raise SiteError(
-                f"vector_length={self.vector_length} does not divide both sides of '{site.path}', "
-                f"{site.in_features} -> {site.out_features}",
-                next_step="give a vector_length= that divides both, or exclude= the module",
-            )
+        require_divisor(site, "vector_length", self.vector_length)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         count, length, logits = self.num_vectors, self.vector_length, normal(self.init_logits_std)

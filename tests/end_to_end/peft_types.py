@@ -22,6 +22,7 @@ from peft import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
@@ -66,6 +67,7 @@ gralora = _of(GraloraConfig, r=4, alpha=6)
 hira = _of(HiraConfig, r=3)
 hra = _of(HRAConfig, r=4)
 ia3 = _of(IA3Config)
+lily = _of(LilyConfig, r=3)
 ln_tuning = _of(LNTuningConfig)
 # PEFT rounds alpha/r to float32: quotients that are exact there leave float64 to decide.
 loha = _of(LoHaConfig, r=3, alpha=6)
@@ -156,6 +158,9 @@ CASES: tuple[Case, ...] = (
     ia3("both", "tiny_llama", "k_proj", "v_proj", "down_proj", feedforward_modules=["down_proj"]),
     ia3("both", "tiny_gpt2", "c_attn", "mlp.c_proj", feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
     ia3("both", "tiny_t5", "k", "v", "wo", feedforward_modules=["wo"]),
+    lily("plain", "plain_mlp", "up", "down", "head", scaling=0.7, emitted=True, modes=("live",)),
+    lily("shared", "tiny_llama", "q_proj", "down_proj", stride_A=2, modes=("live",)),
+    lily("saved", "tiny_bert", "query", "dense", num_B=3, modes=("live",), **CLASSIFIER),
     ln_tuning("linears", "plain_mlp", "up", "head"),
     ln_tuning("buffers", "resnet18", "bn1"),
     ln_tuning("norms", "tiny_bert", "LayerNorm", emitted=True, **CLASSIFIER),

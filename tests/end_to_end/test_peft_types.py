@@ -34,13 +34,13 @@ def _in_eager() -> Iterator[Any]:
 def _in_onnxruntime() -> Iterator[Any]:
     """How a weight is merged does not depend on the method: all but one live program per type wait for the long run."""
     emitted = [case for case in CASES if case.emitted]
-    for case, mode in itertools.product(emitted, ("live", "fused", "baked")):
+    for case, mode in ((one, mode) for one in emitted for mode in one.modes):
         marks = () if mode == "live" and case in _first(emitted) else pytest.mark.slow
         yield pytest.param(case, mode, id=f"{case.kind.lower()}-{case.id}-{mode}", marks=marks)
 
 
 def test_every_type_has_cases() -> None:
-    others = set(peft_types()) - {"LORA", "SHIRA", "XLORA"}
+    others = set(peft_types()) - {"LORA", "SHIRA", "XLORA", "POLY"}  # a call of POLY has tasks: test_peft_poly.py
     for chosen in (CASES, [c for c in CASES if c.model in TEXT], [c for c in CASES if c.emitted]):
         assert {case.kind for case in chosen} == others
 

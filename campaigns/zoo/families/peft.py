@@ -232,6 +232,7 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         *_on("linears", *_usual(r=4), {"target_modules": BOTH, "r": 4, "hybrid_r": 2}),
         *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "r": 4}),
     ],
+    "LILY": [*_on("linears", *_usual(r=3))],
     "ROAD": [*_on("linears", *_usual(group_size=2), {"target_modules": BOTH, "group_size": 2, "variant": "road_4"})],
     "VERA": [
         *_on("linears", *_usual(r=3), {"target_modules": BOTH, "save_projection": False}),

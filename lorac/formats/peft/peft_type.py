@@ -5,6 +5,8 @@ A type is a subclass in a module of ``lorac.formats.peft.types``, found by its e
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -140,6 +142,13 @@ class PeftType(ABC, Generic[V]):
     def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:
         """Return tied site -> the site of the file whose tensors it has in PEFT."""
         return {}
+
+    def check_copies(self, config: JsonMapping, sites: Iterable[Site], stored: Mapping[str, Tensors]) -> None:
+        """Refuse parameters that PEFT, reading a configuration, would take for copies of other sites', and differ.
+
+        Raises:
+            FormatError: naming the sites.
+        """
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         """Return the shared tensors as a seed gives them, of a type whose files may lack them (``save_projection``).

@@ -180,6 +180,8 @@ class _FolderWriter:
         if self.experts:
             own: Any = given.get("target_modules", adapter.variant.targets)
             given["target_modules"] = sorted({*own, *(key.split(".")[-3] for key in self.experts)})
+        targets = given.get("target_modules", adapter.variant.targets)
+        peft_type.check_copies({**adapter.variant.settings, "target_modules": targets}, sites.values(), adapter.tensors)
         given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
         if tied:
             given["ensure_weight_tying"] = True

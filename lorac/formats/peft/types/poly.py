@@ -1,0 +1,47 @@
+"""PEFT type POLY.
+
+Source: peft.tuners.poly of PEFT 0.21. A module has `poly_lora_A` (splits, skills, in/splits, r), `poly_lora_B` (splits,
+skills, r, out/splits) and `poly_router.module_logits` (tasks, splits·skills). A call of PEFT has the task of each row
+in task_ids; here a task is an adapter.
+"""
+
+from collections.abc import Mapping
+
+from lorac.errors import warn
+from lorac.formats._config_fields import Applied, TrainingOnly, read_one_of, read_size
+from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
+from lorac.formats.peft.peft_type import Tensors
+from lorac.formats.peft.plain_type import PlainType
+from lorac.variants.base import Variant
+from lorac.variants.poly import Poly
+
+
+class PolyType(PlainType[Poly]):
+    """POLY."""
+
+    peft_type = "POLY"
+    variants = {Poly: {}}
+    fields = {
+        **WITHOUT_FAN,
+        **EXCLUDE,
+        "r": Applied(8, to="r", read=read_size),
+        "poly_type": Applied("poly", read=read_one_of("poly", None)),
+        "n_tasks": Applied(1, to="n_tasks", read=read_size),
+        "n_skills": Applied(4, to="n_skills", read=read_size),
+        "n_splits": Applied(1, to="n_splits", read=read_size),
+        "init_weights": TrainingOnly(True),
+    }
+    suffixes = ("poly_lora_A", "poly_lora_B", "poly_router.module_logits")
+    layout = "poly_lora_A is (splits, skills, in/splits, r), poly_lora_B (splits, skills, r, out/splits)"
+
+    def measure(self, variant: Poly, stored: Tensors) -> tuple[int, int]:
+        a, b = stored["poly_lora_A"], stored["poly_lora_B"]
+        return b.shape[0] * b.shape[3], a.shape[0] * a.shape[2]
+
+    def refine_variant(self, variant: Poly, stored: Mapping[str, Tensors]) -> Variant:
+        if variant.n_tasks > 1:
+            warn(
+                f"the file has {variant.n_tasks} tasks, which PEFT chooses by task_ids, and the adapter acts as task 0",
+                next_step="lorac.Poly.by_task(adapter) makes an adapter of each task; rows get theirs by adapters=",
+            )
+        return variant
