@@ -137,6 +137,8 @@ METHODS = [
     _sized(lorac.BOFT, {"block_size": 5}, {"block_size": 4}, {"block_size": 0, "block_num": 6}),
     _sized(lorac.FourierFT, {"n_frequency": 10_000}, {"n_frequency": 100}),
     _sized(lorac.WaveFT, {"n_frequency": 10_000}, {"n_frequency": 100}),
+    _sized(lorac.C3A, {"block_size": 5}, {"block_size": 4}),
+    _sized(lorac.GraLoRA, {"k": 3, "r": 6}, {"k": 2, "r": 6}),
     _sized(lorac.HRA, {"r": 40, "apply_GS": True}, {"r": 24, "apply_GS": True}, {"r": 40}),
     _sized(lorac.LoLDU, {"r": 40}, {"r": 24}),
     _sized(lorac.LoRAXS, {"r": 40}, {"r": 24}),
@@ -144,6 +146,8 @@ METHODS = [
     _sized(lorac.MiSS, {"r": 50}, {"r": 24}),
     _sized(lorac.MiSS, {"r": 4, "mini": True, "mini_r": 5}, {"r": 4, "mini": True, "mini_r": 4}),
     _sized(lorac.OFT, {"block_size": 1, "r": 0}, {"block_size": 4, "r": 0}),
+    _sized(lorac.Poly, {"n_splits": 3}, {"n_splits": 2}),
+    _sized(lorac.RoAd, {"group_size": 5}, {"group_size": 4}),
     _sized(lorac.VBLoRA, {"vector_length": 5}, {"vector_length": 4}),
     _sized(lorac.VBLoRA, {"vector_length": 4, "topk": 0}, {"vector_length": 4, "topk": 1}),
     Mistake(
@@ -151,6 +155,13 @@ METHODS = [
         lambda w: lorac.compile(_grouped(), {"a": lorac.TeRA(targets=["0", "1"])}),
         lambda w, said: lorac.compile(_grouped(), {"a": lorac.TeRA(targets=["0", "1"], exclude=["0"])}),
     ),
+    Mistake(
+        "a trained bias that D scales",
+        lambda w: lorac.GLoRAHadamard(bias="all"),
+        lambda w, said: lorac.GLoRAHadamard(bias="all", config_D_E="none"),
+    ),
+    Mistake("blocks that do not divide a rank", lambda w: lorac.GraLoRA(r=5), lambda w, said: lorac.GraLoRA(r=6)),
+    Mistake("a task that is not there", lambda w: lorac.Poly(task=1), lambda w, said: lorac.Poly(task=1, n_tasks=2)),
     Mistake(
         "a chain of what edits no weight",
         lambda w: lorac.Chain(parts=(lorac.LoRA(), lorac.Hydra())),

@@ -147,17 +147,6 @@ def read_flag(value: object) -> bool:
     return bool(value)
 
 
-def read_one_of(*allowed: object) -> Callable[[object], Any]:
-    """Return a function that returns one of some values."""
-
-    def read(value: object) -> object:
-        if value not in allowed:
-            raise ValueError(f"expected {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
-        return value
-
-    return read
-
-
 def read_int(value: object) -> int:
     """Return a whole number."""
     if not isinstance(value, int) or isinstance(value, bool):
@@ -196,6 +185,15 @@ def read_number(value: object) -> float:
 def read_optional_number(value: object) -> float | None:
     """Return a finite number, or None for null."""
     return None if value is None else read_number(value)
+def read_choice(*names: str) -> Callable[[object], str]:
+    """Return a reader of one of some names."""
+
+    def read(value: object) -> str:
+        if value not in names:
+            raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
+        return str(value)
+
+    return read
 
 
 def read_choice(*names: str) -> Callable[[object], str]:

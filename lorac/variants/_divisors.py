@@ -12,6 +12,6 @@ def require_divisor(site: Site, field: str, size: int) -> None:
     if common % size:
         raise SiteError(
             f"{field}={size} does not divide both sides of '{site.path}', {site.in_features} -> {site.out_features}",
-            nearest=f"{field}={math.gcd(common, size)}",
+            nearest=f"{field}={max(d for d in range(1, min(size, common) + 1) if common % d == 0)}",
             next_step=f"give a {field}= that divides both, or exclude= the module",
         )

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorac.formats._config_fields import Applied, TrainingOnly, read_one_of, read_size
+from lorac.formats._config_fields import Applied, TrainingOnly, read_choice, read_size
 from lorac.formats.peft.fields import WITHOUT_FAN, bias
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
@@ -32,9 +32,9 @@ class GloraType(PlainType[GLoRAHadamard]):
     fields = {
         **WITHOUT_FAN,
         "r": Applied(8, to="r", read=read_size),
-        "config_A_B": Applied("lora", to="config_A_B", read=read_one_of("lora", "vector", "constant", "none")),
-        "config_C": Applied("lora", to="config_C", read=read_one_of("lora", "vector", "none")),
-        "config_D_E": Applied("constant", to="config_D_E", read=read_one_of("vector", "constant", "none")),
+        "config_A_B": Applied("lora", to="config_A_B", read=read_choice("lora", "vector", "constant", "none")),
+        "config_C": Applied("lora", to="config_C", read=read_choice("lora", "vector", "none")),
+        "config_D_E": Applied("constant", to="config_D_E", read=read_choice("vector", "constant", "none")),
         "bias": bias("glora"),
         "init_weights": TrainingOnly(True),
     }

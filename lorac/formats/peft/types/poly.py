@@ -8,7 +8,7 @@ in task_ids; here a task is an adapter.
 from collections.abc import Mapping
 
 from lorac.errors import warn
-from lorac.formats._config_fields import Applied, TrainingOnly, read_one_of, read_size
+from lorac.formats._config_fields import Applied, Refused, TrainingOnly, read_size
 from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
@@ -25,7 +25,7 @@ class PolyType(PlainType[Poly]):
         **WITHOUT_FAN,
         **EXCLUDE,
         "r": Applied(8, to="r", read=read_size),
-        "poly_type": Applied("poly", read=read_one_of("poly", None)),
+        "poly_type": Refused("poly", next_step="PEFT has no other"),
         "n_tasks": Applied(1, to="n_tasks", read=read_size),
         "n_skills": Applied(4, to="n_skills", read=read_size),
         "n_splits": Applied(1, to="n_splits", read=read_size),

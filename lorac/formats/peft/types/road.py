@@ -5,7 +5,7 @@ the variants road_1, road_2 and road_4. No tensor shows its inputs. PEFT applies
 other, each to the output of the one before; lorac adds up the changes that each makes to the base.
 """
 
-from lorac.formats._config_fields import Applied, TrainingOnly, read_one_of, read_size
+from lorac.formats._config_fields import Applied, TrainingOnly, read_choice, read_size
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
@@ -22,7 +22,7 @@ class RoadType(PlainType[RoAd]):
     variants = {RoAd: {}}
     fields = {
         **WITHOUT_FAN,
-        "variant": Applied("road_1", to="variant", read=read_one_of(*_FORMS)),
+        "variant": Applied("road_1", to="variant", read=read_choice(*_FORMS)),
         "group_size": Applied(64, to="group_size", read=read_size),
         "init_weights": TrainingOnly(True),
     }
