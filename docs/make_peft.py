@@ -58,7 +58,8 @@ def _table(fields: Mapping[str, Field]) -> Iterator[str]:
     yield "| PEFT | lorac | default in PEFT | it is |"
     yield "| --- | --- | --- | --- |"
     for name, field in fields.items():
-        to = f"`{field.to}`" if field.to else "–"
+        names = [field.to] if field.to else [inner.to for inner in field.nested.values() if inner.to]
+        to = ", ".join(f"`{own}`" for own in names) or "–"
         yield f"| `{name}` | {to} | {_default(field)} | {field.use} |"
 
 

@@ -60,6 +60,7 @@ from lorac.variants.autolora import AutoLoRA as AutoLoRA
 from lorac.variants.base import BranchVariant as BranchVariant
 from lorac.variants.base import WeightVariant as WeightVariant
 from lorac.variants.bat import BAT as BAT
+from lorac.variants.bd_lora import BDLoRA as BDLoRA
 from lorac.variants.beft import BEFT as BEFT
 from lorac.variants.boft import BOFT as BOFT
 from lorac.variants.bottleneck import Bottleneck as Bottleneck
@@ -84,6 +85,7 @@ from lorac.variants.hira import HiRA as HiRA
 from lorac.variants.hra import HRA as HRA
 from lorac.variants.hydra import Hydra as Hydra
 from lorac.variants.ia3 import IA3 as IA3
+from lorac.variants.kasa import KaSA as KaSA
 from lorac.variants.learned_cat import LearnedCat as LearnedCat
 from lorac.variants.lily import Lily as Lily
 from lorac.variants.ln_tuning import LNTuning as LNTuning

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ class Field(ABC):
         preserved: written back as it was read.
         written: False: of older releases or forks of the library, which never writes it.
         next_step: the way out for a value that is refused.
+        nested: the fields of a configuration within this one.
     """
 
     default: object = None
@@ -47,6 +49,7 @@ class Field(ABC):
     preserved: bool = False
     written: bool = True
     next_step: str | None = None
+    nested: Mapping[str, "Field"] = dataclass_field(default_factory=dict)
 
     @property
     @abstractmethod
@@ -203,6 +206,14 @@ def read_choice(*names: str) -> Callable[[object], str]:
         if value not in names:
             raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
         return str(value)
+def read_nested(fields: Mapping[str, Field]) -> Callable[[object], dict[str, object]]:
+    """Return a reader of a configuration within another; null is an empty one."""
+
+    def read(value: object) -> dict[str, object]:
+        given = _read_mapping(value)
+        if given.keys() - fields.keys():
+            raise ValueError(f"expected the fields {', '.join(fields)}")
+        return {name: field.read(given.get(name, field.default)) for name, field in fields.items()} if given else {}
 
     return read
 

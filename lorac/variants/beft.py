@@ -14,7 +14,7 @@ class BEFT(WeightVariant):
     """``W' = W`` and ``b' = b + β``, with β (1, out). The paper targets value projections alone."""
 
     name = "beft"
-    paper = "BEFT: Bias-Efficient Fine-Tuning of Language Models, arXiv 2509.15974"
+    paper = "BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes, arXiv 2509.15974"
     kinds = frozenset({SiteKind.LINEAR})
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -105,10 +105,8 @@ def folder(tmp_path: Path) -> Path:
     [
         ("arrow_config", {"top_k": 3, "router_temperature": 1.0}),
         ("enable_lora", [True, False, True]),
-        ("kasa_config", {"beta": 0.1, "gamma": 0.1}),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("megatron_config", {"hidden_size": 4}),
-        ("use_bdlora", {"nblocks": 2}),
         ("use_qalora", True),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "corda"),

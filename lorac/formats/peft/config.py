@@ -17,7 +17,7 @@ from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._config_fields import Applied
 from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import rename_bias
-from lorac.formats.peft.peft_type import AnyPeftType, PeftType
+from lorac.formats.peft.peft_type import GIVEN, AnyPeftType, PeftType
 from lorac.variants.base import Variant
 
 _TYPES = (
@@ -74,7 +74,11 @@ def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Varia
     known = {field.name for field in dataclasses.fields(cls)}
     settings = {}
     for name, field in peft_type.fields.items():
-        may_differ = not isinstance(field, Applied) or not field.to or name in selection
+        may_differ = not isinstance(field, Applied) or not (field.to or field.nested) or name in selection
+        nested = values[name] if field.nested else {}
+        settings |= {
+            inner.to: nested[key] for key, inner in field.nested.items() if key in nested and inner.to in known
+        }
         if field.to in known:
             settings[field.to] = values[name]
         elif not may_differ and values[name] != field.read(field.default):
@@ -108,10 +112,14 @@ def write_config(
         if not field.written:
             continue
         config[name] = field.default
-        if field.preserved:
+        if field.nested and name in peft_type.variants[type(variant)]:
+            own = {key: inner.write(getattr(variant, inner.to)) for key, inner in field.nested.items() if inner.to}
+            defaults = {key: inner.default for key, inner in field.nested.items()}
+            config[name] = {**defaults, **(original.get(name) or {}), **own}
+        elif field.preserved:
             config[name] = field.write(original.get(name, field.default))
         elif field.to and hasattr(variant, field.to):
             config[name] = field.write(getattr(variant, field.to))
     config |= {"peft_type": peft_type.peft_type, "inference_mode": True}
-    config |= peft_type.variants[type(variant)]
+    config |= {name: value for name, value in peft_type.variants[type(variant)].items() if value is not GIVEN}
     return config | {name: value for name, value in given.items() if name in config}

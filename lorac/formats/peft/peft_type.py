@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -24,6 +25,21 @@ from lorac.variants.base import Variant
 
 Tensors = Mapping[str, Tensor]
 V = TypeVar("V", bound=Variant)
+
+
+class _Given:
+    """A value in ``PeftType.variants`` that equals each one that is set."""
+
+    __hash__ = None  # type: ignore[assignment]  # it equals values of any hash
+
+    def __eq__(self, other: object) -> bool:
+        return bool(other)
+
+    def __repr__(self) -> str:
+        return "{…}"
+
+
+GIVEN = _Given()
 
 
 class PeftType(ABC, Generic[V]):
@@ -44,6 +60,7 @@ class PeftType(ABC, Generic[V]):
         shapes_tell_kind: whether the shapes in a file tell the kind and kernel of a site.
         derived: parameters that no file holds, since configuration and model tell them.
         needs_model: whether a file means nothing without the model, which ``complete_site`` reads.
+        completed: those of the classes for which alone that holds.
         tied: of a type that can tie the output layer to the embedding that it adapts: parameter of the former -> the
             parameter of the latter whose transpose it is.
         copied: the part of a key between the path of a module and its parameter's name, of a type that trains whole
@@ -65,6 +82,7 @@ class PeftType(ABC, Generic[V]):
     shapes_tell_kind: ClassVar[bool] = False
     derived: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
+    completed: ClassVar[frozenset[type[Variant]]] = frozenset()
     tied: ClassVar[Mapping[str, str]] = {}
     copied: ClassVar[str | None] = None
     training_state: ClassVar[Mapping[str, str]] = {}

@@ -1,4 +1,4 @@
-"""PEFT type LORA: LoRA, rsLoRA and DoRA, and FlyLoRA as its authors' fork of PEFT writes it.
+"""PEFT type LORA: LoRA, rsLoRA, DoRA, BD-LoRA and KaSA, and FlyLoRA as its authors' fork of PEFT writes it.
 
 Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py). Shapes in a file:
 
@@ -22,7 +22,7 @@ read such files as LoRAs.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -40,6 +40,7 @@ from lorac.formats._config_fields import (
     TrainingOnly,
     read_flag,
     read_names,
+    read_nested,
     read_number,
     read_optional_size,
     read_size,
@@ -48,24 +49,32 @@ from lorac.formats._config_fields import (
     write_number,
 )
 from lorac.formats._errors import unsupported_error
+from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, PATTERNS, bias
 from lorac.formats.peft.layouts import read_factors, write_factors
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, warn_of_padding
+from lorac.formats.peft.peft_type import GIVEN, PeftType, Tensors, mismatched_shapes, warn_of_padding
 from lorac.formats.peft.token_rows import read_token_rows
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.limits import claim_memory, pause_clock
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
+from lorac.variants.bd_lora import BDLoRA
 from lorac.variants.dora import DoRA
 from lorac.variants.flylora import FlyLoRA
+from lorac.variants.kasa import KaSA, smallest_components
 from lorac.variants.lora import LoRA
 from lorac.variants.lora_xs import LoRAXS
 from lorac.variants.residual import Residual
 
 MATRICES = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-VECTORS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "magnitude", "lora_topk_bias": "lora_topk_bias"}
+VECTORS = {
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_topk_bias": "lora_topk_bias",
+    "lora_diag": "lora_diag",
+}
 LATENT = "lora_latent_mapping.weight"
 _EXPECTED = "lora_A is (r, in), lora_B (out, r); a shard of a sharded model is neither"
 _SPARSE = "sparse"
@@ -80,7 +89,18 @@ _CONVERT = (
 )
 _ADDS_TWICE = (0, 21)
 """The last release of PEFT known to add the change of an attention's output layer twice."""
-_MERGE = "lorac does not build this method; merge the adapter into its base with PEFT"
+_BLOCKS: Mapping[str, Field] = {
+    "target_modules_bd_a": Applied(to="target_modules_bd_a", read=read_names, write=write_list),
+    "target_modules_bd_b": Applied(to="target_modules_bd_b", read=read_names, write=write_list),
+    "nblocks": Applied(1, to="nblocks", read=read_size),
+    "match_strict": Applied(True, to="match_strict", read=read_flag),
+}
+"""Fields of BD-LoRA."""
+_PENALTIES: Mapping[str, Field] = {
+    "beta": TrainingOnly(1e-4, read=read_number),
+    "gamma": TrainingOnly(1e-3, read=read_number),
+}
+"""Fields of KaSA: coefficients of terms of the loss, which users of PEFT add themselves."""
 
 
 def read_initialisation(value: object) -> object:
@@ -127,9 +147,9 @@ FIELDS: Mapping[str, Field] = {
     "use_qalora": Refused(False, next_step="it pools the inputs of quantised layers; run it in PEFT"),
     "layer_replication": Refused(next_step="stack the layers in the base model, then train on that"),
     "target_parameters": Applied(to="parameters", read=lambda value: read_names(value or None), write=write_list),
-    "use_bdlora": Refused(next_step=_MERGE),
+    "use_bdlora": Applied(read=read_nested(_BLOCKS), nested=_BLOCKS),
     "arrow_config": Refused(next_step="compile the adapters that it routes between, each by itself"),
-    "kasa_config": Refused(next_step=_MERGE),
+    "kasa_config": Applied(read=read_nested(_PENALTIES), nested=_PENALTIES),
     "merge_weights": Irrelevant(False, written=False),
     "enable_lora": Refused(next_step="it is of PEFT before 0.3; train the adapter again", written=False),
     # Of FlyLoRA's fork.
@@ -138,12 +158,14 @@ FIELDS: Mapping[str, Field] = {
 }
 
 
-class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
+class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
     """LORA."""
 
     peft_type = "LORA"
     variants = {
         FlyLoRA: {"init_lora_weights": _SPARSE},
+        BDLoRA: {"use_bdlora": GIVEN, "use_dora": False},
+        KaSA: {"kasa_config": GIVEN, "use_dora": False},
         LoRA: {"use_dora": False},
         DoRA: {"use_dora": True},
         LoRAXS: {},  # refine_variant tells it from a LoRA by its tensors
@@ -151,6 +173,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
     read_only = frozenset({FlyLoRA, LoRAXS})
     fields = FIELDS
     suffixes = (*MATRICES, *EMBEDDING, *VECTORS, LATENT)
+    completed = frozenset({KaSA})
     shapes_tell_kind = True
     tied = {"lora_A": "lora_B", "lora_B": "lora_A"}
     training_state = {".lora_velora_embed": "velora_config", ".lora_monteclora_sampler.": "monteclora_config"}
@@ -163,6 +186,15 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
             AdapterError: A and B do not belong together, or to no kind of site.
             FormatError: DoRA on a grouped convolution.
         """
+        if isinstance(variant, BDLoRA):
+            axes = {suffix: tensor.ndim for suffix, tensor in stored.items()}
+            if axes != dict.fromkeys(MATRICES, 2):
+                raise mismatched_shapes(
+                    path, stored, "lora_A is (r, in/nblocks), lora_B (out, r/nblocks), or as a LoRA's"
+                )
+            a, b = (stored[name] for name in MATRICES)
+            columns = a.shape[1] * variant.blocks_at(path)[0]
+            return matrix_site(path, b.shape[0], columns), {"lora_A": a, "lora_B": b}
         site, a, b = read_factors(path, stored, MATRICES, EMBEDDING, _EXPECTED)
         vectors = {VECTORS[suffix]: stored[suffix].flatten() for suffix in VECTORS if suffix in stored}
         vectors |= {"lora_latent": stored[LATENT]} if LATENT in stored else {}
@@ -191,10 +223,13 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
         elif site.within not in {None, site.path}:
             b = b / 2  # read_inner
         written = write_factors(site, a, b, MATRICES, EMBEDDING)
-        if "lora_latent" in tensors:
-            written[LATENT] = tensors["lora_latent"]
-        if "lora_bias" in tensors:
-            written["lora_B.bias"] = tensors["lora_bias"]
+        if isinstance(variant, BDLoRA | KaSA) and site.transposed:
+            raise SiteError(
+                f"PEFT's {variant.name} does not adapt '{site.path}', which is GPT-2's Conv1D",
+                next_step="use format='native', or exclude= the module",
+            )
+        plain = {LATENT: "lora_latent", "lora_B.bias": "lora_bias", "lora_diag": "lora_diag"}
+        written |= {suffix: tensors[name] for suffix, name in plain.items() if name in tensors}
         if "magnitude" in tensors:
             magnitude = tensors["magnitude"]
             if site.conv is not None:
@@ -217,6 +252,15 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
                 f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
                 next_step="use format='native', or exclude= the module",
             )
+
+    def complete_site(
+        self, variant: Variant, site: Site, tensors: dict[str, Tensor], weight: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the parameters of KaSA with the components of the weight that they replace."""
+        assert isinstance(variant, KaSA)
+        variant.check(site)
+        start_a, start_b = smallest_components(weight().to(factor_dtype(site.dtype)), variant.r)
+        return {**tensors, "start_A": start_a, "start_B": start_b}
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return A and 2·B of an attention's output layer, to whose weight PEFT adds s·B·A twice."""
