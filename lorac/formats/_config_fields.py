@@ -188,6 +188,8 @@ def read_number(value: object) -> float:
 def read_optional_number(value: object) -> float | None:
     """Return a finite number, or None for null."""
     return None if value is None else read_number(value)
+
+
 def read_choice(*names: str) -> Callable[[object], str]:
     """Return a reader of one of some names."""
 
