@@ -31,7 +31,7 @@ class BDLoRA(RankStabilizedFields, WeightVariant):
     target_modules_bd_a: Sequence[str] = ()
     target_modules_bd_b: Sequence[str] = ()
     nblocks: Count = 1
-    match_strict: bool = True
+    match_strict: bool = False
 
     name = "bd_lora"
     paper = (
@@ -39,38 +39,31 @@ class BDLoRA(RankStabilizedFields, WeightVariant):
     )
     kinds = frozenset({SiteKind.LINEAR})
 
-    def named_factors(self, path: str) -> list[bool]:
-        """Return whether A and B are block-diagonal at a module; PEFT looks for parts of its last name."""
-        leaf = path.rpartition(".")[2]
-        named = (self.target_modules_bd_a, self.target_modules_bd_b)
-        return [any(part in leaf for part in parts) for parts in named]
-
     def blocks_at(self, path: str) -> list[int]:
-        """Return the numbers of blocks of A and of B at a module; 1 for a factor that is not block-diagonal."""
-        return [self.nblocks if named else 1 for named in self.named_factors(path)]
+        """Return the numbers of blocks of A and of B at a module; 0 for a factor that is not block-diagonal.
+
+        PEFT looks for the parts in a module's last name.
+        """
+        leaf, named = path.rpartition(".")[2], (self.target_modules_bd_a, self.target_modules_bd_b)
+        return [self.nblocks * any(part in leaf for part in parts) for parts in named]
 
     def check(self, site: Site) -> None:
         super().check(site)
-        (of_a, of_b), named = self.blocks_at(site.path), sum(self.named_factors(site.path))
-        uneven = self.r % of_a or site.in_features % of_a or self.r % of_b or site.out_features % of_b
-        if named == 2 or uneven or (self.match_strict and not named):
-            reason = (
-                f"{self.nblocks} blocks do not divide its factor of rank {self.r}"
-                if uneven
-                else (
-                    f"target_modules_bd_a and target_modules_bd_b name {'both' if named else 'neither'} of its factors"
-                )
-            )
+        of_a, of_b = self.blocks_at(site.path)
+        uneven = any(size % self.nblocks for size in (self.r, site.in_features if of_a else site.out_features))
+        if (of_a and of_b) or (self.match_strict and not of_a + of_b) or ((of_a or of_b) and uneven):
             raise SiteError(
-                f"BD-LoRA cannot adapt '{site.path}', {site.in_features} -> {site.out_features}: {reason}",
-                next_step="name one factor of every module, or give match_strict=False",
+                f"BD-LoRA cuts one factor of '{site.path}', {site.in_features} -> {site.out_features} by r={self.r}, "
+                f"into {self.nblocks} blocks; here it would cut A into {of_a} and B into {of_b}",
+                next_step="name the module in one of target_modules_bd_a and target_modules_bd_b, and give an nblocks "
+                "that divides the factor",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         of_a, of_b = self.blocks_at(site.path)
         return {
-            "lora_A": ParamSpec((self.r, site.in_features // of_a), kaiming_uniform),
-            "lora_B": ParamSpec((site.out_features, self.r // of_b), zeros),
+            "lora_A": ParamSpec((self.r, site.in_features // (of_a or 1)), kaiming_uniform),
+            "lora_B": ParamSpec((site.out_features, self.r // (of_b or 1)), zeros),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

@@ -42,7 +42,7 @@ def made(request: pytest.FixtureRequest, base: Any, tmp_path_factory: pytest.Tem
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
-def test_computes_what_peft_does(mode: str, made: tuple[str, Path, Any], base: Any) -> None:
+def test_equals_peft_in_every_mode(mode: str, made: tuple[str, Path, Any], base: Any) -> None:
     _, folder, oracle = made
     inputs = ZOO["plain_mlp"].inputs()
     plain = base(**inputs)
@@ -141,9 +141,9 @@ def test_rejects_saving_gpt2_s_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "match"),
     [
-        (BDLoRA(targets=("up",)), "name neither of its factors"),
-        (BDLoRA(targets=("up",), target_modules_bd_a=("u",), target_modules_bd_b=("up",)), "name both of its factors"),
-        (BDLoRA(r=4, targets=("up",), target_modules_bd_a=("up",), nblocks=3), "3 blocks do not divide"),
+        (BDLoRA(targets=("up",), match_strict=True), "cut A into 0 and B into 0"),
+        (BDLoRA(targets=("up",), target_modules_bd_a=("u",), target_modules_bd_b=("up",)), "cut A into 1 and B into 1"),
+        (BDLoRA(r=4, targets=("up",), target_modules_bd_a=("up",), nblocks=3), "into 3 blocks"),
         (KaSA(r=10, targets=("up",)), "KaSA of r=10 leaves nothing of 'up'"),
     ],
 )

@@ -6,6 +6,7 @@ from peft import LilyConfig
 
 import lorac
 from lorac import Lily
+from lorac.testing import assert_close
 from tests.parity import assert_parity
 from tests.peft_files import load_peft, make_peft
 from tests.refusing import refuses
@@ -77,4 +78,4 @@ def test_rows_of_a_call_are_averaged_by_adapter(target, base):
     found = compiled(input_ids=ids, adapters=["a", None, "a"], use_cache=False).logits
     both = compiled(input_ids=ids[::2], adapters="a", use_cache=False).logits
     assert_parity(found[::2], both, model(input_ids=ids[::2], use_cache=False).logits)
-    assert torch.allclose(found[1], model(input_ids=ids, use_cache=False).logits[1], atol=1e-5)
+    assert_close(found[1], model(input_ids=ids, use_cache=False).logits[1])

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 from lorac.argument_types import JsonMapping
 from lorac.discovery import import_modules
@@ -72,7 +73,7 @@ def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Varia
         if all(values[name] == value for name, value in selection.items())
     )
     known = {field.name for field in dataclasses.fields(cls)}
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, field in peft_type.fields.items():
         may_differ = not isinstance(field, Applied) or not (field.to or field.nested) or name in selection
         nested = values[name] if field.nested else {}

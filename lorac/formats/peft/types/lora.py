@@ -193,7 +193,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
                     path, stored, "lora_A is (r, in/nblocks), lora_B (out, r/nblocks), or as a LoRA's"
                 )
             a, b = (stored[name] for name in MATRICES)
-            columns = a.shape[1] * variant.blocks_at(path)[0]
+            columns = a.shape[1] * (variant.blocks_at(path)[0] or 1)
             return matrix_site(path, b.shape[0], columns), {"lora_A": a, "lora_B": b}
         site, a, b = read_factors(path, stored, MATRICES, EMBEDDING, _EXPECTED)
         vectors = {VECTORS[suffix]: stored[suffix].flatten() for suffix in VECTORS if suffix in stored}
