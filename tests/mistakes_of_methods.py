@@ -147,7 +147,8 @@ METHODS = [
     _sized(lorac.MiSS, {"r": 4, "mini": True, "mini_r": 5}, {"r": 4, "mini": True, "mini_r": 4}),
     _sized(lorac.OFT, {"block_size": 1, "r": 0}, {"block_size": 4, "r": 0}),
     _sized(lorac.Poly, {"n_splits": 3}, {"n_splits": 2}),
-    _sized(lorac.RoAd, {"group_size": 5}, {"group_size": 4}),
+    _sized(lorac.RoAd, {"group_size": 6}, {"group_size": 4}),
+    _sized(lorac.RoAd, {"group_size": 7}, {"group_size": 4}),
     _sized(lorac.VBLoRA, {"vector_length": 5}, {"vector_length": 4}),
     _sized(lorac.VBLoRA, {"vector_length": 4, "topk": 0}, {"vector_length": 4, "topk": 1}),
     Mistake(

@@ -3,13 +3,12 @@
 Kang 2024, arXiv 2409.15371v1; shapes and layout as in PEFT's MISS with init_weights="bat".
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from lorac.argument_types import Count
-from lorac.errors import SiteError
+from lorac.variants._layer_sizes import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 
@@ -32,14 +31,7 @@ class BAT(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        common = math.gcd(site.out_features, site.in_features)
-        if common % self.r:
-            raise SiteError(
-                f"BAT cannot cut '{site.path}' ({site.in_features} -> {site.out_features}) into blocks: "
-                f"r={self.r} must divide both",
-                nearest=f"r={math.gcd(common, self.r)}",
-                next_step="give another r, or exclude= the module",
-            )
+        require_divisor(site, "r", self.r)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {"miss_block": ParamSpec((site.out_features // self.r, self.r, self.r), zeros)}

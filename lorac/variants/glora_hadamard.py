@@ -4,13 +4,12 @@ Chavan et al. 2023, arXiv 2306.07967, equation 6, with W∘A for the paper's pro
 GLORA. ``lorac.GLoRA`` is LyCORIS's form.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from lorac.argument_types import Count, OneOf
 from lorac.errors import OptionError
-from lorac.variants.base import Init, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, zeros
 
 
@@ -53,8 +52,11 @@ class GLoRAHadamard(WeightVariant):
         sizes = {"A": (rows, columns), "B": (rows, columns), "C": (columns, 1), "D": (rows,), "E": (rows,)}
         specs = {}
         for name, form in forms.items():
-            for part, (shape, init) in _form_shapes(form, sizes[name], self.r).items():
-                specs[f"glora_{name}_{part}"] = ParamSpec(shape, init)
+            size = sizes[name]
+            shapes: dict[str, dict[str, tuple[int, ...]]]
+            shapes = {"vector": {"X": (size[0], 1)[: len(size)]}, "constant": {"X": (1,)}, "none": {}}
+            for part, shape in shapes.get(form, {"Xd": (size[0], self.r), "Xu": (self.r, size[-1])}).items():
+                specs[f"glora_{name}_{part}"] = ParamSpec(shape, kaiming_uniform if part == "Xu" else zeros)
         return specs
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
@@ -65,15 +67,6 @@ class GLoRAHadamard(WeightVariant):
         offset, scale, shift = (_read_change(p, name) for name in "CDE")
         moved = b if scale is None or shift is None else b + b * scale + shift
         return moved if offset is None else moved + (W @ offset)[:, 0]
-
-
-def _form_shapes(form: str, size: tuple[int, ...], r: int) -> Mapping[str, tuple[tuple[int, ...], Init]]:
-    """Return the tensors of a change by name: shape and initialiser."""
-    if form == "lora":
-        return {"Xd": ((size[0], r), zeros), "Xu": ((r, size[1]), kaiming_uniform)}
-    if form == "vector":
-        return {"X": ((size[0], *(1,) * (len(size) - 1)), zeros)}
-    return {"X": ((1,), zeros)} if form == "constant" else {}
 
 
 def _read_change(p: Params, name: str) -> Tensor | None:

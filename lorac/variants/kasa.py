@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.errors import SiteError
+from lorac.variants._layer_sizes import require_at_most
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
 from lorac.variants.low_rank import RankStabilizedFields, factor_specs
@@ -33,13 +33,7 @@ class KaSA(RankStabilizedFields, WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        smaller = min(site.in_features, site.out_features)
-        if self.r >= smaller:
-            raise SiteError(
-                f"KaSA of r={self.r} leaves nothing of '{site.path}', whose smaller side has {smaller}",
-                nearest=f"r={smaller - 1}",
-                next_step="give a smaller r, or exclude= the module",
-            )
+        require_at_most(site, "r", self.r, min(site.in_features, site.out_features) - 1)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         def smallest(index: int, shape: tuple[int, int]) -> ParamSpec:

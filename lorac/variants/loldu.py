@@ -14,8 +14,8 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Count, OneOf
-from lorac.errors import SiteError
 from lorac.variants._conv_kernels import require_one_group
+from lorac.variants._layer_sizes import require_at_most
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 
@@ -55,13 +55,7 @@ class LoLDU(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        terms = min(site.out_features, site.in_features)
-        if self.r > terms:
-            raise SiteError(
-                f"LoLDU cannot train {self.r} terms of an LDU factorisation at '{site.path}', which has {terms}",
-                nearest=f"r={terms}",
-                next_step="give a smaller r, or exclude= the module",
-            )
+        require_at_most(site, "r", self.r, min(site.out_features, site.in_features))
         require_one_group(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -3,13 +3,12 @@
 Kang 2024, arXiv 2409.15371, later versions (the first one, Bone, is ``bat``); shapes and layout as in PEFT's MISS.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from lorac.argument_types import Count
-from lorac.errors import SiteError
+from lorac.variants._layer_sizes import require_at_most, require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 from lorac.variants.low_rank import InputDropout
@@ -35,18 +34,9 @@ class MiSS(InputDropout, WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        if self.r > site.in_features:
-            raise SiteError(
-                f"MiSS cannot split the {site.in_features} inputs of '{site.path}' into shards of r={self.r}",
-                nearest=f"r={site.in_features}",
-                next_step="give a smaller r, or exclude= the module",
-            )
-        if self.mini and site.out_features % self.mini_r:
-            raise SiteError(
-                f"mini_r={self.mini_r} does not divide the {site.out_features} outputs of '{site.path}'",
-                nearest=f"mini_r={math.gcd(site.out_features, self.mini_r)}",
-                next_step="give another mini_r, or exclude= the module",
-            )
+        require_at_most(site, "r", self.r, site.in_features)
+        if self.mini:
+            require_divisor(site, "mini_r", self.mini_r, outputs=True)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {"miss_block": ParamSpec((self.r, self.mini_r if self.mini else site.out_features), zeros)}

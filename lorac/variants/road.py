@@ -9,7 +9,8 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Count, OneOf
-from lorac.errors import SiteError
+from lorac.errors import OptionError
+from lorac.variants._layer_sizes import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 
@@ -38,14 +39,14 @@ class RoAd(WeightVariant):
     )
     kinds = frozenset({SiteKind.LINEAR})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size % 2:
+            raise OptionError(f"RoAd cannot halve group_size={self.group_size}", next_step="give an even group_size")
+
     def check(self, site: Site) -> None:
         super().check(site)
-        if self.group_size % 2 or site.out_features % self.group_size:
-            raise SiteError(
-                f"RoAd pairs the {site.out_features} outputs of '{site.path}' in groups of an even size that divides "
-                f"them, not of {self.group_size}",
-                next_step="give another group_size, or exclude= the module",
-            )
+        require_divisor(site, "group_size", self.group_size, outputs=True)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         sets, halves = _ANGLES[self.variant]

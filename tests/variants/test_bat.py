@@ -61,6 +61,6 @@ def test_two_together_are_a_sum_not_a_chain():
 
 @pytest.mark.parametrize(("host", "r", "nearest"), [("divisible", 4, "r=2"), ("linear", 3, "r=1")])
 def test_r_divides_both_sides(host, r, nearest):
-    with refuses("site_unsupported", match="must divide both") as error:
+    with refuses("site_unsupported", match="does not divide both sides") as error:
         lorac.compile(HOSTS[host].model(), {"a": lorac.BAT(r=r, targets=("site",))})
     assert error.value.nearest == nearest

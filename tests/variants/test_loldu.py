@@ -175,7 +175,7 @@ def test_published_counts(r, total):
 
 
 def test_refusals():
-    with refuses("site_unsupported", match="at 'site', which has 7") as refused:
+    with refuses("site_unsupported", match="takes r up to 7") as refused:
         lorac.compile(hosting(nn.Linear(7, 11)), {"a": lorac.LoLDU(r=8, targets=("site",))})
     assert refused.value.nearest == "r=7"
     with refuses("site_unsupported", match="2 groups"):

@@ -15,12 +15,8 @@ class PlainType(PeftType[V]):
     """A type whose parameters are the tensors of a file, named by their suffixes with underscores for dots.
 
     A tensor of a file that belongs to a layer's bias says that the layer has one.
-
-    Attributes:
-        layout: the shapes, for errors.
     """
 
-    layout: ClassVar[str]
     kinds: ClassVar[frozenset[SiteKind] | None] = frozenset({SiteKind.LINEAR})
 
     @abstractmethod
@@ -33,7 +29,8 @@ class PlainType(PeftType[V]):
         tensors = {parameter_name(suffix): tensor for suffix, tensor in stored.items()}
         is_complete = needed.keys() <= tensors.keys() <= specs.keys()
         if not is_complete or any(tensor.ndim != len(specs[name].shape) for name, tensor in tensors.items()):
-            raise mismatched_shapes(path, stored, self.layout)
+            expected = ", ".join(f"{name} has {len(spec.shape)} axes" for name, spec in specs.items())
+            raise mismatched_shapes(path, stored, expected)
         site = matrix_site(path, *self.measure(variant, stored))
         return replace(site, bias=None if tensors.keys() <= needed.keys() else f"{path}.bias"), tensors
 

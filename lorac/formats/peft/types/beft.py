@@ -17,7 +17,6 @@ class BeftType(PlainType[BEFT]):
     variants = {BEFT: {}}
     fields = {**WITHOUT_FAN, "init_weights": TrainingOnly(True)}
     suffixes = ("beft_bias",)
-    layout = "beft_bias is (1, out)"
 
     def measure(self, variant: BEFT, stored: Tensors) -> tuple[int, int]:
         return stored["beft_bias"].shape[1], 1

@@ -25,7 +25,6 @@ class C3aType(PlainType[C3A]):
         "init_weights": TrainingOnly("xavier_uniform"),
     }
     suffixes = ("c3a_kernel",)
-    layout = "c3a_kernel is (out/block_size, in/block_size, block_size)"
 
     def measure(self, variant: C3A, stored: Tensors) -> tuple[int, int]:
         rows, columns, size = stored["c3a_kernel"].shape

@@ -37,7 +37,6 @@ class DeloraType(PlainType[DeLoRA]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
-    layout = "delora_A is (r, in), delora_B (out, r), delora_lambda (1,), delora_w_norm (in,)"
 
     def measure(self, variant: DeLoRA, stored: Tensors) -> tuple[int, int]:
         return stored["delora_B"].shape[0], stored["delora_A"].shape[1]

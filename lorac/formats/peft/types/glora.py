@@ -39,7 +39,6 @@ class GloraType(PlainType[GLoRAHadamard]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = tuple(f"glora_{name}.{part}" for name in "ABCDE" for part in ("Xd", "Xu", "X", "zeros"))
-    layout = "Xd is (out, r) and Xu (r, in), X (out, 1) or (1,), by config_A_B, config_C and config_D_E"
 
     def read_site(self, variant: GLoRAHadamard, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         """Return the site and its parameters, without the zeros of absent changes, which tell sizes alone."""

@@ -29,7 +29,6 @@ class GraloraType(PlainType[GraLoRA]):
     }
     suffixes = ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight")
     conv1d = True
-    layout = "gralora_A is (k, in/k, r), gralora_B (k, r, out/k); the general factors are (r, in) and (out, r)"
 
     def measure(self, variant: GraLoRA, stored: Tensors) -> tuple[int, int]:
         a, b = stored["gralora_A"], stored["gralora_B"]

@@ -34,7 +34,6 @@ class LilyType(PlainType[Lily]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = ("lily_A.weight", "lily_B.weight", "lily_router.weight")
-    layout = "lily_A is (r, in), lily_B (num_B·r, out), lily_router (num_B, r)"
 
     def measure(self, variant: Lily, stored: Tensors) -> tuple[int, int]:
         return stored["lily_B.weight"].shape[1], stored["lily_A.weight"].shape[1]

@@ -32,7 +32,6 @@ class PolyType(PlainType[Poly]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = ("poly_lora_A", "poly_lora_B", "poly_router.module_logits")
-    layout = "poly_lora_A is (splits, skills, in/splits, r), poly_lora_B (splits, skills, r, out/splits)"
 
     def measure(self, variant: Poly, stored: Tensors) -> tuple[int, int]:
         a, b = stored["poly_lora_A"], stored["poly_lora_B"]

@@ -27,7 +27,6 @@ class RoadType(PlainType[RoAd]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = ("road_theta", "road_alpha")
-    layout = "road_theta and road_alpha have out/2 numbers, 2·out for road_4"
 
     def measure(self, variant: RoAd, stored: Tensors) -> tuple[int, int]:
         return int(len(stored["road_theta"]) * _FORMS[variant.variant]), 1
