@@ -104,8 +104,8 @@ from lorac.variants.params import ParamSpec as ParamSpec
 from lorac.variants.params import Role as Role
 from lorac.variants.peanut import PEANuT as PEANuT
 from lorac.variants.plp import PLP as PLP
-from lorac.variants.psoft import PSOFT as PSOFT
 from lorac.variants.poly import Poly as Poly
+from lorac.variants.psoft import PSOFT as PSOFT
 from lorac.variants.pvera import PVeRA as PVeRA
 from lorac.variants.qst import QST as QST
 from lorac.variants.randlora import RandLoRA as RandLoRA

@@ -201,13 +201,6 @@ def read_choice(*names: str) -> Callable[[object], str]:
     return read
 
 
-def read_choice(*names: str) -> Callable[[object], str]:
-    """Return a reader of one of some names."""
-
-    def read(value: object) -> str:
-        if value not in names:
-            raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
-        return str(value)
 def read_nested(fields: Mapping[str, Field]) -> Callable[[object], dict[str, object]]:
     """Return a reader of a configuration within another; null is an empty one."""
 

@@ -5,18 +5,11 @@ Wang et al. 2024, arXiv 2412.06071; layout and start values as in PEFT's LORA wi
 
 from dataclasses import dataclass
 
-import torch
-
 from lorac.variants._layer_sizes import require_at_most
+from lorac.variants._singular import truncated_svd
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
 from lorac.variants.low_rank import RankStabilizedFields, factor_specs
-
-
-def smallest_components(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return A₀ (r, in) and B₀ (out, r) of the r smallest singular values of W (out, in), B₀·A₀."""
-    u, s, vh = torch.linalg.svd(W, full_matrices=False)
-    return vh[-r:].contiguous(), u[:, -r:] * s[-r:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +29,18 @@ class KaSA(RankStabilizedFields, WeightVariant):
         require_at_most(site, "r", self.r, min(site.in_features, site.out_features) - 1)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        def smallest(index: int, shape: tuple[int, int]) -> ParamSpec:
-            def draw(context: InitContext) -> Tensor:
-                return smallest_components(context.weight(), self.r)[index]
+        def smallest(context: InitContext) -> Tensor:
+            W = context.weight()
+            return truncated_svd(W, min(W.shape))[2][-self.r :].contiguous()
 
-            return ParamSpec(shape, draw, Role.FROZEN)
+        def project(context: InitContext) -> Tensor:
+            return context.weight() @ context.params.start_A.t()  # its rows are orthonormal
 
         return {
             **factor_specs(site, self.r),
             "lora_diag": ParamSpec((self.r,), normal(1.0), decay=False),
-            "start_A": smallest(0, (self.r, site.in_features)),
-            "start_B": smallest(1, (site.out_features, self.r)),
+            "start_A": ParamSpec((self.r, site.in_features), smallest, Role.FROZEN),
+            "start_B": ParamSpec((site.out_features, self.r), project, Role.FROZEN),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from lorac.argument_types import Count
 from lorac.errors import AdapterError
 from lorac.variants._singular import require_rank
-from lorac.variants._layer_sizes import require_at_most
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
@@ -93,7 +92,6 @@ class LoRAXS(InputDropout, WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         require_rank("LoRA-XS", self.r, site)
-        require_at_most(site, "r", self.r, min(site.out_features, site.in_features))
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         def left(context: InitContext) -> Tensor:

@@ -13,8 +13,8 @@ from peft import (
     AdaLoraConfig,
     BeftConfig,
     BOFTConfig,
-    DeftConfig,
     C3AConfig,
+    DeftConfig,
     DeloraConfig,
     FourierFTConfig,
     GloraConfig,
@@ -34,7 +34,6 @@ from peft import (
     PveraConfig,
     RandLoraConfig,
     RoadConfig,
-    SupertuningConfig,
     TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -78,7 +77,6 @@ pvera = _of(PveraConfig, r=3)
 peanut = _of(PeanutConfig, r=3)
 psoft = _of(PsoftConfig, r=3, psoft_alpha=6, dtype=torch.float32, alone=False)  # factors are made in no other
 randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
-supertuning = _of(SupertuningConfig, sparsity=0.8, alone=False)
 road = _of(RoadConfig, group_size=2)
 tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
@@ -218,10 +216,6 @@ CASES: tuple[Case, ...] = (
     randlora("bias", "tiny_bert", "query", "value", "dense", bias="all", very_sparse=True, **CLASSIFIER),
     randlora("seed", "tiny_bert", "dense", **SEED),
     randlora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True, r=5),
-    supertuning("super", "plain_mlp", "up", "head", emitted=True),
-    supertuning("supra", "plain_mlp", "up", "down", r=2, lora_alpha=5, emitted=True, **HEAD),
-    supertuning("smallest", "tiny_llama", "q_proj", "down_proj", select_top=False),
-    supertuning("computed", "tiny_llama", "q_proj", "v_proj", r=3, save_precomputed_indices=False),
     road("one", "plain_mlp", "up", "down", emitted=True),
     road("two", "plain_mlp", "up", "down", variant="road_2", **HEAD),
     road("four", "plain_mlp", "up", "down", variant="road_4"),

@@ -19,8 +19,8 @@ from lorac import (
     BAT,
     BEFT,
     BOFT,
-    DEFT,
     C3A,
+    DEFT,
     HRA,
     IA3,
     OFT,
@@ -148,7 +148,6 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
         {"projection_prng_key": 3, "randlora_dropout": 0.25, "bias": "randlora_only", "sparse": True},
         RandLoRA(r=2, alpha=4, projection_prng_key=3, dropout=0.25, bias="randlora_only", sparse=True),
     ),
-    ("SUPERTUNING", {"select_top": False}, SuperTuning(sparsity=0.9, select_top=False)),
     ("ROAD", {"variant": "road_4"}, RoAd(variant="road_4", group_size=2)),
     (
         "VBLORA",
@@ -246,7 +245,6 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("cayley_neumann_eps", "0.9"),
     ],
     "RANDLORA": [("r", 0), ("randlora_alpha", None), ("sparse", 1), ("projection_prng_key", 0.5)],
-    "SUPERTUNING": [("sparsity", None), ("select_top", 1), ("r", 0), ("lora_alpha", "2")],
     "ROAD": [("variant", "road_3"), ("group_size", 0)],
     "VBLORA": [("r", 0), ("topk", "2"), ("vector_length", None), ("save_only_topk_weights", 1)],
     "VERA": [

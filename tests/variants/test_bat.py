@@ -59,7 +59,7 @@ def test_two_together_are_a_sum_not_a_chain():
     assert_apart(compiled.host.site.weight - W, chained - W)
 
 
-@pytest.mark.parametrize(("host", "r", "nearest"), [("divisible", 4, "r=2"), ("linear", 3, "r=1")])
+@pytest.mark.parametrize(("host", "r", "nearest"), [("divisible", 4, "r=3"), ("linear", 3, "r=1")])
 def test_r_divides_both_sides(host, r, nearest):
     with refuses("site_unsupported", match="does not divide both sides") as error:
         lorac.compile(HOSTS[host].model(), {"a": lorac.BAT(r=r, targets=("site",))})

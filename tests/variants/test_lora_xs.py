@@ -96,7 +96,7 @@ def test_gradient_of_the_core_is_that_of_the_weight_projected():
 
 
 def test_rejects_a_rank_above_the_number_of_singular_vectors():
-    with refuses("site_unsupported", match="takes r up to") as error:
+    with refuses("site_unsupported", match="fewer than the 8 singular vectors") as error:
         lorac.compile(HOSTS["linear"].model(), {"a": lorac.LoRAXS(r=8, targets=("site",))})
     assert error.value.nearest == "r=7"
 

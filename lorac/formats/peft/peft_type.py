@@ -4,10 +4,7 @@ A type is a subclass in a module of ``lorac.formats.peft.types``, found by its e
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch

@@ -104,14 +104,9 @@ def _read_sites(
         site = site if site.within == within else dataclasses.replace(site, within=within)
         if site.within not in {None, path}:
             tensors = peft_type.read_inner(file.values, tensors)
-        if peft_type.needs_model:
+        if peft_type.needs_model or type(adapter.variant) in peft_type.completed:
             site, view = _site_of_model(file, path)
             tensors = peft_type.complete_site(adapter.variant.at(site), site, tensors, view.base)
-        if peft_type.needs_model or type(adapter.variant) in peft_type.completed:
-            site = _site_of_model(file, path)
-            tensors = peft_type.complete_site(
-                adapter.variant.at(site), site, tensors, functools.partial(_read_weight, file, site)
-            )
         adapter.tensors[path] = tensors
         check_site(adapter.name, adapter.variant, site, tensors)
         sites[path] = site

@@ -22,7 +22,7 @@ read such files as LoRAs.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,7 +62,7 @@ from lorac.variants.base import Variant
 from lorac.variants.bd_lora import BDLoRA
 from lorac.variants.dora import DoRA
 from lorac.variants.flylora import FlyLoRA
-from lorac.variants.kasa import KaSA, smallest_components
+from lorac.variants.kasa import KaSA
 from lorac.variants.lora import LoRA
 from lorac.variants.lora_xs import LoRAXS
 from lorac.variants.residual import Residual
@@ -174,6 +174,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
     fields = FIELDS
     suffixes = (*MATRICES, *EMBEDDING, *VECTORS, LATENT)
     completed = frozenset({KaSA})
+    derived = ("start_A", "start_B")
     shapes_tell_kind = True
     tied = {"lora_A": "lora_B", "lora_B": "lora_A"}
     training_state = {".lora_velora_embed": "velora_config", ".lora_monteclora_sampler.": "monteclora_config"}
@@ -252,15 +253,6 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
                 f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
                 next_step="use format='native', or exclude= the module",
             )
-
-    def complete_site(
-        self, variant: Variant, site: Site, tensors: dict[str, Tensor], weight: Callable[[], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the parameters of KaSA with the components of the weight that they replace."""
-        assert isinstance(variant, KaSA)
-        variant.check(site)
-        start_a, start_b = smallest_components(weight().to(factor_dtype(site.dtype)), variant.r)
-        return {**tensors, "start_A": start_a, "start_B": start_b}
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return A and 2·B of an attention's output layer, to whose weight PEFT adds s·B·A twice."""

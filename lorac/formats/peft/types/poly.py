@@ -7,12 +7,12 @@ in task_ids; here a task is an adapter.
 
 from collections.abc import Mapping
 
+from lorac.argument_types import JsonMapping
 from lorac.errors import warn
 from lorac.formats._config_fields import Applied, Refused, TrainingOnly, read_size
 from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
-from lorac.variants.base import Variant
 from lorac.variants.poly import Poly
 
 
@@ -37,7 +37,7 @@ class PolyType(PlainType[Poly]):
         a, b = stored["poly_lora_A"], stored["poly_lora_B"]
         return b.shape[0] * b.shape[3], a.shape[0] * a.shape[2]
 
-    def refine_variant(self, variant: Poly, stored: Mapping[str, Tensors]) -> Variant:
+    def refine_variant(self, variant: Poly, values: JsonMapping, stored: Mapping[str, Tensors]) -> Poly:
         if variant.n_tasks > 1:
             warn(
                 f"the file has {variant.n_tasks} tasks, which PEFT chooses by task_ids, and the adapter acts as task 0",
