@@ -99,12 +99,15 @@ from lorac.variants.magnitude import Magnitude as Magnitude
 from lorac.variants.meteora import MeteoRA as MeteoRA
 from lorac.variants.miss import MiSS as MiSS
 from lorac.variants.mps import MPS as MPS
+from lorac.variants.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from lorac.variants.oft import OFT as OFT
 from lorac.variants.params import ParamSpec as ParamSpec
 from lorac.variants.params import Role as Role
 from lorac.variants.peanut import PEANuT as PEANuT
 from lorac.variants.plp import PLP as PLP
 from lorac.variants.poly import Poly as Poly
+from lorac.variants.prefix_tuning import PrefixTuning as PrefixTuning
+from lorac.variants.prompt_tuning import PromptTuning as PromptTuning
 from lorac.variants.psoft import PSOFT as PSOFT
 from lorac.variants.pvera import PVeRA as PVeRA
 from lorac.variants.qst import QST as QST

@@ -16,7 +16,7 @@ from lorac.errors import NeedsRecompile
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, map_tensors, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
-from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_weight
+from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_rows, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import AlgebraRule
 from lorac.ir.sites.site import BaseReader, Site, SiteKind, cast_floating, factor_dtype
@@ -24,11 +24,12 @@ from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.layer_sizes import pad_rows
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
+from lorac.ir.slots.prefix import Prefix
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
 from lorac.storage.strict_json import JsonObject
 from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, Variant, WeightVariant, invocation_of
+from lorac.variants.base import BranchVariant, PromptVariant, Variant, WeightVariant, invocation_of
 
 _REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
@@ -90,14 +91,22 @@ class Preparer:
         owned = {site.weight: path for path, site in self.sites.items() if site.is_resizable}
         sizes = {owned[name]: len(tensor) for name, tensor in adapter.replaced.items() if name in owned}
         power, labels = adapter.variant.truncatable, tuple(adapter.provenance.get("labels", ()))
-        invocation = invocation_of(adapter.variant)
-        prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels, invocation)
+        invocation, prefix = invocation_of(adapter.variant), self._find_prefix(adapter)
+        prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels, invocation, prefix)
         return pack_adapter(prepared, adapter) if packed else prepared
+
+    def _find_prefix(self, adapter: Adapter) -> Prefix | None:
+        variant = adapter.variant
+        if not isinstance(variant, PromptVariant):
+            return None
+        [(path, tensors)] = adapter.tensors.items()
+        return variant.prefix(self.sites[path], {name: tensor.detach() for name, tensor in tensors.items()})
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
-        return list(dict.fromkeys([*adapter.tensors, *(owners[fqn] for fqn in adapter.replaced)]))
+        own = adapter.tensors if adapter.variant.acts_at_sites else ()
+        return list(dict.fromkeys([*own, *(owners[fqn] for fqn in adapter.replaced)]))
 
     def term(self, adapter: Adapter, path: str) -> Change | BranchTerm:
         """Return the normal form of an adapter's term at a site that it touches."""
@@ -278,6 +287,8 @@ class Preparer:
                 return of_weight(w, p, like=w), of_bias(w, b, p, like=b)
 
             return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=keep)
+        if isinstance(variant, PromptVariant):
+            return reduce_rows(variant.rows, shape, examples)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
             return _unreduced(tensors)

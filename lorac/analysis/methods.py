@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import AdapterError, SiteError
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
 from lorac.ir.sites.site import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
 from lorac.ir.slots.roles import ROLES
-from lorac.variants.base import BranchVariant, Variant, WeightVariant
+from lorac.variants.base import BranchVariant, PromptVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role
 
 WIDTH = 768
@@ -180,7 +181,7 @@ def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:
 
 def _describe_form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: Reduce) -> tuple[str, bool]:
     """Return the normal form as text, and whether it merges."""
-    if not isinstance(variant, WeightVariant | BranchVariant):
+    if not isinstance(variant, WeightVariant | BranchVariant | PromptVariant):
         return "replace", True
     tensors = {
         name: torch.empty(spec.shape, dtype=torch.int64 if spec.role is Role.INDEX else site.dtype)
@@ -194,4 +195,4 @@ def _describe_form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec],
         return "", isinstance(variant, WeightVariant)
     scales = [role.name for role in ROLES.values() if role.optional and role.name in reduction.outputs]
     ranked = f"{reduction.form} r={reduction.rank}" if reduction.form == LOW_RANK else reduction.form
-    return " ".join((ranked, *scales)), reduction.form != BRANCH
+    return " ".join((ranked, *scales)), reduction.form != BRANCH and operands.VIRTUAL not in reduction.outputs

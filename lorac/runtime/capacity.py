@@ -22,6 +22,8 @@ def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
     needed = {role.reserve or ROLES[operands.WEIGHT].reserve for change in changes for role in roles_needed(change)}
     arguments = [f"targets={paths}", f"rank={rank}"]
     arguments += [f"adapters={len(together)}"] if len(together) > 1 else []
+    virtual = max((p.prefix.length for p in together if p.prefix is not None and p.changes), default=0)
+    arguments += [f"virtual_tokens={virtual}"] if virtual else []
     arguments += [f"{field.name}=True" for field in fields(Reserve) if field.name in needed and field.default is False]
     return f"reserve=lorac.Reserve({', '.join(arguments)})"
 

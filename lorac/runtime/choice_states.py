@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
-from lorac.errors import FormatError, NeedsRecompile
+from lorac.errors import FormatError, NeedsRecompile, Unavailable
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import AS_TRAINED, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
@@ -162,7 +162,7 @@ class ChoiceStates:
         """
         state, entry, base = self._kept.pop(choice, None), self._find_stored(choice), self._kept.get(())
         self._in_use.pop(choice, None)
-        if state is None or entry is None or base is None or state.entries != (entry,):
+        if state is None or entry is None or base is None or state.entries != (entry,) or state.snapshot.prefix:
             return
         name, engine = choice[0][0], self._engine
         shares = state.snapshot.invocations or any(
@@ -261,6 +261,8 @@ class ChoiceStates:
             entries = self._pool.select([name for name, _ in choice])
             versions = self._pool.read_versions(entries)
             snapshot = compose_choice(self._plans, self._pool if prepared is None else prepared, choice, self._base)
+            if snapshot.prefix is not None and (self._engine.fused or self._engine.constant):
+                raise _prefix_error(choice)
             bound, filled = None, list[Tensor]()
             if self._engine.constant:
                 bound = self._engine.bind(snapshot, {})
@@ -268,6 +270,7 @@ class ChoiceStates:
                 with self._suggesting_reserve(choice):
                     slots = fill_slots(self._plans, snapshot, self._base, self._idle)
                 bound = self._engine.bind(snapshot, slots)
+                bound = bound if snapshot.prefix is None else replace(bound, prefix=snapshot.prefix)
                 filled = [tensor for path in snapshot.composed for tensor in slots[path].named().values()]
             charge = self._pool.budget.charge((*snapshot.tensors(), *filled))
             nbytes = sum(tensor.nbytes for tensor in filled)
@@ -279,6 +282,8 @@ class ChoiceStates:
         snapshot = compose_choice(self._plans, self._pool, choice, self._base)
         if snapshot.invocations:
             raise no_prompt_error(snapshot.invocations)
+        if snapshot.prefix is not None:
+            raise _prefix_error(choice)
         writing = translate_os_errors(target, FormatError, "written", code="unreadable")
         with writing, replace_atomically(target) as staged, self._suggesting_reserve(choice):
             self._engine.write_choice(snapshot, graph, staged)
@@ -311,3 +316,10 @@ class ChoiceStates:
         self._together.clear()
         for choice in tuple(self._kept):
             self._drop(choice)
+
+
+def _prefix_error(choice: Choice) -> Unavailable:
+    return Unavailable(
+        f"{describe_choice(choice)} puts virtual tokens before sequences, which no weight and no slot file holds",
+        next_step="compile with mode='live' (or 'auto'), and call lorac's own program with the adapter",
+    )

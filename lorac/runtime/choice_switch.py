@@ -424,8 +424,11 @@ class ChoiceSwitch:
         """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""
         if not group.mixed:
             return self.with_choice(group.choice, work)
-        bound = self.states.bind_rows(choose_places(group.states))
-        return work(self._at_prompts(bound, group.states), group.states[0])
+        places = choose_places(group.states)
+        bound = self._at_prompts(self.states.bind_rows(places), group.states)
+        if any(state.snapshot.prefix is not None for state in places):
+            bound = replace(bound, parts=tuple(state.bound for state in places if state.bound is not None))
+        return work(bound, group.states[0])
 
     def new_row_bank(self, rows: int, graph: str = MAIN_GRAPH) -> RowBank:
         """Return places for the adapters of the rows of a running batch.

@@ -69,7 +69,7 @@ class InvokedProgram(BoundProgram):
         tokens = ids if mask is None else [row[own.bool()] for row, own in zip(ids, mask, strict=True)]
         rows = zip(itertools.cycle(self.rows), tokens, strict=False)
         found = [find_phases(self.states, state, row) for state, row in rows]
-        return InvokedProgram(self.engine, self.states, self.rows, found)
+        return InvokedProgram(self.engine, self.states, self.rows, found, parts=self.parts)
 
     def run(self, graph: str, call: Call) -> CallResult:
         raise self._error()

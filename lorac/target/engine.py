@@ -15,7 +15,7 @@ from typing import Never, TypeVar
 import torch
 from torch import nn
 
-from lorac.errors import Unavailable
+from lorac.errors import InputMismatch, Unavailable
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Skip
@@ -23,6 +23,7 @@ from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.layer_sizes import mark_beyond
 from lorac.ir.slots.plans import SiteSlots
+from lorac.ir.slots.prefix import Prefix
 from lorac.ir.slots.weight_writes import SparseWrites
 from lorac.report.dump import Dump
 from lorac.storage.open_file import OpenFile
@@ -208,11 +209,22 @@ class BoundProgram(ABC):
     Attributes:
         own: the tensors that were made for it alone.
         charge: their memory, where that is counted.
+        prefix: the virtual tokens before each sequence.
+        begun: graph -> a row of its cache that holds the prefix, once one was asked for.
+        parts: of choices that share a call, the program of each part of its rows, where virtual tokens precede some.
     """
 
     engine: Engine
     own: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
     charge: Charge | None = field(default=None, kw_only=True)
+    prefix: Prefix | None = field(default=None, kw_only=True)
+    begun: dict[str, KeyValueCache] = field(default_factory=dict, kw_only=True)
+    parts: tuple[BoundProgram, ...] = field(default=(), kw_only=True)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The most virtual tokens before a row."""
+        return max(0 if part.prefix is None else part.prefix.length for part in self.parts or (self,))
 
     @abstractmethod
     def run(self, graph: str, call: Call) -> CallResult:
@@ -245,6 +257,39 @@ class BoundProgram(ABC):
             The requested logits (rows, k, vocabulary), in memory that no later call writes to.
         """
         self.engine.refuse_cache()
+
+    def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
+        """Return a cache of rows that hold the virtual tokens alone, whose keys and values are computed once.
+
+        Raises:
+            Unavailable: the graph has no cache.
+            InputMismatch: the rows may become longer than the model has positions for.
+            AdapterError: the model has other layers or heads than the prefix.
+            OverBudget: there is no room for it.
+        """
+        if self.parts:
+            whole = self.engine.new_cache(graph, 0, capacity)
+            for part in self.parts:
+                whole.join(part.new_cache(graph, rows // len(self.parts), capacity))
+            return whole
+        if self.prefix is None:
+            return self.engine.new_cache(graph, rows, capacity)
+        spec = self.engine.cache_spec(graph)
+        if spec is not None and spec.limit is not None and self.prefix.length + capacity > spec.limit + 1:
+            raise InputMismatch(
+                f"{self.prefix.length} virtual tokens and {capacity} others are more than the model has positions for: "
+                f"{spec.limit}",
+                next_step="ask for fewer tokens, or give a shorter prompt",
+            )
+        if graph not in self.begun:
+            one, ids = self.engine.new_cache(graph, 1, self.prefix.length), self.prefix.ids
+            if self.prefix.keys_values is None:
+                self.decode(graph, one, DecodeStep(ids=ids, counts=[ids.shape[1]], wanted=ids[:, :1] * 0))
+            one.hold_prefix(self.prefix.keys_values)
+            self.begun[graph] = one
+        cache = self.begun[graph].copy([0] * rows)
+        cache.grow(capacity)
+        return cache
 
     def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
         """Run the encoder, and store its outputs for the rows of an empty cache.

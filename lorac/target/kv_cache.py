@@ -9,7 +9,7 @@ A decoder may also attend to the outputs of an encoder. These are computed once,
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,6 +30,10 @@ class CacheSpec:
     vocabulary: int
     encodes: tuple[str, ...] = ()
 
+    def behind(self, tokens: int) -> "CacheSpec":
+        """Return the limits of what stands behind some virtual tokens."""
+        return self if self.limit is None or not tokens else replace(self, limit=self.limit - tokens)
+
     def after(self, count: int) -> int | None:
         """Return how many tokens may follow ``count`` ones, the last of which nothing reads; None for any number."""
         return None if self.limit is None else self.limit + 1 - count
@@ -43,7 +47,7 @@ class KeyValueCache(ABC):
 
     Attributes:
         capacity: the most tokens of a row.
-        lengths: number of tokens in each row.
+        lengths: number of tokens in each row, without the virtual tokens of its prefix.
         nbytes: size of its buffers.
         charge: their memory in the engine's budget; None where nothing counts it.
     """
@@ -81,6 +85,14 @@ class KeyValueCache(ABC):
     @abstractmethod
     def crop(self, lengths: Sequence[int]) -> None:
         """Drop each row's tokens from a length on, which is at most the present one."""
+
+    @abstractmethod
+    def hold_prefix(self, keys_values: Tensor | None) -> None:
+        """Make keys and values (2·layers, heads, length, size) the prefix of every row; None: those of its tokens.
+
+        Raises:
+            AdapterError: the program has other layers or heads.
+        """
 
     @abstractmethod
     def grow(self, capacity: int = 0, rows: int = 0) -> None:

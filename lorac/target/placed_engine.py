@@ -100,6 +100,8 @@ class PlacedEngine(Engine, Generic[GraphT]):
         """Do nothing: graphs read the memory that was written."""
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
+        if snapshot.prefix is not None and self.cache_spec(graph) is None:
+            return "virtual tokens make its rows longer"
         both = (graph, get_encoder_graph_name(graph))
         shared = frozenset[str]().union(*(self.shared_slots[name] for name in both if name in self.shared_slots))
         for path, composed in snapshot.composed.items() if shared else ():

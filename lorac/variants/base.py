@@ -23,6 +23,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.patterns import find_first_pattern, select_sites
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
+from lorac.ir.slots.prefix import Prefix
 from lorac.variants._field_names import unknown_field_error
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
@@ -35,6 +36,7 @@ __all__ = [
     "InitContext",
     "ParamSpec",
     "Params",
+    "PromptVariant",
     "Role",
     "Site",
     "SiteKind",
@@ -133,6 +135,8 @@ class Variant(ABC):
     """Site kinds that the method is defined on."""
     dropout_place: ClassVar[Dropout] = Dropout.NONE
     identity_at_init: ClassVar[bool] = True
+    acts_at_sites: ClassVar[bool] = True
+    """Whether its tensors change a site's computation; those of a prefix stand before the sequences alone."""
     truncatable: ClassVar[float | None] = None
     """The power p by which the scale falls with the rank, as r^−p (1 for alpha/r), for a method whose first components
     are trained to stand alone; else None."""
@@ -350,6 +354,22 @@ class BranchVariant(Variant):
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         """Return the whole new output y' (…, out) from the input x (…, in) and the output y (…, out)."""
+
+
+class PromptVariant(Variant):
+    """A method that puts virtual tokens before a sequence. Its one site is the model's input embedding."""
+
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.EMBEDDING})
+    identity_at_init: ClassVar[bool] = False
+
+    def rows(self, p: Params) -> Tensor:
+        """Return the embeddings (n, d) of the virtual tokens, or their keys and values; default: the only tensor."""
+        [rows] = vars(p).values()
+        return rows
+
+    def prefix(self, site: Site, tensors: Mapping[str, Tensor]) -> Prefix:
+        """Return the virtual tokens of an adapter's tensors at that site."""
+        return Prefix(site, embeddings=self.rows(Params(**tensors)))
 
 
 _COMMON = tuple(Variant.__dataclass_fields__)

@@ -154,10 +154,10 @@ def test_rejects_merged_and_injected_peft_models() -> None:
         (merged, lorac.CompileError, r"merged into the base's weight at '.*up'\n.*model.unmerge_adapter\(\)"),
         (injected, lorac.CompileError, r"PEFT's layers in it, at 'up' first(.|\n)*lorac.compile\(base, \[folder\]\)"),
         (scaled, lorac.CompileError, "'default' has a strength other than 1 at 'up'"),
-        (prompted, lorac.FormatError, "of peft_type PROMPT_TUNING"),
     ):
         with pytest.raises(error, match=said):
             lorac.compile(model)
+    assert [*lorac.compile(prompted).adapters] == ["default"]
 
 
 # Models in torch's wrappers
@@ -221,7 +221,7 @@ def test_a_configuration_of_pefts_is_a_fresh_method() -> None:
         (LoraConfig(r=4, target_modules=["up"], init_lora_weights="gaussian"), "sets init_lora_weights='gaussian'"),
         (LoraConfig(r=4, target_modules=["up"], trainable_token_indices=[1]), r"sets trainable_token_indices=\[1\]"),
         (AdaLoraConfig(target_modules=["up"], total_step=9), "sets total_step=9"),
-        (PromptTuningConfig(), "is of peft_type PROMPT_TUNING"),
+        (PromptTuningConfig(num_virtual_tokens=2), "is of peft_type PROMPT_TUNING, which PEFT alone begins"),
     ],
 )
 def test_rejects_initialisations_of_peft_that_lorac_lacks(config: Any, said: str) -> None:

@@ -29,6 +29,7 @@ from lorac.backends.eager.forward_call import (
 )
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
 from lorac.backends.eager.module_calls import OpaqueCall, shadow
+from lorac.backends.eager.prefix_hooks import stand_before
 from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.row_slots import find_shared_slot, run_row_slots, run_row_terms, stack_choices
@@ -125,6 +126,8 @@ class EagerEngine(Engine):
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
         if self.fused:
             return super().why_apart(snapshot, graph)
+        if snapshot.prefix is not None:
+            return "virtual tokens make its rows longer"
         unaligned = ((path, self.alignment.why_apart(path)) for path in snapshot.composed)
         found = next((f"at '{path}', {why}" for path, why in unaligned if why), None)
         return found or find_shared_slot(self.plans, snapshot, self._recorded_names)
@@ -452,7 +455,7 @@ class EagerProgram(BoundProgram):
         engine = self.engine
         module, forward = engine.components[graph], engine.make_call(self.active)
         engine.prepare(forward, graph, call)
-        with translate_errors(), engine.observing(graph, self.active):
+        with translate_errors(), engine.observing(graph, self.active), stand_before(module, self.prefix):
             output = engine.run_within(forward, lambda: module(*call.args, **call.kwargs))
         engine.announce(forward, output)
         return CallResult(output, {name: found for name, found in forward.aux.items() if name in engine.extra_names})
@@ -470,7 +473,7 @@ class EagerProgram(BoundProgram):
                 call.rows = engine.alignment.count_rows(engine.module, called, active.touched, Call(*given))
 
         prepared = [module] if active.needs_preparation or active.places else []
-        with engine.observing(graph, active), ExitStack() as stack:
+        with engine.observing(graph, active), stand_before(module, self.prefix), ExitStack() as stack:
             for each in (*prepared, *(Host.of(module).encoders() if active.places else ())):
                 stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
             return engine.run_within(call, lambda: work(module))

@@ -15,6 +15,7 @@ from lorac.ir.calls.call import Call
 from lorac.ir.graph.feeds import convert_input, group_aux_outputs
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.prefix import IDS
 from lorac.report.dump import Dump
 from lorac.target.backend import TargetOptions
 from lorac.target.engine import CallResult, ProgramFiles
@@ -110,13 +111,16 @@ class OnnxProgram(PlacedProgram, ABC):
         """
 
     def run(self, graph: str, call: Call) -> CallResult:
-        loaded = self.engine.graphs[graph]
+        loaded, prefix = self.engine.graphs[graph], self.prefix
 
         def run(inputs: Mapping[str, object]) -> Sequence[object]:
+            if prefix is not None:
+                inputs = prefix.extend(inputs)
             with translate_program_errors():
                 return match_inputs(self.run_graph(graph, convert_inputs(loaded, inputs)), inputs)
 
         output, extra = loaded.interface.run(call, run)
+        output = output if prefix is None else prefix.trim(output, torch.as_tensor(call.kwargs[IDS]).shape[1])
         return CallResult(output, group_aux_outputs(extra, self.tensors) if extra else {})
 
 

@@ -299,11 +299,11 @@ class OrtProgram(OnnxProgram):
         encoded = Call(kwargs={name: call.kwargs[name] for name in layout.spec.encodes if name in call.kwargs})
         given, counts = split_padding({n: v for n, v in call.kwargs.items() if n not in encoded.kwargs}, tokens)
         ids = convert_input(tokens, given[tokens], loaded.dtypes[tokens])
-        layout.check_length(max(counts, default=0))
+        layout.check_length(max(counts, default=0) + self.virtual_tokens)
         step = full_sequence_step(ids, counts)
         positions = {LOGITS_TO_KEEP: step.wanted} if LOGITS_TO_KEEP in loaded.dtypes else {}
         interface.check(Call(kwargs={**given, **positions}))
-        cache = self.engine.new_cache(graph, *ids.shape)
+        cache = self.new_cache(graph, *ids.shape)
         answered = self._encode(graph, cache, encoded) if layout.spec.encodes else {}
         logits = self.decode(graph, cache, step)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0

@@ -4,6 +4,7 @@ Past and present are one memory, so that the cost of a call depends on its new t
 in which the slots stay bound from call to call, and the buffers for as long as the rows are the same.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from lorac.ir.graph.attention_ops import (
     find_token_input,
     is_encoder_output,
     is_past_input,
+    past_names,
     present_name,
 )
 from lorac.ir.graph.feeds import CacheInputShape, convert_input
+from lorac.ir.slots.prefix import wrong_heads
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 from lorac.target.memory_budget import Charge, MemoryBudget
 
@@ -114,11 +117,13 @@ class OrtCache(KeyValueCache):
 
     Attributes:
         buffers: input of a layer's keys or values -> those of the rows.
+        prefixes: number of virtual tokens before those of each row.
         encoder_outputs: input -> the encoder's output for each row.
     """
 
     def __init__(self, layout: CacheLayout, rows: int, capacity: int, budget: MemoryBudget | None = None) -> None:
         self.layout, self.capacity, self.lengths = layout, capacity, (0,) * rows
+        self.prefixes = (0,) * rows
         self.budget = MemoryBudget() if budget is None else budget
         self.charge: Charge = self.budget.claim(layout.measure(rows, capacity))
         self._memory = layout.allocate(rows, capacity)
@@ -133,6 +138,25 @@ class OrtCache(KeyValueCache):
     def nbytes(self) -> int:  # type: ignore[override]  # computed on request
         """The bytes of all buffers, those of free places included."""
         return sum(tensor.nbytes for tensor in (*self._memory.values(), *self.encoder_outputs.values()))
+
+    @property
+    def filled(self) -> tuple[int, ...]:
+        """The number of tokens of each row, virtual ones included."""
+        return tuple(map(operator.add, self.prefixes, self.lengths))
+
+    def hold_prefix(self, keys_values: Tensor | None) -> None:
+        if keys_values is None:
+            self.prefixes, self.lengths = self.filled, (0,) * len(self.lengths)
+            return
+        layers, heads, length, size = keys_values.shape
+        other = [shape[:2] for shape in self.layout.shapes.values() if shape[:2] != (heads, size)]
+        if other or len(self.layout.shapes) != layers:
+            raise wrong_heads(keys_values, len(self.layout.shapes) // 2, *(other[0] if other else (heads, size)))
+        self.prefixes = (length,) * len(self.lengths)
+        self.reserve(length)
+        for layer in range(layers // 2):
+            for name, given in zip(past_names(layer), keys_values[2 * layer : 2 * layer + 2], strict=True):
+                self.buffers[name][:, :, :length] = given.to(self.buffers[name].dtype)
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
         """Store the encoder's outputs for each row, in the place of earlier ones.
@@ -158,7 +182,7 @@ class OrtCache(KeyValueCache):
         if rows == list(range(len(self.lengths))):
             return
         moved = {place: row for place, row in enumerate(rows) if place != row}
-        longest = max((self.lengths[row] for row in moved.values()), default=0)
+        longest = max((self.filled[row] for row in moved.values()), default=0)
         self._allocate(len(rows), self._room)
         for memory in self._memory.values() if longest else ():
             # Indexing copies, so that no row is overwritten before it has been moved.
@@ -167,20 +191,23 @@ class OrtCache(KeyValueCache):
         if encoded != self._encoded_rows:  # the beams of a row share its encoder outputs
             index = torch.tensor(rows, dtype=torch.int64)
             self._set_encoded({n: value.index_select(0, index) for n, value in self.encoder_outputs.items()})
+        self.prefixes = tuple(self.prefixes[row] for row in rows)
         self._set_rows(tuple(self.lengths[row] for row in rows), encoded)
 
     def join(self, other: KeyValueCache) -> None:
         first = len(self.lengths)
         encoded = self._join_encoded(other)
         assert isinstance(other, OrtCache)
-        rows, longest = first + len(other.lengths), max(other.lengths, default=0)
+        rows, longest = first + len(other.lengths), max(other.filled, default=0)
         self.capacity = max(self.capacity, other.capacity)
         places = next(iter(self._memory.values())).shape[0]
         # Twice as many places at a time, so that rows which join one by one are not copied at each.
-        self._allocate(rows if rows <= places else max(rows, 2 * places), self.capacity)
+        prefix = max((*self.prefixes, *other.prefixes), default=0)
+        self._allocate(rows if rows <= places else max(rows, 2 * places), self.capacity + prefix)
         for name, memory in self._memory.items() if longest else ():
             memory[first:rows, :, :longest] = other.buffers[name][:, :, :longest]
         self._set_encoded(encoded)
+        self.prefixes += other.prefixes
         behind = max(self._encoded_rows, default=-1) + 1
         self._set_rows(
             (*self.lengths, *other.lengths), (*self._encoded_rows, *(behind + row for row in other._encoded_rows))
@@ -206,13 +233,15 @@ class OrtCache(KeyValueCache):
 
     def grow(self, capacity: int = 0, rows: int = 0) -> None:
         self.capacity = max(capacity, self.capacity)
-        self._allocate(max(rows, len(self.lengths)), self.capacity)
+        self._allocate(max(rows, len(self.lengths)), self.capacity + max(self.prefixes, default=0))
 
     def copy(self, rows: Sequence[int] | None = None) -> "OrtCache":
         rows = list(range(len(self.lengths)) if rows is None else rows)
-        copied = OrtCache(self.layout, len(rows), self.capacity, self.budget)
+        copied = OrtCache(self.layout, len(rows), self.capacity + max(self.prefixes, default=0), self.budget)
+        copied.capacity = self.capacity
         copied.lengths = tuple(self.lengths[row] for row in rows)
-        longest = max(copied.lengths, default=0)
+        copied.prefixes = tuple(self.prefixes[row] for row in rows)
+        longest = max(copied.filled, default=0)
         for name, memory in copied._memory.items() if longest else ():
             memory[:, :, :longest] = self.buffers[name][rows, :, :longest]
         copied._encoded_rows = tuple(self._encoded_rows[row] for row in rows)
@@ -235,7 +264,7 @@ class OrtCache(KeyValueCache):
         places, room = max(places, before[0]), max(room, before[1])
         if (places, room) == before:
             return
-        size, rows, longest = self.layout.measure(places, room), len(self.lengths), max(self.lengths, default=0)
+        size, rows, longest = self.layout.measure(places, room), len(self.lengths), max(self.filled, default=0)
         self.charge.resize(self.layout.measure(*before) + size)
         larger = self.layout.allocate(places, room)
         for name, memory in self._memory.items():
@@ -297,10 +326,10 @@ def run_decode_step(
         return torch.zeros(*wanted.shape, layout.spec.vocabulary, dtype=dtype)
     logits = torch.empty(rows, wanted.shape[1] if layout.keeps_some else length, layout.spec.vocabulary, dtype=dtype)
     # The kernel treats a row that has no tokens and gets none as a row of one token.
-    cache.reserve(max(int(0 in counts), *cache.lengths) + length)
+    cache.reserve(max(int(0 in counts), *cache.filled) + length)
     inputs = {
         layout.token_input: step.ids[:, :length].to(torch.int64).contiguous(),
-        PAST_LENGTHS: torch.tensor(cache.lengths, dtype=torch.int32),
+        PAST_LENGTHS: torch.tensor(cache.filled, dtype=torch.int32),
         NEW_LENGTHS: torch.tensor(counts, dtype=torch.int32),
     }
     if layout.keeps_some:

@@ -62,6 +62,11 @@ def variant_from_config(config: PeftObject) -> Variant:
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))
     peft_type = peft_type_of(raw, path)
     values = read_fields(raw, peft_type.fields, path)
+    if "target_modules" not in peft_type.fields:
+        raise unsupported_error(
+            f"'{path}' is of peft_type {peft_type.peft_type}, which PEFT alone begins",
+            next_step="have get_peft_model make the adapter, and give the PeftModel",
+        )
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise unsupported_error(
             f"'{path}' names no target_modules, and what PEFT then takes depends on the model",
@@ -157,7 +162,7 @@ def _copy_base(wrapped: PeftObject, *, is_wrapped: bool) -> nn.Module:
         owner, _, leaf = path.rpartition(".")
         setattr(copied.get_submodule(owner), leaf, wrapper.original_module)
     if is_wrapped:
-        copied = copied.unload()
+        copied = copied.get_base_model() if copied.active_peft_config.is_prompt_learning else copied.unload()
     else:
         for path, layer in list(_iterate_peft_layers(copied)):
             copied.set_submodule(path, layer.get_base_layer())

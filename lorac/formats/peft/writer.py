@@ -102,7 +102,8 @@ def _convert(adapter: Adapter) -> Adapter:
 
 
 def _find_peft_type(adapter: Adapter, of_fork: bool) -> AnyPeftType:
-    for peft_type in peft_types().values():
+    original = (adapter.provenance.get("config") or {}).get("peft_type")
+    for peft_type in sorted(peft_types().values(), key=lambda one: one.peft_type != original):
         written = peft_type.read_only if of_fork else peft_type.variants.keys() - peft_type.read_only
         if type(adapter.variant) in written:
             return peft_type

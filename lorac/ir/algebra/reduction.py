@@ -102,6 +102,22 @@ def reduce_weight(
         return _classify(graph, names, rules, shared, keep_factors=keep_factors)
 
 
+def reduce_rows(
+    formula: Callable[[Params], Tensor], weight: tuple[int, int], params: Mapping[str, Tensor]
+) -> Reduction:
+    """Return the form of a formula of rows (n, out) behind an embedding (out, in): next to a pair of rank 0."""
+    out, size = weight
+
+    def lay_out(w: Tensor, b: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = formula(Params(**dict(zip(params, tensors, strict=True))))
+        return rows.new_zeros(size, 0), rows.new_zeros(0, out), rows
+
+    with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t) for t in params.values()]
+        graph = record_function(lay_out, torch.empty(weight), torch.empty(out), *fakes)
+    return Reduction(LOW_RANK, graph, tuple(params), (operands.A, operands.B, operands.VIRTUAL))
+
+
 def reduce_branch(
     formula: Callable[[Tensor, Tensor, Params], Tensor],
     weight: tuple[int, int],

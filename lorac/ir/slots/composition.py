@@ -18,6 +18,7 @@ from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_site, filled_roles, find_missing_room, why_merged_weight
 from lorac.ir.slots.invocation import Invocations
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
+from lorac.ir.slots.prefix import Prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,16 @@ class ComposedSite:
 
 @dataclass(frozen=True, eq=False)
 class ComposedWeights:
-    """A choice of adapters, composed at every site that it touches."""
+    """A choice of adapters, composed at every site that it touches.
+
+    Attributes:
+        prefix: the virtual tokens before each sequence.
+    """
 
     choice: Choice
     composed: Mapping[str, ComposedSite] = field(default_factory=dict)
     invocations: Invocations = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
@@ -56,6 +62,7 @@ class ComposedWeights:
         """Return the tensors of all changes and branches."""
         sites = self.composed.values()
         own = [tensor for site in sites if site.change is not None for tensor in list_tensors(site.change)]
+        own += [] if self.prefix is None or self.prefix.keys_values is None else [self.prefix.keys_values]
         return [*own, *(tensor for site in sites for _, term in site.branches for tensor in term.params)]
 
 
@@ -65,9 +72,17 @@ def compose_choice(
     """Compose the active adapters site by site.
 
     Raises:
-        ChoiceError: a rank is given for a method that cannot be truncated, or layers of several sizes are mixed.
+        ChoiceError: a rank is given for a method that cannot be truncated, or layers of several sizes or several
+            prompts are mixed, or a prompt has a strength.
     """
     active = [(name, how.strength, truncate_adapter(name, prepared[name], how.rank)) for name, how in choice]
+    prompts = [(name, t, p.prefix) for name, t, p in active if p.prefix is not None]
+    if len(prompts) > 1 or any(t != 1 for _, t, _ in prompts):
+        listed = ", ".join(f"'{name}' (strength {t:g})" for name, t, _ in prompts)
+        raise ChoiceError(
+            f"virtual tokens are not a sum, so a prompt stands alone before its row, at strength 1: {listed}",
+            next_step="activate one of these adapters as it is, or give each row of a batch its own: adapters=[...]",
+        )
     composed = {}
     for path, plan in plans.items():
         terms = {name: (t, p.changes[path]) for name, t, p in active if path in p.changes}
@@ -85,7 +100,12 @@ def compose_choice(
                     )
                 composed[path] = replace(composed[path], size=max(sizes.values()))
     invocations = {name: one.invocation for name, _, one in active if one.invocation}
-    return ComposedWeights(choice, composed, invocations)
+    if prompts and invocations:
+        raise ChoiceError(
+            f"'{prompts[0][0]}' puts virtual tokens before a row, and '{min(invocations)}' acts from its tokens on",
+            next_step="activate one of the two, or give each row of a batch its own: adapters=[...]",
+        )
+    return ComposedWeights(choice, composed, invocations, prompts[0][2] if prompts else None)
 
 
 def place_change(

@@ -8,7 +8,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -190,6 +190,9 @@ def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
     """
     if call.block is not None:
         return add_branches(plan, slots, call, call.block, call.block)
+    if slots.stages[Stage.VIRTUAL]:
+        own = replace(slots, tensors={n: t for n, t in slots.tensors.items() if n != operands.VIRTUAL})
+        return embed_virtual(slots, call, lambda real: run_site(plan, own, real))
     layout, linear = call.layout, call.product
     if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
         return _add_pair(layout, slots, call.x, call.base())
@@ -202,6 +205,13 @@ def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
         return y
     assert linear is not None
     return add_branches(plan, slots, call, y, add_bias(layout, linear, call.bias))
+
+
+def embed_virtual(slots: SiteSlots, call: SiteCall, run: Callable[[SiteCall], Tensor]) -> Tensor:
+    """Return the output of an embedding: that of ``run`` for its own ids, and the rows in a slot for virtual ones."""
+    y = run(replace(call, x=call.x.clamp(max=call.layout.site.in_features - 1)))
+    rows = apply_stage(Stage.VIRTUAL, call.layout, slots, call.x).to(y.dtype)
+    return torch.where((call.x >= call.layout.site.in_features)[..., None], rows, y)
 
 
 def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:

@@ -104,7 +104,7 @@ def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
         room = plan.room.get(role.name, 0)
         if not room and not role.ranked:
             return f"has no slot '{role.name}'"
-        if size > room or (size != room and not role.ranked):
+        if size > room or (size != room and not (role.ranked or role.padded)):
             return f"holds {role.unit.format(room)}, not {size}"
     return None
 

@@ -20,7 +20,14 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
 from lorac.ir.sites.site import BaseReader, Site, cast_floating
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.execution import FormulaContext, SiteCall, apply_stage, compute_branch_delta, run_site
+from lorac.ir.slots.execution import (
+    FormulaContext,
+    SiteCall,
+    apply_stage,
+    compute_branch_delta,
+    embed_virtual,
+    run_site,
+)
 from lorac.ir.slots.invocation import no_prompt_error
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
@@ -91,6 +98,10 @@ def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
         Unavailable: a term has a dropout rate, and its form has no place for dropout.
     """
     ctx = call.ctx
+    own = [term.change for term in terms if isinstance(term.change, LowRank) and operands.VIRTUAL in term.change.scales]
+    if own:  # one, at strength 1 (``lorac.ir.slots.composition``)
+        rest = [term for term in terms if term.change is not own[0]]
+        return embed_virtual(_lay_out(call.layout, own[0]), call, lambda real: run_terms(rest, real))
     if call.block is None and len(terms) == 1 and (alone := terms[0].change) is not None:
         whole = not isinstance(alone, LowRank) or acts_at(alone, Stage.INPUT)
         drops = any(_active_rate(terms[0], ctx, place) for place in _DROPOUTS)

@@ -16,6 +16,7 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, list_tensors
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.slots.prefix import Prefix
 from lorac.ir.slots.roles import ROLES, SlotRole, Stage, branch_roles
 
 
@@ -243,6 +244,7 @@ class PreparedAdapter:
         sizes: path of a layer that it replaces -> the outputs of its own, or the tokens of its embedding.
         labels: the names of a classifier's outputs, if its file has them.
         invocation: the token ids from which on it acts; empty: it acts on every token.
+        prefix: its virtual tokens, if it puts such before a sequence.
     """
 
     changes: Mapping[str, Change]
@@ -252,10 +254,12 @@ class PreparedAdapter:
     sizes: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
+    prefix: Prefix | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return all its tensors."""
         own = [tensor for change in self.changes.values() for tensor in list_tensors(change)]
+        own += [] if self.prefix is None or self.prefix.keys_values is None else [self.prefix.keys_values]
         return [*own, *(tensor for term in self.branches.values() for tensor in term.params)]
 
     @property

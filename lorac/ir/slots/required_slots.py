@@ -35,6 +35,7 @@ class Reserve:
         adapters: how many may be active together.
         scales: make room for DoRA-like adapters (an output scale and a shift).
         weights: make room for any adapter with a weight form, in a bound weight.
+        virtual_tokens: of each targeted embedding, the most virtual tokens that an adapter may have (prompt tuning).
         outputs: name or path of a layer -> the most outputs, or tokens of an embedding, that an adapter may give it in
             its place (``modules_to_save``).
     """
@@ -44,6 +45,7 @@ class Reserve:
     adapters: int = 1
     scales: bool = False
     weights: bool = False
+    virtual_tokens: int = 0
     outputs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -200,7 +202,10 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
         merged = mode == "fused" or site.within is not None
         biased = site.within is None or site.bias is not None
         for role in [role for role in admitted if (role.merged or not merged) and (biased or role.stage != Stage.BIAS)]:
-            need.require(role.name)
+            if not role.padded:
+                need.require(role.name)
+            elif site.kind is SiteKind.EMBEDDING:
+                need.require(role.name, getattr(reserve, role.reserve))
         need.merges |= reserve.weights and not site.own_size
         if merged:
             need.require(operands.WEIGHT)
@@ -218,7 +223,7 @@ def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:
         need.reasons.append(Reason(None, site.path, "changes of outputs and of inputs do not add up"))
     for role in ROLES.values():
         sizes = sorted(need.rooms.get(role.name, ()))
-        if len(sizes) > 1 and not role.ranked:
+        if len(sizes) > 1 and not (role.ranked or role.padded):
             need.require(operands.WEIGHT)
             different = role.unit.format(" and ".join(map(str, sizes)))
             need.reasons.append(Reason(None, site.path, f"{different} do not add up"))

@@ -35,6 +35,7 @@ Shape = tuple[Size, ...]
 class Stage(enum.Enum):
     """The steps of a site's computation in which roles act. Roles of one stage act in the table's order."""
 
+    VIRTUAL = "in place of the output, for ids behind the base's"
     INPUT = "on the input of the base's product"
     PRODUCT = "in place of the base's product"
     OUTPUT = "on the output of the base's product"
@@ -120,6 +121,7 @@ class SlotRole:
         unit: a phrase for its room, with ``{}`` for the number; empty without a size.
         rank_axis: the axis of a change's tensor that counts components, or None. Room for such a tensor is the largest
             rank of the site's pair, and the rank may differ between calls.
+        padded: a change's tensor may have fewer rows than its slot, whose others are zeros.
         of_base: it has the base's dtype; others have that of the factors (PEFT's rule).
         reserve: the field of ``Reserve`` that makes room for it; empty if only a bound weight can hold such a change.
         why_shared: why all rows of a batch share such a slot; empty where each may have its own.
@@ -141,6 +143,7 @@ class SlotRole:
     sized: Callable[[Tensor], int] = lambda _: 1
     unit: str = ""
     rank_axis: int | None = None
+    padded: bool = False
     of_base: bool = False
     reserve: str = ""
     why_shared: str = ""
@@ -163,7 +166,7 @@ class SlotRole:
     @property
     def optional(self) -> bool:
         """Whether a low-rank change may have it in addition to its pair."""
-        return self.stage in {Stage.INPUT, Stage.OUTPUT, Stage.BETWEEN, Stage.AFTER}
+        return self.stage in {Stage.VIRTUAL, Stage.INPUT, Stage.OUTPUT, Stage.BETWEEN, Stage.AFTER}
 
     def dtype(self, site: Site) -> torch.dtype:
         """Return its dtype at a site."""
@@ -177,12 +180,13 @@ class SlotRole:
         """Return a slot's tensor for a change's tensor or None; along the rank it is padded with zeros to the size."""
         if tensor is None:
             return self.neutral(slot)
-        if self.rank_axis is None:
+        axis = 0 if self.padded else self.rank_axis
+        if axis is None:
             return self.into_slot(slot.layout, tensor)
-        missing = int(slot.size) - tensor.shape[self.rank_axis]
+        missing = int(slot.size) - tensor.shape[axis]
         if missing > 0:
-            shape = [missing if axis == self.rank_axis else size for axis, size in enumerate(tensor.shape)]
-            tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=self.rank_axis)
+            shape = [missing if other == axis else size for other, size in enumerate(tensor.shape)]
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
         return self.into_slot(slot.layout, tensor).contiguous()
 
     def seen(self, tensor: Tensor) -> Tensor:
@@ -315,6 +319,20 @@ _TABLE = (
         stage=Stage.AFTER,
         apply=lambda layout, u, h: u * layout.per_output(h),
         shape=_per_output,
+    ),
+    SlotRole(
+        name=operands.VIRTUAL,
+        letter="v",
+        meaning="embeddings of virtual tokens",
+        stage=Stage.VIRTUAL,
+        apply=lambda layout, x, rows: layout.down((x - layout.site.in_features).clamp(min=0), rows),
+        shape=lambda slot: (slot.size, slot.site.out_features),
+        start=_zeros,
+        flops=lambda *_: 0,
+        sized=len,
+        unit="{} virtual tokens",
+        padded=True,
+        reserve="virtual_tokens",
     ),
     SlotRole(
         name=operands.WEIGHT,

@@ -96,7 +96,7 @@ class CachedGeneration:
             elif self.prompt_cache is not None:
                 tokens = self.prompts.tokens()
                 beginnings = [own[: limits.get(row, len(own)) + 1] for row, own in enumerate(tokens)]
-                known = self._find(self.prompt_cache, keyed, beginnings)
+                known = self._find(self.prompt_cache, keyed, beginnings, bound)
                 extra |= {} if known is None else {"cache": DecodingState(known)}
                 whole = [row for row, n in limits.items() if n == (0 if known is None else known.lengths[row])]
                 keyed = {key: [row for row in rows if row not in whole] for key, rows in keyed.items()}
@@ -117,8 +117,8 @@ class CachedGeneration:
         encodes = self.cache_spec.encodes
         program = DecodingProgram(
             decode=functools.partial(bound.decode, self.graph),
-            new_cache=functools.partial(self.engine.new_cache, self.graph),
-            cache_spec=self.cache_spec,
+            new_cache=functools.partial(bound.new_cache, self.graph),
+            cache_spec=self.cache_spec.behind(bound.virtual_tokens),
             encode=functools.partial(bound.encode, self.graph) if encodes else None,
             generators=generators,
         )
@@ -127,7 +127,11 @@ class CachedGeneration:
         return driver(program, settings, self.traits.generation or {})
 
     def _find(
-        self, prompt_cache: PromptCache, keyed: Mapping[CacheKey, Sequence[int]], tokens: Sequence[torch.Tensor]
+        self,
+        prompt_cache: PromptCache,
+        keyed: Mapping[CacheKey, Sequence[int]],
+        tokens: Sequence[torch.Tensor],
+        bound: BoundProgram,
     ) -> KeyValueCache | None:
         """Return a cache with the known tokens of all rows; None where no token is known."""
         found = {key: prompt_cache.find(self.engine, key, [tokens[row] for row in rows]) for key, rows in keyed.items()}
@@ -135,7 +139,8 @@ class CachedGeneration:
             return None
         whole = self.engine.new_cache(self.graph, 0, 0)
         for key, rows in keyed.items():
-            whole.join(found[key] or self.engine.new_cache(self.graph, len(rows), 0))
+            own = (self.row_states[rows[0]].bound if self.row_states else None) or bound
+            whole.join(found[key] or own.new_cache(self.graph, len(rows), 0))
         order = [row for rows in keyed.values() for row in rows]
         whole.select([order.index(row) for row in range(len(order))])
         return whole

@@ -83,7 +83,7 @@ class RunningRow:
             if known is not None:
                 known.grow(self.sampler.most)
             self.is_kept = self.limit == (0 if known is None else known.lengths[0])
-            cache = known or self._model.engine.new_cache(self._graph, 1, self.sampler.most)
+            cache = known or self.program.new_cache(self._graph, 1, self.sampler.most)
             self._held = undo.pop_all()
         return cache
 

@@ -1,0 +1,117 @@
+"""PEFT's prompts in files: one tensor ``prompt_embeddings``, and modules that were trained whole.
+
+Source: peft.utils.save_and_load and peft.peft_model of PEFT 0.21. The tensor is (n, d), or for keys and values
+(n, 2·layers·heads·size): what the type's encoder makes, which is saved in the encoder's place. No key names the input
+embedding, which the model tells. Keys of whole modules begin with ``base_model.``, without ``model.`` behind it.
+"""
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lorac.adapters.fit import check_adapter
+from lorac.argument_types import JsonMapping
+from lorac.errors import BaseNeeded, FormatError, SiteError, list_some
+from lorac.formats._config_fields import Applied, Field, Irrelevant, read_size
+from lorac.formats.peft.fields import WITHOUT_FAN
+from lorac.formats.peft.keys import is_saved
+from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
+from lorac.formats.reading import AdapterFile
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites.site import Site, SiteKind
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import PromptVariant
+
+PROMPT, KEYS_VALUES = ({name: "prompt_embeddings"} for name in ("prompt", "keys_values"))
+"""The key of a prompt, by its name in an adapter: embeddings, or keys and values."""
+_PREFIX = "base_model."
+
+
+def read_one(value: object) -> int:
+    """Return 1, the number of stacks that a prompt precedes; null counts as 1."""
+    if value not in (None, 1):
+        raise ValueError("expected 1: of an encoder-decoder, PEFT puts tokens before both stacks")
+    return 1
+
+
+FIELDS: Mapping[str, Field] = {
+    **{name: field for name, field in WITHOUT_FAN.items() if name != "target_modules"},
+    "task_type": Irrelevant(preserved=True, write=lambda task: task or "CAUSAL_LM"),  # PEFT needs one
+    "num_virtual_tokens": Applied(to="num_virtual_tokens", read=read_size),
+    "num_transformer_submodules": Applied(read=read_one),
+    **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), Irrelevant(preserved=True)),
+}
+"""Fields of all types."""
+
+
+class PromptType(PeftType[PromptVariant]):
+    """A PEFT type whose file holds a prompt."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> Mapping[str, str]:
+        """Tensor of an adapter -> its key in a file."""
+
+    def read_site(self, variant: PromptVariant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        raise mismatched_shapes(path, stored, f"{self.peft_type} adapts no modules")
+
+    def read_folder(
+        self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
+    ) -> Adapter:
+        if view is None:
+            raise BaseNeeded(
+                f"the file of adapter '{name}' ({self.peft_type}) does not name the embedding that its virtual tokens "
+                "precede",
+                next_step="pass model=",
+            )
+        [cls] = self.variants
+        fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
+        site = find_input_embedding(view, looks_up=self.keys != KEYS_VALUES)
+        variant = cls(**{**fields, "targets": (site.path,)})
+        saved = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
+        unknown = [key for key in saved if not is_saved(key, variant.modules_to_save)]
+        own = [key for key in tensors if not key.startswith(_PREFIX)]
+        if unknown or {*own} != {*self.keys.values()}:
+            raise FormatError(
+                f"the file of adapter '{name}' holds {list_some([*own, *unknown])}, and {self.peft_type} has "
+                f"{list_some([*self.keys.values()])}, and modules of modules_to_save",
+                next_step="save the adapter again with PEFT",
+                code="unused_tensors",
+            )
+        adapter = Adapter(name, variant, replaced=saved, provenance={"source": str(folder)})
+        adapter.tensors[site.path] = {own: tensors[key] for own, key in self.keys.items()}
+        check_adapter(adapter, view)
+        return adapter
+
+    def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]]:
+        [own] = adapter.tensors.values()
+        return {key: own[name] for name, key in self.keys.items()} | {
+            _PREFIX + key: value for key, value in adapter.replaced.items()
+        }, {}
+
+
+def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
+    """Return the site of a model's input embedding.
+
+    Args:
+        looks_up: whether virtual tokens are rows of it.
+
+    Raises:
+        SiteError: there is none, it computes more than a row for each id, or the model is an encoder-decoder.
+    """
+    config, embedding = getattr(view.module, "config", None), None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        embedding = view.module.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
+    named = (path for path, module in view.module.named_modules() if module is embedding)
+    site, kind = view.sites.get(next(named, "")) if isinstance(embedding, nn.Module) else None, type(embedding).__name__
+    what = "" if site and site.kind is SiteKind.EMBEDDING else "has no embedding of its input's ids"
+    what = "is an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else what
+    what = what or (f"changes the rows that its {kind} looks up" if looks_up and kind != "Embedding" else "")
+    if site is None or what:
+        raise SiteError(
+            f"virtual tokens have no place in {type(view.module).__name__}, which {what}",
+            next_step="they precede the tokens of a model of transformers with one stack; adapt layers, as LoRA does",
+        )
+    return site

@@ -1,0 +1,48 @@
+"""Multitask prompt tuning: a prompt that tasks share, and a low-rank factor of each.
+
+Wang et al. 2023, arXiv 2303.02861. PEFT's MULTITASK_PROMPT_TUNING, which is given the task of each row at a call; here
+an adapter is one task of its file, so that rows choose tasks as they choose adapters.
+"""
+
+from dataclasses import dataclass
+
+from lorac.argument_types import Count
+from lorac.errors import AdapterError
+from lorac.variants.base import Params, ParamSpec, PromptVariant, Site, Tensor
+from lorac.variants.initialisers import normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskPromptTuning(PromptVariant):
+    """``E' = [E; P∘(U_t·V_t)]`` for the task t: P (n, d), U (tasks, n, r), V (tasks, r, d).
+
+    Attributes:
+        num_virtual_tokens: n.
+        num_tasks: tasks of the file.
+        num_ranks: r.
+        task: t, from 0; None where there is one.
+    """
+
+    num_virtual_tokens: Count = 8
+    num_tasks: Count = 1
+    num_ranks: Count = 1
+    task: int | None = None
+
+    name = "multitask_prompt_tuning"
+    paper = "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning, arXiv 2303.02861"
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        n, tasks, r, d = self.num_virtual_tokens, self.num_tasks, self.num_ranks, site.out_features
+        shapes = {"prompt": (n, d), "task_cols": (tasks, n, r), "task_rows": (tasks, r, d)}
+        return {name: ParamSpec(shape, normal(1.0)) for name, shape in shapes.items()}
+
+    def rows(self, p: Params) -> Tensor:
+        task = 0 if self.task is None and self.num_tasks == 1 else self.task
+        if task is None or not 0 <= task < self.num_tasks:
+            raise AdapterError(
+                f"the file has prompts of {self.num_tasks} tasks, and the adapter takes task={task}",
+                next_step="read it with lorac.load_adapter(folder, model), and choose one by dataclasses.replace of "
+                "adapter.variant with task=0",
+            )
+        rows: Tensor = p.prompt * (p.task_cols[task] @ p.task_rows[task])
+        return rows
