@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+from lorac.cli.models import method_rows
 from lorac.formats._config_fields import Field
 from lorac.formats.peft.config import peft_types
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import AnyPeftType
+from lorac.variants import variants
+from lorac.variants.base import BranchVariant, Variant
 
 HEAD = """# PEFT's names
 
@@ -27,20 +30,54 @@ instead. Any other field is unknown, and refused by name.
 
 def page() -> str:
     """Return the whole page."""
-    lines = [HEAD, "## Types", "", _types(), "", "## In every type", "", *_table(COMMON)]
+    lines = [HEAD, "## Types", "", _count(), "", *_types(), "", "## In every type", "", *_table(COMMON)]
     for name, peft_type in sorted(peft_types().items()):
         fields = {key: field for key, field in peft_type.fields.items() if COMMON.get(key) is not field}
         lines += ["", f"## {name}", "", _classes(peft_type), "", *_table(fields)]
     return "\n".join(lines) + "\n"
 
 
-def _types() -> str:
-    """Return which of PEFT's types are read, and which are not."""
+def _count() -> str:
+    """Return how many of PEFT's types are read, and how the table of them is read."""
+    return (
+        f"Of PEFT's {len(_known())} types lorac reads {len(peft_types())}, each below. It refuses the others by name. "
+        "A type runs *next to the weight*, *merged* into it, or as a *subgraph*, in eager mode as in ONNX Runtime. "
+        "*Cache*: text is generated with a cache of keys and values. *Per row*: rows of a batch that have choices of "
+        "their own take *one call*, or a call each."
+    )
+
+
+def _known() -> list[str]:
+    """Return the names of the newest PEFT's types."""
     import peft
 
-    known, read = sorted(kind.value for kind in peft.PeftType), peft_types().keys()
-    refused = ", ".join(kind for kind in known if kind not in read)
-    return f"Of PEFT's {len(known)} types lorac reads {len(read)}, each below. It refuses by name: {refused}."
+    return sorted(kind.value for kind in peft.PeftType)
+
+
+def _types() -> Iterator[str]:
+    """Return the table of PEFT's types: a row for each class of a type that is read, one for each that is not."""
+    rows = {row.title: row for row in method_rows(variants().values())}
+    yield "| type | class | read | written | eager | ONNX Runtime | cache | per row |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for name in _known():
+        peft_type = peft_types().get(name)
+        if peft_type is None:
+            yield f"| {name} | – | refused | – | – | – | – | – |"
+            continue
+        for variant in peft_type.variants:
+            written = "no" if variant in peft_type.read_only else "yes"
+            runs, cached, by_row = _runs(variant, rows[variant.__name__].form)
+            yield f"| {name} | `lorac.{variant.__name__}` | yes | {written} | {runs} | {runs} | {cached} | {by_row} |"
+
+
+def _runs(variant: type[Variant], form: str) -> tuple[str, str, str]:
+    """Return how a method of a normal form runs, whether with a cache, and how rows have choices of their own."""
+    once = issubclass(variant, BranchVariant) and variant.once is not BranchVariant.once
+    if form.startswith("low-rank"):
+        return "next to the weight", "yes", "one call"
+    if issubclass(variant, BranchVariant):
+        return "subgraph", "no" if once else "yes", "a call each" if once else "one call"
+    return "merged", "yes", "a call each"
 
 
 def _classes(peft_type: AnyPeftType) -> str:

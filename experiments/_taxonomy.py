@@ -25,9 +25,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "Initialisation: from gradients": ("LoRA-GA", "LoRA-One", "LoRA-SB"),
     "Initialisation: from activations": ("CorDA", "EVA"),
     "Mixture of experts": ("flylora*",),
-    "Other forms": ("boft*", "bottleneck*", "glora*", "hra*", "hydra*", "ia3*", "loraxs*", "mps*", "oft*"),
 }
-"""The survey's axes -> ways of training; with a star those that the survey does not place."""
+"""The survey's axes -> ways of training; with a star those that the survey does not place. Others are other forms."""
 HEAD = """# Families of methods
 
 Written by `python -m experiments.lorafactory --page docs/taxonomy.md` from the code and from the last whole run of
@@ -65,7 +64,8 @@ def write_page(path: Path) -> None:
 def _rows(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     known = {row.name: row for row in method_rows(variants().values())}
     placed = [(family, name) for family, names in FAMILIES.items() for name in names]
-    placed += [("–", name) for name in ways() if name not in {name.rstrip("*") for _, name in placed}]
+    known_names = {name.rstrip("*") for _, name in placed}
+    placed += [("Other forms", f"{name}*") for name in ways() if name not in known_names]
     for family, starred in placed:
         name = starred.rstrip("*")
         if name not in tables[VALUES]["scores"]:

@@ -101,6 +101,7 @@ from lorac.variants.miss import MiSS as MiSS
 from lorac.variants.mps import MPS as MPS
 from lorac.variants.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from lorac.variants.oft import OFT as OFT
+from lorac.variants.osf import OSF as OSF
 from lorac.variants.params import ParamSpec as ParamSpec
 from lorac.variants.params import Role as Role
 from lorac.variants.peanut import PEANuT as PEANuT
@@ -110,6 +111,7 @@ from lorac.variants.prefix_tuning import PrefixTuning as PrefixTuning
 from lorac.variants.prompt_tuning import PromptTuning as PromptTuning
 from lorac.variants.psoft import PSOFT as PSOFT
 from lorac.variants.pvera import PVeRA as PVeRA
+from lorac.variants.qalora import QALoRA as QALoRA
 from lorac.variants.qst import QST as QST
 from lorac.variants.randlora import RandLoRA as RandLoRA
 from lorac.variants.remix import ReMix as ReMix
@@ -118,6 +120,7 @@ from lorac.variants.road import RoAd as RoAd
 from lorac.variants.shira import SHiRA as SHiRA
 from lorac.variants.sora import SoRA as SoRA
 from lorac.variants.split import Split as Split
+from lorac.variants.supertuning import SuperTuning as SuperTuning
 from lorac.variants.tera import TeRA as TeRA
 from lorac.variants.tlora import TLoRA as TLoRA
 from lorac.variants.trainable_tokens import TrainableTokens as TrainableTokens

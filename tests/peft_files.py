@@ -38,6 +38,7 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
     "Detected that the base layer has no bias term",  # BEFT, which PEFT then cannot merge
     "Unsupported layer type",  # LN tuning asks every norm for its features
     "Invalid `(r|oft_block_size)`",  # OFT takes the next that divides
+    "save_precomputed_indices=False",
     "Specified to not save (p?vera|basis)_A and (p?vera|basis)_B",
     "Specified to not load p?vera_A and p?vera_B",
     # lorac writes A and B of RandLoRA once; PEFT reads them and misses the copies that it makes at every site.
@@ -64,12 +65,14 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"r": 2},
     "MISS": {"r": 2},
     "OFT": {"oft_block_size": 2},
+    "OSF": {"effective_rank": 2},
     "PVERA": {"r": 2},
     "PEANUT": {"r": 2, "depth": 1},
     "PSOFT": {"r": 2, "psoft_alpha": 3},
     "RANDLORA": {"r": 2, "randlora_alpha": 4},
     "ROAD": {"group_size": 2},
     "SHIRA": {"r": 2},
+    "SUPERTUNING": {"sparsity": 0.9},
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},
     "VERA": {"r": 2},
     "WAVEFT": {"n_frequency": 9},

@@ -166,7 +166,10 @@ def check_influence(case: Case) -> None:
         other = Adapter("a", case.a.variant, {case.host.path: tensors})
         return bool(torch.linalg.vector_norm(_call(case.compiled(other), case.x) - y) > 1e-3 * moved)
 
+    specs = case.variant.at(case.site).specs(case.site)
     for key, tensor in case.a.tensors[case.host.path].items():
+        if specs[key].of_gradients:
+            continue
         changes = [tensor.flip(-1)]
         if tensor.is_floating_point():
             generator = torch.Generator().manual_seed(3)

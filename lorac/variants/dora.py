@@ -3,8 +3,11 @@
 Liu et al. 2024, arXiv 2402.09353; the norm is per output feature, as in the paper's code and PEFT.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+from lorac.argument_types import Count
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import row_norms
 from lorac.variants.low_rank import RankStabilizedFields, peft_factor_specs, rescale_rows
@@ -12,13 +15,32 @@ from lorac.variants.low_rank import RankStabilizedFields, peft_factor_specs, res
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(RankStabilizedFields, WeightVariant):
-    """``W' = (m/n) ∘ (W + s·B·A)`` with n the row norms (out,) of W + s·B·A, constant in the backward pass."""
+    """``W' = (m/n) ∘ (W + s·B·A)`` with n the row norms (out,) of W + s·B·A, constant in the backward pass.
+
+    Attributes:
+        peft_groups: PEFT's norm at a convolution of that many groups: of the stored kernel (out, in/groups·taps) plus
+            s·B'·A in the order of its values, B' (out/groups, r) being the stored B (out, r/groups) reshaped.
+        peft_groups_pattern: module pattern -> its own peft_groups.
+    """
+
+    peft_groups: Count = 1
+    peft_groups_pattern: Mapping[str, int] = field(default_factory=dict)
 
     name = "dora"
     paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353"
+    patterned: ClassVar[Mapping[str, str]] = {
+        **RankStabilizedFields.patterned,
+        "peft_groups_pattern": "peft_groups",
+    }
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return peft_factor_specs(site, self.r) | {"magnitude": ParamSpec((site.out_features,), row_norms)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        return rescale_rows(W + self.scale * (p.lora_B @ p.lora_A), p.magnitude)
+        updated, groups = W + self.scale * (p.lora_B @ p.lora_A), self.peft_groups
+        if groups == 1:
+            return rescale_rows(updated, p.magnitude)
+        # All but one block of a row are zeros.
+        kernel, stored = (matrix.unflatten(1, (groups, -1)).sum(1) for matrix in (W, p.lora_B))
+        shuffled = (stored.reshape(-1, p.lora_A.shape[0]) @ p.lora_A).reshape(kernel.shape)
+        return rescale_rows(updated, p.magnitude, kernel + self.scale * shuffled)

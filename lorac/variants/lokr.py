@@ -11,7 +11,7 @@ import torch
 
 from lorac.errors import SiteError
 from lorac.variants._conv_kernels import expand_groups, kernel_columns, multiply_factors, uniform_core
-from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
+from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, zeros
 from lorac.variants.low_rank import ScaledRank
 
@@ -27,11 +27,13 @@ class LoKr(ScaledRank, WeightVariant):
             pair is l and m themselves.
         effective_conv2d: PEFT's use_effective_conv2d: a factored w2 of more than one tap has a core ``lokr_t2``
             (r, r, taps).
+        conv1d_of_peft: PEFT's product of a whole w2 (k, n, taps) at a Conv1d: kron of (1, l, m) and it, reshaped to W.
     """
 
     decompose_both: bool = False
     decompose_factor: int | tuple[int, int] = -1
     effective_conv2d: bool = False
+    conv1d_of_peft: bool = False
 
     name = "lokr"
     paper = "LyCORIS: Navigating Text-To-Image Customization, arXiv 2309.14859"
@@ -54,11 +56,14 @@ class LoKr(ScaledRank, WeightVariant):
         channels, taps = kernel_columns(site)
         left, small = self._divide(site.out_features, 0)
         middle, columns = self._divide(channels, 1)
-        return {**self._first(left, middle), **self._second(small, columns, taps)}
+        return {**self._first(left, middle), **self._second(site, small, columns, taps)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         w1, w2 = (getattr(p, name) if hasattr(p, name) else _product(p, name) for name in ("lokr_w1", "lokr_w2"))
-        return W + expand_groups(self.scale * torch.kron(w1, w2), W)
+        product = torch.kron(w1, w2)
+        if w2.dim() == 3:
+            product = product.reshape(W.shape[0], -1)
+        return W + expand_groups(self.scale * product, W)
 
     def _divide(self, number: int, side: int) -> tuple[int, int]:
         """Return the two sizes whose product is a side of the weight."""
@@ -74,11 +79,12 @@ class LoKr(ScaledRank, WeightVariant):
             "lokr_w1_b": ParamSpec((self.r, columns), kaiming_uniform),
         }
 
-    def _second(self, rows: int, columns: int, taps: int) -> dict[str, ParamSpec]:
+    def _second(self, site: Site, rows: int, columns: int, taps: int) -> dict[str, ParamSpec]:
         """Return the specs of w2."""
         r = self.r
         if r >= max(rows, columns) / 2:
-            return {"lokr_w2": ParamSpec((rows, columns * taps), kaiming_uniform)}
+            apart = self.conv1d_of_peft and site.kind is SiteKind.CONV1D
+            return {"lokr_w2": ParamSpec((rows, columns, taps) if apart else (rows, columns * taps), kaiming_uniform)}
         if not (self.effective_conv2d and taps > 1):
             return {
                 "lokr_w2_a": ParamSpec((rows, r), kaiming_uniform),

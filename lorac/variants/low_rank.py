@@ -89,7 +89,11 @@ def peft_factor_specs(site: Site, rank: int, prefix: str = "lora") -> dict[str, 
     }
 
 
-def rescale_rows(updated: Tensor, magnitude: Tensor) -> Tensor:
-    """Return ``(m/n) ∘ W'`` (out, in), where n are the row norms (out,) of W', constant in the backward pass."""
-    norm = torch.linalg.vector_norm(updated, dim=1).detach()
+def rescale_rows(updated: Tensor, magnitude: Tensor, measured: Tensor | None = None) -> Tensor:
+    """Return ``(m/n) ∘ W'`` (out, in), where n are the row norms (out,) of W', constant in the backward pass.
+
+    Args:
+        measured: a matrix whose rows are measured instead.
+    """
+    norm = torch.linalg.vector_norm(updated if measured is None else measured, dim=1).detach()
     return (magnitude / norm)[:, None] * updated

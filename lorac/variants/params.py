@@ -55,6 +55,7 @@ class ParamSpec:
             needs; a formula takes the corner it needs.
         decay: whether weight decay customarily applies (metadata for trainers).
         below: for an index (n, K): the sizes of the n axes that its columns point into. All columns differ.
+        of_gradients: whether only the backward pass reads it, which no output shows.
         tie: sites of an adapter whose specs have the same text here hold one tensor; empty: each has its own.
     """
 
@@ -64,6 +65,7 @@ class ParamSpec:
     shared: bool = False
     decay: bool = True
     below: tuple[int, ...] = ()
+    of_gradients: bool = False
     tie: str = ""
 
     def stacked(self, number: int) -> "ParamSpec":

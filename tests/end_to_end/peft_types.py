@@ -28,12 +28,14 @@ from peft import (
     LoKrConfig,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftConfig,
     PsoftConfig,
     PveraConfig,
     RandLoraConfig,
     RoadConfig,
+    SupertuningConfig,
     TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -73,11 +75,13 @@ loha = _of(LoHaConfig, r=3, alpha=6)
 lokr = _of(LoKrConfig, r=2, alpha=5)
 miss = _of(MissConfig, r=3)
 oft = _of(OFTConfig)
+osf = _of(OSFConfig, alone=False)
 pvera = _of(PveraConfig, r=3)
 peanut = _of(PeanutConfig, r=3)
 psoft = _of(PsoftConfig, r=3, psoft_alpha=6, dtype=torch.float32, alone=False)  # factors are made in no other
 randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
 road = _of(RoadConfig, group_size=2)
+supertuning = _of(SupertuningConfig, sparsity=0.8, alone=False)
 tokens = _of(TrainableTokensConfig, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
 vera = _of(VeraConfig, r=3)
@@ -196,6 +200,9 @@ CASES: tuple[Case, ...] = (
     oft("exact", "tiny_bert", "query", "dense", r=7, **BY_RANK, **EXACT, **CLASSIFIER),
     oft("terms", "tiny_llama", "q_proj", "down_proj", num_cayley_neumann_terms=3, **OUTER),
     oft("default", "tiny_llama", "embed_tokens", "q_proj"),
+    osf("half", "plain_mlp", "up", "down", "head", emitted=True),
+    osf("patterns", "plain_mlp", "up", "head", effective_rank=3, rank_pattern={"^u": 0.25, "hea": 5}),
+    osf("layers", "tiny_llama", "q_proj", "down_proj", effective_rank=0.9),
     pvera("plain", "plain_mlp", "up", "down", "head", bias="all", emitted=True),
     pvera("seed", "plain_mlp", "up", **SEED),
     pvera("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
@@ -221,6 +228,10 @@ CASES: tuple[Case, ...] = (
     road("four", "plain_mlp", "up", "down", variant="road_4"),
     road("groups", "tiny_llama", "q_proj", "down_proj", group_size=8),
     road("four", "tiny_bert", "query", "dense", group_size=4, variant="road_4", **CLASSIFIER),
+    supertuning("super", "plain_mlp", "up", "head", emitted=True),
+    supertuning("supra", "plain_mlp", "up", "down", r=2, lora_alpha=5, emitted=True, **HEAD),
+    supertuning("smallest", "tiny_llama", "q_proj", "down_proj", select_top=False),
+    supertuning("computed", "tiny_llama", "q_proj", "v_proj", r=3, save_precomputed_indices=False),
     tokens("rows", "plain_mlp", "embed", token_indices=list(range(0, 23, 2)), emitted=True),
     tokens("chosen-tied", "tiny_llama", target_modules=None, token_indices=list(range(0, 128, 3)), change=tie),
     vblora("plain", "plain_mlp", "up", "down", bias="vblora_only", emitted=True),

@@ -37,9 +37,10 @@ def test_rates_are_tried_until_the_best_lies_between_two(place: int) -> None:
     assert best_rates(runs, ["lora"], 1, range(4, 7)) == {"lora": RATES[place]}
 
 
-def test_each_way_has_a_family() -> None:
+def test_each_way_has_one_family() -> None:
     placed = [name.rstrip("*") for names in FAMILIES.values() for name in names]
-    assert sorted(placed) == sorted(ways())
+    assert len(placed) == len({*placed})
+    assert {*placed} <= {*ways()}, "the others are other forms"
 
 
 def test_values_are_counted_as_compiling_counts_them() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft_model
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,7 +19,6 @@ import lorac
 from lorac import DoRA, LoRA, load_adapter, save_adapter
 from tests import parity, peft_files
 from tests.formats.oracle import applied, assert_round_trip, call, round_trip
-from tests.limits import assert_apart
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -229,25 +229,28 @@ def test_ignores_fields_that_matter_only_in_training(tmp_path: Path, extra: dict
     parity.assert_parity(ours, call(oracle, inputs), call(model, inputs))
 
 
-def test_rejects_grouped_convolutions_with_dora(tmp_path: Path) -> None:
-    model = ZOO["plain_conv"].fresh(torch.float64)
-    config = LoraConfig(r=4, target_modules=["grouped"], use_dora=True, init_lora_weights=False)
+@torch.no_grad()
+def test_dora_of_a_grouped_convolution_has_pefts_norms(tmp_path: Path) -> None:
+    """PEFT's norm there is not that of the rows of W + s·B·A; where a file has it so, lorac does, too."""
+    entry = ZOO["plain_conv"]
+    model, inputs = entry.fresh(), entry.inputs()
+    config = LoraConfig(r=4, target_modules=["grouped", "stem"], use_dora=True, init_lora_weights=False)
     with peft_files.quiet():
-        peft = get_peft_model(ZOO["plain_conv"].fresh(torch.float64), config)
-    peft.save_pretrained(str(tmp_path))
-    with refuses("unsupported_field", match="use_dora=True at 'grouped'"):
-        load_adapter(tmp_path, model)
-
-    # The reason: PEFT's norm there is not that of the rows of W + s·B·A.
-    layer: Any = peft.get_submodule("base_model.model.grouped")
-    a, b, dora = (getattr(layer, n)["default"] for n in ("lora_A", "lora_B", "lora_magnitude_vector"))
-    weight, s = model.get_parameter("grouped.weight"), layer.scaling["default"]
-    norms = dora.get_weight_norm(weight, dora.get_lora_weight(a, b).reshape(weight.shape), s).flatten()
-    dense = torch.block_diag(*b.weight.flatten(1).chunk(2)) @ a.weight.flatten(1)
-    rows = torch.block_diag(*weight.flatten(1).chunk(2)) + s * dense
-    blocks = torch.cat([rows[:4, :15], rows[4:, 15:]])
-    assert_apart(norms, rows.norm(dim=1))
-    assert_apart(norms, blocks.norm(dim=1))
+        oracle: Any = get_peft_model(entry.fresh(), config).eval()  # type: ignore[arg-type]
+    magnitude = oracle.get_submodule("base_model.model.grouped").lora_magnitude_vector["default"].weight
+    magnitude.mul_(torch.linspace(-0.5, 2.5, magnitude.numel()).view_as(magnitude))
+    oracle.save_pretrained(str(tmp_path / "f"))
+    for base in (model, None):
+        adapter = load_adapter(tmp_path / "f", base)
+        answer = lorac.compile(model, {"a": adapter})(**inputs)
+        parity.assert_parity(answer, call(oracle, inputs), call(model, inputs))
+        save_adapter(adapter, tmp_path / "g", model=model)
+        before, after = (load_file(tmp_path / folder / peft_files.WEIGHTS) for folder in ("f", "g"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    plain = lorac.compile(model, {"a": DoRA(r=4, targets=("grouped",))}).adapters["a"]
+    with refuses("unsupported_field", match="of which PEFT takes other norms"):
+        save_adapter(plain, tmp_path / "x", model=model)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
@@ -310,3 +313,29 @@ def test_a_layer_without_outputs(tmp_path: Path) -> None:
         model, x = Narrow().eval(), torch.randn(2, 4)
         oracle = peft_files.make_peft(model, tmp_path, LoraConfig(r=2, target_modules=["up", "rest"]), inputs={"x": x})
     parity.assert_parity(lorac.compile(model, {"a": tmp_path})(x), oracle(x), model(x))
+
+
+@torch.no_grad()
+def test_qalora_pools_inputs_as_pefts_layer_of_quantised_weights(tmp_path: Path) -> None:
+    """PEFT gives GPTQ's layers alone the variant; here its code is given to plain ones."""
+    entry = ZOO["plain_mlp"]
+    model, inputs = entry.fresh(torch.float64), entry.inputs()
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["up"], use_qalora=True, qalora_group_size=2)
+    oracle: Any = get_peft_model(entry.fresh(torch.float64), config)  # type: ignore[arg-type]
+    layer, variant = oracle.get_submodule("base_model.model.up"), QALoraLinearVariant()
+    variant.init(layer, "default", config)
+    layer.lora_variant["default"] = variant
+    layer.lora_B["default"].weight.normal_(0, 0.1)
+    oracle.eval().save_pretrained(str(tmp_path / "f"))
+    adapter = load_adapter(tmp_path / "f", model)
+    assert adapter.variant == lorac.QALoRA(r=3, alpha=5, group_size=2, targets=adapter.variant.targets)
+    for mode in ("live", "baked"):
+        answer = lorac.compile(model, {"a": adapter}, mode=mode)(**inputs)
+        parity.assert_parity(answer, oracle(**inputs), model(**inputs))
+    save_adapter(adapter, tmp_path / "g", model=model)
+    before, after = (load_file(tmp_path / folder / peft_files.WEIGHTS) for folder in ("f", "g"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(lorac.LoracError, match="lora_A"):  # PEFT ignores use_qalora at a plain layer
+        peft_files.configure(tmp_path / "f", qalora_group_size=5)
+        load_adapter(tmp_path / "f", model)

@@ -17,7 +17,8 @@ from lorac import Adapter, BaseNeeded, HiRA, LoKr, LoracError, load_adapter, sav
 from lorac.testing import assert_close
 from tests import parity
 from tests.formats.oracle import assert_equal
-from tests.peft_files import change_tensors, configure, load_peft, quiet, save_small, wrap
+from tests.parity import assert_parity
+from tests.peft_files import WEIGHTS, change_tensors, configure, load_peft, quiet, save_small, wrap
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -70,17 +71,30 @@ def test_hra_of_odd_numbers_and_by_gram_schmidt(tmp_path: Path, r: int, orthonor
         assert_close(compiled(**inputs), oracle.eval()(**inputs))
 
 
-def test_rejects_lokr_on_a_conv1d_with_an_unfactored_w2(tmp_path: Path) -> None:
-    """Its rank is too high to factor w2, and PEFT multiplies (l, m) and (k, n, kw) along the wrong axes."""
-    model = ZOO["plain_conv"].model()
-    save_small(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"])
+@torch.no_grad()
+def test_lokr_on_a_conv1d_with_an_unfactored_w2_is_pefts(tmp_path: Path) -> None:
+    """PEFT multiplies (l, m) and (k, n, kw) along other axes; where a file has it so, lorac does, too."""
+    entry = ZOO["plain_conv"]
+    model, inputs = entry.model(), entry.inputs()
+    oracle = load_peft(model, save_small(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"]))
     for known in (model, None):
-        with refuses("unsupported_field", match="'line' is a Conv1d with a whole lokr_w2"):
-            load_adapter(tmp_path / "f", known)
+        adapter = load_adapter(tmp_path / "f", known)
+        assert isinstance(adapter.variant, LoKr) and adapter.variant.conv1d_of_peft
+        for mode in ("live", "baked"):
+            answer = lorac.compile(model, {"a": adapter}, mode=mode)(**inputs)
+            assert_parity(answer, oracle(**inputs), model(**inputs))
+        save_adapter(adapter, tmp_path / "g", model=model)
+        before, after = (load_file(tmp_path / folder / WEIGHTS) for folder in ("f", "g"))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    with refuses("unsupported_field", match="which LyCORIS does not compute"):
+        save_adapter(adapter, tmp_path / "x.safetensors", format="kohya", model=model)
+
+
+def test_rejects_saving_a_kronecker_product_of_a_conv1d_for_peft(tmp_path: Path) -> None:
     tensors = {"lokr_w1": torch.zeros(1, 1), "lokr_w2": torch.zeros(5, 7 * 3)}
     adapter = Adapter("x", LoKr(r=8, targets=("line",)), {"line": tensors})
     with refuses("unsupported_field", match="'line' is a Conv1d with a whole lokr_w2"):
-        save_adapter(adapter, tmp_path / "x", model=model)
+        save_adapter(adapter, tmp_path / "x", model=ZOO["plain_conv"].model())
 
 
 def test_miss_that_starts_anywhere_has_the_same_form(tmp_path: Path) -> None:

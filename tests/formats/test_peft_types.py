@@ -24,6 +24,7 @@ from lorac import (
     HRA,
     IA3,
     OFT,
+    OSF,
     PSOFT,
     AdaLoRA,
     AdapterError,
@@ -45,6 +46,7 @@ from lorac import (
     RandLoRA,
     RoAd,
     SiteError,
+    SuperTuning,
     VBLoRA,
     VeRA,
     WaveFT,
@@ -127,6 +129,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
         {"bias": "oft_only", "module_dropout": 0.5, "block_share": True, "num_cayley_neumann_terms": 4},
         OFT(block_size=2, bias="oft_only", block_share=True, num_cayley_neumann_terms=4),
     ),
+    ("OSF", {"rank_pattern": {"up": 0.5}}, OSF(effective_rank=2, rank_pattern={".*(?:up).*": 0.5})),
     ("PVERA", {"pvera_dropout": 0.25, "generator_seed": 3}, PVeRA(r=2, dropout=0.25)),
     (
         "PEANUT",
@@ -149,6 +152,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
         RandLoRA(r=2, alpha=4, projection_prng_key=3, dropout=0.25, bias="randlora_only", sparse=True),
     ),
     ("ROAD", {"variant": "road_4"}, RoAd(variant="road_4", group_size=2)),
+    ("SUPERTUNING", {"select_top": False}, SuperTuning(sparsity=0.9, select_top=False)),
     (
         "VBLORA",
         {"topk": 3, "vblora_dropout": 0.25, "init_vector_bank_bound": 0.03, "bias": "vblora_only"},
@@ -234,6 +238,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("eps", None),
         ("bias", "some"),
     ],
+    "OSF": [("effective_rank", "2"), ("rank_pattern", {"up": None})],
     "PVERA": [("r", 0), ("sample_at_inference", True), ("bias", "vera_only"), ("pvera_dropout", "0.1")],
     "PEANUT": [("r", 0), ("depth", -1), ("act_fn", "softmax"), ("scaling", None)],
     "PSOFT": [
@@ -246,6 +251,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
     ],
     "RANDLORA": [("r", 0), ("randlora_alpha", None), ("sparse", 1), ("projection_prng_key", 0.5)],
     "ROAD": [("variant", "road_3"), ("group_size", 0)],
+    "SUPERTUNING": [("sparsity", None), ("select_top", 1), ("r", 0), ("lora_alpha", "2")],
     "VBLORA": [("r", 0), ("topk", "2"), ("vector_length", None), ("save_only_topk_weights", 1)],
     "VERA": [
         ("r", 0),

@@ -17,6 +17,9 @@ def whole(p, name):
 
 def weight(W, p, variant):
     w1, w2 = whole(p, "lokr_w1"), whole(p, "lokr_w2")
+    if w2.ndim == 3:  # of PEFT's Conv1d: W[·] in the order of axes k, l, n, m, taps
+        product = np.einsum("ij,pqt->piqjt", w1, w2)
+        return W + variant.alpha / variant.r * product.reshape(W.shape)
     product = np.einsum("ij,pq->ipjq", w1, w2)
     return W + variant.alpha / variant.r * product.reshape(W.shape)
 

@@ -20,6 +20,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     PeftConfig,
     PveraConfig,
     RandLoraConfig,
@@ -59,6 +60,7 @@ CASES = [
     _case("tiny_llama", "hira", HiraConfig, r=4),
     _case("tiny_llama", "vera", VeraConfig, r=16),
     _case("tiny_llama", "pvera", PveraConfig, r=16, pvera_dropout=0.1),
+    _case("tiny_llama", "osf", OSFConfig, effective_rank=0.75),
     # Not AdaLoRA: PEFT's model adds a penalty to the loss, and prunes.
     _case("tiny_llama", "bat", MissConfig, r=8, init_weights="bat", slow=True),
     _case("tiny_llama", "boft", BOFTConfig, boft_block_size=8, slow=True),
@@ -84,7 +86,7 @@ CASES = [
 @pytest.mark.medium("two methods; test_learning.py and test_trained.py compare the same outputs")
 @pytest.mark.slow(
     "LoRA with dropout, DoRA and OFT",
-    keep=["tiny_llama-lora-dropout", "tiny_bert-dora", "tiny_llama-oft", "tiny_llama-pvera"],
+    keep=["tiny_llama-lora-dropout", "tiny_bert-dora", "tiny_llama-oft", "tiny_llama-pvera", "tiny_llama-osf"],
 )
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_the_curve_is_pefts(name: str, config: PeftConfig, tmp_path: Path) -> None:

@@ -110,6 +110,11 @@ class LokrLayout(ModuleLayout[LoKr]):
         written = dict(tensors)
         if "lokr_t2" in written:
             written["lokr_t2"] = _as_kernel(site, written["lokr_t2"])
+        if "lokr_w2" in written and written["lokr_w2"].ndim == 3:
+            raise unsupported_error(
+                f"'{site.path}' is a Conv1d with PEFT's product of a whole lokr_w2, which LyCORIS does not compute",
+                next_step="use format='peft', or 'native'",
+            )
         if "lokr_w2" in written and site.conv is not None:
             written["lokr_w2"] = written["lokr_w2"].reshape(written["lokr_w2"].shape[0], -1, *site.conv.kernel)
         if "lokr_w1" in written and "lokr_w2" in written and variant.scale != 1:

@@ -68,6 +68,7 @@ class AdaloraType(PeftType[AdaLoRA]):
         "alpha_pattern": Irrelevant({}),
         "use_dora": Refused(False, next_step=_NEVER),
         "alora_invocation_tokens": Refused(next_step="train the adapter again without it: AdaLoRA acts on every token"),
+        "use_qalora": Refused(False, next_step=_NEVER),
         "loftq_config": Refused({}, next_step=_NEVER),
         "target_r": TrainingOnly(8, preserved=True),
         "tinit": TrainingOnly(0, preserved=True),

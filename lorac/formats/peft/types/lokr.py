@@ -8,11 +8,15 @@ Source: peft.tuners.lokr of PEFT 0.21. With out = l·k and channels of a group =
                        w2_a (r, k), w2_b (r, n) and t2 (r, r, kh, kw), of a Conv1d (r, r, k, 1)
 
 Flat factors show neither whether a site is a convolution nor its groups. Of a Conv1d with a whole w2 (k, n, kw) PEFT
-multiplies the wrong axes, and the result is not a Kronecker product.
+multiplies other axes, and the result is not a Kronecker product (``LoKr.conv1d_of_peft``).
 """
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
+from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_size
 from lorac.formats._errors import unsupported_error
@@ -21,6 +25,7 @@ from lorac.formats.peft.fields import LYCORIS
 from lorac.formats.peft.layouts import core_shape
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site, SiteKind
+from lorac.variants.base import Variant
 from lorac.variants.lokr import LoKr, factors
 
 W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"
@@ -63,8 +68,6 @@ class LokrType(PeftType[LoKr]):
     def read_site(self, variant: LoKr, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         first, second = _factor_names(path, stored)
         w2 = stored.get(W2)
-        if w2 is not None and w2.ndim == 3:
-            raise _misaligned(path)
         l, m = stored[first[0]].shape[0], stored[first[-1]].shape[1]
         if w2 is not None:
             k, n, kernel = w2.shape[0], w2.shape[1], tuple(w2.shape[2:])
@@ -74,12 +77,19 @@ class LokrType(PeftType[LoKr]):
             k, columns = stored[f"{W2}_a"].shape[0], stored[f"{W2}_b"].shape[1]
             n, kernel = _guess_kernel(variant, path, stored, m, columns)
         site = conv_site(path, l * k, m * n, kernel, 1) if kernel else matrix_site(path, l * k, m * n)
-        return site, {name: stored[name].flatten(2 if name == CORE else 1) for name in (*first, *second)}
+        whole = w2 is not None and w2.ndim == 3
+        axes = {CORE: 2, W2: 2 if whole else 1}
+        return site, {name: stored[name].flatten(axes.get(name, 1)) for name in (*first, *second)}
+
+    def refine_variant(self, variant: LoKr, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
+        """Return the variant with PEFT's product where the file has a Conv1d with a whole w2."""
+        whole = any(W2 in at_site and at_site[W2].ndim == 3 for at_site in stored.values())
+        return replace(variant, conv1d_of_peft=whole)
 
     def write_site(self, variant: LoKr, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         written = dict(tensors)
         if W2 in tensors and site.conv is not None:
-            if site.kind is SiteKind.CONV1D:
+            if site.kind is SiteKind.CONV1D and not variant.conv1d_of_peft:
                 raise _misaligned(site.path)
             written[W2] = tensors[W2].reshape(tensors[W2].shape[0], -1, *site.conv.kernel)
         if CORE in tensors:
@@ -113,5 +123,6 @@ def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: in
 def _misaligned(path: str) -> FormatError:
     return unsupported_error(
         f"'{path}' is a Conv1d with a whole {W2}: what PEFT computes there is not a Kronecker product",
-        next_step="train it with a rank below max(k, n)/2, so that lokr_w2 is factored, or exclude the layer",
+        next_step="train it with a rank below max(k, n)/2, so that lokr_w2 is factored, with conv1d_of_peft=True, or "
+        "exclude the layer",
     )

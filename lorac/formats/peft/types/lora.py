@@ -50,10 +50,12 @@ from lorac.formats._config_fields import (
 )
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
+from lorac.formats.peft.arrow_folder import read_router
 from lorac.formats.peft.fields import COMMON, FILTERS, PATTERNS, bias
 from lorac.formats.peft.layouts import read_factors, write_factors
 from lorac.formats.peft.peft_type import GIVEN, PeftType, Tensors, mismatched_shapes, warn_of_padding
 from lorac.formats.peft.token_rows import read_token_rows
+from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.limits import claim_memory, pause_clock
@@ -65,6 +67,7 @@ from lorac.variants.flylora import FlyLoRA
 from lorac.variants.kasa import KaSA
 from lorac.variants.lora import LoRA
 from lorac.variants.lora_xs import LoRAXS
+from lorac.variants.qalora import QALoRA
 from lorac.variants.residual import Residual
 
 MATRICES = ("lora_A.weight", "lora_B.weight")
@@ -139,16 +142,17 @@ FIELDS: Mapping[str, Field] = {
     "velora_config": TrainingOnly(),
     "monteclora_config": TrainingOnly(),
     "megatron_core": Irrelevant("megatron.core"),
-    "qalora_group_size": Irrelevant(16),
+    # With use_qalora alone.
+    "qalora_group_size": Irrelevant(16, to="group_size", read=read_size),
     "runtime_config": Irrelevant(written=False),
     "megatron_config": Refused(next_step="save the adapter from a model without Megatron's parallel layers"),
     "trainable_token_indices": Applied(read=read_token_rows),
     "alora_invocation_tokens": Applied(to="invocation_tokens", read=read_token_ids, write=write_list),
-    "use_qalora": Refused(False, next_step="it pools the inputs of quantised layers; run it in PEFT"),
+    "use_qalora": Applied(False, read=lambda value: read_flag(value or None)),
     "layer_replication": Refused(next_step="stack the layers in the base model, then train on that"),
     "target_parameters": Applied(to="parameters", read=lambda value: read_names(value or None), write=write_list),
     "use_bdlora": Applied(read=read_nested(_BLOCKS), nested=_BLOCKS),
-    "arrow_config": Refused(next_step="compile the adapters that it routes between, each by itself"),
+    "arrow_config": Applied(),
     "kasa_config": Applied(read=read_nested(_PENALTIES), nested=_PENALTIES),
     "merge_weights": Irrelevant(False, written=False),
     "enable_lora": Refused(next_step="it is of PEFT before 0.3; train the adapter again", written=False),
@@ -158,7 +162,7 @@ FIELDS: Mapping[str, Field] = {
 }
 
 
-class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
+class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]):
     """LORA."""
 
     peft_type = "LORA"
@@ -166,6 +170,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
         FlyLoRA: {"init_lora_weights": _SPARSE},
         BDLoRA: {"use_bdlora": GIVEN, "use_dora": False},
         KaSA: {"kasa_config": GIVEN, "use_dora": False},
+        QALoRA: {"use_qalora": True},
         LoRA: {"use_dora": False},
         DoRA: {"use_dora": True},
         LoRAXS: {},  # refine_variant tells it from a LoRA by its tensors
@@ -185,7 +190,6 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
 
         Raises:
             AdapterError: A and B do not belong together, or to no kind of site.
-            FormatError: DoRA on a grouped convolution.
         """
         if isinstance(variant, BDLoRA):
             axes = {suffix: tensor.ndim for suffix, tensor in stored.items()}
@@ -202,9 +206,14 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
         if len(stored) != 2 + len(vectors):
             raise mismatched_shapes(path, stored, _EXPECTED)
         groups = site.conv.groups if site.conv else 1
-        if "magnitude" in vectors:
-            _refuse_grouped_dora(path, groups)
+        if isinstance(variant, QALoRA):
+            site = replace(site, in_features=site.in_features * variant.group_size)
         return site, {"lora_A": a, "lora_B": b if groups == 1 else _block_diagonal(b.chunk(groups)), **vectors}
+
+    def read_folder(
+        self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
+    ) -> Adapter | None:
+        return read_router(folder, values["arrow_config"], name, view) if values["arrow_config"] else None
 
     def write_site(self, variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         """Return A, B and vectors in the shapes of a file, by suffix.
@@ -234,7 +243,12 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
         if "magnitude" in tensors:
             magnitude = tensors["magnitude"]
             if site.conv is not None:
-                _refuse_grouped_dora(site.path, site.conv.groups)
+                groups = site.conv.groups
+                if getattr(variant.at(site), "peft_groups", groups) != groups:
+                    raise unsupported_error(
+                        f"'{site.path}' is a convolution of {groups} groups, of which PEFT takes other norms",
+                        next_step="train with peft_groups_pattern, use format='native', or exclude= the module",
+                    )
                 magnitude = magnitude.reshape(1, -1, *(1,) * len(site.conv.kernel))
             written["lora_magnitude_vector"] = magnitude
         return written
@@ -269,11 +283,18 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA]):
     def refine_variant(self, variant: Variant, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
         """Return the variant as it trains: FlyLoRA's fork lets no gradient through A; latent matrices make LoRA-XS.
 
+        At convolutions of several groups, PEFT's norms of DoRA are those of ``DoRA.peft_groups``.
+
         Raises:
             FormatError: the configuration says more of a LoRA-XS than a rank and a scale for all layers.
         """
         if isinstance(variant, FlyLoRA):
             return replace(variant, detach_router=True)
+        if isinstance(variant, DoRA):
+            pairs = {path: [kept.get(name, torch.empty(0, 1)) for name in MATRICES] for path, kept in stored.items()}
+            groups = {path: len(a) // max(b.shape[1], 1) for path, (a, b) in pairs.items() if a.ndim > 2 <= b.ndim}
+            pattern = {re.escape(path): number for path, number in groups.items() if number > 1}
+            variant = replace(variant, peft_groups_pattern=pattern)
         if not isinstance(variant, LoRA | DoRA) or not any(LATENT in at_site for at_site in stored.values()):
             return variant
         plain = LoRA(**{name: getattr(variant, name) for name in _LORA_XS}, rslora=variant.rslora)
@@ -374,12 +395,3 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
         rows * columns * blocks[0].itemsize, f"the factor of {len(blocks)} groups as one matrix ({rows}, {columns})"
     )
     return torch.block_diag(*blocks)
-
-
-def _refuse_grouped_dora(path: str, groups: int) -> None:
-    """Refuse DoRA there: PEFT takes its norms over a matrix with scrambled rows (dora.py, get_lora_weight)."""
-    if groups > 1:
-        raise unsupported_error(
-            f"use_dora=True at '{path}', a convolution of {groups} groups: PEFT does not compute DoRA there",
-            next_step="exclude_modules the grouped convolutions",
-        )
