@@ -17,7 +17,7 @@ import lorac
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.target.kv_cache import DecodeStep
 from tests import limits, parity
-from tests.peft_files import make_peft
+from tests.peft_files import configure, load_peft, make_peft
 from tests.zoo import ZOO, tokenizer
 
 pytestmark = pytest.mark.slow("runtime/generation compares the tokens of tiny models")
@@ -125,3 +125,25 @@ def test_in_onnxruntime(host: Any, tmp_path: Path) -> None:
     for name, path in adapters.items():
         compiled = lorac.compile(host, {name: path}, target="onnxruntime", cache=True, mode="baked", self_test=False)
         compare(compiled, name, ids, wanted[name])
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_an_activated_lora_writes_as_pefts(host: Any, tmp_path: Path, target: str) -> None:
+    """From the same last token of each prompt but the last row's, which never has it."""
+    ids = prompts(4)
+    token = int(ids[0, LENGTH // 2])
+    ids[1:][ids[1:] == token] += 1
+    ids[1, 9], ids[1, 40], ids[2, 0] = token, token, token
+    config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear")
+    inputs: Any = {"inputs": {"input_ids": ids[:2]}, "outputs": ("logits",)}
+    make_peft(host, tmp_path / "alora", config, contribution=0.15, **inputs)
+    configure(tmp_path / "alora", alora_invocation_tokens=[token])
+    oracle: Any = load_peft(host, tmp_path / "alora")
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    found = oracle.generate(input_ids=ids, **options, return_dict_in_generate=True, output_logits=True)
+    more = {"cache": True, "self_test": False} if target == "onnxruntime" else {}
+    compiled = lorac.compile(host, {"alora": tmp_path / "alora"}, target=target, **more)
+    tokens = compiled.generate(ids, **options)
+    limits.assert_same_text(tokens[:, LENGTH:], found.sequences[:, LENGTH:], torch.stack(found.logits, 1))
+    base = compiled.generate(ids, adapters=None, **options)
+    assert [torch.equal(*pair) for pair in zip(base, tokens, strict=True)] == [False, False, False, True]
