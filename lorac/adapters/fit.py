@@ -138,14 +138,12 @@ def _check_invocation(adapter: Adapter) -> None:
         FormatError: a LoRA with such tokens is a part of another method, or replaces tensors of the model.
     """
     own, parts = adapter.variant, iterate_fields(adapter.variant)
-    fault = f"replaces '{next(iter(adapter.replaced))}' on every token" if adapter.replaced else ""
-    if any(invocation_of(one) for one in parts if isinstance(one, Variant) and one is not own):
-        fault = f"is a part of a {own.name}"
-    elif not fault or not invocation_of(own):
-        return
-    what = f"adapter '{adapter.name}' has invocation_tokens and {fault}"
-    step = "give invocation_tokens to a LoRA by itself, without modules_to_save= and bias="
-    raise FormatError(what, next_step=step, code="unsupported_field")
+    inner = any(invocation_of(one) for one in parts if isinstance(one, Variant) and one is not own)
+    if inner or (adapter.replaced and invocation_of(own)):
+        part = next(iter(adapter.replaced), own.name)
+        what = f"adapter '{adapter.name}' has invocation_tokens, and '{part}' of it acts on every token"
+        step = "give invocation_tokens to a LoRA by itself, without modules_to_save= and bias="
+        raise FormatError(what, next_step=step, code="unsupported_field")
 
 
 def refuse_invocation(adapter: Adapter, why: str) -> None:

@@ -253,8 +253,7 @@ def read_rows(value: object) -> tuple[int, ...]:
 
 def read_token_ids(value: object) -> tuple[int, ...]:
     """Return token ids; null is empty."""
-    ids = read_layers(value)
-    if ids and min(ids) < 0:
+    if min(ids := read_layers(value), default=0) < 0:
         raise ValueError("expected token ids")
     return ids
 

@@ -88,8 +88,7 @@ class InvokedProgram(BoundProgram):
         most, found = max(map(len, self.phases)), list[tuple[list[float], BoundProgram]]()
         for index in range(most):
             own = [row[min(index, len(row) - 1)].state for row in self.phases]
-            is_last = index == most - 1
-            ends = [math.inf if is_last else row[min(index + 1, len(row) - 1)].start for row in self.phases]
+            ends = [math.inf if index == most - 1 else row[min(index + 1, len(row) - 1)].start for row in self.phases]
             alone = all(state is own[0] for state in own)
             bound = own[0].bound if alone else self.states.bind_rows(choose_places(own))
             assert bound is not None

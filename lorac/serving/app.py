@@ -149,11 +149,9 @@ def _add_state(app: fastapi.FastAPI) -> None:
         return Response(state.metrics.expose(), media_type=MEDIA_TYPE)
 
     def describe(tenant: str, name: str) -> dict[str, object]:
-        base, own = state.settings.base_name, dict[str, object]()
-        if name != base:
-            own = {"parent": base}
-            if tokens := state.compiled.pool.invocation(state.source.find(tenant, name)):
-                own |= {"invocation_tokens": [*tokens]}
+        base, pool = state.settings.base_name, state.compiled.pool
+        tokens = () if name == base else pool.invocation(state.source.find(tenant, name))
+        own = ({} if name == base else {"parent": base}) | ({"invocation_tokens": [*tokens]} if tokens else {})
         return {"id": name, "object": "model", "created": created, "owned_by": "lorac", "root": name, **own}
 
     @app.get("/v1/models")

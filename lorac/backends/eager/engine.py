@@ -443,8 +443,7 @@ class EagerProgram(BoundProgram):
     starts: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def for_prompts(self, ids: Tensor, mask: Tensor | None) -> "EagerProgram":
-        invocations = self.active.invocations
-        return replace(self, starts=find_start_columns(invocations, ids, mask)) if invocations else self
+        return replace(self, starts=find_start_columns(self.active.invocations, ids, mask))
 
     def activate(self) -> None:
         """Use the slots outside of calls, as when a submodule is called directly."""

@@ -146,12 +146,11 @@ def find_start_columns(invocations: Invocations, ids: Tensor, mask: Tensor | Non
         mask: (rows, length), 0 for padding; None where nothing is padding.
     """
     columns = [row.nonzero()[:, 0] for row in (torch.ones_like(ids) if mask is None else mask)]
-    starts: dict[str, list[int]] = {name: [] for name in invocations}
-    for row, own in zip(ids, columns, strict=True):
-        for name, invocation in invocations.items():
-            found = find_start(row[own], invocation)
-            starts[name].append(_NEVER if found is None else int(own[found]))
-    return {name: ids.new_tensor(found) for name, found in starts.items()}
+    rows, starts = [*zip(ids, columns, strict=True)], dict[str, Tensor]()
+    for name, invocation in invocations.items():
+        found = ((find_start(row[own], invocation), own) for row, own in rows)
+        starts[name] = ids.new_tensor([_NEVER if place is None else own[place] for place, own in found])
+    return starts
 
 
 def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> ActiveSlots:

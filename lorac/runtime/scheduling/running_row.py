@@ -72,11 +72,10 @@ class RunningRow:
         """
         with contextlib.ExitStack() as undo:
             held = undo.enter_context(self._model.switch.hold(self.choice))
-            self.program = held.program_of(self._model.engine)
             prompt = self.text[: len(self.text) - self.request.drawn]
             self.phases = find_phases(self._model.switch.states, held.state, prompt)
             self.state, self.limit = self.phases[0].state, self.phases[1].start if len(self.phases) > 1 else None
-            self.program = self.state.bound or self.program
+            self.program = self.state.bound or held.program_of(self._model.engine)
             self.key = ((self._graph, self.request.tenant), self.state.choice, self.state.versions.versions)
             begins = self.text if self.limit is None else self.text[: self.limit + 1]
             known = None if prompts is None else prompts.find(self._model.engine, self.key, [begins])

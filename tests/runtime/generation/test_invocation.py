@@ -21,6 +21,7 @@ from tests.runtime.generation.texts import FAMILIES, SIZES, padded, prompts
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 TOKENS = [7, 8]
 WIDTH = 14
+TARGETS = ("eager", "onnxruntime")
 MEDIUM = pytest.mark.medium("a third family")
 
 
@@ -105,7 +106,7 @@ def test_finds_the_last_occurrence_as_peft_does() -> None:
             assert find_start(torch.tensor(row), tokens) == (None if offset is None else len(row) - offset)
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("mistral", marks=MEDIUM)])
 def test_generates_as_peft(family: str, target: str) -> None:
     made, wanted = compiled(family, target), expected(family)
@@ -117,6 +118,16 @@ def test_generates_as_peft(family: str, target: str) -> None:
         assert torch.equal(made.generate(**padded(rows(), "left"), **GREEDY, **options)[:, WIDTH:], wanted), options
     base = made.generate(**padded(rows(), "left"), **GREEDY, adapters=None)[:, WIDTH:]
     assert not torch.equal(base, wanted)
+
+
+def test_beams_and_draws_have_the_tokens_of_their_row() -> None:
+    """PEFT refuses beams with an aLoRA, so that targets are compared with each other."""
+    batch = padded(rows(), "left")
+    for options in ({"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        found = [compiled("llama", one).generate(**batch, **{**GREEDY, **options}, seed=3) for one in TARGETS]
+        assert torch.equal(*found), options
+        assert found[0].shape[0] == 8
+        assert not torch.equal(found[0], compiled("llama", "eager").generate(**batch, **GREEDY, adapters=None))
 
 
 def test_computes_whole_sequences_as_peft() -> None:
@@ -162,7 +173,7 @@ def eight(target: str) -> tuple[Any, list[Tensor]]:
     return lorac.compile(host, made, target=target, **options), texts
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_eight_rows_have_eight_adapters_in_one_call(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, texts = eight(target)
     chosen = [*made.adapters]
@@ -175,7 +186,7 @@ def test_mixes_loras_with_and_without_tokens_in_one_row() -> None:
     mixture = {"a8": 0.5, "a0": 1.0, "a3": 0.7}
     row = torch.arange(12, 24) % 32
     row[2:4], row[7:9] = torch.tensor([6, 11]), torch.tensor([3, 11])
-    found = [eight(target)[0].generate(row[None], **GREEDY, adapters=mixture) for target in ("eager", "onnxruntime")]
+    found = [eight(target)[0].generate(row[None], **GREEDY, adapters=mixture) for target in TARGETS]
     assert torch.equal(*found)
     assert not torch.equal(found[0], eight("eager")[0].generate(row[None], **GREEDY, adapters="a8"))
 
@@ -272,10 +283,10 @@ def test_rejects_replaced_tensors_and_parts_with_tokens() -> None:
     host = base_model()
     with refuses("site_unsupported", match="adapts linear layers alone"):
         lorac.compile(host, lorac.LoRA(targets=["embed_tokens"], invocation_tokens=[7]))
-    with refuses("unsupported_field", match="replaces 'lm_head.weight' on every token"):
+    with refuses("unsupported_field", match="and 'lm_head.weight' of it acts on every token"):
         lorac.compile(host, lorac.LoRA(targets=["q_proj"], modules_to_save=["lm_head"], invocation_tokens=[7]))
     chain = lorac.Chain(parts=[lorac.LoRA(invocation_tokens=[7]), lorac.LoRA()], targets=["q_proj"])
-    with refuses("unsupported_field", match="is a part of a chain"):
+    with refuses("unsupported_field", match="and 'chain' of it acts on every token"):
         lorac.compile(host, chain)
 
 
