@@ -33,6 +33,8 @@ PYTHONS = ("3.11", "3.13")
 ROOMS = ("tests/ir", "tests/training", "tests/passes", "tests/formats")
 """Where the tests lie that each torch and Python runs once, with the newest transformers."""
 TOOLS = ("pytest>=8.4", "pytest-timeout>=2.4", "hypothesis>=6.130", "psutil>=7.0", "gguf>=0.17")
+OLDER = ("ignore::DeprecationWarning", "ignore:Unexpected keyword arguments", "ignore:Could not find a config file")
+"""Warnings of releases that are older than the suite's: of their own code, and of PEFT's newer configurations."""
 ALONE = ("accelerate", "peft")
 """Packages that would bring torch's own dependencies with them."""
 HEAD = """# Versions
@@ -202,7 +204,7 @@ class Runner:
         report = row.journal.with_suffix(".xml")
         report.unlink(missing_ok=True)
         suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not medium", *row.tests]
-        suite += [f"--junitxml={report}", "-W", "ignore::DeprecationWarning"]
+        suite += [f"--junitxml={report}", *(word for warning in OLDER for word in ("-W", warning))]
         subprocess.run([*self.prefix, python, *suite], cwd=ROOT, env=environment, check=False)
         return {"tests": count_tests(report.read_text()) if report.exists() else {"passed": 0, "failed": ["no report"]}}
 

@@ -15,17 +15,19 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from lorac import DoRA, FormatError, LoRA, load_adapter
 from lorac.formats._config_fields import Refused
 from lorac.formats.peft.config import PEFT_TYPES, peft_types
-from tests.peft_files import CONFIG, configure, make_peft, save_small
+from tests.peft_files import CONFIG, configure, make_peft, of_peft_0_21, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
 CLASSES = {kind: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in sorted(peft_types())}
 
 
+@of_peft_0_21
 def test_every_type_of_peft_is_known() -> None:
     assert {kind.value for kind in PeftType} == PEFT_TYPES
 
 
+@of_peft_0_21
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_table_is_the_dataclass(kind: str) -> None:
     """A field that a new PEFT adds fails this test until someone says what it is."""

@@ -55,7 +55,7 @@ from lorac import (
 )
 from lorac.variants.base import Variant
 from tests.parity import assert_parity
-from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, load_peft, save_small
+from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, load_peft, of_peft_0_21, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -153,7 +153,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
     ),
     ("ROAD", {"variant": "road_4"}, RoAd(variant="road_4", group_size=2)),
     ("SUPERTUNING", {"select_top": False}, SuperTuning(sparsity=0.9, select_top=False)),
-    (
+    pytest.param(
         "VBLORA",
         {"topk": 3, "vblora_dropout": 0.25, "init_vector_bank_bound": 0.03, "bias": "vblora_only"},
         VBLoRA(
@@ -165,6 +165,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
             init_vector_bank_bound=0.03,
             bias="vblora_only",
         ),
+        marks=of_peft_0_21,
     ),
     (
         "VERA",
