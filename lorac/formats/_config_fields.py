@@ -253,7 +253,7 @@ def read_rows(value: object) -> tuple[int, ...]:
 
 def read_token_ids(value: object) -> tuple[int, ...]:
     """Return token ids; null is empty."""
-    if min(ids := read_layers(value), default=0) < 0:
+    if min(ids := _read_list(value, int, "token ids"), default=0) < 0:
         raise ValueError("expected token ids")
     return ids
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, final
 
@@ -45,8 +45,7 @@ def find_phases(states: ChoiceStates, state: ChoiceState, tokens: Tensor) -> lis
     found = list[Phase]()
     for place in sorted({0, *(start for start in starts.values() if start is not None)}):
         off = {name for name, start in starts.items() if start is None or start > place}
-        part = tuple(one for one in state.choice if one[0] not in off)
-        found.append(Phase(place, states.of(part) if off else state))
+        found.append(Phase(place, states.of(tuple(one for one in state.choice if one[0] not in off)) if off else state))
     return found
 
 
@@ -74,6 +73,9 @@ class InvokedProgram(BoundProgram):
     def run(self, graph: str, call: Call) -> CallResult:
         raise self._error()
 
+    def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
+        raise self._error()
+
     def _error(self) -> Unavailable:
         return no_prompt_error([name for state in self.rows for name in state.snapshot.invocations])
 
@@ -83,8 +85,7 @@ class InvokedProgram(BoundProgram):
 
         The last one computes each row's last phase, so that new tokens of all rows take one call.
         """
-        if not self.phases:
-            raise self._error()
+        assert self.phases
         most, found = max(map(len, self.phases)), list[tuple[list[float], BoundProgram]]()
         for index in range(most):
             own = [row[min(index, len(row) - 1)].state for row in self.phases]

@@ -193,3 +193,16 @@ def test_targets_left_to_peft_are_those_of_the_file(folder: Path) -> None:
     configure(folder, target_modules=None)
     adapter = load_adapter(folder, ZOO["plain_mlp"].model())
     assert set(adapter.variant.targets) == set(adapter.tensors) == {"up", "down"}
+
+
+@pytest.mark.parametrize("value", [["x"], [1.5], [-1], "abc", {"a": 1}])
+def test_rejects_invocation_tokens_that_are_no_ids(folder: Path, value: object) -> None:
+    configure(folder, alora_invocation_tokens=value)
+    with refuses("unsupported_field", match="token ids"):
+        load_adapter(folder)
+
+
+def test_reads_no_invocation_tokens_as_peft_does(folder: Path) -> None:
+    """An empty list, of which PEFT makes a LoRA that acts on every token."""
+    configure(folder, alora_invocation_tokens=[])
+    assert load_adapter(folder).variant == LoRA(**{**load_adapter(folder).variant.settings, "invocation_tokens": ()})

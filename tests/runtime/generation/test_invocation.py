@@ -17,6 +17,7 @@ from lorac.ir.slots.invocation import find_start
 from tests.peft_files import quiet
 from tests.refusing import refuses
 from tests.runtime.generation.texts import FAMILIES, SIZES, padded, prompts
+from tests.zoo import ZOO
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 TOKENS = [7, 8]
@@ -254,6 +255,16 @@ def test_rejects_calls_without_the_whole_prompt() -> None:
             made.host.model.layers[0].self_attn.q_proj(embeds)
     with refuses("unavailable", match=looks):
         compiled("llama", "onnxruntime")(**batch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rejects_decoders_with_an_encoder(target: str) -> None:
+    options: dict[str, Any] = {"cache": True, "self_test": False} if target == "onnxruntime" else {}
+    made = lorac.compile(
+        ZOO["tiny_t5"].fresh(), lorac.LoRA(targets=["q"], invocation_tokens=[5]), target=target, **options
+    )
+    with refuses("unavailable", match="acts from its invocation tokens on"):
+        made.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
