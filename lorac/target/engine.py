@@ -283,9 +283,9 @@ class BoundProgram(ABC):
             )
         if graph not in self.begun:
             one, ids = self.engine.new_cache(graph, 1, self.prefix.length), self.prefix.ids
-            if self.prefix.keys_values is None:
+            if not self.prefix.attends:
                 self.decode(graph, one, DecodeStep(ids=ids, counts=[ids.shape[1]], wanted=ids[:, :1] * 0))
-            one.hold_prefix(self.prefix.keys_values)
+            one.hold_prefix(self.prefix.rows if self.prefix.attends else None)
             self.begun[graph] = one
         cache = self.begun[graph].copy([0] * rows)
         cache.grow(capacity)

@@ -369,7 +369,7 @@ class PromptVariant(Variant):
 
     def prefix(self, site: Site, tensors: Mapping[str, Tensor]) -> Prefix:
         """Return the virtual tokens of an adapter's tensors at that site."""
-        return Prefix(site, embeddings=self.rows(Params(**tensors)))
+        return Prefix(site, self.rows(Params(**tensors)))
 
 
 _COMMON = tuple(Variant.__dataclass_fields__)

@@ -52,4 +52,4 @@ class PrefixTuning(PromptVariant):
     def prefix(self, site: Site, tensors: Mapping[str, Tensor]) -> Prefix:
         sizes = 2 * self.num_layers, self.num_attention_heads, self.token_dim // self.num_attention_heads
         split = self.rows(Params(**tensors)).reshape(self.num_virtual_tokens, *sizes)
-        return Prefix(site, keys_values=split.permute(1, 2, 0, 3).contiguous())
+        return Prefix(site, split.permute(1, 2, 0, 3).contiguous(), attends=True)

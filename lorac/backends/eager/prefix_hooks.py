@@ -38,7 +38,7 @@ def stand_before(module: nn.Module, prefix: Prefix | None) -> Iterator[None]:
         given |= given.pop("kwargs", {})
         cache = given.get(cache_name)
         begins = cache is None or not cache.get_seq_length()
-        if begins and prefix.keys_values is None:
+        if begins and not prefix.attends:
             extended = prefix.extend(given)
             widths.append(given[IDS].shape[1])
             return (), extended
@@ -53,9 +53,8 @@ def stand_before(module: nn.Module, prefix: Prefix | None) -> Iterator[None]:
                     f"{type(module).__name__} keeps no keys and values that an adapter's could precede",
                     next_step="it takes prompt tuning, whose virtual tokens are embeddings",
                 )
-            given[cache_name] = _fill(
-                module, prefix, cache, len(given[IDS] if given.get(IDS) is not None else given["inputs_embeds"])
-            )
+            rows = next(len(value) for value in (given.get(IDS), given.get("inputs_embeds")) if value is not None)
+            given[cache_name] = _fill(module, prefix, cache, rows)
         return (), given
 
     def after(_: nn.Module, *rest: Any) -> object:
@@ -73,15 +72,14 @@ def _fill(module: Any, prefix: Prefix, cache: Any, rows: int) -> object:
     """Return a cache of the model's own whose rows begin with a prefix's keys and values."""
     from transformers import DynamicCache
 
-    keys_values, text = prefix.keys_values, module.config.get_text_config()
-    assert keys_values is not None
-    layers, heads, _, size = keys_values.shape
+    text = module.config.get_text_config()
+    layers, heads, _, size = prefix.rows.shape
     own_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     own_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if (layers // 2, heads, size) != (text.num_hidden_layers, own_heads, own_size):
-        raise wrong_heads(keys_values, text.num_hidden_layers, own_heads, own_size)
+        raise wrong_heads(prefix.rows, text.num_hidden_layers, own_heads, own_size)
     cache = DynamicCache(config=module.config) if cache is None else cache
-    given = keys_values.to(module.dtype).to(module.device)[:, None].expand(-1, rows, -1, -1, -1)
+    given = prefix.rows.to(module.dtype).to(module.device)[:, None].expand(-1, rows, -1, -1, -1)
     for layer in range(layers // 2):
         cache.update(given[2 * layer], given[2 * layer + 1], layer)
     return cache

@@ -62,7 +62,7 @@ class ComposedWeights:
         """Return the tensors of all changes and branches."""
         sites = self.composed.values()
         own = [tensor for site in sites if site.change is not None for tensor in list_tensors(site.change)]
-        own += [] if self.prefix is None or self.prefix.keys_values is None else [self.prefix.keys_values]
+        own += [] if self.prefix is None else [self.prefix.rows]
         return [*own, *(tensor for site in sites for _, term in site.branches for tensor in term.params)]
 
 
@@ -77,10 +77,12 @@ def compose_choice(
     """
     active = [(name, how.strength, truncate_adapter(name, prepared[name], how.rank)) for name, how in choice]
     prompts = [(name, t, p.prefix) for name, t, p in active if p.prefix is not None]
-    if len(prompts) > 1 or any(t != 1 for _, t, _ in prompts):
-        listed = ", ".join(f"'{name}' (strength {t:g})" for name, t, _ in prompts)
+    invocations = {name: one.invocation for name, _, one in active if one.invocation}
+    if len(prompts) > 1 or any(t != 1 for _, t, _ in prompts) or (prompts and invocations):
+        listed = ", ".join([*(f"'{name}' (strength {t:g})" for name, t, _ in prompts), *map(repr, invocations)])
         raise ChoiceError(
-            f"virtual tokens are not a sum, so a prompt stands alone before its row, at strength 1: {listed}",
+            "one prompt at strength 1 stands before a row, since virtual tokens are not a sum, and next to it adapters "
+            f"that act on every token: {listed}",
             next_step="activate one of these adapters as it is, or give each row of a batch its own: adapters=[...]",
         )
     composed = {}
@@ -99,12 +101,6 @@ def compose_choice(
                         next_step="activate one of these adapters, or give each row of a batch its own: adapters=[...]",
                     )
                 composed[path] = replace(composed[path], size=max(sizes.values()))
-    invocations = {name: one.invocation for name, _, one in active if one.invocation}
-    if prompts and invocations:
-        raise ChoiceError(
-            f"'{prompts[0][0]}' puts virtual tokens before a row, and '{min(invocations)}' acts from its tokens on",
-            next_step="activate one of the two, or give each row of a batch its own: adapters=[...]",
-        )
     return ComposedWeights(choice, composed, invocations, prompts[0][2] if prompts else None)
 
 

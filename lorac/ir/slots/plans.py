@@ -259,7 +259,7 @@ class PreparedAdapter:
     def tensors(self) -> list[Tensor]:
         """Return all its tensors."""
         own = [tensor for change in self.changes.values() for tensor in list_tensors(change)]
-        own += [] if self.prefix is None or self.prefix.keys_values is None else [self.prefix.keys_values]
+        own += [] if self.prefix is None else [self.prefix.rows]
         return [*own, *(tensor for term in self.branches.values() for tensor in term.params)]
 
     @property

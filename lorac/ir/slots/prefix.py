@@ -11,6 +11,7 @@ from lorac.errors import AdapterError, InputMismatch, Unavailable
 from lorac.ir.sites.site import Site
 
 IDS, MASK = "input_ids", "attention_mask"
+"""transformers' names for tokens, and for the mask of padding."""
 _SEQUENCES = {MASK: 1, "token_type_ids": 0, "labels": -100}
 """Argument with a value for each token -> its value for a virtual one, which is PEFT's."""
 _BY_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
@@ -23,21 +24,18 @@ class Prefix:
 
     Attributes:
         site: the model's input embedding; ids from its number of tokens on are virtual ones.
-        embeddings: (length, d); None where the keys and values are given.
-        keys_values: keys and values of each layer by turns (2·layers, heads, length, size); None for embeddings.
+        rows: embeddings (length, d), or what each layer has of them.
+        attends: whether rows are keys and values of each layer by turns (2·layers, heads, length, size).
     """
 
     site: Site
-    embeddings: Tensor | None = None
-    keys_values: Tensor | None = None
+    rows: Tensor
+    attends: bool = False
 
     @property
     def length(self) -> int:
         """The number of virtual tokens."""
-        if self.keys_values is not None:
-            return self.keys_values.shape[2]
-        assert self.embeddings is not None
-        return len(self.embeddings)
+        return self.rows.shape[-2]
 
     @property
     def ids(self) -> Tensor:
@@ -51,33 +49,20 @@ class Prefix:
         Raises:
             InputMismatch: they hold no ids, or something by token that has no value for virtual ones.
         """
-        ids = given.get(IDS)
-        if ids is None or given.get("inputs_embeds") is not None:
-            raise InputMismatch(
-                "an adapter with virtual tokens needs the ids of the others", next_step="give input_ids=, no embeddings"
-            )
-        if self.keys_values is not None:
+        if self.attends:
             raise Unavailable(
                 "keys and values of virtual tokens stand in a cache, and this program keeps none",
                 next_step="compile with cache=True for target='onnxruntime', or with target='eager'",
             )
-        tokens = torch.as_tensor(ids)
-        if tokens.numel() and int(tokens.max()) >= self.site.in_features:
+        sizes = {name: tuple(getattr(given.get(name), "shape", ())) for name in (IDS, *_SEQUENCES)}
+        if len(sizes[IDS]) != 2 or sizes[MASK] not in {(), sizes[IDS]} or given.get("inputs_embeds") is not None:
             raise InputMismatch(
-                f"{IDS} holds {int(tokens.max())}, which is not a token id",
-                next_step=f"the model's ids go from 0 to {self.site.in_features - 1}",
+                f"virtual tokens precede {IDS} (rows, length) and an {MASK} of the same shape, and the call has others",
+                next_step="give both, as a tokenizer makes them",
             )
-        rows, width = tokens.shape
-        extended = {**given, IDS: self._join(self.ids, ids)}
-        for name, value in _SEQUENCES.items():
-            found = given.get(name)
-            if found is not None and torch.as_tensor(found).shape == (rows, width):
-                extended[name] = self._join(torch.full((1, self.length), value), found)
-            elif found is not None and name == MASK:
-                raise InputMismatch(
-                    f"attention_mask has {torch.as_tensor(found).dim()} axes, and virtual tokens need one of two",
-                    next_step="give (rows, length), 1 for each token",
-                )
+        check_ids(torch.as_tensor(given[IDS]), self.site.in_features, IDS)
+        values = {IDS: self.ids, **{name: torch.full((1, self.length), value) for name, value in _SEQUENCES.items()}}
+        extended = {**given, **{n: self._join(v, given[n]) for n, v in values.items() if sizes[n] == sizes[IDS]}}
         return extended | self.shift_positions(given, self.length)
 
     def shift_positions(self, given: Mapping[str, object], new: int = 0) -> dict[str, object]:
@@ -106,6 +91,21 @@ class Prefix:
             if name in output:
                 output[name] = cut(output[name], axes)
         return output
+
+
+def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
+    """Raise ``InputMismatch`` where an id is not one of the model's.
+
+    Args:
+        vocabulary: number of the model's ids.
+        name: the name of the ids in messages.
+    """
+    for found in (int(ids.min()), int(ids.max())):
+        if not 0 <= found < vocabulary:
+            raise InputMismatch(
+                f"{name} holds {found}, which is not a token id",
+                next_step=f"the model's ids go from 0 to {vocabulary - 1}",
+            )
 
 
 def wrong_heads(keys_values: Tensor, layers: int, heads: object, size: object) -> AdapterError:

@@ -19,12 +19,13 @@ from lorac.ir.calls.call import cast_tensors
 from lorac.ir.calls.row_selection import count_rows
 from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
+from lorac.ir.slots.prefix import IDS, MASK
 from lorac.runtime.batching import check_rows
 from lorac.runtime.choice_switch import RowGroup
 from lorac.runtime.generation.eager_generation import generate_eagerly, refuse_prompt_cache
 from lorac.runtime.generation.output_merger import OutputMerger, select_rows
 from lorac.runtime.generation.prompt_cache import PromptCache
-from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
+from lorac.runtime.generation.prompts import CACHE, Prompts, main_input
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
 from lorac.runtime.traits import ModelTraits
 

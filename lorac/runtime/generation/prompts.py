@@ -13,24 +13,10 @@ import torch
 from torch import Tensor
 
 from lorac.errors import InputMismatch, WrongType, short
+from lorac.ir.slots.prefix import IDS, MASK
 
-IDS, MASK, CACHE = "input_ids", "attention_mask", "cache"
-"""transformers' names for tokens, for the mask of padding, and for a cache."""
-
-
-def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
-    """Raise ``InputMismatch`` where an id is not one of the model's.
-
-    Args:
-        vocabulary: number of the model's ids.
-        name: the name of the ids in messages.
-    """
-    for found in (int(ids.min()), int(ids.max())):
-        if not 0 <= found < vocabulary:
-            raise InputMismatch(
-                f"{name} holds {found}, which is not a token id",
-                next_step=f"the model's ids go from 0 to {vocabulary - 1}",
-            )
+CACHE = "cache"
+"""transformers' name for a cache."""
 
 
 def main_input(names: Sequence[str]) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lorac.errors import InputMismatch, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.slots.prefix import IDS
 from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver, take_likeliest
 from lorac.runtime.generation.generate import add_tokenizer
-from lorac.runtime.generation.prompts import IDS
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
 from lorac.runtime.generation.row_processors import RowProcessors
 

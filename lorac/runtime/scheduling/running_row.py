@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lorac.errors import AdapterError, drop_frames, list_some
 from lorac.ir.slots.choice import UNSET, parse_choice
+from lorac.ir.slots.prefix import check_ids
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
-from lorac.runtime.generation.prompts import check_ids
 from lorac.runtime.generation.row_sampler import RowSampler
 from lorac.runtime.invocation import find_phases
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream

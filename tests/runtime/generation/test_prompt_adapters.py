@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 
 import lorac
 from lorac.testing import assert_close
@@ -184,7 +186,11 @@ def test_a_scheduler_admits_rows_with_prompts(tmp_path_factory: pytest.TempPathF
 
 def test_an_artifact_keeps_prompts_and_admits_others(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     known, compiled = made("llama", "cached", tmp_path_factory)
-    compiled.save(tmp_path / "artifact")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compiled.save(tmp_path / "artifact")
+    alone = {str(one.message).split("'")[1] for one in said if "saved for lorac alone" in str(one.message)}
+    assert alone == {*CONFIGS}
     loaded = lorac.load(tmp_path / "artifact")
     for name in ("PROMPT_TUNING", "PREFIX_TUNING"):
         expected = continued(known.peft[name], IDS)
@@ -193,9 +199,29 @@ def test_an_artifact_keeps_prompts_and_admits_others(tmp_path: Path, tmp_path_fa
         assert torch.equal(loaded.generate(IDS, **GREEDY, adapters=f"{name} again"), expected)
 
 
+@pytest.mark.medium("an encoder: ids before ids, as for a decoder", keep=["eager"])
+@pytest.mark.parametrize("way", ["eager", "plain"])
+def test_a_classifier_has_virtual_tokens_and_its_own_head(way: str, tmp_path: Path) -> None:
+    """An encoder without a cache, by row next to the base; the classifier that was trained with the prompt is its."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=97, num_labels=3, initializer_range=0.3, **sizes)
+    model: Any = transformers.BertForSequenceClassification(config).eval()
+    oracle = save_prompt(model, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4), tmp_path / "a")
+    compiled = lorac.compile(copy.deepcopy(model), {"a": tmp_path / "a"}, **TARGETS[way], self_test=False)
+    given = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])}
+    with torch.no_grad():
+        found, rows = compiled(**given, adapters="a"), compiled(**given, adapters=["a", None])
+        expected, base = oracle(**given).logits, model(**given).logits
+    assert_close(found.logits, expected)
+    assert_close(rows.logits, torch.stack([expected[0], base[1]]))
+    with pytest.raises(lorac.InputMismatch, match=r"virtual tokens precede input_ids|has shape \[2, 1, 5, 5\]"):
+        compiled(input_ids=IDS, attention_mask=torch.ones(2, 1, 5, 5), adapters="a")
+
+
 def test_rejects_prompts_that_have_no_place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     known, compiled = made("llama", "cached", tmp_path_factory)
-    with pytest.raises(lorac.ChoiceError, match=r"stands alone before its row, at strength 1: 'CPT' \(strength 0.5\)"):
+    with pytest.raises(lorac.ChoiceError, match=r"one prompt at strength 1(.|\n)*'CPT' \(strength 0.5\)"):
         compiled.generate(IDS, adapters={"CPT": 0.5})
     with pytest.raises(lorac.ChoiceError, match=r"'CPT' .*'P_TUNING'"):
         compiled.generate(IDS, adapters={"CPT": 1.0, "P_TUNING": 1.0})
@@ -208,8 +234,8 @@ def test_rejects_prompts_that_have_no_place(tmp_path: Path, tmp_path_factory: py
             wide.generate(IDS, adapters="a", **GREEDY)
     with pytest.raises(lorac.SiteError, match="virtual tokens have no place in Linear"):
         lorac.compile(torch.nn.Linear(4, 4), {"a": known.folders["CPT"]})
-    with refuses("unavailable", match="no slot file holds"):
-        compiled.save_choice("CARTRIDGE", tmp_path / "choice.onnx_adapter")
+    with refuses("unavailable", match="no weight and no slot file holds"):
+        compiled.save_choice(tmp_path / "choice.onnx_adapter", "CARTRIDGE")
     fused = known.compile("eager", mode="fused")
     with refuses("unavailable", match="no weight and no slot file holds"):
         fused.swap("CPT")
