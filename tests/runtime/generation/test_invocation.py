@@ -13,7 +13,10 @@ from torch import Tensor
 
 import lorac
 from lorac.backends.onnxruntime.engine import OrtProgram
+from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.invocation import find_start
+from lorac.target.kv_cache import DecodeStep
+from lorac.testing import assert_close
 from tests.peft_files import quiet
 from tests.refusing import refuses
 from tests.runtime.generation.texts import FAMILIES, SIZES, padded, prompts
@@ -205,6 +208,19 @@ def test_reuses_the_prompt_of_the_base(fed: list[int]) -> None:
     assert len(fed) == 1 + 2 * 10
     with_base = made.generate(row[None], **GREEDY, adapters=None)
     assert torch.equal(made.generate(row[None], **GREEDY, adapters=None, prompt_cache=cache), with_base)
+    # The base has read the invocation, too, whose keys and values are not the adapter's.
+    assert torch.equal(made.generate(row[None], **GREEDY, prompt_cache=cache)[0, WIDTH:], wanted[0])
+
+
+def test_one_step_gives_the_logits_of_tokens_on_both_sides_of_the_invocation() -> None:
+    made, row = compiled("llama", "onnxruntime"), rows()[0][None]
+    cache, every = made.engine.new_cache(MAIN_GRAPH, 1, WIDTH), torch.arange(WIDTH)[None]
+    step = DecodeStep(ids=row, counts=[WIDTH], wanted=every)
+    found = made.switch.with_choice(
+        "default", lambda bound, _: bound.for_prompts(row, None).decode(MAIN_GRAPH, cache, step)
+    )
+    with torch.no_grad():
+        assert_close(found, compiled("llama", "eager")(input_ids=row).logits)
 
 
 def test_later_prompts_find_the_tokens_of_earlier_ones_before_their_last_invocation() -> None:
