@@ -29,13 +29,15 @@ class RowSampler:
 
     Attributes:
         processors: transformers' logits processors for its options.
-        criteria: transformers' stopping criteria.
+        criteria: transformers' stopping criteria but for those of ``most`` and ``last``.
+        last: tokens that end it.
         most: the most tokens that it may have, those of its prompt included.
         generator: where its random numbers come from; None: it takes the likeliest token.
     """
 
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
+    last: frozenset[int]
     most: int
     generator: torch.Generator | None
 
@@ -61,6 +63,8 @@ class RowSampler:
             Unavailable: the options ask for beams, for drafts or for several sequences, which are no row of their own.
             InputMismatch, OptionError: as for ``generate``.
         """
+        from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
         traits, spec = model.traits[graph], model.engine.cache_spec(graph)
         if spec is None:
             model.engine.refuse_cache()
@@ -94,11 +98,20 @@ class RowSampler:
             chances = torch.ones(spec.vocabulary)  # how many random numbers a draw takes depends on nothing else
             for _ in range(drawn):
                 torch.multinomial(chances, 1, generator=generator)
-        return cls(driver.planned[0], driver.planned[1], int(config.max_length), generator)
+        # Rows that run compare two numbers instead: transformers' criteria take eight calls of torch for each token.
+        last, most, criteria = set[int](), int(config.max_length), StoppingCriteriaList()
+        for one in driver.planned[1]:
+            if type(one) is EosTokenCriteria:
+                last.update(one.eos_token_id.flatten().tolist())
+            elif type(one) is not MaxLengthCriteria or one.max_length < most:
+                criteria.append(one)
+        return cls(driver.planned[0], criteria, frozenset(last), most, generator)
 
     def ends(self, text: Tensor) -> bool:
         """Return whether a row ends with the last token of its text (length,)."""
-        return bool(self.criteria(text[None], None))
+        if len(text) >= self.most or int(text[-1]) in self.last:
+            return True
+        return bool(self.criteria) and bool(self.criteria(text[None], None))
 
 
 class BatchSampler:

@@ -15,6 +15,7 @@ from lorac.runtime.generation.row_sampler import BatchSampler
 from lorac.runtime.row_bank import RowBank
 from lorac.runtime.scheduling.chunk_choice import choose_chunk, large_chunk
 from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.runtime.scheduling.token_stream import wake_readers
 from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 
@@ -139,6 +140,7 @@ class RunningBatch:
         sampler, reasons = lane.sampler_of(rows), [""] * len(lane.rows)
         for index, token in enumerate(sampler.draw([row.text for row in rows], logits).tolist()):
             reasons[places[index]] = rows[index].take(token, logits[index], sampler.failed.get(index))
+        wake_readers(row.stream for row in rows)
         self._remove(lane, reasons)
 
     def _remove(self, lane: _Lane, reasons: Sequence[str]) -> None:

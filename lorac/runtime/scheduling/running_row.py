@@ -126,7 +126,7 @@ class RunningRow:
 
     def _add(self, token: int, logits: Tensor) -> str:
         self.is_read, self.text = True, torch.cat([self.text, self.text.new_tensor([token])])
-        self.stream.put(_describe_token(token, logits, self.request.logprobs))
+        self.stream.add(_describe_token(token, logits, self.request.logprobs))
         return self._find_end()
 
     def find_earlier_end(self) -> str:

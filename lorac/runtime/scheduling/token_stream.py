@@ -1,9 +1,10 @@
 """Requests for text, and the streams of tokens that answer them."""
 
 import asyncio
+import collections
 import queue
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -68,7 +69,7 @@ class TokenStream:
         self.reason = ""
         self._ends_at = None if deadline is None else time.monotonic() + deadline
         self._items: queue.SimpleQueue[TextToken | BaseException | None] = queue.SimpleQueue()
-        self._wake: Callable[[], object] | None = None
+        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -83,8 +84,8 @@ class TokenStream:
             self._leave()
 
     async def __aiter__(self) -> AsyncGenerator[TextToken]:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+        ready = asyncio.Event()
+        self._reader = asyncio.get_running_loop(), ready
         try:
             while True:
                 ready.clear()
@@ -94,7 +95,7 @@ class TokenStream:
                     break
                 yield token
         finally:
-            self._wake = None
+            self._reader = None
             self._leave()
 
     def _next(self) -> TextToken | None:
@@ -130,9 +131,28 @@ class TokenStream:
 
     def put(self, item: TextToken | BaseException | None) -> None:
         """Give the reader a token, an error, or None at the end."""
+        self.add(item)
+        wake_readers([self])
+
+    def add(self, item: TextToken | BaseException | None) -> None:
+        """Give a reader an item, of which ``wake_readers`` tells an event loop."""
         self._items.put(item)
-        if (wake := self._wake) is not None:
-            try:
-                wake()
-            except RuntimeError:  # the reader's event loop was closed
-                self.cancel()
+
+
+def wake_readers(streams: Iterable[TokenStream]) -> None:
+    """Tell the readers of streams that there are new items: each event loop once, which is then at work meanwhile."""
+    readers = collections.defaultdict[asyncio.AbstractEventLoop, dict[TokenStream, asyncio.Event]](dict)
+    for stream in streams:
+        if (reader := stream._reader) is not None:
+            readers[reader[0]][stream] = reader[1]
+    for loop, found in readers.items():
+        try:
+            loop.call_soon_threadsafe(_set_all, found.values())
+        except RuntimeError:  # the event loop was closed
+            for stream in found:
+                stream.cancel()
+
+
+def _set_all(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MaxLengthCriteria
 
 from lorac.runtime.generation.driver import take_likeliest
 from lorac.runtime.generation.row_processors import RowProcessors
@@ -63,6 +64,16 @@ def test_rows_with_different_options_sample_as_alone(model: Any) -> None:
     for row, text in enumerate(expected):
         assert torch.equal(ended[row], text), options[row]
         assert len(text) <= rows[row].most
+
+
+def test_ends_as_transformers_criteria_do_without_calling_them(model: Any) -> None:
+    shorter, (ids,) = MaxLengthCriteria(9), prompts(3, (6,))
+    plain = RowSampler.of(model, ids, max_new_tokens=5, eos_token_id=[20, 21])
+    custom = RowSampler.of(model, ids, max_new_tokens=5, eos_token_id=[20], stopping_criteria=[shorter])
+    assert (list(plain.criteria), list(custom.criteria), plain.most, custom.most) == ([], [shorter], 11, 11)
+    texts = [torch.full((length,), last) for length in (7, 8, 9, 10, 11) for last in (3, 20, 21)]
+    ends = [(len(text) > 10 or text[-1] > 3, len(text) > 8 or text[-1] == 20) for text in texts]
+    assert [(plain.ends(text), custom.ends(text)) for text in texts] == ends
 
 
 def test_runs_processors_of_one_class_once_for_all_rows(model: Any) -> None:

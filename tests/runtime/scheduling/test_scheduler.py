@@ -99,6 +99,23 @@ def test_each_request_matches_a_single_run(compiled: Any, scheduler: Scheduler) 
     assert scheduler.load == (0, 0)
 
 
+def test_wakes_an_event_loop_once_a_step(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def count(stream: TokenStream) -> int:
+        return len([token async for token in stream])
+
+    async def work() -> list[int]:
+        loop, calls = asyncio.get_running_loop(), list[Any]()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *given: (calls.append(given), wake(*given))[1])
+        requests = [TextRequest(prompt(1), "one", options={**SAMPLED, **fixed}) for _ in range(3)]
+        found = await asyncio.gather(*(count(stream) for stream in scheduler.submit_all(requests)))
+        assert len(calls) <= 12 + 3 + 3, "those of other steps, and one for the end of each"
+        return found
+
+    fixed = {"max_new_tokens": 12, "eos_token_id": None}
+    assert asyncio.run(work()) == [12] * 3
+
+
 @pytest.mark.medium("sampled tokens", keep=["options1"])
 @pytest.mark.parametrize(
     "options",
