@@ -7,7 +7,8 @@ request after the other, alone and next to each attack in turn: floods of reques
 long texts to tokenize, slow bodies, large uploads, connections without a request. Its 95th percentile may be twice that
 alone, and the event loop's thread may compute for 50 ms between two looks at what waits. Both are printed, with the
 longest time between two looks, which a busy machine makes longer, and the cores that the server and the hostile tenant
-used. The hostile tenant's process has the lowest priority, since it would have a machine of its own.
+used. The hostile tenant's process has the lowest priority, since it would have a machine of its own. On a machine that
+others use, ``--real-time`` measures as on an idle one: server and victim run before everything else (Linux, as root).
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def make_folder(folder: Path) -> None:
     made.save(folder, tokenizer=tokenizer)
 
 
-def serve(folder: Path) -> None:
-    """Serve a folder and print the port.
+def serve(folder: Path, *, first: bool = False) -> None:
+    """Serve a folder and print the port; with ``first``, before all other programs.
 
     ``/loop`` answers with the event loop's longest time between two looks since it was last asked, in seconds of wall
     time and of processor time, without and for the garbage collector, and with the server's processor time.
@@ -76,6 +77,8 @@ def serve(folder: Path) -> None:
     from lorac.serving.connections import limit_connections
     from lorac.serving.store import AdapterStore
 
+    if first:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     settings = ServingSettings(keys=KEYS, rows=8, waiting=32, body_timeout=5, header_timeout=2, max_connections=256)
     compiled = lorac.load(folder / "model")
     with AdapterStore(compiled, folder / "store") as store:
@@ -196,7 +199,7 @@ ATTACKS: dict[str, tuple[Callable[[httpx2.AsyncClient, random.Random], Coroutine
 
 
 async def attack(name: str, port: int, seed: int) -> None:
-    """Attack a server until the input ends; print how often, by status."""
+    """Print a line, and attack a server until the input ends; print how often, by status."""
     work, clients = ATTACKS[name]
     count, ended, begun = Counter[int](), asyncio.Event(), time.process_time()
 
@@ -213,6 +216,7 @@ async def attack(name: str, port: int, seed: int) -> None:
         base_url=f"http://127.0.0.1:{port}", headers=head, timeout=60, limits=limits
     ) as client:
         tasks = [asyncio.create_task(go_on(client, random.Random(seed + number))) for number in range(clients)]
+        print(flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         ended.set()
         for task in tasks:
@@ -294,6 +298,8 @@ def compare(client: httpx2.Client, name: str, requests: int, seed: int) -> bool:
         rest(client)
         alone.measure(client, requests // _TURNS)
         with _started(_HOSTILE, name, client.base_url.port, "--seed", seed + 1000 * turn) as hostile:
+            assert hostile.stdout is not None
+            hostile.stdout.readline()  # where others use the machine, its start may take a while
             time.sleep(_WAIT)
             beside.measure(client, requests // _TURNS)
             used, _, statuses = hostile.communicate("\n", 120)[0].partition(" ")
@@ -314,12 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m campaigns.hostile", description=__doc__)
     parser.add_argument("--requests", type=int, default=200, help="of the victim, next to each attack")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--real-time", action="store_true", help="server and victim run before all other programs")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--attack", action="append", choices=ATTACKS, help="only this one; may be given several times")
     parser.add_argument(_HOSTILE, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.serve:
-        serve(given.serve)
+        serve(given.serve, first=given.real_time)
         return
     if given.hostile:
         os.nice(19)  # hostile tenants have machines of their own
@@ -327,8 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder) / "model")
-        with _started("--serve", folder) as server:
+        with _started("--serve", folder, *["--real-time"] * given.real_time) as server:
             assert server.stdout is not None
+            if given.real_time:  # the hostile tenant's process, a child, has none of it
+                os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
             port = int(server.stdout.readline().removeprefix(_PORT))
             head = {"authorization": "Bearer k-v"}
             with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=head, timeout=300) as client:
