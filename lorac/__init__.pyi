@@ -122,8 +122,10 @@ from lorac.variants.sora import SoRA as SoRA
 from lorac.variants.split import Split as Split
 from lorac.variants.supertuning import SuperTuning as SuperTuning
 from lorac.variants.tera import TeRA as TeRA
+from lorac.variants.tinylora import TinyLoRA as TinyLoRA
 from lorac.variants.tlora import TLoRA as TLoRA
 from lorac.variants.trainable_tokens import TrainableTokens as TrainableTokens
+from lorac.variants.unilora import UniLoRA as UniLoRA
 from lorac.variants.union import Union as Union
 from lorac.variants.vblora import VBLoRA as VBLoRA
 from lorac.variants.vera import VeRA as VeRA

@@ -42,6 +42,7 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
     "The following rank_pattern keys did not match",  # of every AdaLoRA that it pruned; it applies the pattern
     "The symmetric initialization can NOT be performed",  # HRA of odd r
     "Detected that the base layer has no bias term",  # BEFT, which PEFT then cannot merge
+    "Specified to not (save projection tensors P|load tinylora_P)",
     "Unsupported layer type",  # LN tuning asks every norm for its features
     "Invalid `(r|oft_block_size)`",  # OFT takes the next that divides
     "save_precomputed_indices=False",
@@ -79,6 +80,8 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "ROAD": {"group_size": 2},
     "SHIRA": {"r": 2},
     "SUPERTUNING": {"sparsity": 0.9},
+    "TINYLORA": {"r": 2, "u": 5},
+    "UNILORA": {"r": 2, "theta_d_length": 11},
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},
     "VERA": {"r": 2},
     "WAVEFT": {"n_frequency": 9},

@@ -36,7 +36,9 @@ from peft import (
     RandLoraConfig,
     RoadConfig,
     SupertuningConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     WaveFTConfig,
@@ -83,6 +85,8 @@ randlora = _of(RandLoraConfig, r=3, randlora_alpha=6)
 road = _of(RoadConfig, group_size=2)
 supertuning = _of(SupertuningConfig, sparsity=0.8, alone=False)
 tokens = _of(TrainableTokensConfig, alone=False)
+tinylora = _of(TinyLoraConfig, u=9, alone=False)
+unilora = _of(UniLoraConfig, theta_d_length=31, alone=False)
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
 vera = _of(VeraConfig, r=3)
 waveft = _of(WaveFTConfig, n_frequency=30, scaling=5.0, alone=False)
@@ -234,6 +238,17 @@ CASES: tuple[Case, ...] = (
     supertuning("computed", "tiny_llama", "q_proj", "v_proj", r=3, save_precomputed_indices=False),
     tokens("rows", "plain_mlp", "embed", token_indices=list(range(0, 23, 2)), emitted=True),
     tokens("chosen-tied", "tiny_llama", target_modules=None, token_indices=list(range(0, 128, 3)), change=tie),
+    tinylora("plain", "plain_mlp", "embed", "up", "down", "head", bias="tinylora_only", emitted=True),
+    tinylora("groups", "plain_mlp", "embed", "up", "down", "head", weight_tying=0.5, r=20, **HEAD),
+    tinylora("seed", "plain_mlp", "up", "down", save_projection=False, projection_seed=7, dtype=torch.float32),
+    tinylora("layers", "tiny_llama", "q_proj", "down_proj", weight_tying=1.0, **OUTER),
+    tinylora("saved", "tiny_bert", "query", "dense", bias="all", **CLASSIFIER),
+    tinylora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    unilora("plain", "plain_mlp", "up", "down", "head", bias="unilora_only", emitted=True),
+    unilora("indices", "plain_mlp", "up", "down", save_indices=True, proj_seed=3, r=2, **HEAD),
+    unilora("layers", "tiny_llama", "q_proj", "down_proj", theta_d_length=5000, **OUTER),
+    unilora("saved", "tiny_bert", "query", "dense", bias="all", **CLASSIFIER),
+    unilora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
     vblora("plain", "plain_mlp", "up", "down", bias="vblora_only", emitted=True),
     vblora("top3", "plain_mlp", "up", "down", topk=3, **HEAD),
     vblora("chosen", "plain_mlp", "up", "down", **CHOSEN),

@@ -47,6 +47,8 @@ from lorac import (
     RoAd,
     SiteError,
     SuperTuning,
+    TinyLoRA,
+    UniLoRA,
     VBLoRA,
     VeRA,
     WaveFT,
@@ -153,6 +155,25 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
     ),
     ("ROAD", {"variant": "road_4"}, RoAd(variant="road_4", group_size=2)),
     ("SUPERTUNING", {"select_top": False}, SuperTuning(sparsity=0.9, select_top=False)),
+    (
+        "TINYLORA",
+        {"weight_tying": 1.0, "projection_seed": 3, "tinylora_dropout": 0.25, "bias": "tinylora_only"},
+        TinyLoRA(
+            r=2, u=5, weight_tying=1.0, projection_seed=3, dropout=0.25, bias="tinylora_only", order=("up", "down")
+        ),
+    ),
+    (
+        "UNILORA",
+        {"proj_seed": 3, "unilora_dropout": 0.25, "init_theta_d_bound": 0.1},
+        UniLoRA(
+            r=2,
+            theta_d_length=11,
+            proj_seed=3,
+            dropout=0.25,
+            init_theta_d_bound=0.1,
+            starts={"up": 0, "down": 48, "": 88},
+        ),
+    ),
     pytest.param(
         "VBLORA",
         {"topk": 3, "vblora_dropout": 0.25, "init_vector_bank_bound": 0.03, "bias": "vblora_only"},
@@ -253,6 +274,8 @@ WRONG: dict[str, list[tuple[str, object]]] = {
     "RANDLORA": [("r", 0), ("randlora_alpha", None), ("sparse", 1), ("projection_prng_key", 0.5)],
     "ROAD": [("variant", "road_3"), ("group_size", 0)],
     "SUPERTUNING": [("sparsity", None), ("select_top", 1), ("r", 0), ("lora_alpha", "2")],
+    "TINYLORA": [("r", 0), ("u", "5"), ("weight_tying", None), ("projection_seed", 0.5), ("init_weights", "zeros")],
+    "UNILORA": [("r", 0), ("theta_d_length", None), ("proj_seed", -1), ("save_indices", 1), ("bias", "some")],
     "VBLORA": [("r", 0), ("topk", "2"), ("vector_length", None), ("save_only_topk_weights", 1)],
     "VERA": [
         ("r", 0),
@@ -369,6 +392,28 @@ DAMAGED = (
     Damaged("BEFT", r"'up' do not belong together", tensors={"model.up.beft_bias": torch.zeros(14)}),
     Damaged("RANDLORA", r"randlora_A at 'down' has shape \(2, 1, 14\), expected \(3, 1, 6\)", {"r": 3}, alone=False),
     Damaged("ROAD", r"road_alpha at 'up' has shape \(6,\)", tensors={"model.up.road_alpha": torch.ones(6)}),
+    Damaged(
+        "TINYLORA",
+        r"tinylora_A at 'up' has shape \(2, 9\), expected \(2, 10\)",
+        tensors={"model.up.tinylora_A": torch.zeros(2, 9)},
+        alone=False,
+    ),
+    Damaged("TINYLORA", "'down' do not belong together.*\n.*u is 6", {"u": 6}, alone=False),
+    Damaged("TINYLORA", "'down' do not belong together", tensors={"tinylora_v.1": None}, alone=False),
+    Damaged(
+        "TINYLORA",
+        "no site of adapter 'TINYLORA' uses 'tinylora_v.2'",
+        tensors={"tinylora_v.2": torch.zeros(5)},
+        error=FormatError,
+        alone=False,
+    ),
+    Damaged("UNILORA", "'up' do not belong together", {"theta_d_length": 12}, alone=False),
+    Damaged(
+        "UNILORA",
+        "'up' do not belong together",
+        tensors={"model.up.unilora_indices_A": torch.zeros(2, 10, dtype=torch.int64)},
+        alone=False,
+    ),
     Damaged("VBLORA", "'up' do not belong together", tensors={"model.up.vblora_logits_B": None}),
     Damaged("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=FormatError),
     Damaged("VERA", "lacks 'vera_B', which all its sites share", tensors={"vera_B": None}, error=FormatError),
@@ -443,6 +488,8 @@ NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
     ("POLY", Poly(targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
     ("RANDLORA", RandLoRA(r=2, targets=("embed",)), "plain_mlp", "of kind embedding"),
     ("ROAD", RoAd(group_size=2, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
+    ("TINYLORA", TinyLoRA(r=2, targets=("stem",)), "plain_conv", "of kind conv2d"),
+    ("UNILORA", UniLoRA(r=2, targets=("embed",)), "plain_mlp", "of kind embedding"),
     ("VBLORA", VBLoRA(r=2, num_vectors=5, vector_length=2, targets=("stem",)), "plain_conv", "of kind conv2d"),
     ("VERA", VeRA(r=2, targets=("embed",)), "plain_mlp", "of kind embedding"),
 )

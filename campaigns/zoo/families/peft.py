@@ -266,6 +266,14 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
     ],
     "PEANUT": [*_on("linears", *_usual(r=2), {"target_modules": BOTH, "r": 2, "depth": 1, "act_fn": "gelu"})],
     "PSOFT": [*_on("linears", *_usual(r=2), {"target_modules": BOTH, "r": 2, "psoft_svd": "lowrank"})],
+    "TINYLORA": [
+        *_on("linears", *_usual(u=5), {"target_modules": BOTH, "u": 5, "weight_tying": 1.0}),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "u": 5}),
+    ],
+    "UNILORA": [
+        *_on("linears", *_usual(theta_d_length=31), {"target_modules": BOTH, "save_indices": True}),
+        *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True}),
+    ],
     "VBLORA": [
         *_on("linears", *_usual(r=2, vector_length=2, num_vectors=10)),
         *_on("words", {"target_modules": ["turned"], "fan_in_fan_out": True, "vector_length": 2, "num_vectors": 10}),

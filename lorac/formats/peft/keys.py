@@ -106,6 +106,12 @@ def read_keys(
     return _KeyReader(peft_type, values, embeddings).read(peft_type.rename_keys(tensors))
 
 
+def shared_name(peft_type: AnyPeftType, key: str) -> str | None:
+    """Return the name of a tensor that sites share, one of several parts with its number; None for other keys."""
+    name = key.removeprefix(SHARED_PREFIX)
+    return name if name != key and name.partition(".")[0] in peft_type.shared else None
+
+
 def is_saved(name: str, modules: Sequence[str]) -> bool:
     """Return whether a parameter lies in a module of modules_to_save.
 
@@ -142,7 +148,7 @@ class _KeyReader:
     contents: FileContents = field(default_factory=FileContents)
 
     def read(self, tensors: Mapping[str, Tensor]) -> FileContents:
-        shared = {SHARED_PREFIX + name: name for name in self.peft_type.shared}
+        shared = {key: name for key in tensors if (name := shared_name(self.peft_type, key))}
         self.contents.shared |= {shared[key]: tensor for key, tensor in tensors.items() if key in shared}
         rest = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
         unknown = [key for key in tensors if not key.startswith(PREFIX) and key not in shared]
@@ -247,7 +253,8 @@ class _KeyReader:
         kind = self.values.get("bias", "none")
         module, _, parameter = name.rpartition(".")
         unwrapped = ".".join(part for part in module.split(".") if part != WRAPPED)
-        inside = module.endswith(f".{WRAPPED}") and unwrapped in self.contents.sites
+        known = self.peft_type.names_no_site or unwrapped in self.contents.sites
+        inside = module.endswith(f".{WRAPPED}") and known
         if kind == "none" or parameter != "bias" or not (inside or kind == "all"):
             return False
         plain = unwrapped if inside else module

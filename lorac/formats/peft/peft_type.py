@@ -49,12 +49,14 @@ class PeftType(ABC, Generic[V]):
         fields: every field of PEFT's configuration class, and those that older releases or forks wrote.
         suffixes: the ends of keys, behind the path of a module.
         shared: names of tensors that all modules share, in the file and as parameters: ``base_model.<name>``, and in
-            older files once more at every module.
+            older files once more at every module; or that groups of modules share, ``base_model.<name>.<group>``.
         kinds: kinds of site that PEFT's type adapts; None: ``check_site`` decides.
         conv1d: whether GPT-2's Conv1D is among them.
         grouped: whether convolutions of several groups are.
         pads_itself: whether PEFT's forward pass pads as the convolution does, by whatever mode.
         shapes_tell_kind: whether the shapes in a file tell the kind and kernel of a site.
+        ordered: whether the order of its sites in the model tells what a file means (``Variant.for_model``).
+        names_no_site: whether a file may name no module, since the configuration's targets are all that it tells.
         derived: parameters that no file holds, since configuration and model tell them.
         needs_model: whether a file means nothing without the model, which ``complete_site`` reads.
         completed: those of the classes for which alone that holds.
@@ -77,6 +79,8 @@ class PeftType(ABC, Generic[V]):
     grouped: ClassVar[bool] = False
     pads_itself: ClassVar[bool] = False
     shapes_tell_kind: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
+    names_no_site: ClassVar[bool] = False
     derived: ClassVar[tuple[str, ...]] = ()
     needs_model: ClassVar[bool] = False
     completed: ClassVar[frozenset[type[Variant]]] = frozenset()

@@ -12,10 +12,10 @@ from lorac.formats._config_fields import read_fields
 from lorac.formats._errors import corrupt_error
 from lorac.formats._site_layouts import LAYOUT, site_to_json
 from lorac.formats._writing import BASE_HASH
-from lorac.formats.peft.checks import check_against_config, check_against_model
+from lorac.formats.peft.checks import check_against_config, check_against_model, select_targets
 from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.keys import PeftFile, read_keys
-from lorac.formats.peft.peft_type import contains_tensors
+from lorac.formats.peft.peft_type import AnyPeftType, contains_tensors
 from lorac.formats.peft.target_parameters import take_matrices
 from lorac.formats.peft.token_rows import fill_rows
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, seal_text
@@ -52,7 +52,13 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     file = PeftFile(name, peft_type, values, contents, view)
     _copy_tied_sites(file)
     matrices = take_matrices(file)
-    variant = peft_type.refine_variant(variant_of(values, peft_type, path), values, contents.sites)
+    variant = variant_of(values, peft_type, path)
+    if peft_type.names_no_site and not contents.sites and contents.shared:
+        if view is None:
+            raise _shapes_needed(peft_type, name)
+        contents.sites |= {path: {} for path in select_targets(variant, view.sites, view)}
+    variant = peft_type.refine_variant(variant, values, contents.sites)
+    variant = variant.for_model(view) if view is not None and peft_type.ordered else variant
     if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys name the layers
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     model_config = folder.inside(MODEL_CONFIG).read_json() if folder.has(MODEL_CONFIG) else {}
@@ -99,13 +105,15 @@ def _read_sites(
     peft_type, contents = file.peft_type, file.contents
     sites = {}
     for path, stored in contents.sites.items():
+        needed = peft_type.needs_model or type(adapter.variant) in peft_type.completed
+        known = _site_of_model(file, path) if needed else None
         site, tensors = peft_type.read_site(adapter.variant, path, {**stored, **shared})
         within = contents.within.get(path)
         site = site if site.within == within else dataclasses.replace(site, within=within)
         if site.within not in {None, path}:
             tensors = peft_type.read_inner(file.values, tensors)
-        if peft_type.needs_model or type(adapter.variant) in peft_type.completed:
-            site, view = _site_of_model(file, path)
+        if known:
+            site, view = known
             tensors = peft_type.complete_site(adapter.variant.at(site), site, tensors, view.base)
         adapter.tensors[path] = tensors
         check_site(adapter.name, adapter.variant, site, tensors)
@@ -114,25 +122,35 @@ def _read_sites(
         sites[path] = file.sites[path]
         check_site(adapter.name, adapter.variant, sites[path], tensors)
         adapter.tensors[path] = tensors
+    used = {id(tensor) for tensors in adapter.tensors.values() for tensor in tensors.values()}
+    if unused := [name for name, tensor in shared.items() if "." in name and id(tensor) not in used]:
+        raise corrupt_error(
+            f"no site of adapter '{adapter.name}' uses '{unused[0]}'",
+            next_step="load the base model that the adapter was trained on",
+        )
     return sites
 
 
 def _site_of_model(file: PeftFile, path: str) -> tuple[Site, ModelView]:
     """Return the site of the model at a path, and the model, for files that mean nothing without it."""
     if file.view is None:
-        raise BaseNeeded(
-            f"a file of peft_type {file.peft_type.peft_type} does not contain the shapes of adapter '{file.name}'",
-            next_step="pass model=",
-        )
+        raise _shapes_needed(file.peft_type, file.name)
     if path not in file.sites:
         raise no_site_error(file.name, path, file.view)
     return file.sites[path], file.view
 
 
+def _shapes_needed(peft_type: AnyPeftType, name: str) -> BaseNeeded:
+    return BaseNeeded(
+        f"a file of peft_type {peft_type.peft_type} does not contain the shapes of adapter '{name}'",
+        next_step="pass model=",
+    )
+
+
 def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
     """Return the tensors that all sites share, from the file or from the seed that it names."""
     shared, stored = file.contents.shared, file.contents.sites
-    missing = [name for name in file.peft_type.shared if name not in shared]
+    missing = [name for name in file.peft_type.shared if not {name} & {key.partition(".")[0] for key in shared}]
     if not missing:
         return shared
     sites = [] if file.view is None else [_site_of_model(file, path)[0] for path in stored]

@@ -9,7 +9,7 @@ from lorac.errors import BaseNeeded, FormatError
 from lorac.formats._config_fields import ALL_LINEAR, read_fields
 from lorac.formats._writing import write_json
 from lorac.formats.peft.config import peft_type_of
-from lorac.formats.peft.keys import PREFIX, SHARED_PREFIX, WRAPPED
+from lorac.formats.peft.keys import PREFIX, WRAPPED, shared_name
 from lorac.formats.peft.reader import PICKLED, read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.formats.reading import AdapterFile
@@ -37,7 +37,7 @@ def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) 
     config, tensors = dict(folder.inside(CONFIG).read_json()), folder.choose(WEIGHTS, PICKLED).read_tensors()
     peft_type = peft_type_of(config, folder.inside(CONFIG).path)
     read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # its errors name this file, not the repaired one
-    shared = {SHARED_PREFIX + one for one in peft_type.shared}
+    shared = {key for key in tensors if shared_name(peft_type, key)}
     marks = "|".join(map(re.escape, (*peft_type.suffixes, *peft_type.shared, WRAPPED, "token_adapter")))
     inner = {key: _ADAPTER_NAME.sub("", _BEGINNING.sub("", key)) for key in tensors.keys() - shared}
     paths = {key: re.split(rf"\.(?:{marks})(?:\.|$)", one, maxsplit=1)[0] for key, one in inner.items()}

@@ -155,13 +155,26 @@ class _FolderWriter:
         self._refuse_parts({path: site for path, site in sites.items() if path not in matrices})
         tied = self._find_ties()
         tensors: dict[str, Tensor] = {}
+        variant = adapter.variant
+        if peft_type.ordered and self.view is not None:
+            exact = dataclasses.replace(
+                variant, targets=tuple(adapter.tensors), exclude=(), layers=(), layers_pattern=()
+            )
+            variant = exact.for_model(self.view)
         for path, parameters in adapter.tensors.items():
             peft_type.check_site(sites[path], parameters)
             if path in matrices:
                 continue
-            for suffix, tensor in peft_type.write_site(adapter.variant, sites[path], self._stored(sites[path])).items():
-                prefix = SHARED_PREFIX if suffix in peft_type.shared else f"{PREFIX}{_wrapped_path(sites[path])}."
-                tensors[prefix + suffix] = tensor
+            for suffix, tensor in peft_type.write_site(
+                variant, sites[path], self._stored(variant, sites[path])
+            ).items():
+                shared = suffix.partition(".")[0] in peft_type.shared
+                key = (SHARED_PREFIX if shared else f"{PREFIX}{_wrapped_path(sites[path])}.") + suffix
+                if not torch.equal(tensors.setdefault(key, tensor), tensor):
+                    raise unsupported_error(
+                        f"sites of adapter '{adapter.name}' have different '{suffix}', of which PEFT has one",
+                        next_step="use format='native'",
+                    )
         written = write_matrices(adapter, matrices, self.sites, self.view)
         tensors |= {PREFIX + key: tensor for key, tensor in {**written, **self.experts}.items()}
         if self.view is not None:
@@ -192,7 +205,7 @@ class _FolderWriter:
         stored = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
         _write_files(adapter, peft_type, given, stored, folder, self.view)
 
-    def _stored(self, site: Site) -> Mapping[str, Tensor]:
+    def _stored(self, variant: Variant, site: Site) -> Mapping[str, Tensor]:
         """Return the parameters of a site but those that PEFT makes anew from the configuration and the base."""
         adapter, derived = self.adapter, self.peft_type.derived
         tensors = adapter.tensors[site.path]
@@ -200,7 +213,7 @@ class _FolderWriter:
         made = tensors
         if len(kept) < len(tensors):
             base = self.view.base if self.view else BaseReader(_refuse_base, _refuse_base)
-            made = make_site_tensors(adapter.variant, adapter.name, site, base, kept)
+            made = make_site_tensors(variant, adapter.name, site, base, kept)
         for name in tensors.keys() - kept.keys():
             own, other = tensors[name].cpu(), made[name]
             # Another dtype rounds a factor; positions are exact.
