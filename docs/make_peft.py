@@ -14,7 +14,7 @@ from lorac.formats.peft.config import peft_types
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.variants import variants
-from lorac.variants.base import BranchVariant, Variant
+from lorac.variants.base import BranchVariant, PromptVariant, Variant
 
 HEAD = """# PEFT's names
 
@@ -41,9 +41,9 @@ def _count() -> str:
     """Return how many of PEFT's types are read, and how the table of them is read."""
     return (
         f"Of PEFT's {len(_known())} types lorac reads {len(peft_types())}, each below. It refuses the others by name. "
-        "A type runs *next to the weight*, *merged* into it, or as a *subgraph*, in eager mode as in ONNX Runtime. "
-        "*Cache*: text is generated with a cache of keys and values. *Per row*: rows of a batch that have choices of "
-        "their own take *one call*, or a call each."
+        "A type runs *next to the weight*, *merged* into it, as a *subgraph*, or *before the sequence*, in eager mode"
+        " as in ONNX Runtime. *Cache*: text is generated with a cache of keys and values. *Per row*: rows of a batch "
+        "that have choices of their own take *one call*, or a call each."
     )
 
 
@@ -72,11 +72,13 @@ def _types() -> Iterator[str]:
 
 def _runs(variant: type[Variant], form: str) -> tuple[str, str, str]:
     """Return how a method of a normal form runs, whether with a cache, and how rows have choices of their own."""
-    once = issubclass(variant, BranchVariant) and variant.once is not BranchVariant.once
+    if issubclass(variant, PromptVariant):
+        return "before the sequence", "yes", "one call"
     if form.startswith("low-rank"):
         return "next to the weight", "yes", "one call"
     if issubclass(variant, BranchVariant):
-        return "subgraph", "no" if once else "yes", "a call each" if once else "one call"
+        whole = variant.once is not BranchVariant.once or variant.mixes_tokens
+        return "subgraph", "no" if whole else "yes", "a call each" if whole else "one call"
     return "merged", "yes", "a call each"
 
 
