@@ -18,6 +18,7 @@ from lorac.ir.algebra.changes import Change
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import PromptVariant
 
 _OUT, _IN = 9973, 9967
 """Sizes of a probe that shows which axes of a parameter are a site's outputs and inputs: primes, which no other axis
@@ -78,6 +79,7 @@ def iter_changes(
         view: the base.
     """
     check_adapter(adapter, view)
+    _require_edits(adapter)
     sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
     if dtype is not None:
         sites = {path: dataclasses.replace(site, dtype=dtype) for path, site in sites.items()}
@@ -95,6 +97,7 @@ def touched_paths(adapter: Adapter, view: ModelView) -> list[str]:
 @torch.no_grad()
 def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
     """Yield the changes that the adapter's tensors alone determine."""
+    _require_edits(adapter)
     if adapter.replaced:
         raise _base_needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
     check_values(adapter)
@@ -113,12 +116,22 @@ def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> 
 def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
     term = preparer.term(adapter, path)
     if isinstance(term, BranchTerm):
-        raise CompileError(
-            f"'{adapter.name}' ({adapter.variant.name}) does not edit the weight of '{path}'",
-            next_step="use a method that edits weights; `lorac variants` lists them",
-            code="not_mergeable",
-        )
+        raise _not_an_edit(adapter, path)
     return term
+
+
+def _require_edits(adapter: Adapter) -> None:
+    """Refuse a method whose virtual tokens no weight holds."""
+    if isinstance(adapter.variant, PromptVariant):
+        raise _not_an_edit(adapter, adapter.sites[0])
+
+
+def _not_an_edit(adapter: Adapter, path: str) -> CompileError:
+    return CompileError(
+        f"'{adapter.name}' ({adapter.variant.name}) does not edit the weight of '{path}'",
+        next_step="use a method that edits weights; `lorac variants` lists them",
+        code="not_mergeable",
+    )
 
 
 def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:

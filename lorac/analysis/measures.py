@@ -25,6 +25,7 @@ from lorac.errors import AdapterError, BaseNeeded, CompileError, LoracError, Sit
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank, Sparse
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import PromptVariant
 
 _LARGEST = 1024
 """The longest side of a matrix whose singular values are all computed for a report."""
@@ -35,7 +36,8 @@ class SiteMeasures:
     """The change of one site at strength 1; a field is None where only the base tells it.
 
     Attributes:
-        form: its normal form: "low-rank", "sparse", "delta", "dense" or "branch"; None: not known.
+        form: its normal form: "low-rank", "sparse", "delta", "dense", "branch" or, before the sequence, "prompt"; None:
+            not known.
         rank: the number of its singular values above rounding; None also for large dense changes and for branches.
         effective_rank: exp of the entropy of its singular values (Roy, Vetterli 2007): the number that matter.
         norm: ‖ΔW‖.
@@ -165,7 +167,7 @@ def _measure_site(adapter: Adapter, path: str, view: ModelView | None) -> SiteMe
     try:
         change = read_change(adapter, path, view)
     except CompileError:
-        return SiteMeasures("branch")
+        return SiteMeasures("prompt" if isinstance(adapter.variant, PromptVariant) else "branch")
     except LoracError:  # it does not fit the model, or depends on it
         return SiteMeasures() if view is None else _measure_site(adapter, path, None)
     assert change is not None

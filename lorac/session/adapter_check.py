@@ -9,10 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from lorac.adapters.base_hash import check_base
+from lorac.adapters.factors import iter_changes
 from lorac.adapters.fit import list_faults
 from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import check_type
-from lorac.errors import FormatError, LoracError, list_some, short
+from lorac.errors import CompileError, FormatError, LoracError, list_some, short
 from lorac.formats import load_adapter
 from lorac.formats.engines import INVOCATION, EngineRules, find_engine, find_model_type
 from lorac.formats.peft.keys import embedding_modules
@@ -88,8 +89,13 @@ def check(
     except LoracError as refusal:
         faults, repairs = [refusal.what], [refusal.next_step]
     else:
-        objections = () if rules is None else tuple(_iter_objections(rules, _read(source, view), view))
+        read = _read(source, view)
+        objections = () if rules is None else tuple(_iter_objections(rules, read, view))
         step = f"`lorac convert ADAPTER OUT --for {for_} --model MODEL` writes the LoRA that it runs"
+        try:
+            next(iter(() if view is None or not objections else iter_changes(None, read, view)), None)
+        except CompileError as refusal:
+            objections, step = (*objections, f"no LoRA is its equal: {refusal.what}"), str(refusal.next_step)
         return AdapterCheck(
             name,
             fits=True,

@@ -247,3 +247,36 @@ def test_rejects_prompts_that_have_no_place(tmp_path: Path, tmp_path_factory: py
     bare.add_adapter(known.folders["PREFIX_TUNING"], name="PREFIX_TUNING")
     expected = continued(known.peft["PREFIX_TUNING"], IDS)
     assert torch.equal(bare.generate(IDS, **GREEDY, adapters="PREFIX_TUNING"), expected)
+
+
+def test_trains_as_peft(tmp_path: Path) -> None:
+    model = llama()
+    with quiet():
+        wrapped = peft.get_peft_model(copy.deepcopy(model), CONFIGS["PROMPT_TUNING"]())
+        wrapped.save_pretrained(tmp_path)
+    compiled = lorac.compile(model, {"a": tmp_path}).train()
+    call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    wanted, found = wrapped(**call).loss, compiled(**call).loss
+    wanted.backward()
+    found.backward()
+    [theirs] = [one.grad for one in wrapped.parameters() if one.requires_grad]
+    [ours] = [one.grad for one in compiled.adapters["a"].parameters()]
+    assert_close(found, wanted)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_reports_that_no_weight_holds_a_prompt(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    known = prompted("llama", tmp_path_factory)
+    adapter = lorac.load_adapter(known.folders[name], known.model)
+    assert [one.form for one in lorac.inspect(adapter, known.model).sites.values()] == ["prompt"]
+    checked = lorac.check(known.folders[name], known.model, for_="vllm")
+    assert checked.fits and "no LoRA is its equal" in checked.objections[-1]
+    assert "lorac convert" not in checked.repairs[0]
+    for convert in (
+        lambda: lorac.to_lora(adapter, known.model, rank=2),
+        lambda: lorac.convert(adapter, for_="vllm", model=known.model),
+        lambda: lorac.diff(adapter, adapter, known.model),
+    ):
+        with refuses("not_mergeable", match="does not edit the weight of"):
+            convert()
