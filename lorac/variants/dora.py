@@ -19,11 +19,11 @@ class DoRA(RankStabilizedFields, WeightVariant):
 
     Attributes:
         peft_groups: PEFT's norm at a convolution of that many groups: of the stored kernel (out, in/groups·taps) plus
-            s·B'·A in the order of its values, B' (out/groups, r) being the stored B (out, r/groups) reshaped.
+            s·B'·A in the order of its values, B' (out/groups, r) being the stored B (out, r/groups) reshaped. None: n.
         peft_groups_pattern: module pattern -> its own peft_groups.
     """
 
-    peft_groups: Count = 1
+    peft_groups: Count | None = None
     peft_groups_pattern: Mapping[str, int] = field(default_factory=dict)
 
     name = "dora"
@@ -37,7 +37,7 @@ class DoRA(RankStabilizedFields, WeightVariant):
         return peft_factor_specs(site, self.r) | {"magnitude": ParamSpec((site.out_features,), row_norms)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        updated, groups = W + self.scale * (p.lora_B @ p.lora_A), self.peft_groups
+        updated, groups = W + self.scale * (p.lora_B @ p.lora_A), self.peft_groups or 1
         if groups == 1:
             return rescale_rows(updated, p.magnitude)
         # All but one block of a row are zeros.

@@ -14,9 +14,7 @@ from torch import nn
 import lorac
 from tests.refusing import refuses
 
-pytestmark = pytest.mark.slow(
-    "a server with many dependencies, which are not in the environment of development: s3fs and moto[server]"
-)
+pytestmark = pytest.mark.slow("s3fs and moto[server], which development does not bring")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

@@ -244,7 +244,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
             magnitude = tensors["magnitude"]
             if site.conv is not None:
                 groups = site.conv.groups
-                if getattr(variant.at(site), "peft_groups", groups) != groups:
+                if (getattr(variant.at(site), "peft_groups", groups) or 1) != groups:
                     raise unsupported_error(
                         f"'{site.path}' is a convolution of {groups} groups, of which PEFT takes other norms",
                         next_step="train with peft_groups_pattern, use format='native', or exclude= the module",
