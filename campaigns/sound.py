@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,6 +31,7 @@ from lorac.testing.hosts import ConformanceHost as Host
 from lorac.trainer import Recipe, checkpoints, read_recipe
 from lorac.training import name_optimizer_state
 from lorac.variants.base import Variant
+from tests.runtime.generation.prompted import CAUSAL, CONFIGS, save_prompt
 from tests.zoo import ZOO
 
 INDEX = "sound.json"
@@ -38,6 +40,7 @@ COMPOSED: Mapping[str, Mapping[str, Any]] = {
     "decor": {"r": 2, "tokens": 16},
     "decor_weight": {"r": 2},
     "oft": {"r": 0, "block_size": 3},
+    "prefix_tuning": {"num_virtual_tokens": 2, "num_layers": 1, "num_attention_heads": 1, "token_dim": 4},
     "residual": {"method": lorac.LoRA(r=2)},
     "split": {"parts": {"first": lorac.LoRA(r=2)}, "among": ("first", "second")},
     "trainable_tokens": {"token_indices": (1, 3)},
@@ -140,7 +143,7 @@ def write_methods(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
     for key in keys:
         variant, host = configured(key)
         here = model(host.name)
-        adapter = lorac.compile(here, {key: variant}).adapters[key]
+        adapter = _begin(key, variant, here)
         lorac.save_adapter(adapter, folder / "native" / f"{key}.safetensors", "native", here)
         yield Sound("native", key, f"native/{key}.safetensors", host.name)
         try:
@@ -151,6 +154,18 @@ def write_methods(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
         yield Sound("peft", key, f"peft/{key}", host.name)
         _pickled(folder / "peft" / key, folder / "bin" / key)
         yield Sound("bin", key, f"bin/{key}", host.name)
+
+
+def _begin(key: str, variant: Variant, here: Any) -> lorac.Adapter:
+    """Return a fresh adapter, or zeros of a method that only PEFT trains, whose files lorac reads and writes."""
+    if variant.acts_at_sites:
+        return lorac.compile(here, {key: variant}).adapters[key]
+    tensors = {
+        path: {name: torch.zeros(spec.shape) for name, spec in variant.params(site).items()}
+        for path, site in lorac.sites(here).items()
+        if path in variant.targets
+    }
+    return lorac.Adapter(key, variant, tensors)
 
 
 def configured(key: str) -> tuple[Variant, Host]:
@@ -164,7 +179,8 @@ def configured(key: str) -> tuple[Variant, Host]:
     fields = importlib.import_module(oracle).FIELDS if _has_fields(oracle) else {}
     variant = samples(kind, **{**fields, **COMPOSED.get(key, {})})[0]
     for host in sorted(HOSTS.values(), key=lambda host: host.name != "linear"):
-        if host.admits(variant):
+        # Keys and values of a prompt are only read, and name the embedding.
+        if host.admits(variant) or (host.name == "embedding" and not variant.acts_at_sites):
             return dataclasses.replace(variant, targets=host.paths), host
     raise AssertionError(f"no host for {key}: give its oracle FIELDS, or it an entry in COMPOSED")
 
@@ -185,7 +201,7 @@ def _pickled(source: Path, target: Path) -> None:
 def _adapterhub(folder: Path) -> Iterator[Sound]:
     here = model("tiny_bert")
     for key, variant in HUB.items():
-        adapter = lorac.compile(here, {key: variant}).adapters[key]
+        adapter = _begin(key, variant, here)
         lorac.save_adapter(adapter, folder / "adapterhub" / key, "adapterhub", here)
         yield Sound("adapterhub", key, f"adapterhub/{key}", "tiny_bert")
 
@@ -199,6 +215,14 @@ def _xlora(folder: Path) -> Iterator[Sound]:
     for format in ("xlora", "peft"):
         lorac.save_adapter(mixed, folder / format / "x_lora_of_llama", format, here)
         yield Sound(format, "x_lora", f"{format}/x_lora_of_llama", "tiny_llama")
+
+
+def _prompts(folder: Path) -> Iterator[Sound]:
+    """Write PEFT's own folders of prompts, each type of which is a file of its own."""
+    tasks = functools.partial(peft.MultitaskPromptTuningConfig, num_virtual_tokens=3, num_tasks=2, num_ranks=2)
+    for name, make in {**CONFIGS, "MULTITASK_PROMPT_TUNING": functools.partial(tasks, **CAUSAL)}.items():
+        save_prompt(model("tiny_llama"), make(), folder / "peft" / name)
+        yield Sound("peft", name, f"peft/{name}", "tiny_llama")
 
 
 def _autolora(folder: Path) -> Iterator[Sound]:
@@ -365,6 +389,7 @@ SAMPLES = {
     ),
     "loldu": _on("tiny_llama", "loldu", "{}", lorac.LoLDU(r=3, targets=["q_proj", "down_proj"])),
     "meteora": _meteora,
+    "prompts": _prompts,
     "lora_xs": _on("tiny_llama", "lora_xs", "{}", lorac.LoRAXS(r=2, targets=["q_proj", "down_proj"])),
     "qst": _qst,
     "sora": _on("tiny_llama", "sora", "{}", lorac.SoRA(r=3, targets=["q_proj", "down_proj"])),
@@ -374,7 +399,7 @@ SAMPLES = {
 }  # fmt: skip
 """Formats, and layouts of a format, that ``write_methods`` does not write -> what writes sound ones."""
 FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {
-    "bone_of_peft", "flylora", "recipe", "training", "merge_recipe", "model",
+    "bone_of_peft", "flylora", "prompts", "recipe", "training", "merge_recipe", "model",
 }  # fmt: skip
 """The formats of which there are sound files."""
 

@@ -46,7 +46,7 @@ def test_every_format_and_method_has_a_sample() -> None:
     assert {name for name, format in formats().items() if type(format).__module__.startswith("lorac.")} == sound.FORMATS
     for name in _built_in():
         variant, host = sound.configured(name)
-        assert host.admits(variant)
+        assert host.admits(variant) or not variant.acts_at_sites
 
 
 def _built_in() -> set[str]:

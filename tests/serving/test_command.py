@@ -97,6 +97,7 @@ def test_tunes_the_process_of_the_command_alone(llama_folder: Path, monkeypatch:
     finally:
         sys.setswitchinterval(interval)
     assert done.exit_code == 0, done.output
-    assert found[0] == (interval, frozen)
+    assert found[0][0] == interval
+    assert found[0][1] <= frozen, "objects that another test froze may die, and no more are frozen"
     assert found[1][0] < interval
     assert found[1][1] > frozen

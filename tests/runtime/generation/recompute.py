@@ -45,6 +45,9 @@ class Tokens(KeyValueCache):
         assert isinstance(other, Tokens)
         self.rows, self.capacity = [*self.rows, *other.rows], max(self.capacity, other.capacity)
 
+    def hold_prefix(self, keys_values: Tensor | None) -> None:
+        raise NotImplementedError("it holds tokens, and prompts have tests on engines with keys and values")
+
     def grow(self, capacity: int = 0, rows: int = 0) -> None:
         self.capacity = max(self.capacity, capacity)
 
