@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_folder(Path(folder) / "model")
         with _started("--serve", folder, *["--real-time"] * given.real_time) as server:
             assert server.stdout is not None
-            if given.real_time:  # the hostile tenant's process, a child, has none of it
+            if given.real_time:  # the hostile tenant's process, a child, keeps the usual priority
                 os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
             port = int(server.stdout.readline().removeprefix(_PORT))
             head = {"authorization": "Bearer k-v"}

@@ -141,7 +141,7 @@ def adapted(family: str, key: str) -> tuple[lorac.Adapter, Tensor, Tensor]:
 
 
 def fit(variant: Variant, family: str) -> Variant:
-    """Return a method with targets in a family: those of its parts, where it has none of its own."""
+    """Return a method with targets in a family: those of its parts, unless it has its own."""
     parts = getattr(variant, "parts", ())
     kinds = frozenset.intersection(variant.kinds, *(part.kinds for part in parts if isinstance(part, Variant)))
     targets = TARGETS[family] + CONVOLUTIONS.get(family, []) * (SiteKind.CONV2D in kinds)

@@ -31,7 +31,7 @@ class CacheSpec:
     encodes: tuple[str, ...] = ()
 
     def behind(self, tokens: int) -> "CacheSpec":
-        """Return the limits of what stands behind some virtual tokens."""
+        """Return the limits of the tokens behind some virtual ones."""
         return self if self.limit is None or not tokens else replace(self, limit=self.limit - tokens)
 
     def after(self, count: int) -> int | None:

@@ -71,7 +71,7 @@ def test_every_task_is_written_back(base: Any, folder: Path, tmp_path: Path) -> 
 
 
 def test_rejects_a_task_that_is_not_there() -> None:
-    with pytest.raises(lorac.OptionError, match="task=3 is none of 3 tasks"):
+    with pytest.raises(lorac.OptionError, match="task=3 does not exist, as n_tasks=3"):
         lorac.Poly(n_tasks=3, task=3)
 
 

@@ -92,7 +92,7 @@ class PeftType(ABC, Generic[V]):
     @property
     @abstractmethod
     def peft_type(self) -> str:
-        """The name in the configuration; a class that several types share has none."""
+        """The name in the configuration; abstract in a class that several types share."""
 
     @abstractmethod
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:

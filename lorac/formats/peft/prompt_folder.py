@@ -1,7 +1,7 @@
 """PEFT's prompts in files: one tensor ``prompt_embeddings``, and modules that were trained whole.
 
 Source: peft.utils.save_and_load and peft.peft_model of PEFT 0.21. The tensor is (n, d), or for keys and values
-(n, 2·layers·heads·size): what the type's encoder makes, which is saved in the encoder's place. No key names the input
+(n, 2·layers·heads·size): the output of the type's encoder, saved in the encoder's place. No key names the input
 embedding, which the model tells. Keys of whole modules begin with ``base_model.``, without ``model.`` behind it.
 """
 
@@ -106,12 +106,12 @@ def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
         embedding = view.module.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
     named = (path for path, module in view.module.named_modules() if module is embedding)
     site, kind = view.sites.get(next(named, "")) if isinstance(embedding, nn.Module) else None, type(embedding).__name__
-    what = "" if site and site.kind is SiteKind.EMBEDDING else "has no embedding of its input's ids"
-    what = "is an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else what
-    what = what or (f"changes the rows that its {kind} looks up" if looks_up and kind != "Embedding" else "")
-    if site is None or what:
+    fault = "" if site and site.kind is SiteKind.EMBEDDING else "has no embedding of its input's ids"
+    fault = "is an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else fault
+    fault = fault or (f"changes the rows that its {kind} looks up" if looks_up and kind != "Embedding" else "")
+    if site is None or fault:
         raise SiteError(
-            f"virtual tokens have no place in {type(view.module).__name__}, which {what}",
+            f"virtual tokens have no place in {type(view.module).__name__}, which {fault}",
             next_step="they precede the tokens of a model of transformers with one stack; adapt layers, as LoRA does",
         )
     return site

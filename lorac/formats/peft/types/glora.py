@@ -1,8 +1,8 @@
 """PEFT type GLORA, which multiplies W by A entry by entry, where LyCORIS's GLoRA has a product of matrices.
 
 Source: peft.tuners.glora of PEFT 0.21. For each of A to E a module has `glora_<A>.Xd` and `glora_<A>.Xu`, or
-`glora_<A>.X`, or zeros `glora_<A>.zeros` of the full shape where the configuration has none, as C, D and E are at
-layers without a bias.
+`glora_<A>.X`, or zeros `glora_<A>.zeros` of the full shape for a part that the configuration leaves out, as it does C,
+D and E at layers without a bias.
 """
 
 from dataclasses import replace

@@ -33,7 +33,7 @@ class PveraType(PeftType[PVeRA]):
     conv1d = True
 
     def read_site(self, variant: PVeRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        return read_projections("pvera", path, stored)
+        return read_projections("pvera", "2r", path, stored)
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         shapes = (2 * values["r"], in_features), (out_features, values["r"])

@@ -32,11 +32,15 @@ def projection_fields(name: str) -> Mapping[str, Field]:
     }
 
 
-def read_projections(name: str, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-    """Return the site and the tensors of a type with random projections."""
+def read_projections(name: str, rows: str, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+    """Return the site and the tensors of a type with random projections.
+
+    Args:
+        name: the beginning of the tensors' names.
+        rows: the number of rows of A, for messages.
+    """
     axes = {f"{name}_A": 2, f"{name}_B": 2, f"{name}_lambda_b": 1, f"{name}_lambda_d": 1}
-    rows = "(r,)" if name == "vera" else "(2r,)"
-    expected = f"{name}_A is ({rows[1:-2]}, in), {name}_B (out, r), {name}_lambda_b (out,), {name}_lambda_d {rows}"
+    expected = f"{name}_A is ({rows}, in), {name}_B (out, r), {name}_lambda_b (out,), {name}_lambda_d ({rows},)"
     tensors = take_tensors(path, stored, axes, expected)
     return matrix_site(path, len(tensors[f"{name}_lambda_b"]), tensors[f"{name}_A"].shape[1]), tensors
 
@@ -53,7 +57,7 @@ class VeraType(PeftType[VeRA]):
     conv1d = True
 
     def read_site(self, variant: VeRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        return read_projections("vera", path, stored)
+        return read_projections("vera", "r", path, stored)
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         shapes = (values["r"], in_features), (out_features, values["r"])
