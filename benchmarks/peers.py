@@ -1,7 +1,7 @@
 """Text beside the engines that people would pick instead: llama.cpp, OpenVINO GenAI, onnxruntime-genai, PEFT.
 
     python -m benchmarks.peers [--threads 2] [--tokens 32] [--rounds 5] [--processes 3] [--weights float32 int4]
-                               [--engines FOLDER] [--genai FOLDER] [--folder FOLDER]
+                               [--shapes x1 x8 x32 512] [--engines FOLDER] [--genai FOLDER] [--folder FOLDER]
 
 SmolLM2 with no adapter, with one LoRA on all linear layers, and with another LoRA for each row of eight; in float32 and
 in four bits. All sides of one kind of weights run in one process and take turns. Each is called as its users call it,
@@ -35,8 +35,9 @@ NONE, ONE, EIGHT = "none", "one", "eight"
 WEIGHTS = ("float32", "int4")
 SHAPES = {"x1": (1, 64), "x8": (8, 64), "x32": (32, 64), "512": (1, 512)}
 """Rows and length of the prompts."""
-COUNTS = {EIGHT: ("x8",)}
-"""With a LoRA for each row only eight rows are measured."""
+FEW = {EIGHT: ("x8",), PEFT: ("x1", "x8", "512")}
+"""Adapters or engine -> its shapes, where these are fewer: a LoRA for each row is measured at eight rows alone, and
+PEFT takes minutes at 32."""
 NAMES = tuple("abcdefgh")
 """The LoRAs."""
 SIDES = {
@@ -230,11 +231,11 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
             _, weights, engine, adapters = job
             return _measure_memory(weights, engine, adapters, given)
         (weights,) = job
-        rows = max(rows for rows, _ in SHAPES.values())
+        rows = max(SHAPES[label][0] for label in given.shapes)
         opened = {side: _open(side[0], weights, side[1], rows, given) for side in sides(weights, given)}
         found: dict[str, dict[str, float]] = {" ".join(side): {} for side in opened}
-        for label in SHAPES:
-            chosen = {side: write for side, write in opened.items() if label in COUNTS.get(side[1], SHAPES)}
+        for label in given.shapes:
+            chosen = {side: write for side, write in opened.items() if all(label in FEW.get(of, SHAPES) for of in side)}
             for side, seconds in _measure_shape(label, chosen, given).items():
                 found[" ".join(side)][label] = seconds
         return found
@@ -301,25 +302,27 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
 def _tables(weights: str, found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     speeds, measured = found[(weights,)], sides(weights, given)
     notes = [gguf.note(given), _genai.note(given), common.native_note()]
-    again = {label: speeds[f"{LORAC} {NONE}"][label] / speeds[f"{AGAIN} {NONE}"][label] for label in SHAPES}
+    again = {label: speeds[f"{LORAC} {NONE}"][label] / speeds[f"{AGAIN} {NONE}"][label] for label in given.shapes}
+    shapes: Sequence[str] = given.shapes
     rows, held, taken = [], [], []
     for engine, adapters in measured:
         one, own = speeds[f"{engine} {adapters}"], speeds[f"{LORAC} {adapters}"]
-        cells = [f"{1 / one[label]:.1f}" if label in one else "-" for label in SHAPES if label != "512"]
-        rows.append((engine, adapters, *cells, f"{one['512'] * 1e3:.0f}" if "512" in one else "-"))
+        cells = [f"{1 / one[label]:.1f}" if label in one else "-" for label in shapes if label != "512"]
+        first = [f"{one['512'] * 1e3:.0f}" if "512" in one else "-"] if "512" in shapes else []
+        rows.append((engine, adapters, *cells, *first))
         if engine not in {LORAC, AGAIN}:
             ratios = {label: one[label] / own[label] for label in one}
-            told = [_hold(ratios.get(label), BOUNDS.get((weights, engine, adapters, label))) for label in SHAPES]
+            told = [_hold(ratios.get(label), BOUNDS.get((weights, engine, adapters, label))) for label in shapes]
             held.append((engine, adapters, *told))
         memory = found[(MEMORY, weights, engine, adapters)]
         swap = f"{memory['swap'] * 1e3:.1f}" if "swap" in memory else "-"
         taken.append((engine, adapters, f"{memory['load']:.2f}", f"{memory['anonymous']:.0f}", swap))
     title = f"{given.model}, {weights}, LoRA of rank {given.rank}, {given.threads} threads"
-    columns = ("engine", "LoRAs", *(f"tok/s {label}" for label in SHAPES if label != "512"), "ms to first, 512")
+    columns = ("engine", "LoRAs", *("ms to first, 512" if label == "512" else f"tok/s {label}" for label in shapes))
     others = [side for side in measured if side[0] not in {LORAC, AGAIN}]
     return [
         common.Table(title, columns, rows, measured, again, notes),
-        common.Table(f"lorac's speed over theirs, {weights}", ("engine", "LoRAs", *SHAPES), held, others, again),
+        common.Table(f"lorac's speed over theirs, {weights}", ("engine", "LoRAs", *shapes), held, others, again),
         common.Table(
             f"a process of each, {weights}",
             ("engine", "LoRAs", "s to load", "anonymous MiB", "ms that a swap adds"),
@@ -348,6 +351,7 @@ BENCHMARK = common.Benchmark(
         common.Option("tokens", 32, smoke=16, help="written behind each prompt"),
         common.Option("threads", 2, smoke=1, help="of every side"),
         common.Option("weights", WEIGHTS, smoke=("float32",), help="these kinds of weights"),
+        common.Option("shapes", tuple(SHAPES), smoke=("x1", "x8", "512"), help="these rows and lengths of prompts"),
         gguf.OPTION,
         _genai.OPTION,
     ),
