@@ -142,6 +142,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send_json([{"id": name} for name in hub.repositories if name.startswith(f"{author}/")])
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             return self._answer_api("/".join(parts[2:4]), parts[4:])
+        if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+            return self._answer_api("/".join(parts[1:4]), parts[4:])
+        if parts[0] == "datasets" and len(parts) >= 6 and parts[3] == "resolve":
+            return self._answer_file("/".join(parts[:3]), parts[4], "/".join(parts[5:]))
         if len(parts) >= 5 and parts[2] == "resolve":
             return self._answer_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self._refuse(404, "EntryNotFound")

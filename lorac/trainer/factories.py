@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 import lorac
 from lorac import training
 from lorac.argument_types import Fields, matches_type
-from lorac.errors import OptionError, nearest_name, not_one_of, short, translate_errors
+from lorac.errors import OptionError, check_known, nearest_name, not_one_of, short, translate_errors
 from lorac.session.compiled import CompiledModule
+from lorac.storage.remote.names import find_source
 from lorac.trainer import losses
 from lorac.trainer.recipe import NamedSpec
 from lorac.training import initialisation
@@ -20,6 +23,12 @@ from lorac.training.rule import Rule, check_compatible
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
+_CHATML = (
+    "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\n' }}{% if turn['role'] == 'assistant' %}"
+    "{% generation %}{{ turn['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ turn['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
@@ -71,6 +80,48 @@ def make_losses(specs: Sequence[NamedSpec]) -> dict[str, dict[str, Any]]:
             what = f"{name} takes no {key}={short(keywords[key])}"
             raise OptionError(what, next_step=f"give a value such as {known[key]}")
     return found
+
+
+def make_rewards(names: Sequence[str]) -> list[Any]:
+    """Return the functions and models of rewards, by their names.
+
+    Raises:
+        OptionError: a name is none of ``trl.rewards``, no function ``package.module:function``, and no model.
+    """
+    from trl import rewards
+
+    known = [name for name in dir(rewards) if name.endswith("_reward") and not name.startswith("get_")]
+    found = []
+    for name in names:
+        what = f"there is no reward {short(name)}"
+        step = f"give {', '.join(known)}, package.module:function, or a model of one label"
+        with translate_errors(OptionError, what, next_step=step):
+            if ":" in name and "/" not in name:
+                found.append(pkgutil.resolve_name(name))
+            elif (folder := find_source(name, "reward_funcs", OptionError)).is_dir():
+                found.append(str(folder))
+            else:
+                check_known([name], known, "TRL has no reward")
+                found.append(getattr(rewards, name))
+    return found
+
+
+def read_chat_template(name: str) -> str:
+    """Return a chat template by TRL's name, ``"chatml"``, or its file's path.
+
+    Raises:
+        OptionError: there is none.
+    """
+    import trl
+
+    known = {file.stem: file for file in Path(trl.__file__).parent.glob("chat_templates/*.jinja")}
+    file = known.get(name, Path(name))
+    if name == "chatml":
+        return _CHATML
+    if not file.is_file():
+        what, nearest = f"there is no chat template {short(name)}", nearest_name(name, [*known, "chatml"], alike=0.6)
+        raise OptionError(what, nearest=nearest, next_step="give one of TRL's, such as qwen3; chatml; or a file")
+    return file.read_text(encoding="utf-8")
 
 
 def _make_adapter(

@@ -5,7 +5,8 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
 
 from lorac.argument_types import Count, Fields, OneOf, check_fields, field_types, format_type, matches_type
 from lorac.errors import ChoiceError, OptionError, WrongType, nearest_name, short, translate_import_errors
@@ -14,14 +15,50 @@ from lorac.storage.strict_yaml import read_yaml
 
 NamedSpec = str | Fields
 """A name, or ``{"name": ..., <keyword>: ...}``."""
-TASKS: Mapping[str, tuple[str, str, str]] = {
-    "sft": ("trl", "SFTTrainer", "SFTConfig"),
-    "dpo": ("trl", "DPOTrainer", "DPOConfig"),
-    "kto": ("trl", "KTOTrainer", "KTOConfig"),
-    "sequence-classification": ("transformers", "Trainer", "TrainingArguments"),
-    "image-classification": ("transformers", "Trainer", "TrainingArguments"),
+DataSpec = str | Fields
+"""A place of rows, or ``{"path": ..., <option>: ...}``."""
+
+
+class TrainerTask(NamedTuple):
+    """A kind of training.
+
+    Attributes:
+        library: the module of its trainer.
+        trainer: the trainer's class.
+        config: the dataclass of the trainer's arguments.
+        columns: the sets of columns that its rows may have.
+        defaults: arguments of which the task is another name.
+    """
+
+    library: str
+    trainer: str
+    config: str
+    columns: tuple[tuple[str, ...], ...]
+    defaults: Fields = MappingProxyType({})
+
+
+_ANSWERS, _PAIRS = ("prompt", "completion"), (("chosen", "rejected"),)
+_TEXTS = (("text",), ("messages",), _ANSWERS, ("instruction", "output"), ("conversations",))
+_CPO = ("trl.experimental.cpo", "CPOTrainer", "CPOConfig", _PAIRS)
+_CLASSIFIER = ("transformers", "Trainer", "TrainingArguments")
+TASKS: Mapping[str, TrainerTask] = {
+    "sft": TrainerTask("trl", "SFTTrainer", "SFTConfig", _TEXTS),
+    "vlm": TrainerTask("trl", "SFTTrainer", "SFTConfig", tuple(("images", *columns) for columns in _TEXTS[:3])),
+    "dpo": TrainerTask("trl", "DPOTrainer", "DPOConfig", _PAIRS),
+    "kto": TrainerTask("trl", "KTOTrainer", "KTOConfig", ((*_ANSWERS, "label"),)),
+    "orpo": TrainerTask("trl.experimental.orpo", "ORPOTrainer", "ORPOConfig", _PAIRS),
+    "cpo": TrainerTask(*_CPO),
+    "simpo": TrainerTask(*_CPO, {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "reward": TrainerTask("trl", "RewardTrainer", "RewardConfig", _PAIRS),
+    "grpo": TrainerTask("trl", "GRPOTrainer", "GRPOConfig", (("prompt",),)),
+    "rloo": TrainerTask("trl", "RLOOTrainer", "RLOOConfig", (("prompt",),)),
+    "seq2seq": TrainerTask("transformers", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", (_ANSWERS,)),
+    "sequence-classification": TrainerTask(*_CLASSIFIER, (("text", "label"),)),
+    "image-classification": TrainerTask(*_CLASSIFIER, (("image", "label"),)),
 }
-"""Task -> the library, its trainer, and the dataclass of the trainer's arguments."""
+"""Task -> its trainer and rows."""
+OWN_LOSS = ("sft", "vlm", "seq2seq", "sequence-classification", "image-classification")
+"""Tasks that train by the model's own loss."""
 _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **{"max_steps": 1, "max_length": 1, "learning_rate": 0},
@@ -44,8 +81,11 @@ class Recipe:
         model, out: for the command line: the model that `lorac train` loads, and the folder that it writes.
         active: name -> strength, as ``swap`` takes it; default: all, at strength 1.
         task: a key of ``TASKS``.
-        data: the rows (``lorac.trainer.data.load_rows``).
+        data: the rows (``lorac.trainer.data.load_rows``): one place or several.
         eval_data: as ``data``, to evaluate on.
+        streaming: read rows as they are needed, in the order of their files.
+        chat_template: TRL's name of a template, ``"chatml"``, or a file, instead of the tokenizer's own.
+        reward_funcs: for grpo and rloo: names of ``trl.rewards``, ``package.module:function``, or models of rewards.
         test_size: the number, or the part, of ``data``'s rows to evaluate on.
         optimizer: one of torch.optim's or of ``lorac.training``'s; default: the one of the argument ``optim``.
         rules: those of ``lorac.training`` to attach to it.
@@ -66,8 +106,11 @@ class Recipe:
     out: str | None = None
     active: Mapping[str, float] | None = None
     task: Annotated[str, OneOf(TASKS)] = "sft"
-    data: str = "python-docs"
-    eval_data: str | None = None
+    data: DataSpec | Sequence[DataSpec] = "python-docs"
+    eval_data: DataSpec | Sequence[DataSpec] | None = None
+    streaming: bool | None = None
+    chat_template: str | None = None
+    reward_funcs: Sequence[str] | None = None
     test_size: int | float | None = None
     optimizer: NamedSpec | None = None
     rules: Sequence[NamedSpec] = ()
@@ -91,6 +134,13 @@ class Recipe:
             )
         if self.eval_data is not None and self.test_size is not None:
             raise ChoiceError("eval_data and test_size both name rows to evaluate on", next_step="give one of them")
+        if self.streaming and self.test_size is not None:
+            raise ChoiceError("test_size splits rows, and streamed ones are not counted", next_step="give eval_data")
+        if bool(self.reward_funcs) != (self.task in ("grpo", "rloo")):
+            what, step = f"the task {self.task} takes no reward_funcs", "leave them out; grpo and rloo take them"
+            if not self.reward_funcs:
+                what, step = f"the task {self.task} needs reward_funcs", "add reward_funcs: [package.module:function]"
+            raise ChoiceError(what, next_step=step)
         if self.early_stopping_patience is not None and not self.evaluates:
             raise ChoiceError("early_stopping_patience needs evaluations", next_step="add test_size, or eval_data")
         if self.recover is not None and self.recover.keys() != {"model", "pruned"}:
@@ -108,9 +158,9 @@ class Recipe:
 
     def load_classes(self) -> tuple[Any, Any]:
         """Return the trainer of the task, and the dataclass of its arguments."""
-        library, *names = TASKS[self.task]
+        task = TASKS[self.task]
         with translate_import_errors():
-            trainer, config = (getattr(importlib.import_module(library), name) for name in names)
+            trainer, config = (getattr(importlib.import_module(task.library), name) for name in task[1:3])
         return trainer, config
 
     def _check_argument(self, name: str, value: object) -> None:

@@ -1,8 +1,9 @@
 """One run of a recipe: rows, a compiled model and the task's trainer, put together."""
 
 import copy
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorac.storage.paths import file_stems, parse_path
 from lorac.storage.remote.names import find_source
 from lorac.trainer import checkpoints, factories, losses
 from lorac.trainer.data import check_ids, load_rows
-from lorac.trainer.recipe import Recipe
+from lorac.trainer.recipe import OWN_LOSS, TASKS, Recipe
 from lorac.training import loram
 from lorac.variants.adapter import Adapter
 
@@ -74,7 +75,7 @@ class _Run:
     """The rows and the arguments of a run, and its trainer's maker."""
 
     def __init__(self, model: nn.Module, processing_class: Any, recipe: Recipe, folder: Path) -> None:
-        from transformers import set_seed
+        from transformers import DataCollatorForSeq2Seq, set_seed
 
         self.model, self.recipe = model, recipe
         self.host, self.kept = model, None
@@ -85,16 +86,23 @@ class _Run:
                 self.kept = loram.read_removed_units(pruned, self.host)
             else:
                 self.kept = loram.read_pruning_record(pruned)
-        self.is_preference = recipe.task in ("dpo", "kto")
         self.trainer_class, config = recipe.load_classes()
         evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
         with translate_errors(OptionError, f"{config.__name__} refuses the recipe", next_step=_STEP):
-            arguments = config(output_dir=str(folder), **{**evaluation, **recipe.arguments})
+            arguments = config(
+                output_dir=str(folder), **{**TASKS[recipe.task].defaults, **evaluation, **recipe.arguments}
+            )
             set_seed(arguments.seed)
+        if recipe.chat_template is not None:
+            processing_class.chat_template = factories.read_chat_template(recipe.chat_template)
         given = [data for data in (recipe.data, recipe.eval_data) if data is not None]
-        rows = [load_rows(data, recipe.task, processing_class, arguments) for data in given]
-        if recipe.test_size is not None:
-            with translate_errors(OptionError, "datasets refuses the recipe", next_step=_STEP):
+        options = {"streaming": True} if recipe.streaming else {}
+        rows = [load_rows(data, recipe.task, processing_class, arguments, **options) for data in given]
+        with translate_errors(OptionError, "datasets refuses the recipe", next_step=_STEP):
+            if len(rows) == 2 and (names := getattr((rows[0].features or {}).get("labels"), "names", None)):
+                numbers = {name: number for number, name in enumerate(names)}
+                rows[1] = rows[1].align_labels_with_mapping(numbers, "labels")
+            if recipe.test_size is not None:
                 rows = [*rows[0].train_test_split(test_size=recipe.test_size, seed=arguments.seed).values()]
         self.settings: dict[str, Any] = {
             "args": arguments,
@@ -102,6 +110,10 @@ class _Run:
             **dict(zip(("train_dataset", "eval_dataset"), rows, strict=False)),
             **({"compute_metrics": _accuracy} if recipe.task.endswith("classification") else {}),
         }
+        if recipe.task == "seq2seq":
+            self.settings["data_collator"] = DataCollatorForSeq2Seq(processing_class)
+        if recipe.reward_funcs:
+            self.settings["reward_funcs"] = factories.make_rewards(recipe.reward_funcs)
 
     def make_trainer(self, adapters: Mapping[str, Any] | None) -> Any:
         """Make the trainer of the model compiled with some adapters; None: those that the recipe begins with."""
@@ -114,10 +126,13 @@ class _Run:
             adapters = factories.make_adapters(recipe.adapters, self.model, self._batches)
         if recipe.early_stopping_patience is not None:
             options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
-        if self.is_preference:  # the run begins at the base with the adapters that it trains on
+        reference = "ref_model" if "ref_model" in inspect.signature(self.trainer_class).parameters else "reference"
+        if reference == "ref_model" or (
+            recipe.reward_funcs and self.settings["args"].beta
+        ):  # the run begins at the base with the adapters that it trains on
             given = {name: fields for name, fields in recipe.adapters.items() if "path" in fields}
             begun = factories.make_adapters(given, self.model, self._batches)
-            options["ref_model"] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
+            options[reference] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
         active = recipe.active or dict.fromkeys(adapters, 1.0)
         aux = losses.extra_outputs(factories.make_losses(recipe.loss))
         compiled = lorac.compile(self.model, adapters, active=active, aux=aux)
@@ -125,8 +140,9 @@ class _Run:
             self.recover(adapter)  # refused before the training, where it cannot be after it
         trainer = self._construct(adapter_trainer(self.trainer_class), compiled, **options)
         host: Any = self.model
-        for rows in (trainer.train_dataset, trainer.eval_dataset) if recipe.task != "image-classification" else ():
-            if rows is not None:
+        pictured = recipe.task in ("vlm", "image-classification")
+        for rows in () if pictured else (trainer.train_dataset, trainer.eval_dataset):
+            if isinstance(rows, Sized):
                 check_ids(rows, trainer.processing_class, host.get_input_embeddings().num_embeddings)
         return trainer
 
@@ -136,7 +152,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Any]:
         """Yield the first batches of the run, for initialisers."""
-        if self.is_preference:
+        if self.recipe.task not in OWN_LOSS:
             raise OptionError(
                 f"a start from data needs the model's own loss, which {self.recipe.task} does not use",
                 next_step="begin from a start without data, such as PiSSA, or train by sft first",

@@ -38,6 +38,7 @@ class AdapterTrainer(Trainer):
 
     Args:
         recipe: its optimizer, rules and losses are used, and a checkpoint is bound to all of it.
+        reference: the model as the run begins, for a trainer that compares with it and takes no ``ref_model``.
         **settings: of the class below; ``model`` is the result of ``lorac.compile(..., target="eager")``.
 
     Raises:
@@ -51,10 +52,20 @@ class AdapterTrainer(Trainer):
     lr_scheduler: Any
     _signature_columns: Any
 
-    def __init__(self, *, recipe: Recipe, **settings: Any) -> None:
+    def __init__(self, *, recipe: Recipe, reference: Any = None, **settings: Any) -> None:
         self.recipe, self.losses = recipe, make_losses(recipe.loss)
         self.rules: list[Rule] | None = None
+        arguments = settings["args"]
+        beta = getattr(arguments, "beta", None)
+        if reference is not None:  # with a beta, TRL would load the base's folder once more
+            arguments.beta = 0.0
         super().__init__(**settings)
+        if reference is not None:
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(reference, temperature=arguments.temperature)
+            arguments.beta = self.beta = beta
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             what = "DeepSpeed and FSDP keep a model in parts, and a compiled one trains as a whole in each process"
             raise Unavailable(what, next_step="leave deepspeed and fsdp out: torchrun trains on several processes")

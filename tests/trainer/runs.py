@@ -25,11 +25,11 @@ def write_rows(file, rows):
     return str(file)
 
 
-def recipe(data, *, adapters=None, arguments=None, **fields):
-    """Return a recipe of four steps on the CPU."""
-    return Recipe(
-        adapters=adapters or {"mine": LORA}, data=str(data), arguments={**STEPS, **(arguments or {})}, **fields
-    )
+def recipe(data, *, adapters=None, arguments=None, plain=False, **fields):
+    """Return a recipe of four steps on the CPU, or with ``plain`` of some arguments alone."""
+    given = {**({} if plain else STEPS), **(arguments or {})}
+    data = data if isinstance(data, list | dict) else str(data)
+    return Recipe(adapters=adapters or {"mine": LORA}, data=data, arguments=given, **fields)
 
 
 def losses(trainer_state):

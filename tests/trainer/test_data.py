@@ -1,6 +1,7 @@
 """The rows of a recipe: every file that is read, every set of columns, and labels as TRL gives them."""
 
 import functools
+import gzip
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import lorac
 from lorac.trainer.data import load_rows
+from tests.hub import Hub, use_hub
 from tests.trainer.runs import CPU, PAIRS, TEXTS, tokenizer, write_rows
 from tests.zoo import ZOO
 
@@ -108,3 +110,75 @@ def test_images_lie_in_a_folder_for_each_label(tmp_path):
     assert found["pixel_values"][1].shape == (3, 4, 4)
     assert [float(found[i]["pixel_values"].mean()) for i in (0, 1)] == [-1, 1]
     assert [int(label) for label in found["labels"]] == [0, 1]
+
+
+def test_joins_several_places_and_names_columns(tmp_path):
+    first = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "id": 1}])
+    second = write_rows(tmp_path / "b.jsonl", [{"question": "c", "response": "d", "id": "x", "more": 1}])
+    named = {"path": second, "columns": {"prompt": "question", "completion": "response"}}
+    with pytest.raises(lorac.OptionError, match="cannot be joined"):
+        LOAD([first, named])
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert [*LOAD([first, named])] == [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    with pytest.raises(lorac.OptionError, match="has no column 'respons'\n  nearest: response"):
+        LOAD({"path": second, "columns": {"completion": "respons", "prompt": "question"}})
+    texts = write_rows(tmp_path / "c.jsonl", [{"text": "e"}])
+    with pytest.raises(lorac.OptionError, match="has no column in common"):
+        LOAD([first, texts])
+    for wrong, match in (
+        ({"path": first, "wieght": 1}, "data has no field 'wieght'\n  nearest: weight"),
+        ({"path": first, "weight": 0.0}, r"data takes no weight=0\.0"),
+        ({"path": first, "columns": ["prompt"]}, "data takes no columns="),
+        ({"weight": 1.0}, "data takes no path=None"),
+        ([], "data names no rows"),
+    ):
+        with pytest.raises(lorac.OptionError, match=match):
+            LOAD(wrong)
+
+
+def test_mixes_places_by_their_weights(tmp_path):
+    places = [
+        {"path": write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(60)]), "weight": weight}
+        for name, weight in (("a", 3.0), ("b", 1))
+    ]
+    mixed = LOAD(places, arguments=SimpleNamespace(seed=1))["text"]
+    assert {*mixed} == {f"{name}{i}" for name in "ab" for i in range(60)}
+    of_a = sum(text.startswith("a") for text in mixed)
+    assert 2 < of_a / (len(mixed) - of_a) < 4.5
+    assert list(mixed) == list(LOAD(places, arguments=SimpleNamespace(seed=1))["text"])
+    assert list(mixed) != list(LOAD(places, arguments=SimpleNamespace(seed=2))["text"])
+
+
+def test_reads_compressed_files_and_splits(tmp_path):
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write('{"text": "a"}\n')
+    assert list(LOAD(str(tmp_path / "rows.jsonl.gz"))["text"]) == ["a"]
+    (tmp_path / "parts").mkdir()
+    for split in ("train", "test"):
+        write_rows(tmp_path / "parts" / f"{split}.jsonl", [{"text": split}])
+    for split in ("train", "test"):
+        assert list(LOAD({"path": str(tmp_path / "parts"), "split": split})["text"]) == [split]
+    with pytest.raises(lorac.OptionError, match="has no split 'tset'\n  nearest: test"):
+        LOAD({"path": str(tmp_path / "parts"), "split": "tset"})
+
+
+def test_reads_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    with Hub() as hub:
+        hub.add("datasets/me/rows", {"train.jsonl": b'{"text": "of train"}\n', "test.jsonl": b'{"text": "of test"}\n'})
+        use_hub(hub, tmp_path, monkeypatch)
+        assert list(LOAD("me/rows")["text"]) == ["of train"]
+        assert list(LOAD({"path": "me/rows", "split": "test"})["text"]) == ["of test"]
+        with pytest.raises(lorac.OptionError, match="there is no 'me/row' on"):
+            LOAD("me/row")
+
+
+def test_streams_rows_and_checks_them_as_they_are_read(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": MESSAGES[1]["messages"]}, {"messages": []}])
+    rows = iter(LOAD(file, streaming=True))
+    assert next(rows) == MESSAGES[1]
+    with pytest.raises(lorac.OptionError, match="the conversation of row 2 has no turns"):
+        next(rows)
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": "a"}, {"text": None}])
+    with pytest.raises(lorac.OptionError, match=r"row 2 of .* has the text None"):
+        [*LOAD(file, streaming=True)]
+    assert next(iter(LOAD("python-docs", streaming=True)))["text"]

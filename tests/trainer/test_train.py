@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lorac import ChoiceError, OptionError
 from lorac.cli import main
 from lorac.trainer import Recipe, train
+from lorac.trainer.run import _Run
 from tests.end_to_end.peft_cases import tie
 from tests.limits import LOSSES
 from tests.peft_files import quiet
@@ -104,6 +105,24 @@ def test_texts_are_classified(tmp_path):
     )
     train(bert, tokenizer(), said, tmp_path / "run")
     assert log(tmp_path / "run", "eval_accuracy")[-1] == 1.0
+
+
+def test_evaluates_by_the_labels_of_the_training(tmp_path):
+    """A set without the first label numbers the others as the training does."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=128, num_labels=3, **sizes))
+    rows = [{"text": label, "label": label} for label in "abc"]
+    data, evaluated = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[1:])
+    said = Recipe(
+        adapters={"mine": {"method": "lora", "r": 4, "targets": ["query"]}},
+        task="sequence-classification",
+        data=data,
+        eval_data=evaluated,
+        arguments={**CPU, "max_steps": 1},
+    )
+    made = _Run(bert, tokenizer(), said, tmp_path / "run").settings
+    assert [made[name]["labels"] for name in ("train_dataset", "eval_dataset")] == [[0, 1, 2], [1, 2]]
 
 
 @pytest.mark.medium("test_recipes.py goes on from checkpoints")

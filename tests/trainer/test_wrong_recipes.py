@@ -63,6 +63,9 @@ FILES = {
     "evaluates on two things": f"{ADAPTERS}\neval_data: python-docs\ntest_size: 3",
     "has an argument of another task": f"{ADAPTERS}\ntask: dpo\npacking: true",
     "trains an adapter at no strength": f"{ADAPTERS}\nactive: {{mine: 0.0}}",
+    "needs rewards": f"{ADAPTERS}\ntask: grpo",
+    "has rewards of another task": f"{ADAPTERS}\nreward_funcs: [think_format_reward]",
+    "splits a stream": f"{ADAPTERS}\nstreaming: true\ntest_size: 2",
     "sees no batch": f"{ADAPTERS}\nstart_batches: 0",
 }
 RUNS = {
@@ -103,6 +106,9 @@ RUNS = {
     "an evaluation of nothing": {"data": [{"text": "a"}], "eval_strategy": "steps", "eval_steps": 1},
     "patience without an evaluation": {"data": [{"text": "a"}], "early_stopping_patience": 2},
     "answers alone of plain texts": {"data": [{"text": "a"}], "assistant_only_loss": True},
+    "an unknown reward": {"task": "grpo", "data": [{"prompt": "a"}], "reward_funcs": ["nowhere:f"]},
+    "an unknown chat template": {"data": [{"text": "a"}], "chat_template": "qwen33"},
+    "a stream without a number of steps": {"data": [{"text": "a"}], "streaming": True},
     "no epoch": {"num_train_epochs": 0},
 }
 

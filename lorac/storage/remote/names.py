@@ -105,7 +105,13 @@ def find_stem(given: str | os.PathLike[str]) -> str:
 
 
 def find_source(
-    given: object, subject: str, kind: type[LoracError], code: str | None = None, admit: Admit = lambda _: None
+    given: object,
+    subject: str,
+    kind: type[LoracError],
+    code: str | None = None,
+    admit: Admit = lambda _: None,
+    *,
+    repo_type: str = "model",
 ) -> Path:
     """Return the path of a file or folder that a path or name stands for, downloaded into a cache if it is elsewhere.
 
@@ -114,6 +120,7 @@ def find_source(
         subject: it as the subject of a sentence, as ``parse_path`` takes it.
         kind: the error for a name that stands for nothing that can be read, with `code`.
         admit: raises for a repository that may not be read, by the name that it has on the hub now.
+        repo_type: the kind of a repository on the hub: ``"model"``, which an adapter's is too, or ``"dataset"``.
 
     Raises:
         WrongType: it is neither text nor a path.
@@ -126,7 +133,7 @@ def find_source(
     refuse = partial(kind, code=code)
     step(f"looking for {name}")
     if isinstance(name, HubName):
-        return _find_on_hub(name, refuse, admit)
+        return _find_on_hub(name, refuse, admit, repo_type)
     with translate_errors(refuse, f"{short(name)} cannot be read", next_step="check the address, and the access to it"):
         return _find_at_address(name, refuse)
 
@@ -135,22 +142,23 @@ def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit) -> Path:
+def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit, repo_type: str) -> Path:
     with translate_import_errors():
         import huggingface_hub as hub
         from huggingface_hub import errors
     api, where = hub.HfApi(), f"'{name.repo}' on {urlsplit(hub.constants.ENDPOINT).netloc}"
-    download = partial(hub.snapshot_download, name.repo, revision=name.revision)
+    download = partial(hub.snapshot_download, name.repo, repo_type=repo_type, revision=name.revision)
     try:
-        info = api.model_info(name.repo, revision=name.revision, files_metadata=True)
+        info: Any = api.repo_info(name.repo, repo_type=repo_type, revision=name.revision, files_metadata=True)
     except errors.RepositoryNotFoundError as error:
         user = name.repo.partition("/")[0]
-        near = _find_nearest(name.repo, lambda: [one.id for one in api.list_models(author=user, limit=100)])
+        listed = api.list_models if repo_type == "model" else api.list_datasets
+        near = _find_nearest(name.repo, lambda: [one.id for one in listed(author=user, limit=100)])
         what = f"'{name}' is neither a path nor a name that you may read: there is no {where}, or it is not public"
         how = "check the name, ask for access on its page, and log in: hf auth login, or HF_TOKEN"
         raise refuse(what, nearest=near, next_step=how) from error
     except errors.RevisionNotFoundError as error:
-        refs = partial(api.list_repo_refs, name.repo)
+        refs = partial(api.list_repo_refs, name.repo, repo_type=repo_type)
         near = _find_nearest(str(name.revision), lambda: [one.name for one in refs().branches + refs().tags])
         how = "give a branch, a tag or a whole commit hash"
         raise refuse(f"{where} has no revision '{name.revision}'", nearest=near, next_step=how) from error
@@ -164,12 +172,15 @@ def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit) -> Path:
                 if not _is_offline():
                     warn(f"{where} is read as the cache has it: {reason}")
                 return _copy_linked(folder / name.inner)
-        how = f"check the name, the network and HF_TOKEN, or download it where that works: hf download {name.repo}"
+        kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+        how = (
+            f"check the name, the network and HF_TOKEN, or download it where that works: hf download {name.repo}{kind}"
+        )
         raise refuse(f"{where} is not in the hub's cache, and {reason.splitlines()[0]}", next_step=how) from error
     admit(name._replace(repo=info.id))
     files = {one.rfilename: one.size for one in info.siblings or ()}
     chosen = _choose(files, name.inner, where, refuse)
-    cached = partial(hub.try_to_load_from_cache, name.repo, revision=info.sha)
+    cached = partial(hub.try_to_load_from_cache, name.repo, repo_type=repo_type, revision=info.sha)
     check_download(sum(files[one] or 0 for one in chosen if not isinstance(cached(one), str)), f"'{name}'")
     with translate_errors(refuse, f"{where} cannot be downloaded", next_step="load it again"):
         folder = Path(download(allow_patterns=[glob.escape(one) for one in chosen]))
