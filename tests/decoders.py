@@ -87,10 +87,16 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gpt_neox_japanese": _decoder("GPTNeoXJapanese", intermediate_multiple_size=2),
     "bloom": _decoder("Bloom"),
     "mpt": _decoder("Mpt", d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=48),
+    "xglm": _decoder("XGLM", d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
+    "gpt_neo": _decoder("GPTNeo", num_heads=4, attention_types=[[["global", "local"], 1]], num_layers=2, window_size=4),
+    "openai_gpt": _decoder("OpenAIGPT", name="OpenAIGPTLMHeadModel", n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "ctrl": _decoder("CTRL", name="CTRLLMHeadModel", n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64),
+    "doge": _decoder("Doge"),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
-that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out; slopes."""
+that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out, with
+transformers' mask or one of the model's own, in a buffer or computed; a bias of keys; slopes."""
 
 
 def adapt_llama(host: nn.Module) -> list[lorac.Adapter]:

@@ -64,6 +64,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mt5": ("MT5", _T5, ["k", "o"]),
     "umt5": ("UMT5", _T5, ["q", "v"]),
     "m2m_100": ("M2M100", _BART, ["q_proj", "v_proj"]),
+    "mvp": ("Mvp", _BART, ["q_proj", "fc1"]),
+    "bigbird_pegasus": ("BigBirdPegasus", {**_BART, "attention_type": "original_full"}, ["q_proj", "fc1"]),
     "t5gemma": (
         "T5Gemma",
         {"encoder": _GEMMA, "decoder": _GEMMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -71,7 +73,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
 }
 """Name -> the family's, its sizes, and what is adapted: positions that are learned, computed, or counted by tokens;
-biases by distance, sounds, windows and soft caps."""
+biases by distance, sounds, windows and soft caps, attention that is written out."""
 LENGTHS = (9, 4, 7, 2)
 
 

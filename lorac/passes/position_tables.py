@@ -1,21 +1,20 @@
 """Tables for values that depend on positions alone, such as rotary angles, so that no call computes them."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
 from lorac.argument_types import Operands
+from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interpreter import evaluate
 from lorac.ir.graph.nodes import find_stored_tensors, get_example
 
 aten = torch.ops.aten
 _VALUE_AXES = 3
 """Axes of a tabulated value: rows of the batch, tokens, features."""
-DEFAULT_POSITIONS = 4096
-"""Positions of a table for a model that states no longest sequence."""
 
 
 def tabulate(graph: Graph, positions: fx.Node) -> int | None:
@@ -95,28 +94,3 @@ def _evaluate(node: fx.Node, positions: fx.Node, stored: Mapping[fx.Node, torch.
     """Compute a node's value at the positions 0 to ``count`` - 1 of one row: (count, ...)."""
     sizes = {str(size): value for size, value in zip(get_example(positions).shape, (1, count), strict=True)}
     return evaluate(node, {**stored, positions: torch.arange(count)[None]}, sizes)[0].contiguous()
-
-
-def evaluate(node: fx.Node, known: Mapping[fx.Node, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
-    """Compute a node's value from values of other nodes.
-
-    Args:
-        node: the node.
-        known: their values; an input that is missing is an error.
-        sizes: torch's symbol for a size -> the size.
-    """
-    values: dict[fx.Node, Any] = dict(known)
-
-    def compute(node: fx.Node) -> Any:
-        if node not in values:
-            example = node.meta.get("val")
-            if isinstance(example, torch.SymInt | int) and str(example) in sizes:
-                values[node] = sizes[str(example)]
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), compute)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
-        return values[node]
-
-    with torch.no_grad():
-        value: torch.Tensor = compute(node)
-    return value

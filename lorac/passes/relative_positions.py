@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from lorac.errors import Unavailable
-from lorac.frontend.capture.decoder_families import is_token_numbering
+from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, is_token_numbering
 from lorac.ir.graph.attention_ops import BIAS_OPERAND, WITHOUT_CACHE
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interpreter import evaluate
 from lorac.ir.graph.nodes import copy_provenance, find_sources, find_stored_tensors, get_example
-from lorac.passes.position_tables import DEFAULT_POSITIONS, evaluate
 
 aten = torch.ops.aten
 _ROUNDING = 0.01

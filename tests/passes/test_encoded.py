@@ -108,21 +108,6 @@ def test_positions_cut_from_a_list():
     assert torch.equal(compiled.generate(**options), model.generate(**options))
 
 
-@pytest.mark.medium("test_host_forms.py refuses models without a cache")
-def test_rejects_an_encoder_with_its_own_attention_by_name():
-    """It adds its mask to its scores, and would add what is true of a token, not what hides the others."""
-    from transformers import BigBirdPegasusConfig, BigBirdPegasusForConditionalGeneration
-
-    config = BigBirdPegasusConfig(
-        vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
-        attention_type="original_full",
-    )  # fmt: skip
-    model = BigBirdPegasusForConditionalGeneration(config).eval()
-    with pytest.raises(Unavailable, match=r"'model\.encoder\.layers\.0\.self_attn\.self' attends by itself"):
-        capture_graph("main", Host.of(model), None, None, sites=find_sites(model), plans={}, grows=True)
-
-
 class _Mixing(nn.Module):
     """A model whose decoder attends to both sequences at once."""
 

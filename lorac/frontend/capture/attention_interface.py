@@ -1,8 +1,8 @@
 """Capture for a cache: each attention of a transformers model becomes one op.
 
 A transformers model calls its attention through an interface, and asks another for its masks. While it is traced, both
-are lorac's: a mask becomes a token that stands for "causal" or "causal within a window", and attention becomes the op
-of ``lorac.ir.graph.attention_ops``. An encoder's masks stay tensors.
+are lorac's: a mask becomes a token that stands for "causal", "causal within a window" or "causal within a chunk", and
+attention becomes the op of ``lorac.ir.graph.attention_ops``. An encoder's masks stay tensors.
 
 The program is given the length of each row instead of padding. So the trace computes two arguments of forward itself:
 the mask is all ones, and positions are an op of the ids. The positions whose logits are wanted are an input.
@@ -99,8 +99,8 @@ class AttentionInterface:
 
     Attributes:
         paths: id of a module -> its path.
-        windows: id of a mask's token -> the token, and the number of tokens that each token sees; 0 for all.
-        masks: id of a mask's token -> the token, and the mask tensor of an encoder.
+        windows: id of a mask's token -> the token, and its window as ``attention_ops.attention`` takes it.
+        masks: id of a mask of an encoder as models add it to scores -> that mask, and the mask of booleans.
         problems: reasons why no cache can stand for an attention.
         used: whether some module attended through the interface.
     """
@@ -111,33 +111,27 @@ class AttentionInterface:
     problems: list[str] = field(default_factory=list)
     used: bool = False
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether every mask hides later tokens and nothing else."""
-        return not self.masks and not any(width for _, width in self.windows.values())
-
     def mask(self, **request: Any) -> Tensor | None:
         """Make a mask, as transformers' mask functions do."""
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-        token: Tensor = torch.ops.lorac.mask(torch.empty((), device=request.get("device")))
-        if request["mask_function"] is bidirectional_mask_function:
-            padding = request["attention_mask"]
-            return self._token_for(token, None if padding is None else padding[:, None, None, :].to(torch.bool))
-        if causal_mask_function.__code__ not in {code for code, _ in _list_closures(request["mask_function"])}:
-            return self._token_for(token, sdpa_mask(**{**request, "allow_is_bidirectional_skip": False}))
-        window = _find_window(request["mask_function"])
-        if window is None:
-            self.problems.append("its attention hides more than later tokens and tokens outside a window")
-        self.windows[id(token)] = token, window or 0
-        return token
-
-    def _token_for(self, token: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Return a token that stands for a mask, since some modules add a mask to scores without the interface."""
-        if mask is None:
+        rows, *lengths = [request[size] for size in ("batch_size", "q_length", "kv_length")]
+        like = torch.zeros((), dtype=request["dtype"], device=request["device"])
+        if causal_mask_function.__code__ in {code for code, _ in _list_closures(request["mask_function"])}:
+            window = _find_window(request["mask_function"])
+            if window is None:
+                self.problems.append("its attention hides more than later tokens and tokens outside a window")
+            token: Tensor = torch.ops.lorac.mask(like, [rows, *lengths], window or 0)
+            self.windows[id(token)] = token, window or 0
+            return token
+        padding, bidirectional = request["attention_mask"], request["mask_function"] is bidirectional_mask_function
+        if bidirectional and padding is None:
             return None
-        self.masks[id(token)] = token, mask
-        return token
+        full = {**request, "allow_is_bidirectional_skip": False}
+        seen: Any = padding[:, None, None, :].to(torch.bool) if bidirectional else sdpa_mask(**full)
+        added = torch.where(seen, like, torch.finfo(like.dtype).min).expand(rows, 1, *lengths)
+        self.masks[id(added)] = added, seen
+        return added
 
     def attend(  # noqa: PLR0913, PLR0917  (as transformers calls it)
         self,
@@ -157,13 +151,14 @@ class AttentionInterface:
         self.used = True
         path = self.paths.get(id(module), type(module).__name__)
         window = self.windows.get(id(attention_mask))
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) or window is not None
+        causal = attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         _, mask = self.masks.get(id(attention_mask), (None, attention_mask))
         seen = None if window is not None else mask
         if seen is not None and seen.dtype != torch.bool:
-            self.problems.append(f"'{path}' attends by a mask of its own")
+            position_bias, seen = seen if position_bias is None else position_bias + seen, None
         scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         width, cap = 0 if window is None else window[1], float(softcap or 0)
+        causal |= window is not None
         y = torch.ops.lorac.attention(query, key, value, position_bias, seen, s_aux, scale, causal, width, cap, path)
         return y, None
 
@@ -246,16 +241,19 @@ def check_attention_captured(program: ExportedProgram, model: str) -> None:
 
 
 def _find_window(mask: Forward) -> int | None:
-    """Return how many tokens a causal mask of transformers lets each token see, 0 for all; None for other masks."""
-    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+    """Return the window of a causal mask of transformers, as ``attention_ops.attention`` takes it; None for others."""
+    from transformers import masking_utils as masking
 
-    if mask is causal_mask_function:
-        return 0
-    known, found = (_list_closures(function) for function in (sliding_window_causal_mask_function(1), mask))
-    if len(found) != len(known) or any(one[0] is not other[0] for one, other in zip(known, found, strict=True)):
-        return None
-    sizes = [size for (_, known_size), (_, size) in zip(known, found, strict=True) if known_size == 1]
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None
+    known = {
+        0: masking.causal_mask_function,
+        1: masking.sliding_window_causal_mask_function(1),
+        -1: masking.chunked_causal_mask_function(1, torch.zeros(1)),  # without padding, all rows' chunks begin at 0
+    }
+    codes = [code for code, _ in _list_closures(mask) if inspect.iscode(code)]
+    for sign, function in known.items():
+        if codes == [code for code, _ in _list_closures(function) if inspect.iscode(code)]:
+            return sign * sum(value for _, value in _list_closures(mask) if isinstance(value, int))
+    return None
 
 
 def _list_closures(function: object) -> list[tuple[object, object]]:

@@ -124,6 +124,8 @@ def counts_by_padding(host: nn.Module) -> bool:
 _DYNAMIC = "dynamic"
 CHANGING_ROTARY_KINDS = (_DYNAMIC, "longrope")
 """Values of ``rope_type`` with angles that change when a sequence exceeds the original limit."""
+DEFAULT_POSITIONS = 4096
+"""Positions of a table for a model that states no longest sequence."""
 _ORIGINAL_LIMIT = "original_max_position_embeddings"
 
 

@@ -68,8 +68,8 @@ def export_model(
     example_inputs: object = None,
     dynamic_shapes: object = None,
     marks: SiteMarks = SiteMarks(),  # noqa: B008  (frozen)
-) -> tuple[ExportedProgram, list[TraceGuard], CallArguments, bool]:
-    """Trace a model in eval mode; return the program, the guards, the arguments, and whether all masks are causal.
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
+    """Trace a model in eval mode; return the program, the guards and the arguments.
 
     Each call of a site is one ``lorac`` node, whose last argument is the site's path. Layers that repeat an earlier one
     are one node each.
@@ -99,7 +99,7 @@ def export_model(
 
 def _export_arguments(
     arguments: CallArguments, host: Host, inputs: Any, dynamic_shapes: object, marks: SiteMarks
-) -> tuple[ExportedProgram, list[TraceGuard], CallArguments, bool]:
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     from torch._dynamo import config
 
     # Caching symbolic shapes takes longer than to compute each op's shapes anew.
@@ -109,7 +109,7 @@ def _export_arguments(
         if marks.attention:
             copied.model.forward = derive_decoder_arguments(copied.model.forward)
             freeze_dynamic_rotary(copied.model)
-            interface = stack.enter_context(capture_attention(copied, arguments.inputs))
+            stack.enter_context(capture_attention(copied, arguments.inputs))
         if dynamic_shapes is None:
             # Constants for each row contradict that one row becomes two.
             attempts: Iterable[tuple[object, object]] = _attempts(host, inputs, widen=not arguments.read)
@@ -121,7 +121,7 @@ def _export_arguments(
                 shapes = {name: by_name.get(name) for name in arguments.inputs}
             attempts = [(values, shapes), (values, let_narrow(shapes))]
         program, guards = _first_trace(copied, attempts, narrows=dynamic_shapes is None)
-    return program, guards, arguments, marks.attention and interface.is_causal
+    return program, guards, arguments
 
 
 def _bind_inputs(host: Host, example: object) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
         dynamic_shapes = make_decoder_shapes(host, inputs)
     layers = [path for path in list_layers(plans.values()) if path.startswith(prefix)]
     marks = SiteMarks(prefix, blocks, layers, attention=grows)
-    exported, guards, arguments, causal = export_model(host, inputs, dynamic_shapes, marks)
+    exported, guards, arguments = export_model(host, inputs, dynamic_shapes, marks)
     named = arguments.inputs
     shapes = make_dynamic_shapes(host, named) if dynamic_shapes is None else host.bind(dynamic_shapes)
     signature = {
@@ -230,16 +230,14 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     }
     signature |= select_once_plans(plans, signature)
     graph = Graph(name, exported, sites, signature, Interface(), level=Level.TRACED)
-    passes = capture_passes(
-        prefix, tuple(arguments.truths), attention=grows, causal=causal, model=type(host.model).__name__
-    )
+    graph.longest = get_longest_sequence(host.model) if grows else None
+    passes = capture_passes(prefix, tuple(arguments.truths), attention=grows, model=type(host.model).__name__)
     run_pipeline(graph, passes, observe, first="trace")
     inputs_by_path = find_input_paths(graph.exported, host)
     requested = [(inputs_by_path.get(path, path), axis) for path, axis in collect_dynamic_axes(named, shapes)]
     sizes = collect_constraints(exported, requested, guards)
     graph.axes = name_axes(exported, {inputs_by_path.get(path, path): shape for path, shape in shapes.items()})
     graph.interface = describe_interface(graph, host, arguments, inputs_by_path, sizes)
-    graph.longest = get_longest_sequence(host.model) if grows else None
     graph.describe_types()
     return graph
 

@@ -21,7 +21,7 @@ from lorac.ir.graph.passes import Pass, PassResult
 
 
 def capture_passes(
-    prefix: str = "", branches: tuple[str, ...] = (), *, attention: bool = False, causal: bool = True, model: str = ""
+    prefix: str = "", branches: tuple[str, ...] = (), *, attention: bool = False, model: str = ""
 ) -> tuple[Pass, ...]:
     """Return the passes that make a graph at level host of a trace.
 
@@ -29,10 +29,9 @@ def capture_passes(
         prefix: prefix of the paths of modules and tensors, where the model is one component of several.
         branches: lines of the model whose branches the trace took from the example.
         attention: whether each attention becomes an op, so that a sequence can grow over a cache.
-        causal: whether every mask hides later tokens and nothing else.
         model: class name of the model.
     """
-    cache = (FoldWrittenAttention(causal), CheckAttention(model), MakePositionsPerRow()) if attention else ()
+    cache = (FoldWrittenAttention(), CheckAttention(model), MakePositionsPerRow()) if attention else ()
     return (
         InlineHigherOrderOps(),
         ExpandRepeatedLayers(prefix),

@@ -1,12 +1,11 @@
 """attention: attention that a transformers model writes out becomes the op of ``lorac.ir.graph.attention_ops`` too.
 
-Some decoders (Falcon, RemBERT, GPT-NeoX-Japanese) ask transformers for the mask and add it to scores of their own:
-``softmax(q·kᵀ·scale + mask)·v``. Others (BLOOM, MPT) add a bias to the scores before, or fill the scores that the mask
-hides. The mask of a trace is a token, so its readers show where they attend.
+Some models compute ``softmax(q·kᵀ·scale + mask)·v`` in ops of their own, add a bias to the scores before, or fill the
+scores that the mask hides. A softmax between two products shows where they attend. The mask is transformers', which is
+a token during a trace, or the model's own: a value that depends on sizes alone is computed, and shows its window.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -14,11 +13,14 @@ import torch
 from torch import fx
 
 from lorac.argument_types import Operands
+from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph, Level, Skip
-from lorac.ir.graph.nodes import find_module_path
+from lorac.ir.graph.interpreter import evaluate
+from lorac.ir.graph.nodes import find_module_path, find_sources, find_stored_tensors
 from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.symbolic_shapes import constant_size
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
@@ -33,41 +35,48 @@ _CASTS = frozenset(
 _PASSING = _SAME_VALUES | _CASTS | {aten.contiguous.default}
 _AXES = 4
 """Axes of queries, keys and values: rows, heads, tokens, features."""
+_SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+_FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.masked_fill.Tensor, aten.where.self})
+_MAXIMA = frozenset({aten.maximum.default, aten.max.other})
+_HIDDEN = -1e4
+"""Scores from here on have no share of a softmax."""
+_REPEATING = frozenset({aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor})
 
 
 @final
 @dataclass(frozen=True)
 class FoldWrittenAttention(Pass):
-    """Replace attention that is written out and applies a causal mask of all earlier tokens.
-
-    Attributes:
-        causal: whether every mask of the graph is such a mask.
-    """
+    """Replace attention that is written out."""
 
     name: ClassVar[str] = "attention"
     reads: ClassVar[Level] = Level.TRACED
     leaves: ClassVar[Level] = Level.TRACED
-    causal: bool = True
 
     def apply(self, graph: Graph) -> PassResult:
-        readers = dict.fromkeys(reader for mask in graph.find(attention_ops.MASK) for reader in _list_readers(mask))
-        if not self.causal:
-            why = "a mask hides more than later tokens"
-            return PassResult(False, tuple(Skip(reader.name, why) for reader in readers))
-        changed = False
-        for query, key, value, bias, scale, written in filter(None, map(_match, readers)):  # none matches once replaced
-            insert = functools.partial(insert_call, graph.exported, written)
-            heads = [-1, query.meta["val"].shape[1]]  # of a bias (rows · heads, …) or (heads, …)
-            added = None if bias is None else insert(aten.unflatten.int, bias, 0, heads)
-            operands = query, key, value, added, None, None, scale, True, 0, 0.0
-            result = insert(attention_ops.ATTENTION, *operands, find_module_path(written))
-            result = insert(aten.transpose.int, result, 1, 2)
-            if written.meta["val"].dim() != _AXES:
-                result = insert(aten.flatten.using_ints, result, 0, 1)
-            written.replace_all_uses_with(result)
-            _erase_unused(written)
-            changed = True
-        return PassResult(changed)
+        reader, changed, skips = _ScoreReader(graph), False, list[Skip]()
+        for node in graph.find(attention_ops.ATTENTION):  # a model may have put the mask into a bias
+            args: Any = node.args
+            q, k, v, bias, *others = args
+            bias, window = reader.read_bias(bias)
+            if window is not None:
+                if bias is not None and bias.target is aten.expand.default:
+                    q, k, bias = _join_key_bias(graph, node, bias)
+                node.args = (q, k, v, bias, *others[:3], True, window, *others[5:])
+                changed = True
+        for written in list(graph.find(*_PRODUCTS)):
+            operands = reader.match(written)
+            if isinstance(operands, Skip):
+                skips.append(operands)
+            elif operands is not None:
+                insert = functools.partial(insert_call, graph.exported, written)
+                result = insert(attention_ops.ATTENTION, *operands, find_module_path(written))
+                result = insert(aten.transpose.int, result, 1, 2)
+                if written.meta["val"].dim() != _AXES:
+                    result = insert(aten.flatten.using_ints, result, 0, 1)
+                written.replace_all_uses_with(result)
+                _erase_unused(written)
+                changed = True
+        return PassResult(changed, tuple(skips))
 
 
 def _erase_unused(node: fx.Node) -> None:
@@ -83,72 +92,176 @@ def _erase_unused(node: fx.Node) -> None:
         _erase_unused(operand)
 
 
-def _match(masked: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, float, fx.Node] | None:
-    """Return the attention whose scores a node masks, by adding a mask or by filling; None for other nodes.
-
-    Returns:
-        queries, keys, values, bias, scale, and the node of the result, which may have rows and heads as one axis.
-    """
-    operands: Operands = masked.args
-    scores: fx.Node | None = None
-    if masked.target is aten.masked_fill.Scalar and operands[2] <= torch.finfo(torch.float16).min:
-        scores = operands[0]
-    elif masked.target is aten.add.Tensor:
-        scores = next((node for node in masked.all_input_nodes if node.target is not attention_ops.MASK), None)
-    weights = next((node for node in _list_readers(masked) if node.target in _SOFTMAX), None)
-    if scores is None or weights is None:
-        return None
-    result: Any = next((node for node in _list_readers(weights) if node.target in _PRODUCTS), None)
-    factors = _read_scores(scores)
-    value = None if result is None else _find_heads(result.args[1])
-    return None if factors is None or value is None else (*factors[:2], value, *factors[2:], result)
-
-
-def _list_readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes that read a value, or the same value in another form."""
-    for user in node.users:
-        yield user
-        if user.target in _PASSING:
-            yield from _list_readers(user)
-
-
-def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float] | None:
-    """Return queries, keys, the bias that is added to their products, and the scale of these."""
-    scale, bias = 1.0, None
-    while True:
-        operands: Operands = node.args
-        if node.target in _QUOTIENTS | _MULTIPLES and isinstance(operands[1], int | float):
-            scale *= 1 / operands[1] if node.target in _QUOTIENTS else operands[1]
-        elif node.target is aten.add.Tensor and scale == 1 and bias is None and not node.kwargs:
-            bias = operands[1]
-        elif node.target not in _PASSING:
-            break
-        node = operands[0]
-    if node.target is aten.baddbmm.default:
-        added, operands = operands[0], operands[1:]
-        alpha: Any = node.kwargs.get("alpha", 1)
-        adds = added.target is not aten.zeros.default
-        if adds and (bias is not None or scale != 1 or node.kwargs.get("beta", 1) != 1):
-            return None
-        scale, bias = scale * alpha, added if adds else bias
-    elif node.target not in _PRODUCTS:
-        return None
-    query, key = _find_heads(operands[0]), _untranspose(operands[1])
-    return None if query is None or key is None else (query, key, bias, float(scale))
-
-
-def _untranspose(node: fx.Node) -> fx.Node | None:
-    """Return keys, given their transposition."""
+def _join_key_bias(graph: Graph, node: fx.Node, bias: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Return queries, keys and bias of an attention; a bias of keys alone becomes a further feature of each key."""
     operands: Operands = node.args
-    rank = node.meta["val"].dim()
-    swaps = node.target is aten.transpose.int and {axis % rank for axis in operands[1:]} == {rank - 2, rank - 1}
-    return _find_heads(operands[0]) if swaps else None
+    q, k, by_key = operands[0], operands[1], bias.all_input_nodes[0]
+    if by_key.meta["val"].shape[1:3] != (k.meta["val"].shape[1], 1):
+        return q, k, bias
+    insert = functools.partial(insert_call, graph.exported, node)
+    one = insert(
+        aten.full_like.default, insert(aten.slice.Tensor, q, 3, 0, 1), 1 / operands[attention_ops.SCALE_OPERAND]
+    )
+    keys = insert(aten.cat.default, [k, insert(aten.transpose.int, by_key, 2, 3)], 3)
+    return insert(aten.cat.default, [q, one], 3), keys, None
 
 
-def _find_heads(node: fx.Node) -> fx.Node | None:
-    """Return a value with rows and heads apart, given itself or with both as one axis."""
-    while node.meta["val"].dim() != _AXES:
-        if node.target not in _PASSING:
+@dataclass
+class _Scores:
+    """What is known of scores on the way back from their softmax: scale, added bias, and window of a causal mask."""
+
+    scale: float = 1.0
+    bias: fx.Node | None = None
+    window: int | None = None
+
+    def hide(self, window: int | None) -> None:
+        """Note a causal mask; of two windows, the narrower one counts."""
+        if window is not None:
+            self.window = min(window, self.window) if window and self.window else window or self.window or 0
+
+
+class _ScoreReader:
+    """Reads the scores of attention, back from the softmax to the product of queries and keys.
+
+    Args:
+        graph: at level traced; its longest sequence is bounded by the masks that are computed.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        named = {node.name: node for node in graph.placeholders()}
+        ids = named[find_sequence(named).ids]
+        self._graph, self._count = graph, min(graph.longest or DEFAULT_POSITIONS, DEFAULT_POSITIONS)
+        self._rows, self._length = ids.meta["val"].shape
+        self._known = {**find_stored_tensors(graph.exported), ids: torch.zeros(1, self._count, dtype=torch.int64)}
+        self._windows: dict[tuple[object, bool | None], int | None] = {}
+
+    def match(self, written: fx.Node) -> tuple[Any, ...] | Skip | None:
+        """Return the operands of ``attention`` for the product of a softmax and values; None for other products."""
+        operands: Operands = written.args
+        weights, value = operands[0], operands[1]
+        while weights.target in _PASSING:
+            weights = weights.args[0]
+        if weights.target not in _SOFTMAX or weights.args[1] not in {-1, weights.meta["val"].dim() - 1}:
             return None
-        node = node.all_input_nodes[0]
-    return node
+        scores, node, skip = _Scores(), weights.args[0], Skip(written.name, "its scores are no product with a mask")
+        while (inner := self._peel(node, scores)) is not None:
+            node = inner
+        operands = node.args
+        if node.target is aten.baddbmm.default:
+            added, operands = operands[0], operands[1:]
+            alpha: Any = node.kwargs.get("alpha", 1)
+            adds = added.target is not aten.zeros.default
+            if adds and (scores.bias is not None or scores.scale != 1 or node.kwargs.get("beta", 1) != 1):
+                return skip
+            scores.scale, scores.bias = scores.scale * alpha, added if adds else scores.bias
+        elif node.target not in _PRODUCTS:
+            return skip
+        insert = functools.partial(insert_call, self._graph.exported, written)
+        key, rank = operands[1], operands[1].meta["val"].dim()
+        swapped = key.target is aten.transpose.int and {axis % rank for axis in key.args[1:]} == {rank - 2, rank - 1}
+        key = key.args[0] if swapped else insert(aten.transpose.int, key, rank - 2, rank - 1)
+        q, k, v = (self._find_heads(written, operand) for operand in (operands[0], key, value))
+        if q is None or k is None or v is None:
+            return skip
+        bias, window = self.read_bias(scores.bias)
+        scores.hide(window)
+        if bias is not None and bias.meta["val"].dim() == _AXES - 1:  # of (rows · heads, …) or (heads, …)
+            bias = insert(aten.unflatten.int, bias, 0, [-1, q.meta["val"].shape[1]])
+        return q, k, v, bias, None, None, float(scores.scale), scores.window is not None, scores.window or 0, 0.0
+
+    def read_bias(self, bias: Any) -> tuple[fx.Node | None, int | None]:
+        """Return a bias without the causal mask in it, None for nothing, and the mask's window, None for no mask."""
+        window = self._find_window(bias, None)
+        if bias is None or window is not None:
+            return None, window
+        if bias.target is aten.expand.default and bias.args[0].meta["val"].dim() == _AXES:
+            return bias.args[0], None
+        scores, node = _Scores(bias=bias), bias
+        while scores.window is None and node is not None:
+            node = self._peel(node, scores) or (node.args[0] if node.target in _REPEATING else None)
+        return (bias, None) if scores.window is None or scores.scale != 1 else (node, scores.window)
+
+    def _peel(self, node: fx.Node, scores: _Scores) -> fx.Node | None:
+        """Return the scores from which a node computes scores, and note how; None if it is another op."""
+        operands: Operands = node.args
+        if node.target in _PASSING or (node.target in _MAXIMA and self._hides(operands[1])):
+            return operands[0]
+        if node.target in _QUOTIENTS | _MULTIPLES and isinstance(operands[1], int | float):
+            scores.scale *= 1 / operands[1] if node.target in _QUOTIENTS else operands[1]
+            return operands[0]
+        if (
+            node.target in _MULTIPLES
+            and scores.window is not None
+            and scores.window == self._find_window(operands[1], False)
+        ):
+            return operands[0]  # by 1 where they are seen
+        if node.target in _FILLS and self._hides(operands[2]):
+            where = node.target is aten.where.self
+            window, inner = self._find_window(operands[0 if where else 1], not where), operands[int(where)]
+        elif node.target in _SUMS and not node.kwargs:
+            windows = [self._find_window(operand, None) for operand in operands]
+            window = next((found for found in windows if found is not None), None)
+            inner = operands[int(windows[0] is not None)]
+            if window is None and scores.scale == 1 and scores.bias is None:
+                scores.bias = operands[1]
+                return operands[0]
+        else:
+            return None
+        scores.hide(window)
+        return None if window is None else inner
+
+    def _hides(self, value: object) -> bool:
+        """Return whether a score has no share of the softmax."""
+        if isinstance(value, fx.Node):
+            if value.meta["val"].dim():
+                return False
+            value = float(evaluate(value, self._known, {}))
+        return isinstance(value, int | float) and value <= _HIDDEN
+
+    def _find_window(self, mask: object, hides: bool | None) -> int | None:
+        """Return the window of a causal mask, as ``attention`` takes it; None for other values.
+
+        Args:
+            mask: a node.
+            hides: which booleans hide a score; None for numbers that are added.
+        """
+        if not isinstance(mask, fx.Node):
+            return None
+        if (mask, hides) not in self._windows:
+            self._windows[mask, hides] = self._compute_window(mask, hides)
+        return self._windows[mask, hides]
+
+    def _compute_window(self, mask: fx.Node, hides: bool | None) -> int | None:
+        given: Any = {node: node.args[2] for node in find_sources([mask]) if node.target is attention_ops.MASK}
+        if mask in given and hides is None:
+            return int(given[mask])
+        shape = [str(size) for size in (1, 1, *mask.meta["val"].shape)]
+        if set(shape[-2:]) != {str(self._length)} or not {"1", str(self._rows)}.issuperset(shape[:-2]):
+            return None
+        sizes, like = [1, self._count, self._count], torch.zeros(())
+        masks = {node: torch.ops.lorac.mask(like, sizes, window) for node, window in given.items()}
+        try:
+            value = evaluate(mask, self._known | masks, {str(self._rows): 1, str(self._length): self._count})
+        except Exception:  # an op may raise anything for sizes that it was not traced with, or for inputs without value
+            return None
+        seen = value == 0 if hides is None else value.bool() != hides
+        known = seen | (value <= _HIDDEN) if hides is None else value.bool() == value
+        if value.numel() != self._count**2 or not known.all():
+            return None
+        places, seen = torch.arange(self._count), seen.view(self._count, self._count)
+        for window in (0, int(seen[-1].sum()), *given.values()):
+            if torch.equal(attention_ops.visible_keys(places[None], places, window)[0, 0], seen):
+                if not given:
+                    self._graph.longest = self._count
+                return int(window)
+        return None
+
+    def _find_heads(self, before: fx.Node, node: fx.Node) -> fx.Node | None:
+        """Return a value with rows and heads apart, given itself or with both as one axis."""
+        inner = node
+        while inner.meta["val"].dim() != _AXES and inner.target in _PASSING:
+            inner = inner.all_input_nodes[0]
+        if inner.meta["val"].dim() == _AXES:
+            return inner
+        heads = constant_size(node.meta["val"].shape[0] // self._rows)
+        return insert_call(self._graph.exported, before, aten.unflatten.int, node, 0, [-1, heads]) if heads else None

@@ -80,7 +80,7 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         sinks: (heads,): a further score of each head, whose share of the softmax has no value.
         scale: factor of the scores.
         causal: whether a token sees no later ones.
-        window: the most tokens that a token sees, itself included; 0 for all.
+        window: the most tokens that a token sees, itself included; 0 for all; -n for those of its chunk of n tokens.
         softcap: soft bound of the scores; 0 for none.
         module: path of the module that attends.
 
@@ -88,7 +88,7 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         (batch, length, heads, size)
     """
     queries, keys = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
-    masks = [seen, _visible_keys(queries[None], keys, causal, window) if causal or window else None]
+    masks = [seen, visible_keys(queries[None], keys, window) if causal else None]
     return attend_with_masks(q, k, v, masks, bias, sinks, scale, softcap)
 
 
@@ -137,7 +137,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     if distances is not None:  # padding may be farther from a key than the cache is long
         apart = (places[:, :, None] - keys).clamp(min=0, max=distances.shape[1] - 1)
         bias = distances[:, apart].transpose(0, 1)
-    seen = _visible_keys(places, keys, True, window)
+    seen = visible_keys(places, keys, window)
     return attend_with_masks(q, held_k, held_v, [seen], bias, sinks, scale, softcap), held_k, held_v
 
 
@@ -159,14 +159,16 @@ def _(ids: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lorac::mask", mutates_args=())
-def mask(ids: Tensor) -> Tensor:
-    """Stand for a causal mask while a model is traced; ``attention`` replaces those that it reads."""
-    return ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+def mask(like: Tensor, sizes: Sequence[int], window: int) -> Tensor:
+    """Return a causal mask (batch, 1, length, other length) that is added to scores; ``attention`` replaces it."""
+    batch, queries, keys = sizes
+    seen = visible_keys(torch.arange(queries, device=like.device)[None], torch.arange(keys, device=like.device), window)
+    return like.new_zeros((batch, 1, queries, keys)).masked_fill(~seen, torch.finfo(like.dtype).min)
 
 
 @mask.register_fake
-def _(ids: Tensor) -> Tensor:
-    return ids.new_empty((1, 1, 1, 1), dtype=torch.bool)
+def _(like: Tensor, sizes: Sequence[int], window: int) -> Tensor:
+    return like.new_empty((sizes[0], 1, *sizes[1:]))
 
 
 @torch.library.custom_op("lorac::rows", mutates_args=())
@@ -182,8 +184,8 @@ def _(x: Tensor, places: Tensor) -> Tensor:
 
 ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
 POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
-BIAS_OPERAND, CAUSAL_OPERAND = 3, 7
-"""The operands of an attention that are its bias, and true for a growing sequence."""
+BIAS_OPERAND, SCALE_OPERAND, CAUSAL_OPERAND = 3, 6, 7
+"""The operands of an attention that are its bias, its scale, and true for a growing sequence."""
 
 _BRANCH_SEPARATOR = ":"
 """Separates, in the operand ``module`` of a branch's attention, the site's path from the attention's number."""
@@ -213,11 +215,15 @@ class IncrementalAttention(BranchAttention):
         return y
 
 
-def _visible_keys(queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:
+def visible_keys(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """Return which keys (length,) each query (batch or 1, length) sees: (batch or 1, 1, queries, keys)."""
     ahead = keys[None, None, :] - queries[:, :, None]
-    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
-    return (seen & (ahead > -window) if window else seen)[:, None]
+    seen = ahead <= 0
+    if window > 0:
+        seen &= ahead > -window
+    elif window:
+        seen &= keys[None, None, :] >= (queries - queries % -window)[:, :, None]
+    return seen[:, None]
 
 
 def attend_with_masks(

@@ -61,6 +61,31 @@ def run_graph(
     return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
 
 
+def evaluate(node: fx.Node, known: Mapping[fx.Node, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
+    """Compute a node's value from values of other nodes.
+
+    Args:
+        node: the node.
+        known: their values; an input that is missing is an error.
+        sizes: torch's symbol for a size -> the size.
+    """
+    values: dict[fx.Node, Any] = dict(known)
+
+    def compute(node: fx.Node) -> Any:
+        if node not in values:
+            example = node.meta.get("val")
+            if isinstance(example, torch.SymInt | int) and str(example) in sizes:
+                values[node] = sizes[str(example)]
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), compute)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
+        return values[node]
+
+    with torch.no_grad():
+        value: torch.Tensor = compute(node)
+    return value
+
+
 def read_example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the inputs of the captured call, by name."""
     args, kwargs = graph.exported.example_inputs or ((), {})

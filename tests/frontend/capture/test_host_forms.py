@@ -366,13 +366,10 @@ _PAIR = {
 }  # fmt: skip
 
 
-@pytest.mark.medium("two other families", cases=["OpenAI*"])
 @pytest.mark.slow("three other families", cases=["F*"])
 @pytest.mark.parametrize(
     ("model", "config", "fields", "code", "named"),
     [
-        ("OpenAIGPTLMHeadModel", "OpenAIGPT", {"n_embd": 32, "n_layer": 1, "n_head": 4}, "unavailable",
-         r"'transformer\.h\.0\.attn' attends by itself"),
         ("RobertaForCausalLM", "Roberta", {**_TINY, "is_decoder": True}, "unavailable",
          "numbers tokens from the id of padding on"),
         ("FalconForCausalLM", "Falcon", {**_TINY, "alibi": True}, "unavailable", "'transformer' attends by itself"),
