@@ -1,8 +1,9 @@
-"""Commands about compiled folders: run, swap, bench."""
+"""Commands about compiled folders: run, swap, bench, export-web."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,6 +178,29 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
     print_report(times, make_table(headers, cells), as_json=json)
 
 
+def export_web(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write: new, empty, or an older page.")],
+    modules: Annotated[
+        Path | None,
+        typer.Option(help="A node_modules folder with the packages of a page; default: npm downloads them."),
+    ] = None,
+    part_mib: Annotated[int, typer.Option(min=1, help="The most MiB of a file, which some servers limit.")] = 64,
+    json: JsonOption = False,
+) -> None:
+    """Write a web page that chats with a compiled model in the browser, for any server of files."""
+    from lorac.web import export_web
+
+    with progress("export-web") as steps:
+        steps.step("writing")
+        report = export_web(folder, out, modules=modules, part_mib=part_mib)
+    line = (
+        f"'{out}': a model of {report['model_bytes'] / 1e6:.1f} MB with {len(report['adapters'])} adapters; "
+        f"python -m http.server -d {shlex.quote(str(out))} serves it here"
+    )
+    print_report(report, line, as_json=json)
+
+
 def _time_calls(
     compiled: Compiled, arrays: Mapping[str, Array], rounds: int, *, settle: bool
 ) -> list[dict[str, object]]:
@@ -218,4 +242,4 @@ def _call_program(compiled: Compiled, arrays: Mapping[str, Array], **choice: obj
         ) from error
 
 
-COMMANDS = (run, swap, bench)
+COMMANDS = (run, swap, bench, export_web)

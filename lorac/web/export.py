@@ -1,0 +1,213 @@
+"""Writing a page: a folder with a program in parts, its adapters, its tokenizer, and everything that runs them.
+
+index.html, page.js        the page
+lorac-web.js, .d.ts        the module, which other pages import
+vendor/...                 onnxruntime-web and the tokenizer, of npm
+web.json                   the contents: what the program takes, its adapters, and its files by their hashes
+files/<sha256>             parts of files, named by their content, so that a cache never mixes two exports
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lorac.argument_types import JsonMapping
+from lorac.errors import ArtifactError, OptionError, Unavailable, list_some, warn
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.storage.artifact import open_artifact, open_checked
+from lorac.storage.atomic_folders import list_foreign, replace_atomically
+from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.version import VERSION
+from lorac.web.node_packages import PACKAGE, open_packages
+from lorac.web.texts import describe_tokenizer
+
+CONTENTS = "web.json"
+FORMAT = 1
+_PAGE = Path(__file__).parent / "page"
+_MODULE = ("lorac-web.js", "lorac-web.d.ts")
+_GENERATION = ("do_sample", "eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p")
+"""Settings of a model's generation that a page follows."""
+_WITHOUT_EFFECT = {
+    *("bos_token_id", "cache_implementation", "decoder_start_token_id", "max_length", "max_new_tokens"),
+    *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "pad_token_id"),
+    *("return_dict_in_generate", "use_cache"),
+}
+"""Settings that change no token of a page, which is told its number of tokens by each call."""
+
+_CHECKED_IDS, _CHECKED_LOGITS = 8, 512
+
+
+class _Parts:
+    """Files in parts of a size.
+
+    Args:
+        folder: where the parts lie.
+        size: the most bytes of one.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder, self._size = folder, size
+        self.nbytes = 0
+
+    def write(self, *contents: bytes | memoryview) -> list[JsonMapping]:
+        """Write contents end to end; return the hash and size of each part."""
+        entries: list[JsonMapping] = []
+        part = bytearray()
+        for content in contents:
+            begin = 0
+            while begin < len(content):
+                end = begin + self._size - len(part)
+                part += content[begin:end]
+                begin = end
+                if len(part) == self._size:
+                    entries.append(self._close(part))
+        return [*entries, self._close(part)] if part else entries
+
+    def _close(self, part: bytearray) -> JsonMapping:
+        """Write one part and empty it."""
+        digest, size = hashlib.sha256(part).hexdigest(), len(part)
+        (self._folder / digest).write_bytes(part)
+        part.clear()
+        self.nbytes += size
+        return {"sha256": digest, "bytes": size}
+
+
+def export_web(
+    artifact: str | Path, out: str | Path, *, modules: str | Path | None = None, part_mib: int = 64
+) -> JsonMapping:
+    """Write a folder that a web server serves as it is, and return how many bytes of the model it holds.
+
+    Args:
+        artifact: a saved program of a language model, compiled for onnxruntime with ``cache=True``; in int4 or int8 it
+            is downloaded in a fraction of the time.
+        out: a new or empty folder, or an older page, which is replaced.
+        modules: a ``node_modules`` folder with lorac-web's dependencies; None: npm downloads them.
+        part_mib: the most MiB of a file; some servers limit it.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or the folder holds something else or cannot be written.
+        OptionError: parts of less than a MiB.
+        Unavailable: the program, its tokenizer or the packages are none that a page can run.
+    """
+    if part_mib < 1:
+        raise OptionError(f"part_mib cannot be {part_mib}", next_step="give 1 or more; 64 is the default")
+    target = parse_path(out, "where export_web writes to", ArtifactError)
+    manifest = open_artifact(artifact)
+    fields = manifest.fields
+    _check_kind(fields)
+    from lorac.web.program import read_program
+
+    program = read_program(manifest.files, fields["program"]["graphs"][MAIN_GRAPH]["slots"])
+    tokenizer = describe_tokenizer(manifest.files)
+    generation = _describe_generation(fields["components"][MAIN_GRAPH]["generation"])
+    adapters: dict[str, Any] = {}
+    for name, entry in fields["adapters"].items():
+        file = entry["portable"].get(MAIN_GRAPH)
+        if file is not None:
+            content = open_checked(manifest.folder, file, fields["files"][file]).read()
+            adapters[name] = {"method": entry["variant"], "content": content}
+    missing = sorted(fields["adapters"].keys() - adapters.keys()) if program.slots else []
+    if missing:
+        warn(
+            f"the page lacks {list_some(missing)}: the artifact has no file of theirs for programs without lorac",
+            next_step="compiled.save(folder) writes those that can be; prompts and activated LoRAs run in Python alone",
+        )
+    check = _compute_check(artifact, tokenizer["samples"][0]["ids"])
+    with open_packages(None if modules is None else Path(modules)) as vendor:
+        _check_replaceable(target)
+        with translate_os_errors(target, ArtifactError, "written"), replace_atomically(target, _own_files) as staged:
+            (staged / "files").mkdir(parents=True)
+            parts = _Parts(staged / "files", part_mib << 20)
+            contents: dict[str, Any] = {
+                "lorac_web": FORMAT,
+                "lorac": VERSION,
+                "graphs": {"float": parts.write(program.float_graph)},
+                "float_bytes": program.float_bytes,
+                "weights": {name: parts.write(*pieces) for name, pieces in program.files.items()},
+                "neutral": parts.write(program.neutral or b""),
+                "slots": program.slots,
+                "adapters": {
+                    name: {**entry, "content": parts.write(entry["content"])} for name, entry in adapters.items()
+                },
+                "active": {name: how["strength"] for name, how in fields["active"].items() if name in adapters},
+                "limit": program.limit,
+                "check": check,
+                "generation": generation,
+                "tokenizer": {**tokenizer, "json": parts.write(manifest.files[tokenizer["json"]].read())},
+            }
+            if program.code_graph is not None:
+                contents["graphs"]["codes"] = parts.write(program.code_graph)
+            copied = {path.name: path for path in _PAGE.iterdir()} | {name: PACKAGE / name for name in _MODULE}
+            for name, source in {**copied, **vendor}.items():
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, staged / name)
+            written = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
+            contents["written"] = sorted([*written, CONTENTS])
+            (staged / CONTENTS).write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
+    return {"adapters": sorted(adapters), "model_bytes": parts.nbytes, "files": len(contents["written"])}
+
+
+def _check_kind(fields: JsonMapping) -> None:
+    """Refuse artifacts that are not one graph of a language model for ONNX Runtime."""
+    graphs, traits = fields["program"].get("graphs", {}), fields["components"].get(MAIN_GRAPH, {})
+    if fields["target"] != "onnxruntime":
+        reason = f"was compiled for {fields['target']}"
+    elif graphs.keys() != {MAIN_GRAPH}:
+        reason = f"has the graphs {list_some(sorted(graphs))}, and a page runs one"
+    elif traits.get("generation") is None or traits.get("rules") is not None:
+        reason = "does not write text as transformers' causal language models do"
+    else:
+        return
+    raise Unavailable(
+        f"the program {reason}",
+        next_step="compile a causal language model with target='onnxruntime' and cache=True",
+    )
+
+
+def _describe_generation(settings: JsonMapping) -> dict[str, object]:
+    """Return the settings of a model's generation that a page follows; warn of those that it does not."""
+    ignored = {name: value for name, value in settings.items() if name not in {*_GENERATION, *_WITHOUT_EFFECT}}
+    named = [f"{name}={value!r}" for name, value in ignored.items() if not name.startswith("_")]
+    if named:
+        warn(
+            f"a page does not follow the model's generation settings {list_some(named, quote='')}",
+            next_step="without them, compiled.generate writes as the page does",
+        )
+    return {name: settings[name] for name in _GENERATION if name in settings}
+
+
+def _compute_check(artifact: str | Path, ids: list[int]) -> dict[str, object]:
+    """Return some logits of the base behind some ids, which a page compares with its own when it is loaded."""
+    import torch
+
+    import lorac
+
+    compiled = lorac.load(artifact)
+    if compiled.mode != "baked":
+        compiled.swap(None)
+    given = torch.tensor([ids[:_CHECKED_IDS] or [0]])
+    logits = compiled(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, -1].float()
+    stride = -(-len(logits) // _CHECKED_LOGITS)
+    return {"ids": given[0].tolist(), "stride": stride, "logits": [round(x, 4) for x in logits[::stride].tolist()]}
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but an older page without foreign files."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    owned = _own_files(target)
+    foreign = list_foreign(target, owned) if owned else []
+    if foreign or not owned:
+        holds = f"also holds {list_some(foreign)}" if foreign else "exists and is not a page of export-web"
+        raise ArtifactError(f"'{target}' {holds}", next_step="give a new folder, an empty one, or an older page")
+
+
+def _own_files(folder: Path) -> frozenset[str]:
+    """Return the files that an older page says it wrote; empty if there is none."""
+    try:
+        contents = json.loads((folder / CONTENTS).read_text("utf-8"))
+        return frozenset(contents["written"]) if "lorac_web" in contents else frozenset()
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()

@@ -1,0 +1,65 @@
+"""The parts of npm packages that a page runs, by the releases that lorac-web names."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorac.errors import Unavailable
+
+PACKAGE = Path(__file__).parent / "package"
+"""lorac-web, as npm publishes it."""
+_FILES = {
+    "onnxruntime-web": (
+        "dist/ort.wasm.bundle.min.mjs",
+        "dist/ort-wasm-simd-threaded.wasm",
+        "dist/ort.webgpu.bundle.min.mjs",
+        "dist/ort-wasm-simd-threaded.asyncify.wasm",
+    ),
+    "@huggingface/tokenizers": ("dist/tokenizers.min.mjs", "LICENSE"),
+    "@huggingface/jinja": ("dist/index.js", "LICENSE"),
+}
+
+
+@contextlib.contextmanager
+def open_packages(modules: Path | None) -> Iterator[dict[str, Path]]:
+    """Give the block the files of the packages, by their names in a page's folder.
+
+    Args:
+        modules: a ``node_modules`` folder that has them; None: npm downloads them.
+
+    Raises:
+        Unavailable: npm is missing or fails, or the folder has other releases.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if modules is None:
+            _install(Path(folder))
+            modules = Path(folder) / "node_modules"
+        for name, release in json.loads((PACKAGE / "package.json").read_text("utf-8"))["dependencies"].items():
+            described = modules / name / "package.json"
+            found = json.loads(described.read_text("utf-8"))["version"] if described.is_file() else "none"
+            if found != release:
+                raise Unavailable(
+                    f"a page takes {name} {release}, and '{modules}' has {found}",
+                    next_step=f"run npm install {name}@{release} there",
+                )
+        yield {f"vendor/{name}/{file}": modules / name / file for name, files in _FILES.items() for file in files}
+
+
+def _install(folder: Path) -> None:
+    """Install the packages by npm; none of their scripts is run."""
+    npm = shutil.which("npm")
+    shutil.copy(PACKAGE / "package.json", folder)
+    if npm is not None:
+        command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--omit=dev"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return
+    reason = "npm is not installed" if npm is None else f"npm fails: {done.stderr.strip().rpartition(chr(10))[2]}"
+    raise Unavailable(
+        f"a page holds parts of npm packages, and {reason}",
+        next_step="install Node.js, or give modules= a node_modules folder that npm install lorac-web filled elsewhere",
+    )

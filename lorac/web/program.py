@@ -1,0 +1,221 @@
+"""The program of a page: an artifact's graph in the form that onnxruntime-web computes, and its weights in pieces.
+
+Its attention over a cache is older than ONNX Runtime's in Python and takes no lengths of rows, so that a page has one
+row. Its WebAssembly has no kernel for quantised products and would dequantise every weight in every call, so a second
+graph has them dequantised when it is loaded, by ops that become constants; the products are those of
+``accuracy_level=1``, which round nothing.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from safetensors.numpy import save
+
+from lorac.argument_types import JsonMapping
+from lorac.backends.onnx.model_files import MAX_LENGTH_KEY, NEUTRAL_FILE, read_model_files, walk_nodes
+from lorac.errors import Unavailable
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, is_past_input
+from lorac.storage.open_file import OpenFile
+
+_MICROSOFT = "com.microsoft"
+_LARGEST_TENSOR = (1 << 31) - (1 << 16)
+"""The most bytes of an array in every browser."""
+_LARGEST_FILE = 1 << 30
+"""Bytes of weights that a page holds in one array, unless one tensor has more."""
+_ALIGNMENT = 64
+_OPERANDS = 16
+"""Number of operands that onnxruntime-web's attention over a cache takes."""
+_BLOCKED_OPSET = 21
+"""The first whose DequantizeLinear has blocks."""
+_CODES = {4: TensorProto.UINT4, 8: TensorProto.UINT8}
+_ZEROS = {4: b"\x88", 8: b"\x80"}
+"""Bits of a code -> bytes whose codes are the middle of the range, which a product without zero points takes."""
+_INPUT_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
+
+
+@dataclass(frozen=True)
+class WebProgram:
+    """A program for pages.
+
+    Attributes:
+        float_graph: the graph whose weights are floating-point numbers once it is loaded.
+        code_graph: the graph that multiplies by codes; None without quantised products.
+        float_bytes: bytes of the dequantised weights.
+        files: the weights by the name of the file that graphs read them from, each in pieces.
+        neutral: the contents of the slots without an adapter, as safetensors; None without slots.
+        slots: slot -> its role, its sites, and the axis of its rank or -1.
+        limit: the most tokens of a text; None for any number.
+    """
+
+    float_graph: bytes
+    code_graph: bytes | None
+    float_bytes: int
+    files: Mapping[str, Sequence[bytes | memoryview]]
+    neutral: bytes | None
+    slots: JsonMapping
+    limit: int | None
+
+
+def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]) -> WebProgram:
+    """Return the program of an artifact with one graph.
+
+    Args:
+        files: the artifact's, by name.
+        described: the manifest's entries of its slots.
+
+    Raises:
+        ArtifactError: as ``read_model_files``.
+        Unavailable: a page cannot give an input of the program, or hold one of its tensors.
+    """
+    model, weights = read_model_files(files, MAIN_GRAPH)
+    known = {str(slot["name"]): slot for slot in described}
+    _check_inputs(model, known)
+    neutral = files[NEUTRAL_FILE].read() if NEUTRAL_FILE in files else _take_defaults(model, weights, known)
+    for node in walk_nodes(model.graph):
+        if node.op_type == "GroupQueryAttention":
+            del node.input[_OPERANDS:]
+            while not node.input[-1]:
+                del node.input[-1]
+    held = _place_weights(model, weights)
+    floats = copy.deepcopy(model)
+    float_bytes = _dequantise(floats)
+    slots = {}
+    for value in model.graph.input:
+        if value.name in known:
+            slot, dims = known[value.name], value.type.tensor_type.shape.dim
+            rank = next((axis for axis, dim in enumerate(dims) if dim.dim_param.endswith(":rank")), -1)
+            slots[value.name] = {"role": slot["role"], "sites": slot["members"] or [slot["site"]], "rank": rank}
+    longest = {entry.key: entry.value for entry in model.metadata_props}.get(MAX_LENGTH_KEY)
+    return WebProgram(
+        float_graph=floats.SerializeToString(),
+        code_graph=model.SerializeToString() if float_bytes else None,
+        float_bytes=float_bytes,
+        files=held,
+        neutral=neutral,
+        slots=slots,
+        limit=None if longest is None else int(longest),
+    )
+
+
+def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
+    """Refuse programs without a cache, and inputs that a page of text cannot give."""
+    inputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    if PAST_LENGTHS not in inputs:
+        raise Unavailable(
+            "the program keeps no cache, over which a page generates", next_step="compile the model with cache=True"
+        )
+    own = {IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, *slots}
+    for name, dtype in inputs.items():
+        if name not in own and not is_past_input(name):
+            raise Unavailable(
+                f"the program also takes '{name}', and a page gives tokens alone",
+                next_step="export a model that reads text alone",
+            )
+        if dtype not in _INPUT_TYPES:
+            raise Unavailable(
+                f"'{name}' is {TensorProto.DataType.Name(dtype).lower()}, which browsers do not compute in",
+                next_step="compile the model with dtype='float32'",
+            )
+
+
+def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots: Mapping[str, object]) -> bytes | None:
+    """Remove the slots' default values, which browsers do not know, from a graph; return them as safetensors."""
+    inputs = {value.name for value in model.graph.input} & slots.keys()
+    found = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in inputs}
+    values = {
+        name: np.ascontiguousarray(weights.pop(name) if name in weights else onnx.numpy_helper.to_array(tensor))
+        for name, tensor in found.items()
+    }
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in found]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return save(values) if values else None
+
+
+def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> dict[str, list[bytes | memoryview]]:
+    """Let a graph read its weights from files that browsers hold; return the pieces of each file by its name."""
+    files: dict[str, list[bytes | memoryview]] = {}
+    places: dict[tuple[int, int], tuple[str, int]] = {}
+    size = _LARGEST_FILE  # a full file, so that the first weight begins another
+    for tensor in model.graph.initializer:
+        if (values := weights.get(tensor.name)) is None:
+            continue
+        if values.nbytes > _LARGEST_TENSOR:
+            raise Unavailable(
+                f"the weight '{tensor.name}' has {values.nbytes} bytes, and arrays of browsers less than 2 GiB",
+                next_step="compile with weights='int8' or weights='int4'",
+            )
+        key = (values.__array_interface__["data"][0], values.nbytes)  # tied weights lie in one place
+        if key not in places:
+            if size + values.nbytes > _LARGEST_FILE:
+                size = 0
+                files[f"weights{len(files)}"] = []
+            name = next(reversed(files))
+            padding = -values.nbytes % _ALIGNMENT
+            files[name] += [np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, bytes(padding)]
+            places[key] = (name, size)
+            size += values.nbytes + padding
+        location, offset = places[key]
+        del tensor.external_data[:]
+        for entry, value in {"location": location, "offset": offset, "length": values.nbytes}.items():
+            tensor.external_data.add(key=entry, value=str(value))
+    return files
+
+
+def _dequantise(model: onnx.ModelProto) -> int:
+    """Replace products with codes by products with the numbers that they stand for; return the bytes of these."""
+    graph, size, nodes = model.graph, 0, []
+    known = {tensor.name: tensor for tensor in graph.initializer}
+
+    def view(name: str, kind: str, dtype: int, *dims: int) -> str:
+        """Return the name of a tensor with the bytes of another and dims of its own."""
+        if (alias := f"{name}:{kind}") not in known:
+            known[alias] = TensorProto()
+            known[alias].CopyFrom(known[name])
+            known[alias].name, known[alias].data_type = alias, dtype
+            del known[alias].dims[:]
+            known[alias].dims.extend(dims)
+        return alias
+
+    for node in graph.node:
+        if node.op_type != "MatMulNBits":
+            nodes.append(node)
+            continue
+        numbers = {entry.name: entry.i for entry in node.attribute}
+        bits, block, rows, width = numbers.get("bits", 4), numbers["block_size"], numbers["N"], numbers["K"]
+        x, codes, scales, zeros, order, bias = [*node.input, "", "", ""][:6]
+        blocks = -(-width // block)
+        fits = width % block == 0 and not order and {codes, scales} <= known.keys()
+        if bits not in _CODES or not fits or (zeros and (known[zeros].data_type != TensorProto.UINT8 or blocks % 2)):
+            nodes.append(node)
+            continue
+        if not zeros:
+            zeros = f"zeros:{bits}:{rows * blocks}"
+            data = _ZEROS[bits] * ((rows * blocks * bits + 7) // 8)
+            known.setdefault(
+                zeros, TensorProto(name=zeros, dims=[len(data)], data_type=TensorProto.UINT8, raw_data=data)
+            )
+        read = [
+            view(codes, "codes", _CODES[bits], rows, width),
+            view(scales, "blocks", known[scales].data_type, rows, blocks),
+            view(zeros, f"{rows}:{blocks}", _CODES[bits], rows, blocks),
+        ]
+        weight, output = f"{node.output[0]}:weight", f"{node.output[0]}:product" if bias else node.output[0]
+        nodes += [
+            helper.make_node("DequantizeLinear", read, [weight], axis=1, block_size=block),
+            helper.make_node("FusedMatMul", [x, weight], [output], domain=_MICROSOFT, transB=1),
+            *([helper.make_node("Add", [output, bias], node.output)] if bias else []),
+        ]
+        size += 4 * rows * width
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    names = {name for node in walk_nodes(graph) for name in node.input} | {value.name for value in graph.output}
+    graph.initializer.extend(tensor for name, tensor in known.items() if name in names)
+    for opset in model.opset_import:
+        opset.version = max(opset.version, _BLOCKED_OPSET) if not opset.domain and size else opset.version
+    return size

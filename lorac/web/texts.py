@@ -1,0 +1,67 @@
+"""The tokenizer of a page, with examples that it has to read and write as Python's does."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lorac.errors import Unavailable, warn
+from lorac.runtime.generation.tokenizers import TOKENIZER_FOLDER, TokenizerFiles
+from lorac.storage.open_file import OpenFile
+
+_SAMPLES = (
+    "Hello, world!  It's 2026-12-01; x_1 = 3.14 + 1000000?",
+    "\n\n\tdef f(a):\n        return a**2  # don't",
+    "déjà vu — Straße, 你好 мир 🙂👍🏽 İi  ½",
+    "",
+)
+_TURNS = (
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "I."},
+    {"role": "user", "content": "Why?"},
+)
+_CLOCK = "strftime_now"
+"""The function by which templates name the day."""
+
+
+def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
+    """Return an artifact's tokenizer as a page reads it.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        ArtifactError: transformers cannot read the tokenizer.
+        Unavailable: there is no tokenizer, or none that JavaScript reads.
+    """
+    found, name = TokenizerFiles.among(files), f"{TOKENIZER_FOLDER}/tokenizer.json"
+    if found is None or name not in files:
+        raise Unavailable(
+            "the artifact has no tokenizer" if found is None else "the artifact's tokenizer has no tokenizer.json",
+            next_step="compiled.save(folder, tokenizer=...) with a fast tokenizer of transformers",
+        )
+    tokenizer: Any = found.load()
+    config = files.get(f"{TOKENIZER_FOLDER}/tokenizer_config.json")
+    samples = []
+    for text in _SAMPLES:
+        ids = tokenizer(text)["input_ids"]
+        samples.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=True)})
+    return {
+        "json": name,
+        "config": json.loads(config.read()) if config is not None else {},
+        "samples": samples,
+        "tokens": {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        "chat": _describe_chat(tokenizer),
+    }
+
+
+def _describe_chat(tokenizer: Any) -> dict[str, Any] | None:
+    """Return the chat template and its text for an example; None without one."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if template is None:
+        return None
+    try:
+        text = tokenizer.apply_chat_template(list(_TURNS), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        warn(f"the chat template fails and is left out: {error}", next_step="the page continues texts")
+        return None
+    return {"template": template, "turns": _TURNS, "text": None if _CLOCK in template else text}
