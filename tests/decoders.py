@@ -69,6 +69,101 @@ _LATENT = {
     "topk_group": 1,
 }
 """Keys and values of a latent kind, of two sizes, and experts behind the first layer."""
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 4,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def _types(mixer: str, attention: str = "full_attention") -> dict[str, Any]:
+    """Layers of a hybrid: two that mix tokens in one way, and one that attends between them."""
+    return {"num_hidden_layers": 3, "layer_types": [mixer, attention, mixer]}
+
+
+HYBRIDS: dict[str, Callable[[], nn.Module]] = {
+    "lfm2": _decoder("Lfm2", block_multiple_of=16, **_types("conv")),
+    "qwen3_next": _decoder(
+        "Qwen3Next",
+        **{**_types("linear_attention"), **_LINEAR, **_EXPERTS},
+        head_dim=8,
+        shared_expert_intermediate_size=16,
+        decoder_sparse_step=2,
+    ),
+    "kimi_linear": _decoder(
+        "KimiLinear",
+        **_types("linear_attention"),
+        num_key_value_heads=4,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        linear_conv_kernel_dim=4,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        mlp_layer_types=["dense"] * 3,
+    ),
+    "bamba": _decoder("Bamba", num_hidden_layers=3, attn_layer_indices=[1], mamba_expand=2, **_MAMBA),
+    "nemotron_h": _decoder(
+        "NemotronH",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "attention", "mlp", "mamba"],
+        head_dim=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=6,
+        n_groups=2,
+        conv_kernel=4,
+        chunk_size=4,
+    ),
+    "falcon_h1": _decoder("FalconH1", head_dim=8, mamba_d_ssm=64, **_MAMBA),
+    "granitemoehybrid": _decoder(
+        "GraniteMoeHybrid",
+        num_hidden_layers=3,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=24,
+        mamba_expand=2,
+        **_MAMBA,
+    ),
+    "jamba": _decoder(
+        "Jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        mamba_d_state=6,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_dt_rank=4,
+    ),
+    "recurrent_gemma": _decoder(
+        "RecurrentGemma",
+        num_hidden_layers=3,
+        lru_width=32,
+        attention_window_size=8,
+        head_dim=8,
+        num_key_value_heads=1,
+        conv1d_width=4,
+        block_types=["recurrent", "recurrent", "attention"],
+    ),
+    "olmo_hybrid": _decoder("OlmoHybrid", **{**_types("linear_attention"), **_LINEAR, "linear_num_key_heads": 4}),
+    "mamba": _decoder("Mamba", state_size=6, time_step_rank=4),
+    "mamba2": _decoder("Mamba2", num_heads=8, head_dim=8, state_size=6, n_groups=2, chunk_size=4),
+}
+"""Short convolutions, gated delta rules, selective scans of both kinds, and RG-LRUs; the last two attend
+nowhere."""
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "llama": _decoder("Llama", head_dim=16),
     "gpt2": _gpt2,
@@ -93,6 +188,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "ctrl": _decoder("CTRL", name="CTRLLMHeadModel", n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64),
     "doge": _decoder("Doge"),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+    **HYBRIDS,
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
 that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out, with

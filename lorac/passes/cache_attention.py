@@ -25,12 +25,15 @@ from lorac.ir.graph.attention_ops import (
     find_token_input,
     past_names,
     present_name,
+    state_name,
 )
 from lorac.ir.graph.edit import KnownCalls, add_dimension, add_inputs, inline, insert_call, insert_repeated_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import get_example
 from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.recurrence_op import RECURRENCE, STATE_OPERAND
 from lorac.ir.traces.gate import tracing
+from lorac.passes.cache_states import TokenMixer, iter_token_mixers
 from lorac.passes.position_tables import tabulate
 from lorac.passes.relative_positions import RelativePositions
 
@@ -64,22 +67,27 @@ class CacheAttention(Pass):
             if node not in layers:
                 lowered = inline(graph.exported, node, _attention_function(node), list(node.all_input_nodes))[1]
                 graph.replace_node(node, lowered[0])
-        if not layers:
+        if not layers and not any(node.args[STATE_OPERAND] is None for node in graph.find(RECURRENCE)):
             return PassResult(bool(found))
         _check_branches(graph)
         ids = find_token_node(graph)
-        nodes = _add_inputs(graph, layers, ids)
-        distances = RelativePositions(graph, ids, nodes[past_names(0)[0]])
+        mixers = list(iter_token_mixers(graph, ids))
+        nodes = _add_inputs(graph, layers, mixers, ids)
+        distances = RelativePositions(graph, ids, nodes[past_names(0)[0]]) if layers else None
         positions = _offset_positions(graph, ids, nodes[PAST_LENGTHS])
         presents: dict[str, fx.Node] = {}
         known: KnownCalls = {}
         for layer, node in enumerate(layers):
             names = past_names(layer)
             cache = (*(nodes[name] for name in names), nodes[PAST_LENGTHS], nodes[NEW_LENGTHS], positions)
+            assert distances is not None
             outputs = _insert_cached(graph, known, node, cache, distances.find_bias(node))
             presents |= {present_name(name): output for name, output in zip(names, outputs, strict=True)}
+        for number, mixer in enumerate(mixers):
+            name = state_name(number)
+            presents[present_name(name)] = mixer.replace(graph, nodes[name], nodes[NEW_LENGTHS])
         _select_tokens_per_row(graph)
-        limits = tabulate(graph, positions), distances.longest
+        limits = tabulate(graph, positions), None if distances is None else distances.longest
         graph.longest = min((limit for limit in limits if limit is not None), default=None)
         if graph.longest is not None:
             last = insert_call(graph.exported, positions.next, aten.clamp.default, positions, None, graph.longest - 1)
@@ -124,7 +132,9 @@ def _attention_function(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
     return function
 
 
-def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[str, fx.Node]:
+def _add_inputs(
+    graph: Graph, layers: Sequence[fx.Node], mixers: Sequence[TokenMixer], ids: fx.Node
+) -> dict[str, fx.Node]:
     batch = get_example(ids).shape[0]
     capacity = add_dimension(graph.exported, "capacity", _CAPACITY_HINT, 1)
     graph.axes[str(capacity)] = "capacity"
@@ -136,6 +146,7 @@ def _add_inputs(graph: Graph, layers: Sequence[fx.Node], ids: fx.Node) -> dict[s
         key = get_example(node.args[1])
         shape = (batch, key.shape[1], capacity, _cached_head_size(node))
         inputs |= dict.fromkeys(past_names(layer), (shape, key.dtype))
+    inputs |= {state_name(i): ((batch, *mixer.shape), mixer.dtype) for i, mixer in enumerate(mixers)}
     nodes = add_inputs(graph.exported, inputs)
     graph.cache_inputs |= {name: node.name for name, node in nodes.items()}
     return nodes

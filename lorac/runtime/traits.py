@@ -124,7 +124,7 @@ def _config_entries(config: object) -> dict[str, object] | None:
 
 
 def _to_json(entries: JsonMapping | None) -> object:
-    return json.loads(json.dumps(entries, default=lambda _: None))
+    return json.loads(json.dumps(entries, default=lambda _: None), parse_constant=lambda _: None)
 
 
 def _custom_generation(model: nn.Module) -> CustomGeneration | None:

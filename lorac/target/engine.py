@@ -251,7 +251,7 @@ class BoundProgram(ABC):
         """Make this choice the active one, for work outside any call, such as recomputation in backward."""
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> torch.Tensor:
-        """Add tokens to the rows of a cache, which has room for them; a call that fails leaves it unchanged.
+        """Add tokens to the rows of a cache, which has room for them; a call that fails adds none.
 
         Returns:
             The requested logits (rows, k, vocabulary), in memory that no later call writes to.

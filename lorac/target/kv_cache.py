@@ -84,7 +84,10 @@ class KeyValueCache(ABC):
 
     @abstractmethod
     def crop(self, lengths: Sequence[int]) -> None:
-        """Drop each row's tokens from a length on, which is at most the present one."""
+        """Drop each row's tokens from a length on, which is at most the present one.
+
+        A row with a state, which does not go back, loses all its tokens where it loses some.
+        """
 
     @abstractmethod
     def hold_prefix(self, keys_values: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, present_name
-from lorac.ir.graph.feeds import cache_input_shapes
+from lorac.ir.graph.feeds import cache_input_shapes, make_empty_cache
 from lorac.ir.graph.interpreter import run_graph
 from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.passes.cache_attention import CacheAttention
@@ -31,6 +31,11 @@ def grown(model):
     return graph
 
 
+def room(graph, rows):
+    """An empty cache, and the lengths of rows whose tokens fill it."""
+    return make_empty_cache(cache_input_shapes(graph), torch.zeros(rows, 12))
+
+
 @functools.cache
 def grown_llama():
     return grown(DECODERS["llama"]())
@@ -44,10 +49,21 @@ def parts(ids, past, counts):
     return part
 
 
-@pytest.mark.medium("a Llama's", cases=["deepseek_v3"])
+@pytest.mark.medium("a Llama's and a short convolution's", cases=["deepseek_v3", "recurrent_gemma", "bamba", "jamba"])
 @pytest.mark.slow(
-    "plain attention, windows with sinks, compressed keys, masks of the model's own",
-    keep=["llama", "deepseek_v3", "gpt_neo", "openai_gpt", "doge"],
+    "plain attention, windows with sinks, compressed keys, masks of the model's own, each form of a recurrence",
+    keep=[
+        "llama",
+        "deepseek_v3",
+        "gpt_neo",
+        "openai_gpt",
+        "doge",
+        "lfm2",
+        "olmo_hybrid",
+        "recurrent_gemma",
+        "bamba",
+        "jamba",
+    ],
 )
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
@@ -56,7 +72,7 @@ def test_parts_of_a_sequence_match_the_whole(name):
     graph = grown(model)
     ids = torch.randint(3, VOCABULARY, (2, 10))
     whole = model(ids).logits
-    caches = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
+    caches = {n: tensor for n, tensor in room(graph, 2).items() if attending.is_past_input(n)}
     past = torch.zeros(2, dtype=torch.int32)
     for counts in COUNTS:
         new = torch.tensor(counts, dtype=torch.int32)
@@ -105,9 +121,7 @@ def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
     graph = grown(model)
     assert graph.longest == 12
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
-    caches = {n: torch.zeros(1, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
-    lengths = {PAST_LENGTHS: torch.zeros(1, dtype=torch.int32), NEW_LENGTHS: torch.tensor([12], dtype=torch.int32)}
-    logits = run_graph(graph, {IDS: ids, LOGITS_TO_KEEP: torch.arange(12)[None], **lengths, **caches})[0]
+    logits = run_graph(graph, {IDS: ids, LOGITS_TO_KEEP: torch.arange(12)[None], **room(graph, 1)})[0]
     assert_close(logits, whole)
 
 

@@ -55,7 +55,8 @@ def test_parts_of_a_sequence_match_the_whole(family):
         whole = model(**inputs, decoder_input_ids=TEXT).logits
         memory = _encoded(encoder, inputs)
         caches = {
-            n: torch.zeros(2, heads, 12, size).double() for n, (heads, size, _) in cache_input_shapes(decoder).items()
+            n: torch.zeros(2, heads, 12, size).double()
+            for n, ((_, heads, _, size), _) in cache_input_shapes(decoder).items()
         }
         past = torch.zeros(2, dtype=torch.int32)
         for counts in COUNTS:

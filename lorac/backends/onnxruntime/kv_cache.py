@@ -4,7 +4,10 @@ Past and present are one memory, so that the cost of a call depends on its new t
 in which the slots stay bound from call to call, and the buffers for as long as the rows are the same.
 """
 
+import functools
+import math
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from torch import Tensor
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.onnxruntime.devices.memory import as_ort_value
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES
-from lorac.errors import ChoiceError, InputMismatch
+from lorac.errors import ChoiceError, InputMismatch, Unavailable
 from lorac.ir.graph.attention_ops import (
     DECODER_IDS,
     IDS,
@@ -43,7 +46,7 @@ class CacheLayout:
     """The inputs and outputs of a session that belong to its cache.
 
     Attributes:
-        shapes: input of a layer's keys or values -> heads, size of each head, dtype.
+        shapes: input of a layer's keys or values, or of a state -> its sizes, and dtype.
         spec: the limits of the cache.
         logits: the output with the logits, and its dtype.
         keeps_some: whether the graph computes logits of chosen tokens alone; else it computes those of all.
@@ -51,7 +54,7 @@ class CacheLayout:
         encoder_outputs: inputs that hold the encoder's outputs.
     """
 
-    shapes: Mapping[str, tuple[int, int, torch.dtype]]
+    shapes: Mapping[str, CacheInputShape]
     spec: CacheSpec
     logits: tuple[str, torch.dtype]
     keeps_some: bool
@@ -72,29 +75,44 @@ class CacheLayout:
         longest = session.get_modelmeta().custom_metadata_map.get(MAX_LENGTH_KEY)
         logits = next(output for output in session.get_outputs() if not output.name.startswith(PRESENT_PREFIX))
         limit = None if longest is None else int(longest)
+
+        def shapes_of(holds: Callable[[str], bool]) -> dict[str, CacheInputShape]:
+            """Return the shapes of the inputs whose names hold."""
+            return {
+                n: (tuple(size if isinstance(size, int) else None for size in i.shape), TORCH_DTYPES[i.type])
+                for n, i in inputs.items()
+                if holds(n)
+            }
+
         return cls(
-            shapes={n: (i.shape[1], i.shape[3], TORCH_DTYPES[i.type]) for n, i in inputs.items() if is_past_input(n)},
+            shapes=shapes_of(is_past_input),
             spec=CacheSpec(limit=limit, vocabulary=logits.shape[-1], encodes=encodes),
             logits=(logits.name, TORCH_DTYPES[logits.type]),
             keeps_some=LOGITS_TO_KEEP in inputs,
             token_input=find_token_input(inputs),
-            encoder_outputs={
-                n: (tuple(size if isinstance(size, int) else None for size in i.shape), TORCH_DTYPES[i.type])
-                for n, i in inputs.items()
-                if is_encoder_output(n)
-            },
+            encoder_outputs=shapes_of(is_encoder_output),
         )
+
+    @functools.cached_property
+    def states(self) -> frozenset[str]:
+        """The inputs that hold states, of one size however many tokens a row has."""
+        return frozenset(name for name, (sizes, _) in self.shapes.items() if None not in sizes[1:])
+
+    def entries(self, name: str, count: int) -> slice:
+        """Return the part of an input's third axis that holds so many tokens: all of a state."""
+        return slice(None if name in self.states else count)
+
+    def _measure(self, name: str, room: int) -> tuple[int, ...]:
+        return tuple(room if size is None else size for size in self.shapes[name][0][1:])
 
     def allocate(self, rows: int, room: int) -> dict[str, Tensor]:
         """Return buffers for rows of so many tokens; pages that nothing writes to take no memory."""
-        return {
-            name: torch.zeros(rows, heads, room, size, dtype=dtype)
-            for name, (heads, size, dtype) in self.shapes.items()
-        }
+        return {n: torch.zeros(rows, *self._measure(n, room), dtype=dtype) for n, (_, dtype) in self.shapes.items()}
 
     def measure(self, rows: int, room: int) -> int:
         """Return the bytes of such buffers."""
-        return rows * room * sum(heads * size * dtype.itemsize for heads, size, dtype in self.shapes.values())
+        sizes = (math.prod(self._measure(name, room)) * dtype.itemsize for name, (_, dtype) in self.shapes.items())
+        return rows * sum(sizes)
 
     def check_length(self, count: int) -> None:
         """Raise ``InputMismatch`` for a sequence of more tokens than the model has positions."""
@@ -106,7 +124,7 @@ class CacheLayout:
 
 
 class OrtCache(KeyValueCache):
-    """Keys and values as a session reads and writes them.
+    """Keys, values and states as a session reads and writes them.
 
     The rows are the first places of memory that may have more, so that a row joins or leaves without the others.
 
@@ -116,7 +134,7 @@ class OrtCache(KeyValueCache):
         budget: counts its memory.
 
     Attributes:
-        buffers: input of a layer's keys or values -> those of the rows.
+        buffers: input of a layer's keys or values, or of a state -> those of the rows.
         prefixes: number of virtual tokens before those of each row.
         encoder_outputs: input -> the encoder's output for each row.
     """
@@ -149,9 +167,10 @@ class OrtCache(KeyValueCache):
             self.prefixes, self.lengths = self.filled, (0,) * len(self.lengths)
             return
         layers, heads, length, size = keys_values.shape
-        other = [shape[:2] for shape in self.layout.shapes.values() if shape[:2] != (heads, size)]
-        if other or len(self.layout.shapes) != layers:
-            raise wrong_heads(keys_values, len(self.layout.shapes) // 2, *(other[0] if other else (heads, size)))
+        shapes = [shape for name, (shape, _) in self.layout.shapes.items() if name not in self.layout.states]
+        other = [shape[1::2] for shape in shapes if shape[1::2] != (heads, size)]
+        if other or len(shapes) != layers:
+            raise wrong_heads(keys_values, len(shapes) // 2, *(other[0] if other else (heads, size)))
         self.prefixes = (length,) * len(self.lengths)
         self.reserve(length)
         for layer in range(layers // 2):
@@ -184,9 +203,10 @@ class OrtCache(KeyValueCache):
         moved = {place: row for place, row in enumerate(rows) if place != row}
         longest = max((self.filled[row] for row in moved.values()), default=0)
         self._allocate(len(rows), self._room)
-        for memory in self._memory.values() if longest else ():
+        for name, memory in self._memory.items():
             # Indexing copies, so that no row is overwritten before it has been moved.
-            memory[list(moved), :, :longest] = memory[list(moved.values()), :, :longest]
+            part = self.layout.entries(name, longest)
+            memory[list(moved), :, part] = memory[list(moved.values()), :, part]
         encoded = tuple(self._encoded_rows[row] for row in rows)
         if encoded != self._encoded_rows:  # the beams of a row share its encoder outputs
             index = torch.tensor(rows, dtype=torch.int64)
@@ -204,8 +224,9 @@ class OrtCache(KeyValueCache):
         # Twice as many places at a time, so that rows which join one by one are not copied at each.
         prefix = max((*self.prefixes, *other.prefixes), default=0)
         self._allocate(rows if rows <= places else max(rows, 2 * places), self.capacity + prefix)
-        for name, memory in self._memory.items() if longest else ():
-            memory[first:rows, :, :longest] = other.buffers[name][:, :, :longest]
+        for name, memory in self._memory.items():
+            part = self.layout.entries(name, longest)
+            memory[first:rows, :, part] = other.buffers[name][:, :, part]
         self._set_encoded(encoded)
         self.prefixes += other.prefixes
         behind = max(self._encoded_rows, default=-1) + 1
@@ -229,7 +250,21 @@ class OrtCache(KeyValueCache):
 
     def crop(self, lengths: Sequence[int]) -> None:
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        shorter = [row for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)) if new < old]
         self.lengths = tuple(lengths)
+        if self.layout.states and shorter:
+            self.clear(shorter)
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Drop all tokens of some rows, where a state is behind tokens that are dropped, or behind a failed call."""
+        if any(self.prefixes[row] for row in rows):
+            raise Unavailable(
+                "the state of a hybrid model does not go back to an adapter's virtual tokens",
+                next_step="generate without prompt_cache= and draft=, or begin with a new cache",
+            )
+        self.lengths = tuple(0 if row in rows else length for row, length in enumerate(self.lengths))
+        for name in self.layout.states:
+            self.buffers[name][list(rows)] = 0
 
     def grow(self, capacity: int = 0, rows: int = 0) -> None:
         self.capacity = max(capacity, self.capacity)
@@ -243,7 +278,8 @@ class OrtCache(KeyValueCache):
         copied.prefixes = tuple(self.prefixes[row] for row in rows)
         longest = max(copied.filled, default=0)
         for name, memory in copied._memory.items() if longest else ():
-            memory[:, :, :longest] = self.buffers[name][rows, :, :longest]
+            part = self.layout.entries(name, longest)
+            memory[:, :, part] = self.buffers[name][rows, :, part]
         copied._encoded_rows = tuple(self._encoded_rows[row] for row in rows)
         same = copied._encoded_rows == self._encoded_rows  # they are never written to
         copied._set_encoded({n: value if same else value[rows] for n, value in self.encoder_outputs.items()})
@@ -255,8 +291,9 @@ class OrtCache(KeyValueCache):
 
     @property
     def _room(self) -> int:
-        """Number of tokens that each place has memory for."""
-        return next(iter(self._memory.values())).shape[2]
+        """Number of tokens that each place has memory for; states alone have it for any."""
+        grown = (memory.shape[2] for name, memory in self._memory.items() if name not in self.layout.states)
+        return next(grown, sys.maxsize)
 
     def _allocate(self, places: int, room: int) -> None:
         """Make the memory large enough; its content is copied only where it must become larger."""
@@ -268,7 +305,8 @@ class OrtCache(KeyValueCache):
         self.charge.resize(self.layout.measure(*before) + size)
         larger = self.layout.allocate(places, room)
         for name, memory in self._memory.items():
-            larger[name][:rows, :, :longest] = memory[:rows, :, :longest]
+            part = self.layout.entries(name, longest)
+            larger[name][:rows, :, part] = memory[:rows, :, part]
         self._memory = larger
         self._set_rows(self.lengths, self._encoded_rows)
         self.charge.resize(size)
@@ -338,7 +376,12 @@ def run_decode_step(
     for input_name, tensor in inputs.items():
         binding.bind_ortvalue_input(input_name, as_ort_value(tensor))
     binding.bind_ortvalue_output(name, as_ort_value(logits))
-    session.run_with_iobinding(binding)
+    try:
+        session.run_with_iobinding(binding)
+    except BaseException:
+        if layout.states:
+            cache.clear(range(rows))
+        raise
     cache.lengths = tuple(old + new for old, new in zip(cache.lengths, counts, strict=True))
     return logits if layout.keeps_some else logits[torch.arange(rows)[:, None], wanted]
 

@@ -28,6 +28,7 @@ from lorac.ir.calls.call import Inputs
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
 from lorac.ir.graph.nodes import find_module_path
+from lorac.ir.graph.recurrence_op import RECURRENCE
 
 _INTERFACE = "lorac"
 """The name under which transformers finds lorac's functions."""
@@ -233,7 +234,7 @@ def check_attention_captured(program: ExportedProgram, model: str) -> None:
         Unavailable: naming the module.
     """
     readers = [user for node in program.graph.nodes if node.target is attention_ops.MASK for user in node.users]
-    captured = any(node.target is attention_ops.ATTENTION for node in program.graph.nodes)
+    captured = any(node.target in {attention_ops.ATTENTION, RECURRENCE} for node in program.graph.nodes)
     if readers or not captured:
         softmaxes = (node for node in program.graph.nodes if "softmax" in str(node.target))
         attending = next(iter([*readers, *softmaxes]), None)

@@ -27,6 +27,7 @@ from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_l
 from lorac.frontend.capture.interface import describe_interface, find_input_paths
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.pipeline import capture_passes
+from lorac.frontend.capture.recurrences import bind_mixers
 from lorac.frontend.capture.repeated_layers import trace_repeated_layers_once
 from lorac.frontend.capture.site_ops import SiteMarks, mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
@@ -154,6 +155,8 @@ def _make_marked_copy(host: Host, marks: SiteMarks, arguments: CallArguments) ->
     for module in model.modules():
         if isinstance(module, FUSED_LAYERS):
             module.forward = find_unfused_forward(module)  # type: ignore[method-assign]  # of a copy
+    if marks.attention:
+        bind_mixers(model)
     mark_sites(model, marks)
     refuse_casts(model)
     trace_repeated_layers_once(model, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])

@@ -36,8 +36,13 @@ def past_names(layer: int) -> tuple[str, str]:
     return f"{_PAST_PREFIX}{layer}.key", f"{_PAST_PREFIX}{layer}.value"
 
 
+def state_name(number: int) -> str:
+    """Return the name of the input for the state of a convolution or a recurrence."""
+    return f"{_PAST_PREFIX}{number}.state"
+
+
 def is_past_input(name: str) -> bool:
-    """Whether an input holds a layer's keys or values."""
+    """Whether an input holds a layer's keys or values, or a state."""
     return name.startswith(_PAST_PREFIX)
 
 
@@ -52,7 +57,7 @@ def is_encoder_output(name: str) -> bool:
 
 
 def present_name(past: str) -> str:
-    """Return the name of the output for an input of keys or values."""
+    """Return the name of the output for an input of keys or values, or of a state."""
     return f"{PRESENT_PREFIX}{past.removeprefix(_PAST_PREFIX)}"
 
 

@@ -1,7 +1,7 @@
 """The tensors that feed a lowered program: those of its slot inputs, of its caches, and a call's own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorac.errors import ChoiceError
 from lorac.ir.calls.call import not_numbers_error
-from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
+from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.sites.site import factor_dtype
 from lorac.ir.slots.places import as_place
@@ -83,14 +83,15 @@ _ENCODED_LENGTH = 3
 
 
 def make_empty_cache(
-    shapes: Mapping[str, tuple[int, int, torch.dtype]],
+    shapes: Mapping[str, CacheInputShape],
     ids: Tensor,
     encoder_outputs: Mapping[str, CacheInputShape] | None = None,
 ) -> dict[str, Tensor]:
     """Make the inputs of an empty cache with room for a call's tokens.
 
     Args:
-        shapes: input for a layer's keys or values -> heads, size of each head, dtype.
+        shapes: input for a layer's keys or values, or for a state -> its sizes; those that vary behind the first, which
+            is that of rows, are the number of tokens that there is room for.
         ids: the call's token ids (batch, length), all new.
         encoder_outputs: inputs for encoder outputs, which are filled with made-up numbers.
     """
@@ -99,7 +100,8 @@ def make_empty_cache(
         name: torch.full((batch,), count, dtype=torch.int32)
         for name, count in {PAST_LENGTHS: 0, NEW_LENGTHS: length}.items()
     }
-    made |= {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
+    for name, (sizes, dtype) in shapes.items():
+        made[name] = torch.zeros(batch, *(length if size is None else size for size in sizes[1:]), dtype=dtype)
     for name, (sizes, dtype) in (encoder_outputs or {}).items():
         shape = (batch, *(_ENCODED_LENGTH if size is None else size for size in sizes[1:]))
         numbers = torch.arange(math.prod(shape)).cos().reshape(shape)
@@ -107,21 +109,13 @@ def make_empty_cache(
     return made
 
 
-def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:
-    """Return shape and dtype of the inputs for encoder outputs."""
-    values = {
-        name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if is_encoder_output(name)
-    }
+def cache_input_shapes(graph: Graph, holds: Callable[[str], bool] = is_past_input) -> dict[str, CacheInputShape]:
+    """Return shape and dtype of the inputs for keys, values and states, or of the others whose names are held."""
+    values = {name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if holds(name)}
     return {
         name: (tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
         for name, value in values.items()
     }
-
-
-def cache_input_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
-    """Return heads, head size and dtype of the inputs for keys and values (``make_empty_cache``)."""
-    values = {name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if is_past_input(name)}
-    return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
 def _blank_idle_rows(value: object, strengths: Tensor) -> object:

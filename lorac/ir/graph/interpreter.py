@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from lorac.ir.calls.sizes import AxisSizes
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
-from lorac.ir.graph.attention_ops import find_token_input
-from lorac.ir.graph.feeds import cache_input_shapes, encoder_output_shapes, make_empty_cache
+from lorac.ir.graph.attention_ops import find_token_input, is_encoder_output
+from lorac.ir.graph.feeds import cache_input_shapes, make_empty_cache
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
 
@@ -53,7 +53,7 @@ def run_graph(
     caches: dict[str, object] = {}
     if graph.cache_inputs:
         ids = inputs[find_token_input(inputs)]
-        empty = make_empty_cache(cache_input_shapes(graph), ids, encoder_output_shapes(graph))
+        empty = make_empty_cache(cache_input_shapes(graph), ids, cache_input_shapes(graph, is_encoder_output))
         caches = {node: inputs.get(name, empty.get(name)) for name, node in graph.cache_inputs.items()}
     given = {**caches, **inputs, **slot_nodes}
     values = _Interpreter(graph).run(*_flatten_inputs(graph, given, tensors))

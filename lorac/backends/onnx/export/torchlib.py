@@ -119,7 +119,10 @@ class Recorder(_building.OpRecorder):
             _SIGNATURES[key] = OpSignature.from_op_schema(schema)
         signature = _SIGNATURES[key]
         named, settings = _building._construct_named_inputs_and_attrs(signature, inputs, attributes)  # type: ignore[arg-type]  # torch's to check
-        count = _building._determine_output_number(signature, settings)
+        if isinstance(body := attributes.get("body"), ir.Graph):  # of a loop, whose outputs vary in number
+            count = len(body.outputs)
+        else:
+            count = _building._determine_output_number(signature, settings)
         typed: dict[str, object] = dict(settings)
         for name, value in settings.items():  # onnx_ir infers these types last, after slow comparisons with protocols
             kinds = {type(element) for element in value} if isinstance(value, list | tuple) else set[type]()

@@ -8,7 +8,9 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 from lorac.backends.onnx.export.attention import attention, cached_attention
 from lorac.backends.onnx.export.opsets import Outputs, op
+from lorac.backends.onnx.export.recurrence import recurrence
 from lorac.ir.graph import attention_ops, ops, segment_ops
+from lorac.ir.graph.recurrence_op import RECURRENCE
 from lorac.ir.slots.places import CONVOLVE_SEGMENTS
 
 aten = torch.ops.aten
@@ -189,6 +191,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     attention_ops.POSITIONS: row_positions,
     attention_ops.ROWS: gather_rows,
     attention_ops.CACHED_ATTENTION: cached_attention,
+    RECURRENCE: recurrence,
 }
 """Op -> its ONNX."""
 

@@ -1,0 +1,179 @@
+"""Hybrids over ONNX Runtime's caches: states of convolutions and recurrences beside keys and values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from onnxruntime import InferenceSession
+from torch import Tensor
+
+import lorac
+from lorac.backends.onnx.export.exporter import export
+from lorac.backends.onnx.export.translations import TRANSLATIONS
+from lorac.backends.onnxruntime.kv_cache import CacheLayout, OrtCache
+from lorac.target.kv_cache import CacheSpec
+from lorac.testing import assert_close
+from tests.decoders import HYBRIDS
+from tests.refusing import refuses
+from tests.runtime.generation.texts import LENGTHS, padded, prompts
+
+WIDTH = max(LENGTHS)
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+ADAPTED = {
+    "in_proj",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "x_proj",
+    "linear_x",
+    "linear_out",
+    "a_proj",
+    "b_proj",
+    "q_proj",
+    "v_proj",
+}
+"""Names of projections of mixers; PEFT adapts none behind a scan, and those of convolutions have no effect there."""
+NEAR = 1e-3
+"""Of the spread of logits."""
+
+
+_EACH_OP = ["lfm2-lora", "olmo_hybrid-dora", "recurrent_gemma-lora", "bamba-dora", "jamba-lora"]
+
+
+def _adapted(family: str, *, dora: bool) -> Any:
+    import peft
+
+    host = HYBRIDS[family]().float()
+    found = {path.rpartition(".")[2] for path, _ in host.named_modules()} & ADAPTED
+    torch.manual_seed(1)
+    told = peft.LoraConfig(r=3, target_modules=sorted(found), init_lora_weights=False, use_dora=dora)
+    return peft.get_peft_model(host, told).eval()
+
+
+def _keeps_states(peft: Any) -> bool:
+    """Whether transformers' states are a call's; RecurrentGemma's are modules', and stay behind beams and calls."""
+    return bool(peft.config.model_type != "recurrent_gemma")
+
+
+def _logits(model: Any, rows: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    answer = model.generate(**rows, **GREEDY, return_dict_in_generate=True, output_logits=True, **options)
+    return answer.sequences[:, rows["input_ids"].shape[1] :], torch.stack(answer.logits, 1)
+
+
+def _assert_alone(made: tuple[Tensor, Tensor], peft: Any, rows: list[Tensor]) -> None:
+    """Tokens and logits are those that PEFT gives each row alone, without padding."""
+    for tokens, logits, row in zip(*made, rows, strict=True):
+        expected, scores = _logits(peft, padded([row], "left"), use_cache=_keeps_states(peft))
+        assert torch.equal(tokens, expected[0])
+        assert (logits - scores[0]).abs().max() <= NEAR * (scores.max() - scores.min())
+
+
+def _cache(rows: int, capacity: int = 4) -> OrtCache:
+    """A cache with keys of a layer and a state, which holds the number of its row."""
+    shapes = {"past_key_values.0.key": ((None, 1, None, 2), torch.float32)}
+    shapes |= {"past_key_values.0.state": ((None, 3, 2), torch.float32)}
+    spec = CacheSpec(limit=None, vocabulary=7)
+    layout = CacheLayout(shapes, spec, ("logits", torch.float32), True, "input_ids", {})
+    made = OrtCache(layout, rows, capacity)
+    made.buffers["past_key_values.0.state"][:] = torch.arange(1.0, rows + 1)[:, None, None]
+    made.lengths = (2,) * rows
+    return made
+
+
+def _states(cache: OrtCache) -> list[float]:
+    return cache.buffers["past_key_values.0.state"][:, 0, 0].tolist()
+
+
+def test_moves_states_with_their_rows() -> None:
+    cache = _cache(3)
+    assert cache.nbytes == 3 * 4 * (4 * 2 + 3 * 2)
+    cache.select([2, 0, 0])
+    assert _states(cache) == [3, 1, 1]
+    cache.join(_cache(1))
+    assert _states(cache) == [3, 1, 1, 1]
+    cache.grow(40, 9)
+    assert _states(cache) == [3, 1, 1, 1]
+    assert _states(cache.copy([1, 0])) == [1, 3]
+    cache.remove([0])
+    assert _states(cache) == [1, 1, 1]
+    cache.join(_cache(1).copy([]))
+    fresh = OrtCache(cache.layout, 1, 4)
+    cache.join(fresh)  # in the place of a row that left
+    assert _states(cache) == [1, 1, 1, 0]
+
+
+def test_a_row_that_loses_tokens_begins_anew() -> None:
+    cache = _cache(2)
+    cache.crop([2, 1])
+    assert (cache.lengths, _states(cache)) == ((2, 0), [1, 0])
+    cache.hold_prefix(None)
+    cache.lengths = (1, 0)
+    with refuses("unavailable", match="does not go back"):
+        cache.crop([0, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["plain", "rate", "beta"])
+def test_a_scan_computes_the_op(form: str) -> None:
+    """In two parts, of which the second begins with the state of the first."""
+    torch.manual_seed(0)
+    batch, length, heads, size, width = 2, 5, 3, 4, 6
+    q, k = torch.randn(2, batch, length, heads, size)
+    decay = -torch.rand(batch, length, heads, 1, width if form == "rate" else 1)
+    rate = torch.rand(heads, size, width) if form == "rate" else None
+    beta = torch.rand(batch, length, heads) if form == "beta" else None
+    given = q, k, torch.randn(batch, length, heads, width), decay, rate, beta
+
+    class Part(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, state: Tensor) -> Any:
+            return torch.ops.lorac.recurrence(q, k, v, decay, rate, beta, state)
+
+    def cut(begin: int, end: int) -> list[Any]:
+        return [None if x is None else x[:, begin:end].contiguous() for x in (*given[:4], beta)]
+
+    state = torch.zeros(batch, heads, size, width)
+    named = dict(zip(("q", "k", "v", "decay", "beta"), cut(0, 3), strict=True), state=state)
+    tokens = {1: torch.export.Dim("tokens")}
+    shapes = {name: None if value is None or name == "state" else tokens for name, value in named.items()}
+    program = torch.export.export(Part(), (), named, dynamic_shapes=shapes)
+    session = InferenceSession(ir.to_proto(export(program, TRANSLATIONS)).SerializeToString())
+    outputs = []
+    for begin, end in ((0, 3), (3, 5)):
+        fed = dict(zip(named, [*cut(begin, end), state], strict=True))
+        y, behind = session.run(None, {name: value.numpy() for name, value in fed.items() if value is not None})
+        state = torch.from_numpy(behind)
+        outputs.append(torch.from_numpy(y))
+    expected = torch.ops.lorac.recurrence(*given, None)
+    assert_close(torch.cat(outputs, 1), expected[0])
+    assert_close(state, expected[1])
+
+
+@pytest.mark.medium("test_cache_attention.py and the tests above", cases=_EACH_OP)
+@pytest.mark.slow("a family of each op", keep=_EACH_OP)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_generates_as_peft_does_for_each_row_alone(family: str, method: str, tmp_path: Path) -> None:
+    peft, rows = _adapted(family, dora=method == "dora"), prompts()
+    batch = padded(rows, "left")
+    made = lorac.compile(peft, target="onnxruntime", cache=True, self_test=False)
+    whole = _logits(made, batch)
+    _assert_alone(whole, peft, rows)
+    right = _logits(made, padded(rows, "right"))
+    assert torch.equal(right[0], whole[0])
+    chunks = _logits(made, batch, prefill_chunk_size=3)
+    assert torch.equal(chunks[0], whole[0])
+    with peft.disable_adapter():
+        _assert_alone(_logits(made, padded(rows[:2], "left"), adapters=None), peft, rows[:2])
+    mixed, logits = _logits(made, batch, adapters=["default", None, "default", None])
+    assert torch.equal(mixed[::2], whole[0][::2])
+    assert (logits - whole[1])[1::2].abs().max() > NEAR
+    beams = {**padded(rows[:1], "left"), **GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(made.generate(**beams), peft.generate(**beams, use_cache=_keeps_states(peft)))
+    cache = lorac.PromptCache()
+    for _ in range(2):
+        assert torch.equal(_logits(made, batch, prompt_cache=cache)[0], whole[0])
+    made.save(tmp_path / "text")
+    assert torch.equal(_logits(lorac.load(tmp_path / "text"), batch)[0], whole[0])
