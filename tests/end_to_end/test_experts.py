@@ -208,6 +208,8 @@ def test_rejects_adapters_that_experts_do_not_admit(tmp_path):
         lorac.compile(model, {"a": lorac.DoRA(targets=(), parameters=("gate.weight",))})
     with refuses("site_unsupported", match=r"has a bias for 'gate\.weight'"):
         lorac.compile(model, {"a": lorac.LoRA(lora_bias=True, targets=(), parameters=("gate.weight",))})
+    with refuses("site_not_found", match=r"'weight', which matches no site(.|\n)*such as stacked experts, in param"):
+        lorac.compile(model, {"a": lorac.LoRA(targets=("weight",))})
     with refuses("site_not_found", match="targets 'gate_weight', which matches no site"):
         lorac.compile(model, {"a": lorac.LoRA(targets=(), parameters=("gate_weight",))})
     read = load_adapter(tmp_path / "theirs", model)

@@ -254,10 +254,13 @@ def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[st
     else:
         counts = Counter(_last_part(path) for path, site in sites.items() if site.kind is SiteKind.LINEAR)
         nearest = ", ".join(name for name, _ in counts.most_common(_LISTED_NAMES)) or None
+    held = any(is_named(names, path) for path, site in sites.items() if site.kind is SiteKind.MATRIX)
     return SiteError(
         f"adapter '{adapter}' targets '{', '.join(names)}', which matches no site",
         nearest=nearest,
-        next_step="`lorac sites MODEL` prints them all",
+        next_step="name parameters, such as stacked experts, in parameters="
+        if held
+        else "`lorac sites MODEL` prints them all",
         code="site_not_found",
     )
 
