@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.table import Table
 
@@ -139,15 +139,27 @@ def _format_adapter(contents: Inspection) -> Iterator[Table | str]:
     settings, sites, replaced = _format_settings(contents["hyperparameters"]), contents["sites"], contents["replaced"]
     yield f"{contents['name']}: {contents['class']}({settings}), {contents['format']}"
     yield f"{len(sites)} sites, {len(replaced)} replaced parameters, {contents['values']:,} values"
-    rows = []
+    alike: dict[tuple[str, str], list[str]] = {}
     for site, tensors in sites.items():
-        measures = (format_number(getattr(contents["changes"][site], field)) for field in _MEASURES)
-        rows.append((site, "  ".join(f"{n} {t}" for n, t in tensors.items()), *measures))
+        key = re.sub(r"\d+", "*", site), "  ".join(f"{n} {t}" for n, t in tensors.items())
+        alike.setdefault(key, []).append(site)
+    rows = []
+    for (pattern, tensors), names in alike.items():
+        measures = (_format_range([getattr(contents["changes"][name], field) for name in names]) for field in _MEASURES)
+        rows.append((f"{pattern} ({len(names)} sites)" if len(names) > 1 else names[0], tensors, *measures))
     rows += [(name, f"replaced by {tensor}", *[""] * len(_MEASURES)) for name, tensor in replaced.items()]
     yield make_table(("site", "tensors", *_MEASURES.values()), rows)
     if contents["mismatches"]:
         yield "does not fit the model:"
         yield from contents["mismatches"]
+
+
+def _format_range(values: Sequence[Any]) -> str:
+    """Return one value of all sites, or the least and the greatest; words in their order."""
+    known = dict.fromkeys(value for value in values if value is not None)
+    if any(isinstance(value, str) for value in known):
+        return ", ".join(known)
+    return " - ".join(dict.fromkeys(format_number(end(known)) for end in (min, max))) if known else ""
 
 
 def _format_settings(settings: Mapping[str, object]) -> str:

@@ -75,7 +75,10 @@ def inspect(
     model: ModelOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Print the contents of a compiled folder or an adapter's file; with --model also the parts that do not fit it."""
+    """Print the contents of a compiled folder or an adapter's file; with --model also the parts that do not fit it.
+
+    Sites that differ by numbers in their paths alone share a row, with the least and the greatest of each measure.
+    """
     with progress("inspect") as report:
         report.step("reading")
         path = find_source(path, "the path", FormatError, "unreadable")

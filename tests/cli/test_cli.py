@@ -1,5 +1,6 @@
 """The command line on a model saved by transformers and adapters made by PEFT."""
 
+import json
 import os
 import re
 import subprocess
@@ -93,8 +94,11 @@ def test_inspect(cli):
     assert code == 0
     assert "LoRA(" in out
     assert "r=3" in out
-    assert "model.layers.1.self_attn.v_proj" in out
-    assert "lora_A[3, 64]" in out or "lora_A" in out
+    assert "model.layers.*.self_attn.v_proj (2 sites)" in out
+    assert "lora_A" in out
+    changes = json.loads(cli("inspect", "sql", "--model", "model", "--json")[1])["changes"]
+    norms = sorted(one["norm"] for site, one in changes.items() if site.endswith("v_proj"))
+    assert len(norms) == 2 and f"{norms[0]:.3g} - {norms[1]:.3g}" in out
 
 
 def test_explain(cli, files):
