@@ -77,6 +77,7 @@ from lorac.variants.edit import Edit as Edit
 from lorac.variants.flexmore import FlexMoRE as FlexMoRE
 from lorac.variants.flylora import FlyLoRA as FlyLoRA
 from lorac.variants.fourierft import FourierFT as FourierFT
+from lorac.variants.frod import FRoD as FRoD
 from lorac.variants.full import Full as Full
 from lorac.variants.glora import GLoRA as GLoRA
 from lorac.variants.glora_hadamard import GLoRAHadamard as GLoRAHadamard

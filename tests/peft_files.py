@@ -76,6 +76,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "PVERA": {"r": 2},
     "PEANUT": {"r": 2, "depth": 1},
     "PSOFT": {"r": 2, "psoft_alpha": 3},
+    "FROD": {"sparse_rate": 0.1, "progressbar": False},
     "RANDLORA": {"r": 2, "randlora_alpha": 4},
     "ROAD": {"group_size": 2},
     "SHIRA": {"r": 2},
@@ -201,7 +202,7 @@ def _moves(wrapped: PeftModel, seed: int) -> list[tuple[nn.Parameter, Callable[[
     """Return every trained tensor as a function of one strength: PEFT's initialisation at 0 and far from it at 1."""
     generator = torch.Generator().manual_seed(seed + 1)
     # PEFT 0.21 trains AdaLoRA's ranknum, a scale's denominator, by mistake, and does not save it.
-    trained = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad and "ranknum" not in n]
+    trained = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad and p.numel() and "ranknum" not in n]
     assert trained, "PEFT made nothing trainable"
     return [(p, _move(name, p, generator)) for name, p in trained]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,11 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     for key, spec in itertools.chain.from_iterable(at_site.items() for at_site in specs.values()):
         if spec.shared:
             shapes[key] = tuple(map(max, spec.shape, shapes.get(key, spec.shape)))
-    shared = _SharedTensors(shapes, {})
+    groups: dict[str, list[Site]] = {}
+    for site in chosen:
+        for spec in filter(lambda one: one.tie, specs[site.path].values()):
+            groups.setdefault(spec.tie, []).append(site)
+    shared = _SharedTensors(shapes, {}, groups)
     for site in chosen:
         adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, shared)
     _add_replaced(adapter, view, [site.path for site in chosen])
@@ -88,7 +92,7 @@ def make_site_tensors(
         SiteError: the method is not defined on the site.
     """
     variant.at(site).check(site)
-    shared = _SharedTensors({}, {**(known or {})})
+    shared = _SharedTensors({}, {**(known or {})}, {})
     return _make_initial_tensors(_make_specs(name, variant, site), site, name, base, shared)
 
 
@@ -136,10 +140,11 @@ def add_replaced_parameters(adapter: Adapter, view: ModelView) -> ModelView:
 
 @dataclass(frozen=True)
 class _SharedTensors:
-    """The tensors that all sites of an adapter share: their shapes, and those made so far."""
+    """The tensors that sites of an adapter share: shapes, those made so far, and ``ParamSpec.tie`` -> its sites."""
 
     shapes: Mapping[str, tuple[int, ...]]
     made: dict[str, Tensor]
+    groups: Mapping[str, Sequence[Site]]
 
 
 @torch.no_grad()
@@ -157,7 +162,14 @@ def _make_initial_tensors(
         shape, generator = spec.shape, site_generator
         if spec.shared:
             shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold_seed(name, key))
-        context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
+
+        def read(of: Site = site) -> Tensor:
+            return base.weight(of).to(dtype)
+
+        def read_all(tie: str = spec.tie) -> list[Tensor]:
+            return [read(of) for of in shared.groups.get(tie, (site,))]
+
+        context = InitContext(shape, site, read, Params(**tensors), generator, name, read_all)
         value = spec.init(context)
         tensors[key] = value if spec.role is Role.INDEX else value.to(dtype)
         if spec.shared or spec.tie:

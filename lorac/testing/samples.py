@@ -103,7 +103,9 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
 def typical_size(tensor: Tensor) -> float:
     """Return the size of a large change of a tensor: its deviation, or for a constant one that of a usual init."""
     deviation = float(tensor.double().std(correction=0)) if tensor.numel() > 1 else 0.0
-    return deviation or 0.3 * float(tensor.double().abs().mean()) or max(tensor.shape[-1:] or (1,)) ** -0.5
+    mean = float(tensor.double().abs().mean())
+    deviates = deviation > 1e-6 * mean  # a tensor of ones that was computed is constant too
+    return deviation if deviates else 0.3 * mean or max(tensor.shape[-1:] or (1,)) ** -0.5
 
 
 def _search_strength(share: Callable[[float], float]) -> None:

@@ -30,6 +30,8 @@ class InitContext:
         weight: reads the site's base weight as a matrix (out, in); a function, since the weight may be large.
         params: the tensors of this site made so far, in the order of ``params(site)``.
         generator: source of randomness, seeded per adapter and site.
+        name: of the adapter.
+        weights: reads the base weights of all sites that hold the tensor, in their order in the model.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +40,7 @@ class InitContext:
     params: Params
     generator: torch.Generator
     name: str
+    weights: Callable[[], list[torch.Tensor]] = list
 
 
 Init = Callable[[InitContext], torch.Tensor]

@@ -17,6 +17,7 @@ from peft import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
     GloraConfig,
     GraloraConfig,
     HiraConfig,
@@ -87,6 +88,7 @@ supertuning = _of(SupertuningConfig, sparsity=0.8, alone=False)
 tokens = _of(TrainableTokensConfig, alone=False)
 tinylora = _of(TinyLoraConfig, u=9, alone=False)
 unilora = _of(UniLoraConfig, theta_d_length=31, alone=False)
+frod = _of(FrodConfig, sparse_rate=0.1, progressbar=False, dtype=torch.float32, alone=False)  # U is made in no other
 vblora = _of(VBLoRAConfig, r=3, num_vectors=7, vector_length=2)
 vera = _of(VeraConfig, r=3)
 waveft = _of(WaveFTConfig, n_frequency=30, scaling=5.0, alone=False)
@@ -249,6 +251,11 @@ CASES: tuple[Case, ...] = (
     unilora("layers", "tiny_llama", "q_proj", "down_proj", theta_d_length=5000, **OUTER),
     unilora("saved", "tiny_bert", "query", "dense", bias="all", **CLASSIFIER),
     unilora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    frod("plain", "plain_mlp", "up", "down", bias="frod_only", emitted=True),
+    frod("diagonal", "plain_mlp", "up", "down", sparse_rate=0.0, **HEAD),
+    frod("key", "tiny_bert", "query", "value", projection_prng_key=3, **CLASSIFIER),
+    frod("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    frod("layers", "tiny_llama", "q_proj", "down_proj", **OUTER),
     vblora("plain", "plain_mlp", "up", "down", bias="vblora_only", emitted=True),
     vblora("top3", "plain_mlp", "up", "down", topk=3, **HEAD),
     vblora("chosen", "plain_mlp", "up", "down", **CHOSEN),

@@ -265,6 +265,7 @@ CASES: Mapping[str, list[tuple[str, Settings]]] = {
         *_on("linears", *_usual(n_frequency=10), {"target_modules": BOTH, "n_frequency": 10, "use_idwt": False})
     ],
     "PEANUT": [*_on("linears", *_usual(r=2), {"target_modules": BOTH, "r": 2, "depth": 1, "act_fn": "gelu"})],
+    "FROD": [*_on("linears", *_usual(sparse_rate=0.1), {"target_modules": BOTH, "sparse_rate": 0.5})],
     "PSOFT": [*_on("linears", *_usual(r=2), {"target_modules": BOTH, "r": 2, "psoft_svd": "lowrank"})],
     "TINYLORA": [
         *_on("linears", *_usual(u=5), {"target_modules": BOTH, "u": 5, "weight_tying": 1.0}),

@@ -123,7 +123,8 @@ def _read_sites(
         check_site(adapter.name, adapter.variant, sites[path], tensors)
         adapter.tensors[path] = tensors
     used = {id(tensor) for tensors in adapter.tensors.values() for tensor in tensors.values()}
-    if unused := [name for name, tensor in shared.items() if "." in name and id(tensor) not in used]:
+    groups = {name.partition(".")[2] for name, tensor in shared.items() if id(tensor) in used}
+    if unused := [name for name in shared if "." in name and name.partition(".")[2] not in groups]:
         raise corrupt_error(
             f"no site of adapter '{adapter.name}' uses '{unused[0]}'",
             next_step="load the base model that the adapter was trained on",
