@@ -43,6 +43,8 @@ from lorac.target.memory_budget import MemoryBudget
 from lorac.variants.adapter import Adapter
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from lorac.report.explain import Explanation
     from lorac.report.graph_views import GraphViews
     from lorac.session.request.compile_request import CompileRequest
@@ -364,6 +366,44 @@ class Compiled:
         request = CompileRequest.read(dict(self.adapters), target, mode=mode, **given)
         return build_compiled(read_model(model), request)
 
+    def export_program(self, component: str = MAIN_GRAPH) -> ExportedProgram:
+        """Return the model with its adapters as a program that torch's own tools take, without anything of lorac's.
+
+        It takes the model's arguments, and the tensors of all slots by name as ``lorac=``; in mode ``"baked"`` it has
+        no slots. It answers a dict by output name. The slots of its ``example_inputs`` hold the active choice, and
+        ``program_slots`` returns those of another one. Ranks and the number of rows vary as in other programs.
+
+        Args:
+            component: which of several models.
+
+        Raises:
+            ChoiceError: there is no such component.
+            BaseNeeded: the model is gone.
+            CaptureError, ExampleInputsNeeded: the model cannot be captured.
+        """
+        from lorac.session.lowering.torch_program import export_program
+
+        if not self.session.host.in_memory:
+            return self.export(target="eager", mode=self.mode).export_program(component)
+        self.engine.check_module()
+        return export_program(self.session, self.choice, component)
+
+    def program_slots(self, program: ExportedProgram, adapters: ChoiceSpec = UNSET) -> dict[str, torch.Tensor]:
+        """Return the tensors of a choice by slot, for ``lorac=`` in a call of an exported program.
+
+        Args:
+            program: as ``export_program`` returned it.
+            adapters: the choice; default: the active one.
+
+        Raises:
+            AdapterNotFound, ChoiceError, NeedsRecompile: as for ``swap``.
+        """
+        from lorac.session.lowering.torch_program import program_slots
+
+        self.refuse_baked()
+        choice = self.choice if adapters is UNSET else parse_choice(adapters, self.pool)
+        return program_slots(self.session, program, choice)
+
     def save(self, folder: str | Path, tokenizer: object = None, *, onnx_adapters: bool = True) -> None:
         """Write a folder from which ``lorac.load(folder)`` makes the compiled model again, anywhere.
 
@@ -409,7 +449,7 @@ class Compiled:
             return push_folder(Path(made, "files"), repo, facts, snippet, {**options, "base_model": base_model})
 
     def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
-        """Write a choice as an ``.onnx_adapter`` file (as safetensors, if ``portable``), to run without lorac.
+        """Write a choice to run without lorac: as an ``.onnx_adapter`` file, or as safetensors for other targets.
 
         ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
         added later.

@@ -19,8 +19,22 @@ from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.session import Session
 
 INTERFACE = (
-    *("active", "adapters", "add_adapter", "aux", "explain", "export", "generate", "graph", "hold", "memory", "mode"),
-    *("prefetch", "push_to_hub", "register", "remove_adapter", "save", "save_choice", "swap", "tokenizer"),
+    *("active", "adapters", "add_adapter", "aux", "explain", "export", "export_program", "generate"),
+    *(
+        "graph",
+        "hold",
+        "memory",
+        "mode",
+        "prefetch",
+        "program_slots",
+        "push_to_hub",
+        "register",
+        "remove_adapter",
+        "save",
+        "save_choice",
+        "swap",
+        "tokenizer",
+    ),
 )
 """The public attributes of a compiled model on every target."""
 _LISTED_ADAPTERS = 4

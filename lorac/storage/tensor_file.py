@@ -59,6 +59,11 @@ Refuse = Callable[[str], LoracError]
 """(fault) -> the error to raise."""
 
 
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors in the order in which a safetensors file has them."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], outline: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -71,7 +76,7 @@ def write_safetensors(
         outline: tensors of the same names, shapes and dtypes on the meta device, for tensors that take long to make.
     """
     outline = tensors if outline is None else outline
-    names = sorted(outline, key=lambda name: (-outline[name].itemsize, name))
+    names = file_order(outline)
     header: JsonObject = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
     end = 0
     for name in names:

@@ -1,12 +1,13 @@
 """The dialect of a target: which ops it computes, and how a program for it is written."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 
+from lorac.errors import Unavailable
 from lorac.ir.graph.passes import Pass
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import RankPolicy
@@ -73,3 +74,12 @@ class Dialect(Generic[RewriteT_co]):
 
 
 AnyDialect = Dialect[object]
+
+
+def refuse_unclaimed(dialect: AnyDialect, found: Sequence[str]) -> None:
+    """Raise ``Unavailable`` if there are ops that a target does not compute, each with the place that calls it."""
+    if found:
+        raise Unavailable(
+            f"{dialect.name} does not compute {'; nor '.join(found)}",
+            next_step="target='eager' runs it; another implementation of that part of the model may be exported",
+        )

@@ -8,9 +8,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from lorac.errors import Unavailable
 from lorac.source_lines import format_location, is_user_code
-from lorac.target.dialect import AnyDialect
+from lorac.target.dialect import AnyDialect, refuse_unclaimed
 
 _SCOPES, _STACK_TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Keys under which torch's exporter notes the modules and the source lines of a node."""
@@ -26,12 +25,7 @@ def check_claims(model: ir.Model, dialect: AnyDialect) -> None:
     Raises:
         Unavailable: naming every such op, with the module and the line of the model that call it.
     """
-    found = list_unclaimed_ops(model, dialect)
-    if found:
-        raise Unavailable(
-            f"{dialect.name} does not compute {'; nor '.join(found)}",
-            next_step="target='eager' runs it; another implementation of that part of the model may be exported",
-        )
+    refuse_unclaimed(dialect, list_unclaimed_ops(model, dialect))
 
 
 def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:

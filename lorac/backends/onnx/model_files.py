@@ -6,19 +6,24 @@ several graphs in a folder of its own. A model is read as a protobuf message: on
 takes longer to import than a session takes to start.
 """
 
+from __future__ import annotations
+
 import enum
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError, Message
 
 from lorac.errors import ArtifactError, short
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.storage.open_file import OpenFile
+
+if TYPE_CHECKING:  # the names of files are asked for by targets without ONNX too
+    import onnx
+    from google.protobuf.message import Message
 
 Array = np.ndarray
 MODEL_FILE, WEIGHTS_FILE, BASE_FILE = "model.onnx", "model.onnx.data", "base.safetensors"
@@ -73,6 +78,8 @@ def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.Mo
     Raises:
         ArtifactError: as ``load_checked_model``; or a constant of a node lies in a file.
     """
+    import onnx
+
     model = load_checked_model(files, graph)
     file = files.get(graph_file(graph, WEIGHTS_FILE))
     data = memoryview(file.mapped() if file is not None and file.size else b"")
@@ -96,6 +103,8 @@ def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.Mo
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:
+    import onnx
+
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data)
 
 
@@ -109,6 +118,8 @@ def read_offset(tensor: onnx.TensorProto) -> int:
 
 
 def _read_weight(tensor: onnx.TensorProto, data: memoryview, model: Path) -> Array:
+    import onnx
+
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     try:
         values: Array = np.frombuffer(data, dtype, math.prod(tensor.dims), read_offset(tensor))
@@ -140,6 +151,9 @@ def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelP
     Raises:
         ArtifactError: the file is not a model, or names another file or a place beyond its end.
     """
+    import onnx
+    from google.protobuf.message import DecodeError
+
     file, weights = files[graph_file(graph, MODEL_FILE)], files.get(graph_file(graph, WEIGHTS_FILE))
     path, size = file.where, 0 if weights is None else weights.size
     try:
@@ -173,6 +187,9 @@ def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
 
 def walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:
     """Yield every tensor in a message, in whatever field and however deep."""
+    import onnx
+    from google.protobuf.message import Message
+
     pending = [message]
     while pending:
         current = pending.pop()

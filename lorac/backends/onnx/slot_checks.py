@@ -1,14 +1,28 @@
 """Static checks of an emitted model: every slot is a true input, and no constant has the value of a slot."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
 from lorac.backends.onnx.passes import nested_nodes
-from lorac.errors import CompileError, list_some
+from lorac.backends.onnx.self_test import holds_same_values, self_test_failure
+from lorac.ir.graph.graph import Graph
+
+
+def check_slots(engine: AnyOnnxEngine, graph: Graph, contents: Mapping[str, Tensor]) -> None:
+    """Check the emitted model of a graph.
+
+    Args:
+        contents: the values of slots that no constant may have.
+    """
+    model = ir.load(engine.files[graph_file(graph.name, MODEL_FILE)].where)
+    check_slot_inputs(model, [] if engine.constant else list(graph.slots), list(graph.slots))
+    check_slot_constants(model, contents)
 
 
 def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:
@@ -73,25 +87,3 @@ def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for node in model.graph.all_nodes():
         if node.op_type == "Constant" and "value" in node.attributes:
             yield node.attributes["value"].as_tensor()
-
-
-def holds_same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same values in the same order, whatever their shapes."""
-    if one.numel() != other.numel():
-        return False
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
-
-
-def self_test_failure(slots: Sequence[str], defect: str) -> CompileError:
-    """Return the error for slots with a defect.
-
-    Args:
-        defect: the predicate of its message, such as ``"became constants"``.
-    """
-    listed = list_some(slots, 4)
-    return CompileError(
-        f"after emission {len(slots)} slots {defect}: {listed}",
-        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
-        code="self_test_failed",
-    )

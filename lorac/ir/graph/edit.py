@@ -1,8 +1,8 @@
 """Edits of a captured program that change its graph, signature and state together.
 
 ``torch.export`` has no public functions for this. A test pins the private fields that are used here
-(``_range_constraints``, ``_module_call_graph``, ``_example_inputs``). A second export instead of edits in place would
-double the time of a capture.
+(``_range_constraints``, ``_module_call_graph``, ``_example_inputs``, ``_guards_code``). A second export instead of
+edits in place would double the time of a capture.
 """
 
 import copy
@@ -93,7 +93,7 @@ def add_inputs(
         sizes = [size if isinstance(size, int) else int(size.node.hint) for size in node.meta["val"].shape]
         # Without memory: a slot may be a whole weight.
         examples[name] = torch.zeros((), dtype=node.meta["val"].dtype).expand(sizes)
-    _edit_keywords(program, lambda given: {**given, SLOTS_KEYWORD: {**given.get(SLOTS_KEYWORD, {}), **examples}})
+    edit_keywords(program, lambda given: {**given, SLOTS_KEYWORD: {**given.get(SLOTS_KEYWORD, {}), **examples}})
     signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
     if signature.forward_arg_names is not None and SLOTS_KEYWORD not in signature.forward_arg_names:
         signature.forward_arg_names = [*signature.forward_arg_names, SLOTS_KEYWORD]
@@ -133,12 +133,25 @@ def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
     specs = program.graph_signature.input_specs
     specs[:] = [spec for spec in specs if getattr(spec.arg, "name", "") not in names]
     signature.inputs[:] = [each for each in signature.inputs if each.name not in names]
-    _edit_keywords(program, lambda given: {name: value for name, value in given.items() if name not in names})
+    edit_keywords(program, lambda given: {name: value for name, value in given.items() if name not in names})
     if signature.forward_arg_names is not None:
         signature.forward_arg_names = [name for name in signature.forward_arg_names if name not in names]
 
 
-def _edit_keywords(program: ExportedProgram, edit: Callable[[Fields], Fields]) -> None:
+def move_inputs_last(program: ExportedProgram, names: Sequence[str]) -> None:
+    """Put some inputs behind all others, in this order; the keywords of a call are to follow."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    last = [*nodes.values()][-1]
+    for name in names:
+        if nodes[name] is not last:
+            last.append(nodes[name])
+        last = nodes[name]
+    place = {name: index for index, name in enumerate(names, 1)}
+    program.graph_signature.input_specs.sort(key=lambda spec: place.get(getattr(spec.arg, "name", ""), 0))
+    _call_signature(program).inputs.sort(key=lambda each: place.get(each.name, 0))
+
+
+def edit_keywords(program: ExportedProgram, edit: Callable[[Fields], Fields]) -> None:
     """Change the keyword arguments of a program's call, in its signature and in its example."""
     signature = _call_signature(program)
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
@@ -160,7 +173,17 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     made._module_call_graph = [replace(entry, signature=signature), *rest]
     made._state_dict, made._constants = dict(program.state_dict), dict(program.constants)
     made._range_constraints = dict(program._range_constraints)
+    made._guards_code = []  # they exclude sizes of 0 and 1, by which torch decides nothing but strides
     return made
+
+
+def drop_unused_sizes(program: ExportedProgram) -> None:
+    """Forget the ranges of sizes that no input has any more; those that follow from values stay."""
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    used = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    ranges = program._range_constraints.items()
+    program._range_constraints = {symbol: own for symbol, own in ranges if symbol in used or str(symbol)[0] == "u"}
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -160,11 +160,9 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return values, indices
 
 
-_FUNCTIONS: Mapping[object, Callable[..., object]] = {
-    aten.topk.default: _topk,
-    aten.sort.default: _sort,
-    **ops.OP_FUNCTIONS,
-}
+TIE_BREAKING_OPS: Mapping[object, Callable[..., object]] = {aten.topk.default: _topk, aten.sort.default: _sort}
+"""Op whose ties torch breaks in any way -> its function, in which they go to the lowest index."""
+_FUNCTIONS: Mapping[object, Callable[..., object]] = {**TIE_BREAKING_OPS, **ops.OP_FUNCTIONS}
 """Op -> its function, for ops whose ties torch breaks in any way, and for lorac's own."""
 
 

@@ -68,12 +68,17 @@ def list_missing_ops(session: Session, target: str) -> tuple[str, ...]:
             "explain(target=...) needs the model, which this program no longer holds",
             next_step="compile with target='eager', whose explain(target=...) tells what another target lacks",
         )
+    other = retarget(session, target)
+    return other.backend.list_unsupported(lower_model(other, ()))
+
+
+def retarget(session: Session, target: str) -> Session:
+    """Return a session for the same model and adapters on another target, whose passes have a history of their own."""
     backend = find_backend(target)
-    options = backend.parse_options({"self_test": False})
+    options = backend.parse_options({"self_test": False, "aux": session.options.aux})
     ranks_at = backend.dialect_for(options).ranks_at
     plans = {path: dataclasses.replace(plan, ranks=ranks_at(plan.site)) for path, plan in session.plans.items()}
-    other = dataclasses.replace(session, backend=backend, options=options, plans=plans, history=PassHistory())
-    return backend.list_unsupported(lower_model(other, ()))
+    return dataclasses.replace(session, backend=backend, options=options, plans=plans, history=PassHistory())
 
 
 def _capture_component(session: Session, name: str, host: Host) -> Graph:

@@ -40,6 +40,7 @@ def test_private_fields_of_torch_export(program: ExportedProgram) -> None:
     assert entry.signature is not None
     for field in ("inputs", "outputs", "in_spec", "out_spec", "forward_arg_names"):
         getattr(entry.signature, field)
+    assert isinstance(program._guards_code, list)
     assert isinstance(program._example_inputs, tuple)
     args, kwargs = program._example_inputs
     assert isinstance(args, tuple)

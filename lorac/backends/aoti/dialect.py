@@ -1,0 +1,159 @@
+"""The form in which torch's own tools take a program: aten ops alone, with slots as inputs."""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+from lorac.argument_types import Fields
+from lorac.backends.onnx.passes import OnnxDialect
+from lorac.ir.graph import segment_ops
+from lorac.ir.graph.edit import (
+    add_constant,
+    copy_program,
+    drop_inputs,
+    drop_unused_sizes,
+    edit_keywords,
+    insert_call,
+    move_inputs_last,
+    set_outputs,
+)
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.interpreter import TIE_BREAKING_OPS
+from lorac.ir.graph.nodes import SLOTS_KEYWORD, find_module_path, find_source_line, find_user_inputs
+from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.sites.site import SiteKind
+from lorac.ir.slots.plans import RankPolicy
+from lorac.ir.slots.roles import is_strength
+from lorac.storage.tensor_file import file_order
+from lorac.target.dialect import BranchGate, Dialect
+from lorac.third_party_output import suppress_third_party_output
+
+aten = torch.ops.aten
+_NAMESPACES = frozenset({"aten", "prim", "prims"})
+"""The namespaces of the ops that torch itself registers."""
+_CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)
+
+
+@dataclass(frozen=True)
+class LowerToTorch(Pass):
+    """expanded -> target: aten ops take the place of lorac's own, ties go to the lowest index, and branches have gates.
+
+    Views of a batch as segments assume that tensors lie in one piece, so that inputs are copied first.
+    """
+
+    name: ClassVar[str] = "torch"
+    reads: ClassVar[Level] = Level.EXPANDED
+    leaves: ClassVar[Level] = Level.TARGET
+
+    def apply(self, graph: Graph) -> PassResult:
+        program, slots = graph.exported, {slot.node: slot for slot in graph.slots.values()}
+        first = next(node for node in graph.fx.nodes if node.op not in {"placeholder", "get_attr"})
+        cuts = any(True for _ in graph.find(segment_ops.CUT))
+        for name, node in find_user_inputs(program).items():
+            if name in slots:
+                if is_strength(slots[name].role):
+                    _gate_branches(graph, node)
+            elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
+                copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
+                node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
+        with torch.no_grad(), suppress_third_party_output():
+            graph.exported = program.run_decompositions(_DECOMPOSITIONS)
+        for check in graph.find(aten._assert_tensor_metadata.default):  # of an example
+            graph.fx.erase_node(check)
+        return PassResult(changed=True)
+
+
+def _gate_branches(graph: Graph, strength: fx.Node) -> None:
+    """Select 0 for what a branch adds where its strength is 0: the zeros of an idle branch may turn into NaN."""
+    for scaled in [user for user in strength.users if user.target is aten.mul.Tensor]:
+        users, after = list(scaled.users), scaled.next
+        is_on = insert_call(graph.exported, after, aten.ne.Scalar, strength, 0)
+        selected = insert_call(graph.exported, after, aten.where.ScalarOther, is_on, scaled, 0.0)
+        for user in users:
+            user.replace_input_with(scaled, selected)
+
+
+def _cut_segments(x: Tensor, slot: Tensor, features: int) -> Tensor:
+    """Return ``lorac.ir.slots.places.cut_segments``, which asks of no size whether another one divides it."""
+    rows, rest = x.shape[: x.dim() - features], x.shape[x.dim() - features :]
+    return _view(x, (slot.shape[0], math.prod(rows) // slot.shape[0], *rest))
+
+
+def _join_segments(y: Tensor, like: Tensor, features: int) -> Tensor:
+    """Return ``lorac.ir.slots.places.join_segments``, in the same way."""
+    return _view(y, (*like.shape[: like.dim() - features], *y.shape[2:]))
+
+
+def _view(x: Tensor, shape: Sequence[int]) -> Tensor:
+    strides = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)]
+    return torch.as_strided(x.contiguous(), shape, strides[::-1])
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., object]] = {
+    segment_ops.CUT: _cut_segments,
+    segment_ops.JOIN: _join_segments,
+    **TIE_BREAKING_OPS,
+}
+
+DIALECT: OnnxDialect = Dialect(
+    name="aoti",
+    claims=frozenset(),  # torch's own ops are all claimed, by their namespaces
+    passes=(LowerToTorch(),),
+    gates=BranchGate.WHERE,
+    ranks=dict.fromkeys(_CONVOLUTIONS, RankPolicy.FROM_ONE),  # torch convolves with no empty tensor
+    dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    fuses_projections=False,  # the program would concatenate the fused matrix at every call
+    rows=True,
+    why_shared=dict.fromkeys(_CONVOLUTIONS, "a program of torch's convolves all rows with one kernel"),
+    why_branches_shared="its branches have one place in a program of torch's",
+)
+
+
+def list_foreign_ops(graph: Graph) -> list[str]:
+    """Return the ops of a graph that torch itself does not register, each with the module and line that call it."""
+    found: dict[str, None] = {}
+    for node in graph.fx.nodes:
+        if isinstance(node.target, OpOverload) and node.target.namespace not in _NAMESPACES:
+            module, line = find_module_path(node), find_source_line(node)
+            asked = f", which '{module}' asks for" if module else ""
+            found[f"{node.target._schema.name}{asked}{f', {line}' if line else ''}"] = None
+    return list(found)
+
+
+def make_plain_program(graph: Graph, slots: Mapping[str, Tensor], *, constant: bool) -> ExportedProgram:
+    """Return a graph at level target as a program that torch's own tools take, without a class of anyone's.
+
+    A call gives the model's own arguments, and all slots as ``lorac={slot: tensor}``; it answers a dict by output name.
+
+    Args:
+        graph: stays as it is.
+        slots: the tensors of a choice, for the example of a call; empty: the example has zeros.
+        constant: whether they are constants of the program, which has no slots then.
+    """
+    program = copy_program(graph.exported)
+    copies = {node.name: node for node in program.graph.nodes}
+    outputs = list(program.graph.output_node().args[0])[-len(graph.interface.outputs) :]
+    set_outputs(program, dict(zip(graph.interface.outputs, outputs, strict=True)))
+    if constant:
+        for slot in graph.slots.values():
+            copies[slot.node].replace_all_uses_with(add_constant(program, slots[slot.name].contiguous()))
+        drop_inputs(program, {SLOTS_KEYWORD, *(slot.node for slot in graph.slots.values())})
+    elif graph.slots:  # AOTInductor reads a dict in its order, which is to be that of a file
+        order = file_order({name: copies[slot.node].meta["val"] for name, slot in graph.slots.items()})
+        move_inputs_last(program, [graph.slots[name].node for name in order])
+
+        def sort_slots(given: Fields) -> Fields:
+            return {**given, SLOTS_KEYWORD: {name: {**given[SLOTS_KEYWORD], **slots}[name] for name in order}}
+
+        edit_keywords(program, sort_slots)
+    drop_unused_sizes(program)
+    program.graph_module.recompile()
+    return program

@@ -1,0 +1,178 @@
+"""Target aoti: packages of torch's AOTInductor, whose slots are inputs. Each compiles C++ for ten seconds and more."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorac
+from tests.backends.aoti.hosts import make
+from tests.docs.pages import ROOT, blocks
+
+_COMPILES = "g++ takes ten seconds; tests/session/test_export_program.py runs the same program uncompiled"
+MIX = {"lora": 0.5, "dora": -0.7, "branch": 1.5}
+
+
+@pytest.fixture(scope="module")
+def live() -> Any:
+    model, adapters, x = make()
+    return lorac.compile(model, adapters, target="aoti", active="lora", example_inputs=(x,))
+
+
+@pytest.fixture(scope="module")
+def eager() -> Any:
+    model, adapters, x = make()
+    return lorac.compile(model, adapters, active=None, example_inputs=(x,))
+
+
+@pytest.fixture(scope="module")
+def artifact(live: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aoti") / "artifact"
+    live.swap("lora")
+    live.save(folder)
+    live.save_choice(folder.parent / "mix.slots.safetensors", MIX)
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.medium(_COMPILES)
+def test_swaps_mixes_and_runs_rows_as_eager_does(live: Any, eager: Any) -> None:
+    x = make()[2]
+    off = live(x, adapters=None)["answer"]
+    torch.testing.assert_close(off, eager(x)["answer"])
+    for choice in ("lora", "dora", "branch", MIX):
+        live.swap(choice)
+        for given in (x, x[:1], x.transpose(0, 1).contiguous().transpose(0, 1)):
+            torch.testing.assert_close(live(given), eager(given, adapters=choice))
+    rows = ["lora", "dora", None, "lora"]
+    torch.testing.assert_close(live(x, adapters=rows), eager(x, adapters=rows))
+    rows = ["branch", "dora", "branch", None]
+    torch.testing.assert_close(live(x, adapters=rows), eager(x, adapters=rows))
+    live.swap(None)
+    assert torch.equal(live(x)["answer"], off)
+
+
+@pytest.mark.medium(_COMPILES)
+def test_rejects_sizes_that_the_program_was_not_compiled_for(live: Any) -> None:
+    with pytest.raises(lorac.InputMismatch):
+        live(torch.randn(4, 2, 6))
+
+
+@torch.no_grad()
+@pytest.mark.medium(_COMPILES)
+def test_loads_an_artifact_whose_maker_is_trusted(artifact: Path, eager: Any) -> None:
+    with pytest.raises(lorac.ArtifactError, match="machine code"):
+        lorac.load(artifact)
+    with pytest.raises(lorac.OptionError, match="compiled for the CPU"):
+        lorac.load(artifact, trust=True, device="cuda")
+    loaded, x = lorac.load(artifact, trust=True), make()[2]
+    torch.testing.assert_close(loaded(x), eager(x, adapters="lora"))
+    loaded.swap("dora")
+    torch.testing.assert_close(loaded(x), eager(x, adapters="dora"))
+
+
+_ALONE = """
+import sys, torch, safetensors.torch
+package = torch._inductor.aoti_load_package(sys.argv[1])
+slots = safetensors.torch.load_file(sys.argv[2])
+x = torch.linspace(-1, 1, 72).reshape(4, 3, 6)
+print(package(x, lorac=slots)["answer"].double().sum().item())
+assert "lorac" not in sys.modules
+"""
+
+
+@torch.no_grad()
+@pytest.mark.medium(_COMPILES)
+@pytest.mark.parametrize(("file", "choice"), [("artifact/adapters/dora.slots.safetensors", "dora"),
+                                              ("mix.slots.safetensors", MIX)])  # fmt: skip
+def test_runs_in_python_without_lorac(artifact: Path, eager: Any, file: str, choice: Any) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", _ALONE, str(artifact / "model.pt2"), str(artifact.parent / file)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=artifact).stdout
+    x = torch.linspace(-1, 1, 72).reshape(4, 3, 6)
+    assert float(printed) == pytest.approx(eager(x, adapters=choice)["answer"].double().sum().item(), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow(_COMPILES)
+def test_runs_in_cpp(artifact: Path, eager: Any, tmp_path: Path) -> None:
+    """The program of docs/aoti.md, over the headers and libraries that torch ships."""
+    from torch.utils import cpp_extension
+
+    if shutil.which("g++") is None or not Path(cpp_extension.include_paths()[0], "torch/csrc/inductor").exists():
+        pytest.skip("needs g++ and torch's headers")
+    (code,) = (block.text for block in blocks(ROOT / "docs" / "aoti.md") if block.language == "cpp")
+    (tmp_path / "swap.cpp").write_text(code, encoding="utf-8")
+    (library,) = cpp_extension.library_paths()
+    build = ["g++", "-std=c++20", "swap.cpp", "-o", "swap", *(f"-I{path}" for path in cpp_extension.include_paths())]
+    build += [f"-L{library}", f"-Wl,-rpath,{library}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    x = torch.linspace(-1, 1, 72).reshape(4, 3, 6)
+    for name in ("lora", "dora", "branch"):
+        slots = artifact / "adapters" / f"{name}.slots.safetensors"
+        command = [tmp_path / "swap", artifact / "model.pt2", slots, "4,3,6", *map(str, x.flatten().tolist())]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = torch.tensor([float(line) for line in printed.split()])
+        torch.testing.assert_close(found, eager(x, adapters=name)["answer"].flatten())
+
+
+@torch.no_grad()
+@pytest.mark.slow(_COMPILES)
+@pytest.mark.parametrize("mode", ["fused", "baked"])
+def test_merges_weights(mode: str, eager: Any) -> None:
+    model, adapters, x = make()
+    del adapters["branch"]
+    compiled = lorac.compile(model, adapters, target="aoti", mode=mode, active="dora", example_inputs=(x,))
+    torch.testing.assert_close(compiled(x), eager(x, adapters="dora"))
+    if mode == "fused":
+        compiled.swap("lora")
+        torch.testing.assert_close(compiled(x), eager(x, adapters="lora"))
+
+
+@torch.library.custom_op("aoti_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Foreign(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(self.inner(x))
+
+
+def test_rejects_ops_of_other_libraries_by_module_and_line() -> None:
+    model, x = Foreign().eval(), torch.randn(2, 6)
+    with pytest.raises(lorac.Unavailable, match=r"aoti does not compute aoti_tests::doubled.*test_aoti\.py"):
+        lorac.compile(model, {"a": lorac.LoRA(r=1, targets=["inner"])}, target="aoti", example_inputs=(x,))
+
+
+def test_asks_for_a_compiler() -> None:
+    import torch._inductor.config
+
+    model, adapters, x = make()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(lorac.Unavailable, match="has no compiler"),
+    ):
+        lorac.compile(model, adapters, target="aoti", example_inputs=(x,))
+
+
+def test_rejects_other_devices() -> None:
+    model, adapters, x = make()
+    with pytest.raises(lorac.OptionError, match="does not run on device 'cuda'"):
+        lorac.compile(model, adapters, target="aoti", device="cuda", example_inputs=(x,))
