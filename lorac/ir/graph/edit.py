@@ -180,8 +180,8 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 def drop_unused_sizes(program: ExportedProgram) -> None:
     """Forget the ranges of sizes that no input has any more; those that follow from values stay."""
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
-    used = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    used = {symbol for size in sizes if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
     ranges = program._range_constraints.items()
     program._range_constraints = {symbol: own for symbol, own in ranges if symbol in used or str(symbol)[0] == "u"}
 

@@ -1,11 +1,13 @@
 """A compiled model as a program that torch's own tools take, and the tensors of its slots."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from lorac.backends.aoti.dialect import make_plain_program
 from lorac.frontend.components import check_component
-from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
 from lorac.ir.slots.choice import Choice
@@ -30,15 +32,14 @@ def export_program(session: Session, choice: Choice, component: str) -> Exported
 
 def program_slots(session: Session, program: ExportedProgram, choice: Choice) -> dict[str, Tensor]:
     """Return the tensors of a choice for the slots of an exported program (``Compiled.program_slots``)."""
-    examples: dict[str, Tensor] = (program.example_inputs or ((), {}))[1].get(SLOTS_KEYWORD, {})
-    slots = {name: SlotInput(name, *name.rsplit(":", 1), node="") for name in examples}
-    plans = {
-        path: plan
-        for path, plan in retarget(session, _TARGET).plans.items()
-        if path in {slot.site for slot in slots.values()}
-    }
-    filled = fill_slots(plans, compose_choice(plans, session.pool, choice, session.base), session.base)
-    tensors = collect_slot_tensors(slots, plans, filled)
+    _, named = program.example_inputs or ((), {})
+    examples: Mapping[str, Tensor] = {**named}.get(SLOTS_KEYWORD, {})
+    places = {name: name.rpartition(":") for name in examples}
+    slots = {name: SlotInput(name, path, role, node="") for name, (path, _, role) in places.items()}
+    plans = retarget(session, _TARGET).plans
+    reached = select_reached_plans(slots, plans)
+    filled = fill_slots(reached, compose_choice(plans, session.pool, choice, session.base), session.base)
+    tensors = collect_slot_tensors(slots, reached, filled)
     return {
         name: tensor if tensor.dim() == examples[name].dim() else as_place(tensor, by_token=slots[name].by_token)
         for name, tensor in tensors.items()
