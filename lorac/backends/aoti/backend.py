@@ -12,7 +12,8 @@ import torch
 from lorac.argument_types import JsonMapping
 from lorac.backends.aoti.engine import AotiEngine, PackagedGraph
 from lorac.backends.aoti.package import Package, check_compiler, compile_package
-from lorac.backends.onnx.base_backend import EmittedProgram, OnnxBackend
+from lorac.backends.onnx.base_backend import OnnxBackend
+from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, graph_file
 from lorac.errors import ArtifactError, OptionError

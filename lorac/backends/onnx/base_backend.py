@@ -7,22 +7,20 @@ import functools
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic
 
 import torch
 
 from lorac.argument_types import JsonMapping
+from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
 from lorac.ir.calls.interface import Interface
-from lorac.ir.graph.graph import Program, Skip, SlotInput
-from lorac.ir.graph.passes import PassResult
+from lorac.ir.graph.graph import Program, SlotInput
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
-from lorac.storage.open_file import open_files
 from lorac.storage.plans import graph_from_json, graph_to_json
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
@@ -31,43 +29,6 @@ from lorac.target.engine import Engine, ProgramFiles
 
 if TYPE_CHECKING:
     from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EmittedProgram(Generic[OptionsT]):
-    """A program as it was emitted into a folder, about to be loaded.
-
-    Attributes:
-        request: the request that it answers.
-        program: the lowered program, with its weights; its interfaces bear the notes of the passes.
-        folder: where its files are.
-        file_names: names of the files that the program may have.
-        results: graph -> pass over the emitted program -> its result.
-    """
-
-    request: BuildRequest[OptionsT]
-    program: Program
-    folder: Path
-    file_names: tuple[str, ...]
-    results: Mapping[str, Mapping[str, PassResult]]
-
-    @property
-    def skipped(self) -> dict[str, dict[str, tuple[Skip, ...]]]:
-        """Graph -> pass -> the parts that it skipped."""
-        return {
-            graph: {name: result.skipped for name, result in results.items() if result.skipped}
-            for graph, results in self.results.items()
-        }
-
-    def open_files(self) -> ProgramFiles:
-        """Open those of the program's files that exist already."""
-        return open_files(self.folder, (name for name in self.file_names if (self.folder / name).exists()))
-
-    def base_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the base weights of planned sites: mixtures and later adapters may be made from them."""
-        from lorac.frontend.base_weights import collect_base_tensors  # of a model, which a loaded program lacks
-
-        return collect_base_tensors(self.request.model, {path: plan.site for path, plan in self.request.plans.items()})
 
 
 class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.backends.onnx.base_backend import EmittedProgram
 from lorac.backends.onnx.claims import check_claims
 from lorac.backends.onnx.emit import emit
+from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.initializers import bake_slots, set_slot_defaults, write_model
 from lorac.backends.onnx.model_files import BASE_FILE, NEUTRAL_FILE, SlotStorage, graph_folder
 from lorac.backends.onnx.passes import OnnxDialect, OnnxPass, run_passes

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from lorac.backends.onnx.engine import AnyOnnxEngine
-from lorac.backends.onnx.tested_contents import BoundContents, TestedContents, WrittenContents
-from lorac.errors import CompileError, list_some
+from lorac.backends.onnx.tested_contents import (
+    BoundContents,
+    TestedContents,
+    WrittenContents,
+    holds_same_values,
+    self_test_failure,
+)
+from lorac.errors import CompileError
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.graph.interpreter import (
     differs_beyond_rounding,
@@ -70,28 +76,6 @@ def run_self_test(
                 check_slots(engine, graph, {k: v for k, v in old.items() if _is_distinctive(v, contents.idle(k))})
             _ProgramComparison(engine, program, name, contents, computed).check()
         contents.leave()
-
-
-def holds_same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same values in the same order, whatever their shapes."""
-    if one.numel() != other.numel():
-        return False
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
-
-
-def self_test_failure(slots: Sequence[str], defect: str) -> CompileError:
-    """Return the error for slots with a defect.
-
-    Args:
-        defect: the predicate of its message, such as ``"became constants"``.
-    """
-    listed = list_some(slots, 4)
-    return CompileError(
-        f"after emission {len(slots)} slots {defect}: {listed}",
-        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
-        code="self_test_failed",
-    )
 
 
 def _is_distinctive(tensor: Tensor, idle: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
 from lorac.backends.onnx.passes import nested_nodes
-from lorac.backends.onnx.self_test import holds_same_values, self_test_failure
+from lorac.backends.onnx.tested_contents import holds_same_values, self_test_failure
 from lorac.ir.graph.graph import Graph
 
 

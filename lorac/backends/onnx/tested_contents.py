@@ -1,12 +1,13 @@
-"""Contents to try in the slots of an engine: those of a choice, and seeded noise."""
+"""Contents to try in the slots of an engine: those of a choice, and seeded noise; and the error for lost ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.errors import CompileError, list_some
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.sites.site import BaseReader, factor_dtype
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
@@ -133,3 +134,25 @@ def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, genera
         strength = torch.rand(1, generator=generator) + 0.5
         branches.append(BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn)))
     return SiteSlots(tensors, tuple(branches))
+
+
+def holds_same_values(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same values in the same order, whatever their shapes."""
+    if one.numel() != other.numel():
+        return False
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
+
+
+def self_test_failure(slots: Sequence[str], defect: str) -> CompileError:
+    """Return the error for slots with a defect.
+
+    Args:
+        defect: the predicate of its message, such as ``"became constants"``.
+    """
+    listed = list_some(slots, 4)
+    return CompileError(
+        f"after emission {len(slots)} slots {defect}: {listed}",
+        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+        code="self_test_failed",
+    )

@@ -31,7 +31,7 @@ from lorac.target.backend import BuildRequest
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnx.base_backend import EmittedProgram
+    from lorac.backends.onnx.emitted_program import EmittedProgram
     from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
     from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix
     from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport

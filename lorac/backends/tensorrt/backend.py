@@ -25,7 +25,7 @@ from lorac.target.backend import BuildRequest
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnx.base_backend import EmittedProgram
+    from lorac.backends.onnx.emitted_program import EmittedProgram
     from lorac.backends.onnx.passes import OnnxDialect
 
     Emitted = EmittedProgram[TensorRTOptions]

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorac.backends.onnx.base_backend import EmittedProgram
+from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, graph_file, graph_folder
 from lorac.backends.tensorrt.engine import PLAN_FILE, PlanFacts
 from lorac.backends.tensorrt.library import (

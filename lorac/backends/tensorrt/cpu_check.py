@@ -21,7 +21,8 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor, fx
 
-from lorac.backends.onnx.base_backend import EmittedProgram, OnnxBackend
+from lorac.backends.onnx.base_backend import OnnxBackend
+from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
 from lorac.backends.onnx.model_files import (
     MODEL_FILE,
