@@ -2,11 +2,13 @@
 
     python -m campaigns.fit --files 200 --seed 0
     python -m campaigns.fit --peft CHECKOUT --journal FILE
+    python -m campaigns.fit --peft CHECKOUT --answers [--types GLORA FROD] --journal FILE
 
 A file is a sound one, or a damaged one, for its own model or another. The command has to exit with 0 exactly where
 compile accepts the adapter, and otherwise to name a fault and a next step. Of PEFT's cases each is saved by PEFT, then
-checked, and merged by ``merge_into`` and ``merge``: no raw error, and a next step with every refusal. A case that the
-journal has is not run again.
+checked, and merged by ``merge_into`` and ``merge``: no raw error, and a next step with every refusal; with
+``--answers`` lorac's outputs are compared with PEFT's in eager PyTorch and in ONNX Runtime, and PEFT's own of the file
+that lorac writes. A case that the journal has is not run again.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _CHOSEN: list[Any] = []
 _PACKAGE = "tests_of_peft"
 SKIPPED = ("training", "recipe", "merge_recipe", "model", "artifact")
 """Kinds of sound files that are no adapters."""
+ANSWERS = 1e-3
+"""The largest difference from PEFT's output that is right, of what the adapter adds: these are of float32."""
 DAMAGED, ELSEWHERE = 0.5, 0.25
 """Shares of the files that are damaged, and that are compared with another model."""
 
@@ -125,8 +129,8 @@ def iter_peft_cases(checkout: Path) -> Iterator[tuple[str, Callable[[], Any], tu
         yield f"{number} {name}", make, (kind, dict(fields))
 
 
-def run_peft_case(make: Callable[[], Any], kind: Any, fields: dict[str, Any], folder: Path) -> str:
-    """Return what came of one case: "merged", "refused: …", or "wrong: …"."""
+def write_peft_case(make: Callable[[], Any], kind: Any, fields: dict[str, Any], folder: Path) -> Any:
+    """Have PEFT save an adapter away from its start, and return PEFT's model; its own error's name where it fails."""
     import peft
 
     if "r" in fields and issubclass(kind, peft.AdaLoraConfig):
@@ -138,10 +142,51 @@ def run_peft_case(make: Callable[[], Any], kind: Any, fields: dict[str, Any], fo
             for tensor in wrapped.parameters():
                 if tensor.requires_grad and tensor.is_floating_point():
                     tensor.add_(0.1 * torch.randn_like(tensor))
-        wrapped.save_pretrained(folder / "a")
+        wrapped.save_pretrained(folder)
     except Exception as error:  # PEFT's own refusals
         return f"PEFT: {type(error).__name__}"
-    model = make()
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def compare_answers(make: Callable[[], Any], kind: Any, fields: dict[str, Any], folder: Path) -> str:
+    """Return "right: …" with the ways that were compared, "refused: …", or "wrong: …" with the largest differences."""
+    import peft
+
+    wrapped, model = write_peft_case(make, kind, fields, folder / "a"), make()
+    if isinstance(wrapped, str):
+        return wrapped
+    inputs = {"X": torch.arange(90).view(9, 10)}  # as in PEFT's tests
+    base, theirs = model(**inputs), wrapped(**inputs)
+    ways: dict[str, Callable[[], Any]] = {
+        "eager": lambda: lorac.compile(model, {"a": folder / "a"})(**inputs),
+        "onnxruntime": lambda: lorac.compile(
+            model, {"a": folder / "a"}, target="onnxruntime", example_inputs=inputs, self_test=False
+        )(**inputs),
+        "back": lambda: peft.PeftModel.from_pretrained(make(), str(_write_back(model, folder))).eval()(**inputs),
+    }
+    found: dict[str, float | str] = {}
+    for way, answer in ways.items():
+        try:
+            found[way] = float((torch.as_tensor(answer()) - theirs).norm() / (theirs - base).norm().clamp_min(1e-9))
+        except lorac.LoracError as error:
+            if way == "eager":
+                return f"refused: {error.what[:150]}"
+            found[way] = f"refused: {error.what[:150]}"
+    wrong = any(isinstance(value, float) and not value <= ANSWERS for value in found.values())
+    return f"{'wrong' if wrong else 'right'}: {found}"
+
+
+def _write_back(model: Any, folder: Path) -> Path:
+    lorac.save_adapter(lorac.load_adapter(folder / "a", model), folder / "back", model=model)
+    return folder / "back"
+
+
+def run_peft_case(make: Callable[[], Any], kind: Any, fields: dict[str, Any], folder: Path) -> str:
+    """Return what came of one case: "merged", "refused: …", or "wrong: …"."""
+    wrapped, model = write_peft_case(make, kind, fields, folder / "a"), make()
+    if isinstance(wrapped, str):
+        return wrapped
     code, page = run_check(folder / "a", model)
     taken = is_taken(folder / "a", model)
     if (code == 0) != taken:
@@ -156,15 +201,25 @@ def run_peft_case(make: Callable[[], Any], kind: Any, fields: dict[str, Any], fo
     return "merged"
 
 
-def run_peft_cases(checkout: Path, journal: Path | None) -> dict[str, str]:
-    """Return the outcome of every case by name; those in the journal are not run again."""
+def run_peft_cases(
+    checkout: Path, journal: Path | None, run: Callable[..., str] = run_peft_case, types: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return the outcome of every case by name; those in the journal are not run again.
+
+    Args:
+        run: gives the outcome of one.
+        types: of PEFT's, all where there is none.
+    """
+    import peft
+
+    chosen = [config for name, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items() if not types or name.value in types]
     known = json.loads(journal.read_text()) if journal and journal.exists() else {}
     for name, make, (kind, fields) in iter_peft_cases(checkout):
-        if name in known:
+        if name in known or kind not in chosen:
             continue
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             try:
-                known[name] = run_peft_case(make, kind, fields, Path(folder))
+                known[name] = run(make, kind, fields, Path(folder))
             except Exception as error:  # what must not be
                 known[name] = f"wrong: {type(error).__name__}: {error}"
         if journal:
@@ -178,11 +233,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peft", type=Path, help="a checkout of PEFT, whose tests' cases run instead")
+    parser.add_argument("--answers", action="store_true", help="compare outputs with PEFT's, of --peft")
+    parser.add_argument("--types", nargs="*", default=[], help="only cases of these types of PEFT")
     parser.add_argument("--journal", type=Path)
     given = parser.parse_args(words)
     warnings.simplefilter("ignore")
     if given.peft:
-        known = run_peft_cases(given.peft, given.journal)
+        known = run_peft_cases(
+            given.peft, given.journal, compare_answers if given.answers else run_peft_case, given.types
+        )
         wrong = [f"{name}: {outcome}" for name, outcome in known.items() if outcome.startswith("wrong")]
         outcomes = collections.Counter(outcome.partition(":")[0] for outcome in known.values())
     else:
