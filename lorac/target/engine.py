@@ -299,6 +299,18 @@ class BoundProgram(ABC):
         """
         self.engine.refuse_cache()
 
+    def compute_features(self, graph: str, inputs: Mapping[str, object]) -> torch.Tensor:
+        """Run the tower of a graph on images or sounds; return the vectors (count, size) for placeholders in prompts.
+
+        Raises:
+            Unavailable: the adapters act on some tokens of a prompt alone.
+            ChoiceError, InputMismatch: the tower does not take these inputs.
+        """
+        raise Unavailable(
+            "adapters that act from their invocation tokens on are not computed for images or sounds in prompts",
+            next_step="compile with target='eager', or swap to another adapter",
+        )
+
     def placed_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors in slots that have places, by slot: each (1, …), the only place.
 

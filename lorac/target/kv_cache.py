@@ -8,7 +8,7 @@ A decoder may also attend to the outputs of an encoder. These are computed once,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -24,11 +24,13 @@ class CacheSpec:
         limit: the longest sequence that the model's positions admit; None where they are computed for any.
         vocabulary: number of logits of a token.
         encodes: names of the inputs of an encoder, which must run first; empty without an encoder.
+        reads: names of the inputs of a tower, whose features stand in prompts; empty without a tower.
     """
 
     limit: int | None
     vocabulary: int
     encodes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     def behind(self, tokens: int) -> "CacheSpec":
         """Return the limits of the tokens behind some virtual ones."""
@@ -96,6 +98,15 @@ class KeyValueCache(ABC):
         Raises:
             AdapterError: the program has other layers or heads.
         """
+
+    def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+        """Store an encoder's outputs, or a tower's features, for each row, in the place of earlier ones.
+
+        Raises:
+            InputMismatch: they have another number of rows.
+            NotImplementedError: the graph reads none.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def grow(self, capacity: int = 0, rows: int = 0) -> None:

@@ -272,6 +272,11 @@ class OrtProgram(OnnxProgram):
         session = loaded.session if self.settled is None else self.settled[graph]
         return run_decode_step(session, self.bindings, cache, step, lambda: self._new_binding(loaded, session))
 
+    def compute_features(self, graph: str, inputs: Mapping[str, object]) -> Tensor:
+        name = get_encoder_graph_name(graph)
+        tower = self.engine.graphs[name]
+        return self.run_graph(name, convert_inputs(tower, tower.interface.check(tower.interface.bind((), inputs))))[0]
+
     def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
         self._encode(graph, cache, Call(kwargs=inputs))
 

@@ -20,6 +20,7 @@ from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.onnxruntime.devices.memory import as_ort_value
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES
 from lorac.errors import ChoiceError, InputMismatch, Unavailable
+from lorac.ir.calls.modalities import pad_rows
 from lorac.ir.graph.attention_ops import (
     DECODER_IDS,
     IDS,
@@ -74,7 +75,8 @@ class CacheLayout:
             return None
         longest = session.get_modelmeta().custom_metadata_map.get(MAX_LENGTH_KEY)
         logits = next(output for output in session.get_outputs() if not output.name.startswith(PRESENT_PREFIX))
-        limit = None if longest is None else int(longest)
+        limit, tokens = None if longest is None else int(longest), find_token_input(inputs)
+        before = {"reads" if tokens == IDS else "encodes": encodes}
 
         def shapes_of(holds: Callable[[str], bool]) -> dict[str, CacheInputShape]:
             """Return the shapes of the inputs whose names hold."""
@@ -86,10 +88,10 @@ class CacheLayout:
 
         return cls(
             shapes=shapes_of(is_past_input),
-            spec=CacheSpec(limit=limit, vocabulary=logits.shape[-1], encodes=encodes),
+            spec=CacheSpec(limit=limit, vocabulary=logits.shape[-1], **before),
             logits=(logits.name, TORCH_DTYPES[logits.type]),
             keeps_some=LOGITS_TO_KEEP in inputs,
-            token_input=find_token_input(inputs),
+            token_input=tokens,
             encoder_outputs=shapes_of(is_encoder_output),
         )
 
@@ -104,6 +106,11 @@ class CacheLayout:
 
     def _measure(self, name: str, room: int) -> tuple[int, ...]:
         return tuple(room if size is None else size for size in self.shapes[name][0][1:])
+
+    def without_features(self, rows: int) -> dict[str, Tensor]:
+        """Return what rows of text alone read in the place of a tower's features."""
+        sizes = self.encoder_outputs.items() if self.spec.reads else ()
+        return {name: torch.zeros(rows, 1, size or 1, dtype=dtype) for name, ((*_, size), dtype) in sizes}
 
     def allocate(self, rows: int, room: int) -> dict[str, Tensor]:
         """Return buffers for rows of so many tokens; pages that nothing writes to take no memory."""
@@ -146,7 +153,7 @@ class OrtCache(KeyValueCache):
         self.charge: Charge = self.budget.claim(layout.measure(rows, capacity))
         self._memory = layout.allocate(rows, capacity)
         self.buffers: Mapping[str, Tensor] = self._memory
-        self.encoder_outputs: Mapping[str, Tensor] = {}
+        self.encoder_outputs: Mapping[str, Tensor] = layout.without_features(rows)
         self._encoded_charge = self.budget.charge(())
         self._encoded_rows = tuple(range(rows))
         self._binding: tuple[weakref.ref[object], weakref.ref[object], ort.IOBinding] | None = None
@@ -178,11 +185,6 @@ class OrtCache(KeyValueCache):
                 self.buffers[name][:, :, :length] = given.to(self.buffers[name].dtype)
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
-        """Store the encoder's outputs for each row, in the place of earlier ones.
-
-        Raises:
-            InputMismatch: they have another number of rows.
-        """
         rows = next(iter(outputs.values())).shape[0]
         if rows != len(self.lengths):
             raise InputMismatch(
@@ -240,6 +242,9 @@ class OrtCache(KeyValueCache):
             raise InputMismatch("the other cache is of another program", next_step="join caches of one graph")
         if not self.lengths or not other.lengths:
             return dict(self.encoder_outputs if self.lengths else other.encoder_outputs)
+        if self.layout.spec.reads:
+            pairs = ((n, value, other.encoder_outputs[n]) for n, value in self.encoder_outputs.items())
+            return {name: pad_rows([*value, *added]) for name, value, added in pairs}
         sizes = [{name: value.shape[1:] for name, value in one.encoder_outputs.items()} for one in (self, other)]
         if sizes[0] != sizes[1]:
             raise InputMismatch(

@@ -25,6 +25,7 @@ from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.calls.call import Inputs
+from lorac.ir.calls.modalities import FEATURES, OFFSETS
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
 from lorac.ir.graph.nodes import find_module_path
@@ -56,7 +57,7 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
         raise _unavailable(model, f"needs the example input '{sequence.ids}'")
     computed = {sequence.ids, LOGITS_TO_KEEP, sequence.mask, sequence.positions}
     others = {name: value for name, value in given.items() if name not in computed}
-    if others and sequence.ids == IDS:
+    if others.keys() - {FEATURES, OFFSETS} and sequence.ids == IDS:
         raise Unavailable(
             f"{type(model).__name__} is given '{min(others)}', but a cache holds token ids only",
             next_step="target='eager' generates from it; example_inputs= without it give a cache for text",
@@ -73,8 +74,10 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
 
 def make_decoder_shapes(host: Host, inputs: Mapping[str, Tensor]) -> dict[str, object]:
     """Return the dynamic shapes of ``make_decoder_inputs``."""
-    shapes = make_dynamic_shapes(host, {name: value for name, value in inputs.items() if name != LOGITS_TO_KEEP})
-    return shapes | {name: {0: Dim("kept")} for name in inputs if name == LOGITS_TO_KEEP}
+    sizes: dict[str, Any] = {LOGITS_TO_KEEP: {0: Dim("kept")}}
+    shapes: dict[str, Any] = make_dynamic_shapes(host, {n: value for n, value in inputs.items() if n not in sizes})
+    sizes |= {name: {**shapes[name], 1: Dim(f"{name}_count")} for name in (FEATURES, OFFSETS) if name in shapes}
+    return shapes | {name: sizes[name] for name in inputs if name in sizes}
 
 
 def derive_decoder_arguments(forward: Forward) -> Forward:

@@ -6,10 +6,11 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lorac.errors import InputMismatch
 from lorac.ir.graph.attention_ops import DECODER_IDS
@@ -20,6 +21,7 @@ from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.driver import DecoderDriver, DecodingProgram, GenerationDriver
 from lorac.runtime.generation.encoder_decoder_driver import driver_class
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
+from lorac.runtime.generation.prompt_features import PromptFeatures
 from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.generation.request import GenerateRequest
 from lorac.runtime.invocation import InvokedProgram
@@ -48,6 +50,7 @@ class CachedGeneration:
         seeds: one for the run, or one for each row that is sampled by itself.
         prompt_cache: prompts that earlier calls computed.
         row_states: the choice of each row; empty: that of the call.
+        features: the images or sounds of the rows.
     """
 
     engine: Engine
@@ -60,6 +63,7 @@ class CachedGeneration:
     seeds: int | list[int] | None
     prompt_cache: PromptCache | None
     row_states: Sequence[ChoiceState] = ()
+    features: PromptFeatures | None = None
 
     def __call__(self, bound: BoundProgram, state: ChoiceState, draft: BoundProgram | None) -> Output:
         """Generate.
@@ -71,31 +75,36 @@ class CachedGeneration:
         Raises:
             InputMismatch: an id is not one of the model's, or a cache does not hold the beginning of each row.
         """
-        if self.prompts is not None:
-            check_ids(self.prompts.ids, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
+        prompts, features = self.prompts, dict[str, Tensor]()
+        if prompts is not None:
+            text = prompts.ids if self.features is None else self.features.text(prompts)
+            check_ids(text, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
+        if self.features is not None and prompts is not None:
+            features = self.features.place(bound.compute_features(self.graph, self.features.inputs))
+            prompts = self.features.key(prompts, features)
         by_row = self.request.samples_rows
         seeds = [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        driver = self._make_driver(bound, generators if by_row else [])
+        driver = self._make_driver(bound, generators if by_row else [], features)
         extra: dict[str, object] = {}
         if draft is not None:
             drafting = self._make_driver(draft, [])
             extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting), self.request)
         keyed: dict[CacheKey, list[int]] = {}
         limits: dict[int, int] = {}
-        for row in range(0 if self.prompts is None else len(self.prompts.counts)):
+        for row in range(0 if prompts is None else len(prompts.counts)):
             own = self.row_states[row] if self.row_states else state
             if isinstance(bound, InvokedProgram):
                 (_, own), *later = bound.phases[row]
                 if later:
                     limits[row] = later[0].start
             keyed.setdefault((self.graph, own.choice, own.versions.versions), []).append(row)
-        if self.prompts is not None:
+        if prompts is not None:
             cache = self.options.get("cache")
             if cache is not None:
-                _check_cache(cache, self.prompts, self.engine)
+                _check_cache(cache, prompts, self.engine)
             elif self.prompt_cache is not None:
-                tokens = self.prompts.tokens()
+                tokens = prompts.tokens()
                 beginnings = [own[: limits.get(row, len(own)) + 1] for row, own in enumerate(tokens)]
                 known = self._find(self.prompt_cache, keyed, beginnings, bound)
                 extra |= {} if known is None else {"cache": DecodingState(known)}
@@ -108,13 +117,16 @@ class CachedGeneration:
             output: Output = driver.generate(**{**self.options, **extra})
         if driver.state is not None and not isinstance(output, torch.Tensor):
             driver.state.engine = weakref.ref(self.engine)
-            if self.prompts is not None and self.request.beams == 1:  # of beams, the rows that were last
-                driver.state.rows = _cached_tokens(self.prompts, output, driver.state.cache, beams=1)
+            if prompts is not None and self.request.beams == 1:  # of beams, the rows that were last
+                driver.state.rows = _cached_tokens(prompts, output, driver.state.cache, beams=1)
         if self.prompt_cache is not None and driver.state is not None:
-            self._keep(self.prompt_cache, keyed, limits, driver.state.cache, output)
+            assert prompts is not None
+            replace(self, prompts=prompts)._keep(self.prompt_cache, keyed, limits, driver.state.cache, output)
         return output
 
-    def _make_driver(self, bound: BoundProgram, generators: list[torch.Generator]) -> GenerationDriver:
+    def _make_driver(
+        self, bound: BoundProgram, generators: list[torch.Generator], features: Mapping[str, Tensor] | None = None
+    ) -> GenerationDriver:
         encodes = self.cache_spec.encodes
         program = DecodingProgram(
             decode=functools.partial(bound.decode, self.graph),
@@ -122,6 +134,8 @@ class CachedGeneration:
             cache_spec=self.cache_spec.behind(bound.virtual_tokens),
             encode=functools.partial(bound.encode, self.graph) if encodes else None,
             generators=generators,
+            features=features,
+            fed=self.features.feed(self.prompts) if self.features is not None and self.prompts is not None else (),
         )
         driver = driver_class(self.traits.rules) if encodes else DecoderDriver
         settings = {**self.traits.settings, "vocab_size": self.cache_spec.vocabulary}
@@ -207,7 +221,9 @@ def _cached_tokens(prompts: Prompts, output: Output, cache: KeyValueCache, *, be
     sequences = output if isinstance(output, torch.Tensor) else output["sequences"]
     if beams > 1:
         cache.crop(prompts.counts)
-    rows = prompts.tokens(None if beams > 1 else sequences)
+    copies = sequences.shape[0] // prompts.ids.shape[0]
+    whole = torch.cat([prompts.ids.repeat_interleave(copies, 0), sequences[:, prompts.ids.shape[1] :]], 1)
+    rows = prompts.tokens(None if beams > 1 else whole)
     return [row[:length] for row, length in zip(rows, cache.lengths, strict=True)]
 
 

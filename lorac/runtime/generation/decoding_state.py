@@ -26,6 +26,7 @@ class DecodingState:
         max_length: the most tokens that a row may come to have.
         rows: the tokens of each row, once a call that returns them has ended.
         engine: the engine that computed them.
+        fed: the tokens of each row's prompt as the program takes them, where those are not the ids.
     """
 
     is_compileable = False
@@ -36,6 +37,7 @@ class DecodingState:
         self.chunk_size: int | None = None
         self.rows: Sequence[Tensor] | None = None
         self.engine: weakref.ref[Engine] | None = None
+        self.fed: Sequence[Tensor] = ()
 
     @staticmethod
     def initial_capacity(length: int, new: int) -> int:
@@ -54,10 +56,12 @@ class DecodingState:
         Returns:
             Logits of each row's last ``keep`` tokens (rows, keep, vocabulary).
         """
-        new = self._new_tokens(ids, mask)
+        new, lengths = self._new_tokens(ids, mask), self.cache.lengths
+        for place, (row, length) in enumerate(zip(self.fed, lengths, strict=False)):
+            new[place] = torch.cat([row[length:], new[place][max(len(row) - length, 0) :]])
+        self.fed = ()
         counts = [row.shape[0] for row in new]
         tokens = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
-        lengths = self.cache.lengths
         try:
             return self._decode_chunks(decode, tokens, counts, keep)
         except BaseException:

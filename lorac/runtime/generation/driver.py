@@ -58,6 +58,8 @@ class DecodingProgram:
         cache_spec: the limits of such a cache.
         encode: runs the encoder for the rows of a cache on inputs by name; None for a program without an encoder.
         generators: where samples come from, each for as many neighbouring rows; empty: torch's own generator.
+        features: what the rows of a cache hold of images or sounds, by name.
+        fed: the tokens of each prompt as the program takes them; empty where those are the ids.
     """
 
     decode: DecodeTokens
@@ -65,6 +67,8 @@ class DecodingProgram:
     cache_spec: CacheSpec
     encode: Callable[[KeyValueCache, Mapping[str, object]], None] | None = None
     generators: Sequence[torch.Generator] = ()
+    features: Mapping[str, Tensor] | None = None
+    fed: Sequence[Tensor] = ()
 
 
 class GenerationDriver(GenerationMixin, ABC):
@@ -154,6 +158,9 @@ class GenerationDriver(GenerationMixin, ABC):
         if model_kwargs.get("cache") is None:
             model_kwargs["cache"] = self._new_state(rows, DecodingState.initial_capacity(count, new))
         self.state = state = model_kwargs["cache"]
+        if self.program.features:
+            state.fed = self.program.fed
+            state.cache.set_encoder_outputs(self.program.features)
         state.max_length = max(count + new, state.cache.capacity)
         state.chunk_size = generation_config.prefill_chunk_size
         return True

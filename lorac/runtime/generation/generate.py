@@ -16,6 +16,7 @@ from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, Unavailable, WrongType, short, translate_import_errors
 from lorac.frontend.components import check_component, list_components
 from lorac.ir.calls.call import cast_tensors
+from lorac.ir.calls.modalities import KINDS
 from lorac.ir.calls.row_selection import count_rows
 from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
@@ -25,6 +26,7 @@ from lorac.runtime.choice_switch import RowGroup
 from lorac.runtime.generation.eager_generation import generate_eagerly, refuse_prompt_cache
 from lorac.runtime.generation.output_merger import OutputMerger, select_rows
 from lorac.runtime.generation.prompt_cache import PromptCache
+from lorac.runtime.generation.prompt_features import PromptFeatures
 from lorac.runtime.generation.prompts import CACHE, Prompts, main_input
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
 from lorac.runtime.traits import ModelTraits
@@ -92,12 +94,16 @@ def _check_cached(
     if spec.encodes:
         return _check_encoder_decoder(model, graph, traits, given, spec.encodes)
     request = GenerateRequest(_name_first_argument(given), traits.generation or {})
-    request.check_names((IDS, MASK, CACHE), by_model=False)
+    request.check_names((IDS, MASK, CACHE, *spec.reads, *([KINDS] if spec.reads else ())), by_model=False)
     request = add_tokenizer(model, request)
     if IDS not in request.options:
         raise _missing_prompt()
     prompts = Prompts.of(request.options[IDS], request.options.get(MASK), request.pad_id, request.end_ids)
-    return _GenerateCall(model=model, graph=graph, request=request, prompts=prompts)
+    features = PromptFeatures.of(request.options, spec.reads, traits, prompts)
+    text = {name: value for name, value in request.options.items() if name not in {*spec.reads, KINDS}}
+    return _GenerateCall(
+        model=model, graph=graph, request=replace(request, options=text), prompts=prompts, features=features
+    )
 
 
 def _check_encoder_decoder(
@@ -164,6 +170,7 @@ class _GenerateCall:
         draft: the choice that drafts tokens; ``UNSET`` for none.
         prompt_cache: keeps prompts between calls.
         seeds: of random numbers.
+        features: the images or sounds of the rows.
     """
 
     model: GeneratingModel
@@ -175,10 +182,16 @@ class _GenerateCall:
     draft: ChoiceSpec = UNSET
     prompt_cache: PromptCache | None = None
     seeds: Seeds = None
+    features: PromptFeatures | None = None
 
     def generate(self, adapters: Any, seed: object) -> Output:
         """Run the rows, those of one kind together, and join the outputs in the order of the batch."""
         rows = count_rows(self.request.options.values())
+        if self.features is not None and self.request.drafts:
+            raise Unavailable(
+                f"{self.features.modality.main}= is read by the model that answers, and a draft has none of it",
+                next_step="leave draft= and assistants out",
+            )
         call = replace(self, seeds=_parse_seeds(seed, rows))
         seed_apart = isinstance(call.seeds, list) and not (self.request.samples_rows and self._over_cache)
         apart = seed_apart or self.request.drafts
@@ -199,7 +212,8 @@ class _GenerateCall:
         # A way of generating of the model's own may call it with other rows, as for guidance.
         traits = self.model.traits[self.graph]
         keeps_rows = self._over_cache or (traits.generation is not None and traits.rules is None)
-        return self.model.switch.run_grouped(adapters, self.graph, run, together=not apart and keeps_rows)
+        together = not apart and keeps_rows and self.features is None
+        return self.model.switch.run_grouped(adapters, self.graph, run, together=together)
 
     def _run_groups(self, groups: Sequence[RowGroup], rows: int) -> Output:
         if len(groups) == 1:
@@ -216,6 +230,7 @@ class _GenerateCall:
                 self,
                 request=replace(self.request, options=select_rows(self.request.options, group.rows, rows)),
                 prompts=None if self.prompts is None else self.prompts.rows(group.rows),
+                features=None if self.features is None else self.features.rows(group.rows),
                 seeds=[self.seeds[row] for row in group.rows] if isinstance(self.seeds, list) else self.seeds,
             )
             outputs.append(own._run(group))
@@ -264,6 +279,7 @@ class _GenerateCall:
             seeds=self.seeds,
             prompt_cache=self.prompt_cache,
             row_states=group.states if group.mixed else (),
+            features=self.features,
         )
 
     def _bind(self, group: RowGroup, run: Run, prompts: Prompts | None) -> Output:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from lorac.errors import ChoiceError, CompileError, Unavailable
 from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.capture.feature_towers import split_tower
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
 from lorac.frontend.host import Host
 from lorac.frontend.weight_reads import find_graph_reads
@@ -33,7 +34,10 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
     graphs: dict[str, Graph] = {}
     for name, component in list_components(model).items():
         host = Host.of(component)
-        graph = _capture_component(session, name, host)
+        inputs = session.precision.fit(find_component_example(session, "example_inputs", name))
+        parts = split_tower(host, inputs) if options.uses_cache else None
+        host, inputs = (host, inputs) if parts is None else parts[0]
+        graph = _capture_component(session, name, host, inputs, grows=options.uses_cache)
         session.reads.note(name, *find_graph_reads(graph, model))
         if session.reads.only_read.issuperset(graph.plans):  # the adapters act in other components
             unused = (*graph.interface.unused_sites, *graph.plans)
@@ -45,6 +49,13 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
             _run_passes(session, half, aux)
         if cache_check is not None:
             cache_check.check(halves, session.base)
+        if parts is not None:
+            tower, images = parts[1]
+            encoder = _capture_component(session, name, tower, images, grows=False)
+            encoder.name = get_encoder_graph_name(name)
+            check_capture(encoder, tower, tested=options.self_test)
+            _run_passes(session, encoder, aux)
+            halves = (halves[0], encoder)
         graphs |= {half.name: half for half in halves}
     check_adapters_reached(graphs.values(), {name: prepared.paths for name, prepared in session.pool.items()})
     return Program(graphs)
@@ -81,7 +92,7 @@ def retarget(session: Session, target: str) -> Session:
     return dataclasses.replace(session, backend=backend, options=options, plans=plans, history=PassHistory())
 
 
-def _capture_component(session: Session, name: str, host: Host) -> Graph:
+def _capture_component(session: Session, name: str, host: Host, inputs: object, *, grows: bool) -> Graph:
     model, sites, plans = session.host.module, session.sites, session.plans
     prefix = get_component_prefix(model, name)
     read = [path for path in (*plans, *list_tapped_modules(plans.values())) if path.startswith(prefix)]
@@ -92,7 +103,6 @@ def _capture_component(session: Session, name: str, host: Host) -> Graph:
         from lorac.runtime.generation.encoder_decoder_driver import load_rules_class
 
         load_rules_class(traits.rules)  # a model that generates in another way has no use for a cache
-    inputs = session.precision.fit(find_component_example(session, "example_inputs", name))
     try:
         return capture_graph(
             name,
@@ -103,7 +113,7 @@ def _capture_component(session: Session, name: str, host: Host) -> Graph:
             plans=plans,
             blocks=list(dict.fromkeys(marked)),
             prefix=prefix,
-            grows=session.options.uses_cache,
+            grows=grows,
             observe=_history(session).record,
         )
     except CompileError:

@@ -425,15 +425,13 @@ def test_falcons_slopes_have_no_single_meaning() -> None:
     assert (answers[0] - answers[1]).abs().max() > 1e-2 * answers[0].abs().max()
 
 
-def test_a_model_of_images_is_referred_to_the_target_that_generates_from_them() -> None:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def test_a_model_of_images_without_features_is_referred_to_the_target_that_generates_from_them() -> None:
+    from transformers import GitConfig, GitForCausalLM
 
-    vision = CLIPVisionConfig(**_TINY, image_size=8, patch_size=4, projection_dim=16)
-    host = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=LlamaConfig(**_TINY), vision_config=vision, image_token_index=5, image_seq_length=4)
-    ).eval()
+    host = GitForCausalLM(GitConfig(**_TINY, vision_config={**_TINY, "image_size": 8, "patch_size": 4})).eval()
+    example = {"input_ids": torch.ones(2, 4, dtype=torch.long), "pixel_values": torch.randn(2, 3, 8, 8)}
     with refuses("unavailable", match="'pixel_values'.*\n.*target='eager' generates from it") as error:
-        lorac.compile(host, target="onnxruntime", cache=True)
+        lorac.compile(host, target="onnxruntime", cache=True, example_inputs=example)
     assert "cache=False" not in str(error.value)
 
 

@@ -1,0 +1,68 @@
+"""Images and sounds in prompts: how transformers' models take them, as data, and where a prompt holds them.
+
+A tower of the model computes features, a vector for each placeholder token of the prompts, in their order. A vector
+stands in the place of the embedding of its token. Programs that keep a cache read the vectors next to their cache, and
+a token that has one comes as a negative id, ``feature_ids``.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FEATURES, OFFSETS = "features", "position_offsets"
+"""Inputs of a capture: the vectors of each row (rows, count, size), and what is added to a token's number to give its
+position on each axis (rows, count, axes); the last of these is for all later tokens too."""
+TOKEN_TYPES, KINDS = "token_type_ids", "mm_token_type_ids"
+"""Arguments with a number for each token: which see each other, and of which kind each is."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """A kind of input that a tower computes.
+
+    Attributes:
+        name: the kind, in words.
+        method: the method of a model that computes the features.
+        main: its argument with the images or sounds.
+        token_fields: fields of a configuration that may hold the id of the placeholder.
+    """
+
+    name: str
+    method: str
+    main: str
+    token_fields: tuple[str, ...]
+
+    def find_token(self, config: Mapping[str, object]) -> int | None:
+        """Return the id of the placeholder from the entries of a configuration; None where it has none."""
+        found = (config.get(name) for name in self.token_fields)
+        return next((value for value in found if isinstance(value, int)), None)
+
+
+MODALITIES = (
+    Modality("image", "get_image_features", "pixel_values", ("image_token_id", "image_token_index")),
+    Modality("sound", "get_audio_features", "input_features", ("audio_token_id", "audio_token_index")),
+)
+"""A model's prompts have the kind of the first row whose ``main`` is among their inputs."""
+
+
+def find_modality(names: Collection[str]) -> Modality | None:
+    """Return the row of ``MODALITIES`` for inputs of these names; None for text alone."""
+    return next((modality for modality in MODALITIES if modality.main in names), None)
+
+
+def feature_ids(marks: Tensor) -> Tensor:
+    """Return the ids of placeholders: -1 for a row's first, -2 for its second; arbitrary at other tokens.
+
+    Args:
+        marks: (rows, length): which tokens are placeholders.
+    """
+    return -marks.long().cumsum(1)
+
+
+def pad_rows(parts: Collection[Tensor]) -> Tensor:
+    """Stack tensors (count, size) of rows, one or more of each row; shorter ones repeat their last vector."""
+    longest = max(1, *(len(part) for part in parts))
+    filled = [part if len(part) else part.new_zeros(1, part.shape[1]) for part in parts]
+    return torch.stack([part[torch.arange(longest).clamp(max=len(part) - 1)] for part in filled])

@@ -1,0 +1,83 @@
+"""Models that read images, tiny and random, with two adapters of PEFT's, for the tests of caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMAGE, FEATURES = 60, 4
+"""The id of the placeholder, and how many features each image has."""
+_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TEXT = {**_TOWER, "vocab_size": 64, "max_position_embeddings": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
+    "llava": (
+        "Llava",
+        {"model_type": "llama"},
+        {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        {"image_token_index": IMAGE},
+        (3, 8, 8),
+    ),
+    "smolvlm": (
+        "SmolVLM",
+        {"model_type": "llama", "pad_token_id": 0},
+        {"image_size": 16, "patch_size": 4},
+        {"image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0},
+        (1, 3, 16, 16),
+    ),
+}
+"""Name -> the family's, fields of its text, its tower and the whole, and the shape of the images of a row."""
+LENGTHS = (3, 5, 4)
+"""Tokens of each row behind its image."""
+
+
+def made(family: str) -> Any:
+    """A PeftModel with adapters "one" (LoRA) and "two" (DoRA) on tower, connector and text, away from their init."""
+    import peft
+    import transformers
+
+    name, text, tower, fields, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        text_config={**_TEXT, **text}, vision_config={**_TOWER, **tower}, **fields
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    targets = {"r": 2, "target_modules": "all-linear"}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**targets), "one")
+    wrapped.add_adapter("two", peft.LoraConfig(**targets, use_dora=True))
+    with torch.no_grad():
+        for path, parameter in wrapped.named_parameters():
+            if "magnitude" in path:
+                parameter.mul_(1.3)
+            elif "lora_" in path:
+                parameter.normal_(0, 0.2)
+    return wrapped.eval()
+
+
+def batch(family: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 3) -> dict[str, Tensor]:
+    """Rows of an image and text of so many tokens, padded on the left, as a processor makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    *_, shape = FAMILIES[family]
+    words = [torch.randint(5, 50, (1 + length,), generator=generator) for length in lengths]
+    rows = [torch.cat([row[:1], torch.full((FEATURES,), IMAGE), row[1:]]) for row in words]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids, mask = (
+        pad([row.flip(0) for row in part], batch_first=True).flip(1)
+        for part in (rows, [torch.ones_like(row) for row in rows])
+    )
+    pixels = torch.randn(len(rows), *shape, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def row(whole: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One row of a batch alone, without padding."""
+    kept = whole["attention_mask"][index].bool()
+    by_token = whole["input_ids"].shape
+    return {
+        name: value[index : index + 1, kept] if value.shape == by_token else value[index : index + 1]
+        for name, value in whole.items()
+    }

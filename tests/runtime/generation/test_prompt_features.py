@@ -1,0 +1,123 @@
+"""Images in prompts, over ONNX Runtime's caches: each row's tokens and logits are those of PEFT for the row alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac.testing import assert_close
+from tests.image_models import FAMILIES, FEATURES, IMAGE, batch, made, row
+from tests.limits import LEAST_DIFFERENCE
+from tests.refusing import refuses
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+LOGITS = {"output_logits": True}
+_MADE: dict[str, tuple[Any, Any]] = {}
+
+
+@pytest.fixture(params=["llava", *(pytest.param(name, marks=pytest.mark.medium("llava")) for name in [*FAMILIES][1:])])
+def both(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
+    """A family, PEFT's model, and the same compiled once for all tests."""
+    family = request.param
+    if family not in _MADE:
+        peft = made(family)
+        example = batch(family, (3, 3), seed=7)
+        _MADE[family] = peft, lorac.compile(peft, target="onnxruntime", cache=True, example_inputs=example)
+    return family, *_MADE[family]
+
+
+def _expect(peft: Any, family: str, index: int, adapter: str | None, **options: Any) -> Any:
+    """Return PEFT's answer for one row alone, without its prompt."""
+    alone = row(batch(family), index)
+    if adapter is None:
+        with peft.disable_adapter():
+            output = peft.generate(**alone, **OPTIONS, **options)
+    else:
+        peft.set_adapter(adapter)
+        output = peft.generate(**alone, **OPTIONS, **options)
+    return output.sequences[0, alone["input_ids"].shape[1] :], output
+
+
+def _check_rows(output: Any, peft: Any, family: str, adapters: list[str | None]) -> None:
+    width = batch(family)["input_ids"].shape[1]
+    for index, adapter in enumerate(adapters):
+        tokens, expected = _expect(peft, family, index, adapter, **LOGITS)
+        assert torch.equal(output.sequences[index, width:][: len(tokens)], tokens)
+        for logits, others in zip(output.logits, expected.logits, strict=True):
+            assert_close(logits[index], others[0])
+
+
+@pytest.mark.parametrize("adapters", [["one"] * 3, ["one", "two", None]], ids=["together", "by row"])
+def test_rows_get_the_tokens_and_logits_of_peft(both: tuple[str, Any, Any], adapters: list[str | None]) -> None:
+    family, peft, compiled = both
+    choice = adapters[0] if len(set(adapters)) == 1 else adapters
+    output = compiled.generate(**batch(family), adapters=choice, **OPTIONS, **LOGITS)
+    _check_rows(output, peft, family, adapters)
+    assert len(output.sequences.unique(dim=0)) == 3
+
+
+def test_images_and_adapters_of_the_tower_change_answers(both: tuple[str, Any, Any]) -> None:
+    family, _, compiled = both
+    given = batch(family)
+    first = compiled.generate(**given, adapters="one", **OPTIONS, **LOGITS).logits[0]
+    other = compiled.generate(**given | {"pixel_values": -given["pixel_values"]}, adapters="one", **OPTIONS, **LOGITS)
+    assert (other.logits[0] - first).abs().max() > LEAST_DIFFERENCE * first.abs().max()
+
+
+def test_beams_get_the_tokens_of_peft(both: tuple[str, Any, Any]) -> None:
+    family, peft, compiled = both
+    given = batch(family)
+    output = compiled.generate(**given, adapters="two", **OPTIONS, num_beams=3)
+    for index in range(3):
+        tokens, _ = _expect(peft, family, index, "two", num_beams=3)
+        assert torch.equal(output.sequences[index, given["input_ids"].shape[1] :][: len(tokens)], tokens)
+
+
+def test_prompts_come_in_chunks_and_from_a_prompt_cache(both: tuple[str, Any, Any]) -> None:
+    family, peft, compiled = both
+    prompts = lorac.PromptCache()
+    for options in ({"prefill_chunk_size": 3}, {"prompt_cache": prompts}, {"prompt_cache": prompts}):
+        output = compiled.generate(**batch(family), adapters="one", **options, **OPTIONS, **LOGITS)
+        _check_rows(output, peft, family, ["one"] * 3)
+    other = batch(family) | {"pixel_values": -batch(family)["pixel_values"]}
+    cached = compiled.generate(**other, adapters="one", prompt_cache=prompts, **OPTIONS)
+    assert torch.equal(cached.sequences, compiled.generate(**other, adapters="one", **OPTIONS).sequences)
+
+
+def test_text_alone_gets_the_tokens_of_peft(both: tuple[str, Any, Any]) -> None:
+    _, peft, compiled = both
+    ids = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
+    peft.set_adapter("one")
+    mask = torch.ones_like(ids)
+    expected = peft.generate(input_ids=ids, attention_mask=mask, **OPTIONS).sequences
+    output = compiled.generate(input_ids=ids, attention_mask=mask, adapters="one", **OPTIONS)
+    assert torch.equal(output.sequences, expected)
+
+
+def test_an_artifact_answers_alike(both: tuple[str, Any, Any], tmp_path: Path) -> None:
+    family, _, compiled = both
+    compiled.save(tmp_path / "saved")
+    given = batch(family)
+    loaded = lorac.load(tmp_path / "saved").generate(**given, adapters="two", **OPTIONS).sequences
+    assert torch.equal(loaded, compiled.generate(**given, adapters="two", **OPTIONS).sequences)
+
+
+def test_rejects_other_numbers_of_placeholders_and_features(both: tuple[str, Any, Any]) -> None:
+    family, _, compiled = both
+    given = batch(family)
+    ids = given["input_ids"].clone()
+    ids[0, ids[0].tolist().index(IMAGE)] = 9
+    with refuses("input_mismatch", match=f"{3 * FEATURES - 1} tokens for images, .*gives {3 * FEATURES} features"):
+        compiled.generate(**given | {"input_ids": ids}, adapters="one", **OPTIONS)
+    with refuses("input_mismatch", match="pixel_values"):
+        compiled.generate(**given | {"pixel_values": given["pixel_values"][..., :4]}, adapters="one", **OPTIONS)
+
+
+def test_rejects_a_draft(both: tuple[str, Any, Any]) -> None:
+    family, _, compiled = both
+    with refuses("unavailable", match="pixel_values= is read by the model that answers"):
+        compiled.generate(**batch(family), adapters="one", draft=None, **OPTIONS)
