@@ -72,7 +72,7 @@ class GraphSession:
 
     def read_encoder(self, encoder: "GraphSession") -> None:
         """Note which inputs of an encoder have to be given before the graph runs."""
-        self.cache = CacheLayout.of(self.session, encoder.interface.inputs)
+        self.cache = CacheLayout.of(self.session, (*encoder.interface.inputs, *encoder.interface.constants))
 
 
 class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):

@@ -26,12 +26,15 @@ from lorac.ir.calls.modalities import (
     feature_ids,
     find_modality,
     pad_rows,
+    split_inputs,
 )
 from lorac.ir.calls.multimodal_positions import POSITION_IDS
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name
 from lorac.ir.graph.interpreter import differs_beyond_rounding
 
 _MASK = "attention_mask"
+_LATER = "_deepstack_process"
+"""A text model's method that adds features of later layers of a tower behind its own layers (Qwen3-VL's)."""
 
 
 Part = tuple[Host, Mapping[str, object]]
@@ -61,9 +64,9 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
         return None
     others = {IDS, POSITION_IDS, LOGITS_TO_KEEP, TOKEN_TYPES, KINDS}
     inputs = {name: value for name, value in given.items() if name not in others}
-    tower = _with_forward(host, _tower_forward(modality, inputs))
+    tower, runs = _with_forward(host, _tower_forward(modality, inputs)), split_inputs(modality, inputs)
     with torch.no_grad():
-        vectors = tower.model.eval()(**inputs)[encoder_output_name(FEATURES)]
+        vectors = torch.cat([tower.model.eval()(**run)[encoder_output_name(FEATURES)] for run in runs])
     ids: Tensor = given[IDS]
     marks = ids.eq(token)
     if not len(vectors) or int(marks.sum()) != len(vectors):
@@ -88,7 +91,7 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
                 "embeddings, such as by tokens that see later ones",
                 next_step=WITHOUT_CACHE,
             )
-    return (decoder, text), (tower, inputs)
+    return (decoder, text), (tower, runs[0])
 
 
 def _with_forward(host: Host, forward: Any) -> Host:
@@ -161,8 +164,15 @@ def _decoder_forward(host: Host, has_axes: bool) -> Any:
             numbers = torch.arange(ids.shape[1]).expand(ids.shape) if numbers is None else numbers
             found_offsets = torch.ops.lorac.rows(offsets, numbers.clamp(max=offsets.shape[1] - 1))
             given[POSITION_IDS] = numbers + found_offsets.permute(2, 0, 1)
-        embeds = torch.where(is_feature, found[..., : embeds.shape[-1]], embeds)
-        return base.forward(self, inputs_embeds=embeds, **given)
+        first, *later = found.split(embeds.shape[-1], -1)
+        given["inputs_embeds"] = torch.where(is_feature, first, embeds)
+        if not later:
+            return base.forward(self, **given)
+        added = {"visual_pos_masks": is_feature, "deepstack_visual_embeds": [part * is_feature for part in later]}
+        inner = next(module for module in self.modules() if callable(getattr(module, _LATER, None)))
+        setattr(inner, _LATER, lambda hidden, _, part: hidden + part)
+        with inner.register_forward_pre_hook(lambda _, args, known: (args, known | added), with_kwargs=True):
+            return base.forward(self, **given)
 
     base = type(host.model)
     own = [p for p in host.parameters.values() if p.kind is not p.VAR_KEYWORD]

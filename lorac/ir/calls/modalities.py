@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorac.ir.calls.multimodal_positions import GRID_SUFFIX
+
+SIZES, _BY_ROWS = "image_sizes", 5
+"""The argument with the sizes of images that are cut into several, and the axes of images by rows."""
 FEATURES, OFFSETS = "features", "position_offsets"
 """Inputs of a capture: the vectors of each row (rows, count, size), and what is added to a token's number to give its
 position on each axis (rows, count, axes); the last of these is for all later tokens too."""
@@ -50,6 +54,29 @@ MODALITIES = (
 def find_modality(names: Collection[str]) -> Modality | None:
     """Return the row of ``MODALITIES`` for inputs of these names; None for text alone."""
     return next((modality for modality in MODALITIES if modality.main in names), None)
+
+
+def split_inputs(modality: Modality, inputs: Mapping[str, object]) -> list[dict[str, Tensor]]:
+    """Return the inputs of each run of a tower, whose features follow one another.
+
+    Images that are cut into patches of their own number run one by one, as a trace of one cannot divide them. Of those
+    that lie by rows, padded with images of zeros, the rest is one batch.
+
+    Args:
+        modality: of the inputs.
+        inputs: as the model's processor makes them.
+    """
+    given = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    pixels, grids = given[modality.main], {name for name in given if name.endswith(GRID_SUFFIX)}
+    if grids:
+        (name,) = grids
+        parts = zip(pixels.split(given[name].prod(-1).tolist()), given[name], strict=True)
+        return [{**given, modality.main: part, name: grid[None]} for part, grid in parts]
+    if pixels.dim() != _BY_ROWS or SIZES in given:
+        return [given]
+    flat = {name: value.flatten(0, 1)[:, None] for name, value in given.items()}
+    real = flat[modality.main].flatten(1).ne(0).any(1)
+    return [{name: value[real] for name, value in flat.items()}]
 
 
 def feature_ids(marks: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorac.errors import InputMismatch
+from lorac.errors import InputMismatch, Unavailable
+from lorac.ir.calls.modalities import split_inputs
 from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.prefix import IDS, check_ids
 from lorac.runtime.choice_states import ChoiceState
@@ -80,7 +81,13 @@ class CachedGeneration:
             text = prompts.ids if self.features is None else self.features.text(prompts)
             check_ids(text, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
         if self.features is not None and prompts is not None:
-            features = self.features.place(bound.compute_features(self.graph, self.features.inputs))
+            runs = split_inputs(self.features.modality, self.features.inputs)
+            features = self.features.place(torch.cat([bound.compute_features(self.graph, run) for run in runs]))
+            if bound.virtual_tokens and self.features.offsets is not None:
+                raise Unavailable(
+                    "virtual tokens precede the prompts, and positions of several axes know none of them",
+                    next_step="swap to another adapter, or give text alone",
+                )
             prompts = self.features.key(prompts, features)
         by_row = self.request.samples_rows
         seeds = [self.seeds] if isinstance(self.seeds, int) else self.seeds or []

@@ -3,14 +3,17 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lorac.argument_types import Fields
 from lorac.errors import InputMismatch
+from lorac.frontend.hosts.transformers import find_stored_positions
 from lorac.ir.calls.modalities import (
     FEATURES,
+    KINDS,
     OFFSETS,
     Modality,
     feature_ids,
@@ -18,6 +21,7 @@ from lorac.ir.calls.modalities import (
     pad_rows,
 )
 from lorac.ir.graph.attention_ops import encoder_output_name
+from lorac.ir.slots.prefix import IDS, MASK
 from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.traits import ModelTraits
 
@@ -73,7 +77,20 @@ class PromptFeatures:
         marks = prompts.ids.eq(token)
         marks = marks if prompts.mask is None else marks & prompts.mask.bool()
         counts = marks.sum(1).tolist()
-        return cls(modality, given, counts, marks, None, range(len(counts)))
+        known = find_stored_positions(cast("dict[str, Any]", traits.to_json()["config"]))
+        asked = {IDS: prompts.ids, MASK: prompts.mask, KINDS: prompts.arrange(options.get(KINDS)), **given}
+        positions = None if known is None else known.compute(asked)
+        if known is not None and positions is None:
+            raise InputMismatch(
+                f"positions are computed from {KINDS}, and the call has none",
+                next_step="give it, as the processor does",
+            )
+        offsets = (
+            None
+            if positions is None
+            else [_offsets(row[:, -n:]) for row, n in zip(positions.unbind(1), prompts.counts, strict=True)]
+        )
+        return cls(modality, given, counts, marks, offsets, range(len(counts)))
 
     def rows(self, rows: Sequence[int]) -> "PromptFeatures":
         """Return those of some of the rows, whose tower still reads the inputs of all."""
@@ -121,3 +138,14 @@ class PromptFeatures:
                 whole.update(value[row].contiguous().numpy().tobytes())
             ids[row, mark] = -int.from_bytes(whole.digest()) - torch.arange(int(mark.sum()))
         return replace(prompts, ids=ids)
+
+
+def _offsets(positions: Tensor) -> Tensor:
+    """Return what is added to the numbers of a row's tokens (length, axes), and last what is to those behind it.
+
+    Args:
+        positions: (axes, length).
+    """
+    numbers = torch.arange(positions.shape[1])
+    behind = (positions.max() + 1 - positions.shape[1]).expand(positions.shape[0])
+    return torch.cat([(positions - numbers).T, behind[None]])
