@@ -11,6 +11,8 @@ IMAGE, FEATURES = 60, 4
 """The id of the placeholder, and how many features each image has."""
 _TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT = {**_TOWER, "vocab_size": 64, "max_position_embeddings": 64}
+_ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+_PATCHES = {"patch_size": 4, "out_hidden_size": 16, "depth": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     "llava": (
         "Llava",
@@ -25,6 +27,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], t
         {"image_size": 16, "patch_size": 4},
         {"image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0},
         (1, 3, 16, 16),
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        {"num_key_value_heads": 1, "rope_scaling": _ROPE, "bos_token_id": 1, "eos_token_id": 2},
+        {**_PATCHES, "num_heads": 2, "fullatt_block_indexes": [1], "window_size": 16},
+        {"image_token_id": IMAGE, "vision_start_token_id": 62},
+        (16, 96),
     ),
 }
 """Name -> the family's, fields of its text, its tower and the whole, and the shape of the images of a row."""
@@ -70,7 +79,15 @@ def batch(family: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 3) -> dic
         for part in (rows, [torch.ones_like(row) for row in rows])
     )
     pixels = torch.randn(len(rows), *shape, generator=generator)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    made = {"input_ids": ids, "attention_mask": mask}
+    if len(shape) > 2:
+        return made | {"pixel_values": pixels}
+    grids = torch.tensor([[1, 4, 4]]).repeat(len(rows), 1)
+    return made | {
+        "pixel_values": pixels.flatten(0, 1),
+        "image_grid_thw": grids,
+        "mm_token_type_ids": ids.eq(IMAGE).int(),
+    }
 
 
 def row(whole: dict[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -78,6 +95,7 @@ def row(whole: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     kept = whole["attention_mask"][index].bool()
     by_token = whole["input_ids"].shape
     return {
-        name: value[index : index + 1, kept] if value.shape == by_token else value[index : index + 1]
+        name: part[:, kept] if value.shape == by_token else part
         for name, value in whole.items()
+        for part in [value.chunk(by_token[0])[index]]
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def both(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
     if family not in _MADE:
         peft = made(family)
         example = batch(family, (3, 3), seed=7)
-        _MADE[family] = peft, lorac.compile(peft, target="onnxruntime", cache=True, example_inputs=example)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "forward reads 'image_grid_thw' as numbers", lorac.LoracWarning)
+            _MADE[family] = peft, lorac.compile(peft, target="onnxruntime", cache=True, example_inputs=example)
     return family, *_MADE[family]
 
 
@@ -115,6 +118,13 @@ def test_rejects_other_numbers_of_placeholders_and_features(both: tuple[str, Any
         compiled.generate(**given | {"input_ids": ids}, adapters="one", **OPTIONS)
     with refuses("input_mismatch", match="pixel_values"):
         compiled.generate(**given | {"pixel_values": given["pixel_values"][..., :4]}, adapters="one", **OPTIONS)
+    missing = {name: value for name, value in given.items() if name not in {"mm_token_type_ids", "image_grid_thw"}}
+    if missing.keys() != given.keys():
+        with refuses("input_mismatch", match="gives pixel_values and no image_grid_thw"):
+            compiled.generate(**missing, adapters="one", **OPTIONS)
+        grids = {"image_grid_thw": given["image_grid_thw"]}
+        with refuses("input_mismatch", match="computed from mm_token_type_ids, and the call has none"):
+            compiled.generate(**missing | grids, adapters="one", **OPTIONS)
 
 
 def test_rejects_a_draft(both: tuple[str, Any, Any]) -> None:
