@@ -168,7 +168,10 @@ def _decoder_forward(host: Host, has_axes: bool) -> Any:
         given["inputs_embeds"] = torch.where(is_feature, first, embeds)
         if not later:
             return base.forward(self, **given)
-        added = {"visual_pos_masks": is_feature, "deepstack_visual_embeds": [part * is_feature for part in later]}
+        added = {
+            "visual_pos_masks": is_feature,
+            "deepstack_visual_embeds": [torch.where(is_feature, part, 0) for part in later],
+        }
         inner = next(module for module in self.modules() if callable(getattr(module, _LATER, None)))
         setattr(inner, _LATER, lambda hidden, _, part: hidden + part)
         with inner.register_forward_pre_hook(lambda _, args, known: (args, known | added), with_kwargs=True):

@@ -183,13 +183,13 @@ def find_stored_positions(config: Mapping[str, Any]) -> MultimodalPositions | No
     """Return the method of a model of transformers' own, from the entries of its configuration alone."""
     from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
 
-    kind = config.get("model_type")
-    cls = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None) if kind in CONFIG_MAPPING else None
+    kind = str(config.get("model_type"))
+    cls: Any = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None) if kind in CONFIG_MAPPING else None
     if not isinstance(cls, type) or not callable(getattr(cls, ROPE_METHOD, None)):
         return None
     owner: Any = cls.__new__(cls)
     nn.Module.__init__(owner)
-    owner.config = cls.config_class.from_dict(dict(config))  # type: ignore[attr-defined]  # of transformers' models
+    owner.config = cls.config_class.from_dict(dict(config))
     return MultimodalPositions(owner)
 
 
