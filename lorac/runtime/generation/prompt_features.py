@@ -47,10 +47,8 @@ class PromptFeatures:
     offsets: Sequence[Tensor] | None
     selected: Sequence[int]
 
-    @classmethod
-    def of(
-        cls, options: Fields, reads: Sequence[str], traits: ModelTraits, prompts: Prompts
-    ) -> "PromptFeatures | None":
+    @staticmethod
+    def of(options: Fields, reads: Sequence[str], traits: ModelTraits, prompts: Prompts) -> "PromptFeatures | None":
         """Return the images of a call; None for one without.
 
         Args:
@@ -90,13 +88,13 @@ class PromptFeatures:
             if positions is None
             else [_offsets(row[:, -n:]) for row, n in zip(positions.unbind(1), prompts.counts, strict=True)]
         )
-        return cls(modality, given, counts, marks, offsets, range(len(counts)))
+        return PromptFeatures(modality, given, counts, marks, offsets, range(len(counts)))
 
     def rows(self, rows: Sequence[int]) -> "PromptFeatures":
         """Return those of some of the rows, whose tower still reads the inputs of all."""
         offsets = None if self.offsets is None else [self.offsets[row] for row in rows]
         selected = [self.selected[row] for row in rows]
-        return replace(self, marks=self.marks[list(rows)], offsets=offsets, selected=selected)
+        return PromptFeatures(self.modality, self.inputs, self.counts, self.marks[list(rows)], offsets, selected)
 
     def place(self, features: Tensor) -> dict[str, Tensor]:
         """Return what the rows of a cache hold: the features (count, size) of all rows of the call by row.
