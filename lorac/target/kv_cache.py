@@ -52,8 +52,10 @@ class KeyValueCache(ABC):
         lengths: number of tokens in each row, without the virtual tokens of its prefix.
         nbytes: size of its buffers.
         charge: their memory in the engine's budget; None where nothing counts it.
+        is_croppable: whether a row can lose its last tokens alone, which a state cannot.
     """
 
+    is_croppable: bool = True
     capacity: int
     lengths: tuple[int, ...]
     nbytes: int
@@ -88,7 +90,7 @@ class KeyValueCache(ABC):
     def crop(self, lengths: Sequence[int]) -> None:
         """Drop each row's tokens from a length on, which is at most the present one.
 
-        A row with a state, which does not go back, loses all its tokens where it loses some.
+        Where a cache is not croppable, a row that loses some tokens loses all.
         """
 
     @abstractmethod

@@ -148,6 +148,7 @@ class OrtCache(KeyValueCache):
 
     def __init__(self, layout: CacheLayout, rows: int, capacity: int, budget: MemoryBudget | None = None) -> None:
         self.layout, self.capacity, self.lengths = layout, capacity, (0,) * rows
+        self.is_croppable = not layout.states
         self.prefixes = (0,) * rows
         self.budget = MemoryBudget() if budget is None else budget
         self.charge: Charge = self.budget.claim(layout.measure(rows, capacity))
@@ -257,7 +258,7 @@ class OrtCache(KeyValueCache):
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
         shorter = [row for row, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)) if new < old]
         self.lengths = tuple(lengths)
-        if self.layout.states and shorter:
+        if shorter and not self.is_croppable:
             self.clear(shorter)
 
     def clear(self, rows: Sequence[int]) -> None:
@@ -384,7 +385,7 @@ def run_decode_step(
     try:
         session.run_with_iobinding(binding)
     except BaseException:
-        if layout.states:
+        if not cache.is_croppable:  # some states may be behind tokens that the row never got
             cache.clear(range(rows))
         raise
     cache.lengths = tuple(old + new for old, new in zip(cache.lengths, counts, strict=True))

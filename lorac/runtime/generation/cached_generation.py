@@ -182,6 +182,8 @@ class CachedGeneration:
         """
         assert self.prompts is not None
         beams = self.request.beams
+        if not cache.is_croppable and (limits or beams > 1):
+            return
         kept = range(0, len(cache.lengths), beams)
         shared = self.options.get("cache") is not None or not isinstance(output, torch.Tensor)
         own = cache.copy(kept) if shared or beams > 1 else cache

@@ -202,6 +202,8 @@ class PromptCache:
             if found is None:
                 return None
             best, matches = found
+            if not best.cache.is_croppable and any(length < best.cache.lengths[index] for length, index in matches):
+                return None
             self._entries[best] = self._entries.pop(best)
         if engine.memory_budget is not None:
             engine.memory_budget.touch((id(self), id(best)))

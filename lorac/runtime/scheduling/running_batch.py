@@ -153,9 +153,10 @@ class RunningBatch:
 
     def _end(self, row: RunningRow, reason: str, cache: KeyValueCache, place: int) -> None:
         """End a row, and keep its keys and values for prompts that begin alike, if there is room for a copy."""
-        if row.limit is not None:
+        if row.limit is not None and cache.is_croppable:
             cache.crop([min(n, row.limit) if at == place else n for at, n in enumerate(cache.lengths)])
-        if self.prompts is not None and cache.lengths[place] and not row.is_kept:
+        known = row.limit is None or cache.is_croppable
+        if self.prompts is not None and known and cache.lengths[place] and not row.is_kept:
             with contextlib.suppress(OverBudget):
                 copy = cache.copy([place])
                 self.prompts.add(self.model.engine, row.key, [row.text[: copy.lengths[0]]], copy)

@@ -14,14 +14,15 @@ from torch import Tensor
 import lorac
 from lorac.backends.onnx.export.exporter import export
 from lorac.backends.onnx.export.translations import TRANSLATIONS
-from lorac.backends.onnxruntime.kv_cache import CacheLayout, OrtCache
-from lorac.target.kv_cache import CacheSpec
+from lorac.backends.onnxruntime.kv_cache import CacheLayout, OrtCache, run_decode_step
+from lorac.target.kv_cache import CacheSpec, DecodeStep
 from lorac.testing import assert_close
 from tests.decoders import HYBRIDS
 from tests.refusing import refuses
-from tests.runtime.generation.texts import LENGTHS, padded, prompts
+from tests.runtime.generation.texts import padded, prompts
 
-WIDTH = max(LENGTHS)
+LENGTHS = (21, 4, 35, 1)
+"""Of prompts: some are longer than a chunk of a recurrence, and than a window."""
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 ADAPTED = {
     "in_proj",
@@ -115,16 +116,47 @@ def test_a_row_that_loses_tokens_begins_anew() -> None:
         cache.crop([0, 0])
 
 
+class _Failing:
+    """A session, and its binding, whose calls fail."""
+
+    memory_budget = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "run_with_iobinding":
+            raise RuntimeError("no memory")
+        return lambda *_: None
+
+
+def test_rows_begin_anew_after_a_call_that_fails() -> None:
+    cache, failing, ids = _cache(2, 8), _Failing(), torch.ones(2, 1, dtype=torch.int64)
+    step = DecodeStep(ids=ids, counts=[1, 0], wanted=ids * 0)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_decode_step(failing, failing, cache, step, lambda: failing)  # type: ignore[arg-type]  # as they are used here
+    assert (cache.lengths, _states(cache)) == ((0, 0), [0, 0])
+
+
+def test_prompts_continue_from_the_end_of_a_state() -> None:
+    prompts, key = lorac.PromptCache(), ("main", (), ())
+    engine: Any = _Failing()
+    prompts.add(engine, key, [torch.tensor([5, 6])], _cache(1))
+    found = prompts.find(engine, key, [torch.tensor([5, 6, 7])])
+    assert found is not None and found.lengths == (2,)
+    assert prompts.find(engine, key, [torch.tensor([5, 7, 7])]) is None
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("length", [5, 40])
 @pytest.mark.parametrize("form", ["plain", "rate", "beta"])
-def test_a_scan_computes_the_op(form: str) -> None:
+def test_a_scan_computes_the_op(form: str, length: int) -> None:
     """In two parts, of which the second begins with the state of the first."""
     torch.manual_seed(0)
-    batch, length, heads, size, width = 2, 5, 3, 4, 6
+    batch, heads, size, width, middle = 2, 3, 4, 6, length // 2
     q, k = torch.randn(2, batch, length, heads, size)
     decay = -torch.rand(batch, length, heads, 1, width if form == "rate" else 1)
     rate = torch.rand(heads, size, width) if form == "rate" else None
     beta = torch.rand(batch, length, heads) if form == "beta" else None
+    k = torch.nn.functional.normalize(k, dim=-1)
+    k[:, middle:] = k[:, middle:][:, :1]  # of a token that comes again and again
     given = q, k, torch.randn(batch, length, heads, width), decay, rate, beta
 
     class Part(torch.nn.Module):
@@ -135,13 +167,13 @@ def test_a_scan_computes_the_op(form: str) -> None:
         return [None if x is None else x[:, begin:end].contiguous() for x in (*given[:4], beta)]
 
     state = torch.zeros(batch, heads, size, width)
-    named = dict(zip(("q", "k", "v", "decay", "beta"), cut(0, 3), strict=True), state=state)
+    named = dict(zip(("q", "k", "v", "decay", "beta"), cut(0, middle), strict=True), state=state)
     tokens = {1: torch.export.Dim("tokens")}
     shapes = {name: None if value is None or name == "state" else tokens for name, value in named.items()}
     program = torch.export.export(Part(), (), named, dynamic_shapes=shapes)
     session = InferenceSession(ir.to_proto(export(program, TRANSLATIONS)).SerializeToString())
     outputs = []
-    for begin, end in ((0, 3), (3, 5)):
+    for begin, end in ((0, middle), (middle, length)):
         fed = dict(zip(named, [*cut(begin, end), state], strict=True))
         y, behind = session.run(None, {name: value.numpy() for name, value in fed.items() if value is not None})
         state = torch.from_numpy(behind)
@@ -156,7 +188,7 @@ def test_a_scan_computes_the_op(form: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_generates_as_peft_does_for_each_row_alone(family: str, method: str, tmp_path: Path) -> None:
-    peft, rows = _adapted(family, dora=method == "dora"), prompts()
+    peft, rows = _adapted(family, dora=method == "dora"), prompts(lengths=LENGTHS)
     batch = padded(rows, "left")
     made = lorac.compile(peft, target="onnxruntime", cache=True, self_test=False)
     whole = _logits(made, batch)
@@ -175,5 +207,9 @@ def test_generates_as_peft_does_for_each_row_alone(family: str, method: str, tmp
     cache = lorac.PromptCache()
     for _ in range(2):
         assert torch.equal(_logits(made, batch, prompt_cache=cache)[0], whole[0])
+    assert torch.equal(made.generate(**batch, **GREEDY, draft=None)[:, max(LENGTHS) :], whole[0])
+    with lorac.Scheduler(made, rows=2) as scheduler:
+        streams = [scheduler.submit(lorac.TextRequest(row, options=GREEDY)) for row in rows]
+        assert [[token.id for token in stream] for stream in streams] == whole[0].tolist()
     made.save(tmp_path / "text")
     assert torch.equal(_logits(lorac.load(tmp_path / "text"), batch)[0], whole[0])

@@ -1,10 +1,22 @@
-"""``lorac::recurrence`` in ONNX: a ``Scan`` over the tokens, whose body is one step."""
+"""``lorac::recurrence`` in ONNX: a ``Scan`` over the tokens, or over chunks of them where heads decay by one number.
 
-from collections.abc import Sequence
+A chunk has the products of its tokens as matrices (arXiv:2405.21060, section 6; arXiv:2412.06464, section 3.3), and
+reads and writes the state once. So a long prompt takes a fraction of the time that its tokens take one by one.
+"""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 
-from lorac.backends.onnx.export.opsets import Outputs, op
+from lorac.backends.onnx.export.opsets import Outputs, op, record_with
+from lorac.backends.onnx.export.torchlib import Recorder
+
+_CHUNK = 16
+"""Tokens of a chunk; fewer are computed one by one."""
+_DOUBLINGS = 3
+"""How often a product of as many factors as a chunk has tokens is doubled, beyond the first two."""
 
 
 def recurrence(
@@ -16,37 +28,102 @@ def recurrence(
     beta: ir.Value | None,
     state: ir.Value,
 ) -> Outputs:
-    """Write a ``Scan``; what each token computes by itself comes before it, for all tokens at once."""
+    """Write the op: of few tokens, or where features decay apart, a step of each."""
+    operands = [q, k, v, decay, *([] if beta is None else [beta])]
+    assert decay.shape is not None
+    if rate is not None or decay.shape[3:] != (1, 1):
+        return _scan_tokens(state, rate, *operands)
+    few = _record_graph("few", lambda: _scan_tokens(state, None, *operands))
+    many = _record_graph("many", lambda: _scan_chunks(state, *operands))
+    is_few = op.Less(op.Squeeze(op.Shape(q, start=1, end=2)), op.Constant(value_int=_CHUNK))
+    return op.If(is_few, then_branch=few, else_branch=many)
+
+
+def _scan_tokens(state: ir.Value, rate: ir.Value | None, *operands: ir.Value) -> list[ir.Value]:
+    """Write a ``Scan`` over tokens; what each token computes by itself comes before it, for all tokens at once."""
+    q, k, v, decay, *beta = operands
     row, column = op.Constant(value_ints=[3]), op.Constant(value_ints=[4])
     scanned = [op.Unsqueeze(q, row), op.Unsqueeze(k, column), op.Unsqueeze(v, row)]
     scanned.append(op.Exp(decay) if rate is None else decay)
-    if beta is not None:
-        scanned += [op.Unsqueeze(k, row), op.Unsqueeze(beta, op.Constant(value_ints=[3, 4]))]
-    body = _write_step(state, rate, with_beta=beta is not None)
-    axes = [1] * len(scanned)
-    behind, y = op.Scan(
-        state, *scanned, body=body, num_scan_inputs=len(scanned), scan_input_axes=axes, scan_output_axes=[1]
-    )
+    if beta:
+        scanned += [op.Unsqueeze(k, row), op.Unsqueeze(beta[0], op.Constant(value_ints=[3, 4]))]
+
+    def step(
+        held: ir.Value, q: ir.Value, k: ir.Value, v: ir.Value, factor: ir.Value, *correction: ir.Value
+    ) -> list[ir.Value]:
+        held = op.Mul(held, factor if rate is None else op.Exp(op.Mul(factor, rate)))
+        if correction:
+            read, beta = correction
+            v = op.Mul(op.Sub(v, op.MatMul(read, held)), beta)
+        held = op.Add(held, op.Mul(k, v))
+        return [held, op.MatMul(q, held)]
+
+    behind, y = _scan("token", step, state, scanned)
     return [op.Squeeze(y, row), behind]
 
 
-def _write_step(state: ir.Value, rate: ir.Value | None, *, with_beta: bool) -> ir.Graph:
-    """Return the graph of one token: (state, query, key, value, decay[, key, beta]) -> state, output."""
+def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
+    """Write a ``Scan`` over chunks of (batch, heads, tokens, size); tokens behind the last move no state."""
+    q, k, v, decay, *beta = operands
+    length = op.Shape(q, start=1, end=2)
+    zero = op.Constant(value_ints=[0])
+    added = op.Mod(op.Neg(length), op.Constant(value_ints=[_CHUNK]))
+    pads = op.Concat(op.Constant(value_ints=[0, 0, 0, 0, 0]), added, op.Constant(value_ints=[0, 0]), axis=0)
+    scanned = []
+    for x in (q, k, v, op.Squeeze(decay, row := op.Constant(value_ints=[3])), *(op.Unsqueeze(b, row) for b in beta)):
+        sizes = op.Concat(op.Constant(value_ints=[0, -1, _CHUNK]), op.Shape(x, start=2), axis=0)
+        scanned.append(op.Transpose(op.Reshape(op.Pad(x, pads), sizes), perm=[0, 1, 3, 2, 4]))
     assert state.dtype is not None
-    nodes: list[ir.Node] = []
+    lower, dtype = np.tri(_CHUNK), state.dtype.numpy()
 
-    def write(kind: str, *operands: ir.Value) -> ir.Value:
-        nodes.append(ir.node(kind, operands, outputs=[ir.val(f"token_{len(nodes)}", state.dtype)]))
-        return nodes[-1].outputs[0]
+    def compute(
+        held: ir.Value, q: ir.Value, k: ir.Value, v: ir.Value, decay: ir.Value, *beta: ir.Value
+    ) -> list[ir.Value]:
+        def constant(value: np.ndarray) -> ir.Value:
+            return op.Constant(value=ir.tensor(value.astype(dtype)))
 
-    names = ["state", "query", "key", "value", "decay", *(["read_key", "beta"] if with_beta else [])]
-    inputs: Sequence[ir.Value] = [ir.val(f"token_{name}", state.dtype) for name in names]
-    held, q, k, v, factor, *correction = inputs
-    if rate is not None:
-        factor = write("Exp", write("Mul", factor, rate))
-    held = write("Mul", held, factor)
-    if correction:
-        read, beta = correction
-        v = write("Mul", write("Sub", v, write("MatMul", read, held)), beta)
-    held = write("Add", held, write("Mul", k, v))
-    return ir.Graph(inputs, [held, write("MatMul", q, held)], nodes=nodes, name="token")
+        past = op.MatMul(constant(lower), decay)  # the logarithms up to each token
+        whole = op.ReduceSum(decay, op.Constant(value_ints=[2]))
+        seen = op.Add(op.Sub(past, op.Transpose(past, perm=[0, 1, 3, 2])), constant(np.where(lower, 0, -np.inf)))
+        pairs, since, turned = op.Exp(seen), op.Exp(past), op.Transpose(k, perm=[0, 1, 3, 2])
+        if beta:
+            # (I - N)⁻¹ = (I + N)(I + N²)(I + N⁴)… for N that is strictly lower. Equal keys make its powers large, and a
+            # step of Newton's method takes their rounding away.
+            one = constant(np.eye(_CHUNK))
+            known = op.Mul(op.Mul(op.MatMul(k, turned), pairs), op.Mul(beta[0], constant(np.eye(_CHUNK) - lower)))
+            inverse, power = op.Add(one, known), known
+            for _ in range(_DOUBLINGS):
+                power = op.MatMul(power, power)
+                inverse = op.Add(inverse, op.MatMul(inverse, power))
+            missing = op.Sub(one, op.Sub(inverse, op.MatMul(known, inverse)))
+            inverse = op.Add(inverse, op.MatMul(inverse, missing))
+            v = op.MatMul(inverse, op.Mul(op.Sub(v, op.MatMul(op.Mul(k, since), held)), beta[0]))
+        y = op.Add(op.MatMul(op.Mul(q, since), held), op.MatMul(op.Mul(op.MatMul(q, turned), pairs), v))
+        left = op.Mul(turned, op.Transpose(op.Exp(op.Sub(whole, past)), perm=[0, 1, 3, 2]))
+        return [op.Add(op.Mul(held, op.Exp(whole)), op.MatMul(left, v)), y]
+
+    behind, y = _scan("chunk", compute, state, scanned)
+    tokens = op.Transpose(y, perm=[0, 1, 3, 2, 4])
+    joined = op.Reshape(tokens, op.Concat(op.Constant(value_ints=[0, -1]), op.Shape(tokens, start=3), axis=0))
+    return [op.Slice(joined, zero, length, op.Constant(value_ints=[1])), behind]
+
+
+def _scan(name: str, body: Callable[..., list[ir.Value]], state: ir.Value, scanned: Sequence[ir.Value]) -> Any:
+    """Write a ``Scan`` along the second axis; return the state behind all parts, and what each part gives."""
+    inputs = [ir.val(f"{name}_in_{number}", value.dtype) for number, value in enumerate((state, *scanned))]
+    count = len(scanned)
+    graph = _record_graph(name, lambda: body(*inputs), inputs)
+    return op.Scan(
+        state, *scanned, body=graph, num_scan_inputs=count, scan_input_axes=[1] * count, scan_output_axes=[1]
+    )
+
+
+def _record_graph(name: str, write: Callable[[], Sequence[ir.Value]], inputs: Sequence[ir.Value] = ()) -> ir.Graph:
+    """Return the graph of the ops that a function writes, with names of its own."""
+    recorder = Recorder()  # type: ignore[abstract]  # as for a whole graph
+    with record_with(recorder):
+        outputs = write()
+    nodes = recorder.take_nodes()
+    for number, value in enumerate(value for node in nodes for value in node.outputs):
+        value.name = f"{name}_{number}"
+    return ir.Graph(inputs, outputs, nodes=nodes, name=name)

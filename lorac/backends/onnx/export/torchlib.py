@@ -119,7 +119,9 @@ class Recorder(_building.OpRecorder):
             _SIGNATURES[key] = OpSignature.from_op_schema(schema)
         signature = _SIGNATURES[key]
         named, settings = _building._construct_named_inputs_and_attrs(signature, inputs, attributes)  # type: ignore[arg-type]  # torch's to check
-        if isinstance(body := attributes.get("body"), ir.Graph):  # of a loop, whose outputs vary in number
+        if isinstance(
+            body := attributes.get("body", attributes.get("then_branch")), ir.Graph
+        ):  # outputs vary in number
             count = len(body.outputs)
         else:
             count = _building._determine_output_number(signature, settings)
