@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorac.errors import AdapterError
-from lorac.frontend.components import Skeleton
+from lorac.frontend.components import Skeleton, is_in_parts
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.limits import pause_clock
@@ -32,10 +32,11 @@ def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dty
 
     Returns:
         "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the weights have
-        several; None under a quantised weight, whose original values are unknown, and for a model without its weights.
+        several; None under a quantised weight, whose original values are unknown, and for a model without its weights,
+        or with a part of them (``shard_base``).
     """
     paths = tuple(paths)
-    if _is_quantised(view, paths):
+    if _is_quantised(view, paths) or any(map(is_in_parts, view.module.parameters())):
         return None
     digest = hashlib.blake2b(digest_size=16)
     dtypes = set()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lorac.errors import BaseNeeded
+from lorac.frontend.components import is_in_parts
 from lorac.frontend.parametrized_weights import read_module_tensor
 from lorac.frontend.quantised_weights import LayerWeight, dequantise, is_bitsandbytes_layer
 from lorac.ir.sites.site import BaseReader, Site
@@ -43,7 +44,7 @@ def _check_value(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
     """Return a parameter or buffer by its fully qualified name, or a tensor that its module computes at each call.
 
-    The weight of a layer of bitsandbytes comes as a ``LayerWeight``.
+    The weight of a layer of bitsandbytes comes as a ``LayerWeight``; one in parts whole, for which all processes call.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -51,7 +52,8 @@ def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
         return LayerWeight(module)
     tensor = read_module_tensor(module, leaf)
     assert isinstance(tensor, torch.Tensor)
-    return tensor
+    whole: torch.Tensor = tensor.full_tensor() if is_in_parts(tensor) else tensor  # type: ignore[attr-defined]  # DTensor
+    return whole
 
 
 def read_weight(site: Site, model: nn.Module) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.argument_types import check_type
 from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
@@ -74,8 +74,16 @@ def strip_wrappers(model: nn.Module) -> nn.Module:
     names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("torch.")}
     for name in names & _DISTRIBUTED.keys():
         raise CompileError(f"the model is a {name}, which several processes share", next_step=_DISTRIBUTED[name])
+    if any(map(is_in_parts, model.parameters())):
+        what = "the model's weights lie in parts in several processes"
+        raise CompileError(what, next_step="within lorac.training.gather_base(compiled) it has whole ones")
     inner = next((getattr(model, _WRAPPERS[name]) for name in names & _WRAPPERS.keys()), None)
     return model if inner is None else strip_wrappers(inner)
+
+
+def is_in_parts(tensor: Tensor) -> bool:
+    """Return whether each of several processes holds a part of a tensor: whether it is torch's DTensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def get_encoder_graph_name(name: str) -> str:

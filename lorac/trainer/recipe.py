@@ -172,7 +172,7 @@ class Recipe:
             what = f"a recipe of the task {self.task} has no field {short(name)}"
             raise OptionError(what, nearest=nearest, next_step=_EXAMPLE)
         what = f"{config.__name__} takes no {name}={short(value)}"
-        if not matches_type(value, types[name]):
+        if not matches_type(value, types[name]) and not (name == "fsdp" and value is True):
             raise WrongType(what, next_step=f"it takes {format_type(types[name])}")
         is_default = value == getattr(config, name, None)
         if isinstance(value, int | float) and value < _LEAST.get(name, value) and not is_default:

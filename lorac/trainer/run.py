@@ -19,6 +19,7 @@ from lorac.trainer import checkpoints, factories, losses
 from lorac.trainer.data import check_ids, load_rows
 from lorac.trainer.recipe import OWN_LOSS, TASKS, Recipe
 from lorac.training import loram
+from lorac.training.shards import gather_base
 from lorac.variants.adapter import Adapter
 
 _STEP = "change the field that it names, or the rows"
@@ -59,14 +60,15 @@ def train(
     trainer.save_state()
     compiled: CompiledModule = trainer.model
     names = sorted(compiled.adapters) if trainer.is_world_process_zero() else ()
-    for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
-        adapter = run.recover(compiled.adapters[name])
-        try:
-            lorac.save_adapter(adapter, folder / stem, model=run.host)
-        except FormatError as error:
-            if error.code != "unsupported_field":
-                raise
-            lorac.save_adapter(adapter, folder / f"{stem}.safetensors", format="native", model=run.host)
+    with gather_base(compiled):
+        for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
+            adapter = run.recover(compiled.adapters[name])
+            try:
+                lorac.save_adapter(adapter, folder / stem, model=run.host)
+            except FormatError as error:
+                if error.code != "unsupported_field":
+                    raise
+                lorac.save_adapter(adapter, folder / f"{stem}.safetensors", format="native", model=run.host)
     trainer.accelerator.wait_for_everyone()
     return compiled.eval()
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lorac.adapters.base_hash import compute_base_hash
-from lorac.errors import ArtifactError, OptionError, Unavailable, not_one_of, translate_errors
+from lorac.errors import ArtifactError, OptionError, Unavailable, not_one_of, short, translate_errors
 from lorac.formats.native import variant_config
 from lorac.storage.strict_json import JsonObject, dump_json
 from lorac.trainer import checkpoints, losses
@@ -31,6 +31,9 @@ from lorac.trainer.recipe import Recipe
 from lorac.training import name_optimizer_state
 from lorac.training.rule import Rule
 from lorac.training.rules.routing import repeat_rows
+from lorac.training.shards import shard_base
+
+_LAYERS, _RESHARD = "transformer_layer_cls_to_wrap", "reshard_after_forward"
 
 
 class AdapterTrainer(Trainer):
@@ -59,6 +62,11 @@ class AdapterTrainer(Trainer):
         beta = getattr(arguments, "beta", None)
         if reference is not None:  # with a beta, TRL would load the base's folder once more
             arguments.beta = 0.0
+        # Trainer itself would shard the adapters too.
+        sharding = dict(arguments.fsdp_config or {}) if arguments.fsdp else None
+        if sharding is not None:
+            self._check_sharding(arguments, sharding)
+            arguments.fsdp, arguments.fsdp_plugin_args = False, None
         super().__init__(**settings)
         if reference is not None:
             from trl.trainer.utils import add_fused_lm_head
@@ -67,11 +75,29 @@ class AdapterTrainer(Trainer):
             arguments.beta = self.beta = beta
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            what = "DeepSpeed and FSDP keep a model in parts, and a compiled one trains as a whole in each process"
-            raise Unavailable(what, next_step="leave deepspeed and fsdp out: torchrun trains on several processes")
+            what = (
+                "DeepSpeed and FSDP as accelerate has them keep adapters in parts, and a compiled model has whole ones"
+            )
+            raise Unavailable(what, next_step="give fsdp: full_shard in place of deepspeed, and start by torchrun")
         losses.check_learning(self.model, self.losses)
         if GATES in self.losses:
             self.data_collator = losses.collate_experts(self.data_collator)
+        if sharding is not None:
+            self._base  # noqa: B018  (the hash of the whole base)
+            layers, reshard = sharding.get(_LAYERS) or (), bool(sharding.get(_RESHARD, True))
+            sharers = [self.model, *filter(None, [getattr(self, "ref_model", None)])]
+            shard_base(*sharers, layers=layers, reshard_after_forward=reshard)
+
+    @staticmethod
+    def _check_sharding(arguments: Any, sharding: Mapping[str, Any]) -> None:
+        """Raise ``Unavailable`` for a setting of ``fsdp_config`` without effect here, and for a task that generates."""
+        if hasattr(arguments, "num_generations") or getattr(arguments, "predict_with_generate", False):
+            what = "processes that generate call the model at different times, and a base in parts needs one time"
+            raise Unavailable(what, next_step="leave fsdp out, or predict_with_generate")
+        for name, value in sharding.items():
+            if name not in (_LAYERS, _RESHARD) and str(value).lower() not in ("false", "0", "none") and value != 2:
+                what = f"fsdp_config takes no {name}={short(value)} over a compiled model"
+                raise Unavailable(what, next_step=f"it takes {_LAYERS} and {_RESHARD}")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the recipe's optimizer, or else that of the arguments, and attach the recipe's rules to it."""

@@ -20,6 +20,7 @@ from lorac.training.rules.proximal import ProximalGates, gate_penalty, soft_thre
 from lorac.training.rules.relora import ReLoRA, restart_schedule
 from lorac.training.rules.routing import draw_ordered, gate_loss, leave_one_out, sampled_selection_loss, sum_by_row
 from lorac.training.rules.squeeze import Squeeze, rank_stages
+from lorac.training.shards import gather_base, shard_base
 from lorac.variants._mixtures import ordered_log_prob
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "galore_groups",
     "gate_loss",
     "gate_penalty",
+    "gather_base",
     "leave_one_out",
     "name_optimizer_state",
     "ordered_log_prob",
@@ -48,6 +50,7 @@ __all__ = [
     "reduce_rank",
     "restart_schedule",
     "sampled_selection_loss",
+    "shard_base",
     "soft_threshold",
     "sora_code_threshold",
     "sum_by_row",

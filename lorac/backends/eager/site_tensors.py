@@ -55,7 +55,7 @@ class StoredTensor:
         now, own = self.read_now(), self.base
         if not isinstance(now, Tensor) or now is own:
             return own
-        if now is not self.first:
+        if now is not self.first or not own.numel():  # shard_base empties the model's own
             return now
         # A module that holds merged weights may have been moved, and the model's own tensor was not moved with it.
         return own.to(now) if type(own) is nn.Parameter else own
