@@ -138,7 +138,9 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     target: Annotated[
         str,
-        typer.Option(help="eager, onnxruntime, tensorrt, aoti, or another package's.", autocompletion=_list_targets),
+        typer.Option(
+            help="eager, onnxruntime, openvino, tensorrt, aoti, or another package's.", autocompletion=_list_targets
+        ),
     ] = "onnxruntime",
     mode: ModeOption = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",

@@ -64,7 +64,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
             stands for its base and its adapters.
         adapters: paths, Adapters, fresh Variants (to train) or configurations of PEFT's, by name or as a list. The
             adapters of a PeftModel come first, except those whose names are given here.
-        target: ``"eager"``, ``"onnxruntime"``, ``"tensorrt"`` or any other of ``lorac.session.targets.targets()``.
+        target: ``"eager"``, ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or any other of
+            ``lorac.session.targets.targets()``.
         example_inputs: tuple or dict of tensors or NumPy arrays, or a single tensor or array; of several models one
             tuple or dict by name. Default: made from the model's main input and configuration.
         mode: ``"live"``, ``"fused"``, ``"baked"`` or ``"auto"``.

@@ -21,7 +21,17 @@ from lorac.storage.artifact import write_artifact
 ROOT = Path(__file__).parents[2]
 RUNS = 3
 LIMIT = 0.3
-HEAVY = ("transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "peft", "onnxscript", "diffusers", "accelerate")
+HEAVY = (
+    "transformers",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "openvino",
+    "peft",
+    "onnxscript",
+    "diffusers",
+    "accelerate",
+)
 
 # The names that people touch first must stay light too, so the lazy ones are reached for.
 SCRIPT = """

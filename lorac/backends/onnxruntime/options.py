@@ -8,15 +8,12 @@ from typing import ClassVar
 import onnxruntime
 import torch
 
+from lorac.backends.onnx.options import OnnxOptions
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
 from lorac.backends.onnxruntime.quantised.algorithms import ALGORITHMS, GPTQ, K_QUANT, RTN
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
 from lorac.errors import MissingExtra, OptionError, check_release, nearest_name, not_one_of, short
 from lorac.native_library import NativeLibrary, find_native_library
-from lorac.target.backend import TargetOptions
-
-MAX_THREADS = 1024
-"""More threads than a machine has cores for one operator; each takes memory of its own."""
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 """Type of device -> its default provider."""
@@ -40,11 +37,10 @@ _QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level", *_CODE_OPT
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxRuntimeOptions(TargetOptions):
+class OnnxRuntimeOptions(OnnxOptions):
     """Options of the onnxruntime target.
 
     Attributes:
-        threads: threads of one operator, 0 for ONNX Runtime's own choice.
         spinning: how threads wait for the next operator. None: busily for some microseconds, and only within a call,
             which is as long as small operators take to follow one another; True: busily for as long as ONNX Runtime's
             default, between calls too, which slows down everything else on the machine; False: asleep, which is best
@@ -91,7 +87,6 @@ class OnnxRuntimeOptions(TargetOptions):
 
     running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers", "native", "prepacked")
     local: ClassVar[tuple[str, ...]] = ("calibration", "native", "prepacked")
-    threads: int = 0
     spinning: bool | None = None
     settle: str = "asked"
     cache: bool = False
@@ -153,6 +148,7 @@ class OnnxRuntimeOptions(TargetOptions):
         return self.cache
 
     def check(self) -> None:
+        super().check()
         if self.cache:
             found, otherwise = onnxruntime.__version__, "compile without cache=True"
             check_release("generation over a cache", "onnxruntime", found, _CACHE_RELEASE, otherwise=otherwise)
@@ -166,11 +162,6 @@ class OnnxRuntimeOptions(TargetOptions):
             )
         if self.settle not in _SETTLE_TIMES:
             raise not_one_of("settle cannot be", self.settle, _SETTLE_TIMES)
-        if not 0 <= self.threads <= MAX_THREADS:
-            raise OptionError(
-                f"threads cannot be {short(self.threads)}",
-                next_step=f"give a number up to {MAX_THREADS}, or 0 for all",
-            )
 
     def _check_device(self) -> None:
         """Raise ``OptionError`` for devices and providers that do not exist or contradict each other."""

@@ -1,0 +1,58 @@
+"""The openvino target: ONNX files that OpenVINO reads and compiles, whose slot inputs requests hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lorac.argument_types import JsonMapping
+from lorac.backends.onnx.base_backend import OnnxBackend
+from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.backends.openvino.compiled_model import compile_model
+from lorac.backends.openvino.engine import CompiledGraph, OvEngine
+from lorac.backends.openvino.options import OpenVINOOptions
+from lorac.ir.calls.interface import Interface
+from lorac.ir.graph.graph import SlotInput
+from lorac.target.engine import ProgramFiles
+
+if TYPE_CHECKING:
+    from lorac.backends.onnx.build import EmittedProgram
+    from lorac.backends.onnx.passes import OnnxDialect
+
+
+class OpenVINO(OnnxBackend[OpenVINOOptions, CompiledGraph]):
+    """Emits ONNX, and has OpenVINO compile it. Its methods import the modules that only building needs."""
+
+    options = OpenVINOOptions
+    engine = OvEngine
+
+    def dialect_for(self, options: OpenVINOOptions) -> OnnxDialect:
+        from lorac.backends.openvino.dialect import DIALECT
+
+        return DIALECT
+
+    def load_graph(
+        self,
+        name: str,
+        files: ProgramFiles,
+        interface: Interface,
+        slots: Mapping[str, SlotInput],
+        stored: JsonMapping,
+        options: OpenVINOOptions,
+    ) -> CompiledGraph:
+        return CompiledGraph(compile_model(files, name, slots, options), interface, slots, options)
+
+    def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OpenVINOOptions]) -> None:
+        """Test an engine that computes in float32: how far rounding moves outputs says nothing about slots."""
+        options = dataclasses.replace(engine.options, precision="f32")
+        if options != engine.options:
+            graphs = {
+                name: self.load_graph(name, engine.files, graph.interface, graph.slots, {}, options)
+                for name, graph in engine.graphs.items()
+            }
+            engine = OvEngine(dataclasses.replace(engine.program, graphs=graphs, options=options))
+        super().test(engine, emitted)
+
+
+BACKEND = OpenVINO()

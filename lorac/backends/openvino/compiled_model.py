@@ -1,0 +1,72 @@
+"""Compiled models over the open files of a program: how they are read and compiled."""
+
+from collections.abc import Collection
+
+import openvino as ov
+import torch
+from openvino.preprocess import PrePostProcessor
+
+from lorac.backends.onnx.model_files import read_model_files
+from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions
+from lorac.target.engine import ProgramFiles
+
+OV_TYPES = {
+    torch.float32: ov.Type.f32,
+    torch.float64: ov.Type.f64,
+    torch.float16: ov.Type.f16,
+    torch.bfloat16: ov.Type.bf16,
+    torch.int64: ov.Type.i64,
+    torch.int32: ov.Type.i32,
+    torch.int16: ov.Type.i16,
+    torch.int8: ov.Type.i8,
+    torch.uint8: ov.Type.u8,
+    torch.bool: ov.Type.boolean,
+}
+"""torch's dtype -> OpenVINO's."""
+IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
+"""The file in which OpenVINO looks for a tensor at an address of this process, which it copies. It refuses paths of
+open files, and messages of more than 2 GiB, so there is no other way to a checked weight."""
+
+
+def compile_model(
+    files: ProgramFiles, graph: str, slots: Collection[str], options: OpenVINOOptions
+) -> ov.CompiledModel:
+    """Compile a graph's model for a device; its weights are copied from the open file.
+
+    Args:
+        files: the program's, open.
+        slots: names of the slot inputs, which are held in the precision.
+
+    Raises:
+        ArtifactError: a weight is not where the model says.
+        Unavailable: OpenVINO does not compute an op of the model.
+    """
+    proto, weights = read_model_files(files, graph)
+    for tensor in (tensor for tensor in proto.graph.initializer if tensor.name in weights):
+        array = weights[tensor.name]
+        tensor.ClearField("external_data")
+        for key, value in {"location": IN_MEMORY, "offset": array.ctypes.data, "length": array.nbytes}.items():
+            tensor.external_data.add(key=key, value=str(value))
+    core = ov.Core()
+    device = options.device_name
+    # Precision and quantisation of operands are always said: OpenVINO's defaults round both where the CPU can.
+    settings: dict[str, object] = {
+        "INFERENCE_PRECISION_HINT": options.precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "NUM_STREAMS": options.streams,
+    }
+    if device == CPU:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    try:
+        model = core.read_model(proto.SerializeToString())
+        held = [port for port in model.inputs if port.node.friendly_name in slots and port.element_type == ov.Type.f32]
+        if held:
+            steps = PrePostProcessor(model)
+            for port in held:
+                steps.input(port.any_name).tensor().set_element_type(OV_TYPES[PRECISIONS[options.precision]])
+            model = steps.build()
+        return core.compile_model(model, device, settings)
+    except RuntimeError as error:
+        from lorac.backends.openvino.missing_op import missing_op_error  # it imports libraries that only building needs
+
+        raise missing_op_error(proto, str(error)) from error

@@ -1,0 +1,43 @@
+"""The ops that OpenVINO computes, and the form in which it takes programs.
+
+It publishes no list of them, so those that its reader of ONNX has no translation for are listed here.
+"""
+
+import onnx
+import torch
+
+from lorac.backends.onnx.legalize import Legalize
+from lorac.backends.onnx.passes import OnnxDialect
+from lorac.backends.openvino.wrapped_padding import JoinWrappedPadding
+from lorac.ir.sites.site import SiteKind
+from lorac.ir.slots.plans import RankPolicy
+from lorac.target.dialect import BranchGate, Dialect
+
+_UNTRANSLATED = """
+BitCast CausalConvWithState CumProd DeformConv Det ImageDecoder LinearAttention MaxUnpool MelWeightMatrix Optional
+OptionalGetElement OptionalHasElement RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase
+SequenceInsert SequenceLength SequenceMap SplitToSequence ConcatFromSequence StringConcat StringNormalizer StringSplit
+SwiGLU TensorScatter TfIdfVectorizer
+"""
+"""Ops that OpenVINO 2026.4 refuses whatever their operands, found by giving it each. Modes of other ops that it lacks
+are refused where the program is read."""
+_WRONG = ("If",)
+"""Ops with which OpenVINO 2026.4 answers wrongly: behind a second ``If`` the first call of a larger size reads memory
+that nothing has written."""
+
+DIALECT: OnnxDialect = Dialect(
+    name="openvino",
+    claims=frozenset(
+        ("", schema.name)
+        for schema in onnx.defs.get_all_schemas()
+        if not schema.domain and schema.name not in (*_UNTRANSLATED.split(), *_WRONG)
+    ),
+    passes=(Legalize(),),
+    late_rewrites=(JoinWrappedPadding(),),
+    gates=BranchGate.WHERE,  # as it computes ``If`` wrongly
+    # The CPU convolves with no kernel of a shape that varies; products take rank 0.
+    ranks=dict.fromkeys((SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D), RankPolicy.FIXED),
+    dtypes=(torch.float32,),
+    rows=True,
+    functions=False,
+)

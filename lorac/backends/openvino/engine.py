@@ -1,0 +1,150 @@
+"""The OpenVINO engine: a compiled model per graph; a choice of adapters is a set of tensors that requests hold."""
+
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor
+
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
+from lorac.backends.openvino.compiled_model import OV_TYPES
+from lorac.backends.openvino.options import OpenVINOOptions
+from lorac.errors import InputMismatch
+from lorac.ir.calls.interface import Interface
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.slots.composition import ComposedWeights
+
+_TORCH_DTYPES = {kind.get_type_name(): dtype for dtype, kind in OV_TYPES.items()}
+_WAITING = 2
+"""Requests per stream: while one is computed, another call may copy its inputs and outputs."""
+_INT32 = torch.iinfo(torch.int32)
+
+
+class CompiledGraph:
+    """One graph of the program: its compiled model and its interface.
+
+    Args:
+        interface: its inputs and outputs.
+        slots: its slot inputs by public name.
+        options: the target's.
+
+    Attributes:
+        places: the index of every input.
+        dtypes: the dtype of every input.
+        turns: bounds the calls that have a request.
+    """
+
+    def __init__(
+        self,
+        model: ov.CompiledModel,
+        interface: Interface,
+        slots: Mapping[str, SlotInput],
+        options: OpenVINOOptions,
+    ) -> None:
+        self.model, self.interface, self.slots = model, interface, slots
+        self.places = {port.node.friendly_name: index for index, port in enumerate(model.inputs)}
+        self.dtypes = {
+            port.node.friendly_name: _TORCH_DTYPES.get(port.element_type.get_type_name()) for port in model.inputs
+        }
+        self.turns = threading.BoundedSemaphore(_WAITING * options.streams)
+
+
+class OvEngine(OnnxEngine[CompiledGraph, OpenVINOOptions]):
+    """Runs a program, one compiled model per graph."""
+
+    target = "openvino"
+
+    def __init__(self, program: LoadedProgram[CompiledGraph, OpenVINOOptions]) -> None:
+        super().__init__(program)
+        self._dtypes = {name: g.dtypes[name] for g in self.graphs.values() for name in g.slots if name in g.dtypes}
+        self._written_requests: dict[str, list[ov.InferRequest]] = defaultdict(list)
+        self._written = self._to_slots(self.memory)
+
+    def _to_slots(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors in the dtypes of their slots; one that has it is not copied."""
+        return {name: tensor.detach().to(self._dtypes[name]).contiguous() for name, tensor in tensors.items()}
+
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "OvProgram":
+        return OvProgram(self, self._to_slots(tensors))
+
+    @property
+    def written_program(self) -> "OvProgram":
+        return OvProgram(self, self._written, self._written_requests)
+
+    def record_written(self, snapshot: ComposedWeights) -> None:
+        """Round the weights to the precision that requests read, if it is another."""
+        for name, tensor in self.memory.items():
+            if self._written[name] is not tensor:
+                self._written[name].copy_(tensor)
+
+    def machine_notes(self, graph: CompiledGraph) -> tuple[str, ...]:
+        """Say on which device and in which precision products are computed."""
+        device = graph.model.get_property("EXECUTION_DEVICES")
+        return (f"OpenVINO computes on {', '.join(device)} in {self.options.precision}",)
+
+
+@dataclass(frozen=True, eq=False)
+class OvProgram(OnnxProgram):
+    """The program with tensors for its slot inputs.
+
+    Attributes:
+        requests: requests of each graph that hold the tensors and that no call has.
+    """
+
+    engine: OvEngine
+    requests: dict[str, list[ov.InferRequest]] = field(default_factory=lambda: defaultdict(list))
+
+    @functools.cached_property
+    def values(self) -> Mapping[str, ov.Tensor]:
+        """Slot input -> the tensor as requests take it, in the same memory."""
+        return {name: as_ov_tensor(tensor) for name, tensor in self.tensors.items()}
+
+    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        loaded, idle = self.engine.graphs[graph], self.requests[graph]
+        with loaded.turns:
+            request = idle.pop() if idle else self._new_request(loaded)
+            for name, tensor in inputs.items():
+                _check_range(name, tensor)
+                request.set_input_tensor(loaded.places[name], as_ov_tensor(tensor))
+            request.infer()
+            outputs = [as_torch_copy(request.get_output_tensor(index)) for index in range(len(loaded.model.outputs))]
+            idle.append(request)
+        return outputs
+
+    def _new_request(self, loaded: CompiledGraph) -> ov.InferRequest:
+        request = loaded.model.create_infer_request()
+        for name in loaded.slots.keys() & self.values.keys() & loaded.places.keys():
+            request.set_input_tensor(loaded.places[name], self.values[name])
+        return request
+
+
+def as_ov_tensor(tensor: Tensor) -> ov.Tensor:
+    """Return a contiguous tensor as OpenVINO's, in the same memory."""
+    kind, shape = OV_TYPES[tensor.dtype], ov.Shape(list(tensor.shape))
+    if not tensor.numel():
+        return ov.Tensor(kind, shape)
+    array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return ov.Tensor(array, shape, kind)
+
+
+def as_torch_copy(value: ov.Tensor) -> Tensor:
+    """Return a copy of OpenVINO's tensor."""
+    dtype = _TORCH_DTYPES[value.element_type.get_type_name()]
+    assert dtype != torch.bfloat16, "models are float32"
+    return torch.from_numpy(np.array(value.data))
+
+
+def _check_range(name: str, tensor: Tensor) -> None:
+    """Refuse whole numbers that OpenVINO, which computes them in 32 bits, would change."""
+    if tensor.dtype == torch.int64 and tensor.numel():
+        least, most = torch.aminmax(tensor)
+        if least < _INT32.min or most > _INT32.max:
+            raise InputMismatch(
+                f"input '{name}' has numbers beyond {_INT32.max}, and OpenVINO computes whole numbers in 32 bits",
+                next_step="give smaller numbers; target='onnxruntime' and target='eager' take these",
+            )

@@ -1,0 +1,62 @@
+"""Options of the openvino target."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import openvino as ov
+import torch
+
+from lorac.backends.onnx.options import OnnxOptions
+from lorac.errors import OptionError, Unavailable, not_one_of, short
+
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+"""OpenVINO's name of a dtype that products are computed in -> torch's."""
+_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+"""The same -> its name among a device's capabilities."""
+MAX_STREAMS = 256
+"""More calls at once than a machine has cores for; each has memory of its own."""
+CPU = "CPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenVINOOptions(OnnxOptions):
+    """Options of the openvino target.
+
+    Attributes:
+        precision: what products are computed in, ``"f32"``, ``"bf16"`` or ``"f16"``; slots and merged weights are held
+            in it, and inputs and outputs stay as they are. OpenVINO's own default is bf16 where the processor has it,
+            which lorac never leaves to it.
+        streams: how many calls may be computed at once; further ones wait for their turn. Each stream has its share of
+            the threads.
+        device_name: OpenVINO's name of a device, ``"CPU"``, ``"GPU"`` or ``"GPU.1"``.
+    """
+
+    running: ClassVar[tuple[str, ...]] = ("threads", "precision", "streams", "device_name")
+    precision: str = "f32"
+    streams: int = 1
+    device_name: str = CPU
+
+    def check(self) -> None:
+        """Raise ``OptionError`` for unknown values, and ``Unavailable`` for a device without the precision."""
+        super().check()
+        if self.precision not in PRECISIONS:
+            raise not_one_of("precision cannot be", self.precision, PRECISIONS)
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise OptionError(
+                f"streams cannot be {short(self.streams)}", next_step=f"give a number from 1 to {MAX_STREAMS}"
+            )
+        core = ov.Core()
+        if self.device_name not in core.available_devices:
+            raise not_one_of("OpenVINO finds no device", self.device_name, core.available_devices)
+        if self.threads and self.device_name != CPU:
+            raise OptionError(
+                f"threads={self.threads} are the CPU's, and the program runs on {self.device_name}",
+                next_step="leave threads= out, or give device_name='CPU'",
+            )
+        able = core.get_property(self.device_name, "OPTIMIZATION_CAPABILITIES")
+        if _CAPABILITIES[self.precision] not in able:
+            known = [name for name, capability in _CAPABILITIES.items() if capability in able]
+            raise Unavailable(
+                f"{core.get_property(self.device_name, 'FULL_DEVICE_NAME')} does not compute in {self.precision}",
+                next_step=f"give precision={known[0]!r}; it has {', '.join(known)}",
+            )
