@@ -17,6 +17,8 @@ from torch import Tensor
 from lorac.limits import ReadBudget
 from lorac.testing.parity import ROUNDING
 
+SWAP_SECONDS = 0.002
+"""A swap of a small model's slots binds tensors and computes nothing."""
 ROWS = {torch.float32: 1e-5, torch.float64: 1e-12}
 """The largest difference of a row of a batch from the same row alone, of its largest value: both sum in another order,
 and a fault shows in the size of an adapter's contribution."""

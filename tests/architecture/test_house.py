@@ -115,9 +115,10 @@ def test_classes_are_abstract_or_final():
 
 
 def _importable():
-    """All modules; those that run on Ray where it is installed, which no extra of development brings."""
-    ray = importlib.util.find_spec("ray") is not None
-    return [source for source in SOURCES if ray or PACKAGE / "serving" / "ray" not in source.parents]
+    """All modules; those of Ray and OpenVINO where they are installed, which no extra of development brings."""
+    folders = {"ray": PACKAGE / "serving" / "ray", "openvino": PACKAGE / "backends" / "openvino"}
+    missing = [folder for library, folder in folders.items() if importlib.util.find_spec(library) is None]
+    return [source for source in SOURCES if not {*missing} & {*source.parents}]
 
 
 def _classes(source):

@@ -163,7 +163,11 @@ def arguments():
         for name in getattr(module, "__all__", None) or vars(module):
             known |= _taken(getattr(module, name))
     for target in targets():
-        known |= {field.name for field in dataclasses.fields(find_backend(target).options)}
+        try:
+            kinds = [find_backend(target).options]
+        except lorac.MissingExtra:  # openvino, which no extra of development brings
+            kinds = vars(importlib.import_module(f"lorac.backends.{target}.options")).values()
+        known |= {field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)}
     for way in ways().values():
         known |= {field.name for field in dataclasses.fields(way)}
     for kind in peft_types().values():

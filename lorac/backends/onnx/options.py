@@ -1,6 +1,6 @@
 """Options of the targets that run emitted ONNX files on the CPU too."""
 
-from abc import ABC
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from lorac.errors import OptionError, short
@@ -11,7 +11,7 @@ MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxOptions(TargetOptions, ABC):
+class OnnxOptions(TargetOptions):
     """Options that these targets share.
 
     Attributes:
@@ -20,6 +20,7 @@ class OnnxOptions(TargetOptions, ABC):
 
     threads: int = 0
 
+    @abstractmethod
     def check(self) -> None:
         """Raise ``OptionError`` for a value that makes no sense."""
         if not 0 <= self.threads <= MAX_THREADS:

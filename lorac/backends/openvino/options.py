@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import openvino as ov
 import torch
 
 from lorac.backends.onnx.options import OnnxOptions
@@ -45,7 +44,9 @@ class OpenVINOOptions(OnnxOptions):
             raise OptionError(
                 f"streams cannot be {short(self.streams)}", next_step=f"give a number from 1 to {MAX_STREAMS}"
             )
-        core = ov.Core()
+        import openvino
+
+        core = openvino.Core()
         if self.device_name not in core.available_devices:
             raise not_one_of("OpenVINO finds no device", self.device_name, core.available_devices)
         if self.threads and self.device_name != CPU:

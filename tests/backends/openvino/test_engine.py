@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.testing import assert_close
 from tests.docs.pages import blocks
+from tests.limits import SWAP_SECONDS
 
 openvino = pytest.importorskip("openvino")
 
@@ -105,7 +106,7 @@ def test_merges_in_place_and_as_constants():
 def test_swaps_in_two_milliseconds():
     program = live()
     program.swap("a")
-    assert min(program.swap(choice).seconds for choice in ("b", "a", "b", "a")) < 0.002
+    assert min(program.swap(choice).seconds for choice in ("b", "a", "b", "a")) < SWAP_SECONDS
 
 
 def test_gives_every_thread_the_answer_to_its_own_choice():
@@ -118,7 +119,7 @@ def test_gives_every_thread_the_answer_to_its_own_choice():
     assert all(torch.equal(answer, wanted[choice]) for choice, answer in answers)
 
 
-def test_bounds_the_calls_that_are_computed_at_once():
+def test_bounds_the_calls_at_a_time():
     loaded = compiled(streams=2).engine.graphs["main"]
     assert loaded.turns._value == 4
     assert loaded.model.get_property("NUM_STREAMS") == 2
@@ -147,7 +148,7 @@ assert not {"transformers", "onnxruntime", "onnxscript", "onnx_ir"} & {*sys.modu
     )
 
 
-def test_computes_in_float32_unless_asked():
+def test_computes_in_float32_by_default():
     settings = live().engine.graphs["main"].model
     assert settings.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     assert settings.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
@@ -164,7 +165,8 @@ def test_holds_slots_in_the_precision_of_products(mode, tmp_path):
         made.swap("a")
         found, wanted = made(X), expected("a")
         assert found.dtype == torch.float32
-        assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.02
+        assert not torch.equal(found, wanted)
+        assert_close(found.bfloat16(), wanted.bfloat16())
     wide = lorac.load(tmp_path / "program", precision="f32")
     wide.swap("a")
     assert_close(wide(X), expected("a"))
@@ -251,7 +253,7 @@ def test_names_the_mode_of_an_op_that_shows_only_where_the_program_is_read():
 
 
 def test_reads_weights_at_addresses_of_this_process():
-    """What ``compile_model`` relies on: weights that were mapped are handed over, and copied."""
+    """``compile_model`` relies on it: weights that were mapped are handed over, and copied."""
     from onnx import TensorProto, helper
 
     from lorac.backends.openvino.compiled_model import IN_MEMORY
@@ -273,7 +275,7 @@ def test_reads_weights_at_addresses_of_this_process():
     array[:] = 0
     x = np.ones((2, 64), np.float32)
     found = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
-    assert np.allclose(found, x @ copied, rtol=1e-4, atol=1e-4)
+    assert_close(torch.from_numpy(found), torch.from_numpy(x @ copied))
 
 
 class Pair(nn.Module):
