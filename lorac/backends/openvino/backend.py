@@ -17,7 +17,7 @@ from lorac.ir.graph.graph import SlotInput
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnx.build import EmittedProgram
+    from lorac.backends.onnx.emitted_program import EmittedProgram
     from lorac.backends.onnx.passes import OnnxDialect
 
 

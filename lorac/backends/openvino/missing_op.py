@@ -35,8 +35,8 @@ def missing_op_error(model: onnx.ModelProto, text: str) -> Unavailable:
         lines = [line for line in text.splitlines() if line and not line.startswith(("Exception from", "Check '"))]
         what = f"openvino does not take this program: {short(lines[0] if lines else text)}"
     else:
-        index, kind, why = min(found)
+        index, kind, reason = min(found)
         node = nodes[index] if index < len(nodes) else onnx.NodeProto(op_type=kind)
         origin = describe_origin(read_metadata(node))
-        what = f"openvino does not compute {node.op_type}{f' ({why})' if why else ''}{origin}"
+        what = f"openvino does not compute {node.op_type}{f' ({reason})' if reason else ''}{origin}"
     return Unavailable(what, next_step="target='onnxruntime' and target='eager' run it")
