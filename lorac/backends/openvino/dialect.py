@@ -39,5 +39,6 @@ DIALECT: OnnxDialect = Dialect(
     ranks=dict.fromkeys((SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D), RankPolicy.FIXED),
     dtypes=(torch.float32,),
     rows=True,
+    why_branches_shared="its branches have one place in a program",
     functions=False,
 )
