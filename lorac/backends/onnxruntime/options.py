@@ -8,12 +8,13 @@ from typing import ClassVar
 import onnxruntime
 import torch
 
-from lorac.backends.onnx.options import OnnxOptions
+from lorac.backends.onnx.thread_count import check_threads
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
 from lorac.backends.onnxruntime.quantised.algorithms import ALGORITHMS, GPTQ, K_QUANT, RTN
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
 from lorac.errors import MissingExtra, OptionError, check_release, nearest_name, not_one_of, short
 from lorac.native_library import NativeLibrary, find_native_library
+from lorac.target.backend import TargetOptions
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 """Type of device -> its default provider."""
@@ -37,10 +38,11 @@ _QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level", *_CODE_OPT
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxRuntimeOptions(OnnxOptions):
+class OnnxRuntimeOptions(TargetOptions):
     """Options of the onnxruntime target.
 
     Attributes:
+        threads: threads of one operator, 0 for ONNX Runtime's own choice.
         spinning: how threads wait for the next operator. None: busily for some microseconds, and only within a call,
             which is as long as small operators take to follow one another; True: busily for as long as ONNX Runtime's
             default, between calls too, which slows down everything else on the machine; False: asleep, which is best
@@ -87,6 +89,7 @@ class OnnxRuntimeOptions(OnnxOptions):
 
     running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers", "native", "prepacked")
     local: ClassVar[tuple[str, ...]] = ("calibration", "native", "prepacked")
+    threads: int = 0
     spinning: bool | None = None
     settle: str = "asked"
     cache: bool = False
@@ -148,7 +151,7 @@ class OnnxRuntimeOptions(OnnxOptions):
         return self.cache
 
     def check(self) -> None:
-        super().check()
+        check_threads(self.threads)
         if self.cache:
             found, otherwise = onnxruntime.__version__, "compile without cache=True"
             check_release("generation over a cache", "onnxruntime", found, _CACHE_RELEASE, otherwise=otherwise)

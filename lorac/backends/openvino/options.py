@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from lorac.backends.onnx.options import OnnxOptions
+from lorac.backends.onnx.thread_count import check_threads
 from lorac.errors import OptionError, Unavailable, not_one_of, short
+from lorac.target.backend import TargetOptions
 
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 """OpenVINO's name of a dtype that products are computed in -> torch's."""
@@ -18,10 +19,11 @@ CPU = "CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenVINOOptions(OnnxOptions):
+class OpenVINOOptions(TargetOptions):
     """Options of the openvino target.
 
     Attributes:
+        threads: threads of the CPU, 0 for OpenVINO's own choice.
         precision: what products are computed in, ``"f32"``, ``"bf16"`` or ``"f16"``; slots and merged weights are held
             in it, and inputs and outputs stay as they are. OpenVINO's own default is bf16 where the processor has it,
             which lorac never leaves to it.
@@ -31,13 +33,14 @@ class OpenVINOOptions(OnnxOptions):
     """
 
     running: ClassVar[tuple[str, ...]] = ("threads", "precision", "streams", "device_name")
+    threads: int = 0
     precision: str = "f32"
     streams: int = 1
     device_name: str = CPU
 
     def check(self) -> None:
         """Raise ``OptionError`` for unknown values, and ``Unavailable`` for a device without the precision."""
-        super().check()
+        check_threads(self.threads)
         if self.precision not in PRECISIONS:
             raise not_one_of("precision cannot be", self.precision, PRECISIONS)
         if not 1 <= self.streams <= MAX_STREAMS:
