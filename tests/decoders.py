@@ -187,12 +187,22 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "openai_gpt": _decoder("OpenAIGPT", name="OpenAIGPTLMHeadModel", n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "ctrl": _decoder("CTRL", name="CTRLLMHeadModel", n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64),
     "doge": _decoder("Doge"),
+    "llama4": _decoder(
+        "Llama4",
+        config="Llama4Text",
+        intermediate_size_mlp=48,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=4,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[0, 0],
+    ),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
     **HYBRIDS,
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
 that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out, with
-transformers' mask or one of the model's own, in a buffer or computed; a bias of keys; slopes."""
+transformers' mask or one of the model's own, in a buffer or computed; a bias of keys; slopes; chunks."""
 
 
 def adapt_llama(host: nn.Module) -> list[lorac.Adapter]:

@@ -66,6 +66,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "m2m_100": ("M2M100", _BART, ["q_proj", "v_proj"]),
     "mvp": ("Mvp", _BART, ["q_proj", "fc1"]),
     "bigbird_pegasus": ("BigBirdPegasus", {**_BART, "attention_type": "original_full"}, ["q_proj", "fc1"]),
+    "fsmt": (
+        "FSMT",
+        {**_BART, "langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY},
+        ["q_proj", "fc1"],
+    ),
+    "pegasus_x": ("PegasusX", {**_BART, "num_global_tokens": 4, "block_size": 4}, ["q_proj", "fc1"]),
     "t5gemma": (
         "T5Gemma",
         {"encoder": _GEMMA, "decoder": _GEMMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},

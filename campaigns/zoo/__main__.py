@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="so many models, then stop")
     parser.add_argument("--again", action="store_true", help="run what the journal has of this state of the code too")
     parser.add_argument("--no-plain", action="store_true", help="without the export to compare with: faster by a third")
+    parser.add_argument("--generation", action="store_true", help="what models generate over a cache, and nothing else")
     parser.add_argument("--way", action="append", choices=pages.WAYS, help="a target and mode; default: all of them")
     parser.add_argument("--seconds", type=int, default=300, help="of the processor, for one model (default: 300)")
     parser.add_argument("--gibibytes", type=int, default=6, help="of memory, for one model (default: 6)")
@@ -40,29 +41,34 @@ def _run(given: argparse.Namespace) -> None:
     state, versions = journal.code(), journal.versions()
     known = {} if given.again else journal.read(given.journal)
     chosen = [entry for entry in entries(given.only, given.family)]
-    ways = given.way or list(pages.WAYS)
-    left = [e for e in chosen if not _has(known.get(e.name), state, ways)][: given.limit]
+    ways = [] if given.generation else given.way or list(pages.WAYS)
+    left = [e for e in chosen if not _has(known.get(e.name, {}), state, ways)][: given.limit]
     families = {entry.name: entry.family for entry in chosen}
     print(f"{len(chosen)} models, {len(left)} to run on {state}", flush=True)
-    asked = Asked(given.seconds, given.gibibytes, tuple(ways), plain=not given.no_plain)
+    asked = Asked(
+        given.seconds, given.gibibytes, tuple(ways), plain=bool(ways) and not given.no_plain, generates=given.generation
+    )
     for number, (name, record) in enumerate(run([e.name for e in left], asked, given.workers), 1):
-        whole = {"family": families[name], **record, "code": state, "versions": versions, "at": time.strftime("%F")}
+        made = {"code": state, "versions": versions, "at": time.strftime("%F")}
+        if "generation" in record:
+            record["generation"] = {**record["generation"], **made}
+        whole = {"family": families[name], **record} | (made if ways else {})
         journal.append(given.journal, whole)
         print(f"{number}/{len(left)} {name}: {pages.summary(whole)}", flush=True)
 
 
-def _has(record: journal.Record | None, state: str, ways: list[str]) -> bool:
+def _has(record: journal.Record, state: str, ways: list[str]) -> bool:
     """Whether the journal says what came of a model on this state of the code, all ways asked for."""
-    return (
-        record is not None and record["code"] == state and ("outcome" in record or record["ways"].keys() >= set(ways))
-    )
+    if not ways:
+        return record.get("generation", {}).get("code") == state
+    return record.get("code") == state and ("outcome" in record or record["ways"].keys() >= set(ways))
 
 
 def _keep(given: argparse.Namespace) -> None:
     """Put a journal's records in the place of those kept; name the models that no journal has said anything of."""
     unknown = {e.name: {"model": e.name, "family": e.family, "ways": {}, "outcome": pages.NOT_RUN} for e in entries()}
-    known = journal.read(journal.KEPT) | journal.read(given.journal)
-    journal.keep(journal.KEPT, (known.get(name, record) for name, record in unknown.items()))
+    known = journal.read(journal.KEPT, given.journal)
+    journal.keep(journal.KEPT, ({**record, **known.get(name, {})} for name, record in unknown.items()))
 
 
 def _page(given: argparse.Namespace) -> None:

@@ -66,15 +66,16 @@ class _Subject:
     reference: list[Outputs] = field(default_factory=list)
 
 
-def check(entry: Entry, *, plain: bool = True, ways: Ways = WAYS) -> Record:
+def check(entry: Entry, *, plain: bool = True, ways: Ways = WAYS, generates: bool = False) -> Record:
     """Return the record of one model: an outcome for each way, with seconds of the processor, and of the plain export.
 
     Args:
         entry: the model.
         plain: also export it without lorac, to compare what that costs.
-        ways: targets and modes.
+        ways: targets and modes; with none, the record says nothing of them.
+        generates: also what the model generates, in each form.
     """
-    record: Record = {"model": entry.name, "family": entry.family, "ways": {}}
+    record: Record = {"model": entry.name, "family": entry.family} | ({"ways": {}} if ways else {})
     with tempfile.TemporaryDirectory() as folder:
         try:
             subject = _subject(entry)
@@ -85,10 +86,21 @@ def check(entry: Entry, *, plain: bool = True, ways: Ways = WAYS) -> Record:
             return {**record, **stop.record}
         if plain:
             record["plain"] = _timed(lambda: plain_export(subject.host, subject.calls[0], entry.shapes))
+        if generates:
+            record["generation"] = _generation(subject)
+        if not ways:
+            return record
         _ways(subject, ways, record["ways"])
         if entry.fewer and any(way["outcome"] == REFUSED for way in record["ways"].values()):
             record["ordinary"] = _ordinary(subject, Path(folder, "b"), record["ways"], ways)
     return record
+
+
+def _generation(subject: _Subject) -> Record:
+    from campaigns.zoo.generating import can_generate, check_generation  # it classifies failures as this file does
+
+    assert subject.adapted is not None
+    return check_generation(subject.host, subject.adapted.oracle) if can_generate(subject.host) else {}
 
 
 # ── The host and PEFT ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,9 +188,9 @@ def _way(subject: _Subject, target: str, mode: str) -> Record:
         record["seconds"] = round(time.process_time() - begun, 2)
         return {**record, **_answered(subject, compiled, target, before)}
     except lorac.LoracError as error:
-        return {**record, **_cause(error), "outcome": REFUSED, "next": error.next_step}
+        return {**record, **find_cause(error), "outcome": REFUSED, "next": error.next_step}
     except Exception as error:
-        return {**record, **_cause(error), "outcome": UNTYPED}
+        return {**record, **find_cause(error), "outcome": UNTYPED}
 
 
 def _answered(subject: _Subject, compiled: Any, target: str, before: tuple[Any, ...]) -> Record:
@@ -186,7 +198,7 @@ def _answered(subject: _Subject, compiled: Any, target: str, before: tuple[Any, 
     try:
         return _judged(subject, compiled, target, before)
     except lorac.errors.InputMismatch as error:
-        refused = {**_cause(error), "next": error.next_step}
+        refused = {**find_cause(error), "next": error.next_step}
     for free, (rows, length) in NARROWER.items():
         other = _at(subject, rows, length)
         if not _decides(other):
@@ -227,7 +239,7 @@ def _judged(subject: _Subject, compiled: Any, target: str, before: tuple[Any, ..
         assert adapting.fingerprint(subject.host) == before, "the host's flags, modules, hooks or random state changed"
         _left_alone(subject)
     except AssertionError as error:
-        return {**_cause(error), "outcome": WRONG}
+        return {**find_cause(error), "outcome": WRONG}
     return {"outcome": OK}
 
 
@@ -311,7 +323,7 @@ def _stopping(outcome: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise _Stop(outcome, _cause(error)) from error
+        raise _Stop(outcome, find_cause(error)) from error
 
 
 def _insist(holds: bool, what: str) -> None:
@@ -341,11 +353,11 @@ def _timed(work: Callable[[], None]) -> Record:
     try:
         work()
     except Exception as error:
-        return {"outcome": "cannot", **_cause(error)}
+        return {"outcome": "cannot", **find_cause(error)}
     return {"outcome": OK, "seconds": round(time.process_time() - begun, 2)}
 
 
-def _cause(error: BaseException) -> dict[str, Any]:
+def find_cause(error: BaseException) -> dict[str, Any]:
     """Class, first line and the innermost lines of an error."""
     innermost = traceback.extract_tb(error.__traceback__)[-3:]
     return {

@@ -45,15 +45,20 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> dict[str, Record]:
-    """Return the newest record of every model; a line that a killed run tore is passed over."""
+def read(*paths: Path) -> dict[str, Record]:
+    """Return what the newest records say of every model; a line that a killed run tore is passed over.
+
+    A record of what a model generates alone leaves the ways of an earlier one, and the other way round.
+    """
     found: dict[str, Record] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in (line for path in paths if path.exists() for line in path.read_text().splitlines()):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[record["model"]] = record
+        old = found.get(record["model"], {})
+        kept = old if "ways" not in record else {name: old[name] for name in ("generation",) if name in old}
+        found[record["model"]] = {**kept, **record}
     return found
 
 

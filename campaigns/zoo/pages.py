@@ -12,6 +12,7 @@ from typing import Any
 from campaigns.zoo import journal
 from campaigns.zoo.checking import FIXED, HOST_CANNOT, OK, PEFT_CANNOT, REFUSED, TIMEOUT, UNTYPED, WRONG
 from campaigns.zoo.exceptions import LEFT_OUT
+from campaigns.zoo.generating import FORMS, NONE, TIES
 
 Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
@@ -54,6 +55,8 @@ without lorac.
 # ── One model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def summary(record: Record) -> str:
     """One line."""
+    if "outcome" not in record and "ways" not in record:
+        return ", ".join(f"{form} {record['generation'].get(form, {}).get('outcome', UNKNOWN)}" for form in FORMS)
     if "outcome" in record:
         return f"{record['outcome']} ({record['class']}: {record['message'][:100]})"
     ways = [f"{way} {_one(found)}" for way, found in record["ways"].items()]
@@ -176,6 +179,7 @@ def page(given: Iterable[Record], left_out: Mapping[str, str]) -> str:
     for record in records:
         families[record["family"]].append(record)
     parts = [HEAD, _versions(records), _totals(records), _overview(families), _why(records), _slow(records)]
+    parts += [_generation(every)]
     parts += [_family(name, members) for name, members in sorted(families.items())]
     return "\n".join([*parts, not_compared(records, left_out), *_not_run(unknown)])
 
@@ -295,6 +299,42 @@ def _slow(records: Sequence[Record]) -> str:
         for r, record in found[:10]
     ]
     return "\n".join(["## Dearest to compile\n", _table(("model", "plain export", "lorac live", "ratio"), rows)])
+
+
+_GENERATION = """## Generation
+
+On ONNX Runtime over a cache, of models that generate: tokens against those of PEFT's rows alone, greedily of one row,
+of a batch of other lengths (*ragged*), of rows with choices of their own, of three beams, with an image; with int4
+weights they have only to come. *ties* is *ok* but for a token that PEFT's own scores do not tell from another. By
+`python -m campaigns.zoo run --generation`; a model that this was not run for is *not run*.
+"""
+
+
+def _generation(records: Sequence[Record]) -> str:
+    families = defaultdict(list)
+    for record in records:
+        families[record["family"]].append(record.get("generation"))
+    rows = []
+    for name, members in sorted(families.items()):
+        found = [one for one in members if one and FORMS[0] in one]
+        columns = [[one[form]["outcome"] for one in found] for form in FORMS]
+        of = [[outcome for outcome in column if outcome not in (NONE, HOST_CANNOT)] for column in columns]
+        if found:
+            shares = [f"{sum(o in (OK, TIES) for o in column)} of {len(column)}" if column else NONE for column in of]
+            rows.append((name, str(len(found)), *shares, str(members.count(None))))
+    failing = [
+        (record["model"].partition("/")[2], *(found[form]["outcome"] for form in FORMS), _cell(_first_of(found)))
+        for record in records
+        if FORMS[0] in (found := record.get("generation", {})) and _first_of(found)
+    ]
+    table = _table(("family", "models", *FORMS, "not run"), rows)
+    return "\n".join([_GENERATION, table, _table(("model", *FORMS, "why"), failing)])
+
+
+def _first_of(found: Record) -> str:
+    """Return the first error of a model's generation."""
+    forms = (found[form] for form in FORMS)
+    return next((f"{form['class']}: {general(form['message'])}" for form in forms if "message" in form), "")
 
 
 def _family(name: str, members: Sequence[Record]) -> str:

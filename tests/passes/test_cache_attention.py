@@ -7,6 +7,7 @@ import torch
 
 import lorac
 from lorac import Unavailable
+from lorac.frontend.capture.attention_interface import AttentionInterface
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
@@ -132,16 +133,30 @@ def test_the_pass_is_idempotent():
     assert not list(graph.find(attending.ATTENTION))
 
 
-@pytest.mark.medium("test_rejects_a_model_that_mixes_tokens_elsewhere")
-def test_rejects_a_mask_that_no_cache_knows():
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
+def test_notes_a_mask_that_no_cache_knows():
+    from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
-    config = Llama4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=4,
-    )  # fmt: skip
-    with pytest.raises(Unavailable, match="hides more than later tokens"):
-        grown(Llama4ForCausalLM(config).eval())
+    packed = and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 3)))
+    interface = AttentionInterface({})
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3, "dtype": torch.float32, "device": "cpu"}
+    for function in (causal_mask_function, packed):
+        interface.mask(mask_function=function, attention_mask=None, **sizes)
+    assert interface.problems == ["its attention hides more than later tokens and tokens outside a window"]
+
+
+@pytest.mark.parametrize("window", [0, 3, -4])
+def test_a_token_sees_a_window_or_a_chunk(window):
+    """Within chunks of four, the fifth token sees itself alone."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8).unbind()
+    places = torch.arange(9)
+    seen = places[None] <= places[:, None]
+    if window > 0:
+        seen &= places[None] > places[:, None] - window
+    if window < 0:
+        seen &= places[None] // 4 == places[:, None] // 4
+    y = torch.ops.lorac.attention(q, k, v, None, None, None, 0.5, True, window, 0.0, "")
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.5)
+    assert_close(y, right.transpose(1, 2))
 
 
 class Averaging(torch.nn.Module):

@@ -43,7 +43,7 @@ def _encoded(encoder, inputs):
 
 @pytest.mark.medium("runtime/generation/test_encoder_decoder_driver.py generates over both halves")
 @pytest.mark.slow("a T5", cases=["bart"])
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", ["bart", "t5", "pegasus_x"])
 @torch.no_grad()
 def test_parts_of_a_sequence_match_the_whole(family):
     """Rows with padding on the left and on the right, and with ragged parts of the sequence."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 
 from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
 from lorac.backends.onnx.passes import OnnxPass, module_around, shared_constant
@@ -66,23 +67,33 @@ class _SequenceLengths:
         longest = ir.Node("", "ReduceMax", [total.outputs[0]], [ir.AttrInt64("keepdims", 0)])
         graph.insert_before(graph[0], [total, last, known, longest])
         self.last, self.longest = known.outputs[0], longest.outputs[0]
-        self._biases: dict[ir.Value, ir.Value] = {}
+        self._biases: dict[tuple[ir.Value | None, int], ir.Value | None] = {}
 
-    def biases(self, graph: ir.Graph, node: ir.Node, distances: ir.Value) -> ir.Value:
-        """Return the bias of each score (batch, heads, length, longest), from a table by distance."""
-        if distances not in self._biases:
-            positions = node.inputs[7]
-            zero, one = (shared_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1))
-            longest = ir.Node("", "Cast", [self.longest], [ir.AttrInt64("to", ir.DataType.INT64)])
-            keys = ir.Node("", "Range", [zero, longest.outputs[0], one])
-            column = ir.Node("", "Unsqueeze", [positions, shared_constant(graph, "axis_2", np.array([2]))])
-            apart = ir.Node("", "Sub", [column.outputs[0], keys.outputs[0]])
-            behind = ir.Node("", "Max", [apart.outputs[0], zero])
-            found = ir.Node("", "Gather", [distances, behind.outputs[0]], [ir.AttrInt64("axis", 1)])
-            by_row = ir.Node("", "Transpose", [found.outputs[0]], [ir.AttrInt64s("perm", [1, 0, 2, 3])])
-            graph.insert_before(node, [longest, keys, column, apart, behind, found, by_row])
-            self._biases[distances] = by_row.outputs[0]
-        return self._biases[distances]
+    def biases(self, graph: ir.Graph, node: ir.Node, distances: ir.Value | None) -> ir.Value | None:
+        """Return the bias of each score (batch, heads or 1, length, longest), by distance or by chunk."""
+        chunk, positions = max(-node.attributes["window"].as_int(), 0), node.inputs[7]
+        if (distances, chunk) not in self._biases and (distances is not None or chunk):
+            tape, dtype = Tape(), _dtype(node.outputs[0]).numpy()
+            zero, one, size = (shared_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1, chunk))
+            axes = [shared_constant(graph, f"axis_{axis}", np.array([axis])) for axis in (1, 2)]
+            keys = tape.op("Range", [zero, tape.op("Cast", [self.longest], {"to": ir.DataType.INT64}), one])
+            bias = None
+            if distances is not None:
+                apart = tape.op("Sub", [tape.op("Unsqueeze", [positions, axes[1]]), keys])
+                found = tape.op("Gather", [distances, tape.op("Max", [apart, zero])], {"axis": 1})
+                bias = tape.op("Transpose", [found], {"perm": [1, 0, 2, 3]})
+            if chunk:
+                begin = tape.op("Sub", [positions, tape.op("Mod", [positions, size])])
+                hides = tape.op("Less", [keys, tape.op("Unsqueeze", [begin, axes[1]])])
+                scores = [
+                    shared_constant(graph, f"score_{i}", np.array(n, dtype))
+                    for i, n in enumerate((np.finfo(dtype).min, 0))
+                ]
+                hidden = tape.op("Unsqueeze", [tape.op("Where", [hides, *scores]), axes[0]])
+                bias = hidden if bias is None else tape.op("Add", [bias, hidden])
+            graph.insert_before(node, list(tape.nodes))
+            self._biases[distances, chunk] = bias
+        return self._biases.get((distances, chunk))
 
 
 _Tables = tuple[ir.Value, ir.Value]
@@ -127,9 +138,9 @@ def _attention_node(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, s
         "num_heads": heads,
         "kv_num_heads": cached_heads,
         "do_rotary": int(rotary is not None),
-        "local_window_size": window or -1,
+        "local_window_size": window if window > 0 else -1,
     }
-    bias = None if distances is None else lengths.biases(graph, node, distances)
+    bias = lengths.biases(graph, node, distances)
     tables = (None, None) if rotary is None else rotary[1]
     inputs = [*flat, past_k, past_v, lengths.last, lengths.longest, *tables, None, bias, sinks]
     return ir.Node(

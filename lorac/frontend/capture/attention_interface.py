@@ -28,7 +28,7 @@ from lorac.ir.calls.call import Inputs
 from lorac.ir.calls.modalities import FEATURES, OFFSETS
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
-from lorac.ir.graph.nodes import find_module_path
+from lorac.ir.graph.nodes import find_module_path, find_source_line
 from lorac.ir.graph.recurrence_op import RECURRENCE
 
 _INTERFACE = "lorac"
@@ -241,7 +241,8 @@ def check_attention_captured(program: ExportedProgram, model: str) -> None:
     if readers or not captured:
         softmaxes = (node for node in program.graph.nodes if "softmax" in str(node.target))
         attending = next(iter([*readers, *softmaxes]), None)
-        raise _attends_by_itself(model, "" if attending is None else find_module_path(attending))
+        found = ("", None) if attending is None else (find_module_path(attending), find_source_line(attending))
+        raise _attends_by_itself(model, *found)
 
 
 def _find_window(mask: Forward) -> int | None:
@@ -270,10 +271,10 @@ def _list_closures(function: object) -> list[tuple[object, object]]:
     return [(function.__code__, None), *(found for value in cells for found in _list_closures(value))]
 
 
-def _attends_by_itself(model: str, path: str) -> Unavailable:
-    who = f"'{path}'" if path else "it"
+def _attends_by_itself(model: str, path: str, line: str | None = None) -> Unavailable:
+    who, where = f"'{path}'" if path else "it", f", at {line}" if line else ""
     return Unavailable(
-        f"{model} keeps no cache: {who} attends by itself, not through transformers' attention interface",
+        f"{model} keeps no cache: {who} attends by itself, not through transformers' attention interface{where}",
         next_step=WITHOUT_CACHE,
     )
 

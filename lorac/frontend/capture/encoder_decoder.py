@@ -6,7 +6,7 @@ computed in both.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, final
 
@@ -22,7 +22,7 @@ from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
 from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_call, set_outputs
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.nodes import find_user_inputs
+from lorac.ir.graph.nodes import find_dependents, find_user_inputs
 from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
@@ -85,8 +85,8 @@ class _GraphHalves:
         nodes = list(program.graph.nodes)
         given = find_user_inputs(program)
         ids = given[find_token_input(given)]
-        text = _find_dependents(nodes, [ids, *(node for name, node in given.items() if name == LOGITS_TO_KEEP)])
-        others = _find_dependents(nodes, [node for node in given.values() if node not in text])
+        text = find_dependents(nodes, [ids, *(node for name, node in given.items() if name == LOGITS_TO_KEEP)])
+        others = find_dependents(nodes, [node for node in given.values() if node not in text])
         return cls(frozenset(text), frozenset(others - text), ids)
 
     def crossing(self) -> list[fx.Node]:
@@ -110,16 +110,6 @@ class _GraphHalves:
         return None if causal else "sees what comes later"
 
 
-def _find_dependents(nodes: Iterable[fx.Node], first: Sequence[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that are computed from some values; sizes of the values do not count."""
-    found = set(first)
-    for node in nodes:
-        sized = isinstance(node.meta.get("val"), torch.SymInt | int)
-        if node.op == "call_function" and not sized and not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
     """Split a graph with an encoder into the decoder's graph, which keeps the name, and the encoder's.
 
@@ -137,8 +127,8 @@ def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
     if not halves.encoded:
         return (graph,)
     crossing = {node.name: name for node, name in _name_crossing(halves).items()}
-    rows = str(halves.ids.meta["val"].shape[0])
-    by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) == rows for node in halves.crossing()]
+    rows = {str(node.meta["val"].shape[0]) for node in find_user_inputs(graph.exported).values()}
+    by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) in rows for node in halves.crossing()]
     if not crossing or not all(by_row):
         values = "something of all rows at once" if crossing else "nothing"
         raise Unavailable(f"the decoder of graph '{graph.name}' reads {values} of its encoder", next_step=WITHOUT_CACHE)

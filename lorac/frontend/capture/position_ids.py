@@ -1,8 +1,8 @@
 """positions: positions that a decoder numbers by itself become the op of ``lorac.ir.graph.attention_ops``, by row.
 
 A sequence that arrives in parts needs positions of its own for each row. So values that a decoder computes from its own
-numbering (``NUMBERINGS`` in the table of families) get an axis of rows. A numbering that biases of attention are made
-of stays: ``lorac.passes.relative_positions`` handles it.
+numbering (``NUMBERINGS`` in the table of families) get an axis of rows, or are looked up in a table by row. A numbering
+that biases of attention are made of stays: ``lorac.passes.relative_positions`` handles it.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,20 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from lorac.errors import Unavailable
-from lorac.frontend.capture.decoder_families import NUMBERINGS, find_sequence
+from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, NUMBERINGS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
-from lorac.ir.graph.edit import insert_call
-from lorac.ir.graph.graph import Graph, Level, Skip
-from lorac.ir.graph.nodes import find_module_path, find_sources
+from lorac.ir.graph.edit import add_constant, insert_call
+from lorac.ir.graph.graph import Graph, Level, Skip, find_origins
+from lorac.ir.graph.interpreter import evaluate
+from lorac.ir.graph.nodes import (
+    find_dependents,
+    find_module_path,
+    find_sources,
+    find_stored_tensors,
+    find_user_inputs,
+)
+from lorac.ir.graph.ops import SITE_CALLS
 from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
@@ -61,7 +69,10 @@ class MakePositionsPerRow(Pass):
                 counted = insert_call(program, node, aten.add.Tensor, by_row, numbering.first)
                 node.replace_all_uses_with(insert_call(program, node, aten.to.dtype, counted, node.meta["val"].dtype))
             else:
-                _replace_in_users(program, node, by_row)
+                try:
+                    _replace_in_users(program, node, by_row)
+                except Unavailable as error:
+                    _look_up(graph, ids, node, by_row, error)
         return PassResult(len(found) > len(skips), tuple(skips))
 
 
@@ -79,6 +90,40 @@ def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) 
             user.replace_all_uses_with(by_row)
         else:
             _replace_operand(program, user, node, by_row)
+
+
+def _look_up(graph: Graph, ids: fx.Node, numbers: fx.Node, by_row: fx.Node, error: Unavailable) -> None:
+    """Look up by row, in tables, what a model computes for its tokens from their numbers alone.
+
+    Raises:
+        Unavailable: the error, where a value is not (1 or batch, ..., length, features, ...).
+    """
+    program, count = graph.exported, graph.longest or DEFAULT_POSITIONS
+    rows, length = map(str, ids.meta["val"].shape)
+    for node in graph.find(aten.type_as.default):  # of the other operand, it reads the dtype alone
+        graph.replace_node(node, insert_call(program, node, aten.to.dtype, node.args[0], node.meta["val"].dtype))
+    sites = graph.find(*SITE_CALLS)  # adapters change what they compute
+    varying = find_dependents(graph.fx.nodes, [*find_user_inputs(program).values(), *sites])
+    for node in list(graph.fx.nodes):
+        value = node.meta.get("val")
+        read = isinstance(value, torch.Tensor) and node not in varying and not varying.isdisjoint(node.users)
+        if not read or numbers not in find_origins(node):
+            continue
+        shape = [str(size) for size in value.shape]
+        axis = shape.index(length) if shape.count(length) == 1 else 0
+        if not axis or not {"1", rows}.issuperset(shape[:axis]):
+            raise error
+        table = evaluate(node, find_stored_tensors(program), {rows: 1, length: count})
+        constant = add_constant(program, table.reshape(count, *table.shape[axis + 1 :]))
+        reader = node.next
+        found = insert_call(program, reader, aten.index.Tensor, constant, [by_row])
+        for _ in shape[1:axis]:
+            found = insert_call(program, reader, aten.unsqueeze.default, found, 1)
+        node.replace_all_uses_with(found)
+        graph.longest = count
+    used = graph.reaching_outputs()
+    for node in [node for node in reversed(graph.fx.nodes) if node.op == "call_function" and node not in used]:
+        graph.fx.erase_node(node)  # a write into a value that nothing reads would stay otherwise
 
 
 def _has_shape(node: fx.Node, shape: Sequence[int | torch.SymInt]) -> bool:

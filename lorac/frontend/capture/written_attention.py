@@ -40,6 +40,7 @@ _FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.mask
 _MAXIMA = frozenset({aten.maximum.default, aten.max.other})
 _HIDDEN = -1e4
 """Scores from here on have no share of a softmax."""
+_SHAPED = frozenset({aten.ones_like.default, attention_ops.POSITIONS})
 _REPEATING = frozenset({aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor})
 
 
@@ -108,11 +109,19 @@ def _join_key_bias(graph: Graph, node: fx.Node, bias: fx.Node) -> tuple[fx.Node,
 
 @dataclass
 class _Scores:
-    """What is known of scores on the way back from their softmax: scale, added bias, and window of a causal mask."""
+    """What is known of scores on the way back from their softmax.
+
+    Attributes:
+        scale: their factor.
+        bias: added to them.
+        window: that of a causal mask, None without.
+        filled: another mask, and which of its booleans hide a score.
+    """
 
     scale: float = 1.0
     bias: fx.Node | None = None
     window: int | None = None
+    filled: tuple[fx.Node, bool] | None = None
 
     def hide(self, window: int | None) -> None:
         """Note a causal mask; of two windows, the narrower one counts."""
@@ -132,7 +141,13 @@ class _ScoreReader:
         ids = named[find_sequence(named).ids]
         self._graph, self._count = graph, min(graph.longest or DEFAULT_POSITIONS, DEFAULT_POSITIONS)
         self._rows, self._length = ids.meta["val"].shape
-        self._known = {**find_stored_tensors(graph.exported), ids: torch.zeros(1, self._count, dtype=torch.int64)}
+        # What is computed of the ids' shape alone.
+        shaped = {
+            node: node.target(torch.zeros(1, self._count, dtype=torch.int64))
+            for node in ids.users
+            if node.target in _SHAPED
+        }
+        self._known = {**find_stored_tensors(graph.exported), **shaped}
         self._windows: dict[tuple[object, bool | None], int | None] = {}
 
     def match(self, written: fx.Node) -> tuple[Any, ...] | Skip | None:
@@ -167,7 +182,11 @@ class _ScoreReader:
         scores.hide(window)
         if bias is not None and bias.meta["val"].dim() == _AXES - 1:  # of (rows · heads, …) or (heads, …)
             bias = insert(aten.unflatten.int, bias, 0, [-1, q.meta["val"].shape[1]])
-        return q, k, v, bias, None, None, float(scores.scale), scores.window is not None, scores.window or 0, 0.0
+        seen = None
+        if scores.filled is not None:
+            seen, hides = scores.filled
+            seen = insert(aten.logical_not.default, seen) if hides else seen
+        return q, k, v, bias, seen, None, float(scores.scale), scores.window is not None, scores.window or 0, 0.0
 
     def read_bias(self, bias: Any) -> tuple[fx.Node | None, int | None]:
         """Return a bias without the causal mask in it, None for nothing, and the mask's window, None for no mask."""
@@ -179,7 +198,8 @@ class _ScoreReader:
         scores, node = _Scores(bias=bias), bias
         while scores.window is None and node is not None:
             node = self._peel(node, scores) or (node.args[0] if node.target in _REPEATING else None)
-        return (bias, None) if scores.window is None or scores.scale != 1 else (node, scores.window)
+        known = scores.window is not None and scores.scale == 1 and scores.filled is None
+        return (node, scores.window) if known else (bias, None)
 
     def _peel(self, node: fx.Node, scores: _Scores) -> fx.Node | None:
         """Return the scores from which a node computes scores, and note how; None if it is another op."""
@@ -197,7 +217,12 @@ class _ScoreReader:
             return operands[0]  # by 1 where they are seen
         if node.target in _FILLS and self._hides(operands[2]):
             where = node.target is aten.where.self
-            window, inner = self._find_window(operands[0 if where else 1], not where), operands[int(where)]
+            mask, inner = operands[0 if where else 1], operands[int(where)]
+            window = self._find_window(mask, not where)
+            if window is None and scores.filled is None:
+                hidden = self._evaluate(mask)
+                scores.filled = (mask, not where) if hidden is None or bool((hidden != where).any()) else None
+                return inner
         elif node.target in _SUMS and not node.kwargs:
             windows = [self._find_window(operand, None) for operand in operands]
             window = next((found for found in windows if found is not None), None)
@@ -238,11 +263,8 @@ class _ScoreReader:
         shape = [str(size) for size in (1, 1, *mask.meta["val"].shape)]
         if set(shape[-2:]) != {str(self._length)} or not {"1", str(self._rows)}.issuperset(shape[:-2]):
             return None
-        sizes, like = [1, self._count, self._count], torch.zeros(())
-        masks = {node: torch.ops.lorac.mask(like, sizes, window) for node, window in given.items()}
-        try:
-            value = evaluate(mask, self._known | masks, {str(self._rows): 1, str(self._length): self._count})
-        except Exception:  # an op may raise anything for sizes that it was not traced with, or for inputs without value
+        value = self._evaluate(mask)
+        if value is None:
             return None
         seen = value == 0 if hides is None else value.bool() != hides
         known = seen | (value <= _HIDDEN) if hides is None else value.bool() == value
@@ -255,6 +277,16 @@ class _ScoreReader:
                     self._graph.longest = self._count
                 return int(window)
         return None
+
+    def _evaluate(self, mask: fx.Node) -> torch.Tensor | None:
+        """Return the value of a mask for one row of the longest sequence; None if it depends on more than lengths."""
+        sizes, like = [1, self._count, self._count], torch.zeros(())
+        tokens: Any = [node for node in find_sources([mask]) if node.target is attention_ops.MASK]
+        masks = {node: torch.ops.lorac.mask(like, sizes, node.args[2]) for node in tokens}
+        try:
+            return evaluate(mask, self._known | masks, {str(self._rows): 1, str(self._length): self._count})
+        except Exception:  # an op may raise anything for sizes that it was not traced with, or for missing values
+            return None
 
     def _find_heads(self, before: fx.Node, node: fx.Node) -> fx.Node | None:
         """Return a value with rows and heads apart, given itself or with both as one axis."""

@@ -335,13 +335,13 @@ def insert_repeated_call(
 ) -> fx.Node:
     """Insert a call as ``insert_call``; repeated layers share ``known``, so that its value is computed once."""
     assert callable(op)
-    with program.graph.inserting_before(before):
-        node = program.graph.call_function(op, operands, named)
     given = fx.map_arg(operands, lambda operand: operand.meta["val"])
     key = ops.make_call_key(op, given, named)
     if key not in known:
         with tracing(), find_fake_mode(program), torch.no_grad():
             known[key] = op(*given, **named)
+    with program.graph.inserting_before(before):
+        node = program.graph.call_function(op, operands, named)
     node.meta["val"] = known[key]
     copy_provenance(node, before)
     return node

@@ -13,6 +13,7 @@ import torch.fx
 from torch.export import ExportedProgram
 
 from lorac.ir.calls.interface import Interface
+from lorac.ir.graph.nodes import find_sources
 from lorac.ir.graph.symbolic_shapes import rename_symbols
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.plans import SitePlan
@@ -224,6 +225,15 @@ def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
         item = [node.args[0]] if node.target is operator.getitem else []
         pending += [value for value in (*item, *_aliased(node, writes=False)) if isinstance(value, torch.fx.Node)]
     return changed
+
+
+def find_origins(node: torch.fx.Node) -> set[torch.fx.Node]:
+    """Return a node, the nodes from which it is computed, and the writes into these."""
+    writes, found, known = [each for each in node.graph.nodes if find_written_operands(each)], find_sources([node]), 0
+    while len(found) != known:
+        known = len(found)
+        found |= find_sources(write for write in writes if not found.isdisjoint(_whole(write)))
+    return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,7 +19,7 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
 from lorac.ir.graph.attention_ops import find_token_input, is_encoder_output
 from lorac.ir.graph.feeds import cache_input_shapes, make_empty_cache
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, find_origins
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
 
 aten = torch.ops.aten
@@ -66,23 +66,21 @@ def evaluate(node: fx.Node, known: Mapping[fx.Node, torch.Tensor], sizes: Mappin
 
     Args:
         node: the node.
-        known: their values; an input that is missing is an error.
+        known: their values; a KeyError where one is missing.
         sizes: torch's symbol for a size -> the size.
     """
-    values: dict[fx.Node, Any] = dict(known)
-
-    def compute(node: fx.Node) -> Any:
-        if node not in values:
-            example = node.meta.get("val")
-            if isinstance(example, torch.SymInt | int) and str(example) in sizes:
-                values[node] = sizes[str(example)]
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), compute)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
-        return values[node]
-
+    values, needed = dict[fx.Node, Any](known), find_origins(node)
     with torch.no_grad():
-        value: torch.Tensor = compute(node)
+        for each in node.graph.nodes:  # in order, since an op may write into a value
+            if each not in needed or each in values or each.op != "call_function":
+                continue
+            example = each.meta.get("val")
+            if isinstance(example, torch.SymInt | int) and str(example) in sizes:
+                values[each] = sizes[str(example)]
+            elif values.keys() >= set(each.all_input_nodes):
+                args, kwargs = fx.map_arg((each.args, each.kwargs), values.__getitem__)
+                values[each] = each.target(*args, **kwargs)
+    value: torch.Tensor = values[node]
     return value
 
 

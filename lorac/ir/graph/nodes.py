@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch.export import ExportedProgram
 
 from lorac.source_lines import is_user_code
@@ -45,6 +45,16 @@ def find_sources(values: Iterable[object]) -> set[fx.Node]:
         if isinstance(node, fx.Node) and node not in found:
             found.add(node)
             waiting += node.all_input_nodes
+    return found
+
+
+def find_dependents(nodes: Iterable[fx.Node], first: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that are computed from some values; sizes of the values do not count."""
+    found = set(first)
+    for node in nodes:
+        sized = isinstance(node.meta.get("val"), SymInt | int)
+        if node.op == "call_function" and not sized and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 

@@ -23,7 +23,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_sample": True},
     {"repetition_penalty": 1.3},
 ]
-SOON = ("t5", "mvp", "whisper", "m2m_100")
+SOON = ("t5", "mvp", "fsmt", "whisper", "m2m_100")
 
 
 def _made(model: Any, mode: str = "live", **options: Any) -> Any:
@@ -53,7 +53,7 @@ def _same(compiled: Any, peft: Any, family: str, asked: list[dict[str, Any]]) ->
 
 
 @pytest.mark.medium("test_tokens_are_those_of_the_host_with_adapters_by_row")
-@pytest.mark.slow("a T5 and an MVP", keep=["t5", "mvp"])
+@pytest.mark.slow("a T5, an MVP and an FSMT", keep=["t5", "mvp", "fsmt"])
 @pytest.mark.parametrize("family", SOON)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Batches padded on either side; beams."""
