@@ -13,6 +13,7 @@ from benchmarks import __main__ as everything
 
 ROOT = Path(__file__).parents[2]
 ROWS = {
+    "aoti": [["live / plain", "live, none / plain", "plain, A/A / plain", "swap"]],
     "bank": [
         [
             "copy of its bytes",
@@ -180,6 +181,7 @@ def test_every_benchmark_is_here():
 
 
 SLOW = (
+    "aoti",
     "compile",
     "diffusion",
     "hops",

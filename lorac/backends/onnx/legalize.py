@@ -192,6 +192,19 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     return True
 
 
+def _legalize_unsqueeze(graph: Graph, node: fx.Node) -> bool:
+    """Unsqueeze complex numbers as real ones, whose parts lie along a last axis: ONNX has no op for them."""
+    x, axis = node.args
+    is_complex = get_example(x).is_complex()
+    if is_complex:
+        assert isinstance(axis, int)
+        parts = insert_call(graph.exported, node, aten.view_as_real.default, x)
+        place = axis % get_example(node).dim()
+        unsqueezed = insert_call(graph.exported, node, aten.unsqueeze.default, parts, place)
+        node.target, node.args = aten.view_as_complex.default, (unsqueezed,)
+    return is_complex
+
+
 def _writes_private_tensor(node: fx.Node) -> bool:
     """Return whether an op writes in place to a new tensor that nothing else reads, so that it may return another."""
     if not _returns_tensor(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
@@ -239,6 +252,7 @@ _REWRITES: Mapping[object, Callable[[Graph, fx.Node], bool]] = {
     **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), _legalize_cast),
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _legalize_squeeze),
     aten.split.Tensor: _legalize_split,
+    aten.unsqueeze.default: _legalize_unsqueeze,
 }
 """Op -> its rewrite, which returns whether it did anything."""
 _REVERSED = {aten.rsub.Scalar, aten.rsub.Tensor}
