@@ -132,8 +132,8 @@ def load_tokenizer(folder: Path) -> object:
         return None
 
 
-def load_image_processor(spec: Path) -> object:
-    """Load the image processor in a model's folder.
+def load_image_processor(spec: Path, kind: str = "AutoImageProcessor") -> object:
+    """Load the image processor in a model's folder, or another kind of transformers'.
 
     Raises:
         OptionError: it is missing, or cannot be read.
@@ -141,7 +141,7 @@ def load_image_processor(spec: Path) -> object:
     import transformers
 
     try:
-        return transformers.AutoImageProcessor.from_pretrained(spec)
+        return getattr(transformers, kind).from_pretrained(spec)
     except Exception as error:  # a damaged folder may make transformers raise anything
         raise OptionError(
             f"'{spec}' has no image processor: {_format_exception(error)}",

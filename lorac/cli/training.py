@@ -1,19 +1,24 @@
 """Commands about training: train, transfer."""
 
 import contextlib
+import itertools
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lorac.cli._models import load_found_model, load_image_processor, load_with_tokenizer, parse_option
-from lorac.cli._output import JsonOption, print_report
+from lorac.cli._output import JsonOption, format_number, make_table, print_report
 from lorac.errors import OptionError
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.remote.names import find_source
+from lorac.storage.strict_json import parse_object
 
+_OVERRIDE_HELP = "KEY=VALUE in place of the recipe's, such as adapters.mine.r=8; may be given several times."
+_SWEEP_HELP = "KEY=[VALUE, ...]: a run for each value, or combination of several keys, and a table of their losses."
 _OPTION_HELP = "KEY=VALUE, a hyper-parameter of the method, such as r=8; may be given several times."
 
 
@@ -22,6 +27,8 @@ def train(
     model: Annotated[str | None, typer.Option(help=f"Instead of the recipe's. {MODEL_HELP}")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write, instead of the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    override: Annotated[list[str], typer.Option("--override", help=_OVERRIDE_HELP)] = [],  # noqa: B006  (typer's way)
+    sweep: Annotated[list[str], typer.Option("--sweep", help=_SWEEP_HELP)] = [],  # noqa: B006  (the same)
     json: JsonOption = False,
 ) -> None:
     """Train the adapters of a recipe by TRL or transformers: any method, rule, initialiser and optimizer by name."""
@@ -29,21 +36,41 @@ def train(
     from lorac.trainer import train as run
     from lorac.trainer.run import leave_process_group
 
-    recipe = read_recipe(config)
+    overrides, grid = dict(map(parse_option, override)), dict[str, Any](map(parse_option, sweep))
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise OptionError(f"--sweep {key} has no list of values", next_step="write --sweep 'seed=[1,2,3]'")
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    recipes = [read_recipe(config, {**overrides, **point}) for point in points]
+    recipe = recipes[0]
     host, folder = model or recipe.model, out or recipe.out
     for field, path in (("model", host), ("out", folder)):
         if path is None:
             raise OptionError(f"'{config}' has no {field}", next_step=f"add it, or give --{field}")
     place = find_source(host, "the model", OptionError)
     loaded, processing_class = load_found_model(place)
-    if recipe.task == "image-classification":
-        processing_class = load_image_processor(place)
+    if recipe.task in ("image-classification", "vlm"):
+        processing_class = load_image_processor(
+            place, "AutoProcessor" if recipe.task == "vlm" else "AutoImageProcessor"
+        )
     if processing_class is None:
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
-    with contextlib.redirect_stdout(sys.stderr):  # trainers print their log
-        names = [*run(loaded, processing_class, recipe, str(folder), resume=resume).adapters]
+    sys.path.append(os.getcwd())  # for reward_funcs
+    rows = []
+    for point, one in zip(points, recipes, strict=True):
+        place = Path(str(folder), ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "_"))
+        going_on = resume and (place.exists() or not point)
+        with contextlib.redirect_stdout(sys.stderr):  # trainers print their log
+            names = [*run(loaded, processing_class, one, str(place), resume=going_on).adapters]
+        history = parse_object((place / "trainer_state.json").read_bytes(), OptionError)["log_history"]
+        ends = {key: next((e[key] for e in reversed(history) if key in e), None) for key in ("loss", "eval_loss")}
+        rows.append({**point, **ends, "folder": str(place)})
     leave_process_group()
-    print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
+    if not grid:
+        print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
+        return
+    table = make_table(rows[0], (map(format_number, row.values()) for row in rows))
+    print_report({"runs": rows}, table, as_json=json)
 
 
 def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)

@@ -32,10 +32,12 @@ ROWS_HASH = "rows_hash"
 """Entry of a run: the hash of its rows."""
 _FIELDS = {"lorac_checkpoint": int, "step": int, "adapters": dict, "recipe": dict, "files": dict, "seal": str}
 _UNBOUND = re.compile(
-    r"(model|out)$|arguments\.(logging_|log_|save_|hub_|push_to_hub|report_to|run_name|project|disable_tqdm"
+    r"(model|out|merge|push)$|arguments\.(logging_|log_|save_|hub_|push_to_hub|report_to|run_name|project|disable_tqdm"
     r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor))"
 )
 """Settings of a run that change none of its results."""
+_LENGTHS = ("arguments.max_steps", "arguments.num_train_epochs")
+"""Settings of a run that may grow where it goes on."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Checkpoint:
             name: here for name, here in run.items() if name != ROWS_HASH or name in self.run
         }  # older ones lack it
         for path, there, here in _iterate_differences({name: self.run.get(name) for name in bound}, bound):
-            if not _UNBOUND.match(path):
+            numbers = [value for value in (there, here) if isinstance(value, int | float)]
+            is_longer = path in _LENGTHS and len(numbers) == 2 and numbers[0] < numbers[1]
+            if not _UNBOUND.match(path) and not is_longer:
                 raise ChoiceError(
                     f"'{self.folder}' is of another run: {path} is {short(there)} there, and {short(here)} here",
                     next_step="continue with the same recipe, model and data, or begin a run in another folder",

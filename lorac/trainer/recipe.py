@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
@@ -92,6 +93,8 @@ class Recipe:
         loss: terms to add to the model's loss, by the names of ``lorac.training``'s functions.
         start_batches: number of batches that a start sees.
         early_stopping_patience: evaluations without a better one after which the run stops.
+        merge: a new folder for the base with the adapters merged into it, and its tokenizer.
+        push: a repository of the hub for the adapter; of several, each gets ``-<its name>`` behind the name.
         recover: for LoRAM, where the model is a smaller copy: ``{"model": <folder of the large one>, "pruned": <a
             folder of pruned_idx files, or a file of write_pruning_record>}``. LoRAs are written for the large model.
         arguments: of the task's dataclass in ``TASKS``, by their own names. In YAML they are top-level fields.
@@ -117,6 +120,8 @@ class Recipe:
     loss: Sequence[NamedSpec] = ()
     start_batches: Count = 8
     early_stopping_patience: Count | None = None
+    merge: str | None = None
+    push: str | None = None
     recover: Mapping[str, str] | None = None
     arguments: Fields = field(default_factory=dict)
 
@@ -148,6 +153,9 @@ class Recipe:
             raise OptionError(
                 what, next_step="it takes model and pruned: the large model, and the record of its pruning"
             )
+        if self.merge is not None and (self.recover is not None or Path(self.merge).exists()):
+            what = f"'{self.merge}' exists already" if self.recover is None else "recover's large model has no weights"
+            raise ChoiceError(f"nothing can be merged: {what}", next_step="give merge a new folder, or leave it out")
         for name, value in self.arguments.items():
             self._check_argument(name, value)
 
@@ -185,8 +193,12 @@ class Recipe:
 _OWN = frozenset(one.name for one in dataclasses.fields(Recipe)) - {"arguments"}
 
 
-def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+def read_recipe(path: str | os.PathLike[str], overrides: Fields = MappingProxyType({})) -> Recipe:
     """Read a recipe from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: field -> value in place of the file's; ``"adapters.mine.r"`` names a field within fields.
 
     Raises:
         OptionError: the file cannot be read, is not a mapping, has a name twice or an alias, or is too large or deep.
@@ -194,5 +206,14 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         WrongType, ChoiceError, OptionError: as ``Recipe``.
     """
     given = read_yaml(parse_path(path, "the recipe", OptionError), next_step=_EXAMPLE)
+    for key, value in overrides.items():
+        *above, last = key.split(".")
+        fields: Any = given
+        for name in above:
+            fields = fields.setdefault(name, {})
+            if not isinstance(fields, dict):
+                what = f"'{key}' names a field of {name}, which holds {short(fields)}"
+                raise OptionError(what, next_step="give all of its value, or the path of a field: adapters.mine.r=8")
+        fields[last] = value
     own = {name: given.pop(name) for name in _OWN & given.keys()}
     return Recipe(**own, arguments=given)

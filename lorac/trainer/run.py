@@ -36,7 +36,7 @@ def train(
         processing_class: the model's tokenizer; of images the processor. Left unchanged.
         recipe: the run's settings.
         out: a folder without a run; it gets each adapter, in PEFT's format or where it has no place there in lorac's,
-            the trainer's checkpoints, and ``trainer_state.json`` with everything it logged.
+            the trainer's checkpoints, ``trainer_state.json`` with everything it logged, and ``loss.svg``.
         resume: continue from the newest checkpoint in ``out``, bit for bit as if the run had not stopped.
 
     Returns:
@@ -54,6 +54,8 @@ def train(
         raise ChoiceError(
             f"'{folder}' holds a run already", next_step="resume=True continues it; or give another folder"
         )
+    from lorac.trainer.log import draw_losses
+
     run = _Run(model, copy.deepcopy(processing_class), recipe, folder)
     trainer = run.make_trainer(None if checkpoint is None else checkpoint.adapters(model))
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -63,12 +65,22 @@ def train(
     with gather_base(compiled):
         for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
             adapter = run.recover(compiled.adapters[name])
+            form = "peft"
             try:
                 lorac.save_adapter(adapter, folder / stem, model=run.host)
             except FormatError as error:
                 if error.code != "unsupported_field":
                     raise
-                lorac.save_adapter(adapter, folder / f"{stem}.safetensors", format="native", model=run.host)
+                form = "native"
+                lorac.save_adapter(adapter, folder / f"{stem}.safetensors", format=form, model=run.host)
+            if recipe.push is not None:
+                adapter.push_to_hub(recipe.push + f"-{stem}" * (len(names) > 1), model=run.host, format=form)
+        if names:
+            (folder / "loss.svg").write_text(draw_losses(trainer.state.log_history), encoding="utf-8")
+        if names and recipe.merge is not None:
+            merged: Any = lorac.merge_into(model, compiled.adapters, dict(compiled.choice))
+            merged.save_pretrained(recipe.merge)
+            processing_class.save_pretrained(recipe.merge)
     trainer.accelerator.wait_for_everyone()
     return compiled.eval()
 
@@ -119,8 +131,9 @@ class _Run:
 
     def make_trainer(self, adapters: Mapping[str, Any] | None) -> Any:
         """Make the trainer of the model compiled with some adapters; None: those that the recipe begins with."""
-        from transformers import EarlyStoppingCallback
+        from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
+        from lorac.trainer.log import LogLines
         from lorac.trainer.trainer import adapter_trainer
 
         recipe, options = self.recipe, dict[str, Any](recipe=self.recipe)
@@ -141,6 +154,9 @@ class _Run:
         for adapter in compiled.adapters.values():
             self.recover(adapter)  # refused before the training, where it cannot be after it
         trainer = self._construct(adapter_trainer(self.trainer_class), compiled, **options)
+        for callback in (PrinterCallback, ProgressCallback):  # they print mappings of Python
+            trainer.remove_callback(callback)
+        trainer.add_callback(LogLines())
         host: Any = self.model
         pictured = recipe.task in ("vlm", "image-classification")
         for rows in () if pictured else (trainer.train_dataset, trainer.eval_dataset):
