@@ -77,6 +77,7 @@ class Benchmark:
         measure: one job's figures (numbers in mappings; words where all processes agree).
         tables: the tables, from the medians of every job.
         prepare: writes what the jobs share into the folder that ``--folder`` names, else one for this run.
+        find_faults: figures that make the command fail, as sentences.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Benchmark:
     measure: Callable[[Job, argparse.Namespace], Mapping[str, Any]]
     tables: Callable[[Found, argparse.Namespace], Sequence[Table]]
     prepare: Callable[[argparse.Namespace], None] | None = None
+    find_faults: Callable[[Found, argparse.Namespace], Sequence[str]] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Measure as the command line says, print the tables, and write them as JSON where that is asked for."""
@@ -106,6 +108,8 @@ class Benchmark:
             print_table(table)
         if given.json:
             write_json(given.json, self, given, tables, time.perf_counter() - begun)
+        if self.find_faults is not None and (faults := self.find_faults(found, given)):
+            raise SystemExit("\n".join(faults))
 
     def _given(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(

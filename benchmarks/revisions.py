@@ -1,15 +1,18 @@
 """Compiling, calling, swapping and generating at two revisions of lorac: is the newer one slower?
 
-    python -m benchmarks.revisions --old REVISION [--new REVISION] [--layers 12] [--processes 5]
+    python -m benchmarks.revisions --old REVISION [--new REVISION] [--layers 12] [--processes 5] [--limit 1.1]
 
 Each side is a process of its own that imports that revision's package, and sides alternate. All figures are processor
-seconds on one thread, which other work on the machine disturbs little. Target: every ratio within A/A.
+seconds on one thread, which other work on the machine disturbs little. Target: every ratio within A/A. With ``--limit``
+it exits with 1 where the newer revision takes more than so many times the older one's time, and A/A is less than half
+as far from 1; `.ci/weekly` runs it so, against the last tag.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -94,6 +97,7 @@ REVISIONS = (
     common.Option("new", "HEAD", smoke="HEAD", help="the newer revision"),
 )
 TOKENS = common.Option("tokens", 24, smoke=2, help="generated tokens per call")
+LIMIT = common.Option("limit", 0.0, smoke=0.0, help="the largest ratio that does not fail; 0: none fails")
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -136,14 +140,26 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
     return [common.Table(f"{given.old} and {given.new}", columns, rows, [(text,) for text in FIGURES.values()], a_a)]
 
 
+def find_slower(found: common.Found, given: argparse.Namespace) -> list[str]:
+    """Return a sentence for each figure that is beyond the limit, and beyond the noise that A/A shows."""
+    old, again, new = (found[(side,)] for side in SIDES)
+    ratios = {name: (new[name] / old[name], abs(math.log(again[name] / old[name]))) for name in FIGURES}
+    return [
+        f"{FIGURES[name]} takes {ratio:.2f} times as long as at {given.old}, where at most {given.limit} is admitted"
+        for name, (ratio, noise) in ratios.items()
+        if given.limit and ratio > given.limit and math.log(ratio) > 2 * noise
+    ]
+
+
 BENCHMARK = common.Benchmark(
     name="revisions",
     text=__doc__,
-    options=(*REVISIONS, common.layers(12), common.rounds(20), TOKENS),
+    options=(*REVISIONS, common.layers(12), common.rounds(20), TOKENS, LIMIT),
     jobs=lambda given: [(side,) for side in SIDES],
     measure=measure,
     tables=tables,
     prepare=prepare,
+    find_faults=find_slower,
 )
 
 if __name__ == "__main__":
