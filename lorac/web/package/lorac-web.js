@@ -1,4 +1,4 @@
-// lorac-web: language models with adapters, compiled by lorac and written by `lorac export-web`, in browsers and Node.js.
+// lorac-web: language models with adapters, which `lorac export-web` wrote, in browsers and Node.js.
 import { Template } from "@huggingface/jinja";
 import { Tokenizer } from "@huggingface/tokenizers";
 
@@ -19,17 +19,15 @@ const fail = (message) => {
   throw new LoracWebError(message);
 };
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+const multiply = (numbers) => numbers.reduce((product, number) => product * number, 1);
 const equal = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 // --- Files -----------------------------------------------------------------------------------------------------------
 async function get(address) {
-  let response;
-  try {
-    response = await fetch(address, address.pathname.endsWith(".json") ? { cache: "no-cache" } : {});
-  } catch (error) {
-    fail(`'${address}' cannot be fetched: ${error.message}`);
-  }
-  return response.ok ? response : fail(`'${address}' cannot be fetched: the server answers ${response.status}`);
+  const refuse = (why) => fail(`'${address}' cannot be fetched: ${why}`);
+  const asked = address.pathname.endsWith(".json") ? { cache: "no-cache" } : {};
+  const response = await fetch(address, asked).catch((error) => refuse(error.message));
+  return response.ok ? response : refuse(`the server answers ${response.status}`);
 }
 
 async function fetchParts(base, parts, progress) {
@@ -38,11 +36,11 @@ async function fetchParts(base, parts, progress) {
   for (const { sha256, bytes } of parts) {
     const content = await (await get(new URL(`files/${sha256}`, base))).arrayBuffer();
     if (content.byteLength !== bytes)
-      fail(`'files/${sha256}' has ${content.byteLength} bytes instead of ${bytes}: copy the folder to the server again`);
+      fail(`'files/${sha256}' has ${content.byteLength} bytes instead of ${bytes}: copy the folder again`);
     // Pages without https have no hashes; their parts are still named by their content.
     const hash = globalThis.crypto?.subtle && (await crypto.subtle.digest("SHA-256", content));
     if (hash && Array.from(new Uint8Array(hash), (byte) => byte.toString(16).padStart(2, "0")).join("") !== sha256)
-      fail(`'files/${sha256}' was changed or damaged: copy the folder to the server again`);
+      fail(`'files/${sha256}' was changed or damaged: copy the folder again`);
     whole.set(new Uint8Array(content), offset);
     offset += bytes;
     progress(bytes);
@@ -52,7 +50,7 @@ async function fetchParts(base, parts, progress) {
 
 const tensor = (kind, shape, bytes) => {
   const [type, Values] = TYPES[kind] ?? fail(`tensors of type ${kind} are none that browsers compute with`);
-  if (shape.reduce((size, each) => size * each, Values.BYTES_PER_ELEMENT) !== bytes.byteLength)
+  if (multiply(shape) * Values.BYTES_PER_ELEMENT !== bytes.byteLength)
     fail(`a tensor of shape [${shape}] has ${bytes.byteLength} bytes`);
   return { type, dims: shape, data: new Values(bytes.slice().buffer) };
 };
@@ -95,7 +93,7 @@ function readTensors(name, bytes) {
     const isAdapter = new TextDecoder().decode(bytes.subarray(4, 8)) === "TORT";
     return bytes.length ? (isAdapter ? readOnnxAdapter : readSafetensors)(bytes) : {};
   } catch (error) {
-    return fail(`'${name}' is not a file of slots: ${error.message}. lorac swap FOLDER ADAPTERS --out FILE writes one`);
+    return fail(`'${name}' is not a file of slots (${error.message}): lorac swap FOLDER NAME --out FILE writes one`);
   }
 }
 
@@ -107,7 +105,7 @@ function checkSlots(name, own, { slots, neutral }) {
     const expected = neutral[slot] ?? fail(`'${name}' is for another program: this one has no slot '${slot}'`);
     const fits = dims.every((size, axis) => axis === slots[slot].rank || size === expected.dims[axis]);
     if (type !== expected.type || dims.length !== expected.dims.length || !fits)
-      fail(`'${name}' is for another program: '${slot}' is ${type} [${dims}], here ${expected.type} [${expected.dims}]`);
+      fail(`'${name}' is for another program: '${slot}' is ${type} [${dims}], not ${expected.type} [${expected.dims}]`);
   }
   for (const [slot, { rank, sites }] of Object.entries(slots))
     if (rank >= 0 && (ranks[sites[0]] ??= all[slot].dims[rank]) !== all[slot].dims[rank])
@@ -117,8 +115,8 @@ function checkSlots(name, own, { slots, neutral }) {
 
 function concatenate(tensors, axis) {
   const dims = tensors[0].dims.with(axis, sum(tensors.map((each) => each.dims[axis])));
-  const data = new tensors[0].data.constructor(dims.reduce((size, each) => size * each, 1));
-  const rows = dims.slice(0, axis).reduce((size, each) => size * each, 1);
+  const data = new tensors[0].data.constructor(multiply(dims));
+  const rows = multiply(dims.slice(0, axis));
   for (let row = 0, at = 0; row < rows; row++)
     for (const each of tensors) {
       const width = each.data.length / rows;
@@ -128,7 +126,7 @@ function concatenate(tensors, axis) {
   return { ...tensors[0], dims, data };
 }
 
-// W + Σ tᵢ·(W'ᵢ − W), as lorac's own mixtures: pairs lie end to end along their rank, scales and weights are added up.
+// W + Σ tᵢ·(W'ᵢ − W), as lorac mixes: pairs lie end to end along their rank, scales and weights are added up.
 function mixSlots(terms, { slots, neutral }) {
   const mixed = { ...neutral };
   const users = (slot) => terms.filter(({ own }) => own[slot]);
@@ -151,11 +149,14 @@ function mixSlots(terms, { slots, neutral }) {
         own[slot].data.forEach((x, i) => (data[i] += x === start.data[i] ? 0 : strength * (x - start.data[i])));
       mixed[slot] = { ...start, data };
     } else if (branch) mixed[slot] = used[0].own[slot];
-    else if (role === "a" && rank >= 0) mixed[slot] = concatenate(used.map(({ own }) => own[slot]), rank);
+    else if (["a", "g"].includes(role) && rank >= 0) mixed[slot] = concatenate(used.map(({ own }) => own[slot]), rank);
     else if (role === "b" && rank >= 0) {
-      const scaled = ({ strength, own }) => ({ ...own[slot], data: own[slot].data.map((x) => x * strength) });
+      const scaled = ({ strength, own }) => {
+        const after = own[slot.replace(/b$/, "h")]?.data ?? [1]; // which acts behind this adapter's pair alone
+        return { ...own[slot], data: own[slot].data.map((x, i) => x * strength * after[i % after.length]) };
+      };
       mixed[slot] = concatenate(used.map(scaled), rank);
-    } else refuse(`has slots '${role}', which are no sums`);
+    } else if (role !== "h") refuse(`has slots '${role}', which are no sums`);
   }
   return mixed;
 }
@@ -173,14 +174,12 @@ function checkTexts(tokenizer, template, { samples, tokens, chat }) {
     fail("the chat template writes another text here than in Python: give generate() a text");
 }
 
-function uniform(seed) {
-  return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
+const uniform = (seed) => () => {
+  seed = (seed + 0x6d2b79f5) | 0;
+  const mixed = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+  const bits = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+  return ((bits ^ (bits >>> 14)) >>> 0) / 2 ** 32;
+};
 
 function chooseToken(logits, seen, { temperature, topK, topP, repetitionPenalty }, random) {
   if (repetitionPenalty !== 1)
@@ -192,8 +191,7 @@ function chooseToken(logits, seen, { temperature, topK, topP, repetitionPenalty 
   if (topK) ranked = ranked.slice(0, topK);
   const weights = ranked.map((id) => Math.exp((logits[id] - logits[best]) / temperature));
   const total = sum(weights);
-  let kept = 0;
-  let count = 0;
+  let [kept, count] = [0, 0];
   while (count < weights.length && (count === 0 || kept < topP * total)) kept += weights[count++];
   let left = random() * kept;
   for (let place = 0; place < count; place++) if ((left -= weights[place]) < 0) return ranked[place];
@@ -203,15 +201,14 @@ function chooseToken(logits, seen, { temperature, topK, topP, repetitionPenalty 
 // --- The model -------------------------------------------------------------------------------------------------------
 class Model {
   #contents; #base; #ort; #session; #tokenizer; #template; #adapters; #slots;
-  #choice = {};
-  #cache = null; // of the last text: ids and their keys and values
-  #turn = Promise.resolve();
+  #choice = {}; #cache = null; #turn = Promise.resolve();
 
   constructor(contents, base, ort, session, tokenizer, template, backend) {
     [this.#contents, this.#base, this.#ort, this.#session] = [contents, base, ort, session];
     [this.#tokenizer, this.#template, this.backend] = [tokenizer, template, backend];
-    const described = ([name, { method, content }]) => [name, { method, bytes: sum(content.map((part) => part.bytes)) }];
-    this.#adapters = new Map(Object.entries(contents.adapters).map(described));
+    const size = (parts) => sum(parts.map((part) => part.bytes));
+    const entry = ([name, { method, content }]) => [name, { method, bytes: size(content) }];
+    this.#adapters = new Map(Object.entries(contents.adapters).map(entry));
     this.#slots = contents.neutral;
   }
 
@@ -261,14 +258,16 @@ class Model {
     for (const name of Object.keys(options))
       if (!OPTIONS.includes(name)) fail(`generate() has no option '${name}'; it has ${OPTIONS.join(", ")}`);
     const { generation, limit } = this.#contents;
-    const samples = options.temperature ?? (generation.do_sample ? (generation.temperature ?? 1) : 0);
     const settings = {
-      temperature: samples,
+      temperature: options.temperature ?? (generation.do_sample ? (generation.temperature ?? 1) : 0),
       topK: options.topK ?? generation.top_k ?? 50,
       topP: options.topP ?? generation.top_p ?? 1,
       repetitionPenalty: options.repetitionPenalty ?? generation.repetition_penalty ?? 1,
     };
-    const ends = [options.eos ?? generation.eos_token_id ?? []].flat();
+    const { eos, signal, ...numbers } = { ...options, ...settings };
+    for (const [name, value] of Object.entries(numbers))
+      if (value !== undefined && !(value >= 0)) fail(`${name} is ${value}: give a number of at least 0`);
+    const ends = [eos ?? generation.eos_token_id ?? []].flat();
     const random = options.seed === undefined ? Math.random : uniform(options.seed);
     const read = typeof prompt === "string" ? "encode" : typeof prompt[0] === "object" ? "encodeTurns" : "from";
     const ids = read === "from" ? Array.from(prompt) : this[read](prompt);
@@ -281,7 +280,7 @@ class Model {
     let text = "";
     try {
       for (let count = options.maxNewTokens ?? 256; count > 0 && !(limit && ids.length >= limit); count--) {
-        if (options.signal?.aborted) return;
+        if (signal?.aborted) return;
         const token = chooseToken(await this.#decode(slots, cache, ids), ids, settings, random);
         ids.push(token);
         const isLast = ends.includes(token) || count === 1 || ids.length === limit;
@@ -351,10 +350,7 @@ class Model {
     return norm(logits.map((value, place) => value - found[place * stride])) <= ROUNDED * norm(logits);
   }
 
-  async dispose() {
-    await this.#turn;
-    await this.#session.release();
-  }
+  dispose() { return this.#turn.then(() => this.#session.release()); }
 }
 
 function fromHalf(bits) {
@@ -385,10 +381,11 @@ export async function load(folder, options = {}) {
   const files = [graph, contents.neutral, contents.tokenizer.json, ...Object.values(contents.weights)];
   const total = sum(files.flat().map((part) => part.bytes));
   let loaded = 0;
-  const fetched = (parts) =>
-    fetchParts(base, parts, (bytes) => options.onProgress?.({ loaded: (loaded += bytes), total }));
+  const progress = (bytes) => options.onProgress?.({ loaded: (loaded += bytes), total });
+  const fetched = (parts) => fetchParts(base, parts, progress);
   const { config, chat } = contents.tokenizer;
-  const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(await fetched(contents.tokenizer.json))), config);
+  const described = JSON.parse(new TextDecoder().decode(await fetched(contents.tokenizer.json)));
+  const tokenizer = new Tokenizer(described, config);
   const template = chat ? new Template(chat.template) : null;
   checkTexts(tokenizer, template, contents.tokenizer);
   contents.neutral = readTensors("neutral", await fetched(contents.neutral));
@@ -405,7 +402,7 @@ export async function load(folder, options = {}) {
   const made = new Model(contents, base, ort, session, tokenizer, template, backend);
   if (!(await made.check(contents.check))) {
     await made.dispose();
-    if (backend === options.backend || backend === "wasm") fail(`${backend} computes other numbers here than in Python`);
+    if (backend === options.backend || backend === "wasm") fail(`${backend} computes other numbers than Python does`);
     console.warn("lorac-web: WebGPU computes other numbers than lorac does in Python; WebAssembly computes instead");
     return load(folder, { ...options, backend: "wasm" });
   }

@@ -45,7 +45,7 @@ function listAdapters(model) {
 async function answer(model) {
   const asked = { role: "user", content: find("text").value };
   const prompt = model.chats ? [...turns, asked] : [...turns, asked].map((turn) => turn.content).join("");
-  const active = Object.entries(model.choice).map(([name, strength]) => (strength === 1 ? name : `${strength} × ${name}`));
+  const active = Object.entries(model.choice).map(([name, value]) => (value === 1 ? name : `${value} × ${name}`));
   stopping = new AbortController();
   [find("send").disabled, find("stop").disabled] = [true, false];
   addTurn("you", asked.content);
@@ -56,7 +56,8 @@ async function answer(model) {
     for await (const { text } of model.generate(prompt, { signal: stopping.signal })) {
       shown.textContent += text;
       find("turns").scrollTop = find("turns").scrollHeight;
-      find("state").textContent = `${++count} tokens, ${((1e3 * count) / (performance.now() - begun)).toFixed(1)} a second`;
+      const speed = (1e3 * ++count) / (performance.now() - begun);
+      find("state").textContent = `${count} tokens, ${speed.toFixed(1)} a second`;
     }
     find("text").value = "";
     turns = [...turns, asked, { role: "assistant", content: shown.textContent }];
@@ -75,7 +76,8 @@ guarded(async () => {
   listAdapters(model);
   for (const id of ["send", "new", "file"]) find(id).disabled = false;
   find("composer").onsubmit = guarded(() => answer(model));
-  find("text").onkeydown = (event) => event.key === "Enter" && !event.shiftKey && (event.preventDefault(), find("send").click());
+  find("text").onkeydown = (event) =>
+    event.key === "Enter" && !event.shiftKey && (event.preventDefault(), find("send").click());
   find("stop").onclick = () => stopping?.abort();
   find("new").onclick = () => ((turns = []), find("turns").replaceChildren(), show(null));
   find("file").onchange = guarded(async ({ target: { files } }) => {
