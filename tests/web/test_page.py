@@ -84,25 +84,38 @@ def write(tab: Tab, ids: list[int], new: int) -> list[int]:
 
 
 def test_chats_and_switches_adapters(artifact: Path, tab: Tab) -> None:
-    choices: list[Any] = [None, "lora", {"lora": 0.5, "dora": 1}]
-    send(tab, "Hi")
+    compiled, found = lorac.load(artifact), []
+
+    def ask(text: str) -> None:
+        tab.evaluate("document.getElementById('new').click()")
+        send(tab, text)
+        found.append(turns(tab))
+
+    ask("Hi")
     choose(tab, "lora")
     tab.wait_for("'lora' in model.choice")
-    send(tab, "Who?")
-    choose(tab, "lora", None), choose(tab, "dora")
-    choose(tab, "lora", 0.5)
+    ask("Who?")
+    choose(tab, "dora"), choose(tab, "lora"), choose(tab, "lora", 0.5)
     tab.wait_for("model.choice.lora === 0.5 && 'dora' in model.choice")
-    send(tab, "Why?")
-    compiled, said = lorac.load(artifact), []
-    for (asked, answer), choice in zip(zip(*[iter(turns(tab))] * 2, strict=True), choices, strict=True):
-        said.append({"role": "user", "content": asked[1]})
-        ids = compiled.tokenizer.apply_chat_template(said, return_tensors="pt", add_generation_prompt=True)["input_ids"]
-        options = {"max_new_tokens": 128 - ids.shape[1], "do_sample": False, "adapters": choice}
-        new = compiled.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
-        assert answer[1] == compiled.tokenizer.decode(new, skip_special_tokens=True)
-        said.append({"role": "assistant", "content": answer[1]})
-    assert [turn[0] for turn in turns(tab)[1::2]] == ["no adapter", "lora", "dora + 0.5 × lora"]
-    assert failure(tab) == "" and not tab.said
+    ask("Why?")
+    for ((_, asked), (active, answer)), choice in zip(found, (None, "lora", {"lora": 0.5, "dora": 1}), strict=True):
+        turn = [{"role": "user", "content": asked}]
+        options = {"return_tensors": "pt", "return_dict": True, "add_generation_prompt": True}
+        ids = compiled.tokenizer.apply_chat_template(turn, **options)["input_ids"]
+        new = expected(compiled, choice, ids[0].tolist(), 128 - ids.shape[1])
+        end = new.index(2) + 1 if 2 in new else len(new)  # the model's end of a text
+        wanted = compiled.tokenizer.decode(new[:end], skip_special_tokens=True)
+        assert answer == wanted, (choice, answer, wanted)
+        assert active == (
+            "no adapter" if choice is None else choice if isinstance(choice, str) else "dora + 0.5 × lora"
+        )
+    tab.evaluate("document.getElementById('new').click()")
+    tab.evaluate("document.getElementById('text').focus()")
+    tab.call("Input.insertText", text="x" * 200)
+    tab.press("Enter", windowsVirtualKeyCode=13, text="\r")
+    tab.wait_for(FAILED)
+    assert "the text has 205 tokens, and the model positions for 128" in failure(tab)
+    assert turns(tab) == [] and not tab.said
 
 
 def test_needs_no_other_server_and_none_once_it_is_loaded(artifact: Path, whole: Path, tmp_path: Path) -> None:
@@ -145,7 +158,7 @@ def test_shows_in_words_how_a_file_is_wrong(artifact: Path, tab: Tab, tmp_path: 
     tab.wait_for(FAILED)
     assert "'wrong' is not a file of slots" in failure(tab)
     add("both.onnx_adapter")
-    tab.wait_for("document.querySelector('input[name=both]')")
+    tab.wait_for("document.querySelector('input[name=both]') !== null")
     choose(tab, "both")
     tab.wait_for("'both' in model.choice")
     assert failure(tab) == ""

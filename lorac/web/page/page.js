@@ -63,6 +63,7 @@ async function answer(model) {
     turns = [...turns, asked, { role: "assistant", content: shown.textContent }];
   } catch (error) {
     find("state").textContent = before;
+    for (const turn of count ? [] : [...find("turns").children].slice(-2)) turn.remove();
     throw error;
   } finally {
     [find("send").disabled, find("stop").disabled] = [false, true];
