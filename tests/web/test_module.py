@@ -110,7 +110,7 @@ def test_a_swap_counts_from_the_next_text_on(artifact: Path, page: Path, node_mo
     assert run(node_modules, page, body) == [expected(compiled, name, IDS, 12) for name in ("lora", "dora")]
 
 
-def test_draws_tokens_by_a_seed_and_ends_where_it_is_told(page: Path, node_modules: Path) -> None:
+def test_draws_tokens_by_a_seed_and_ends_at_a_token(page: Path, node_modules: Path) -> None:
     body = """
     const drawn = (options) => write(IDS, { maxNewTokens: 20, temperature: 1.3, eos: [], ...options });
     const ended = new AbortController();
