@@ -50,7 +50,7 @@ COMPOSED: Mapping[str, Mapping[str, Any]] = {
 QUICK = ("lora", "shira", "vera", "chain")
 ARTEFACTS = (
     ("eager", "live"), ("onnxruntime", "fused"), ("onnxruntime", "live"), ("eager", "fused"), ("onnxruntime", "baked"),
-    ("tensorrt", "live"),
+    ("tensorrt", "live"), ("openvino", "live"),
 )  # fmt: skip
 HUB = {
     "bottleneck": lorac.Bottleneck.preset("seq_bn"),

@@ -17,7 +17,8 @@ ALIKE = {"no_bias", "transposed", "padded", "attention", "divisible"}
 """Hosts that are a linear layer or a convolution once more: a formula sees no difference."""
 FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
-TARGETS = ("onnxruntime", "eager")
+OPENVINO = ("openvino",) if importlib.util.find_spec("openvino") else ()
+TARGETS = ("onnxruntime", "eager", *OPENVINO)
 SWITCHED = {"adaptertune", "dora", "hydra", "ia3", "lora", "meteora", "shira", "vera"}
 """Methods of a form each, for what depends on nothing else, as swaps and strengths do: OF_FORMS."""
 OF_FORMS = {"host_unchanged", "strength", "swapping", "undo"}
@@ -95,6 +96,7 @@ def _thinned(checks):
         medium |= quick and what == "formula" and configuration != whole and ",r=1" in configuration
         medium |= quick and what in OF_FORMS and method not in SWITCHED
         medium |= quick and what.startswith("onnxruntime") and method != "shira"
+        medium |= quick and what.startswith("openvino")
         marks = () if quick else pytest.mark.slow
         yield pytest.param(check, id=str(check), marks=pytest.mark.medium if medium else marks)
 
