@@ -38,7 +38,7 @@ PrepackedOption = Annotated[
 ]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust", help="Take a compiled folder of target eager that you made, or whose maker you trust."),
+    typer.Option("--trust", help="Take a compiled folder of eager or aoti that you made, or whose maker you trust."),
 ]
 
 

@@ -44,9 +44,9 @@ def load(
 
     Every file is opened once, checked against the manifest's hash and held open, so the folder may be replaced or
     removed afterwards. The result answers, swaps and takes further adapters, but does not train. The class of a method
-    of one's own is needed only to add further adapters of it. Nothing that the artifact names is run. Output classes
-    are those of transformers and diffusers alone: the package's own if it is imported already, else a class with the
-    same names. Other outputs come back as plain dicts or tuples.
+    of one's own is needed only to add further adapters of it. Nothing that the artifact names is run without ``trust``.
+    Output classes are those of transformers and diffusers alone: the package's own if it is imported already, else a
+    class with the same names. Other outputs come back as plain dicts or tuples.
 
     Args:
         folder: its path, or a name, as ``lorac.load_adapter`` takes it.
@@ -54,6 +54,7 @@ def load(
         device: where it runs; default: where it ran when it was saved.
         trust: whether you made the artifact, or trust whoever did. An eager one may then call ops that were not tried
             on hostile operands, and take any number of operations. Otherwise it is refused, and its calls are bounded.
+            One for target aoti is machine code, and needs it always.
         **options: the target's options that say how a program runs, such as ``threads`` and ``spinning`` of
             onnxruntime; default: as it was saved. An eager artifact that is compiled for another target takes all.
 

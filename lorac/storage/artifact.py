@@ -13,7 +13,7 @@ An adapter whose name is not portable as a file name has a number instead; the m
 The manifest holds the versions, target and mode, the plan of every site, the active choice, the reductions of the
 adapters' formulas, the model's skeleton, the target's own entries, size and hash of every other file, and last a hash
 over all this. It holds no time stamp, path or random name, and the folder no pickle: equal input gives equal
-bytes, and loading runs no code that the artifact names.
+bytes, and loading runs no code that the artifact names; a package of target aoti is code, and loaded on trust alone.
 
 A folder is written next to its target and takes the target's place in one step when it is complete; after a failure
 nothing is left of it. It replaces only an older artifact, and only files that the older manifest lists.
