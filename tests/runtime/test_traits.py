@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.runtime.traits import StoredConfig
+from lorac.runtime.traits import ModelTraits, StoredConfig
 from lorac.testing import assert_close
 from tests.runtime.artifacts import alone
 
@@ -179,3 +179,8 @@ def test_examples_are_by_component(models):
 def test_rejects_invalid_names_of_components(models):
     with pytest.raises(lorac.OptionError, match="cannot name a component"):
         lorac.compile({"../unet": models["unet"]}, {})
+
+
+def test_stores_numbers_that_json_lacks_as_none():
+    traits = ModelTraits({"time_step_limit": [0.0, float("inf")]}, torch.float32, torch.device("cpu"))
+    assert traits.to_json()["config"] == {"time_step_limit": [0.0, None]}
