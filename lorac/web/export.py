@@ -7,6 +7,7 @@ web.json                   the contents: what the program takes, its adapters, a
 files/<sha256>             parts of files, named by their content, so that a cache never mixes two exports
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -17,7 +18,7 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, OptionError, Unavailable, list_some, warn
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.storage.artifact import open_artifact, open_checked
-from lorac.storage.atomic_folders import list_foreign, replace_atomically
+from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.version import VERSION
 from lorac.web.node_packages import PACKAGE, open_packages
@@ -39,39 +40,14 @@ _WITHOUT_EFFECT = {
 _CHECKED_IDS, _CHECKED_LOGITS = 8, 512
 
 
-class _Parts:
-    """Files in parts of a size.
-
-    Args:
-        folder: where the parts lie.
-        size: the most bytes of one.
-    """
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self._folder, self._size = folder, size
-        self.nbytes = 0
-
-    def write(self, *contents: bytes | memoryview) -> list[JsonMapping]:
-        """Write contents end to end; return the hash and size of each part."""
-        entries: list[JsonMapping] = []
-        part = bytearray()
-        for content in contents:
-            begin = 0
-            while begin < len(content):
-                end = begin + self._size - len(part)
-                part += content[begin:end]
-                begin = end
-                if len(part) == self._size:
-                    entries.append(self._close(part))
-        return [*entries, self._close(part)] if part else entries
-
-    def _close(self, part: bytearray) -> JsonMapping:
-        """Write one part and empty it."""
-        digest, size = hashlib.sha256(part).hexdigest(), len(part)
-        (self._folder / digest).write_bytes(part)
-        part.clear()
-        self.nbytes += size
-        return {"sha256": digest, "bytes": size}
+def write_parts(folder: Path, size: int, *contents: bytes | memoryview) -> list[JsonMapping]:
+    """Write contents end to end, in files of at most a size; return the hash and size of each."""
+    whole, entries = b"".join(contents), list[JsonMapping]()
+    for begin in range(0, len(whole), size):
+        part = whole[begin : begin + size]
+        entries.append({"sha256": hashlib.sha256(part).hexdigest(), "bytes": len(part)})
+        (folder / str(entries[-1]["sha256"])).write_bytes(part)
+    return entries
 
 
 def export_web(
@@ -108,7 +84,7 @@ def export_web(
         if file is not None:
             content = open_checked(manifest.folder, file, fields["files"][file]).read()
             adapters[name] = {"method": entry["variant"], "content": content}
-    missing = sorted(fields["adapters"].keys() - adapters.keys()) if program.slots else []
+    missing = sorted(fields["adapters"].keys() - adapters.keys()) if program["slots"] else []
     if missing:
         warn(
             f"the page lacks {list_some(missing)}: the artifact has no file of theirs for programs without lorac",
@@ -119,26 +95,21 @@ def export_web(
         _check_replaceable(target)
         with translate_os_errors(target, ArtifactError, "written"), replace_atomically(target, _own_files) as staged:
             (staged / "files").mkdir(parents=True)
-            parts = _Parts(staged / "files", part_mib << 20)
+            write = functools.partial(write_parts, staged / "files", part_mib << 20)
             contents: dict[str, Any] = {
+                **program,
                 "lorac_web": FORMAT,
                 "lorac": VERSION,
-                "graphs": {"float": parts.write(program.float_graph)},
-                "float_bytes": program.float_bytes,
-                "weights": {name: parts.write(*pieces) for name, pieces in program.files.items()},
-                "neutral": parts.write(program.neutral or b""),
-                "slots": program.slots,
-                "adapters": {
-                    name: {**entry, "content": parts.write(entry["content"])} for name, entry in adapters.items()
-                },
+                "graphs": {name: write(graph) for name, graph in program["graphs"].items()},
+                "weights": {name: write(*pieces) for name, pieces in program["weights"].items()},
+                "neutral": write(program["neutral"]),
+                "adapters": {name: {**entry, "content": write(entry["content"])} for name, entry in adapters.items()},
                 "active": {name: how["strength"] for name, how in fields["active"].items() if name in adapters},
-                "limit": program.limit,
                 "check": check,
                 "generation": generation,
-                "tokenizer": {**tokenizer, "json": parts.write(manifest.files[tokenizer["json"]].read())},
+                "tokenizer": {**tokenizer, "json": write(manifest.files[tokenizer["json"]].read())},
             }
-            if program.code_graph is not None:
-                contents["graphs"]["codes"] = parts.write(program.code_graph)
+            size = sum(path.stat().st_size for path in (staged / "files").iterdir())
             copied = {path.name: path for path in _PAGE.iterdir()} | {name: PACKAGE / name for name in _MODULE}
             for name, source in {**copied, **vendor}.items():
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +117,7 @@ def export_web(
             written = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
             contents["written"] = sorted([*written, CONTENTS])
             (staged / CONTENTS).write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
-    return {"adapters": sorted(adapters), "model_bytes": parts.nbytes, "files": len(contents["written"])}
+    return {"adapters": sorted(adapters), "model_bytes": size, "files": len(contents["written"])}
 
 
 def _check_kind(fields: JsonMapping) -> None:
@@ -194,14 +165,14 @@ def _compute_check(artifact: str | Path, ids: list[int]) -> dict[str, object]:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but an older page without foreign files."""
+    """Refuse to replace anything but an older page, next to whose files others stay."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    owned = _own_files(target)
-    foreign = list_foreign(target, owned) if owned else []
-    if foreign or not owned:
-        holds = f"also holds {list_some(foreign)}" if foreign else "exists and is not a page of export-web"
-        raise ArtifactError(f"'{target}' {holds}", next_step="give a new folder, an empty one, or an older page")
+    if not _own_files(target):
+        raise ArtifactError(
+            f"'{target}' exists and is not a page of export-web",
+            next_step="give a new folder, an empty one, or an older page",
+        )
 
 
 def _own_files(folder: Path) -> frozenset[str]:

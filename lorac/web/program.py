@@ -8,7 +8,7 @@ graph has them dequantised when it is loaded, by ops that become constants; the 
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,31 +38,13 @@ _ZEROS = {4: b"\x88", 8: b"\x80"}
 _INPUT_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
 
 
-@dataclass(frozen=True)
-class WebProgram:
-    """A program for pages.
-
-    Attributes:
-        float_graph: the graph whose weights are floating-point numbers once it is loaded.
-        code_graph: the graph that multiplies by codes; None without quantised products.
-        float_bytes: bytes of the dequantised weights.
-        files: the weights by the name of the file that graphs read them from, each in pieces.
-        neutral: the contents of the slots without an adapter, as safetensors; None without slots.
-        slots: slot -> its role, its sites, and the axis of its rank or -1.
-        limit: the most tokens of a text; None for any number.
-    """
-
-    float_graph: bytes
-    code_graph: bytes | None
-    float_bytes: int
-    files: Mapping[str, Sequence[bytes | memoryview]]
-    neutral: bytes | None
-    slots: JsonMapping
-    limit: int | None
-
-
-def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]) -> WebProgram:
+def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]) -> dict[str, Any]:
     """Return the program of an artifact with one graph.
+
+    Its ``graphs`` are ``float``, whose weights are floating-point numbers once it is loaded, and with quantised
+    products ``codes``, which multiplies by codes; ``float_bytes`` counts the dequantised weights. ``weights`` holds
+    the pieces of each file that graphs read, ``neutral`` the slots without an adapter as safetensors, ``slots`` the
+    role, the sites and the axis of the rank, or -1, of each slot, and ``limit`` the most tokens of a text or None.
 
     Args:
         files: the artifact's, by name.
@@ -91,15 +73,11 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
             rank = next((axis for axis, dim in enumerate(dims) if dim.dim_param.endswith(":rank")), -1)
             slots[value.name] = {"role": slot["role"], "sites": slot["members"] or [slot["site"]], "rank": rank}
     longest = {entry.key: entry.value for entry in model.metadata_props}.get(MAX_LENGTH_KEY)
-    return WebProgram(
-        float_graph=floats.SerializeToString(),
-        code_graph=model.SerializeToString() if float_bytes else None,
-        float_bytes=float_bytes,
-        files=held,
-        neutral=neutral,
-        slots=slots,
-        limit=None if longest is None else int(longest),
-    )
+    codes = {"codes": model.SerializeToString()} if float_bytes else {}
+    graphs = {"float": floats.SerializeToString(), **codes}
+    limit = None if longest is None else int(longest)
+    made = {"graphs": graphs, "float_bytes": float_bytes, "weights": held}
+    return {**made, "neutral": neutral, "slots": slots, "limit": limit}
 
 
 def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
@@ -123,7 +101,7 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
             )
 
 
-def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots: Mapping[str, object]) -> bytes | None:
+def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots: Mapping[str, object]) -> bytes:
     """Remove the slots' default values, which browsers do not know, from a graph; return them as safetensors."""
     inputs = {value.name for value in model.graph.input} & slots.keys()
     found = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in inputs}
@@ -134,7 +112,7 @@ def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in found]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    return save(values) if values else None
+    return save(values)
 
 
 def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> dict[str, list[bytes | memoryview]]:

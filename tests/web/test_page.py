@@ -177,6 +177,7 @@ def test_shows_in_words_that_a_page_is_damaged(whole: Path, tmp_path: Path, chan
         assert reason in failure(tab)
 
 
+@pytest.mark.timeout(3600)
 def test_smollm2_writes_pythons_tokens_with_three_adapters_by_turns(node_modules: Path, tmp_path: Path) -> None:
     host: Any = ZOO["smollm2"].fresh()
     words = tokenizer("smollm2")
