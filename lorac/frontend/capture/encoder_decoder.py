@@ -133,17 +133,22 @@ def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
         values = "something of all rows at once" if crossing else "nothing"
         raise Unavailable(f"the decoder of graph '{graph.name}' reads {values} of its encoder", next_step=WITHOUT_CACHE)
     first, second = _decoder(graph, halves, crossing), _encoder(graph, halves, crossing)
+    divide_sites(second, first)
+    second.name = encoder
+    return first, second
+
+
+def divide_sites(encoder: Graph, decoder: Graph) -> None:
+    """Leave each of two graphs over the same sites those that it uses; the decoder keeps those that neither uses."""
     paths: list[set[str]] = []
-    for half in (second, first):
+    for half in (encoder, decoder):
         stored = {getattr(s.arg, "name", ""): str(s.target) for s in half.exported.graph_signature.input_specs}
         called = {ops.site_of(node) for node in half.fx.nodes if node.target in ops.SITE_CALLS}
         read = {stored[node.name] for node in half.fx.nodes if node.op == "placeholder" and node.users}
-        inside = {path for path, site in graph.sites.items() if site.within is not None and site.weight in read}
+        inside = {path for path, site in half.sites.items() if site.within is not None and site.weight in read}
         paths.append(called | inside)
-    second.plans, first.plans = _divide(graph.plans, *paths)
-    second.sites, first.sites = _divide(graph.sites, *paths)
-    second.name = encoder
-    return first, second
+    encoder.plans, decoder.plans = _divide(decoder.plans, *paths)
+    encoder.sites, decoder.sites = _divide(decoder.sites, *paths)
 
 
 def _name_crossing(halves: _GraphHalves) -> dict[fx.Node, str]:

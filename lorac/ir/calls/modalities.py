@@ -56,7 +56,7 @@ def find_modality(names: Collection[str]) -> Modality | None:
     return next((modality for modality in MODALITIES if modality.main in names), None)
 
 
-def split_inputs(modality: Modality, inputs: Mapping[str, object]) -> list[dict[str, Tensor]]:
+def split_inputs(modality: Modality, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return the inputs of each run of a tower, whose features follow one another.
 
     Images that are cut into patches of their own number run one by one, as a trace of one cannot divide them. Of those
@@ -66,7 +66,7 @@ def split_inputs(modality: Modality, inputs: Mapping[str, object]) -> list[dict[
         modality: of the inputs.
         inputs: as the model's processor makes them.
     """
-    given = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    given = dict(inputs)
     pixels, grids = given[modality.main], {name for name in given if name.endswith(GRID_SUFFIX)}
     if grids:
         (name,) = grids

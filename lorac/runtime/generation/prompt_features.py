@@ -21,6 +21,7 @@ from lorac.ir.calls.modalities import (
     pad_rows,
 )
 from lorac.ir.graph.attention_ops import encoder_output_name
+from lorac.ir.graph.feeds import convert_input
 from lorac.ir.slots.prefix import IDS, MASK
 from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.traits import ModelTraits
@@ -41,7 +42,7 @@ class PromptFeatures:
     """
 
     modality: Modality
-    inputs: Mapping[str, object]
+    inputs: Mapping[str, Tensor]
     counts: Sequence[int]
     marks: Tensor
     offsets: Sequence[Tensor] | None
@@ -60,7 +61,7 @@ class PromptFeatures:
         Raises:
             InputMismatch: inputs of the tower are missing.
         """
-        given = {name: options[name] for name in reads if options.get(name) is not None}
+        given = {name: convert_input(name, options[name], None) for name in reads if options.get(name) is not None}
         if not given:
             return None
         modality = find_modality(reads)

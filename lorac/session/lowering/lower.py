@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from lorac.errors import ChoiceError, CompileError, Unavailable
-from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
+from lorac.frontend.capture.encoder_decoder import divide_sites, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.capture.feature_towers import split_tower
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
 from lorac.frontend.host import Host
 from lorac.frontend.weight_reads import find_graph_reads
+from lorac.ir.graph.attention_ops import IDS
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.sites.site import SiteKind
@@ -45,15 +47,20 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
         check_capture(graph, host, tested=options.self_test)
         cache_check = CacheCheck(graph) if options.uses_cache and options.self_test else None
         halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.uses_cache else (graph,)
-        for half in halves:
-            _run_passes(session, half, aux)
-        if cache_check is not None:
-            cache_check.check(halves, session.base)
+        encoder = None
         if parts is not None:
             tower, images = parts[1]
             encoder = _capture_component(session, name, tower, images, grows=False)
             encoder.name = get_encoder_graph_name(name)
             check_capture(encoder, tower, tested=options.self_test)
+            divide_sites(encoder, halves[0])
+            table: Any = host.model.get_input_embeddings()  # type: ignore[operator]  # of transformers
+            halves[0].interface = dataclasses.replace(halves[0].interface, id_counts={IDS: len(table.weight)})
+        for half in halves:
+            _run_passes(session, half, aux)
+        if cache_check is not None:
+            cache_check.check(halves, session.base)
+        if encoder is not None:
             _run_passes(session, encoder, aux)
             halves = (halves[0], encoder)
         graphs |= {half.name: half for half in halves}

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import lorac
 from lorac.testing import assert_close
-from tests.image_models import FAMILIES, FEATURES, IMAGE, batch, made, row
+from tests.image_models import FAMILIES, IMAGE, batch, made, main_name, opposite, row
 from tests.limits import LEAST_DIFFERENCE
 from tests.refusing import refuses
 
@@ -67,7 +68,7 @@ def test_images_and_adapters_of_the_tower_change_answers(both: tuple[str, Any, A
     family, _, compiled = both
     given = batch(family)
     first = compiled.generate(**given, adapters="one", **OPTIONS, **LOGITS).logits[0]
-    other = compiled.generate(**given | {"pixel_values": -given["pixel_values"]}, adapters="one", **OPTIONS, **LOGITS)
+    other = compiled.generate(**opposite(family), adapters="one", **OPTIONS, **LOGITS)
     assert (other.logits[0] - first).abs().max() > LEAST_DIFFERENCE * first.abs().max()
 
 
@@ -86,7 +87,7 @@ def test_prompts_come_in_chunks_and_from_a_prompt_cache(both: tuple[str, Any, An
     for options in ({"prefill_chunk_size": 3}, {"prompt_cache": prompts}, {"prompt_cache": prompts}):
         output = compiled.generate(**batch(family), adapters="one", **options, **OPTIONS, **LOGITS)
         _check_rows(output, peft, family, ["one"] * 3)
-    other = batch(family) | {"pixel_values": -batch(family)["pixel_values"]}
+    other = opposite(family)
     cached = compiled.generate(**other, adapters="one", prompt_cache=prompts, **OPTIONS)
     assert torch.equal(cached.sequences, compiled.generate(**other, adapters="one", **OPTIONS).sequences)
 
@@ -114,10 +115,14 @@ def test_rejects_other_numbers_of_placeholders_and_features(both: tuple[str, Any
     given = batch(family)
     ids = given["input_ids"].clone()
     ids[0, ids[0].tolist().index(IMAGE)] = 9
-    with refuses("input_mismatch", match=f"{3 * FEATURES - 1} tokens for images, .*gives {3 * FEATURES} features"):
+    count = int(given["input_ids"].eq(IMAGE).sum())
+    with refuses("input_mismatch", match=f"{count - 1} tokens for .*gives {count} features"):
         compiled.generate(**given | {"input_ids": ids}, adapters="one", **OPTIONS)
-    with refuses("input_mismatch", match="pixel_values"):
-        compiled.generate(**given | {"pixel_values": given["pixel_values"][..., :4]}, adapters="one", **OPTIONS)
+    main = main_name(family)
+    with refuses("input_mismatch", match=main):
+        compiled.generate(**given | {main: given[main][..., :4]}, adapters="one", **OPTIONS)
+    with pytest.raises(lorac.LoracError, match=f"'{main}' is not an array of numbers"):
+        compiled.generate(**given | {main: "x"}, adapters="one", **OPTIONS)
     missing = {name: value for name, value in given.items() if name not in {"mm_token_type_ids", "image_grid_thw"}}
     if missing.keys() != given.keys():
         with refuses("input_mismatch", match="gives pixel_values and no image_grid_thw"):
@@ -129,5 +134,28 @@ def test_rejects_other_numbers_of_placeholders_and_features(both: tuple[str, Any
 
 def test_rejects_a_draft(both: tuple[str, Any, Any]) -> None:
     family, _, compiled = both
-    with refuses("unavailable", match="pixel_values= is read by the model that answers"):
+    with refuses("unavailable", match="= is read by the model that answers"):
         compiled.generate(**batch(family), adapters="one", draft=None, **OPTIONS)
+
+
+def test_plain_calls_take_text_whose_ids_are_checked(both: tuple[str, Any, Any]) -> None:
+    _, peft, compiled = both
+    ids = torch.tensor([[7, 8, 9]])
+    peft.set_adapter("one")
+    assert_close(compiled(input_ids=ids, adapters="one").logits, peft(input_ids=ids).logits)
+    for wrong in (64, -3):
+        with pytest.raises(lorac.LoracError, match=f"'input_ids' holds the id {wrong}"):
+            compiled(input_ids=ids.where(ids != 8, wrong))
+    with pytest.raises(lorac.LoracError, match=f"no input '{main_name(both[0])}'"):
+        compiled(**{name: value for name, value in batch(both[0]).items() if name != "attention_mask"})
+
+
+@pytest.mark.medium("other adapters of test_rows_get_the_tokens_and_logits_of_peft")
+@pytest.mark.parametrize("target", [r".*language_model.*q_proj", r".*multi_modal_projector.linear_1"])
+def test_adapters_of_the_text_or_of_the_tower_alone(target: str) -> None:
+    host = made("llava").unload()
+    peft = get_peft_model(host, LoraConfig(r=2, target_modules=target, init_lora_weights=False), "one").eval()
+    example = batch("llava", (3, 3), seed=7)
+    compiled = lorac.compile(peft, target="onnxruntime", cache=True, example_inputs=example)
+    output = compiled.generate(**batch("llava"), adapters="one", **OPTIONS, **LOGITS)
+    _check_rows(output, peft, "llava", ["one"] * 3)
