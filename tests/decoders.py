@@ -195,14 +195,15 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
         num_local_experts=2,
         attention_chunk_size=4,
         layer_types=["chunked_attention", "full_attention"],
-        no_rope_layers=[0, 0],
+        no_rope_layers=[1, 0],
     ),
+    "deepseek_v2": _decoder("DeepseekV2", **_LATENT, topk_method="greedy"),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
     **HYBRIDS,
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
 that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out, with
-transformers' mask or one of the model's own, in a buffer or computed; a bias of keys; slopes; chunks."""
+transformers' mask or one of the model's own, in a buffer or computed; a bias of keys; slopes; chunks; complex parts."""
 
 
 def adapt_llama(host: nn.Module) -> list[lorac.Adapter]:

@@ -98,6 +98,8 @@ def made(family: str) -> Any:
         settings = {"no_timestamps_token_id": 90, "is_multilingual": False, "max_initial_timestamp_index": 3}
         for field, value in settings.items():
             setattr(model.generation_config, field, value)
+    if family == "fsmt":  # over its own cache it counts padding within an answer
+        model.generation_config.update(num_beams=1, suppress_tokens=[0])
     if family == "t5gemma":
         model.generation_config.decoder_start_token_id = 1
     return model

@@ -11,6 +11,7 @@ from pathlib import Path
 import campaigns.zoo
 from campaigns.zoo import journal, pages
 from campaigns.zoo.entries import entries
+from campaigns.zoo.generating import FORMS
 from campaigns.zoo.running import Asked, run
 
 
@@ -50,9 +51,11 @@ def _run(given: argparse.Namespace) -> None:
     )
     for number, (name, record) in enumerate(run([e.name for e in left], asked, given.workers), 1):
         made = {"code": state, "versions": versions, "at": time.strftime("%F")}
-        if "generation" in record:
-            record["generation"] = {**record["generation"], **made}
-        whole = {"family": families[name], **record} | (made if ways else {})
+        whole = {"family": families[name], **record, **made}
+        if given.generation:
+            ended = {name: record[name] for name in ("outcome", "class", "message", "lines") if name in record}
+            forms = record.get("generation", dict.fromkeys(FORMS, ended) if ended else {})
+            whole = {"model": name, "family": families[name], "generation": {**forms, **made}}
         journal.append(given.journal, whole)
         print(f"{number}/{len(left)} {name}: {pages.summary(whole)}", flush=True)
 
@@ -68,7 +71,8 @@ def _keep(given: argparse.Namespace) -> None:
     """Put a journal's records in the place of those kept; name the models that no journal has said anything of."""
     unknown = {e.name: {"model": e.name, "family": e.family, "ways": {}, "outcome": pages.NOT_RUN} for e in entries()}
     known = journal.read(journal.KEPT, given.journal)
-    journal.keep(journal.KEPT, ({**record, **known.get(name, {})} for name, record in unknown.items()))
+    found = {name: known.get(name, {}) for name in unknown}
+    journal.keep(journal.KEPT, (one if "ways" in one else {**unknown[name], **one} for name, one in found.items()))
 
 
 def _page(given: argparse.Namespace) -> None:

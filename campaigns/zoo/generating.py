@@ -55,11 +55,11 @@ def check_generation(model: Any, peft: Any) -> Record:
         batch, (expected, mixed, beams) = _batch(model, prompts), right
         name = next(iter(compiled.adapters))
         return {
-            "greedy": _compare(expected[:1], lambda: _tokens(compiled, prompts[0])),
-            "ragged": _compare(expected, lambda: _tokens(compiled, batch)),
-            "rows": _compare(mixed, lambda: _tokens(compiled, batch, adapters=[name, None, name])),
-            "beams": _compare(beams, lambda: _tokens(compiled, batch, num_beams=3)),
-            "int4": _compare([], lambda: _tokens(_compile(peft, prompts[0], weights="int4"), batch)),
+            "greedy": compare(expected[:1], lambda: _tokens(compiled, prompts[0])),
+            "ragged": compare(expected, lambda: _tokens(compiled, batch)),
+            "rows": compare(mixed, lambda: _tokens(compiled, batch, adapters=[name, None, name])),
+            "beams": compare(beams, lambda: _tokens(compiled, batch, num_beams=3)),
+            "int4": compare([], lambda: _tokens(_compile(peft, prompts[0], weights="int4"), batch)),
             "images": images,
         }
 
@@ -114,7 +114,7 @@ def _tokens(model: Any, prompt: Prompt, **options: Any) -> Any:
     return found.sequences[:, -_NEW:], torch.stack(list(found.scores), 1) if "num_beams" not in options else None
 
 
-def _compare(expected: list[Any], made: Callable[[], Any]) -> Record:
+def compare(expected: list[Any], made: Callable[[], Any]) -> Record:
     """Compare tokens with PEFT's; without expectations, they have only to come."""
     found = _tried(made)
     if isinstance(found, dict):
@@ -144,7 +144,7 @@ def _images(model: Any, peft: Any) -> Record:
     expected = _tried(lambda: _tokens(peft, prompt))
     if isinstance(expected, dict):
         return {"outcome": NONE}
-    return _compare([expected], lambda: _tokens(_compile(peft, prompt), prompt))
+    return compare([expected], lambda: _tokens(_compile(peft, prompt), prompt))
 
 
 def _tried(make: Callable[[], Any]) -> Any:

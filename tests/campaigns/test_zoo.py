@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from campaigns.zoo import __main__ as zoo
-from campaigns.zoo import adapting, checking, journal, pages, running, shrinking
+from campaigns.zoo import adapting, checking, generating, journal, pages, running, shrinking
 from campaigns.zoo.entries import Entry, entries, entry
 from campaigns.zoo.shown import SHOWN
 from lorac import LoracError, SiteError
@@ -33,6 +33,25 @@ def test_matches_peft(name: str) -> None:
         "eager live": "ok",
         "onnxruntime live": "ok",
     }, record
+
+
+@pytest.mark.medium("runtime/generation/test_onnxruntime.py")
+@pytest.mark.filterwarnings("ignore")
+def test_generates_as_peft() -> None:
+    record = checking.check(entry("transformers/gpt_neo"), plain=False, ways=(), generates=True)
+    found = {form: record["generation"][form]["outcome"] for form in generating.FORMS}
+    assert found.pop("images") == generating.NONE
+    assert {*found.values()} <= {"ok", "ties"}, record
+    assert "ways" not in record
+
+
+def test_a_form_is_wrong_where_tokens_part_at_no_tie() -> None:
+    tokens, scores = torch.tensor([[3, 4]]), torch.tensor([[[0.0, 1.0, 9.0], [0.0, 9.0, 8.999]]])
+    outcomes = {
+        text: generating.compare([(tokens, scores)], lambda text=text: (torch.tensor([text]), None))["outcome"]
+        for text in ((3, 4), (3, 5), (5, 4))
+    }
+    assert outcomes == {(3, 4): "ok", (3, 5): "ties", (5, 4): "wrong"}
 
 
 def test_names_are_unique_and_families_alternate() -> None:
@@ -312,6 +331,24 @@ def test_the_page_compares_counts_with_goals() -> None:
 
 def test_the_page_is_of_the_records_that_are_kept() -> None:
     assert (journal.ROOT / "docs" / "models.md").read_text() == pages.kept_page()
+
+
+def test_keeps_generation_next_to_the_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, models = tmp_path / "models.jsonl", [Entry(f"a/{name}", "a", Pair, _call) for name in "xyz"]
+    monkeypatch.setattr(journal, "KEPT", kept)
+    monkeypatch.setattr(zoo, "entries", lambda: models)
+    refused = {"outcome": "refused", "class": "Unavailable", "message": "no cache", "lines": []}
+    forms = {form: {"outcome": "ok"} for form in generating.FORMS} | {"images": {"outcome": generating.NONE}}
+    for name, found in (("a/x", forms), ("a/y", {**forms, "beams": refused})):
+        journal.append(tmp_path / "one.jsonl", {"model": name, "family": "a", "generation": found})
+    journal.append(tmp_path / "one.jsonl", _record("a/x"))
+    zoo.main(["keep", "--journal", str(tmp_path / "one.jsonl")])
+    found = journal.read(kept)
+    assert found["a/x"] == {**_record("a/x"), "generation": forms}
+    assert found["a/y"]["outcome"] == pages.NOT_RUN
+    text = pages.page(found.values(), {})
+    assert "| a | 2 | 2 of 2 | 2 of 2 | 2 of 2 | 1 of 2 | 2 of 2 | – | 1 |" in text
+    assert "| y | ok | ok | ok | refused | ok | – | Unavailable: no cache |" in text
 
 
 def test_records_of_several_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The options of one call of ``generate``: transformers' own, checked before anything runs."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -232,7 +233,9 @@ def translate_errors(run: Callable[[], T]) -> T:
             module, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
         if module.partition(".")[0] != "transformers":
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason, last = str(error).strip().partition("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        refuses = (last.line or "").startswith("raise")
+        how = "refuses this call" if refuses else f"fails at {last.filename}:{last.lineno} in this call"
         raise InputMismatch(
-            f"transformers refuses this call: {reason}", next_step="its documentation of generation lists the options"
+            f"transformers {how}: {reason}", next_step="its documentation of generation lists the options"
         ) from error

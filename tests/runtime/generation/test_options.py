@@ -10,6 +10,7 @@ import torch
 
 import lorac
 from lorac.runtime.generation.option_support import MISPLACED, REFUSED
+from lorac.runtime.generation.request import translate_errors
 from tests.refusing import refuses
 from tests.runtime.generation.recompute import over
 from tests.runtime.generation.test_artifacts import words
@@ -138,6 +139,15 @@ def test_accepts_neutral_values_of_unsupported_options() -> None:
     for name, refusal in REFUSED.items():
         for value in (None, *refusal.neutral):
             assert torch.equal(model.generate(row, **PLAIN, **{name: value}), expected), name
+
+
+def test_an_error_inside_transformers_is_not_called_a_refusal() -> None:
+    from transformers.generation.logits_process import TemperatureLogitsWarper, _get_ngrams
+
+    with refuses("input_mismatch", match=r"fails at .*logits_process\.py:\d+ in this call: 'NoneType'"):
+        translate_errors(lambda: _get_ngrams(2, None, 1))  # type: ignore[arg-type]  # as a model without ids gives it
+    with refuses("input_mismatch", match="refuses this call: `temperature`"):
+        translate_errors(lambda: TemperatureLogitsWarper(-1.0))
 
 
 def test_says_that_transformers_has_no_search_step_by_step() -> None:
