@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMAGE = 60
-"""The id of the placeholder."""
+PIXELS = "pixel_values"
+IMAGE, FEATURES = 60, 4
+"""The id of the placeholder, and how many features each image has."""
 _TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT = {**_TOWER, "vocab_size": 64, "max_position_embeddings": 64}
 _ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1]}
@@ -42,31 +43,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], t
         {"image_token_id": IMAGE, "vision_start_token_id": 62},
         (16, 96),
     ),
-    "voxtral": (
-        "Voxtral",
-        {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2},
-        {"intermediate_size": 64, "num_mel_bins": 8, "max_source_positions": 8, "vocab_size": 64},
-        {"audio_token_id": IMAGE},
-        (8, 16),
-    ),
 }
-"""Name -> the family's, fields of its text, its tower and the whole, and the shape of the images or sounds of a row."""
+"""Name -> the family's, fields of its text, its tower and the whole, and the shape of the images of a row."""
 LENGTHS = (3, 5, 4)
 """Tokens of each row behind its image."""
 
 
-def _sense(family: str) -> str:
-    return "audio" if "audio_token_id" in FAMILIES[family][3] else "vision"
-
-
-def main_name(family: str) -> str:
-    """The argument with the images or sounds."""
-    return "input_features" if _sense(family) == "audio" else "pixel_values"
-
-
 def opposite(family: str) -> dict[str, Tensor]:
-    """The batch of a family with other images or sounds."""
-    given, main = batch(family), main_name(family)
+    """The batch of a family with other images."""
+    given, main = batch(family), PIXELS
     return given | {main: -given[main]}
 
 
@@ -78,7 +63,7 @@ def made(family: str) -> Any:
     name, text, tower, fields, _ = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
-        **{"text_config": {**_TEXT, **text}, f"{_sense(family)}_config": {**_TOWER, **tower}, **fields}
+        **{"text_config": {**_TEXT, **text}, "vision_config": {**_TOWER, **tower}, **fields}
     )
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
@@ -100,9 +85,8 @@ def batch(family: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 3) -> dic
     """Rows of an image and text of so many tokens, padded on the left, as a processor makes them."""
     generator = torch.Generator().manual_seed(seed)
     *_, shape = FAMILIES[family]
-    count = 2 if _sense(family) == "audio" else 4  # features of each
     words = [torch.randint(5, 50, (1 + length,), generator=generator) for length in lengths]
-    rows = [torch.cat([row[:1], torch.full((count,), IMAGE), row[1:]]) for row in words]
+    rows = [torch.cat([row[:1], torch.full((FEATURES,), IMAGE), row[1:]]) for row in words]
     pad = torch.nn.utils.rnn.pad_sequence
     ids, mask = (
         pad([row.flip(0) for row in part], batch_first=True).flip(1)
@@ -110,8 +94,8 @@ def batch(family: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 3) -> dic
     )
     pixels = torch.randn(len(rows), *shape, generator=generator)
     made = {"input_ids": ids, "attention_mask": mask}
-    if len(shape) > 2 or _sense(family) == "audio":
-        return made | {main_name(family): pixels}
+    if len(shape) > 2:
+        return made | {PIXELS: pixels}
     grids = torch.tensor([[1, 4, 4]]).repeat(len(rows), 1)
     return made | {
         "pixel_values": pixels.flatten(0, 1),

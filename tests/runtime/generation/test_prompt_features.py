@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import lorac
 from lorac.testing import assert_close
-from tests.image_models import FAMILIES, IMAGE, batch, made, main_name, opposite, row
+from tests.image_models import FAMILIES, IMAGE, PIXELS, batch, made, opposite, row
 from tests.limits import LEAST_DIFFERENCE
 from tests.refusing import refuses
 
@@ -118,7 +118,7 @@ def test_rejects_other_numbers_of_placeholders_and_features(both: tuple[str, Any
     count = int(given["input_ids"].eq(IMAGE).sum())
     with refuses("input_mismatch", match=f"{count - 1} tokens for .*gives {count} features"):
         compiled.generate(**given | {"input_ids": ids}, adapters="one", **OPTIONS)
-    main = main_name(family)
+    main = PIXELS
     with refuses("input_mismatch", match=main):
         compiled.generate(**given | {main: given[main][..., :4]}, adapters="one", **OPTIONS)
     with pytest.raises(lorac.LoracError, match=f"'{main}' is not an array of numbers"):
@@ -146,7 +146,7 @@ def test_plain_calls_take_text_whose_ids_are_checked(both: tuple[str, Any, Any])
     for wrong in (64, -3):
         with pytest.raises(lorac.LoracError, match=f"'input_ids' holds the id {wrong}"):
             compiled(input_ids=ids.where(ids != 8, wrong))
-    with pytest.raises(lorac.LoracError, match=f"no input '{main_name(both[0])}'"):
+    with pytest.raises(lorac.LoracError, match=f"no input '{PIXELS}'"):
         compiled(**{name: value for name, value in batch(both[0]).items() if name != "attention_mask"})
 
 
