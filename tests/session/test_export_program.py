@@ -82,8 +82,9 @@ def test_ties_go_to_the_lowest_index() -> None:
             return torch.topk((self.up(x) > 0).float(), 2).indices
 
     x = torch.ones(2, 6)
-    compiled = lorac.compile(Chosen().eval(), {"a": lorac.LoRA(r=1, targets=["up"])}, example_inputs=(x,))
-    nn.init.ones_(compiled.host.up.weight)
+    model = Chosen().eval()
+    nn.init.ones_(model.up.weight)
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=1, targets=["up"])}, example_inputs=(x,))
     program = compiled.export_program()
     (found,) = program.module()(x, **program.example_inputs[1]).values()
     assert found.tolist() == [[0, 1], [0, 1]]
