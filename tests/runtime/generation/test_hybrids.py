@@ -146,15 +146,17 @@ def test_prompts_continue_from_the_end_of_a_state() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [5, 40])
-@pytest.mark.parametrize("form", ["plain", "rate", "beta"])
+@pytest.mark.parametrize("form", ["plain", "rate", "beta", "repeated"])
 def test_a_scan_computes_the_op(form: str, length: int) -> None:
-    """In two parts, of which the second begins with the state of the first."""
+    """In two parts, of which the second begins with the state of the first; repeated tokens round worst."""
     torch.manual_seed(0)
     batch, heads, size, width, middle = 2, 3, 4, 6, length // 2
     q, k = torch.randn(2, batch, length, heads, size)
     decay = -torch.rand(batch, length, heads, 1, width if form == "rate" else 1)
     rate = torch.rand(heads, size, width) if form == "rate" else None
     beta = torch.rand(batch, length, heads) if form == "beta" else None
+    if form == "repeated":
+        decay, beta = torch.zeros_like(decay), torch.ones(batch, length, heads)
     k = torch.nn.functional.normalize(k, dim=-1)
     k[:, middle:] = k[:, middle:][:, :1]  # of a token that comes again and again
     given = q, k, torch.randn(batch, length, heads, width), decay, rate, beta
