@@ -9,7 +9,7 @@ from tests.mistakes import Mistake, lora, sites
 
 WORDS = [
     Mistake("another target's name", lambda w: w.compile(target="onnx"), lambda w, said: w.compile(target="eager")),
-    Mistake("a target that does not exist", lambda w: w.compile(target="openvino")),
+    Mistake("a target that does not exist", lambda w: w.compile(target="coreml")),
     Mistake("a device as the target", lambda w: w.compile(target="cuda")),
     Mistake("another mode's name", lambda w: w.compile(mode="merged")),
     Mistake("an option that the target lacks", lambda w: w.compile(quantize=True)),

@@ -62,6 +62,8 @@ def train(
         going_on = resume and (place.exists() or not point)
         with contextlib.redirect_stdout(sys.stderr):  # trainers print their log
             names = [*run(loaded, processing_class, one, str(place), resume=going_on).adapters]
+        if not grid:
+            continue
         history = parse_object((place / "trainer_state.json").read_bytes(), OptionError)["log_history"]
         ends = {key: next((e[key] for e in reversed(history) if key in e), None) for key in ("loss", "eval_loss")}
         rows.append({**point, **ends, "folder": str(place)})

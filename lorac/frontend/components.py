@@ -74,7 +74,7 @@ def strip_wrappers(model: nn.Module) -> nn.Module:
     names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("torch.")}
     for name in names & _DISTRIBUTED.keys():
         raise CompileError(f"the model is a {name}, which several processes share", next_step=_DISTRIBUTED[name])
-    if any(map(is_in_parts, model.parameters())):
+    if isinstance(model, nn.Module) and any(map(is_in_parts, model.parameters())):
         what = "the model's weights lie in parts in several processes"
         raise CompileError(what, next_step="within lorac.training.gather_base(compiled) it has whole ones")
     inner = next((getattr(model, _WRAPPERS[name]) for name in names & _WRAPPERS.keys()), None)

@@ -115,7 +115,9 @@ class _Run:
         with translate_errors(OptionError, "datasets refuses the recipe", next_step=_STEP):
             if len(rows) == 2 and (names := getattr((rows[0].features or {}).get("labels"), "names", None)):
                 numbers = {name: number for number, name in enumerate(names)}
-                rows[1] = rows[1].align_labels_with_mapping(numbers, "labels")
+                form = rows[1].format  # of pictures, which a function reads
+                rows[1] = rows[1].with_format(None).align_labels_with_mapping(numbers, "labels")
+                rows[1] = rows[1].with_format(form["type"], form["columns"], **form["format_kwargs"])
             if recipe.test_size is not None:
                 rows = [*rows[0].train_test_split(test_size=recipe.test_size, seed=arguments.seed).values()]
         self.settings: dict[str, Any] = {

@@ -149,11 +149,11 @@ WORKS = (
     "explain tiny:make -a a=a",
 )
 NEEDS = {
-    "compile tiny:make -a a=a -o program": ("onnx", "onnxruntime"),
-    "explain tiny:make -a a=a --target onnxruntime": ("onnx", "onnxruntime"),
-    "explain tiny:make -a a=a --html page.html --target tensorrt": ("onnx", "tensorrt"),
-    "inspect program.of.another": ("onnx", "onnxruntime"),
-    "run program.of.another": ("onnx", "onnxruntime"),
+    "compile tiny:make -a a=a -o program": ("onnxruntime", "onnxruntime"),
+    "explain tiny:make -a a=a --target onnxruntime": ("onnxruntime", "onnxruntime"),
+    "explain tiny:make -a a=a --html page.html --target tensorrt": ("tensorrt_rtx", "tensorrt"),
+    "inspect program.of.another": ("onnxruntime", "onnxruntime"),
+    "run program.of.another": ("onnxruntime", "onnxruntime"),
     "convert a b.onnx_adapter --to onnx_adapter": ("onnxruntime", "onnxruntime"),
     "convert a b.gguf --to gguf --model tiny:make": ("gguf", "gguf"),
     "sites of_transformers": ("transformers", "hf"),

@@ -97,7 +97,8 @@ def test_every_command_has_the_option_import(
 ) -> None:
     for command in app.registered_commands:
         assert command.callback is not None
-        code, out, _ = _lorac(command.callback.__name__, "--help", monkeypatch=monkeypatch, capsys=capsys)
+        name = command.callback.__name__.replace("_", "-")
+        code, out, _ = _lorac(name, "--help", monkeypatch=monkeypatch, capsys=capsys)
         assert code == 0
         assert "--import" in out
 

@@ -52,7 +52,7 @@ def parts(ids, past, counts):
 
 @pytest.mark.medium("a Llama's and a short convolution's", cases=["deepseek_v3", "recurrent_gemma", "bamba", "jamba"])
 @pytest.mark.slow(
-    "plain attention, windows with sinks, compressed keys, masks of the model's own, each form of a recurrence",
+    "plain, windows, compressed keys, own masks, each form of a recurrence",
     keep=[
         "llama",
         "deepseek_v3",

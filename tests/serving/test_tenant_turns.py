@@ -30,4 +30,6 @@ def test_a_tenant_has_its_own_threads_and_all_have_some(threads: int, own: int) 
                 group.start_soon(turns.run, tenant, lambda tenant=tenant: work(tenant))
 
     anyio.run(main)
-    assert most == {"all": threads, **dict.fromkeys("abc", min(own, threads))}
+    # Whether later tenants reach it too depends on when threads end.
+    assert (most["all"], most["a"]) == (threads, min(own, threads))
+    assert max(most["b"], most["c"]) <= min(own, threads)

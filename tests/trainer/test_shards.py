@@ -34,7 +34,7 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.medium("test_rejects_...: this starts processes")
+@pytest.mark.medium("it starts processes; trainer/test_steps.py rejects models in parts")
 @pytest.mark.slow("four processes", keep=["2"])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_with_a_base_in_parts_train_as_one(processes, alone):

@@ -17,7 +17,6 @@ from lorac.testing import assert_close
 from tests.backends.aoti.hosts import make
 from tests.docs.pages import ROOT, blocks
 
-_COMPILES = "g++ takes ten seconds; tests/session/test_export_program.py runs the same program uncompiled"
 MIX = {"lora": 0.5, "dora": -0.7, "branch": 1.5}
 
 
@@ -43,7 +42,7 @@ def artifact(live: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.medium(_COMPILES)
+@pytest.mark.medium("g++ takes ten seconds; test_export_program.py runs it uncompiled")
 def test_swaps_mixes_and_runs_rows_as_eager_does(live: Any, eager: Any) -> None:
     x = make()[2]
     off = live(x, adapters=None)["answer"]
@@ -60,14 +59,14 @@ def test_swaps_mixes_and_runs_rows_as_eager_does(live: Any, eager: Any) -> None:
     assert torch.equal(live(x)["answer"], off)
 
 
-@pytest.mark.medium(_COMPILES)
+@pytest.mark.medium("g++ takes ten seconds; test_export_program.py runs it uncompiled")
 def test_rejects_sizes_that_the_program_was_not_compiled_for(live: Any) -> None:
     with pytest.raises(lorac.InputMismatch):
         live(torch.randn(4, 2, 6))
 
 
 @torch.no_grad()
-@pytest.mark.medium(_COMPILES)
+@pytest.mark.medium("g++ takes ten seconds; test_export_program.py runs it uncompiled")
 def test_loads_an_artifact_whose_maker_is_trusted(artifact: Path, eager: Any) -> None:
     with pytest.raises(lorac.ArtifactError, match="machine code"):
         lorac.load(artifact)
@@ -90,7 +89,7 @@ assert "lorac" not in sys.modules
 
 
 @torch.no_grad()
-@pytest.mark.medium(_COMPILES)
+@pytest.mark.medium("g++ takes ten seconds; test_export_program.py runs it uncompiled")
 @pytest.mark.parametrize(("file", "choice"), [("artifact/adapters/dora.slots.safetensors", "dora"),
                                               ("mix.slots.safetensors", MIX)])  # fmt: skip
 def test_runs_in_python_without_lorac(artifact: Path, eager: Any, file: str, choice: Any) -> None:
@@ -102,7 +101,7 @@ def test_runs_in_python_without_lorac(artifact: Path, eager: Any, file: str, cho
 
 
 @torch.no_grad()
-@pytest.mark.slow(_COMPILES)
+@pytest.mark.slow("g++ takes ten seconds; test_export_program.py runs it uncompiled")
 def test_runs_in_cpp(artifact: Path, eager: Any, tmp_path: Path) -> None:
     """The program of docs/aoti.md, over the headers and libraries that torch ships."""
     from torch.utils import cpp_extension
@@ -126,7 +125,7 @@ def test_runs_in_cpp(artifact: Path, eager: Any, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow(_COMPILES)
+@pytest.mark.slow("g++ takes ten seconds; test_export_program.py runs it uncompiled")
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_merges_weights(mode: str, eager: Any) -> None:
     model, adapters, x = make()

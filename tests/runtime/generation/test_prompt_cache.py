@@ -21,6 +21,7 @@ class Cache:
     """Stands for keys and values; a copy says of which rows and lengths it is."""
 
     charge = None
+    is_croppable = True
 
     def __init__(self, rows: list[torch.Tensor]) -> None:
         self.rows, self.nbytes = rows, sum(map(len, rows))
