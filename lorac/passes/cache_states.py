@@ -1,4 +1,4 @@
-"""What mixes tokens besides attention, over a cache: causal convolutions and recurrences get their state as an input.
+"""Token mixers besides attention, over a cache: causal convolutions and recurrences get their state as an input.
 
 A convolution's state is the tokens before the new ones that it still reads; a recurrence's is its matrix. Rows bring
 numbers of tokens of their own, padded on the right, and padding moves no state.

@@ -72,7 +72,7 @@ class LowerToTorch(Pass):
 
 
 def _gate_branches(graph: Graph, strength: fx.Node) -> None:
-    """Select 0 for what a branch adds where its strength is 0: the zeros of an idle branch may turn into NaN."""
+    """Select 0 for a branch of strength 0: the zeros of an idle branch may turn into NaN."""
     for scaled in [user for user in strength.users if user.target is aten.mul.Tensor]:
         users, after = list(scaled.users), scaled.next
         is_on = insert_call(graph.exported, after, aten.ne.Scalar, strength, 0)

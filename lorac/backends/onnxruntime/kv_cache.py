@@ -108,7 +108,7 @@ class CacheLayout:
         return tuple(room if size is None else size for size in self.shapes[name][0][1:])
 
     def without_features(self, rows: int) -> dict[str, Tensor]:
-        """Return what rows of text alone read in the place of a tower's features."""
+        """Return the inputs that rows of text alone have in the place of a tower's features."""
         sizes = self.encoder_outputs.items() if self.spec.reads else ()
         return {name: torch.zeros(rows, 1, size or 1, dtype=dtype) for name, ((*_, size), dtype) in sizes}
 

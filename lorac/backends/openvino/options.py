@@ -24,7 +24,7 @@ class OpenVINOOptions(TargetOptions):
 
     Attributes:
         threads: threads of the CPU, 0 for OpenVINO's own choice.
-        precision: what products are computed in, ``"f32"``, ``"bf16"`` or ``"f16"``; slots and merged weights are held
+        precision: of products: ``"f32"``, ``"bf16"`` or ``"f16"``; slots and merged weights are held
             in it, and inputs and outputs stay as they are. OpenVINO's own default is bf16 where the processor has it,
             which lorac never leaves to it.
         streams: how many calls may be computed at once; further ones wait for their turn. Each stream has its share of

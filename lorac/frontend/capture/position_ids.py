@@ -93,7 +93,7 @@ def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) 
 
 
 def _look_up(graph: Graph, ids: fx.Node, numbers: fx.Node, by_row: fx.Node, error: Unavailable) -> None:
-    """Look up by row, in tables, what a model computes for its tokens from their numbers alone.
+    """Look up by row, in tables, values that a model computes for its tokens from their numbers alone.
 
     Raises:
         Unavailable: the error, where a value is not (1 or batch, ..., length, features, ...).

@@ -1,6 +1,6 @@
 """Capture for a cache: each recurrence of a transformers model becomes one op.
 
-Models call functions of their file for what mixes tokens besides attention: chunked forms, which no trace of another
+Models without attention mix tokens by functions of their file: chunked forms, which no trace of another
 length follows. In a copy that is traced, those of ``MIXERS`` take their place: they state the model's terms in those of
 ``lorac.ir.graph.recurrence_op``. To add a family, add a row. A short convolution needs none: it is traced as it is.
 """

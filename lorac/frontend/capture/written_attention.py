@@ -109,7 +109,7 @@ def _join_key_bias(graph: Graph, node: fx.Node, bias: fx.Node) -> tuple[fx.Node,
 
 @dataclass
 class _Scores:
-    """What is known of scores on the way back from their softmax.
+    """The parts of scores that are found on the way back from their softmax.
 
     Attributes:
         scale: their factor.

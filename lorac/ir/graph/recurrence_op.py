@@ -2,7 +2,7 @@
 
 All of them decay a matrix, add a product of a key and a value to it, and read it with a query. Mamba-2 decays each head
 by one number, Mamba and Kimi's delta attention each feature, RG-LRU a matrix of one row; the delta rules subtract from
-a value what the state already answers to its key. ``recurrence`` defines the result; a target decides how it computes
+a value the state's answer to its key. ``recurrence`` defines the result; a target decides how it computes
 it.
 """
 

@@ -58,7 +58,7 @@ class DecodingProgram:
         cache_spec: the limits of such a cache.
         encode: runs the encoder for the rows of a cache on inputs by name; None for a program without an encoder.
         generators: where samples come from, each for as many neighbouring rows; empty: torch's own generator.
-        features: what the rows of a cache hold of images or sounds, by name.
+        features: the rows' features of images or sounds, by the name of the program's input.
         fed: the tokens of each prompt as the program takes them; empty where those are the ids.
     """
 

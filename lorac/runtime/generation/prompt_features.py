@@ -32,11 +32,11 @@ class PromptFeatures:
     """The images or sounds of a call's rows.
 
     Attributes:
-        modality: what they are.
+        modality: images or sounds, and how the model takes them.
         inputs: of the tower, for all rows of the call.
         counts: number of placeholders of each row of the call.
         marks: (rows, length) of the prompts: which tokens are placeholders.
-        offsets: (rows, length, axes): what is added to the number of a token of the prompts to give its positions, and
+        offsets: (rows, length, axes): terms that the number of a token of the prompts gets to give its positions, and
             behind them that of all later tokens; None where positions are the numbers.
         selected: the rows of the call that the prompts are.
     """
@@ -98,7 +98,7 @@ class PromptFeatures:
         return PromptFeatures(self.modality, self.inputs, self.counts, self.marks[list(rows)], offsets, selected)
 
     def place(self, features: Tensor) -> dict[str, Tensor]:
-        """Return what the rows of a cache hold: the features (count, size) of all rows of the call by row.
+        """Return the inputs of a program over a cache: the features (count, size) of all rows of the call, by row.
 
         Raises:
             InputMismatch: there are more or fewer than placeholders.
@@ -140,7 +140,7 @@ class PromptFeatures:
 
 
 def _offsets(positions: Tensor) -> Tensor:
-    """Return what is added to the numbers of a row's tokens (length, axes), and last what is to those behind it.
+    """Return the terms that a row's token numbers get (length, axes), the last for all tokens behind it.
 
     Args:
         positions: (axes, length).

@@ -40,7 +40,7 @@ def recurrence(
 
 
 def _scan_tokens(state: ir.Value, rate: ir.Value | None, *operands: ir.Value) -> list[ir.Value]:
-    """Write a ``Scan`` over tokens; what each token computes by itself comes before it, for all tokens at once."""
+    """Write a ``Scan`` over tokens; products of single tokens come before it, for all tokens at once."""
     q, k, v, decay, *beta = operands
     row, column = op.Constant(value_ints=[3]), op.Constant(value_ints=[4])
     scanned = [op.Unsqueeze(q, row), op.Unsqueeze(k, column), op.Unsqueeze(v, row)]
@@ -109,7 +109,7 @@ def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
 
 
 def _scan(name: str, body: Callable[..., list[ir.Value]], state: ir.Value, scanned: Sequence[ir.Value]) -> Any:
-    """Write a ``Scan`` along the second axis; return the state behind all parts, and what each part gives."""
+    """Write a ``Scan`` along the second axis; return the state behind all parts, and the output of each part."""
     inputs = [ir.val(f"{name}_in_{number}", value.dtype) for number, value in enumerate((state, *scanned))]
     count = len(scanned)
     graph = _record_graph(name, lambda: body(*inputs), inputs)
