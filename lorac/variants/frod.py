@@ -66,7 +66,8 @@ class FRoD(InputDropout, WeightVariant):
         return p.frod_U @ core @ p.frod_V.t()
 
     def _basis(self, context: InitContext) -> Tensor:
-        return join(context.weights(), self.regularization_alpha)
+        basis = join(context.weights(), self.regularization_alpha)
+        return basis.to(context.site.dtype)  # U is solved from V as PEFT holds it: a rounded V has another U
 
     def _positions(self, context: InitContext) -> Tensor:
         size = context.site.in_features

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import FrodConfig, get_peft_model
+from peft import FrodConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorac
@@ -70,6 +70,19 @@ def test_roles_are_peft_s(path, role):
     from peft.tuners.frod.model import _category_from_key
 
     assert role_of(path) == role == _category_from_key(path)
+
+
+@torch.no_grad()
+def test_peft_computes_alike_in_half_precision(tmp_path):
+    torch.manual_seed(0)
+    model, x = Blocks(2, 6).bfloat16(), torch.randn(5, 6).bfloat16()
+    compiled = lorac.compile(model, {"a": FRoD(targets=("up",), sparse_rate=0.5)})
+    for tensors in compiled.adapters["a"].tensors.values():
+        tensors["frod_lambda_s_values"].normal_(std=0.25)
+    lorac.save_adapter(compiled.adapters["a"], tmp_path / "a", model=model)
+    base, found = model(x).float(), compiled(x).float()
+    theirs = PeftModel.from_pretrained(Blocks(2, 6).bfloat16(), str(tmp_path / "a")).eval()(x).float()
+    assert (theirs - found).norm() < 0.05 * (found - base).norm()  # of factors with 8 bits
 
 
 def test_rejects_files_without_bases(tmp_path):
