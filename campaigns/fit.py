@@ -130,7 +130,7 @@ def iter_peft_cases(checkout: Path) -> Iterator[tuple[str, Callable[[], Any], tu
 
 
 def write_peft_case(make: Callable[[], Any], kind: Any, fields: dict[str, Any], folder: Path) -> Any:
-    """Have PEFT save an adapter away from its start, and return PEFT's model; its own error's name where it fails."""
+    """Have PEFT save a changed adapter; return PEFT's model, or the name of the error that PEFT raises."""
     import peft
 
     if "r" in fields and issubclass(kind, peft.AdaLoraConfig):

@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
     *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "pad_token_id"),
     *("return_dict_in_generate", "use_cache"),
 }
-"""Settings that change no token of a page, which is told its number of tokens by each call."""
+"""Settings that do not change a page's tokens: each call sets the length."""
 
 _CHECKED_IDS, _CHECKED_LOGITS = 8, 512
 

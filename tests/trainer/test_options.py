@@ -1,4 +1,4 @@
-"""What a run may be told beside its recipe, and what it leaves: longer runs, merged models, pictures, sweeps."""
+"""Options of a run beside its recipe, and its outputs: longer runs, merged models, pictures, sweeps."""
 
 import json
 import sys

@@ -12,7 +12,7 @@ from lorac.target.backend import TargetOptions
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 """OpenVINO's name of a dtype that products are computed in -> torch's."""
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
-"""The same -> its name among a device's capabilities."""
+"""Precision -> its name among the capabilities of a device."""
 MAX_STREAMS = 256
 """More calls at once than a machine has cores for; each has memory of its own."""
 CPU = "CPU"

@@ -141,7 +141,7 @@ _WHOLE: Mapping[object, Callable[[Tensor], object]] = {
     Tensor.__len__: lambda features: 1,
     **dict.fromkeys((Tensor.item, Tensor.tolist), lambda sizes: 1),
 }
-"""What divides features or numbers of them -> what it answers instead."""
+"""Function that splits features, or reads their number -> its replacement."""
 
 
 def _calling_function() -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EPSILON = 1e-6
-"""What the delta rules add to the squared length of queries and keys."""
+"""The epsilon that the delta rules add to the squared norm of queries and keys."""
 
 
 def _apply_delta_rule(
@@ -111,7 +111,7 @@ MIXERS: Mapping[str, Callable[..., object]] = {
     "_rnn_scan": _scan_gates,  # RecurrentGemma
     "apply_mask_to_padding_states": lambda hidden_states, attention_mask: hidden_states,  # a program has none
 }
-"""Function or method that a mixer of transformers calls -> what computes it by the op."""
+"""Function or method that a mixer of transformers calls -> its replacement, in terms of the op."""
 
 
 def bind_mixers(model: nn.Module) -> None:

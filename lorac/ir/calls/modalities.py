@@ -39,7 +39,7 @@ class Modality:
     token_fields: tuple[str, ...]
 
     def find_token(self, config: Mapping[str, object]) -> int | None:
-        """Return the id of the placeholder from the entries of a configuration; None where it has none."""
+        """Return the placeholder's token id from a configuration's entries, or None."""
         found = (config.get(name) for name in self.token_fields)
         return next((value for value in found if isinstance(value, int)), None)
 
