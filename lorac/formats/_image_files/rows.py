@@ -98,7 +98,7 @@ def join_rows(methods: Sequence[Method], place: Place) -> Method | None:
         up[:, first : first + len(downs[at])] = tensors["lora_B"]
         ups.append(up)
     joined = {"lora_A": a, "lora_B": torch.cat(ups)}
-    for name in methods[0][1].keys() - joined.keys():
+    for name in sorted(methods[0][1].keys() - joined.keys()):
         joined[name] = torch.cat([tensors[name] for _, tensors in methods])
     if place.swapped:
         joined |= {name: torch.cat(joined[name].chunk(2)[::-1]) for name in joined.keys() - {"lora_A"}}

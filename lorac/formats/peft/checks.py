@@ -148,7 +148,7 @@ def _tie_to_embedding(adapter: Adapter, path: str, file: PeftFile, sites: Mappin
 
 def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:
     """Refuse tensors from which a saved module computes its weight at each call: a program holds the result."""
-    for name in adapter.replaced.keys() - names:
+    for name in sorted(adapter.replaced.keys() - names):
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         if f"{owner}.weight" in names - adapter.replaced.keys():
             raise unsupported_error(

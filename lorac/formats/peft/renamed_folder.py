@@ -39,7 +39,7 @@ def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) 
     read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # its errors name this file, not the repaired one
     shared = {key for key in tensors if shared_name(peft_type, key)}
     marks = "|".join(map(re.escape, (*peft_type.suffixes, *peft_type.shared, WRAPPED, "token_adapter")))
-    inner = {key: _ADAPTER_NAME.sub("", _BEGINNING.sub("", key)) for key in tensors.keys() - shared}
+    inner = {key: _ADAPTER_NAME.sub("", _BEGINNING.sub("", key)) for key in tensors if key not in shared}
     paths = {key: re.split(rf"\.(?:{marks})(?:\.|$)", one, maxsplit=1)[0] for key, one in inner.items()}
     own = find_own_names(sorted(set(paths.values())), view)
     if own is None:

@@ -214,7 +214,7 @@ class _FolderWriter:
         if len(kept) < len(tensors):
             base = self.view.base if self.view else BaseReader(_refuse_base, _refuse_base)
             made = make_site_tensors(variant, adapter.name, site, base, kept)
-        for name in tensors.keys() - kept.keys():
+        for name in (name for name in tensors if name not in kept):
             own, other = tensors[name].cpu(), made[name]
             # Another dtype rounds a factor; positions are exact.
             slack = 1e-3 * float(other.abs().max()) if own.is_floating_point() else 0.0

@@ -200,7 +200,7 @@ def merge_weight(change: Change, weight: Tensor) -> Tensor:
     if isinstance(change, Delta):
         return (weight.to(wide) + change.delta.to(wide)).to(weight.dtype)
     change = change.folded()
-    for name in change.scales.keys() - MERGEABLE:
+    for name in sorted(change.scales.keys() - MERGEABLE):
         raise CompileError(
             f"a change with the operand '{name}' cannot be merged into a weight",
             next_step="mode='live' runs it next to the weight, alone and at strength 1",

@@ -174,8 +174,9 @@ class Interface:
             InputMismatch: an input has a size, or an argument a value, that the program was not captured for.
         """
         given = dict(call.kwargs)
-        for name in given.keys() - set(self.inputs):
-            self._check_constant(name, given[name])
+        for name, value in call.kwargs.items():
+            if name not in self.inputs:
+                self._check_constant(name, value)
         for name in self._required:
             if name not in given:
                 raise self._mismatch(name, "be called without it", f"give {name}={short(self._fixed[name])}")

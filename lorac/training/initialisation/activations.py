@@ -66,7 +66,7 @@ def visit_inputs(
         for batch in batches:
             counted = _counted_positions(batch) if labelled else None
             call_model(model, batch)
-    for path in sites.keys() - reached:
+    for path in (path for path in sites if path not in reached):
         raise SiteError(
             f"no batch reaches '{path}'", next_step="exclude= it, or give batches that reach it", code="site_unreached"
         )
