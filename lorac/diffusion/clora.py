@@ -12,8 +12,8 @@ gradients in eager mode move the latents, so that maps of one concept agree and 
 LoRA's noise is taken where its words are attended to. Meral et al. 2024, arXiv 2403.19776.
 
 Defaults are those of the authors' function; their notebook has ``updates=50`` of 100 steps, ``refinements=21`` and
-``threshold=0.4``. Two things differ from their code: maps are those of the prompts alone, not also of the negative
-ones, and the noise of a step is predicted after its last update.
+``threshold=0.4``. Two defaults are others: maps are those of the prompts alone, and a step's noise is predicted after
+its last update. ``negative_maps=True, noise_first=True`` does both as their code does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -166,6 +166,8 @@ class ContrastiveComposer:
         threshold: float = 0.3,
         reduce: Reduction = "union",
         upsampling: Upsampling = "nearest",
+        negative_maps: bool = False,
+        noise_first: bool = False,
         on_update: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Return the latents (b, channels, H, W) that noise of that shape becomes.
@@ -182,6 +184,8 @@ class ContrastiveComposer:
             refinements: the number of updates in the steps 0, 10 and 20; others have one.
             threshold, reduce: as for ``subject_mask``.
             upsampling: how masks become as large as latents; ``"bilinear"`` blends at their borders.
+            negative_maps: whether maps are means over prompts and negative prompts, as in the authors' code.
+            noise_first: whether noise and masks of a step are those before its last update, as in the authors' code.
             on_update: gets the step and the loss (b,) of each row before each update.
 
         Raises:
@@ -194,13 +198,17 @@ class ContrastiveComposer:
         with progress("composing", total=steps) as report:
             for i, t in enumerate(self.scheduler.timesteps):
                 report.step(f"step {i + 1} of {steps}")
+                read = latents
                 for _ in range(0 if i >= moving else refinements if i in REFINED else 1):
-                    loss, slope = self.slope(latents, t, passes, groups)
+                    read = latents
+                    loss, slope = self.slope(latents, t, passes, groups, negative_maps)
                     latents = latents - (update_rate(i, steps, rate) if decays else rate) * slope
                     if on_update is not None:
                         on_update(i, loss)
-                predicted = self.predict(latents, t, passes, guidance)
-                maps = self.maps(self.engine, latents, len(passes))
+                read = read if noise_first else latents
+                prompts = self._list_prompts(passes, negative_maps or guidance != 1)
+                predicted = self._run(self.engine, read, t, passes, prompts)
+                maps = self.maps(self.engine, read, len(passes), negative_maps)
                 masks = torch.stack(
                     [subject_mask(maps[:, j][..., list(one.words)], threshold, reduce) for j, one in enumerate(passes)],
                     1,
@@ -213,9 +221,10 @@ class ContrastiveComposer:
 
     def predict(self, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], guidance: float) -> Tensor:
         """Return the noise (1 or 2, passes, b, channels, H, W) of prompts and, with guidance, of negative ones."""
-        prompts = [one.states for one in passes] + [one.negative for one in passes if guidance != 1]
-        noise = self._run(self.engine, latents, t, passes, prompts)
-        return noise.unflatten(0, (-1, len(passes), len(latents)))
+        return self._run(self.engine, latents, t, passes, self._list_prompts(passes, guidance != 1))
+
+    def _list_prompts(self, passes: Sequence[ConceptPass], has_negative: bool) -> list[Embeddings]:
+        return [one.states for one in passes] + [one.negative for one in passes if has_negative]
 
     def _run(
         self, program: Compiled, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], prompts: list[Embeddings]
@@ -223,27 +232,35 @@ class ContrastiveComposer:
         choices = [self.always | ({} if one.adapter is None else {one.adapter: one.strength}) for one in passes]
         rows = [choices[n % len(choices)] for n in range(len(prompts)) for _ in latents]
         noise: Tensor = program(**call_rows(self.scheduler, latents, t, prompts, self.conditions), adapters=rows).sample
-        return noise
+        return noise.unflatten(0, (-1, len(passes), len(latents)))
 
     @torch.enable_grad()
     def slope(
-        self, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], groups: Sequence[Group]
+        self,
+        latents: Tensor,
+        t: Tensor,
+        passes: Sequence[ConceptPass],
+        groups: Sequence[Group],
+        negative_maps: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each row (b,), and its gradient by the latents."""
         latents = latents.detach().requires_grad_()
-        self._run(self.eager, latents, t, passes, [one.states for one in passes])
-        maps = self.maps(self.eager, latents, len(passes)).flatten(2, 3)
+        self._run(self.eager, latents, t, passes, self._list_prompts(passes, negative_maps))
+        maps = self.maps(self.eager, latents, len(passes), negative_maps).flatten(2, 3)
         chosen = torch.stack([maps[:, at, :, word] for group in groups for at, word in group], 1)
         loss = contrast(chosen, [number for number, group in enumerate(groups) for _ in group])
         (slope,) = torch.autograd.grad(loss.sum(), latents)
         return loss.detach(), slope
 
-    def maps(self, program: Compiled, latents: Tensor, passes: int) -> Tensor:
+    def maps(self, program: Compiled, latents: Tensor, passes: int, negative_maps: bool = False) -> Tensor:
         """Return the attention in a program's last call, which was for these latents and so many passes.
 
         Returns:
-            (b, passes, height, width, words), the mean over heads and over the attentions that count.
+            (b, passes, height, width, words), the mean over heads and over the attentions that count, and with
+            ``negative_maps`` over prompts and negative prompts.
         """
         grid = latents.shape[-2] // self.stride, latents.shape[-1] // self.stride
         found = torch.stack(select_maps(program.aux["maps"], grid, self.layers)).mean(0)
-        return found[: passes * len(latents)].unflatten(0, (passes, len(latents))).transpose(0, 1).unflatten(2, grid)
+        found = found.unflatten(0, (-1, passes, len(latents)))
+        found = found.mean(0) if negative_maps else found[0]
+        return found.transpose(0, 1).unflatten(2, grid)

@@ -185,7 +185,7 @@ class Attention:
 
 
 def watch(unet: Any, lora: lorac.Adapter | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the noise of a merged copy of a U-Net, and the maps (4, 4, tokens) of its cross-attention at 4 x 4."""
+    """Return the noise of a merged copy of a U-Net, and maps (rows, 4, 4, tokens) of its cross-attention at 4 x 4."""
     from diffusers.models.attention_processor import AttnProcessor
 
     model = copy.deepcopy(unet if lora is None else lorac.merge_into(unet, {"a": lora}, "a"))
@@ -193,10 +193,10 @@ def watch(unet: Any, lora: lorac.Adapter | None) -> Callable[..., tuple[Tensor, 
     kept: list[Tensor] = []
     Attention(model.mid_block.attentions[0].transformer_blocks[0].attn2, kept)
 
-    def predict(latents: Tensor, t: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(latents: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
         kept.clear()
-        noise = model(latents, t, prompt[None]).sample
-        return noise, kept[0].mean(0).reshape(4, 4, -1)
+        noise = model(latents.expand(len(prompts), -1, -1, -1), t, prompts).sample
+        return noise, kept[0].unflatten(0, (len(prompts), -1)).mean(1).reshape(len(prompts), 4, 4, -1)
 
     return predict
 
@@ -233,45 +233,64 @@ def peaked() -> list[ConceptPass]:
 def test_every_setting_of_the_loop_acts(doubled: ContrastiveComposer, peaked: list[ConceptPass]) -> None:
     noise = inputs(1)["sample"].double()
     found = doubled(noise, peaked, GROUPS, **SETTINGS)
-    for other in ({"reduce": "sum"}, {"decays": True}, {"threshold": 0.2}, {"upsampling": "bilinear"}):
+    for other in (
+        {"reduce": "sum"},
+        {"decays": True},
+        {"threshold": 0.2},
+        {"upsampling": "bilinear"},
+        {"negative_maps": True},
+        {"noise_first": True},
+    ):
         assert_apart(doubled(noise, peaked, GROUPS, **{**SETTINGS, **other}), found)
     assert_apart(doubled(noise, [replace(peaked[0], words=()), *peaked[1:]], GROUPS, **SETTINGS), found)
 
 
+@pytest.mark.parametrize("theirs", [True, False])
 def test_the_loop_is_that_of_the_authors(
-    unet: Any, loras: dict[str, lorac.Adapter], doubled: ContrastiveComposer, peaked: list[ConceptPass]
+    unet: Any,
+    loras: dict[str, lorac.Adapter],
+    doubled: ContrastiveComposer,
+    peaked: list[ConceptPass],
+    theirs: bool,
 ) -> None:
-    """Written from their code (76def7c), but for maps of prompts alone and the noise after the last update."""
+    """Written from their code (76def7c): their maps and order of noise and update, or those of the defaults here."""
     host, noise = copy.deepcopy(unet).double(), inputs(1)["sample"].double()
-    prompts, negative = [one.states for one in peaked], peaked[0].negative
+    prompts = [torch.stack([peaked[0].negative, one.states]) for one in peaked]
     models = [watch(host, loras[one.adapter] if one.adapter else None) for one in peaked]
     times = scheduler()
-    times.set_timesteps(SETTINGS["steps"])
+    times.set_timesteps(4)
     latents = noise
+
+    def predict(latents: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+        found = [model(latents, t, both) for model, both in zip(models, prompts, strict=True)]
+        maps = [rows.mean(0) if theirs else rows[1] for _, rows in found]
+        return torch.stack([both for both, _ in found]).detach(), maps
+
     for step, t in enumerate(times.timesteps):
-        for _ in range((2, 1, 0)[step]):
+        for _ in range((2, 1, 1, 0)[step]):
             with torch.enable_grad():
                 moving = latents.requires_grad_()
-                loss = plain_loss([model(moving, t, p)[1] for model, p in zip(models, prompts, strict=True)])
+                predicted, maps = predict(moving, t)
+                loss = plain_loss(maps)
                 latents = (moving - SETTINGS["rate"] * torch.autograd.grad(loss, moving)[0]).detach()
         with torch.no_grad():
-            told = [model(latents, t, p) for model, p in zip(models, prompts, strict=True)]
-            plain = [model(latents, t, negative)[0] for model in models]
+            if not theirs or step == 3:
+                predicted, maps = predict(latents, t)
             masks = torch.stack(
                 [
-                    torch.stack([maps[..., word] > 0.4 * maps[..., word].max() for word in one.words]).any(0)
-                    for (_, maps), one in zip(told, peaked, strict=True)
+                    torch.stack([one[..., word] > 0.4 * one[..., word].max() for word in given.words]).any(0)
+                    for one, given in zip(maps, peaked, strict=True)
                 ]
             )
             masks[0] |= ~masks.any(0)
             assert 0 < masks.float().mean() < 1
             masks = masks.repeat_interleave(2, 1).repeat_interleave(2, 2)
-            mean = [
-                sum(n * m for n, m in zip(each, masks, strict=True)) / masks.sum(0)
-                for each in ([one for one, _ in told], plain)
-            ]
-            latents = times.step(mean[1] + 3.0 * (mean[0] - mean[1]), t, latents).prev_sample
-    found = doubled(noise, peaked, GROUPS, **SETTINGS)
+            plain, told = (
+                sum(n * m for n, m in zip(predicted[:, side], masks, strict=True)) / masks.sum(0) for side in (0, 1)
+            )
+            latents = times.step(plain + 3.0 * (told - plain), t, latents).prev_sample
+    given = {**SETTINGS, "steps": 4, "updates": 3, "negative_maps": theirs, "noise_first": theirs}
+    found = doubled(noise, peaked, GROUPS, **given)
     assert (found - latents).abs().max() < ROWS[torch.float64] * latents.abs().max()
 
 
