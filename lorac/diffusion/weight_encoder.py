@@ -1,6 +1,7 @@
 """AutoLoRA's encoder of adapters: a LoRA's weights as one vector, which depends on its changes alone.
 
-arXiv 2508.02107. It computes as its code (lzws/AutoLoRA) does at its width of 768; names of tensors are others.
+arXiv 2508.02107. It computes as its code (lzws/AutoLoRA) does at its width of 768, whose files
+``lorac.diffusion.authors_encoder`` reads.
 """
 
 import re
@@ -47,8 +48,8 @@ class WeightEncoder(nn.Module):
         if probes < 1:
             raise OptionError(f"probes={probes} would read nothing of an adapter", next_step="give 1 or more")
         self.sizes, self.width, self.probes = dict(sizes), width, probes
-        sites = nn.ModuleDict({_key(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
-        kinds = {_kind(path, gives): probes * gives for path, (_, gives) in sizes.items()}
+        sites = nn.ModuleDict({submodule_name(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
+        kinds = {projection_name(path, gives): probes * gives for path, (_, gives) in sizes.items()}
         projections = nn.ModuleDict({kind: nn.Linear(reads, width) for kind, reads in kinds.items()})
         self.embedder = nn.ModuleDict({"model_dict": sites, "proj_dict": projections})
         self.position_embeds = nn.Parameter(torch.zeros(1, len(sizes), width))
@@ -59,8 +60,8 @@ class WeightEncoder(nn.Module):
         """Return vectors (n, width) of n adapters (``stack_pairs``)."""
         tokens = []
         for path, (a, b) in pairs.items():
-            answer = self.embedder.get_submodule(f"model_dict.{_key(path)}")(a, b)
-            tokens.append(self.embedder.get_submodule(f"proj_dict.{_kind(path, b.shape[-1])}")(answer))
+            answer = self.embedder.get_submodule(f"model_dict.{submodule_name(path)}")(a, b)
+            tokens.append(self.embedder.get_submodule(f"proj_dict.{projection_name(path, b.shape[-1])}")(answer))
         hidden = torch.stack(tokens, 1) + self.position_embeds
         for block in self.encoders:
             hidden = block(hidden)
@@ -174,10 +175,11 @@ def _stack(pairs: Sequence[tuple[Tensor, Tensor] | None], sizes: tuple[int, int]
     return a, b
 
 
-def _key(path: str) -> str:
+def submodule_name(path: str) -> str:
     """Return a path as the name of a submodule."""
     return path.replace(".", "___")
 
 
-def _kind(path: str, gives: int) -> str:
-    return f"{_key(_INDEX.sub('', path))}___{gives}"
+def projection_name(path: str, gives: int) -> str:
+    """Return the name of the projection of a site's answer, which sites of one kind share."""
+    return f"{submodule_name(_INDEX.sub('', path))}___{gives}"
