@@ -6,14 +6,16 @@ few bytes of a zip file can unpack to any length. So sizes are added up first, a
 that a dictionary of dense tensors needs.
 """
 
+import codecs
 import itertools
 import os
 import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from lorac.errors import FormatError, LoracError
@@ -26,6 +28,9 @@ MOST_STEPS = 1_000_000
 _PICKLE = "data.pkl"
 _NAMES = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"})
 """The names in a pickle of named tensors, apart from the types of storages."""
+_ARRAYS = frozenset({"numpy ndarray", "numpy dtype", "_codecs encode"})
+_RECONSTRUCT = tuple(f"numpy.{core}.multiarray" for core in ("core", "_core"))
+"""The names in a pickle of NumPy's arrays, and the modules of the function that makes them."""
 _PEEKED = 1 << 24
 """Longest pickle that is read for its names alone."""
 _TEXTS = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "UNICODE"})
@@ -36,22 +41,41 @@ _END, _END_64 = 22, 76
 """Length of the last record of a zip file, and of the long form before it with its locator."""
 
 
-def load_pickle(path: Path, refuse: Refuse) -> object:
+def load_pickle(path: Path, refuse: Refuse, *, arrays: bool = False) -> object:
     """Return the content of a `.bin` file.
+
+    Args:
+        path: the file.
+        refuse: makes the error.
+        arrays: whether it may hold arrays of NumPy's whole numbers too.
 
     Raises:
         FormatError: that of ``refuse``, where it is not such a file, or names anything that a dictionary of tensors
             does not need; or unpacked it is larger than a file may be, or has too many members.
     """
-    check_archive(path, refuse, lambda archive: _check_names(archive, refuse))
+    names = _NAMES | _ARRAYS | {f"{module} _reconstruct" for module in _RECONSTRUCT} if arrays else _NAMES
+    check_archive(path, refuse, lambda archive: _check_names(archive, refuse, names))
     try:
-        with pause_clock():
+        with pause_clock(), torch.serialization.safe_globals(_list_array_types() if arrays else []):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # and so may the unpickler
         reason = str(error).strip().partition("\n")[0]
         raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
+
+
+def _list_array_types() -> list[Any]:
+    """Return the types and functions by which NumPy's arrays of whole numbers are unpickled."""
+    reconstruct: Any = np.zeros(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in ("int16", "int32", "int64")}
+    return [
+        np.ndarray,
+        np.dtype,
+        *kinds,
+        codecs.encode,
+        *((reconstruct, f"{m}._reconstruct") for m in _RECONSTRUCT),
+    ]
 
 
 def peek_names(path: Path) -> frozenset[str]:
@@ -111,8 +135,8 @@ def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
     claim_memory(sum(member.file_size for member in members) - size, "it is packed")
 
 
-def _check_names(archive: zipfile.ZipFile, refuse: Refuse) -> None:
-    """Refuse a pickle that names anything but types of storages and the functions that rebuild tensors."""
+def _check_names(archive: zipfile.ZipFile, refuse: Refuse, names: frozenset[str]) -> None:
+    """Refuse a pickle that names anything but types of storages and, of all else, what is in ``names``."""
     found = [name for name in archive.namelist() if name.rpartition("/")[2] == _PICKLE]
     if len(found) != 1:
         raise refuse(f"torch.load(weights_only=True) refuses it: it has {len(found)} members called {_PICKLE}, not one")
@@ -124,7 +148,7 @@ def _check_names(archive: zipfile.ZipFile, refuse: Refuse) -> None:
             continue
         module, _, kind = str(argument).partition(" ")
         is_storage = module == "torch" and kind.endswith("Storage") and kind.isidentifier()
-        if argument not in _NAMES and not is_storage:
+        if argument not in names and not is_storage:
             raise refuse(
                 f"torch.load(weights_only=True) is not called: it names {argument!r}, which dense tensors need not"
             )

@@ -1,7 +1,8 @@
 """LoRAM's own files: of each module that was pruned, the rows of one layer that were removed.
 
 Source: junzhang-zj/LoRAM. A folder holds ``model.layers.<n>.mlp.gate_proj.pt`` with hidden units, or
-``model.layers.<n>.self_attn.k_proj.pt`` with the rows of heads of keys; a file is ``{"pruned_idx": positions}``.
+``model.layers.<n>.self_attn.k_proj.pt`` with the rows of heads of keys; a file is ``{"pruned_idx": positions}``, which
+are a tensor, a list or an array of whole numbers.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from lorac.training.loram.pruning_record import PruningRecord
 from lorac.training.loram.units import UnitGroup, find_unit_groups
 
 _KEY = "pruned_idx"
+_WHOLE = {torch.int16, torch.int32, torch.int64}
 
 
 def read_removed_units(folder: str | Path, model: nn.Module) -> dict[str, PruningRecord]:
@@ -72,10 +74,15 @@ def _read_kept_units(file: Path, group: UnitGroup) -> Tensor:
         return FormatError(f"'{file}' is damaged: {reason}", code="corrupt_file")
 
     with translate_os_errors(file, FormatError, "read", "unreadable"):
-        loaded = charge_reading(file, lambda: load_pickle(file, refuse))
+        loaded = charge_reading(file, lambda: load_pickle(file, refuse, arrays=True))
     removed = loaded.get(_KEY) if isinstance(loaded, dict) else None
-    if not isinstance(removed, Tensor) or removed.ndim != 1 or removed.dtype is not torch.int64:
+    try:
+        removed = torch.as_tensor(removed)
+    except (TypeError, ValueError, RuntimeError):
+        raise refuse(f"it has no whole numbers '{_KEY}'") from None
+    if removed.ndim != 1 or removed.dtype not in _WHOLE:
         raise refuse(f"it has no whole numbers '{_KEY}'")
+    removed = removed.long()
     width = group.rows[file.stem]
     units = removed[::width] // width
     whole = units[:, None] * width + torch.arange(width)

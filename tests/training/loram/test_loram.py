@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -341,11 +342,27 @@ def test_reads_the_authors_files_of_removed_units(tmp_path: Path) -> None:
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.Tensor.int, torch.Tensor.tolist, torch.Tensor.numpy, lambda idx: idx.int().numpy()]
+)
+def test_reads_positions_of_any_kind_of_whole_numbers(tmp_path: Path, kind: Any) -> None:
+    model = llama()
+    smaller = loram.prune(model, layers=[1], by="random")
+    loram.write_removed_units(smaller.kept, tmp_path, model)
+    for file in tmp_path.glob("*.pt"):
+        torch.save({"pruned_idx": kind(torch.load(file, weights_only=True)["pruned_idx"])}, file)
+    read = loram.read_removed_units(tmp_path, model)
+    assert read.keys() == smaller.kept.keys()
+    for path, record in read.items():
+        assert torch.equal(record.rows, smaller.kept[path].rows), path
+
+
 def test_rejects_invalid_files_of_removed_units(tmp_path: Path) -> None:
     model, file = llama(), tmp_path / "model.layers.0.self_attn.k_proj.pt"
     with refuses("corrupt_file", match="holds no file"):
         loram.read_removed_units(tmp_path, model)
-    for wrong in (torch.arange(5), torch.arange(12), torch.arange(6) + 12, torch.ones(6), torch.arange(6)[None]):
+    for wrong in (torch.arange(5), torch.arange(12), torch.arange(6) + 12, torch.ones(6), torch.arange(6)[None],
+                  [0.5, 1.5], [[0], [1, 2]], ["a"], np.ones(6), np.array(["a"]), {}):  # fmt: skip
         torch.save({"pruned_idx": wrong}, file)
         with refuses("corrupt_file", match=r"k_proj\.pt' is damaged"):
             loram.read_removed_units(tmp_path, model)
