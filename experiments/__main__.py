@@ -1,10 +1,12 @@
 """Run every experiment, a process each, and write docs/experiments.md and the figures beside it.
 
     python -m experiments [NAME ...] [--again] [--page] [--jobs 2]
+    python -m experiments --faults [NAME ...]
 
-What was run is kept in .cache/experiments until its code or that of the files it shares changes, so that a run that
-was stopped goes on; --again runs it anew, --page only writes the page from what is there. With names the page stays as
-it is.
+Results are kept in experiments/results until the code that computes them changes (`experiments._kept`), so that a run
+that was stopped goes on; --again runs it anew, --page only writes the page from what is there. With names the page
+stays as it is. --faults runs each experiment with a line of its method taken out, on three seeds: a set-up that still
+shows its claim shows nothing of the method.
 """
 
 from __future__ import annotations
@@ -12,38 +14,44 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import experiments
-from experiments._kept import KEPT, digest
-from experiments._study import Experiment, Finding, Table, error
+from experiments._finding import CONTRARY, SHOWN, Finding, Table
+from experiments._kept import RESULTS, ROOT, digest
+from experiments._study import Experiment
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = ROOT / "docs/experiments.md", ROOT / "docs/pictures/experiments"
 NAMES = [found.name for found in pkgutil.iter_modules(experiments.__path__) if not found.name.startswith("_")]
+FAULTS, FAULT_SEEDS = RESULTS / "faults", 3
 HEAD = """# What the papers claim, tried here
 
 Each row is one experiment of minutes on two cores: a claim of a paper, tried with several seeds, every side trained at
-its own best rate, which is found on two other seeds. *Shown*: all that the claim says separates by the 95 % interval
-of the paired differences. *Not shown*: some of it does not. *Contrary*: some of it separates the other way. The tasks
-are small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says more,
-the rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
+its own best rate, which is found on two other seeds and lies between two that are worse. The claim is a list of lines,
+each of one side below another, and each says who states it: a place in the paper, or us, where the paper states it
+without such a bar. A line is *shown* where the 95 % interval of the paired differences lies below 0; "5 seeds see d" is
+the difference that five seeds, spread as these, would tell from none four times out of five. *Shown*: all lines are.
+*Not shown*: some are not, or miss a bar of ours. *Contrary*: one that the paper states separates the other way. The
+tasks are small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says
+more, the rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
 
 `make experiments` runs them all and writes this page, and that of the [families of methods](taxonomy.md);
-`python -m experiments.<name>` runs one and prints its tables.
+`python -m experiments.<name>` runs one and prints its tables. `python -m experiments --faults` runs those that have a
+fault to put in, a line of the method that is taken out: with it the claim must not be shown.
 
 To try your own variation: copy a file of `experiments/`, change the sides of its question (a side is a function of
 rate, seed and steps that returns losses), say in `EXPECTED` which side the claim says to be lower, and run it by its
 name. `--smoke` runs it in seconds, without figures worth reading.
 
-| experiment | claim | verdict | figure | seconds |
-| --- | --- | --- | --- | --- |
+| experiment | claim | verdict | lines | figure | seconds |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -52,48 +60,73 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"experiments.{name}").EXPERIMENT
 
 
-def kept(name: str) -> dict[str, Any] | None:
+def kept(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """Return the result of an experiment as it is now, if it was run."""
-    path = KEPT / f"{name}.json"
+    path = folder / f"{name}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return result if result.get("digest") == digest(name) else None
 
 
-def run(name: str) -> bool:
+def run(name: str, folder: Path = RESULTS) -> bool:
     """Run an experiment in a process of its own, print what it found, and keep its result."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    path, now = KEPT / f"{name}.json", digest(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, now = folder / f"{name}.json", digest(name)
     part = path.with_suffix(".part")
     command = [sys.executable, "-m", f"experiments.{name}", "--json", part]
+    if folder == FAULTS:
+        command += ["--fault", "--seeds", str(FAULT_SEEDS)]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     print(f"\n── {name} ──\n{done.stdout}", flush=True)
     if done.returncode:
         return False
-    path.write_text(json.dumps({"digest": now, **json.loads(part.read_text(encoding="utf-8"))}), encoding="utf-8")
+    result = {"digest": now, **json.loads(part.read_text(encoding="utf-8"))}
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.unlink()
     return True
 
 
+def find(name: str, result: Mapping[str, Any]) -> Finding:
+    """Return the figures of a result, with the lines that are expected now."""
+    expected = importlib.import_module(f"experiments.{name}").EXPECTED
+    tables = [Table(**table) for table in result["tables"]]
+    expected = [one for one in expected if one.table in {table.title for table in tables}]  # few steps, fewer tables
+    return Finding(tables, expected, result.get("intervals", {}), result["seeds"])
+
+
 def row(name: str, result: Mapping[str, Any]) -> str:
     """Return the row of the page."""
+    found = find(name, result)
+    shown = sum(found.judge(one) == SHOWN for one in found.expected)
+    lines, figure = f"{shown} of {len(found.expected)}", f"[figure](pictures/experiments/{name}.svg)"
+    return f"| `{name}` | {_claim(name)} | {found.verdict} | {lines} | {figure} | {result['seconds']} |"
+
+
+def _claim(name: str) -> str:
     experiment = load(name)
-    claim = f"{experiment.claim} ({experiment.source})"
-    figure = f"[figure](pictures/experiments/{name}.svg)"
-    return f"| `{name}` | {claim} | {result['verdict']} | {figure} | {result['seconds']} |"
+    return f"{experiment.claim} ({experiment.source})"
 
 
 def details(name: str, result: Mapping[str, Any]) -> str:
     """Return the section of the page with the tables."""
-    tables = [Table(**table) for table in result["tables"]]
-    found = Finding(tables, [_expected(one) for one in result["expected"]])
-    text = f"{found.describe()}\n{result['seeds']} seeds, {result['steps']} steps".strip()
-    return f"## {name}\n\n{_question(name)}\n\n```text\n{text}\n```\n"
+    experiment, text = load(name), find(name, result).describe().strip()
+    told = [_question(name)]
+    if experiment.fails_by:
+        told.append(f"This set-up could have failed by {experiment.fails_by}.")
+    if experiment.fault is not None:
+        told.append(_describe_fault(name, experiment.fault.text))
+    if "intervals" in result:
+        told.append("Means and intervals are those of an earlier run of the same code, whose single scores are lost.")
+    if "note" in result:
+        told[-1] += f" {result['note']}"
+    told.append(f"```text\n{text}\n{result['seeds']} seeds, {result['steps']} steps\n```")
+    return "\n\n".join([f"## {name}", *told]) + "\n"
 
 
-def _expected(told: Mapping[str, Any]) -> Any:
-    from experiments._study import Expected
-
-    return Expected(**told)
+def _describe_fault(name: str, text: str) -> str:
+    """Say which line of the method is taken out, and whether the claim is shown without it."""
+    result = kept(name, FAULTS)
+    found = "" if result is None else f" {find(name, result).verdict} on {result['seeds']} seeds"
+    return f"A fault to put in: {text}.{' With it the claim is' + found + '.' if found else ''}"
 
 
 def _question(name: str) -> str:
@@ -103,23 +136,32 @@ def _question(name: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def draw(name: str, tables: Sequence[Table]) -> None:
-    """Draw an experiment's tables: a bar for each side, with the standard error over seeds."""
+def draw(name: str, found: Finding) -> None:
+    """Draw each line's difference with its interval: green left of 0 where it is shown, red where it is contrary."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none"})  # the same figures give the same file
-    heights = [0.35 * len(table.scores) + 0.9 for table in tables]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, table in zip(axes, tables, strict=True):
-        means = [sum(scores) / len(scores) for scores in table.scores.values()]
-        axis.barh(list(table.scores), means, xerr=[error(scores) for scores in table.scores.values()], color="#7a9cc6")
-        axis.invert_yaxis()
-        axis.set_title(table.title, fontsize=9, loc="left")
-        axis.set_xlabel(table.what, fontsize=8)
+    titles = list(dict.fromkeys(one.table for one in found.expected))
+    groups = [[one for one in found.expected if one.table == title] for title in titles]
+    heights = [0.35 * len(group) + 0.9 for group in groups]
+    figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
+    figure.suptitle(f"{name}: {found.verdict}", fontsize=11, x=0.02, ha="left")
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, title, group in zip(axes, titles, groups, strict=True):
+        for place, one in enumerate(group):
+            low, high, _ = found.measure(one)
+            colour = {SHOWN: "#2e8b57", CONTRARY: "#c0392b"}.get(found.judge(one), "#888888")
+            if math.isfinite(high - low):
+                middle = (low + high) / 2
+                axis.errorbar(middle, place, xerr=middle - low, fmt="o", color=colour, capsize=3, markersize=5)
+        axis.set_yticks(range(len(group)), [f"{one.low} below {one.high}" for one in group], fontsize=8)
+        axis.set_ylim(len(group) - 0.5, -0.5)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(title, fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("difference, with its 95 % interval; the claim says below 0", fontsize=8)
     PICTURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
 
@@ -128,10 +170,11 @@ def write_page() -> None:
     """Write the page and the figures of all results that are kept."""
     results = {name: result for name in NAMES if (result := kept(name)) is not None}
     for name, result in results.items():
-        draw(name, [Table(**table) for table in result["tables"]])
-    missing = [name for name in NAMES if name not in results]
-    rows = [row(name, result) for name, result in results.items()]
-    rows += [f"| `{name}` | {load(name).claim} ({load(name).source}) | not run | | |" for name in missing]
+        draw(name, find(name, result))
+    rows = [
+        row(name, results[name]) if name in results else f"| `{name}` | {_claim(name)} | to be run anew | | | |"
+        for name in NAMES
+    ]
     sections = [details(name, result) for name, result in results.items()]
     PAGE.write_text(HEAD + "\n".join(rows) + "\n\n" + "\n".join(sections), encoding="utf-8")
 
@@ -145,10 +188,24 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run those that were run, too")
     parser.add_argument("--page", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="at a time, of one thread each (default: %(default)s)")
+    parser.add_argument("--faults", action="store_true", help="run the experiments with a line taken out instead")
     given = parser.parse_args()
-    names = [] if given.page else [name for name in given.names or NAMES if given.again or kept(name) is None]
+    folder, able = RESULTS, NAMES
+    if given.faults:
+        folder, able = FAULTS, [name for name in NAMES if load(name).fault is not None]
+    wanted = [name for name in given.names or able if name in able]
+    names = [] if given.page else [name for name in wanted if given.again or kept(name, folder) is None]
     with ThreadPoolExecutor(given.jobs) as pool:
-        failed = [name for name, done in zip(names, pool.map(run, names), strict=True) if not done]
+        failed = [
+            name for name, done in zip(names, pool.map(run, names, [folder] * len(names)), strict=True) if not done
+        ]
+    if given.faults:
+        results = {name: result for name in wanted if (result := kept(name, FAULTS)) is not None}
+        still = [name for name, result in results.items() if find(name, result).verdict == SHOWN]
+        print(
+            f"{len(results) - len(still)} claims fail with a line taken out; still shown: {', '.join(still) or 'none'}"
+        )
+        return int(bool(failed or still))
     if not given.names:
         write_page()
     if failed:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from examples import denoiser
-from experiments._study import Table
+from experiments._finding import Table
 
 
 def load(given: argparse.Namespace) -> denoiser.Denoiser:

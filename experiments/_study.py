@@ -1,8 +1,7 @@
-"""The form of an experiment: sides over rates and seeds, the best rate of each, and the verdict.
+"""The form of an experiment: sides over rates and seeds, the best rate of each, and the command that runs it.
 
-A figure is the mean over seeds with its standard error. Two sides are compared seed by seed: they separate where the
-95 % interval of the mean difference (Student's t) leaves 0 out. A side's best rate is the one with the lowest mean,
-found on two other seeds than those that are compared, so that no side is judged by what its rate was chosen by.
+A side's best rate is the one with the lowest mean, found on two other seeds than those that are compared, so that no
+side is judged by what its rate was chosen by. Where it is the lowest or the highest of those tried, further ones are.
 """
 
 from __future__ import annotations
@@ -13,13 +12,15 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments._finding import Finding, Table
 from lorac.progress import progress
 from lorac.third_party_output import suppress_third_party_output
 
@@ -28,9 +29,23 @@ Side = Callable[[float, int, int], Losses]
 """(rate, seed, steps) -> the loss before each step and after the last; what diverges ends in infinities."""
 CHOOSING, CHOOSERS = 1000, 2
 """The first of the seeds that rates are chosen on, and how many there are."""
-SHOWN, NOT_SHOWN, CONTRARY = "shown", "not shown", "contrary"
-# Of 1 to 9 degrees of freedom, two-sided 95 %.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+WIDER = 4
+"""How many further rates a side is tried at, at most, while its best one is the lowest or the highest."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A method without one of its lines.
+
+    Attributes:
+        text: says which one, as a sentence does after "without it:".
+        put: puts the fault in, and takes it out at the end of the context.
+    """
+
+    text: str
+    put: Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,9 @@ class Experiment:
         find: settings -> the figures.
         steps: of each run.
         seeds: how many, from 2 to 10.
+        first: the first of the seeds, where others were looked at while the set-up was made.
+        fails_by: ends the sentence "this set-up could have failed by …".
+        fault: a line of the method taken out, with which the claim must not be shown.
     """
 
     claim: str
@@ -50,87 +68,9 @@ class Experiment:
     find: Callable[[argparse.Namespace], Finding]
     steps: int
     seeds: int = 5
-
-
-@dataclass(frozen=True)
-class Table:
-    """Scores of several sides.
-
-    Attributes:
-        title: of the table.
-        what: the scores are.
-        scores: side -> its score of each seed, or one that has no seed.
-        rates: side -> the rate it was trained at, where rates were searched.
-    """
-
-    title: str
-    what: str
-    scores: Mapping[str, Sequence[float]]
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A side whose scores the claim says to be below those of another, or below a number.
-
-    Attributes:
-        table: the title of the table.
-        low: a side of it.
-        high: another side of it, or a number.
-    """
-
-    table: str
-    low: str | float
-    high: str | float
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The figures of an experiment, and what was expected of them."""
-
-    tables: Sequence[Table]
-    expected: Sequence[Expected]
-
-    @property
-    def verdict(self) -> str:
-        """ "shown" where all that was expected separates, "contrary" where any of it separates the other way."""
-        found = [self._judge(one) for one in self.expected]
-        if CONTRARY in found:
-            return CONTRARY
-        return SHOWN if set(found) == {SHOWN} else NOT_SHOWN
-
-    def _judge(self, one: Expected) -> str:
-        low, high = interval(*self._pair(one))
-        if high < 0:
-            return SHOWN
-        return CONTRARY if low > 0 else NOT_SHOWN
-
-    def _pair(self, one: Expected) -> tuple[Sequence[float], Sequence[float]]:
-        scores = next(table.scores for table in self.tables if table.title == one.table)
-        length = max(len(scores[side]) for side in (one.low, one.high) if isinstance(side, str))
-        spread = [scores[side] if isinstance(side, str) else [side] for side in (one.low, one.high)]
-        low, high = (values if len(values) == length else [*values] * length for values in spread)
-        return low, high
-
-    def describe(self) -> str:
-        """Return the tables and the verdict as text."""
-        lines: list[str] = []
-        for table in self.tables:
-            lines += ["", f"{table.title}: {table.what}", *_rows(table)]
-        lines.append("")
-        lines += [self._describe_expected(one) for one in self.expected]
-        return "\n".join([*lines, f"verdict: {self.verdict}"])
-
-    def _describe_expected(self, one: Expected) -> str:
-        return f"{one.table}: {one.low} below {one.high}? {compared(*self._pair(one))}"
-
-
-def _rows(table: Table) -> Iterator[str]:
-    rates = bool(table.rates)
-    yield f"  {'':<34}{'best rate' if rates else '':>10}{'mean':>12} ± standard error"
-    for side, scores in table.scores.items():
-        rate = f"{table.rates[side]:.3g}" if rates else ""
-        yield f"  {side:<34}{rate:>10}{statistics.fmean(scores):>12.4g} ± {error(scores):.2g}"
+    first: int = 0
+    fails_by: str = ""
+    fault: Fault | None = None
 
 
 # ── Sides that are trained, each at its best rate ────────────────────────────────────────────────────────────────────
@@ -165,22 +105,41 @@ def answer(questions: Sequence[Question], given: argparse.Namespace) -> list[Tab
             report.step(f"{question.title}: {name} at {rate:g}")
             return [question.score(question.sides[name](rate, seed, given.steps)) for seed in seeds]
 
-        def best(question: Question, name: str) -> float:
-            means = {rate: statistics.fmean(scores(question, name, rate, choosers)) for rate in question.rates}
-            return min(means, key=means.__getitem__)
+        def best(question: Question, name: str) -> tuple[float, bool]:
+            rates, means = sorted(question.rates), dict[float, float]()
+            wider = WIDER if len(rates) > 1 and not given.smoke else 0
+            while True:
+                means |= {r: statistics.fmean(scores(question, name, r, choosers)) for r in rates if r not in means}
+                found = min(means, key=means.__getitem__)
+                is_edge = len(rates) > 1 and found in {rates[0], rates[-1]}
+                if not is_edge or not wider:
+                    return found, is_edge and not given.smoke
+                wider -= 1
+                next_one = rates[1] if found == rates[0] else rates[-2]
+                rates = sorted([*rates, found**2 / next_one])
 
         tables = []
         for question in questions:
-            rates = {name: best(question, name) for name in question.sides}
-            found = {name: scores(question, name, rate, range(given.seeds)) for name, rate in rates.items()}
-            edges = [name for name, rate in rates.items() if rate in {min(question.rates), max(question.rates)}]
-            edge = f" (best at the edge of the rates tried: {', '.join(edges)})" if edges else ""
-            tables.append(Table(question.title, question.what + edge, found, rates))
+            chosen = {name: best(question, name) for name in question.sides}
+            rates = {name: rate for name, (rate, _) in chosen.items()}
+            edges = [name for name, (_, is_edge) in chosen.items() if is_edge]
+            found = {name: scores(question, name, rate, deciding(given)) for name, rate in rates.items()}
+            tables.append(Table(question.title, question.what, found, rates, edges))
             if question.at is not None:
                 at = dict.fromkeys(question.sides, question.at)
-                found = {name: scores(question, name, question.at, range(given.seeds)) for name in at}
+                found = {name: scores(question, name, question.at, deciding(given)) for name in at}
                 tables.append(Table(f"{question.title}, at one rate", question.what, found, at))
     return tables
+
+
+def deciding(given: argparse.Namespace) -> range:
+    """Return the seeds that decide."""
+    return range(given.first, given.first + given.seeds)
+
+
+def fewer(given: argparse.Namespace, seeds: int) -> argparse.Namespace:
+    """Return the settings with another number of seeds."""
+    return argparse.Namespace(**{**vars(given), "seeds": seeds})
 
 
 def log_mean(losses: Losses) -> float:
@@ -207,38 +166,6 @@ def adamw(parameters: list[torch.Tensor], rate: float) -> Any:
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
 
 
-# ── Statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def interval(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean difference of two sides, seed by seed; a side that diverges is worst."""
-    differences = [a - b for a, b in zip(own, other, strict=True)]
-    mean = statistics.fmean(differences)
-    if not math.isfinite(mean):
-        diverged = tuple(not all(map(math.isfinite, side)) for side in (own, other))
-        return {(True, False): (math.inf, math.inf), (False, True): (-math.inf, -math.inf)}.get(
-            diverged, (-math.inf, math.inf)
-        )
-    half = _STUDENT[len(differences) - 2] * error(differences) if len(differences) > 1 else 0.0
-    return mean - half, mean + half
-
-
-def compared(own: Sequence[float], other: Sequence[float]) -> str:
-    """Say whether two sides separate, from their scores seed by seed."""
-    low, high = interval(own, other)
-    if not math.isfinite(low):
-        return "diverges"
-    said = f"{(low + high) / 2:+.2g} (95 %: {low:+.2g} to {high:+.2g})"
-    if low <= 0 <= high:
-        return f"{said}: does not separate"
-    return f"{said}: {'lower' if high < 0 else 'higher'}"
-
-
-def error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean."""
-    if len(values) < 2:
-        return 0.0
-    return statistics.stdev(values) / math.sqrt(len(values)) if all(map(math.isfinite, values)) else math.inf
-
-
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def main(experiment: Experiment, name: str, text: str | None) -> None:
     """Run the command: ``--seeds``, ``--steps``, ``--smoke``, and ``--json`` for a program that reads the result."""
@@ -248,17 +175,22 @@ def main(experiment: Experiment, name: str, text: str | None) -> None:
     parser.add_argument("--seeds", type=int, default=experiment.seeds, help="from 2 to 10 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=experiment.steps, help="of each run (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="two seeds and two steps: seconds, and no figures")
+    parser.add_argument("--fault", action="store_true", help="take a line of the method out first")
     parser.add_argument("--json", type=Path, help="write the tables and the verdict to this file too")
     given = parser.parse_args()
+    given.first = experiment.first
     if given.smoke:
         given.seeds = given.steps = 2
+    if given.fault and experiment.fault is None:
+        parser.error(f"experiments.{name} has no fault to put in; leave --fault out")
     begun = time.perf_counter()
     torch.set_num_threads(1)
-    with suppress_third_party_output():
+    with suppress_third_party_output(), experiment.fault.put() if given.fault else nullcontext():
         found = experiment.find(given)
     seconds = time.perf_counter() - begun
     print(found.describe())
     print(f"{given.seeds} seeds, {given.steps} steps, {seconds:.0f} s")
     if given.json is not None:
-        told = {**dataclasses.asdict(found), "verdict": found.verdict, "seconds": round(seconds)}
-        given.json.write_text(json.dumps({**told, "seeds": given.seeds, "steps": given.steps}), encoding="utf-8")
+        tables = [dataclasses.asdict(table) for table in found.tables]
+        told = {"verdict": found.verdict, "seconds": round(seconds), "seeds": given.seeds, "steps": given.steps}
+        given.json.write_text(json.dumps({**told, "tables": tables}), encoding="utf-8")

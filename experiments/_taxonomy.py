@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments._lora_variants import LEFT_OUT, ways
-from experiments._study import interval
+from experiments._statistics import interval
 from experiments.lorafactory import AT_LORAS, BEST, LORA, TIME, VALUES
 from lorac.cli.models import method_rows
 from lorac.variants import variants
@@ -50,9 +50,9 @@ A star marks those that the survey does not place; they stand where they come ne
 
 def write_page(path: Path) -> None:
     """Write the page from the result that is kept, whatever code it was run with."""
-    from experiments.__main__ import KEPT
+    from experiments.__main__ import RESULTS
 
-    result = json.loads((KEPT / "lorafactory.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "lorafactory.json").read_text(encoding="utf-8"))
     tables = {table["title"]: table for table in result["tables"]}
     lora, rate = statistics.fmean(tables[BEST]["scores"][LORA]), tables[BEST]["rates"][LORA]
     head = HEAD.format(steps=result["steps"], seeds=result["seeds"], lora=lora, rate=rate)

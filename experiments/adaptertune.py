@@ -19,19 +19,8 @@ from torch import nn
 
 import lorac
 from experiments._characters import DIGITS, pictures
-from experiments._study import (
-    Expected,
-    Experiment,
-    Finding,
-    Losses,
-    Question,
-    Table,
-    adamw,
-    answer,
-    last,
-    main,
-    trained,
-)
+from experiments._finding import Expected, Finding, Table
+from experiments._study import Experiment, Losses, Question, adamw, answer, last, main, trained
 
 LETTERS, RANK, ROWS, SIZE = "ABCDEFGHJK", 8, 64, 12
 HEAD, ZERO, RANDOM = "head alone", "start at zero", "start at random"
@@ -121,9 +110,9 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    Expected(LOSS, ZERO, HEAD),
-    Expected(LOSS, ZERO, RANDOM),
-    Expected(START, ZERO, 1e-6),
+    Expected(LOSS, ZERO, HEAD, "the abstract"),
+    Expected(LOSS, ZERO, RANDOM, "the abstract"),
+    Expected(START, ZERO, 1e-6, "the abstract"),
     Expected(START, 0.1, RANDOM),
 ]
 EXPERIMENT = Experiment(
@@ -132,6 +121,7 @@ EXPERIMENT = Experiment(
     source="Khazem, AdapterTune, arXiv 2603.14706, abstract",
     find=find,
     steps=100,
+    fails_by="bottlenecks that add nothing to a new head, or a random start that learns as well",
 )
 
 if __name__ == "__main__":

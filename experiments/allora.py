@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import lorac
-from experiments._study import Expected, Experiment, Finding, Losses, Question, answer, last, main, trained
+from experiments._finding import Expected, Finding
+from experiments._study import Experiment, Losses, Question, answer, last, main, trained
 from lorac.training import ALLoRA
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -109,7 +110,7 @@ QUESTION = Question(
 )
 
 EXPECTED = [
-    Expected("SGD, at one rate", "ALLoRA, η² = 2", "LoRA"),
+    Expected("SGD, at one rate", "ALLoRA, η² = 2", "LoRA", "section 4"),
     Expected("SGD", "ALLoRA, η² = 2", "LoRA"),
 ]
 EXPERIMENT = Experiment(
@@ -117,6 +118,7 @@ EXPERIMENT = Experiment(
     source="Huang et al., ALLoRA, arXiv 2410.09692, section 4",
     find=lambda given: Finding(answer([QUESTION], given), EXPECTED),
     steps=50,
+    fails_by="a falling rate that gains no more than a higher rate of LoRA's",
 )
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import functools
 
 from experiments._compositions import measure, prepare
 from experiments._denoising import tables
-from experiments._study import Expected, Experiment, Finding, main
+from experiments._finding import Expected, Finding
+from experiments._study import Experiment, main
 
 SUM, STILL, MOVED = "the sum of both", "CLoRA, no updates", "CLoRA"
 OVERLAP, SHOWN = "overlap", "both shown"
@@ -33,9 +34,9 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    Expected(OVERLAP, MOVED, SUM),
-    Expected(OVERLAP, MOVED, STILL),
-    Expected(SHOWN, SUM, MOVED),
+    Expected(OVERLAP, MOVED, SUM, "section 4"),
+    Expected(OVERLAP, MOVED, STILL, "section 4"),
+    Expected(SHOWN, SUM, MOVED, "section 4"),
 ]
 EXPERIMENT = Experiment(
     claim="Contrast between attention maps lowers the overlap of two LoRAs' objects, and both are shown, where the sum "
@@ -43,6 +44,7 @@ EXPERIMENT = Experiment(
     source="Meral et al., CLoRA, arXiv 2403.19776, section 4",
     find=find,
     steps=300,
+    fails_by="maps that overlap as before, or pictures that still show one object",
 )
 
 if __name__ == "__main__":

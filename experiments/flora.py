@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import lorac
 from experiments._characters import pictures
-from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, adamw, answer, last, main
+from experiments._finding import Expected, Finding, Table
+from experiments._study import Experiment, Losses, Question, adamw, answer, last, main
 from experiments.lego import change, mean_of_factors
 from lorac.merging import FederatedStack
 
@@ -156,10 +157,10 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    *(Expected(OFF, side, 1e-6) for side in (FLORA, FLORA_MIXED)),
+    *(Expected(OFF, side, 1e-6, "the abstract") for side in (FLORA, FLORA_MIXED)),
     *(Expected(OFF, 0.01, side) for side in (FEDIT, PADDED)),
-    Expected(LOSS, FLORA, FEDIT),
-    Expected(LOSS, FLORA_MIXED, PADDED),
+    Expected(LOSS, FLORA, FEDIT, "the abstract"),
+    Expected(LOSS, FLORA_MIXED, PADDED, "the abstract"),
 ]
 EXPERIMENT = Experiment(
     claim="Stacked factors add up clients' LoRAs of any ranks without an error, and the model learns better from them "
@@ -167,6 +168,7 @@ EXPERIMENT = Experiment(
     source="Wang et al., FLoRA, arXiv 2409.05976, abstract",
     find=find,
     steps=20,
+    fails_by="a sum of stacked factors that is off, or models that learn as well from means of factors",
 )
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 import lorac
+from experiments._finding import Expected, Finding, Table
 from experiments._reader import TARGETS, count_trained, held_loss, host, learn, side, task
-from experiments._study import Expected, Experiment, Finding, Question, Table, answer, last, main
+from experiments._study import Experiment, Question, answer, last, main
 from lorac.training.rules.balanced import Balanced
 
 TEXTS = {"one": task([inspect.getsource(textwrap)]), "two": task([inspect.getsource(typing)])}
@@ -102,8 +103,8 @@ WHAT = {
     LOAD: "relative to that of equal choices",
 }
 EXPECTED = [
-    *(Expected(title, FLY, other) for title in (COST, COSINE) for other in (LORA, WIDE)),
-    Expected(LOAD, UNBALANCED, FLY),
+    *(Expected(title, FLY, other, "the abstract") for title in (COST, COSINE) for other in (LORA, WIDE)),
+    Expected(LOAD, UNBALANCED, FLY, "the ablation of balancing"),
 ]
 EXPERIMENT = Experiment(
     claim="Adapters with frozen sparse random projections, of which each token takes a few ranks, disturb one another "
@@ -111,6 +112,7 @@ EXPERIMENT = Experiment(
     source="Zou et al., FlyLoRA, arXiv 2510.08396, abstract",
     find=find,
     steps=200,
+    fails_by="frozen projections that disturb another task as LoRAs do, or a load that no bias evens out",
 )
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ where a parallel and a sequential rank cost the same: Hydra of 4 + 4 against 8 +
 from __future__ import annotations
 
 import lorac
+from experiments._finding import Expected, Finding
 from experiments._reader import side
-from experiments._study import Expected, Experiment, Finding, Question, answer, last, main
+from experiments._study import Experiment, Question, answer, last, main
 
 RATES = (0.003, 0.01, 0.03, 0.1)
 SQUARE = ("2",)
@@ -20,13 +21,17 @@ SIDES = {
     "Hydra": side(lambda: lorac.Hydra(r=4, r_sequential=4, targets=SQUARE)),
 }
 QUESTIONS = [Question("code", SIDES, RATES, last, "loss on text that was not trained on")]
-EXPECTED = [Expected("code", "Hydra", "parallel (LoRA)"), Expected("code", "Hydra", "sequential, but for one rank")]
+EXPECTED = [
+    Expected("code", "Hydra", "parallel (LoRA)", "section 4"),
+    Expected("code", "Hydra", "sequential, but for one rank", "section 4"),
+]
 EXPERIMENT = Experiment(
     claim="A parallel and a sequential low-rank branch together are better than either alone of as many values.",
     source="Kim et al., Hydra, arXiv 2309.06922, section 4",
     find=lambda given: Finding(answer(QUESTIONS, given), EXPECTED),
     steps=150,
     seeds=8,
+    fails_by="two branches that learn no more than one of as many values",
 )
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from torch import nn
 import lorac
 from examples import few_shot_series, llmfew
 from examples.models import smollm2
-from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, adamw, answer, last, main
+from experiments._finding import Expected, Finding, Table
+from experiments._study import Experiment, Losses, Question, adamw, answer, fewer, last, main
 
 LAYERS, CLASSES, ROWS, EVERY = 6, few_shot_series.CLASSES, few_shot_series.ROWS, 4
 PATCH, STRIDE = few_shot_series.PATCH, few_shot_series.STRIDE
@@ -103,7 +104,7 @@ def find(given: argparse.Namespace) -> Finding:
         return [*wrong(name, rate, seed, steps)]
 
     sides = {name: functools.partial(side, name) for name in SIZES}
-    few = argparse.Namespace(seeds=max(given.seeds // 2, 1), steps=given.steps)
+    few = fewer(given, max(given.seeds // 2, 1))
     (chosen,) = answer([Question(WRONG, sides, RATES, last, "share of the test's recordings")], few)
     found = {
         name: [sides[name](chosen.rates[name], seed, given.steps)[-1] for seed in range(given.seeds)] for name in SIZES
@@ -114,13 +115,14 @@ def find(given: argparse.Namespace) -> Finding:
     )
 
 
-EXPECTED = [Expected(WRONG, FULL, name) for name in SIZES if name != FULL]
+EXPECTED = [Expected(WRONG, FULL, name, "the ablations") for name in SIZES if name != FULL]
 EXPERIMENT = Experiment(
     claim="From one example of each class a pretrained language model under LoRA behind a convolution encoder "
     "classifies series better than without its encoder, its pretraining or the language model.",
     source="LLMFew, arXiv 2502.00059, tables of the ablations",
     find=find,
     steps=25,
+    fails_by="a trunk that is no better than a random one, or than none",
 )
 
 if __name__ == "__main__":

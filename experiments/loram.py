@@ -20,8 +20,9 @@ import torch
 
 import lorac
 from experiments._char_lm import held_loss, host, learn, loss_of, pieces, split
+from experiments._finding import Expected, Finding, Table
 from experiments._reader import tasks
-from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
+from experiments._study import Experiment, Losses, Question, answer, fewer, last, main
 from lorac.frontend.quantised_weights import NF4, QUANTISATION_LEVELS
 from lorac.training import loram
 
@@ -100,7 +101,7 @@ def find(given: argparse.Namespace) -> Finding:
     def side(name: str) -> Callable[[float, int, int], Losses]:
         return lambda rate, seed, steps: [train(name, rate, seed, steps)[0]]
 
-    few = argparse.Namespace(seeds=given.seeds // 2, steps=given.steps)
+    few = fewer(given, given.seeds // 2)
     (chosen,) = answer([Question(LOSS, {n: side(n) for n in names}, RATES, last, "")], few)
     seeds = range(given.seeds)
     found = {name: [train(name, chosen.rates[name], seed, given.steps) for seed in seeds] for name in names}
@@ -121,10 +122,10 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    Expected(LOSS, ALIGNED, BASE),
-    Expected(LOSS, ROUNDED, BASE),
-    Expected(LOSS, ALIGNED, PRUNED),
-    Expected(LOSS, LARGE, ALIGNED),
+    Expected(LOSS, ALIGNED, BASE, "table 1"),
+    Expected(LOSS, ROUNDED, BASE, "table 1"),
+    Expected(LOSS, ALIGNED, PRUNED, "the ablation of alignment"),
+    Expected(LOSS, LARGE, ALIGNED, "table 1"),
 ]
 EXPERIMENT = Experiment(
     claim="A LoRA trained on a pruned, aligned model and scattered back helps the whole one, more than without "
@@ -133,6 +134,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=100,
     seeds=4,
+    fails_by="a LoRA that is of no use to the whole model after it was trained on the pruned one",
 )
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import functools
 from collections.abc import Callable
 
 import lorac
+from experiments._finding import Expected, Finding
 from experiments._reader import TARGETS, side
-from experiments._study import Expected, Experiment, Finding, Losses, Question, answer, last, log_mean, main
+from experiments._study import Experiment, Losses, Question, answer, last, log_mean, main
 
 METHODS = {
     "LoRA, r = 4": lambda: lorac.LoRA(r=4, alpha=4, targets=TARGETS),
@@ -35,7 +36,7 @@ QUESTIONS = [
     Question("at the end", sides(), RATES, last, "loss on text that was not trained on"),
 ]
 EXPECTED = [
-    Expected(table, name, "LoRA, r = 5")
+    Expected(table, name, "LoRA, r = 5", "section 4")
     for table in ("early", "at the end")
     for name in ("MiSS, r = 16", "BAT, r = 16")
 ]
@@ -44,6 +45,7 @@ EXPERIMENT = Experiment(
     source="Kang, MiSS and Bone, arXiv 2409.15371, section 4",
     find=lambda given: Finding(answer(QUESTIONS, given), EXPECTED),
     steps=150,
+    fails_by="shards that learn more slowly than a LoRA of as many values, which is the case here",
 )
 
 if __name__ == "__main__":

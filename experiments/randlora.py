@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 
 import lorac
-from experiments._study import Expected, Experiment, Finding, Question, answer, last, main
+from experiments._finding import Expected, Finding
+from experiments._study import Experiment, Question, answer, last, main
 from experiments._teacher import side, weights
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -31,12 +32,16 @@ def question(title: str, rank: int) -> Question:
 
 
 QUESTIONS = [question("full rank", 64), question("rank 4", 4)]
-EXPECTED = [Expected("full rank", "RandLoRA", "LoRA, r = 5"), Expected("rank 4", "LoRA, r = 5", "RandLoRA")]
+EXPECTED = [
+    Expected("full rank", "RandLoRA", "LoRA, r = 5", "section 4"),
+    Expected("rank 4", "LoRA, r = 5", "RandLoRA", "section 4"),
+]
 EXPERIMENT = Experiment(
     claim="Sums of scaled random bases learn changes of full rank with as few values as LoRA, whose rank limits it.",
     source="Albert et al., RandLoRA, arXiv 2502.00987, sections 3 and 4",
     find=lambda given: Finding(answer(QUESTIONS, given), EXPECTED),
     steps=300,
+    fails_by="sums of bases that reach no further than LoRA's rank",
 )
 
 if __name__ == "__main__":

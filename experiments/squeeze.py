@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import lorac
-from experiments._study import Expected, Experiment, Finding, Question, Table, answer, last, main
+from experiments._finding import Expected, Finding, Table
+from experiments._study import Experiment, Question, answer, last, main
 from experiments._teacher import change_of, learn, missed, side, weights
 from lorac.training import Squeeze, rank_stages, reduce_rank
 
@@ -76,6 +77,7 @@ EXPERIMENT = Experiment(
     source="Vulić et al., LoRA-Squeeze, arXiv 2602.10993",
     find=find,
     steps=400,
+    fails_by="squeezed LoRAs that are worse than those trained at the low rank",
 )
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import lorac
-from experiments._study import Expected, Experiment, Finding, Table, main
+from experiments._finding import Expected, Finding, Table
+from experiments._study import Experiment, main
 from experiments.meteora_gates import KINDS, LENGTH, RANK, ROWS, Texts, batch, host, split, texts, told, train
 
 HALF, PAIRS = LENGTH // 2, [*itertools.permutations(range(len(KINDS)), 2)]
@@ -84,8 +85,8 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    Expected(LOSS, MIXED, BEST),
-    Expected(LOSS, MIXED, UNIFORM),
+    Expected(LOSS, MIXED, BEST, "the abstract"),
+    Expected(LOSS, MIXED, UNIFORM, "the abstract"),
     Expected(WEIGHT, BEFORE, 1 / len(KINDS)),
     Expected(WEIGHT, 0.5, AFTER),
 ]
@@ -96,6 +97,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=200,
     seeds=3,
+    fails_by="weights that do not follow the switch, or a mixture that is no better than its best LoRA",
 )
 
 if __name__ == "__main__":

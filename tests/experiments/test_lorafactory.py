@@ -57,7 +57,7 @@ def test_the_page_marks_methods_that_differ_from_lora(tmp_path: Path, monkeypatc
         {"title": title, "scores": scores, "rates": dict.fromkeys(ways(), 0.01)}
         for title, scores in {BEST: losses, AT_LORAS: losses, VALUES: ones, TIME: ones}.items()
     ]
-    monkeypatch.setattr(runner, "KEPT", tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
     (tmp_path / "lorafactory.json").write_text(json.dumps({"tables": tables, "steps": 1, "seeds": 3}), encoding="utf-8")
     write_page(tmp_path / "page.md")
     rows = [line for line in (tmp_path / "page.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
