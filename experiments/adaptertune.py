@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import nn
 import lorac
 from experiments._characters import DIGITS, pictures
 from experiments._finding import Expected, Finding, Table
-from experiments._study import Experiment, Losses, Question, adamw, answer, last, main, trained
+from experiments._study import Experiment, Fault, Losses, Question, adamw, answer, last, main, trained
 
 LETTERS, RANK, ROWS, SIZE = "ABCDEFGHJK", 8, 64, 12
 HEAD, ZERO, RANDOM = "head alone", "start at zero", "start at random"
@@ -109,6 +110,14 @@ def find(given: argparse.Namespace) -> Finding:
     )
 
 
+begin_at_zero = made
+
+
+def begin_at_random(side: str, seed: int, steps: int) -> Any:
+    """Return the compiled model of a side, whose bottlenecks start at random."""
+    return begin_at_zero(RANDOM if side == ZERO else side, seed, steps)
+
+
 EXPECTED = [
     Expected(LOSS, ZERO, HEAD, "the abstract"),
     Expected(LOSS, ZERO, RANDOM, "the abstract"),
@@ -122,6 +131,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=100,
     fails_by="bottlenecks that add nothing to a new head, or a random start that learns as well",
+    fault=Fault("the second matrix does not start at zero", lambda: patch.dict(globals(), made=begin_at_random)),
 )
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 import lorac
 from experiments._finding import Expected, Finding, Table
-from experiments._study import Experiment, Question, adamw, answer, log_mean, main
+from experiments._study import Experiment, Fault, Question, adamw, answer, log_mean, main
 from experiments._teacher import SIZE, side, weights
 from lorac.training import AlternatingFactors, AltLoRA, Preconditioned
 
@@ -112,6 +113,14 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([*answer(QUESTIONS, given), table], EXPECTED)
 
 
+def alternate(rule: Any) -> None:
+    """Remove the gradients of the factors whose turn it is not, and leave the others as they are."""
+    for sides in rule._sides:
+        for letter, factor in zip("AB", sides, strict=True):
+            if letter not in rule.turn:
+                factor.own.grad = None
+
+
 EXPECTED = [
     Expected("with momentum", "AltLoRA, B first", "LoRA", "section 5"),
     Expected("with momentum", "AltLoRA, B first", "preconditioned", "section 5"),
@@ -126,6 +135,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=60,
     fails_by="steps of one factor that fall no faster than steps of both, or a path that another factoring moves",
+    fault=Fault("gradients are not projected", lambda: patch.object(AltLoRA, "before", alternate)),
 )
 
 if __name__ == "__main__":

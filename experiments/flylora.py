@@ -17,6 +17,7 @@ import statistics
 import textwrap
 import typing
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import lorac
 from experiments._finding import Expected, Finding, Table
 from experiments._reader import TARGETS, count_trained, held_loss, host, learn, side, task
-from experiments._study import Experiment, Question, answer, last, main
+from experiments._study import Experiment, Fault, Question, answer, last, main
 from lorac.training.rules.balanced import Balanced
 
 TEXTS = {"one": task([inspect.getsource(textwrap)]), "two": task([inspect.getsource(typing)])}
@@ -113,6 +114,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=200,
     fails_by="frozen projections that disturb another task as LoRAs do, or a load that no bias evens out",
+    fault=Fault("no bias moves", lambda: patch.object(Balanced, "after")),
 )
 
 if __name__ == "__main__":

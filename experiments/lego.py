@@ -17,13 +17,14 @@ import statistics
 import textwrap
 import typing
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import lorac
 from experiments._finding import Expected, Finding, Table
 from experiments._reader import TARGETS, held_loss, host, learn, task
-from experiments._study import Experiment, main
+from experiments._study import Experiment, Fault, main
 
 TEXTS = {module.__name__: task([inspect.getsource(module)]) for module in (json.decoder, textwrap, typing)}
 R, RATE, KS = 8, 1e-2, (2, 8, 16)
@@ -102,6 +103,11 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([Table(MOVED, "distance over size", far), Table(LOSS, "in nats a character", losses)], EXPECTED)
 
 
+def by_place(points: torch.Tensor, weights: torch.Tensor, k: int, *_: Any) -> torch.Tensor:
+    """Return the clusters of points (n,): each takes every k-th point."""
+    return torch.arange(len(points)) % k
+
+
 EXPECTED = [
     Expected(MOVED, "LEGO", 1e-5),
     Expected(MOVED, 0.1, "mean of factors"),
@@ -116,6 +122,10 @@ EXPERIMENT = Experiment(
     find=find,
     steps=200,
     fails_by="merged ranks that depend on their order, or that keep no more than a mean of factors",
+    fault=Fault(
+        "ranks are clustered by their places",
+        lambda: patch("lorac.merging.ways.lego.cluster", by_place),
+    ),
 )
 
 if __name__ == "__main__":

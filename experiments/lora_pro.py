@@ -11,12 +11,13 @@ stands beside too: the paper claims nothing of it.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import lorac
 from experiments._finding import Expected, Finding
-from experiments._study import Experiment, Question, adamw, answer, log_mean, main
+from experiments._study import Experiment, Fault, Question, adamw, answer, log_mean, main
 from experiments._teacher import side
 from lorac.training import LoRAPro
 
@@ -60,6 +61,7 @@ EXPERIMENT = Experiment(
     find=lambda given: Finding(answer(QUESTIONS, given), EXPECTED),
     steps=60,
     fails_by="adjusted gradients with which the loss falls no faster",
+    fault=Fault("gradients are left as they are", lambda: patch.object(LoRAPro, "before")),
 )
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ made. Both are trained by AdamW.
 from __future__ import annotations
 
 import functools
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
 
 import lorac
 from experiments._finding import Expected, Finding
-from experiments._study import Experiment, Question, answer, last, main
+from experiments._study import Experiment, Fault, Question, answer, last, main
 from experiments._teacher import side, weights
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -32,6 +36,14 @@ def question(title: str, rank: int) -> Question:
 
 
 QUESTIONS = [question("full rank", 64), question("rank 4", 4)]
+
+
+def take_one(method: lorac.RandLoRA, W: Tensor, p: Any) -> Tensor:
+    """Return a square weight with the change of the first basis alone."""
+    scaled = p.randlora_lambda[:, :1, None] * p.randlora_A * p.randlora_gamma[:1]
+    return W + method.alpha / method.r * p.randlora_B[:, :1].flatten(1) @ scaled.flatten(0, 1)
+
+
 EXPECTED = [
     Expected("full rank", "RandLoRA", "LoRA, r = 5", "section 4"),
     Expected("rank 4", "LoRA, r = 5", "RandLoRA", "section 4"),
@@ -42,6 +54,7 @@ EXPERIMENT = Experiment(
     find=lambda given: Finding(answer(QUESTIONS, given), EXPECTED),
     steps=300,
     fails_by="sums of bases that reach no further than LoRA's rank",
+    fault=Fault("the sum has one basis, not all", lambda: patch.object(lorac.RandLoRA, "weight", take_one)),
 )
 
 if __name__ == "__main__":

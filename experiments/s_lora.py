@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ import lorac
 from benchmarks.common import alternate
 from experiments._finding import Expected, Finding, Table
 from experiments._paging import PagedAllocator, TracedRequest, adapter_cells
-from experiments._study import Experiment, main
+from experiments._study import Experiment, Fault, main
 from lorac.progress import progress
 
 CELLS, ROWS, LONGEST, REGISTERED = 11_000, 32, 256, (5, 100, 2000)
@@ -151,6 +152,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=120,
     fails_by="a batch of many adapters that takes as long as a batch for each",
+    fault=Fault("adapters are never evicted from the pool", lambda: patch.object(PagedAllocator, "_evict")),
 )
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import lorac
 from experiments._finding import Expected, Finding, Table
-from experiments._study import Experiment, Question, answer, last, main
+from experiments._study import Experiment, Fault, Question, answer, last, main
 from experiments._teacher import change_of, learn, missed, side, weights
 from lorac.training import Squeeze, rank_stages, reduce_rank
 
@@ -71,6 +72,15 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([losses, *(Table(f"rank {rank}", what, table) for rank, table in tables.items())], EXPECTED)
 
 
+def cut(adapter: lorac.Adapter, rank: int, *, name: str) -> lorac.Adapter:
+    """Return the first ranks of a LoRA."""
+    own = {
+        path: {"lora_A": one["lora_A"][:rank].detach(), "lora_B": one["lora_B"][:, :rank].detach()}
+        for path, one in adapter.tensors.items()
+    }
+    return lorac.Adapter(name, lora(rank), own)
+
+
 EXPECTED = [Expected(f"rank {rank}", way, NEAR) for rank in RANKS for way in (POST, CONT, IN)]
 EXPERIMENT = Experiment(
     claim="A LoRA that was trained at a high rank and then squeezed is as good as one trained at the low rank.",
@@ -78,6 +88,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=400,
     fails_by="squeezed LoRAs that are worse than those trained at the low rank",
+    fault=Fault("factors are cut, not decomposed", lambda: patch.dict(globals(), reduce_rank=cut)),
 )
 
 if __name__ == "__main__":

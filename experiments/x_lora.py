@@ -14,13 +14,14 @@ import argparse
 import functools
 import itertools
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import lorac
 from experiments._finding import Expected, Finding, Table
-from experiments._study import Experiment, main
+from experiments._study import Experiment, Fault, main
 from experiments.meteora_gates import KINDS, LENGTH, RANK, ROWS, Texts, batch, host, split, texts, told, train
 
 HALF, PAIRS = LENGTH // 2, [*itertools.permutations(range(len(KINDS)), 2)]
@@ -84,6 +85,11 @@ def find(given: argparse.Namespace) -> Finding:
     )
 
 
+def share(mixture: lorac.XLoRA, logits: Tensor) -> Tensor:
+    """Return equal weights, which depend on the logits by nothing but their shape."""
+    return (0 * logits).softmax(-1)
+
+
 EXPECTED = [
     Expected(LOSS, MIXED, BEST, "the abstract"),
     Expected(LOSS, MIXED, UNIFORM, "the abstract"),
@@ -98,6 +104,7 @@ EXPERIMENT = Experiment(
     steps=200,
     seeds=3,
     fails_by="weights that do not follow the switch, or a mixture that is no better than its best LoRA",
+    fault=Fault("the classifier's weights are equal", lambda: patch.object(lorac.XLoRA, "scalings", share)),
 )
 
 if __name__ == "__main__":

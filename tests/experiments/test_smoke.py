@@ -75,7 +75,7 @@ def test_the_verdict_is_of_all_lines() -> None:
     assert verdict(shown, theirs) == CONTRARY
 
 
-def test_a_line_says_who_states_it_and_what_so_many_seeds_see() -> None:
+def test_a_line_names_its_source_and_its_power() -> None:
     table = Table("t", "loss", {"low": [1.0, 1.1, 1.3], "high": [2.0, 2.1, 2.2]})
     said = Finding([table], [Expected("t", "low", "high", "table 3")]).describe()
     assert "t: low below high? -0.97 (95 %: -1.1 to -0.82): shown (stated by table 3; 3 seeds see 0.18)" in said
@@ -114,15 +114,15 @@ def tried(best: float, rates: Sequence[float]) -> Table:
 
 
 def test_a_best_rate_at_an_edge_is_looked_for_beyond_it() -> None:
-    assert tried(1.0, (0.1, 1.0, 10.0)).rates == {"side": 1.0}
-    above, below = tried(100.0, (0.1, 1.0, 10.0)), tried(1e-3, (0.1, 1.0, 10.0))
-    assert above.rates["side"] == pytest.approx(100.0) and below.rates["side"] == pytest.approx(1e-3)
+    assert tried(1.0, (0.5, 1.0, 2.0)).rates == {"side": 1.0}
+    above, below = tried(8.0, (0.5, 1.0, 2.0)), tried(0.125, (0.5, 1.0, 2.0))
+    assert above.rates == {"side": 8.0} and below.rates == {"side": 0.125}
     assert not above.edges and not below.edges
 
 
 def test_marks_a_side_whose_best_rate_stays_at_an_edge() -> None:
-    assert tried(1e9, (0.1, 1.0, 10.0)).edges == ["side"]
-    assert tried(1e9, (0.1,)).edges == []
+    assert tried(1e9, (0.5, 1.0, 2.0)).edges == ["side"]
+    assert tried(1e9, (0.5,)).edges == []
 
 
 # ── Results that are kept ────────────────────────────────────────────────────────────────────────────────────────────
