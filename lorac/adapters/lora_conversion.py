@@ -12,7 +12,7 @@ from lorac.adapters.factors import factors, iter_changes
 from lorac.adapters.truncation import Truncation, truncate_matrix, truncate_product
 from lorac.errors import BaseNeeded, CompileError, OptionError
 from lorac.frontend.model_view import Model, ModelView
-from lorac.ir.algebra.changes import Change, Delta, LowRank, merge_weight
+from lorac.ir.algebra.changes import Change, Delta, LowRank, factors_of, merge_weight
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, invocation_of
 from lorac.variants.lora import LoRA
@@ -152,9 +152,8 @@ def truncate_change(
     Raises:
         BaseNeeded: the change depends on the base, which is not known.
     """
-    if isinstance(change, LowRank) and not change.folded().scales:
-        folded = change.folded()
-        return truncate_product(folded.b.mT, folded.a.mT, rank, tolerance)
+    if (pair := factors_of(change)) is not None:
+        return truncate_product(*pair, rank, tolerance)
     if isinstance(change, Delta):
         return truncate_matrix(change.delta, rank, tolerance)
     if view is None:
@@ -172,7 +171,7 @@ def compute_delta(change: Change, weight: Tensor) -> Tensor:
 
 
 def _require_pair(adapter: Adapter, path: str, change: Change) -> None:
-    if isinstance(change, LowRank) and not change.folded().scales:
+    if factors_of(change) is not None:
         return
     what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
     raise CompileError(

@@ -133,13 +133,9 @@ def draw_entanglement(profiles: Mapping[str, EntanglementProfile | None], path: 
 
 def prime_sites(size: int) -> tuple[int, ...]:
     """Return the prime factors of a size ≥ 1, largest first: the default sites of a dimension."""
-    found, divisor = [], 2
-    while size > 1:
-        while size % divisor == 0:
-            found.append(divisor)
-            size //= divisor
-        divisor += 1
-    return tuple(reversed(found))
+    import sympy
+
+    return tuple(prime for prime, power in sorted(sympy.factorint(size).items(), reverse=True) for _ in range(power))
 
 
 def internal_entropy(

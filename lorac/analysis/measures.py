@@ -23,7 +23,7 @@ from lorac.adapters.truncation import (
 from lorac.argument_types import check_type
 from lorac.errors import AdapterError, BaseNeeded, CompileError, LoracError, SiteError
 from lorac.frontend.model_view import Model, ModelView
-from lorac.ir.algebra.changes import Change, Delta, LowRank, Sparse
+from lorac.ir.algebra.changes import Change, Delta, LowRank, Sparse, factors_of
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import PromptVariant
 
@@ -189,9 +189,8 @@ def _measure_site(adapter: Adapter, path: str, view: ModelView | None) -> SiteMe
 
 def _factors_of(change: Change, weight: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Return B (out, r) and A (r, in) of a pair, ΔW and None of others, or None where only the base tells ΔW."""
-    if isinstance(change, LowRank) and not change.folded().scales:
-        folded = change.folded()
-        return folded.b.mT, folded.a.mT
+    if (pair := factors_of(change)) is not None:
+        return pair
     if weight is not None:
         return compute_delta(change, weight), None
     return (change.delta, None) if isinstance(change, Delta) else None

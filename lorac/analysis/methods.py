@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,18 +74,8 @@ class MethodRow:
         return " + ".join([*found, f"{self.common:,} shared"] if self.common else found)
 
 
-HEADERS = (
-    "method",
-    "class",
-    "formula",
-    "adapts",
-    "normal form",
-    "merges",
-    "shared tensors",
-    "trained",
-    "paper",
-    "files",
-)
+_HEADERS = "method, class, formula, adapts, normal form, merges, shared tensors, trained, paper, files"
+HEADERS = tuple(_HEADERS.split(", "))
 """Heads of the columns of ``cells``."""
 
 
@@ -110,33 +100,35 @@ def row_cells(row: MethodRow) -> tuple[str, ...]:
     return tuple(text or "–" for text in texts)
 
 
+_PAGE = """\
+# Methods
+
+Made by `make docs` from the code; `make check` fails where the two differ.
+
+Normal form and number of trained values are those of one layer {width} x {width} at default
+hyper-parameters; for methods on blocks, those of a block of that width. A low-rank form runs next to the
+weight and is swapped by rebinding; in addition to its two factors it may have
+
+{roles}
+
+Sparse, delta and dense forms run as a merged weight, and a branch is a subgraph. Methods of the form
+`replace` replace whole parameters. The files are lorac's own format (`native`), which stores every method,
+PEFT's types, and, in small letters, the formats of the methods' authors.
+
+{table}
+"""
+
+
 def render_markdown(rows: Sequence[MethodRow]) -> str:
     """Return the table as a Markdown page."""
-    return "\n".join(_markdown_lines(rows)) + "\n"
-
-
-def _markdown_lines(rows: Sequence[MethodRow]) -> Iterator[str]:
-    yield "# Methods"
-    yield ""
-    yield "Made by `make docs` from the code; `make check` fails where the two differ."
-    yield ""
-    yield f"Normal form and number of trained values are those of one layer {WIDTH} x {WIDTH} at default"
-    yield "hyper-parameters; for methods on blocks, those of a block of that width. A low-rank form runs next to the"
-    yield "weight and is swapped by rebinding; in addition to its two factors it may have"
-    yield ""
-    yield from (f"- {role.name}: {role.meaning}" for role in ROLES.values() if role.optional)
-    yield ""
-    yield "Sparse, delta and dense forms run as a merged weight, and a branch is a subgraph. Methods of the form"
-    yield "`replace` replace whole parameters. The files are lorac's own format (`native`), which stores every method,"
-    yield "PEFT's types, and, in small letters, the formats of the methods' authors."
-    yield ""
-    yield f"| {' | '.join(HEADERS)} |"
-    yield "|" + " --- |" * len(HEADERS)
+    table = [f"| {' | '.join(HEADERS)} |", "|" + " --- |" * len(HEADERS)]
     for row in rows:
         name, title, formula, *middle, paper, files = (text.replace("|", r"\|") for text in row_cells(row))
         linked = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
         coded = formula if not row.formula else f"`{formula}`"
-        yield f"| {' | '.join((name, f'`lorac.{title}`', coded, *middle, linked, files))} |"
+        table.append(f"| {' | '.join((name, f'`lorac.{title}`', coded, *middle, linked, files))} |")
+    roles = [f"- {role.name}: {role.meaning}" for role in ROLES.values() if role.optional]
+    return _PAGE.format(width=WIDTH, roles="\n".join(roles), table="\n".join(table))
 
 
 def _describe_method(variant: type[Variant], reduce: Reduce, files: tuple[str, ...]) -> MethodRow:

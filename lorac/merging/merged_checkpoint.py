@@ -104,7 +104,9 @@ def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
     of the hub they lead to the same repository's blobs. The configuration is read in any case.
     """
     left_out, outside, own = list[str](), list[str](), {*source.tensors.shards, source.tensors.index_name}
-    root = _find_hub_root(source.folder.resolve())
+    folder = source.folder.resolve()
+    caches = (path.parent for path in folder.parents if path.name == "snapshots" and (path.parent / "blobs").is_dir())
+    root = next(caches, folder)  # in a cache of the hub, links lead to the blobs next to the snapshots
     for path in sorted(source.folder.rglob("*")):
         name = path.relative_to(source.folder)
         hidden = any(part.startswith(".") for part in name.parts)
@@ -124,12 +126,6 @@ def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
     if outside:
         warn(f"left out of '{source.folder}', since they are links that lead out of it: {list_some(outside)}")
     return (*left_out, *outside)
-
-
-def _find_hub_root(folder: Path) -> Path:
-    """Return the repository's folder in a cache of the hub (blobs, refs, snapshots); of any other folder itself."""
-    snapshots = (parent for parent in folder.parents if parent.name == "snapshots")
-    return next((path.parent for path in snapshots if (path.parent / "blobs").is_dir()), folder)
 
 
 class _OutputTensors(Mapping[str, Tensor]):

@@ -3,14 +3,13 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from lorac.adapters.lora_conversion import compute_delta
 from lorac.errors import BaseNeeded, CompileError
-from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum, compose
+from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum, compose, factors_of
 from lorac.variants.adapter import Adapter
 from lorac.variants.low_rank import ScaledRank
 
@@ -102,7 +101,7 @@ class SiteTerms:
     def gram(self) -> Tensor:
         """Return the inner products (N, N) of the changes, of the weight and the bias together, in float64."""
         shifts = 0 if self.shifts is None else inner_products(self.shifts.double())
-        if not all(change is None or is_pair(change) for change in self.changes):
+        if any(change is not None and factors_of(change) is None for change in self.changes):
             return inner_products(self.deltas.double()) + shifts
         pairs = [(b.double(), a.double()) for b, a in self.pairs]
         products = [[((b.mT @ d) * (a @ c.mT)).sum() for d, c in pairs] for b, a in pairs]
@@ -116,9 +115,8 @@ class SiteTerms:
         """
         if isinstance(change, Delta):
             return change.delta
-        if is_pair(change):
-            b, a = factors_of(change)
-            return b @ a
+        if (pair := factors_of(change)) is not None:
+            return pair[0] @ pair[1]
         if self.read_weight is None:
             raise BaseNeeded(
                 f"the change of '{self.path}' as a matrix depends on the base",
@@ -127,8 +125,8 @@ class SiteTerms:
         return compute_delta(change, self.read_weight())
 
     def _pair(self, index: int, change: Change) -> tuple[Tensor, Tensor]:
-        if is_pair(change):
-            return factors_of(change)
+        if (pair := factors_of(change)) is not None:
+            return pair
         adapter = self.adapters[index]
         raise CompileError(
             f"the change of '{self.path}' by '{adapter.name}' ({adapter.variant.name}) is not a product of two factors",
@@ -141,17 +139,6 @@ def inner_products(tensors: Tensor) -> Tensor:
     """Return the inner products (N, N) of stacked tensors (N, …)."""
     flat = tensors.flatten(1)
     return flat @ flat.mT
-
-
-def is_pair(change: Change) -> TypeGuard[LowRank]:
-    """Return whether a change is a product of two factors added to W, without scales of W itself."""
-    return isinstance(change, LowRank) and not change.folded().scales
-
-
-def factors_of(change: LowRank) -> tuple[Tensor, Tensor]:
-    """Return B (out, r), with every scale, and A (r, in)."""
-    folded = change.folded()
-    return folded.b.mT, folded.a.mT
 
 
 def shape_of(change: Change) -> tuple[int, ...] | None:

@@ -8,8 +8,8 @@ the result.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar, Self, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
 class Way(ABC):
     """The options that all ways have.
@@ -48,6 +49,11 @@ class Way(ABC):
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None
     """How many adapters it takes."""
+
+    def __init_subclass__(cls) -> None:
+        """Make every way a frozen dataclass, as this class is."""
+        super().__init_subclass__()
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
@@ -85,7 +91,6 @@ class SiteWay(Way):
         return self.rank
 
 
-@dataclass(frozen=True, kw_only=True)
 class CombiningWay(SiteWay):
     """A way that combines tensors of one shape.
 
@@ -114,7 +119,6 @@ class CombiningWay(SiteWay):
         return self.space == "factors"
 
 
-@dataclass(frozen=True, kw_only=True)
 class SumWay(CombiningWay):
     """A way whose result is Σ cᵢ·Δᵢ, so that factors stay factors."""
 
@@ -139,7 +143,6 @@ class SumWay(CombiningWay):
         return sum_changes(self.coefficients(gram, gram.new_tensor(terms.weights)).tolist(), terms)
 
 
-@dataclass(frozen=True, kw_only=True)
 class PruningWay(CombiningWay):
     """A way that leaves entries of each change out, and adds up the rest.
 
@@ -184,7 +187,6 @@ class PruningWay(CombiningWay):
         return kept / density if by_density else match_norms(kept, tensor)
 
 
-@dataclass(frozen=True, kw_only=True)
 class PrunedSumWay(PruningWay):
     """A way that adds up pruned changes: Σ wᵢ·Δ̂ᵢ."""
 
@@ -193,7 +195,6 @@ class PrunedSumWay(PruningWay):
         return total / _nonzero(weights.sum()) if self.normalize else total
 
 
-@dataclass(frozen=True, kw_only=True)
 class SignElectionWay(PruningWay):
     """A way that elects a sign for each entry, and adds up the pruned changes that have it.
 

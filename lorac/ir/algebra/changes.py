@@ -100,6 +100,12 @@ class SparseSum:
 Change = LowRank | Sparse | SparseSum | Delta | Dense
 
 
+def factors_of(change: Change) -> tuple[Tensor, Tensor] | None:
+    """Return B (out, r), with every scale, and A (r, in) of a change that adds B·A to W and does nothing else to it."""
+    folded = change.folded() if isinstance(change, LowRank) else None
+    return None if folded is None or folded.scales else (folded.b.mT, folded.a.mT)
+
+
 def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:
     """Return the change that a reduction's outputs describe.
 

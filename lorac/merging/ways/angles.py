@@ -1,6 +1,5 @@
 """Means of changes by the angles between them: points on a sphere, and a mean that the angles shorten."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,6 @@ _PARALLEL = 0.9995
 """Cosine above which the arc is taken for a line."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Slerp(SumWay):
     """(sin((1 − t)·θ)·Δ₁ + sin(t·θ)·Δ₂) / sin θ, θ the angle between the two changes; mergekit turns whole weights.
 
@@ -43,7 +41,6 @@ class Slerp(SumWay):
         return (line * angle).sin() / angle.sin()
 
 
-@dataclass(frozen=True, kw_only=True)
 class MultiSlerp(SumWay):
     """The mean of the changes' directions in the plane that touches the sphere there, times their mean length.
 
@@ -69,7 +66,6 @@ class MultiSlerp(SumWay):
         return _rescale(_move(mean, tangent, cosines), lengths, weights)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Karcher(SumWay):
     """The direction with the least weighted sum of squared angles to the changes' directions, times their mean length.
 
@@ -100,7 +96,6 @@ class Karcher(SumWay):
         return _rescale(point, lengths, shares)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelStock(SumWay):
     """t·mean(wᵢ·Δᵢ) with t = N·c / (1 + (N − 1)·c), c the mean cosine of two changes."""
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -19,7 +18,6 @@ from lorac.merging.way import SiteWay
 _NORMS = {"inf": math.inf, "l2": 2.0}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Lego(SiteWay):
     """Clusters of the parts' ranks, each a row of A with a column of B; a cluster's mean is a rank of the result.
 

@@ -1,7 +1,6 @@
 """Whole adapters in one: behind a router that is not trained, with weights to be trained, or half of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from lorac.argument_types import Count, Positive
@@ -14,7 +13,6 @@ from lorac.variants.learned_cat import LearnedCat
 from lorac.variants.plp import PLP
 
 
-@dataclass(frozen=True, kw_only=True)
 class ArrowRouting(AdaptersWay):
     """An `Arrow`: each token is given to the adapters whose largest direction it has most of.
 
@@ -36,7 +34,6 @@ class ArrowRouting(AdaptersWay):
         return Arrow.from_loras(loras, top_k=self.top_k, temperature=self.temperature, name=name)
 
 
-@dataclass(frozen=True, kw_only=True)
 class LearnedWeights(AdaptersWay):
     """A `LearnedCat`: Σ wᵢ·Δᵢ with weights that training changes at each site."""
 
@@ -51,7 +48,6 @@ class LearnedWeights(AdaptersWay):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class BreakForMake(AdaptersWay):
     """A `PLP` with the second adapter's factors (style), but the trained part of the first's down factor (content)."""
 

@@ -1,18 +1,18 @@
 """Ways that leave entries of each change out, and sum the rest or elect a sign.
 
 They keep the largest entries (magnitude pruning, TIES), random ones (DARE), random ones of which the large are likelier
-(DELLA), or all but the smallest and the outliers (Model Breadcrumbs).
+(DELLA), all but the smallest and the outliers (Model Breadcrumbs), or those that differ most over the adapters (SCE).
 """
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Self
 
 import torch
 from torch import Tensor
 
-from lorac.argument_types import OneOf
+from lorac.argument_types import OneOf, Rate
 from lorac.merging.pruning import (
     Share,
     drop_outliers,
@@ -24,10 +24,9 @@ from lorac.merging.pruning import (
 )
 from lorac.merging.spaces import SPACES
 from lorac.merging.terms import SiteTerms
-from lorac.merging.way import PrunedSumWay, PruningWay, SignElectionWay
+from lorac.merging.way import CombiningWay, PrunedSumWay, PruningWay, SignElectionWay
 
 
-@dataclass(frozen=True, kw_only=True)
 class LargestEntriesWay(PruningWay):
     """A way that keeps the largest entries by size.
 
@@ -61,7 +60,6 @@ class LargestEntriesWay(PruningWay):
         return tensor.abs() >= self.thresholds[index] if self.thresholds else keep_largest(tensor, density)
 
 
-@dataclass(frozen=True, kw_only=True)
 class MagnitudePrune(LargestEntriesWay, PrunedSumWay):
     """The sum of the largest entries."""
 
@@ -69,7 +67,6 @@ class MagnitudePrune(LargestEntriesWay, PrunedSumWay):
     paper = "PEFT's add_weighted_adapter"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Ties(LargestEntriesWay, SignElectionWay):
     """The mean of the largest entries that have the elected sign."""
 
@@ -78,7 +75,6 @@ class Ties(LargestEntriesWay, SignElectionWay):
     normalizes = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class RandomPruningWay(PruningWay):
     """A way that keeps entries at random."""
 
@@ -91,21 +87,18 @@ class RandomPruningWay(PruningWay):
         return keep_at_random(torch.full_like(tensor, density), generator)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DareLinear(RandomPruningWay, PrunedSumWay):
     """The sum of random entries, scaled up to the size of the whole; the paper's p is 1 − density."""
 
     name = "dare_linear"
 
 
-@dataclass(frozen=True, kw_only=True)
 class DareTies(RandomPruningWay, SignElectionWay):
     """The sum of random entries with the elected sign, scaled up to the whole's size; the paper's p is 1 − density."""
 
     name = "dare_ties"
 
 
-@dataclass(frozen=True, kw_only=True)
 class RankPruningWay(PruningWay):
     """A way that draws entries by their rank in the row.
 
@@ -123,14 +116,12 @@ class RankPruningWay(PruningWay):
         return keep_by_rank(tensor, density, per_adapter(self.epsilon, index + 1)[index], generator)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DellaLinear(RankPruningWay, PrunedSumWay):
     """The sum of entries that are drawn by their rank in the row."""
 
     name = "della_linear"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Della(RankPruningWay, SignElectionWay):
     """The sum of entries that are drawn by their rank in the row, and have the elected sign."""
 
@@ -138,7 +129,6 @@ class Della(RankPruningWay, SignElectionWay):
     normalizes = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class OutlierPruningWay(PruningWay):
     """A way that leaves out the smallest entries of each change, and the very largest.
 
@@ -154,15 +144,40 @@ class OutlierPruningWay(PruningWay):
         return drop_outliers(tensor, density, per_adapter(self.gamma, index + 1)[index])
 
 
-@dataclass(frozen=True, kw_only=True)
 class Breadcrumbs(OutlierPruningWay, PrunedSumWay):
     """The sum of each change's entries but the smallest and the very largest."""
 
     name = "breadcrumbs"
 
 
-@dataclass(frozen=True, kw_only=True)
 class BreadcrumbsTies(OutlierPruningWay, SignElectionWay):
     """The sum of entries that have the elected sign, without the smallest and the very largest."""
 
     name = "breadcrumbs_ties"
+
+
+class SCE(CombiningWay):
+    """The mean of wᵢ·Δᵢ that have the sign of their sum, weighed by each one's mean square.
+
+    Attributes:
+        select_topk: the part of the entries, those with the largest variance over the adapters, that is kept.
+    """
+
+    select_topk: Rate = 1.0
+
+    name = "sce"
+    paper = "FuseChat: Knowledge Fusion of Chat Models, arXiv 2408.07990"
+
+    @property
+    def keeps_one(self) -> bool:
+        return super().keeps_one and self.select_topk == 1
+
+    def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        column = weights.view(-1, *[1] * (tensors.dim() - 1))
+        changes = tensors * column
+        if self.select_topk < 1:
+            changes = changes * keep_largest(changes.var(0, correction=0), self.select_topk)
+        shares = changes.flatten(1).square().mean(1).view_as(column)
+        agreeing = changes.sign() == torch.where(changes.sum(0) >= 0, 1.0, -1.0)
+        divisor = (shares * agreeing).sum(0)
+        return (shares * changes * agreeing).sum(0) / torch.where(divisor == 0, 1.0, divisor)

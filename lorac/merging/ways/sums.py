@@ -1,6 +1,5 @@
 """The weighted mean of changes, and their weighted sum: exact (cat), of one rank (svd), or in a space."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from lorac.merging.terms import SiteTerms
 from lorac.merging.way import SiteWay, SumWay
 
 
-@dataclass(frozen=True, kw_only=True)
 class Linear(SumWay):
     """Σ wᵢ·Δᵢ / Σ wᵢ.
 
@@ -37,7 +35,6 @@ class Linear(SumWay):
         return weights / weights.sum()
 
 
-@dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(SumWay):
     """Σ wᵢ·Δᵢ; in the space of factors PEFT's ``linear``, which also multiplies each B by the others' A."""
 
@@ -49,7 +46,6 @@ class TaskArithmetic(SumWay):
         return weights
 
 
-@dataclass(frozen=True, kw_only=True)
 class Cat(SiteWay):
     """Σ wᵢ·Δᵢ, as a weighted swap computes it. LoRAs become one whose rank is the sum of theirs."""
 
@@ -60,7 +56,6 @@ class Cat(SiteWay):
         return sum_changes(terms.weights, terms)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SVD(SiteWay):
     """The first components of Σ wᵢ·Δᵢ, without a product of its factors; the default rank is the parts' largest."""
 
