@@ -1,5 +1,6 @@
 """Adapters in normal form: the formula of a structure is reduced once, then evaluated on each adapter's tensors."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -11,9 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import describe_structure, make_branch_term, make_once_term
-from lorac.adapters.packing import pack_adapter
 from lorac.errors import NeedsRecompile
-from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, map_tensors, stack_changes
+from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, list_tensors, map_tensors, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
 from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_rows, reduce_weight
@@ -25,6 +25,7 @@ from lorac.ir.slots.layer_sizes import pad_rows
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.ir.slots.prefix import Prefix
+from lorac.ir.slots.stacks import StackShape
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
 from lorac.storage.strict_json import JsonObject
 from lorac.variants._missing_method import class_modules
@@ -351,4 +352,37 @@ def _unreduced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
     """Return the reduction of a branch that runs unchanged."""
     return Reduction(
         BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",), reasons=reasons
+    )
+
+
+def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter:
+    """Return an adapter whose low-rank tensors of equal shape lie one behind the other, in the order of its sites.
+
+    Every other tensor becomes contiguous. Tensors that several sites share, and the adapter's own, stay in place.
+
+    Args:
+        adapter: the adapter that was prepared.
+    """
+    found = [t for change in prepared.changes.values() if isinstance(change, LowRank) for t in list_tensors(change)]
+    places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in found]
+    uses = collections.Counter(places)
+    contiguous = [tensor.is_contiguous() for tensor in found]
+    own = {tensor.untyped_storage().data_ptr() for tensor in adapter.parameters()} if any(contiguous) else set()
+    groups: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = collections.defaultdict(list)
+    for tensor, place, is_contiguous in zip(found, places, contiguous, strict=True):
+        stays = is_contiguous and tensor.untyped_storage().data_ptr() in own
+        if uses[place] == 1 and tensor.is_cpu and not stays and 0 not in tensor.shape:
+            groups[tensor.dtype, tensor.shape].append(tensor)
+    packed: dict[int, Tensor] = {}
+    for (dtype, shape), group in groups.items():
+        stack = torch.stack(group, out=StackShape(len(group), shape, dtype).new())
+        packed |= zip(map(id, group), stack.unbind(), strict=True)
+
+    def exchange(tensor: Tensor) -> Tensor:
+        if id(tensor) in packed:
+            return packed[id(tensor)]
+        return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
+
+    return dataclasses.replace(
+        prepared, changes={path: map_tensors(exchange, one) for path, one in prepared.changes.items()}
     )

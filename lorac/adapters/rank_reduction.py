@@ -1,6 +1,7 @@
 """Other ranks of a trained LoRA: the nearest of a lower one in the Frobenius norm, which can be trained further.
 
-Vulić et al. 2026, arXiv 2602.10993, in the form that never makes a matrix as large as the weight (Algorithm 2).
+Vulić et al. 2026, arXiv 2602.10993, in the form that never makes a matrix as large as the weight (Algorithm 2). A SoRA
+loses the ranks of its closed gates, which a LoRA does without: Ding et al., EMNLP 2023, arXiv 2311.11696.
 """
 
 import math
@@ -13,11 +14,12 @@ from torch.nn import functional as F
 
 from lorac.adapters.lora_conversion import check_error, check_sizes, replace_by_lora
 from lorac.adapters.truncation import compute_product_svd, find_rank, tail_errors
-from lorac.errors import AdapterError, OptionError
+from lorac.errors import AdapterError, AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 from lorac.variants.lora import LoRA
 from lorac.variants.low_rank import ScaledRank
+from lorac.variants.sora import SoRA
 
 
 @torch.no_grad()
@@ -128,3 +130,34 @@ def _balanced_factors(
     a = torch.where(empty, random, root.unsqueeze(-1) * vh)
     b = math.copysign(1.0, scale) * u * root.unsqueeze(-2)
     return torch.where(empty.mT, 0, b).contiguous(), a.contiguous()
+
+
+def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:
+    """Return the LoRA of a SoRA adapter's open gates, exactly.
+
+    A' = diag(g)·A (r', in) and B' (out, r') over the r' open gates. The scale stays alpha/r of the r that training
+    began with, so that alpha' = alpha·r'/r. A site whose gates are all closed is left out.
+
+    Args:
+        adapter: of method sora; its tensors are copied.
+        name: of the result; default: the adapter's own.
+
+    Raises:
+        AdapterNotFound: the adapter is of another method.
+        AdapterError: all its gates are closed.
+    """
+    variant = adapter.variant
+    if not isinstance(variant, SoRA):
+        raise AdapterNotFound(
+            f"'{adapter.name}' is {variant.name}, which has no gates", next_step="give an adapter of method sora"
+        )
+    tensors = {}
+    for path, parameters in adapter.tensors.items():
+        gate, lora_a, lora_b = (parameters[name].detach() for name in ("gate", "lora_A", "lora_B"))
+        if (kept := gate.nonzero().flatten()).numel():
+            tensors[path] = {"lora_A": gate[kept, None] * lora_a[kept], "lora_B": lora_b[:, kept].contiguous()}
+    if not tensors:
+        raise AdapterError(f"every gate of '{adapter.name}' is closed", next_step="train with a smaller threshold")
+    initial = {path: cast(SoRA, variant.at_path(path)) for path in tensors}
+    alphas = {path: initial[path].alpha * len(at["lora_A"]) / initial[path].r for path, at in tensors.items()}
+    return replace_by_lora(adapter, name, tensors, alphas)

@@ -5,8 +5,7 @@ with NestedRanks(compiled, optimizer):
     ...  # a plain loop, or Trainer(..., optimizers=(optimizer, None))
 """
 
-from lorac.adapters.pruning import prune_gates
-from lorac.adapters.rank_reduction import reduce_rank
+from lorac.adapters.rank_reduction import prune_gates, reduce_rank
 from lorac.training.optimizer_state import name_optimizer_state
 from lorac.training.rules.allora import ALLoRA
 from lorac.training.rules.altlora import AlternatingFactors, AltLoRA

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorac import Adapter, LoRA
-from lorac.adapters.packing import pack_adapter
+from lorac.adapters.preparation import pack_adapter
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.operands import C
 from lorac.ir.slots.plans import PreparedAdapter
