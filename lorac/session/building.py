@@ -1,23 +1,24 @@
 """Open a session for a model and a request, and build its engine."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lorac.adapters.training_terms import AdapterTerms
-from lorac.errors import ChoiceError
+from lorac.errors import AdapterError, ChoiceError
 from lorac.frontend.components import Components, get_component_prefix, list_components
 from lorac.frontend.host import Host
 from lorac.frontend.layer_classes import check_layer
+from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.weight_reads import observe_example
 from lorac.ir.graph.graph import Program
+from lorac.ir.sites.patterns import check_targets_match, select_sites
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
-from lorac.ir.slots.required_slots import plan_sites
+from lorac.ir.slots.required_slots import Reserve, plan_sites
 from lorac.progress import progress
 from lorac.runtime.traits import collect_traits
 from lorac.session.adapter_loading import make_adapter
 from lorac.session.host_model import HostModel
-from lorac.session.layer_sizes import make_room
 from lorac.session.lowering.lower import find_component_example, lower_model, lower_stored
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.placement import resolve_placement
@@ -26,6 +27,7 @@ from lorac.session.request.sources import ModelSource
 from lorac.session.session import Session
 from lorac.target.backend import BuildRequest, TargetOptions
 from lorac.target.engine import Engine
+from lorac.variants.adapter import Adapter
 
 
 def open_session(source: ModelSource, request: CompileRequest) -> Session:
@@ -131,3 +133,39 @@ def make_build_request(session: Session, choice: Choice, program: Program | None
         reads=session.reads,
         program=program,
     )
+
+
+def make_room(session: Session, adapters: Sequence[Adapter], reserve: Reserve | None) -> None:
+    """Widen the layers that adapters replace by ones of other sizes, in a copy of the session's model.
+
+    Args:
+        adapters: those of the session.
+        reserve: has the largest size of later adapters.
+
+    Raises:
+        SiteError: ``reserve`` names no layer that an adapter may replace.
+        AdapterError: an adapter changes a layer of which another has a larger or smaller one.
+    """
+    sites = session.sites
+    layers, largest = {path: site for path, site in sites.items() if site.is_resizable}, dict[str, int]()
+    for name, size in {} if reserve is None else reserve.outputs.items():
+        check_targets_match("reserve", (name,), layers)
+        largest |= {site.path: max(size, site.size) for site in select_sites(layers, (name,))}
+    for site in layers.values():
+        found = {len(one.replaced[str(site.weight)]) for one in adapters if str(site.weight) in one.replaced}
+        if found - {site.size}:
+            largest[site.path] = max(*found, largest.get(site.path, 0), site.size)
+    for path in tuple(largest):
+        largest |= {other: max(largest[path], largest.get(other, 0)) for other in (path, *sites[path].shares)}
+    if not largest:
+        return
+    for name, path in ((one.name, path) for one in adapters for path in largest if path in one.tensors):
+        raise AdapterError(
+            f"adapter '{name}' changes '{path}', which other adapters replace by layers of other sizes",
+            next_step="compile it without these, or train it with modules_to_save in place of target_modules there",
+        )
+    names = {name: size for path, size in largest.items() for name in sites[path].stored_names}
+    session.host.widen(names)
+    wide = find_sites(session.host.module)
+    widened = {path: dataclasses.replace(wide[path], own_size=sites[path].size) for path in largest}
+    session.preparer.sites = {**sites, **widened}

@@ -571,8 +571,7 @@ class CompiledModule(nn.Module, Compiled):
         self.switch.rebind()
         return self
 
-    def __repr__(self) -> str:
-        return describe_compiled(type(self).__name__, self.session, self.switch)
+    __repr__ = Compiled.__repr__  # in place of that of nn.Module
 
     def __dir__(self) -> list[str]:
         inherited = (n for n, member in vars(nn.Module).items() if n[0] != "_" and callable(member))

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorac.errors import Unavailable
 from lorac.report.dump import Dump
 from lorac.report.graph_views import GraphView, GraphViews
-from lorac.report.pass_history import CAPTURE, EMITTED, PassHistory
+from lorac.report.pass_history import CAPTURE, EMITTED
 from lorac.report.picture.page_data import PictureContext
 from lorac.report.printer import AdapterNotes
 from lorac.report.terms import describe_terms, describe_variant
@@ -28,9 +28,9 @@ def collect_graphs(session: Session, switch: ChoiceSwitch) -> GraphViews:
         Unavailable: it was loaded from a file, and its target runs no program.
         CaptureError, ExampleInputsNeeded: the model cannot be captured.
     """
-    if session.history is None and session.host.in_memory:
+    history = session.history
+    if not history.stages and session.host.in_memory:
         lower_model(session, ())
-    history = session.history or PassHistory()
     listing = functools.cache(switch.engine.dump)
     dumps: Mapping[str, Mapping[str, Dump]] = history.stages or {n: {EMITTED: dump} for n, dump in listing().items()}
     if not dumps:

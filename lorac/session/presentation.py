@@ -18,24 +18,11 @@ from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.session import Session
 
-INTERFACE = (
-    *("active", "adapters", "add_adapter", "aux", "explain", "export", "export_program", "generate"),
-    *(
-        "graph",
-        "hold",
-        "memory",
-        "mode",
-        "prefetch",
-        "program_slots",
-        "push_to_hub",
-        "register",
-        "remove_adapter",
-        "save",
-        "save_choice",
-        "swap",
-        "tokenizer",
-    ),
+_NAMES = (
+    "active adapters add_adapter aux explain export export_program generate graph hold memory mode prefetch "
+    "program_slots push_to_hub register remove_adapter save save_choice swap tokenizer"
 )
+INTERFACE = tuple(_NAMES.split())
 """The public attributes of a compiled model on every target."""
 _LISTED_ADAPTERS = 4
 """Number of adapters that a summary names."""

@@ -34,7 +34,7 @@ class Session:
         traits: graph name -> configuration, dtype and device of its model.
         precision: the dtypes of the model and of the target.
         examples: ``example_inputs`` and ``dynamic_shapes`` as compile() takes them.
-        history: the changes of the passes in each graph; None before the first pass.
+        history: the changes of the passes in each graph.
     """
 
     host: HostModel
@@ -48,7 +48,7 @@ class Session:
     traits: Mapping[str, ModelTraits] = field(default_factory=dict)
     precision: Precision = field(default_factory=Precision)
     examples: Mapping[str, object] = field(default_factory=dict)
-    history: PassHistory | None = None
+    history: PassHistory = field(default_factory=PassHistory)
 
     @classmethod
     def over(cls, host: HostModel, backend: Backend[TargetOptions], options: TargetOptions, mode: str) -> "Session":

@@ -121,7 +121,7 @@ def _capture_component(session: Session, name: str, host: Host, inputs: object, 
             blocks=list(dict.fromkeys(marked)),
             prefix=prefix,
             grows=grows,
-            observe=_history(session).record,
+            observe=session.history.record,
         )
     except CompileError:
         check_runnable(host, inputs)
@@ -135,20 +135,14 @@ def find_component_example(session: Session, argument: str, name: str) -> object
         return given
     if not isinstance(given, Mapping) or not given.keys() <= set(model):
         raise ChoiceError(
-            f"{argument}= is not by component",
-            next_step=f"give {argument}={{...}} with {', '.join(model)} as its keys",
+            f"{argument}= is not by component", next_step=f"give {argument}={{...}} with {', '.join(model)} as its keys"
         )
     return given.get(name)
 
 
 def _run_passes(session: Session, graph: Graph, aux: tuple[str, ...]) -> None:
-    dialect, history = session.backend.dialect_for(session.options), _history(session)
+    dialect = session.backend.dialect_for(session.options)
     rows = dialect.rows and session.mode == "live"
     passes = lowering_passes(dialect, aux, constant=session.mode == "baked", rows=rows)
-    run_pipeline(graph, passes, history.record)
-    history.skips[graph.name] = graph.skips
-
-
-def _history(session: Session) -> PassHistory:
-    session.history = session.history or PassHistory()
-    return session.history
+    run_pipeline(graph, passes, session.history.record)
+    session.history.skips[graph.name] = graph.skips
