@@ -1,10 +1,11 @@
 """The output of commands: reports as tables that fit the terminal, or as JSON."""
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,16 @@ _CALLS = {
 """Next steps in Python -> those of the command line."""
 _UNLIMITED_WIDTH = 1_000_000
 """Columns where the output is not a terminal, so that nothing is cut or wrapped."""
+
+
+def complete_names(module: str, attribute: str) -> Callable[[], list[str]]:
+    """Return a completion of the names in a table, or that a function returns; their module is imported on demand."""
+
+    def complete() -> list[str]:
+        found = getattr(importlib.import_module(module), attribute)
+        return list(found() if callable(found) else found)
+
+    return complete
 
 
 def make_table(headers: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:

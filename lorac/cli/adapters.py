@@ -11,7 +11,7 @@ import typer
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_check, format_contents
 from lorac.cli._models import load_found_model, load_model
-from lorac.cli._output import JsonOption, format_number, make_table, print_report, reword_step
+from lorac.cli._output import JsonOption, complete_names, format_number, make_table, print_report, reword_step
 from lorac.errors import FormatError, LoracError, OptionError, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
@@ -30,12 +30,6 @@ def _list_formats() -> list[str]:
     from lorac.formats import formats
 
     return [name for name, found in formats().items() if found.writes]
-
-
-def _list_engines() -> list[str]:
-    from lorac.formats.engines import ENGINES
-
-    return list(ENGINES)
 
 
 CHECKPOINT_HELP = (
@@ -59,7 +53,8 @@ FormatOption = Annotated[
     ),
 ]
 _ENGINE_HELP = "The engine that is to run it: vllm, sglang, llama.cpp, ollama, genai, diffusers, mlx or olive."
-EngineOption = Annotated[str, typer.Option("--for", help=_ENGINE_HELP, autocompletion=_list_engines)]
+_ENGINES = complete_names("lorac.formats.engines", "ENGINES")
+EngineOption = Annotated[str, typer.Option("--for", help=_ENGINE_HELP, autocompletion=_ENGINES)]
 RankOption = Annotated[int | None, typer.Option("--rank", "-r", help="The largest rank, a whole number above 0.")]
 ToleranceOption = Annotated[
     float | None,

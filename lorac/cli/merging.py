@@ -11,7 +11,7 @@ import typer
 
 from lorac.argument_types import Fields
 from lorac.cli._models import load_model, parse_option
-from lorac.cli._output import JsonOption, print_report
+from lorac.cli._output import JsonOption, complete_names, print_report
 from lorac.cli.adapters import FormatOption, ModelOption, save
 from lorac.errors import AdapterError, OptionError
 from lorac.progress import progress
@@ -33,17 +33,14 @@ _SUM = "cat"
 """The way of the command if none is given: the weighted sum, which a model's weights hold of any adapters."""
 
 
-def _list_methods() -> list[str]:
-    from lorac.merging.registry import ways
-
-    return list(ways())
+_METHODS = complete_names("lorac.merging.registry", "ways")
 
 
 def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")],
     folder: Annotated[str, typer.Argument(help=_FOLDER_HELP, metavar="[MODEL]", show_default=False)] = "",
     adapter: Annotated[list[str], typer.Option("--adapter", "-a", help=_ADAPTER_HELP)] = [],  # noqa: B006  (typer's way to say "any number")
-    method: Annotated[str, typer.Option(help="How; docs/ways.md lists the ways.", autocompletion=_list_methods)] = _SUM,
+    method: Annotated[str, typer.Option(help="How; docs/ways.md lists the ways.", autocompletion=_METHODS)] = _SUM,
     option: Annotated[list[str], typer.Option("--set", "-s", help=_OPTION_HELP)] = [],  # noqa: B006  (the same)
     recipe: Annotated[Path | None, typer.Option(help="A YAML file in mergekit's words, in place of -a, -s.")] = None,
     model: ModelOption = "",

@@ -27,7 +27,7 @@ from lorac.cli._models import (
     parse_adapters,
     parse_choice,
 )
-from lorac.cli._output import JsonOption, make_table, print_report
+from lorac.cli._output import JsonOption, complete_names, make_table, print_report
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 
@@ -39,20 +39,10 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def _list_targets() -> list[str]:
-    from lorac.session.targets import targets
-
-    return list(targets())
-
-
-def _list_modes() -> list[str]:
-    from lorac.ir.slots.required_slots import MODES
-
-    return list(MODES)
-
-
+_TARGETS = complete_names("lorac.session.targets", "targets")
+_MODES = complete_names("lorac.ir.slots.required_slots", "MODES")
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
-ModeOption = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=_list_modes)]
+ModeOption = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=_MODES)]
 DtypeOption = Annotated[
     str | None,
     typer.Option(help="float32, float64, bfloat16 or float16; the model's own.", autocompletion=lambda: list(DTYPES)),
@@ -139,7 +129,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     target: Annotated[
         str,
         typer.Option(
-            help="eager, onnxruntime, openvino, tensorrt, aoti, or another package's.", autocompletion=_list_targets
+            help="eager, onnxruntime, openvino, tensorrt, aoti, or another package's.", autocompletion=_TARGETS
         ),
     ] = "onnxruntime",
     mode: ModeOption = "auto",
@@ -210,7 +200,7 @@ def explain(
     mode: ModeOption = "auto",
     target: Annotated[
         str | None,
-        typer.Option(help="Also list the ops that this target does not compute.", autocompletion=_list_targets),
+        typer.Option(help="Also list the ops that this target does not compute.", autocompletion=_TARGETS),
     ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write a page with the picture of the graph.")
