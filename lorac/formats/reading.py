@@ -40,7 +40,6 @@ from lorac.formats._lora_pairs import check_pair, check_read, group_by_layer, ma
 from lorac.formats._writing import SEAL
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
-from lorac.storage.file_kinds import describe_mistake
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import find_inner_path
 from lorac.storage.strict_json import JsonObject, parse_object
@@ -50,6 +49,7 @@ from lorac.storage.tensor_file import (
     TensorHeader,
     TensorPlace,
     check_header,
+    describe_mistake,
     raw_bytes,
     read_header_text,
     read_into,

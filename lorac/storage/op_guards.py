@@ -61,10 +61,6 @@ def find_check(op: torch._ops.OpOverload) -> Callable[..., bool] | None:
     return _CHECKS.get(f"{op._opname}.{op._overloadname}", _CHECKS.get(op._opname))
 
 
-def _fits_attention(query: Tensor, key: Tensor, value: Tensor, *_: object) -> bool:
-    return key.dim() > 1 and query.shape[-1:] == key.shape[-1:] and key.shape[-2:-1] == value.shape[-2:-1]
-
-
 def _fits_bags(
     weight: Tensor, indices: Tensor, offsets: Tensor, _a: bool, _b: int, _c: bool, _d: object, ends: bool, *_: object
 ) -> bool:
@@ -72,24 +68,12 @@ def _fits_bags(
     return offsets.dim() == 1 and len(offsets) > ends and bool((bounds.diff() >= 0).all())
 
 
-def _fits_norm(v: Tensor, g: Tensor, dim: int = 0) -> bool:
-    return v.numel() > 0 and g.numel() == (v.shape[dim] if dim != -1 else 1)
-
-
 def _fits_batch_norm(x: Tensor, *parameters: object) -> bool:
     return all(parameter.shape == x.shape[1:2] for parameter in parameters if isinstance(parameter, Tensor))
 
 
-def _fits_own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, *_: float) -> bool:
-    return training and _fits_batch_norm(x, weight, bias)
-
-
 def _fits_transform(x: Tensor, dims: Sequence[int], *_: object) -> bool:
     return 0 < len(dims) == len({*dims}) and all(0 <= dim < x.dim() and x.shape[dim] > 0 for dim in dims)
-
-
-def _fits_inverse(x: Tensor, dims: Sequence[int], _: int, size: int) -> bool:
-    return _fits_transform(x, dims) and 0 < size // 2 + 1 == x.shape[dims[-1]]
 
 
 def _fits_windows(_: Tensor, *windows: Sequence[int]) -> bool:
@@ -130,10 +114,12 @@ def _fits_lstm(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *s
 
 
 _CHECKS: Mapping[str, Callable[..., bool]] = {
-    "scaled_dot_product_attention": _fits_attention,
+    "scaled_dot_product_attention": lambda q, k, v, *_: (
+        k.dim() > 1 and q.shape[-1:] == k.shape[-1:] and k.shape[-2:-1] == v.shape[-2:-1]
+    ),
     "embedding_bag": _fits_bags,
-    "_weight_norm": _fits_norm,
-    "_native_batch_norm_legit": _fits_own_statistics,
+    "_weight_norm": lambda v, g, dim=0: v.numel() > 0 and g.numel() == (v.shape[dim] if dim != -1 else 1),
+    "_native_batch_norm_legit": lambda x, w, b, training, *_: training and _fits_batch_norm(x, w, b),
     "_native_batch_norm_legit_no_training": _fits_batch_norm,
     "lstm": _fits_lstm,
     "col2im": _fits_windows,
@@ -145,7 +131,7 @@ _CHECKS: Mapping[str, Callable[..., bool]] = {
     "repeat_interleave.self_Tensor": _fits_repeats,
     "_fft_c2c": _fits_transform,
     "_fft_r2c": _fits_transform,
-    "_fft_c2r": _fits_inverse,
+    "_fft_c2r": lambda x, dims, _, size: _fits_transform(x, dims) and 0 < size // 2 + 1 == x.shape[dims[-1]],
     **dict.fromkeys(("div.Tensor_mode", "div.Scalar_mode", "divide.Tensor_mode", "divide.Scalar_mode"), _fits_quotient),
     **dict.fromkeys(("floor_divide", "remainder", "fmod", "lcm", "gcd"), _fits_quotient),
 }

@@ -29,8 +29,8 @@ _EXCLUDED = ("_backward", "empty", "_embedding_bag")
 """Parts of names of ops that do not check their indices or shapes, or give memory as it is."""
 _UNSAFE_ARGUMENTS = frozenset({"filename", "unsafe", "batch_sizes"})
 """Arguments of overloads that read files or skip the checks of their operands."""
-_CAPTURED = Path(__file__).with_name("captured_ops.txt")
-"""Lines with the number of captured programs that call an op, and its name."""
+_CAPTURED = frozenset(Path(__file__).with_name("captured_ops.txt").read_text(encoding="ascii").split()[1::2])
+"""Names of ops that captured programs call, each behind the number of these programs in the file."""
 _COMPOSED_NAMES = """
     absolute adjoint arccos arccosh arcsin arcsinh arctan arctan2 arctanh atleast_1d atleast_2d atleast_3d block_diag
     broadcast_tensors broadcast_to column_stack concat conj cosine_similarity diag dot dsplit dstack fix fliplr flipud
@@ -98,12 +98,7 @@ def is_checked(op: torch._ops.OpOverload) -> bool:
     """Return whether an op may be called with whatever operands a file states."""
     is_known = not _TAGS.isdisjoint(op.tags) and "polynomial" not in op._opname  # of any degree, at any cost
     is_known = is_known or op.namespace == ops.LINEAR.namespace or find_check(op) is not None
-    return _is_functional(op) and (is_known or op._opname in _COMPOSED or op._opname in _read_captured())
-
-
-@functools.cache
-def _read_captured() -> frozenset[str]:
-    return frozenset(_CAPTURED.read_text(encoding="ascii").split()[1::2])
+    return _is_functional(op) and (is_known or op._opname in _COMPOSED or op._opname in _CAPTURED)
 
 
 def _bound_number(function: Callable[..., object]) -> Callable[..., object]:

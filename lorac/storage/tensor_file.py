@@ -23,7 +23,6 @@ from lorac.errors import ArtifactError, BaseNeeded, LoracError
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.limits import claim_memory
-from lorac.storage.file_kinds import describe_mistake
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json, parse_object
 
@@ -388,11 +387,7 @@ class TensorFile(Mapping[str, Tensor]):
             dtype, shape = DTYPE_NAMES[laid_out[name].dtype], list(laid_out[name].shape)
             external[name] = {"file": place.file, "offset": place.offset, "dtype": dtype, "shape": shape}
             external[name] |= {"row": place.row} if place.row else {}
-        entries = {
-            _ALIAS: dict(sorted(alias.items())),
-            _TRANSPOSED: columns,
-            _ELSEWHERE: external,
-        }
+        entries = {_ALIAS: dict(sorted(alias.items())), _TRANSPOSED: columns, _ELSEWHERE: external}
         write_safetensors(path, written, {**(notes or {}), **{key: dump_json(value) for key, value in entries.items()}})
 
 
@@ -422,3 +417,33 @@ def find_transposed_weights(plans: Iterable[SitePlan]) -> list[str]:
     """Return the names of stored weights whose slots hold their transpose, in which layout a file should store them."""
     linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
     return [str(site.weight) for site in linear if not site.transposed]
+
+
+_PAGE = "a web page, not the file that it shows: on the hub, an address with /resolve/ gives the file"
+_ARCHIVE = "an archive: unpack it, and give the folder or file in it"
+_KINDS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it",
+    b"<!doctype": _PAGE,
+    b"<html": _PAGE,
+    b"pk\3\4": _ARCHIVE,
+    b"7z\xbc\xaf": _ARCHIVE,
+    b"rar!": _ARCHIVE,
+    b"\x1f\x8b": _ARCHIVE,
+}
+_UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".incomplete", ".tmp")
+"""Suffixes that browsers and libraries take off once a file is whole."""
+
+
+def describe_mistake(begin: bytes, suffix: str) -> str | None:
+    """Return the kind of a file that people give by mistake, and the next step.
+
+    Args:
+        begin: its first bytes, 512 where there are so many.
+        suffix: of its name.
+    """
+    if suffix in _UNFINISHED:
+        return "an unfinished download: get it once more"
+    text = begin.lstrip().lower()
+    if begin[257:262] == b"ustar":
+        return _ARCHIVE
+    return next((kind for magic, kind in _KINDS.items() if text.startswith(magic)), None)
