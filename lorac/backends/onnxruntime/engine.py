@@ -1,46 +1,37 @@
 """The ONNX Runtime engine: a session per graph; a choice of adapters is a set of values for their slot inputs."""
 
-import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram, convert_inputs
+from lorac.backends.onnx.caching_engine import CachingEngine, CachingProgram
+from lorac.backends.onnx.engine import LoadedProgram
+from lorac.backends.onnx.kv_cache import BufferedCache, CacheLayout
+from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_settled_session
-from lorac.backends.onnxruntime.kv_cache import (
-    CacheLayout,
-    OrtCache,
-    full_sequence_step,
-    mask_name,
-    run_decode_step,
-    split_padding,
-)
 from lorac.backends.onnxruntime.options import FLOAT16, OnnxRuntimeOptions
 from lorac.errors import Unavailable
-from lorac.frontend.components import check_component, get_encoder_graph_name
+from lorac.frontend.components import check_component
 from lorac.ir.algebra import operands
-from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
-from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
-from lorac.ir.graph.feeds import convert_input, make_empty_cache, select_reached_plans
+from lorac.ir.graph.attention_ops import present_name
+from lorac.ir.graph.feeds import CacheInputShape, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.storage.onnx_adapter import write_onnx_adapter
 from lorac.storage.tensor_file import write_safetensors
-from lorac.target.engine import CallResult
-from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 _BOUND_NOTE = (
     "merged weights are inputs, which ONNX Runtime does not prepack, and so slower token by token than constants: "
@@ -66,16 +57,13 @@ class GraphSession:
         self.session, self.interface, self.slots = session, interface, slots
         self.outputs = [output.name for output in session.get_outputs()]
         self.dtypes = {value.name: TORCH_DTYPES.get(value.type) for value in session.get_inputs()}
-        self.cache = CacheLayout.of(session)
+        longest = session.get_modelmeta().custom_metadata_map.get(MAX_LENGTH_KEY)
+        self.cache = CacheLayout.of(_shapes_of(session.get_inputs()), _shapes_of(session.get_outputs()), longest)
         values = (*session.get_inputs(), *session.get_overridable_initializers())
         self.narrow_slots = {value.name for value in values if value.name in slots and value.type == "tensor(float16)"}
 
-    def read_encoder(self, encoder: "GraphSession") -> None:
-        """Note which inputs of an encoder have to be given before the graph runs."""
-        self.cache = CacheLayout.of(self.session, (*encoder.interface.inputs, *encoder.interface.constants))
 
-
-class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):
+class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
     """Runs a program, one session per graph."""
 
     target = "onnxruntime"
@@ -84,14 +72,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):
         self.device_memory = memory_at(program.options.place)
         self._narrow_slots = frozenset[str]().union(*(graph.narrow_slots for graph in program.graphs.values()))
         super().__init__(program)
-        for name, graph in self.graphs.items():
-            if (encoder := self.graphs.get(get_encoder_graph_name(name))) is not None:
-                graph.read_encoder(encoder)
-            elif graph.cache is not None:  # a call gives tokens and their mask, whatever else the model takes
-                tokens = graph.cache.token_input
-                arguments = (tokens, mask_name(tokens))
-                interface = dataclasses.replace(self.interfaces[name], arguments=arguments)
-                self.interfaces = {**self.interfaces, name: interface}
         self.settles_in_background = self.fused and self.options.settle == "background"
         self._written_choice = ComposedWeights(())
         # Keyed weakly: constants that can never serve again are let go.
@@ -198,25 +178,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):
         name, file = next(iter(self.files.items()))
         return file.where.parents[name.count("/")]
 
-    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return copies of a graph's outputs; without a past, a graph that keeps a cache reads an empty one."""
-        cache = self.graphs[graph].cache
-        if cache is not None and PAST_LENGTHS not in inputs:
-            inputs = {**make_empty_cache(cache.shapes, inputs[cache.token_input], cache.encoder_outputs), **inputs}
-        return super().outputs(graph, tensors, inputs)
-
-    def cache_spec(self, graph: str) -> CacheSpec | None:
-        layout = self.graphs[check_component(graph, self.graphs)].cache
-        return None if layout is None else layout.spec
-
-    def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
-        layout = self.graphs[check_component(graph, self.graphs)].cache
-        return (
-            super().new_cache(graph, rows, capacity)
-            if layout is None
-            else OrtCache(layout, rows, capacity, self.memory_budget)
-        )
-
 
 class SlotBindings(threading.local):
     """The IOBindings of this thread with the slots of a choice bound, by graph, each with its session."""
@@ -226,7 +187,7 @@ class SlotBindings(threading.local):
 
 
 @dataclass(frozen=True, eq=False)
-class OrtProgram(OnnxProgram):
+class OrtProgram(CachingProgram):
     """The program with values for its slot inputs.
 
     Attributes:
@@ -242,11 +203,6 @@ class OrtProgram(OnnxProgram):
     def values(self) -> Mapping[str, ort.OrtValue]:
         """Slot input -> OrtValue in the memory that sessions read."""
         return {name: self.engine.device_memory.to_value(tensor) for name, tensor in self.tensors.items()}
-
-    def run(self, graph: str, call: Call) -> CallResult:
-        """Call a graph; one with a cache takes whole sequences, and stores nothing."""
-        loaded = self.engine.graphs[graph]
-        return super().run(graph, call) if loaded.cache is None else self._run_whole(graph, loaded, loaded.cache, call)
 
     def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         loaded, memory, bindings = self.engine.graphs[graph], self.engine.device_memory, self.bindings.by_graph
@@ -266,19 +222,16 @@ class OrtProgram(OnnxProgram):
         binding.clear_binding_outputs()
         return outputs
 
-    def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
-        assert isinstance(cache, OrtCache)
+    def run_step(
+        self, graph: str, cache: BufferedCache[Any], inputs: Mapping[str, Tensor], output: str, logits: Tensor
+    ) -> None:
         loaded = self.engine.graphs[graph]
         session = loaded.session if self.settled is None else self.settled[graph]
-        return run_decode_step(session, self.bindings, cache, step, lambda: self._new_binding(loaded, session))
-
-    def compute_features(self, graph: str, inputs: Mapping[str, object]) -> Tensor:
-        name = get_encoder_graph_name(graph)
-        tower = self.engine.graphs[name]
-        return self.run_graph(name, convert_inputs(tower, tower.interface.check(tower.interface.bind((), inputs))))[0]
-
-    def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
-        self._encode(graph, cache, Call(kwargs=inputs))
+        binding = cache.binding(session, self.bindings, lambda: self._new_binding(loaded, session), _bind_buffers)
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, as_ort_value(tensor))
+        binding.bind_ortvalue_output(output, as_ort_value(logits))
+        session.run_with_iobinding(binding)
 
     def _new_binding(self, loaded: GraphSession, session: ort.InferenceSession) -> ort.IOBinding:
         """Return a new IOBinding of a graph with its slots bound, unless they are constants of the session."""
@@ -288,35 +241,24 @@ class OrtProgram(OnnxProgram):
                 binding.bind_ortvalue_input(name, self.values[name])
         return binding
 
-    def _encode(self, graph: str, cache: KeyValueCache, call: Call) -> dict[str, Tensor]:
-        """Encode as ``encode`` does; return the encoder's outputs that the model answers too, by name."""
-        assert isinstance(cache, OrtCache)
-        name = get_encoder_graph_name(graph)
-        encoder = self.engine.graphs[name]
-        outputs = self.run_graph(name, convert_inputs(encoder, encoder.interface.check(call)))
-        named = dict(zip(encoder.outputs, outputs, strict=True))
-        cache.set_encoder_outputs({name: value for name, value in named.items() if is_encoder_output(name)})
-        return {name: value for name, value in named.items() if not is_encoder_output(name)}
 
-    def _run_whole(self, graph: str, loaded: GraphSession, layout: CacheLayout, call: Call) -> CallResult:
-        """Call a graph that keeps a cache with whole sequences: over a cache of this call alone."""
-        tokens, interface = layout.token_input, loaded.interface
-        encoded = Call(kwargs={name: call.kwargs[name] for name in layout.spec.encodes if name in call.kwargs})
-        given, counts = split_padding({n: v for n, v in call.kwargs.items() if n not in encoded.kwargs}, tokens)
-        ids = convert_input(tokens, given[tokens], loaded.dtypes[tokens])
-        layout.check_length(max(counts, default=0) + self.virtual_tokens)
-        step = full_sequence_step(ids, counts)
-        positions = {LOGITS_TO_KEEP: step.wanted} if LOGITS_TO_KEEP in loaded.dtypes else {}
-        interface.check(Call(kwargs={**given, **positions}))
-        cache = self.new_cache(graph, *ids.shape)
-        answered = self._encode(graph, cache, encoded) if layout.spec.encodes else {}
-        logits = self.decode(graph, cache, step)
-        logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
-        as_numpy = isinstance(given[tokens], np.ndarray)
-        outputs: list[object] = [logits.numpy() if as_numpy else logits, *(None for _ in interface.extra_outputs)]
-        answered_outputs = {name: value.numpy() if as_numpy else value for name, value in answered.items()}
-        output, _ = interface.with_values(answered_outputs).build_output(outputs, as_tuple=call.wants_tuple)
-        return CallResult(output)
+def _bind_buffers(binding: ort.IOBinding, buffers: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> None:
+    """Bind the buffers of a cache, which a session reads and writes, and an encoder's outputs."""
+    for past, buffer in buffers.items():
+        value = as_ort_value(buffer)
+        binding.bind_ortvalue_input(past, value)
+        binding.bind_ortvalue_output(present_name(past), value)
+    for name, tensor in encoded.items():
+        binding.bind_ortvalue_input(name, as_ort_value(tensor))
+
+
+def _shapes_of(values: Iterable[ort.NodeArg]) -> dict[str, CacheInputShape]:
+    """Return the sizes of inputs or outputs, None where they vary, and their dtypes."""
+    return {
+        value.name: (tuple(size if isinstance(size, int) else None for size in value.shape), TORCH_DTYPES[value.type])
+        for value in values
+        if value.type in TORCH_DTYPES
+    }
 
 
 def _to_float16(name: str, tensor: Tensor) -> Tensor:

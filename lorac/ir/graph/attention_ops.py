@@ -24,6 +24,7 @@ WITHOUT_CACHE = "compile with cache=False; target='eager' generates with the mod
 
 _PAST_PREFIX, PRESENT_PREFIX, _ENCODER_PREFIX = "past_key_values.", "present.", "memory."
 """Prefixes of names: caches as inputs and as outputs, and outputs of an encoder for its decoder."""
+_STATE_SUFFIX = ".state"
 
 
 def find_token_input(names: Container[str]) -> str:
@@ -38,12 +39,17 @@ def past_names(layer: int) -> tuple[str, str]:
 
 def state_name(number: int) -> str:
     """Return the name of the input for the state of a convolution or a recurrence."""
-    return f"{_PAST_PREFIX}{number}.state"
+    return f"{_PAST_PREFIX}{number}{_STATE_SUFFIX}"
 
 
 def is_past_input(name: str) -> bool:
     """Whether an input holds a layer's keys or values, or a state."""
     return name.startswith(_PAST_PREFIX)
+
+
+def is_key_or_value(name: str) -> bool:
+    """Whether an input or an output holds a layer's keys or values."""
+    return name.startswith((_PAST_PREFIX, PRESENT_PREFIX)) and not name.endswith(_STATE_SUFFIX)
 
 
 def encoder_output_name(value: str) -> str:

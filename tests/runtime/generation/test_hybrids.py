@@ -14,7 +14,7 @@ from torch import Tensor
 import lorac
 from lorac.backends.onnx.export.exporter import export
 from lorac.backends.onnx.export.translations import TRANSLATIONS
-from lorac.backends.onnxruntime.kv_cache import CacheLayout, OrtCache, run_decode_step
+from lorac.backends.onnx.kv_cache import BufferedCache, CacheLayout, run_decode_step
 from lorac.target.kv_cache import CacheSpec, DecodeStep
 from lorac.testing import assert_close
 from tests.decoders import HYBRIDS
@@ -72,19 +72,19 @@ def _assert_alone(made: tuple[Tensor, Tensor], peft: Any, rows: list[Tensor]) ->
         assert (logits - scores[0]).abs().max() <= NEAR * (scores.max() - scores.min())
 
 
-def _cache(rows: int, capacity: int = 4) -> OrtCache:
+def _cache(rows: int, capacity: int = 4) -> BufferedCache[Any]:
     """A cache with keys of a layer and a state, which holds the number of its row."""
     shapes = {"past_key_values.0.key": ((None, 1, None, 2), torch.float32)}
     shapes |= {"past_key_values.0.state": ((None, 3, 2), torch.float32)}
     spec = CacheSpec(limit=None, vocabulary=7)
     layout = CacheLayout(shapes, spec, ("logits", torch.float32), True, "input_ids", {})
-    made = OrtCache(layout, rows, capacity)
+    made = BufferedCache[Any](layout, rows, capacity)
     made.buffers["past_key_values.0.state"][:] = torch.arange(1.0, rows + 1)[:, None, None]
     made.lengths = (2,) * rows
     return made
 
 
-def _states(cache: OrtCache) -> list[float]:
+def _states(cache: BufferedCache[Any]) -> list[float]:
     return cache.buffers["past_key_values.0.state"][:, 0, 0].tolist()
 
 
@@ -101,7 +101,7 @@ def test_moves_states_with_their_rows() -> None:
     cache.remove([0])
     assert _states(cache) == [1, 1, 1]
     cache.join(_cache(1).copy([]))
-    fresh = OrtCache(cache.layout, 1, 4)
+    fresh = BufferedCache[Any](cache.layout, 1, 4)
     cache.join(fresh)  # in the place of a row that left
     assert _states(cache) == [1, 1, 1, 0]
 
@@ -116,28 +116,27 @@ def test_a_row_that_loses_tokens_begins_anew() -> None:
         cache.crop([0, 0])
 
 
-class _Failing:
-    """A session, and its binding, whose calls fail."""
+class _Engine:
+    """An engine that has no budget, as the cache of prompts asks."""
 
     memory_budget = None
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "run_with_iobinding":
-            raise RuntimeError("no memory")
-        return lambda *_: None
-
 
 def test_rows_begin_anew_after_a_call_that_fails() -> None:
-    cache, failing, ids = _cache(2, 8), _Failing(), torch.ones(2, 1, dtype=torch.int64)
+    cache, ids = _cache(2, 8), torch.ones(2, 1, dtype=torch.int64)
     step = DecodeStep(ids=ids, counts=[1, 0], wanted=ids * 0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
     with pytest.raises(RuntimeError, match="no memory"):
-        run_decode_step(failing, failing, cache, step, lambda: failing)  # type: ignore[arg-type]  # as they are used here
+        run_decode_step(cache, step, fail)
     assert (cache.lengths, _states(cache)) == ((0, 0), [0, 0])
 
 
 def test_prompts_continue_from_the_end_of_a_state() -> None:
     prompts, key = lorac.PromptCache(), ("main", (), ())
-    engine: Any = _Failing()
+    engine: Any = _Engine()
     prompts.add(engine, key, [torch.tensor([5, 6])], _cache(1))
     found = prompts.find(engine, key, [torch.tensor([5, 6, 7])])
     assert found is not None and found.lengths == (2,)

@@ -1,7 +1,8 @@
-"""Caches in ONNX Runtime: per layer one buffer that a session reads and writes, and calls that add tokens to its rows.
+"""Caches of emitted programs: per layer one buffer that a library reads, and calls that add tokens to its rows.
 
-Past and present are one memory, so that the cost of a call depends on its new tokens alone. A cache has one IOBinding,
-in which the slots stay bound from call to call, and the buffers for as long as the rows are the same.
+A library that writes new tokens into a buffer reads past and present in one memory, so that the cost of a call depends
+on its new tokens alone. One that answers them instead reads all that its rows have memory for, which is why that memory
+grows with the rows, and holds zeros behind them.
 """
 
 import functools
@@ -9,16 +10,13 @@ import math
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
-from lorac.backends.onnxruntime.devices.memory import as_ort_value
-from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES
 from lorac.errors import ChoiceError, InputMismatch, Unavailable
 from lorac.ir.calls.modalities import pad_rows
 from lorac.ir.graph.attention_ops import (
@@ -32,7 +30,6 @@ from lorac.ir.graph.attention_ops import (
     is_encoder_output,
     is_past_input,
     past_names,
-    present_name,
 )
 from lorac.ir.graph.feeds import CacheInputShape, convert_input
 from lorac.ir.slots.prefix import wrong_heads
@@ -40,11 +37,14 @@ from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 from lorac.target.memory_budget import Charge, MemoryBudget
 
 _MASK = "attention_mask"
+_LEAST_ROOM = 64
+"""Tokens that buffers which a library reads whole have room for at first."""
+BindingT = TypeVar("BindingT")
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The inputs and outputs of a session that belong to its cache.
+    """The inputs and outputs of a graph that belong to its cache.
 
     Attributes:
         shapes: input of a layer's keys or values, or of a state -> its sizes, and dtype.
@@ -53,6 +53,8 @@ class CacheLayout:
         keeps_some: whether the graph computes logits of chosen tokens alone; else it computes those of all.
         token_input: the input with the new tokens.
         encoder_outputs: inputs that hold the encoder's outputs.
+        read_whole: whether a call reads all of a buffer and answers the new tokens; else it writes them there, and
+            reads no others.
     """
 
     shapes: Mapping[str, CacheInputShape]
@@ -61,39 +63,48 @@ class CacheLayout:
     keeps_some: bool
     token_input: str
     encoder_outputs: Mapping[str, CacheInputShape]
+    read_whole: bool = False
 
     @classmethod
-    def of(cls, session: ort.InferenceSession, encodes: tuple[str, ...] = ()) -> "CacheLayout | None":
-        """Return the layout of a session; None for a session without a cache.
+    def of(
+        cls,
+        inputs: Mapping[str, CacheInputShape],
+        outputs: Mapping[str, CacheInputShape],
+        longest: str | None,
+        *,
+        read_whole: bool = False,
+    ) -> "CacheLayout | None":
+        """Return the layout of a graph; None for a graph without a cache.
 
         Args:
-            session: the graph's.
-            encodes: inputs of its encoder.
+            inputs, outputs: the graph's.
+            longest: the longest sequence that its positions admit, as the model's metadata says.
         """
-        inputs = {value.name: value for value in session.get_inputs()}
         if PAST_LENGTHS not in inputs:
             return None
-        longest = session.get_modelmeta().custom_metadata_map.get(MAX_LENGTH_KEY)
-        logits = next(output for output in session.get_outputs() if not output.name.startswith(PRESENT_PREFIX))
+        name, (sizes, dtype) = next(item for item in outputs.items() if not item[0].startswith(PRESENT_PREFIX))
         limit, tokens = None if longest is None else int(longest), find_token_input(inputs)
-        before = {"reads" if tokens == IDS else "encodes": encodes}
+        vocabulary = sizes[-1]
+        assert vocabulary is not None
 
         def shapes_of(holds: Callable[[str], bool]) -> dict[str, CacheInputShape]:
             """Return the shapes of the inputs whose names hold."""
-            return {
-                n: (tuple(size if isinstance(size, int) else None for size in i.shape), TORCH_DTYPES[i.type])
-                for n, i in inputs.items()
-                if holds(n)
-            }
+            return {name: shape for name, shape in inputs.items() if holds(name)}
 
         return cls(
             shapes=shapes_of(is_past_input),
-            spec=CacheSpec(limit=limit, vocabulary=logits.shape[-1], **before),
-            logits=(logits.name, TORCH_DTYPES[logits.type]),
+            spec=CacheSpec(limit=limit, vocabulary=vocabulary),
+            logits=(name, dtype),
             keeps_some=LOGITS_TO_KEEP in inputs,
             token_input=tokens,
             encoder_outputs=shapes_of(is_encoder_output),
+            read_whole=read_whole,
         )
+
+    def behind(self, inputs: tuple[str, ...]) -> "CacheLayout":
+        """Return the layout of a graph behind an encoder or a tower with these inputs, which runs first."""
+        names = {"reads" if self.token_input == IDS else "encodes": inputs}
+        return replace(self, spec=replace(self.spec, **names))
 
     @functools.cached_property
     def states(self) -> frozenset[str]:
@@ -130,8 +141,8 @@ class CacheLayout:
             )
 
 
-class OrtCache(KeyValueCache):
-    """Keys, values and states as a session reads and writes them.
+class BufferedCache(KeyValueCache, Generic[BindingT]):
+    """Keys, values and states in buffers that a library reads.
 
     The rows are the first places of memory that may have more, so that a row joins or leaves without the others.
 
@@ -152,12 +163,13 @@ class OrtCache(KeyValueCache):
         self.prefixes = (0,) * rows
         self.budget = MemoryBudget() if budget is None else budget
         self.charge: Charge = self.budget.claim(layout.measure(rows, capacity))
-        self._memory = layout.allocate(rows, capacity)
+        self._memory = layout.allocate(rows, 0 if layout.read_whole else capacity)
+        self._used = [0] * rows  # tokens that each place may hold numbers of
         self.buffers: Mapping[str, Tensor] = self._memory
         self.encoder_outputs: Mapping[str, Tensor] = layout.without_features(rows)
         self._encoded_charge = self.budget.charge(())
         self._encoded_rows = tuple(range(rows))
-        self._binding: tuple[weakref.ref[object], weakref.ref[object], ort.IOBinding] | None = None
+        self._binding: tuple[weakref.ref[object], weakref.ref[object], BindingT] | None = None
         self._is_bound = False
 
     @property
@@ -181,6 +193,7 @@ class OrtCache(KeyValueCache):
             raise wrong_heads(keys_values, len(shapes) // 2, *(other[0] if other else (heads, size)))
         self.prefixes = (length,) * len(self.lengths)
         self.reserve(length)
+        self._note_used(range(len(self.lengths)), length)
         for layer in range(layers // 2):
             for name, given in zip(past_names(layer), keys_values[2 * layer : 2 * layer + 2], strict=True):
                 self.buffers[name][:, :, :length] = given.to(self.buffers[name].dtype)
@@ -210,6 +223,7 @@ class OrtCache(KeyValueCache):
             # Indexing copies, so that no row is overwritten before it has been moved.
             part = self.layout.entries(name, longest)
             memory[list(moved), :, part] = memory[list(moved.values()), :, part]
+        self._note_used(moved, longest)
         encoded = tuple(self._encoded_rows[row] for row in rows)
         if encoded != self._encoded_rows:  # the beams of a row share its encoder outputs
             index = torch.tensor(rows, dtype=torch.int64)
@@ -220,16 +234,17 @@ class OrtCache(KeyValueCache):
     def join(self, other: KeyValueCache) -> None:
         first = len(self.lengths)
         encoded = self._join_encoded(other)
-        assert isinstance(other, OrtCache)
+        assert isinstance(other, BufferedCache)
         rows, longest = first + len(other.lengths), max(other.filled, default=0)
         self.capacity = max(self.capacity, other.capacity)
         places = next(iter(self._memory.values())).shape[0]
         # Twice as many places at a time, so that rows which join one by one are not copied at each.
         prefix = max((*self.prefixes, *other.prefixes), default=0)
-        self._allocate(rows if rows <= places else max(rows, 2 * places), self.capacity + prefix)
+        self._allocate(rows if rows <= places else max(rows, 2 * places), max(self._planned_room(prefix), longest))
         for name, memory in self._memory.items():
             part = self.layout.entries(name, longest)
             memory[first:rows, :, part] = other.buffers[name][:, :, part]
+        self._note_used(range(first, rows), longest)
         self._set_encoded(encoded)
         self.prefixes += other.prefixes
         behind = max(self._encoded_rows, default=-1) + 1
@@ -239,7 +254,7 @@ class OrtCache(KeyValueCache):
 
     def _join_encoded(self, other: KeyValueCache) -> dict[str, Tensor]:
         """Return the encoder outputs of both caches' rows."""
-        if not isinstance(other, OrtCache) or other.layout.shapes != self.layout.shapes:
+        if not isinstance(other, BufferedCache) or other.layout.shapes != self.layout.shapes:
             raise InputMismatch("the other cache is of another program", next_step="join caches of one graph")
         if not self.lengths or not other.lengths:
             return dict(self.encoder_outputs if self.lengths else other.encoder_outputs)
@@ -274,15 +289,18 @@ class OrtCache(KeyValueCache):
 
     def grow(self, capacity: int = 0, rows: int = 0) -> None:
         self.capacity = max(capacity, self.capacity)
-        self._allocate(max(rows, len(self.lengths)), self.capacity + max(self.prefixes, default=0))
+        self._allocate(max(rows, len(self.lengths)), self._planned_room(max(self.prefixes, default=0)))
+        self.charge.resize(self._count_bytes(len(next(iter(self._memory.values()))), self._room))
 
-    def copy(self, rows: Sequence[int] | None = None) -> "OrtCache":
+    def copy(self, rows: Sequence[int] | None = None) -> "BufferedCache":
         rows = list(range(len(self.lengths)) if rows is None else rows)
-        copied = OrtCache(self.layout, len(rows), self.capacity + max(self.prefixes, default=0), self.budget)
+        copied = BufferedCache(self.layout, len(rows), self.capacity + max(self.prefixes, default=0), self.budget)
         copied.capacity = self.capacity
         copied.lengths = tuple(self.lengths[row] for row in rows)
         copied.prefixes = tuple(self.prefixes[row] for row in rows)
         longest = max(copied.filled, default=0)
+        copied.reserve(longest)
+        copied._note_used(range(len(rows)), longest)
         for name, memory in copied._memory.items() if longest else ():
             part = self.layout.entries(name, longest)
             memory[:, :, part] = self.buffers[name][rows, :, part]
@@ -293,7 +311,25 @@ class OrtCache(KeyValueCache):
 
     def reserve(self, length: int) -> None:
         """Make the buffers long enough for rows of a length, padding included."""
-        self._allocate(len(self.lengths), length)
+        most = self.capacity + max(self.prefixes, default=0)
+        doubled = max(_LEAST_ROOM, 1 << (length - 1).bit_length()) if self.layout.read_whole and length else length
+        self._allocate(len(self.lengths), max(length, min(most, doubled)))
+
+    def clear_unused(self, counts: Sequence[int]) -> None:
+        """Write zeros behind the rows, where longer ones were, if a call reads what lies there.
+
+        Args:
+            counts: numbers of tokens that the call adds to the rows.
+        """
+        for row, (filled, used, new) in enumerate(zip(self.filled, self._used, counts, strict=False)):
+            for name, memory in self._memory.items() if self.layout.read_whole and used > filled else ():
+                if name not in self.layout.states:
+                    memory[row, :, filled:used] = 0
+            self._used[row] = filled + new
+
+    def _note_used(self, places: Iterable[int], length: int) -> None:
+        for place in places:
+            self._used[place] = max(self._used[place], length)
 
     @property
     def _room(self) -> int:
@@ -301,21 +337,32 @@ class OrtCache(KeyValueCache):
         grown = (memory.shape[2] for name, memory in self._memory.items() if name not in self.layout.states)
         return next(grown, sys.maxsize)
 
+    def _planned_room(self, prefix: int) -> int:
+        """Return the room for rows of the capacity; a buffer that calls read whole gets it once rows need it."""
+        return self._room if self.layout.read_whole else self.capacity + prefix
+
     def _allocate(self, places: int, room: int) -> None:
         """Make the memory large enough; its content is copied only where it must become larger."""
         before = next(iter(self._memory.values())).shape[0], self._room
         places, room = max(places, before[0]), max(room, before[1])
+        size, rows, longest = self._count_bytes(places, room), len(self.lengths), max(self.filled, default=0)
         if (places, room) == before:
             return
-        size, rows, longest = self.layout.measure(places, room), len(self.lengths), max(self.filled, default=0)
-        self.charge.resize(self.layout.measure(*before) + size)
+        # Memory that is read whole becomes larger within what is counted already, so that no row fails on its way.
+        self.charge.resize(size if self.layout.read_whole else self.layout.measure(*before) + size)
         larger = self.layout.allocate(places, room)
         for name, memory in self._memory.items():
             part = self.layout.entries(name, longest)
             larger[name][:rows, :, part] = memory[:rows, :, part]
         self._memory = larger
+        self._used += [0] * (places - before[0])
         self._set_rows(self.lengths, self._encoded_rows)
         self.charge.resize(size)
+
+    def _count_bytes(self, places: int, room: int) -> int:
+        """Return the bytes of buffers; those that calls read whole count as if all places had the capacity."""
+        most = self.capacity + max(self.prefixes, default=0) if self.layout.read_whole else 0
+        return self.layout.measure(places, max(room, most))
 
     def _set_rows(self, lengths: tuple[int, ...], encoded: tuple[int, ...]) -> None:
         """Make the first places the rows."""
@@ -324,44 +371,38 @@ class OrtCache(KeyValueCache):
         self.lengths, self._encoded_rows, self._is_bound = lengths, encoded, False
 
     def binding(
-        self, session: ort.InferenceSession, slots: object, new_binding: Callable[[], ort.IOBinding]
-    ) -> ort.IOBinding:
-        """Return an IOBinding with the slots and the buffers bound, the same one as long as the slots do not change.
+        self,
+        graph: object,
+        slots: object,
+        new_binding: Callable[[], BindingT],
+        bind: Callable[[BindingT, Mapping[str, Tensor], Mapping[str, Tensor]], object],
+    ) -> BindingT:
+        """Return a binding of the slots and the buffers, the same one as long as the slots do not change.
 
         Args:
-            session: runs the call.
+            graph: runs the call.
             slots: the same object for the same slots.
-            new_binding: () -> an IOBinding with the slots bound.
+            new_binding: () -> a binding with the slots.
+            bind: (binding, buffers, encoder outputs) -> None.
         """
-        if self._binding is None or self._binding[0]() is not session or self._binding[1]() is not slots:
-            self._binding, self._is_bound = (weakref.ref(session), weakref.ref(slots), new_binding()), False
+        if self._binding is None or self._binding[0]() is not graph or self._binding[1]() is not slots:
+            self._binding, self._is_bound = (weakref.ref(graph), weakref.ref(slots), new_binding()), False
         binding = self._binding[2]
         if not self._is_bound:
-            for past, buffer in self.buffers.items():
-                value = as_ort_value(buffer)
-                binding.bind_ortvalue_input(past, value)
-                binding.bind_ortvalue_output(present_name(past), value)
-            for name, tensor in self.encoder_outputs.items():
-                binding.bind_ortvalue_input(name, as_ort_value(tensor))
+            bind(binding, self.buffers, self.encoder_outputs)
             self._is_bound = True
         return binding
 
 
 def run_decode_step(
-    session: ort.InferenceSession,
-    slots: object,
-    cache: OrtCache,
-    step: DecodeStep,
-    new_binding: Callable[[], ort.IOBinding],
+    cache: BufferedCache[BindingT], step: DecodeStep, run: Callable[[Mapping[str, Tensor], str, Tensor], object]
 ) -> Tensor:
     """Add tokens to a cache's rows (``BoundProgram.decode``).
 
     Args:
-        session: the graph's.
-        slots: the same object for the same slots.
         cache: the rows so far.
         step: the new tokens.
-        new_binding: () -> an IOBinding of the session with the slots bound.
+        run: (inputs, the output with the logits, their memory) -> None; runs the graph over the buffers.
     """
     layout, counts = cache.layout, tuple(step.counts)
     rows, length, wanted = len(counts), max(counts, default=0), step.wanted
@@ -369,8 +410,9 @@ def run_decode_step(
     if not length:
         return torch.zeros(*wanted.shape, layout.spec.vocabulary, dtype=dtype)
     logits = torch.empty(rows, wanted.shape[1] if layout.keeps_some else length, layout.spec.vocabulary, dtype=dtype)
-    # The kernel treats a row that has no tokens and gets none as a row of one token.
+    # A kernel may treat a row that has no tokens and gets none as a row of one token.
     cache.reserve(max(int(0 in counts), *cache.filled) + length)
+    cache.clear_unused(counts)
     inputs = {
         layout.token_input: step.ids[:, :length].to(torch.int64).contiguous(),
         PAST_LENGTHS: torch.tensor(cache.filled, dtype=torch.int32),
@@ -378,12 +420,8 @@ def run_decode_step(
     }
     if layout.keeps_some:
         inputs[LOGITS_TO_KEEP] = wanted.to(torch.int64).contiguous()
-    binding = cache.binding(session, slots, new_binding)
-    for input_name, tensor in inputs.items():
-        binding.bind_ortvalue_input(input_name, as_ort_value(tensor))
-    binding.bind_ortvalue_output(name, as_ort_value(logits))
     try:
-        session.run_with_iobinding(binding)
+        run(inputs, name, logits)
     except BaseException:
         if not cache.is_croppable:  # some states may be behind tokens that the row never got
             cache.clear(range(rows))
