@@ -41,7 +41,7 @@ class OpenVINO(OnnxBackend[OpenVINOOptions, CompiledGraph]):
         stored: JsonMapping,
         options: OpenVINOOptions,
     ) -> CompiledGraph:
-        return CompiledGraph(compile_model(files, name, slots, options), interface, slots, options)
+        return CompiledGraph(*compile_model(files, name, slots, options), interface, slots, options)
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OpenVINOOptions]) -> None:
         """Test an engine that computes in float32: how far rounding moves outputs says nothing about slots."""

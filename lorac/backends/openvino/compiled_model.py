@@ -8,6 +8,7 @@ from openvino.preprocess import PrePostProcessor
 
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions
+from lorac.ir.graph.attention_ops import is_key_or_value
 from lorac.target.engine import ProgramFiles
 
 OV_TYPES = {
@@ -30,12 +31,15 @@ open files, and messages of more than 2 GiB, so there is no other way to a check
 
 def compile_model(
     files: ProgramFiles, graph: str, slots: Collection[str], options: OpenVINOOptions
-) -> ov.CompiledModel:
+) -> tuple[ov.CompiledModel, dict[str, str]]:
     """Compile a graph's model for a device; its weights are copied from the open file.
 
     Args:
         files: the program's, open.
-        slots: names of the slot inputs, which are held in the precision.
+        slots: names of the slot inputs, which are held in the precision, as keys and values of a cache are.
+
+    Returns:
+        The model, and the metadata of its file.
 
     Raises:
         ArtifactError: a weight is not where the model says.
@@ -59,13 +63,17 @@ def compile_model(
         settings["INFERENCE_NUM_THREADS"] = options.threads
     try:
         model = core.read_model(proto.SerializeToString())
-        held = [port for port in model.inputs if port.node.friendly_name in slots and port.element_type == ov.Type.f32]
-        if held:
-            steps = PrePostProcessor(model)
-            for port in held:
-                steps.input(port.any_name).tensor().set_element_type(OV_TYPES[PRECISIONS[options.precision]])
-            model = steps.build()
-        return core.compile_model(model, device, settings)
+        dtype = OV_TYPES[PRECISIONS[options.precision]]
+        steps = PrePostProcessor(model)
+        for port in model.inputs:
+            name = port.node.friendly_name
+            if port.element_type == ov.Type.f32 and (name in slots or is_key_or_value(name)):
+                steps.input(port.any_name).tensor().set_element_type(dtype)
+        for index, output in enumerate(proto.graph.output):
+            if is_key_or_value(output.name):
+                steps.output(index).tensor().set_element_type(dtype)
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        return core.compile_model(steps.build(), device, settings), metadata
     except RuntimeError as error:
         from lorac.backends.openvino.missing_op import missing_op_error  # it imports libraries that only building needs
 

@@ -8,6 +8,8 @@ import torch
 
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnx.passes import OnnxDialect
+from lorac.backends.openvino.cached_attention import ExpandCachedAttention
+from lorac.backends.openvino.recurrence_chunks import ComputeByChunks
 from lorac.backends.openvino.wrapped_padding import JoinWrappedPadding
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import RankPolicy
@@ -33,6 +35,7 @@ DIALECT: OnnxDialect = Dialect(
         if not schema.domain and schema.name not in (*_UNTRANSLATED.split(), *_WRONG)
     ),
     passes=(Legalize(),),
+    early_rewrites=(ExpandCachedAttention(), ComputeByChunks()),
     late_rewrites=(JoinWrappedPadding(),),
     gates=BranchGate.WHERE,  # as it computes ``If`` wrongly
     # The CPU convolves with no kernel of a shape that varies; products take rank 0.

@@ -3,19 +3,25 @@
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor
 
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
+from lorac.backends.onnx.caching_engine import CachingEngine, CachingProgram
+from lorac.backends.onnx.engine import LoadedProgram
+from lorac.backends.onnx.kv_cache import BufferedCache, CacheLayout
+from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.openvino.compiled_model import OV_TYPES
 from lorac.backends.openvino.options import OpenVINOOptions
 from lorac.errors import InputMismatch
 from lorac.ir.calls.interface import Interface
+from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, present_name
+from lorac.ir.graph.feeds import CacheInputShape
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.composition import ComposedWeights
 
@@ -29,11 +35,14 @@ class CompiledGraph:
     """One graph of the program: its compiled model and its interface.
 
     Args:
+        metadata: that of the model's file.
         interface: its inputs and outputs.
         slots: its slot inputs by public name.
         options: the target's.
 
     Attributes:
+        outputs: names of its outputs.
+        cache: the layout of its cache; None where it keeps none.
         places: the index of every input.
         dtypes: the dtype of every input.
         turns: bounds the calls that have a request.
@@ -42,19 +51,32 @@ class CompiledGraph:
     def __init__(
         self,
         model: ov.CompiledModel,
+        metadata: Mapping[str, str],
         interface: Interface,
         slots: Mapping[str, SlotInput],
         options: OpenVINOOptions,
     ) -> None:
         self.model, self.interface, self.slots = model, interface, slots
-        self.places = {port.node.friendly_name: index for index, port in enumerate(model.inputs)}
+        names = [port.node.friendly_name for port in model.inputs]
+        self.places = {name: index for index, name in enumerate(names)}
         self.dtypes = {
-            port.node.friendly_name: _TORCH_DTYPES.get(port.element_type.get_type_name()) for port in model.inputs
+            name: _TORCH_DTYPES.get(port.element_type.get_type_name())
+            for name, port in zip(names, model.inputs, strict=True)
         }
+        self.outputs = interface.outputs
+        shapes = _shapes_of(names, model.inputs), _shapes_of(self.outputs, model.outputs)
+        self.cache = CacheLayout.of(*shapes, metadata.get(MAX_LENGTH_KEY), read_whole=True)
         self.turns = threading.BoundedSemaphore(_WAITING * options.streams)
 
 
-class OvEngine(OnnxEngine[CompiledGraph, OpenVINOOptions]):
+class IdleRequests(defaultdict[str, list[ov.InferRequest]]):
+    """Requests of each graph that hold the tensors of a choice and that no call has."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+
+class OvEngine(CachingEngine[CompiledGraph, OpenVINOOptions]):
     """Runs a program, one compiled model per graph."""
 
     target = "openvino"
@@ -62,7 +84,7 @@ class OvEngine(OnnxEngine[CompiledGraph, OpenVINOOptions]):
     def __init__(self, program: LoadedProgram[CompiledGraph, OpenVINOOptions]) -> None:
         super().__init__(program)
         self._dtypes = {name: g.dtypes[name] for g in self.graphs.values() for name in g.slots if name in g.dtypes}
-        self._written_requests: dict[str, list[ov.InferRequest]] = defaultdict(list)
+        self._written_requests = IdleRequests()
         self._written = self._to_slots(self.memory)
 
     def _to_slots(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,15 +111,15 @@ class OvEngine(OnnxEngine[CompiledGraph, OpenVINOOptions]):
 
 
 @dataclass(frozen=True, eq=False)
-class OvProgram(OnnxProgram):
+class OvProgram(CachingProgram):
     """The program with tensors for its slot inputs.
 
     Attributes:
-        requests: requests of each graph that hold the tensors and that no call has.
+        requests: those that hold the tensors.
     """
 
     engine: OvEngine
-    requests: dict[str, list[ov.InferRequest]] = field(default_factory=lambda: defaultdict(list))
+    requests: IdleRequests = field(default_factory=IdleRequests)
 
     @functools.cached_property
     def values(self) -> Mapping[str, ov.Tensor]:
@@ -108,19 +130,82 @@ class OvProgram(OnnxProgram):
         loaded, idle = self.engine.graphs[graph], self.requests[graph]
         with loaded.turns:
             request = idle.pop() if idle else self._new_request(loaded)
-            for name, tensor in inputs.items():
-                _check_range(name, tensor)
-                request.set_input_tensor(loaded.places[name], as_ov_tensor(tensor))
+            _set_inputs(loaded, request, inputs)
             request.infer()
             outputs = [as_torch_copy(request.get_output_tensor(index)) for index in range(len(loaded.model.outputs))]
             idle.append(request)
         return outputs
+
+    def run_step(
+        self, graph: str, cache: BufferedCache[Any], inputs: Mapping[str, Tensor], output: str, logits: Tensor
+    ) -> None:
+        loaded = self.engine.graphs[graph]
+        with loaded.turns:
+            request = cache.binding(
+                loaded,
+                self.requests,
+                lambda: self._new_request(loaded),
+                lambda request, *tensors: [_set_inputs(loaded, request, each) for each in tensors],
+            )
+            _set_inputs(loaded, request, inputs)
+            rows, length = inputs[cache.layout.token_input].shape
+            presents = {past: _empty_present(cache.layout, past, rows, length) for past in cache.buffers}
+            outputs = {output: logits, **{present_name(past): tensor for past, tensor in presents.items()}}
+            for name, tensor in outputs.items():
+                request.set_output_tensor(loaded.outputs.index(name), as_ov_tensor(tensor))
+            request.infer()
+        _write_presents(cache, presents, inputs[PAST_LENGTHS], inputs[NEW_LENGTHS])
 
     def _new_request(self, loaded: CompiledGraph) -> ov.InferRequest:
         request = loaded.model.create_infer_request()
         for name in loaded.slots.keys() & self.values.keys() & loaded.places.keys():
             request.set_input_tensor(loaded.places[name], self.values[name])
         return request
+
+
+def _shapes_of(names: Iterable[str], ports: Iterable[Any]) -> dict[str, CacheInputShape]:
+    """Return the sizes of inputs or outputs, None where they vary, and their dtypes."""
+    return {
+        name: (
+            tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
+            _TORCH_DTYPES[port.element_type.get_type_name()],
+        )
+        for name, port in zip(names, ports, strict=True)
+    }
+
+
+def _set_inputs(loaded: CompiledGraph, request: ov.InferRequest, inputs: Mapping[str, Tensor]) -> None:
+    for name in inputs.keys() & loaded.places.keys():  # OpenVINO drops inputs that no op reads
+        tensor = inputs[name]
+        _check_range(name, tensor)
+        request.set_input_tensor(loaded.places[name], as_ov_tensor(tensor))
+
+
+def _empty_present(layout: CacheLayout, past: str, rows: int, length: int) -> Tensor:
+    """Return memory for what a graph answers of the new tokens: keys or values, or the state behind them."""
+    sizes, dtype = layout.shapes[past]
+    return torch.empty(rows, *(length if size is None else size for size in sizes[1:]), dtype=dtype)
+
+
+def _write_presents(cache: BufferedCache[Any], presents: Mapping[str, Tensor], begins: Tensor, counts: Tensor) -> None:
+    """Write the new keys, values and states of a step into the buffers.
+
+    Args:
+        begins: (rows,): numbers of tokens that rows had.
+        counts: (rows,): numbers of new ones.
+    """
+    length = int(counts.max())
+    rows, tokens = (torch.arange(length) < counts[:, None]).nonzero(as_tuple=True)
+    places, begin = begins[rows] + tokens, int(begins[0])
+    together = len(rows) == len(counts) * length and bool((begins == begin).all())
+    for past, new in presents.items():
+        buffer = cache.buffers[past]
+        if past in cache.layout.states:
+            buffer.copy_(new)
+        elif together:
+            buffer[:, :, begin : begin + length] = new
+        else:
+            buffer[rows, :, places] = new[rows, :, tokens]
 
 
 def as_ov_tensor(tensor: Tensor) -> ov.Tensor:

@@ -30,6 +30,8 @@ class OpenVINOOptions(TargetOptions):
         streams: how many calls may be computed at once; further ones wait for their turn. Each stream has its share of
             the threads.
         device_name: OpenVINO's name of a device, ``"CPU"``, ``"GPU"`` or ``"GPU.1"``.
+        cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers; calls are
+            then as target ``"onnxruntime"`` takes them.
     """
 
     running: ClassVar[tuple[str, ...]] = ("threads", "precision", "streams", "device_name")
@@ -37,6 +39,11 @@ class OpenVINOOptions(TargetOptions):
     precision: str = "f32"
     streams: int = 1
     device_name: str = CPU
+    cache: bool = False
+
+    @property
+    def uses_cache(self) -> bool:
+        return self.cache
 
     def check(self) -> None:
         """Raise ``OptionError`` for unknown values, and ``Unavailable`` for a device without the precision."""

@@ -31,9 +31,13 @@ def _made(peft: Any, mode: str = "live") -> Any:
 
 @pytest.mark.parametrize("family", ["llama", *SLOW])
 def test_generates_as_peft(family: str, tmp_path: Path) -> None:
-    """Batches padded on either side, beams, draws, pieces, rows of their own, drafts, prefixes; and once loaded."""
     peft = _reference(family)
-    made, rows = _made(peft), prompts()
+    check_generates_as_peft(_made(peft), peft, tmp_path)
+
+
+def check_generates_as_peft(made: Any, peft: Any, tmp_path: Path) -> None:
+    """Batches padded on either side, beams, draws, pieces, rows of their own, drafts, prefixes; and once loaded."""
+    rows = prompts()
     batch, right = padded(rows, "left"), padded(rows, "right")
     expected = peft.generate(**batch, **GREEDY)
     with peft.disable_adapter():

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from lorac.backends.onnx.export.opsets import Outputs, op, record_with
 from lorac.backends.onnx.export.torchlib import Recorder
 
+BY_CHUNKS = "many"
+"""Name of the graph that computes a call of many tokens by chunks; it takes any number of them."""
 _CHUNK = 16
 """Tokens of a chunk; fewer are computed one by one."""
 _DOUBLINGS = 3
@@ -34,7 +36,7 @@ def recurrence(
     if rate is not None or decay.shape[3:] != (1, 1):
         return _scan_tokens(state, rate, *operands)
     few = _record_graph("few", lambda: _scan_tokens(state, None, *operands))
-    many = _record_graph("many", lambda: _scan_chunks(state, *operands))
+    many = _record_graph(BY_CHUNKS, lambda: _scan_chunks(state, *operands))
     is_few = op.Less(op.Squeeze(op.Shape(q, start=1, end=2)), op.Constant(value_int=_CHUNK))
     return op.If(is_few, then_branch=few, else_branch=many)
 

@@ -1,0 +1,161 @@
+"""A pass that writes attention over a cache in ops of ONNX: OpenVINO has none for rows of several lengths.
+
+The scores of the tokens in the cache and those of the new ones are computed apart, and joined for the softmax. So the
+cache is read where it lies, and a call answers the keys and values of its new tokens alone. Scores are (batch, heads of
+keys, queries that share a head · length, keys): no key is repeated for the heads that share it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
+from lorac.backends.onnx.passes import OnnxPass, shared_constant
+from lorac.ir.graph.passes import PassResult
+
+_HIDDEN = -3e38
+"""Added to scores that do not count; bfloat16 has it too."""
+_Masks = tuple[ir.Value, ir.Value]
+
+
+@dataclass(frozen=True)
+class ExpandCachedAttention(OnnxPass):
+    """Replace each attention over a cache by products and a softmax; the caches that it answers become new tokens."""
+
+    name: ClassVar[str] = "expand-cached-attention"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Replace the nodes in place."""
+        nodes = [node for node in model.graph if node.domain == LORAC_DOMAIN and node.op_type == CACHED_ATTENTION_OP]
+        masks: dict[tuple[int, int, ir.Value | None], _Masks] = {}
+        for node in nodes:
+            _Expansion(model.graph, node).replace(masks)
+        return PassResult(changed=bool(nodes))
+
+
+class _Expansion:
+    """The ops of one attention, which are inserted before it.
+
+    Args:
+        graph: where the nodes go.
+        node: the attention.
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self.graph, self.node, self.tape = graph, node, Tape()
+        operands = [*node.inputs, None, None][:10]  # the last two may be missing
+        self.q, self.k, self.v, self.past_k, self.past_v, self.past, _, self.places, self.sinks, self.distances = (
+            operands
+        )
+        self.heads, self.key_heads = (int(value.shape[1]) for value in (self.q, self.k))
+        self.shared = self.heads // self.key_heads
+
+    def op(self, name: str, *inputs: ir.Value | None, **attributes: int | Sequence[int]) -> ir.Value:
+        """Write an op with one output."""
+        return self.tape.op(name, inputs, attributes)
+
+    def constant(self, *numbers: int) -> ir.Value:
+        """Return a constant vector of whole numbers."""
+        return shared_constant(self.graph, "numbers_" + "_".join(map(str, numbers)), np.array(numbers))
+
+    def number(self, number: float) -> ir.Value:
+        """Return a constant number."""
+        dtype = self.q.dtype.numpy()
+        return shared_constant(self.graph, f"number_{number}", np.array(number, dtype))
+
+    def replace(self, masks: dict[tuple[int, int, ir.Value | None], _Masks]) -> None:
+        """Write the ops.
+
+        Args:
+            masks: (window, queries that share a head, distances) -> what is added to scores of past and new tokens.
+        """
+        node = self.node
+        window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
+        grouped = self.constant(0, self.key_heads, -1, int(self.q.shape[3]))
+        q = self.op("Reshape", self.op("Mul", self.q, self.number(node.attributes["scale"].as_float())), grouped)
+        key = (window, self.shared, self.distances)
+        if key not in masks:
+            masks[key] = self.masks(window)
+        parts = []
+        for keys, mask in zip((self.past_k, self.k), masks[key], strict=True):
+            scores = self.op("MatMul", q, self.op("Transpose", keys, perm=[0, 1, 3, 2]))
+            if softcap:
+                soft = self.number(softcap)
+                scores = self.op("Mul", self.op("Tanh", self.op("Div", scores, soft)), soft)
+            parts.append(self.op("Add", scores, mask))
+        if self.sinks is not None:
+            parts.append(self.sink_scores(q))
+        sizes = self.op("Concat", *(self.op("Shape", part, start=3) for part in parts), axis=0)
+        shares = self.op("Softmax", self.op("Concat", *parts, axis=3), axis=-1)
+        past, new, *_ = self.tape.op_multi_out("Split", [shares, sizes], {"axis": 3}, num_outputs=len(parts))
+        y = self.op("Add", self.op("MatMul", past, self.past_v), self.op("MatMul", new, self.v))
+        apart = self.op("Reshape", y, self.constant(0, self.heads, -1, int(self.v.shape[3])))
+        self.finish(self.op("Transpose", apart, perm=[0, 2, 1, 3]))
+
+    def masks(self, window: int) -> _Masks:
+        """Write which past and which new tokens count, and biases by distance, as numbers to add to scores."""
+        zero, one = (shared_constant(self.graph, f"scalar_{n}", np.array(n)) for n in (0, 1))
+        room, length = (
+            self.op("Range", zero, self.op("Squeeze", self.op("Shape", keys, start=2, end=3)), one)
+            for keys in (self.past_k, self.k)
+        )
+        # Positions behind the last one of the model are all equal, and indices among the new tokens are not.
+        before = self.op("Unsqueeze", self.op("Cast", self.past, to=ir.DataType.INT64), self.constant(1, 2))
+        queries = self.op("Unsqueeze", length, self.constant(0, 2))
+        seen = [self.op("Less", room, before), self.op("LessOrEqual", length, queries)]
+        keys = [room, self.op("Add", before, length)]
+        if window > 0:
+            limit = shared_constant(self.graph, f"scalar_{window}", np.array(window))
+            first = self.op("Sub", self.op("Add", before, queries), limit)
+        elif window:
+            places = self.op("Unsqueeze", self.places, self.constant(2))
+            size = shared_constant(self.graph, f"scalar_{-window}", np.array(-window))
+            first = self.op("Sub", self.op("Sub", places, self.op("Mod", places, size)), one)
+        if window:
+            seen = [self.op("And", see, self.op("Greater", key, first)) for see, key in zip(seen, keys, strict=True)]
+        found = []
+        for see, key in zip(seen, keys, strict=True):
+            hidden = self.op(
+                "Where", self.op("Unsqueeze", see, self.constant(1)), self.number(0.0), self.number(_HIDDEN)
+            )
+            if self.distances is not None:
+                apart = self.op("Sub", self.op("Add", before, queries), key)
+                last = self.op("Sub", self.op("Squeeze", self.op("Shape", self.distances, start=1)), one)
+                near = self.op("Min", self.op("Max", apart, zero), last)
+                bias = self.op("Transpose", self.op("Gather", self.distances, near, axis=1), perm=[1, 0, 2, 3])
+                hidden = self.op("Add", hidden, bias)
+            is_one = key is room and not window and self.distances is None  # for all queries
+            found.append(hidden if is_one else self.group(hidden))
+        return found[0], found[1]
+
+    def group(self, mask: ir.Value) -> ir.Value:
+        """Write a mask (batch or 1, heads or 1, length or 1, keys) for scores whose heads share keys."""
+        if self.shared == 1:
+            return mask
+        if self.distances is None:
+            return self.op("Tile", mask, self.constant(1, 1, self.shared, 1))
+        sizes = self.op("Concat", self.constant(0, self.key_heads, -1), self.op("Shape", mask, start=3), axis=0)
+        return self.op("Reshape", mask, sizes)
+
+    def sink_scores(self, q: ir.Value) -> ir.Value:
+        """Write the further score of each head, once for every query."""
+        each = self.op("Reshape", self.sinks, self.constant(1, self.key_heads, self.shared, 1))
+        length = self.op("Shape", self.k, start=2, end=3)
+        sizes = [self.op("Shape", q, start=0, end=1), self.constant(self.key_heads, self.shared), length]
+        wide = self.op("Expand", each, self.op("Concat", *sizes, axis=0))
+        return self.op("Reshape", wide, self.constant(0, self.key_heads, -1, 1))
+
+    def finish(self, y: ir.Value) -> None:
+        """Put the ops in the place of the attention; new keys and values are what it answers of its caches."""
+        old = self.node.outputs[0]
+        y.shape, y.dtype = old.shape, old.dtype
+        for made in self.tape.nodes:
+            made.metadata_props.update(self.node.metadata_props)
+        self.graph.insert_before(self.node, list(self.tape.nodes))
+        for output, value in zip(self.node.outputs, (y, self.k, self.v), strict=True):
+            output.replace_all_uses_with(value, replace_graph_outputs=True)
+        self.graph.remove(self.node, safe=True)
