@@ -33,6 +33,7 @@ import torch
 
 import lorac
 from campaigns import mutations, native_calls, op_calls, sound, special_files
+from lorac.frontend.components import MAIN_GRAPH
 from lorac.limits import ReadBudget
 from lorac.merging import merge_checkpoint
 from lorac.merging.recipe import read_merge_recipe
@@ -162,6 +163,8 @@ class Campaign:
         if chosen.kind == "artifact":
             loaded = lorac.load(place)
             with contextlib.suppress(lorac.LoracError):  # it loads, and then refuses a call of the example's shape
+                if loaded.engine.cache_spec(MAIN_GRAPH) is not None:
+                    loaded.generate(torch.tensor([[3, 4, 5], [0, 6, 7]]), max_new_tokens=3, do_sample=False)
                 loaded(torch.zeros(3, 24))
             return
         if chosen.kind == "training":

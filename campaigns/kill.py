@@ -2,9 +2,10 @@
 
 python -m campaigns.kill [--moments N] [--seed N] [--json FILE]
 
-Four writers: ``compiled.save`` over an older artifact, ``lorac swap --save``, a PEFT folder among files of somebody
-else, and a file of lorac's own. Every version bears a number in all its parts. Whatever is found afterwards must be one
-version, whole: the one from before or the one that was written. Once a writer has ended well, nothing else is left.
+The writers: ``compiled.save`` over an older artifact, of eager mode and of OpenVINO, ``lorac swap --save``, a folder of
+PEFT's among files of somebody else, and a file of lorac's own. Every version bears a number in all its parts. Whatever
+is found afterwards must be one version, whole: the one from before or the one that was written. Once a writer has ended
+well, nothing else is left.
 
 Writers are forked from this process, which has everything imported, and die by SIGKILL.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -72,10 +74,11 @@ class Tally:
 
 
 # ── The writers ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def _compiled() -> lorac.Compiled:
+def _compiled(target: str = "eager") -> lorac.Compiled:
     torch.manual_seed(0)
     host = nn.Sequential(nn.Linear(10, 14), nn.Linear(14, 6))
-    return lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["0", "1"])}, example_inputs=(torch.ones(2, 10),))
+    adapters = {"a": lorac.LoRA(r=2, targets=["0", "1"])}
+    return lorac.compile(host, adapters, target, example_inputs=(torch.ones(2, 10),))
 
 
 def _artifact(compiled: lorac.Compiled) -> Writer:
@@ -85,7 +88,8 @@ def _artifact(compiled: lorac.Compiled) -> Writer:
             compiled.adapters["a"].tensors["0"]["lora_B"].fill_(float(number))
         compiled.save(target)
 
-    return Writer("compiled.save", write, _read_artifact)
+    where = "" if compiled.engine.target == "eager" else f", {compiled.engine.target}"
+    return Writer(f"compiled.save{where}", write, _read_artifact)
 
 
 def _read_artifact(target: Path) -> int | None:
@@ -105,10 +109,10 @@ def _swap_and_save(target: Path, number: int) -> None:
 
 
 def all_writers() -> list[Writer]:
-    """Return the four writers, each over an older version where it needs one."""
-    made = _artifact(_compiled())
+    """Return the writers, each over an older version where it needs one."""
+    targets = ("eager", "openvino") if importlib.util.find_spec("openvino") else ("eager",)
     return [
-        made,
+        *(_artifact(_compiled(target)) for target in targets),
         Writer("swap --save", _swap_and_save, _read_artifact),
         *(
             Writer(

@@ -31,6 +31,7 @@ from lorac.testing.hosts import ConformanceHost as Host
 from lorac.trainer import Recipe, checkpoints, read_recipe
 from lorac.training import name_optimizer_state
 from lorac.variants.base import Variant
+from tests.decoders import DECODERS
 from tests.runtime.generation.prompted import CAUSAL, CONFIGS, save_prompt
 from tests.zoo import ZOO
 
@@ -48,9 +49,11 @@ COMPOSED: Mapping[str, Mapping[str, Any]] = {
 }
 """Fields of methods without an oracle of their own, and other ones than those of it."""
 QUICK = ("lora", "shira", "vera", "chain")
+CACHE = "cache"
+"""In the place of a mode: a language model, live, that keeps a cache."""
 ARTEFACTS = (
     ("eager", "live"), ("onnxruntime", "fused"), ("onnxruntime", "live"), ("eager", "fused"), ("onnxruntime", "baked"),
-    ("tensorrt", "live"), ("openvino", "live"),
+    ("tensorrt", "live"), ("openvino", "live"), ("openvino", "fused"), ("openvino", CACHE), ("onnxruntime", CACHE),
 )  # fmt: skip
 HUB = {
     "bottleneck": lorac.Bottleneck.preset("seq_bn"),
@@ -67,6 +70,8 @@ OF_LYCORIS: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"scales_bias": False},
 }
 """Fields of methods by which they are LyCORIS's."""
+TEXT = {"a": lorac.LoRA(r=2, targets=["q_proj", "down_proj"])}
+"""The adapter of a language model's artifact."""
 MERGED = "model/a.safetensors"
 """The adapter that is merged into models."""
 PIPELINE = {"unet": "conv", "text_encoder": "two_linear"}
@@ -411,7 +416,10 @@ def _artifacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Soun
     adapters = {"a": lorac.LoRA(r=2, targets=["up", "down"]), "b": lorac.DoRA(r=1, targets=["up"])}
     for target, mode in wanted:
         try:
-            compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})
+            if mode == CACHE:
+                compiled = lorac.compile(DECODERS["llama"](), TEXT, target, active={"a": 0.7}, cache=True)
+            else:
+                compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})
         except (lorac.MissingExtra, lorac.Unavailable):  # the target's library, or what it runs on, is not here
             continue
         compiled.save(folder / "artifacts" / f"{target}-{mode}")

@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class CacheLayout:
 
     def behind(self, inputs: tuple[str, ...]) -> "CacheLayout":
         """Return the layout of a graph behind an encoder or a tower with these inputs, which runs first."""
-        names = {"reads" if self.token_input == IDS else "encodes": inputs}
+        names: dict[str, Any] = {"reads" if self.token_input == IDS else "encodes": inputs}
         return replace(self, spec=replace(self.spec, **names))
 
     @functools.cached_property
@@ -292,15 +292,16 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         self._allocate(max(rows, len(self.lengths)), self._planned_room(max(self.prefixes, default=0)))
         self.charge.resize(self._count_bytes(len(next(iter(self._memory.values()))), self._room))
 
-    def copy(self, rows: Sequence[int] | None = None) -> "BufferedCache":
+    def copy(self, rows: Sequence[int] | None = None) -> "BufferedCache[BindingT]":
         rows = list(range(len(self.lengths)) if rows is None else rows)
-        copied = BufferedCache(self.layout, len(rows), self.capacity + max(self.prefixes, default=0), self.budget)
+        most = self.capacity + max(self.prefixes, default=0)
+        copied: BufferedCache[BindingT] = BufferedCache(self.layout, len(rows), most, self.budget)
         copied.capacity = self.capacity
-        copied.lengths = tuple(self.lengths[row] for row in rows)
-        copied.prefixes = tuple(self.prefixes[row] for row in rows)
-        longest = max(copied.filled, default=0)
+        longest = max((self.filled[row] for row in rows), default=0)
         copied.reserve(longest)
         copied._note_used(range(len(rows)), longest)
+        copied.lengths = tuple(self.lengths[row] for row in rows)
+        copied.prefixes = tuple(self.prefixes[row] for row in rows)
         for name, memory in copied._memory.items() if longest else ():
             part = self.layout.entries(name, longest)
             memory[:, :, part] = self.buffers[name][rows, :, part]

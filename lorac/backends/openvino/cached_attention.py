@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
+from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN, fixed_size
 from lorac.backends.onnx.passes import OnnxPass, shared_constant
 from lorac.ir.graph.passes import PassResult
 
@@ -47,11 +47,10 @@ class _Expansion:
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self.graph, self.node, self.tape = graph, node, Tape()
-        operands = [*node.inputs, None, None][:10]  # the last two may be missing
-        self.q, self.k, self.v, self.past_k, self.past_v, self.past, _, self.places, self.sinks, self.distances = (
-            operands
-        )
-        self.heads, self.key_heads = (int(value.shape[1]) for value in (self.q, self.k))
+        given = [value for value in node.inputs[:8] if value is not None]
+        self.q, self.k, self.v, self.past_k, self.past_v, self.past, _, self.places = given
+        self.sinks, self.distances = [*node.inputs[8:], None, None][:2]  # both may be missing
+        self.heads, self.key_heads = fixed_size(self.q, 1), fixed_size(self.k, 1)
         self.shared = self.heads // self.key_heads
 
     def op(self, name: str, *inputs: ir.Value | None, **attributes: int | Sequence[int]) -> ir.Value:
@@ -64,8 +63,7 @@ class _Expansion:
 
     def number(self, number: float) -> ir.Value:
         """Return a constant number."""
-        dtype = self.q.dtype.numpy()
-        return shared_constant(self.graph, f"number_{number}", np.array(number, dtype))
+        return shared_constant(self.graph, f"number_{number}", np.array(number, np.float32))
 
     def replace(self, masks: dict[tuple[int, int, ir.Value | None], _Masks]) -> None:
         """Write the ops.
@@ -75,7 +73,7 @@ class _Expansion:
         """
         node = self.node
         window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
-        grouped = self.constant(0, self.key_heads, -1, int(self.q.shape[3]))
+        grouped = self.constant(0, self.key_heads, -1, fixed_size(self.q, 3))
         q = self.op("Reshape", self.op("Mul", self.q, self.number(node.attributes["scale"].as_float())), grouped)
         key = (window, self.shared, self.distances)
         if key not in masks:
@@ -93,7 +91,7 @@ class _Expansion:
         shares = self.op("Softmax", self.op("Concat", *parts, axis=3), axis=-1)
         past, new, *_ = self.tape.op_multi_out("Split", [shares, sizes], {"axis": 3}, num_outputs=len(parts))
         y = self.op("Add", self.op("MatMul", past, self.past_v), self.op("MatMul", new, self.v))
-        apart = self.op("Reshape", y, self.constant(0, self.heads, -1, int(self.v.shape[3])))
+        apart = self.op("Reshape", y, self.constant(0, self.heads, -1, fixed_size(self.v, 3)))
         self.finish(self.op("Transpose", apart, perm=[0, 2, 1, 3]))
 
     def masks(self, window: int) -> _Masks:
@@ -152,7 +150,7 @@ class _Expansion:
     def finish(self, y: ir.Value) -> None:
         """Put the ops in the place of the attention; new keys and values are what it answers of its caches."""
         old = self.node.outputs[0]
-        y.shape, y.dtype = old.shape, old.dtype
+        y.shape, y.type = old.shape, old.type
         for made in self.tape.nodes:
             made.metadata_props.update(self.node.metadata_props)
         self.graph.insert_before(self.node, list(self.tape.nodes))

@@ -28,6 +28,10 @@ IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
 """The file in which OpenVINO looks for a tensor at an address of this process, which it copies. It refuses paths of
 open files, and messages of more than 2 GiB, so there is no other way to a checked weight."""
 
+_FUSIONS, _UNFUSED = "src/common/snippets/", {"SNIPPETS_MODE": "DISABLE"}
+"""Where OpenVINO 2026.4 fails to fuse ops that share a constant, as attention with a mask does, and the setting with
+which it does not try; it is in no documentation."""
+
 
 def compile_model(
     files: ProgramFiles, graph: str, slots: Collection[str], options: OpenVINOOptions
@@ -73,7 +77,13 @@ def compile_model(
             if is_key_or_value(output.name):
                 steps.output(index).tensor().set_element_type(dtype)
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
-        return core.compile_model(steps.build(), device, settings), metadata
+        model = steps.build()
+        try:
+            return core.compile_model(model, device, settings), metadata
+        except RuntimeError as error:
+            if _FUSIONS not in str(error):
+                raise
+            return core.compile_model(model, device, {**settings, **_UNFUSED}), metadata
     except RuntimeError as error:
         from lorac.backends.openvino.missing_op import missing_op_error  # it imports libraries that only building needs
 

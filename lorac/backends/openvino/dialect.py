@@ -35,8 +35,8 @@ DIALECT: OnnxDialect = Dialect(
         if not schema.domain and schema.name not in (*_UNTRANSLATED.split(), *_WRONG)
     ),
     passes=(Legalize(),),
-    early_rewrites=(ExpandCachedAttention(), ComputeByChunks()),
-    late_rewrites=(JoinWrappedPadding(),),
+    early_rewrites=(ExpandCachedAttention(),),
+    late_rewrites=(ComputeByChunks(), JoinWrappedPadding()),
     gates=BranchGate.WHERE,  # as it computes ``If`` wrongly
     # The CPU convolves with no kernel of a shape that varies; products take rank 0.
     ranks=dict.fromkeys((SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D), RankPolicy.FIXED),

@@ -140,13 +140,13 @@ class OvProgram(CachingProgram):
         self, graph: str, cache: BufferedCache[Any], inputs: Mapping[str, Tensor], output: str, logits: Tensor
     ) -> None:
         loaded = self.engine.graphs[graph]
+
+        def bind(request: ov.InferRequest, *tensors: Mapping[str, Tensor]) -> None:
+            for each in tensors:
+                _set_inputs(loaded, request, each)
+
         with loaded.turns:
-            request = cache.binding(
-                loaded,
-                self.requests,
-                lambda: self._new_request(loaded),
-                lambda request, *tensors: [_set_inputs(loaded, request, each) for each in tensors],
-            )
+            request = cache.binding(loaded, self.requests, lambda: self._new_request(loaded), bind)
             _set_inputs(loaded, request, inputs)
             rows, length = inputs[cache.layout.token_input].shape
             presents = {past: _empty_present(cache.layout, past, rows, length) for past in cache.buffers}

@@ -21,11 +21,10 @@ class ComputeByChunks(OnnxPass):
         found = [(node, node.attributes["else_branch"].as_graph()) for node in model.graph if node.op_type == "If"]
         chunked = [(node, branch) for node, branch in found if branch.name == BY_CHUNKS]
         for node, branch in chunked:
-            taken = list(branch)
+            taken, outputs = list(branch), list(branch.outputs)
+            branch.outputs.clear()
             branch.remove(taken)
             for each in taken:
                 each.metadata_props.update(node.metadata_props)
-            ir.convenience.replace_nodes_and_values(
-                model.graph, node, [node], taken, node.outputs, list(branch.outputs)
-            )
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], taken, node.outputs, outputs)
         return PassResult(changed=bool(chunked))

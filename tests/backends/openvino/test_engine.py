@@ -300,5 +300,6 @@ def test_runs_several_graphs():
 def test_the_page_s_code_runs(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     for block in (block for block in blocks(ROOT / "docs" / "openvino.md") if block.language == "py"):
-        exec(block.text, {})
+        exec(block.text, names)

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[3]
 _PLAIN = [family for family in DECODERS if family not in HYBRIDS]
 _SOME = ["mistral", "gpt_oss", "bloom", "llama4"]
 """Windows; sinks and experts; slopes; chunks."""
-_MIXERS = ["lfm2", "olmo_hybrid", "jamba"]
-"""A convolution; a recurrence in chunks, and one whose features decay apart."""
+_MIXERS = ["lfm2"]
+"""Convolutions."""
 
 
 def made(model: Any, mode: str = "live", **options: Any) -> Any:
@@ -60,8 +60,7 @@ def test_computes_every_form_of_attention(family: str) -> None:
     assert_close(torch.stack(one.logits), torch.stack(other.logits))
 
 
-@pytest.mark.medium("a family of each mixer", keep=_MIXERS)
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", _MIXERS)
 def test_generates_with_states(family: str) -> None:
     peft, rows = _adapted(family, dora=False), prompts(lengths=(21, 4, 35, 1))
     hybrid, batch = made(peft), padded(rows, "left")
@@ -103,7 +102,7 @@ def test_a_row_that_left_with_numbers_that_are_none_changes_no_other(llama: Any)
     long = DecodeStep(ids=ids.repeat(1, 2), counts=[6, 6], wanted=torch.tensor([[5], [5]]))
     program.decode("main", cache, long)
     for buffer in cache.buffers.values():
-        buffer[:] = torch.nan
+        buffer[:, :, :6] = torch.nan
     cache.crop([0, 0])
     cache.select([1, 0])
     assert torch.equal(program.decode("main", cache, step), wanted)

@@ -46,12 +46,12 @@ def attention(
     """Write ``aten.scaled_dot_product_attention`` outside training; as in torch, a row without keys gets 0."""
     assert query.shape is not None
     assert query.dtype is not None
-    rank, scale = len(query.shape), 1 / math.sqrt(_size(query, -1)) if scale is None else scale
+    rank, scale = len(query.shape), 1 / math.sqrt(fixed_size(query, -1)) if scale is None else scale
     if enable_gqa:
-        heads, repeated = _size(query, 1), []
+        heads, repeated = fixed_size(query, 1), []
         for operand in (key, value):  # (batch, key heads, length, size): once per query head
-            each = op.Expand(op.Unsqueeze(operand, [2]), [1, 1, heads // _size(operand, 1), 1, 1])
-            repeated.append(op.Reshape(each, [0, heads, -1, _size(operand, 3)]))
+            each = op.Expand(op.Unsqueeze(operand, [2]), [1, 1, heads // fixed_size(operand, 1), 1, 1])
+            repeated.append(op.Reshape(each, [0, heads, -1, fixed_size(operand, 3)]))
         key, value = repeated
     if is_causal:
         attn_mask = op.GreaterOrEqual(op.Unsqueeze(_positions(query), [1]), _positions(key))
@@ -70,7 +70,8 @@ def attention(
     return attended if is_causal else op.Where(attends, attended, zero)
 
 
-def _size(value: ir.Value, axis: int) -> int:
+def fixed_size(value: ir.Value, axis: int) -> int:
+    """Return a size that does not vary."""
     assert value.shape is not None
     size = value.shape[axis]
     assert isinstance(size, int)
