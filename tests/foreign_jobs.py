@@ -109,7 +109,7 @@ def _take(folder: str) -> None:
     with store:
         _refused(ArtifactError, "another store uses", lambda: AdapterStore(compiled, Path(folder) / "store"))
         store.upload("alice", "mine", {"a.safetensors": io.BytesIO(good)})
-        assert all(reader._process is None for reader in store._readers)
+        assert all(reader._process is None for reader in store._readers.readers)
         with torch.no_grad():
             compiled(X, adapters=store.find("alice", "mine"))
         _refused(LoracError, "", lambda: store.upload("alice", "cut", {"a.safetensors": io.BytesIO(bad)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -102,6 +103,34 @@ def batch(family: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 3) -> dic
         "image_grid_thw": grids,
         "mm_token_type_ids": ids.eq(IMAGE).int(),
     }
+
+
+_TURNS = """{% for turn in messages %}{{ turn['role'][0] }}{% for part in turn['content'] %}\
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part['text'] }}{% endif %}{% endfor %};{% endfor %}"""
+
+
+def make_processor() -> Any:
+    """A processor of qwen2_5_vl's: a token for each of some characters, and images of about 16 x 16 pixels."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "Ġ", *string.ascii_lowercase, *string.digits, *".,;:!?AESTU"]
+    words += [f"<{place}>" for place in range(len(words), IMAGE)]
+    special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    inner = Tokenizer(models.BPE({word: place for place, word in enumerate([*words, *special])}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=special
+    )
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"size": {"shortest_edge": 256, "longest_edge": 256}}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**sizes, **pixels),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(**sizes, **pixels),
+        chat_template=_TURNS,
+    )
 
 
 def row(whole: dict[str, Tensor], index: int) -> dict[str, Tensor]:

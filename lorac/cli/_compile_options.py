@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 from lorac.argument_types import Fields, field_types
 from lorac.errors import OptionError, not_one_of
+from lorac.runtime.generation.tokenizers import find_inner_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,6 +114,7 @@ def read_calibration(path: Path, tokenizer: object) -> list[dict[str, object]]:
     Raises:
         OptionError: the file has no text, or the model no tokenizer.
     """
+    tokenizer = find_inner_tokenizer(tokenizer)
     if not callable(tokenizer):
         raise OptionError(
             f"--calibration: the model has no tokenizer to read '{path}'",

@@ -120,13 +120,13 @@ def load_found_model(spec: Path) -> tuple[nn.Module, object]:
 
 
 def load_tokenizer(folder: Path) -> object:
-    """Load the tokenizer in a model's folder; return None where it is missing or cannot be read."""
-    from lorac.runtime.generation.tokenizers import read_tokenizer
+    """Load the tokenizer or processor in a model's folder; return None where it is missing or cannot be read."""
+    from lorac.runtime.generation.tokenizers import read_processor
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        return read_tokenizer(folder)
+        return read_processor(folder)
     except Exception as error:  # a damaged folder may make transformers raise anything
         warn(f"the tokenizer in '{folder}' cannot be loaded: {_format_exception(error)}")
         return None

@@ -13,6 +13,7 @@ from lorac.cli._models import load_found_model, load_image_processor, load_with_
 from lorac.cli._output import JsonOption, format_number, make_table, print_report
 from lorac.errors import OptionError
 from lorac.progress import progress
+from lorac.runtime.generation.tokenizers import find_inner_tokenizer
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.remote.names import find_source
 from lorac.storage.strict_json import parse_object
@@ -53,6 +54,8 @@ def train(
         processing_class = load_image_processor(
             place, "AutoProcessor" if recipe.task == "vlm" else "AutoImageProcessor"
         )
+    else:
+        processing_class = find_inner_tokenizer(processing_class)
     if processing_class is None:
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     sys.path.append(os.getcwd())  # for reward_funcs

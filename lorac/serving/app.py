@@ -20,6 +20,7 @@ from lorac.serving import adapter_endpoints, text_endpoints
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
 from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.guard import NOBODY, Guard
+from lorac.serving.images import ImageReader, reads_images
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import NotAllowed, install_handlers
 from lorac.serving.request_log import RequestLog
@@ -76,6 +77,7 @@ def build_app(
     app.state.metrics = ServerMetrics(compiled, given.base_name, app.state.source)
     # A slow source of adapters holds up no uploads.
     app.state.readers, app.state.downloads = TenantTurns(READERS), TenantTurns(READERS)
+    app.state.image_turns = TenantTurns(READERS)
     # Preparing a request holds the interpreter, for which the scheduler's thread waits; workers have their own.
     app.state.turns = TenantTurns(_PREPARING) if scheduler is None else TenantTurns(_SENDING, _SENDING)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
@@ -96,7 +98,8 @@ def build_app(
         app.include_router(row_endpoints.text_router)
     if isinstance(store, AdapterStore):
         adapter_endpoints.add_store_endpoints(app, store)
-    app.add_middleware(Guard, settings=given, store=store if isinstance(store, AdapterStore) else None)
+    own_store, app.state.images = store if isinstance(store, AdapterStore) else None, None
+    app.add_middleware(Guard, settings=given, store=own_store, with_images=reads_images(compiled))
     app.add_middleware(RequestLog, metrics=app.state.metrics)
     install_handlers(app, adapter_endpoints.UploadFields)
     _add_state(app)
@@ -110,6 +113,9 @@ async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowC
     """Hold the pinned adapters, and run the scheduler and the rows; at the end, requests at work are finished."""
     state, settings = app.state, app.state.settings
     async with contextlib.AsyncExitStack() as stack:
+        if reads_images(state.compiled):
+            state.images = ImageReader(settings)
+            stack.callback(state.images.close)
         for name in state.pinned:
             stack.enter_context(state.compiled.hold(name))
         if decodes(state.compiled):

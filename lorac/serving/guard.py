@@ -20,6 +20,8 @@ from lorac.serving.store import AdapterStore
 
 UPLOADS = "/v1/adapters"
 """The path to which adapters are uploaded."""
+CHATS = frozenset({"/v1/chat/completions", "/tokenize"})
+"""Paths that take conversations, in which there may be images."""
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
 NOBODY = "default"
@@ -46,10 +48,19 @@ class Guard:
         app: the app behind it.
         settings: the keys, and the most bytes.
         store: takes the uploads; None: there are none.
+        with_images: whether conversations may have images.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServingSettings, store: AdapterStore | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServingSettings,
+        store: AdapterStore | None = None,
+        *,
+        with_images: bool = False,
+    ) -> None:
         self._app, self._settings, self._store = app, settings, store
+        self._image_bytes = settings.max_image_bytes * 4 // 3 if with_images else 0  # in base64
         self._tenants = {_digest(key): tenant for key, tenant in settings.keys.items()}
         self._running, self._receiving = Counter[str](), Counter[str]()
         self._last_refusal = collections.defaultdict[str, float](float)
@@ -60,7 +71,8 @@ class Guard:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         uploads = scope["path"] == UPLOADS and scope["method"] == "POST"
-        most = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes
+        images = self._image_bytes if scope["path"] in CHATS else 0
+        most = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes + images
         tenant = self._check(headers, scope["path"], most)
         if isinstance(tenant, str) and scope["app"].state.draining and scope["path"] not in {*OPEN_PATHS, "/metrics"}:
             tenant = refusal(503, _STOPPING, code="stopping", headers=_CLOSE)
@@ -84,8 +96,8 @@ class Guard:
         body = _Body(receive, pace, most, self._settings.body_timeout)
         self._running[tenant] += counts
         try:
-            if uploads:
-                body.claim = functools.partial(self._claim, tenant)
+            if uploads or images:
+                body.claim = functools.partial(self._claim, tenant, self._store if uploads else None)
                 body.announce(int(headers.get(b"content-length", "0")))
             await self._app(scope, body.receive, body.send)
         except _Refused as refused:
@@ -94,12 +106,12 @@ class Guard:
             self._running[tenant] -= counts
             self._receiving[tenant] -= body.claimed
 
-    def _claim(self, tenant: str, nbytes: int) -> None:
-        """Find room for more bytes of a tenant's uploads, of which it has at most half."""
+    def _claim(self, tenant: str, store: AdapterStore | None, nbytes: int) -> None:
+        """Find room for more bytes of a tenant's uploads, or its chats with images, of which it has at most half."""
         own, most = self._receiving[tenant] + nbytes, self._settings.max_spool_bytes
         try:
-            if self._store is not None:
-                self._store.check_upload(tenant, own)
+            if store is not None:
+                store.check_upload(tenant, own)
         except LoracError as error:
             raise _Refused(refuse(error)) from error
         if own > most // 2 or self._receiving.total() + nbytes > most:

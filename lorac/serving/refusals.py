@@ -37,7 +37,7 @@ _LONGEST = 100
 RETRY_AFTER = "1"
 """Seconds after which a client should ask again."""
 
-_UNION = re.compile(r"str|int|float|NamedTool|ActiveFields|\S+[\[(].*")
+_UNION = re.compile(r"str|int|float|NamedTool|ActiveFields|\w+Part|\S+[\[(].*")
 """The names of types, of which pydantic puts one behind a field that takes several."""
 
 

@@ -24,6 +24,9 @@ class ServingSettings:
         base_name: the name of the model without adapters, in requests and in ``/v1/models``.
         keys: API key -> tenant; without any, everybody may ask.
         max_body_bytes: the most bytes of a request, but for uploads.
+        max_images: the most images of a request.
+        max_image_bytes: the most bytes of a request's images together.
+        max_image_pixels: the most pixels of a request's images together.
         max_upload_bytes: the most bytes of an upload of an adapter.
         max_spool_bytes: the most bytes of all uploads that are being received; a tenant's have at most half.
         max_connections: the most connections; a tenant has requests on at most half.
@@ -48,6 +51,9 @@ class ServingSettings:
     base_name: str = "base"
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_body_bytes: Count = 1 << 20
+    max_images: Count = 8
+    max_image_bytes: Count = 4 << 20
+    max_image_pixels: Count = 1 << 24
     max_upload_bytes: Count = 256 << 20
     max_spool_bytes: Count = 1 << 30
     max_connections: Count = 512

@@ -1,6 +1,7 @@
 """The endpoints that give text."""
 
 import contextlib
+import functools
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, TypeAlias, TypeVar
@@ -15,7 +16,7 @@ from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_ev
 from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape
 from lorac.serving.refusals import refuse
-from lorac.serving.requests.chat_fields import ChatFields, TokenizeFields
+from lorac.serving.requests.chat_fields import ChatFields, ChatMessage, TokenizeFields
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.request_body import read_body
 from lorac.serving.requests.sampling_fields import SamplingFields
@@ -33,7 +34,8 @@ router = fastapi.APIRouter()
 @router.post("/v1/chat/completions")
 async def chat(fields: ChatBody, http: fastapi.Request) -> Response:
     """Answer a conversation."""
-    return await _answer(http, http.app.state.text.begin_chat, fields, ChatShape)
+    begin = functools.partial(http.app.state.text.begin_chat, images=await _read_images(http, fields.messages))
+    return await _answer(http, begin, fields, ChatShape)
 
 
 @router.post("/v1/completions")
@@ -45,8 +47,16 @@ async def complete(fields: CompletionBody, http: fastapi.Request) -> Response:
 @router.post("/tokenize")
 async def tokenize(fields: TokenizeBody, http: fastapi.Request) -> Response:
     """Return the tokens of a prompt or of a conversation."""
+    state, images = http.app.state, await _read_images(http, fields.messages or ())
+    return await state.turns.run(http.state.tenant, lambda: JsonAnswer(state.text.tokenize(fields, images)))
+
+
+async def _read_images(http: fastapi.Request, messages: Sequence[ChatMessage]) -> Sequence[object] | None:
+    """Return the images of a conversation; None where the server reads text alone."""
     state = http.app.state
-    return await state.turns.run(http.state.tenant, lambda: JsonAnswer(state.text.tokenize(fields)))
+    if state.images is None:
+        return None
+    return await state.image_turns.run(http.state.tenant, lambda: state.images.read(messages))
 
 
 async def _answer(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
+from types import MappingProxyType
 from typing import TypeAlias, final
 
 import numpy as np
 import torch
 
-from lorac.argument_types import JsonMapping
+from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import AdapterNotFound, InputMismatch
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
+from lorac.ir.slots.prefix import IDS, MASK
 from lorac.runtime.scheduling.token_stream import TextRequest
 from lorac.serving.active_request import ActiveRequest
 from lorac.serving.adapter_source import AdapterSource
@@ -65,8 +67,11 @@ class TextService:
         self._template = find_response_template(self._tokenizer, model_type)
         self._tokenizer("")  # no later call changes its padding and truncation, so that threads may share it
 
-    def begin_chat(self, fields: ChatFields, tenant: str) -> SubmittedText:
+    def begin_chat(self, fields: ChatFields, tenant: str, images: Sequence[object] | None = None) -> SubmittedText:
         """Submit a chat request.
+
+        Args:
+            images: of its messages; None: the server reads text alone.
 
         Raises:
             RefusedField: a field cannot be honoured.
@@ -78,14 +83,14 @@ class TextService:
         tools = fields.offered_tools
         if tools and self._template is None and not fields.forced_tools:
             raise RefusedField("tools", "are not supported: the model's tokenizer has no response template")
-        ids = self._encode_chat(fields.messages, tools)
+        ids, inputs = self._encode_chat(fields.messages, images, tools)
 
         def new_parser() -> ChatParser | CallReader | None:
             if fields.forced_tools or self._template is None:
                 return CallReader() if fields.forced_tools else None
             return ChatParser(self._tokenizer, self._template, self._tokenizer.decode(ids), tools)
 
-        return self._submit(fields, tenant, [ids], new_parser)
+        return self._submit(fields, tenant, [ids], new_parser, inputs)
 
     def begin_completion(self, fields: CompletionFields, tenant: str) -> SubmittedText:
         """Submit a request that continues prompts; raises as ``begin_chat``."""
@@ -93,15 +98,18 @@ class TextService:
         prompts = [self._encode(prompt) for prompt in fields.prompts]
         return self._submit(fields, tenant, prompts, lambda: None)
 
-    def tokenize(self, fields: TokenizeFields) -> dict[str, object]:
-        """Return the tokens of a prompt or of a conversation, in vLLM's form.
+    def tokenize(self, fields: TokenizeFields, images: Sequence[object] | None = None) -> dict[str, object]:
+        """Return the tokens of a prompt or of a conversation with its images, in vLLM's form.
 
         Raises:
             RefusedField: there is neither, or there are both.
         """
         if (fields.prompt is None) == (fields.messages is None):
             raise RefusedField("prompt", "or 'messages' is needed, and not both")
-        ids = self._encode(fields.prompt or "") if fields.messages is None else self._encode_chat(fields.messages)
+        if fields.messages is None:
+            ids = self._encode(fields.prompt or "")
+        else:
+            ids, _ = self._encode_chat(fields.messages, images)
         return {"count": len(ids), "max_model_len": self._spec.limit, "tokens": ids}
 
     def _submit(
@@ -110,16 +118,18 @@ class TextService:
         tenant: str,
         prompts: Sequence[Sequence[int]],
         new_parser: Callable[[], ChatParser | CallReader | None],
+        inputs: Fields = MappingProxyType({}),
     ) -> SubmittedText:
         """Submit all requests of all prompts, or none.
 
         Args:
             new_parser: returns the parser of an answer.
+            inputs: of the model, with the images of its prompts.
         """
         base_name = self._settings.base_name
         choices = read_choices(self._source, tenant, base_name, fields.model, fields.adapters, len(prompts))
         rows = [(ids, choice, i) for ids, choice in zip(prompts, choices, strict=True) for i in range(fields.n)]
-        requests = [self._request(fields, tenant, *row) for row in rows]
+        requests = [self._request(fields, tenant, inputs, *row) for row in rows]
         try:
             names = {name for choice in choices for name, _ in parse_choice(choice, self._compiled.pool)}
             streams = self._scheduler.submit_all(requests)
@@ -136,7 +146,7 @@ class TextService:
         return request, parts
 
     def _request(
-        self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int
+        self, fields: SamplingFields, tenant: str, inputs: Fields, ids: Sequence[int], choice: ChoiceSpec, i: int
     ) -> TextRequest:
         options = fields.options(self._defaults, self._spec.vocabulary)
         options["max_new_tokens"] = self._new_tokens(fields.new_tokens, len(ids))
@@ -154,7 +164,7 @@ class TextService:
             logprobs=fields.logprob_count,
             tenant=tenant,
             deadline=self._settings.deadline,
-            options={**options, **more},
+            options={**inputs, **options, **more},
         )
 
     def _new_tokens(self, wanted: int | None, prompt: int) -> int:
@@ -175,24 +185,37 @@ class TextService:
         return Grammars.of(self._compiled)
 
     def _encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[JsonMapping] | None = None
-    ) -> Sequence[int]:
-        turns = [message.for_template() for message in messages]
-        if not self._tokenizer.chat_template:
+        self,
+        messages: Sequence[ChatMessage],
+        images: Sequence[object] | None,
+        tools: Sequence[JsonMapping] | None = None,
+    ) -> tuple[Sequence[int], Fields]:
+        """Return the tokens of a conversation, and the inputs of the model with its images."""
+        shown = None if images is None else iter(images)
+        turns = [message.for_template(shown) for message in messages]
+        reader = self._tokenizer if images is None else self._compiled.processor
+        if not reader.chat_template:
             raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
+        options = {} if images is None else {"tokenize": True, "return_tensors": "pt"}
         try:
-            found = self._tokenizer.apply_chat_template(
-                turns, tools=tools or None, add_generation_prompt=True, return_dict=True
+            found = dict(
+                reader.apply_chat_template(
+                    turns, tools=tools or None, add_generation_prompt=True, return_dict=True, **options
+                )
             )
         except Exception as error:  # a template is a program of the model's author, and may raise anything
             reason = str(error).strip().partition("\n")[0]
             raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
-        return found["input_ids"]
+        ids = found.pop(IDS)
+        if not images:
+            return ids if images is None else ids[0].tolist(), {}
+        del found[MASK]
+        return ids[0].tolist(), found
 
     def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):
             return prompt
-        ids = self._tokenizer(prompt)["input_ids"]
+        ids = self._tokenizer(prompt)[IDS]
         if not ids:
             raise RefusedField("prompt", "is empty")
         return ids

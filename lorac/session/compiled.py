@@ -27,7 +27,7 @@ from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.capacity import check_capacity
 from lorac.runtime.choice_switch import ChoiceSwitch, HeldChoice, RowGroup, SwapReport
 from lorac.runtime.generation.prompt_cache import PromptCache
-from lorac.runtime.generation.tokenizers import TokenizerFiles
+from lorac.runtime.generation.tokenizers import TokenizerFiles, find_inner_tokenizer
 from lorac.session.adapter_loading import make_adapter, outline_adapter_forms
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
 from lorac.session.component import Component
@@ -412,7 +412,7 @@ class Compiled:
 
         Args:
             folder: where to write.
-            tokenizer: a tokenizer to save with it; default: ``compiled.tokenizer``, if there is one.
+            tokenizer: a tokenizer to save with it, or a processor; default: ``compiled.processor``, if there is one.
             onnx_adapters: whether each adapter is also written as programs read it that run without lorac. It takes its
                 bytes a second time; ``save_choice`` writes such a file later.
 
@@ -464,14 +464,19 @@ class Compiled:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that was set, or the artifact's; None if there is neither."""
-        if isinstance(self._tokenizer, TokenizerFiles):
-            self._tokenizer = self._tokenizer.load()
-        return self._tokenizer
+        """The tokenizer that was set, or the artifact's, or that of the processor; None if there is none."""
+        return find_inner_tokenizer(self.processor)
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+
+    @property
+    def processor(self) -> Any:
+        """The processor of a model that reads images or sounds, if one was set as its tokenizer; else the tokenizer."""
+        if isinstance(self._tokenizer, TokenizerFiles):
+            self._tokenizer = self._tokenizer.load()
+        return self._tokenizer
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise Unavailable(

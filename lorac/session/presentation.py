@@ -19,7 +19,7 @@ from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.session import Session
 
 _NAMES = (
-    "active adapters add_adapter aux explain export export_program generate graph hold memory mode prefetch "
+    "active adapters add_adapter aux explain export export_program generate graph hold memory mode prefetch processor "
     "program_slots push_to_hub register remove_adapter save save_choice swap tokenizer"
 )
 INTERFACE = tuple(_NAMES.split())

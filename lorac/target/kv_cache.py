@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lorac.ir.calls.modalities import KINDS
 from lorac.target.memory_budget import Charge
 
 
@@ -31,6 +32,11 @@ class CacheSpec:
     vocabulary: int
     encodes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+
+    @property
+    def prompt_inputs(self) -> tuple[str, ...]:
+        """The arguments of ``generate`` with the images or sounds of prompts."""
+        return (*self.reads, KINDS) if self.reads else ()
 
     def behind(self, tokens: int) -> "CacheSpec":
         """Return the limits of the tokens behind some virtual ones."""
@@ -102,13 +108,14 @@ class KeyValueCache(ABC):
         """
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
-        """Store an encoder's outputs, or a tower's features, for each row, in the place of earlier ones.
+        """Store an encoder's outputs, or a tower's features, for each row, in the place of earlier ones; {} for text.
 
         Raises:
             InputMismatch: they have another number of rows.
             NotImplementedError: the graph reads none.
         """
-        raise NotImplementedError
+        if outputs:
+            raise NotImplementedError
 
     @abstractmethod
     def grow(self, capacity: int = 0, rows: int = 0) -> None:

@@ -31,6 +31,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     keys.write_text('{"k": "alice"}')
     values = {
         **{"rows": 3, "waiting": 5, "chunk": 16, "name": "m", "max_body_bytes": 7, "max_upload_bytes": 8, "memory": 99},
+        **{"max_images": 13, "max_image_bytes": 14, "max_image_pixels": 15},
         **{"max_spool_bytes": 9, "max_connections": 10, "header_timeout": 1.5, "body_timeout": 2.5, "max_tokens": 11},
         **{
             "deadline": 3.5,

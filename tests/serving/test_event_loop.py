@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
+import io
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 
 from lorac.serving.answers.json_answer import JsonAnswer
 from lorac.serving.text_service import TextService
@@ -70,6 +74,12 @@ def http(compiled: Any) -> Iterator[httpx2.Client]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def image_http(images: Any) -> Iterator[httpx2.Client]:
+    with serve(make_app(images)) as url, httpx2.Client(base_url=url, timeout=60) as made:
+        yield made
+
+
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, str]]]:
     """The seconds of processor time of each callback of loops in other threads; no collector runs meanwhile."""
@@ -96,6 +106,35 @@ def test_no_request_keeps_the_loop(name: str, http: httpx2.Client, pauses: list[
     answer = http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text[:300]
     assert len(pauses) > 5
+    assert max(pauses)[0] < LONGEST, max(pauses)
+    assert status == 200 or len(answer.content) < 5000
+
+
+def _noise(side: int) -> str:
+    """The data URL of a picture that no compression makes smaller."""
+    written = io.BytesIO()
+    Image.frombytes("RGB", (side, side), random.Random(0).randbytes(3 * side * side)).save(written, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("urls", "status"),
+    [
+        pytest.param([_noise(1000)], 200, id="an image"),
+        pytest.param([_noise(300)] * 8, 200, id="images"),
+        pytest.param([_noise(1000)[:-5000]], 400, id="a part of an image"),
+        pytest.param([""] * 30_000, 400, id="too many images"),
+        pytest.param(["data:image/png;base64," + "!" * 4_000_000], 400, id="no image"),
+    ],
+)
+def test_no_image_keeps_the_loop(
+    urls: list[str], status: int, image_http: httpx2.Client, pauses: list[tuple[float, str]]
+) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    answer = image_http.post(
+        "/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": parts}], "stream": status == 200}
+    )
+    assert answer.status_code == status, answer.text[:300]
     assert max(pauses)[0] < LONGEST, max(pauses)
     assert status == 200 or len(answer.content) < 5000
 

@@ -41,7 +41,12 @@ CHATS: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": None}, 400, "'messages' is missing"),
     (turn(role="wizard"), 400, "'messages[0].role'"),
     (turn(content=5), 400, "'messages[0].content"),
-    (turn(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "'messages[0].content[0].type' is wrong"),
+    (
+        turn(content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+        400,
+        "'messages' holds an image, and this",
+    ),
+    (turn(content=[{"type": "input_audio"}]), 400, "'messages[0].content[0].type' is wrong"),
     (turn(content=[{"type": "text"}]), 400, "'messages[0].content[0].text' is missing"),
     (turn(mood="good"), 400, "'messages[0].mood'"),
     (turn(role="assistant", tool_calls=[CALL]), 400, "'messages' holds a call of 'f'"),

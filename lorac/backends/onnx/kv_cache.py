@@ -199,13 +199,13 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
                 self.buffers[name][:, :, :length] = given.to(self.buffers[name].dtype)
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
-        rows = next(iter(outputs.values())).shape[0]
+        rows = len(next(iter(outputs.values()), self.lengths))
         if rows != len(self.lengths):
             raise InputMismatch(
                 f"the encoder's inputs have {rows} rows, and the text has {len(self.lengths)}",
                 next_step="give one of each per row",
             )
-        self._set_encoded(outputs)
+        self._set_encoded(outputs or self.layout.without_features(rows))
         self._encoded_rows, self._is_bound = tuple(range(rows)), False
 
     def _set_encoded(self, outputs: Mapping[str, Tensor]) -> None:

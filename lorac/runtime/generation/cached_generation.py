@@ -81,13 +81,7 @@ class CachedGeneration:
             text = prompts.ids if self.features is None else self.features.text(prompts)
             check_ids(text, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
         if self.features is not None and prompts is not None:
-            runs = split_inputs(self.features.modality, self.features.inputs)
-            features = self.features.place(torch.cat([bound.compute_features(self.graph, run) for run in runs]))
-            if bound.virtual_tokens and self.features.offsets is not None:
-                raise Unavailable(
-                    "virtual tokens precede the prompts, and positions of several axes know none of them",
-                    next_step="swap to another adapter, or give text alone",
-                )
+            features = compute_features(self.features, bound, self.graph)
             prompts = self.features.key(prompts, features)
         by_row = self.request.samples_rows
         seeds = [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
@@ -196,6 +190,22 @@ class CachedGeneration:
             if places:
                 part = own if len(keyed) == 1 and not limits else own.copy(places)
                 prompt_cache.add(self.engine, key, [tokens[place] for place in places], part)
+
+
+def compute_features(features: PromptFeatures, bound: BoundProgram, graph: str) -> dict[str, Tensor]:
+    """Return the inputs with the features of the rows' images or sounds, which the graph's tower computes.
+
+    Raises:
+        InputMismatch: there are more or fewer than placeholders.
+        Unavailable: the adapters of the choice take no images or sounds.
+    """
+    if bound.virtual_tokens and features.offsets is not None:
+        raise Unavailable(
+            "virtual tokens precede the prompts, and positions of several axes know none of them",
+            next_step="swap to another adapter, or give text alone",
+        )
+    runs = split_inputs(features.modality, features.inputs)
+    return features.place(torch.cat([bound.compute_features(graph, run) for run in runs]))
 
 
 def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:

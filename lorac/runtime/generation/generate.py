@@ -16,7 +16,6 @@ from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, Unavailable, WrongType, short, translate_import_errors
 from lorac.frontend.components import check_component, list_components
 from lorac.ir.calls.call import cast_tensors
-from lorac.ir.calls.modalities import KINDS
 from lorac.ir.calls.row_selection import count_rows
 from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
@@ -94,13 +93,13 @@ def _check_cached(
     if spec.encodes:
         return _check_encoder_decoder(model, graph, traits, given, spec.encodes)
     request = GenerateRequest(_name_first_argument(given), traits.generation or {})
-    request.check_names((IDS, MASK, CACHE, *spec.reads, *([KINDS] if spec.reads else ())), by_model=False)
+    request.check_names((IDS, MASK, CACHE, *spec.prompt_inputs), by_model=False)
     request = add_tokenizer(model, request)
     if IDS not in request.options:
         raise _missing_prompt()
     prompts = Prompts.of(request.options[IDS], request.options.get(MASK), request.pad_id, request.end_ids)
     features = PromptFeatures.of(request.options, spec.reads, traits, prompts)
-    text = {name: value for name, value in request.options.items() if name not in {*spec.reads, KINDS}}
+    text = {name: value for name, value in request.options.items() if name not in spec.prompt_inputs}
     return _GenerateCall(
         model=model, graph=graph, request=replace(request, options=text), prompts=prompts, features=features
     )

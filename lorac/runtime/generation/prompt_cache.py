@@ -221,6 +221,7 @@ class PromptCache:
             rows: the tokens of each row.
             cache: holds them; nothing else may use it.
         """
+        cache.set_encoder_outputs({})  # whoever finds the sequences has images of its own, or none
         new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache, cache.nbytes)
         if engine.memory_budget is None or cache.charge is None:
             self._take(new)

@@ -69,7 +69,7 @@ class RowSampler:
         if spec is None:
             model.engine.refuse_cache()
         request = GenerateRequest(options, traits.generation or {})
-        request.check_names((), by_model=False)
+        request.check_names(spec.prompt_inputs, by_model=False)
         request = add_tokenizer(model, request)
         if request.beams > 1 or request.drafts or (request.option("num_return_sequences") or 1) > 1 or spec.encodes:
             raise Unavailable(
@@ -90,7 +90,8 @@ class RowSampler:
         )
         driver = _RowPlanner(program, {**traits.settings, "vocab_size": spec.vocabulary}, traits.generation or {})
         driver.width = len(ids) - drawn
-        translate_errors(lambda: driver.generate(**{**request.options, IDS: ids[None, : driver.width]}))
+        own = {name: value for name, value in request.options.items() if name not in spec.prompt_inputs}
+        translate_errors(lambda: driver.generate(**{**own, IDS: ids[None, : driver.width]}))
         config = driver.planned[2]
         generator = torch.Generator() if config.do_sample else None
         if generator is not None:

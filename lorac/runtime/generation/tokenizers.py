@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorac.errors import ArtifactError, MissingExtra, WrongType, short, translate_import_errors
+from lorac.errors import ArtifactError, MissingExtra, WrongType, short, translate_import_errors, warn
 from lorac.storage.open_file import OpenFile
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FOLDER = "tokenizer"
 """The folder of an artifact that holds its files."""
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Files of which a processor writes one beside its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class TokenizerFiles:
         for name, file in self.files.items():
             file.copy_to(folder / name)
 
-    def load(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer as a class of transformers' own; no code that the files name is run.
+    def load(self) -> Any:
+        """Load the tokenizer, or its processor, as a class of transformers' own; no code that the files name is run.
 
         Raises:
             MissingExtra: transformers is not installed.
@@ -46,7 +48,7 @@ class TokenizerFiles:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder))
             try:
-                return read_tokenizer(Path(folder))
+                return read_processor(Path(folder))
             except MissingExtra:
                 raise
             except Exception as error:  # transformers raises anything for files that anybody may have written
@@ -67,6 +69,27 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with translate_import_errors():
         from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def read_processor(folder: Path) -> Any:
+    """Return the processor in a folder, which has its tokenizer, or else the tokenizer; raises as ``read_tokenizer``.
+
+    A processor whose libraries are not installed, as for images, is warned of.
+    """
+    if any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except ImportError as error:
+            reason = str(error).strip().partition("\n")[0]
+            warn(f"the model's processor is left out, and text alone is read: {reason}")
+    return read_tokenizer(folder)
+
+
+def find_inner_tokenizer(processor: Any) -> Any:
+    """Return the tokenizer of a processor; a tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def tokenizer_writer(tokenizer: object) -> Callable[[Path], object] | None:

@@ -108,7 +108,7 @@ class RunningBatch:
         if not lane.rows:
             return
         counts = self._count_tokens(lane)
-        texts = [row.text[past : past + n] for row, past, n in zip(lane.rows, lane.cache.lengths, counts, strict=True)]
+        texts = [row.fed[past : past + n] for row, past, n in zip(lane.rows, lane.cache.lengths, counts, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         wanted = torch.tensor(counts)[:, None] - 1
         logits = lane.bind().decode(self.graph, lane.cache, DecodeStep(ids=ids, counts=counts, wanted=wanted))[:, 0]
@@ -159,7 +159,7 @@ class RunningBatch:
         if self.prompts is not None and known and cache.lengths[place] and not row.is_kept:
             with contextlib.suppress(OverBudget):
                 copy = cache.copy([place])
-                self.prompts.add(self.model.engine, row.key, [row.text[: copy.lengths[0]]], copy)
+                self.prompts.add(self.model.engine, row.key, [row.keyed[: copy.lengths[0]]], copy)
         row.end(reason)
 
 

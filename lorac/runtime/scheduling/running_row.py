@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor
 from lorac.errors import AdapterError, drop_frames, list_some
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.ir.slots.prefix import check_ids
+from lorac.runtime.generation.cached_generation import compute_features
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
+from lorac.runtime.generation.prompt_features import PromptFeatures
+from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.generation.row_sampler import RowSampler
-from lorac.runtime.invocation import find_phases
+from lorac.runtime.invocation import InvokedProgram, find_phases
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
 from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import KeyValueCache
@@ -58,8 +61,16 @@ class RunningRow:
         self.sampler = RowSampler.of(model, request.ids, request.seed, graph, request.drawn, **request.options)
         spec = model.engine.cache_spec(graph)
         assert spec is not None  # else the sampler would have refused
-        check_ids(request.ids, spec.vocabulary, "the prompt")
+        prompt = request.ids[None, : len(request.ids) - request.drawn]
+        self._prompts = Prompts(prompt, prompt, None, None)
+        self._features = PromptFeatures.of(request.options, spec.reads, model.traits[graph], self._prompts)
+        self._fed: Tensor | None = None
+        self._keyed: tuple[object, Tensor, Mapping[str, Tensor]] | None = None
         self.stream, self.text = TokenStream(request.deadline), request.ids
+        if self._features is not None:
+            self._fed = self._features.feed(self._prompts)[0]
+            prompt = self._features.text(self._prompts)
+        check_ids(self._behind(prompt[0]), spec.vocabulary, "the prompt")
         self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
         self._error: Exception | None = None
         self.is_read = False
@@ -72,19 +83,47 @@ class RunningRow:
         """
         with contextlib.ExitStack() as undo:
             held = undo.enter_context(self._model.switch.hold(self.choice))
-            prompt = self.text[: len(self.text) - self.request.drawn]
-            self.phases = find_phases(self._model.switch.states, held.state, prompt)
+            self.phases = find_phases(self._model.switch.states, held.state, self._prompts.ids[0])
             self.state, self.limit = self.phases[0].state, self.phases[1].start if len(self.phases) > 1 else None
             self.program = self.state.bound or held.program_of(self._model.engine)
             self.key = ((self._graph, self.request.tenant), self.state.choice, self.state.versions.versions)
-            begins = self.text if self.limit is None else self.text[: self.limit + 1]
+            features = self._compute_features()
+            begins = self.keyed if self.limit is None else self.keyed[: self.limit + 1]
             known = None if prompts is None else prompts.find(self._model.engine, self.key, [begins])
             if known is not None:
                 known.grow(self.sampler.most)
             self.is_kept = self.limit == (0 if known is None else known.lengths[0])
             cache = known or self.program.new_cache(self._graph, 1, self.sampler.most)
+            if features:
+                cache.set_encoder_outputs(features)
             self._held = undo.pop_all()
         return cache
+
+    def _compute_features(self) -> Mapping[str, Tensor]:
+        """Return the features of the prompt's images or sounds, computed once, however long they wait for memory."""
+        if self._features is None:
+            return {}
+        versions = self.state.versions.versions
+        if self._keyed is None or self._keyed[0] != versions:
+            states, engine = self._model.switch.states, self._model.engine
+            bound = self.program if self.limit is None else InvokedProgram(engine, states, [self.state])
+            found = compute_features(self._features, bound, self._graph)
+            self._keyed = versions, self._features.key(self._prompts, found).ids[0], found
+        return self._keyed[2]
+
+    def _behind(self, prompt: Tensor | None) -> Tensor:
+        """Return the text with other ids in the place of the prompt's; None: the same."""
+        return self.text if prompt is None else torch.cat([prompt, self.text[len(prompt) :]])
+
+    @property
+    def fed(self) -> Tensor:
+        """The text as the program takes it."""
+        return self._behind(self._fed)
+
+    @property
+    def keyed(self) -> Tensor:
+        """The text as prompts are cached: digests of images or sounds are in the place of placeholders."""
+        return self._behind(None if self._keyed is None else self._keyed[1])
 
     def count_left(self, past: int) -> int:
         """Return how many tokens behind ``past`` ones have the same choice, and make it the row's."""

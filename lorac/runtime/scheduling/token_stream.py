@@ -25,7 +25,8 @@ class TextRequest:
         deadline: seconds after which it ends, those of waiting included; None: never.
         drawn: how many of the last ids are tokens that this request drew elsewhere, with the same seed and options: the
             answer goes on after them as if it had not been interrupted.
-        options: of ``compiled.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``stop_strings``, …
+        options: of ``compiled.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``stop_strings``, …;
+            and images or sounds in the prompt, as the model's processor makes them: ``pixel_values``, …
     """
 
     ids: Tensor

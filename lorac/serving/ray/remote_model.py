@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 from lorac.errors import LoracError
 from lorac.frontend.components import MAIN_GRAPH
@@ -83,6 +83,7 @@ class RemoteModel:
 
     Attributes:
         tokenizer: of the model.
+        processor: that has the tokenizer, of a model that reads images; else the tokenizer.
         traits: graph -> its attributes.
         spec: the limits of its cache.
         pool: its adapters.
@@ -91,6 +92,7 @@ class RemoteModel:
     """
 
     tokenizer: object
+    processor: Any
     traits: Mapping[str, ModelTraits]
     spec: CacheSpec | None
     pool: RemoteAdapters

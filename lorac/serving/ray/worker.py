@@ -72,6 +72,7 @@ class Worker:
         """Return the description of the model that a front needs."""
         return RemoteModel(
             tokenizer=self._compiled.tokenizer,
+            processor=self._compiled.processor,
             traits={**self._compiled.traits},
             spec=self._compiled.engine.cache_spec(MAIN_GRAPH),
             pool=RemoteAdapters(self._files.own),

@@ -1,7 +1,7 @@
 """The fields of a chat request, and the conversation that a chat template takes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -23,6 +23,36 @@ class TextPart(pydantic.BaseModel, extra="forbid", strict=True):
 
     type: Literal["text"]
     text: str
+
+
+class ImageAddress(pydantic.BaseModel, extra="forbid", strict=True):
+    """An image.
+
+    Attributes:
+        url: a data URL, which holds it.
+        detail: the size at which it is read is the model's.
+    """
+
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class ImagePart(pydantic.BaseModel, extra="forbid", strict=True):
+    """An image in a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+def _name_part(part: object) -> str:
+    is_image = (isinstance(part, dict) and part.get("type") == "image_url") or isinstance(part, ImagePart)
+    return (ImagePart if is_image else TextPart).__name__
+
+
+MessagePart = Annotated[
+    Annotated[TextPart, pydantic.Tag(TextPart.__name__)] | Annotated[ImagePart, pydantic.Tag(ImagePart.__name__)],
+    pydantic.Discriminator(_name_part),
+]
 
 
 class CalledFunction(pydantic.BaseModel, extra="forbid", strict=True):
@@ -48,21 +78,48 @@ class ChatMessage(pydantic.BaseModel, extra="forbid", strict=True):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Items[TextPart] = ""
+    content: str | Items[MessagePart] = ""
     name: str = ""
     reasoning_content: str = ""
     tool_calls: Items[ToolCallFields] = []
     tool_call_id: str = ""
     drop_usual = pydantic.model_validator(mode="before")(drop_usual)
 
-    def for_template(self) -> dict[str, object]:
-        """Return the turn as chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @property
+    def parts(self) -> Sequence[TextPart | ImagePart]:
+        """The content by parts."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+    def for_template(self, images: Iterator[object] | None = None) -> dict[str, object]:
+        """Return the turn as chat templates take it.
+
+        Args:
+            images: those of the conversation from this turn on, of which it takes its own; None: the template is for
+                text alone.
+
+        Raises:
+            RefusedField: it has images, and the template is for text alone.
+        """
+        content: object
+        if images is not None:
+            content = [
+                part.model_dump() if isinstance(part, TextPart) else {"type": "image", "image": next(images)}
+                for part in self.parts
+            ]
+        elif any(isinstance(part, ImagePart) for part in self.parts):
+            raise RefusedField(
+                "messages",
+                "holds an image, and this server reads text alone",
+                next_step="serve a model that reads images, saved with its processor: "
+                "compiled.save(folder, tokenizer=processor)",
+            )
+        else:
+            content = "".join(part.text for part in self.parts if isinstance(part, TextPart))
         role = "system" if self.role == "developer" else self.role
         more = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
         calls = [_call_for_template(call) for call in self.tool_calls]
         given = {**more, "tool_calls": calls}
-        return {"role": role, "content": text, **{name: value for name, value in given.items() if value}}
+        return {"role": role, "content": content, **{name: value for name, value in given.items() if value}}
 
 
 def _call_for_template(call: ToolCallFields) -> dict[str, object]:

@@ -31,6 +31,9 @@ from lorac.variants import variants
 
 REWRITTEN, REFUSAL = "rewritten.safetensors", "refusal.json"
 """Files in the folder of an upload: the adapter as it was written anew, or why it was not."""
+PICTURE = ".npy"
+"""Ending of the file of a decoded image behind its number: its pixels (height, width, 3) as bytes."""
+BYTES_PER_PIXEL = 3
 REFUSED = 2
 """Exit status of a child that has written why."""
 WEAKER = {"linux": "", "darwin": "on memory and the network"}.get(sys.platform, "on memory, files and the network")
@@ -47,7 +50,11 @@ _NAME = "adapter"
 def main() -> None:
     """Serve requests until the input ends."""
     torch.set_num_threads(1)
-    for load in (variants, peft_types):  # once, and not in every child
+    with contextlib.suppress(ImportError):
+        from PIL import Image
+
+        Image.init()  # once, and not in every child
+    for load in (variants, peft_types):
         load()
     for line in iter(sys.stdin.readline, ""):
         child = os.fork() if FORKS else 0
@@ -65,7 +72,10 @@ def _serve(request: JsonObject) -> NoReturn:
         for handle in (0, 1):
             os.dup2(nothing, handle)
         _limit(request["seconds"], request["memory"], request["size"])
-        rewrite(folder, request["base"])
+        if "pixels" in request:
+            decode_images(folder, request["pixels"])
+        else:
+            rewrite(folder, request["base"])
         status = 0
     except (LoracError, MemoryError, OSError) as error:
         (folder / REFUSAL).write_text(json.dumps(_describe(error)), encoding="ascii")
@@ -132,6 +142,45 @@ def rewrite(folder: Path, base: str | None) -> None:
         native.FORMAT.write(adapter, folder / REWRITTEN, None, folder / REWRITTEN)
 
     charge_reading(path, rewrite)
+
+
+def decode_images(folder: Path, pixels: int) -> None:
+    """Decode the files in a folder called by the number and the format of an image; write the pixels of each.
+
+    Args:
+        pixels: the most that all have together.
+
+    Raises:
+        FormatError: an image is damaged, of another format, or animated; or they have more pixels.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS, left = None, pixels
+    for path in sorted(folder.iterdir(), key=lambda path: int(path.stem)):
+        name, format = f"image {int(path.stem) + 1}", path.suffix[1:]
+        try:
+            with Image.open(path, formats=[format]) as image:
+                width, height = image.size
+                left -= width * height
+                if left < 0:
+                    break
+                if getattr(image, "is_animated", False):
+                    raise FormatError(f"{name} is animated", next_step="send one of its pictures", code="over_budget")
+                # As transformers does for files.
+                picture = ImageOps.exif_transpose(image).convert("RGB")
+        except (MemoryError, LoracError):
+            raise
+        except Exception as error:  # decoders raise anything for bytes that anybody may have written
+            reason = str(error).replace(str(path), name) or type(error).__name__
+            raise FormatError(f"{name} is not a whole {format} file: {reason}", code="corrupt_file") from error
+        np.save(folder / f"{path.stem}{PICTURE}", np.asarray(picture), allow_pickle=False)
+    if left < 0:
+        raise FormatError(
+            f"{name}, of {width} x {height} pixels, has more than the {pixels} that a request's images have together",
+            next_step="send smaller ones",
+            code="over_budget",
+        )
 
 
 def over_budget_error(what: str) -> FormatError:

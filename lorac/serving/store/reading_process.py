@@ -2,15 +2,25 @@
 
 import contextlib
 import os
+import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lorac import errors
 from lorac.errors import FormatError, LoracError
 from lorac.serving.settings import StoreQuotas
-from lorac.serving.store.reading_main import FORKS, REFUSAL, REFUSED, REWRITTEN, main, over_budget_error
+from lorac.serving.store.reading_main import (
+    BYTES_PER_PIXEL,
+    FORKS,
+    REFUSAL,
+    REFUSED,
+    REWRITTEN,
+    main,
+    over_budget_error,
+)
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_object
 
@@ -23,6 +33,8 @@ _STARTING = 60.0
 _PROGRAM = f"from {main.__module__} import main; main()"
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "SYSTEMROOT")
 """Variables of the environment that a reader has; the last one Windows starts no process without."""
+_HEADER = 1 << 12
+"""The most bytes before the pixels in a file of an image."""
 _LONGEST_ANSWER, _LONGEST_REFUSAL = 100, 1 << 16
 _KILLED = -9
 _LIMITS = {-24: "time", _KILLED: "time or memory", -_KILLED: "time"}
@@ -53,16 +65,31 @@ class ReadingProcess:
             FormatError, AdapterError, SiteError: as ``lorac.load_adapter``; or the process crashed, or took more time
                 or memory than it may.
         """
-        quotas = self._quotas
-        limits = {"seconds": quotas.seconds, "memory": quotas.memory, "size": size}
-        status = self._ask(dump_json({"folder": os.fspath(folder), "base": base, **limits}))
+        self._read(folder, {"base": base, "size": size})
+        return folder / REWRITTEN
+
+    def decode_images(self, folder: Path, pixels: int) -> None:
+        """Have the images in a folder decoded, as ``reading_main.decode_images`` does.
+
+        Raises:
+            FormatError: as that; or the process crashed, or took more time or memory than it may.
+        """
+        self._read(folder, {"pixels": pixels, "size": BYTES_PER_PIXEL * pixels + _HEADER})
+
+    def _read(self, folder: Path, request: Mapping[str, object]) -> None:
+        limits = {"seconds": self._quotas.seconds, "memory": self._quotas.memory}
+        status = self._ask(dump_json({"folder": os.fspath(folder), **request, **limits}))
         if status == REFUSED:
             raise _read_refusal(folder)
         if status in _LIMITS:
             raise over_budget_error(_LIMITS[status])
         if status:
             raise FormatError("the process that read it crashed", code="corrupt_file")
-        return folder / REWRITTEN
+
+    def start(self) -> None:
+        """Start the process, which takes some seconds, before the first request."""
+        with self._lock:
+            self._start()
 
     def close(self) -> None:
         """End the process."""
@@ -111,6 +138,34 @@ class ReadingProcess:
         if process is not None:
             with contextlib.suppress(OSError), process:
                 _kill(process)
+
+
+class ReaderPool:
+    """Processes that read what strangers send, for threads that take turns with them.
+
+    Args:
+        quotas: the limits of each reading.
+    """
+
+    def __init__(self, quotas: StoreQuotas) -> None:
+        self.readers = [ReadingProcess(quotas) for _ in range(READERS)]
+        self._free: queue.LifoQueue[ReadingProcess] = queue.LifoQueue()
+        for reader in reversed(self.readers):
+            self._free.put(reader)
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[ReadingProcess]:
+        """Wait for a process that nobody uses, and have it for a block."""
+        reader = self._free.get()
+        try:
+            yield reader
+        finally:
+            self._free.put(reader)
+
+    def close(self) -> None:
+        """End the processes."""
+        for reader in self.readers:
+            reader.close()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-import queue
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -33,7 +32,7 @@ from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
 from lorac.serving.store.quotas import QuotaClaim, TenantAccount
 from lorac.serving.store.reading_main import WEAKER
-from lorac.serving.store.reading_process import READERS, ReadingProcess
+from lorac.serving.store.reading_process import ReaderPool
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
@@ -127,10 +126,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
                 next_step="run a server that strangers reach on Linux",
             )
         self._audit = AuditLog(path / "audit.jsonl")
-        self._readers = [ReadingProcess(self._quotas) for _ in range(READERS)]
-        self._free_readers: queue.LifoQueue[ReadingProcess] = queue.LifoQueue()
-        for reader in reversed(self._readers):
-            self._free_readers.put(reader)
+        self._readers = ReaderPool(self._quotas)
         for entry in self._folder.scan():
             self._restore(entry)
 
@@ -251,8 +247,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
 
     def close(self) -> None:
         """End the processes that read uploads, and let another process use the folder; the adapters stay."""
-        for reader in self._readers:
-            reader.close()
+        self._readers.close()
         self._folder.close()
 
     def __exit__(self, *_: object) -> None:
@@ -270,11 +265,8 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             claim.take(adapters=int(name not in own.adapters))
             with source as files:
                 size = copy_files(files, folder, claim)
-            reader = self._free_readers.get()
-            try:
+            with self._readers.take() as reader:
                 staged = reader.rewrite(folder, base, size + _OVERHEAD)
-            finally:
-                self._free_readers.put(reader)
             opened = OpenFile(staged)
             line["digest"], line["bytes"] = digest, nbytes = opened.digest(), opened.size
             del opened  # Windows moves no file that is open

@@ -18,7 +18,7 @@ from tests.serving.store.stores import made, native, send
 def reader(store: AdapterStore, tenant: str) -> Iterator[int]:
     """The number of the process, which has read something."""
     send(store, tenant, "first", native(made("m")))
-    process = store._readers[0]._process
+    process = store._readers.readers[0]._process
     assert process is not None
     yield process.pid
     send(store, tenant, "last", native(made("m")))
@@ -32,7 +32,7 @@ def test_a_reader_that_hangs_is_ended(
     with monkeypatch.context() as patch, refuses("over_budget", match="time or memory"):
         patch.setattr(reading_process, "_WAIT", 0.02)
         send(store, tenant, "mine", native(made("n", seed=1)))
-    assert store._readers[0]._process is None
+    assert store._readers.readers[0]._process is None
 
 
 @pytest.mark.medium("its other limits", cases=["time"])
