@@ -197,6 +197,21 @@ def test_the_codes_of_a_quantised_model_stay_where_others_are_mixed():
     assert passed.apply(model).details.quantised["p"].encoded is given
 
 
+def test_a_table_of_several_graphs_has_one_form():
+    """An encoder looks rows up in the table that is tied to the decoder's output layer, whose codec is another."""
+    table = {"t": matrix()}
+    decoder = program("g = Gather(t, ids) w = Transpose<perm = [1, 0]>(t) o = MatMul(g, w)", table)
+    encoder = program("o = Gather(t, ids)", table)
+    passed = QuantiseWeights(INT4, FLOAT32_LEVEL, head=Codec(8, 32, True))
+    reports = {name: passed.apply(model).details for name, model in (("main", decoder), ("encoder", encoder))}
+    codecs = [report.quantised["t"].encoded.codec for report in reports.values()]
+    assert codecs == [Codec(8, 32, True)] * 2
+    computed = replace_quantised(reports, {"t": torch.from_numpy(matrix())})["t"]
+    assert_close(answer(encoder), computed[torch.from_numpy(IDS)])
+    alone = QuantiseWeights(INT4, FLOAT32_LEVEL, head=Codec(8, 32, True)).apply(program("o = Gather(t, ids)", table))
+    assert alone.details.quantised["t"].encoded.codec == INT4
+
+
 def test_pieces_of_joined_matrices_are_found_again():
     """What a program joined, transposed or shares is known by its values; what it does not hold is not."""
     one, two = matrix(6, seed=1), matrix(9, seed=2)

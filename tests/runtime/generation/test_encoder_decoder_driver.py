@@ -61,6 +61,15 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     assert _same(_made(peft, self_test=False), peft, family, [{}, {"num_beams": 3}])
 
 
+@pytest.mark.medium("backends/onnxruntime/test_quantised_products.py: a table of several graphs")
+def test_the_table_of_both_graphs_is_quantised_alike() -> None:
+    """The self-test compares each graph with the values that the table has in it."""
+    compiled = _made(adapted("mvp"), weights="int4")
+    codecs = [note for note in str(compiled.explain()).splitlines() if "stored as int8" in note]
+    assert codecs, compiled.explain()
+    compiled.generate(**batches("mvp")[-1], **GREEDY)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generates_as_peft(family: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ once: both ops read the same bytes. Slots are not constants, and stay float.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -65,6 +65,8 @@ class QuantiseWeights(OnnxPass):
         algorithm: one of ``lorac.backends.onnxruntime.quantised.algorithms.ALGORITHMS``.
         calibration: second moments of layers' inputs, for algorithms that need them.
         mixed: whether the first and last matrices have 8 bits, up to ``_MIXED_SHARE`` more bytes in all.
+        given: matrices whose codes are used unchanged: those of ``prequantised``, and the tables of graphs that were
+            quantised before, of which an encoder may look up the one that is tied to the decoder's output layer.
     """
 
     name: ClassVar[str] = "quantise-weights"
@@ -75,6 +77,10 @@ class QuantiseWeights(OnnxPass):
     algorithm: str = RTN
     calibration: Calibration | None = None
     mixed: bool = False
+    given: list[PrequantisedMatrix] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.given.extend(self.prequantised)
 
     def apply(self, model: ir.Model) -> PassResult:
         """Quantise in place; the details of the result are a ``QuantisationReport``."""
@@ -99,6 +105,8 @@ class QuantiseWeights(OnnxPass):
             names = _replace(model, one.value, one.readers, one.encoded, self.accuracy_level)
             product = QuantisedProduct(one.encoded, one.readers[0].by_columns, one.constant, names)
             quantised[str(one.value.name)] = product
+            if _shape_read(one.constant, one.readers) in tables:
+                self.given.append(PrequantisedMatrix(one.matrix(), one.encoded))
         RemoveUnusedNodesPass()(model)
         model.graph.opset_imports.setdefault(_DOMAIN, 1)
         missed = () if self.calibration is None else tuple(self.calibration.missed)
@@ -113,7 +121,7 @@ class QuantiseWeights(OnnxPass):
         for place in sorted(range(len(found)), key=lambda place: min(place, len(found) - 1 - place)):
             one, matrix = found[place], found[place].matrix()
             more = wide.count_bytes(one.encoded.shape) - one.encoded.nbytes
-            given = one.encoded.codec != self.codec or _reuse_codes(matrix, self.prequantised) is not None
+            given = one.encoded.codec != self.codec or _reuse_codes(matrix, self.given) is not None
             if not given and more <= room:
                 found[place], room = replace(one, encoded=wide.encode(matrix)), room - more
         return found
@@ -130,7 +138,7 @@ class QuantiseWeights(OnnxPass):
             return "read along both axes"
         matrix = _read_matrix(constant, readers)
         looked_up = _has_lookup(readers)  # no lookup reads codes that are indices into a table
-        known = [one for one in self.prequantised if not (one.encoded.codec.table and looked_up)]
+        known = [one for one in self.given if not (one.encoded.codec.table and looked_up)]
         if (reused := _reuse_codes(matrix, known)) is not None:
             return reused
         codec = (self.head if is_head else None) or self.codec
