@@ -201,7 +201,7 @@ def test_rejects_wrong_images(messages: Any, field: str | None, text: str, clien
 
 
 @pytest.mark.parametrize(("sent", "text"), URLS)
-def test_rejects_what_is_no_data_url_of_an_image(sent: str, text: str, client: openai.OpenAI) -> None:
+def test_rejects_addresses_that_hold_no_image(sent: str, text: str, client: openai.OpenAI) -> None:
     _refused(client, turn({"type": "image_url", "image_url": {"url": sent}}), "image_url", text)
 
 
