@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from lorac.cli.models import method_rows
 from lorac.formats._config_fields import Field
-from lorac.formats.peft.config import peft_types
+from lorac.formats.peft.config import REFUSED_TYPES, peft_types
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.variants import variants
@@ -40,7 +40,8 @@ def page() -> str:
 def _count() -> str:
     """Return how many of PEFT's types are read, and how the table of them is read."""
     return (
-        f"Of PEFT's {len(_known())} types lorac reads {len(peft_types())}, each below. It refuses the others by name. "
+        f"Of PEFT's {len(_known())} types lorac reads {len(peft_types())}, each below. "
+        f"It refuses {' and '.join(REFUSED_TYPES)} by name. "
         "A type runs *next to the weight*, *merged* into it, as a *subgraph*, or *before the sequence*, in eager mode"
         " as in ONNX Runtime. *Cache*: text is generated with a cache of keys and values. *Per row*: rows of a batch "
         "that have choices of their own take *one call*, or a call each."
@@ -62,7 +63,7 @@ def _types() -> Iterator[str]:
     for name in _known():
         peft_type = peft_types().get(name)
         if peft_type is None:
-            yield f"| {name} | – | refused | – | – | – | – | – |"
+            yield f"| {name} | – | refused: {REFUSED_TYPES[name]} | – | – | – | – | – |"
             continue
         for variant in peft_type.variants:
             written = "no" if variant in peft_type.read_only else "yes"

@@ -53,8 +53,10 @@ from lorac.session.conversion import convert as convert
 from lorac.session.loading import load as load
 from lorac.variants import variants as variants
 from lorac.variants.adalora import AdaLoRA as AdaLoRA
+from lorac.variants.adamss import AdaMSS as AdaMSS
 from lorac.variants.adapter import Adapter as Adapter
 from lorac.variants.adaptertune import AdapterTune as AdapterTune
+from lorac.variants.adaption_prompt import AdaptionPrompt as AdaptionPrompt
 from lorac.variants.arrow import Arrow as Arrow
 from lorac.variants.autolora import AutoLoRA as AutoLoRA
 from lorac.variants.base import BranchVariant as BranchVariant

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.machinery
+import importlib.util
 import json
 import statistics
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +24,18 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils.import_utils import is_sklearn_available
 
 from tests import parity
+from tests.oracles.adamss import KMeans
 from tests.zoo import ZOO
 
 of_peft_0_21 = pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="it states what PEFT 0.21 does")
 """A mark of tests that older releases of PEFT, which lorac reads as well, fail for reasons of their own."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_HAS_SKLEARN = importlib.util.find_spec("sklearn") is not None
+is_sklearn_available()  # it is remembered, so that no stand-in changes the answer
 NOISE = (  # what PEFT says of targets and settings that the tests choose on purpose
     "LoRA adapter added to ConvNd layer with groups > 1",
     "fan_in_fan_out is set to ",
@@ -52,6 +60,7 @@ NOISE = (  # what PEFT says of targets and settings that the tests choose on pur
     "Found missing adapter keys while loading the checkpoint. .*randlora_A",
 )
 SMALL: Mapping[str, Mapping[str, Any]] = {
+    "ADAMSS": {"r": 4, "num_subspaces": 3, "subspace_rank": 2},
     "ADALORA": {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 10},
     "BEFT": {},
     "BOFT": {"boft_block_size": 2},
@@ -177,13 +186,29 @@ def quiet() -> Iterator[None]:
     """Silence PEFT's remarks on what the tests choose on purpose; build no extension of BOFT, and write no card.
 
     Where PEFT cannot build that CUDA extension, it tries anew at every layer, and warns of it each time. A card takes
-    longer than the checkpoint.
+    longer than the checkpoint. Where scikit-learn is not installed, ADAMSS gets its k-means from the tests.
     """
     card = mock.patch.object(PeftModel, "create_or_update_model_card", _write_empty_card)
-    with warnings.catch_warnings(), mock.patch("peft.tuners.boft.layer.get_fbd_cuda", lambda: None), card:
+    cuda = mock.patch("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    with warnings.catch_warnings(), cuda, card, _k_means():
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+@contextlib.contextmanager
+def _k_means() -> Iterator[None]:
+    """Stand in for scikit-learn's k-means where it is not installed."""
+    names = () if _HAS_SKLEARN or "sklearn" in sys.modules else ("sklearn", "sklearn.cluster")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name].KMeans = KMeans  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def _write_empty_card(peft_model: PeftModel, folder: str) -> None:

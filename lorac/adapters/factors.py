@@ -18,7 +18,6 @@ from lorac.ir.algebra.changes import Change
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import PromptVariant
 
 _OUT, _IN = 9973, 9967
 """Sizes of a probe that shows which axes of a parameter are a site's outputs and inputs: primes, which no other axis
@@ -122,7 +121,7 @@ def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
 
 def _require_edits(adapter: Adapter) -> None:
     """Refuse a method whose virtual tokens no weight holds."""
-    if isinstance(adapter.variant, PromptVariant):
+    if adapter.variant.prompt:
         raise _not_an_edit(adapter, adapter.sites[0])
 
 

@@ -1,5 +1,6 @@
 """New adapters from a variant, and trainable copies of adapters."""
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -169,7 +170,9 @@ def _make_initial_tensors(
         def read_all(tie: str = spec.tie) -> list[Tensor]:
             return [read(of) for of in shared.groups.get(tie, (site,))]
 
-        context = InitContext(shape, site, read, Params(**tensors), generator, name, read_all)
+        context = InitContext(
+            shape, site, read, Params(**tensors), generator, name, read_all, functools.partial(base.bias, site)
+        )
         value = spec.init(context)
         tensors[key] = value if spec.role is Role.INDEX else value.to(dtype)
         if spec.shared or spec.tie:

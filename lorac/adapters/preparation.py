@@ -30,7 +30,7 @@ from lorac.storage.reductions import check_sizes, reduction_from_json, reduction
 from lorac.storage.strict_json import JsonObject
 from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, PromptVariant, Variant, WeightVariant, invocation_of
+from lorac.variants.base import BranchVariant, Variant, WeightVariant, invocation_of
 
 _REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
@@ -97,11 +97,11 @@ class Preparer:
         return pack_adapter(prepared, adapter) if packed else prepared
 
     def _find_prefix(self, adapter: Adapter) -> Prefix | None:
-        variant = adapter.variant
-        if not isinstance(variant, PromptVariant):
+        prompt = adapter.variant.prompt
+        if prompt is None:
             return None
         [(path, tensors)] = adapter.tensors.items()
-        return variant.prefix(self.sites[path], {name: tensor.detach() for name, tensor in tensors.items()})
+        return prompt.prefix(self.sites[path], {name: tensor.detach() for name, tensor in tensors.items()})
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
@@ -288,8 +288,8 @@ class Preparer:
                 return of_weight(w, p, like=w), of_bias(w, b, p, like=b)
 
             return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=keep)
-        if isinstance(variant, PromptVariant):
-            return reduce_rows(variant.rows, shape, examples)
+        if variant.prompt:
+            return reduce_rows(variant.prompt.rows, shape, examples)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
             return _unreduced(tensors)

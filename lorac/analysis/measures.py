@@ -25,7 +25,6 @@ from lorac.errors import AdapterError, BaseNeeded, CompileError, LoracError, Sit
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank, Sparse, factors_of
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import PromptVariant
 
 _LARGEST = 1024
 """The longest side of a matrix whose singular values are all computed for a report."""
@@ -167,7 +166,7 @@ def _measure_site(adapter: Adapter, path: str, view: ModelView | None) -> SiteMe
     try:
         change = read_change(adapter, path, view)
     except CompileError:
-        return SiteMeasures("prompt" if isinstance(adapter.variant, PromptVariant) else "branch")
+        return SiteMeasures("prompt" if adapter.variant.prompt else "branch")
     except LoracError:  # it does not fit the model, or depends on it
         return SiteMeasures() if view is None else _measure_site(adapter, path, None)
     assert change is not None

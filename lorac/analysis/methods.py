@@ -14,7 +14,7 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
 from lorac.ir.sites.site import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
 from lorac.ir.slots.roles import ROLES
-from lorac.variants.base import BranchVariant, PromptVariant, Variant, WeightVariant
+from lorac.variants.base import BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role
 
 WIDTH = 768
@@ -173,7 +173,7 @@ def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:
 
 def _describe_form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: Reduce) -> tuple[str, bool]:
     """Return the normal form as text, and whether it merges."""
-    if not isinstance(variant, WeightVariant | BranchVariant | PromptVariant):
+    if not isinstance(variant, WeightVariant | BranchVariant) and not variant.prompt:
         return "replace", True
     tensors = {
         name: torch.empty(spec.shape, dtype=torch.int64 if spec.role is Role.INDEX else site.dtype)

@@ -23,7 +23,7 @@ from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.composition import truncate_adapter
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant, PromptVariant
+from lorac.variants.base import BranchVariant
 
 _BLOCK = 1 << 21
 """Values of a weight that are in float32 at once, where its rows are merged one by one."""
@@ -105,7 +105,7 @@ class _ActiveAdapter:
     def __init__(self, adapter: Adapter, how: Active, view: ModelView, only_read: Collection[str]) -> None:
         check_adapter(adapter, view)
         refuse_invocation(adapter, "merged weights act on every token")
-        if isinstance(adapter.variant, PromptVariant):
+        if adapter.variant.prompt:
             raise _not_mergeable(adapter, view.sites[adapter.sites[0]], "has virtual tokens, which no weight holds")
         sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
         self.adapter, self.strength, self._rank = adapter, how.strength, how.rank

@@ -167,6 +167,11 @@ class Variant(ABC):
         return self
 
     @property
+    def prompt(self) -> PromptVariant | None:
+        """This method, where its tensors are virtual tokens before a sequence; else None."""
+        return None
+
+    @property
     def methods(self) -> tuple[Variant, ...]:
         """The methods that act, one of them at each site: this one, or all members of a ``Union``."""
         return (self,)
@@ -361,6 +366,10 @@ class PromptVariant(Variant):
 
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.EMBEDDING})
     identity_at_init: ClassVar[bool] = False
+
+    @property
+    def prompt(self) -> PromptVariant:
+        return self
 
     def rows(self, p: Params) -> Tensor:
         """Return the embeddings (n, d) of the virtual tokens, or their keys and values; default: the only tensor."""

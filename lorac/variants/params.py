@@ -32,6 +32,7 @@ class InitContext:
         generator: source of randomness, seeded per adapter and site.
         name: of the adapter.
         weights: reads the base weights of all sites that hold the tensor, in their order in the model.
+        bias: reads the site's base bias (out,), or None.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class InitContext:
     generator: torch.Generator
     name: str
     weights: Callable[[], list[torch.Tensor]] = list
+    bias: Callable[[], torch.Tensor | None] = lambda: None
 
 
 Init = Callable[[InitContext], torch.Tensor]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import (
     AdaLoraConfig,
+    AdamssConfig,
     BeftConfig,
     BOFTConfig,
     C3AConfig,
@@ -57,6 +58,7 @@ def _of(config: type[PeftConfig], **defaults: Any) -> Callable[..., Case]:
     return case
 
 
+adamss = _of(AdamssConfig, r=2, num_subspaces=3, subspace_rank=2, alone=False)
 adalora = _of(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5, total_step=10)
 beft = _of(BeftConfig)
 boft = _of(BOFTConfig)
@@ -112,6 +114,10 @@ CASES: tuple[Case, ...] = (
     adalora("linear", "tiny_llama", "q_proj", "down_proj", **OUTER),
     adalora("linear", "tiny_bert", "query", "value", "dense", **NO_POOLER),
     adalora("conv1d", "tiny_gpt2", "c_attn", "c_proj", fan_in_fan_out=True),
+    adamss("plain", "plain_mlp", "up", "down", "head", emitted=True),
+    adamss("ranks", "plain_mlp", "up", "down", use_dynamic_rank=True, svd_threshold=0.5, subspace_rank=4, **HEAD),
+    adamss("layers", "tiny_llama", "q_proj", "down_proj", r=20, **OUTER),
+    adamss("saved", "tiny_bert", "query", "dense", random_seed=3, **CLASSIFIER),
     beft("biases", "plain_mlp", "up", "head", emitted=True),
     beft("no_biases", "tiny_llama", "v_proj", "down_proj"),
     beft("biases", "tiny_bert", "value", **CLASSIFIER),

@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lorac import DoRA, FormatError, LoRA, load_adapter
 from lorac.formats._config_fields import Refused
-from lorac.formats.peft.config import PEFT_TYPES, peft_types
+from lorac.formats.peft.config import REFUSED_TYPES, peft_types
 from tests.peft_files import CONFIG, configure, make_peft, of_peft_0_21, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
@@ -24,7 +24,7 @@ CLASSES = {kind: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in sorted(peft_types
 
 @of_peft_0_21
 def test_every_type_of_peft_is_known() -> None:
-    assert {kind.value for kind in PeftType} == PEFT_TYPES
+    assert {kind.value for kind in PeftType} == {*peft_types(), *REFUSED_TYPES}
 
 
 @of_peft_0_21
@@ -47,6 +47,13 @@ def test_the_table_is_the_dataclass(kind: str) -> None:
 def test_rejected_fields_have_a_next_step(kind: str) -> None:
     for name, field in peft_types()[kind].fields.items():
         assert (field.next_step is not None) == (isinstance(field, Refused) or name == "init_lora_weights")
+
+
+@pytest.mark.parametrize("kind", REFUSED_TYPES)
+def test_refused_types_have_a_reason(kind: str, folder: Path) -> None:
+    configure(folder, peft_type=kind)
+    with refuses("unsupported_field", match=f"is of peft_type {kind}, a second model of the base's architecture"):
+        load_adapter(folder)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from lorac import (
     OSF,
     PSOFT,
     AdaLoRA,
+    AdaMSS,
     AdapterError,
     DeLoRA,
     FormatError,
@@ -90,6 +91,11 @@ def copy_of(originals: Path, tmp_path: Path) -> Copy:
 # The configuration
 
 BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
+    (
+        "ADAMSS",
+        {"use_dynamic_rank": True, "svd_threshold": 0.5, "random_seed": 3, "use_asa": True, "init_warmup": 7},
+        AdaMSS(r=4, num_subspaces=3, subspace_rank=2, use_dynamic_rank=True, svd_threshold=0.5, random_seed=3),
+    ),
     ("ADALORA", {"bias": "lora_only", "lora_dropout": 0.25}, AdaLoRA(r=3, alpha=5, bias="adalora_only", dropout=0.25)),
     ("BEFT", {"modules_to_save": ["head"]}, BEFT(modules_to_save=("head",))),
     ("BOFT", {"bias": "boft_only", "boft_dropout": 0.5}, BOFT(block_size=2, bias="boft_only")),
@@ -230,6 +236,13 @@ def test_fields_of_training_are_kept(kind: str, settings: dict[str, Any], copy_o
 
 
 WRONG: dict[str, list[tuple[str, object]]] = {
+    "ADAMSS": [
+        ("r", 0),
+        ("num_subspaces", "3"),
+        ("subspace_rank", None),
+        ("use_dynamic_rank", 1),
+        ("random_seed", None),
+    ],
     "ADALORA": [
         ("init_r", 0),
         ("lora_alpha", 0),
@@ -333,6 +346,11 @@ class Damaged:
 
 
 DAMAGED = (
+    Damaged("ADAMSS", r"adamss_A at '.*' has shape \(3, 2, 4\), expected \(3, 1", {"subspace_rank": 1}, alone=False),
+    Damaged("ADAMSS", "are not those of the file", {"num_subspaces": 4}, error=FormatError, alone=False),
+    Damaged("ADAMSS", r"adamss_newB at '.*' has shape \(4, ", {"r": 3}, alone=False),
+    Damaged("ADAMSS", "'.*up' do not belong together", tensors={"model.up.adamss_A.1": None}, alone=False),
+    Damaged("ADAMSS", "'up' do not belong together", tensors={"model.up.adamss_newB": None}, alone=False),
     Damaged(
         "BOFT",
         "'down': 2 factors need",
@@ -481,6 +499,7 @@ def test_no_tensors_at_all(kind: str, copy_of: Copy) -> None:
 
 ATTENTION = "transformer.h.0.attn.c_attn"
 NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
+    ("ADAMSS", AdaMSS(r=3, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
     ("ADALORA", AdaLoRA(r=2, targets=("grouped",)), "plain_conv", "of kind conv2d with 2 groups"),
     ("BEFT", BEFT(targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),
     ("BOFT", BOFT(block_size=4, targets=(ATTENTION,)), "tiny_gpt2", "GPT-2's Conv1D"),

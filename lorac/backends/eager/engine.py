@@ -63,6 +63,7 @@ from lorac.ir.slots.program_values import (
     list_tapped_modules,
     record_extra_outputs,
     replace_first_tensor,
+    split_output,
 )
 from lorac.target.backend import BuildRequest
 from lorac.target.engine import BoundProgram, CallResult, Engine
@@ -106,7 +107,7 @@ class EagerEngine(Engine):
         for path, plan in plans.items():
             self._install(path, plan)
         for path in list_tapped_modules(plans.values()):
-            tap = module.get_submodule(path)
+            tap = module.get_submodule(split_output(path)[0])
             tap.forward = functools.partial(self._forward_tap, path, tap.forward)
         bound = {path: plan for path, plan in plans.items() if self.fused and plan.bound}
         self.buffers: Mapping[str, FusedBuffer] = {
@@ -374,7 +375,7 @@ class EagerEngine(Engine):
             call.values[f"{IN}:{path}"] = first_tensor((args, kwargs))
         output = forward(*args, **kwargs)
         if path in call.active.read:
-            call.values[path] = first_tensor(output)
+            call.values[path] = first_tensor(output, split_output(path)[1])
         return output
 
     def _compute_adapted(self, path: str, module: nn.Module, x: Tensor, block: Tensor | None = None) -> Tensor | None:

@@ -21,14 +21,11 @@ from lorac.formats.peft.fields import rename_bias
 from lorac.formats.peft.peft_type import GIVEN, AnyPeftType, PeftType
 from lorac.variants.base import Variant
 
-_TYPES = (
-    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT "
-    "ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA "
-    "XLORA HRA VBLORA UNILORA CPT MISS RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF "
-    "DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT"
-)
-PEFT_TYPES = frozenset(_TYPES.split())
-"""All that PEFT 0.21 has."""
+REFUSED_TYPES = {
+    "SHADOW": "a second model of the base's architecture, which runs next to the base with a cache of its own and "
+    "changes the input of each block: no formula of a layer holds it"
+}
+"""PEFT type that lorac does not read -> the reason; it reads all others that PEFT 0.21 has."""
 
 
 @functools.cache
@@ -53,9 +50,10 @@ def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:
     readable = f"lorac reads {', '.join(sorted(peft_types()))}"
     if named is None:
         raise FormatError(f"'{path}' names no peft_type", next_step=readable, code="unknown_field")
-    if str(named) in PEFT_TYPES:
-        raise unsupported_error(f"'{path}' is of peft_type {named}", next_step=readable)
-    near = nearest_name(str(named).upper(), PEFT_TYPES)
+    if str(named) in REFUSED_TYPES:
+        reason = REFUSED_TYPES[str(named)]
+        raise unsupported_error(f"'{path}' is of peft_type {named}, {reason}", next_step=readable)
+    near = nearest_name(str(named).upper(), peft_types())
     raise FormatError(
         f"'{path}' has the unknown peft_type {short(named)}", nearest=near, next_step=readable, code="unknown_field"
     )

@@ -108,6 +108,8 @@ class PeftType(ABC, Generic[V]):
     def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         """Return the parameters of one site as a file has them: by suffix, the shared ones by name.
 
+        Those of ``derived`` may be among them; no file gets them.
+
         Raises:
             SiteError: PEFT has no such layer.
             FormatError: PEFT has no place for a parameter's values.

@@ -165,9 +165,10 @@ class _FolderWriter:
             peft_type.check_site(sites[path], parameters)
             if path in matrices:
                 continue
-            for suffix, tensor in peft_type.write_site(
-                variant, sites[path], self._stored(variant, sites[path])
-            ).items():
+            self._check_derived(variant, sites[path])
+            for suffix, tensor in peft_type.write_site(variant, sites[path], parameters).items():
+                if suffix in peft_type.derived:
+                    continue
                 shared = suffix.partition(".")[0] in peft_type.shared
                 key = (SHARED_PREFIX if shared else f"{PREFIX}{_wrapped_path(sites[path])}.") + suffix
                 if not torch.equal(tensors.setdefault(key, tensor), tensor):
@@ -205,15 +206,15 @@ class _FolderWriter:
         stored = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
         _write_files(adapter, peft_type, given, stored, folder, self.view)
 
-    def _stored(self, variant: Variant, site: Site) -> Mapping[str, Tensor]:
-        """Return the parameters of a site but those that PEFT makes anew from the configuration and the base."""
+    def _check_derived(self, variant: Variant, site: Site) -> None:
+        """Refuse parameters of a site that PEFT makes anew from the configuration and the base, and are others."""
         adapter, derived = self.adapter, self.peft_type.derived
         tensors = adapter.tensors[site.path]
         kept = {name: tensor for name, tensor in tensors.items() if name not in derived}
-        made = tensors
-        if len(kept) < len(tensors):
-            base = self.view.base if self.view else BaseReader(_refuse_base, _refuse_base)
-            made = make_site_tensors(variant, adapter.name, site, base, kept)
+        if len(kept) == len(tensors):
+            return
+        base = self.view.base if self.view else BaseReader(_refuse_base, _refuse_base)
+        made = make_site_tensors(variant, adapter.name, site, base, kept)
         for name in (name for name in tensors if name not in kept):
             own, other = tensors[name].cpu(), made[name]
             # Another dtype rounds a factor; positions are exact.
@@ -224,7 +225,6 @@ class _FolderWriter:
                     "files lack it",
                     next_step="use format='native'",
                 )
-        return kept
 
     def _refuse_parts(self, sites: Mapping[str, Site]) -> None:
         """Refuse a part of a module that reads several weights itself (an attention), which PEFT adapts whole."""

@@ -19,7 +19,7 @@ from lorac.frontend.layer_classes import (
     replace_super_forward,
 )
 from lorac.frontend.site_discovery import is_gpt2_conv1d, read_conv_geometry
-from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
+from lorac.ir.slots.program_values import first_tensor, replace_first_tensor, split_output
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
     prefix, blocks = marks.prefix, marks.blocks
     others = separate_layers(model, [path.removeprefix(prefix) for path in marks.adapted])
     modules = {f"{prefix}{path}": module for path, module in model.named_modules() if module not in others}
-    if unknown := sorted(set(blocks) - modules.keys()):
+    if unknown := sorted({split_output(path)[0] for path in blocks} - modules.keys()):
         raise CaptureError(
             f"the model has no module {unknown[0]!r} to mark as a block",
             nearest=nearest_name(unknown[0], modules),
@@ -70,7 +70,7 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
     for path in set(marks.adapted).intersection(sites):
         guard_hooks(modules[path], path)
     for path in blocks:
-        module = modules[path]
+        module = modules[split_output(path)[0]]
         module.forward = _block_forward(module.forward, path)
 
 
@@ -103,12 +103,12 @@ def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forwa
 
 
 def _block_forward(original: Forward, path: str) -> Forward:
-    """Return a block's forward with the first tensor of its output as an op; the kind of output stays."""
+    """Return a block's forward with the tensor of its output that the path names as an op; the kind of output stays."""
 
     def forward(*args: object, **kwargs: object) -> object:
         output = original(*args, **kwargs)
         x = first_tensor((args, kwargs))
-        return replace_first_tensor(output, lambda y: torch.ops.lorac.block(x, y, path))
+        return replace_first_tensor(output, lambda y: torch.ops.lorac.block(x, y, path), split_output(path)[1])
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
     return forward

@@ -3,7 +3,7 @@
     =====================  ============================================================================================
     name                   value
     =====================  ============================================================================================
-    ``<path>``             the output of that module in this pass, adapted as it is
+    ``<path>``             the output of that module in this pass, adapted as it is; ``<path>[1]``: its second tensor
     ``in:<path>``          its input in this pass
     ``base:<path>``        its output in a pass of the unadapted model over the same inputs, without gradients
     ``pass:<name>:<path>`` its output in another pass over the same inputs, without gradients, in which only the
@@ -14,8 +14,8 @@
     ``own:<name>``         a result of the method's ``once`` for this call
     =====================  ============================================================================================
 
-Any module may be read. If it takes or returns several tensors the first is read; if it is called repeatedly, the last
-call counts.
+Any module may be read. If it takes or returns several tensors the first is read, or a later one by its number; if it is
+called repeatedly, the last call counts.
 
 An adapter's own pass is read by ``once`` only. Each branch computes its y' there with ``ctx.passing`` set to the pass's
 name, and without ``own:`` values, which are computed from the pass. The pass does not depend on the adapter's strength
@@ -27,6 +27,7 @@ apart by their order: a program calls such a value ``own:<path>[<index>].<name>`
 ``pass:<path>[<index>].<name>:<module>``.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -54,6 +55,12 @@ def parse_value_name(name: str) -> tuple[str, str]:
     if not colon:
         return OUTPUT, name
     return kind, rest.rpartition(":")[2] if kind == PASS else rest
+
+
+def split_output(path: str) -> tuple[str, int]:
+    """Split the path of a value into the module's and the number of the tensor in its output, 0 where none is named."""
+    found = re.fullmatch(r"(.+)\[(\d{1,4})\]", path)
+    return (found[1], int(found[2])) if found else (path, 0)
 
 
 def pass_name_of(name: str) -> str:
@@ -112,6 +119,7 @@ class ReadableValues:
         known[WEIGHT] = {path for path, site in self.sites.items() if site.weight is not None}
         for name in names:
             kind, rest = parse_value_name(name)
+            rest = split_output(rest)[0] if kind == OUTPUT else rest
             exists = (kind == OWN and owns) or rest in known.get(kind, ()) or (kind == INPUT and self.arguments is None)
             if kind == PASS and not once:
                 raise SiteError(
@@ -181,7 +189,7 @@ def select_once_plans(plans: Mapping[str, SitePlan], around: Mapping[str, SitePl
 
 
 def list_tapped_modules(plans: Iterable[SitePlan]) -> list[str]:
-    """Return the paths of the modules whose inputs or outputs are read."""
+    """Return the paths of the modules whose inputs or outputs are read, with the numbers of tensors but the first."""
     parsed = [parse_value_name(name) for name in list_read_values(plans)]
     return list(dict.fromkeys(path for kind, path in parsed if kind in _MODULE_KINDS))
 
@@ -195,15 +203,28 @@ def present_weights(values: Mapping[str, torch.Tensor], sites: Mapping[str, Site
     }
 
 
-def first_tensor(tree: object) -> torch.Tensor:
-    """Return the first tensor in a module's arguments or output, which a block counts as its input or output."""
-    return next(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+def first_tensor(tree: object, number: int = 0) -> torch.Tensor:
+    """Return the first tensor in a module's arguments or output, which a block counts as its input or output.
+
+    Args:
+        number: of the tensor to return in place of the first.
+
+    Raises:
+        SiteError: there are fewer.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    if number >= len(tensors):
+        raise SiteError(
+            f"an adapter reads tensor {number} of a module that gives {len(tensors)}",
+            next_step="count from 0 in the names of `reads`, as in '<module>[1]' for the second",
+        )
+    return tensors[number]
 
 
-def replace_first_tensor(tree: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
-    """Return a module's output with its first tensor changed, in the same structure."""
+def replace_first_tensor(tree: T, change: Callable[[torch.Tensor], torch.Tensor], number: int = 0) -> T:
+    """Return a module's output with its first tensor, or the one of that number, changed, in the same structure."""
     leaves, spec = pytree.tree_flatten(tree)
-    index = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    index = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)][number]
     leaves[index] = change(leaves[index])
     replaced: T = pytree.tree_unflatten(leaves, spec)
     return replaced

@@ -1,4 +1,4 @@
-"""PEFT type VERA.
+"""PEFT type VERA, and the base class of types with random projections.
 
 Source: peft.tuners.vera of PEFT 0.21. A module has `vera_lambda_b` (out,) and `vera_lambda_d` (r,), all of them share
 `base_model.vera_A` (r, largest in) and `base_model.vera_B` (largest out, r), which a file with save_projection=False
@@ -6,6 +6,7 @@ leaves out: they are then drawn from projection_prng_key. No tensor shows the nu
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -15,8 +16,10 @@ from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.variants._random_projections import draw_projections
+from lorac.variants._random_projections import RandomProjections, draw_projections
 from lorac.variants.vera import VeRA
+
+P = TypeVar("P", bound=RandomProjections)
 
 
 def projection_fields(name: str) -> Mapping[str, Field]:
@@ -32,20 +35,26 @@ def projection_fields(name: str) -> Mapping[str, Field]:
     }
 
 
-def read_projections(name: str, rows: str, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-    """Return the site and the tensors of a type with random projections.
+class ProjectionsType(PeftType[P], Generic[P]):
+    """A type with random projections A and B that all sites share, and λ_b and λ_d of each."""
 
-    Args:
-        name: the beginning of the tensors' names.
-        rows: the number of rows of A, for messages.
-    """
-    axes = {f"{name}_A": 2, f"{name}_B": 2, f"{name}_lambda_b": 1, f"{name}_lambda_d": 1}
-    expected = f"{name}_A is ({rows}, in), {name}_B (out, r), {name}_lambda_b (out,), {name}_lambda_d ({rows},)"
-    tensors = take_tensors(path, stored, axes, expected)
-    return matrix_site(path, len(tensors[f"{name}_lambda_b"]), tensors[f"{name}_A"].shape[1]), tensors
+    kinds = frozenset({SiteKind.LINEAR})
+    conv1d = True
+
+    def read_site(self, variant: P, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        (a, b), (up, down), rows = self.shared, self.suffixes, f"{variant.halves}r".removeprefix("1")
+        expected = f"{a} is ({rows}, in), {b} (out, r), {up} (out,), {down} ({rows},)"
+        tensors = take_tensors(path, stored, {a: 2, b: 2, up: 1, down: 1}, expected)
+        return matrix_site(path, len(tensors[up]), tensors[a].shape[1]), tensors
+
+    def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
+        [variant], r = self.variants, values["r"]
+        assert issubclass(variant, RandomProjections)
+        shapes = (variant(r=r).halves * r, in_features), (out_features, r)
+        return draw_projections(*shapes, key=values["projection_prng_key"])
 
 
-class VeraType(PeftType[VeRA]):
+class VeraType(ProjectionsType[VeRA]):
     """VERA."""
 
     peft_type = "VERA"
@@ -53,12 +62,3 @@ class VeraType(PeftType[VeRA]):
     fields = projection_fields("vera")
     shared = ("vera_A", "vera_B")
     suffixes = ("vera_lambda_b", "vera_lambda_d")
-    kinds = frozenset({SiteKind.LINEAR})
-    conv1d = True
-
-    def read_site(self, variant: VeRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        return read_projections("vera", "r", path, stored)
-
-    def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
-        shapes = (values["r"], in_features), (out_features, values["r"])
-        return draw_projections(*shapes, key=values["projection_prng_key"])
