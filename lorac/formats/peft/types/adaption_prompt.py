@@ -11,7 +11,7 @@ from torch import Tensor
 from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, FormatError, list_some
-from lorac.formats._config_fields import Applied, read_choice, read_size
+from lorac.formats._config_fields import Applied, Irrelevant, read_size
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.keys import PREFIX
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
@@ -19,13 +19,9 @@ from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
-from lorac.variants.adaption_prompt import PLACES, AdaptionPrompt
+from lorac.variants.adaption_prompt import AdaptionPrompt
 
 _NAMES = ("adaption_prompt", "adaption_gate")
-
-
-def _read_attention(value: object) -> str | None:
-    return None if value is None else read_choice(*(place.partition(".")[0] for place in PLACES.values()))(value)
 
 
 class AdaptionPromptType(PeftType[AdaptionPrompt]):
@@ -35,7 +31,7 @@ class AdaptionPromptType(PeftType[AdaptionPrompt]):
     variants = {AdaptionPrompt: {}}
     fields = {
         **{name: field for name, field in WITHOUT_FAN.items() if name != "modules_to_save"},
-        "target_modules": Applied(preserved=True, read=_read_attention),
+        "target_modules": Irrelevant(preserved=True),  # the keys tell the attentions
         "adapter_len": Applied(to="adapter_len", read=read_size),
         "adapter_layers": Applied(to="adapter_layers", read=read_size),
     }
