@@ -50,7 +50,7 @@ def test_rejected_fields_have_a_next_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", REFUSED_TYPES)
-def test_refused_types_have_a_reason(kind: str, folder: Path) -> None:
+def test_rejects_some_types_with_a_reason(kind: str, folder: Path) -> None:
     configure(folder, peft_type=kind)
     with refuses("unsupported_field", match=f"is of peft_type {kind}, a second model of the base's architecture"):
         load_adapter(folder)
