@@ -2,6 +2,9 @@
 
 import numpy as np
 
+SETTLED = 1e-4
+"""scikit-learn's default: the share of the points' variance that the centers move by in a last round."""
+
 
 def _change(p):
     change = np.zeros((len(p.adamss_B), p.adamss_newB.shape[1]))
@@ -40,7 +43,7 @@ class KMeans:
             moved = [points[nearest == number].mean(0) for number in range(self.count)]
             shift = sum(np.sum((new - old) ** 2) for new, old in zip(moved, centers, strict=True))
             centers = moved
-            if shift <= 1e-4 * points.var(0).mean():
+            if shift <= SETTLED * points.var(0).mean():
                 break
         return self._nearest(points, centers)
 
