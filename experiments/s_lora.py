@@ -24,7 +24,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -152,7 +151,6 @@ EXPERIMENT = Experiment(
     find=find,
     steps=120,
     fails_by="a batch of many adapters that takes as long as a batch for each",
-    fault=Fault("adapters are never evicted from the pool", lambda: patch.object(PagedAllocator, "_evict")),
 )
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ and of the head, as the letters of a kind are alike to the host. From these four
 hundred others, the small one answers them, and a LoRA of the large one learns the answers, or the probabilities of
 their characters. Against the prompts that the filter takes stand unfiltered ones, and random characters of all kinds.
 All are judged by a hundred questions of the first kind; "as good as the source" is taken as at most five more wrong.
-On two of four seeds the filtered prompts are all but right, and learning from them stays at chance nevertheless.
+A source that gets more than a tenth wrong is trained anew with another seed, and the large model learns three times as
+long as the small one did: with a third of that, tried first, it was all but at chance on right answers.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ import lorac
 from experiments._char_lm import tokenizer
 from experiments._finding import Expected, Finding, Table
 from experiments._questions import KINDS, SIZE, host, questions
-from experiments._study import Experiment, Losses, Question, answer, fewer, last, main
+from experiments._study import Experiment, Losses, Question, answer, deciding, fewer, last, main
 from lorac.training import transfer
 
 OWN, COUNT, ROWS, HELD = KINDS[0], 100, 25, 100
 SMALL, LARGE, HOSTS = 32, 48, 2
-RATES, RATE = (3e-3, 1e-2, 3e-2), 1e-2
+RATES, RATE = (1e-3, 3e-3, 1e-2), 3e-3
+WORST, FEW = 0.1, 2
+"""The share that a source may get wrong, and the steps of a smoke run, whose sources get all wrong."""
 FILTERED, SOFT, UNFILTERED, RANDOM = "filtered", "filtered, probabilities", "unfiltered", "random"
 SOURCE, NEAR = "the source", "the source, and 0.05"
 WRONG = "wrong"
@@ -50,13 +53,18 @@ def speaking(model: Any, **adapters: lorac.LoRA) -> Any:
 
 @functools.cache
 def source(seed: int, steps: int) -> Any:
-    """Return the small model with the adapter that answers and the one that filters."""
-    torch.manual_seed(seed)
-    compiled = speaking(host(SMALL, seed % HOSTS, 2 * steps), source=LORA, discriminator=LORA)
-    real = questions(250, 10_000 + seed)
-    pairs = [(question, question[-1].upper()) for question in real]
-    batches = transfer.make_training_batches(compiled.tokenizer, pairs, rows=ROWS, epochs=max(steps // 5, 1))
-    transfer.fit(compiled, batches, adapters="source", lr=RATE)
+    """Return the small model with the adapter that answers and the one that filters, the first of ten that succeeds."""
+    for again in range(10 * seed, 10 * seed + 10):
+        torch.manual_seed(again)
+        compiled = speaking(host(SMALL, seed % HOSTS, 2 * steps), source=LORA, discriminator=LORA)
+        real = questions(250, 10_000 + again)
+        pairs = [(question, question[-1].upper()) for question in real]
+        batches = transfer.make_training_batches(compiled.tokenizer, pairs, rows=ROWS, epochs=max(2 * steps // 5, 1))
+        transfer.fit(compiled, batches, adapters="source", lr=RATE)
+        if steps <= FEW or wrong(compiled, "source") <= WORST:
+            break
+    else:
+        raise ValueError(f"ten sources of seed {seed} fail; give more steps")
     write = transfer.make_prompt_source(compiled, TASK, max_new_tokens=SIZE + 2)
     written = [text for start in range(4) for text in write(2 * ROWS, 10 * seed + start) if text]
     epochs = max(steps // 8, 1)
@@ -104,7 +112,12 @@ def train(side: str, rate: float, seed: int, steps: int) -> Losses:
     torch.manual_seed(seed)
     target = speaking(host(LARGE, seed % HOSTS, 2 * steps), target=LORA)
     settings = transfer.TransferSettings(
-        count=len(found), max_new_tokens=2, epochs=max(steps * ROWS // COUNT, 1), lr=rate, rows=ROWS, soft=side == SOFT
+        count=len(found),
+        max_new_tokens=2,
+        epochs=max(3 * steps * ROWS // COUNT, 1),
+        lr=rate,
+        rows=ROWS,
+        soft=side == SOFT,
     )
     transfer.transfer(source(seed, steps), target, TASK, settings=settings, draw=lambda *_: found, accept=every)
     return [wrong(target, "target")]
@@ -115,7 +128,7 @@ def find(given: argparse.Namespace) -> Finding:
     sides = {name: functools.partial(train, name) for name in (FILTERED, SOFT, UNFILTERED, RANDOM)}
     few = fewer(given, max(given.seeds // 2, 1))
     (chosen,) = answer([Question(WRONG, sides, RATES, last, "share of the questions")], few)
-    seeds, steps = range(given.seeds), given.steps
+    seeds, steps = deciding(given), given.steps
     found = {name: [side(chosen.rates[name], seed, steps)[-1] for seed in seeds] for name, side in sides.items()}
     found[SOURCE] = [wrong(source(seed, steps), "source") for seed in seeds]
     found[NEAR] = [one + 0.05 for one in found[SOURCE]]
@@ -145,6 +158,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=160,
     seeds=4,
+    first=100,
     fails_by="prompts that the filter makes no better, or a student that no prompts teach",
 )
 

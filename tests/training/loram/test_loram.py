@@ -374,6 +374,32 @@ def test_rejects_invalid_files_of_removed_units(tmp_path: Path) -> None:
         loram.read_removed_units(tmp_path, model)
 
 
+def test_a_lora_of_a_pruned_and_quantised_model_helps_the_large_one(tmp_path: Path) -> None:
+    """QLoRAM, with bitsandbytes' NF4."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, use_cache=False, **sizes)
+    large = transformers.LlamaForCausalLM(config).eval()
+    smaller = loram.prune(large)
+    smaller.model.save_pretrained(tmp_path)
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, device_map="cpu")
+    ids = torch.randint(64, (4, 12))
+    small: Any = lorac.compile(packed, {"mine": lorac.LoRA(r=4)}, example_inputs={"input_ids": ids})
+    optimizer = torch.optim.AdamW([p for p in small.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        small(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    mine = loram.recover(small.adapters["mine"], smaller.kept, large)
+    whole: Any = lorac.compile(large, {"mine": mine}, example_inputs={"input_ids": ids})
+    with torch.no_grad():
+        assert whole(input_ids=ids, labels=ids).loss < whole(input_ids=ids, labels=ids, adapters=None).loss - 0.3
+    with refuses("site_unsupported", match="prune the model before it is quantised"):
+        loram.prune(packed)
+
+
 class Codes(nn.Parameter):
     """Stands for a library's class of quantised weights."""
 
