@@ -32,7 +32,7 @@ import lorac
 from benchmarks.common import alternate
 from experiments._finding import Expected, Finding, Table
 from experiments._paging import PagedAllocator, TracedRequest, adapter_cells
-from experiments._study import Experiment, Fault, main
+from experiments._study import Experiment, main
 from lorac.progress import progress
 
 CELLS, ROWS, LONGEST, REGISTERED = 11_000, 32, 256, (5, 100, 2000)
