@@ -64,13 +64,17 @@ def kept(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """Return the result of an experiment as it is now, if it was run."""
     path = folder / f"{name}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return result if result.get("digest") == digest(name) else None
+    return result if result.get("digest") == _digest(name, folder) else None
+
+
+def _digest(name: str, folder: Path) -> str:
+    return digest(name, "fault") if folder == FAULTS else digest(name)
 
 
 def run(name: str, folder: Path = RESULTS) -> bool:
     """Run an experiment in a process of its own, print what it found, and keep its result."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, now = folder / f"{name}.json", digest(name)
+    path, now = folder / f"{name}.json", _digest(name, folder)
     part = path.with_suffix(".part")
     command = [sys.executable, "-m", f"experiments.{name}", "--json", part]
     if folder == FAULTS:

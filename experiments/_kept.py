@@ -11,7 +11,7 @@ import ast
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,23 @@ def train_once(file: str, key: str, model: Any, train: Callable[[Any], object]) 
 
 
 @functools.cache
-def digest(name: str) -> str:
-    """Return a hash of the code that an experiment, or another module of experiments/, computes by."""
-    found = computing_code(f"experiments.{name}")
+def digest(name: str, *parts: str) -> str:
+    """Return a hash of the code that an experiment, or another module of experiments/, computes by.
+
+    Args:
+        name: of the module.
+        parts: further arguments of the `Experiment` that count, such as its fault.
+    """
+    found = computing_code(f"experiments.{name}", {"find", *parts})
     return hashlib.sha256("\0".join(found[one] for one in sorted(found)).encode()).hexdigest()
 
 
-def computing_code(module: str) -> dict[Definition, str]:
-    """Return the code of all that an experiment's `find` uses; of a module without experiment that of all its parts."""
+def computing_code(module: str, parts: Collection[str] = ("find",)) -> dict[Definition, str]:
+    """Return the code of all that parts of an experiment use; of a module without experiment that of all its parts."""
     experiment = _definitions(module).get("EXPERIMENT")
-    roots = [node.value for node in ast.walk(experiment) if _is_find(node)] if experiment else _tree(module).body
+    roots: Sequence[ast.AST] = _tree(module).body
+    if experiment is not None:
+        roots = [node.value for node in ast.walk(experiment) if isinstance(node, ast.keyword) and node.arg in parts]
     found = {(module, ""): "\0".join(map(ast.dump, roots))}
     waiting = [(module, name) for root in roots for name in _names(root)]
     while waiting:
@@ -78,10 +85,6 @@ def computing_code(module: str) -> dict[Definition, str]:
             found[one] = ast.dump(node)
             waiting += [(where, used) for used in _names(node)]
     return found
-
-
-def _is_find(node: ast.AST) -> bool:
-    return isinstance(node, ast.keyword) and node.arg == "find"
 
 
 def _names(node: ast.AST) -> Iterable[str]:
