@@ -127,10 +127,20 @@ def details(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _describe_fault(name: str, text: str) -> str:
-    """Say which line of the method is taken out, and whether the claim is shown without it."""
-    result = kept(name, FAULTS)
-    found = "" if result is None else f" {find(name, result).verdict} on {result['seeds']} seeds"
-    return f"A fault to put in: {text}.{' With it the claim is' + found + '.' if found else ''}"
+    """Say which line of the method is taken out, and whether the claim is shown then, and on as few seeds with it."""
+    result, whole = kept(name, FAULTS), kept(name)
+    if result is None:
+        return f"A fault to put in: {text}."
+    found = (
+        f"A fault that was put in: {text}. On {result['seeds']} seeds the claim is then {find(name, result).verdict}"
+    )
+    if whole is None or "intervals" in whole:
+        return f"{found}."
+    few = [
+        {**table, "scores": {side: own[: result["seeds"]] for side, own in table["scores"].items()}}
+        for table in whole["tables"]
+    ]
+    return f"{found}, and on as many without the fault {find(name, {**whole, 'tables': few}).verdict}."
 
 
 def _question(name: str) -> str:
