@@ -1,4 +1,4 @@
-"""The command line: ``python -m campaigns.zoo run | keep | page | causes | list``."""
+"""The command line: ``python -m campaigns.zoo run | keep | page | causes | then | list``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=campaigns.zoo.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("do", choices=("run", "keep", "page", "causes", "list"))
+    parser.add_argument("do", choices=("run", "keep", "page", "causes", "then", "list"))
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="models whose names hold it")
     parser.add_argument("--family", action="append", default=[], help="models of this family")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (default: 1)")
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gibibytes", type=int, default=6, help="of memory, for one model (default: 6)")
     parser.add_argument("--journal", type=Path, default=journal.DEFAULT, help="JSON lines (default: .cache/zoo.jsonl)")
     given = parser.parse_args(arguments)
-    {"run": _run, "keep": _keep, "page": _page, "causes": _causes, "list": _list}[given.do](given)
+    {"run": _run, "keep": _keep, "page": _page, "causes": _causes, "then": _then, "list": _list}[given.do](given)
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -81,6 +81,10 @@ def _page(given: argparse.Namespace) -> None:
 
 def _causes(given: argparse.Namespace) -> None:
     sys.stdout.write(pages.causes(journal.read(given.journal).values()))
+
+
+def _then(given: argparse.Namespace) -> None:
+    sys.stdout.write(pages.once_refused(journal.read(journal.KEPT, given.journal).values()))
 
 
 def _list(given: argparse.Namespace) -> None:

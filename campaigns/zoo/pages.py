@@ -13,6 +13,7 @@ from campaigns.zoo import journal
 from campaigns.zoo.checking import FIXED, HOST_CANNOT, OK, PEFT_CANNOT, REFUSED, TIMEOUT, UNTYPED, WRONG
 from campaigns.zoo.exceptions import LEFT_OUT
 from campaigns.zoo.generating import FORMS, NONE, TIES
+from campaigns.zoo.once_refused import ONCE_REFUSED
 
 Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
@@ -329,6 +330,17 @@ def _generation(records: Sequence[Record]) -> str:
     ]
     table = _table(("family", "models", *FORMS, "not run"), rows)
     return "\n".join([_GENERATION, table, _table(("model", *FORMS, "why"), failing)])
+
+
+def once_refused(records: Iterable[Record]) -> str:
+    """Return the families that were refused when they were first tried, with the reasons then and what is so now."""
+    found = {record["model"]: record.get("generation", {}) for record in records}
+    rows = []
+    for family, reason in sorted(ONCE_REFUSED.items()):
+        now = found.get(f"transformers/{family}", {})
+        outcomes = [now[form]["outcome"] if form in now else UNKNOWN for form in FORMS]
+        rows.append((family, reason, *outcomes, _cell(_first_of(now)) if FORMS[0] in now else ""))
+    return _table(("family", "then", *FORMS, "why"), rows)
 
 
 def _first_of(found: Record) -> str:

@@ -99,7 +99,8 @@ def build_app(
     if isinstance(store, AdapterStore):
         adapter_endpoints.add_store_endpoints(app, store)
     own_store, app.state.images = store if isinstance(store, AdapterStore) else None, None
-    app.add_middleware(Guard, settings=given, store=own_store, with_images=reads_images(compiled))
+    in_base64 = given.max_image_bytes * 4 // 3 if reads_images(compiled) else 0
+    app.add_middleware(Guard, settings=given, store=own_store, images=in_base64)
     app.add_middleware(RequestLog, metrics=app.state.metrics)
     install_handlers(app, adapter_endpoints.UploadFields)
     _add_state(app)

@@ -48,19 +48,13 @@ class Guard:
         app: the app behind it.
         settings: the keys, and the most bytes.
         store: takes the uploads; None: there are none.
-        with_images: whether conversations may have images.
+        images: the most bytes of the images in a conversation, as its body has them.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        settings: ServingSettings,
-        store: AdapterStore | None = None,
-        *,
-        with_images: bool = False,
+        self, app: ASGIApp, settings: ServingSettings, store: AdapterStore | None = None, images: int = 0
     ) -> None:
-        self._app, self._settings, self._store = app, settings, store
-        self._image_bytes = settings.max_image_bytes * 4 // 3 if with_images else 0  # in base64
+        self._app, self._settings, self._store, self._image_bytes = app, settings, store, images
         self._tenants = {_digest(key): tenant for key, tenant in settings.keys.items()}
         self._running, self._receiving = Counter[str](), Counter[str]()
         self._last_refusal = collections.defaultdict[str, float](float)

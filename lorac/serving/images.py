@@ -70,8 +70,9 @@ class ImageReader:
                     reader.decode_images(Path(folder), self._settings.max_image_pixels)
                 return [_load(Path(folder, f"{number}{PICTURE}")) for number in range(len(urls))]
             except FormatError as error:
-                fault = f"holds an image that cannot be read: {error.what}"
-                raise RefusedField("messages", fault, next_step=error.next_step) from error
+                raise RefusedField(
+                    "messages", f"holds a wrong image: {error.what}", next_step=error.next_step
+                ) from error
 
     def close(self) -> None:
         """End the processes."""

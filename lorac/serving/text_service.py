@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from types import MappingProxyType
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -106,10 +106,8 @@ class TextService:
         """
         if (fields.prompt is None) == (fields.messages is None):
             raise RefusedField("prompt", "or 'messages' is needed, and not both")
-        if fields.messages is None:
-            ids = self._encode(fields.prompt or "")
-        else:
-            ids, _ = self._encode_chat(fields.messages, images)
+        messages, text = fields.messages, fields.prompt or ""
+        ids = self._encode(text) if messages is None else self._encode_chat(messages, images)[0]
         return {"count": len(ids), "max_model_len": self._spec.limit, "tokens": ids}
 
     def _submit(
@@ -185,24 +183,18 @@ class TextService:
         return Grammars.of(self._compiled)
 
     def _encode_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        images: Sequence[object] | None,
-        tools: Sequence[JsonMapping] | None = None,
+        self, messages: Sequence[ChatMessage], images: Sequence[object] | None, tools: Sequence[JsonMapping] = ()
     ) -> tuple[Sequence[int], Fields]:
         """Return the tokens of a conversation, and the inputs of the model with its images."""
         shown = None if images is None else iter(images)
         turns = [message.for_template(shown) for message in messages]
-        reader = self._tokenizer if images is None else self._compiled.processor
+        reader: Any = self._tokenizer if images is None else self._compiled.processor
         if not reader.chat_template:
             raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
-        options = {} if images is None else {"tokenize": True, "return_tensors": "pt"}
+        options = {"tools": tools or None, "add_generation_prompt": True, "return_dict": True}
+        options |= {} if images is None else {"tokenize": True, "return_tensors": "pt"}
         try:
-            found = dict(
-                reader.apply_chat_template(
-                    turns, tools=tools or None, add_generation_prompt=True, return_dict=True, **options
-                )
-            )
+            found = dict(reader.apply_chat_template(turns, **options))
         except Exception as error:  # a template is a program of the model's author, and may raise anything
             reason = str(error).strip().partition("\n")[0]
             raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error

@@ -12,6 +12,8 @@ from torch import nn
 from campaigns.zoo import __main__ as zoo
 from campaigns.zoo import adapting, checking, generating, journal, pages, running, shrinking
 from campaigns.zoo.entries import Entry, entries, entry
+from campaigns.zoo.generating import FORMS
+from campaigns.zoo.once_refused import ONCE_REFUSED
 from campaigns.zoo.shown import SHOWN
 from lorac import LoracError, SiteError
 
@@ -313,6 +315,21 @@ def test_groups_failures_by_cause() -> None:
     assert (first.models, first.ways) == ({"a/x", "a/y"}, {pages.LIVE})
     assert (second.models, second.message) == ({"a/z"}, "something else")
     assert "host-cannot" in pages.causes(records)
+
+
+def test_lists_the_families_that_once_did_not_generate() -> None:
+    forms = {form: {"outcome": "ok"} for form in FORMS}
+    error = {"outcome": "refused", "class": "Unavailable", "message": "no op for 'x'", "lines": []}
+    records = [
+        _record("transformers/bamba", generation=forms, ways={}),
+        _record("transformers/led", generation={**forms, "int4": error}, ways={}),
+    ]
+    text = pages.once_refused(records)
+    assert "| bamba | answers otherwise where its text comes in parts | ok | ok | ok | ok | ok | ok |  |" in text
+    assert "| led | the capture | ok | ok | ok | ok | refused | ok | Unavailable: no op for … |" in text
+    assert "| dia | the capture | – |" in text
+    names = {one.name for one in entries(["transformers/*"])}
+    assert {f"transformers/{name}" for name in ONCE_REFUSED} <= names
 
 
 def test_the_page_compares_counts_with_goals() -> None:

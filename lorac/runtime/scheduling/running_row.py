@@ -64,12 +64,10 @@ class RunningRow:
         prompt = request.ids[None, : len(request.ids) - request.drawn]
         self._prompts = Prompts(prompt, prompt, None, None)
         self._features = PromptFeatures.of(request.options, spec.reads, model.traits[graph], self._prompts)
-        self._fed: Tensor | None = None
         self._keyed: tuple[object, Tensor, Mapping[str, Tensor]] | None = None
         self.stream, self.text = TokenStream(request.deadline), request.ids
-        if self._features is not None:
-            self._fed = self._features.feed(self._prompts)[0]
-            prompt = self._features.text(self._prompts)
+        self._fed = None if self._features is None else self._features.feed(self._prompts)[0]
+        prompt = prompt if self._features is None else self._features.text(self._prompts)
         check_ids(self._behind(prompt[0]), spec.vocabulary, "the prompt")
         self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
         self._error: Exception | None = None

@@ -100,21 +100,14 @@ class ChatMessage(pydantic.BaseModel, extra="forbid", strict=True):
         Raises:
             RefusedField: it has images, and the template is for text alone.
         """
-        content: object
+        texts = [part.text for part in self.parts if isinstance(part, TextPart)]
+        content: object = "".join(texts)
         if images is not None:
-            content = [
-                part.model_dump() if isinstance(part, TextPart) else {"type": "image", "image": next(images)}
-                for part in self.parts
-            ]
-        elif any(isinstance(part, ImagePart) for part in self.parts):
-            raise RefusedField(
-                "messages",
-                "holds an image, and this server reads text alone",
-                next_step="serve a model that reads images, saved with its processor: "
-                "compiled.save(folder, tokenizer=processor)",
-            )
-        else:
-            content = "".join(part.text for part in self.parts if isinstance(part, TextPart))
+            dumped = (part.model_dump() if isinstance(part, TextPart) else {"type": "image"} for part in self.parts)
+            content = [part if part["type"] == "text" else {**part, "image": next(images)} for part in dumped]
+        elif len(texts) < len(self.parts):
+            step = "serve a model that reads images, saved with its processor: compiled.save(folder, tokenizer=...)"
+            raise RefusedField("messages", "holds an image, and this server reads text alone", next_step=step)
         role = "system" if self.role == "developer" else self.role
         more = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
         calls = [_call_for_template(call) for call in self.tool_calls]
