@@ -191,7 +191,7 @@ class TextService:
         reader: Any = self._tokenizer if images is None else self._compiled.processor
         if not reader.chat_template:
             raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
-        options = {"tools": tools or None, "add_generation_prompt": True, "return_dict": True}
+        options: dict[str, object] = {"tools": tools or None, "add_generation_prompt": True, "return_dict": True}
         options |= {} if images is None else {"tokenize": True, "return_tensors": "pt"}
         try:
             found = dict(reader.apply_chat_template(turns, **options))
