@@ -30,17 +30,18 @@ from experiments._study import Experiment
 
 PAGE, PICTURES = ROOT / "docs/experiments.md", ROOT / "docs/pictures/experiments"
 NAMES = [found.name for found in pkgutil.iter_modules(experiments.__path__) if not found.name.startswith("_")]
-FAULTS, FAULT_SEEDS = RESULTS / "faults", 3
+FAULTS, FAULT_SEEDS, SLOW = RESULTS / "faults", 3, 900
 HEAD = """# What the papers claim, tried here
 
 Each row is one experiment of minutes on two cores: a claim of a paper, tried with several seeds, every side trained at
 its own best rate, which is found on two other seeds and lies between two that are worse. The claim is a list of lines,
 each of one side below another, and each says who states it: a place in the paper, or us, where the paper states it
-without such a bar. A line is *shown* where the 95 % interval of the paired differences lies below 0; "5 seeds see d" is
-the difference that five seeds, spread as these, would tell from none four times out of five. *Shown*: all lines are.
-*Not shown*: some are not, or miss a bar of ours. *Contrary*: one that the paper states separates the other way. The
-tasks are small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says
-more, the rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
+without such a bar. A line is *shown* where the 95 % interval of the paired differences lies below 0; "5 seeds see d"
+is the difference that five seeds, spread as these, would tell from none four times out of five. A line that is shown
+*narrowly* may not be on another processor. *Shown*: all lines are. *Not shown*: some are not, or miss a bar of ours.
+*Contrary*: one that the paper states separates the other way. The tasks are small, so that a claim that is not shown
+here may well hold where the paper says it does; unless its text says more, the rates, seeds and steps of its tables
+are all that was tried. Seconds are those of one run beside others.
 
 `make experiments` runs them all and writes this page, and that of the [families of methods](taxonomy.md);
 `python -m experiments.<name>` runs one and prints its tables. `python -m experiments --faults` runs those that have a
@@ -189,6 +190,11 @@ def write_page() -> None:
         row(name, results[name]) if name in results else f"| `{name}` | {_claim(name)} | to be run anew | | | |"
         for name in NAMES
     ]
+    slow = [f"`{name}`" for name, result in results.items() if result["seconds"] > SLOW]
+    hours = sum(result["seconds"] for result in results.values()) / 3600
+    rows.append(
+        f"\nAll of them took {hours:.1f} hours of a core, and more than {SLOW} seconds each of {', '.join(slow)}."
+    )
     sections = [details(name, result) for name, result in results.items()]
     PAGE.write_text(HEAD + "\n".join(rows) + "\n\n" + "\n".join(sections), encoding="utf-8")
 

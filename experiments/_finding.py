@@ -16,6 +16,8 @@ from experiments._statistics import detectable, error, interval
 
 SHOWN, NOT_SHOWN, CONTRARY, NOT_MET, AT_EDGE = "shown", "not shown", "contrary", "not met", "not judged"
 OURS = "us"
+FRAGILE = 0.1
+"""Of an interval's width: one that ends nearer to 0 may reach it on another processor, whose roundings are others."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,10 @@ class Finding:
         low, high, seeds = self.measure(one)
         power = detectable(low, high, seeds)
         sees = f"; {seeds} seeds see {power:.2g}" if power else ""
-        return f"{one.key}? {describe_interval(low, high)}: {self.judge(one)} (stated by {one.stated_by}{sees})"
+        narrowly = ", narrowly" if low * high > 0 and min(abs(low), abs(high)) < FRAGILE * (high - low) else ""
+        return (
+            f"{one.key}? {describe_interval(low, high)}: {self.judge(one)}{narrowly} (stated by {one.stated_by}{sees})"
+        )
 
 
 def describe_interval(low: float, high: float) -> str:

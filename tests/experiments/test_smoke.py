@@ -81,6 +81,14 @@ def test_a_line_names_its_source_and_its_power() -> None:
     assert "t: low below high? -0.97 (95 %: -1.1 to -0.82): shown (stated by table 3; 3 seeds see 0.18)" in said
 
 
+@pytest.mark.parametrize(
+    ("high", "said"), [([2.0, 2.1, 2.2], "shown (stated"), ([1.2, 1.4, 1.45], "shown, narrowly (")]
+)
+def test_a_line_that_another_rounding_may_turn_is_marked(high: list[float], said: str) -> None:
+    table = Table("t", "loss", {"low": [1.0, 1.1, 1.3], "high": high})
+    assert said in Finding([table], [Expected("t", "low", "high", "table 3")]).describe()
+
+
 def test_so_many_seeds_separate_the_difference_that_is_stated_four_times_out_of_five() -> None:
     drawn, found = random.Random(0), []
     for _ in range(2000):
