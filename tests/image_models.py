@@ -14,6 +14,9 @@ IMAGE, FEATURES = 60, 4
 _TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT = {**_TOWER, "vocab_size": 64, "max_position_embeddings": 64}
 _ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+_SIGLIP = {"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 4, "vision_use_head": False}
+_GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_WINDOWS = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
 _PATCHES = {"patch_size": 4, "out_hidden_size": 16, "depth": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     "llava": (
@@ -44,8 +47,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], t
         {"image_token_id": IMAGE, "vision_start_token_id": 62},
         (16, 96),
     ),
+    "gemma3": (
+        "Gemma3",
+        {**_GEMMA, **_WINDOWS, "model_type": "gemma3_text"},
+        {**_SIGLIP, "image_size": 16},
+        {"image_token_index": IMAGE, "mm_tokens_per_image": FEATURES},
+        (3, 16, 16),
+    ),
+    "paligemma": (
+        "PaliGemma",
+        {**_GEMMA, "model_type": "gemma"},
+        _SIGLIP,
+        {"image_token_index": IMAGE, "projection_dim": 16},
+        (3, 8, 8),
+    ),
+    "paligemma2": (
+        "PaliGemma",
+        {**_GEMMA, **_WINDOWS, "model_type": "gemma2", "attn_logit_softcapping": 1.5},
+        _SIGLIP,
+        {"image_token_index": IMAGE, "projection_dim": 16},
+        (3, 8, 8),
+    ),
 }
 """Name -> the family's, fields of its text, its tower and the whole, and the shape of the images of a row."""
+TYPES = {"gemma3": lambda ids: ids.eq(IMAGE).long(), **dict.fromkeys(("paligemma", "paligemma2"), torch.zeros_like)}
+"""Family -> the types of tokens by which they see each other, from their ids."""
 LENGTHS = (3, 5, 4)
 """Tokens of each row behind its image."""
 
@@ -95,6 +121,8 @@ def batch(family: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 3) -> dic
     )
     pixels = torch.randn(len(rows), *shape, generator=generator)
     made = {"input_ids": ids, "attention_mask": mask}
+    if family in TYPES:
+        made["token_type_ids"] = TYPES[family](ids)
     if len(shape) > 2:
         return made | {PIXELS: pixels}
     grids = torch.tensor([[1, 4, 4]]).repeat(len(rows), 1)

@@ -16,12 +16,14 @@ from torch import fx
 
 from lorac.argument_types import Operands
 from lorac.errors import Unavailable
+from lorac.ir.calls.modalities import BLOCKS
 from lorac.ir.graph import attention_ops as attention
 from lorac.ir.graph.attention_ops import (
     LOGITS_TO_KEEP,
     NEW_LENGTHS,
     PAST_LENGTHS,
     WITHOUT_CACHE,
+    encoder_output_name,
     find_token_input,
     past_names,
     present_name,
@@ -75,13 +77,16 @@ class CacheAttention(Pass):
         nodes = _add_inputs(graph, layers, mixers, ids)
         distances = RelativePositions(graph, ids, nodes[past_names(0)[0]]) if layers else None
         positions = _offset_positions(graph, ids, nodes[PAST_LENGTHS])
+        blocks = _offset_blocks(graph, positions)
         presents: dict[str, fx.Node] = {}
         known: KnownCalls = {}
         for layer, node in enumerate(layers):
             names = past_names(layer)
             cache = (*(nodes[name] for name in names), nodes[PAST_LENGTHS], nodes[NEW_LENGTHS], positions)
             assert distances is not None
-            outputs = _insert_cached(graph, known, node, cache, distances.find_bias(node))
+            own = node.args[attention.BLOCKS_OPERAND]
+            seen = blocks[get_example(own).shape[2]] if isinstance(own, fx.Node) else None
+            outputs = _insert_cached(graph, known, node, cache, distances.find_bias(node), seen)
             presents |= {present_name(name): output for name, output in zip(names, outputs, strict=True)}
         for number, mixer in enumerate(mixers):
             name = state_name(number)
@@ -119,7 +124,7 @@ def _attention_function(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
     def function(*values: torch.Tensor) -> tuple[torch.Tensor]:
         given = dict(zip(node.all_input_nodes, values, strict=True))
         operands: Operands = tuple([given.get(a, a) if isinstance(a, fx.Node) else a for a in node.args])
-        q, k, v, bias, seen, sinks, scale, _, _, softcap, _ = operands
+        q, k, v, bias, seen, sinks, _, scale, _, _, softcap, _ = operands
         if softcap or sinks is not None:
             return (attention.attend_with_masks(q, k, v, [seen], bias, sinks, scale, softcap),)
         if bias is not None and seen is not None:
@@ -165,6 +170,17 @@ def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
     return positions
 
 
+def _offset_blocks(graph: Graph, positions: fx.Node) -> dict[int, fx.Node]:
+    """Return number of columns -> the first and last positions, or the last alone, of the new tokens' blocks."""
+    name = graph.cache_inputs.get(encoder_output_name(BLOCKS))
+    terms = next((node for node in graph.find(attention.ROWS) if getattr(node.args[0], "name", None) == name), None)
+    if name is None or terms is None:
+        return {}
+    call = functools.partial(insert_call, graph.exported, terms.next)
+    both = call(aten.add.Tensor, terms, call(aten.unsqueeze.default, positions, 2))
+    return {1: call(aten.slice.Tensor, both, 2, 1, 2), 2: both}
+
+
 def _cached_head_size(node: fx.Node) -> int:
     """Return the head size of a layer's cache: that of the larger of keys and values, rounded up for kernels."""
     size = int(max(get_example(operand).shape[3] for operand in node.args[:3]))
@@ -172,9 +188,14 @@ def _cached_head_size(node: fx.Node) -> int:
 
 
 def _insert_cached(
-    graph: Graph, known: KnownCalls, node: fx.Node, cache: tuple[fx.Node, ...], distances: fx.Node | None
+    graph: Graph,
+    known: KnownCalls,
+    node: fx.Node,
+    cache: tuple[fx.Node, ...],
+    distances: fx.Node | None,
+    blocks: fx.Node | None,
 ) -> list[fx.Node]:
-    q, k, v, _, _, sinks, scale, _, window, softcap, module = node.args
+    q, k, v, _, _, sinks, _, scale, _, window, softcap, module = node.args
     size, insert = _cached_head_size(node), functools.partial(insert_call, graph.exported, node)
     padded = []
     for operand in (q, k, v):  # zeros at the end of heads change no product
@@ -184,7 +205,7 @@ def _insert_cached(
             parts.append(insert(aten.zeros_like.default, part))
         padded.append(operand if len(parts) == 1 else insert(aten.cat.default, parts, 3))
     call = functools.partial(insert_repeated_call, graph.exported, known, node)
-    cached = call(attention.CACHED_ATTENTION, *padded, *cache, sinks, distances, scale, window, softcap, module)
+    cached = call(attention.CACHED_ATTENTION, *padded, *cache, sinks, distances, blocks, scale, window, softcap, module)
     y, *presents = (call(operator.getitem, cached, index) for index in range(3))
     width = get_example(node).shape[3]
     if width != size:

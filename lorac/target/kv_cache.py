@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lorac.ir.calls.modalities import KINDS
+from lorac.ir.calls.modalities import TOKEN_ARGUMENTS
 from lorac.target.memory_budget import Charge
 
 
@@ -36,7 +36,7 @@ class CacheSpec:
     @property
     def prompt_inputs(self) -> tuple[str, ...]:
         """The arguments of ``generate`` with the images or sounds of prompts."""
-        return (*self.reads, KINDS) if self.reads else ()
+        return (*self.reads, *sorted(TOKEN_ARGUMENTS)) if self.reads else ()
 
     def behind(self, tokens: int) -> "CacheSpec":
         """Return the limits of the tokens behind some virtual ones."""

@@ -154,7 +154,7 @@ def test_a_token_sees_a_window_or_a_chunk(window):
         seen &= places[None] > places[:, None] - window
     if window < 0:
         seen &= places[None] // 4 == places[:, None] // 4
-    y = torch.ops.lorac.attention(q, k, v, None, None, None, 0.5, True, window, 0.0, "")
+    y = torch.ops.lorac.attention(q, k, v, None, None, None, None, 0.5, True, window, 0.0, "")
     right = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.5)
     assert_close(y, right.transpose(1, 2))
 

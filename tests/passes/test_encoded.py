@@ -119,7 +119,7 @@ class _Mixing(nn.Module):
     def forward(self, input_ids, decoder_input_ids):
         both = self.table(torch.cat([input_ids, decoder_input_ids], 1))[:, None]
         q = self.table(decoder_input_ids)[:, None]
-        return torch.ops.lorac.attention(q, both, both, None, None, None, 1.0, True, 0, 0.0, "decoder.attn")
+        return torch.ops.lorac.attention(q, both, both, None, None, None, None, 1.0, True, 0, 0.0, "decoder.attn")
 
 
 def test_rejects_attention_to_both_at_once_by_name():

@@ -205,7 +205,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
                 f"the encoder's inputs have {rows} rows, and the text has {len(self.lengths)}",
                 next_step="give one of each per row",
             )
-        self._set_encoded(outputs or self.layout.without_features(rows))
+        self._set_encoded({**self.layout.without_features(rows), **outputs})
         self._encoded_rows, self._is_bound = tuple(range(rows)), False
 
     def _set_encoded(self, outputs: Mapping[str, Tensor]) -> None:

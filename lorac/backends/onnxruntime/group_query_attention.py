@@ -3,8 +3,12 @@
 The op takes queries, keys and values as (batch, length, features), and rotates queries and keys itself where their
 angles lie in tables. So the nodes that move axes and rotate before it are left out. Past and present may be one buffer,
 into which only the new tokens are written.
+
+The op is causal. Where new tokens see later ones, as those of an image do, an ``If`` attends once more, in plain ops,
+to the keys and values that the op has written.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +26,8 @@ _MICROSOFT = "com.microsoft"
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _QUERY_LENGTHS = 16
 """The index of the op's operand that holds how many new tokens each row has."""
+_BLOCKS = 10
+"""The index of the operand of lorac's op that has the tokens that see each other."""
 _HEADS_LAST = [0, 2, 1, 3]
 _ROTARY_MULTIPLE = 16
 """The op rotates vectors whose size is a multiple of this."""
@@ -68,6 +74,7 @@ class _SequenceLengths:
         graph.insert_before(graph[0], [total, last, known, longest])
         self.last, self.longest = known.outputs[0], longest.outputs[0]
         self._biases: dict[tuple[ir.Value | None, int], ir.Value | None] = {}
+        self._any_block: dict[ir.Value, ir.Value] = {}
 
     def biases(self, graph: ir.Graph, node: ir.Node, distances: ir.Value | None) -> ir.Value | None:
         """Return the bias of each score (batch, heads or 1, length, longest), by distance or by chunk."""
@@ -95,6 +102,16 @@ class _SequenceLengths:
             self._biases[distances, chunk] = bias
         return self._biases.get((distances, chunk))
 
+    def any_block(self, graph: ir.Graph, node: ir.Node, blocks: ir.Value) -> ir.Value:
+        """Return whether some new token sees others than those up to it."""
+        if blocks not in self._any_block:
+            tape, axis = Tape(), shared_constant(graph, "axis_2", np.array([2]))
+            other = tape.op("Sub", [blocks, tape.op("Unsqueeze", [node.inputs[7], axis])])
+            most = tape.op("ReduceMax", [tape.op("Abs", [other])], {"keepdims": 0})
+            self._any_block[blocks] = tape.op("Cast", [most], {"to": ir.DataType.BOOL})
+            graph.insert_before(node, list(tape.nodes))
+        return self._any_block[blocks]
+
 
 _Tables = tuple[ir.Value, ir.Value]
 
@@ -107,17 +124,80 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, skips: l
     batch, length, heads, size = _dims(old)
     for output in attention.outputs:
         output.dtype = _dtype(old)
-    attention.outputs[0].shape = ir.Shape([batch, length, _number(heads) * _number(size)])
-    _replace_uses(graph, node, attention.outputs[0])
+    shape = attention.outputs[0].shape = ir.Shape([batch, length, _number(heads) * _number(size)])
+    y = attention.outputs[0]
+    if len(node.inputs) > _BLOCKS and (blocks := node.inputs[_BLOCKS]) is not None:
+        any_block, tapes = lengths.any_block(graph, node, blocks), (Tape(), Tape())
+        outputs = [_attend_to_blocks(tapes[0], graph, node, attention, lengths.longest), tapes[1].op("Identity", [y])]
+        branches = [
+            ir.AttrGraph(name, ir.Graph([], [output], nodes=tape.nodes, name=f"{node.name}_{name}"))
+            for name, output, tape in zip(("then_branch", "else_branch"), outputs, tapes, strict=True)
+        ]
+        choice = ir.Node("", "If", [any_block], branches)
+        graph.insert_before(node, choice)
+        y = choice.outputs[0]
+        for output in (y, *outputs):
+            output.dtype, output.shape = _dtype(old), shape
+    _replace_uses(graph, node, y)
     for cached, present in zip(node.outputs[1:], attention.outputs[1:], strict=True):
         present.shape, present.name, cached.name = cached.shape, cached.name, None
         cached.replace_all_uses_with(present, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
+def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.Node, longest: ir.Value) -> ir.Value:
+    """Write an attention whose tokens see their blocks too, over the keys and values that another one wrote."""
+
+    def numbers(*values: int) -> ir.Value:
+        return shared_constant(graph, "numbers_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def scalar(value: float, dtype: ir.DataType) -> ir.Value:
+        return shared_constant(graph, f"{value}_{dtype.name}", np.array(value, dtype.numpy()))
+
+    def copy(value: ir.Value) -> ir.Value:  # computed inside alone
+        source = value.producer()
+        if source is None or source.op_type not in {"RotaryEmbedding", "Transpose"}:
+            return value
+        operands = [copy(operand) if operand and index == 0 else operand for index, operand in enumerate(source.inputs)]
+        copied: ir.Value = tape.op(source.op_type, operands, source.attributes, domain=source.domain)
+        return copied
+
+    def op(name: str, *operands: ir.Value | None, **attributes: int | Sequence[int]) -> ir.Value:
+        found: ir.Value = tape.op(name, operands, attributes)
+        return found
+
+    rotated, key, blocks = node.inputs[0], node.inputs[1], node.inputs[_BLOCKS]
+    assert rotated is not None and key is not None and blocks is not None
+    (_, heads, _, size), kv_heads = _dims(rotated), _number(_dims(key)[1])
+    dtype, whole = _dtype(node.outputs[0]), ir.DataType.INT64
+    count = op("Cast", longest, to=whole)
+    ends = op("Reshape", count, numbers(-1))
+    k, v = (op("Slice", present, numbers(0), ends, numbers(2)) for present in attention.outputs[1:])
+    q = op("Reshape", copy(rotated), numbers(0, kv_heads, _number(heads) // kv_heads, -1, _number(size)))
+    q = op("Mul", q, scalar(node.attributes["scale"].as_float(), dtype))
+    scores = op("MatMul", q, op("Unsqueeze", op("Transpose", k, perm=[0, 1, 3, 2]), numbers(2)))
+    if softcap := node.attributes["softcap"].as_float():
+        cap = scalar(softcap, dtype)
+        scores = op("Mul", op("Tanh", op("Div", scores, cap)), cap)
+    own = op("Unsqueeze", node.inputs[7], numbers(2))
+    keys = op("Range", scalar(0, whole), count, scalar(1, whole))
+    seen = op("LessOrEqual", keys, own)
+    if (window := node.attributes["window"].as_int()) > 0:
+        seen = op("And", seen, op("Greater", keys, op("Sub", own, numbers(window))))
+    first, last = own, blocks
+    if _dims(blocks)[2] == 2:
+        first, last = (op("Slice", blocks, numbers(begin), numbers(begin + 1), numbers(2)) for begin in (0, 1))
+    block = op("And", op("GreaterOrEqual", keys, first), op("LessOrEqual", keys, last))
+    seen = op("Unsqueeze", op("Or", seen, block), numbers(1, 2))
+    scores = op("Where", seen, scores, scalar(float(np.finfo(dtype.numpy()).min), dtype))
+    y = op("MatMul", op("Softmax", scores, axis=-1), op("Unsqueeze", v, numbers(2)))
+    y = op("Transpose", op("Reshape", y, numbers(0, _number(heads), -1, _number(size))), perm=_HEADS_LAST)
+    return op("Reshape", y, numbers(0, 0, -1))
+
+
 def _attention_node(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, skips: list[Skip]) -> ir.Node:
     """Build the op for an attention; its operands are inserted into the graph, and the op itself is not yet."""
-    operands = [*node.inputs, None, None][:10]  # the last two may be missing
+    operands = [*node.inputs, None, None][:_BLOCKS]  # the last two may be missing
     q, k, v, past_k, past_v, _, _, positions, sinks, distances = operands
     assert q is not None and k is not None and v is not None
     if q.dtype not in _DTYPES:

@@ -20,6 +20,8 @@ from lorac.ir.graph.passes import PassResult
 _HIDDEN = -3e38
 """Added to scores that do not count; bfloat16 has it too."""
 _Masks = tuple[ir.Value, ir.Value]
+_MaskKey = tuple[int, int, ir.Value | None, ir.Value | None]
+"""Window, queries that share a head, distances and blocks."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ExpandCachedAttention(OnnxPass):
     def apply(self, model: ir.Model) -> PassResult:
         """Replace the nodes in place."""
         nodes = [node for node in model.graph if node.domain == LORAC_DOMAIN and node.op_type == CACHED_ATTENTION_OP]
-        masks: dict[tuple[int, int, ir.Value | None], _Masks] = {}
+        masks: dict[_MaskKey, _Masks] = {}
         for node in nodes:
             _Expansion(model.graph, node).replace(masks)
         return PassResult(changed=bool(nodes))
@@ -49,7 +51,7 @@ class _Expansion:
         self.graph, self.node, self.tape = graph, node, Tape()
         given = [value for value in node.inputs[:8] if value is not None]
         self.q, self.k, self.v, self.past_k, self.past_v, self.past, _, self.places = given
-        self.sinks, self.distances = [*node.inputs[8:], None, None][:2]  # both may be missing
+        self.sinks, self.distances, self.blocks = [*node.inputs[8:], None, None, None][:3]  # all may be missing
         self.heads, self.key_heads = fixed_size(self.q, 1), fixed_size(self.k, 1)
         self.shared = self.heads // self.key_heads
 
@@ -65,17 +67,17 @@ class _Expansion:
         """Return a constant number."""
         return shared_constant(self.graph, f"number_{number}", np.array(number, np.float32))
 
-    def replace(self, masks: dict[tuple[int, int, ir.Value | None], _Masks]) -> None:
+    def replace(self, masks: dict[_MaskKey, _Masks]) -> None:
         """Write the ops.
 
         Args:
-            masks: (window, queries that share a head, distances) -> what is added to scores of past and new tokens.
+            masks: what is added to scores of past and new tokens; see ``_MaskKey``.
         """
         node = self.node
         window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
         grouped = self.constant(0, self.key_heads, -1, fixed_size(self.q, 3))
         q = self.op("Reshape", self.op("Mul", self.q, self.number(node.attributes["scale"].as_float())), grouped)
-        key = (window, self.shared, self.distances)
+        key = (window, self.shared, self.distances, self.blocks)
         if key not in masks:
             masks[key] = self.masks(window)
         parts = []
@@ -115,6 +117,16 @@ class _Expansion:
             first = self.op("Sub", self.op("Sub", places, self.op("Mod", places, size)), one)
         if window:
             seen = [self.op("And", see, self.op("Greater", key, first)) for see, key in zip(seen, keys, strict=True)]
+        if self.blocks is not None:
+            axis, columns = self.constant(2), range(fixed_size(self.blocks, 2))
+            ends = [self.op("Slice", self.blocks, self.constant(n), self.constant(n + 1), axis) for n in columns]
+            first = ends[0] if len(ends) > 1 else self.op("Add", before, queries)
+            inside = [
+                self.op("And", self.op("GreaterOrEqual", key, first), self.op("LessOrEqual", key, ends[-1]))
+                for key in keys
+            ]
+            inside[0] = self.op("And", inside[0], self.op("Less", room, before))
+            seen = [self.op("Or", see, block) for see, block in zip(seen, inside, strict=True)]
         found = []
         for see, key in zip(seen, keys, strict=True):
             hidden = self.op(
@@ -126,7 +138,7 @@ class _Expansion:
                 near = self.op("Min", self.op("Max", apart, zero), last)
                 bias = self.op("Transpose", self.op("Gather", self.distances, near, axis=1), perm=[1, 0, 2, 3])
                 hidden = self.op("Add", hidden, bias)
-            is_one = key is room and not window and self.distances is None  # for all queries
+            is_one = key is room and not window and self.distances is None and self.blocks is None  # for all queries
             found.append(hidden if is_one else self.group(hidden))
         return found[0], found[1]
 

@@ -25,7 +25,7 @@ from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.calls.call import Inputs
-from lorac.ir.calls.modalities import FEATURES, OFFSETS
+from lorac.ir.calls.modalities import PLACED, find_blocks
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
 from lorac.ir.graph.nodes import find_module_path, find_source_line
@@ -34,6 +34,8 @@ from lorac.ir.graph.recurrence_op import RECURRENCE
 _INTERFACE = "lorac"
 """The name under which transformers finds lorac's functions."""
 _ENCODER_MASK = "attention_mask"
+_FROM_FIRST, _FROM_ITSELF = slice(0, 2), slice(1, 2)
+"""The part of a token's block: all of it, or the end alone."""
 
 
 def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
@@ -57,7 +59,7 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
         raise _unavailable(model, f"needs the example input '{sequence.ids}'")
     computed = {sequence.ids, LOGITS_TO_KEEP, sequence.mask, sequence.positions}
     others = {name: value for name, value in given.items() if name not in computed}
-    if others.keys() - {FEATURES, OFFSETS} and sequence.ids == IDS:
+    if not others.keys() <= PLACED and sequence.ids == IDS:
         raise Unavailable(
             f"{type(model).__name__} is given '{min(others)}', but a cache holds token ids only",
             next_step="target='eager' generates from it; example_inputs= without it give a cache for text",
@@ -76,7 +78,7 @@ def make_decoder_shapes(host: Host, inputs: Mapping[str, Tensor]) -> dict[str, o
     """Return the dynamic shapes of ``make_decoder_inputs``."""
     sizes: dict[str, Any] = {LOGITS_TO_KEEP: {0: Dim("kept")}}
     shapes: dict[str, Any] = make_dynamic_shapes(host, {n: value for n, value in inputs.items() if n not in sizes})
-    sizes |= {name: {**shapes[name], 1: Dim(f"{name}_count")} for name in (FEATURES, OFFSETS) if name in shapes}
+    sizes |= {name: {**shapes[name], 1: Dim(f"{name}_count")} for name in PLACED & shapes.keys()}
     return shapes | {name: sizes[name] for name in inputs if name in sizes}
 
 
@@ -103,14 +105,14 @@ class AttentionInterface:
 
     Attributes:
         paths: id of a module -> its path.
-        windows: id of a mask's token -> the token, and its window as ``attention_ops.attention`` takes it.
+        windows: id of a mask's token -> the token, and its window and blocks as ``attention_ops.attention`` takes them.
         masks: id of a mask of an encoder as models add it to scores -> that mask, and the mask of booleans.
         problems: reasons why no cache can stand for an attention.
         used: whether some module attended through the interface.
     """
 
     paths: Mapping[int, str]
-    windows: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    windows: dict[int, tuple[Tensor, int, Tensor | None]] = field(default_factory=dict)
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     used: bool = False
@@ -122,11 +124,12 @@ class AttentionInterface:
         rows, *lengths = [request[size] for size in ("batch_size", "q_length", "kv_length")]
         like = torch.zeros((), dtype=request["dtype"], device=request["device"])
         if causal_mask_function.__code__ in {code for code, _ in _list_closures(request["mask_function"])}:
-            window = _find_window(request["mask_function"])
-            if window is None:
+            found = _read_mask(request["mask_function"])
+            if found is None:
                 self.problems.append("its attention hides more than later tokens and tokens outside a window")
-            token: Tensor = torch.ops.lorac.mask(like, [rows, *lengths], window or 0)
-            self.windows[id(token)] = token, window or 0
+            window, blocks = found or (0, None)
+            token: Tensor = torch.ops.lorac.mask(like, [rows, *lengths], window)
+            self.windows[id(token)] = token, window, blocks
             return token
         padding, bidirectional = request["attention_mask"], request["mask_function"] is bidirectional_mask_function
         if bidirectional and padding is None:
@@ -154,17 +157,18 @@ class AttentionInterface:
         """Attend, as transformers' attention functions do."""
         self.used = True
         path = self.paths.get(id(module), type(module).__name__)
-        window = self.windows.get(id(attention_mask))
+        _, window, blocks = self.windows.get(id(attention_mask), (None, None, None))
         causal = attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         _, mask = self.masks.get(id(attention_mask), (None, attention_mask))
         seen = None if window is not None else mask
         if seen is not None and seen.dtype != torch.bool:
             position_bias, seen = seen if position_bias is None else position_bias + seen, None
         scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        width, cap = 0 if window is None else window[1], float(softcap or 0)
         causal |= window is not None
-        y = torch.ops.lorac.attention(query, key, value, position_bias, seen, s_aux, scale, causal, width, cap, path)
-        return y, None
+        if blocks is not None and ((window or 0) < 0 or s_aux is not None or position_bias is not None):
+            self.problems.append(f"'{path}' adds to the scores of tokens that see later ones")
+        operands = query, key, value, position_bias, seen, s_aux, blocks, scale, causal, window or 0
+        return torch.ops.lorac.attention(*operands, float(softcap or 0), path), None
 
     def find_mask_reader(self, host: nn.Module, inputs: Inputs) -> str:
         """Return the path of the first module that gets a mask and passes it to no inner module; "" for none."""
@@ -245,19 +249,28 @@ def check_attention_captured(program: ExportedProgram, model: str) -> None:
         raise _attends_by_itself(model, *found)
 
 
-def _find_window(mask: Forward) -> int | None:
-    """Return the window of a causal mask of transformers, as ``attention_ops.attention`` takes it; None for others."""
+def _read_mask(mask: Forward) -> tuple[int, Tensor | None] | None:
+    """Return window and blocks of a causal mask of transformers, as ``attention_ops.attention`` takes them, or None."""
     from transformers import masking_utils as masking
 
-    known = {
-        0: masking.causal_mask_function,
-        1: masking.sliding_window_causal_mask_function(1),
-        -1: masking.chunked_causal_mask_function(1, torch.zeros(1)),  # without padding, all rows' chunks begin at 0
-    }
-    codes = [code for code, _ in _list_closures(mask) if inspect.iscode(code)]
-    for sign, function in known.items():
+    causal, sliding = masking.causal_mask_function, masking.sliding_window_overlay(1)
+    windowed, blockwise = masking.sliding_window_causal_mask_function(1), masking.blockwise_overlay(torch.zeros(1))
+    known = [  # sign of the window, from which token on blocks are seen in spite of it, the mask
+        (0, None, causal),
+        (1, None, windowed),
+        (-1, None, masking.chunked_causal_mask_function(1, torch.zeros(1))),  # all rows' chunks begin at 0
+        (0, _FROM_FIRST, masking.or_masks(causal, blockwise)),
+        (1, _FROM_FIRST, masking.or_masks(windowed, blockwise)),
+        (1, _FROM_ITSELF, masking.and_masks(masking.or_masks(causal, blockwise), sliding)),
+    ]
+    found = _list_closures(mask)
+    codes = [code for code, _ in found if inspect.iscode(code)]
+    for sign, parts, function in known:
         if codes == [code for code, _ in _list_closures(function) if inspect.iscode(code)]:
-            return sign * sum(value for _, value in _list_closures(mask) if isinstance(value, int))
+            window = sign * sum(value for _, value in found if isinstance(value, int))
+            groups = next((value for _, value in found if parts is not None and isinstance(value, Tensor)), None)
+            blocks = None if groups is None else find_blocks(groups, torch.ops.lorac.positions(groups))[..., parts]
+            return window, blocks
     return None
 
 

@@ -98,7 +98,7 @@ class _GraphHalves:
     def find_problem(self, node: fx.Node) -> str | None:
         """Return why no cache can stand for an attention; None where one can."""
         operands: Operands = node.args
-        _, key, value, _, seen, _, _, causal, *_ = operands
+        _, key, value, _, seen, _, _, _, causal, *_ = operands
         if node in self.encoded:
             return "attends causally in an encoder" if causal else None
         if {key, value} <= self.encoded:

@@ -5,24 +5,28 @@ decoder's puts the features of a row in the place of the embeddings of its place
 does, so that a sequence may come in parts.
 """
 
+import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorac.errors import Unavailable
 from lorac.frontend.host import Host
 from lorac.ir.calls.call import Inputs
 from lorac.ir.calls.modalities import (
+    BLOCK_TYPES,
+    BLOCKS,
     FEATURES,
-    KINDS,
     OFFSETS,
-    TOKEN_TYPES,
+    PLACED,
+    TOKEN_ARGUMENTS,
+    LaterFeatures,
     Modality,
+    TokenBlocks,
     feature_ids,
     find_modality,
     pad_rows,
@@ -33,9 +37,6 @@ from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE, enc
 from lorac.ir.graph.interpreter import differs_beyond_rounding
 
 _MASK = "attention_mask"
-_LATER = "_deepstack_process"
-"""A text model's method that adds features of later layers of a tower behind its own layers (Qwen3-VL's)."""
-
 
 Part = tuple[Host, Mapping[str, object]]
 """A model with another forward, and example inputs of it."""
@@ -62,7 +63,7 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
         return None
     if (token := modality.find_token(model.config.to_dict())) is None:
         return None
-    others = {IDS, POSITION_IDS, LOGITS_TO_KEEP, TOKEN_TYPES, KINDS}
+    others = {IDS, POSITION_IDS, LOGITS_TO_KEEP, *TOKEN_ARGUMENTS}
     inputs = {name: value for name, value in given.items() if name not in others}
     tower, runs = _with_forward(host, _tower_forward(modality, inputs)), split_inputs(modality, inputs)
     with torch.no_grad():
@@ -80,7 +81,12 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
     text = {IDS: torch.where(marks, feature_ids(marks), ids), FEATURES: features.repeat(1, 2, 1)}
     if known is not None:
         text[OFFSETS] = (known - torch.arange(ids.shape[1])).permute(1, 2, 0).contiguous()
-    decoder = _with_forward(host, _decoder_forward(host, known is not None))
+    by_type = BLOCK_TYPES.get(model.config.model_type)
+    if by_type is not None:
+        given = {by_type.argument: torch.where(marks, by_type.type, 1 - by_type.type), **given}
+        blocks = pad_rows([by_type.find(row) for row in given[by_type.argument]])
+        text[BLOCKS] = torch.cat([blocks, torch.zeros_like(blocks)], 1)  # longer examples have no others
+    decoder = _with_forward(host, _decoder_forward(host, text, modality.later, by_type))
     if not any(parameter.is_meta for parameter in model.parameters()):
         with torch.no_grad():
             expected = host.copy(share_buffers=True).model.eval()(**given).logits
@@ -88,9 +94,11 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
         if differs_beyond_rounding(found, expected):
             raise Unavailable(
                 f"{type(model).__name__} keeps no cache: it reads {modality.name}s in another way than in the place of "
-                "embeddings, such as by tokens that see later ones",
+                "embeddings, such as by tokens that see later ones in a way of its own",
                 next_step=WITHOUT_CACHE,
             )
+    if BLOCKS in text:  # a row comes in parts, of which the last has a token behind all blocks
+        text[IDS] = torch.cat([text[IDS], torch.zeros_like(ids[:, :1])], 1)
     return (decoder, text), (tower, runs[0])
 
 
@@ -104,9 +112,10 @@ def _with_forward(host: Host, forward: Any) -> Host:
 
 def _tower_forward(modality: Modality, inputs: Inputs) -> Any:
     def forward(self: Any, **given: Tensor) -> dict[str, Tensor]:
-        with _WholeFeatures(modality.method):
+        with _WholeFeatures(self):
             output = getattr(self, modality.method)(**given, return_dict=True)
-        kinds = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        later = modality.later and getattr(output, modality.later.output, None)
+        kinds = [output.pooler_output, *(later or ())]
         parts = [kind if isinstance(kind, list | tuple) else [kind] for kind in kinds]
         flat = [torch.cat([part.reshape(-1, part.shape[-1]) for part in kind]) for kind in parts]
         return {encoder_output_name(FEATURES): flat[0] if len(flat) == 1 else torch.cat(flat, -1)}
@@ -119,21 +128,35 @@ def _tower_forward(modality: Modality, inputs: Inputs) -> Any:
 class _WholeFeatures(TorchFunctionMode):
     """Leaves features in one piece where the method for them divides them among images, which a trace cannot follow.
 
+    Modules that the method calls divide as they do without it.
+
     Args:
-        method: the name of the method.
+        model: the model whose method runs in the block.
     """
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._method = method
+        self._modules, self._depth, self._hooks = list(model.modules()), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for module in self._modules:
+            self._hooks.enter_context(module.register_forward_pre_hook(lambda *_: self._move(1)))
+            self._hooks.enter_context(module.register_forward_hook(lambda *_: self._move(-1), always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
+        self._hooks.close()
+
+    def _move(self, levels: int) -> None:
+        self._depth += levels
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        if func in _WHOLE and _calling_function() == self._method:
+        if not self._depth and func in _WHOLE:
             return _WHOLE[func](args[0])
         selects = func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool
-        if selects and _calling_function() == self._method:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        return args[0] if selects and not self._depth else func(*args, **(kwargs or {}))
 
 
 _WHOLE: Mapping[object, Callable[[Tensor], object]] = {
@@ -144,44 +167,38 @@ _WHOLE: Mapping[object, Callable[[Tensor], object]] = {
 """Function that splits features, or reads their number -> its replacement."""
 
 
-def _calling_function() -> str:
-    """Return the name of the innermost running function that is neither torch's nor of this module."""
-    frame = sys._getframe(2)
-    # A comprehension has a frame of its own until Python 3.12.
-    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_name[0] == "<"):
-        frame = frame.f_back
-    return frame.f_code.co_name
-
-
-def _decoder_forward(host: Host, has_axes: bool) -> Any:
+def _decoder_forward(
+    host: Host, names: Collection[str], deeper: LaterFeatures | None, by_type: TokenBlocks | None
+) -> Any:
     def forward(self: Any, **given: Any) -> Any:
         ids, features = given.pop(IDS), given.pop(FEATURES)
         embeds = self.get_input_embeddings()(ids.clamp(min=0))
         places, is_feature = (-1 - ids).clamp(min=0, max=features.shape[1] - 1), (ids < 0)[..., None]
         found = torch.ops.lorac.rows(features, places).to(embeds.dtype)
-        if has_axes:
-            offsets, numbers = given.pop(OFFSETS), given.get(POSITION_IDS)
-            numbers = torch.arange(ids.shape[1]).expand(ids.shape) if numbers is None else numbers
-            found_offsets = torch.ops.lorac.rows(offsets, numbers.clamp(max=offsets.shape[1] - 1))
-            given[POSITION_IDS] = numbers + found_offsets.permute(2, 0, 1)
+        numbers = given.get(POSITION_IDS)
+        numbers = torch.arange(ids.shape[1]).expand(ids.shape) if numbers is None else numbers
+        tables = {name: given.pop(name) for name in (OFFSETS, BLOCKS) if name in names}
+        terms = {n: torch.ops.lorac.rows(t, numbers.clamp(max=t.shape[1] - 1)) for n, t in tables.items()}
+        if OFFSETS in terms:
+            given[POSITION_IDS] = numbers + terms[OFFSETS].permute(2, 0, 1)
+        if by_type is not None:
+            types = torch.where(terms[BLOCKS].ne(0).any(-1), by_type.type, 1 - by_type.type)
+            given[by_type.argument] = types
         first, *later = found.split(embeds.shape[-1], -1)
         given["inputs_embeds"] = torch.where(is_feature, first, embeds)
         if not later:
             return base.forward(self, **given)
-        added = {
-            "visual_pos_masks": is_feature,
-            "deepstack_visual_embeds": [torch.where(is_feature, part, 0) for part in later],
-        }
-        inner = next(module for module in self.modules() if callable(getattr(module, _LATER, None)))
-        setattr(inner, _LATER, lambda hidden, _, part: hidden + part)
+        assert deeper is not None
+        added = {deeper.marks: is_feature, deeper.features: [torch.where(is_feature, part, 0) for part in later]}
+        inner = next(module for module in self.modules() if callable(getattr(module, deeper.adds, None)))
+        setattr(inner, deeper.adds, lambda hidden, _, part: hidden + part)
         with inner.register_forward_pre_hook(lambda _, args, known: (args, known | added), with_kwargs=True):
             return base.forward(self, **given)
 
     base = type(host.model)
     own = [p for p in host.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [FEATURES, OFFSETS] if has_axes else [FEATURES]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [*own, *(inspect.Parameter(name, kind, default=None) for name in added)]
+    parameters = [*own, *(inspect.Parameter(name, kind, default=None) for name in sorted(PLACED & {*names}))]
     forward.__signature__ = _signature(forward, parameters)  # type: ignore[attr-defined]  # functions take attributes
     return forward
 

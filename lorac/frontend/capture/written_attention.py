@@ -62,7 +62,7 @@ class FoldWrittenAttention(Pass):
             if window is not None:
                 if bias is not None and bias.target is aten.expand.default:
                     q, k, bias = _join_key_bias(graph, node, bias)
-                node.args = (q, k, v, bias, *others[:3], True, window, *others[5:])
+                node.args = (q, k, v, bias, *others[:4], True, window, *others[6:])
                 changed = True
         for written in list(graph.find(*_PRODUCTS)):
             operands = reader.match(written)
@@ -186,7 +186,7 @@ class _ScoreReader:
         if scores.filled is not None:
             seen, hides = scores.filled
             seen = insert(aten.logical_not.default, seen) if hides else seen
-        return q, k, v, bias, seen, None, float(scores.scale), scores.window is not None, scores.window or 0, 0.0
+        return q, k, v, bias, seen, None, None, float(scores.scale), scores.window is not None, scores.window or 0, 0.0
 
     def read_bias(self, bias: Any) -> tuple[fx.Node | None, int | None]:
         """Return a bias without the causal mask in it, None for nothing, and the mask's window, None for no mask."""

@@ -75,6 +75,7 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     bias: Tensor | None,
     seen: Tensor | None,
     sinks: Tensor | None,
+    blocks: Tensor | None,
     scale: float,
     causal: bool,
     window: int,
@@ -89,6 +90,9 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         bias: added to the scores; broadcast to (batch, heads, length, other length).
         seen: booleans, which scores count; broadcast likewise.
         sinks: (heads,): a further score of each head, whose share of the softmax has no value.
+        blocks: (batch, length, 2) or (batch, length, 1): positions of the first and the last token that a token sees
+            even where ``causal`` and ``window`` hide them, such as those of its image; of the last alone, the first is
+            the token itself.
         scale: factor of the scores.
         causal: whether a token sees no later ones.
         window: the most tokens that a token sees, itself included; 0 for all; -n for those of its chunk of n tokens.
@@ -99,7 +103,7 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         (batch, length, heads, size)
     """
     queries, keys = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
-    masks = [seen, visible_keys(queries[None], keys, window) if causal else None]
+    masks = [seen, visible_keys(queries[None], keys, window, blocks) if causal else None]
     return attend_with_masks(q, k, v, masks, bias, sinks, scale, softcap)
 
 
@@ -120,6 +124,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     places: Tensor,
     sinks: Tensor | None,
     distances: Tensor | None,
+    blocks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
@@ -134,7 +139,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         new: (batch,): number of new tokens. ``past + new`` is at most the capacity.
         places: (batch, length): the positions of the new tokens, from ``past`` on.
         distances: (heads, capacity): bias of the score of a key so many tokens before the query.
-        sinks, scale, window, softcap, module: as in ``attention``.
+        sinks, blocks, scale, window, softcap, module: as in ``attention``.
 
     Returns:
         (batch, length, heads, size), with arbitrary values at padding; and the cache with the new tokens in it.
@@ -148,7 +153,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     if distances is not None:  # padding may be farther from a key than the cache is long
         apart = (places[:, :, None] - keys).clamp(min=0, max=distances.shape[1] - 1)
         bias = distances[:, apart].transpose(0, 1)
-    seen = visible_keys(places, keys, window)
+    seen = visible_keys(places, keys, window, blocks)
     return attend_with_masks(q, held_k, held_v, [seen], bias, sinks, scale, softcap), held_k, held_v
 
 
@@ -195,8 +200,8 @@ def _(x: Tensor, places: Tensor) -> Tensor:
 
 ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
 POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
-BIAS_OPERAND, SCALE_OPERAND, CAUSAL_OPERAND = 3, 6, 7
-"""The operands of an attention that are its bias, its scale, and true for a growing sequence."""
+BIAS_OPERAND, BLOCKS_OPERAND, SCALE_OPERAND, CAUSAL_OPERAND = 3, 6, 7, 8
+"""The operands of an attention that are its bias, its blocks, its scale, and true for a growing sequence."""
 
 _BRANCH_SEPARATOR = ":"
 """Separates, in the operand ``module`` of a branch's attention, the site's path from the attention's number."""
@@ -222,18 +227,26 @@ class IncrementalAttention(BranchAttention):
         """Attend with the op; programs with a cache have no padding mask."""
         require_causal(place, causal)
         assert _BRANCH_SEPARATOR in place
-        y: Tensor = torch.ops.lorac.attention(q, k, v, None, None, None, scale, causal, 0, 0.0, place)
+        y: Tensor = torch.ops.lorac.attention(q, k, v, None, None, None, None, scale, causal, 0, 0.0, place)
         return y
 
 
-def visible_keys(queries: Tensor, keys: Tensor, window: int) -> Tensor:
-    """Return which keys (length,) each query (batch or 1, length) sees: (batch or 1, 1, queries, keys)."""
+def visible_keys(queries: Tensor, keys: Tensor, window: int, blocks: Tensor | None = None) -> Tensor:
+    """Return which keys (length,) each query (batch or 1, length) sees: (batch or 1, 1, queries, keys).
+
+    Args:
+        queries, keys: positions.
+        window, blocks: as ``attention`` takes them.
+    """
     ahead = keys[None, None, :] - queries[:, :, None]
     seen = ahead <= 0
     if window > 0:
         seen &= ahead > -window
     elif window:
         seen &= keys[None, None, :] >= (queries - queries % -window)[:, :, None]
+    if blocks is not None:
+        first = queries[..., None] if blocks.shape[-1] == 1 else blocks[..., :1]
+        seen = seen | ((keys >= first) & (keys <= blocks[..., -1:]))
     return seen[:, None]
 
 

@@ -199,13 +199,14 @@ def compute_features(features: PromptFeatures, bound: BoundProgram, graph: str) 
         InputMismatch: there are more or fewer than placeholders.
         Unavailable: the adapters of the choice take no images or sounds.
     """
-    if bound.virtual_tokens and features.offsets is not None:
+    if features.tables and (bound.virtual_tokens or isinstance(bound, InvokedProgram)):
         raise Unavailable(
-            "virtual tokens precede the prompts, and positions of several axes know none of them",
+            "virtual tokens and invoked adapters do not go with positions of several axes, nor with tokens that see "
+            "later ones",
             next_step="swap to another adapter, or give text alone",
         )
-    runs = split_inputs(features.modality, features.inputs)
-    return features.place(torch.cat([bound.compute_features(graph, run) for run in runs]))
+    runs = split_inputs(features.modality, features.inputs) if features.inputs else []
+    return features.place([bound.compute_features(graph, run) for run in runs])
 
 
 def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lorac.ir.calls.modalities import leave_block
 from lorac.target.engine import Engine
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 
@@ -27,6 +28,7 @@ class DecodingState:
         rows: the tokens of each row, once a call that returns them has ended.
         engine: the engine that computed them.
         fed: the tokens of each row's prompt as the program takes them, where those are not the ids.
+        blocks: (rows, count, 2): which tokens of each prompt see each other, so that they are computed together.
     """
 
     is_compileable = False
@@ -38,6 +40,7 @@ class DecodingState:
         self.rows: Sequence[Tensor] | None = None
         self.engine: weakref.ref[Engine] | None = None
         self.fed: Sequence[Tensor] = ()
+        self.blocks: Tensor | None = None
 
     @staticmethod
     def initial_capacity(length: int, new: int) -> int:
@@ -67,6 +70,8 @@ class DecodingState:
         except BaseException:
             self.cache.crop(lengths)
             raise
+        finally:
+            self.blocks = None
 
     def step(self, decode: DecodeTokens, tokens: Tensor, unfinished: Sequence[int]) -> Tensor:
         """Add one token to each unfinished row; return logits (rows, vocabulary), zeros for the finished rows.
@@ -118,20 +123,36 @@ class DecodingState:
         """Add all new tokens; those before each row's last chunk are computed chunk by chunk."""
         self._grow(counts)
         size = self.chunk_size or 1
-        last = max(self.chunk_size or max(counts), keep)
-        early = [max(count - last, 0) for count in counts]
-        for start in range(0, max(early), size):
-            ids = tokens[:, start : start + size]
-            chunk = [min(max(count - start, 0), ids.shape[1]) for count in early]
+        last, before = max(self.chunk_size or max(counts), keep), self.cache.lengths
+        early = self._leave_blocks(before, [max(count - last, 0) for count in counts], ahead=False)
+        done = [0] * len(counts)
+        while done != early:
+            ends = [min(begin + size, end) for begin, end in zip(done, early, strict=True)]
+            upto = self._leave_blocks(before, ends, ahead=True)
+            ids = _join_parts(tokens, done, upto)
+            chunk = [end - begin for begin, end in zip(done, upto, strict=True)]
             decode(self.cache, DecodeStep(ids=ids, counts=chunk, wanted=torch.zeros_like(ids[:, :1])))
+            done = upto
         rest = [count - done for count, done in zip(counts, early, strict=True)]
-        left = [row[done:count] for row, done, count in zip(tokens, early, counts, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(left, batch_first=True)
+        ids = _join_parts(tokens, early, counts)
         wanted = torch.tensor(rest)[:, None] - keep + torch.arange(keep)
         return decode(self.cache, DecodeStep(ids=ids, counts=rest, wanted=wanted.clamp(min=0)))
+
+    def _leave_blocks(self, before: Sequence[int], places: list[int], *, ahead: bool) -> list[int]:
+        """Return the nearest places among each row's new tokens that cut no block."""
+        if self.blocks is None:
+            return places
+        rows = zip(self.blocks, before, places, strict=True)
+        moved = [leave_block(row, past + place, ahead=ahead) - past for row, past, place in rows]
+        return [max(place, 0) for place in moved]
 
     def _grow(self, counts: Sequence[int]) -> None:
         """Make room for new tokens of each row."""
         needed = max(length + count for length, count in zip(self.cache.lengths, counts, strict=True))
         if needed > self.cache.capacity:
             self.cache.grow(max(needed, min(2 * self.cache.capacity, self.max_length)))
+
+
+def _join_parts(tokens: Tensor, begins: Sequence[int], ends: Sequence[int]) -> Tensor:
+    parts = [row[begin:end] for row, begin, end in zip(tokens, begins, ends, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)

@@ -25,6 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import InputMismatch
 from lorac.frontend.hosts.transformers import require_graphs
+from lorac.ir.calls.modalities import BLOCKS
+from lorac.ir.graph.attention_ops import encoder_output_name
 from lorac.runtime.generation.decoding_state import DecodeTokens, DecodingState
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
 
@@ -158,6 +160,7 @@ class GenerationDriver(GenerationMixin, ABC):
         if model_kwargs.get("cache") is None:
             model_kwargs["cache"] = self._new_state(rows, DecodingState.initial_capacity(count, new))
         self.state = state = model_kwargs["cache"]
+        state.blocks = (self.program.features or {}).get(encoder_output_name(BLOCKS))
         if self.program.features:
             state.fed = self.program.fed
             state.cache.set_encoder_outputs(self.program.features)

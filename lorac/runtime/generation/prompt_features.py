@@ -12,9 +12,12 @@ from lorac.argument_types import Fields
 from lorac.errors import InputMismatch
 from lorac.frontend.hosts.transformers import find_stored_positions
 from lorac.ir.calls.modalities import (
+    BLOCK_TYPES,
+    BLOCKS,
     FEATURES,
     KINDS,
     OFFSETS,
+    TOKEN_TYPES,
     Modality,
     feature_ids,
     find_modality,
@@ -36,8 +39,8 @@ class PromptFeatures:
         inputs: of the tower, for all rows of the call.
         counts: number of placeholders of each row of the call.
         marks: (rows, length) of the prompts: which tokens are placeholders.
-        offsets: (rows, length, axes): terms that the number of a token of the prompts gets to give its positions, and
-            behind them that of all later tokens; None where positions are the numbers.
+        tables: by the name of the program's input, for each row (length + 1, axes): terms that the number of a token of
+            its prompt gets, and behind them those of all later tokens.
         selected: the rows of the call that the prompts are.
     """
 
@@ -45,7 +48,7 @@ class PromptFeatures:
     inputs: Mapping[str, Tensor]
     counts: Sequence[int]
     marks: Tensor
-    offsets: Sequence[Tensor] | None
+    tables: Mapping[str, Sequence[Tensor]]
     selected: Sequence[int]
 
     @staticmethod
@@ -59,16 +62,17 @@ class PromptFeatures:
             prompts: the rows.
 
         Raises:
-            InputMismatch: inputs of the tower are missing.
+            InputMismatch: inputs of the tower are missing, or types of tokens do not fit the prompts.
         """
         given = {name: convert_input(name, options[name], None) for name in reads if options.get(name) is not None}
-        if not given:
+        blocks = _find_blocks(options, traits, prompts) if reads else None
+        if not given and blocks is None:
             return None
         modality = find_modality(reads)
         assert modality is not None
         token = modality.find_token(traits.settings)
         assert token is not None  # a capture found it
-        if missing := [name for name in reads if name not in given]:
+        if given and (missing := [name for name in reads if name not in given]):
             raise InputMismatch(
                 f"the call gives {', '.join(given)} and no {missing[0]}",
                 next_step=f"give all that the model's processor makes, {', '.join(reads)} among it",
@@ -76,6 +80,7 @@ class PromptFeatures:
         marks = prompts.ids.eq(token)
         marks = marks if prompts.mask is None else marks & prompts.mask.bool()
         counts = marks.sum(1).tolist()
+        tables = {} if blocks is None else {BLOCKS: blocks}
         known = find_stored_positions(cast("dict[str, Any]", traits.to_json()["config"]))
         asked = {IDS: prompts.ids, MASK: prompts.mask, KINDS: prompts.arrange(options.get(KINDS)), **given}
         positions = None if known is None else known.compute(asked)
@@ -84,25 +89,27 @@ class PromptFeatures:
                 f"positions are computed from {KINDS}, and the call has none",
                 next_step="give it, as the processor does",
             )
-        offsets = (
-            None
-            if positions is None
-            else [_offsets(row[:, -n:]) for row, n in zip(positions.unbind(1), prompts.counts, strict=True)]
-        )
-        return PromptFeatures(modality, given, counts, marks, offsets, range(len(counts)))
+        if positions is not None:
+            rows = zip(positions.unbind(1), prompts.counts, strict=True)
+            tables[OFFSETS] = [_offsets(row[:, -n:]) for row, n in rows]
+        return PromptFeatures(modality, given, counts, marks, tables, range(len(counts)))
 
     def rows(self, rows: Sequence[int]) -> "PromptFeatures":
         """Return those of some of the rows, whose tower still reads the inputs of all."""
-        offsets = None if self.offsets is None else [self.offsets[row] for row in rows]
+        tables = {name: [table[row] for row in rows] for name, table in self.tables.items()}
         selected = [self.selected[row] for row in rows]
-        return PromptFeatures(self.modality, self.inputs, self.counts, self.marks[list(rows)], offsets, selected)
+        return PromptFeatures(self.modality, self.inputs, self.counts, self.marks[list(rows)], tables, selected)
 
-    def place(self, features: Tensor) -> dict[str, Tensor]:
-        """Return the inputs of a program over a cache: the features (count, size) of all rows of the call, by row.
+    def place(self, runs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of a program over a cache: features and tables by row.
+
+        Args:
+            runs: the features (count, size) of all rows of the call, in parts.
 
         Raises:
             InputMismatch: there are more or fewer than placeholders.
         """
+        features = torch.cat(list(runs)) if runs else torch.zeros(0, 1)
         if len(features) != sum(self.counts):
             raise InputMismatch(
                 f"the prompts have {sum(self.counts)} tokens for {self.modality.name}s, and "
@@ -110,9 +117,8 @@ class PromptFeatures:
                 next_step="give prompts and inputs that the model's processor made together",
             )
         parts = features.split(list(self.counts))
-        placed = {FEATURES: pad_rows([parts[row] for row in self.selected])}
-        if self.offsets is not None:
-            placed[OFFSETS] = pad_rows(self.offsets)
+        placed = {FEATURES: pad_rows([parts[row] for row in self.selected])} if runs else {}
+        placed |= {name: pad_rows(table) for name, table in self.tables.items()}
         return {encoder_output_name(name): value for name, value in placed.items()}
 
     def feed(self, prompts: Prompts) -> list[Tensor]:
@@ -124,7 +130,9 @@ class PromptFeatures:
         return prompts.ids.masked_fill(self.marks, 0)
 
     def key(self, prompts: Prompts, features: Mapping[str, Tensor]) -> Prompts:
-        """Return the prompts with a digest of its features in the place of each placeholder, by which caches find them.
+        """Return the prompts with digests in the place of placeholders and blocks, by which caches find them.
+
+        A digest is of all features of a row and of all blocks in it.
 
         Args:
             prompts: the rows.
@@ -132,11 +140,33 @@ class PromptFeatures:
         """
         ids = prompts.ids.clone()
         for row, mark in enumerate(self.marks):
-            whole = hashlib.blake2b(digest_size=7)
+            whole, depends = hashlib.blake2b(digest_size=7), mark.clone()
+            if BLOCKS in self.tables:  # values of a token depend on later ones of its block
+                own = self.tables[BLOCKS][row][:-1].ne(0).any(1)
+                depends[len(depends) - len(own) :] |= own
+                whole.update(ids[row, depends & ~mark].numpy().tobytes())
             for value in features.values():
-                whole.update(value[row].contiguous().numpy().tobytes())
-            ids[row, mark] = -int.from_bytes(whole.digest()) - torch.arange(int(mark.sum()))
+                other = value[row].ne(value[row, -1]).any(-1).nonzero()  # the last stands for all behind it
+                whole.update(value[row, : 2 + int(other.max()) if len(other) else 1].contiguous().numpy().tobytes())
+            ids[row, depends] = -int.from_bytes(whole.digest()) - torch.arange(int(depends.sum()))
         return replace(prompts, ids=ids)
+
+
+def _find_blocks(options: Fields, traits: ModelTraits, prompts: Prompts) -> list[Tensor] | None:
+    """Return the terms of each row's blocks; None for a call that gives no types of tokens, or whose model has none."""
+    by_type = BLOCK_TYPES.get(str(traits.settings.get("model_type")))
+    if by_type is None and options.get(TOKEN_TYPES) is not None:
+        raise InputMismatch(f"the model takes no {TOKEN_TYPES}", next_step="leave them out")
+    if by_type is None or options.get(by_type.argument) is None:
+        return None
+    types = convert_input(by_type.argument, options[by_type.argument], None)
+    if types.shape != prompts.ids.shape:
+        raise InputMismatch(
+            f"{by_type.argument} has the shape {list(types.shape)}, and {IDS} {list(prompts.ids.shape)}",
+            next_step="give a number for each token, as the processor does",
+        )
+    arranged: Any = prompts.arrange(types)
+    return [by_type.find(row[-count:]) for row, count in zip(arranged, prompts.counts, strict=True)]
 
 
 def _offsets(positions: Tensor) -> Tensor:

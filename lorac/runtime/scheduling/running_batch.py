@@ -131,7 +131,7 @@ class RunningBatch:
             if len(left) > 1 and not row.is_read:
                 count = count if count <= left[tenant] else 0  # whole chunks: their sizes decide how sums are rounded
                 left[tenant] -= count
-            counts.append(count)
+            counts.append(row.leave_block(past, count))
         return counts
 
     def _draw(self, lane: _Lane, places: Sequence[int], logits: Tensor) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lorac.errors import AdapterError, drop_frames, list_some
+from lorac.ir.calls.modalities import BLOCKS, leave_block
+from lorac.ir.graph.attention_ops import encoder_output_name
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.ir.slots.prefix import check_ids
 from lorac.runtime.generation.cached_generation import compute_features
@@ -130,6 +132,11 @@ class RunningRow:
             self.state = self.phases[0].state
             self.program = self.state.bound or self.program
         return (self.phases[1].start if len(self.phases) > 1 else len(self.text)) - past
+
+    def leave_block(self, past: int, count: int) -> int:
+        """Return a number of tokens behind ``past`` ones, at least ``count``, that divides none that see each other."""
+        blocks = None if self._keyed is None else self._keyed[2].get(encoder_output_name(BLOCKS))
+        return count if blocks is None or not count else leave_block(blocks[0], past + count, ahead=True) - past
 
     def let_go(self) -> None:
         """Let go of the adapters."""

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lorac.errors import CaptureError
+from lorac.ir.calls.modalities import BLOCKS, leave_block
 from lorac.ir.graph.attention_ops import (
     CACHED_ATTENTION,
     LOGITS_TO_KEEP,
     NEW_LENGTHS,
     PAST_LENGTHS,
     WITHOUT_CACHE,
+    encoder_output_name,
     find_token_input,
     is_encoder_output,
     present_name,
@@ -86,7 +88,10 @@ class CacheCheck:
         ids, presents = self._inputs[self._ids_name], graph.interface.extra_outputs
         rows, length = ids.shape
         cache = make_empty_cache(cache_input_shapes(graph), ids)
-        first = torch.tensor([1 + row % (length - 1) for row in range(rows)], dtype=torch.int32)
+        ends, blocks = [1 + row % (length - 1) for row in range(rows)], encoder_outputs.get(encoder_output_name(BLOCKS))
+        if blocks is not None:
+            ends = [leave_block(own, end, ahead=True) for own, end in zip(blocks, ends, strict=True)]
+        first = torch.tensor(ends, dtype=torch.int32)
         for past, new in ((torch.zeros_like(first), first), (first, length - first)):
             inputs = {**cache, **encoder_outputs, PAST_LENGTHS: past, NEW_LENGTHS: new}
             positions = past[:, None].long() + torch.arange(int(new.max()))  # padded on the right

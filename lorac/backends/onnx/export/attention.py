@@ -23,8 +23,9 @@ _OPERANDS = {
     "places": _INDICES,
     "sinks": _FLOATS,
     "distances": _FLOATS,
+    "blocks": _INDICES,
 }
-_OPTIONAL = ("sinks", "distances")
+_OPTIONAL = ("sinks", "distances", "blocks")
 _RESULTS = ("y", "present_k", "present_v")
 _ATTRIBUTES = {
     "scale": defs.OpSchema.AttrType.FLOAT,
