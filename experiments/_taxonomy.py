@@ -49,11 +49,14 @@ A star marks those that the survey does not place; they stand where they come ne
 
 
 def write_page(path: Path) -> None:
-    """Write the page from the result that is kept, whatever code it was run with."""
+    """Write the page from the result that is kept, whatever code it was run with; without single scores leave it."""
     from experiments.__main__ import RESULTS
 
     result = json.loads((RESULTS / "lorafactory.json").read_text(encoding="utf-8"))
     tables = {table["title"]: table for table in result["tables"]}
+    if LORA not in tables[BEST]["scores"]:
+        print(f"{path} stays as it is: the run's single scores are lost; python -m experiments lorafactory --again")
+        return
     lora, rate = statistics.fmean(tables[BEST]["scores"][LORA]), tables[BEST]["rates"][LORA]
     head = HEAD.format(steps=result["steps"], seeds=result["seeds"], lora=lora, rate=rate)
     left_out = "\n".join(f"- {name}: {why}" for name, why in LEFT_OUT.items())

@@ -63,3 +63,12 @@ def test_the_page_marks_methods_that_differ_from_lora(tmp_path: Path, monkeypatc
     rows = [line for line in (tmp_path / "page.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(ways())
     assert [row for row in rows if "**" in row] == [row for row in rows if "| dora |" in row]
+
+
+def test_the_page_stays_where_single_scores_are_lost(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    tables = [{"title": title, "scores": {}, "rates": {}} for title in (BEST, AT_LORAS, VALUES, TIME)]
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    (tmp_path / "lorafactory.json").write_text(json.dumps({"tables": tables, "steps": 1, "seeds": 3}), encoding="utf-8")
+    write_page(tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+    assert "lorafactory --again" in capsys.readouterr().out
