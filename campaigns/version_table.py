@@ -39,12 +39,11 @@ ALONE = ("accelerate", "peft")
 """Packages that would bring torch's own dependencies with them."""
 HEAD = """# Versions
 
-`make versions` writes this page. It makes an environment for each torch and Python, puts releases of transformers and
-of others on its path, and runs `python -m campaigns.job` there, the README's job in ten steps: a model of no library in
-eager mode and on ONNX Runtime; and a model of transformers trained, swapped, mixed, with a choice for each row,
-generating, emitted, inspected, converted, checked and merged. Outputs are compared with those of weights to which `B A`
-was added by hand. A step is right, or refused by a sentence. Each torch and Python runs the small tests of `ir`,
-`training`, `passes` and `formats` once, with the newest transformers.
+Each cell is one combination of releases that did the README's job in ten steps: a model of no library in eager mode and
+on ONNX Runtime; and a model of transformers trained, swapped, mixed, with a choice for each row, generating, emitted,
+inspected, converted, checked and merged. A step is right, compared with weights to which `B A` was added by hand, or refused
+by a sentence. Each torch and Python runs the small tests of `ir`, `training`, `passes` and `formats` once, with the newest
+transformers.
 """
 NO_GPU = 100
 """CUDA's error for a machine without a GPU."""
@@ -299,7 +298,7 @@ def write_page(rows: Sequence[Row], results: Mapping[str, Mapping[str, object]])
             lines.append(f"| {row.title} | {versions(row)} | {resolves} | {cell(row)} | {tests(row)} |")
     lines += ["", "The sentences, each with the steps that gave it:", ""]
     lines += [f"- {mark}: {text} ({', '.join(sorted(marks[mark]))})" for text, mark in refusals.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "*Made by `make versions`.*"]) + "\n"
 
 
 def main(arguments: Sequence[str]) -> None:

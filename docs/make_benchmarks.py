@@ -13,10 +13,11 @@ from typing import Any
 
 HEAD = """# Benchmarks
 
-Made by `python -m docs.make_benchmarks FOLDER` from what `make bench` measured. Every figure is the median over
+Every figure is the median over
 processes of the median over rounds, within which all sides take turns in shuffled order; ratios compare sides of one
 run. A/A is the base over a second one of the same base: its distance from 1 is what the machine's noise is worth.
 """
+FOOT = "*Made by `python -m docs.make_benchmarks FOLDER` from results of `make bench`.*"
 
 
 def page(folder: Path) -> str:
@@ -28,7 +29,7 @@ def page(folder: Path) -> str:
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     if not runs:
         raise SystemExit(f"no runs in {folder}: python -m benchmarks --json {folder}")
-    return "\n".join([HEAD, *(line for run in runs for line in _run(run))]) + "\n"
+    return "\n".join([HEAD, *(line for run in runs for line in _run(run)), FOOT]) + "\n"
 
 
 def _run(run: Mapping[str, Any]) -> Iterator[str]:

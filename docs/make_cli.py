@@ -11,16 +11,15 @@ from collections.abc import Sequence
 import typer
 from click import Command, Parameter
 
+from docs.foot import FOOT
 from lorac import cli
 
 HEAD = """# The command line
 
-Made by `make docs` from the commands themselves; `make check` fails where the two differ, and `lorac COMMAND --help`
-says the same. The words are those of the Python interface.
+`lorac COMMAND --help` says the same. The words are those of the Python interface.
 
 Reports are tables that fit the terminal; where there is none, as in a pipe, they are whole, and with `--json` they are
-JSON. What takes longer than two seconds names its steps on a terminal's standard error. Errors go there too; these are
-the exit codes:
+JSON. Long commands show progress on standard error. Errors go there too; these are the exit codes:
 
 ```text
 {codes}
@@ -36,7 +35,7 @@ def page() -> str:
     codes = re.findall(r"^    (\d+ .*)$", cli.__doc__ or "", re.MULTILINE)
     before = _table(("option before the command", "meaning"), [_option(one) for one in group.params])
     sections = (_section(name, command) for name, command in group.commands.items())
-    return "\n".join((HEAD.format(codes="\n".join(codes)), before, *sections))
+    return "\n".join((HEAD.format(codes="\n".join(codes)), before, *sections, FOOT))
 
 
 def _section(name: str, command: Command) -> str:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from docs.foot import FOOT
 from lorac.formats import Evidence, Format, formats
 from lorac.formats._authors import REQUIRED, AuthorsFormat
 
 HEAD = """# Formats
-
-Made by `make docs` from the code; `make check` fails where the two differ. [Files](files.md) says how the files are
-used.
 
 ```text
 lorac inspect FILE --model MODEL
@@ -21,7 +19,8 @@ lorac convert FILE OUT --to NAME --model MODEL
 ```
 
 lorac recognises the format of a file that it reads; `--to` names the format of the file that it writes. Some files lack
-names or shapes that `--model` supplies: an error says so where it is needed.
+names or shapes that `--model` supplies: an error says so where it is needed. [Files](files.md) says how the files are
+used.
 """
 RULE = """## Which format a file is of
 
@@ -48,7 +47,7 @@ def page() -> str:
     refinements = ", ".join(f"`{one.name}` over `{one.refines}`" for one in known.values() if one.refines)
     order = "; ".join(KINDS[kind] for kind in sorted(KINDS))
     rule = RULE.format(order=order, refinements=refinements)
-    return "\n".join([HEAD, *_table(known), "", rule, SETTINGS, *_settings(known)]) + "\n"
+    return "\n".join([HEAD, *_table(known), "", rule, SETTINGS, *_settings(known), "", FOOT]) + "\n"
 
 
 def _table(known: Mapping[str, Format]) -> Iterator[str]:

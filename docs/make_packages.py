@@ -14,18 +14,16 @@ from pathlib import Path
 import grimp
 import networkx
 
+from docs.foot import FOOT
+
 PACKAGE = "lorac"
 ROOT = Path(__file__).parents[1]
 HEAD = """# Packages
 
-Made by `make docs` from the code; `make check` fails where the two differ. [architecture.md](architecture.md)
-says what a package knows.
-
-A box is a package with the number of its modules; an arrow leads to a package that it imports from. Arrows that follow
-from others are left out (the transitive reduction): a package may also import from any that can be reached along the
-arrows. Modules that are found because they exist (backends, formats, PEFT types, methods) are imported by no name, so
+A box is a package with the number of its modules; an arrow leads to a package that it imports from. Arrows for
+indirect imports are not drawn. Modules that are found because they exist (backends, formats, PEFT types, methods) are imported by no name, so
 no arrow leads to them. The interface, `lorac/__init__.py`, imports from all packages on first use and is left out. The
-contracts in `pyproject.toml` say which imports are allowed.
+contracts in `pyproject.toml` say which imports are allowed ([Architecture](architecture.md#where-things-are)).
 """
 
 
@@ -61,7 +59,7 @@ def _package_of(module: str, known: Mapping[str, list[str]]) -> str:
 def page() -> str:
     """Make the whole page."""
     known = packages()
-    lines = [HEAD, "```mermaid", *_flowchart(known), "```", "", *_table(known)]
+    lines = [HEAD, "```mermaid", *_flowchart(known), "```", "", *_table(known), "", FOOT]
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+from docs.foot import FOOT
 from lorac.cli.models import method_rows
 from lorac.formats._config_fields import Field
 from lorac.formats.peft.config import REFUSED_TYPES, peft_types
@@ -18,8 +19,7 @@ from lorac.variants.base import BranchVariant, PromptVariant, Variant
 
 HEAD = """# PEFT's names
 
-Made by `make docs` from the code; `make check` fails where the two differ. [From PEFT](from-peft.md) says how the files
-are used.
+[From PEFT](from-peft.md) says how the files are used.
 
 A field that is *applied* changes what is computed, and lorac does so. One that is *training only* matters while an
 adapter is trained: its tensors hold all that is left of it. What is *irrelevant* changes no number. A field that is
@@ -34,7 +34,7 @@ def page() -> str:
     for name, peft_type in sorted(peft_types().items()):
         fields = {key: field for key, field in peft_type.fields.items() if COMMON.get(key) is not field}
         lines += ["", f"## {name}", "", _classes(peft_type), "", *_table(fields)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", FOOT]) + "\n"
 
 
 def _count() -> str:

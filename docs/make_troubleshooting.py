@@ -10,17 +10,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import lorac.errors
+from docs.foot import FOOT
 
 MISTAKES = Path(__file__).parents[1] / "tests" / "golden" / "mistakes.txt"
 """What ``tests/test_mistakes.py`` holds: it makes every one of them, and runs what the answers suggest."""
 HEAD = """# When something is refused
 
-Made by `make docs` from `tests/test_mistakes.py`, which makes every one of these mistakes and runs what the answers
-suggest; `make check` fails where the two differ.
-
 An error of lorac's says what is wrong and where, then the nearest valid choice where there is one, then the next step.
 Look for the words of yours; the list is by the code of the error (`error.code`), as in the
 [reference](reference/errors.md). Whatever is refused has changed nothing.
+`tests/test_mistakes.py` makes every one of these mistakes and runs what the answers suggest.
 """
 _ENTRY = re.compile(r"^# (?P<done>.+)\n(?P<said>lorac\.(?P<kind>\w+) \[(?P<code>\w+)\]: (?:.+\n)+)", re.MULTILINE)
 
@@ -35,7 +34,7 @@ def page() -> str:
         lines += [f"## {code}", "", _meaning(kind, code), ""]
         for done, said in by_code[kind, code]:
             lines += [f"**{done[0].upper()}{done[1:]}**", "", "```text", *said.splitlines(), "```", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, FOOT]) + "\n"
 
 
 def _meaning(kind: str, code: str) -> str:

@@ -9,13 +9,14 @@ import inspect
 import re
 from collections.abc import Iterator
 
+from docs.foot import FOOT
 from lorac.merging import ways
 from lorac.merging.registry import option_defaults
 from lorac.merging.way import Way
 
 HEAD = """# Ways of merging
 
-Made by `make docs` from the code; `make check` fails where the two differ. [Merge](merging.md) says how they are used.
+[Merge](merging.md) says how they are used.
 Each is a `method=` of `lorac.merge`, and a `merge_method` of a recipe; `knots`
 and `core` are short for `ties` in that space.
 """
@@ -24,7 +25,7 @@ COMMON = option_defaults(Way)  # type: ignore[type-abstract]  # its fields alone
 
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([HEAD, *_ways(), "", "## Options", "", *_options()]) + "\n"
+    return "\n".join([HEAD, *_ways(), "", "## Options", "", *_options(), "", FOOT]) + "\n"
 
 
 def _ways() -> Iterator[str]:

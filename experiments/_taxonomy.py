@@ -29,8 +29,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 """The survey's axes -> ways of training; with a star those that the survey does not place. Others are other forms."""
 HEAD = """# Families of methods
 
-Written by `python -m experiments.lorafactory --page docs/taxonomy.md` from the code and from the last whole run of
-that [experiment](experiments.md): every method that fits a small perceptron, and LoRA's own rules and first values,
+Every method that fits a small perceptron, and LoRA's own rules and first values,
 learn the same code in {steps} steps, each at its best learning rate. [Methods](methods.md) has formulas, files and
 papers; [Architecture](architecture.md#the-one-idea) says how each form runs.
 
@@ -46,6 +45,10 @@ A star marks those that the survey does not place; they stand where they come ne
 | family | way | form | merges | values | time | best rate | loss | at LoRA's rate |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
+FOOT = """
+*Made by `python -m experiments.lorafactory --page docs/taxonomy.md` from the code and the last whole run of that
+[experiment](experiments.md#lorafactory).*
+"""
 
 
 def write_page(path: Path) -> None:
@@ -60,7 +63,7 @@ def write_page(path: Path) -> None:
     lora, rate = statistics.fmean(tables[BEST]["scores"][LORA]), tables[BEST]["rates"][LORA]
     head = HEAD.format(steps=result["steps"], seeds=result["seeds"], lora=lora, rate=rate)
     left_out = "\n".join(f"- {name}: {why}" for name, why in LEFT_OUT.items())
-    tail = f"\nOf the methods for linear layers, these were left out:\n\n{left_out}\n"
+    tail = f"\nOf the methods for linear layers, these were left out:\n\n{left_out}\n{FOOT}"
     path.write_text(head + "\n".join(_rows(tables)) + "\n" + tail, encoding="utf-8")
 
 

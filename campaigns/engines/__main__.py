@@ -253,8 +253,7 @@ def run(path: Path, methods: list[str], families: list[str], engines: list[str],
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 INTRODUCTION = """# Engines
 
-Made by `python -m campaigns.engines page` from lorac's table (`lorac/formats/engines.toml`), and from a run of every
-method through the engines' own code. [Convert](convert.md#for-an-engine) says how `lorac convert --for ENGINE` is used.
+[Convert](convert.md#for-an-engine) says how `lorac convert --for ENGINE` is used.
 
 ## Rules
 
@@ -277,6 +276,10 @@ The U-Net is for diffusers alone, which runs it.
 
 vLLM, SGLang and Olive run as far as their loaders: what these read is multiplied out into the model. mlx-lm, llama.cpp
 and onnxruntime-genai run the model. {absent}
+"""
+FOOT = """
+*Made by `python -m campaigns.engines page` from lorac's table (`lorac/formats/engines.toml`), and from a run of every
+method through the engines' own code.*
 """
 
 
@@ -304,7 +307,7 @@ def page(path: Path) -> str:
             cells = [_cell(found.get(f"{family}/{key}/{engine}")) for engine in columns]
             text += f"| `{key}` | {' | '.join(cells)} |\n"
     counts = Counter(record["outcome"] for record in found.values())
-    return text + "\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".\n"
+    return text + "\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".\n" + FOOT
 
 
 def _cell(record: Mapping[str, Any] | None) -> str:

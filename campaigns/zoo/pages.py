@@ -37,19 +37,18 @@ NOT_RUN = "not-run"
 """The outcome of a model that no journal says anything of."""
 HEAD = """# Models
 
-Made by `python -m campaigns.zoo page` from `docs/models.jsonl`, where `make zoo` puts what it finds. Every model is
-tiny and random; PEFT writes an adapter for it (LoRA on every layer that its LoRA adapts, experts by "all-linear", and
-its other types on small hosts), and lorac has to answer as PEFT does by the measure of `lorac/testing/parity.py`: at
-the size it was shown and at another, with the adapter, without it and with it again, and with the host left as it
-was. A way that a model was not run by counts neither for nor against. Of a detector (*-scores*)
-the backbone and the head are run, without the choice among boxes.
+Every model is tiny and random. PEFT writes an adapter for it (LoRA on every layer that its LoRA adapts, experts by
+"all-linear", and its other types on small models), and lorac has to answer as PEFT does: at the example's size and at
+another, with the adapter, without it and with it again. Of a detector (*-scores*) the backbone and the head (`rpn.head`)
+were run, without the choice among boxes: compile the backbone, as [Image models](images.md#convolutions) shows.
 
-*ok* is all of that. *fixed* is that too, at another number of rows or another length alone, or at the example's size
-alone: the model's own Python loops over the other, which the error at another size names with its line. *refused* is
-any other error of lorac's own that says what to do. *wrong* is other numbers than PEFT's or
-the base's; *untyped* is any other error. What the host cannot do by itself, or PEFT, is not counted: those models stand
-at the end, each with its reason. Seconds are of one processor; the ratio is to exporting the same model to ONNX Runtime
-without lorac.
+- *ok*: all of that.
+- *fixed*: right, but some sizes cannot vary, because the model's Python loops over them. The error names the line.
+- *refused*: another error of lorac's, which says what to do.
+- *wrong*: other numbers than PEFT's or the base's. *untyped*: any other error.
+
+Models that fail without lorac, or in PEFT, stand at the end with the reason and are not counted. Seconds are of one
+processor; the ratio is to exporting the same model to ONNX Runtime without lorac.
 """
 
 
@@ -179,16 +178,17 @@ def page(given: Iterable[Record], left_out: Mapping[str, str]) -> str:
     families = defaultdict(list)
     for record in records:
         families[record["family"]].append(record)
-    parts = [HEAD, _versions(records), _totals(records), _overview(families), _why(records), _slow(records)]
+    parts = [HEAD, _totals(records), _overview(families), _why(records), _slow(records)]
     parts += [_generation(every)]
     parts += [_family(name, members) for name, members in sorted(families.items())]
-    return "\n".join([*parts, not_compared(records, left_out), *_not_run(unknown)])
+    return "\n".join([*parts, not_compared(records, left_out), *_not_run(unknown), _foot(records)])
 
 
-def _versions(records: Sequence[Record]) -> str:
+def _foot(records: Sequence[Record]) -> str:
     named = sorted({", ".join(f"{name} {value}" for name, value in record["versions"].items()) for record in records})
     days = sorted({record["at"] for record in records})
-    return f"Made with {'; '.join(named)}; {days[0]} to {days[-1]}.\n"
+    made = "Made by `python -m campaigns.zoo page` from `docs/models.jsonl`, where `make zoo` puts its results"
+    return f"\n*{made}; with {'; '.join(named)}; {days[0]} to {days[-1]}.*\n"
 
 
 def _share(part: int, whole: int) -> str:

@@ -103,11 +103,8 @@ def row_cells(row: MethodRow) -> tuple[str, ...]:
 _PAGE = """\
 # Methods
 
-Made by `make docs` from the code; `make check` fails where the two differ.
-
-Normal form and number of trained values are those of one layer {width} x {width} at default
-hyper-parameters; for methods on blocks, those of a block of that width. A low-rank form runs next to the
-weight and is swapped by rebinding; in addition to its two factors it may have
+Sizes are those of one layer {width} x {width}, or a block of that width, at default settings. A low-rank form runs
+next to the weight and is swapped by rebinding; in addition to its two factors it may have
 
 {roles}
 
@@ -116,6 +113,8 @@ Sparse, delta and dense forms run as a merged weight, and a branch is a subgraph
 PEFT's types, and, in small letters, the formats of the methods' authors.
 
 {table}
+
+*Made by `make docs` from the code; `make check` fails where the two differ.*
 """
 
 
