@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz check-fit experiments check types docs pictures format bench zoo mutants latest versions lock clean
+.PHONY: help demo denoiser wheel-native release release-tests test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz check-fit experiments check types docs search pictures format bench zoo mutants latest versions lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -102,6 +102,9 @@ docs: $(STAMP) ## Write the pages that are made from the code, and build the sit
 	$(BIN)/lorac variants --markdown > docs/methods.md
 	for page in $(PAGES); do $(BIN)/python -m docs.make_$$page > docs/$$page.md || exit 1; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+search: docs ## Look up 40 words in the search of the built site (needs Node)
+	node docs/search_words.mjs build/site
 
 pictures: $(STAMP) ## Draw the pictures in docs/pictures (those of graphs need Chromium)
 	$(BIN)/python -m docs.draw_compositions

@@ -41,9 +41,9 @@ HEAD = """# Versions
 
 Each cell is one combination of releases that did the README's job in ten steps: a model of no library in eager mode and
 on ONNX Runtime; and a model of transformers trained, swapped, mixed, with a choice for each row, generating, emitted,
-inspected, converted, checked and merged. A step is right, compared with weights to which `B A` was added by hand, or refused
-by a sentence. Each torch and Python runs the small tests of `ir`, `training`, `passes` and `formats` once, with the newest
-transformers.
+inspected, converted, checked and merged. A step is right, compared with weights to which `B A` was added by hand, or
+refused by a sentence. Each torch and Python runs the small tests of `ir`, `training`, `passes` and `formats` once,
+with the newest transformers.
 """
 NO_GPU = 100
 """CUDA's error for a machine without a GPU."""

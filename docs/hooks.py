@@ -38,27 +38,34 @@ def _compiled() -> list[str]:
     ]
 
 
-WORDS = {
-    "benchmarks.md": "speed performance latency throughput tokens per second",
-    "capacity.md": "memory RAM rank multi-LoRA batch heterogeneous thread concurrency LRU cache",
-    "convert.md": "export conversion LoRA SVD rank reduction vLLM SGLang llama.cpp GGUF Ollama kohya",
-    "diffusion.md": "Stable Diffusion SDXL Flux text-to-image ControlNet LoRA scale weight",
-    "files.md": "safetensors checkpoint download hub Hugging Face S3 repository push_to_hub offline",
-    "from-peft.md": "migrate migration get_peft_model PeftModel merge_and_unload set_adapter load_adapter aLoRA",
-    "generate.md": "LLM chat inference KV cache streaming beam search sampling quantize int4 int8 4-bit speculative",
-    "images.md": "vision ViT ResNet timm torchvision detector segmentation convolution picture",
-    "install.md": "pip GPU CUDA wheel requirements Docker Windows macOS",
-    "merging.md": "TIES DARE SLERP mergekit model soup task arithmetic",
-    "mixing.md": "blend weighted LoRA scale router mixture of experts combine several adapters",
-    "modes.md": "fp16 bf16 float16 half precision quantize quantise bitsandbytes NF4 GPU merge unmerge overhead",
-    "serving.md": "OpenAI API server REST endpoint Kubernetes Prometheus metrics multi-tenant embeddings",
-    "tensorrt.md": "NVIDIA GPU CUDA engine fp16 refit",
-    "tour.md": "tutorial notebook example quickstart getting started",
-    "training.md": "fine-tune fine-tuning SFT DPO GRPO TRL Trainer accelerate YAML notebook QLoRA FSDP",
-    "which.md": "alternative comparison vLLM llama.cpp Ollama OpenVINO PEFT onnxruntime-genai versus",
-    "without-lorac.md": "C++ C# Java JavaScript browser web onnxruntime deploy",
+TAGS = {
+    "adding.md": "plugin, entry point, custom backend, new pass",
+    "aoti.md": "AOTInductor, torch.export, pt2, ExportedProgram, ExecuTorch, torch.compile",
+    "benchmarks.md": "speed, performance, latency, throughput, tokens per second",
+    "capacity.md": "multi-LoRA, hot swap, batch, memory, RAM, threads, concurrency, LRU cache",
+    "convert.md": "export, conversion, GGUF, Ollama, SVD, rank reduction, SGLang, kohya",
+    "diffusion.md": "Stable Diffusion, SDXL, Flux, text-to-image, ControlNet, video",
+    "files.md": "safetensors, checkpoint, download, hub, Hugging Face, S3, push_to_hub, offline",
+    "from-peft.md": "migrate, get_peft_model, PeftModel, merge_and_unload, set_adapter, load_adapter, aLoRA",
+    "generate.md": "LLM, chat, inference, KV cache, streaming, beam search, sampling, speculative decoding",
+    "images.md": "vision, ViT, ResNet, timm, torchvision, detector, segmentation, dynamic_shapes, dynamic sizes",
+    "initialisation.md": "PiSSA, LoRA-GA, EVA, init_lora_weights, first values",
+    "install.md": "install, pip, CUDA, wheel, requirements, Windows, macOS, GPU",
+    "merging.md": "merge, TIES, DARE, SLERP, mergekit, model soup, task arithmetic, federated",
+    "mixing.md": "LoRA scale, weighted adapters, blend, strength, router, mixture of experts, combine adapters",
+    "modes.md": "fp16, bf16, half precision, quantize, quantization, int8, int4, 4-bit, bitsandbytes, NF4, GPU",
+    "openvino.md": "OpenVINO, Intel, NPU",
+    "own-method.md": "custom method, new method, formula, research",
+    "rules.md": "optimizer, LoRA+, GaLore, ReLoRA",
+    "serving.md": "OpenAI, API server, REST, Kubernetes, k8s, Prometheus, metrics, multi-tenant, embeddings, Ray",
+    "tensorrt.md": "NVIDIA, TensorRT, TRT, refit",
+    "tour.md": "tutorial, notebook, example, quickstart, getting started",
+    "training.md": "fine-tune, fine-tuning, SFT, DPO, GRPO, TRL, Trainer, QLoRA, FSDP, accelerate",
+    "troubleshooting.md": "error message, exception, traceback",
+    "which.md": "alternatives, comparison, versus, vLLM, llama.cpp, OpenVINO GenAI",
+    "without-lorac.md": "docker, Dockerfile, ONNX, browser, JavaScript, C++, C#, Java, deploy, edge",
 }
-"""Page -> words that people search for and that its text lacks. They are on the page, and not shown."""
+"""Page -> words that people search for. The site's search finds them before titles and text, and shows them."""
 LISTS: dict[str, Callable[[], list[str]]] = {"compiled": _compiled, "method": _methods, "error": _errors}
 
 
@@ -68,10 +75,9 @@ def listed(markdown: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Expand the lists of a page, and put its search words behind its title; mkdocs calls this for every page."""
-    if page.file.src_uri in WORDS:
-        title, _, rest = markdown.partition("\n")
-        markdown = f'{title}\n\n<p class="search-words">{WORDS[page.file.src_uri]}</p>\n{rest}'
+    """Expand the lists of a page, and give it its tags for the search; mkdocs calls this for every page."""
+    if page.file.src_uri in TAGS:
+        page.meta["tags"] = TAGS[page.file.src_uri].split(", ")
     markdown = FILE.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), markdown)
     for link, instead in TURNED.items():
         markdown = markdown.replace(link, instead)

@@ -20,10 +20,11 @@ PACKAGE = "lorac"
 ROOT = Path(__file__).parents[1]
 HEAD = """# Packages
 
-A box is a package with the number of its modules; an arrow leads to a package that it imports from. Arrows for
-indirect imports are not drawn. Modules that are found because they exist (backends, formats, PEFT types, methods) are imported by no name, so
-no arrow leads to them. The interface, `lorac/__init__.py`, imports from all packages on first use and is left out. The
-contracts in `pyproject.toml` say which imports are allowed ([Architecture](architecture.md#where-things-are)).
+A box is a package with the number of its modules; an arrow leads to a package that it imports from. Arrows for indirect
+imports are not drawn. Modules that are found because they exist (backends, formats, PEFT types, methods) are imported
+by no name, so no arrow leads to them. The interface, `lorac/__init__.py`, imports from all packages on first use and is
+left out. The contracts in `pyproject.toml` say which imports are allowed
+([Architecture](architecture.md#where-things-are)).
 """
 
 

@@ -39,7 +39,7 @@ HEAD = """# Models
 
 Every model is tiny and random. PEFT writes an adapter for it (LoRA on every layer that its LoRA adapts, experts by
 "all-linear", and its other types on small models), and lorac has to answer as PEFT does: at the example's size and at
-another, with the adapter, without it and with it again. Of a detector (*-scores*) the backbone and the head (`rpn.head`)
+another, with the adapter, without it and with it again. Of a detector (*-scores*) the backbone and `rpn.head`
 were run, without the choice among boxes: compile the backbone, as [Image models](images.md#convolutions) shows.
 
 - *ok*: all of that.
