@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorac.argument_types import JsonMapping, broken_limit, field_types, format_type, matches_type
-from lorac.errors import FormatError, nearest_name, short
-from lorac.formats._errors import unsupported_error
+from lorac.errors import short
+from lorac.formats._errors import unknown_name_error, unsupported_error
 from lorac.ir.sites.patterns import TARGET_KEYWORDS
 
 T = TypeVar("T")
@@ -118,12 +118,12 @@ def refuse_unknown_fields(raw: JsonMapping, known: Iterable[str], path: Path) ->
     names = set(known)
     for name in raw:
         if name not in names:
-            raise FormatError(
+            raise unknown_name_error(
                 f"'{path}' sets the unknown field '{name}' = {short(raw[name])}",
-                nearest=nearest_name(name, names),
-                next_step="it may change the result, so it is not ignored; "
-                "if it is from a newer library, a newer lorac may know it",
-                code="unknown_field",
+                name,
+                names,
+                "it may change the result, so it is not ignored; if it is from a newer library, a newer lorac may know "
+                "it",
             )
 
 

@@ -1,6 +1,8 @@
 """Errors that many formats raise."""
 
-from lorac.errors import FormatError
+from collections.abc import Iterable
+
+from lorac.errors import FormatError, nearest_name
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
@@ -8,6 +10,11 @@ from lorac.variants.base import BranchVariant, Variant
 def unsupported_error(fault: str, *, next_step: str | None, nearest: str | None = None) -> FormatError:
     """Return the error for a value that lorac does not build, or that a format has no place for."""
     return FormatError(fault, nearest=nearest, next_step=next_step, code="unsupported_field")
+
+
+def unknown_name_error(fault: str, name: str, known: Iterable[str], next_step: str) -> FormatError:
+    """Return the error for a field of a file that its reader does not know."""
+    return FormatError(fault, nearest=nearest_name(name, known), next_step=next_step, code="unknown_field")
 
 
 def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatError:

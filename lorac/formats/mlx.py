@@ -19,7 +19,16 @@ from torch import Tensor
 from lorac.adapters.fit import sort_by_site
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded
-from lorac.formats._config_fields import Applied, Field, Irrelevant, TrainingOnly, read_fields, read_number, read_size
+from lorac.formats._config_fields import (
+    Applied,
+    Field,
+    Irrelevant,
+    TrainingOnly,
+    read_choice,
+    read_fields,
+    read_number,
+    read_size,
+)
 from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
@@ -51,12 +60,6 @@ _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
 """The path of a module in a block -> its path within the block, by which mlx-lm names the layers to adapt."""
 
 
-def _read_type(value: object) -> str:
-    if value not in ("lora", "dora", "full"):
-        raise ValueError("expected lora, dora or full")
-    return str(value)
-
-
 def _read_lora_parameters(value: object) -> JsonMapping:
     if not isinstance(value, dict):
         raise ValueError("expected a mapping")
@@ -70,7 +73,7 @@ _OF_THE_RUN = (
 )
 _OF_THE_COMMAND = "adapter_path model test test_batches train trust_remote_code wandb"
 _FIELDS: Mapping[str, Field] = {
-    "fine_tune_type": Applied("lora", read=_read_type),
+    "fine_tune_type": Applied("lora", read=read_choice("lora", "dora", "full")),
     "lora_parameters": Applied({}, read=_read_lora_parameters),
     **dict.fromkeys(_OF_THE_RUN.split(), TrainingOnly()),
     **dict.fromkeys(_OF_THE_COMMAND.split(), Irrelevant()),

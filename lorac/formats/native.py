@@ -17,8 +17,8 @@ from torch import Tensor
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, check_values, sort_by_site
 from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
-from lorac.errors import FormatError, UnknownMethod, nearest_name, short
-from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.errors import FormatError, UnknownMethod, short
+from lorac.formats._errors import corrupt_error, unknown_name_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
 from lorac.formats._writing import encode_config, write_sealed
@@ -223,12 +223,7 @@ def parse_record(path: Path, text: str) -> JsonMapping:
         )
     for field in record:
         if field not in _FIELDS and field != _MODULES:
-            raise FormatError(
-                f"'{path}' has the unknown field '{field}'",
-                nearest=nearest_name(field, _FIELDS),
-                next_step=_OTHER_VERSION,
-                code="unknown_field",
-            )
+            raise unknown_name_error(f"'{path}' has the unknown field '{field}'", field, _FIELDS, _OTHER_VERSION)
     for field, expected in _FIELDS.items():
         if field not in record or not matches_type(record[field], expected):
             raise corrupt_error(f"{subject} lacks '{field}', or it is of another type")
@@ -277,12 +272,8 @@ def _build_named_variant(path: Path, name: str, config: JsonMapping, modules: Ma
     known = dataclass_fields(cls)
     for field in config:
         if field not in known:
-            raise FormatError(
-                f"'{path}' sets '{field}', which {cls.name} does not have",
-                nearest=nearest_name(field, known),
-                next_step=_OTHER_VERSION,
-                code="unknown_field",
-            )
+            fault = f"'{path}' sets '{field}', which {cls.name} does not have"
+            raise unknown_name_error(fault, field, known, _OTHER_VERSION)
     defaults, types = _default_values(cls), field_types(cls)
     values: Fields = {field: _revive(path, value, modules) for field, value in config.items()}
     for field, value in values.items():

@@ -136,7 +136,8 @@ class ModuleLayout(ABC, Generic[VariantT]):
 
     def alpha(self, variant: VariantT) -> float | None:
         """Return the alpha that a file stores; None for methods that have none."""
-        return None
+        alpha: Any = variant.settings.get("alpha")
+        return None if alpha is None else float(alpha)
 
     @property
     def leaves(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name, short
-from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._errors import corrupt_error, unknown_name_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
     LINEAR,
@@ -84,7 +84,10 @@ class GgufFormat(Format):
                     code="site_not_found",
                 )
             pair = {name: stored[key] for name, key in keys.items()}
-            tensors[names.paths[weight]] = _to_parameters(path, weight, pair, names)
+            if weight == EMBEDDING and A in pair:
+                pair[A] = transpose_matrix(pair[A])
+            check_pair(path, weight, pair)
+            tensors[names.paths[weight]] = {A: pair[A], B: names.from_file(weight, pair[B])}
         alphas = {layer: alpha or float(found[A].shape[0]) for layer, found in tensors.items()}
         made, tokens = make_lora(name, self.name, path, tensors, alphas, view), fields.get(_TOKENS)
         method = made.variant if tokens is None else replace(made.variant, invocation_tokens=tokens)  # type: ignore[call-arg]  # a LoRA
@@ -140,26 +143,14 @@ def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
     known = {*expected, _ARCHITECTURE, _ALPHA, _TOKENS, *_IRRELEVANT}
     unknown = next((key for key in fields if key not in known and not key.startswith(_GENERAL)), None)
     if unknown is not None:
-        raise FormatError(
-            f"'{path}' sets the unknown field '{unknown}'",
-            nearest=nearest_name(unknown, known),
-            next_step="it may change the result, so it is not ignored; a newer lorac may know it",
-            code="unknown_field",
-        )
+        step = "it may change the result, so it is not ignored; a newer lorac may know it"
+        raise unknown_name_error(f"'{path}' sets the unknown field '{unknown}'", unknown, known, step)
     alpha = fields.get(_ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise corrupt_error(f"'{path}' sets {_ALPHA}={alpha!r}, and it is a finite number")
     if not isinstance(fields.get(_ARCHITECTURE), str):
         raise corrupt_error(f"'{path}' names no {_ARCHITECTURE}")
     return alpha
-
-
-def _to_parameters(path: Path, weight: str, stored: dict[str, Tensor], names: GgufNames) -> dict[str, Tensor]:
-    """Return A (r, in) and B (out, r) of a layer as transformers has its rows."""
-    if weight == EMBEDDING and A in stored:
-        stored[A] = transpose_matrix(stored[A])
-    check_pair(path, weight, stored)
-    return {A: stored[A], B: names.from_file(weight, stored[B])}
 
 
 def _write_file(path: Path, architecture: str, alpha: float, tensors: dict[str, Tensor], tokens: Sequence[int]) -> None:

@@ -56,9 +56,6 @@ class LohaLayout(ModuleLayout[LoHa]):
     def write(self, variant: LoHa, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         return {**tensors, **{name: _as_kernel(site, tensors[name]) for name in _CORES if name in tensors}}
 
-    def alpha(self, variant: LoHa) -> float:
-        return float(variant.alpha)
-
 
 class LokrLayout(ModuleLayout[LoKr]):
     """LoKr's two matrices, each whole or in factors."""
@@ -120,9 +117,6 @@ class LokrLayout(ModuleLayout[LoKr]):
         if "lokr_w1" in written and "lokr_w2" in written and variant.scale != 1:
             written["lokr_w1"] = written["lokr_w1"] * variant.scale
         return written
-
-    def alpha(self, variant: LoKr) -> float:
-        return float(variant.alpha)
 
     def _names(self, module: StoredModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the names of the tensors of w1 and of w2."""

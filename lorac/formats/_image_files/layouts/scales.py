@@ -69,6 +69,3 @@ class GloraLayout(ModuleLayout[GLoRA]):
             name: tensor.reshape(len(tensor), -1, *(kernel if name == "b2" else ones))
             for name, tensor in tensors.items()
         }
-
-    def alpha(self, variant: GLoRA) -> float:
-        return float(variant.alpha)
