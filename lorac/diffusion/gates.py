@@ -10,7 +10,7 @@ arXiv 2508.02107, and its code lzws/AutoLoRA: each step fuses two of the LoRAs a
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorac.adapters.rank_reduction import reduce_rank
 from lorac.argument_types import Bounds, Count, Positive, check_fields
+from lorac.diffusion._steps import take_steps
 from lorac.errors import AdapterError, ChoiceError
-from lorac.progress import progress
 from lorac.session.compiled import CompiledModule
 from lorac.variants.adapter import Adapter
 from lorac.variants.autolora import AutoLoRA
@@ -136,29 +136,22 @@ def train_gates(
     parameters = [tensor for tensor in compiled.parameters() if tensor.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=given.rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, given.period)
-    losses = []
 
     @functools.cache
     def third(one: int, other: int) -> Adapter:
         return global_expert(loras[one], loras[other], rank=given.rank)
 
-    compiled.swap(name)
-    compiled.train()
-    with progress("gates", total=given.steps) as report:
+    def compute_losses() -> Iterator[Tensor]:
         for _ in range(given.steps):
             own, other = chosen.sample(range(len(loras)), 2)
             write_loras(adapter, [loras[own], loras[other], third(*sorted((own, other)))])
             prompt = None if chosen.random() < given.dropped else own
             right = error(prompt, own, generator)
-            loss = right + (given.margin - error(other, own, generator)).clamp(min=0)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            yield right + (given.margin - error(other, own, generator)).clamp(min=0)
             cosine.step()
-            losses.append(loss.item())
-            report.step(f"loss {losses[-1]:.3f}")
-    compiled.eval()
-    return losses
+
+    compiled.swap(name)
+    return take_steps(compiled, optimizer, compute_losses(), "gates", given.steps)
 
 
 def read_gates(adapter: Adapter) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorac.diffusion._steps import take_steps
 from lorac.diffusion.high_frequencies import HighFrequencyLoss
 from lorac.errors import ChoiceError, Unavailable
 from lorac.frontend.host import Host
@@ -220,16 +221,6 @@ def train_one_step(
         total: number of batches, for the bar.
     """
     optimizer = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    losses = []
-    compiled.train()
-    with progress("one step", total=total) as report:
-        for noise, context, target in batches:
-            images = compiled(noise, context)
-            value = loss(images if to_images is None else to_images(images), target)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
-            report.step(f"loss {losses[-1]:.3f}")
-    compiled.eval()
-    return losses
+    outputs = ((compiled(noise, context), target) for noise, context, target in batches)
+    losses = (loss(images if to_images is None else to_images(images), target) for images, target in outputs)
+    return take_steps(compiled, optimizer, losses, "one step", total)

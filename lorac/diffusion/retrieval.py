@@ -11,7 +11,7 @@ arXiv 2508.02107. The best of them run together with ``lorac.AutoLoRA.from_loras
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorac.diffusion._steps import take_steps
 from lorac.diffusion.weight_encoder import Pairs, WeightEncoder
 from lorac.errors import ChoiceError, FormatError, translate_import_errors
 from lorac.formats import is_adapter, load_adapter
@@ -195,22 +196,16 @@ def train_retriever(
     encoder, chosen = retriever.encoder, random.Random(seed)
     stacked = encoder.stack_pairs([adapter for _, adapter in pairs], model)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=rate)
-    losses = []
-    encoder.train()
-    with progress("retriever", total=steps) as report:
+
+    def compute_losses() -> Iterator[Tensor]:
         for _ in range(steps):
             concepts = chosen.sample(list(groups), min(batch, len(groups)))
             places = torch.tensor([chosen.choice(groups[one]) for one in concepts])
             drawn: Pairs = {path: (a[places], b[places]) for path, (a, b) in stacked.items()}
             prompts = torch.stack([vectors[chosen.choice(one)] for one in concepts])
-            loss = matching_loss(prompts, F.normalize(encoder(drawn), dim=-1))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            report.step(f"loss {losses[-1]:.2f}")
-    encoder.eval()
-    return losses
+            yield matching_loss(prompts, F.normalize(encoder(drawn), dim=-1))
+
+    return take_steps(encoder, optimizer, compute_losses(), "retriever", steps)
 
 
 def find_adapters(
