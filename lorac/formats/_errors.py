@@ -6,9 +6,12 @@ from lorac.errors import FormatError, nearest_name
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
+NATIVE = "use format='native'"
+"""The format that holds every adapter."""
 
-def unsupported_error(fault: str, *, next_step: str | None, nearest: str | None = None) -> FormatError:
-    """Return the error for a value that lorac does not build, or that a format has no place for."""
+
+def unsupported_error(fault: str, *, next_step: str | None = NATIVE, nearest: str | None = None) -> FormatError:
+    """Return the error for a value that lorac does not build, or by default that a format has no place for."""
     return FormatError(fault, nearest=nearest, next_step=next_step, code="unsupported_field")
 
 
@@ -32,9 +35,9 @@ def native_or_lora(variant: Variant) -> str:
         if isinstance(variant, BranchVariant)
         else ["lorac.to_lora(adapter, model) makes a LoRA of it, with rank= the nearest"]
     )
-    return "; or ".join(["use format='native'", *filter(None, others)])
+    return "; or ".join([NATIVE, *filter(None, others)])
 
 
-def corrupt_error(fault: str, *, nearest: str | None = None, next_step: str | None = None) -> FormatError:
+def corrupt_error(fault: str, *, next_step: str | None = None) -> FormatError:
     """Return the error for a file that is damaged or incomplete; its usual next step is to copy the file again."""
-    return FormatError(fault, nearest=nearest, next_step=next_step, code="corrupt_file")
+    return FormatError(fault, next_step=next_step, code="corrupt_file")

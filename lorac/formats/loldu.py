@@ -66,8 +66,7 @@ class LoLduFormat(AuthorsFormat):
             if not all(torch.equal(own[name].to(expected[name]), expected[name]) for name in ("lora_A", "lora_B")):
                 raise unsupported_error(
                     f"the factors of adapter '{adapter.name}' at '{site}' are not those of this model's weight here, "
-                    "and the format 'loldu' does not hold them",
-                    next_step="use format='native'",
+                    "and the format 'loldu' does not hold them"
                 )
         super().write(adapter, path, view, target)
 

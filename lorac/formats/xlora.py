@@ -96,8 +96,7 @@ class XLoraFormat(Format):
         if not isinstance(variant, XLoRA) or adapter.replaced:
             fault = "also replaces parameters" if isinstance(variant, XLoRA) else f"is of {variant.name}"
             raise unsupported_error(
-                f"adapter '{adapter.name}' {fault}, and the format '{self.name}' holds an X-LoRA and nothing else",
-                next_step="use format='native'",
+                f"adapter '{adapter.name}' {fault}, and the format '{self.name}' holds an X-LoRA and nothing else"
             )
         if view is not None:
             check_adapter(adapter, view)

@@ -189,8 +189,7 @@ class _FileWriter:
         if parameter not in PARAMETERS or PARAMETERS[parameter] not in self.format.leaves:
             raise unsupported_error(
                 f"adapter '{self.adapter.name}' replaces '{full}' whole, for which files of the format "
-                f"'{self.format.name}' have no place",
-                next_step="use format='native'",
+                f"'{self.format.name}' have no place"
             )
         beginning = self.format.name_module(component, module, self.pipeline)
         return f"{beginning}.{PARAMETERS[parameter]}", tensor - self.view.tensor(full).to(tensor)

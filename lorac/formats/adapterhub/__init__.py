@@ -97,8 +97,7 @@ class AdapterHubFormat(Format):
         if adapter.replaced:
             raise unsupported_error(
                 f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's "
-                "files have no place",
-                next_step="use format='native'",
+                "files have no place"
             )
         if view is None:
             raise BaseNeeded(

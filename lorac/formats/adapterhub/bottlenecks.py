@@ -188,8 +188,7 @@ def _placing_fields(adapter: Adapter, variant: Bottleneck, layout: ModelLayout, 
     if targets != paths or not same or placed.embeddings != variant.embeddings:
         raise unsupported_error(
             f"AdapterHub puts bottlenecks at all attentions, all MLPs or both of a block, and adapter '{adapter.name}' "
-            "sits, or reads, elsewhere",
-            next_step="use format='native'",
+            "sits, or reads, elsewhere"
         )
     return fields
 
@@ -202,7 +201,6 @@ def _block_reductions(adapter: Adapter, variant: Bottleneck, blocks: Mapping[str
         assert isinstance(at_path, Bottleneck)
         if reductions.setdefault(str(number), at_path.reduction_factor) != at_path.reduction_factor:
             raise unsupported_error(
-                f"AdapterHub has one reduction_factor a block, and adapter '{adapter.name}' has two in block {number}",
-                next_step="use format='native'",
+                f"AdapterHub has one reduction_factor a block, and adapter '{adapter.name}' has two in block {number}"
             )
     return {number: factor for number, factor in reductions.items() if factor != variant.reduction_factor}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorac.formats._errors import native_or_lora, unsupported_error
+from lorac.formats._errors import NATIVE, native_or_lora, unsupported_error
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, OUTPUT, PACKED
@@ -28,8 +28,6 @@ from lorac.variants.dora import DoRA
 from lorac.variants.ia3 import IA3
 from lorac.variants.lora import LoRA
 from lorac.variants.split import Split
-
-_NATIVE = "use format='native'"
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,7 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
     groups = {term.fields for term in terms.values()}
     if len(groups) > 1:
         raise unsupported_error(
-            f"AdapterHub has one rank, scale and dropout for all layers, and adapter '{adapter.name}' has "
-            f"{len(groups)}",
-            next_step=_NATIVE,
+            f"AdapterHub has one rank, scale and dropout for all layers, and adapter '{adapter.name}' has {len(groups)}"
         )
     fields = _select_layers(adapter.name, groups.pop(), terms, layout)
     tensors = {
@@ -80,8 +76,7 @@ def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTe
     layer, tensors = layout.layers.get(path), adapter.tensors[path]
     if layer is None:
         raise unsupported_error(
-            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) does",
-            next_step=_NATIVE,
+            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) does"
         )
     site = layout.view.sites[path]
     variant = adapter.variant.at(site)
@@ -98,7 +93,7 @@ def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str,
         raise unsupported_error(
             f"AdapterHub adapts {', '.join(LETTERS)} of '{site.path}' each by itself and all alike, and adapter "
             f"'{name}' does not",
-            next_step=f"lorac.Split(parts={{'q': lorac.LoRA()}}) does; or {_NATIVE}",
+            next_step=f"lorac.Split(parts={{'q': lorac.LoRA()}}) does; or {NATIVE}",
         )
     letters = tuple(part for part in LETTERS if part in split.parts)
     converted = []
@@ -156,7 +151,6 @@ def _select_layers(name: str, fields: LoraFields, terms: Mapping[str, _LayerTerm
     if not same_letters or {path for path, layer in layout.layers.items() if fields.adapts(layer)} != layers.keys():
         raise unsupported_error(
             f"AdapterHub adapts layers of a kind in all of a block's attentions, or in its MLP, and adapter '{name}' "
-            "does not",
-            next_step=_NATIVE,
+            "does not"
         )
     return fields
