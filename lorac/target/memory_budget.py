@@ -227,10 +227,16 @@ class MemoryBudget:
             if key in self._kept:
                 self._kept[key].turn = next(self._turns)
 
-    def forget(self, key: Hashable) -> None:
-        """Keep something no longer; whoever kept it lets it go."""
+    def forget(self, key: Hashable, kept: _Kept | None = None) -> None:
+        """Keep something no longer; whoever kept it lets it go.
+
+        Args:
+            key: names it.
+            kept: the entry that is meant, which another may have replaced; default: whichever there is.
+        """
         with self._lock:
-            self._kept.pop(key, None)
+            if kept is None or self._kept.get(key) is kept:
+                self._kept.pop(key, None)
 
     def _make_room(self, nbytes: int, limit: int | None) -> None:
         """Evict the least recently used entries until so many bytes are free."""
@@ -241,13 +247,7 @@ class MemoryBudget:
             victims = self._victims(nbytes, limit)
         for key, kept in victims:  # without the lock: owners have locks of their own
             kept.drop()
-            self._forget(key, kept)
-
-    def _forget(self, key: Hashable, kept: _Kept) -> None:
-        """Keep something no longer, unless it was replaced meanwhile."""
-        with self._lock:
-            if self._kept.get(key) is kept:
-                del self._kept[key]
+            self.forget(key, kept)
 
     def _victims(self, nbytes: int, limit: int | None) -> list[tuple[Hashable, _Kept]]:
         """Return the entries to evict for so many bytes."""

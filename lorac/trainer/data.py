@@ -73,7 +73,8 @@ def load_rows(
     """
     with translate_import_errors():
         import datasets
-    given: list[dict[str, Any]] = [{"path": one} if isinstance(one, str) else dict(one) for one in _as_list(data)]
+    places = [data] if isinstance(data, str | Mapping) else data
+    given: list[dict[str, Any]] = [{"path": one} if isinstance(one, str) else dict(one) for one in places]
     if not given:
         raise OptionError("data names no rows", next_step=f"give a file, a folder, or {', '.join(BUNDLED)}")
     for one in given:
@@ -97,10 +98,6 @@ def load_rows(
             chances = [part / sum(parts) for part in parts]
             rows = datasets.interleave_datasets(found, chances, arguments.seed, stopping_strategy="all_exhausted")
     return _encode(rows, task, tokenizer) if task.endswith("classification") or task == "seq2seq" else rows
-
-
-def _as_list(data: Any) -> list[Any]:
-    return [data] if isinstance(data, str | Mapping) else [*data]
 
 
 def _name_columns(rows: Any) -> list[str]:

@@ -141,30 +141,28 @@ class Site:
 
     def present(self, stored: torch.Tensor) -> torch.Tensor:
         """Present the stored weight as a matrix (out, in), a stack as (E, out, in); a view where the layout allows."""
-        if self.stack:
-            return stored.mT if self.transposed else stored
-        if self.kind is SiteKind.EMBEDDING or self.transposed:
-            return stored.t()
         if self.conv is None:
-            return stored
+            return self._transpose(stored)
         if self.conv.groups == 1:
             return stored.flatten(1)
         return torch.block_diag(*stored.flatten(1).chunk(self.conv.groups))
 
     def store(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return a matrix (out, in), or a stack (E, out, in), in the module's layout: the inverse of ``present``."""
-        if self.stack:
-            return matrix.mT if self.transposed else matrix
-        if self.kind is SiteKind.EMBEDDING or self.transposed:
-            return matrix.t()
         if self.conv is None:
-            return matrix
+            return self._transpose(matrix)
         groups = self.conv.groups
         if groups == 1:
             return matrix.reshape(self.kernel)
         rows, columns = self.out_features // groups, self.in_features // groups
         blocks = [matrix[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
         return torch.cat(blocks).reshape(self.out_features, self.conv.channels // groups, *self.conv.kernel)
+
+    def _transpose(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Transpose matrices that the module stores the other way round, such as an embedding's."""
+        if self.stack:
+            return tensor.mT if self.transposed else tensor
+        return tensor.t() if self.kind is SiteKind.EMBEDDING or self.transposed else tensor
 
     def leaves_blocks(self, matrix: torch.Tensor) -> bool:
         """Return whether a matrix (out, in) has entries that a grouped convolution's kernel cannot hold."""

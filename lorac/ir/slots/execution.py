@@ -76,20 +76,15 @@ class FormulaContext:
 
     def value(self, name: str) -> Tensor:
         """Return a value of the program, in the dtype that the branch computes in."""
-        found = self.values.get(program_value_name(self._owner, name))
-        if found is None and self.passing:
-            raise SiteError(
-                f"the formula at '{self.own_site.path}' reads the value '{name}', which does not exist in the pass "
-                f"'{self.passing}'",
-                next_step="do not read it where ctx.passing names that pass, from which `once` computes its values",
-                code="site_unreached",
-            )
+        found, path = self.values.get(program_value_name(self._owner, name)), self.own_site.path
         if found is None:
-            raise SiteError(
-                f"the value '{name}' is not computed before '{self.own_site.path}', which reads it",
-                next_step="list it in the variant's `reads`, or read 'base:<site>', which is known from the start",
-                code="site_unreached",
-            )
+            what = f"the value '{name}' is not computed before '{path}', which reads it"
+            step = "list it in the variant's `reads`, or read 'base:<site>', which is known from the start"
+            if self.passing:
+                what = f"the formula at '{path}' reads the value '{name}', which does not exist in the pass "
+                what += f"'{self.passing}'"
+                step = "do not read it where ctx.passing names that pass, from which `once` computes its values"
+            raise SiteError(what, next_step=step, code="site_unreached")
         return cast_floating(found, self._dtype)
 
     def emit(self, name: str, tensor: Tensor) -> None:

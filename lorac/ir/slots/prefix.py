@@ -24,7 +24,7 @@ class Prefix:
 
     Attributes:
         site: the model's input embedding; ids from its number of tokens on are virtual ones.
-        rows: embeddings (length, d), or what each layer has of them.
+        rows: embeddings (length, d), or of each layer the keys and values.
         attends: whether rows are keys and values of each layer by turns (2·layers, heads, length, size).
     """
 
