@@ -8,7 +8,6 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,15 +35,6 @@ _UNDEFINED = Dense(torch.empty(0))
 """Stands for the unknown content of a buffer during a write."""
 
 
-@dataclass(eq=False)
-class _SparsePatch:
-    """A sparse change as positions in the buffer's memory, with the new values and the base's values there."""
-
-    positions: Tensor
-    new: Tensor
-    original: Tensor
-
-
 class FusedBuffer:
     """The memory from which an engine reads the weight and bias of one site.
 
@@ -69,7 +59,7 @@ class FusedBuffer:
         self.current: Change | None = None
         # A grouped kernel's matrix is block-diagonal and so not a view of the buffer.
         self._grouped = site.conv is not None and site.conv.groups > 1
-        self._patches: weakref.WeakKeyDictionary[Change, _SparsePatch] = weakref.WeakKeyDictionary()
+        self._patches: weakref.WeakKeyDictionary[Change, tuple[Tensor, Tensor, Tensor]] = weakref.WeakKeyDictionary()
         self._moved: weakref.WeakKeyDictionary[Change, Change] = weakref.WeakKeyDictionary()
 
     def write(self, change: Change | None) -> int:
@@ -108,12 +98,13 @@ class FusedBuffer:
             written = self.buffer.nbytes
         elif isinstance(change, Sparse | SparseSum | None) and isinstance(previous, Sparse | SparseSum | None):
             # Restore the positions of one sparse change, and write another.
-            old, new = (None if each is None else self._patch(each) for each in (previous, change))
-            writes = [] if old is None else [(old.positions, old.original)]
-            writes += [] if new is None else [(new.positions, new.new)]
-            for positions, values in writes:
+            changes: list[Sparse | SparseSum] = [one for one in (previous, change) if one is not None]
+            written = 0
+            for each in changes:
+                positions, original, new = self._find_patch(each)
+                values = original if each is previous else new
                 sparse.add(self.buffer, positions, values)
-            written = sum(values.nbytes for _, values in writes)
+                written += values.nbytes
         else:
             written = self._write_whole(change)
         if self.bias is not None:
@@ -134,7 +125,8 @@ class FusedBuffer:
             target.copy_(merge_weight(change, base))
         return self.buffer.nbytes
 
-    def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
+    def _find_patch(self, change: Sparse | SparseSum) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the positions of a change in the buffer's memory, and the base's values and the new ones there."""
         if change not in self._patches:
             terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
             base = self.base()
@@ -145,15 +137,13 @@ class FusedBuffer:
             rows, cols = unique // columns, unique % columns
             original = base[rows, cols]
             new = original.clone()
-            start = 0
-            for strength, term in terms:
-                indices = inverse[start : start + term.rows.numel()]
+            parts = inverse.split([term.rows.numel() for _, term in terms])
+            for (strength, term), indices in zip(terms, parts, strict=True):
                 values = term.values if strength == 1 else term.values * strength
                 new.index_put_((indices,), values.to(new.dtype), accumulate=True)
-                start += term.rows.numel()
             # Sorted by address, since scattered writes are slower.
             positions, order = torch.sort(rows * strides[0] + cols * strides[1])
-            self._patches[change] = _SparsePatch(positions, new[order], original[order])
+            self._patches[change] = positions, original[order], new[order]
         return self._patches[change]
 
 
