@@ -136,7 +136,7 @@ def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
 
 
 def _check_names(archive: zipfile.ZipFile, refuse: Refuse, names: frozenset[str]) -> None:
-    """Refuse a pickle that names anything but types of storages and, of all else, what is in ``names``."""
+    """Refuse a pickle that names anything but types of storages and the members of ``names``."""
     found = [name for name in archive.namelist() if name.rpartition("/")[2] == _PICKLE]
     if len(found) != 1:
         raise refuse(f"torch.load(weights_only=True) refuses it: it has {len(found)} members called {_PICKLE}, not one")
