@@ -159,6 +159,19 @@ def test_a_token_sees_a_window_or_a_chunk(window):
     assert_close(y, right.transpose(1, 2))
 
 
+@pytest.mark.parametrize("columns", [2, 1], ids=["whole blocks", "later tokens"])
+def test_a_token_sees_its_block(columns):
+    """Tokens 1 to 4 see each other; within a window of two tokens, the first of a block stays visible in its form."""
+    q, k, v = torch.randn(3, 1, 2, 7, 8).unbind()
+    blocks = torch.tensor([[[0, 0], *[[1, 4]] * 4, [5, 5], [6, 6]]])
+    places = torch.arange(7)
+    ahead = places[None] - places[:, None]
+    inside = (places > 0) & (places < 5)
+    seen = ((ahead <= 0) & (ahead > -2)) | (inside & inside[:, None] & ((ahead >= 0) | (columns == 2)))
+    y = torch.ops.lorac.attention(q, k, v, None, None, None, blocks[..., -columns:], 0.5, True, 2, 0.0, "")
+    assert_close(y, torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.5).transpose(1, 2))
+
+
 class Averaging(torch.nn.Module):
     """Mixes all tokens up to each, in a way that is no op with a state."""
 
