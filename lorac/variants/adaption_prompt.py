@@ -5,6 +5,7 @@ Zhang et al. 2023, arXiv 2303.16199; places and start values as in PEFT's ADAPTI
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ PLACES = {"llama": "self_attn.o_proj", "mistral": "self_attn.o_proj", "gpt2": "a
 class AdaptionPrompt(BranchVariant):
     """``y' = y + g·O·[softmax(q_h·K_hᵀ/√s)·V_h]``, h the heads: K = P·W_Kᵀ + b_K and V = P·W_Vᵀ + b_V of a prompt P.
 
-    P is (n, d), g a number, s the size of a head. O, W_K and W_V are the attention's own projections, with biases, y is
-    O's output, and q the attention's queries at their rotary positions. In GPT-2 O is left out, as in PEFT.
+    P is (1, n, d), g a number, s the size of a head. O, W_K and W_V are the attention's own projections, with biases, y
+    is O's output, and q the attention's queries at their rotary positions. In GPT-2 O is left out, as in PEFT.
     ``AdaptionPrompt.of(model)`` reads the fields from a model.
 
     Attributes:
@@ -56,7 +57,7 @@ class AdaptionPrompt(BranchVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        prompt = ParamSpec((self.adapter_len, site.out_features), normal(1.0))
+        prompt = ParamSpec((1, self.adapter_len, site.out_features), normal(1.0))
         return {"adaption_prompt": prompt, "adaption_gate": ParamSpec((1,), zeros)}
 
     def reads(self, site: Site) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ class AdaptionPrompt(BranchVariant):
         biases = [ctx.value(f"param:{layer}.bias") if ctx.site.bias else None for layer in layers]
         pairs = list(zip(weights, biases, strict=True))
         output = pairs.pop() if len(pairs) > 1 else None
-        projected = torch.cat([F.linear(p.adaption_prompt, *pair) for pair in pairs], -1)
+        projected = torch.cat([F.linear(p.adaption_prompt[0], *pair) for pair in pairs], -1)
         projected = projected if output else projected[:, width:]  # GPT-2's layer gives queries first
         k, v = projected.unflatten(-1, (2, -1, width // heads)).permute(1, 2, 0, 3)
         k, v = (tensor.repeat_interleave(heads // tensor.shape[0], 0) for tensor in (k, v))
@@ -92,32 +93,23 @@ class AdaptionPrompt(BranchVariant):
         return [query, *others, site.path] if others else [query, query]
 
     @staticmethod
-    def of(model: nn.Module, *, adapter_len: int = 10, adapter_layers: int = 1) -> "AdaptionPrompt":
+    def of(model: nn.Module, **sizes: Any) -> "AdaptionPrompt":
         """Return the prompts of the upper attentions of a model, with the fields that its configuration decides.
+
+        Args:
+            **sizes: adapter_len and adapter_layers.
 
         Raises:
             SiteError: the method has no places in such a model, or fewer.
         """
-        config = getattr(model, "config", None)
-        place = PLACES.get(getattr(config, "model_type", ""))
-        if config is None or place is None:
-            raise SiteError(
-                f"adaption prompts have no place in {type(model).__name__}",
-                next_step=f"give a model of transformers of type {' or '.join(PLACES)}; PEFT knows no other",
-            )
+        config: Any = getattr(model, "config", None)
+        place, wanted = PLACES.get(getattr(config, "model_type", ""), "-"), sizes.get("adapter_layers", 1)
         paths = [path for path, _ in model.named_modules()]
         found = [path for path in paths if path.endswith(f".{place}")]
-        if len(found) < adapter_layers:
+        if len(found) < wanted:
             raise SiteError(
-                f"{type(model).__name__} has {len(found)} attentions, and adapter_layers={adapter_layers}",
-                next_step=f"give at most adapter_layers={len(found)}",
+                f"adaption prompts have {len(found)} places in {type(model).__name__}, and adapter_layers={wanted}",
+                next_step=f"give a model of transformers of type {' or '.join(PLACES)}, with at least as many layers",
             )
-        rotary = next((path for path in paths if path.endswith("rotary_emb")), "")
-        heads = config.num_attention_heads
-        return AdaptionPrompt(
-            targets=tuple(found[-adapter_layers:]),
-            adapter_len=adapter_len,
-            adapter_layers=adapter_layers,
-            num_attention_heads=heads,
-            rotary=rotary,
-        )
+        rotary, heads = next((path for path in paths if path.endswith("rotary_emb")), ""), config.num_attention_heads
+        return AdaptionPrompt(targets=tuple(found[-wanted:]), num_attention_heads=heads, rotary=rotary, **sizes)

@@ -169,7 +169,7 @@ class Variant(ABC):
     @property
     def prompt(self) -> PromptVariant | None:
         """This method, where its tensors are virtual tokens before a sequence; else None."""
-        return None
+        return self if isinstance(self, PromptVariant) else None
 
     @property
     def methods(self) -> tuple[Variant, ...]:
@@ -366,10 +366,6 @@ class PromptVariant(Variant):
 
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.EMBEDDING})
     identity_at_init: ClassVar[bool] = False
-
-    @property
-    def prompt(self) -> PromptVariant:
-        return self
 
     def rows(self, p: Params) -> Tensor:
         """Return the embeddings (n, d) of the virtual tokens, or their keys and values; default: the only tensor."""

@@ -3,7 +3,6 @@
 Zhong et al. 2024, arXiv 2410.01870; layers, residuals and start values as in PEFT's PEANUT.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,24 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from lorac.argument_types import Bounds, Count, OneOf
+from lorac.variants._bottleneck_layers import ACTIVATIONS as PLAIN
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, zeros
 
-_approximate_gelu = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_new": _approximate_gelu,
-    "gelu_pytorch_tanh": _approximate_gelu,
+    **{name: function for name, function in PLAIN.items() if name != "leakyrelu"},
     "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
     "relu2": lambda x: torch.relu(x) ** 2,
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
 }
 """transformers' names of functions -> the functions."""
 

@@ -145,12 +145,12 @@ def test_the_change_is_that_of_the_equation(path: str) -> None:
     values |= {f"param:{owner}.{name}.bias": pair[1] for name, pair in layers.items()}
     tables = {"rotary": normal(1, 5, 2), "rotary[1]": normal(1, 5, 2)}
     values |= {f"{owner}.{'c_attn' if of_gpt2 else 'q_proj'}": queries, **tables}
-    prompt, gate, y = normal(3, width), normal(1), normal(1, 5, width)
+    prompt, gate, y = normal(1, 3, width), normal(1), normal(1, 5, width)
     ctx = FormulaContext(site, values=values).within(torch.float64)
     found = variant.branch(normal(1, 5, 8), y, Params(adaption_prompt=prompt, adaption_gate=gate), ctx) - y
     pairs = [(weight.numpy(), bias.numpy()) for weight, bias in (key, value)]
     positions = [] if of_gpt2 else [table[0].numpy() for table in tables.values()]
-    change = oracle.attend(queries[0, :, :8].numpy(), prompt.numpy(), gate.item(), *pairs, 4, *positions)
+    change = oracle.attend(queries[0, :, :8].numpy(), prompt[0].numpy(), gate.item(), *pairs, 4, *positions)
     change = change if of_gpt2 else change @ output[0].numpy().T + output[1].numpy()
     assert_close(found[0], torch.from_numpy(change))
 
@@ -178,9 +178,9 @@ def test_starts_as_the_base_and_reads_its_fields_from_the_model() -> None:
     assert (variant.num_attention_heads, variant.rotary) == (4, "model.rotary_emb")
     compiled = lorac.compile(copy.deepcopy(model), {"a": variant})
     assert torch.equal(compiled(input_ids=IDS, adapters="a").logits, model(input_ids=IDS).logits)
-    with refuses("site_unsupported", match="no place in BertModel"):
+    with refuses("site_unsupported", match="0 places in BertModel, and adapter_layers=1"):
         AdaptionPrompt.of(transformers.BertModel(transformers.BertConfig(num_hidden_layers=1)))
-    with refuses("site_unsupported", match="has 2 attentions, and adapter_layers=3"):
+    with refuses("site_unsupported", match="2 places in LlamaForCausalLM, and adapter_layers=3"):
         AdaptionPrompt.of(model, adapter_layers=3)
     with refuses("site_unsupported", match=r"q_proj' is not the output projection"):
         lorac.compile(copy.deepcopy(model), {"a": dataclasses.replace(variant, targets=("q_proj",))})
@@ -195,9 +195,9 @@ def test_files_go_back_through_peft(tmp_path: Path, tmp_path_factory: pytest.Tem
     for number, each in enumerate((adapter, dataclasses.replace(own, provenance={}))):
         lorac.save_adapter(each, tmp_path / str(number), model=model)
         assert torch.equal(logits(load_peft(model, tmp_path / str(number)), IDS), logits(wrapped, IDS))
-    with refuses("base_needed", match="does not tell the heads"):
+    with refuses("base_needed", match="ADAPTION_PROMPT. does not tell where"):
         lorac.load_adapter(folder)
-    with refuses("unused_tensors", match=r"upper attentions have .*h\.3\.attn\.adaption_gate"):
+    with refuses("unused_tensors", match=r"ADAPTION_PROMPT has .*h\.3\.attn\.adaption_gate"):
         lorac.load_adapter(
             folder, transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=4))
         )

@@ -1,5 +1,7 @@
 """Tables of configuration fields that several PEFT types have in common."""
 
+from collections.abc import Callable
+
 from lorac.formats._config_fields import (
     Applied,
     Field,
@@ -48,6 +50,8 @@ LAYERS: dict[str, Field] = {
 EXCLUDE: dict[str, Field] = {"exclude_modules": Applied(to="exclude", read=read_pattern, write=write_pattern)}
 FILTERS: dict[str, Field] = {**EXCLUDE, **LAYERS}
 """Fields that narrow target_modules."""
+STARTED: dict[str, Field] = {**FILTERS, "init_weights": TrainingOnly(True)}
+"""Those, and whether a fresh adapter starts as the base."""
 
 PATTERNS: dict[str, Field] = {
     "rank_pattern": Applied({}, to="rank_pattern", read=read_rank_pattern, write=write_number_pattern),
@@ -76,6 +80,11 @@ SEEDED: dict[str, Field] = {
     "init_weights": TrainingOnly(True),
 }
 """Fields of types whose shared tensors are drawn from a seed."""
+
+
+def own(read: Callable[[object], object], **defaults: object) -> dict[str, Field]:
+    """Return fields by PEFT's names and defaults that a variant has by the same names, all read alike."""
+    return {name: Applied(default, to=name, read=read) for name, default in defaults.items()}
 
 
 def bias(prefix: str) -> Field:

@@ -74,7 +74,7 @@ class PeftType(ABC, Generic[V]):
     read_only: ClassVar[frozenset[type[Variant]]] = frozenset()
     suffixes: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
-    kinds: ClassVar[frozenset[SiteKind] | None] = None
+    kinds: ClassVar[frozenset[SiteKind] | None] = frozenset({SiteKind.LINEAR})
     conv1d: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
     pads_itself: ClassVar[bool] = False

@@ -2,13 +2,12 @@
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import ClassVar
 
 from torch import Tensor
 
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.peft_type import PeftType, Tensors, V, mismatched_shapes
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 
 
 class PlainType(PeftType[V]):
@@ -16,8 +15,6 @@ class PlainType(PeftType[V]):
 
     A tensor of a file that belongs to a layer's bias says that the layer has one.
     """
-
-    kinds: ClassVar[frozenset[SiteKind] | None] = frozenset({SiteKind.LINEAR})
 
     @abstractmethod
     def measure(self, variant: V, stored: Tensors) -> tuple[int, int]:

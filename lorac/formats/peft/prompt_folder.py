@@ -1,13 +1,14 @@
-"""PEFT's prompts in files: one tensor ``prompt_embeddings``, and modules that were trained whole.
+"""PEFT's prompts in files, of which the model tells the places, and modules that were trained whole.
 
-Source: peft.utils.save_and_load and peft.peft_model of PEFT 0.21. The tensor is (n, d), or for keys and values
-(n, 2·layers·heads·size): the output of the type's encoder, saved in the encoder's place. No key names the input
+Source: peft.utils.save_and_load and peft.peft_model of PEFT 0.21. ``prompt_embeddings`` is (n, d), or for keys and
+values (n, 2·layers·heads·size): the output of the type's encoder, saved in the encoder's place. No key names the input
 embedding, which the model tells. Keys of whole modules begin with ``base_model.``, without ``model.`` behind it.
 """
 
 import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any, Generic
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from lorac.errors import BaseNeeded, FormatError, SiteError, list_some
 from lorac.formats._config_fields import Applied, Field, Irrelevant, read_size
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.keys import is_saved
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
+from lorac.formats.peft.peft_type import PeftType, Tensors, V, mismatched_shapes
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
@@ -46,15 +47,18 @@ FIELDS: Mapping[str, Field] = {
 """Fields of all types."""
 
 
-class PromptType(PeftType[PromptVariant]):
-    """A PEFT type whose file holds a prompt."""
+class PlacedType(PeftType[V], Generic[V]):
+    """A PEFT type whose file leaves it to the model where its tensors act."""
 
-    @property
     @abstractmethod
-    def keys(self) -> Mapping[str, str]:
-        """Tensor of an adapter -> its key in a file."""
+    def make_variant(self, values: JsonMapping, view: ModelView) -> V:
+        """Return the variant of a file's fields, whose targets are the sites of the model."""
 
-    def read_site(self, variant: PromptVariant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+    @abstractmethod
+    def find_keys(self, path: str) -> Mapping[str, str]:
+        """Return tensor of an adapter at a site -> its key in a file."""
+
+    def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         raise mismatched_shapes(path, stored, f"{self.peft_type} adapts no modules")
 
     def read_folder(
@@ -62,34 +66,53 @@ class PromptType(PeftType[PromptVariant]):
     ) -> Adapter:
         if view is None:
             raise BaseNeeded(
-                f"the file of adapter '{name}' ({self.peft_type}) does not name the embedding that its virtual tokens "
-                "precede",
+                f"the file of adapter '{name}' ({self.peft_type}) does not tell where in the model its prompts act",
                 next_step="pass model=",
             )
-        [cls] = self.variants
-        fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
-        site = find_input_embedding(view, looks_up=self.keys != KEYS_VALUES)
-        variant = cls(**{**fields, "targets": (site.path,)})
-        saved = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
-        unknown = [key for key in saved if not is_saved(key, variant.modules_to_save)]
-        own = [key for key in tensors if not key.startswith(_PREFIX)]
-        if unknown or {*own} != {*self.keys.values()}:
+        variant = self.make_variant(values, view)
+        keys = {key: (path, own) for path in variant.targets for own, key in self.find_keys(path).items()}
+        rest = {key: value for key, value in tensors.items() if key not in keys}
+        saved = {key.removeprefix(_PREFIX): value for key, value in rest.items() if key.startswith(_PREFIX)}
+        if (
+            len(saved) < len(rest)
+            or not all(is_saved(key, variant.modules_to_save) for key in saved)
+            or (not keys.keys() <= tensors.keys())
+        ):
             raise FormatError(
-                f"the file of adapter '{name}' holds {list_some([*own, *unknown])}, and {self.peft_type} has "
-                f"{list_some([*self.keys.values()])}, and modules of modules_to_save",
-                next_step="save the adapter again with PEFT",
+                f"the file of adapter '{name}' holds {list_some(sorted(tensors))}, and {self.peft_type} has "
+                f"{list_some(sorted(keys))} at this model, and modules of modules_to_save",
+                next_step="load the base model that it was trained on, or save the adapter again with PEFT",
                 code="unused_tensors",
             )
         adapter = Adapter(name, variant, replaced=saved, provenance={"source": str(folder)})
-        adapter.tensors[site.path] = {own: tensors[key] for own, key in self.keys.items()}
+        for key, (path, own) in keys.items():
+            adapter.tensors.setdefault(path, {})[own] = tensors[key]
         check_adapter(adapter, view)
         return adapter
 
     def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]]:
-        [own] = adapter.tensors.values()
-        return {key: own[name] for name, key in self.keys.items()} | {
-            _PREFIX + key: value for key, value in adapter.replaced.items()
-        }, {}
+        at_sites = adapter.tensors.items()
+        own = {key: at[name] for path, at in at_sites for name, key in self.find_keys(path).items()}
+        return own | {_PREFIX + key: value for key, value in adapter.replaced.items()}, {}
+
+
+class PromptType(PlacedType[PromptVariant]):
+    """A PEFT type whose file holds a prompt."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> Mapping[str, str]:
+        """Tensor of an adapter -> its key in a file."""
+
+    def find_keys(self, path: str) -> Mapping[str, str]:
+        return self.keys
+
+    def make_variant(self, values: JsonMapping, view: ModelView) -> PromptVariant:
+        [cls] = self.variants
+        fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
+        site = find_input_embedding(view, looks_up=self.keys != KEYS_VALUES)
+        variant: Any = cls(**{**fields, "targets": (site.path,)})
+        return variant
 
 
 def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:

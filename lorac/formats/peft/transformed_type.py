@@ -16,7 +16,7 @@ from lorac.formats._config_fields import (
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants._transformed import TransformedVariant
 
 T = TypeVar("T", bound=TransformedVariant)
@@ -42,7 +42,6 @@ class TransformedType(PeftType[T], Generic[T]):
     They belong to the first n positions of a permutation of its out·in, drawn from random_loc_seed.
     """
 
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
     needs_model = True
     derived = ("indices",)

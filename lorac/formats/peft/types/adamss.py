@@ -17,9 +17,9 @@ from lorac.errors import SiteError
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_int, read_number, read_size
 from lorac.formats._errors import corrupt_error
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import LAYERS, WITHOUT_FAN
+from lorac.formats.peft.fields import LAYERS, WITHOUT_FAN, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
-from lorac.ir.sites.site import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.variants.adamss import AdaMSS
 
 _GROUP = re.compile(r"(.*\.adamss_)([AB])\.(\d{1,6})")
@@ -37,9 +37,7 @@ class AdamssType(PeftType[AdaMSS]):
     fields = {
         **WITHOUT_FAN,
         **LAYERS,
-        "r": Applied(100, to="r", read=read_size),
-        "num_subspaces": Applied(5, to="num_subspaces", read=read_size),
-        "subspace_rank": Applied(1, to="subspace_rank", read=read_size),
+        **own(read_size, r=100, num_subspaces=5, subspace_rank=1),
         "use_dynamic_rank": Applied(False, to="use_dynamic_rank", read=read_flag),
         "svd_threshold": Applied(0.1, to="svd_threshold", read=read_number),
         "random_seed": Applied(0, to="random_seed", read=read_int),
@@ -51,7 +49,6 @@ class AdamssType(PeftType[AdaMSS]):
         },
     }
     suffixes = ("adamss_newB", "adamss_A", "adamss_B", _SIZES)
-    kinds = frozenset({SiteKind.LINEAR})
     needs_model = True
     derived = (_GROUPS,)
 

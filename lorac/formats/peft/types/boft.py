@@ -14,7 +14,7 @@ from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_count, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
-from lorac.formats.peft.fields import COMMON, FILTERS, bias
+from lorac.formats.peft.fields import COMMON, STARTED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.boft import BOFT
@@ -29,13 +29,12 @@ class BoftType(PeftType[BOFT]):
     variants = {BOFT: {}}
     fields = {
         **COMMON,
-        **FILTERS,
+        **STARTED,
         "boft_block_size": Applied(4, to="block_size", read=read_count),
         "boft_block_num": Applied(0, to="block_num", read=read_count),
         "boft_n_butterfly_factor": Applied(1, to="n_butterfly_factor", read=read_size),
         "boft_dropout": TrainingOnly(0.0),
         "bias": bias("boft"),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = (ROTATION, SCALE)
     kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV2D})

@@ -16,9 +16,9 @@ from lorac.formats._config_fields import (
     read_size,
 )
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, FILTERS, bias
+from lorac.formats.peft.fields import COMMON, STARTED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.deft import DEFT
 
 
@@ -29,7 +29,7 @@ class DeftType(PeftType[DEFT]):
     variants = {DEFT: {}}
     fields = {
         **COMMON,
-        **FILTERS,
+        **STARTED,
         "r": Applied(8, to="r", read=read_size),
         "alpha": Applied(None, to="alpha", read=read_optional_number),
         "decomposition_method": Applied("relu", to="decomposition_method", read=read_choice("relu", "qr")),
@@ -37,11 +37,9 @@ class DeftType(PeftType[DEFT]):
         # PEFT drops inputs of the injection alone.
         "deft_dropout": TrainingOnly(0.0, preserved=True, read=read_number),
         "init_scale": TrainingOnly(1.0, preserved=True, read=read_number),
-        "init_weights": TrainingOnly(True),
         "bias": bias("deft"),
     }
     suffixes = ("deft_P", "deft_R")
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
 
     def read_site(self, variant: DEFT, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from lorac.formats._config_fields import (
     write_number,
     write_number_pattern,
 )
-from lorac.formats.peft.fields import FILTERS, PATTERNS, WITHOUT_FAN, bias
+from lorac.formats.peft.fields import PATTERNS, STARTED, WITHOUT_FAN, bias
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
 from lorac.variants.delora import DeLoRA
@@ -26,7 +26,7 @@ class DeloraType(PlainType[DeLoRA]):
     variants = {DeLoRA: {}}
     fields = {
         **WITHOUT_FAN,
-        **FILTERS,
+        **STARTED,
         "r": Applied(8, to="r", read=read_size),
         "rank_pattern": PATTERNS["rank_pattern"],
         "delora_lambda": TrainingOnly(15, to="delora_lambda", read=read_number, write=write_number),
@@ -34,7 +34,6 @@ class DeloraType(PlainType[DeLoRA]):
         # In PEFT it drops inputs of the change, whatever its name says.
         "module_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "bias": bias("delora"),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 

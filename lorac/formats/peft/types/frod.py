@@ -16,7 +16,7 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.frod import FRoD, role_of
 
 
@@ -38,7 +38,6 @@ class FrodType(PeftType[FRoD]):
     }
     suffixes = ("frod_lambda_l", "frod_lambda_s_values")
     shared = ("frod_V", "frod_s_indices", "frod_s_size")
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
     needs_model = True
     derived = ("frod_U",)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read_number, read_size
 from lorac.formats._errors import unsupported_error
-from lorac.formats.peft.fields import COMMON, FILTERS
+from lorac.formats.peft.fields import COMMON, STARTED
 from lorac.formats.peft.layouts import read_factors, write_factors
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site
@@ -35,11 +35,10 @@ class HiraType(PeftType[HiRA]):
     variants = {HiRA: {}}
     fields = {
         **COMMON,
-        **FILTERS,
+        **STARTED,
         "r": Applied(32, to="r", read=read_size),
         "rank_pattern": Irrelevant({}),
         "hira_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = (*MATRICES, *EMBEDDING)
     kinds = MATRIX_KINDS

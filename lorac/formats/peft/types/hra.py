@@ -6,9 +6,9 @@ Source: peft.tuners.hra of PEFT 0.21 (config.py, layer.py). In a file a module h
 
 from torch import Tensor
 
-from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_size
+from lorac.formats._config_fields import Applied, read_flag, read_size
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN, bias
+from lorac.formats.peft.fields import STARTED, WITHOUT_FAN, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.hra import HRA
@@ -23,11 +23,10 @@ class HraType(PeftType[HRA]):
     variants = {HRA: {}}
     fields = {
         **WITHOUT_FAN,
-        **FILTERS,
+        **STARTED,
         "r": Applied(8, to="r", read=read_size),
         "apply_GS": Applied(False, to="apply_GS", read=read_flag),
         "bias": bias("hra"),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = (VECTORS,)
     kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV2D})

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lorac.argument_types import JsonMapping
-from lorac.formats._config_fields import Applied, TrainingOnly, read_number, read_size
+from lorac.formats._config_fields import Applied, read_number, read_size
 from lorac.formats._errors import unsupported_error
-from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN
+from lorac.formats.peft.fields import STARTED, WITHOUT_FAN, own
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
 from lorac.ir.sites.site import Site
@@ -26,12 +26,9 @@ class LilyType(PlainType[Lily]):
     variants = {Lily: {}}
     fields = {
         **WITHOUT_FAN,
-        **FILTERS,
-        "r": Applied(32, to="r", read=read_size),
-        "stride_A": Applied(1, to="stride_A", read=read_size),
-        "num_B": Applied(2, to="num_B", read=read_size),
+        **STARTED,
+        **own(read_size, r=32, stride_A=1, num_B=2),
         "scaling": Applied(1.0, to="scaling", read=read_number),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = ("lily_A.weight", "lily_B.weight", "lily_router.weight")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN, bias
+from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.bat import BAT
 from lorac.variants.miss import MiSS
 
@@ -36,15 +36,13 @@ class MissType(PeftType[MiSS | BAT]):
     fields = {
         **WITHOUT_FAN,
         **FILTERS,
-        "r": Applied(64, to="r", read=read_size),
-        "mini_r": Applied(1, to="mini_r", read=read_size),
+        **own(read_size, r=64, mini_r=1),
         "miss_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "init_weights": Applied(True, to="mini", read=read_form, write=lambda mini: "mini" if mini else True),
         "bias": bias("MiSS"),
     }
     suffixes = (BLOCK,)
     former_names = ("BONE",)
-    kinds = frozenset({SiteKind.LINEAR})
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
         """Return the tensors by the keys of MISS, where BONE wrote others."""

@@ -13,14 +13,13 @@ from torch import Tensor
 from lorac.formats._config_fields import (
     Applied,
     Irrelevant,
-    TrainingOnly,
     read_count,
     read_flag,
     read_number,
     read_size,
 )
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, FILTERS, bias
+from lorac.formats.peft.fields import COMMON, STARTED, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.oft import OFT
@@ -45,19 +44,16 @@ class OftType(PeftType[OFT]):
     variants = {OFT: {"peft_version": _SERIES}}
     fields = {
         **COMMON,
-        **FILTERS,
+        **STARTED,
         "peft_version": Applied(read=read_series),
         "r": Applied(0, to="r", read=read_count),
         "oft_block_size": Applied(32, to="block_size", read=read_count),
-        "block_share": Applied(False, to="block_share", read=read_flag),
-        "use_cayley_neumann": Applied(True, to="use_cayley_neumann", read=read_flag),
+        **own(read_flag, block_share=False, use_cayley_neumann=True, coft=False),
         "num_cayley_neumann_terms": Applied(5, to="num_cayley_neumann_terms", read=read_size),
-        "coft": Applied(False, to="coft", read=read_flag),
         "eps": Applied(6e-5, to="eps", read=read_number),
         "bias": bias("oft"),
         # PEFT makes a dropout layer of it and never calls it.
         "module_dropout": Irrelevant(0.0),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = tuple(SUFFIXES)
     kinds = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.CONV2D})

@@ -12,7 +12,7 @@ from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.osf import OSF
 
 PREFIX, TRAINED = "osf_svd_params.", ("U_low", "S_low", "V_low")
@@ -46,7 +46,6 @@ class OsfType(PeftType[OSF]):
         "target_svd_config": Irrelevant(preserved=True),
     }
     suffixes = tuple(PREFIX + name for name in TRAINED)
-    kinds = frozenset({SiteKind.LINEAR})
     needs_model = True
     derived = ("U_init", "S_init", "V_init", "U_high", "V_high")
 

@@ -11,11 +11,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from lorac.formats._config_fields import Applied, TrainingOnly, read_choice, read_count, read_number, read_size
+from lorac.formats._config_fields import Applied, read_choice, read_count, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN
+from lorac.formats.peft.fields import STARTED, WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.peanut import ACTIVATIONS, PEANuT
 
 _LAYER = re.compile(r"(.*\.peanut_(?:encoders|decoders))\.(\d{1,4})\.weight")
@@ -28,15 +28,13 @@ class PeanutType(PeftType[PEANuT]):
     variants = {PEANuT: {}}
     fields = {
         **WITHOUT_FAN,
-        **FILTERS,
+        **STARTED,
         "r": Applied(32, to="r", read=read_size),
         "depth": Applied(0, to="depth", read=read_count),
         "act_fn": Applied("relu", to="act_fn", read=read_choice(*ACTIVATIONS)),
         "scaling": Applied(1.0, to="scaling", read=read_number),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = ("peanut_A.weight", "peanut_B.weight", "peanut_encoders", "peanut_decoders")
-    kinds = frozenset({SiteKind.LINEAR})
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
         """Return the tensors with those of numbered layers in one."""

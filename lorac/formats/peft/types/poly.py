@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import warn
-from lorac.formats._config_fields import Applied, Refused, TrainingOnly, read_size
-from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
+from lorac.formats._config_fields import Refused, TrainingOnly, read_size
+from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN, own
 from lorac.formats.peft.peft_type import Tensors
 from lorac.formats.peft.plain_type import PlainType
 from lorac.variants.poly import Poly
@@ -24,11 +24,8 @@ class PolyType(PlainType[Poly]):
     fields = {
         **WITHOUT_FAN,
         **EXCLUDE,
-        "r": Applied(8, to="r", read=read_size),
+        **own(read_size, r=8, n_tasks=1, n_skills=4, n_splits=1),
         "poly_type": Refused("poly", next_step="PEFT has no other"),
-        "n_tasks": Applied(1, to="n_tasks", read=read_size),
-        "n_skills": Applied(4, to="n_skills", read=read_size),
-        "n_splits": Applied(1, to="n_splits", read=read_size),
         "init_weights": TrainingOnly(True),
     }
     suffixes = ("poly_lora_A", "poly_lora_B", "poly_router.module_logits")

@@ -21,9 +21,9 @@ from lorac.formats._config_fields import (
     write_number,
 )
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, FILTERS
+from lorac.formats.peft.fields import COMMON, STARTED, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.psoft import PSOFT
 
 NAMES = {"psoft_R.weight": "psoft_R", "psoft_R.vector_a": "psoft_a", "psoft_R.vector_b": "psoft_b"}
@@ -37,8 +37,8 @@ class PsoftType(PeftType[PSOFT]):
     variants = {PSOFT: {}}
     fields = {
         **COMMON,
-        **FILTERS,
-        "r": Applied(32, to="r", read=read_size),
+        **STARTED,
+        **own(read_size, r=32, num_cayley_neumann_terms=5),
         "psoft_alpha": Applied(32, to="alpha", read=read_number, write=write_number),
         "psoft_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "ab_svd_init": Applied("psoft_init", to="ab_svd_init", read=read_choice("psoft_init", "pissa_init")),
@@ -47,12 +47,9 @@ class PsoftType(PeftType[PSOFT]):
         "random_seed": Applied(0, to="random_seed", read=read_int),
         **{flag: Applied(True, to=flag, read=read_flag) for flag in FLAGS},
         "use_cayley_neumann": Applied(False, to="use_cayley_neumann", read=read_flag),
-        "num_cayley_neumann_terms": Applied(5, to="num_cayley_neumann_terms", read=read_size),
         "cayley_neumann_eps": Applied(None, to="cayley_neumann_eps", read=read_optional_number),
-        "init_weights": TrainingOnly(True),
     }
     suffixes = tuple(NAMES)
-    kinds = frozenset({SiteKind.LINEAR})
     needs_model = True
     derived = ("psoft_A", "psoft_B")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_number, read_size, write_number
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
+from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.randlora import RandLoRA, draw_bases
 
 
@@ -35,13 +35,11 @@ class RandloraType(PeftType[RandLoRA]):
         "randlora_alpha": Applied(640, to="alpha", read=read_number, write=write_number),
         "randlora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         # How A and B are drawn, which defines them without save_projection.
-        "sparse": Applied(False, to="sparse", read=read_flag),
-        "very_sparse": Applied(False, to="very_sparse", read=read_flag),
+        **own(read_flag, sparse=False, very_sparse=False),
         "bias": bias("randlora"),
     }
     shared = ("randlora_A", "randlora_B")
     suffixes = ("randlora_lambda", "randlora_gamma")
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
 
     def read_site(self, variant: RandLoRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants.shira import SHiRA
 
 VALUES, INDICES = "shira_weight", "shira_indices"
@@ -36,7 +36,6 @@ class ShiraType(PeftType[SHiRA]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = (VALUES, INDICES)
-    kinds = frozenset({SiteKind.LINEAR})
 
     def read_site(self, variant: SHiRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         """Return values (K,) and int64 indices (2, K), and a site that K positions at this r imply."""

@@ -21,7 +21,7 @@ from lorac.formats._config_fields import (
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites.site import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.variants.supertuning import SuperTuning
 
 NAMES = {
@@ -50,7 +50,6 @@ class SupertuningType(PeftType[SuperTuning]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = tuple(NAMES)
-    kinds = frozenset({SiteKind.LINEAR})
     needs_model = True
 
     def read_site(self, variant: SuperTuning, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:

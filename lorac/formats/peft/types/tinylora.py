@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_int, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, LAYERS, bias
+from lorac.formats.peft.fields import COMMON, LAYERS, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.variants.tinylora import TinyLoRA
@@ -32,8 +32,7 @@ class TinyloraType(PeftType[TinyLoRA]):
     fields = {
         **COMMON,
         **LAYERS,
-        "r": Applied(2, to="r", read=read_size),
-        "u": Applied(64, to="u", read=read_size),
+        **own(read_size, r=2, u=64),
         "weight_tying": Applied(0.0, to="weight_tying", read=read_number),
         "projection_seed": Applied(42, to="projection_seed", read=read_int),
         # With False the file lacks P; lorac always writes it.

@@ -33,6 +33,7 @@ class TrainableTokensType(PeftType[TrainableTokens]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = (DELTA,)
+    kinds = None
     needs_model = True
 
     def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:

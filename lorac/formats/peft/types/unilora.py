@@ -12,9 +12,9 @@ from torch import Tensor
 from lorac.formats._config_fields import Applied, TrainingOnly, read_count, read_flag, read_number, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, LAYERS, bias
+from lorac.formats.peft.fields import COMMON, LAYERS, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
-from lorac.ir.sites.site import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.limits import claim_memory
 from lorac.variants.unilora import UniLoRA
 
@@ -30,8 +30,7 @@ class UniloraType(PeftType[UniLoRA]):
     fields = {
         **COMMON,
         **LAYERS,
-        "r": Applied(4, to="r", read=read_size),
-        "theta_d_length": Applied(256, to="theta_d_length", read=read_size),
+        **own(read_size, r=4, theta_d_length=256),
         "proj_seed": Applied(42, to="proj_seed", read=read_count),
         # The keys of a file say which it is; lorac writes none of the indices.
         "save_indices": Applied(False, read=read_flag),
@@ -42,7 +41,6 @@ class UniloraType(PeftType[UniLoRA]):
     }
     shared = (THETA,)
     suffixes = (*INDICES, *SCALES)
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
     needs_model = True
     ordered = True

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lorac.errors import AdapterError
-from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read_flag, read_number, read_size
+from lorac.formats._config_fields import Irrelevant, TrainingOnly, read_flag, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import COMMON, FILTERS, bias
+from lorac.formats.peft.fields import COMMON, FILTERS, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.limits import claim_memory
 from lorac.variants.vblora import VBLoRA
 
@@ -35,10 +35,7 @@ class VbloraType(PeftType[VBLoRA]):
     fields = {
         **COMMON,
         **FILTERS,
-        "r": Applied(4, to="r", read=read_size),
-        "num_vectors": Applied(256, to="num_vectors", read=read_size),
-        "vector_length": Applied(256, to="vector_length", read=read_size),
-        "topk": Applied(2, to="topk", read=read_size),
+        **own(read_size, r=4, num_vectors=256, vector_length=256, topk=2),
         # The keys of a file say which it is.
         "save_only_topk_weights": Irrelevant(False, read=read_flag),
         "vblora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
@@ -48,7 +45,6 @@ class VbloraType(PeftType[VBLoRA]):
     }
     suffixes = (*LOGITS, *TOP_K)
     shared = (BANK,)
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
     shapes_tell_kind = True
 

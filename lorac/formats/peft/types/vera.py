@@ -15,7 +15,7 @@ from lorac.formats._config_fields import Applied, Field, TrainingOnly, read_numb
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import Site
 from lorac.variants._random_projections import RandomProjections, draw_projections
 from lorac.variants.vera import VeRA
 
@@ -38,7 +38,6 @@ def projection_fields(name: str) -> Mapping[str, Field]:
 class ProjectionsType(PeftType[P], Generic[P]):
     """A type with random projections A and B that all sites share, and λ_b and λ_d of each."""
 
-    kinds = frozenset({SiteKind.LINEAR})
     conv1d = True
 
     def read_site(self, variant: P, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
