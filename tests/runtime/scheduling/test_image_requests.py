@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lorac
 from lorac.runtime.scheduling.token_stream import TextRequest
+from lorac.testing import assert_close
 from tests.image_models import IMAGE, PIXELS, batch, made, opposite, row
 from tests.refusing import refuses
 
@@ -59,26 +60,35 @@ def test_rows_with_images_and_without_run_together(compiled: Any, scheduler: lor
     assert len({*map(tuple, expected)}) == 4
 
 
-def test_cached_prompts_are_found_by_their_images(compiled: Any, scheduler: lorac.Scheduler) -> None:
+def test_cached_prompts_are_found_by_their_images(
+    compiled: Any, scheduler: lorac.Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, other = row(batch(FAMILY), 1), row(opposite(FAMILY), 1)
-    expected = [_alone(compiled, one, "one") for one in (first, other)]
-    assert expected[0] != expected[1]
-    for one, tokens in ((first, 0), (other, 1), (first, 0)):
-        assert _tokens(scheduler.submit(_request(one, "one"))) == expected[tokens]
-    begins = scheduler._batch.prompts  # those of all three
-    assert begins is not None and len(begins) == 2
+    expected, prompts, hits = [_alone(compiled, one, "one") for one in (first, other)], scheduler._batch.prompts, []
+    assert expected[0] != expected[1] and prompts is not None
+    find = prompts.find
+
+    def noted(*given: Any) -> Any:
+        found = find(*given)
+        hits.append(0 if found is None else found.lengths[0])
+        return found
+
+    monkeypatch.setattr(prompts, "find", noted)
+    for one, place in ((first, 0), (other, 1), (first, 0)):
+        assert _tokens(scheduler.submit(_request(one, "one"))) == expected[place]
+    assert hits == [0, first["input_ids"][0].tolist().index(IMAGE), first["input_ids"].shape[1] - 1]
 
 
 def test_text_behind_the_beginning_of_a_prompt_with_an_image_has_its_own_positions(compiled: Any) -> None:
     image = row(batch(FAMILY), 2)
     ids = torch.cat([image["input_ids"][:, :1], torch.tensor([[7, 8, 9]])], 1)
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected, prompts = _alone(compiled, text, "one"), lorac.PromptCache()
+    options: dict[str, Any] = {"adapters": "one", "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    expected, prompts = compiled.generate(**text, **options), lorac.PromptCache()
     compiled.generate(**image, adapters="one", prompt_cache=prompts, **GREEDY)
-    found = compiled.generate(
-        **text, adapters="one", prompt_cache=prompts, output_logits=True, return_dict_in_generate=True, **GREEDY
-    )
-    assert found.sequences[0, 4:].tolist() == expected
+    found = compiled.generate(**text, prompt_cache=prompts, **options)
+    for logits, others in zip(found.logits, expected.logits, strict=True):
+        assert_close(logits, others)
 
 
 def test_a_request_that_was_interrupted_goes_on(compiled: Any, scheduler: lorac.Scheduler) -> None:
