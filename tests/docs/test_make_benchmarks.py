@@ -21,7 +21,7 @@ def test_the_page_shows_a_whole_run(tmp_path):
     lines = page(tmp_path).splitlines()
     expected = ["## swap", "**Swaps**", "| what | ratio |", "| --- | --- |", "| a\\|b | 1.02 |", "A/A: live 1.004."]
     assert [line for line in expected if line not in lines] == []
-    assert lines[-2:] == ["a processor, 2 cores; torch 2.13, lorac 0.1; `smoke=False`, `layers=20`; 61 s.", ""]
+    assert lines[-3:-1] == ["a processor, 2 cores; torch 2.13, lorac 0.1; `smoke=False`, `layers=20`; 61 s.", ""]
 
 
 def test_no_runs_no_page(tmp_path):
