@@ -17,7 +17,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Train two adapters, compile both for ONNX Runtime and swap them
-	$(BIN)/python -m examples.demo
+	$(BIN)/lorac demo examples.models:smollm2
 
 denoiser: $(STAMP) ## Train the tiny denoiser of experiments on diffusion, once (about 15 minutes)
 	$(BIN)/python -m examples.denoiser

@@ -98,7 +98,7 @@ def run_demo() -> None:
     _run([python, "-m", "pip", "install", "--quiet", f"{_only('lorac-*.whl')}[demo]", _only("lorac_native-*.whl")])
     _run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKED[:1]])
     shutil.copytree(ROOT / "examples", _outside() / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    _run([python, "-m", "examples.demo"], cwd=_outside())
+    _run([python.with_name("lorac"), "demo", "examples.models:smollm2"], cwd=_outside())
 
 
 def run_tests() -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from lorac.cli import adapters, artifacts, merging, models, serving, training
+from lorac.cli import adapters, artifacts, demo, merging, models, serving, training
 from lorac.cli._output import format_error, reword_step
 from lorac.cli._user_modules import add_import_option
 from lorac.errors import LoracError, LoracWarning, translate_import_errors
@@ -38,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (models, training, adapters, merging, artifacts, serving):
+for group in (demo, models, training, adapters, merging, artifacts, serving):
     for command in group.COMMANDS:
         app.command()(add_import_option(command))
 

@@ -4,12 +4,14 @@
 missing term or a swapped tensor cannot hide behind the base.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+LOGGER = logging.getLogger("lorac.testing")
 FLOAT64 = 1e-9
 FLOAT32 = 1e-4
 CONTRIBUTION = (0.05, 0.50)
@@ -92,7 +94,7 @@ def assert_parity(
         if own is not None:
             allowed = max(limit, 4 * _norm(own[name] - base[name]) / moved)
         if allowed > limit:
-            print(f"parity of {name}: {ratio:.2e}, allowed {allowed:.2e} by the base's own ratio")
+            LOGGER.info("parity of %s: %.2e, allowed %.2e by the base's own ratio", name, ratio, allowed)
         # Written so that a NaN fails too.
         assert ratio <= allowed, f"{name}: off by {ratio:.2e} of the contribution > {allowed:.2e}"
         ratios[name] = ratio

@@ -6,21 +6,20 @@ one engine: the same prompt is answered by the base, the first, the second, both
 
 from __future__ import annotations
 
-import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import typer
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from lorac.cli._models import load_with_tokenizer
+from lorac.errors import OptionError
+from lorac.session.model_folders import MODEL_HELP
 
-import lorac
-from examples.models import smollm2
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
 
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "What is the sea?"
 QUESTIONS = (
     ("What is the sky?", "the sky is the blue above us"),
@@ -32,25 +31,33 @@ STYLES = {
     "pirate": lambda text: f"Arr, matey! {text.capitalize()}, says the captain!",
     "loud": lambda text: f"{text.upper()}!!!",
 }
-VARIANTS = {
-    "pirate": lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"]),
-    "loud": lorac.SHiRA(r=16, targets=["o_proj", "down_proj"]),
-}
 CHOICES = {"pirate": "pirate", "loud": "loud", "both": {"pirate": 0.6, "loud": 0.6}}
 RATES = {"pirate": 2e-3, "loud": 4e-3}
 STEPS, ROWS, ANSWER_TOKENS = 18, 2, 20
 
-console = Console(highlight=False)
 
+def demo(
+    model: Annotated[str, typer.Argument(help=f"A chat model with SmolLM2's names of layers. {MODEL_HELP}")] = SMOLLM2,
+) -> None:
+    """Train two adapters on a chat model, compile both for ONNX Runtime, and swap and mix them: two minutes."""
+    import torch
+    from rich.console import Console
 
-def main() -> None:
-    """Run the demo."""
+    import lorac
+
+    console = Console(highlight=False)
     torch.manual_seed(0)
     console.rule("1  train two adapters in eager PyTorch")
-    model, tokenizer = smollm2()
-    eager = lorac.compile(model, VARIANTS)
-    for name in VARIANTS:
-        train(eager, tokenizer, name)
+    loaded, tokenizer = load_with_tokenizer(model)
+    if tokenizer is None:
+        raise OptionError(f"'{model}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
+    variants = {
+        "pirate": lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"]),
+        "loud": lorac.SHiRA(r=16, targets=["o_proj", "down_proj"]),
+    }
+    eager = lorac.compile(loaded, variants)
+    for name in variants:
+        train(eager, tokenizer, name, console)
 
     console.rule("2  compile both into one ONNX Runtime engine")
     begun = time.perf_counter()
@@ -58,17 +65,22 @@ def main() -> None:
     console.print(f"compiled and self-tested in {time.perf_counter() - begun:.0f} s; nothing below rebuilds it\n")
 
     console.rule(f"3  swap while it runs: {PROMPT!r}")
-    answers(engine, tokenizer)
+    answers(engine, tokenizer, console)
 
     console.rule("4  the engine answers as eager does")
-    parity(engine, eager, tokenizer)
+    parity(engine, eager, tokenizer, console)
 
-    console.rule("5  what became of one layer")
-    excerpt(engine)
+    console.rule("5  the attention of one layer, as the passes rewrote it")
+    header, *rows, footer = str(engine.graph["main"].after("insert").at("model.layers.0.self_attn")).splitlines()
+    adapted = [row for row in rows if " adapted " in row or row.lstrip().startswith("+ ")]
+    console.print("\n".join([header, *adapted, "  …", footer]), markup=False, soft_wrap=True)
 
 
-def train(compiled: Any, tokenizer: Any, name: str) -> None:
+def train(compiled: Any, tokenizer: Any, name: str, console: Console) -> None:
     """Train one adapter on its style; the other stays as it is."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     batch = examples(tokenizer, STYLES[name])
     compiled.swap(name)
     compiled.train()
@@ -92,7 +104,7 @@ def train(compiled: Any, tokenizer: Any, name: str) -> None:
     console.print(f"{name}: {method}, {count:,} trained values, loss {first:.2f} -> {last:.2f}\n")
 
 
-def examples(tokenizer: Any, style: Any) -> dict[str, torch.Tensor]:
+def examples(tokenizer: Any, style: Any) -> dict[str, Tensor]:
     """Return the questions with answers in a style; only the answers count in the loss."""
     tokenizer.padding_side = "right"
     rows = [(question(asked), style(told) + tokenizer.eos_token) for asked, told in QUESTIONS]
@@ -115,8 +127,11 @@ def answer(compiled: Any, tokenizer: Any) -> str:
     return str(tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def answers(engine: Any, tokenizer: Any) -> None:
+def answers(engine: Any, tokenizer: Any, console: Console) -> None:
     """Answer the prompt under each choice of adapters, then swap once more with every mixture cached."""
+    from rich.table import Table
+    from rich.text import Text
+
     choices = {"none": None, **CHOICES, "none again": None}
     first, said = {}, {}
     for label, choice in choices.items():
@@ -131,8 +146,11 @@ def answers(engine: Any, tokenizer: Any) -> None:
     console.print(f"base before and after: {'the same' if same else 'DIFFERENT'}\n")
 
 
-def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
-    """Return the engine's difference to eager, as a share of what the adapters contribute."""
+def parity(engine: Any, eager: Any, tokenizer: Any, console: Console) -> None:
+    """Print the engine's difference to eager, as a share of what the adapters contribute."""
+    import torch
+    from rich.table import Table
+
     ids = tokenizer(question(PROMPT), return_tensors="pt")["input_ids"]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     table = Table("adapters", "difference / contribution")
@@ -145,13 +163,4 @@ def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
     console.print(table)
 
 
-def excerpt(engine: Any) -> None:
-    """Return the attention of one layer, as the passes rewrote it."""
-    view = engine.graph["main"].after("insert").at("model.layers.0.self_attn")
-    header, *rows, footer = str(view).splitlines()
-    sites = [i for i, row in enumerate(rows) if " adapted " in row or row.lstrip().startswith("+ ")]
-    console.print("\n".join([header, *(rows[i] for i in sites), "  …", footer]), markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()
+COMMANDS = (demo,)
