@@ -523,7 +523,17 @@ class CompiledModule(nn.Module, Compiled):
 
     def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Run the model's forward, with the active adapters or those chosen for this call."""
-        return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
+        return self._call_or_trace(args, kwargs, adapters)
+
+    def _call_or_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+        """Call the model; torch.compile gets the whole call as one graph, but with a choice for this call alone."""
+        chosen = adapters is UNSET and torch.compiler.is_dynamo_compiling()
+        if not chosen or self.engine.trace_key is None:
+            return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
+        from lorac.session.whole_call import call_in_one_graph
+
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return call_in_one_graph(self._trace_name, self.engine.trace_key, tensors, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "forward" and install_fused_head(self, value)):
@@ -546,6 +556,9 @@ class CompiledModule(nn.Module, Compiled):
         tensors = {state_dict_key(name): module for name, module in own.items()}
         self.adapter_tensors = nn.ModuleDict(tensors).train(self.training)
         self.pool.given = {name: module.find_given for name, module in own.items()}
+        from lorac.session.whole_call import name_for_traces  # torch's compiler, which compiling has imported by now
+
+        self._trace_name = name_for_traces(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapters as PEFT does: one into the folder, or each into a folder of its own; other files stay.
@@ -623,7 +636,7 @@ def _eager_class(module: nn.Module) -> type[CompiledModule]:
     """
 
     def forward(self: CompiledModule, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
+        return self._call_or_trace(args, kwargs, adapters)
 
     forward.__doc__ = CompiledModule.forward.__doc__
     forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]  # functions take attributes

@@ -59,6 +59,7 @@ class Engine(ABC):
         fused: whether weights are written in place (``write``) instead of bound for each choice (``bind``).
         finds_invocations: whether its programs find the tokens from which on adapters with invocation tokens act.
         computes_terms: whether a call made now computes its terms from the adapters' own tensors, and reads no slot.
+        trace_key: of graphs that torch.compile may keep of whole calls: the choice; None if it can keep none.
         files: the emitted program and its base weights by name; None where the engine runs the model itself.
         module: the copy of the model that it runs; None where it runs an emitted program.
         hidden: modules that it runs and that are no part of the copy.
@@ -74,6 +75,7 @@ class Engine(ABC):
     fused: bool
     finds_invocations: bool = False
     computes_terms: bool = False
+    trace_key: str | None = None
     files: ProgramFiles | None = None
     module: nn.Module | None = None
     hidden: Collection[nn.Module] = ()

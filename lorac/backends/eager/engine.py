@@ -65,6 +65,7 @@ from lorac.ir.slots.program_values import (
     replace_first_tensor,
     split_output,
 )
+from lorac.ir.traces.gate import is_whole_call_traced
 from lorac.target.backend import BuildRequest
 from lorac.target.engine import BoundProgram, CallResult, Engine
 
@@ -91,7 +92,7 @@ class EagerEngine(Engine):
         self.module, self.plans, self.base, self.mode = module, plans, base, request.mode
         self.fused = self.mode != "live"  # baked weights are written in place, once
         self.components = list_components(module)
-        self.active = NO_ADAPTERS
+        self.active, self.choice_text = NO_ADAPTERS, repr(NO_ADAPTERS.choice)
         self.extra_names = frozenset(request.options.aux)
         self._last_recorded = ForwardCall(NO_ADAPTERS)
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
@@ -147,6 +148,17 @@ class EagerEngine(Engine):
         """
         return torch.is_grad_enabled() or self.module.training
 
+    @property
+    def trace_key(self) -> str | None:  # type: ignore[override]  # changes with each swap
+        """Return the choice, if torch.compile can trace a whole call as it runs; None if the call must run anew.
+
+        A graph holds neither extra outputs nor what is drawn or found for each call: seeds of branches that train,
+        starts of adapters with invocation tokens.
+        """
+        active = self.active
+        anew = self.hidden or self.extra_names or self._listeners or active.invocations
+        return None if anew or (active.branches and self.module.training) else self.choice_text
+
     def record_written(self, snapshot: ComposedWeights) -> None:
         """Run calls with the written weights, at the sites that the choice touches."""
         self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed), sizes=snapshot.sizes)
@@ -182,8 +194,8 @@ class EagerEngine(Engine):
         """
         if not torch.compiler.is_compiling():
             self._children.check()
-        if self.mode == "baked" and torch.compiler.is_exporting():
-            return ForwardCall(active)  # torch.export stands in for all weights, which hold the choice
+        if self.mode == "baked" and (torch.compiler.is_exporting() or is_whole_call_traced()):
+            return ForwardCall(active)  # the tracer stands in for all weights, which hold the choice
         terms = self._terms.current(active.choice)
         given = self._weights.are_given() or terms is not self._terms or active.invocations
         return ForwardCall(active, terms if self.computes_terms or given else None)
@@ -207,7 +219,8 @@ class EagerEngine(Engine):
         Raises:
             SiteError: an adapter acts on layers alone whose weights are read and that are never called.
         """
-        waits = graph in self._unobserved and active.touched and not torch.compiler.is_compiling()
+        traced = torch.compiler.is_compiling() or is_whole_call_traced()
+        waits = graph in self._unobserved and active.touched and not traced
         return self._observe_once(graph) if waits else nullcontext()
 
     @contextmanager
@@ -248,7 +261,7 @@ class EagerEngine(Engine):
 
     def announce(self, call: ForwardCall, output: object) -> None:
         """Name a call that recorded gradients to the backward pass, and give its extra outputs to the listeners."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_whole_call_traced():
             self._last_recorded = call
             announce_in_backward(call, output, functools.partial(setattr, self, "_last_recorded"))
         for names, listener in list(self._listeners.values()) if call.terms is not None else ():
@@ -448,7 +461,7 @@ class EagerProgram(BoundProgram):
 
     def activate(self) -> None:
         """Use the slots outside of calls, as when a submodule is called directly."""
-        self.engine.active = self.active
+        self.engine.active, self.engine.choice_text = self.active, repr(self.active.choice)
 
     def run(self, graph: str, call: Call) -> CallResult:
         """Call the copy of the model, or a component; in fused mode the weights already hold the choice."""

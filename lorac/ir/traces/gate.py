@@ -4,6 +4,7 @@
 transformers' exporters. Two threads that trace at once read each other's.
 """
 
+import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,11 +13,27 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _GATE = threading.RLock()
+_whole_call: contextvars.ContextVar[bool] = contextvars.ContextVar("whole_call", default=False)
+
+
+@contextmanager
+def tracing_whole_call() -> Iterator[None]:
+    """Say that torch.compile traces a call of a compiled model in the block, as it runs."""
+    token = _whole_call.set(True)
+    try:
+        yield
+    finally:
+        _whole_call.reset(token)
+
+
+def is_whole_call_traced() -> bool:
+    """Return whether torch.compile traces a call of a compiled model as it runs."""
+    return _whole_call.get()
 
 
 def outside_traces() -> AbstractContextManager[object]:
-    """Return a block that computes at once, also where an exporter traces the code around it."""
-    return _disable_current_modes() if torch.compiler.is_exporting() else nullcontext()
+    """Return a block that computes at once, also where an exporter or torch.compile traces the code around it."""
+    return _disable_current_modes() if torch.compiler.is_exporting() or is_whole_call_traced() else nullcontext()
 
 
 @contextmanager
