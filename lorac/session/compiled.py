@@ -533,7 +533,8 @@ class CompiledModule(nn.Module, Compiled):
         from lorac.session.whole_call import call_in_one_graph
 
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return call_in_one_graph(self._trace_name, self.engine.trace_key, tensors, args, kwargs)
+        training = "".join("1" if module.training else "0" for module in self.modules())
+        return call_in_one_graph(self._trace_name, self.engine.trace_key + training, tensors, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "forward" and install_fused_head(self, value)):

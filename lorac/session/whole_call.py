@@ -2,7 +2,7 @@
 
 Dynamo cannot trace lorac's own code: its locks, caches and the state of a call. torch traces such a function as it runs
 instead (``torch._dynamo.nonstrict_trace``), and holds the graph for other calls as long as the arguments that are no
-tensors stay equal. So these name all that the graph depends on: the model, its adapters, the choice.
+tensors stay equal. So these name what the graph depends on: the model, its adapters, the choice, which modules train.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def name_for_traces(module: nn.Module) -> str:
 
 
 def call_in_one_graph(
-    model: str, choice: str, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: str, state: str, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """Call a model with tensors in the place of its own, which gradients reach.
 
     Args:
         model: its name, another one for other adapters.
-        choice: the active adapters, by which graphs differ.
+        state: the active adapters and which modules train, by which graphs differ.
         tensors: the parameters and buffers by name.
         args, kwargs: of the call.
     """
     arguments = pytree.tree_map(lambda value: _NONE if value is None else value, (args, kwargs))
-    output = _trace(model, choice, tensors, arguments)
+    output = _trace(model, state, tensors, arguments)
     return pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, output)
 
 
-@torch._dynamo.nonstrict_trace  # type: ignore[untyped-decorator]
-def _trace(model: str, choice: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
+@torch._dynamo.nonstrict_trace
+def _trace(model: str, state: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
     args, kwargs = pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, arguments)
     # Where Dynamo refuses an argument or the output, such as a cache of transformers', it runs this without a trace.
     with tracing_whole_call() if detect_fake_mode(list(tensors.values())) else nullcontext():

@@ -91,17 +91,19 @@ def test_gradients_and_new_values_pass_through() -> None:
             torch.testing.assert_close(mine, theirs)
         with torch.no_grad():
             for tensor, gradient in zip(tensors, expected, strict=True):
-                tensor -= 0.1 * gradient
+                tensor.sub_(0.1 * gradient)
     assert counter.frame_count == 1
 
 
-def test_dropout_is_drawn_anew() -> None:
+def test_dropout_is_drawn_anew_and_ends_with_training() -> None:
     compiled = drawn({"a": lorac.LoRA(r=2, dropout=0.5, targets=LAYERS)})
     run, _ = whole(compiled)
     compiled.swap("a")
     compiled.train()
     x = torch.randn(3, 6)
     assert not torch.equal(run(x)["y"], run(x)["y"])
+    compiled.eval()
+    assert torch.equal(run(x)["y"], compiled(x)["y"])
 
 
 def test_other_sizes_get_graphs_of_their_own() -> None:
@@ -130,6 +132,25 @@ def test_a_baked_model_is_one_graph() -> None:
     torch.testing.assert_close(run(x)["y"], compiled(x)["y"])
 
 
+@pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
+def test_a_checkpointed_model_of_transformers_is_one_graph() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes))
+    model.activation_checkpointing_enable()
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets="all-linear")}, active="a").train()
+    run, counter = whole(compiled)
+    ids, tensors = torch.randint(0, 32, (2, 5)), list(compiled.adapters["a"].parameters())
+    given = {"input_ids": ids, "labels": ids, "use_cache": False, "attention_mask": None}
+    found, expected = (torch.autograd.grad(call(**given).loss, tensors) for call in (run, compiled))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of code of lorac's that it leaves as it is
 @pytest.mark.parametrize("adapters", ["a", ["b", None, {"a": 0.5}]], ids=str)
 def test_choices_of_a_call_run_in_several_graphs(adapters: Any) -> None:
@@ -139,6 +160,7 @@ def test_choices_of_a_call_run_in_several_graphs(adapters: Any) -> None:
     torch.testing.assert_close(run(x, adapters=adapters)["y"], compiled(x, adapters=adapters)["y"])
 
 
+@pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_fused_weights_run_in_several_graphs() -> None:
     compiled = drawn(METHODS, mode="fused")
