@@ -49,8 +49,11 @@ def demo(
     torch.manual_seed(0)
     console.rule("1  train two adapters in eager PyTorch")
     loaded, tokenizer = load_with_tokenizer(model)
-    if tokenizer is None:
-        raise OptionError(f"'{model}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
+    if getattr(tokenizer, "pad_token", None) is None or tokenizer.eos_token is None:
+        raise OptionError(
+            f"'{model}' has no tokenizer with tokens for padding and for the end",
+            next_step="save one there: tokenizer.save_pretrained",
+        )
     variants = {
         "pirate": lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"]),
         "loud": lorac.SHiRA(r=16, targets=["o_proj", "down_proj"]),

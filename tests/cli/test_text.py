@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -266,3 +267,25 @@ def test_refusals(cli, words, code, message):
     assert (found, out) == (code, "")
     assert message in " ".join(err.replace("│", " ").split()) or message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.medium("test_demo_needs_a_tokenizer_that_pads")
+def test_demo_swaps_what_it_trained_and_returns_to_the_base(cli, files):
+    ENTRY.fresh().save_pretrained(files.folder / "demo")
+    tokenizer = letters(CHAT)
+    tokenizer.pad_token, tokenizer.eos_token = "~", "}"
+    tokenizer.save_pretrained(files.folder / "demo")
+    code, out, err = cli("demo", "demo")
+    assert code == 0, err
+    assert re.search(r"pirate: LoRA, [\d,]+ trained values", out)
+    assert "base before and after: the same" in out
+    differences = re.findall(r"│ (?:pirate|loud|both) +│ (\S+e-\d+) +│", out)
+    assert len(differences) == 3
+    assert max(map(float, differences)) < 1e-4
+
+
+@pytest.mark.parametrize("folder", ["mute", "model"])
+def test_demo_needs_a_tokenizer_that_pads(cli, folder):
+    code, _, err = cli("demo", folder)
+    assert code == 1
+    assert f"'{folder}' has no tokenizer with tokens for padding" in err
