@@ -9,7 +9,9 @@ import dataclasses
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from lorac.errors import Unavailable
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
+from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, merge_bias, merge_weight
 from lorac.ir.sites.site import BaseReader, Site, cast_floating
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import (
@@ -33,6 +35,7 @@ from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import branch_owner
 from lorac.ir.slots.roles import ROLES, SlotSpec, Stage, acts_at, keeps_base_weight, tensors_by_role
+from lorac.ir.traces.gate import can_hook_saved_tensors
 
 
 class Dropout(enum.StrEnum):
@@ -245,5 +248,34 @@ def _product_delta(change: LowRank, slots: SiteSlots, call: SiteCall, x: Tensor,
 
 
 def _run_with_weight(change: Change, call: SiteCall) -> Tensor:
-    merged = merge_weight(change, call.ctx.own_site.present(call.base_weight))
-    return call.layout.bound(call.x, call.layout.slot_weight(merged), merge_bias(change, call.bias))
+    base = call.ctx.own_site.present(call.base_weight)
+    merged, bias = merge_weight(change, base), merge_bias(change, call.bias)
+    with _merging_again(change, base, merged):
+        return call.layout.bound(call.x, call.layout.slot_weight(merged), bias)
+
+
+def _merging_again(change: Change, base: Tensor, merged: Tensor) -> AbstractContextManager[object]:
+    """Return a block whose ops do not keep the merged weight for the backward pass, which merges a sparse change again.
+
+    Else every layer would hold a copy of its weight.
+    """
+    if not isinstance(change, Sparse) or not merged.requires_grad or not can_hook_saved_tensors():
+        return nullcontext()
+    version, held = base._version, merged.untyped_storage()._cdata
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Any, ...]:
+        kept = tensor.untyped_storage()._cdata != held
+        return tensor if kept else (tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Tensor | tuple[Any, ...]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if base._version != version:
+            raise Unavailable(
+                "a base weight changed between a forward and its backward pass",
+                next_step="run backward before the weight is changed",
+            )
+        with torch.no_grad():
+            return merge_weight(change, base).as_strided(*packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

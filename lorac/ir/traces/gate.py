@@ -41,3 +41,9 @@ def tracing() -> Iterator[None]:
     """Trace inside the block while no other thread of lorac's traces; blocks of one thread may be nested."""
     with _GATE:
         yield
+
+
+def can_hook_saved_tensors() -> bool:
+    """Return whether autograd takes hooks on tensors that it saves: not in torch.func's transforms, nor in traces."""
+    refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return refused is None and not (torch.compiler.is_compiling() or is_whole_call_traced())
