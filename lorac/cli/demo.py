@@ -49,7 +49,7 @@ def demo(
     torch.manual_seed(0)
     console.rule("1  train two adapters in eager PyTorch")
     loaded, tokenizer = load_with_tokenizer(model)
-    if getattr(tokenizer, "pad_token", None) is None or tokenizer.eos_token is None:
+    if None in (getattr(tokenizer, "pad_token", None), getattr(tokenizer, "eos_token", None)):
         raise OptionError(
             f"'{model}' has no tokenizer with tokens for padding and for the end",
             next_step="save one there: tokenizer.save_pretrained",
