@@ -48,12 +48,13 @@ def call_in_one_graph(
         args, kwargs: of the call.
     """
     arguments = pytree.tree_map(lambda value: _NONE if value is None else value, (args, kwargs))
-    output = _trace(model, state, tensors, arguments)
+    output = trace_call(model, state, tensors, arguments)
     return pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, output)
 
 
 @torch._dynamo.nonstrict_trace
-def _trace(model: str, state: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
+def trace_call(model: str, state: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
+    """Call a model as ``call_in_one_graph`` does; torch traces it as it runs."""
     args, kwargs = pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, arguments)
     # Where Dynamo refuses an argument or the output, such as a cache of transformers', it runs this without a trace.
     with tracing_whole_call() if detect_fake_mode(list(tensors.values())) else nullcontext():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lorac
+from lorac.testing import assert_close
 
 LAYERS = ["up", "down"]
 
@@ -88,7 +89,7 @@ def test_gradients_and_new_values_pass_through() -> None:
     for _ in range(3):
         found, expected = (torch.autograd.grad(call(x)["y"].square().sum(), tensors) for call in (run, compiled))
         for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs)
+            assert_close(mine, theirs)
         with torch.no_grad():
             for tensor, gradient in zip(tensors, expected, strict=True):
                 tensor.sub_(0.1 * gradient)
@@ -115,7 +116,7 @@ def test_other_sizes_get_graphs_of_their_own() -> None:
         assert torch.equal(run(x, scale=0.5)["y"], compiled(x, scale=0.5)["y"])
 
 
-def test_calls_outside_follow_a_trace_that_came_first() -> None:
+def test_a_trace_leaves_later_calls_outside_as_they_are() -> None:
     traced, fresh = drawn(METHODS), drawn(METHODS)
     run, _ = whole(traced)
     x = torch.randn(3, 6)
@@ -129,7 +130,7 @@ def test_a_baked_model_is_one_graph() -> None:
     compiled = drawn({"a": METHODS["a"]}, mode="baked", active="a")
     run, _ = whole(compiled)
     x = torch.randn(3, 6)
-    torch.testing.assert_close(run(x)["y"], compiled(x)["y"])
+    assert_close(run(x)["y"], compiled(x)["y"])
 
 
 @pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
@@ -146,7 +147,7 @@ def test_a_checkpointed_model_of_transformers_is_one_graph() -> None:
     given = {"input_ids": ids, "labels": ids, "use_cache": False, "attention_mask": None}
     found, expected = (torch.autograd.grad(call(**given).loss, tensors) for call in (run, compiled))
     for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        assert_close(mine, theirs)
     assert counter.frame_count == 1
 
 
@@ -157,7 +158,7 @@ def test_choices_of_a_call_run_in_several_graphs(adapters: Any) -> None:
     compiled = drawn(METHODS)
     x = torch.randn(3, 6)
     run = torch.compile(compiled, backend="aot_eager")
-    torch.testing.assert_close(run(x, adapters=adapters)["y"], compiled(x, adapters=adapters)["y"])
+    assert_close(run(x, adapters=adapters)["y"], compiled(x, adapters=adapters)["y"])
 
 
 @pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
@@ -168,7 +169,7 @@ def test_fused_weights_run_in_several_graphs() -> None:
     run = torch.compile(compiled, backend="aot_eager")
     for choice in ("a", "b", None):
         compiled.swap(choice)
-        torch.testing.assert_close(run(x)["y"], compiled(x)["y"])
+        assert_close(run(x)["y"], compiled(x)["y"])
 
 
 def test_arguments_and_outputs_may_be_none() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.slots import live_terms
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 
@@ -36,11 +37,11 @@ def test_gradients_are_those_of_the_formula(compiled, merges):
     first, _, last = compiled.host
     y = nn.functional.linear(nn.functional.linear(x, weights[0], first.bias).relu(), weights[1], last.bias)
     expected = torch.autograd.grad(y.square().sum(), [x, *weights])
-    torch.testing.assert_close(x.grad, expected[0])
+    assert_close(x.grad, expected[0])
     for path, gradient in zip(("0", "2"), expected[1:], strict=True):
         tensors = compiled.adapters["a"].tensors[path]
         rows, columns = tensors["indices"]
-        torch.testing.assert_close(tensors["values"].grad, gradient[rows, columns])
+        assert_close(tensors["values"].grad, gradient[rows, columns])
 
 
 def test_rejects_a_base_weight_that_changed_before_backward(compiled):
@@ -58,4 +59,4 @@ def test_transforms_of_torch_differentiate_it(compiled):
     compiled(x).square().sum().backward()
     for name, tensor in tensors.items():
         if tensor.requires_grad:
-            torch.testing.assert_close(found[name], tensor.grad)
+            assert_close(found[name], tensor.grad)
