@@ -28,8 +28,8 @@ def test_python_parses(page):
 def test_make_targets_and_extras_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    code = " ".join(re.findall(r"`[^`]+`|```.*?```", text, re.DOTALL))
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    code = "\n".join(found for text in texts for found in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL))
     assert len(MAKE.findall(code)) > 5, "the pattern is wrong"
     assert set(MAKE.findall(code)) <= targets
     assert set(EXTRA.findall(code)) <= extras
