@@ -27,6 +27,7 @@ from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encode
 from lorac.ir.graph.feeds import convert_input, make_empty_cache
 from lorac.target.engine import CallResult
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
+from lorac.target.placed_engine import translate_program_errors
 
 
 class CachingGraph(LoadedGraph, Protocol):
@@ -109,12 +110,15 @@ class CachingProgram(OnnxProgram):
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
         assert isinstance(cache, BufferedCache)
-        return run_decode_step(cache, step, lambda *operands: self.run_step(graph, cache, *operands))
+        with translate_program_errors():
+            return run_decode_step(cache, step, lambda *operands: self.run_step(graph, cache, *operands))
 
     def compute_features(self, graph: str, inputs: Mapping[str, object]) -> Tensor:
         name = get_encoder_graph_name(graph)
         tower = self.engine.graphs[name]
-        return self.run_graph(name, convert_inputs(tower, tower.interface.check(tower.interface.bind((), inputs))))[0]
+        with translate_program_errors():
+            given = tower.interface.check(tower.interface.bind((), inputs))
+            return self.run_graph(name, convert_inputs(tower, given))[0]
 
     def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
         self._encode(graph, cache, Call(kwargs=inputs))
@@ -124,7 +128,8 @@ class CachingProgram(OnnxProgram):
         assert isinstance(cache, BufferedCache)
         name = get_encoder_graph_name(graph)
         encoder = self.engine.graphs[name]
-        outputs = self.run_graph(name, convert_inputs(encoder, encoder.interface.check(call)))
+        with translate_program_errors():
+            outputs = self.run_graph(name, convert_inputs(encoder, encoder.interface.check(call)))
         named = dict(zip(encoder.outputs, outputs, strict=True))
         cache.set_encoder_outputs({name: value for name, value in named.items() if is_encoder_output(name)})
         return {name: value for name, value in named.items() if not is_encoder_output(name)}

@@ -112,7 +112,8 @@ def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
 
 def _scan(name: str, body: Callable[..., list[ir.Value]], state: ir.Value, scanned: Sequence[ir.Value]) -> Any:
     """Write a ``Scan`` along the second axis; return the state behind all parts, and the output of each part."""
-    inputs = [ir.val(f"{name}_in_{number}", value.dtype) for number, value in enumerate((state, *scanned))]
+    # Not every recorded value knows its dtype, and all are the state's.
+    inputs = [ir.val(f"{name}_in_{number}", state.dtype) for number in range(1 + len(scanned))]
     count = len(scanned)
     graph = _record_graph(name, lambda: body(*inputs), inputs)
     return op.Scan(
