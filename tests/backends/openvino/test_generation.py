@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[3]
 _PLAIN = [family for family in DECODERS if family not in HYBRIDS]
 _SOME = ["mistral", "gpt_oss", "bloom", "llama4"]
 """Windows; sinks and experts; slopes; chunks."""
-_MIXERS = ["lfm2"]
-"""Convolutions."""
+_MIXERS = ["lfm2", "olmo_hybrid", "jamba"]
+"""Convolutions; a recurrence in chunks, and one whose features decay apart."""
 
 
 def made(model: Any, mode: str = "live", **options: Any) -> Any:
@@ -60,7 +60,8 @@ def test_computes_every_form_of_attention(family: str) -> None:
     assert_close(torch.stack(one.logits), torch.stack(other.logits))
 
 
-@pytest.mark.parametrize("family", _MIXERS)
+@pytest.mark.medium("a family of each mixer", keep=_MIXERS)
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_generates_with_states(family: str) -> None:
     peft, rows = _adapted(family, dora=False), prompts(lengths=(21, 4, 35, 1))
     hybrid, batch = made(peft), padded(rows, "left")
