@@ -142,7 +142,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     cache: Annotated[
         bool, typer.Option("--cache", help="Keep keys and values, so that the model writes text.")
     ] = False,
-    weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
+    weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; onnxruntime, openvino.")] = None,
     head: Annotated[str | None, typer.Option(help="int8 or int4: with --weights, of the output layer; int8.")] = None,
     mixed: Annotated[
         bool | None,

@@ -20,7 +20,7 @@ import lorac
 from lorac import OptionError, Unavailable
 from lorac.backends.onnx import self_test
 from lorac.backends.onnx.model_files import WEIGHTS_FILE
-from lorac.backends.onnxruntime.quantised.codec import Codec
+from lorac.backends.onnx.quantised.codec import Codec
 from tests.emitted import load_emitted_proto
 from tests.parity import assert_parity
 from tests.peft_files import make_peft

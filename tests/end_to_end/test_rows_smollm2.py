@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.backends.onnxruntime.options import FLOAT32_LEVEL
+from lorac.backends.onnx.quantised.codec import FLOAT32_LEVEL
 from tests.program_calls import note_calls
 from tests.zoo import ZOO, tokenizer
 

@@ -16,11 +16,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files, walk_nodes
+from lorac.backends.onnx.quantised.codec import ACCURACY_ATTRIBUTE, FLOAT32_LEVEL
 from lorac.backends.onnxruntime.devices.providers import start_session
 from lorac.backends.onnxruntime.native_op import use_native_op
-from lorac.backends.onnxruntime.options import FLOAT16, FLOAT32_LEVEL, OnnxRuntimeOptions
+from lorac.backends.onnxruntime.options import FLOAT16, OnnxRuntimeOptions
 from lorac.backends.onnxruntime.prepacked import keep_optimised, open_prepacked, write_prepacked
-from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.native_library import NativeLibrary
 from lorac.storage.open_file import OpenFile

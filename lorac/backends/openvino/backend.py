@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lorac.argument_types import JsonMapping
-from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.backends.onnx.quantised.backend import QuantisingBackend
 from lorac.backends.openvino.compiled_model import compile_model
 from lorac.backends.openvino.engine import CompiledGraph, OvEngine
 from lorac.backends.openvino.options import OpenVINOOptions
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from lorac.backends.onnx.passes import OnnxDialect
 
 
-class OpenVINO(OnnxBackend[OpenVINOOptions, CompiledGraph]):
+class OpenVINO(QuantisingBackend[OpenVINOOptions, CompiledGraph]):
     """Emits ONNX, and has OpenVINO compile it. Its methods import the modules that only building needs."""
 
     options = OpenVINOOptions
     engine = OvEngine
+    takes_tables = False
 
     def dialect_for(self, options: OpenVINOOptions) -> OnnxDialect:
         from lorac.backends.openvino.dialect import DIALECT

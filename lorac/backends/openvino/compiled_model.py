@@ -2,11 +2,12 @@
 
 from collections.abc import Collection
 
+import onnx
 import openvino as ov
 import torch
 from openvino.preprocess import PrePostProcessor
 
-from lorac.backends.onnx.model_files import read_model_files
+from lorac.backends.onnx.model_files import Array, read_model_files
 from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions
 from lorac.ir.graph.attention_ops import is_key_or_value
 from lorac.target.engine import ProgramFiles
@@ -50,6 +51,7 @@ def compile_model(
         Unavailable: OpenVINO does not compute an op of the model.
     """
     proto, weights = read_model_files(files, graph)
+    _read_shapes(proto, weights)
     for tensor in (tensor for tensor in proto.graph.initializer if tensor.name in weights):
         array = weights[tensor.name]
         tensor.ClearField("external_data")
@@ -88,3 +90,15 @@ def compile_model(
         from lorac.backends.openvino.missing_op import missing_op_error  # it imports libraries that only building needs
 
         raise missing_op_error(proto, str(error)) from error
+
+
+def _read_shapes(proto: onnx.ModelProto, weights: dict[str, Array]) -> None:
+    """Make constants of weights that ops read in another shape: codes of a table that an output layer shares."""
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in [node for node in proto.graph.node if node.op_type == "Reshape" and node.input[0] in weights]:
+        name, shape = node.output[0], stored.get(node.input[1])
+        if shape is not None and shape.name not in weights:
+            weights[name] = weights[node.input[0]].reshape(onnx.numpy_helper.to_array(shape))
+            kind, place = stored[node.input[0]].data_type, onnx.TensorProto.EXTERNAL
+            proto.graph.initializer.add(name=name, data_type=kind, data_location=place, dims=weights[name].shape)
+            proto.graph.node.remove(node)

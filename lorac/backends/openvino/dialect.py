@@ -26,10 +26,12 @@ are refused where the program is read."""
 _WRONG = ("If",)
 """Ops with which OpenVINO 2026.4 answers wrongly: behind a second ``If`` the first call of a larger size reads memory
 that nothing has written."""
+_QUANTISED = frozenset({("com.microsoft", "MatMulNBits"), ("com.microsoft", "GatherBlockQuantized")})
+"""Products with codes and lookups of them, whose weights OpenVINO dequantises inside its own products."""
 
 DIALECT: OnnxDialect = Dialect(
     name="openvino",
-    claims=frozenset(
+    claims=_QUANTISED.union(
         ("", schema.name)
         for schema in onnx.defs.get_all_schemas()
         if not schema.domain and schema.name not in (*_UNTRANSLATED.split(), *_WRONG)

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import torch
 
+from lorac.backends.onnx.quantised.options import QuantisationOptions
 from lorac.backends.onnx.thread_count import check_threads
 from lorac.errors import OptionError, Unavailable, not_one_of, short
-from lorac.target.backend import TargetOptions
 
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 """OpenVINO's name of a dtype that products are computed in -> torch's."""
@@ -19,7 +19,7 @@ CPU = "CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenVINOOptions(TargetOptions):
+class OpenVINOOptions(QuantisationOptions):
     """Options of the openvino target.
 
     Attributes:
@@ -48,6 +48,7 @@ class OpenVINOOptions(TargetOptions):
     def check(self) -> None:
         """Raise ``OptionError`` for unknown values, and ``Unavailable`` for a device without the precision."""
         check_threads(self.threads)
+        self.check_weights()
         if self.precision not in PRECISIONS:
             raise not_one_of("precision cannot be", self.precision, PRECISIONS)
         if not 1 <= self.streams <= MAX_STREAMS:

@@ -8,10 +8,10 @@ from torch import nn
 
 import lorac
 from lorac import OptionError
+from lorac.backends.onnx.quantised.algorithms import GPTQ, K_QUANT, RTN, encode
+from lorac.backends.onnx.quantised.calibration import Calibration
+from lorac.backends.onnx.quantised.codec import Codec
 from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
-from lorac.backends.onnxruntime.quantised.algorithms import GPTQ, K_QUANT, RTN, encode
-from lorac.backends.onnxruntime.quantised.calibration import Calibration
-from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.frontend.base_weights import make_base_reader
 from lorac.frontend.model_view import ModelView
 from lorac.testing import assert_close

@@ -6,10 +6,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lorac.backends.onnxruntime.options import FLOAT32_LEVEL
-from lorac.backends.onnxruntime.quantised.base_weights import find_quantised, replace_quantised
-from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantiseWeights
+from lorac.backends.onnx.quantised.base_weights import find_quantised, replace_quantised
+from lorac.backends.onnx.quantised.codec import FLOAT32_LEVEL, Codec
+from lorac.backends.onnx.quantised.products import PrequantisedMatrix, QuantiseWeights
 from lorac.testing import assert_close
 
 CODECS = [

@@ -16,10 +16,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
 from lorac.backends.onnx.passes import OnnxPass, shared_constant
-from lorac.backends.onnxruntime.quantised.algorithms import RTN, encode
-from lorac.backends.onnxruntime.quantised.calibration import Calibration
-from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
-from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport, QuantisedProduct
+from lorac.backends.onnx.quantised.algorithms import RTN, encode
+from lorac.backends.onnx.quantised.calibration import Calibration
+from lorac.backends.onnx.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
+from lorac.backends.onnx.quantised.quantisation_report import QuantisationReport, QuantisedProduct
 from lorac.frontend.quantised_weights import NF4
 from lorac.ir.graph.passes import PassResult
 
@@ -59,10 +59,10 @@ class QuantiseWeights(OnnxPass):
 
     Attributes:
         codec: the codec; None: only pre-quantised matrices are stored quantised.
-        accuracy_level: the precision of products (``OnnxRuntimeOptions.accuracy_level``).
+        accuracy_level: the precision of products (``QuantisationOptions.product_level``).
         prequantised: pre-quantised matrices; their codes are used unchanged, also where several were fused.
         head: the codec of output layers, with the tables that are tied to them; None: that of all.
-        algorithm: one of ``lorac.backends.onnxruntime.quantised.algorithms.ALGORITHMS``.
+        algorithm: one of ``lorac.backends.onnx.quantised.algorithms.ALGORITHMS``.
         calibration: second moments of layers' inputs, for algorithms that need them.
         mixed: whether the first and last matrices have 8 bits, up to ``_MIXED_SHARE`` more bytes in all.
         given: matrices whose codes are used unchanged: those of ``prequantised``, and the tables of graphs that were

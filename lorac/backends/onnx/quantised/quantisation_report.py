@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, INT8_LEVEL
-from lorac.backends.onnxruntime.quantised.codec import Array, EncodedMatrix
+from lorac.backends.onnx.quantised.codec import FLOAT32_LEVEL, INT8_LEVEL, Array, EncodedMatrix
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Skip
 from lorac.ir.graph.passes import PassResult
@@ -46,7 +45,7 @@ class QuantisationReport:
     Attributes:
         quantised: name of a constant -> the quantised matrix in its place.
         floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
-        accuracy_level: the precision of products (``OnnxRuntimeOptions.accuracy_level``).
+        accuracy_level: the precision of products (``QuantisationOptions.product_level``).
         uncalibrated: the layers whose codes are the nearest, since no call of the calibration reaches them.
         has_head: whether an output layer as large as an embedding is quantised.
     """

@@ -20,6 +20,10 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 """The numbers of values that may share a scale."""
 ACCURACY_ATTRIBUTE = "accuracy_level"
 """The attribute of a quantised product that says in which precision it computes."""
+FLOAT32_LEVEL = 1
+"""The accuracy level of products that round nothing."""
+INT8_LEVEL = 4
+"""The accuracy level of products that round their operand to int8."""
 
 
 @dataclass(frozen=True)

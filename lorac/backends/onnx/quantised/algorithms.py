@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
+from lorac.backends.onnx.quantised.codec import Array, Codec, EncodedMatrix
 
 RTN, K_QUANT, GPTQ = "rtn", "k_quant", "gptq"
 ALGORITHMS = (RTN, K_QUANT, GPTQ)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file
+from lorac.backends.onnx.quantised.codec import Array, Codec, EncodedMatrix
 from lorac.backends.onnx.weight_locations import walk_stored_weights
-from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
 from lorac.errors import ArtifactError
 from lorac.frontend.quantised_weights import QUANTISATION_LEVELS
 from lorac.storage.strict_json import dump_json, parse_json
@@ -26,7 +26,7 @@ from lorac.storage.tensor_file import TensorFile, TensorLocation
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport, QuantisedProduct
+    from lorac.backends.onnx.quantised.quantisation_report import QuantisationReport, QuantisedProduct
 
 _METADATA_KEY = "quantised"
 """The entry of a file's metadata that lists the quantised tensors whose parts the file holds."""
