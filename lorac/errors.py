@@ -265,7 +265,7 @@ EXTRAS: Mapping[str, str | None] = {
     **dict.fromkeys(("accelerate", "huggingface_hub", "transformers"), "hf"),
     **dict.fromkeys(("lorac-native", "lorac_native"), "native"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "onnxruntime"),
-    **dict.fromkeys(("fastapi", "llguidance", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
+    **dict.fromkeys(("PIL", "fastapi", "llguidance", "prometheus_client", "python_multipart", "uvicorn"), "serve"),
     **dict.fromkeys(("fsspec", "gcsfs", "s3fs"), "stores"),
     "tensorrt_rtx": "tensorrt",
     **dict.fromkeys(("datasets", "trl"), "train"),

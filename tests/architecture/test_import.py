@@ -225,7 +225,7 @@ def test_names_the_extra_of_a_missing_library(command, without):
 def test_the_extra_of_a_library_is_the_one_that_lists_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {
-        (re.split(r"[^\w-]", line)[0].replace("-", "_"), extra)
+        (re.split(r"[^\w-]", line)[0].replace("-", "_").replace("pillow", "PIL"), extra)
         for extra, lines in project["optional-dependencies"].items()
         for line in lines
         if extra not in {"dev", "docs"} and not line.startswith("lorac[")
