@@ -25,6 +25,7 @@ import examples
 import lorac
 from lorac.errors import LoracError
 from lorac.formats import formats
+from lorac.ir.sites.site import SiteKind
 from lorac.testing import samples
 from lorac.testing.hosts import HOSTS
 from lorac.testing.hosts import ConformanceHost as Host
@@ -37,6 +38,7 @@ from tests.zoo import ZOO
 
 INDEX = "sound.json"
 COMPOSED: Mapping[str, Mapping[str, Any]] = {
+    "adaption_prompt": {"num_attention_heads": 2},
     "chain": {"parts": (lorac.LoRA(r=2), lorac.BAT(r=2))},
     "decor": {"r": 2, "tokens": 16},
     "decor_weight": {"r": 2},
@@ -116,6 +118,23 @@ class Two(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+KIT = {
+    **HOSTS,
+    "attention": Host("attention", SiteKind.LINEAR, lambda: nn.Sequential(_Attention()), (5, 8), path="0.o_proj"),
+}
+"""The hosts of the conformance kit, and one for methods at an attention's output."""
+
+
 @functools.cache
 def model(host: str) -> Any:
     """Return a host by name, in float32; several by their names in a pipeline."""
@@ -123,7 +142,7 @@ def model(host: str) -> Any:
         return {component: model(name) for component, name in PIPELINE.items()}
     if host in OWN:
         return OWN[host]()
-    return ZOO[host].model() if host in ZOO else HOSTS[host].model(torch.float32)
+    return ZOO[host].model() if host in ZOO else KIT[host].model(torch.float32)
 
 
 def write(folder: Path, *, quick: bool = False, artifacts: bool = True, methods: Iterable[str] | None = None) -> None:
@@ -183,7 +202,7 @@ def configured(key: str) -> tuple[Variant, Host]:
     oracle = f"tests.oracles.{key}"
     fields = importlib.import_module(oracle).FIELDS if _has_fields(oracle) else {}
     variant = samples(kind, **{**fields, **COMPOSED.get(key, {})})[0]
-    for host in sorted(HOSTS.values(), key=lambda host: host.name != "linear"):
+    for host in sorted(KIT.values(), key=lambda host: host.name != "linear"):
         # Keys and values of a prompt are only read, and name the embedding.
         if host.admits(variant) or (host.name == "embedding" and not variant.acts_at_sites):
             return dataclasses.replace(variant, targets=host.paths), host
@@ -225,7 +244,9 @@ def _xlora(folder: Path) -> Iterator[Sound]:
 def _prompts(folder: Path) -> Iterator[Sound]:
     """Write PEFT's own folders of prompts, each type of which is a file of its own."""
     tasks = functools.partial(peft.MultitaskPromptTuningConfig, num_virtual_tokens=3, num_tasks=2, num_ranks=2)
-    for name, make in {**CONFIGS, "MULTITASK_PROMPT_TUNING": functools.partial(tasks, **CAUSAL)}.items():
+    adaption = functools.partial(peft.AdaptionPromptConfig, adapter_len=2, adapter_layers=1)
+    more = {"MULTITASK_PROMPT_TUNING": tasks, "ADAPTION_PROMPT": adaption}
+    for name, make in {**CONFIGS, **{name: functools.partial(make, **CAUSAL) for name, make in more.items()}}.items():
         save_prompt(model("tiny_llama"), make(), folder / "peft" / name)
         yield Sound("peft", name, f"peft/{name}", "tiny_llama")
 

@@ -94,7 +94,11 @@ def made(family: str) -> Any:
     )
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for path, parameter in model.named_parameters():
+            if path.endswith("mm_input_projection_weight"):
+                parameter.normal_(
+                    0, 0.02, generator=torch.Generator().manual_seed(4)
+                )  # Gemma 3's begins at 0, which no image passes
             parameter.mul_(4 if parameter.dim() > 1 else 1)
     targets = {"r": 2, "target_modules": "all-linear"}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**targets), "one")

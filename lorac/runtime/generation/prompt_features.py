@@ -19,6 +19,7 @@ from lorac.ir.calls.modalities import (
     OFFSETS,
     TOKEN_TYPES,
     Modality,
+    TokenBlocks,
     feature_ids,
     find_modality,
     pad_rows,
@@ -152,12 +153,30 @@ class PromptFeatures:
         return replace(prompts, ids=ids)
 
 
+def check_whole_call(traits: ModelTraits) -> None:
+    """Refuse a call of a model over a cache of its own, if prompts of the model have types of tokens."""
+    by_type = BLOCK_TYPES.get(str(traits.settings.get("model_type")))
+    if by_type is not None and by_type.is_whole:
+        raise _types_missing(by_type)
+
+
+def _types_missing(by_type: TokenBlocks) -> InputMismatch:
+    return InputMismatch(
+        f"prompts of the model say by {by_type.argument} which tokens see later ones, and the call has none",
+        next_step="call generate with what the model's processor makes",
+    )
+
+
 def _find_blocks(options: Fields, traits: ModelTraits, prompts: Prompts) -> list[Tensor] | None:
     """Return the terms of each row's blocks; None for a call that gives no types of tokens, or whose model has none."""
     by_type = BLOCK_TYPES.get(str(traits.settings.get("model_type")))
     if by_type is None and options.get(TOKEN_TYPES) is not None:
         raise InputMismatch(f"the model takes no {TOKEN_TYPES}", next_step="leave them out")
-    if by_type is None or options.get(by_type.argument) is None:
+    if by_type is None:
+        return None
+    if options.get(by_type.argument) is None:
+        if by_type.is_whole:
+            raise _types_missing(by_type)
         return None
     types = convert_input(by_type.argument, options[by_type.argument], None)
     if types.shape != prompts.ids.shape:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.backends.onnxruntime.quantised.codec import Codec
+from lorac.backends.onnx.quantised.codec import Codec
 from lorac.testing import assert_close
 from tests.decoders import HYBRIDS
 from tests.runtime.generation.prompted import CONFIGS, continued, logits, save_prompt

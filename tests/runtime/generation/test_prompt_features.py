@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import lorac
 from lorac.testing import assert_close
-from tests.image_models import FAMILIES, IMAGE, PIXELS, batch, made, opposite, row
+from tests.image_models import FAMILIES, IMAGE, PIXELS, TYPES, batch, made, opposite, row
 from tests.limits import LEAST_DIFFERENCE
 from tests.refusing import refuses
 
@@ -93,13 +93,21 @@ def test_prompts_come_in_chunks_and_from_a_prompt_cache(both: tuple[str, Any, An
 
 
 def test_text_alone_gets_the_tokens_of_peft(both: tuple[str, Any, Any]) -> None:
-    _, peft, compiled = both
+    family, peft, compiled = both
     ids = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
     peft.set_adapter("one")
-    mask = torch.ones_like(ids)
-    expected = peft.generate(input_ids=ids, attention_mask=mask, **OPTIONS).sequences
-    output = compiled.generate(input_ids=ids, attention_mask=mask, adapters="one", **OPTIONS)
-    assert torch.equal(output.sequences, expected)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family in TYPES:
+        given["token_type_ids"] = TYPES[family](ids)
+    output = compiled.generate(**given, adapters="one", **OPTIONS, **LOGITS)
+    expected = peft.generate(**given, **OPTIONS, **LOGITS)
+    assert torch.equal(output.sequences, expected.sequences)
+    for logits, others in zip(output.logits, expected.logits, strict=True):
+        assert_close(logits, others)
+    if family.startswith("paligemma"):
+        del given["token_type_ids"]
+        with refuses("input_mismatch", match="say by token_type_ids which tokens see later ones"):
+            compiled.generate(**given, adapters="one", **OPTIONS)
 
 
 def test_an_artifact_answers_alike(both: tuple[str, Any, Any], tmp_path: Path) -> None:
@@ -132,6 +140,42 @@ def test_rejects_other_numbers_of_placeholders_and_features(both: tuple[str, Any
             compiled.generate(**missing | grids, adapters="one", **OPTIONS)
 
 
+@pytest.mark.medium("an option that no other test of a small tier gives")
+def test_rejects_types_of_tokens_that_do_not_fit(both: tuple[str, Any, Any]) -> None:
+    family, _, compiled = both
+    given = batch(family)
+    types = torch.zeros_like(given["input_ids"])
+    if family not in TYPES:
+        with refuses("input_mismatch", match="takes no token_type_ids"):
+            compiled.generate(**given, token_type_ids=types, adapters="one", **OPTIONS)
+        return
+    with refuses("input_mismatch", match="token_type_ids has the shape"):
+        compiled.generate(**given | {"token_type_ids": types[:, 1:]}, adapters="one", **OPTIONS)
+    if family.startswith("paligemma"):
+        types[:, -3] = 1
+        with refuses("input_mismatch", match="not in one piece"):
+            compiled.generate(**given | {"token_type_ids": types}, adapters="one", **OPTIONS)
+
+
+@pytest.mark.medium("other types of tokens than in test_rows_get_the_tokens_and_logits_of_peft")
+def test_types_decide_which_tokens_see_later_ones(both: tuple[str, Any, Any]) -> None:
+    family, peft, compiled = both
+    if family not in TYPES:
+        pytest.skip("its tokens have no types")
+    peft.set_adapter("one")
+    alone = row(batch(family), 1)
+    others = {**alone, "token_type_ids": 1 - alone["token_type_ids"]}
+    found = []
+    for given in (alone, others) if family != "gemma3" else (alone,):
+        output = compiled.generate(**given, adapters="one", **OPTIONS, **LOGITS)
+        expected = peft.generate(**given, **OPTIONS, **LOGITS)
+        assert torch.equal(output.sequences, expected.sequences)
+        for logits, expected_logits in zip(output.logits, expected.logits, strict=True):
+            assert_close(logits, expected_logits)
+        found.append(output.logits[0])
+    assert len(found) == 1 or (found[0] - found[1]).abs().max() > LEAST_DIFFERENCE * found[1].abs().max()
+
+
 def test_rejects_a_draft(both: tuple[str, Any, Any]) -> None:
     family, _, compiled = both
     with refuses("unavailable", match="= is read by the model that answers"):
@@ -139,8 +183,12 @@ def test_rejects_a_draft(both: tuple[str, Any, Any]) -> None:
 
 
 def test_plain_calls_take_text_whose_ids_are_checked(both: tuple[str, Any, Any]) -> None:
-    _, peft, compiled = both
+    family, peft, compiled = both
     ids = torch.tensor([[7, 8, 9]])
+    if family.startswith("paligemma"):
+        with refuses("input_mismatch", match="say by token_type_ids which tokens see later ones"):
+            compiled(input_ids=ids, adapters="one")
+        return
     peft.set_adapter("one")
     assert_close(compiled(input_ids=ids, adapters="one").logits, peft(input_ids=ids).logits)
     for wrong in (64, -3):

@@ -50,6 +50,18 @@ def _tokens(stream: Any) -> list[int]:
     return [token.id for token in stream]
 
 
+@pytest.mark.medium("chunks of prompts are those of generate's, but for this cut")
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+def test_chunks_divide_no_tokens_that_see_each_other(family: str) -> None:
+    compiled = lorac.compile(
+        made(family), target="onnxruntime", active=None, cache=True, example_inputs=batch(family, (3, 3), seed=7)
+    )
+    rows = [row(batch(family), place) for place in range(3)]
+    expected = [_alone(compiled, alone, "one") for alone in rows]
+    with lorac.Scheduler(compiled, rows=4, chunk=3) as running:
+        assert [_tokens(stream) for stream in running.submit_all([_request(one, "one") for one in rows])] == expected
+
+
 def test_rows_with_images_and_without_run_together(compiled: Any, scheduler: lorac.Scheduler) -> None:
     rows = [row(batch(FAMILY), place) for place in range(3)]
     text = {"input_ids": torch.tensor([[7, 8, 9, 10, 11]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
