@@ -135,6 +135,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _manifest(lambda m: m["program"]["graphs"]["main"]["signature"].update(below={"x": "many"})),
         "signature of a stored program does not fit together",
     ),
+    "checks of another form": (
+        _manifest(lambda m: m["program"]["graphs"]["main"]["signature"].update(checks=["a"])),
+        "does not fit together",
+    ),
+    "checks of no output": (
+        _manifest(lambda m: m["program"]["graphs"]["main"]["signature"].update(checks={"a": "model.py:3"})),
+        "signature of a stored program does not fit together",
+    ),
     "graph of another name": (
         _manifest(lambda m: m["program"].update(graphs={"other": m["program"]["graphs"]["main"]})),
         "has no graph 'main'|does not fit together",

@@ -103,6 +103,9 @@ def test_dropout_is_drawn_anew_and_ends_with_training() -> None:
     compiled.train()
     x = torch.randn(3, 6)
     assert not torch.equal(run(x)["y"], run(x)["y"])
+    for layer in (compiled.host.up, compiled.host.down):
+        layer.training = False
+    assert torch.equal(run(x)["y"], run(x)["y"])
     compiled.eval()
     assert torch.equal(run(x)["y"], compiled(x)["y"])
 

@@ -345,6 +345,7 @@ class Interface:
         integers = all(type(size) is int for size in mappings["id_counts"].values())
         texts = all(isinstance(name, str) for listed in (*names.values(), required) for name in listed)
         fits = texts and known and integers and set(required) <= fixed.keys()
+        fits &= stored["checks"].keys() <= set(names["extra_outputs"])
         if not fits or (structure is not None and structure.tensor_count != count):
             raise ArtifactError(
                 f"the signature of a stored program does not fit together: its output has {count} tensors, and inputs "
