@@ -106,6 +106,10 @@ docs: $(STAMP) ## Write the pages that are made from the code, and build the sit
 search: docs ## Look up 40 words in the search of the built site (needs Node)
 	node docs/search_words.mjs build/site
 
+tutorials: $(STAMP) ## Run the notebooks of examples/tutorials, and write them as pages
+	$(BIN)/python -m pip install --quiet jupytext nbconvert nbclient ipykernel
+	$(BIN)/python -m docs.make_tutorials
+
 pictures: $(STAMP) ## Draw the pictures in docs/pictures (those of graphs need Chromium)
 	$(BIN)/python -m docs.draw_compositions
 	$(BIN)/python -m docs.draw_styles

