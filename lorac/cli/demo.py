@@ -150,7 +150,7 @@ def answers(engine: Any, tokenizer: Any, console: Console) -> None:
 
 
 def parity(engine: Any, eager: Any, tokenizer: Any, console: Console) -> None:
-    """Print the engine's difference to eager, as a share of what the adapters contribute."""
+    """Print the engine's difference to eager, as a share of the adapters' contribution."""
     import torch
     from rich.table import Table
 

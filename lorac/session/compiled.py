@@ -27,7 +27,7 @@ from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.capacity import check_capacity
 from lorac.runtime.choice_switch import ChoiceSwitch, HeldChoice, RowGroup, SwapReport
 from lorac.runtime.generation.prompt_cache import PromptCache
-from lorac.runtime.generation.prompt_features import check_whole_call
+from lorac.runtime.generation.prompt_features import check_plain_call
 from lorac.runtime.generation.tokenizers import TokenizerFiles, find_inner_tokenizer
 from lorac.session.adapter_loading import make_adapter, outline_adapter_forms
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
@@ -105,7 +105,7 @@ class Compiled:
             call = call.cast(self.input_dtypes, kept)
 
         if self.engine.cache_spec(graph) is not None:
-            check_whole_call(self.traits[graph])
+            check_plain_call(self.traits[graph])
         if self.resized and "labels" in call.kwargs:
             what = f"labels= make a loss over the outputs of '{self.resized[0]}', and adapters have others"
             raise InputMismatch(what, next_step="leave labels= out, and compute the loss of the logits of the answer")

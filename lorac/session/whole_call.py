@@ -1,8 +1,8 @@
-"""Calls of a compiled model inside torch.compile: one graph, whatever lorac does around the layers.
+"""Calls of a compiled model inside torch.compile, as one graph.
 
 Dynamo cannot trace lorac's own code: its locks, caches and the state of a call. torch traces such a function as it runs
-instead (``torch._dynamo.nonstrict_trace``), and holds the graph for other calls as long as the arguments that are no
-tensors stay equal. So these name what the graph depends on: the model, its adapters, the choice, which modules train.
+instead (``torch._dynamo.nonstrict_trace``), and keeps the graph for other calls while the arguments that are no tensors
+stay equal. So these name all that it depends on: the model, its adapters, the choice, which modules train.
 """
 
 from __future__ import annotations
@@ -48,15 +48,18 @@ def call_in_one_graph(
         args, kwargs: of the call.
     """
     arguments = pytree.tree_map(lambda value: _NONE if value is None else value, (args, kwargs))
-    output = trace_call(model, state, tensors, arguments)
-    return pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, output)
+    return _restore_none(trace_call(model, state, tensors, arguments))
 
 
 @torch._dynamo.nonstrict_trace
 def trace_call(model: str, state: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
     """Call a model as ``call_in_one_graph`` does; torch traces it as it runs."""
-    args, kwargs = pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, arguments)
+    args, kwargs = _restore_none(arguments)
     # Where Dynamo refuses an argument or the output, such as a cache of transformers', it runs this without a trace.
     with tracing_whole_call() if detect_fake_mode(list(tensors.values())) else nullcontext():
         output = torch.func.functional_call(_MODELS[model], dict(tensors), args, kwargs)
     return pytree.tree_map(lambda value: _NONE if value is None else value, output)
+
+
+def _restore_none(tree: Any) -> Any:
+    return pytree.tree_map(lambda value: None if type(value) is int and value == _NONE else value, tree)

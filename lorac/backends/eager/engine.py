@@ -152,11 +152,12 @@ class EagerEngine(Engine):
     def trace_key(self) -> str | None:  # type: ignore[override]  # changes with each swap
         """Return the choice, if torch.compile can trace a whole call as it runs; None if the call must run anew.
 
-        A graph holds neither extra outputs nor what is drawn or found for each call: seeds of branches that train,
-        starts of adapters with invocation tokens.
+        A graph holds no extra outputs, no seed of a branch that trains, no place of invocation tokens, and no weights
+        but the model's own.
         """
         active = self.active
-        anew = self.hidden or self.extra_names or self._listeners or active.invocations
+        writes = self.mode == "fused" or self.hidden
+        anew = writes or self.extra_names or self._listeners or active.invocations
         return None if anew or (active.branches and self.module.training) else self.choice_text
 
     def record_written(self, snapshot: ComposedWeights) -> None:

@@ -317,7 +317,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         self._allocate(len(self.lengths), max(length, min(most, doubled)))
 
     def clear_unused(self, counts: Sequence[int]) -> None:
-        """Write zeros behind the rows, where longer ones were, if a call reads what lies there.
+        """Write zeros behind the rows, where longer ones were, if a call reads them.
 
         Args:
             counts: numbers of tokens that the call adds to the rows.

@@ -1,7 +1,7 @@
-"""A pass that writes attention over a cache in ops of ONNX: OpenVINO has none for rows of several lengths.
+"""A pass that expands attention over a cache into ONNX ops: OpenVINO has no op for rows of several lengths.
 
 The scores of the tokens in the cache and those of the new ones are computed apart, and joined for the softmax. So the
-cache is read where it lies, and a call answers the keys and values of its new tokens alone. Scores are (batch, heads of
+cache is read in place, and a call returns the keys and values of its new tokens alone. Scores are (batch, heads of
 keys, queries that share a head · length, keys): no key is repeated for the heads that share it.
 """
 
@@ -26,7 +26,7 @@ _MaskKey = tuple[int, int, ir.Value | None, ir.Value | None]
 
 @dataclass(frozen=True)
 class ExpandCachedAttention(OnnxPass):
-    """Replace each attention over a cache by products and a softmax; the caches that it answers become new tokens."""
+    """Replace each attention over a cache by products and a softmax; it returns keys and values of new tokens alone."""
 
     name: ClassVar[str] = "expand-cached-attention"
 
@@ -71,7 +71,7 @@ class _Expansion:
         """Write the ops.
 
         Args:
-            masks: what is added to scores of past and new tokens; see ``_MaskKey``.
+            masks: ``_MaskKey`` -> the numbers to add to scores of past and of new tokens.
         """
         node = self.node
         window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
@@ -160,7 +160,7 @@ class _Expansion:
         return self.op("Reshape", wide, self.constant(0, self.key_heads, -1, 1))
 
     def finish(self, y: ir.Value) -> None:
-        """Put the ops in the place of the attention; new keys and values are what it answers of its caches."""
+        """Replace the attention by the ops; in place of its caches it returns the new keys and values."""
         old = self.node.outputs[0]
         y.shape, y.type = old.shape, old.type
         for made in self.tape.nodes:

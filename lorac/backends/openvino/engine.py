@@ -182,7 +182,7 @@ def _set_inputs(loaded: CompiledGraph, request: ov.InferRequest, inputs: Mapping
 
 
 def _empty_present(layout: CacheLayout, past: str, rows: int, length: int) -> Tensor:
-    """Return memory for what a graph answers of the new tokens: keys or values, or the state behind them."""
+    """Return memory for a graph's output of the new tokens: their keys or values, or the state behind them."""
     sizes, dtype = layout.shapes[past]
     return torch.empty(rows, *(length if size is None else size for size in sizes[1:]), dtype=dtype)
 

@@ -55,7 +55,7 @@ class LaterFeatures(NamedTuple):
     """How a text model adds features of later layers of a tower behind its own layers.
 
     Attributes:
-        output: the field with the features in what the method for features returns.
+        output: the field with these features in the output of the method for features.
         adds: the text model's method (hidden states, marks, features) -> hidden states.
         marks, features: the arguments of its forward.
     """

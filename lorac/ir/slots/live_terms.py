@@ -250,14 +250,14 @@ def _product_delta(change: LowRank, slots: SiteSlots, call: SiteCall, x: Tensor,
 def _run_with_weight(change: Change, call: SiteCall) -> Tensor:
     base = call.ctx.own_site.present(call.base_weight)
     merged, bias = merge_weight(change, base), merge_bias(change, call.bias)
-    with _merging_again(change, base, merged):
+    with _merge_in_backward(change, base, merged):
         return call.layout.bound(call.x, call.layout.slot_weight(merged), bias)
 
 
-def _merging_again(change: Change, base: Tensor, merged: Tensor) -> AbstractContextManager[object]:
-    """Return a block whose ops do not keep the merged weight for the backward pass, which merges a sparse change again.
+def _merge_in_backward(change: Change, base: Tensor, merged: Tensor) -> AbstractContextManager[object]:
+    """Return a block whose ops save no merged weight of a sparse change: the backward pass merges it again.
 
-    Else every layer would hold a copy of its weight.
+    Else every layer would hold a copy of its weight until then.
     """
     if not isinstance(change, Sparse) or not merged.requires_grad or not can_hook_saved_tensors():
         return nullcontext()

@@ -153,8 +153,12 @@ class PromptFeatures:
         return replace(prompts, ids=ids)
 
 
-def check_whole_call(traits: ModelTraits) -> None:
-    """Refuse a call of a model over a cache of its own, if prompts of the model have types of tokens."""
+def check_plain_call(traits: ModelTraits) -> None:
+    """Refuse a plain call of a model whose prompts say by types of tokens which of them see later ones.
+
+    Raises:
+        InputMismatch: the model is such a one; a plain call has no types.
+    """
     by_type = BLOCK_TYPES.get(str(traits.settings.get("model_type")))
     if by_type is not None and by_type.is_whole:
         raise _types_missing(by_type)

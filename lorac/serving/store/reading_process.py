@@ -69,7 +69,7 @@ class ReadingProcess:
         return folder / REWRITTEN
 
     def decode_images(self, folder: Path, pixels: int) -> None:
-        """Have the images in a folder decoded, as ``reading_main.decode_images`` does.
+        """Decode the images in a folder in a reading process, as ``reading_main.decode_images`` does.
 
         Raises:
             FormatError: as that; or the process crashed, or took more time or memory than it may.
@@ -141,7 +141,7 @@ class ReadingProcess:
 
 
 class ReaderPool:
-    """Processes that read what strangers send, for threads that take turns with them.
+    """Processes that read files and images of strangers, for threads that take turns with them.
 
     Args:
         quotas: the limits of each reading.
