@@ -128,7 +128,11 @@ def read_status(url: str, sent: bytes) -> bytes:
 
 def spooled() -> int:
     """Files of this process that have no name, as bodies on disk have."""
-    return sum("(deleted)" in os.readlink(f"/proc/self/fd/{name}") for name in list_handles())
+    count = 0
+    for name in list_handles():
+        with contextlib.suppress(FileNotFoundError):  # other threads close theirs
+            count += "(deleted)" in os.readlink(f"/proc/self/fd/{name}")
+    return count
 
 
 def list_handles() -> list[str]:

@@ -400,7 +400,7 @@ def test_a_tenant_has_half_of_the_rows_next_to_recent_ones(compiled: Any, monkey
         assert max(most) == 2
         most.clear()
         list(submit(scheduler, "carol", 1)[0])
-        for stream in [*submit(scheduler, "alice", 6, 3), *submit(scheduler, "bob", 6, 3)]:
+        for stream in [*submit(scheduler, "alice", 6, 12), *submit(scheduler, "bob", 6, 12)]:
             list(stream)
         assert max(most) == 3, "the last row is kept for carol"
 
