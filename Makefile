@@ -109,10 +109,12 @@ search: docs ## Look up 40 words in the search of the built site (needs Node)
 tutorials: $(STAMP) ## Run the notebooks of examples/tutorials, and write them as pages
 	$(BIN)/python -m pip install --quiet jupytext nbconvert nbclient ipykernel
 	$(BIN)/python -m docs.make_tutorials
+	$(BIN)/python -m docs.draw_chat
 
 pictures: $(STAMP) ## Draw the pictures in docs/pictures (those of graphs need Chromium)
 	$(BIN)/python -m docs.draw_compositions
 	$(BIN)/python -m docs.draw_styles
+	$(BIN)/python -m docs.draw_chat
 	$(BIN)/python -m docs.make_pictures
 
 format: $(STAMP) ## Format the code and apply safe fixes

@@ -158,16 +158,24 @@ def test_the_table_of_passes():
     assert rows == [f"| `{step.name}` | {step.reads.name.lower()} | {step.leaves.name.lower()}" for step in steps]
 
 
-# --- figures of the README -------------------------------------------------------------------------------------------
+# --- figures of the README and the start page ------------------------------------------------------------------------
 
 
-def test_the_readme_quotes_the_measured_swaps():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (row,) = re.findall(r"^\| swapping a .*$", readme, re.MULTILINE)
+PEFT_SWAP = "PEFT unmerge + merge"
+
+
+@pytest.mark.parametrize(
+    ("page", "line", "sides"),
+    [
+        ("README.md", r"^\| swapping a .*$", ("live LoRA (ONNX Runtime)", "fused LoRA (ONNX Runtime)", PEFT_SWAP)),
+        ("docs/index.md", r"^A rank-16 LoRA .*$", ("live LoRA (ONNX Runtime)", PEFT_SWAP)),
+    ],
+)
+def test_pages_quote_the_measured_swaps(page, line, sides):
+    (quoted,) = re.findall(line, (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
     swaps = _section((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), "swap")
     measured = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", swaps, re.MULTILINE))
-    sides = ("live LoRA (ONNX Runtime)", "fused LoRA (ONNX Runtime)", "PEFT unmerge + merge")
-    assert re.findall(r"([\d.]+) ms", row) == [measured[side] for side in sides]
+    assert re.findall(r"([\d.]+) ms", quoted) == [measured[side] for side in sides]
 
 
 def test_the_readme_counts_peft_s_types_and_links_to_the_tables():
