@@ -38,7 +38,7 @@ class NativeLibrary:
         )
 
     def scatter(self, writes: Sequence[tuple[Tensor, Tensor, Tensor]], item_bytes: int) -> None:
-        """Write values at positions of contiguous tensors of their type; nothing is checked.
+        """Scatter values into contiguous tensors of the same dtype; nothing is checked.
 
         Args:
             writes: each a tensor, distinct and ascending positions in it (int64), and their values. Those into one

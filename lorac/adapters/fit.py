@@ -206,7 +206,7 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
 
 
 def find_infinite_sums(tensors: Mapping[T, Tensor]) -> list[T]:
-    """Return the names of tensors whose sum is not finite; that of finite values may overflow all the same.
+    """Return the names of tensors whose sum is not finite; a sum of finite values may overflow too.
 
     Summing takes a quarter of the time of looking at each value.
     """

@@ -1,4 +1,4 @@
-"""Folders of LoRA-XS and LoRA-SB: PEFT's of a LoRA, with a matrix (r, r) at every layer.
+"""Folders of LoRA-XS and LoRA-SB: PEFT's LoRA folder, plus a matrix (r, r) per layer.
 
 Source: MohammadrezaBanaei/LoRA-XS, RaghavSinghal10/lora-sb; keys as in ``lorac.formats.peft.types.lora``.
 PEFT itself reads such a folder as a LoRA without the matrices, so the format has a name of its own.

@@ -382,7 +382,7 @@ class ChoiceSwitch:
         *,
         together: bool = True,
     ) -> T:
-        """Run the groups of rows of a batch; where a call shows that some cannot share it, they are grouped again.
+        """Run a batch in groups of rows; where ``run`` raises ``RowsApart``, group the rows again.
 
         Args:
             adapters: the choice of each row, which may be held.

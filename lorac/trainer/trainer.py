@@ -149,7 +149,7 @@ class AdapterTrainer(Trainer):
             self._signature_columns = [*self._signature_columns, EXPERTS]
 
     def train(self, resume_from_checkpoint: Checkpoint | str | bool | None = None, *args: Any, **settings: Any) -> Any:
-        """Train as ``Trainer`` does, perhaps from a checkpoint or its folder, or True for the newest of the run.
+        """Train as ``Trainer`` does; resume from a checkpoint, its folder, or, with True, the run's newest.
 
         Raises:
             OptionError: no step can be taken as the arguments say.

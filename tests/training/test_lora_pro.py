@@ -157,7 +157,7 @@ def test_rejects_unsupported_optimizers_and_adapters() -> None:
     with pytest.raises(lorac.ChoiceError, match="does not take damping=-1"):
         LoRAPro(compiled, optimizer, damping=-1.0)
     a.requires_grad_(False)
-    with pytest.raises(lorac.ChoiceError, match="moves both factors of 'a' at 'site', and only lora_B trains"):
+    with pytest.raises(lorac.ChoiceError, match="updates both factors of 'a' at 'site', but only lora_B trains"):
         LoRAPro(compiled, optimizer)
     dora: Any = lorac.compile(linear(N, M), {"d": lorac.DoRA(r=2, targets=("site",))})
     with pytest.raises(lorac.AdapterNotFound, match=r"of method lora; there is 'd' \(dora\)"):

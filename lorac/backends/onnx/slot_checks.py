@@ -66,7 +66,7 @@ _FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.Data
 
 
 def _live_values(model: ir.Model) -> set[int]:
-    """Return the ids of values from which a path leads to an output; a node reads the values that its graphs read."""
+    """Return the ids of values that reach an output; a node also reads the values that its subgraphs read."""
     live: set[int] = set()
     todo: list[ir.Value | None] = [*model.graph.outputs]
     while todo:

@@ -303,6 +303,6 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 
 def _number(size: int | ir.SymbolicDim) -> int:
-    """Return a size that does not vary."""
+    """Return a size, which is static."""
     assert isinstance(size, int)
     return size

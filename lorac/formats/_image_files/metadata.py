@@ -39,7 +39,7 @@ def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, ScaledRan
 
 
 def write_configs(variants: Mapping[str, ScaledRank]) -> dict[str, str]:
-    """Return the metadata entry with the configurations of components; none where every scale is 1.
+    """Return components' configurations as a metadata entry; no entry where every scale is 1.
 
     diffusers takes a component without a configuration for one of rank 8, so that all have one or none.
     """

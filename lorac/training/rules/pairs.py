@@ -62,7 +62,7 @@ class PairRule(Rule):
             a, b = (term.tensors[factor] for factor in FACTORS)
             if a.requires_grad != b.requires_grad:
                 raise ChoiceError(
-                    f"{name} moves both factors of {term}, and only {FACTORS[b.requires_grad]} trains",
+                    f"{name} updates both factors of {term}, but only {FACTORS[b.requires_grad]} trains",
                     next_step="turn requires_grad on, or off, for both",
                 )
             assert isinstance(term.variant, LoRA)

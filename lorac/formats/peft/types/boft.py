@@ -43,7 +43,7 @@ class BoftType(PeftType[BOFT]):
         rotation, scale = stored.get(ROTATION), stored.get(SCALE)
         if rotation is None or scale is None or rotation.ndim != 4 or scale.ndim != 2 or 1 not in scale.shape:
             raise mismatched_shapes(
-                path, stored, f"{ROTATION} is (m, blocks, size, size), {SCALE} (out, 1), or (1, out)"
+                path, stored, f"{ROTATION} is (m, blocks, size, size), {SCALE} (out, 1) or (1, out)"
             )
         out, columns = scale.numel(), rotation.shape[1] * rotation.shape[2]
         is_column = scale.shape[1] == 1
