@@ -45,6 +45,9 @@ CURVE = 1e-5
 on and which the mean over a batch evens out."""
 LOSSES = 1e-6
 """How far the losses of the first twenty steps may be from TRL's with PEFT's LoRA: float32 rounds off a tenth of it."""
+BFLOAT16 = 2.0
+"""How far a model's outputs in bfloat16 may be from float32's, as a multiple of how far those of torch's own bfloat16
+model are: both round every product, and where one rounds twice as often it is off by twice as much."""
 NEAR_TIE = 1e-3
 """Below this distance between the two likeliest tokens' logits their order is rounding (float32, a whole model)."""
 NATIVE = 1e-6

@@ -1,15 +1,19 @@
 """The ops that a target claims, compared with an emitted program before anything is written or built."""
 
+from __future__ import annotations
+
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
-import onnx_ir as ir
 
 from lorac.source_lines import format_location, is_user_code
 from lorac.target.dialect import AnyDialect, refuse_unclaimed
+
+if TYPE_CHECKING:  # errors of loading name modules and lines by this file, and loading needs no onnx_ir
+    import onnx_ir as ir
 
 _SCOPES, _STACK_TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Keys under which torch's exporter notes the modules and the source lines of a node."""

@@ -14,6 +14,7 @@ from lorac.backends.openvino.engine import CompiledGraph, OvEngine
 from lorac.backends.openvino.options import OpenVINOOptions
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
+from lorac.limits import is_trusted
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class OpenVINO(QuantisingBackend[OpenVINOOptions, CompiledGraph]):
         stored: JsonMapping,
         options: OpenVINOOptions,
     ) -> CompiledGraph:
-        return CompiledGraph(*compile_model(files, name, slots, options), interface, slots, options)
+        sound = not stored or is_trusted()
+        return CompiledGraph(*compile_model(files, name, slots, options, sound=sound), interface, slots, options)
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OpenVINOOptions]) -> None:
         """Test an engine that computes in float32: how far rounding moves outputs says nothing about slots."""

@@ -8,6 +8,7 @@ import torch
 from openvino.preprocess import PrePostProcessor
 
 from lorac.backends.onnx.model_files import Array, read_model_files
+from lorac.backends.openvino.operand_checks import check_operands
 from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions
 from lorac.ir.graph.attention_ops import is_key_or_value
 from lorac.target.engine import ProgramFiles
@@ -35,22 +36,25 @@ which it does not try; it is in no documentation."""
 
 
 def compile_model(
-    files: ProgramFiles, graph: str, slots: Collection[str], options: OpenVINOOptions
+    files: ProgramFiles, graph: str, slots: Collection[str], options: OpenVINOOptions, *, sound: bool
 ) -> tuple[ov.CompiledModel, dict[str, str]]:
     """Compile a graph's model for a device; its weights are copied from the open file.
 
     Args:
         files: the program's, open.
         slots: names of the slot inputs, which are held in the precision, as keys and values of a cache are.
+        sound: whether lorac has just written the files, or the caller trusts who did.
 
     Returns:
         The model, and the metadata of its file.
 
     Raises:
-        ArtifactError: a weight is not where the model says.
+        ArtifactError: a weight is not where the model says, or an op does not take its operands.
         Unavailable: OpenVINO does not compute an op of the model.
     """
     proto, weights = read_model_files(files, graph)
+    if not sound:
+        check_operands(proto, weights)
     _read_shapes(proto, weights)
     for tensor in (tensor for tensor in proto.graph.initializer if tensor.name in weights):
         array = weights[tensor.name]

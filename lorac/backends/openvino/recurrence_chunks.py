@@ -26,5 +26,7 @@ class ComputeByChunks(OnnxPass):
             branch.remove(taken)
             for each in taken:
                 each.metadata_props.update(node.metadata_props)
+                for value in each.outputs:  # branches of other nodes have values of the same names
+                    value.name = f"{node.outputs[0].name}_{value.name}"
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], taken, node.outputs, outputs)
         return PassResult(changed=bool(chunked))

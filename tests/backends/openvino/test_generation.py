@@ -13,14 +13,15 @@ import torch
 import lorac
 from lorac.target.kv_cache import DecodeStep
 from lorac.testing import assert_close
-from tests import encoder_decoders
-from tests.decoders import DECODERS, HYBRIDS, VOCABULARY
+from tests import encoder_decoders, limits
+from tests.decoders import DECODERS, HYBRIDS, VOCABULARY, adapt_llama
 from tests.refusing import refuses
 from tests.runtime.generation.test_hybrids import _adapted, _assert_alone, _keeps_states, _logits
 from tests.runtime.generation.test_onnxruntime import GREEDY, _reference, check_generates_as_peft
 from tests.runtime.generation.texts import padded, prompts
 
-pytest.importorskip("openvino")
+openvino = pytest.importorskip("openvino")
+ABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 ROOT = Path(__file__).parents[3]
 _PLAIN = [family for family in DECODERS if family not in HYBRIDS]
 _SOME = ["mistral", "gpt_oss", "bloom", "llama4"]
@@ -48,6 +49,29 @@ def test_generates_with_merged_weights(mode: str) -> None:
     assert torch.equal(made(peft, mode).generate(**batch, **GREEDY), peft.generate(**batch, **GREEDY))
 
 
+@pytest.mark.skipif("BF16" not in ABILITIES, reason="this processor has no bf16")
+def test_keeps_a_cache_in_bf16(tmp_path: Path) -> None:
+    """Prompts in chunks, each row with its choice: no farther from float32 than torch's own bfloat16 is."""
+    one, two = adapt_llama(DECODERS["llama"]())
+    adapters, rows = {"one": one, "two": two}, ["one", None, "two", {"one": 0.5, "two": 0.5}]
+    wide, half = (made(DECODERS["llama"](), adapters=adapters, precision=one) for one in ("f32", "bf16"))
+    torchs = lorac.compile(DECODERS["llama"]().bfloat16(), adapters)
+
+    def logits(model: Any, **options: Any) -> Any:
+        told = {**GREEDY, "max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+        return model.generate(**padded(prompts(), "left"), adapters=rows, **told, **options).logits[0].float()
+
+    wanted, found = logits(wide), logits(half, prefill_chunk_size=3)
+    away = [(each - wanted).norm() for each in (found, logits(torchs))]
+    assert 0 < away[0] <= limits.BFLOAT16 * away[1]
+    cache, ids = half.engine.new_cache("main", 1, 9), torch.full((1, 3), 5)
+    half.switch.state.bound.decode("main", cache, DecodeStep(ids=ids, counts=[3], wanted=torch.tensor([[2]])))
+    assert {buffer.dtype for buffer in cache.buffers.values()} == {torch.bfloat16}
+    half.save(tmp_path / "saved")
+    assert torch.equal(logits(lorac.load(tmp_path / "saved"), prefill_chunk_size=3), found)
+    assert torch.equal(logits(lorac.load(tmp_path / "saved", precision="f32")), wanted)
+
+
 @pytest.mark.medium("a family of each form of attention", keep=_SOME)
 @pytest.mark.parametrize("family", _PLAIN)
 def test_computes_every_form_of_attention(family: str) -> None:
@@ -62,12 +86,14 @@ def test_computes_every_form_of_attention(family: str) -> None:
 
 @pytest.mark.medium("a family of each mixer", keep=_MIXERS)
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_generates_with_states(family: str) -> None:
+def test_generates_with_states(family: str, tmp_path: Path) -> None:
     peft, rows = _adapted(family, dora=False), prompts(lengths=(21, 4, 35, 1))
     hybrid, batch = made(peft), padded(rows, "left")
     whole = _logits(hybrid, batch)
     _assert_alone(whole, peft, rows)
     assert torch.equal(_logits(hybrid, batch, prefill_chunk_size=3)[0], whole[0])
+    hybrid.save(tmp_path / "saved")
+    assert torch.equal(_logits(lorac.load(tmp_path / "saved"), batch)[1], whole[1])
     beams = {**padded(rows[:1], "left"), **GREEDY, "num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(hybrid.generate(**beams), peft.generate(**beams, use_cache=_keeps_states(peft)))
 
