@@ -9,12 +9,14 @@ processor time on one thread, which a busy machine disturbs less. Targets stand 
 with the op of lorac-native (where it is installed) live >= 0.97 of its own base and >= 1.05 of genai's with the
 adapter, int4 live >= 0.93 of its own base and >= 0.96 with factors in float16; the base >= 1.0 of genai's, live >= 5 of
 PEFT's; prefill >= 0.95 of genai's; int4 live >= 2.3 of float live, its base >= 0.95 of genai's; a capacity of 2048
-costs <= 1.03 of one of 128.
+costs <= 1.03 of one of 128. In OpenVINO live with bf16 products >= 2.0 of float live in ONNX Runtime for a prompt of
+128 tokens, and >= 1.3 for a single one, where the processor has matrix units for bf16.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import random
@@ -33,31 +35,37 @@ FUSED, SETTLED = "fused", "fused, settled"
 INT4_BASE, INT4_LIVE, PEFT = "int4 base", "int4 live", "PEFT"
 NATIVE, NATIVE_HALF = "live, native", "live, native, float16"
 INT4_NATIVE, INT4_HALF = "int4 live, native", "int4 live, native, float16"
+OV_BASE, OV_LIVE, OV_BF16 = "openvino base", "openvino live", "openvino live, bf16"
 LORAC = {
     BASE: {},
     LIVE: {"mode": "live"},
     FUSED: {"mode": "fused"},
     INT4_BASE: {"weights": "int4"},
     INT4_LIVE: {"weights": "int4", "mode": "live"},
+    OV_BASE: {"target": "openvino"},
+    OV_LIVE: {"target": "openvino", "mode": "live"},
 }
 """Artifact -> options of its compilation; those with a mode have the adapter."""
 LOADED = {BASE: BASE, AGAIN: BASE, LIVE: LIVE, ROOMY: LIVE, USERS: LIVE, FUSED: FUSED, SETTLED: FUSED}
 LOADED |= {INT4_BASE: INT4_BASE, INT4_LIVE: INT4_LIVE}
 LOADED |= {NATIVE: LIVE, NATIVE_HALF: LIVE, INT4_NATIVE: INT4_LIVE, INT4_HALF: INT4_LIVE}
+IN_OPENVINO: Mapping[str, Mapping[str, Any]] = {OV_BASE: {}, OV_LIVE: {}, OV_BF16: {"precision": "bf16"}}
+"""Sides in OpenVINO -> options of loading."""
+LOADED |= {OV_BASE: OV_BASE, OV_LIVE: OV_LIVE, OV_BF16: OV_LIVE}
 WITH_OP = {NATIVE: True, NATIVE_HALF: "float16", INT4_NATIVE: True, INT4_HALF: "float16"}
 """Sides with the op of lorac-native -> ``native=``; all others have ONNX Runtime's own ops."""
 BUILT = {GENAI: ("fp32", False), GENAI_ADAPTER: ("fp32", True), GENAI_INT4: ("int4", False)}
 SIDES = (GENAI, GENAI_ADAPTER, GENAI_INT4, PEFT, *LOADED)
-SMOKE = (GENAI, PEFT, BASE, AGAIN, LIVE, ROOMY, USERS, INT4_LIVE)
-ADAPTED = {GENAI_ADAPTER, PEFT, LIVE, ROOMY, USERS, FUSED, SETTLED, NATIVE, NATIVE_HALF}
-ROUGH = {GENAI_INT4, INT4_BASE, INT4_LIVE, INT4_NATIVE, INT4_HALF}
-"""Sides that round their weights, and so may well write another text."""
+SMOKE = (GENAI, PEFT, BASE, AGAIN, LIVE, ROOMY, USERS, INT4_LIVE, OV_BF16)
+ADAPTED = {GENAI_ADAPTER, PEFT, LIVE, ROOMY, USERS, FUSED, SETTLED, NATIVE, NATIVE_HALF, OV_LIVE, OV_BF16}
+ROUGH = {GENAI_INT4, INT4_BASE, INT4_LIVE, INT4_NATIVE, INT4_HALF, OV_BF16}
+"""Sides that round their weights or products, and so may well write another text."""
 NEAR_TIE = 1e-3
 """Two best logits that are closer than this may change places by rounding."""
 
 DECODING = {"x1": (1, 64), "x8": (8, 64), "x32": (32, 64)}
-PREFILL = {"64": (1, 64), "512": (1, 512)}
-SHAPES = {**DECODING, "512": PREFILL["512"]}
+PREFILL = {"64": (1, 64), "128": (1, 128), "512": (1, 512)}
+SHAPES = {**DECODING, "128": PREFILL["128"], "512": PREFILL["512"]}
 """Rows and length of the prompts."""
 HELD: Sequence[tuple[str, str, Mapping[str, float]]] = (
     (AGAIN, BASE, {}),
@@ -77,6 +85,10 @@ HELD: Sequence[tuple[str, str, Mapping[str, float]]] = (
     (INT4_NATIVE, INT4_BASE, {"x1": 0.93}),
     (INT4_HALF, INT4_BASE, {"x1": 0.96}),
     (INT4_LIVE, LIVE, {"x1": 2.3}),
+    (OV_BASE, BASE, {}),
+    (OV_LIVE, OV_BASE, {}),
+    (OV_LIVE, LIVE, {}),
+    (OV_BF16, LIVE, {"x1": 1.3, "128": 2.0}),
 )
 """Whose speed is held against whose, and how large the ratio is to be."""
 LIVES = {AGAIN: BASE, LIVE: BASE, NATIVE: BASE, NATIVE_HALF: BASE}
@@ -95,7 +107,7 @@ def prepare(given: argparse.Namespace) -> None:
         precision, adapted = BUILT[name]
         if not (folder / name).exists():
             _genai.build(folder / "model", folder / name, precision, folder / "adapter" if adapted else None)
-    for name in {LOADED[side] for side in _those(given, LOADED)}:
+    for name in {LOADED[side] for side in measured(given) if side in LOADED}:
         if not (folder / name).exists():
             _compile(LORAC[name], folder, given).save(folder / name)
     if not _reference_file(given).exists():
@@ -120,9 +132,8 @@ def _compile(options: Mapping[str, Any], folder: Path, given: argparse.Namespace
 
     model = _endless(common.saved_host(folder / "model"))
     adapters = {"a": folder / "adapter"} if "mode" in options else {}
-    return lorac.compile(
-        model, adapters, target="onnxruntime", cache=True, threads=given.threads, self_test=False, **options
-    )
+    more: dict[str, Any] = {"target": "onnxruntime", "cache": True, "threads": given.threads, "self_test": False}
+    return lorac.compile(model, adapters, **{**more, **options})
 
 
 def _endless(model: Any) -> Any:
@@ -174,7 +185,7 @@ def _prompt(given: argparse.Namespace, shape: tuple[int, int]) -> Any:
 
 def _count(given: argparse.Namespace, label: str) -> int:
     """How many tokens are written after a prompt of this shape."""
-    return {"x1": given.tokens, "512": 1}.get(label, max(given.tokens // 2, 2))
+    return {"x1": given.tokens, "128": 1, "512": 1}.get(label, max(given.tokens // 2, 2))
 
 
 def _capacity(side: str, label: str, given: argparse.Namespace) -> int:
@@ -199,7 +210,8 @@ def _side(name: str, given: argparse.Namespace) -> Side:
         return through_generate(_peft(folder).generate, given)
     import lorac
 
-    compiled = lorac.load(folder / LOADED[name], native=WITH_OP.get(name, False))
+    options = IN_OPENVINO.get(name, {"native": WITH_OP.get(name, False)})
+    compiled = lorac.load(folder / LOADED[name], **options)
     if name == SETTLED:
         compiled.swap(compiled.active, settle=True)
     return through_generate(compiled.generate, given) if name == USERS else through_engine(compiled, given)
@@ -208,6 +220,7 @@ def _side(name: str, given: argparse.Namespace) -> Side:
 def measured(given: argparse.Namespace) -> list[str]:
     """Return the sides that are asked for and here."""
     missing = {*(() if _genai.found(given) else BUILT), *(() if find_native_library() else WITH_OP)}
+    missing |= set() if importlib.util.find_spec("openvino") else {*IN_OPENVINO}
     return [side for side in given.only if side not in missing]
 
 
@@ -253,7 +266,8 @@ def _measure_shape(
         rows = 1 if label in PREFILL else SHAPES[label][0]
         first = statistics.median(text.first for text in texts[name])
         each = statistics.median(text.each for text in texts[name])
-        found[name] |= {"x1": {label: each / rows, "64": first}, "512": {label: first}}.get(label, {label: each / rows})
+        known = {"x1": {label: each / rows, "64": first}, "128": {label: first}, "512": {label: first}}
+        found[name] |= known.get(label, {label: each / rows})
 
 
 def _same(name: str, label: str, text: Text, reference: Mapping[str, Any]) -> int:
@@ -379,7 +393,7 @@ BENCHMARK = common.Benchmark(
         common.Option("cpu", False, smoke=False, help="count processor time; meant for --threads 1"),
         common.Option("only", SIDES, smoke=SMOKE, help="these sides"),
         common.Option(
-            "shapes", tuple(SHAPES), smoke=tuple(SHAPES), help="these prompts: of 64 tokens by rows, and of 512"
+            "shapes", tuple(SHAPES), smoke=tuple(SHAPES), help="these prompts: of 64 tokens by rows, and of 128 and 512"
         ),
         _genai.OPTION,
     ),

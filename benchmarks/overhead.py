@@ -3,13 +3,15 @@
     python -m benchmarks.overhead [--layers 20] [--rank 16] [--rounds 15] [--processes 3] [--no-peft] [--folder FOLDER]
 
 Targets: live LoRA <= 1.06 as the median over shapes and none above 1.09; live DoRA <= 1.10; swapped to none <= 1.03;
-baked 1.00; lorac's base <= 1.03 of the plain export. Fused (bound) is reported as measured; settled 1.00.
+baked 1.00; lorac's base <= 1.03 of the plain export, in OpenVINO (where it is installed) <= 1.05. Fused (bound) is
+reported as measured; settled 1.00.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,18 @@ SHAPES = ((1, 1), (1, 16), (1, 128), (8, 1), (8, 32))
 ORT = ("base", "live", "dora", "baked", "fused", "A/A", "live, none", "settled")
 PEFT_BASE, PLAIN = "PEFT's base", "plain export"
 PEFT = {"PEFT LoRA": False, "PEFT DoRA": True}
+OV_BASE, OV_PLAIN, OV_AGAIN = "openvino", "openvino's plain export", "openvino A/A"
+IN_OPENVINO = (
+    {
+        "openvino live": OV_BASE,
+        "openvino live, bf16": "live",
+        OV_BASE: OV_PLAIN,
+        OV_AGAIN: OV_BASE,
+    }
+    if importlib.util.find_spec("openvino")
+    else {}
+)
+"""Side in OpenVINO -> its base."""
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -41,6 +55,11 @@ def prepare(given: argparse.Namespace) -> None:
         eager = lorac.compile(model, {"a": variant})
         common.away_from_init(eager.adapters["a"], seed=1)
         lorac.compile(model, {"a": eager.adapters["a"]}, target="onnxruntime", mode=mode).save(folder / name)
+        if name == "live" and IN_OPENVINO:
+            adapter = {"a": eager.adapters["a"]}
+            lorac.compile(model, adapter, target="openvino", threads=0).save(folder / "openvino-live")
+    if IN_OPENVINO:
+        lorac.compile(model, {}, target="openvino").save(folder / "openvino")
     common.plain_export(model, folder / "plain.onnx")
 
 
@@ -56,6 +75,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
     compiled["live, none"].swap(None)
     compiled["settled"].swap("a", settle=True)
     compiled[PLAIN] = _plain(load("base"), Path(given.folder, "plain.onnx"))
+    compiled |= _openvino_sides(given) if IN_OPENVINO else {}
     torch_sides = _peft_sides(given) if given.peft else {}
     found = {}
     for shape in SHAPES:
@@ -81,6 +101,25 @@ def _plain(compiled: Any, path: Path) -> Any:
     return type(compiled)(dataclasses.replace(compiled.session, plans={}), engine)
 
 
+def _openvino_sides(given: argparse.Namespace) -> dict[str, Any]:
+    """Return lorac's programs in OpenVINO, and the plain export in OpenVINO behind lorac's call."""
+    import openvino
+
+    import lorac
+    from lorac.backends.openvino.engine import CompiledGraph, OvEngine
+
+    live, base, again = (lorac.load(Path(given.folder, name)) for name in ("openvino-live", "openvino", "openvino"))
+    half = lorac.load(Path(given.folder, "openvino-live"), precision="bf16")
+    program = base.engine.program
+    model = openvino.Core().compile_model(
+        Path(given.folder, "plain.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    )
+    graphs = {name: CompiledGraph(model, {}, g.interface, {}, program.options) for name, g in program.graphs.items()}
+    engine = OvEngine(dataclasses.replace(program, graphs=graphs, plans={}))
+    plain = type(base)(dataclasses.replace(base.session, plans={}), engine)
+    return {"openvino live": live, "openvino live, bf16": half, OV_BASE: base, OV_AGAIN: again, OV_PLAIN: plain}
+
+
 def _peft_sides(given: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
@@ -97,6 +136,7 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
     """Ratios to the side's own base, per shape, their median last; live LoRA's also to the plain export."""
     (by_shape,) = found.values()
     pairs = [(name, PLAIN if name == "base" else "base") for name in (*ORT, PLAIN)]
+    pairs += [*IN_OPENVINO.items()]
     pairs += [(name, PEFT_BASE) for name in (PEFT_BASE, *PEFT) if given.peft]
     rows, ratios = [], {}
     for name, base in (*pairs, ("live", PLAIN)):
@@ -106,7 +146,7 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
         median = statistics.median(ratios[label].values())
         rows.append((label, milliseconds, *(f"{r:.3f}" for r in ratios[label].values()), f"{median:.3f}"))
     columns = ("side / base", "ms", *map(common.label, SHAPES), "median ratio")
-    title = "per call, ONNX Runtime and PEFT"
+    title = f"per call, ONNX Runtime{', OpenVINO' if IN_OPENVINO else ''} and PEFT"
     return [common.Table(title, columns, rows, promised(given), ratios["A/A / base"])]
 
 
@@ -114,7 +154,8 @@ def promised(given: argparse.Namespace) -> Sequence[tuple[str]]:
     """Return the first cells of the table."""
     lorac = ("base / plain export", *(f"{name} / base" for name in (*ORT[1:], PLAIN)))
     peft = (f"{name} / {PEFT_BASE}" for name in (PEFT_BASE, *PEFT) if given.peft)
-    return [(label,) for label in (*lorac, *peft, "live / plain export")]
+    openvino = (f"{name} / {base}" for name, base in IN_OPENVINO.items())
+    return [(label,) for label in (*lorac, *openvino, *peft, "live / plain export")]
 
 
 BENCHMARK = common.Benchmark(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import random
 import shutil
 import statistics
@@ -31,6 +32,7 @@ from benchmarks import _genai, common
 from benchmarks import _gguf_engines as gguf
 
 LORAC, AGAIN, GENAI, PEFT = "lorac", "lorac, A/A", "genai", "PEFT"
+IN_OPENVINO = "lorac in OpenVINO"
 NONE, ONE, EIGHT = "none", "one", "eight"
 WEIGHTS = ("float32", "int4")
 SHAPES = {"x1": (1, 64), "x8": (8, 64), "x32": (32, 64), "512": (1, 512)}
@@ -47,6 +49,7 @@ SIDES = {
         *((GENAI, adapters) for adapters in (NONE, ONE)),
         *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
         *((gguf.OPENVINO, adapters) for adapters in (NONE, ONE)),
+        *((IN_OPENVINO, adapters) for adapters in (NONE, ONE, EIGHT)),
         *((PEFT, adapters) for adapters in (NONE, ONE, EIGHT)),
     ),
     "int4": (
@@ -55,6 +58,7 @@ SIDES = {
         (GENAI, NONE),
         *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
         *((gguf.OPENVINO, adapters) for adapters in (NONE, ONE)),
+        *((IN_OPENVINO, adapters) for adapters in (NONE, ONE, EIGHT)),
     ),
 }
 """Weights -> engine and adapters. genai's builder puts no adapter over four bits, and only lorac, llama.cpp and PEFT
@@ -68,6 +72,9 @@ BOUNDS = {
 }
 """How many times as fast as a side lorac is to be."""
 MEMORY = "memory"
+OPENVINO_TARGET = "openvino"
+TARGETS = ("onnxruntime", *([OPENVINO_TARGET] if importlib.util.find_spec("openvino") else []))
+"""Targets that lorac compiles for."""
 Write = Callable[[Any, int, Sequence[str | None]], Any]
 """(ids (rows, length), how many tokens, an adapter or None per row) -> tokens or text per row."""
 
@@ -95,16 +102,17 @@ def prepare(given: argparse.Namespace) -> None:
         for adapters in (NONE, EIGHT):
             chosen = {name: folder / name for name in NAMES} if adapters == EIGHT else {}
             options = {"weights": weights} if weights == "int4" else {}
-            lorac.compile(
-                common.saved_host(folder / "model"),
-                chosen,
-                target="onnxruntime",
-                cache=True,
-                threads=given.threads,
-                self_test=False,
-                **({"mode": "live"} if chosen else {}),
-                **options,
-            ).save(folder / f"{weights}-{adapters}")
+            for target in TARGETS:
+                lorac.compile(
+                    common.saved_host(folder / "model"),
+                    chosen,
+                    target=target,
+                    cache=True,
+                    threads=given.threads,
+                    self_test=False,
+                    **({"mode": "live"} if chosen else {}),
+                    **options,
+                ).save(folder / f"{weights}-{adapters}-{target}")
         for adapters in (NONE, ONE) if _genai.found(given) else ():
             if (GENAI, adapters) in SIDES[weights]:
                 precision = {"float32": "fp32"}.get(weights, weights)
@@ -131,6 +139,7 @@ def _has_gguf(given: argparse.Namespace) -> bool:
 def sides(weights: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     """Return the sides that can be measured here: engine and adapters."""
     here = {LORAC, AGAIN, PEFT, *([GENAI] if _genai.found(given) else [])}
+    here |= {IN_OPENVINO} if OPENVINO_TARGET in TARGETS else set()
     if given.model == common.SMOLLM2:
         here |= {name for name in gguf.MODULES if gguf.find_engine(name, given)}
     return [side for side in SIDES[weights] if side[0] in here]
@@ -154,7 +163,9 @@ def _open(engine: str, weights: str, adapters: str, rows: int, given: argparse.N
         return functools.partial(_write_by_peft, _open_peft(folder, adapters))
     import lorac
 
-    return functools.partial(_write_by_lorac, lorac.load(folder / f"{weights}-{NONE if adapters == NONE else EIGHT}"))
+    target = OPENVINO_TARGET if engine == IN_OPENVINO else "onnxruntime"
+    artifact = f"{weights}-{NONE if adapters == NONE else EIGHT}-{target}"
+    return functools.partial(_write_by_lorac, lorac.load(folder / artifact))
 
 
 def _named(adapters: str) -> Sequence[str]:

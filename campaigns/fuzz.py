@@ -288,19 +288,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="files of a few methods and targets alone")
     parser.add_argument("--kind", action="append", default=[], help="files of this kind alone; may be repeated")
+    parser.add_argument(
+        "--target", choices=sorted({target for target, _ in sound.ARTEFACTS}), help="its artifacts alone"
+    )
     parser.add_argument("--only", type=int, help="run this case alone, in this process, and keep its file")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="lorac-fuzz-") as name:
         folder = Path(name)
         if not os.fork():  # what compiling starts, threads among it, stays out of the processes that are forked later
-            sound.write(folder, quick=given.quick)
+            sound.write(folder, quick=given.quick, target=given.target)
             os._exit(0)
         if os.wait()[1]:
             raise SystemExit("the sound files could not be written")
         torch.set_num_threads(1)  # a forked process waits for ever for threads of its parent
         if "ops" in given.kind:
             op_calls.import_lazily()
-        campaign = Campaign(given.seed, folder, given.kind)
+        campaign = Campaign(given.seed, folder, ["artifact"] if given.target else given.kind)
         campaign.check()
         if given.only is not None:
             _keep(campaign, given.only)

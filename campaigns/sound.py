@@ -145,14 +145,28 @@ def model(host: str) -> Any:
     return ZOO[host].model() if host in ZOO else KIT[host].model(torch.float32)
 
 
-def write(folder: Path, *, quick: bool = False, artifacts: bool = True, methods: Iterable[str] | None = None) -> None:
-    """Write everything, or in a hurry what a few methods and targets give, and a list of it."""
+def write(
+    folder: Path,
+    *,
+    quick: bool = False,
+    artifacts: bool = True,
+    methods: Iterable[str] | None = None,
+    target: str | None = None,
+) -> None:
+    """Write everything, or in a hurry what a few methods and targets give, and a list of it.
+
+    Args:
+        target: write the artifacts of this target alone.
+    """
     keys, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
+    samples = (_training, _recipes) if quick else tuple(SAMPLES.values())
+    if target is not None:
+        keys, targets, samples = (), tuple(pair for pair in ARTEFACTS if pair[0] == target), ()
     found = [
         *write_methods(folder, keys if methods is None else methods),
         *_artifacts(folder, targets if artifacts else ()),
     ]
-    found += [sound for sample in ((_training, _recipes) if quick else SAMPLES.values()) for sound in sample(folder)]
+    found += [sound for sample in samples for sound in sample(folder)]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 

@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="run what the journal has of this state of the code too")
     parser.add_argument("--no-plain", action="store_true", help="without the export to compare with: faster by a third")
     parser.add_argument("--generation", action="store_true", help="what models generate over a cache, and nothing else")
+    parser.add_argument(
+        "--engine", action="append", choices=pages.ENGINES, default=[], help="a further target, and nothing else"
+    )
     parser.add_argument("--way", action="append", choices=pages.WAYS, help="a target and mode; default: all of them")
     parser.add_argument("--seconds", type=int, default=300, help="of the processor, for one model (default: 300)")
     parser.add_argument("--gibibytes", type=int, default=6, help="of memory, for one model (default: 6)")
@@ -42,20 +45,28 @@ def _run(given: argparse.Namespace) -> None:
     state, versions = journal.code(), journal.versions()
     known = {} if given.again else journal.read(given.journal)
     chosen = [entry for entry in entries(given.only, given.family)]
-    ways = [] if given.generation else given.way or list(pages.WAYS)
+    ways = given.engine or ([] if given.generation else given.way or list(pages.WAYS))
     left = [e for e in chosen if not _has(known.get(e.name, {}), state, ways)][: given.limit]
     families = {entry.name: entry.family for entry in chosen}
     print(f"{len(chosen)} models, {len(left)} to run on {state}", flush=True)
     asked = Asked(
-        given.seconds, given.gibibytes, tuple(ways), plain=bool(ways) and not given.no_plain, generates=given.generation
+        given.seconds,
+        given.gibibytes,
+        tuple(ways),
+        plain=bool(ways) and not given.no_plain and not given.engine,
+        generates=given.generation,
     )
     for number, (name, record) in enumerate(run([e.name for e in left], asked, given.workers), 1):
         made = {"code": state, "versions": versions, "at": time.strftime("%F")}
         whole = {"family": families[name], **record, **made}
+        ended = {name: record[name] for name in ("outcome", "class", "message", "lines") if name in record}
         if given.generation:
-            ended = {name: record[name] for name in ("outcome", "class", "message", "lines") if name in record}
             forms = record.get("generation", dict.fromkeys(FORMS, ended) if ended else {})
             whole = {"model": name, "family": families[name], "generation": {**forms, **made}}
+        elif given.engine:
+            found = dict.fromkeys(given.engine, ended) if ended else record["ways"]
+            engines = {engine: {**found[engine], **made} for engine in given.engine}
+            whole = {"model": name, "family": families[name], "engines": engines}
         journal.append(given.journal, whole)
         print(f"{number}/{len(left)} {name}: {pages.summary(whole)}", flush=True)
 
@@ -64,6 +75,8 @@ def _has(record: journal.Record, state: str, ways: list[str]) -> bool:
     """Whether the journal says what came of a model on this state of the code, all ways asked for."""
     if not ways:
         return record.get("generation", {}).get("code") == state
+    if {*ways} <= {*pages.ENGINES}:
+        return all(record.get("engines", {}).get(way, {}).get("code") == state for way in ways)
     return record.get("code") == state and ("outcome" in record or record["ways"].keys() >= set(ways))
 
 

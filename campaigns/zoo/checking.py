@@ -35,6 +35,8 @@ from lorac.testing.parity import CONTRIBUTION, assert_parity, contribution
 
 WAYS = (("eager", "live"), ("onnxruntime", "live"), ("onnxruntime", "fused"))
 """(target, mode), each a column of the page."""
+ENGINES = (("openvino", "live"), ("aoti", "live"))
+"""Further targets, of which a sample of the models is run."""
 EXAMPLE, OTHER = (2, 7), (3, 11)
 """(rows, length) of the call that lorac is shown, and of another that it has to answer as well."""
 NARROWER = {"length": (2, 11), "rows": (3, 7), "nothing": EXAMPLE}

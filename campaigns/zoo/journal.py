@@ -16,7 +16,17 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DEFAULT = ROOT / ".cache" / "zoo.jsonl"
 KEPT = ROOT / "docs" / "models.jsonl"
-LIBRARIES = ("torch", "transformers", "peft", "torchvision", "timm", "diffusers", "onnxruntime", "onnxscript")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "torchvision",
+    "timm",
+    "diffusers",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+)
 _NOT_KEPT = ("parameters", "defaults", "seconds", "peak")
 """Fields of a record that the page does not say."""
 Record = dict[str, Any]
@@ -48,7 +58,8 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 def read(*paths: Path) -> dict[str, Record]:
     """Return what the newest records say of every model; a line that a killed run tore is passed over.
 
-    A record of what a model generates alone leaves the ways of an earlier one, and the other way round.
+    A record of what a model generates alone leaves the ways of an earlier one, and the other way round; one of some
+    engines leaves those of the others too.
     """
     found: dict[str, Record] = {}
     for line in (line for path in paths if path.exists() for line in path.read_text().splitlines()):
@@ -57,8 +68,9 @@ def read(*paths: Path) -> dict[str, Record]:
         except json.JSONDecodeError:
             continue
         old = found.get(record["model"], {})
-        kept = old if "ways" not in record else {name: old[name] for name in ("generation",) if name in old}
-        found[record["model"]] = {**kept, **record}
+        kept = old if "ways" not in record else {name: old[name] for name in ("generation", "engines") if name in old}
+        engines = {**old.get("engines", {}), **record.get("engines", {})}
+        found[record["model"]] = {**kept, **record, **({"engines": engines} if engines else {})}
     return found
 
 

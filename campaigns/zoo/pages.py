@@ -18,6 +18,7 @@ from campaigns.zoo.once_refused import ONCE_REFUSED
 Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
 EAGER, LIVE, FUSED = WAYS
+ENGINES = ("openvino live", "aoti live")
 WORST_RATIO = 3
 OURS = ("verification_failed", "self_test_failed", "wrong_level")
 """Codes of errors that tell of a fault of lorac's, not of a model: named, but nobody's choice."""
@@ -55,6 +56,8 @@ processor; the ratio is to exporting the same model to ONNX Runtime without lora
 # ── One model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def summary(record: Record) -> str:
     """One line."""
+    if "engines" in record and "ways" not in record:
+        return ", ".join(f"{engine} {_one(found)}" for engine, found in record["engines"].items())
     if "outcome" not in record and "ways" not in record:
         return ", ".join(f"{form} {record['generation'].get(form, {}).get('outcome', UNKNOWN)}" for form in FORMS)
     if "outcome" in record:
@@ -179,7 +182,7 @@ def page(given: Iterable[Record], left_out: Mapping[str, str]) -> str:
     for record in records:
         families[record["family"]].append(record)
     parts = [HEAD, _totals(records), _overview(families), _why(records), _slow(records)]
-    parts += [_generation(every)]
+    parts += [_generation(every), *filter(None, [_engines(every)])]
     parts += [_family(name, members) for name, members in sorted(families.items())]
     return "\n".join([*parts, not_compared(records, left_out), *_not_run(unknown), _foot(records)])
 
@@ -330,6 +333,46 @@ def _generation(records: Sequence[Record]) -> str:
     ]
     table = _table(("family", "models", *FORMS, "not run"), rows)
     return "\n".join([_GENERATION, table, _table(("model", *FORMS, "why"), failing)])
+
+
+_ENGINES = """## OpenVINO and AOTInductor
+
+The same comparison in mode live on further targets, of models drawn by the hashes of their names from each family in
+turn: {drawn}. By `python -m campaigns.zoo run --engine "openvino live"`, with {versions}; {days}.
+"""
+
+
+def _engines(records: Sequence[Record]) -> str:
+    """Count, family by family, the models of the sample that each further target runs, of those that PEFT does."""
+    found = {record["model"]: record["engines"] for record in records if "engines" in record}
+    every = [one for engines in found.values() for one in engines.values()]
+    if not every:
+        return ""
+    families = {record["model"]: record["family"] for record in records}
+
+    def share(engine: str, family: str = "") -> str:
+        outcomes = [
+            engines[engine]["outcome"]
+            for model, engines in found.items()
+            if engine in engines and family in ("", families[model]) and counted(engines[engine])
+        ]
+        return f"{outcomes.count(OK)} of {len(outcomes)}" if outcomes else UNKNOWN
+
+    names = sorted({families[model] for model in found})
+    rows = [(name, *(share(engine, name) for engine in ENGINES)) for name in names]
+    rows.append(("all", *(share(engine) for engine in ENGINES)))
+    failing = []
+    for model, engines in sorted(found.items()):
+        bad = [one for one in engines.values() if one["outcome"] != OK and counted(one)]
+        outcomes = (engines[engine]["outcome"] if engine in engines else UNKNOWN for engine in ENGINES)
+        why = f"{bad[0]['class']}: {general(bad[0]['message'])}" if bad else ""
+        failing += [(model.partition("/")[2], *outcomes, _cell(why))] * bool(bad)
+    head = _ENGINES.format(
+        drawn=", ".join(f"{sum(engine in engines for engines in found.values())} on {engine}" for engine in ENGINES),
+        versions="; ".join(sorted({", ".join(f"{k} {v}" for k, v in one["versions"].items()) for one in every})),
+        days=" to ".join(sorted({min(one["at"] for one in every), max(one["at"] for one in every)})),
+    )
+    return "\n".join([head, _table(("family", *ENGINES), rows), _table(("model", *ENGINES, "why"), failing)])
 
 
 def once_refused(records: Iterable[Record]) -> str:

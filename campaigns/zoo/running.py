@@ -103,7 +103,7 @@ def _child(name: str, asked: Asked, connection: Connection) -> None:
 
     resource.setrlimit(resource.RLIMIT_CPU, (asked.seconds, asked.seconds + 5))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-    ways = tuple(pair for pair in checking.WAYS if " ".join(pair) in asked.ways)
+    ways = tuple(pair for pair in (*checking.WAYS, *checking.ENGINES) if " ".join(pair) in asked.ways)
     record = checking.check(entry(name), plain=asked.plain, ways=ways, generates=asked.generates)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     connection.send({**record, "seconds": round(time.process_time(), 1), "peak": usage.ru_maxrss // 1024})

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from benchmarks import __main__ as everything
 
 ROOT = Path(__file__).parents[2]
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 ROWS = {
     "aoti": [["live / plain", "live, none / plain", "plain, A/A / plain", "swap"]],
     "bank": [
@@ -44,6 +46,7 @@ ROWS = {
             "live, capacity 2048",
             "live, generate",
             "int4 live",
+            "openvino live, bf16",
         ],
         [
             "base, A/A / base",
@@ -53,6 +56,7 @@ ROWS = {
             "live, capacity 2048 / live",
             "live, generate / live",
             "int4 live / live",
+            "openvino live, bf16 / live",
         ],
         ["base, A/A", "live"],
     ],
@@ -104,6 +108,16 @@ ROWS = {
             "live, none / base",
             "settled / base",
             "plain export / base",
+            *(
+                [
+                    "openvino live / openvino",
+                    "openvino live, bf16 / live",
+                    "openvino / openvino's plain export",
+                    "openvino A/A / openvino",
+                ]
+                if HAS_OPENVINO
+                else []
+            ),
             "PEFT's base / PEFT's base",
             "PEFT LoRA / PEFT's base",
             "PEFT DoRA / PEFT's base",
@@ -139,9 +153,9 @@ ROWS = {
         ["base / base", "A/A / base", "FlyLoRA, all ranks / base", "FlyLoRA / base", "the gate alone"],
     ],
     "peers": [
-        ["lorac"] * 3 + ["lorac, A/A"] + ["PEFT"] * 3,
-        ["PEFT"] * 3,
-        ["lorac"] * 3 + ["lorac, A/A"] + ["PEFT"] * 3,
+        ["lorac"] * 3 + ["lorac, A/A"] + ["lorac in OpenVINO"] * 3 * HAS_OPENVINO + ["PEFT"] * 3,
+        ["lorac in OpenVINO"] * 3 * HAS_OPENVINO + ["PEFT"] * 3,
+        ["lorac"] * 3 + ["lorac, A/A"] + ["lorac in OpenVINO"] * 3 * HAS_OPENVINO + ["PEFT"] * 3,
     ],
     "quantised": [["float32", "float32, A/A", "int8", "int4, gptq", "gguf Q4_0"]] * 2,
     "side": [["lora", "lora again", "qst adapter", "qst avg"]],

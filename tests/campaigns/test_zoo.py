@@ -368,6 +368,32 @@ def test_keeps_generation_next_to_the_ways(tmp_path: Path, monkeypatch: pytest.M
     assert "| y | ok | ok | ok | refused | ok | – | Unavailable: no cache |" in text
 
 
+def test_keeps_further_targets_next_to_the_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, models = tmp_path / "models.jsonl", [Entry(f"a/{name}", "a", Pair, _call) for name in "xyz"]
+    monkeypatch.setattr(journal, "KEPT", kept)
+    monkeypatch.setattr(zoo, "entries", lambda: models)
+    made = {"code": "c0de", "versions": {"openvino": "3"}, "at": "2026-01-02"}
+    refused = {"outcome": "refused", "class": "Unavailable", "message": "no op 'x'", "lines": [], **made}
+    blamed = {**refused, "outcome": "host-cannot"}
+    one, other = pages.ENGINES
+    for model, engines in (
+        ("a/x", {one: {"outcome": "ok", **made}}),
+        ("a/y", {one: refused}),
+        ("a/x", {other: {"outcome": "ok", **made}}),
+        ("a/z", {one: blamed}),
+    ):
+        journal.append(tmp_path / "one.jsonl", {"model": model, "family": "a", "engines": engines})
+    journal.append(tmp_path / "one.jsonl", _record("a/x"))
+    zoo.main(["keep", "--journal", str(tmp_path / "one.jsonl")])
+    found = journal.read(kept)
+    assert found["a/x"]["engines"].keys() == {*pages.ENGINES} and found["a/x"]["ways"] == _record("a/x")["ways"]
+    text = pages.page(found.values(), {})
+    assert "3 on openvino live, 1 on aoti live" in text and "openvino 3; 2026-01-02" in text
+    assert "| a | 1 of 2 | 1 of 1 |\n| all | 1 of 2 | 1 of 1 |" in text
+    assert "| y | refused | – | Unavailable: no op … |" in text
+    assert zoo._has(found["a/x"], "c0de", [*pages.ENGINES]) and not zoo._has(found["a/y"], "c0de", [other])
+
+
 def test_records_of_several_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest of each model; models that left the zoo go, and those that were never run are named."""
     kept, models = tmp_path / "models.jsonl", [Entry(f"a/{name}", "a", Pair, _call) for name in "xyz"]
