@@ -11,7 +11,7 @@ def test_the_picture_shows_the_answers_of_the_tutorial():
     assert draw_chat.PICTURE.read_text(encoding="utf-8") == draw_chat.draw()
 
 
-def test_refuses_a_notebook_that_was_not_run(tmp_path):
+def test_rejects_a_notebook_that_was_not_run(tmp_path):
     cells = json.loads(draw_chat.NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         cell.pop("outputs", None)
