@@ -39,9 +39,9 @@ Record = Mapping[str, Any]
 
 
 def methods(only: Sequence[str] = ()) -> list[str]:
-    """List the methods that act at layers; those that act on prompts alone have tests of generation."""
+    """List the methods with a formula at layers; the others replace whole tensors, or act on prompts."""
     known = {key: sound.configured(key)[0] for key in lorac.variants() if not only or key in only}
-    return [key for key, variant in known.items() if variant.acts_at_sites]
+    return [key for key, variant in known.items() if isinstance(variant, lorac.WeightVariant | lorac.BranchVariant)]
 
 
 def checks(method: str, targets: Iterable[str], *, everywhere: bool) -> dict[str, Callable[[], None]]:
@@ -54,7 +54,7 @@ def checks(method: str, targets: Iterable[str], *, everywhere: bool) -> dict[str
     for target in targets:
         for check in conformance(variant, equations, targets=(target,), hosts=hosts):
             before, _, name = check.name.rpartition(f"-{target}-")
-            if name:
+            if before:
                 found[f"{method} {before.rpartition('-')[2]} {target} {name}"] = check.run
     return found
 

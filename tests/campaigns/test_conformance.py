@@ -49,3 +49,11 @@ def test_runs_the_checks_of_a_method(tmp_path: Path, capsys: pytest.CaptureFixtu
         conformance.main(told)
     assert not end.value.code
     assert "lora linear onnxruntime live: right" in capsys.readouterr().out
+
+
+def test_names_checks_by_method_host_target_and_check() -> None:
+    assert [*conformance.checks("lora", ["openvino"], everywhere=False)] == [
+        "lora linear openvino live",
+        "lora linear openvino merged",
+    ]
+    assert {*conformance.methods(["lora", "ln_tuning", "chain"])} == {"lora", "chain"}
