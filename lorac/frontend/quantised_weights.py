@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorac.argument_types import Fields
-from lorac.errors import CaptureError, warn
+from lorac.errors import CaptureError
 from lorac.frontend.copying import copy_layer
 from lorac.frontend.host import Host
 
@@ -147,21 +147,6 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
             module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
             module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
     return copied
-
-
-def warn_of_rounded_inputs(model: nn.Module) -> None:
-    """Warn of the dequantised weights of a copy whose products rounded their inputs, as those of a program do not.
-
-    Args:
-        model: as ``dequantise_weights`` returns it.
-    """
-    rounding = [name for name, origin in iter_quantised_origins(model) if origin.rounds_inputs]
-    if rounding:
-        warn(
-            f"products with {len(rounding)} weights of the model round what they read ('{rounding[0]}'), and those of "
-            "the program do not: outputs differ by that rounding",
-            next_step="target='eager' runs the model's own products",
-        )
 
 
 def settle_dequantised_weights(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from lorac.runtime.traits import collect_traits
 from lorac.session.adapter_loading import make_adapter
 from lorac.session.host_model import HostModel
 from lorac.session.lowering.lower import find_component_example, lower_model, lower_stored
+from lorac.session.lowering.quantised_base import warn_of_quantised_products
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.placement import resolve_placement
 from lorac.session.request.precision import find_widened, prepare_model
@@ -42,6 +43,8 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
     examples = request.example_inputs if request.dtype is None else precision.fit(request.example_inputs)
     session.examples = {"example_inputs": examples, "dynamic_shapes": request.dynamic_shapes}
     session.precision, session.traits = precision, collect_traits(model)
+    if dialect.emits:
+        warn_of_quantised_products(session, module)
     session.quantise_sites()
     names = {name for name, _ in request.sources}
     given = (*(named for named in source.adapters if named[0] not in names), *request.sources)

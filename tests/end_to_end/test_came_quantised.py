@@ -90,6 +90,14 @@ class MovingLinear8bitLt(Linear8bitLt):
         raise AssertionError("bitsandbytes' own repacks the weight, and rounds it anew")
 
 
+class RoundingLinear8bitLt(Linear8bitLt):
+    """With what it reads rounded to 8 bits for each row, as bitsandbytes' own does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / step).round() * step)
+
+
 class Params(torch.nn.Parameter):
     """Stands for the classes of their parameters."""
 
@@ -399,6 +407,44 @@ def test_warns_where_4_bit_products_are_in_half_precision(part: dict[str, Any]) 
     vars(own[0]).update(part)
     with pytest.warns(LoracWarning, match=r"products with 1 weights of the model round what they read \('0.weight'\)"):
         lorac.compile(own, target="onnxruntime", example_inputs=(torch.randn(3, 128),), self_test=False)
+
+
+def compile_rounding(own: nn.Module, x: Tensor = X, **options: Any) -> tuple[Any, str]:
+    """Return the compiled model, and the warning of its products."""
+    with pytest.warns(LoracWarning) as said:
+        compiled = lorac.compile(own, target="onnxruntime", example_inputs=(x,), **options)
+    (text,) = [str(one.message) for one in said if "outputs differ by" in str(one.message)]
+    return compiled, text
+
+
+@torch.no_grad()
+def test_measures_how_far_the_base_is_from_the_librarys_own() -> None:
+    own = model(in_bitsandbytes)
+    own.site.__class__ = RoundingLinear8bitLt
+    expected = own(X)
+    compiled, text = compile_rounding(own)
+    share = float(torch.dist(compiled(X), expected) / expected.norm())
+    (figure,) = re.findall(r"outputs differ by (\S+) of their norm on the example inputs", text)
+    assert figure == f"{share:.1e}"
+    assert "e-02" in figure or "e-03" in figure, "the rounding shows"
+    assert torch.equal(own(X), expected), "the host is as it was"
+
+
+@torch.no_grad()
+def test_gives_no_figure_where_the_librarys_own_base_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model(in_bitsandbytes)
+    assert compile_rounding(own, self_test=False)[1].splitlines()[0].endswith("outputs differ by that rounding")
+    monkeypatch.setattr(Linear8bitLt, "forward", None)  # a kernel that this machine lacks
+    assert compile_rounding(own)[1].splitlines()[0].endswith("outputs differ by that rounding")
+
+
+@torch.no_grad()
+def test_warns_of_other_products_than_a_library_is_known_for() -> None:
+    layer = InTable(nn.Linear(128, 40), compressed=False)
+    layer.whole = layer.whole * 1.01
+    text = compile_rounding(nn.Sequential(layer), torch.randn(5, 128))[1]
+    assert "products with 1 weights of the model are not those with its float values ('0.weight')" in text
+    assert re.search(r"outputs differ by \d\.\de-0\d of their norm on the example inputs", text)
 
 
 @pytest.mark.skipif(

@@ -14,7 +14,7 @@ from lorac.errors import Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
 from lorac.frontend.host import Host
 from lorac.frontend.parametrized_weights import materialize_weights
-from lorac.frontend.quantised_weights import dequantise_weights, warn_of_rounded_inputs
+from lorac.frontend.quantised_weights import dequantise_weights
 from lorac.ir.calls.call import map_inputs
 from lorac.ir.sites.site import cast_floating
 from lorac.target.dialect import AnyDialect
@@ -83,7 +83,6 @@ def prepare_model(
     model = materialize_weights(model)
     if dialect.emits:  # an emitted program cannot call the kernels of quantisation libraries
         model = dequantise_weights(model)
-        warn_of_rounded_inputs(model)
     tensors = itertools.chain(model.parameters(), model.buffers())
     own = sorted({tensor.dtype for tensor in tensors if tensor.is_floating_point()}, key=str)
     lacking = [needed for needed in (own if dtype is None else [dtype]) if needed not in dialect.dtypes]
