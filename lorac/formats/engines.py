@@ -17,6 +17,8 @@ from lorac.ir.sites.site import Site, SiteKind
 ENGINE, INVOCATION = "engine", "alora_invocation_tokens"
 """Entry of the provenance of a LoRA that was made for an engine: its name, by which its file is laid out; and PEFT's
 field with token ids, which an engine looks for that neither refuses nor ignores it."""
+LOST_SCALE = "lost_scale"
+"""Entry of the provenance of a file whose metadata name a scale that LyCORIS did not write into alpha."""
 _ANY = "*"
 """The model_type that stands for all that a row does not list."""
 _OUTPUT = "lm_head"

@@ -15,7 +15,7 @@ from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import check_type
 from lorac.errors import CompileError, FormatError, LoracError, list_some, short
 from lorac.formats import load_adapter
-from lorac.formats.engines import INVOCATION, EngineRules, find_engine, find_model_type
+from lorac.formats.engines import INVOCATION, LOST_SCALE, EngineRules, find_engine, find_model_type
 from lorac.formats.peft.keys import embedding_modules
 from lorac.frontend.model_view import ModelView
 from lorac.runtime.generation.tokenizers import read_tokenizer
@@ -31,6 +31,11 @@ _HARMLESS: Mapping[str, tuple[object, ...]] = {
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
 }
 """Field of PEFT's -> values that leave an adapter a plain LoRA beside the base; vLLM's peft_helper lists the starts."""
+
+_LOST_SCALE = (
+    "alpha / r, as LyCORIS reads it; it was trained with rs_lora, which files of LoKr and GLoRA do not keep: "
+    "give the adapter the weight √r for the scale of its training"
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def _find_facts(adapter: Adapter, place: str, view: ModelView | None) -> dict[st
         "format": str(adapter.provenance.get("format") or "none, in memory"),
         "method": f"{adapter.variant.name} at {len(adapter.tensors)} sites{replaced}",
         **({"trained on": str(trained_on)} if trained_on else {}),
+        **({"scale": _LOST_SCALE} if LOST_SCALE in adapter.provenance else {}),
     }
     if view is None:
         return {**facts, "base weights": "not compared: no model is given"}

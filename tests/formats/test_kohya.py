@@ -74,6 +74,17 @@ def test_lycoris(case: str, layers: Layers, tmp_path: Path) -> None:
             assert_close(one.float(), other.float())
 
 
+@pytest.mark.parametrize(("case", "is_lost"), [("lokr", True), ("glora", True), ("lora_rs", False)])
+def test_check_names_a_scale_that_lycoris_did_not_write(
+    case: str, is_lost: bool, layers: Layers, tmp_path: Path
+) -> None:
+    for metadata, said in (({"ss_network_args": '{"algo": "x", "rs_lora": "True"}'}, is_lost), ({}, False)):
+        save_file(part(f"{case}/file/"), tmp_path / "a.safetensors", metadata)
+        found = lorac.check(tmp_path / "a.safetensors", layers)
+        assert found.fits
+        assert ("rs_lora" in found.facts.get("scale", "")) == said
+
+
 @pytest.mark.medium("three kinds of factors", keep=["lora", "loha", "boft"])
 @pytest.mark.parametrize("case", CASES)
 def test_rejects_added_renamed_and_missing_tensors(case: str, layers: Layers, tmp_path: Path) -> None:

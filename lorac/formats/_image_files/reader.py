@@ -1,5 +1,6 @@
 """Reading a file of image models: every tensor is of a module of the model, and of a method there."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from lorac.formats._image_files.rows import split_rows
 from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName, parse_name
 from lorac.formats._site_layouts import LAYOUT, matrix_site, site_to_json
 from lorac.formats._writing import BASE_HASH
+from lorac.formats.engines import LOST_SCALE
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
@@ -32,6 +34,7 @@ from lorac.variants.ln_tuning import LNTuning
 from lorac.variants.low_rank import ScaledRank
 
 ALPHA = "alpha"
+_STABILISED = re.compile(r'"rs_lora":\s*"?true', re.IGNORECASE)
 _AGAIN = "save it again from its trainer: it holds two adapters, or one in two spellings"
 
 
@@ -105,6 +108,9 @@ class _FileReader:
             "base": self.metadata.get(BASE_HASH),
             LAYOUT: {path: site_to_json(self.view.sites[path]) for path in adapter.tensors},
         }
+        if {"lokr", "glora"} & {one.name for one in methods.values()}:  # those of LoRA and LoHa have it in alpha
+            lost = _STABILISED.search(self.metadata.get("ss_network_args", ""))
+            adapter.provenance |= {LOST_SCALE: "rs_lora"} if lost else {}
         check_adapter(adapter, self.view)
         return adapter
 
