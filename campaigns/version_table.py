@@ -3,6 +3,7 @@
 An environment is made for each torch and Python, .cache/latest/torch-<release>-<python>; what else differs between rows
 lies in folders on the path of imports. Each row runs ``campaigns.job`` and the small tests of some rooms; the result of
 a row is kept in .cache/latest/table, so that a stopped run goes on, and so that several may run at once.
+docs/versions.jsonl has the newest result of every row, from any run; the page is made from it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,14 +21,14 @@ import tomllib
 import venv
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".cache/latest"
-PAGE = ROOT / "docs/versions.md"
+PAGE, KEPT = ROOT / "docs/versions.md", ROOT / "docs/versions.jsonl"
 TORCH = ("2.11", "2.13", "2.15")
 TRANSFORMERS = ("4.57", "5.16", "5.24")
 PYTHONS = ("3.11", "3.13")
@@ -37,6 +39,9 @@ OLDER = ("ignore::DeprecationWarning", "ignore:Unexpected keyword arguments", "i
 """Warnings of releases that are older than the suite's: of their own code, and of PEFT's newer configurations."""
 ALONE = ("accelerate", "peft")
 """Packages that would bring torch's own dependencies with them."""
+FOOT = """
+*Made by `make versions`, from the newest result of each row in `docs/versions.jsonl`.*
+"""
 HEAD = """# Versions
 
 Each cell is one combination of releases that did the README's job in ten steps: a model of no library in eager mode and
@@ -133,7 +138,7 @@ class Runner:
     """The tools that make environments and run commands in them.
 
     Args:
-        prefix: words before each run of tests, such as ``nice``.
+        prefix: words before each run of a job or of tests, such as ``nice``.
         base: what lorac requires, without torch.
     """
 
@@ -153,9 +158,14 @@ class Runner:
         # A machine may offer builds of torch of its own, which are not those that users get.
         subprocess.run(command, check=True, env={**os.environ, "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"})
 
+    @staticmethod
+    def place_of(torch: str, python: str) -> Path:
+        """Return the folder of an environment."""
+        return PLACE / f"torch-{torch}-{python}"
+
     def make_environment(self, torch: str, python: str) -> Path:
         """Return the Python of an environment with a release of torch, whose libraries of CUDA are stubs."""
-        folder = PLACE / f"torch-{torch}-{python}"
+        folder = self.place_of(torch, python)
         found = folder / "bin/python"
         if not (folder / "complete").exists():
             subprocess.run([*self.uv, "venv", "--quiet", "--clear", "--python", python, str(folder)], check=True)
@@ -192,7 +202,7 @@ class Runner:
     def run_job(self, row: Row) -> dict[str, object]:
         """Run the README's job."""
         python, environment = self.prepare(row)
-        job = [python, "-m", "campaigns.job"]
+        job = [*self.prefix, python, "-m", "campaigns.job"]
         done = subprocess.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         given = json.loads(done.stdout) if done.stdout else {"steps": {"all": f"WRONG: {done.stderr[-300:]}"}}
         return {**given, "resolves": self.resolves(python, row.pins)} if row.pins else given
@@ -298,40 +308,64 @@ def write_page(rows: Sequence[Row], results: Mapping[str, Mapping[str, object]])
             lines.append(f"| {row.title} | {versions(row)} | {resolves} | {cell(row)} | {tests(row)} |")
     lines += ["", "The sentences, each with the steps that gave it:", ""]
     lines += [f"- {mark}: {text} ({', '.join(sorted(marks[mark]))})" for text, mark in refusals.items()]
-    return "\n".join([*lines, "", "*Made by `make versions`.*"]) + "\n"
+    return "\n".join(lines) + "\n" + FOOT
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run what the journal does not have, and write the page; ends with 1 where something is wrong."""
     parser = argparse.ArgumentParser("python -m campaigns.latest table", description=__doc__)
-    parser.add_argument("--prefix", default="", help="words before each run of tests, such as 'nice -n 19'")
+    parser.add_argument("--prefix", default="", help="words before each run, such as 'nice -n 19'")
     parser.add_argument("--only", default="", help="a regular expression: rows whose names have it")
     parser.add_argument("--again", action="store_true", help="run those rows that the journal has, too")
     parser.add_argument("--part", choices=("steps", "tests"), help="run only the job's steps, or only the small tests")
+    parser.add_argument("--discard", action="store_true", help="remove each environment once its rows have run")
     given = parser.parse_args(arguments)
     pyproject = (ROOT / "pyproject.toml").read_text()
     floors = list_floors(pyproject, "onnxruntime", "hf")
     rows = list_rows(floors)
     runner = Runner(shlex.split(given.prefix), floors)
-    chosen = [row for row in rows if re.search(given.only, row.key)]
-    todo = [(row, "steps", runner.run_job) for row in chosen]
-    todo += [(row, "tests", runner.run_tests) for row in chosen if row.tests]
-    for row, part, run in todo:
-        known = json.loads(row.journal.read_text()) if row.journal.exists() else {}
-        if given.part in (None, part) and (part not in known or given.again):
-            begun = time.monotonic()
-            commit = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True).strip()
-            try:
-                found = run(row)
-            except subprocess.CalledProcessError as error:  # the other rows are run
-                print(f"{row.key}: {part}, exit status {error.returncode}", flush=True)
-                continue
-            result = json.dumps(known | found | {"commit": commit}, indent=1, ensure_ascii=False)
-            partial = row.journal.with_suffix(".partial")
-            partial.write_text(result)
-            partial.replace(row.journal)
-            print(f"{row.key}: {part}, {time.monotonic() - begun:.0f} s", flush=True)
-    page = write_page(rows, {row.key: json.loads(row.journal.read_text()) for row in rows if row.journal.exists()})
+    chosen = sorted((row for row in rows if re.search(given.only, row.key)), key=lambda row: (row.torch, row.python))
+    for row, after in zip(chosen, [*chosen[1:], None], strict=True):
+        for part, run in (("steps", runner.run_job), ("tests", runner.run_tests)):
+            known = json.loads(row.journal.read_text()) if row.journal.exists() else {}
+            if given.part in (None, part) and (row.tests or part == "steps") and (part not in known or given.again):
+                _run_part(row, part, run, known)
+        if given.discard and (after is None or (after.torch, after.python) != (row.torch, row.python)):
+            shutil.rmtree(runner.place_of(row.torch, row.python), ignore_errors=True)
+    results = read_kept()
+    for row in rows:
+        if row.journal.exists():
+            results[row.key] = results.get(row.key, {}) | json.loads(row.journal.read_text())
+    KEPT.write_text(
+        "".join(
+            f"{json.dumps({'row': row.key, **results[row.key]}, ensure_ascii=False)}\n"
+            for row in rows
+            if row.key in results
+        )
+    )
+    page = write_page(rows, results)
     PAGE.write_text(page)
     if "**" in page or "not run" in page:
         sys.exit(1)
+
+
+def read_kept() -> dict[str, dict[str, object]]:
+    """Return row -> the newest result that the repository has."""
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+    return {record.pop("row"): record for record in map(json.loads, lines)}
+
+
+def _run_part(row: Row, part: str, run: Callable[[Row], dict[str, object]], known: dict[str, object]) -> None:
+    """Run a part of a row, and add its result to the journal."""
+    begun = time.monotonic()
+    commit = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True).strip()
+    try:
+        found = run(row)
+    except subprocess.CalledProcessError as error:  # the other rows are run
+        print(f"{row.key}: {part}, exit status {error.returncode}", flush=True)
+        return
+    result = json.dumps(known | found | {f"commit of {part}": commit}, indent=1, ensure_ascii=False)
+    partial = row.journal.with_suffix(".partial")
+    partial.write_text(result)
+    partial.replace(row.journal)
+    print(f"{row.key}: {part}, {time.monotonic() - begun:.0f} s", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib.machinery
 import importlib.util
 import json
@@ -30,7 +31,8 @@ from tests import parity
 from tests.oracles.adamss import KMeans
 from tests.zoo import ZOO
 
-of_peft_0_21 = pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="it states what PEFT 0.21 does")
+IS_OLDER = Version(peft.__version__) < Version("0.21")
+of_peft_0_21 = pytest.mark.skipif(IS_OLDER, reason="it states what PEFT 0.21 does")
 """A mark of tests that older releases of PEFT, which lorac reads as well, fail for reasons of their own."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -101,11 +103,26 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 
 def save_small(folder: Path, kind: str, model: str = "plain_mlp", **settings: Any) -> Path:
     """Save a checkpoint of a PEFT type for a model of the zoo, in float32: by `settings`, then `SMALL`, then PEFT."""
+    skip_absent(*({kind} - PEFT_TYPE_TO_CONFIG_MAPPING.keys()))
+    made, fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind], {"target_modules": ["up", "down"], **SMALL[kind], **settings}
+    skip_absent(*sorted(fields.keys() - {field.name for field in dataclasses.fields(made)}))
     with quiet():
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{"target_modules": ["up", "down"], **SMALL[kind], **settings})
+        config = made(**fields)
     entry = ZOO[model]
     make_peft(entry.model(), folder, config, inputs=entry.inputs(), outputs=entry.outputs)
     return folder
+
+
+def make_config(name: str, **fields: Any) -> Any:
+    """Return a configuration of a class of PEFT's; None of one that the installed release does not have yet."""
+    found = getattr(peft, name, None)
+    return None if found is None else found(**fields)
+
+
+def skip_absent(*names: str) -> None:
+    """Skip a test of types or fields that an older release of PEFT does not have yet, if there are any."""
+    if names and IS_OLDER:
+        pytest.skip(f"PEFT {peft.__version__} has no {' and '.join(names)}")
 
 
 def configure(folder: Path, **changes: Any) -> None:

@@ -19,7 +19,9 @@ from tests.peft_files import CONFIG, configure, make_peft, of_peft_0_21, save_sm
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
-CLASSES = {kind: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in sorted(peft_types())}
+CLASSES = {
+    kind: PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in sorted(peft_types()) if kind in PEFT_TYPE_TO_CONFIG_MAPPING
+}
 
 
 @of_peft_0_21

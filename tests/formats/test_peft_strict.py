@@ -232,9 +232,9 @@ def test_patterns_that_backtrack_without_end(make: Make, field: str) -> None:
     }.get(field, endless)
     extra = {"layers_to_transform": [0, 1, 2]} if field == "layers_pattern" else {}
     configure(folder, **{field: value}, **extra)
-    start = time.perf_counter()
+    start = time.process_time()  # other work on the machine does not count
     both(FormatError, folder, "did not finish matching", "tiny_llama")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_patterns_that_are_none(make: Make) -> None:
