@@ -1,7 +1,7 @@
 """Adapters on disk.
 
-A module here that has a ``FORMAT`` is a format, found by its existence; other packages offer formats by entry points
-of the group ``lorac.formats``. ``reading`` has the tools that they share.
+Every module of this package that defines ``FORMAT`` is registered as a format; other packages register theirs through
+entry points of the group ``lorac.formats``. ``reading`` has the functions and classes that all formats share.
 """
 
 from lorac.formats._format import Evidence, Format

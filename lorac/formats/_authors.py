@@ -1,7 +1,8 @@
-"""Files of methods' authors: one file of tensors by names of their own, and hyper-parameters in a JSON file beside it.
+"""Files of methods' authors: one file of tensors under the authors' names, and a JSON file of hyper-parameters.
 
-Authors' code saves the tensors and leaves the hyper-parameters in the arguments of a run. Missing ones are read
-from a JSON object in a file of its name with the suffix ``.json``, and nothing is guessed.
+Authors' code saves the tensors, and leaves the hyper-parameters in the arguments of the training command. Those that
+the tensors do not show are read from a JSON file, by default one named as the file of tensors with the suffix
+``.json``. A missing hyper-parameter raises; lorac guesses none.
 """
 
 import re
@@ -37,13 +38,13 @@ _SUFFIXES = (".safetensors", *PICKLES)
 
 @dataclass(frozen=True)
 class KeyRow:
-    """A parameter of a method at the sites of one name.
+    """A parameter of a method, with its key at each site whose path fits a pattern.
 
     Attributes:
-        key: the key in a file, with ``*`` for the path that it has in common with the site.
-        site: the path of the site, with ``*``.
-        parameter: the parameter there.
-        is_row: the file has the vector as a matrix of one row.
+        key: the key in a file, with ``*`` for the part of the path that the key and the site's path share.
+        site: the path of the site, with ``*`` for the same part.
+        parameter: the name of the parameter at the site.
+        is_row: whether the file stores the vector as a matrix of one row.
     """
 
     key: str
@@ -52,11 +53,11 @@ class KeyRow:
     is_row: bool = False
 
     def find_site(self, key: str) -> str | None:
-        """Return the path of a key's site, or None."""
+        """Return the path of the site that a key belongs to, or None."""
         return _translate(key, self.key, self.site)
 
     def find_key(self, path: str) -> str | None:
-        """Return the key of the parameter at a site, or None where the row is of other sites."""
+        """Return the key of the parameter at a site, or None where the site's path does not fit the pattern."""
         return _translate(path, self.site, self.key)
 
 
@@ -72,13 +73,13 @@ class AuthorsFormat(Format):
     """The base class of authors' formats.
 
     Attributes:
-        rows: the keys that hold parameters; of several, the first that a key fits is read, the last that a site fits
-            is written.
+        rows: the keys of parameters. A key is read by the first row that it fits; a site is written by the last.
         mark: a pattern that only keys of this format match.
-        weights: the name of the file of tensors that lorac writes into a folder.
+        weights: the name of the file of tensors that lorac writes.
         settings: hyper-parameters that the file of tensors lacks, by the authors' names.
-        settings_file: the name of their file; None for that of the tensors with the suffix ``.json``.
-        trained: beginnings of the names of parameters that are trained as well, such as a head's, and replaced whole.
+        settings_file: the name of the file of hyper-parameters; None for the name of the tensors' file with ``.json``.
+        trained: prefixes of the names of parameters that the training also changes, such as a head's; they are
+            replaced.
     """
 
     rows: ClassVar[tuple[KeyRow, ...]]
@@ -105,26 +106,26 @@ class AuthorsFormat(Format):
             torch.save(contiguous, file)
 
     def is_trained(self, key: str, values: JsonMapping) -> bool:
-        """Return whether the training also changes the parameter of a key."""
+        """Return whether a key holds a parameter of the base that the training also changes."""
         return key.startswith(self.trained)
 
     def name_copy(self, key: str) -> str | None:
-        """Return the parameter of the base that a key holds a copy of, where the format has such copies."""
+        """Return the parameter of the base that a key holds a copy of; None where the format stores no copies."""
         return None
 
     def to_parameters(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters of a site from the tensors that the file has there."""
+        """Convert the tensors that a file has for a site to the parameters of the method."""
         return stored
 
     def to_stored(self, adapter: Adapter, path: str) -> Tensors:
-        """Return the tensors that the file has for a site; the inverse of ``to_parameters``."""
+        """Convert the parameters of a site to the tensors that a file has for it; the inverse of ``to_parameters``."""
         return adapter.tensors[path]
 
     def complete(self, adapter: Adapter, view: ModelView | None) -> None:
-        """Add the parameters that no file holds, as the model tells them."""
+        """Add the parameters that no file holds, which the model determines."""
 
     def describe(self, variant: Variant) -> JsonMapping:
-        """Return the settings to write."""
+        """Return the hyper-parameters to write."""
         return {name: field.write(getattr(variant, field.to)) for name, field in self.settings.items() if field.to}
 
     def recognises(self, file: AdapterFile) -> bool:
@@ -132,7 +133,7 @@ class AuthorsFormat(Format):
         return found is not None and any(map(self.mark.search, found.peek_names()))
 
     def find_file(self, file: AdapterFile) -> AdapterFile | None:
-        """Return the file of tensors: the given one, or the only such file in a folder."""
+        """Return the file of tensors: the given file, or the only such file in a folder; None where there is none."""
         if file.is_file:
             return file if file.suffix in _SUFFIXES else None
         found = [name for name in file.names if name.endswith(_SUFFIXES)]
@@ -164,7 +165,7 @@ class AuthorsFormat(Format):
         return file.with_suffix(".json") if self.settings_file is None else file.with_name(self.settings_file)
 
     def _read_settings(self, file: Path) -> tuple[JsonMapping, JsonMapping]:
-        """Return the stored settings, and their values in lorac."""
+        """Return the stored hyper-parameters by the authors' names, and their values by lorac's names."""
         path = self.settings_path(file)
         settings = AdapterFile(path)
         raw = settings.read_json() if settings.is_file else {}
@@ -178,7 +179,7 @@ class AuthorsFormat(Format):
         return raw, read_fields(raw, self.settings, path)
 
     def _assign(self, tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Return the tensors of sites by path and parameter, and the tensors that match no row."""
+        """Return the tensors of sites by path and parameter, and the tensors that fit no row of ``rows``."""
         stored: dict[str, dict[str, Tensor]] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -192,7 +193,7 @@ class AuthorsFormat(Format):
         return stored, rest
 
     def _account(self, file: Path, adapter: Adapter, rest: Tensors, values: JsonMapping) -> None:
-        """Take replacements, and note copies of the base."""
+        """Add replacements to the adapter, and record a hash of each copy of the base; refuse any other tensor."""
         sites = [*adapter.tensors]
         for key, tensor in rest.items():
             copied = self.name_copy(key)
@@ -210,7 +211,7 @@ class AuthorsFormat(Format):
                 )
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write the file of tensors, and that of hyper-parameters where the format has some, into a folder.
+        """Write the file of tensors into a folder, and the file of hyper-parameters where the format has any.
 
         Raises:
             FormatError: the format has no place for the method, a site, a parameter or a replacement.
@@ -250,25 +251,25 @@ class AuthorsFormat(Format):
 
 
 def _locate(path: str, view: ModelView | None) -> str:
-    """Return the path of a site in a model of several components, from its path within one component."""
+    """Return the path of a site in a model of several components, given the path within one component."""
     if view is None or path in view.sites:
         return path
     return next((inner for inner in (f"{name}.{path}" for name in view.components) if inner in view.sites), path)
 
 
 def required(to: str, read: Any) -> Field:
-    """Return a required hyper-parameter."""
+    """Return the field of a required hyper-parameter."""
     return Applied(REQUIRED, to=to, read=read)
 
 
 def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: Path, axes: int = 1) -> int:
-    """Return the size of a parameter along an axis, which is the same at every site.
+    """Return the size of a parameter along an axis, which must be the same at every site.
 
     Args:
-        axes: the fewest axes that the parameter may have.
+        axes: the minimum number of axes of the parameter.
 
     Raises:
-        FormatError: the sites differ in it, or one lacks the parameter or has fewer axes.
+        FormatError: the size differs between sites, or the parameter is missing at a site or has fewer axes.
     """
     sizes: dict[int, str] = {}
     for path, stored in tensors.items():

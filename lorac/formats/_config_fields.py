@@ -1,7 +1,8 @@
-"""Fields of configuration files: their kinds, and how their values are read and written.
+"""Fields of configuration files: their kinds, and the readers and writers of their values.
 
-A table maps the name of every field to one of four kinds; a name that no table has is refused. The functions ``read_*``
-turn a value of the file, which may be None, into lorac's; ``write_*`` turn a value of the variant into the file's.
+A table maps the name of every field to one of four kinds; a field that the table lacks is refused. The functions
+``read_*`` convert a value of the file, which may be None, to lorac's; ``write_*`` convert a value of the variant to the
+file's.
 """
 
 import math
@@ -33,12 +34,12 @@ class Field(ABC):
 
     Attributes:
         default: the library's default.
-        to: the field of the variant that it sets, if any.
+        to: the field of the variant that this field sets, if any.
         read: value in the file -> value in lorac; raises ValueError with the expected values.
         write: value of the variant -> value in the file.
-        preserved: written back as it was read.
-        written: False: of older releases or forks of the library, which never writes it.
-        next_step: the way out for a value that is refused.
+        preserved: whether the value is written back as it was read.
+        written: False for a field of older releases or forks only, which the library never writes.
+        next_step: the next step in the error for a refused value.
         nested: the fields of a configuration within this one.
     """
 
@@ -57,7 +58,7 @@ class Field(ABC):
         """How lorac uses the field, for the documentation."""
 
     def parse(self, value: object, name: str, path: Path) -> object:
-        """Return a value of the file as lorac has it.
+        """Convert a value of the file to lorac's.
 
         Raises:
             FormatError: the value is not one of those that the field takes.
@@ -69,25 +70,25 @@ class Field(ABC):
 
 
 class Applied(Field):
-    """A field that changes the computation, as it does in lorac."""
+    """A field that changes the computation, in lorac as in the library."""
 
     use = "applied"
 
 
 class TrainingOnly(Field):
-    """A field that only training reads: the trained tensors contain its effect."""
+    """A field that only training reads; its effect is already in the trained tensors."""
 
     use = "training only"
 
 
 class Irrelevant(Field):
-    """A field that changes no number."""
+    """A field that does not change any number."""
 
     use = "irrelevant"
 
 
 class Refused(Field):
-    """A field that changes the computation in a way that lorac does not build, unless it has its default."""
+    """A field that lorac supports only at its default, since another value changes the computation."""
 
     use = "refused away from its default"
 
@@ -100,10 +101,10 @@ class Refused(Field):
 
 
 def read_fields(raw: JsonMapping, fields: Mapping[str, Field], path: Path) -> JsonMapping:
-    """Return the value of every field of a table; defaults where the file has none.
+    """Return the value of every field of a table; a field that the file lacks gets its default.
 
     Raises:
-        FormatError: the file has a field that the table lacks, or a value that a field does not take.
+        FormatError: the file has a field that the table lacks, or a value that the field does not accept.
     """
     refuse_unknown_fields(raw, fields, path)
     return {name: field.parse(raw.get(name, field.default), name, path) for name, field in fields.items()}
@@ -113,7 +114,7 @@ def refuse_unknown_fields(raw: JsonMapping, known: Iterable[str], path: Path) ->
     """Refuse fields that the library does not have.
 
     Raises:
-        FormatError: naming the first.
+        FormatError: naming the first such field.
     """
     names = set(known)
     for name in raw:
@@ -128,7 +129,7 @@ def refuse_unknown_fields(raw: JsonMapping, known: Iterable[str], path: Path) ->
 
 
 def check_field_type(cls: type, name: str, value: object, path: Path) -> None:
-    """Refuse a value of a file that a field of a dataclass does not take.
+    """Refuse a value that a field of a dataclass does not accept.
 
     Raises:
         FormatError: naming the field, and its type or limits.
@@ -191,7 +192,7 @@ def read_optional_number(value: object) -> float | None:
 
 
 def read_choice(*names: str) -> Callable[[object], str]:
-    """Return a reader of one of some names."""
+    """Return a reader that accepts only the given names."""
 
     def read(value: object) -> str:
         if value not in names:
@@ -202,7 +203,7 @@ def read_choice(*names: str) -> Callable[[object], str]:
 
 
 def read_nested(fields: Mapping[str, Field]) -> Callable[[object], dict[str, object]]:
-    """Return a reader of a configuration within another; null is an empty one."""
+    """Return a reader of a nested configuration; it reads null as an empty one."""
 
     def read(value: object) -> dict[str, object]:
         given = _read_mapping(value)
@@ -224,7 +225,7 @@ def read_pattern(value: object) -> str | tuple[str, ...]:
 
 
 def read_targets(value: object) -> str | tuple[str, ...] | None:
-    """Return a pattern as ``read_pattern``, but None for null: PEFT then chooses by the architecture."""
+    """Return a pattern as ``read_pattern`` does, but None for null: PEFT then chooses by the architecture."""
     pattern = None if value is None else read_pattern(value)
     if isinstance(pattern, str) and pattern in set(TARGET_KEYWORDS) - {ALL_LINEAR}:
         raise ValueError("that is a word of lorac's, which PEFT takes for a module's name")
@@ -244,7 +245,7 @@ def _read_list(value: object, item_type: type[T], plural: str) -> tuple[T, ...]:
 
 
 def read_rows(value: object) -> tuple[int, ...]:
-    """Return row numbers of an embedding, at least one and each once."""
+    """Return row numbers of an embedding; at least one, and no number twice."""
     rows = read_layers(value)
     if not rows or min(rows) < 0 or len(set(rows)) < len(rows):
         raise ValueError("expected numbers of rows, each once")
@@ -275,20 +276,20 @@ def _read_mapping(value: object) -> dict[str, object]:
 
 
 def write_pattern(value: str | tuple[str, ...]) -> str | list[str] | None:
-    """Return one regular expression, a sorted list, or null for none."""
+    """Return a regular expression unchanged, or names as a sorted list; null for an empty list."""
     return value if isinstance(value, str) and value else sorted(value) or None
 
 
 def write_list(value: tuple[object, ...]) -> list[object] | None:
-    """Return a list, or null for none."""
+    """Return a list; null for an empty one."""
     return list(value) or None
 
 
 def write_number(value: float) -> float:
-    """Return 16 rather than 16.0, as PEFT annotates it."""
+    """Return a whole number as an int, since PEFT's configurations have 16 rather than 16.0."""
     return int(value) if float(value).is_integer() else value
 
 
 def write_number_pattern(value: Mapping[str, float]) -> dict[str, float]:
-    """Return a plain dictionary in the same order."""
+    """Return a plain dictionary in the same order, with whole numbers as ints."""
     return {key: write_number(item) for key, item in value.items()}

@@ -11,17 +11,17 @@ NATIVE = "use format='native'"
 
 
 def unsupported_error(fault: str, *, next_step: str | None = NATIVE, nearest: str | None = None) -> FormatError:
-    """Return the error for a value that lorac does not build, or by default that a format has no place for."""
+    """Return the error for a value that lorac does not support; its default next step is another format."""
     return FormatError(fault, nearest=nearest, next_step=next_step, code="unsupported_field")
 
 
 def unknown_name_error(fault: str, name: str, known: Iterable[str], next_step: str) -> FormatError:
-    """Return the error for a field of a file that its reader does not know."""
+    """Return the error for a field of a file that is not in the reader's table."""
     return FormatError(fault, nearest=nearest_name(name, known), next_step=next_step, code="unknown_field")
 
 
 def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatError:
-    """Return the error for an adapter whose method a format does not hold."""
+    """Return the error for an adapter whose method a format cannot store."""
     return unsupported_error(
         f"the format '{format}' holds {methods}, and adapter '{adapter.name}' is of {adapter.variant.name}",
         next_step=native_or_lora(adapter.variant),
@@ -29,7 +29,7 @@ def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatErr
 
 
 def native_or_lora(variant: Variant) -> str:
-    """Return how to save an adapter of a method for which a format has no place."""
+    """Return the next step for a method that a format cannot store: save it as native, or convert it to a LoRA."""
     others = (
         [variant.instead]
         if isinstance(variant, BranchVariant)
@@ -39,5 +39,5 @@ def native_or_lora(variant: Variant) -> str:
 
 
 def corrupt_error(fault: str, *, next_step: str | None = None) -> FormatError:
-    """Return the error for a file that is damaged or incomplete; its usual next step is to copy the file again."""
+    """Return the error for a damaged or incomplete file; the default next step is to copy the file again."""
     return FormatError(fault, next_step=next_step, code="corrupt_file")

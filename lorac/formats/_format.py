@@ -13,7 +13,7 @@ from lorac.variants.base import Variant
 
 
 class Evidence(enum.IntEnum):
-    """The kinds of evidence by which formats recognise their files, from the surest."""
+    """The kinds of evidence by which formats recognise their files, the strongest first."""
 
     METADATA = 0
     """Metadata that lorac writes."""
@@ -24,20 +24,21 @@ class Evidence(enum.IntEnum):
 
 
 class Format(ABC):
-    """One way of storing an adapter on disk.
+    """A way of storing an adapter on disk.
 
-    A module of ``lorac.formats`` whose ``FORMAT`` is an instance is a format. Another package offers one by an entry
-    point of the group ``lorac.formats``: the name of the format, and ``module:object`` of an instance.
+    A module of ``lorac.formats`` registers a format by the name ``FORMAT``, bound to an instance. Another package
+    registers one by an entry point of the group ``lorac.formats``: the name of the format, and ``module:object`` of an
+    instance.
 
     Attributes:
-        name: its name in ``save_adapter(format=)``.
-        looks_for: the evidence by which ``recognises`` decides, as a phrase for error messages.
-        methods: the methods whose adapters its files hold, for the documentation.
+        name: the value of ``save_adapter(format=)`` that selects this format.
+        looks_for: the evidence that ``recognises`` checks, as a phrase for error messages.
+        methods: the methods whose adapters the files can store, for the documentation.
         written_by: the tools that write such files, for the documentation.
-        evidence: the kind of that evidence. Of several formats that recognise a file, the one with the surest wins.
-        magic: a position, and the bytes there, by which ``recognises`` knows the files of the format.
-        invocations: whether its files hold the token ids from which on an adapter acts.
-        refines: a format that also recognises these files, over which this one wins.
+        evidence: the kind of that evidence. Of several formats that recognise a file, the strongest evidence wins.
+        magic: an offset, and the bytes at that offset by which ``recognises`` identifies the files of the format.
+        invocations: whether the files store invocation tokens, the token ids after which an adapter acts.
+        refines: a format that also recognises these files; this format takes precedence over it.
     """
 
     name: ClassVar[str]
@@ -50,26 +51,26 @@ class Format(ABC):
     refines: ClassVar[str | None] = None
 
     def recognises(self, file: AdapterFile) -> bool:
-        """Return whether a file or folder, which exists, is of this format.
+        """Return whether an existing file or folder is of this format.
 
-        It is cheap, and never raises on a damaged file. A format without ``magic`` overrides it.
+        This method is cheap, and never raises on a damaged file. A format without ``magic`` overrides it.
         """
         return self.magic is not None and file.begins(self.magic[1], at=self.magic[0])
 
     @abstractmethod
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
-        """Return the adapter, which ``check_adapter`` has passed if the model is given.
+        """Return the adapter; where the model is given, call ``check_adapter`` on it first.
 
-        An error that is not lorac's is reported as a damaged file.
+        An exception that is not one of lorac's is reported as a damaged file.
 
         Args:
             file: a file or folder of this format.
-            view: the base that the adapter is for, if it is given; only read.
-            name: the name of the adapter; None for that which the file records, or ``file.adapter_name``.
+            view: the base model of the adapter, if it is given; it is only read.
+            name: the name of the adapter; None for the name that the file records, or ``file.adapter_name``.
         """
 
     def read_renamed(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
-        """Return the adapter as ``read`` does, with the model's names in place of the file's where these differ."""
+        """Return the adapter as ``read`` does, with the model's names in place of the file's where the two differ."""
         raise FormatError(
             f"names are repaired in PEFT's folders, and '{file}' is of the format '{self.name}'",
             next_step="write it as one first: `lorac convert ADAPTER OUT --to peft`",
@@ -77,11 +78,11 @@ class Format(ABC):
         )
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write a file or folder; a format that does not override this is read only.
+        """Write a file or folder; a format that does not override this method is read-only.
 
         Args:
-            path: where to write, which does not exist yet.
-            view: the base of the adapter, if it is given.
+            path: the path to write, which does not exist yet.
+            view: the base model of the adapter, if it is given.
             target: the path to which ``path`` is moved afterwards.
         """
         raise FormatError(
@@ -92,5 +93,5 @@ class Format(ABC):
 
     @property
     def writes(self) -> bool:
-        """Whether adapters can be saved in it."""
+        """Whether adapters can be saved in this format."""
         return type(self).write is not Format.write

@@ -1,4 +1,4 @@
-"""LoRAs in files that hold A and B of every layer and nothing else."""
+"""LoRAs in files that hold only A and B of every layer."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,15 +23,15 @@ Stored = Mapping[str, Mapping[str, Tensor]]
 
 
 def group_by_layer(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], path: Path) -> dict[str, dict[str, str]]:
-    """Return the keys of a file by layer and parameter.
+    """Group the keys of a file by layer and parameter.
 
     Args:
-        tensors: those of the file, by key.
-        suffixes: the end of a key behind the path of a layer -> parameter; longer ones first.
+        tensors: the tensors of the file, by key.
+        suffixes: the suffix of a key after the path of a layer -> parameter; longer suffixes first.
         path: the file.
 
     Raises:
-        FormatError: a key ends in none of them, or two keys are of one parameter; or the file has no tensors.
+        FormatError: a key ends in no suffix, two keys name one parameter, or the file has no tensors.
     """
     layers: dict[str, dict[str, str]] = {}
     for key in tensors:
@@ -47,7 +47,7 @@ def group_by_layer(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], p
 
 
 def leftover_error(path: Path, key: str, expected: Iterable[str], suffixes: Iterable[str]) -> FormatError:
-    """Return the error for a tensor that no rule of a format accounts for."""
+    """Return the error for a tensor that no rule of a format covers."""
     return FormatError(
         f"'{path}' holds '{key}', which is not a tensor of this format",
         nearest=nearest_name(key, expected),
@@ -57,15 +57,15 @@ def leftover_error(path: Path, key: str, expected: Iterable[str], suffixes: Iter
 
 
 def transpose_matrix(tensor: Tensor) -> Tensor:
-    """Return a matrix transposed and contiguous; any other tensor stays, for ``check_pair`` to refuse."""
+    """Return a matrix transposed and contiguous, and any other tensor unchanged, which ``check_pair`` refuses."""
     return tensor.mT.contiguous() if tensor.ndim == 2 else tensor
 
 
 def check_pair(path: Path, layer: str, stored: Mapping[str, Tensor]) -> int:
-    """Return the rank of A (r, in) and B (out, r) at a layer.
+    """Check A (r, in) and B (out, r) of a layer; return their rank.
 
     Raises:
-        FormatError: one of them is missing, or they are no such matrices.
+        FormatError: one of them is missing, not a matrix, or of another rank than the other.
     """
     for name in (A, B):
         if name not in stored:
@@ -82,10 +82,10 @@ def check_pair(path: Path, layer: str, stored: Mapping[str, Tensor]) -> int:
 def make_lora(
     name: str | None, format: str, path: Path, tensors: Stored, alphas: Mapping[str, float], view: ModelView | None
 ) -> Adapter:
-    """Return the LoRA of a file from its pairs, checked.
+    """Build the LoRA of a file from its pairs A and B, and check it against the model.
 
     Args:
-        name: of the adapter; None: that of the file.
+        name: the name of the adapter; None for the name of the file.
         tensors: path of a site -> A and B, which ``check_pair`` has checked.
         alphas: path of a site -> rank times scale.
     """
@@ -95,7 +95,7 @@ def make_lora(
 
 
 def check_read(adapter: Adapter, view: ModelView | None) -> Adapter:
-    """Return an adapter that was read, checked against its model, whose layout it keeps."""
+    """Check an adapter that was read against its model, and record the layout of the model's sites in it."""
     check_numbers(adapter.name, adapter.variant)
     if view is not None:
         check_adapter(adapter, view)
@@ -104,7 +104,7 @@ def check_read(adapter: Adapter, view: ModelView | None) -> Adapter:
 
 
 def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
-    """Return an adapter's variant if a format of plain LoRAs can hold the whole adapter.
+    """Return an adapter's variant; refuse an adapter that a format of plain LoRAs cannot store completely.
 
     Raises:
         FormatError: it is of another method, has biases or replaces parameters.
@@ -122,7 +122,7 @@ def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
 
 
 def settings_at(variant: LoRA | DoRA, path: str) -> LoRA | DoRA:
-    """Return the variant with a layer's own settings."""
+    """Return the variant with the settings of one layer."""
     here = variant.at_path(path)
     assert isinstance(here, LoRA | DoRA)
     return here
@@ -131,11 +131,11 @@ def settings_at(variant: LoRA | DoRA, path: str) -> LoRA | DoRA:
 def find_layers(
     adapter: Adapter, view: ModelView | None, format: str, kinds: frozenset[SiteKind] = LINEAR
 ) -> dict[str, Site]:
-    """Return the sites of an adapter, which are all of some kinds.
+    """Return the sites of an adapter; refuse a site of a kind that is not among ``kinds``.
 
     Raises:
         BaseNeeded: the adapter comes from no file, and no model is given.
-        SiteError: a site is of another kind, or part of a module that reads its weight itself.
+        SiteError: a site is of another kind, or lies in a module that reads its weight itself.
         AdapterError, FormatError: the adapter does not fit the model.
     """
     if view is not None:

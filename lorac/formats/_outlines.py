@@ -1,7 +1,7 @@
-"""Adapters without values; files with the same headers fill them.
+"""Adapters without values, into which the values of files with the same headers are read.
 
-A format reads the headers of one file and checks all but the values. Of another file with the same headers and
-configuration the values alone are read and checked, if the adapter holds the tensors of its file as they are.
+A format reads the headers of one file and checks everything except the values. For another file with the same headers
+and configuration only the values are read and checked, if the adapter's tensors are the file's tensors unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,16 +19,16 @@ from lorac.variants.adapter import Adapter
 
 
 class AdapterOutline:
-    """An adapter whose values were not read; some formats allow that.
+    """An adapter whose values have not been read; where the format needs the values, the adapter is read completely.
 
     Args:
         path: the file or folder.
-        read: reads it by its format.
+        read: a function that reads the adapter by its format.
 
     Attributes:
-        adapter: the adapter; its tensors are on the meta device unless the format looks at their values.
-        sites, replaced: the adapter's tensors by their names in the file; None if the adapter lies in several files, or
-            its format computes its tensors.
+        adapter: the adapter; its tensors are on the meta device unless the format reads their values.
+        sites, replaced: the adapter's tensors by their names in the file; None if the adapter consists of several
+            files, or if its format computes its tensors.
     """
 
     def __init__(self, path: Path, read: Callable[[AdapterFile], Adapter]) -> None:
@@ -37,7 +37,7 @@ class AdapterOutline:
         self.replaced: Mapping[str, str] = {}
         try:
             self.adapter = read(AdapterFile(path, outline))
-        except (LoracError, NotImplementedError, RuntimeError):  # the format looks at values, or the file is damaged
+        except (LoracError, NotImplementedError, RuntimeError):  # the format reads values, or the file is damaged
             self.adapter = read(AdapterFile(path))
             return
         if len(outline.files) != 1 or len(outline.sealed) > 1:
@@ -47,7 +47,7 @@ class AdapterOutline:
         self._header, places = file.common_header, file.header.places
         self._dtype = next(iter(tensors.values())).dtype if tensors else torch.bool
         keys = {id(tensor): key for key, tensor in tensors.items() if tensor.dtype == self._dtype}
-        # Whole numbers may be positions, which are to be checked.
+        # Integers may be positions, which have to be checked.
         if not self._dtype.is_floating_point or not all(id(tensor) in keys for tensor in self.adapter.parameters()):
             return
         if len(keys) != len(tensors) or any(names != tensors.keys() for _, names in outline.sealed):
@@ -66,13 +66,13 @@ class AdapterOutline:
         }
 
     def fill(self, file: AdapterFile, name: str) -> Adapter | None:
-        """Return the adapter of another file with the same headers (``AdapterFile.hash_headers``).
+        """Read the values of another file with the same headers (``AdapterFile.hash_headers``) into the adapter.
 
         Returns:
-            It with the values of the file, which are checked; None if its format has to read the file.
+            A new adapter with the values of the file, checked; None if the file has to be read by its format.
 
         Raises:
-            FormatError: the values are not those that lorac sealed.
+            FormatError: the values differ from those that lorac sealed.
             AdapterError: a value is NaN or infinite.
         """
         if self.sites is None:

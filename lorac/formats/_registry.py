@@ -1,6 +1,6 @@
-"""Finding formats, and reading and writing adapters in any of them.
+"""The registry of formats, and functions that read and write adapters in any of them.
 
-Formats are looked up by name when they are needed, so that a format may read adapters of another.
+Formats are looked up by name at each call, so a format may read adapters of another format.
 """
 
 import functools
@@ -36,10 +36,10 @@ GROUP = "lorac.formats"
 
 @functools.cache
 def formats() -> dict[str, Format]:
-    """Return every format by name: lorac's own, then those that other packages offer.
+    """Return every format by name: lorac's own, then those of other packages.
 
-    A format of another package that cannot be imported is left out with a warning; lorac's own win over one of the
-    same name.
+    A format of another package that cannot be imported is skipped with a warning. One of lorac's own takes precedence
+    over another package's of the same name.
     """
     modules = import_modules(importlib.import_module(GROUP))
     known: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in modules if "FORMAT" in vars(module)}
@@ -51,7 +51,7 @@ def formats() -> dict[str, Format]:
             step = "it must be an instance of a subclass of Format"
             check_type(offered, Format, "its entry point", next_step=step)
             known[name] = offered
-        except Exception as error:  # code of another package may raise anything when it is imported
+        except Exception as error:  # importing another package's code may raise any exception
             warn(f"the format '{name}' of another package is left out: {type(error).__name__}: {error}")
     return known
 
@@ -61,24 +61,24 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter of any format.
 
-    Every tensor is used or accounted for by a rule of the format, and every configuration field is known. With the
-    model, every site, shape and recorded base hash is checked as well. The cost of the file beyond its size is
-    bounded; ``lorac.budget`` sets the bounds.
+    Every tensor is used or covered by a rule of the format, and every configuration field is known. With the model,
+    every site, shape and recorded base hash is checked too. Memory and time beyond the size of the file are limited, by
+    ``lorac.budget``.
 
     Args:
-        path: a PEFT folder, a file of lorac's own, or any other format of ``formats()``; or the name of one on the hub,
-            in a store or on a web server, as ``user/repo@revision`` or ``s3://bucket/folder``, which is downloaded.
-        model: the base that the adapter is for, or a copy of it, or the components of one by name; only read.
-        name: the adapter's name; by default that of the folder, or the one that the file records.
-        fix_names: give layers the model's names where the file of PEFT's has others: a prefix that moved or is doubled,
-            or names that DDP or torch.compile add. Names that are not certain are refused.
+        path: a PEFT folder, a file of lorac's own, or any other format of ``formats()``; or a name on the hub, in a
+            store or on a web server, such as ``user/repo@revision`` or ``s3://bucket/folder``, which is downloaded.
+        model: the base model of the adapter, a copy of it, or its components by name; it is only read.
+        name: the adapter's name; by default the name of the folder, or the name that the file records.
+        fix_names: replace the layer names of a PEFT file by the model's where the two differ: by a prefix that moved or
+            is doubled, or by names that DDP or torch.compile add. Ambiguous names are refused.
 
     Returns:
         The adapter. Its tensors have the file's dtype, matrices the shape (out, in).
 
     Raises:
-        FormatError: the file is damaged, or of an unknown format, or holds something that lorac does not account for.
-        AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
+        FormatError: the file is damaged, of an unknown format, or has content that no rule of the format covers.
+        AdapterError: a tensor does not fit its site, or the adapter was trained on other base weights.
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
     view = None if model is None else ModelView.of(model, resizes=True)
@@ -86,13 +86,13 @@ def load_adapter(
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: Model | None = None) -> dict[str, Adapter]:
-    """Load every adapter of a checkpoint of Trainer's by its name; raises as ``load_adapter``."""
+    """Load every adapter of a Trainer checkpoint by its name; raises as ``load_adapter``."""
     view = None if model is None else ModelView.of(model)
     return _read(path, lambda file: CheckpointFormat().read_all(file, view))
 
 
 def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> AdapterOutline:
-    """Read an adapter as ``load_adapter`` does, but for its values: tensors are on the meta device where that suffices.
+    """Read an adapter as ``load_adapter`` does but without its values: tensors stay on the meta device where possible.
 
     Raises:
         FormatError, AdapterError, SiteError: as ``load_adapter``.
@@ -102,13 +102,13 @@ def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Ad
 
 
 def fill_adapter(path: str | os.PathLike[str], outlines: Mapping[bytes, AdapterOutline], name: str) -> Adapter | None:
-    """Read the values of an adapter whose headers are known.
+    """Read the values of an adapter whose headers match those of an outline.
 
     Args:
-        outlines: by headers (``AdapterFile.hash_headers``).
+        outlines: by the hash of the headers (``AdapterFile.hash_headers``).
 
     Returns:
-        The adapter; None if its headers are not among them, or its format has to read the file.
+        The adapter; None if no outline has its headers, or if the file has to be read by its format.
 
     Raises:
         FormatError, AdapterError: as ``load_adapter``.
@@ -131,7 +131,7 @@ def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None, *
     format = _find_format(file)
     try:
         adapter = (format.read_renamed if fix_names else format.read)(file, view, name)
-    except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
+    except (OptionError, WrongType) as error:  # a hyper-parameter value that the method does not accept
         fault, nearest = f"'{file}': {error.what}", error.nearest
         raise FormatError(fault, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
     except (LoracError, OSError):
@@ -155,18 +155,18 @@ def save_adapter(
     format: str = "peft",
     model: Model | None = None,
 ) -> None:
-    """Write an adapter; equal input gives equal bytes.
+    """Write an adapter; equal adapters give equal bytes.
 
-    It is written under another name and moved into place in one step, so that an error changes nothing. A
-    folder that exists already keeps the files that are not the adapter's.
+    The files are written under a temporary name and then renamed, so an error leaves the old files unchanged. An
+    existing folder keeps the files that do not belong to an adapter.
 
     Args:
         path: the folder ("peft") or file ("native").
-        model: the base; its hash is recorded with the adapter. It is needed where the format has a layout of its own
-            for convolutions or embeddings and the adapter does not come from a file.
+        model: the base model, whose hash is recorded with the adapter. It is required where the format has its own
+            layout for convolutions or embeddings and the adapter was not read from a file.
 
     Raises:
-        FormatError: there is no such format, or it cannot hold the adapter; or the system refuses the file.
+        FormatError: the format does not exist or cannot store the adapter, or the operating system refuses the file.
         BaseNeeded: the format needs the model.
         WrongType: ``adapter`` is not an adapter.
         AdapterError, SiteError: the adapter does not fit the model.
@@ -197,7 +197,7 @@ def save_adapter(
 
 
 def is_adapter(path: Path) -> bool:
-    """Return whether a file or folder is recognised by some format."""
+    """Return whether any format recognises a file or folder."""
     file = AdapterFile(path)
     return any(format.recognises(file) for format in formats().values())
 
@@ -212,12 +212,12 @@ def _find_format(file: AdapterFile) -> Format:
             next_step=suggest_name(path) or "give the path of a file or folder",
             code="unknown_format",
         )
-    for evidence in Evidence:  # a less sure one is not looked for where there is a surer one
+    for evidence in Evidence:  # weaker evidence is considered only where no format has stronger evidence
         matching = [f for f in formats().values() if f.evidence is evidence and f.recognises(file)]
         if matching:
             return _choose_finest(path, matching)
     if file.is_file and file.suffix == ".safetensors":
-        file.header  # noqa: B018  (the error of a damaged file says more)
+        file.header  # noqa: B018  (the error for a damaged file says more)
     kind, separator, step = (_describe_other(file) or "").partition(": ")
     raise FormatError(
         f"'{path}' is {kind}"
@@ -230,7 +230,7 @@ def _find_format(file: AdapterFile) -> Format:
 
 
 def _describe_other(file: AdapterFile) -> str | None:
-    """Return the kind of a path that is not an adapter, and the next step, where it is a usual mistake."""
+    """Return the kind of a path that is not an adapter and the next step, where it is a common mistake; else None."""
     if not file.path.is_dir() and not file.path.is_file():
         return "neither a file nor a folder: give the path of one"
     names = file.peek_names()
@@ -248,7 +248,7 @@ def _describe_other(file: AdapterFile) -> str | None:
 
 
 def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:
-    """Return the format that refines the others; their evidence is of one kind."""
+    """Return the one format that no other format refines; all have the same kind of evidence."""
     refined = {format.refines for format in matching}
     found = [format for format in matching if format.name not in refined]
     if len(found) > 1:
@@ -262,10 +262,10 @@ def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:
 
 
 def _suggest_path(path: Path) -> str:
-    """Return a next step for a path that is not an adapter: the path that was probably meant."""
+    """Return the next step for a path that is not an adapter, such as the path that was probably meant."""
     if path.name == MANIFEST or (path / MANIFEST).is_file():
         return "it is a compiled model: lorac.load(folder) runs it, with its adapters in it"
-    # PEFT puts an adapter that is not named 'default' into a folder of its own.
+    # PEFT writes an adapter that is not named 'default' into a subfolder with the adapter's name.
     nested = [inner for inner in sorted(path.iterdir()) if is_adapter(inner)] if path.is_dir() else []
     if nested:
         return f"did you mean {', '.join(repr(str(inner)) for inner in nested[:3])}?"

@@ -1,7 +1,7 @@
-"""Sites as JSON: the facts about its sites that an adapter keeps.
+"""Layouts of sites as JSON: the part of each site that an adapter records.
 
-A PEFT file stores the kernel of a convolution with four axes, and an embedding under other names, so writing one needs
-facts that the matrices of the adapter do not show.
+A PEFT file stores the kernel of a convolution with four axes, and the factors of an embedding under other names, so
+writing it needs layouts that the adapter's matrices do not show.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def site_to_json(site: Site) -> dict[str, object]:
 
 
 def is_site_json(layout: JsonMapping) -> bool:
-    """Return whether a value of a file is a layout as ``site_to_json`` returns it."""
+    """Return whether a value has the form that ``site_to_json`` returns."""
     sizes = {"out": layout.get("out"), "in": layout.get("in"), "stack": layout.get("stack", 1)}
     if "kernel" in layout:
         kernel = layout["kernel"]
@@ -50,7 +50,7 @@ def is_site_json(layout: JsonMapping) -> bool:
 
 
 def site_from_json(path: str, layout: JsonMapping) -> Site:
-    """Return a site of a layout; strides, weights and dtype are not known."""
+    """Return the site that a layout describes, without stride, weight and dtype, which a layout does not have."""
     if "kernel" in layout:
         return conv_site(path, layout["out"], layout["channels"], tuple(layout["kernel"]), layout["groups"])
     site = matrix_site(path, layout["out"], layout["in"], SiteKind(layout["kind"]))
@@ -59,7 +59,7 @@ def site_from_json(path: str, layout: JsonMapping) -> Site:
 
 
 def conv_site(path: str, out: int, channels: int, kernel: tuple[int, ...], groups: int) -> Site:
-    """Return a convolution of which only the kernel is known, with stride and dilation left open."""
+    """Return a convolution site with a known kernel, and with placeholders for stride, padding and dilation."""
     ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
     return Site(
         path=path,
@@ -73,20 +73,20 @@ def conv_site(path: str, out: int, channels: int, kernel: tuple[int, ...], group
 
 
 def matrix_site(path: str, out: int, columns: int, kind: SiteKind = SiteKind.LINEAR) -> Site:
-    """Return a linear layer or embedding of which only the shape is known."""
+    """Return a linear or embedding site of which only the shape is known."""
     return Site(path=path, kind=kind, out_features=out, in_features=columns, dtype=torch.float32, weight=None)
 
 
 def same_layout(site: Site, other: Site) -> bool:
-    """Return whether two sites agree in all that the layout of a file tells."""
+    """Return whether two sites agree in everything that a file's layout shows."""
     return _layout_key(site) == _layout_key(other)
 
 
 def remembered_sites(adapter: Adapter) -> dict[str, Site]:
-    """Return the sites of an adapter as it remembers them from its file, in the order of its tensors.
+    """Return the sites of an adapter from the layouts that it recorded when it was read, in the order of its tensors.
 
     Raises:
-        BaseNeeded: it comes from no file.
+        BaseNeeded: the adapter was not read from a file.
     """
     layouts = adapter.provenance.get(LAYOUT, {})
     unknown = [path for path in adapter.tensors if path not in layouts]

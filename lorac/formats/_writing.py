@@ -1,4 +1,4 @@
-"""Writing files so that equal input gives equal bytes, and the entries of metadata that lorac writes."""
+"""Writing files so that equal input gives equal bytes, and the metadata entries that lorac writes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ BASE_HASH = "lorac_base"
 
 
 def write_json(path: Path, value: JsonMapping) -> None:
-    """Write a JSON object, its own names sorted; nested ones keep their order, which may matter.
+    """Write a JSON object with sorted top-level names; nested objects keep their order, which may matter.
 
     Raises:
         FormatError: as ``encode_config``.
@@ -32,7 +32,7 @@ def encode_config(value: JsonMapping, indent: int | None = None) -> str:
     """Return the description of an adapter as JSON.
 
     Raises:
-        FormatError: it holds NaN, infinity, or another value that ``AdapterFile.read_json`` refuses.
+        FormatError: the description contains NaN, infinity, or another value that ``AdapterFile.read_json`` refuses.
     """
     try:
         return dump_json(value, indent)
@@ -44,5 +44,5 @@ def encode_config(value: JsonMapping, indent: int | None = None) -> str:
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], text: str) -> None:
-    """Write a safetensors file whose metadata seal the tensors and a text that describes them."""
+    """Write a safetensors file with a seal in its metadata: a hash of the tensors and a text that describes them."""
     write_safetensors(path, tensors, {**metadata, SEAL: hash_contents(text, tensors)})

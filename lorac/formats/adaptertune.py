@@ -1,7 +1,7 @@
 """AdapterTune's own checkpoints: ``{"model", "optimizer", "epoch"}`` with ``blocks.<n>.adapter.down.weight`` and so on.
 
-Source: salimkhazem/adaptertune. The model is timm's, whose blocks lie one level deeper, at ``blocks.<n>.block``; all of
-it is in the file, and the rest of it, without adapter and head, is compared with the base.
+Source: salimkhazem/adaptertune. The file holds a whole timm model with blocks one level deeper, at
+``blocks.<n>.block``. The parameters other than the adapter's and the head's are compared with the base.
 """
 
 import re
@@ -60,14 +60,14 @@ class AdapterTuneFormat(AuthorsFormat):
         return file.check_tensors(loaded[_MODEL])
 
     def write_tensors(self, file: Path, tensors: Tensors, view: ModelView | None) -> None:
-        """Write the whole model, as the authors' code loads it.
+        """Write the whole model, which the authors' code loads.
 
         Raises:
             BaseNeeded: no model is given.
         """
         if view is None:
             raise BaseNeeded("AdapterTune's checkpoints hold the whole model", next_step="pass model=")
-        # In a file the parameters within blocks have a level more.
+        # In a file, the names of parameters within blocks have one more level.
         whole = {_BLOCK.sub(r"\1.block.\2", name): view.tensor(name) for name in view.module.state_dict()}
         contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in {**whole, **tensors}.items()}
         torch.save({_MODEL: contiguous}, file)

@@ -1,6 +1,6 @@
-"""The gates of AutoLoRA's merger: a file of them is refused by name, since it is not an adapter without its LoRAs.
+"""The gates of AutoLoRA's merger: refused by name, since the file lacks the LoRAs that the gates weight.
 
-Source: the authors' repository; keys are ``model_dict.<path of a layer, ___ for its dots>.weight_lora`` and so on.
+Source: the authors' repository; keys are ``model_dict.<path of a layer, with ___ for dots>.weight_lora`` and so on.
 """
 
 from lorac.formats._errors import unsupported_error

@@ -1,6 +1,6 @@
-"""Bone's own files: ``<layer>.bone``, of three axes for the block affine transformation and of two for MiSS.
+"""Bone's own files: ``<layer>.bone``, with three axes for the block affine transformation (BAT) and two for MiSS.
 
-Source: JL-er/Bone and RWKV-PEFT. PEFT's later names of both are in ``lorac.formats.peft.types.miss``.
+Source: JL-er/Bone and RWKV-PEFT. ``lorac.formats.peft.types.miss`` has PEFT's later names of both.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""Checkpoints of a training: a file of the state dict of a compiled model, as transformers' Trainer writes it.
+"""Checkpoints of a training: files with the state dict of a compiled model, as transformers' Trainer writes them.
 
     adapter_tensors.<adapter>.<key>             a tensor of an adapter
-    adapter_tensors.<adapter>._extra_state      its record, which describes each of the keys
+        adapter_tensors.<adapter>._extra_state      the adapter's record, which describes each of these keys
 
-The tensors of the host are ignored. The record is that of lorac's own format (``lorac.formats.native``). Trainer writes
-no hash. So lorac puts one over the record and the adapter's tensors into the record when the state dict is made.
+The host's tensors are ignored. The record has the form of lorac's own format (``lorac.formats.native``). Trainer writes
+no hash, so lorac adds a hash of the record and the adapter's tensors to the record when the state dict is made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def _is_record(name: str) -> bool:
 
 
 def _check_record(file: AdapterFile, stored: JsonMapping, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Check the entries of a record, and the tensors against its seal; older records have none."""
+    """Check the entries of a record, and its seal against the tensors; older records have no seal."""
     places = stored.get("places")
     if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(places, Places):
         raise corrupt_error(f"a record in '{file}' is not the record, the places and the seal of an adapter")
@@ -127,7 +127,7 @@ def _check_record(file: AdapterFile, stored: JsonMapping, tensors: Mapping[str, 
 
 
 def _choose_adapter(file: Path, names: list[str], name: str | None) -> str:
-    """Return the name of a checkpoint's adapter: the only one, or the chosen one."""
+    """Return the name of the adapter to read: the only one of the checkpoint, or the one that the caller chose."""
     if len(names) == 1:
         return names[0]
     if name not in names:

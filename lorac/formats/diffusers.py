@@ -1,7 +1,8 @@
-"""LoRA files of diffusers' pipelines: one file with the tensors of several models, by their names in the pipeline.
+"""LoRA files of diffusers' pipelines: one file with tensors of several models, which are named as in the pipeline.
 
-Written are PEFT's names, ``<component>.<module>.lora_A.weight``; read also those of earlier releases, and mixtures,
-as diffusers 0.42 itself writes (``.lora.down.weight``, ``.lora_linear_layer.down.weight``, ``.processor.to_q_lora``).
+lorac writes PEFT's names, ``<component>.<module>.lora_A.weight``. It also reads the names of earlier releases
+(``.lora.down.weight``, ``.lora_linear_layer.down.weight``, ``.processor.to_q_lora``), and the mixtures that diffusers
+0.42 itself writes.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""The engines that run adapters, and the LoRAs that each takes: the table ``engines.toml``.
+"""The engines that run adapters, and the LoRAs that each engine supports: the table ``engines.toml``.
 
-An engine that ignores a field or a tensor computes something else without a word, so that its row lists the fields that
-it ignores next to those that it refuses. ``lorac.convert`` makes the LoRA that a row takes.
+An engine that ignores a field or a tensor silently computes another result, so its row lists the fields that it ignores
+as well as those that it refuses. ``lorac.convert`` makes a LoRA that fits a row.
 """
 
 import tomllib
@@ -28,34 +28,34 @@ _LANGUAGE = ("model.language_model.", "language_model.")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRules:
-    """The LoRAs that one engine takes.
+    """The LoRAs that one engine supports.
 
     Attributes:
-        version: the release whose rules these are.
-        source: the files of that release that hold them.
-        format: lorac's name of the format that it reads.
-        usage: the command that runs a model with the file; {path} is the file's, {rank} its largest rank.
-        refused: fields of PEFT's adapter_config.json that it refuses where they are set.
-        ignored: fields that it does not read, though they change the result.
-        kinds: kinds of sites.
-        leaves: last names of the linear layers; none: any name.
-        embeddings: model_types of which it adapts the input embedding.
-        outputs: those of which it adapts the output layer; none: the same.
-        ties: it adapts a layer apart from another that shares its weight.
-        models: model_types that it serves adapters of; none: all but ``without``.
-        without: model_types that it runs without adapters.
+        version: the release of the engine that the rules describe.
+        source: the source files of that release that contain the rules.
+        format: lorac's name of the format that the engine reads.
+        usage: the command that runs a model with the adapter; {path} is the path of the file, {rank} its largest rank.
+        refused: fields of PEFT's adapter_config.json that the engine refuses where they are set.
+        ignored: fields that the engine does not read, though they change the result.
+        kinds: kinds of sites that the engine adapts.
+        leaves: last names of the linear layers that the engine adapts; empty: any name.
+        embeddings: model_types for which the engine adapts the input embedding.
+        outputs: model_types for which the engine adapts the output layer; empty: those in ``embeddings``.
+        ties: whether the engine can adapt only one of two layers that share a weight.
+        models: model_types for which the engine runs adapters; empty: all except ``without``.
+        without: model_types that the engine runs, but without adapters.
         heads: modules that a file may replace whole (``modules_to_save``).
-        together: names of layers of which it takes all with one rank, or none.
-        experts: model_type -> the module of a block that holds experts that lie apart in the file, and the names of the
-            gate's, the up and the down projection of each.
-        stacked: model_types of which the experts' factors are stacked, as in PEFT's files.
-        biases: ``lora_bias``.
-        ranks: the ranks that it reserves memory for, of which the last is the largest possible; none: any.
-        uniform: all layers have one rank and one scale.
-        dtypes: dtypes of tensors that it reads.
-        loaders: library of a model's class -> the method with which its models load LoRAs; the others of that library
-            run none.
-        renames: parts of names in lorac's file of the format -> as the engine has them.
+        together: groups of layer names; the engine needs all layers of a group adapted with one rank, or none.
+        experts: model_type -> the module of a block that contains experts that are separate in the file, and the names
+            of an expert's gate, up and down projections.
+        stacked: model_types for which the experts' factors are stacked, as in PEFT's files.
+        biases: whether the engine supports ``lora_bias``.
+        ranks: the ranks for which the engine can reserve memory, in ascending order; empty: any rank.
+        uniform: whether all layers must have one rank and one scale.
+        dtypes: dtypes of tensors that the engine reads.
+        loaders: library of a model's class -> the method by which its models load LoRAs; models of that library without
+            the method run no LoRAs.
+        renames: part of a name in lorac's file -> the engine's replacement for it.
     """
 
     version: str
@@ -83,7 +83,7 @@ class EngineRules:
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def why_not(self, site: Site, view: ModelView) -> str | None:
-        """Return why it takes no LoRA of a site, as the end of a sentence about the site; None if it takes one."""
+        """Return why the engine supports no LoRA of a site, as the end of a sentence on the site; None if it does."""
         model_type, leaf = find_model_type(view), site.path.rpartition(".")[2]
         if site.stack:
             return None if self.experts_of(model_type) or model_type in self.stacked else "a stack of experts"
@@ -107,11 +107,11 @@ class EngineRules:
         return None if not self.leaves or leaf in self.leaves else "a layer that it does not know by this name"
 
     def experts_of(self, model_type: str) -> Sequence[str] | None:
-        """Return the names of experts that lie apart in its files; None where they do not."""
+        """Return the names of experts that are separate in the engine's files; None where its files stack them."""
         return None if model_type in self.stacked else self.experts.get(model_type, self.experts.get(_ANY))
 
     def serves(self, model_type: str) -> bool:
-        """Return whether it runs adapters on models of a type."""
+        """Return whether the engine runs adapters on models of a type."""
         return model_type not in self.without and _lists(self.models, model_type)
 
 
@@ -124,7 +124,7 @@ def find_engine(name: str) -> EngineRules:
     """Return the rules of an engine.
 
     Raises:
-        OptionError: there is none of that name.
+        OptionError: no engine has that name.
     """
     if name not in ENGINES:
         raise not_one_of("there is no engine", name, ENGINES)
@@ -132,7 +132,7 @@ def find_engine(name: str) -> EngineRules:
 
 
 def find_model_type(view: ModelView) -> str:
-    """Return the model_type of transformers' configuration of the language model; "" without one."""
+    """Return the model_type in the language model's transformers configuration; "" without a configuration."""
     config: Any = getattr(view.module, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return str(getattr(config, "model_type", ""))

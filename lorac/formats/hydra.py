@@ -1,8 +1,8 @@
 """Hydra's own files.
 
-Source: extremebird/Hydra. The file of a vision model holds ``blocks.<n>.mlp.hydra_mlp_par.down_proj.weight`` and so
-on, of the layers ``mlp.fc2`` and ``attn.proj``, and the head. That of a language model holds
-``output.hydra_par.hydra_A.weight`` and so on, of the layer ``output.dense``.
+Source: extremebird/Hydra. The file of a vision model holds ``blocks.<n>.mlp.hydra_mlp_par.down_proj.weight`` and so on
+for the layers ``mlp.fc2`` and ``attn.proj``, and the head. The file of a language model holds
+``output.hydra_par.hydra_A.weight`` and so on for the layer ``output.dense``.
 """
 
 import re

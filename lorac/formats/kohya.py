@@ -1,6 +1,6 @@
-"""Files of sd-scripts (kohya) and LyCORIS: a module is named by its path with underscores for dots.
+"""Files of sd-scripts (kohya) and LyCORIS: a module's name is its path with underscores for dots.
 
-Modules of Stable Diffusion XL's U-Net and of the transformers of Flux and SD3 are named as their authors named them.
+Modules of Stable Diffusion XL's U-Net and of the transformers of Flux and SD3 have the names of the authors' code.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class KohyaFormat(ImageFormat):
 
 
 def _find_beginning(component: PipelineModel, pipeline: Mapping[str, PipelineModel]) -> str:
-    """Return the prefix of a component's names in sd-scripts."""
+    """Return the prefix that sd-scripts gives the names of a component."""
     if component.name in DENOISERS:
         return "lora_unet_"
     numbered = "text_encoder_2" in pipeline or any(other.uses_original_names for other in pipeline.values())

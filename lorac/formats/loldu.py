@@ -1,6 +1,6 @@
 """LoLDU's own files: the trained diagonals, ``<layer>.parametrizations.weight.0.vector_z``.
 
-Source: SKDDJ/LoLDU. The factors are those of the base's own weights, and are computed again from the model.
+Source: SKDDJ/LoLDU. The frozen factors are computed from the base's weights when a file is read.
 """
 
 import re
@@ -58,7 +58,7 @@ class LoLduFormat(AuthorsFormat):
         """Write the diagonals.
 
         Raises:
-            FormatError: the factors are not those of the model, or the adapter has more than they.
+            FormatError: the adapter's factors differ from the model's, or the adapter has further content.
             BaseNeeded: no model is given.
         """
         for site in adapter.tensors if isinstance(adapter.variant, LoLDU) else ():

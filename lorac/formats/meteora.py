@@ -1,4 +1,4 @@
-"""MeteoRA's own checkpoints: PEFT's keys with the experts' factors stacked, and ``moe_gate`` beside them.
+"""MeteoRA's own checkpoints: PEFT's keys with the experts' factors stacked, and the keys of ``moe_gate``.
 
 Source: NJUDeepEngine/meteora. The file may hold the whole model, which is then compared with the base.
 """

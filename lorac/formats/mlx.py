@@ -3,9 +3,9 @@
 Source: tuner/utils.py, tuner/lora.py and tuner/dora.py of mlx-lm 0.32. ``fine_tune_type`` decides the keys:
 
     ======  ===============================================================================================
-    lora    ``<path>.lora_a`` (in, r) and ``.lora_b`` (r, out), one scale for all; also of embeddings
-    dora    ``<path>.m`` (out,) besides, with PEFT's formula
-    full    parameters of the model by name, which replace its own
+        lora    ``<path>.lora_a`` (in, r) and ``.lora_b`` (r, out), one scale for all layers; embeddings too
+        dora    the same and ``<path>.m`` (out,), with PEFT's formula
+        full    parameters by their names in the model, which they replace
     ======  ===============================================================================================
 """
 
@@ -83,7 +83,7 @@ _LORA_FIELDS: Mapping[str, Field] = {
     "scale": Applied(read=read_number, next_step="mlx-lm refuses a file without it too; write the scale of the run"),
     "dropout": TrainingOnly(0.0, to="dropout", read=read_number),
     "keys": Irrelevant(),
-    # Releases before 0.21 multiplied the scale by alpha / rank, later ones take the scale alone.
+    # Releases before 0.21 multiplied the scale by alpha / rank; later ones ignore alpha.
     "alpha": Irrelevant(),
 }
 
@@ -119,12 +119,12 @@ class MlxFormat(Format):
         return check_read(adapter, view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write both files.
+        """Write the configuration and the tensors.
 
         Raises:
-            FormatError: mlx-lm has no such method, or the layers have several ranks or scales.
-            SiteError: mlx-lm adapts no such layer with the method.
-            BaseNeeded: the adapter comes from no file, and no model is given.
+            FormatError: mlx-lm lacks the method, or the layers have several ranks or scales.
+            SiteError: mlx-lm does not adapt such a layer with the method.
+            BaseNeeded: the adapter was not read from a file, and no model is given.
         """
         variant = adapter.variant
         config: JsonMapping = {"fine_tune_type": "full", "num_layers": -1}
@@ -155,7 +155,7 @@ class MlxFormat(Format):
 def _read_factors(
     name: str, folder: Path, values: JsonMapping, tensors: Mapping[str, Tensor], view: ModelView | None
 ) -> Adapter:
-    """Return a LoRA or DoRA."""
+    """Build the LoRA or DoRA of a folder."""
     parameters = read_fields(values["lora_parameters"], _LORA_FIELDS, folder / CONFIG)
     r, is_dora = parameters["rank"], values["fine_tune_type"] == "dora"
     method, expected = (DoRA, {A, B, _MAGNITUDE}) if is_dora else (LoRA, {A, B})
@@ -182,12 +182,12 @@ def _read_factors(
 
 
 def _turn(part: str, tensor: Tensor) -> Tensor:
-    """Convert a parameter between lorac and mlx-lm, in either direction: matrices are transposed."""
+    """Convert a parameter between lorac and mlx-lm, in either direction: transpose a matrix, and keep a magnitude."""
     return tensor if part == _MAGNITUDE else transpose_matrix(tensor)
 
 
 def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: ModelView | None) -> Adapter:
-    """Return the weights of layers as a method, and all other parameters as replacements."""
+    """Read the weights of layers as parameters of ``Full``, and all other parameters as replacements."""
     if view is None:
         raise BaseNeeded(
             f"'{folder}' holds parameters by name, and which are weights of layers depends on the model",
@@ -212,7 +212,7 @@ def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: Mod
 
 
 def _transpose_table(site: Site, matrix: Tensor) -> Tensor:
-    """Convert a site's matrix between lorac and mlx-lm, in either direction; only embeddings differ."""
+    """Convert a site's matrix between lorac and mlx-lm, in either direction: transpose that of an embedding."""
     return transpose_matrix(matrix) if site.kind is SiteKind.EMBEDDING else matrix
 
 

@@ -1,11 +1,11 @@
 """lorac's own format: one safetensors file for any method.
 
-    tensors/<site path>/<parameter>    of a site, in the matrix convention
+        tensors/<site path>/<parameter>    a parameter of a site, in the matrix convention
     replaced/<name of a parameter>     modules_to_save and trained biases
 
-Everything else is one JSON object in the metadata entry "lorac". Of a method that is not lorac's own it also names the
-module of the class, which no reader imports. The entry "lorac_seal" holds a hash over it and the tensors. Tensors that
-are one object are stored once, under the first name.
+All other content is one JSON object in the metadata entry "lorac". For a method from outside lorac it also names the
+module of the class, which readers do not import. The entry "lorac_seal" is a hash of that object and the tensors. A
+tensor that several keys share is stored once, under the first key.
 """
 
 import dataclasses
@@ -85,13 +85,13 @@ class NativeFormat(Format):
             check_adapter(adapter, view)
         tensors, shared = _name_tensors(adapter)
         base = compute_base_hash(view, adapter.tensors) if view else adapter.provenance.get("base")
-        # Names are not sorted here: the order of patterns matters, and that of the record is fixed.
+        # Names are not sorted here: the order of patterns matters, and the record's order is fixed.
         text = encode_config({**describe_adapter(adapter), "shared": shared, "base": base})
         write_sealed(path, tensors, {_ENTRY: text}, text)
 
 
 def load_record(path: Path, name: str) -> Adapter:
-    """Return the adapter of a file without checking it against a model; its method may have no class here.
+    """Read the adapter of a file without checking it against a model; the class of its method may be missing.
 
     Raises:
         FormatError: as ``load_adapter``.
@@ -110,7 +110,7 @@ def read_record(path: Path) -> JsonMapping:
     """Return the record of a file, without its tensors.
 
     Raises:
-        FormatError: the file is damaged, or holds no record.
+        FormatError: the file is damaged, or has no record.
     """
 
     def read() -> JsonMapping:
@@ -132,10 +132,10 @@ def _read_file(file: AdapterFile) -> tuple[dict[str, Tensor], JsonMapping]:
 def assemble_adapter(
     path: Path, record: JsonMapping, variant: Variant, stored: dict[str, Tensor], name: str | None
 ) -> Adapter:
-    """Return the adapter of a record and its tensors.
+    """Build an adapter from its record and tensors.
 
     Args:
-        stored: its tensors, by the keys of this format (``tensor_key``).
+        stored: the tensors, by the keys of this format (``tensor_key``).
         name: the name of the adapter; None for the recorded one.
     """
     for alias, first in record["shared"].items():
@@ -171,7 +171,7 @@ def assemble_adapter(
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, object]:
-    """Return the record of an adapter whose tensors are stored once each, and elsewhere."""
+    """Return the record of an adapter whose tensors are stored separately and once each."""
     config, left_out = variant_config(adapter.variant)
     provenance = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL_PROVENANCE and _is_json(v)}
     modules = class_modules(adapter.variant)
@@ -189,12 +189,12 @@ def describe_adapter(adapter: Adapter) -> dict[str, object]:
 
 
 def tensor_key(path: str | None, name: str) -> str:
-    """Return the key of a site's parameter, or without a site of a parameter that is replaced whole."""
+    """Return the key of a site's parameter; if ``path`` is None, of a replaced parameter of the model."""
     return f"replaced/{name}" if path is None else f"tensors/{path}/{name}"
 
 
 def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors to write by key, and a map from each further key of a tensor to the written one."""
+    """Return the tensors to write by key, and a map from each further key of a tensor to its first key."""
     named = {tensor_key(path, name): t for path, tensors in adapter.tensors.items() for name, t in tensors.items()}
     named |= {tensor_key(None, name): tensor for name, tensor in adapter.replaced.items()}
     first: dict[int, str] = {}
@@ -206,11 +206,11 @@ def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_record(path: Path, text: str) -> JsonMapping:
-    """Parse and check the record in a text.
+    """Parse a record and check its fields.
 
     Raises:
-        FormatError: it is not a record, is of another version of the format, or lacks a field or has it of another
-            type.
+        FormatError: the text is not a record, has another version of the format, or has a field that is missing or of a
+            wrong type.
     """
     subject = f"the description in '{path}'"
     record = parse_object(text, lambda reason: corrupt_error(f"{subject} {reason}"))
@@ -244,17 +244,17 @@ def parse_record(path: Path, text: str) -> JsonMapping:
 
 
 def build_variant(path: Path, record: JsonMapping) -> Variant:
-    """Return the method of a record.
+    """Return the method that a record describes.
 
     Raises:
-        UnknownMethod: its class is not imported.
-        FormatError: its hyper-parameters are not the method's.
+        UnknownMethod: the class of the method is not imported.
+        FormatError: a hyper-parameter does not belong to the method.
     """
     return _build_named_variant(path, record["variant"], record["config"], record.get(_MODULES, {}))
 
 
 def _build_or_stand_in(path: Path, record: JsonMapping) -> Variant:
-    """Return the method; a stand-in if it, or a method in its fields, has no class here."""
+    """Return the method; if its class, or a class in its fields, is not imported, return a ``MissingMethod``."""
     modules = record.get(_MODULES, {})
     try:
         return build_variant(path, record)
@@ -289,7 +289,7 @@ def _build_named_variant(path: Path, name: str, config: JsonMapping, modules: Ma
 
 
 def _revive(path: Path, value: object, modules: Mapping[str, str]) -> object:
-    """Return the value of a field, with methods built from the JSON of ``_to_json``."""
+    """Return the value of a field; build methods from the JSON that ``_to_json`` made."""
     if isinstance(value, list):
         return [_revive(path, item, modules) for item in value]
     match value:
@@ -311,7 +311,7 @@ def _default_values(cls: type[Variant]) -> dict[str, object]:
 
 
 def variant_config(variant: Variant) -> tuple[dict[str, object], list[str]]:
-    """Return the fields of a variant as JSON, and the names of those without a JSON form, which keep their defaults."""
+    """Return the fields of a variant as JSON, and the names of fields without a JSON form, which get their defaults."""
     left_out = sorted(name for name, value in variant.settings.items() if not _is_json(value))
     return {n: _to_json(v) for n, v in variant.settings.items() if n not in left_out}, left_out
 

@@ -1,10 +1,16 @@
-"""ONNX Runtime's adapter files: ``.onnx_adapter``, with the factors of LoRAs by the names of a program's inputs.
+"""ONNX Runtime's adapter files: ``.onnx_adapter``, with the factors of LoRAs under the names of a program's inputs.
 
-    <path of a layer>.lora_A.weight, .lora_B.weight     as Olive (olive convert-adapters) names them, with PEFT's
-                                                        prefix in front of paths that do not begin with "model."
-    <path of a layer>:a, :b                             as the programs that lorac saves name them
+        <path of a layer>.lora_A.weight, .lora_B.weight     from Olive (olive convert-adapters), with PEFT's prefix
+                                                                                                                before
+                                                                                                                paths
+                                                                                                                that do
+                                                                                                                not
+                                                                                                                begin
+                                                                                                                with
+                                                                                                                "model."
+        <path of a layer>:a, :b                             from the programs that lorac saves
 
-Both have A as (in, r) and B as (r, out) with the scale in it, and no metadata.
+Both store A as (in, r) and B as (r, out), with the scale multiplied into B, and no metadata.
 """
 
 from pathlib import Path
@@ -54,7 +60,7 @@ class OnnxAdapterFormat(Format):
         layers = group_by_layer(stored, _SUFFIXES, path)
         tensors = {
             layer: {
-                # A program's slot has an axis of places, of which there is one.
+                # Parameters of a program have a leading axis of slots; here it has length 1.
                 key: transpose_matrix(stored[name].squeeze(0) if stored[name].ndim == _PLACED else stored[name])
                 for key, name in names.items()
             }
@@ -64,12 +70,12 @@ class OnnxAdapterFormat(Format):
         return make_lora(name, self.name, path, tensors, ranks, view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write the factors by Olive's names, with the scale in B.
+        """Write the factors under Olive's names, with the scale multiplied into B.
 
         Raises:
             FormatError: the adapter is not a plain LoRA.
-            SiteError: it adapts other layers than linear ones.
-            BaseNeeded: it comes from no file, and no model is given.
+            SiteError: the adapter changes a layer that is not linear.
+            BaseNeeded: the adapter was not read from a file, and no model is given.
         """
         variant = require_plain_lora(adapter, self.name)
         tensors = {}

@@ -1,7 +1,7 @@
 """QST's own folders: the side network of a Llama in six files of torch.save.
 
-Source: YouAreSpecialToMe/QST, ``save_qst_state`` of QSTLlamaForCausalLM. Layers are counted from 0 there and from 1 in
-``lorac.QST``. Numbers of heads are the model's and in no file.
+Source: YouAreSpecialToMe/QST, ``save_qst_state`` of QSTLlamaForCausalLM. Its files number layers from 0, ``lorac.QST``
+from 1. Numbers of heads come from the model; no file stores them.
 """
 
 import re
@@ -66,7 +66,7 @@ class QstFormat(Format):
                 f"'{path}' does not hold the number of attention heads, which is the model's",
                 next_step="pass model=",
             )
-        stored: dict[str, tuple[str, Tensor]] = {}  # parameter -> its place in the files, and its tensor
+        stored: dict[str, tuple[str, Tensor]] = {}  # parameter -> its file and key, and its tensor
         for part_name in _TABLE:
             if not file.has(part_name):
                 raise corrupt_error(f"'{file}' lacks {part_name}", next_step="copy or download the whole folder")
@@ -89,7 +89,7 @@ class QstFormat(Format):
         """Write the six files.
 
         Raises:
-            FormatError: the adapter is of another method, or has another form than the authors' code.
+            FormatError: the adapter is of another method, or has a setting that the authors' code lacks.
         """
         variant = adapter.variant
         if not isinstance(variant, QST):
@@ -113,7 +113,7 @@ class QstFormat(Format):
 
 
 def _find_parameter(path: Path, key: str) -> str:
-    """Return the parameter of a key in a file."""
+    """Return the parameter that a key of a file stores."""
     table, shape = _TABLE[path.name], _NUMBER.sub("#", key, count=1)
     if shape not in table:
         raise FormatError(
@@ -126,20 +126,20 @@ def _find_parameter(path: Path, key: str) -> str:
 
 
 def _shift(name: str, numbered: str, by: int) -> str:
-    """Return a name with the number of a layer in it, that of another name and some more."""
+    """Replace # in a name by a layer number: the number in another name plus an offset."""
     found = _NUMBER.search(numbered)
     return name if found is None else name.replace("#", str(int(found[0]) + by))
 
 
 def _find_key(parameter: str) -> tuple[str, str]:
-    """Return the file that has a parameter, and its key there."""
+    """Return the file that stores a parameter, and the parameter's key in it."""
     shape = _NUMBER.sub("#", parameter, count=1)
     file = next(file for file, table in _TABLE.items() if shape in table.values())
     return file, _shift(next(key for key, one in _TABLE[file].items() if one == shape), parameter, -1)
 
 
 def _read_sizes(folder: Path, own: Mapping[str, Tensor], model: nn.Module) -> JsonMapping:
-    """Return the fields of the variant that the shapes tell, and eps, which is the model's."""
+    """Return the fields of the variant that the shapes show, and the model's eps."""
     up, down = own.get("up_weight"), own.get("down_1_A")
     if up is None or down is None or up.ndim != 2 or down.ndim != 2 or not up.shape[1]:
         raise corrupt_error(
@@ -152,7 +152,7 @@ def _read_sizes(folder: Path, own: Mapping[str, Tensor], model: nn.Module) -> Js
 def _check_shapes(
     folder: Path, stored: Mapping[str, tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse tensors whose shapes differ from the model's side network, with their names in the files."""
+    """Refuse tensors whose shapes do not fit a side network of the model; errors name the file and key."""
     for parameter in shapes:
         if parameter not in stored:
             file, key = _find_key(parameter)

@@ -1,8 +1,8 @@
-"""Reading the files of adapters without trusting them, for lorac's formats and those of other packages.
+"""Reading untrusted files of adapters, for lorac's formats and for formats of other packages.
 
-A format is given an ``AdapterFile``: a file or folder, opened once for all formats that look at it. ``read_fields``
-accounts for every field of a configuration, and ``group_by_layer``, ``check_pair`` and ``make_lora`` for the factors of
-LoRAs. ``check_adapter`` compares an adapter with its model. docs/own-format.md writes a format with them.
+A format gets an ``AdapterFile``: a file or folder that is opened once for all formats that inspect it. ``read_fields``
+checks every field of a configuration; ``group_by_layer``, ``check_pair`` and ``make_lora`` check the factors of LoRAs.
+``check_adapter`` compares an adapter with its model. docs/own-format.md shows how to write a format with them.
 """
 
 import contextlib
@@ -92,11 +92,11 @@ _OWN_NAME = re.compile(rb'"lorac":"{\\"version\\":\d+,\\"name\\":\\"([^"\\]*)\\"
 
 
 class Outline:
-    """Files of which only the headers were read.
+    """The headers of files that were read without values.
 
     Attributes:
-        files: each with its tensors on the meta device, by name.
-        sealed: texts, each with the names of the tensors that its seal covers; none was checked.
+        files: file -> its tensors on the meta device, by name.
+        sealed: texts, each with the names of the tensors that its seal covers; no seal was checked.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Outline:
 
 
 class CommonHeader(NamedTuple):
-    """The header of a safetensors file, split in the text that similar files share and the rest.
+    """The header of a safetensors file, split into the text that similar files share, the seal and the name.
 
     Attributes:
         text: the header without the seal and the adapter's name.
@@ -121,18 +121,18 @@ class CommonHeader(NamedTuple):
 class AdapterFile:
     """A file or folder that may hold an adapter, opened once.
 
-    Its sizes are checked against the file and ``lorac.budget`` before anything is allocated, no code of a pickle runs,
-    and no name leads out of the folder. Properties, ``has``, ``begins`` and ``peek_names`` serve
-    ``Format.recognises``: they never raise, and say of a damaged file that it holds nothing. The other methods, and
-    ``header`` and ``metadata``, raise FormatError.
+    Sizes are checked against the file and ``lorac.budget`` before tensors are allocated, no code of a pickle is
+    executed, and no name can lead out of the folder. Properties, ``has``, ``begins`` and ``peek_names`` are for
+    ``Format.recognises``: they never raise, and treat a damaged file as an empty one. The other methods, and ``header``
+    and ``metadata``, raise FormatError.
 
     Args:
-        path: where it lies.
-        outline: receives the headers of safetensors files, whose tensors are then on the meta device, their values
-            unread and their seals unchecked; None reads everything.
+        path: the path of the file or folder.
+        outline: receives the headers of safetensors files; their tensors are then on the meta device, and neither
+            values nor seals are read. None reads everything.
 
     Attributes:
-        path: where it lies, for messages.
+        path: the path, for messages.
     """
 
     def __init__(self, path: Path, outline: Outline | None = None) -> None:
@@ -149,12 +149,12 @@ class AdapterFile:
 
     @property
     def suffix(self) -> str:
-        """The file name's suffix, from the last dot on."""
+        """The suffix of the file name, beginning with the last dot."""
         return self.path.suffix
 
     @property
     def adapter_name(self) -> str:
-        """The default name of the adapter: the folder's or repository's, or the file's without its suffix."""
+        """The adapter's default name: the name of the folder or repository, or the file's name without suffix."""
         if self.is_file:
             return self.path.stem
         repo, snapshots, name = ("", "", *self.path.resolve().parts)[-3:]
@@ -170,24 +170,24 @@ class AdapterFile:
             return frozenset()
 
     def has(self, *names: str) -> bool:
-        """Return whether it is a folder with files of all these names."""
+        """Return whether the path is a folder that has files of all these names."""
         return self.names.issuperset(names)
 
     def inside(self, name: str) -> "AdapterFile":
-        """Return a file or folder in this folder, which is opened once."""
+        """Return the file or folder of a name in this folder; it is opened once."""
         if name not in self._inner:
             self._inner[name] = AdapterFile(self.path / name, self._outline)
         return self._inner[name]
 
     def find_inside(self, name: str) -> "AdapterFile | None":
-        """Return a file or folder by a name from a file; None if the name leads out of this folder."""
+        """Return the file or folder of an untrusted name; None if the name leads out of this folder."""
         return None if find_inner_path(self.path, name) is None else self.inside(name)
 
     def choose(self, *names: str) -> "AdapterFile":
-        """Return the first of some files that this folder has.
+        """Return the first of the named files that this folder has.
 
         Raises:
-            FormatError: the folder has no such file.
+            FormatError: the folder has none of these files.
         """
         found = next(filter(self.has, names), None)
         if found is None:
@@ -196,7 +196,7 @@ class AdapterFile:
         return self.inside(found)
 
     def folder_with(self, *names: str) -> "AdapterFile":
-        """Return the folder of a file with one of these names; any other file, or a folder, itself."""
+        """Return the folder of this file if the file has one of these names; otherwise return this object."""
         if self.path.name not in names or not self.is_file:
             return self
         folder = AdapterFile(self.path.parent, self._outline)
@@ -208,26 +208,26 @@ class AdapterFile:
         return OpenFile(self.path, follows_links=True)
 
     def open(self) -> BufferedReader:
-        """Open the file to read bytes: the same file each time, even if another one replaced it at the path.
+        """Open the file for reading bytes; every call opens the same file, even if another replaced it at the path.
 
         Raises:
-            OSError: it is missing, or not a file.
+            OSError: the file is missing, or is not a file.
         """
         return self._opened.path.open("rb")
 
     def begins(self, magic: bytes, at: int = 0) -> bool:
-        """Return whether it is a file with these bytes at an offset."""
+        """Return whether the path is a file with these bytes at an offset."""
         with contextlib.suppress(OSError), self.open() as file:
             file.seek(at)
             return file.read(len(magic)) == magic
         return False
 
     def peek_names(self) -> frozenset[str]:
-        """Return the names of tensors; for a pickle all its texts, which include them."""
+        """Return the names of tensors; for a pickle, all of its texts, which include the names."""
         return self._names_in_pickle if self.suffix in PICKLES else frozenset(self._peeked)
 
     def peek_metadata(self) -> dict[str, str]:
-        """Return the metadata of a safetensors file."""
+        """Return the metadata of a safetensors file; empty for a damaged one."""
         metadata = self._peeked.get("__metadata__")
         return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
 
@@ -256,22 +256,22 @@ class AdapterFile:
         """The checked header of a safetensors file.
 
         Raises:
-            FormatError: it is truncated, not JSON, has an unknown dtype, shapes that do not fit the offsets, or
-                overlapping tensors, or leaves bytes that belong to none.
+            FormatError: the header is truncated, is not JSON, has an unknown dtype, shapes that do not fit the offsets,
+                or overlapping tensors, or leaves bytes that belong to no tensor.
         """
         return check_header(self._opened, dict(self._entries), 8 + len(self._header_text), self.damaged)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of a safetensors file; empty of a pickle. Raises as ``header``."""
+        """The metadata of a safetensors file; empty for a pickle. Raises as ``header``."""
         return {} if self.suffix in PICKLES else self.header.metadata
 
     def read_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a safetensors file, or of a pickle of torch.save's, in memory of their own.
+        """Return copies of the tensors of a safetensors file or of a torch.save pickle.
 
         Raises:
-            FormatError: as ``header`` and ``read_pickle``; or a pickle holds anything but named dense tensors that lie
-                in it themselves, or its tensors are larger than the file.
+            FormatError: as ``header`` and ``read_pickle``; or a pickle contains anything except named dense tensors
+                with storage in the file, or its tensors are larger than the file.
         """
         if self.suffix in PICKLES:
             return self.check_tensors(self.read_pickle())
@@ -286,10 +286,10 @@ class AdapterFile:
             raise self.damaged(str(error)) from error
 
     def read_values(self) -> Tensor:
-        """Copy all bytes behind a safetensors header into memory.
+        """Copy all bytes after a safetensors header into memory.
 
         Raises:
-            FormatError: its header is longer than the file, or the file was made shorter meanwhile.
+            FormatError: the header is longer than the file, or the file was truncated in the meantime.
         """
         begin = 8 + len(self._header_text)
         block = torch.empty(self._opened.size - begin, dtype=torch.uint8)
@@ -302,7 +302,7 @@ class AdapterFile:
 
     @functools.cached_property
     def common_header(self) -> CommonHeader:
-        """The text of a safetensors header; only its length is checked."""
+        """The parsed text of a safetensors header; only its length is checked."""
         own = [pattern.search(self._header_text) for pattern in (_OWN_SEAL, _OWN_NAME)]
         text = self._header_text
         for found in sorted((one for one in own if one is not None), key=lambda found: -found.start()):
@@ -311,10 +311,10 @@ class AdapterFile:
         return CommonHeader(text, seal, name)
 
     def hash_headers(self) -> tuple[bytes, int]:
-        """Return a hash over the files' content except values, and the bytes of the values.
+        """Return a hash of the files' content without values, and the total size of the values in bytes.
 
-        Of a safetensors file it is the header without the seal and the adapter's name, of a configuration the text. Of
-        any other file it is the path, which no other adapter has.
+        The hash covers a safetensors file's header without the seal and the adapter's name, and the text of a
+        configuration. For any other file it covers the path, which no other adapter has.
 
         Raises:
             FormatError: a file is shorter than its header says.
@@ -337,10 +337,10 @@ class AdapterFile:
         return digest.digest(), size
 
     def read_pickle(self) -> object:
-        """Return the content of a pickle of tensors, numbers and texts, through ``torch.load(weights_only=True)``.
+        """Load a pickle of tensors, numbers and texts with ``torch.load(weights_only=True)``, and return its content.
 
         Raises:
-            FormatError: it is damaged, or names anything that tensors do not need.
+            FormatError: the pickle is damaged, or names a function or class that tensors do not need.
         """
         return pickled_tensors.load_pickle(self._opened.path, self.damaged)
 
@@ -348,7 +348,7 @@ class AdapterFile:
         """Return the named tensors that a pickle holds.
 
         Args:
-            content: of the pickle, or a part of it.
+            content: the content of the pickle, or a part of it.
 
         Raises:
             FormatError: as ``read_tensors``.
@@ -364,7 +364,7 @@ class AdapterFile:
             if len(name) > LONGEST_NAME:
                 raise self.damaged(f"the name of a tensor has {len(name)} characters, more than {LONGEST_NAME}")
             size = value.untyped_storage().nbytes()
-            if value.numel() * value.itemsize > size:  # repeated by a stride
+            if value.numel() * value.itemsize > size:  # a stride of 0 repeats values
                 raise self.damaged(f"'{name}' is {value.dtype} {tuple(value.shape)}, but has {size} bytes")
             view = (value.data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride())
             tensors[name] = first.setdefault(view, value.detach())
@@ -376,27 +376,27 @@ class AdapterFile:
         """Return a JSON object.
 
         Raises:
-            FormatError: it is larger than files may be in memory, is not JSON, or has a name twice, a number that is
+            FormatError: the file is larger than the memory limit, is not JSON, or has a name twice, a number that is
                 not finite, an integer of more than 64 bits, or more than 100 levels.
         """
         claim_memory(self._opened.size, "its JSON")
         return parse_object(self._opened.read(), lambda reason: self.damaged(f"it {reason}"))
 
     def check_seal(self, text: str, tensors: Mapping[str, Tensor]) -> None:
-        """Check a description and the tensors of this file against the hash that lorac wrote over both.
+        """Check a description and the tensors of this file against their seal, the hash that lorac wrote.
 
-        Other tools write none.
+        Files of other tools have no seal, and pass.
 
         Raises:
-            FormatError: they do not belong together.
-            AdapterError: they do not, and a value is NaN or infinite.
+            FormatError: the seal does not match.
+            AdapterError: the seal does not match, and a value is NaN or infinite.
         """
         if not self.agrees_with_seal(self.metadata.get(SEAL), text, tensors):
             check_finite(tensors, f"'{self.path}'")
             raise mismatched_seal(self.path)
 
     def agrees_with_seal(self, seal: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether a seal, if there is one, is the hash over a description and its tensors."""
+        """Return whether a seal is the hash of a description and its tensors; True if the file has no seal."""
         if self._outline is not None:
             self._outline.sealed.append((text, frozenset(tensors)))
             return True
@@ -404,7 +404,7 @@ class AdapterFile:
             return seal is None or agrees_with_hash(seal, text, tensors)
 
     def describe_mistake(self) -> str | None:
-        """Return the kind of a file that people give by mistake and the next step, with a colon between."""
+        """Return kind and next step for a file that users often give by mistake, separated by a colon; else None."""
         with contextlib.suppress(OSError), self.open() as opened:
             begin = opened.read(512)
             is_pickle = self.suffix in PICKLES and begin.startswith(b"PK")
@@ -412,7 +412,7 @@ class AdapterFile:
         return None
 
     def damaged(self, reason: str) -> FormatError:
-        """Return the error for a damaged file, or for another kind of file in its place."""
+        """Return the error for a damaged file, or for a file of another kind."""
         kind, _, step = (self.describe_mistake() or "").partition(": ")
         return corrupt_error(f"'{self.path}' is {kind or f'damaged: {reason}'}", next_step=step or None)
 
@@ -431,12 +431,12 @@ def _read_parts(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tens
         with path.open("rb", buffering=0) as file:
             return read_tensors(file, part)
 
-    with ThreadPoolExecutor() as readers:  # it starts a thread for each part, and none for none
+    with ThreadPoolExecutor() as readers:  # it starts one thread per part, and no thread without parts
         return {name: tensor for found in readers.map(read, parts) for name, tensor in found.items()}
 
 
 def mismatched_seal(path: Path) -> FormatError:
-    """Return the error for a description and tensors that do not belong together."""
+    """Return the error for a description and tensors that do not match their seal."""
     return corrupt_error(
         f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
         "since lorac wrote both",

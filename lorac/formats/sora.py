@@ -1,6 +1,6 @@
 """SoRA's own folders: a state dict with ``<layer>.lora.gate`` and config.json.
 
-Source: TsinghuaC3I/SoRA on OpenDelta, whose configuration names the other trained modules.
+Source: TsinghuaC3I/SoRA, built on OpenDelta, whose configuration names the other trained modules.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""X-LoRA's own folders: xlora_config.json with xlora_classifier.safetensors, the experts in folders next to them.
+"""X-LoRA's own folders: xlora_config.json and xlora_classifier.safetensors, with the experts in folders beside them.
 
 Source: EricLBuehler/xlora (xlora_config.py, xlora_classifier.py, save_pretrained of xlora_insertion.py). The layers of
-the classifier but the last are ``inner.<j>``, j their positions among ReLUs and dropouts if there are any, and
-``last``. ``adapters`` lists the experts' names, or gives paths by name, of which only the names matter. The authors can
-normalise the weights that top-k leaves over the whole batch. lorac and PEFT normalise them for each token, so a file
-with that setting is refused.
+the classifier are ``inner.<j>``, where j counts ReLUs and dropouts too if there are any, and ``last``. ``adapters`` is
+a list of the experts' names, or a mapping of names to paths, of which only the names matter. The authors' code can
+normalise the weights that top-k keeps over the whole batch. lorac and PEFT normalise them per token, so a file with
+that setting is refused.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _PREFIX = "internal_xlora_classifier."
 
 
 def read_expert_names(value: object) -> tuple[str, ...]:
-    """Return the experts' names in order, from their list or from the older mapping of names to paths."""
+    """Return the experts' names in order, from a list or from the older mapping of names to paths."""
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return tuple(value)
     return tuple(read_expert_paths(value))
@@ -76,7 +76,7 @@ class XLoraFormat(Format):
         tensors = weights.read_tensors()
         weights.check_seal(seal_text(raw, weights.metadata), tensors)
         classifier = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-        # A file that has fewer layers than its configuration says is refused by the first one it lacks.
+        # A file with fewer layers than its configuration says is refused with an error on the first missing layer.
         keys = _layer_keys(min(fields["depth"], len(classifier) + 1), fields["activation"])
         experts = {expert: (f"{_NESTED}/{expert}", expert) for expert in values["adapters"]}
         contents = XLoraFolder(folder, experts, fields, classifier, keys, WEIGHTS, values["use_bias"])
@@ -85,12 +85,12 @@ class XLoraFormat(Format):
         return adapter
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write the two files, and the experts as PEFT's LoRAs in folders of their numbers.
+        """Write the two files, and the experts as PEFT's LoRAs in folders named by their numbers.
 
         Raises:
             FormatError: the adapter is not an X-LoRA, also replaces parameters of the model, or normalises the weights
-                that top-k leaves.
-            BaseNeeded: each site has weights of its own, and no model was given.
+                that top-k keeps.
+            BaseNeeded: each site has its own weights, and no model is given.
         """
         variant = adapter.variant
         if not isinstance(variant, XLoRA) or adapter.replaced:
@@ -118,7 +118,7 @@ class XLoraFormat(Format):
 
 
 def _layer_keys(depth: int, activation: bool) -> list[str]:
-    """Return the key of the weight of each layer of a classifier, in order."""
+    """Return the key of each classifier layer's weight, in order."""
     stride = 3 if activation else 1
     return [*(f"inner.{stride * j}.weight" for j in range(depth - 1)), "last.weight"]
 

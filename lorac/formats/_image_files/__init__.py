@@ -1,6 +1,6 @@
-"""Adapter files of image and video models: the part that diffusers, sd-scripts and LyCORIS have in common.
+"""Adapter files of image and video models: the code that diffusers, sd-scripts and LyCORIS files share.
 
-Every file is a safetensors file of tensors ``<component><module>.<leaf>``, where formats differ in how they spell the
-three. ``spellings`` and ``original_names`` are tables of the names, ``layouts`` of the tensors of a module, one class
-for each method. Modules are those of the model itself, so that a file means nothing without it.
+Every file is a safetensors file of tensors ``<component><module>.<leaf>``; formats spell these three parts differently.
+``spellings`` and ``original_names`` are tables of the names; ``layouts`` has the layout of a module's tensors, one
+class per method. Modules are the model's own, so a file cannot be read without the model.
 """

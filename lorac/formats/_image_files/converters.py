@@ -1,8 +1,8 @@
-"""Files whose names only diffusers' converters know: Wan, Hunyuan, Qwen, LTX and others.
+"""Files with names that only diffusers' converters can map: Wan, Hunyuan, Qwen, LTX and others.
 
-A converter may drop tensors that it does not know, without a word. So an account is kept: every tensor of the file must
-reach the converter's result, by autograd, and numbers must have been read. That result is then
-looked up in the model, as the tensors of any file.
+A converter may silently drop tensors that it does not know. So every tensor of the file must reach the converter's
+result, which autograd shows, and every tensor of one number must reach it or be read as a Python number. The converted
+names are then looked up in the model, as the names of any file are.
 """
 
 import importlib
@@ -42,23 +42,23 @@ _READS = frozenset({"item", "tolist", "__float__", "__int__"})
 
 
 class WatchedNumber(Tensor):
-    """A tensor of one number that records its conversion to a Python number, which autograd does not see."""
+    """A tensor of one number that records its conversion to a Python number, which autograd does not record."""
 
     was_read: bool
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, noting those that read a number."""
+        """Call a function of torch, and record whether it reads the number."""
         if getattr(function, "__name__", "") in _READS and isinstance(args[0], WatchedNumber):
             args[0].was_read = True
         return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
 
 
 def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) -> Mapping[str, Tensor]:
-    """Return the tensors of a file by the models' names; unchanged if the file uses them already.
+    """Convert the names in a file to the models' names; return the tensors unchanged if the file has these already.
 
     Raises:
-        FormatError: diffusers' converter for the model leaves out a tensor, or fails.
+        FormatError: diffusers' converter for the model drops a tensor, or raises.
     """
     pipeline = list_pipeline(view)
     unknown = _find_unknown(tensors, view, pipeline)
@@ -68,7 +68,7 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
     try:
         converted = convert(dict(tensors))
         dropped = find_dropped(convert, tensors) if converted.keys() != tensors.keys() else []
-    except Exception as error:  # a converter may raise anything on names that it does not expect
+    except Exception as error:  # a converter may raise any exception on names that it does not expect
         raise FormatError(
             f"'{path}' has names such as '{unknown[0]}', and diffusers' converter for the model fails on it: "
             f"{type(error).__name__}: {error}",
@@ -76,12 +76,12 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
         ) from error
     if dropped:
         raise unused_tensor(f"'{path}'", dropped[0], "and which diffusers' converter for the model leaves out")
-    # If the converter's names match no layers either, an error quotes the file's own names.
+    # Where the converter's names match no layers either, the file's own names are returned, for the error to quote.
     return tensors if _find_unknown(converted, view, pipeline) else converted
 
 
 def _find_unknown(names: Iterable[str], view: ModelView, pipeline: Mapping[str, PipelineModel]) -> list[str]:
-    """Return the names that match no layer of the models."""
+    """Return the names that match no layer of any model."""
     beginnings = {*COMPONENTS, *(f"{component}." for component in pipeline)}
 
     def is_known(key: str) -> bool:
@@ -93,7 +93,7 @@ def _find_unknown(names: Iterable[str], view: ModelView, pipeline: Mapping[str, 
 
 
 def _find_converter(model: nn.Module) -> Converter | None:
-    """Return diffusers' converter of a file's names for a model; None for classes without a converter."""
+    """Return diffusers' converter from a file's names to a model's; None for classes without a converter."""
     if type(model).__module__.partition(".")[0] != _LIBRARY:
         return None
     mixin = getattr(importlib.import_module(f"{_LIBRARY}.loaders"), name_loader(type(model).__name__), None)
@@ -102,14 +102,14 @@ def _find_converter(model: nn.Module) -> Converter | None:
 
     def convert(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         answer = mixin.lora_state_dict(tensors)
-        converted, alphas = answer if isinstance(answer, tuple) else (answer, None)  # some return the alphas apart
+        converted, alphas = answer if isinstance(answer, tuple) else (answer, None)  # some return alphas separately
         return {**converted, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
 
     return convert
 
 
 def name_loader(model: str) -> str:
-    """Return the name of diffusers' class that loads LoRAs for a class of transformers."""
+    """Return the name of the diffusers class that loads LoRAs for a transformer class."""
     stem = model.partition("Transformer")[0]
     return f"{_FAMILIES.get(stem, stem)}LoraLoaderMixin"
 

@@ -1,4 +1,4 @@
-"""The base class of the layouts of one module's tensors."""
+"""The base class of layouts: how a file stores the tensors of one module."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -20,13 +20,13 @@ VariantT = TypeVar("VariantT", bound=Variant)
 
 @dataclass(frozen=True)
 class StoredModule:
-    """The tensors of one module of a file.
+    """The tensors that a file has for one module.
 
     Attributes:
-        site: the layer that it stands for; of several, one with all their rows.
-        tensors: by their names in layouts.
-        keys: the same, with the names in the file.
-        alpha: as the file has it, if it does.
+        site: the layer that the module stands for; for several layers, one site with the rows of all.
+        tensors: by the layout's names.
+        keys: the key in the file of each tensor, by the layout's names.
+        alpha: the alpha in the file; None where the file has none.
     """
 
     site: Site
@@ -35,20 +35,20 @@ class StoredModule:
     alpha: float | None = None
 
     def matrix(self, leaf: str, *shape: int) -> Tensor:
-        """Return a tensor as a matrix: all axes but the first are one.
+        """Return a tensor as a matrix, with all axes after the first flattened into one.
 
         Args:
             leaf: the tensor.
-            shape: its shape in the file, where axes of length 1 at the end may be missing or too many.
+            shape: the shape in the file; axes of length 1 at the end may be missing or added.
 
         Raises:
-            AdapterError: it has another shape.
+            AdapterError: the tensor has another shape.
         """
         tensor = self.reshape(leaf, *shape)
         return tensor[:, None] if tensor.ndim == 1 else tensor.flatten(1)
 
     def reshape(self, leaf: str, *shape: int) -> Tensor:
-        """Return a tensor in its shape in the file, as ``matrix`` takes it."""
+        """Return a tensor reshaped to its nominal shape in the file; arguments and errors as for ``matrix``."""
         tensor = self.tensors[leaf]
         if _strip_ones(tuple(tensor.shape)) != _strip_ones(shape):
             raise AdapterError(
@@ -63,7 +63,7 @@ class StoredModule:
         """Return the length of an axis of a tensor.
 
         Raises:
-            AdapterError: it has no such axis.
+            AdapterError: the tensor has no such axis.
         """
         tensor = self.tensors[leaf]
         if tensor.ndim <= axis:
@@ -80,32 +80,32 @@ class StoredModule:
         return replace(self, tensors=tensors, keys={leaf: self.keys[leaf] for leaf in tensors})
 
     def renamed(self, names: Mapping[str, str]) -> "StoredModule":
-        """Return the module with other names of its tensors."""
+        """Return the module with its tensors renamed."""
         tensors = {names[leaf]: tensor for leaf, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, keys={names[leaf]: key for leaf, key in self.keys.items()})
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The shape (in, *kernel) of a row of the weight as its module stores it, of a group of channels."""
+        """The shape (in, *kernel) of one row of the stored weight; in counts the channels of one group."""
         conv = self.site.conv
         return (self.site.in_features,) if conv is None else (conv.channels // conv.groups, *conv.kernel)
 
 
 def _strip_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape without the axes of length 1 at its end."""
+    """Return a shape without trailing axes of length 1."""
     return shape[: max((axis + 1 for axis, size in enumerate(shape) if size != 1), default=0)]
 
 
 class ModuleLayout(ABC, Generic[VariantT]):
-    """How the tensors of one method lie at one module.
+    """The layout of one method's tensors at one module.
 
     Attributes:
-        required: its tensors, which no other method has.
-        optional: further ones of its own, which may be missing.
-        variants: the methods that it holds.
-        rows: parameters whose first axis is the rows of the weight; all others are the same for all rows. None: rows of
-            the weight cannot be taken apart.
-        adds: whether W' − W does not depend on W.
+        required: the names of tensors that must be present, and that no other method has.
+        optional: the names of further tensors of the method.
+        variants: the methods that the layout can store.
+        rows: parameters whose first axis is the rows of the weight; all other parameters are shared by all rows. None
+            where the weight cannot be split by rows.
+        adds: whether W' − W is independent of W.
     """
 
     required: ClassVar[tuple[str, ...]] = ()
@@ -116,39 +116,39 @@ class ModuleLayout(ABC, Generic[VariantT]):
 
     @abstractmethod
     def read(self, module: StoredModule) -> Method:
-        """Return the method of a module, and its tensors as matrices.
+        """Return the method of a module, and the module's tensors as matrices.
 
         Raises:
-            AdapterError: a tensor has another shape than the site asks for.
-            FormatError: they make no method.
+            AdapterError: a tensor has a shape that the site does not allow.
+            FormatError: the tensors do not make up the method.
         """
 
     @abstractmethod
     def write(self, variant: VariantT, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        """Return the tensors as a file has them; the inverse of ``read``.
+        """Convert a method's parameters to the tensors of a file; the inverse of ``read``.
 
         Args:
             variant: the method at the site.
 
         Raises:
-            FormatError: a file has no place for their values.
+            FormatError: the file cannot store their values.
         """
 
     def alpha(self, variant: VariantT) -> float | None:
-        """Return the alpha that a file stores; None for methods that have none."""
+        """Return the alpha to store in a file; None for methods without an alpha."""
         alpha: Any = variant.settings.get("alpha")
         return None if alpha is None else float(alpha)
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """All its tensors."""
+        """The names of all tensors, required and optional."""
         return (*self.required, *self.optional)
 
     def check(self, module: StoredModule, owner: str) -> None:
-        """Refuse tensors that are missing or too many.
+        """Refuse a module that lacks a required tensor, or has a tensor that the method does not use.
 
         Raises:
-            FormatError: naming the first.
+            FormatError: naming the first such tensor.
         """
         own = next(key for leaf, key in module.keys.items() if leaf in self.leaves)
         for leaf in self.required:

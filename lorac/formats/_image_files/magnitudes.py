@@ -1,7 +1,7 @@
-"""DoRA's trained norms of the rows or columns of W', which a file may have besides the tensors of any method.
+"""DoRA's trained norms of the rows or columns of W', which a file may add to the tensors of any method.
 
-dora_scale               (out, 1, …), or (1, in, 1, …) of LyCORIS with wd_on_out=False
-lora_magnitude_vector    (out,), or (1, out, 1, …) at convolutions, of PEFT
+dora_scale               (out, 1, …), or (1, in, 1, …) from LyCORIS with wd_on_out=False
+lora_magnitude_vector    (out,), or (1, out, 1, …) at convolutions, from PEFT
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ _FIRST, _SECOND = "part0_", "part1_"
 
 
 def add_magnitude(method: Method, module: StoredModule) -> Method:
-    """Return a method with the norms that a module has, if any.
+    """Add the norms that a module has, if any, to its method.
 
     Raises:
-        AdapterError: they have another shape than the site asks for.
-        FormatError: PEFT does not combine them with the method.
+        AdapterError: the norms have a shape that the site does not allow.
+        FormatError: PEFT does not combine norms with the method.
     """
     leaf = next((leaf for leaf in MAGNITUDES if leaf in module.tensors), None)
     if leaf is None:
@@ -40,7 +40,7 @@ def add_magnitude(method: Method, module: StoredModule) -> Method:
             next_step="save it again from its trainer: it holds two adapters, or one in two spellings",
         )
     scale = module.tensors[leaf]
-    # A scale of the columns has a first axis of length 1, where the weight has more rows.
+    # Norms of the columns have a first axis of length 1, though the weight has more rows.
     is_row = scale.ndim > 1 and scale.shape[0] == 1 and (module.site.out_features > 1 or scale.shape[1] > 1)
     columns = leaf == LYCORIS and is_row
     length = module.columns[0] if columns else module.site.out_features
@@ -55,7 +55,7 @@ def add_magnitude(method: Method, module: StoredModule) -> Method:
 def take_magnitude(
     variant: Variant, tensors: Mapping[str, Tensor], site: Site
 ) -> tuple[Variant, dict[str, Tensor], Tensor | None]:
-    """Return a method and its tensors without norms, and the norms as LyCORIS has them; None for a method without."""
+    """Split a method and its tensors into those without norms, and the norms in LyCORIS's shape, or None."""
     rest = dict(tensors)
     ones = (1,) * max(len(site.kernel) - 1, 1)
     if isinstance(variant, DoRA):

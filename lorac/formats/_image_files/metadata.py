@@ -1,6 +1,6 @@
-"""The metadata of files: diffusers' configurations of PEFT, and lorac's own entries.
+"""The metadata of files: the LoraConfigs that diffusers writes, and lorac's own entries.
 
-diffusers writes one JSON object, in which the fields of a component's LoraConfig are called ``<component>.<field>``.
+diffusers writes one JSON object, in which a field of a component's LoraConfig has the name ``<component>.<field>``.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, ScaledRan
 def write_configs(variants: Mapping[str, ScaledRank]) -> dict[str, str]:
     """Return components' configurations as a metadata entry; no entry where every scale is 1.
 
-    diffusers takes a component without a configuration for one of rank 8, so that all have one or none.
+    diffusers assumes rank 8 for a component without a configuration, so either all components have one or none has.
     """
     if all(not one.alpha_pattern and not one.rank_pattern and one.scale == 1 for one in variants.values()):
         return {}
@@ -53,5 +53,5 @@ def write_configs(variants: Mapping[str, ScaledRank]) -> dict[str, str]:
 
 
 def seal_text(metadata: Mapping[str, str]) -> str:
-    """Return the text that is sealed with the tensors."""
+    """Return the part of the metadata that the seal covers with the tensors."""
     return encode_config({name: metadata[name] for name in (CONFIGS, BASE_HASH) if name in metadata})

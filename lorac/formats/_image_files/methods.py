@@ -1,4 +1,4 @@
-"""Joining the methods of single sites into one method: files have a rank and an alpha at every module."""
+"""Merging the methods of single sites into one method, since files have a rank and an alpha per module."""
 
 import dataclasses
 import re
@@ -13,10 +13,10 @@ from lorac.variants.union import Union
 
 
 def join_methods(methods: Mapping[str, Variant]) -> Variant:
-    """Return one method that equals, at each site, the method given for its path.
+    """Return one method that equals the given method at each path.
 
-    Methods that differ in fields with patterns, such as their ranks, become one with patterns, others parts of a
-    ``Union``.
+    Methods that differ only in fields with patterns, such as ranks, are merged into one method with patterns; methods
+    that differ otherwise become parts of a ``Union``.
     """
     groups: list[tuple[Variant, dict[str, Variant]]] = []
     for path, method in methods.items():
@@ -33,7 +33,7 @@ def join_methods(methods: Mapping[str, Variant]) -> Variant:
 
 
 def _join_group(methods: Mapping[str, Variant]) -> Variant:
-    """Return one method for methods that differ in fields with patterns; a pattern matches exactly its paths."""
+    """Merge methods that differ only in fields with patterns; each pattern matches exactly the paths with its value."""
     first = next(iter(methods.values()))
     fields: dict[str, Any] = {"targets": tuple(methods)}
     for pattern, name in first.patterned.items():
@@ -41,7 +41,7 @@ def _join_group(methods: Mapping[str, Variant]) -> Variant:
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         fields[pattern] = {}
-        for value in dict.fromkeys(others.values()):  # with as few patterns as their length allows
+        for value in dict.fromkeys(others.values()):  # with as few patterns as the maximum length of a pattern allows
             paths = [re.escape(path) for path, other in others.items() if other == value]
             for chunk in _split(paths):
                 fields[pattern][f"^{chunk[0]}" if len(chunk) == 1 else f"^(?:{'|'.join(chunk)})"] = value
@@ -49,7 +49,7 @@ def _join_group(methods: Mapping[str, Variant]) -> Variant:
 
 
 def _split(names: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the names in lists whose text is no longer than half a pattern may be."""
+    """Yield the names in chunks, each of at most half the maximum length of a pattern."""
     chunk: list[str] = []
     length = 0
     for name in names:

@@ -1,4 +1,4 @@
-"""Layers of a model by the names of a file's modules."""
+"""Lookup of a model's layers by the module names in a file."""
 
 import functools
 import re
@@ -30,11 +30,11 @@ _TEXT_MODEL = "text_model."
 
 @dataclass(frozen=True)
 class PipelineModel:
-    """One model of a pipeline, and the names that files have for its modules.
+    """One model of a pipeline, and the names that files give its modules.
 
     Attributes:
-        name: its name in the pipeline.
-        prefix: the beginning of the paths of its sites.
+        name: the name of the model in the pipeline.
+        prefix: the prefix of its sites' paths.
         model: the model.
     """
 
@@ -44,12 +44,12 @@ class PipelineModel:
 
     @functools.cached_property
     def original(self) -> Mapping[str, Place]:
-        """The authors' names of modules."""
+        """The names of modules in the authors' code."""
         return find_original_names(self.model)
 
     @functools.cached_property
     def uses_original_names(self) -> bool:
-        """Whether sd-scripts writes the authors' names."""
+        """Whether sd-scripts writes the names of the authors' code."""
         return prefers_original_names(self.model)
 
     @functools.cached_property
@@ -59,7 +59,7 @@ class PipelineModel:
 
     @functools.cached_property
     def _places(self) -> Mapping[str, frozenset[Place]]:
-        """Name of a module, with underscores for its dots -> its place; several where the name is ambiguous."""
+        """Name of a module, with underscores for dots -> its place; several places where the name is ambiguous."""
         own = self._modules
         named = [(path, Place((path,))) for path in own]
         named += [(f"{_TEXT_MODEL}{path}", Place((path,))) for path in own]
@@ -73,18 +73,18 @@ class PipelineModel:
         return {name: frozenset(places) for name, places in known.items()}
 
     def knows(self, name: TensorName, sites: Mapping[str, Site]) -> bool:
-        """Return whether the model has a layer of that name."""
+        """Return whether the model has a layer of that name that an adapter can change."""
         own = frozenset({Place((name.module,))}) if name.module in self._modules else frozenset()
         places = own or self._places.get(_underscore(name.module), frozenset())
         paths = [self.prefix + path for place in places for path in place.paths]
         return bool(paths) and (name.leaf in DIFFERENCES or all(p in sites and sites[p].kind in LAYERS for p in paths))
 
     def find(self, name: TensorName, adapter: str) -> Place:
-        """Return the place of a module of a file.
+        """Return the layers that a module of a file stands for.
 
         Raises:
             SiteError: the model has no such module.
-            FormatError: it has several.
+            FormatError: several modules have that name.
         """
         if "." in name.module and name.module in self._modules:
             return Place((name.module,))
@@ -107,7 +107,7 @@ class PipelineModel:
 
     @property
     def described(self) -> str:
-        """The component in words."""
+        """The component as a phrase for messages."""
         return f"'{self.name}'" if self.prefix else f"the {type(self.model).__name__}"
 
 
@@ -116,7 +116,7 @@ def _underscore(name: str) -> str:
 
 
 def list_pipeline(view: ModelView) -> dict[str, PipelineModel]:
-    """Return the models of a view by their names in a pipeline; one model alone is named by its class."""
+    """Return the models of a view by their names in a pipeline; the class of a single model decides its name."""
     models = view.components
     if MAIN_GRAPH in models:
         name = name_component(models[MAIN_GRAPH])
@@ -125,7 +125,7 @@ def list_pipeline(view: ModelView) -> dict[str, PipelineModel]:
 
 
 def name_component(model: nn.Module) -> str:
-    """Return the name in pipelines of models of this class; "model" if no pipeline has the class."""
+    """Return the name that a model of this class has in pipelines; "model" if no pipeline has the class."""
     library = type(model).__module__.partition(".")[0]
     if library == "diffusers":
         return "unet" if "UNet" in type(model).__name__ else "transformer"
@@ -133,9 +133,9 @@ def name_component(model: nn.Module) -> str:
 
 
 def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> PipelineModel | None:
-    """Return the component of a prefix of names, or None where the model has no such component.
+    """Return the component that a prefix of names belongs to, or None where the model has no such component.
 
-    Where one model alone is given, every component of a file is that model.
+    If only one model is given, every prefix belongs to it.
     """
     if len(pipeline) == 1 and not next(iter(pipeline.values())).prefix:
         return next(iter(pipeline.values()))
@@ -143,5 +143,5 @@ def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> P
 
 
 def pipeline_names(beginning: str) -> tuple[str, ...]:
-    """Return the names that a component of a prefix of names may have in pipelines."""
+    """Return the names that the component of a prefix may have in pipelines."""
     return COMPONENTS.get(beginning, (beginning.removesuffix("."),))

@@ -1,4 +1,4 @@
-"""Reading a file of image models: every tensor is of a module of the model, and of a method there."""
+"""Reading a file of image models: every tensor must belong to a module of the model and to a method there."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ _AGAIN = "save it again from its trainer: it holds two adapters, or one in two s
 
 @dataclass
 class _Module:
-    """The tensors of a file for one module of a component."""
+    """The tensors that a file has for one module of a component."""
 
     component: PipelineModel
     place: Place
@@ -54,7 +54,7 @@ class _Module:
 
     @property
     def name(self) -> str:
-        """Its name in the file."""
+        """The name of the module in the file."""
         return next(iter(self.names.values())).module
 
 
@@ -115,7 +115,7 @@ class _FileReader:
         return adapter
 
     def _list_modules(self) -> list[_Module]:
-        """Return the modules of the file."""
+        """Group the names of the file by module."""
         modules: dict[tuple[str, str], _Module] = {}
         for name, component in self._list_names():
             at = (component.name, name.module)
@@ -128,7 +128,7 @@ class _FileReader:
         return list(modules.values())
 
     def _list_names(self) -> list[tuple[TensorName, PipelineModel]]:
-        """Return each name of the file, parsed, and its model."""
+        """Return each name of the file, parsed, with the model that it belongs to."""
         pipeline = list_pipeline(self.view)
         beginnings = {*COMPONENTS, *(f"{name}." for name in pipeline)}
         found = []
@@ -145,7 +145,7 @@ class _FileReader:
                 )
             found.append((name, component))
         alone = dict.fromkeys(pipeline_names(name.component) for name, component in found if not component.prefix)
-        if len(alone) > 1:  # one model is given, without a name
+        if len(alone) > 1:  # a single model is given, without its name in the pipeline, and the file names several
             several = [names[0] for names in alone]
             raise FormatError(
                 f"'{self.path}' adapts several models of a pipeline, {' and '.join(several)}, and one model is given",
@@ -154,10 +154,10 @@ class _FileReader:
         return found
 
     def _read_differences(self, module: _Module) -> dict[str, Tensor]:
-        """Take the differences of norms and of single biases from a module; return these parameters by name."""
+        """Take the differences of norms and of separate biases from a module; return the new parameters by name."""
         paths = [module.component.prefix + path for path in module.place.paths]
         site = self.view.sites.get(paths[0])
-        if "diff" in module.names and site is not None and site.kind in LAYERS:  # a formula can change it
+        if "diff" in module.names and site is not None and site.kind in LAYERS:  # a method reads it
             return {}
         taken = {leaf: module.names.pop(leaf) for leaf in DIFFERENCES if leaf in module.names}
         if not taken:
@@ -182,7 +182,7 @@ class _FileReader:
         return found
 
     def _read_methods(self, module: _Module, configs: Mapping[str, ScaledRank]) -> Iterator[tuple[str, Method]]:
-        """Yield the method and the tensors of every layer that a module of the file stands for."""
+        """Yield path, method and tensors of every layer that a module of the file stands for."""
         if not module.names:
             return
         sites = [self._find_site(module.component.prefix + path) for path in module.place.paths]
@@ -223,7 +223,7 @@ class _FileReader:
         return site
 
     def _read_alpha(self, name: TensorName) -> float | None:
-        """Return an alpha; None for 0, which says that the scale is 1."""
+        """Return an alpha; None for 0, which means the scale 1."""
         tensor = self.tensors[name.key]
         if tensor.numel() != 1 or tensor.is_complex():
             raise AdapterError(
@@ -234,7 +234,7 @@ class _FileReader:
         return float(tensor) or None
 
     def _configure(self, stored: StoredModule, module: _Module, config: ScaledRank) -> StoredModule:
-        """Return a module with the alpha of its component's configuration."""
+        """Return a module with the alpha from its component's configuration."""
         here = config.at_path(module.name)
         assert isinstance(here, ScaledRank)
         rank = stored.length("lora_down") if "lora_down" in stored.tensors else here.r

@@ -1,4 +1,4 @@
-"""Modules of a file that cover several layers of the model: splitting and joining their rows."""
+"""Modules of a file that cover several layers of the model: their rows are split by layer, or concatenated."""
 
 import dataclasses
 import re
@@ -22,15 +22,15 @@ _MAGNITUDE = "magnitude"
 def split_rows(
     method: Method, layout: AnyLayout, place: Place, widths: Sequence[int], columns: int, key: str
 ) -> list[Method | None]:
-    """Return the method of each layer whose rows a module has; None for one where a LoRA of others does nothing.
+    """Split a method by the rows of each layer; a layer whose rows a LoRA leaves unchanged gets None.
 
     Args:
-        widths: the numbers of rows.
+        widths: the number of rows of each layer.
         columns: the number of columns.
         key: the name of a tensor of the module, for messages.
 
     Raises:
-        FormatError: rows of the method cannot be taken apart.
+        FormatError: the method cannot be split by rows.
     """
     variant, tensors = method
     rows = layout.rows
@@ -63,7 +63,7 @@ def split_rows(
 
 
 def _drop_idle(method: Method) -> Method:
-    """Return a LoRA without the rank components of other layers, which these rows do not use."""
+    """Return a LoRA without the rank components that these rows do not use."""
     variant, tensors = method
     if not isinstance(variant, LoRA | DoRA):
         return method
@@ -76,9 +76,9 @@ def _drop_idle(method: Method) -> Method:
 
 
 def join_rows(methods: Sequence[Method], place: Place) -> Method | None:
-    """Return one LoRA for a module of several layers; None if their scales differ or a method is not a LoRA.
+    """Merge the LoRAs of several layers into one; return None if their scales differ or a method is not a LoRA.
 
-    Factors A that are the same are kept once; others stand below each other, and B has blocks.
+    Equal factors A are stored once; different ones are concatenated, and B becomes a block matrix.
     """
     variants = [variant for variant, _ in methods]
     if any(type(variant) is not type(variants[0]) for variant in variants) or not isinstance(variants[0], LoRA | DoRA):

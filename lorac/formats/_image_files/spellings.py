@@ -1,4 +1,4 @@
-"""The names in files: of components, and of the tensors of a module."""
+"""The names in files: prefixes of components, and leaves of a module's tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # Flux's second one is the third of SD3
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # Flux's second text encoder is SD3's third
     "unet.": DENOISERS,
     "transformer.": DENOISERS,
     "transformer_2.": ("transformer_2",),
@@ -65,13 +65,13 @@ _OLD_OUTPUT = re.compile(r"\.to_out$")
 
 @dataclass(frozen=True)
 class TensorName:
-    """A name of a file, parsed.
+    """A name in a file, parsed.
 
     Attributes:
         key: the name in the file.
-        component: the beginning, of ``COMPONENTS``.
+        component: the prefix, a key of ``COMPONENTS``.
         module: the name of the module in the file.
-        leaf: the tensor's name in layouts.
+        leaf: the layout's name of the tensor.
     """
 
     key: str
@@ -81,10 +81,10 @@ class TensorName:
 
 
 def parse_name(key: str, components: Iterable[str]) -> TensorName | None:
-    """Return the parts of a name, or None where it has no known beginning or end.
+    """Split a name into its parts; return None where its prefix or its leaf is unknown.
 
     Args:
-        components: known beginnings.
+        components: known prefixes.
     """
     component = max((known for known in components if known and key.startswith(known)), key=len, default=None)
     if component is None and BARE.match(key):
@@ -101,11 +101,11 @@ def parse_name(key: str, components: Iterable[str]) -> TensorName | None:
 
 
 def is_underscored(key: str) -> bool:
-    """Return whether a name is one of sd-scripts or LyCORIS, which write a module's path with underscores."""
+    """Return whether a name has the form of sd-scripts and LyCORIS, which write a module's path with underscores."""
     return "." in key and any(key.startswith(beginning) for beginning in COMPONENTS if beginning.endswith("_"))
 
 
 def is_dotted(key: str) -> bool:
-    """Return whether a name is one of a component's LoRA as diffusers writes it."""
+    """Return whether a name is a component's LoRA tensor as diffusers writes it."""
     named = parse_name(key, [component for component in COMPONENTS if component.endswith(".")])
     return named is not None and named.leaf.startswith(("lora_", "magnitude"))

@@ -38,11 +38,12 @@ PARAMETERS = {"weight": "diff", "bias": "diff_b"}
 
 
 class ImageFormat(Format):
-    """A format of image models' files, which says how the names of tensors are spelt.
+    """A format of image models' files, which defines the spelling of tensor names.
 
     Attributes:
-        leaves: a tensor's name in layouts -> how its name in the file ends; a tensor without an entry has no place.
-        stores_alpha: whether alphas are tensors.
+        leaves: the layout's name of a tensor -> the end of its name in the file; a tensor without an entry cannot be
+            stored.
+        stores_alpha: whether the format stores alphas as tensors.
     """
 
     leaves: ClassVar[Mapping[str, str]]
@@ -50,7 +51,7 @@ class ImageFormat(Format):
 
     @abstractmethod
     def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
-        """Return the prefix of the names of a module's tensors, without the last dot.
+        """Return the prefix of a module's tensor names, without the last dot.
 
         Raises:
             FormatError: the format has no name for the component.
@@ -58,17 +59,17 @@ class ImageFormat(Format):
 
     @abstractmethod
     def list_places(self, component: PipelineModel) -> Mapping[str, Place]:
-        """Return the names of modules that are not those of the model -> their places."""
+        """Return further names of modules, other than the model's own -> their places."""
 
     def write_norms(self, norms: Tensor) -> Tensor:
-        """Return the norms of a DoRA in the shape of the format, from that of LyCORIS."""
+        """Convert the norms of a DoRA from LyCORIS's shape to the format's."""
         return norms
 
     def describe(self, methods: Mapping[str, Mapping[str, Variant]]) -> dict[str, str]:
-        """Return metadata about methods by component and path.
+        """Return the metadata that describes methods, which are given by component and path.
 
         Raises:
-            FormatError: it cannot describe them.
+            FormatError: the metadata cannot describe them.
         """
         return {}
 
@@ -133,7 +134,7 @@ class _FileWriter:
         return found
 
     def _method(self, path: str) -> Method:
-        """Return the method at a site and its tensors."""
+        """Return the method at a site, and its tensors."""
         variant = self.adapter.variant.at(self.view.sites[path])
         if not isinstance(variant, WeightVariant):
             raise self._no_place(variant)
@@ -164,7 +165,7 @@ class _FileWriter:
             yield f"{beginning}.{self.format.leaves[leaf]}", tensor
 
     def _method_or_zero(self, path: str, paths: list[str]) -> Method:
-        """Return the method of a layer; a LoRA that does nothing if the layer has no adapter."""
+        """Return the method of a layer; for a layer without an adapter, a LoRA whose B is zero."""
         if path in self.adapter.tensors:
             return self._method(path)
         variant, tensors = self._method(next(other for other in paths if other in self.adapter.tensors))

@@ -1,7 +1,7 @@
 """AdapterHub's folders: adapter_config.json with adapter.safetensors or pytorch_adapter.bin.
 
-A key names a block by its number, and the module of a model that it stands for is found by structure
-(``lorac.frontend.residual_stream``), so that a file means nothing without its model.
+A key contains the number of a block. The model's module with that number is found from the structure of the model
+(``lorac.frontend.residual_stream``), so a file cannot be read without the model.
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ class AdapterHubFormat(Format):
 
 
 def _find_composition(folder: AdapterFile) -> str | None:
-    """Return the file that makes a folder one of a composition of adapters, instead of one adapter."""
+    """Return the file that marks a folder as a composition of several adapters; None if the folder has none."""
     return None if folder.has(CONFIG) else next(filter(folder.has, _COMPOSITIONS), None)
 
 
@@ -152,7 +152,7 @@ def _refuse_composition(folder: AdapterFile) -> None:
 
 
 def _check_neighbours(folder: AdapterFile) -> None:
-    """Refuse a file that changes where adapters sit, and warn of a head, which is not read."""
+    """Refuse a file that changes the sites of an adapter; warn of a prediction head, which is not read."""
     if folder.has(_INTERFACE):
         raise unsupported_error(
             f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
@@ -166,7 +166,7 @@ def _check_neighbours(folder: AdapterFile) -> None:
 
 
 def _write_components(adapter: Adapter, layout: ModelLayout) -> list[ComponentFile]:
-    """Return the components of an adapter in the order of its methods."""
+    """Convert the methods of an adapter to components of a file, in the order of the methods."""
     written: list[ComponentFile] = []
     layers = dataclasses.replace(adapter, tensors={})
     for method in adapter.variant.methods:

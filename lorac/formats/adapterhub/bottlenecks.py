@@ -1,4 +1,4 @@
-"""Bottleneck adapters: ``BnConfig``, whose fields are ``lorac.Bottleneck``'s by the same names.
+"""Bottleneck adapters: ``BnConfig``, whose fields have the same names as those of ``lorac.Bottleneck``.
 
 Source: adapters.configuration.BnConfig of adapters 1.3.0.
 """
@@ -54,15 +54,15 @@ _ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
 def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> ComponentConfig:
-    """Return a configuration, read.
+    """Parse a configuration of bottlenecks.
 
     Raises:
-        FormatError: the library does not have a field, or lorac does not build its value.
+        FormatError: the library lacks a field, or lorac does not support its value.
     """
     fields = _modernise_fields(config, header)
     refuse_unknown_fields(fields, (*FIELDS, *TRAINING), header.file)
     if header.task:
-        fields["inv_adapter"] = None  # task adapters of the first versions name one that they do not have
+        fields["inv_adapter"] = None  # early task adapters name an invertible adapter that they do not have
     by_block = fields["reduction_factor"] if isinstance(fields.get("reduction_factor"), dict) else {}
     if by_block:
         fields["reduction_factor"] = by_block.get("default", next(iter(by_block.values())))
@@ -79,7 +79,7 @@ def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> ComponentConf
         blocks = {path: numbers[sublayer.block] for path, sublayer in layout.sublayers.items()}
         pattern = {re.escape(path): reductions[block] for path, block in blocks.items() if block in reductions}
         unplaced = dataclasses.replace(method, reduction_pattern=pattern)
-        # Transformers' own classes run under the library without the inverse of an invertible adapter.
+        # Under the library, transformers' own classes omit the inverse of an invertible adapter.
         variant = unplaced.for_stream(layout.view, layout.stream, inverts=header.own_class)
         return PlacedComponent((variant,), _key_patterns(variant, layout), lambda _, stored: dict(stored))
 
@@ -87,7 +87,7 @@ def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> ComponentConf
 
 
 def read_preset(name: str, file: Path) -> dict[str, object]:
-    """Return a configuration that is given by its name alone.
+    """Return a configuration that a file gives only by its name.
 
     Raises:
         FormatError: lorac does not know the name.
@@ -104,7 +104,7 @@ def read_preset(name: str, file: Path) -> dict[str, object]:
 
 
 def _modernise_fields(config: JsonMapping, header: ConfigHeader) -> dict[str, Any]:
-    """Return the fields as today's versions write them."""
+    """Convert the fields of early versions to those of current versions."""
     fields = dict(config)
     nested = fields.pop("invertible_adapter", None)
     if isinstance(nested, dict):
@@ -127,7 +127,7 @@ def _check_value(name: str, value: object, file: Path) -> None:
 
 
 def _key_patterns(variant: Bottleneck, layout: ModelLayout) -> tuple[KeyPattern, ...]:
-    """Return the keys of bottlenecks in a file."""
+    """Return the key patterns of a file's bottlenecks."""
     leaves, shared = bottleneck_leaves(variant), shared_leaves(variant)
     names = {path: name for path, name in layout.sublayer_names.items() if path in variant.targets}
     patterns = [KeyPattern(ADAPTERS, name, leaves, (path,)) for path, name in names.items()]
@@ -140,13 +140,14 @@ def _key_patterns(variant: Bottleneck, layout: ModelLayout) -> tuple[KeyPattern,
 
 
 def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout) -> ComponentFile:
-    """Return the bottlenecks of an adapter as the library has them.
+    """Convert the bottlenecks of an adapter to a component of a file.
 
     Args:
-        adapter: with the tensors of bottlenecks alone.
+        adapter: an adapter that has only the tensors of bottlenecks.
 
     Raises:
-        FormatError: no fields place bottlenecks so, or one computes with other residuals than the model's.
+        FormatError: no configuration places bottlenecks at these sites, or a bottleneck adds other residuals than the
+            model's.
     """
     numbers = {block: number for number, block in enumerate(layout.stream.blocks)}
     fields = {
@@ -159,7 +160,7 @@ def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout
     if reductions:
         fields["reduction_factor"] = {**reductions, "default": variant.reduction_factor}
     if isinstance(fields["scaling"], int):
-        fields["scaling"] = float(fields["scaling"])  # the library takes no whole number
+        fields["scaling"] = float(fields["scaling"])  # the library accepts no int
     if variant.inv_adapter is None:
         fields["inv_adapter_reduction_factor"] = None
     fields["leave_out"] = list(fields["leave_out"])
@@ -168,7 +169,7 @@ def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout
 
 
 def _placing_fields(adapter: Adapter, variant: Bottleneck, layout: ModelLayout, numbers: Mapping[str, int]) -> Fields:
-    """Return the fields that make the library place bottlenecks exactly where the adapter has them."""
+    """Return the fields that make the library place bottlenecks at exactly the adapter's sites."""
     paths = adapter.tensors.keys() - {*variant.embeddings, *variant.heads}
     sublayers = [layout.sublayers[path] for path in paths & layout.sublayers.keys()]
     kinds, used = {sublayer.kind for sublayer in sublayers}, {sublayer.block for sublayer in sublayers}
@@ -194,7 +195,7 @@ def _placing_fields(adapter: Adapter, variant: Bottleneck, layout: ModelLayout, 
 
 
 def _block_reductions(adapter: Adapter, variant: Bottleneck, blocks: Mapping[str, int]) -> dict[str, float]:
-    """Return number of a block -> its reduction factor, where it is not that of the method."""
+    """Return block number -> reduction factor, for blocks whose factor differs from the method's."""
     reductions: dict[str, float] = {}
     for path, number in blocks.items():
         at_path = variant.at_path(path)

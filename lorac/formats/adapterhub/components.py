@@ -1,4 +1,4 @@
-"""Components of an AdapterHub file: one configuration each, with the places of its tensors in a model."""
+"""Components of an AdapterHub file: each is one configuration with the places of its tensors in a model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from lorac.variants.base import Variant
 
 @dataclass(frozen=True)
 class ConfigHeader:
-    """The entries of a file around its configuration.
+    """The entries of an AdapterHub configuration file other than the configuration itself.
 
     Attributes:
-        file: its path, for messages.
-        name: the name of the adapter in the keys of its tensors.
-        model_type: that of the model that it was trained on.
-        own_class: whether the model was of one of the library's own classes, with heads.
-        versioned: whether the file names the version that wrote it; the first ones did not.
-        task: whether it is a task adapter of the first versions, and holds no invertible adapter.
+        file: the path of the file, for messages.
+        name: the name of the adapter in the keys of the tensors.
+        model_type: the model_type of the model that the adapter was trained on.
+        own_class: whether that model was of one of the library's own classes, which have heads.
+        versioned: whether the file names the library version that wrote it; the earliest versions did not.
+        task: whether this is a task adapter of the earliest versions, which has no invertible adapter.
     """
 
     file: Path
@@ -37,14 +37,15 @@ class ConfigHeader:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """A model with the names of its places in AdapterHub.
+    """A model, with AdapterHub's names of the places where adapters act.
 
     Attributes:
-        stream: the residual stream of its hidden states.
-        sublayers: by the path of the site that stands for each.
-        sublayer_names: site path -> the name of the place in a file, of sublayers.
-        layers: site path -> a layer that a file may adapt.
-        embedder: the name in a file of the module whose embeddings an invertible adapter follows; empty for the model.
+        stream: the residual stream of the hidden states.
+        sublayers: path of the site that stands for a sublayer -> the sublayer.
+        sublayer_names: path of that site -> the name of the sublayer's bottleneck in a file.
+        layers: site path -> the layer, for every layer that a file may adapt.
+        embedder: the name in a file of the module whose embeddings an invertible adapter transforms; empty for the
+            model itself.
     """
 
     view: ModelView
@@ -70,12 +71,12 @@ class ModelLayout:
 
 @dataclass(frozen=True)
 class PlacedComponent:
-    """A configuration applied to a model.
+    """A configuration, applied to a model.
 
     Attributes:
-        variants: its methods, each with its sites.
-        patterns: the keys of its tensors.
-        convert: (site path, tensors in the file for it) -> its parameters.
+        variants: the methods, each with its sites.
+        patterns: the keys of the tensors.
+        convert: (site path, the file's tensors for the site) -> the parameters of the site.
     """
 
     variants: tuple[Variant, ...]
@@ -83,7 +84,7 @@ class PlacedComponent:
     convert: Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]
 
     def read(self, assigned: TensorsBySite) -> dict[str, dict[str, Tensor]]:
-        """Return site path -> its parameters, from the result of ``assign_tensors``."""
+        """Return site path -> parameters, from the result of ``assign_tensors``."""
         paths = dict.fromkeys(path for pattern in self.patterns for path in pattern.paths)
         return {path: self.convert(path, assigned[path]) for path in paths}
 
@@ -94,13 +95,13 @@ ComponentConfig = Callable[[ModelLayout, str], PlacedComponent]
 
 @dataclass(frozen=True)
 class ComponentFile:
-    """A method as a file has it.
+    """A method in the form that a file stores.
 
     Attributes:
         config: the configuration.
-        patterns: the keys of its tensors.
-        tensors: the tensors in the file.
-        own_class: whether only one of the library's own classes computes it.
+        patterns: the keys of the tensors.
+        tensors: the tensors of the file.
+        own_class: whether only the library's own model classes compute the method.
     """
 
     config: JsonMapping

@@ -19,13 +19,13 @@ from lorac.formats.adapterhub.loras import TASKS_ARCHITECTURE, read_loras
 
 _FIELDS = ("name", "model_type", "config", "hidden_size", "model_name", "model_class", "version", "config_id", "type")
 _ARCHITECTURE_FIELD, _UNION, _CONFIGS_FIELD = "architecture", "union", "configs"
-# Architecture -> reader of its configurations. Bottleneck adapters, the oldest kind, have the architecture null.
+# Architecture -> reader of its configurations. Bottlenecks, the oldest kind, have null as their architecture.
 _READERS: Mapping[str | None, Callable[[JsonMapping, ConfigHeader], ComponentConfig]] = {
     None: read_bottlenecks,
     LORA_ARCHITECTURE: read_loras,
     TASKS_ARCHITECTURE: functools.partial(read_loras, tasks=True),
 }
-# Architectures that lorac has no method for -> their effect.
+# Architectures for which lorac has no method -> their effect.
 _REFUSED = {
     "prefix_tuning": "puts keys and values in front of the tokens' keys and values",
     "prompt_tuning": "puts embeddings in front of the tokens' embeddings",
@@ -36,7 +36,7 @@ VERSION = "adapters.1.3.0"
 
 
 def read_config(raw: JsonMapping, file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
-    """Return the header of a file, and its configurations: several for a union, else one.
+    """Return the header of a file, and its configurations: several for a union, otherwise one.
 
     Args:
         raw: the parsed JSON of the file.
@@ -44,7 +44,7 @@ def read_config(raw: JsonMapping, file: Path, *, invertible: bool) -> tuple[Conf
         invertible: whether the tensors beside the file include those of an invertible adapter.
 
     Raises:
-        FormatError: a field is missing, or is not a field of the library, or has a value that lorac does not support.
+        FormatError: a field is missing, unknown to the library, or has a value that lorac does not support.
     """
     refuse_unknown_fields(raw, _FIELDS, file)
     config = raw.get("config")
@@ -85,6 +85,6 @@ def _read_component(config: JsonMapping, header: ConfigHeader) -> ComponentConfi
 
 
 def join_configs(components: Sequence[ComponentFile]) -> JsonMapping:
-    """Return one configuration for all components, a union if there are several; ``read_config`` splits it again."""
+    """Return the configurations of all components as one, a union if there are several; ``read_config`` splits it."""
     configs = [component.config for component in components]
     return configs[0] if len(configs) == 1 else {_ARCHITECTURE_FIELD: _UNION, _CONFIGS_FIELD: configs}

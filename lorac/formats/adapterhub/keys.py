@@ -1,4 +1,4 @@
-"""The keys of a file: one table of patterns, used to read and to write."""
+"""The keys of a file: one table of patterns, for reading and writing."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ TensorsBySite = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class KeyPattern:
-    """Keys that differ in their last part: ``<prefix><module>.<group>.<adapter>.<leaf>``.
+    """Keys that differ only in their leaf: ``<prefix><module>.<group>.<adapter>.<leaf>``.
 
     Attributes:
         group: ``ADAPTERS``, ``LORAS``, ``SHARED`` or ``INVERTIBLE``.
         module: the name of the module in a file; empty for the tensors of the whole model.
-        leaves: leaf -> name of the tensor at a site; of two leaves of one name either may be present.
-        paths: the sites with these tensors: of shared ones, all that share them.
+        leaves: leaf -> name of the tensor at a site; where two leaves have one name, a file has one of the two.
+        paths: the sites that have these tensors; for shared tensors, all sites that share them.
     """
 
     group: str
@@ -32,7 +32,7 @@ class KeyPattern:
 
 
 def modernise_key(key: str) -> str:
-    """Return a key as today's versions write it."""
+    """Convert a key of early versions to the key of current versions."""
     for old, new in LEGACY.items():
         key = key.replace(old, new)
     return key
@@ -41,12 +41,12 @@ def modernise_key(key: str) -> str:
 def assign_tensors(
     adapter: str, name: str, patterns: Sequence[KeyPattern], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return site path -> name -> tensor, with every key used and every tensor present.
+    """Return site path -> name -> tensor; every key must be used, and no tensor may be missing.
 
     Args:
-        name: its name in the keys.
-        patterns: all that the configuration promises.
-        tensors: those of the file, by ``modernise_key``.
+        name: the adapter's name in the keys.
+        patterns: the keys that the configuration requires.
+        tensors: the tensors of the file, by key after ``modernise_key``.
 
     Raises:
         FormatError: a key is not used, or a tensor is missing.
@@ -58,7 +58,7 @@ def assign_tensors(
     for key, tensor in tensors.items():
         module, group, leaf = _split_key(key, name)
         parts = module.split(".")
-        ends = [".".join(parts[first:]) for first in range(len(parts) + 1)]  # the longest first, the empty one last
+        ends = [".".join(parts[first:]) for first in range(len(parts) + 1)]  # longest suffix first, empty one last
         candidates = (p for end in ends for p in table.get((group, end), ()) if leaf in p.leaves)
         matching = next(candidates, None)
         if matching is None:
@@ -78,10 +78,10 @@ def assign_tensors(
 
 
 def name_tensors(name: str, prefix: str, patterns: Iterable[KeyPattern], tensors: TensorsBySite) -> dict[str, Tensor]:
-    """Return key -> tensor: the inverse of ``assign_tensors``.
+    """Return key -> tensor; the inverse of ``assign_tensors``.
 
     Args:
-        prefix: that of the base model, in a class with a head.
+        prefix: the prefix of the base model in a class with a head.
     """
     named: dict[str, Tensor] = {}
     for pattern in patterns:
@@ -93,7 +93,7 @@ def name_tensors(name: str, prefix: str, patterns: Iterable[KeyPattern], tensors
 
 
 def _split_key(key: str, name: str) -> tuple[str, str, str]:
-    """Return (module, group, leaf) of a key; the name of the adapter stands after the group."""
+    """Split a key into (module, group, leaf); the name of the adapter follows the group."""
     for group in (INVERTIBLE, SHARED, LORAS, ADAPTERS):
         module, found, leaf = f".{key}".rpartition(f".{group}.{name}.")
         if found:

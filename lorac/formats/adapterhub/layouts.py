@@ -1,11 +1,12 @@
-"""The names of places in AdapterHub's files by family of models, and the tensors of a bottleneck.
+"""Names in AdapterHub's files: of the places in each family of models, and of a bottleneck's tensors.
 
-    <prefix><module>.adapters.<adapter>.<leaf>         behind a sublayer
-    <prefix><module>.loras.<adapter>.<leaf>            of a layer
-    <prefix>invertible_adapters.<adapter>.<leaf>       behind the embeddings
+        <prefix><module>.adapters.<adapter>.<leaf>         after a sublayer
+        <prefix><module>.loras.<adapter>.<leaf>            in a layer
+        <prefix>invertible_adapters.<adapter>.<leaf>       after the embeddings
     <prefix>shared_parameters.<adapter>.<leaf>         shared by all sites
 
-The prefix is that of the base model in a class with a head. Source: the mixins of adapters 1.3.0, and files it wrote.
+In a class with a head, the prefix is the name of the base model; elsewhere it is empty. Source: the mixins of adapters
+1.3.0, and files that it wrote.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -31,11 +32,11 @@ class BlockStack:
     """Consecutive blocks of a model.
 
     Attributes:
-        block: the name of the n-th block.
-        sublayers: kind of a sublayer -> where in the block its bottleneck is.
-        layers: where in the block a layer is -> its role: a letter, ``PACKED``, ``INTERMEDIATE`` or ``OUTPUT``.
-        marker: a part of the path of every block of this stack; may be empty.
-        renamed: where a layer is in the library -> where transformers has it now.
+        block: the name of the n-th block in a file.
+        sublayers: kind of a sublayer -> the path of its bottleneck within the block.
+        layers: path of a layer within the block -> its role: a letter, ``PACKED``, ``INTERMEDIATE`` or ``OUTPUT``.
+        marker: a part of the path of every block of this stack; empty if the stack has all blocks.
+        renamed: path of a layer in the library -> its path in current transformers.
     """
 
     block: str
@@ -50,9 +51,9 @@ class AdaptableLayer:
     """A layer that a file may adapt.
 
     Attributes:
-        name: its name in a file.
-        role: as in ``BlockStack.layers``.
-        block: the number of its block, through all stacks.
+        name: the name of the layer in a file.
+        role: the role in ``BlockStack.layers``.
+        block: the number of the layer's block, counted across all stacks.
     """
 
     name: str
@@ -64,7 +65,7 @@ Family = tuple[BlockStack, ...]
 
 
 def _letters(pattern: str, *names: str) -> dict[str, str]:
-    """Return the layers of an attention, by a pattern that their names fill."""
+    """Return path -> letter for the layers of an attention; names fill the pattern."""
     return {pattern.format(name): letter for name, letter in zip(names or LETTERS, LETTERS, strict=True)}
 
 
@@ -87,7 +88,7 @@ _BERT: Family = (
     ),
 )
 _LLAMA: Family = (
-    # The library takes the layer that leads back for the intermediate one, and one that leads there for the other.
+    # The library has the roles of a Llama's two MLP layers exchanged: down_proj is the intermediate one.
     BlockStack("layers.{n}", _NEXT_TO_SUBLAYERS, _letters("self_attn.{}_proj") | _mlp("mlp.down_proj", "mlp.up_proj")),
 )
 _T5: Family = (
@@ -173,10 +174,10 @@ COUPLING = {
 
 
 def family_of(model_type: object, where: str) -> Family:
-    """Return the names of places of a family.
+    """Return the table of places for a family of models.
 
     Raises:
-        FormatError: they are not known.
+        FormatError: lorac does not know the family's places.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported_error(
@@ -188,7 +189,7 @@ def family_of(model_type: object, where: str) -> Family:
 
 
 def name_sublayers(family: Family, stream: ResidualStream, sublayers: Mapping[str, Sublayer]) -> dict[str, str]:
-    """Return site path -> name in a file, of the sublayers that have one."""
+    """Return site path -> name in a file, for the sublayers that have a name."""
     names: dict[str, str] = {}
     for stack, blocks in _iterate_stacks(family, stream):
         known = {p: one for p, one in sublayers.items() if one.block in blocks and one.kind in stack.sublayers}
@@ -197,7 +198,7 @@ def name_sublayers(family: Family, stream: ResidualStream, sublayers: Mapping[st
 
 
 def find_layers(family: Family, stream: ResidualStream, sites: Collection[str]) -> dict[str, AdaptableLayer]:
-    """Return site path -> layer, of all that a file may adapt, in the order of blocks."""
+    """Return site path -> layer, for every layer that a file may adapt, in the order of blocks."""
     layers: dict[str, AdaptableLayer] = {}
     numbers = {block: number for number, block in enumerate(stream.blocks)}
     for stack, blocks in _iterate_stacks(family, stream):
@@ -210,14 +211,14 @@ def find_layers(family: Family, stream: ResidualStream, sites: Collection[str]) 
 
 
 def _iterate_stacks(family: Family, stream: ResidualStream) -> Iterator[tuple[BlockStack, dict[str, str]]]:
-    """Iterate over stacks, each with its blocks: path -> name in a file."""
+    """Yield each stack with its blocks: path -> name in a file."""
     for stack in family:
         blocks = [block for block in stream.blocks if stack.marker in f".{block}."]
         yield stack, {block: stack.block.format(n=n) for n, block in enumerate(blocks)}
 
 
 def bottleneck_leaves(variant: Bottleneck) -> dict[str, str]:
-    """Return leaf -> lorac's name, at one place; a norm in front of the bottleneck has two names."""
+    """Return leaf -> lorac's name of one bottleneck's tensors; a norm before it has two leaves."""
     down = "adapter_down.1" if variant.ln_before else "adapter_down.0"
     factors = () if variant.shared_W_phm else _factor_names("W", variant.factorized_phm_W)
     factors += () if variant.shared_phm_rule else _factor_names("phm_rule", variant.factorized_phm_rule)
@@ -237,7 +238,7 @@ def bottleneck_leaves(variant: Bottleneck) -> dict[str, str]:
 
 
 def shared_leaves(variant: Bottleneck) -> dict[str, str]:
-    """Return leaf -> lorac's name, of the tensors that all places share."""
+    """Return leaf -> lorac's name, for the tensors that all bottlenecks share."""
     if not variant.phm_layer:
         return {}
     rules = _factor_names("phm_rule", variant.factorized_phm_rule) if variant.shared_phm_rule else ()
@@ -258,6 +259,6 @@ def _factor_names(name: str, factorized: bool) -> tuple[str, ...]:
 
 
 def base_prefix(model: nn.Module, *, own_class: bool) -> str:
-    """Return the prefix of keys: that of a class of transformers with a head, or of the library's own class for it."""
+    """Return the prefix of keys: the base model's name where the file's class has a head or is the library's own."""
     base = getattr(model, "base_model_prefix", "")
     return f"{base}." if base and (own_class or isinstance(getattr(model, base, None), nn.Module)) else ""

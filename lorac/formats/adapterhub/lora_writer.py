@@ -1,4 +1,4 @@
-"""LoRAs, DoRAs and (IA)³s as ``LoRAConfig`` has them: the inverse of ``lorac.formats.adapterhub.loras``."""
+"""Writing LoRA, DoRA and (IA)³ as a ``LoRAConfig``: the inverse of ``lorac.formats.adapterhub.loras``."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from lorac.variants.split import Split
 
 @dataclass(frozen=True)
 class _LayerTerm:
-    """An adapter at one layer: the fields that it needs, the letters that it adapts, and the tensors of the file."""
+    """One layer's adapter: the fields that it requires, the adapted letters, and the tensors of the file."""
 
     fields: LoraFields
     letters: tuple[str, ...]
@@ -40,13 +40,13 @@ class _LayerTerm:
 
 
 def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
-    """Return an adapter of layers as one configuration.
+    """Convert an adapter of layers to one component of a file.
 
     Args:
-        adapter: with the tensors of layers alone.
+        adapter: an adapter that has only the tensors of layers.
 
     Raises:
-        FormatError: the library has no such method, or does not put one where the adapter has it.
+        FormatError: the library lacks the method, or cannot place it at exactly the adapter's sites.
     """
     terms = {path: _convert_layer(adapter, path, layout) for path in adapter.tensors}
     groups = {term.fields for term in terms.values()}
@@ -87,7 +87,7 @@ def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTe
 
 
 def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str, Tensor]) -> _LayerTerm:
-    """Return the parts of a packed layer, their tensors one below the other."""
+    """Concatenate the parts of a packed layer into one ``_LayerTerm``."""
     methods = [split.parts[part] for part in LETTERS if part in split.parts] if isinstance(split, Split) else []
     if not isinstance(split, Split) or not _is_even(split) or any(method != methods[0] for method in methods):
         raise unsupported_error(
@@ -106,7 +106,7 @@ def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str,
 
 
 def _is_even(split: Split) -> bool:
-    """Return whether a layer is split in queries, keys and values of one size."""
+    """Return whether a layer is split into queries, keys and values of equal size."""
     shares = set(split.among.values()) if isinstance(split.among, Mapping) else {1}
     return split.groups == 1 and tuple(split.among) == LETTERS and len(shares) == 1
 
@@ -114,12 +114,12 @@ def _is_even(split: Split) -> bool:
 def _convert_method(
     name: str, method: Variant, site: Site, tensors: Mapping[str, Tensor]
 ) -> tuple[LoraFields, dict[str, Tensor]]:
-    """Return the fields of a method, and its tensors by leaf."""
+    """Return the fields that describe a method, and its tensors by leaf."""
     if isinstance(method, LoRA) and not method.lora_bias:
         alpha = method.scale * method.r if method.rslora else method.alpha
         fields = LoraFields(r=method.r, alpha=float(alpha), dropout=float(method.dropout))
         return fields, {A: tensors["lora_A"], B: tensors["lora_B"]}
-    # The library's norm leaves out the scale, which goes into B; and its DoRA scales a bias as well.
+    # The library's norm omits the scale, so it is multiplied into B. Its DoRA also scales a bias, so none is allowed.
     if isinstance(method, DoRA) and site.bias is None and not site.transposed:
         fields = LoraFields(r=method.r, alpha=float(method.r), dropout=float(method.dropout), use_dora=True)
         up = tensors["lora_B"] if method.scale == 1 else tensors["lora_B"] * method.scale
@@ -134,7 +134,7 @@ def _convert_method(
 
 
 def _select_layers(name: str, fields: LoraFields, terms: Mapping[str, _LayerTerm], layout: ModelLayout) -> LoraFields:
-    """Return the fields with those that make the library adapt exactly the adapted layers."""
+    """Set the fields that make the library adapt exactly the adapted layers."""
     layers = {path: layout.layers[path] for path in terms}
     letters = tuple(letter for letter in LETTERS if any(letter in term.letters for term in terms.values()))
     roles = {layer.role for layer in layers.values()}

@@ -1,4 +1,4 @@
-"""Methods on the weights of layers: ``LoRAConfig``, of which DoRA, VeRA and (IA)³ are settings, and ``MTLLoRAConfig``.
+"""Methods on weights of layers: ``LoRAConfig``, which also covers DoRA, VeRA and (IA)³, and ``MTLLoRAConfig``.
 
 Source: adapters.methods.lora of adapters 1.3.0. At a layer (out, in), s = alpha / r:
 
@@ -14,8 +14,8 @@ Source: adapters.methods.lora of adapters 1.3.0. At a layer (out, in), s = alpha
                  task_specific.values (r,), weights (n,)     w = softmax(weights / weights_sharpness)
     ===========  ==========================================  =====================================================
 
-A layer that packs queries, keys and values has the tensors of the chosen ones stacked by rows: lora_A (r·k, in), lora_B
-(out/3·k, r); with scale, alpha multiplies the rows of those that are not chosen, too.
+A layer that packs queries, keys and values stores the tensors of its adapted parts concatenated by rows: lora_A (r·k,
+in), lora_B (out/3·k, r). With composition "scale", alpha also multiplies the rows of the parts that are not adapted.
 """
 
 import dataclasses
@@ -57,9 +57,9 @@ TASK_FIELDS: JsonMapping = {
 
 @dataclass(frozen=True)
 class LoraFields:
-    """The fields of ``LoRAConfig`` with its defaults; the last three are those of ``MTLLoRAConfig``.
+    """The fields of ``LoRAConfig`` with its defaults; the last three belong to ``MTLLoRAConfig``.
 
-    How tensors were initialised, and their dtype, matter to the library alone.
+    The fields for initialisation and dtype of the tensors have no effect in lorac.
     """
 
     selfattn_lora: bool = True
@@ -84,7 +84,7 @@ class LoraFields:
 
     @property
     def scales(self) -> bool:
-        """Whether outputs are multiplied, and nothing is added."""
+        """Whether the adapter multiplies outputs, instead of adding to them."""
         return self.composition_mode == SCALE
 
     @property
@@ -94,11 +94,11 @@ class LoraFields:
 
     @property
     def has_tasks(self) -> bool:
-        """Whether several B are weighed."""
+        """Whether the adapter weights several matrices B."""
         return self.n_up_projection is not None
 
     def letters(self, layer: AdaptableLayer) -> tuple[str, ...]:
-        """Return the letters of a layer that are adapted; none of a layer that is not an attention's."""
+        """Return the adapted letters of a layer; an empty tuple for a layer outside of attentions."""
         return tuple(letter for letter in LETTERS if letter in layer.role and letter in self.attn_matrices)
 
     def adapts(self, layer: AdaptableLayer) -> bool:
@@ -110,20 +110,20 @@ class LoraFields:
         return self.intermediate_lora if layer.role == INTERMEDIATE else self.output_lora
 
     def parts(self, layer: AdaptableLayer) -> tuple[str, ...]:
-        """Return the adapted parts of a packed layer; with scale, alpha changes the others, too."""
+        """Return the adapted parts of a packed layer; with ``scales`` and alpha ≠ 1, all parts."""
         if layer.role != PACKED:
             return ()
         return LETTERS if self.scales and self.alpha != 1 else self.letters(layer)
 
 
 def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False) -> ComponentConfig:
-    """Return a configuration, read.
+    """Parse a configuration of a method on layers.
 
     Args:
-        tasks: whether it is ``MTLLoRAConfig``.
+        tasks: whether the configuration is a ``MTLLoRAConfig``.
 
     Raises:
-        FormatError: the library does not have a field, or lorac does not build its value.
+        FormatError: the library lacks a field, or lorac does not support its value.
     """
     known = [name for name in field_types(LoraFields) if tasks or name not in TASK_FIELDS]
     refuse_unknown_fields(config, known, header.file)
@@ -139,7 +139,7 @@ def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False
 
 
 def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
-    """Return (whether a value is not built, the value, the next step) of every refusal."""
+    """Return (whether the value is refused, the value, the next step) for every possible refusal."""
     scale, again = fields.alpha / max(fields.r, 1), "the library itself refuses it; save the adapter again"
     unknown = sorted({*fields.attn_matrices} - {*LETTERS})
     return [
@@ -173,7 +173,7 @@ def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedCo
     """Apply a configuration to the layers of a model.
 
     Raises:
-        FormatError: at a layer the library computes something else than lorac.
+        FormatError: the library's result at a layer differs from lorac's.
     """
     layers = {path: layer for path, layer in layout.layers.items() if fields.adapts(layer)}
     for path, layer in layers.items():
@@ -192,7 +192,7 @@ def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedCo
 
 
 def _make_variants(fields: LoraFields, layers: Mapping[str, AdaptableLayer]) -> tuple[Variant, ...]:
-    """Return the methods of layers: one for those that pack several, and one for all others."""
+    """Return the methods of layers: one for packed layers, and one for all others."""
     dropout = float(fields.dropout)
     plain = tuple(path for path, layer in layers.items() if layer.role != PACKED)
     packed = tuple(path for path in layers if path not in plain)
@@ -210,7 +210,7 @@ def _make_variants(fields: LoraFields, layers: Mapping[str, AdaptableLayer]) -> 
 
 
 def _check_layer(fields: LoraFields, name: str, site: Site, layer: AdaptableLayer) -> None:
-    """Refuse a layer at which the library computes something else than lorac."""
+    """Refuse a layer at which the library's result differs from lorac's."""
     if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
         raise unsupported_error(
             f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
@@ -226,7 +226,7 @@ def _check_layer(fields: LoraFields, name: str, site: Site, layer: AdaptableLaye
 
 
 def layer_leaves(fields: LoraFields) -> dict[str, str]:
-    """Return leaf -> name, of the tensors that a layer does not share."""
+    """Return leaf -> name, for the tensors that belong to one layer only."""
     leaves: tuple[str, ...] = (_VERA_A, _VERA_B) if fields.is_vera else (B,) if fields.scales else (A, B)
     leaves += (MAGNITUDE,) if fields.use_dora else ()
     leaves += (_TASK, _WEIGHTS) if fields.has_tasks else ()
@@ -234,7 +234,7 @@ def layer_leaves(fields: LoraFields) -> dict[str, str]:
 
 
 def _leaf_shapes(fields: LoraFields, site: Site, layer: AdaptableLayer) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape, of all tensors that a layer computes with."""
+    """Return name -> shape, for all tensors that a layer's computation reads."""
     r, out, columns = fields.r, site.out_features, site.in_features
     if layer.role == PACKED:
         count = len(fields.letters(layer))
@@ -252,7 +252,7 @@ def _leaf_shapes(fields: LoraFields, site: Site, layer: AdaptableLayer) -> dict[
 
 
 def _to_parameters(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
-    """Return lorac's parameters of a layer, multiplied where the library has more factors than two."""
+    """Return lorac's parameters of a layer; where the library has more than two factors, multiply them."""
     if layer.role == PACKED:
         return _unpack(fields, layer, stored)
     if fields.scales:
@@ -269,7 +269,7 @@ def _to_parameters(fields: LoraFields, layer: AdaptableLayer, stored: Stored) ->
 
 
 def _unpack(fields: LoraFields, layer: AdaptableLayer, stored: Stored) -> dict[str, Tensor]:
-    """Return the parameters of the parts of a packed layer, by the names that a ``Split`` gives them."""
+    """Split the tensors of a packed layer into parameters of its parts, under the names of ``Split``."""
     letters = fields.letters(layer)
     ups = dict(zip(letters, stored[B].chunk(len(letters)), strict=True))
     if fields.scales:

@@ -1,7 +1,8 @@
 """llama.cpp's adapter files: GGUF with the factors of LoRAs, ``<weight>.lora_a`` (r, in) and ``.lora_b`` (out, r).
 
-Source: convert_lora_to_gguf.py and src/llama-adapter.cpp of llama.cpp. One alpha is stored for all layers, and a
-layer's scale is alpha / r; without it, or with 0, it is 1. A of the token embedding is stored as (vocabulary, r).
+Source: convert_lora_to_gguf.py and src/llama-adapter.cpp of llama.cpp. A file stores one alpha for all layers, and the
+scale of a layer is alpha / r; if alpha is missing or 0, the scale is 1. The token embedding's A is stored as
+(vocabulary, r).
 """
 
 import math
@@ -94,11 +95,12 @@ class GgufFormat(Format):
         return check_read(replace(made, variant=method), view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write the factors; scales that one alpha for all layers does not give are multiplied into B.
+        """Write the factors; where one alpha for all layers does not give the scales, multiply the scales into B.
 
         Raises:
-            FormatError: the adapter is not a plain LoRA, or llama.cpp's names of the model's layers are not known.
-            SiteError: llama.cpp adapts no such layer.
+            FormatError: the adapter is not a plain LoRA, or lorac does not know llama.cpp's names of the model's
+                layers.
+            SiteError: llama.cpp does not adapt such a layer.
             BaseNeeded: no model is given.
         """
         variant = require_plain_lora(adapter, self.name)
@@ -129,7 +131,7 @@ class GgufFormat(Format):
 
 
 def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
-    """Return alpha of a file's fields, checked; 0 where the scale is 1."""
+    """Check the fields of a file, and return its alpha; 0 means that the scale is 1."""
     expected = {_TYPE: "adapter", _ADAPTER_TYPE: "lora"}
     for key, value in expected.items():
         if fields.get(key) != value:

@@ -1,6 +1,6 @@
-"""Reading GGUF files without trusting them.
+"""Reading untrusted GGUF files.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is little-endian; shapes are stored with
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. All numbers are little-endian; shapes are stored with
 the fastest axis first.
 """
 
@@ -33,10 +33,10 @@ _MOST_AXES, _MOST_NUMBERS, _LONGEST_TEXT = 4, 1024, 1 << 20
 
 
 def read_gguf(file: AdapterFile) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Return the fields of a file, None for arrays of many values or of texts, and its tensors in memory of their own.
+    """Return the fields of a file, with None for long arrays and arrays of texts, and copies of its tensors.
 
     Raises:
-        FormatError: it is damaged, or of a version or a type of tensors that lorac does not read.
+        FormatError: the file is damaged, or has a version or a tensor type that lorac does not read.
     """
     with file.open() as opened:
         try:
@@ -110,7 +110,7 @@ class _Reader:
         return None
 
     def _place(self) -> tuple[str, TensorPlace]:
-        """Return the name of a tensor and its place, counted from the first tensor's; blocks are rows of bytes."""
+        """Read a tensor's name, and its place relative to the first tensor; quantised blocks are rows of bytes."""
         name, axes = self._text(), self._number("<I")
         if axes > _MOST_AXES:
             raise ValueError(f"'{name}' has {axes} axes, more than {_MOST_AXES}")
@@ -128,7 +128,7 @@ class _Reader:
         return name, TensorPlace(torch.uint8, (*shape[:-1], shape[-1] // _Q8_0_VALUES, _Q8_0_BYTES), begin)
 
     def _check_places(self, places: Mapping[str, TensorPlace], begin: int, alignment: int) -> None:
-        """Refuse tensors that overlap, leave a gap beyond the alignment, or do not fill the file."""
+        """Refuse tensors that overlap, leave a gap beyond the alignment, or end before the file does."""
         reached = 0
         for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].size)):
             if place.begin != reached:
@@ -149,7 +149,7 @@ class _Reader:
             raise ValueError(f"a text has {length} bytes, more than {_LONGEST_TEXT}")
         try:
             return self._take(length).decode()
-        except UnicodeDecodeError as error:  # itself a ValueError, which does not say where
+        except UnicodeDecodeError as error:  # a ValueError too, whose text does not say where it occurred
             raise ValueError("a text is not UTF-8") from error
 
     def _take(self, count: int) -> bytes:
@@ -165,7 +165,7 @@ class _Reader:
 
 
 def _unpack(stored: Tensor) -> Tensor:
-    """Return the values of blocks, which lie along the last axis but one; any other tensor unchanged."""
+    """Dequantise blocks, which lie along the second-to-last axis; return any other tensor unchanged."""
     if stored.dtype is not torch.uint8:
         return stored
     claim_memory(4 * stored.numel() // _Q8_0_BYTES * _Q8_0_VALUES, "its blocks are unpacked")

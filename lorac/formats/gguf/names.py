@@ -1,8 +1,8 @@
-"""The names of layers in GGUF, and the order of their rows, as llama.cpp's converter chooses them for an architecture.
+"""The names of layers in GGUF, and the order of their rows, as llama.cpp's converter chooses them per architecture.
 
-The names are those of the library ``gguf``, tried on every layer of the model. llama.cpp rotates neighbouring features
-of queries and keys in some architectures, where transformers rotates the two halves of a head. There the converter
-reorders the rows of both projections, and with them those of a LoRA's B.
+The names come from the library ``gguf``, which lorac queries for every layer of the model. In some architectures
+llama.cpp rotates adjacent features of queries and keys, while transformers rotates the two halves of a head. For these
+the converter reorders the rows of both projections, and therefore the rows of a LoRA's B too.
 """
 
 from collections.abc import Mapping
@@ -53,12 +53,12 @@ _NEIGHBOURS = frozenset({"arcee", "granite", "llama", "olmo", "smollm3"})
 
 @dataclass(frozen=True)
 class GgufNames:
-    """The layers of one model in GGUF.
+    """The layers of one model, by their names in GGUF.
 
     Attributes:
-        architecture: the model's.
+        architecture: the model's architecture in GGUF.
         paths: name of a weight in GGUF -> path of its site.
-        heads: number of heads of queries, and of keys.
+        heads: the numbers of query heads and of key heads.
     """
 
     architecture: str
@@ -102,15 +102,15 @@ class GgufNames:
         return cls(architecture, paths, (heads, getattr(config, "num_key_value_heads", None) or heads))
 
     def to_file(self, name: str, b: Tensor) -> Tensor:
-        """Return B (out, r) with its rows in llama.cpp's order."""
+        """Permute the rows of B (out, r) from transformers' order to llama.cpp's."""
         return self._reorder(name, b, (2, -1))
 
     def from_file(self, name: str, b: Tensor) -> Tensor:
-        """Return B (out, r) with its rows in transformers' order."""
+        """Permute the rows of B (out, r) from llama.cpp's order to transformers'."""
         return self._reorder(name, b, (-1, 2))
 
     def _reorder(self, name: str, b: Tensor, sizes: tuple[int, int]) -> Tensor:
-        """Exchange the two axes that the rows of a head are split into; rows of another number stay."""
+        """Transpose the two axes into which a head's rows are split; return B unchanged where the rows do not fit."""
         ends = [end for end in _REORDERED if name.endswith(end)] if self.architecture in _NEIGHBOURS else []
         heads = self.heads[_REORDERED.index(ends[0])] if ends else 1
         if not ends or b.shape[0] % (2 * heads):

@@ -1,6 +1,6 @@
 """PEFT's folders: adapter_config.json with adapter_model.safetensors or adapter_model.bin.
 
-The PEFT types are the modules of ``types``; the rest is the same for all.
+Each module of ``types`` defines PEFT types; the other modules are shared by all types.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Arrow in files: PEFT saves the router in a folder next to those of the LoRAs that it chooses from.
+"""Arrow in files: PEFT saves the router in a folder beside the folders of the LoRAs that it chooses from.
 
-Source: peft.tuners.lora.arrow of PEFT 0.21. The router's own lora_A and lora_B take no part. PEFT approaches the
-direction of an expert by 15 rounds of power iteration from a random vector; lorac computes it. With use_gks the mean of
-the general LoRAs' factors is subtracted from each expert's.
+Source: peft.tuners.lora.arrow of PEFT 0.21. The router's own lora_A and lora_B are not used. PEFT approximates the
+direction of an expert by 15 rounds of power iteration from a random vector; lorac computes it exactly. With use_gks the
+mean of the general LoRAs' factors is subtracted from each expert's factors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,11 +41,11 @@ FIELDS: Mapping[str, Field] = {
 
 
 def read_router(folder: AdapterFile, config: Mapping[str, object], name: str, view: ModelView | None) -> Adapter:
-    """Return the adapter of a router's folder and of the LoRAs next to it.
+    """Read the adapter from a router's folder and the LoRAs beside it.
 
     Raises:
-        FormatError: a folder of a LoRA is missing.
-        AdapterError: the LoRAs do not belong together.
+        FormatError: the folder of a LoRA is missing.
+        AdapterError: the LoRAs cannot be combined.
     """
     values = read_fields(config, FIELDS, folder.path)
     experts = _read_loras(folder, values["task_adapter_names"], name, view)
@@ -68,7 +68,7 @@ def _read_loras(folder: AdapterFile, names: Sequence[str], router: str, view: Mo
 
 
 def _subtract_mean(expert: Adapter, general: Sequence[Adapter]) -> Adapter:
-    """Return an expert less the mean of the factors of general LoRAs (GenKnowSub)."""
+    """Subtract the mean of the general LoRAs' factors from an expert's factors (GenKnowSub)."""
     tensors = {}
     for path, factors in expert.tensors.items():
         others, shapes = [one.tensors.get(path, {}) for one in general], {key: t.shape for key, t in factors.items()}

@@ -1,4 +1,4 @@
-"""Checks of a PEFT file against its own configuration, and against the model that it is for."""
+"""Checks of a PEFT file against its own configuration, and against the base model."""
 
 from collections.abc import Iterable, Mapping
 
@@ -20,10 +20,10 @@ from lorac.variants.base import Variant
 
 
 def check_against_config(adapter: Adapter, file: PeftFile, sites: Mapping[str, Site]) -> None:
-    """Check that every site of a file is one that its configuration targets.
+    """Check that the configuration targets every site of a file.
 
     Raises:
-        FormatError: there are no sites, or one is not targeted, so that PEFT would ignore its tensors in silence.
+        FormatError: the file has no sites, or has an untargeted site, whose tensors PEFT would silently ignore.
     """
     if not sites and not _has_copied_module(adapter):
         raise corrupt_error(f"the file of adapter '{adapter.name}' holds no tensor of its method")
@@ -31,13 +31,13 @@ def check_against_config(adapter: Adapter, file: PeftFile, sites: Mapping[str, S
 
 
 def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Site], view: ModelView) -> None:
-    """Check that sites, shapes, saved modules and copies of the base are those of the model.
+    """Check that sites, shapes, saved modules and copies of the base agree with the model.
 
-    Embeddings saved whole become replacements where they are not the base's own.
+    Saved embeddings become replacements where they differ from the base's.
 
     Raises:
         SiteError, AdapterError: as ``check_adapter``.
-        FormatError: the configuration promises tensors that the file lacks; a site is not targeted; or a saved module
+        FormatError: the file lacks tensors that the configuration requires; a site is not targeted; or a saved module
             computes its weight at each call.
     """
     targets = select_targets(adapter.variant, view.sites, view)
@@ -72,7 +72,7 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
         file.peft_type.check_site(site, adapter.tensors[path])
     for name, tensor in contents.copies.items():
         check_replaced(adapter.name, name, tensor, named, resizable)
-        own = view.as_given(name, view.tensor(name))  # tokens that were added are not the model's
+        own = view.as_given(name, view.tensor(name))  # rows of added tokens are not in the model
         if not _is_same_value(tensor[: len(own)] if name in adapter.replaced else tensor, own):
             raise copy_mismatch_error(adapter.name, name)
 
@@ -81,12 +81,12 @@ def select_targets(variant: Variant, sites: Mapping[str, Site], view: ModelView 
     """Return the paths of the sites that PEFT would adapt.
 
     Args:
-        view: names its output layer, which "all-linear" leaves out.
+        view: the base, whose output layer "all-linear" excludes.
     """
     targets = variant.targets
     if targets == ALL_LINEAR:
         output = set() if view is None else set(view.output_layers)
-        # PEFT means modules that are linear layers: not an attention, whose site is a matrix within it.
+        # "all-linear" selects modules that are linear layers; an attention is none, though its site is a matrix.
         layers = (p for p, s in sites.items() if s.kind is SiteKind.LINEAR and s.within != p)
         targets = tuple(p for p in layers if p not in output)
     selected = select_sites(
@@ -102,7 +102,7 @@ def select_targets(variant: Variant, sites: Mapping[str, Site], view: ModelView 
 
 
 def saved_parameter_names(variant: Variant, view: ModelView) -> list[str]:
-    """Return the parameters and buffers that PEFT saves for modules_to_save, or as part of a copied module."""
+    """Return the parameters and buffers that PEFT saves for modules_to_save or for copied modules."""
     if not variant.modules_to_save and type(variant).replaces_module is Variant.replaces_module:
         return []
     names = view.module.state_dict(keep_vars=True)
@@ -116,7 +116,7 @@ def _has_copied_module(adapter: Adapter) -> bool:
 def _refuse_untargeted(
     adapter: Adapter, file: PeftFile, sites: Mapping[str, Site], targets: Iterable[str], *, by_weight: bool = False
 ) -> None:
-    """Refuse a site that is neither targeted nor tied, by value alone or by weight too, to an embedding that is."""
+    """Refuse a site neither targeted nor tied to an adapted embedding; ``by_weight`` requires a shared weight too."""
     targets, ties = set(targets), bool(file.values.get("ensure_weight_tying"))
     for path in adapter.tensors:
         if path in targets or path in adapter.provenance["tied"]:
@@ -136,7 +136,7 @@ def _refuse_untargeted(
 
 
 def _tie_to_embedding(adapter: Adapter, path: str, file: PeftFile, sites: Mapping[str, Site]) -> str | None:
-    """Return the embedding whose tensors a site has, and give the site those very tensors; None if there is none."""
+    """Return the embedding that a site is tied to, and share its tensors with the site; None if there is none."""
     tensors = adapter.tensors[path]
     for other, embedding in adapter.tensors.items():
         tied = file.peft_type.tied_tensors(embedding) if sites[other].kind is SiteKind.EMBEDDING else {}
@@ -147,7 +147,7 @@ def _tie_to_embedding(adapter: Adapter, path: str, file: PeftFile, sites: Mappin
 
 
 def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:
-    """Refuse tensors from which a saved module computes its weight at each call: a program holds the result."""
+    """Refuse tensors from which a saved module computes its weight at each call; a program has the weight only."""
     for name in sorted(adapter.replaced.keys() - names):
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         if f"{owner}.weight" in names - adapter.replaced.keys():
@@ -160,7 +160,7 @@ def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:
 
 
 def _refuse_incomplete(adapter: Adapter, targets: Iterable[str], view: ModelView) -> None:
-    """Refuse a file that lacks a targeted site or a saved module."""
+    """Refuse a file that lacks the tensors of a targeted site or of a saved module."""
     lacking = [path for path in targets if path not in adapter.tensors]
     lacking += [name for name in saved_parameter_names(adapter.variant, view) if name not in adapter.replaced]
     if lacking:
@@ -173,7 +173,7 @@ def _refuse_incomplete(adapter: Adapter, targets: Iterable[str], view: ModelView
 
 
 def _is_same_value(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal as far as the coarser of their dtypes can tell."""
+    """Return whether two tensors are equal in the coarser of their dtypes."""
     if not tensor.is_floating_point():
         return torch.equal(tensor, other.to(tensor.device))
     coarse = max(tensor.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,8 +1,8 @@
-"""adapter_config.json: read and written through the tables of fields.
+"""adapter_config.json: read and written by the tables of fields.
 
-Source: peft.config.PeftConfig and the configuration classes of PEFT 0.21. Its `save_pretrained` sorts nested names too,
-so that of several patterns in rank_pattern the first by alphabet wins after a reload. The order in the file decides, as
-it does in PEFT's own reader.
+Source: peft.config.PeftConfig and the configuration classes of PEFT 0.21. PEFT's `save_pretrained` also sorts nested
+names, so after a reload the alphabetically first matching pattern of rank_pattern wins. lorac follows the order in the
+file, as PEFT's own reader does.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:
     """Return the PEFT type of a configuration.
 
     Raises:
-        FormatError: no type is named, or one that PEFT does not have, or that lorac does not read.
+        FormatError: the type is missing, unknown to PEFT, or not supported by lorac.
     """
     named = raw.get("peft_type")
     for name, one in peft_types().items():
@@ -63,7 +63,7 @@ def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Varia
     """Return the variant that a checked configuration describes.
 
     Raises:
-        FormatError: a field is set that the variant does not have.
+        FormatError: the file sets a field that the variant does not have.
     """
     cls, selection = next(
         (cls, selection)
@@ -103,8 +103,8 @@ def write_config(
 
     Args:
         variant: the method and its hyper-parameters.
-        given: fields that the variant alone does not determine; those that the type lacks are left out.
-        original: the configuration from which the variant was read, whose inconsequential fields are kept.
+        given: values of fields that the variant does not determine; fields that the type lacks are ignored.
+        original: the configuration that the variant was read from; its fields without effect are kept.
     """
     config: dict[str, object] = {}
     for name, field in peft_type.fields.items():

@@ -1,4 +1,4 @@
-"""Tables of configuration fields that several PEFT types have in common."""
+"""Tables of configuration fields that several PEFT types share."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ WITHOUT_FAN: dict[str, Field] = {
 }
 """Fields of the types that have no fan_in_fan_out."""
 
-# PEFT corrects fan_in_fan_out by the class of the module, and so does lorac.
+# PEFT corrects fan_in_fan_out to fit the class of the module, and lorac does the same.
 COMMON: dict[str, Field] = {**WITHOUT_FAN, "fan_in_fan_out": Irrelevant(False, read=read_flag)}
 """Fields of almost all types."""
 
@@ -66,7 +66,7 @@ LYCORIS: dict[str, Field] = {
     "r": Applied(8, to="r", read=read_size),
     "alpha": Applied(8, to="alpha", read=read_number, write=write_number),
     "use_effective_conv2d": Applied(False, to="effective_conv2d", read=read_flag),
-    # PEFT drops rows of the update, or the whole of it.
+    # PEFT drops rows of the update, or the whole update.
     "rank_dropout": TrainingOnly(0.0, preserved=True),
     "module_dropout": TrainingOnly(0.0, preserved=True),
     "init_weights": TrainingOnly(True),
@@ -75,7 +75,7 @@ LYCORIS: dict[str, Field] = {
 
 SEEDED: dict[str, Field] = {
     "projection_prng_key": Applied(0, to="projection_prng_key", read=read_int),
-    # With False the file leaves out the tensors that the seed gives; lorac always writes it.
+    # If False, the file omits the tensors that the seed determines; lorac always writes them.
     "save_projection": Applied(True, read=read_flag),
     "init_weights": TrainingOnly(True),
 }
@@ -83,16 +83,16 @@ SEEDED: dict[str, Field] = {
 
 
 def own(read: Callable[[object], object], **defaults: object) -> dict[str, Field]:
-    """Return fields by PEFT's names and defaults that a variant has by the same names, all read alike."""
+    """Return fields with the same names in PEFT and in the variant, all with one reader."""
     return {name: Applied(default, to=name, read=read) for name, default in defaults.items()}
 
 
 def bias(prefix: str) -> Field:
-    """Return the field that says which biases are trained: none, all or ``<prefix>_only``."""
+    """Return the field for the biases that are trained: none, all or ``<prefix>_only``."""
     read = read_choice("none", "all", f"{prefix}_only")
     return Applied("none", to="bias", read=read, write=lambda value: rename_bias(value, prefix))
 
 
 def rename_bias(value: str, prefix: str) -> str:
-    """Return `none` and `all` unchanged, and `<anything>_only` as `<prefix>_only`."""
+    """Replace `<anything>_only` by `<prefix>_only`; return `none` and `all` unchanged."""
     return f"{prefix}_only" if value.endswith("_only") else value

@@ -1,21 +1,21 @@
-"""Keys of a PEFT file: rules, tried in order, that account for every tensor.
+"""Keys of a PEFT file: rules that are tried in order and together cover every tensor.
 
-Source: peft.utils.save_and_load.get_peft_model_state_dict and peft.utils.other of PEFT 0.21. With the prefix and the
-name of the adapter taken off:
+Source: peft.utils.save_and_load.get_peft_model_state_dict and peft.utils.other of PEFT 0.21. Keys, without the prefix
+and the name of the adapter:
 
     <site>.<suffix>                      a tensor of the method
-    <site>.base_layer.<layer>.<suffix>   of a layer whose weight the site's module reads itself (an attention's output)
-    <module>[.base_layer…].<suffix>      of a module's own matrices, see lorac.formats.peft.target_parameters
-    <module>.<copied>.<parameter>        of a module of which the method trains a copy
+        <site>.base_layer.<layer>.<suffix>   a layer whose weight the site's module reads itself (an attention's output)
+        <module>[.base_layer…].<suffix>      a module's own matrices, see lorac.formats.peft.target_parameters
+        <module>.<copied>.<parameter>        a module of which the method trains a copy
     base_model.<shared>, <site>.<shared> a tensor that all sites share, and copies of it
     <saved module>.<parameter>           modules_to_save; with bias="all" also two copies of its bias
                                          under .original_module and .modules_to_save
-    <tied module>.weight                 under ensure_weight_tying: the saved embedding once more
+        <tied module>.weight                 with ensure_weight_tying: a second copy of the saved embedding
     <module>[.base_layer].bias           bias="all" or "lora_only"
     <layer>.token_adapter.trainable_tokens_delta   rows of an embedding, see lorac.formats.peft.token_rows
-    <site>.base_layer.<parameter>        a copy of the base's own, for embed_tokens and lm_head
+        <site>.base_layer.<parameter>        a copy of the base's parameter, for embed_tokens and lm_head
     <embedding>.<parameter>              save_embedding_layers=True: the embedding, trained or resized
-    …                                    state of the training alone, see PeftType.training_state
+        …                                    state of the training only, see PeftType.training_state
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,17 +45,17 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass
 class FileContents:
-    """The tensors of a file by their purpose.
+    """The tensors of a file, grouped by their use.
 
     Attributes:
         sites: site path -> suffix -> tensor.
-        within: site path -> path of the module that reads its weight itself, as far as the keys tell.
-        shared: name -> tensor that all sites share.
-        rows: module -> rows that replace some of its weight's.
+        within: site path -> path of the module that reads its weight itself, where the keys show it.
+        shared: name -> the tensor, for tensors that all sites share.
+        rows: module -> rows that replace rows of its weight.
         replaced: parameter of the model -> its replacement.
         copies: parameter of the model -> the base's own value, as saved.
-        embeddings: parameter of an embedding -> its value, the base's own or another.
-        tied: name in ``replaced``, or site path -> the name or site whose very tensors it has.
+        embeddings: parameter of an embedding -> its saved value, which may equal the base's.
+        tied: name in ``replaced``, or site path -> the name or site with which it shares tensors.
     """
 
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -70,11 +70,11 @@ class FileContents:
 
 @dataclass(frozen=True)
 class PeftFile:
-    """A PEFT file whose configuration and keys are read.
+    """A PEFT file with its configuration and keys parsed.
 
     Attributes:
         values: the value of every configuration field.
-        contents: its tensors.
+        contents: the tensors.
         view: the base, if it is given.
     """
 
@@ -86,48 +86,48 @@ class PeftFile:
 
     @property
     def sites(self) -> Mapping[str, Site]:
-        """The sites of the base; empty without one."""
+        """The sites of the base; empty if no base is given."""
         return {} if self.view is None else self.view.sites
 
 
 def read_keys(
     tensors: Mapping[str, Tensor], peft_type: AnyPeftType, values: JsonMapping, view: ModelView | None
 ) -> FileContents:
-    """Account for every tensor of a file.
+    """Assign every tensor of a file to a use.
 
     Args:
-        tensors: by key, as in the file.
-        view: the base; without it embeddings are known by PEFT's two names for them only.
+        tensors: the tensors of the file, by key.
+        view: the base; without it, embeddings are recognised only by PEFT's two names for them.
 
     Raises:
-        FormatError: no rule accounts for a key, or two copies of one thing differ.
+        FormatError: no rule covers a key, or two copies of a tensor differ.
     """
     embeddings = frozenset() if view is None else embedding_modules(view.module)
     return _KeyReader(peft_type, values, embeddings).read(peft_type.rename_keys(tensors))
 
 
 def shared_name(peft_type: AnyPeftType, key: str) -> str | None:
-    """Return the name of a tensor that sites share, one of several parts with its number; None for other keys."""
+    """Return the name of a tensor that sites share, with the number of its part, if any; None for other keys."""
     name = key.removeprefix(SHARED_PREFIX)
     return name if name != key and name.partition(".")[0] in peft_type.shared else None
 
 
 def is_saved(name: str, modules: Sequence[str]) -> bool:
-    """Return whether a parameter lies in a module of modules_to_save.
+    """Return whether a parameter belongs to a module of modules_to_save.
 
-    PEFT saves every module whose path *ends* with a given name, so that "classifier" saves pre_classifier, too
+    PEFT saves every module whose path *ends* with a given name, so "classifier" also saves pre_classifier
     (peft.utils.other._set_trainable).
     """
     return bool(modules) and any(path.endswith(tuple(modules)) for path in _enclosing_modules(name))
 
 
 def copied_module(variant: Variant, name: str) -> str | None:
-    """Return the module that holds a parameter and of which the method trains a copy, or None."""
+    """Return the enclosing module of a parameter of which the method trains a copy, or None."""
     return next((path for path in _enclosing_modules(name) if variant.replaces_module(path)), None)
 
 
 def embedding_modules(model: nn.Module) -> frozenset[str]:
-    """Return the paths of the embeddings that a transformers model names; other models have none."""
+    """Return the paths of a transformers model's input and output embeddings; empty for other models."""
     embeddings = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -140,7 +140,7 @@ def embedding_modules(model: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _KeyReader:
-    """Applies the rules to the keys of a file; later rules see the result of earlier ones."""
+    """A reader that applies the rules to the keys of a file; later rules see the results of earlier ones."""
 
     peft_type: AnyPeftType
     values: JsonMapping
@@ -176,7 +176,7 @@ class _KeyReader:
             if name.endswith(f".{suffix}"):
                 path = name.removesuffix(f".{suffix}")
                 owner, inside, layer = path.partition(f".{WRAPPED}.")
-                # Wrappers alone wrap the parameters of one module: see lorac.formats.peft.target_parameters.
+                # Nested wrappers alone wrap the parameters of one module: see lorac.formats.peft.target_parameters.
                 if inside and set(layer.split(".")) != {WRAPPED}:
                     path = f"{owner}.{layer}"
                     self.contents.within |= {path: owner, owner: owner}
@@ -229,7 +229,7 @@ class _KeyReader:
         return True
 
     def _split_wrapped_bias(self, name: str) -> tuple[str, str] | None:
-        """Return (name without the wrapper, the wrapper) of a bias or embedding inside PEFT's wrapper of a module."""
+        """Return (name without the wrapper, the wrapper) of a bias or embedding in a wrapper of PEFT's; else None."""
         parts = name.split(".")
         if not (self.values.get("bias") == "all" if parts[-1] == "bias" else {*EMBEDDING_NAMES} & {*parts}):
             return None
@@ -295,7 +295,7 @@ class _KeyReader:
 
 
 def _enclosing_modules(name: str) -> Iterator[str]:
-    """Iterate over the modules that hold a parameter, from the innermost."""
+    """Yield the paths of the modules that contain a parameter, from the innermost."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

@@ -1,4 +1,4 @@
-"""Layouts of tensors that several PEFT types have in common."""
+"""Layouts of tensors that several PEFT types share."""
 
 from collections.abc import Sequence
 from math import prod
@@ -16,17 +16,17 @@ Pair = tuple[str, str]
 def read_factors(
     path: str, stored: Tensors, matrices: Pair, embedding: Pair, expected: str
 ) -> tuple[Site, Tensor, Tensor]:
-    """Return a site as A and B tell it, with A (r, in) and B (out, r / groups), kernels flattened.
+    """Return the site that the shapes of A and B imply, A (r, in) and B (out, r / groups), with kernels flattened.
 
-    In a file A of a convolution is a kernel (r, in, …), and B is (out, r / groups, 1, …).
+    In a file, A of a convolution is a kernel (r, in, …), and B is (out, r / groups, 1, …).
 
     Args:
-        stored: the tensors in the file, by suffix.
-        matrices: suffixes at a linear layer or convolution.
-        embedding: suffixes at an embedding.
+        stored: the tensors of the file, by suffix.
+        matrices: the suffixes of A and B at a linear layer or convolution.
+        embedding: the suffixes of A and B at an embedding.
 
     Raises:
-        AdapterError: they do not belong together, or to no kind of site.
+        AdapterError: the shapes do not fit each other, or fit no kind of site.
     """
     pair = embedding if embedding[0] in stored else matrices
     if any(name not in stored or stored[name].ndim < 2 for name in pair):
@@ -44,7 +44,7 @@ def read_factors(
 
 
 def write_factors(site: Site, a: Tensor, b: Tensor, matrices: Pair, embedding: Pair) -> dict[str, Tensor]:
-    """Return A (r, in) and B (out, r / groups) as a file has them; the inverse of ``read_factors``."""
+    """Return A and B in the shapes that a file has; the inverse of ``read_factors``."""
     if site.conv is not None:
         ones = (1,) * len(site.conv.kernel)
         a, b = a.reshape(-1, *site.kernel[1:]), b.reshape(b.shape[0], -1, *ones)
@@ -52,6 +52,6 @@ def write_factors(site: Site, a: Tensor, b: Tensor, matrices: Pair, embedding: P
 
 
 def core_shape(site: Site, core: Tensor) -> Sequence[int]:
-    """Return the shape (r, r, kh, kw) in a file of a core (r, r, taps); the kernel of a Conv1d counts as (k, 1)."""
+    """Return the shape (r, r, kh, kw) that a file has for a core (r, r, taps); a Conv1d's kernel counts as (k, 1)."""
     assert site.conv is not None
     return (*core.shape[:2], *(*site.conv.kernel, 1)[:2])

@@ -1,7 +1,7 @@
-"""PEFT's objects in memory: a configuration as a fresh variant, a model with its layers as a base and adapters.
+"""PEFT's objects in memory: a configuration becomes a fresh variant, a wrapped model becomes a base and adapters.
 
-Both go through files, in a temporary folder, so that an object is refused as a file is, in the same
-words. PEFT is only used where the caller has imported it.
+Both are written to a temporary folder and read from it, so an object raises the same errors as a file. lorac uses PEFT
+only where the caller has imported it.
 """
 
 import dataclasses
@@ -42,21 +42,21 @@ _BASES: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyD
 
 
 def _find_class(module: str, name: str) -> tuple[type, ...]:
-    """Return a class of PEFT's for ``isinstance``; empty where PEFT is not imported, for then it has no instance."""
+    """Return a class of PEFT's as a tuple for ``isinstance``; empty where PEFT is not imported."""
     cls = getattr(sys.modules.get(module), name, None)
     return () if cls is None else (cls,)
 
 
 def is_peft_config(value: object) -> bool:
-    """Return whether a value is a configuration of PEFT's, such as a ``LoraConfig``."""
+    """Return whether a value is a PEFT configuration, such as a ``LoraConfig``."""
     return isinstance(value, _find_class("peft.config", "PeftConfig"))
 
 
 def variant_from_config(config: PeftObject) -> Variant:
-    """Return the fresh variant that a configuration of PEFT's describes.
+    """Return the fresh variant that a PEFT configuration describes.
 
     Raises:
-        FormatError: it sets a field that lorac does not build, or how PEFT initialises an adapter.
+        FormatError: the configuration sets a field that lorac does not support, or PEFT's initialisation of an adapter.
     """
     path = Path(type(config).__name__)
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))
@@ -79,7 +79,7 @@ def variant_from_config(config: PeftObject) -> Variant:
 
 
 def _refuse_training_fields(raw: JsonMapping, peft_type: AnyPeftType, path: Path) -> None:
-    """Refuse fields that say of a file how it was trained, and of a fresh adapter how PEFT would initialise it."""
+    """Refuse fields that only change PEFT's training or initialisation, which a fresh adapter would not follow."""
     selections = peft_type.variants.values()
     for name, field in peft_type.fields.items():
         selects = any(name in selection and selection[name] == raw.get(name) for selection in selections)
@@ -96,12 +96,12 @@ def _refuse_training_fields(raw: JsonMapping, peft_type: AnyPeftType, path: Path
 
 @dataclass(frozen=True)
 class UnwrappedModel:
-    """The parts of a model with PEFT's layers.
+    """The base and the adapters of a model with PEFT's layers.
 
     Attributes:
-        base: the model without PEFT's layers: a copy over the same weights.
-        adapters: its adapters, by PEFT's names for them.
-        active: the names of those that are on.
+        base: a copy of the model without PEFT's layers, which shares the weights.
+        adapters: the adapters, by PEFT's names.
+        active: the names of the active adapters.
     """
 
     base: nn.Module
@@ -110,13 +110,13 @@ class UnwrappedModel:
 
 
 def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
-    """Return the parts of a model with PEFT's layers, which is not changed; None for one that PEFT has not touched.
+    """Split a model with PEFT's layers into copies of base and adapters; return None if it has no such layers.
 
-    The layers are those of a ``PeftModel``, or those that diffusers and transformers put into a model of theirs.
+    The layers come from a ``PeftModel``, or from diffusers or transformers, which inject them into their own models.
 
     Raises:
-        CompileError: the layers' configurations are not known, or adapters are merged or scaled.
-        FormatError: an adapter is of a type, or set in a way, that lorac does not read.
+        CompileError: the model has no configurations of its layers, or an adapter is merged or scaled.
+        FormatError: lorac does not read an adapter's type, or one of its settings.
     """
     is_wrapped = isinstance(model, _find_class("peft.peft_model", "PeftModel"))
     if not is_wrapped and next(_iterate_peft_layers(model), None) is None:
@@ -135,13 +135,13 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
     _BASES.setdefault(wrapped, []).append(base)
     with tempfile.TemporaryDirectory(prefix="lorac-") as root:
         if is_wrapped:
-            # By default PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
+            # By default PEFT asks the hub whether embeddings were resized; here the base keeps its embeddings.
             wrapped.save_pretrained(root, save_embedding_layers=False)
         else:
             _save_injected(wrapped, Path(root))
         folders = {name: Path(root) / ("" if name == _DEFAULT else name) for name in wrapped.peft_config}
         for folder in folders.values():
-            # The base in memory is rewritten already where the initialisation of an adapter rewrites it.
+            # Where an adapter's initialisation rewrites the base, the base in memory is already rewritten.
             config_path = folder / CONFIG
             raw = json.loads(config_path.read_text(encoding="utf-8"))
             raw.pop(peft_type_of(raw, config_path).start_field, None)
@@ -153,9 +153,9 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
 
 
 def _copy_base(wrapped: PeftObject, *, is_wrapped: bool) -> nn.Module:
-    """Return a copy of a model over the same weights, with the base's modules in place of PEFT's."""
+    """Return a copy of a model with the base's modules in place of PEFT's, which shares the weights."""
     copied: PeftObject = Host.of(wrapped).copy().model
-    # Of modules that adapters save whole, PEFT itself would keep the active adapter's.
+    # For modules that adapters save whole, PEFT's own unwrapping would keep the active adapter's copy.
     wrappers = _find_class("peft.utils.other", "ModulesToSaveWrapper")
     found: list[tuple[str, PeftObject]] = [(path, m) for path, m in copied.named_modules() if isinstance(m, wrappers)]
     for path, wrapper in found:
@@ -172,7 +172,7 @@ def _copy_base(wrapped: PeftObject, *, is_wrapped: bool) -> nn.Module:
 
 
 def _injected_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the active adapters of a model into which layers were put; each acts at the strength of its training."""
+    """Return the names of a model's active injected adapters; refuse an adapter whose strength was changed."""
     active: set[str] = set()
     for path, layer in _iterate_peft_layers(model):
         for name, scaling in getattr(layer, "scaling", {}).items():
@@ -187,7 +187,7 @@ def _injected_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _save_injected(model: PeftObject, root: Path) -> None:
-    """Write the adapters of a model that is no ``PeftModel`` as one writes its own."""
+    """Write the adapters of a model that is not a ``PeftModel``, in the form that a ``PeftModel`` writes."""
     for name, config in model.peft_config.items():
         folder = root / ("" if name == _DEFAULT else name)
         config.save_pretrained(str(folder))
@@ -197,13 +197,13 @@ def _save_injected(model: PeftObject, root: Path) -> None:
 
 
 def _iterate_peft_layers(model: nn.Module) -> Iterator[tuple[str, PeftObject]]:
-    """Iterate over PEFT's layers in a model, with their paths."""
+    """Return an iterator over the paths and modules of PEFT's layers in a model."""
     layer = _find_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     return ((path, module) for path, module in model.named_modules() if isinstance(module, layer))
 
 
 def _refuse_peft_layers(model: nn.Module) -> None:
-    """Refuse a model with layers of PEFT's, which lorac cannot adapt."""
+    """Refuse a model with PEFT's layers but without a peft_config."""
     path = next((path for path, _ in _iterate_peft_layers(model)), None)
     if path is not None:
         raise CompileError(

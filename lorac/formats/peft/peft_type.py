@@ -1,6 +1,6 @@
 """The base class of PEFT types: a table of configuration fields, and the layout of the tensors of one module.
 
-A type is a subclass in a module of ``lorac.formats.peft.types``, found by its existence.
+Every subclass in a module of ``lorac.formats.peft.types`` is registered as a type.
 """
 
 from abc import ABC, abstractmethod
@@ -25,9 +25,9 @@ V = TypeVar("V", bound=Variant)
 
 
 class _Given:
-    """A value in ``PeftType.variants`` that equals each one that is set."""
+    """A value in ``PeftType.variants`` that equals any value that is set."""
 
-    __hash__ = None  # type: ignore[assignment]  # it equals values of any hash
+    __hash__ = None  # type: ignore[assignment]  # it equals values with any hash
 
     def __eq__(self, other: object) -> bool:
         return bool(other)
@@ -43,29 +43,31 @@ class PeftType(ABC, Generic[V]):
     """A PEFT type.
 
     Attributes:
-        former_names: names of types of older releases of PEFT whose files are of this one.
+        former_names: names that older releases of PEFT gave to this type.
         variants: class of the method -> the configuration values that select it.
-        read_only: those of the classes that PEFT itself does not compute, so that none is written for it.
-        fields: every field of PEFT's configuration class, and those that older releases or forks wrote.
-        suffixes: the ends of keys, behind the path of a module.
-        shared: names of tensors that all modules share, in the file and as parameters: ``base_model.<name>``, and in
-            older files once more at every module; or that groups of modules share, ``base_model.<name>.<group>``.
-        kinds: kinds of site that PEFT's type adapts; None: ``check_site`` decides.
-        conv1d: whether GPT-2's Conv1D is among them.
-        grouped: whether convolutions of several groups are.
-        pads_itself: whether PEFT's forward pass pads as the convolution does, by whatever mode.
-        shapes_tell_kind: whether the shapes in a file tell the kind and kernel of a site.
-        ordered: whether the order of its sites in the model tells what a file means (``Variant.for_model``).
-        names_no_site: whether a file may name no module, since the configuration's targets are all that it tells.
-        derived: parameters that no file holds, since configuration and model tell them.
-        needs_model: whether a file means nothing without the model, which ``complete_site`` reads.
-        completed: those of the classes for which alone that holds.
-        tied: of a type that can tie the output layer to the embedding that it adapts: parameter of the former -> the
-            parameter of the latter whose transpose it is.
-        copied: the part of a key between the path of a module and its parameter's name, of a type that trains whole
-            copies of the targeted modules (``Variant.replaces_module``).
-        training_state: mark in a key -> field that accounts for it: state of the training alone.
-        start_field: the field that says how an adapter was initialised, where some ways rewrite the base.
+        read_only: the methods that PEFT itself does not compute, for which no file is written.
+        fields: every field of PEFT's configuration class, and the fields that older releases or forks wrote.
+        suffixes: the suffixes of keys, after the path of a module.
+        shared: names of shared tensors, in the file and as parameters. A tensor that all modules share has the key
+            ``base_model.<name>``, and in older files a copy at every module; one that a group shares has
+            ``base_model.<name>.<group>``.
+        kinds: the kinds of sites that PEFT's type adapts; None if ``check_site`` decides.
+        conv1d: whether the type adapts GPT-2's Conv1D.
+        grouped: whether the type adapts grouped convolutions.
+        pads_itself: whether PEFT's forward pass pads as the convolution does, in any padding mode.
+        shapes_tell_kind: whether shapes in a file determine the kind and kernel of a site.
+        ordered: whether the meaning of a file depends on the order of sites in the model (``Variant.for_model``).
+        names_no_site: whether a file may have no key of a module, so only the configuration's targets determine the
+            sites.
+        derived: parameters that no file has, since configuration and model determine them.
+        needs_model: whether a file can be read only with the model, which ``complete_site`` reads.
+        completed: methods for which a file can be read only with the model, where ``needs_model`` is False.
+        tied: for a type that can tie the output layer to an adapted embedding: parameter of the output layer ->
+            parameter of the embedding whose transpose it is.
+        copied: for a type that trains whole copies of targeted modules (``Variant.replaces_module``): the part of a key
+            between the module's path and the parameter's name.
+        training_state: substring of a key that is training state only -> the field that accounts for it.
+        start_field: the field with an adapter's initialisation, where some initialisations rewrite the base.
     """
 
     former_names: ClassVar[tuple[str, ...]] = ()
@@ -92,35 +94,35 @@ class PeftType(ABC, Generic[V]):
     @property
     @abstractmethod
     def peft_type(self) -> str:
-        """The name in the configuration; abstract in a class that several types share."""
+        """The type's name in the configuration; abstract in a base class of several types."""
 
     @abstractmethod
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return a site as its tensors in a file tell it, and the parameters as matrices.
+        """Return the site that its tensors in a file imply, and the parameters as matrices.
 
         Args:
-            stored: the tensors by suffix, and the shared ones by name.
+            stored: the site's tensors by suffix, and the shared tensors by name.
 
         Raises:
-            AdapterError: the tensors do not belong together.
+            AdapterError: the tensors do not fit each other.
         """
 
     def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        """Return the parameters of one site as a file has them: by suffix, the shared ones by name.
+        """Convert the parameters of a site to a file's tensors: by suffix, and shared tensors by name.
 
-        Those of ``derived`` may be among them; no file gets them.
+        The result may contain parameters of ``derived``, which the caller removes.
 
         Raises:
-            SiteError: PEFT has no such layer.
-            FormatError: PEFT has no place for a parameter's values.
+            SiteError: PEFT does not adapt such a layer.
+            FormatError: PEFT cannot store a parameter's values.
         """
         return dict(tensors)
 
     def check_site(self, site: Site, tensors: Tensors) -> None:
-        """Refuse a site that PEFT's type does not adapt; warn where PEFT computes something that no weight does.
+        """Refuse a site that PEFT's type does not adapt; warn where PEFT's result before merging differs.
 
         Raises:
-            SiteError: the type does not adapt it.
+            SiteError: the type does not adapt the site.
         """
         if self.kinds is None:
             return
@@ -141,85 +143,85 @@ class PeftType(ABC, Generic[V]):
         )
 
     def complete_site(self, variant: V, site: Site, tensors: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
-        """Return the parameters with those that no file holds (``derived``): a fresh adapter's are the same."""
+        """Add the parameters that no file has (``derived``), which a fresh adapter has with the same values."""
         return make_site_tensors(variant, variant.name, site, base, tensors)
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the effective parameters of a layer that PEFT adapts with the module that reads its weight."""
+        """Return the effective parameters of a layer whose weight an enclosing adapted module reads itself."""
         return tensors
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
-        """Return the tensors of a file by the keys of this type, where forks wrote others."""
+        """Rename the keys of a fork's file to the keys of this type."""
         return tensors
 
     def name_as_fork(self, tensors: Tensors) -> Tensors:
-        """Return the tensors by the keys that the fork writes which has a method of ``read_only``."""
+        """Rename tensors to the keys of the fork that has a method of ``read_only``."""
         return tensors
 
     def refine_variant(self, variant: V, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
-        """Return the variant corrected by the configuration's values and the tensors of a file, by site and suffix."""
+        """Correct a variant by the values of the configuration and the tensors of a file, by site and suffix."""
         return variant
 
     def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:
-        """Return tied site -> the site of the file whose tensors it has in PEFT."""
+        """Return tied site -> the site of the file with which PEFT shares its tensors."""
         return {}
 
     def check_copies(self, config: JsonMapping, sites: Iterable[Site], stored: Mapping[str, Tensors]) -> None:
-        """Refuse parameters that PEFT, reading a configuration, would take for copies of other sites', and differ.
+        """Refuse parameters that PEFT would take for copies of another site's by the configuration, but that differ.
 
         Raises:
-            FormatError: naming the sites.
+            FormatError: naming the two sites.
         """
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
-        """Return the shared tensors as a seed gives them, of a type whose files may lack them (``save_projection``).
+        """Draw the shared tensors from the seed, for a type whose files may omit them (``save_projection``).
 
         Args:
-            out_features: the largest of the sites.
-            in_features: the largest of the sites.
+            out_features: the largest number of output features of any site.
+            in_features: the largest number of input features of any site.
         """
         raise NotImplementedError
 
     def shared_shapes(self, variant: V, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of the shared tensors in PEFT, where they are not those that the sites need."""
+        """Return the shapes of shared tensors in PEFT, where these differ from the shapes that the sites need."""
         return {}
 
     def undo_start(self, adapter: Adapter, values: JsonMapping, view: ModelView | None) -> Adapter:
-        """Return an adapter over the base as it was before the adapter's initialisation rewrote it."""
+        """Rewrite an adapter to the original base, where its initialisation rewrote the base."""
         return adapter
 
     def convert(self, adapter: Adapter) -> Adapter | None:
-        """Return an adapter of a method without a PEFT type as an equal one of this type; None: it is of no concern."""
+        """Convert an adapter whose method has no PEFT type to an equal one of this type; None where it cannot."""
         return None
 
     def read_folder(
         self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter | None:
-        """Return the adapter of a type whose file holds no tensors of modules; None for all others."""
+        """Read the adapter of a type whose file has no tensors of modules; None for all other types."""
         return None
 
     def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]] | None:
-        """Return the tensors of the file of such a type, and its experts by name; None for all others."""
+        """Return the file's tensors, and the experts by name, for a type as in ``read_folder``; None for all others."""
         return None
 
     def tied_tensors(self, embedding: Tensors) -> dict[str, Tensor]:
-        """Return the parameters of an output layer tied to an embedding with these; empty where the type ties none.
+        """Return the parameters of an output layer tied to an embedding with the given ones; empty for other types.
 
         PEFT adapts an lm_head that ensure_weight_tying ties to an embedding with A (r, V) and B (d, r) by Bᵀ and Aᵀ,
-        and saves both (peft.tuners.lora.model).
+        and saves both layers' tensors (peft.tuners.lora.model).
         """
         if not embedding.keys() >= set(self.tied.values()):
             return {}
         return {own: embedding[other].t() for own, other in self.tied.items()}
 
     def holds_tied(self, own: Tensors, embedding: Tensors) -> bool:
-        """Return whether a layer that is tied to an embedding has its tensors, value for value."""
+        """Return whether a layer has exactly the tensors that tying it to an embedding gives."""
         tied = self.tied_tensors(embedding)
         return bool(tied) and contains_tensors(own, tied)
 
 
 def contains_tensors(tensors: Tensors, expected: Tensors) -> bool:
-    """Return whether the expected tensors are among others, value for value."""
+    """Return whether tensors contain all the expected ones, by name and with equal values."""
     return all(name in tensors and torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
@@ -228,9 +230,9 @@ AnyPeftType = PeftType[Any]
 
 
 def warn_of_padding(peft_type: str, site: Site) -> None:
-    """Warn of a convolution that pads otherwise than with zeros, as PEFT pads the branch that it adds.
+    """Warn of a convolution with a padding mode other than zeros, since PEFT pads its added branch with zeros.
 
-    Merged by PEFT the adapter is the same as here; unmerged, PEFT computes something else at the borders.
+    An adapter that PEFT merged gives lorac's result; an unmerged one differs at the borders.
     """
     if site.conv is None or not site.conv.before or site.conv.mode == "zeros":
         return
@@ -242,10 +244,10 @@ def warn_of_padding(peft_type: str, site: Site) -> None:
 
 
 def take_tensors(path: str, stored: Tensors, axes: Mapping[str, int], expected: str) -> dict[str, Tensor]:
-    """Return the tensors of one module in the order of ``axes``, which maps each name to its number of axes.
+    """Return the tensors of one module, in the order of ``axes``: name -> number of axes.
 
     Raises:
-        AdapterError: there are others, or one has another number of axes.
+        AdapterError: a tensor is missing or additional, or has another number of axes.
     """
     if {name: tensor.ndim for name, tensor in stored.items()} != axes:
         raise mismatched_shapes(path, stored, expected)
@@ -253,7 +255,7 @@ def take_tensors(path: str, stored: Tensors, axes: Mapping[str, int], expected: 
 
 
 def mismatched_shapes(path: str, stored: Tensors, expected: str) -> AdapterError:
-    """Return the error for tensors of one module that make no adapter of it."""
+    """Return the error for tensors of one module that do not fit each other."""
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
     return AdapterError(
         f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected, code="shape_mismatch"

@@ -1,4 +1,4 @@
-"""The base class of PEFT types with one tensor a parameter, stored as the formula reads it."""
+"""The base class of PEFT types that store each parameter as one tensor, in the shape that the formula reads."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -11,14 +11,14 @@ from lorac.ir.sites.site import Site
 
 
 class PlainType(PeftType[V]):
-    """A type whose parameters are the tensors of a file, named by their suffixes with underscores for dots.
+    """A type whose parameters are a file's tensors unchanged, named by their suffixes with underscores for dots.
 
-    A tensor of a file that belongs to a layer's bias says that the layer has one.
+    Where a file has a tensor for the bias, the layer has a bias.
     """
 
     @abstractmethod
     def measure(self, variant: V, stored: Tensors) -> tuple[int, int]:
-        """Return the outputs and inputs of a layer as its tensors in a file tell them, 1 where they do not."""
+        """Return the output and input features that a layer's tensors show; 1 where they show none."""
 
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         smallest, here = matrix_site(path, 1, 1), variant.at_path(path)
@@ -37,5 +37,5 @@ class PlainType(PeftType[V]):
 
 
 def parameter_name(suffix: str) -> str:
-    """Return the name of the parameter of a suffix."""
+    """Return the name of the parameter that has a suffix."""
     return suffix.removesuffix(".weight").replace(".", "_")

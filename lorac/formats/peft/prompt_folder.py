@@ -1,8 +1,8 @@
-"""PEFT's prompts in files, of which the model tells the places, and modules that were trained whole.
+"""PEFT's prompts in files, whose sites the model determines, and modules that were trained whole.
 
 Source: peft.utils.save_and_load and peft.peft_model of PEFT 0.21. ``prompt_embeddings`` is (n, d), or for keys and
-values (n, 2·layers·heads·size): the output of the type's encoder, saved in the encoder's place. No key names the input
-embedding, which the model tells. Keys of whole modules begin with ``base_model.``, without ``model.`` behind it.
+values (n, 2·layers·heads·size): the output of the type's encoder, which is saved instead of the encoder. No key names
+the input embedding, so the model determines it. Keys of whole modules begin with ``base_model.`` without ``model.``.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _PREFIX = "base_model."
 
 
 def read_one(value: object) -> int:
-    """Return 1, the number of stacks that a prompt precedes; null counts as 1."""
+    """Return 1, the number of submodules that get a prompt; null counts as 1."""
     if value not in (None, 1):
         raise ValueError("expected 1: of an encoder-decoder, PEFT puts tokens before both stacks")
     return 1
@@ -39,7 +39,7 @@ def read_one(value: object) -> int:
 
 FIELDS: Mapping[str, Field] = {
     **{name: field for name, field in WITHOUT_FAN.items() if name != "target_modules"},
-    "task_type": Irrelevant(preserved=True, write=lambda task: task or "CAUSAL_LM"),  # PEFT needs one
+    "task_type": Irrelevant(preserved=True, write=lambda task: task or "CAUSAL_LM"),  # PEFT requires a task_type
     "num_virtual_tokens": Applied(to="num_virtual_tokens", read=read_size),
     "num_transformer_submodules": Applied(read=read_one),
     **dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), Irrelevant(preserved=True)),
@@ -48,15 +48,15 @@ FIELDS: Mapping[str, Field] = {
 
 
 class PlacedType(PeftType[V], Generic[V]):
-    """A PEFT type whose file leaves it to the model where its tensors act."""
+    """A PEFT type whose files do not name the sites of tensors, which the model determines."""
 
     @abstractmethod
     def make_variant(self, values: JsonMapping, view: ModelView) -> V:
-        """Return the variant of a file's fields, whose targets are the sites of the model."""
+        """Return the variant of a file's fields, with the model's sites as targets."""
 
     @abstractmethod
     def find_keys(self, path: str) -> Mapping[str, str]:
-        """Return tensor of an adapter at a site -> its key in a file."""
+        """Return name of a tensor at a site -> its key in a file."""
 
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         raise mismatched_shapes(path, stored, f"{self.peft_type} adapts no modules")
@@ -97,12 +97,12 @@ class PlacedType(PeftType[V], Generic[V]):
 
 
 class PromptType(PlacedType[PromptVariant]):
-    """A PEFT type whose file holds a prompt."""
+    """A PEFT type whose files store a prompt."""
 
     @property
     @abstractmethod
     def keys(self) -> Mapping[str, str]:
-        """Tensor of an adapter -> its key in a file."""
+        """Name of a tensor -> its key in a file."""
 
     def find_keys(self, path: str) -> Mapping[str, str]:
         return self.keys
@@ -119,10 +119,10 @@ def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
     """Return the site of a model's input embedding.
 
     Args:
-        looks_up: whether virtual tokens are rows of it.
+        looks_up: whether virtual tokens are looked up in the embedding.
 
     Raises:
-        SiteError: there is none, it computes more than a row for each id, or the model is an encoder-decoder.
+        SiteError: the model has no input embedding, computes more than one row per id, or is an encoder-decoder.
     """
     config, embedding = getattr(view.module, "config", None), None
     with contextlib.suppress(AttributeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""Reading a PEFT folder, with every tensor and field accounted for."""
+"""Reading a PEFT folder: every tensor and every field must be covered."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     """Return the adapter of a PEFT folder.
 
     Args:
-        name: the name of the adapter; None for that of the folder.
+        name: the name of the adapter; None for the name of the folder.
 
     Raises:
         FormatError, AdapterError, SiteError: as ``load_adapter``.
-        BaseNeeded: the file means nothing without the model.
+        BaseNeeded: the file cannot be read without the model.
     """
     config, name = folder.inside(CONFIG), name or folder.adapter_name
     raw, path = config.read_json(), config.path
@@ -59,7 +59,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
         contents.sites |= {path: {} for path in select_targets(variant, view.sites, view)}
     variant = peft_type.refine_variant(variant, values, contents.sites)
     variant = variant.for_model(view) if view is not None and peft_type.ordered else variant
-    if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys name the layers
+    if values["target_modules"] is None:  # PEFT chose targets by the architecture, so the keys name the layers
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     model_config = folder.inside(MODEL_CONFIG).read_json() if folder.has(MODEL_CONFIG) else {}
     labels = model_config.get("id2label")
@@ -87,7 +87,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
 
 
 def _copy_tied_sites(file: PeftFile) -> None:
-    """Give sites that are tied to one of the file's the tensors of that."""
+    """Give each tied site the tensors of the site of the file that it is tied to."""
     stored = file.contents.sites
     for path, source in file.peft_type.find_tied_sites(stored, file.sites).items():
         if path in stored and not contains_tensors(stored[path], stored[source]):
@@ -101,7 +101,7 @@ def _copy_tied_sites(file: PeftFile) -> None:
 def _read_sites(
     adapter: Adapter, file: PeftFile, shared: dict[str, Tensor], matrices: dict[str, dict[str, Tensor]]
 ) -> dict[str, Site]:
-    """Fill in the tensors of the adapter; return its sites as far as the file tells them."""
+    """Add the tensors of a file to the adapter; return the sites that the file shows."""
     peft_type, contents = file.peft_type, file.contents
     sites = {}
     for path, stored in contents.sites.items():
@@ -133,7 +133,7 @@ def _read_sites(
 
 
 def _site_of_model(file: PeftFile, path: str) -> tuple[Site, ModelView]:
-    """Return the site of the model at a path, and the model, for files that mean nothing without it."""
+    """Return the model's site at a path, and the model; for types whose files cannot be read without it."""
     if file.view is None:
         raise _shapes_needed(file.peft_type, file.name)
     if path not in file.sites:
@@ -149,13 +149,13 @@ def _shapes_needed(peft_type: AnyPeftType, name: str) -> BaseNeeded:
 
 
 def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
-    """Return the tensors that all sites share, from the file or from the seed that it names."""
+    """Return the tensors that all sites share, from the file or drawn from its seed."""
     shared, stored = file.contents.shared, file.contents.sites
     missing = [name for name in file.peft_type.shared if not {name} & {key.partition(".")[0] for key in shared}]
     if not missing:
         return shared
     sites = [] if file.view is None else [_site_of_model(file, path)[0] for path in stored]
-    # The configuration's sizes are compared with the file before anything of that size is made.
+    # Sizes in the configuration are compared with the file before tensors of these sizes are allocated.
     for site in sites:
         check_present(adapter.name, adapter.variant, site, stored[site.path])
     if file.values.get("save_projection", True):

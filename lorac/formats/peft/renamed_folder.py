@@ -1,4 +1,4 @@
-"""Reading a PEFT folder whose keys have other names than the model's, as if it had the model's."""
+"""Reading a PEFT folder with layer names that differ from the model's, which are replaced by the model's."""
 
 import re
 import tempfile
@@ -26,17 +26,17 @@ _NAMING_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
-    """Return the adapter of a PEFT folder by the model's names; a recorded hash of the base is dropped with the others.
+    """Read the adapter of a PEFT folder by the model's names; drop the seal and a recorded hash of the base.
 
     Raises:
-        FormatError: the model's names of its modules are not certain; or as ``read_folder``.
-        BaseNeeded: there is no model.
+        FormatError: the model's name of a module is ambiguous; or as for ``read_folder``.
+        BaseNeeded: no model is given.
     """
     if view is None:
         raise BaseNeeded("names of layers are repaired by those of a model", next_step="pass model=")
     config, tensors = dict(folder.inside(CONFIG).read_json()), folder.choose(WEIGHTS, PICKLED).read_tensors()
     peft_type = peft_type_of(config, folder.inside(CONFIG).path)
-    read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # its errors name this file, not the repaired one
+    read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # so that errors name this file
     shared = {key for key in tensors if shared_name(peft_type, key)}
     marks = "|".join(map(re.escape, (*peft_type.suffixes, *peft_type.shared, WRAPPED, "token_adapter")))
     inner = {key: _ADAPTER_NAME.sub("", _BEGINNING.sub("", key)) for key in tensors if key not in shared}

@@ -1,16 +1,16 @@
-"""Parameters that are adapted by their own names (``target_parameters``): matrices, stacks of them, weights of layers.
+"""Parameters adapted by their own names (``target_parameters``): matrices, stacks of matrices, weights of layers.
 
-Source: peft.tuners.lora.layer.ParamWrapper of PEFT 0.21. Per parameter, with E matrices (1 unless it is a stack):
+Source: peft.tuners.lora.layer.ParamWrapper of PEFT 0.21. For a parameter of E matrices (1 unless it is a stack):
 
-    lora_A (E·r, in)    the matrices' A (r, in), one below the other
-    lora_B (out, r·E)   the columns of the matrices' B (out, r), those of one rank next to each other
+        lora_A (E·r, in)    the matrices' factors A (r, in), concatenated
+        lora_B (out, r·E)   the columns of the matrices' B (out, r), grouped by rank
 
-A matrix by itself is (out, in) whatever its module makes of it: of an embedding (V, d), out is V. A layer that is
-adapted by the name of its weight equals one that is targeted, and is written as such. The packed projection of an
-attention by itself is the exception, since PEFT has no other name for it.
+A single matrix counts as (out, in), regardless of its module: for an embedding (V, d), out is V. Adapting a layer by
+the name of its weight equals targeting the layer, and is written so. The exception is an attention whose packed
+projection alone is adapted, since PEFT can name it only by its parameter.
 
-Keys name the module, not the parameter. PEFT wraps it once for each of its adapted parameters, in their order, so that
-the last stands outermost, and those before it under ``base_layer``.
+Keys name the module, not the parameter. PEFT wraps the module once per adapted parameter, in the order of these
+parameters, so the last one's wrapper is outermost and the earlier ones are under ``base_layer``.
 """
 
 from collections import defaultdict
@@ -32,14 +32,14 @@ _A, _B = "lora_A.weight", "lora_B.weight"
 
 
 def take_matrices(file: PeftFile) -> dict[str, dict[str, Tensor]]:
-    """Take the tensors of the matrices that ``target_parameters`` names out of the sites of a file.
+    """Remove the tensors of the matrices that ``target_parameters`` names from a file's sites, and return them.
 
     Returns:
-        Site path -> tensors by parameter, of the matrices that the file has tensors of.
+        Site path -> tensors by parameter, for the matrices of which the file has tensors.
 
     Raises:
-        BaseNeeded: there is no model.
-        AdapterError: tensors do not belong together, or to so many matrices.
+        BaseNeeded: no model is given.
+        AdapterError: the tensors do not fit each other, or the number of matrices.
     """
     parameters: tuple[str, ...] = file.values.get("target_parameters") or ()
     if not parameters:
@@ -54,7 +54,7 @@ def take_matrices(file: PeftFile) -> dict[str, dict[str, Tensor]]:
 
 
 def matrix_paths(sites: Mapping[str, Site]) -> set[str]:
-    """Return the sites of an adapter that PEFT has no layer for, so that only the names of parameters name them."""
+    """Return the sites of an adapter that PEFT has no layer for, so only ``target_parameters`` can name them."""
     owners = [site.within for site in sites.values()]
     alone = {path for path, site in sites.items() if site.within == path and owners.count(path) == 1}
     return alone | {path for path, site in sites.items() if site.kind is SiteKind.MATRIX}
@@ -63,15 +63,15 @@ def matrix_paths(sites: Mapping[str, Site]) -> set[str]:
 def write_matrices(
     adapter: Adapter, matrices: Collection[str], sites: Mapping[str, Site], view: ModelView | None
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's matrices as a file has them, by key without PEFT's prefix.
+    """Convert an adapter's matrices to a file's tensors, by key without PEFT's prefix.
 
     Args:
         matrices: paths of the matrices (``matrix_paths``).
-        sites: the sites of the model, or without one those of the adapter.
+        sites: the sites of the model, or of the adapter if no model is given.
 
     Raises:
-        BaseNeeded: there are matrices, and no model.
-        FormatError: the method has dropout, and PEFT has none there.
+        BaseNeeded: the adapter has matrices, and no model is given.
+        FormatError: the method has dropout, which PEFT does not apply to matrices.
     """
     if not matrices:
         return {}
@@ -99,9 +99,9 @@ def write_matrices(
 def split_experts(
     adapter: Adapter, sites: Mapping[str, Site], names: Sequence[str]
 ) -> tuple[Adapter, dict[str, Tensor]]:
-    """Return an adapter without its stacks of experts, and each expert's factors by key without PEFT's prefix.
+    """Split an adapter into one without stacks of experts, and each expert's factors by key without PEFT's prefix.
 
-    A gate and an up projection that the model fuses have one A, and the halves of B.
+    Where the model fuses gate and up projections, both get the same A, and one half of B each.
     """
     tensors: dict[str, Tensor] = {}
     module, gate, up, down = names
@@ -119,7 +119,7 @@ def split_experts(
 
 
 def name_parameters(given: Sequence[str], matrices: Collection[str], sites: Mapping[str, Site]) -> tuple[str, ...]:
-    """Return names of exactly these matrices: as given if they are, else the names of their parameters."""
+    """Return names that select exactly these matrices: the given names if possible, else their parameters' names."""
     named = {site.path for site in _select_named(sites, given)}
     return tuple(given) if named == set(matrices) else tuple(sorted(str(sites[path].weight) for path in matrices))
 
@@ -129,7 +129,7 @@ def _select_named(sites: Mapping[str, Site], parameters: Sequence[str]) -> list[
 
 
 def _assign_keys(sites: Sequence[Site]) -> dict[str, str]:
-    """Return a key without its suffix -> the path of its site; ``sites`` are in the order of the model."""
+    """Return key without its suffix -> path of its site; ``sites`` are in the order of the model."""
     wrapped: dict[str, list[str]] = defaultdict(list)
     for site in sites:
         wrapped[str(site.weight).rpartition(".")[0]].append(site.path)

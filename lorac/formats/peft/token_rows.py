@@ -1,9 +1,9 @@
-"""Rows of an embedding that PEFT trains by themselves (``trainable_token_indices``).
+"""Rows of an embedding that PEFT trains without the other rows (``trainable_token_indices``).
 
-Source: peft.utils.other.TrainableTokensWrapper and peft.tuners.trainable_tokens of PEFT 0.21. A file holds, per module,
-``token_adapter.trainable_tokens_delta`` (n, d): n rows, which replace those whose numbers the configuration has. An
-output layer that is tied to the embedding reads the same rows. An adapter that is read holds the whole weight, filled
-with the model's own other rows; while it trains, it holds the rows (``lorac.adapters.token_rows``).
+Source: peft.utils.other.TrainableTokensWrapper and peft.tuners.trainable_tokens of PEFT 0.21. A file has for each
+module ``token_adapter.trainable_tokens_delta`` (n, d): n rows, which replace the rows with the numbers in the
+configuration. An output layer that is tied to the embedding reads the same rows. When lorac reads the file, the adapter
+gets the whole weight, with the model's other rows; for training it gets the rows only (``lorac.adapters.token_rows``).
 """
 
 from collections.abc import Mapping
@@ -29,24 +29,24 @@ TokenIndices = Mapping[str | None, tuple[int, ...]]
 
 
 def read_token_rows(value: object) -> TokenIndices:
-    """Return row numbers by module; null is empty.
+    """Return the row numbers of each module; null gives an empty mapping.
 
     Raises:
-        ValueError: they are not whole numbers from 0, or one comes twice.
+        ValueError: a number is not a whole number from 0, or occurs twice.
     """
     by_module = value if isinstance(value, dict) else {None: value} if value else {}
     return {key: read_rows(rows) for key, rows in by_module.items()}
 
 
 def fill_rows(adapter: Adapter, file: PeftFile) -> None:
-    """Add whole weights with the rows of a file in them to the parameters that an adapter replaces.
+    """Insert the rows of a file into copies of the model's weights, and add these to the adapter's replacements.
 
     Raises:
-        BaseNeeded: there is no model.
-        SiteError: a module is not in it.
-        AdapterError: rows and their numbers, or the weight, do not belong together.
-        FormatError: the configuration names rows that the file lacks, or those of a layer that the adapter also changes
-            otherwise, which PEFT cannot run.
+        BaseNeeded: no model is given.
+        SiteError: the model lacks a module.
+        AdapterError: the rows do not fit their numbers or the weight.
+        FormatError: the configuration names rows that the file lacks, or rows of a layer that the adapter also adapts,
+            which PEFT cannot run.
     """
     rows, name = file.contents.rows, file.name
     adapted = sorted(rows.keys() & file.contents.sites.keys())
@@ -58,12 +58,12 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
     indices: TokenIndices = file.values.get("trainable_token_indices") or {}
 
     def find_numbers(module: str) -> tuple[int, ...]:
-        # PEFT compares the ends of names; other rows are those of the input embedding.
+        # PEFT compares suffixes of names; rows without a name belong to the input embedding.
         named = (own for key, own in indices.items() if key is not None and module.endswith(key))
         return next(named, indices.get(None, ()))
 
     embeddings = [path for path in rows if path in file.sites and file.sites[path].kind is SiteKind.EMBEDDING]
-    # PEFT ties a layer whose numbers are the embedding's, or that has none, and saves the embedding's rows alone.
+    # PEFT ties a layer that has the embedding's numbers or none, and saves only the embedding's rows.
     tied = {other: path for path in embeddings for other in file.sites[path].shares if other not in rows}
     tied = {other: path for other, path in tied.items() if find_numbers(other) in {(), find_numbers(path)}}
     named = (key for key in indices if key is not None)
@@ -95,12 +95,12 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
 
 
 def take_rows(adapter: Adapter, view: ModelView | None) -> tuple[Adapter, dict[str, NumberedRows]]:
-    """Return an adapter without the rows that train by themselves, and those rows by module, as a file has them.
+    """Return an adapter without separately trained rows, and these rows by module as a file has them.
 
-    A layer that is tied to an embedding has the embedding's rows in PEFT, and is left out.
+    A layer tied to an embedding is omitted, since PEFT gives it the embedding's rows.
 
     Raises:
-        FormatError: such a layer has other rows.
+        FormatError: a tied layer has other rows than its embedding.
     """
     variant, replaced = adapter.variant, dict(adapter.replaced)
     rows: dict[str, NumberedRows] = {}
@@ -110,7 +110,7 @@ def take_rows(adapter: Adapter, view: ModelView | None) -> tuple[Adapter, dict[s
         rows[name.rpartition(".")[0]] = tuple(numbers), cut.setdefault(id(whole), whole[list(numbers)])
     others = [part for part in variant.methods if not isinstance(part, TrainableTokens)]
     if isinstance(variant, Union) and len(others) == 1:
-        # Embeddings come first: the layers that are tied to them have "rows".
+        # Embeddings come first: the layers tied to them have the parameter "rows".
         for path in sorted(adapter.tensors, key=lambda path: "rows" in adapter.tensors[path]):
             method = variant.method_at(path)
             if isinstance(method, TrainableTokens):
@@ -132,7 +132,7 @@ def take_rows(adapter: Adapter, view: ModelView | None) -> tuple[Adapter, dict[s
 
 
 def untied_error(adapter: str, path: str, source: str) -> FormatError:
-    """Return the error for a layer that PEFT changes with the embedding that it is tied to."""
+    """Return the error for a tied layer that PEFT would change together with its embedding."""
     return unsupported_error(
         f"PEFT changes '{path}' with '{source}', which it is tied to; adapter '{adapter}' does not",
         next_step="adapt both alike, or use format='native'",

@@ -1,4 +1,4 @@
-"""PEFT types that store values of a transform, and no positions: a seed in the configuration chooses them."""
+"""PEFT types that store values of a transform without positions, which a seed in the configuration determines."""
 
 from typing import Generic, TypeVar
 
@@ -23,7 +23,7 @@ T = TypeVar("T", bound=TransformedVariant)
 
 
 def transformed_fields(n_frequency: int, scaling: float) -> dict[str, Field]:
-    """Return the fields that these types have in common, with these defaults."""
+    """Return the fields that these types share, with the given defaults."""
     return {
         **COMMON,
         **FILTERS,
@@ -37,9 +37,9 @@ def transformed_fields(n_frequency: int, scaling: float) -> dict[str, Field]:
 
 
 class TransformedType(PeftType[T], Generic[T]):
-    """A type of which a module has one tensor, the trained values (n,).
+    """A type that stores one tensor per module, the trained values (n,).
 
-    They belong to the first n positions of a permutation of its out·in, drawn from random_loc_seed.
+    The values belong to the first n positions of a permutation of out·in positions, drawn from random_loc_seed.
     """
 
     conv1d = True

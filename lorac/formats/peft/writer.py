@@ -1,4 +1,4 @@
-"""Writing a PEFT folder with which PEFT computes the same."""
+"""Writing a PEFT folder from which PEFT computes the same result."""
 
 import dataclasses
 import re
@@ -49,11 +49,11 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
 
     Args:
-        of_fork: write it for the fork of PEFT that has the method, where PEFT has it not.
+        of_fork: write the folder for the fork of PEFT that has the method, if PEFT itself does not have it.
 
     Raises:
-        FormatError: PEFT has no type for the method, or no place for a tensor.
-        BaseNeeded: the adapter comes from no file and no model was given.
+        FormatError: PEFT has no type for the method, or cannot store a tensor.
+        BaseNeeded: the adapter was not read from a file, and no model is given.
     """
     if view is not None:
         check_adapter(adapter, view)
@@ -82,18 +82,18 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
 
 
 def seal_experts(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the metadata entry with the seals of experts, folders of the given names."""
+    """Return the metadata entry with the experts' seals, read from the folders of the given names."""
     return {EXPERTS: dump_json({name: AdapterFile(folder / name / WEIGHTS).metadata[SEAL] for name in names})}
 
 
 def seal_text(config: JsonMapping, metadata: Mapping[str, str]) -> str:
-    """Return the text that is sealed with the tensors: the configuration, its own names sorted, and other hashes."""
+    """Return the text that the seal covers with the tensors: the configuration with sorted names, and other hashes."""
     hashes = {BASE_HASH: metadata.get(BASE_HASH)} | {key: metadata[key] for key in (EXPERTS,) if key in metadata}
     return encode_config({"config": {name: config[name] for name in sorted(config)}, **hashes})
 
 
 def _convert(adapter: Adapter) -> Adapter:
-    """Return an adapter of a method without a PEFT type as an equal one of a method with one, where there is one."""
+    """Convert an adapter whose method has no PEFT type to an equal one whose method has; return others unchanged."""
     for peft_type in peft_types().values():
         converted = peft_type.convert(adapter)
         if converted is not None:
@@ -132,13 +132,13 @@ def _write_files(
 
 @dataclasses.dataclass(frozen=True)
 class _FolderWriter:
-    """Writes an adapter whose tensors belong to modules.
+    """A writer of adapters whose tensors belong to modules.
 
     Attributes:
         view: the base, if it is given.
-        sites: the sites of the model, or without one those of the adapter.
-        rows: module -> the numbers of its rows that train by themselves, and the rows.
-        experts: the factors of experts that lie apart, by key without the prefix.
+        sites: the sites of the model, or of the adapter if no model is given.
+        rows: module -> the numbers and values of its separately trained rows.
+        experts: the factors of experts that are stored separately, by key without the prefix.
     """
 
     adapter: Adapter
@@ -186,7 +186,7 @@ class _FolderWriter:
                 tensors[SHARED_PREFIX + name][corner] = tensor[corner]
         self._refuse_split_embeddings()
         replaced = dict(adapter.replaced)
-        if self.view is not None:  # PEFT reads saved modules whole, untrained parameters included
+        if self.view is not None:  # PEFT requires all parameters of a saved module, trained or not
             saved = saved_parameter_names(adapter.variant, self.view)
             replaced = {name: self.view.tensor(name) for name in saved} | replaced
         for name, tensor in replaced.items():
@@ -207,7 +207,7 @@ class _FolderWriter:
         _write_files(adapter, peft_type, given, stored, folder, self.view)
 
     def _check_derived(self, variant: Variant, site: Site) -> None:
-        """Refuse parameters of a site that PEFT makes anew from the configuration and the base, and are others."""
+        """Refuse parameters of a site that differ from those that PEFT computes from the configuration and the base."""
         adapter, derived = self.adapter, self.peft_type.derived
         tensors = adapter.tensors[site.path]
         kept = {name: tensor for name, tensor in tensors.items() if name not in derived}
@@ -217,7 +217,7 @@ class _FolderWriter:
         made = make_site_tensors(variant, adapter.name, site, base, kept)
         for name in (name for name in tensors if name not in kept):
             own, other = tensors[name].cpu(), made[name]
-            # Another dtype rounds a factor; positions are exact.
+            # In another dtype, factors are rounded; positions are exact.
             slack = 1e-3 * float(other.abs().max()) if own.is_floating_point() else 0.0
             if not torch.allclose(own.double(), other.double(), rtol=0, atol=slack):
                 raise unsupported_error(
@@ -227,7 +227,7 @@ class _FolderWriter:
                 )
 
     def _refuse_parts(self, sites: Mapping[str, Site]) -> None:
-        """Refuse a part of a module that reads several weights itself (an attention), which PEFT adapts whole."""
+        """Refuse an adapter of only a part of a module that PEFT adapts as a whole, such as an attention."""
         owners = [site.within for site in sites.values() if site.within is not None]
         for owner in owners:
             if owner not in sites or owners.count(owner) == 1:
@@ -237,7 +237,7 @@ class _FolderWriter:
                 )
 
     def _refuse_split_embeddings(self) -> None:
-        """Refuse two values of a tied embedding: PEFT reads a whole one into the one tensor of the model."""
+        """Refuse two different values for a tied embedding, since PEFT loads either into the model's one tensor."""
         adapter = self.adapter
         named = {} if self.view is None else self.view.named_tensors()
         seen: dict[int, str] = {}
@@ -251,7 +251,7 @@ class _FolderWriter:
                 )
 
     def _find_ties(self) -> dict[str, str]:
-        """Return parameter or site -> the one that it is tied to, and gets its tensors from in PEFT."""
+        """Return parameter or site -> the parameter or site that it is tied to, from which PEFT takes its tensors."""
         adapter, peft_type = self.adapter, self.peft_type
         tied = {}
         for name, source in adapter.provenance.get("tied", {}).items():
@@ -270,7 +270,7 @@ class _FolderWriter:
         return tied | found
 
     def _replaced_key(self, name: str, tied: Mapping[str, str]) -> str:
-        """Return the key of a replacement, without the prefix."""
+        """Return the key of a replaced parameter, without the prefix."""
         variant, adapted = self.adapter.variant, self.adapter.tensors
         module, _, parameter = name.rpartition(".")
         copied = copied_module(variant, name)
@@ -290,18 +290,18 @@ class _FolderWriter:
         )
 
     def _targets(self, matrices: set[str], tied: Mapping[str, str]) -> dict[str, object]:
-        """Return the fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
+        """Return fields that make PEFT target exactly the adapter's sites; keep the variant's own fields if they do."""
         variant = self.adapter.variant
         parameters = name_parameters(variant.parameters, matrices, self.sites)
         variant = dataclasses.replace(variant, parameters=parameters)
         wanted = {path for path in self.adapter.tensors if path not in tied}
-        # Layers within such a module come with it; named by themselves, PEFT would wrap them once more.
+        # Targeting such a module includes its layers; if a layer were named too, PEFT would wrap it twice.
         inner = {path for path in wanted - matrices if self.sites[path].within not in {None, path}}
 
         def is_exact(variant: Variant) -> bool:
             return set(select_targets(variant, self.sites, self.view)) == wanted
 
-        # PEFT's choice for "all-linear" depends on the class of the model, and with layers it wants a list.
+        # PEFT's "all-linear" depends on the class of the model, and PEFT accepts ``layers`` only with a list.
         filters = {"exclude_modules": variant.exclude, "layers_to_transform": variant.layers}
         has_filters = all(name in self.peft_type.fields for name, value in filters.items() if value)
         has_targets = (
@@ -333,7 +333,7 @@ def _refuse_base(site: Site) -> Tensor:
 
 
 def _wrapped_path(site: Site) -> str:
-    """Return the beginning of the keys of a site, before the suffix."""
+    """Return the part of a site's keys before the suffix."""
     if site.within in {None, site.path}:
         return site.path
     return f"{site.within}.{WRAPPED}{site.path.removeprefix(str(site.within))}"

@@ -1,11 +1,12 @@
-"""X-LoRA in files: LoRAs in folders of their own, and the complete classifier that weighs them.
+"""X-LoRA in files: LoRAs in folders of their own, and the complete classifier that weights them.
 
-The experts lie in the folder of the classifier. A configuration may name other places, where PEFT looks for them;
-nothing is read there. lorac's own folders hold the experts' seals next to the classifier, under a seal of its own.
+The experts are in subfolders of the classifier's folder. The paths in a configuration may be outside of it, where PEFT
+looks for them; lorac reads nothing there. In lorac's own folders the classifier's file stores the experts' seals, which
+its own seal covers.
 
-PEFT up to 0.21 drops tensors of the classifier when it saves: with n experts it mistakes keys that contain ``.0.`` to
-``.<n − 1>.`` for keys of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file,
-and the folders that PEFT writes of the experts, which lack tensors for the same reason.
+PEFT up to 0.21 drops tensors of the classifier when it saves: with n experts it takes keys that contain ``.0.`` to
+``.<n − 1>.`` for keys of experts. When PEFT loads such a file, the missing layers are random. lorac refuses such a
+file, and also the experts' folders that PEFT writes, which lack tensors for the same reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ from lorac.variants.x_lora import XLoRA
 
 
 def read_expert_paths(value: object) -> dict[str, str]:
-    """Return name of an expert -> its path; one at least."""
+    """Return name of an expert -> its path; an empty mapping is refused."""
     if not isinstance(value, dict) or not value or not all(isinstance(path, str) for path in value.values()):
         raise ValueError("expected the paths of LoRAs by name")
     return dict(value)
@@ -66,13 +67,13 @@ CLASSIFIER_FIELDS: Mapping[str, Field] = {
 
 @dataclass(frozen=True)
 class XLoraFolder:
-    """The contents of an X-LoRA's folder.
+    """The content of an X-LoRA folder.
 
     Attributes:
-        experts: name -> the paths in the folder at which the expert may lie, in order.
+        experts: name -> the possible paths of the expert in the folder, in order of preference.
         fields: hyper-parameters of the method by lorac's names, ``hidden_size`` among them.
         classifier: the tensors of the classifier, by key.
-        keys: key of the weight of each layer, in order; that of the bias ends in ``bias`` instead.
+        keys: key of each layer's weight, in order; the key of its bias ends in ``bias`` instead.
         weights: the name of the classifier's file.
         biased: whether the layers have biases.
     """
@@ -86,12 +87,12 @@ class XLoraFolder:
     biased: bool = True
 
     def read(self, name: str, view: ModelView | None) -> Adapter:
-        """Return the adapter, checked.
+        """Read the adapter, and check it against the model.
 
         Raises:
-            BaseNeeded: no model was given, or its last hidden state is unknown.
-            FormatError: the classifier or an expert is incomplete, there are further tensors, or an expert is not the
-                one that lorac wrote.
+            BaseNeeded: no model is given, or the module of its last hidden state is unknown.
+            FormatError: the classifier or an expert is incomplete, the file has further tensors, or an expert is not
+                the one that lorac wrote.
             AdapterError: the classifier does not fit the model.
         """
         if view is None:
@@ -116,7 +117,7 @@ class XLoraFolder:
         return adapter
 
     def _find_hidden_state(self, name: str, view: ModelView) -> str:
-        """Return the path of the module whose output the classifier reads, which no file names."""
+        """Return the path of the module whose output the classifier reads; no file names it."""
         try:
             path, width = find_last_hidden_state(view.module)
         except SiteError as error:
@@ -158,7 +159,7 @@ class XLoraFolder:
         self._check_widths(name)
 
     def _check_widths(self, name: str) -> None:
-        """Compare the configuration's widths with the file's, before a classifier of these widths is made."""
+        """Check the configuration's widths against the file's, before a classifier with these widths is allocated."""
         hidden, size, depth = (int(self.fields[field]) for field in ("hidden_size", "size", "depth"))
         for j, key in enumerate(self.keys):
             inside, last = hidden if j == 0 else size, j == depth - 1
@@ -190,7 +191,7 @@ class XLoraFolder:
         return [read_folder(folder, view, expert) for expert, folder in folders.items()]
 
     def _find_expert(self, expert: str) -> AdapterFile:
-        """Return the folder of one LoRA, which lies in the folder of the classifier."""
+        """Return the folder of one LoRA within the folder of the classifier."""
         places = [self.folder.find_inside(place) for place in self.experts[expert]]
         found = next((place for place in places if place is not None and place.has(CONFIG)), None)
         if found is None:
@@ -205,13 +206,13 @@ class XLoraFolder:
 def split_xlora(
     adapter: Adapter, view: ModelView | None, keys: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
-    """Split an X-LoRA in the tensors of its classifier, by key, and its experts as LoRAs, by number.
+    """Split an X-LoRA into the tensors of its classifier, by key, and its experts as LoRAs, by number.
 
     Args:
-        keys: key of the weight of each layer, in order.
+        keys: key of each layer's weight, in order.
 
     Raises:
-        BaseNeeded: each site has weights of its own, and only the model tells the order of the sites.
+        BaseNeeded: each site has its own weights, whose order in a file is the order of sites in the model.
     """
     variant = adapter.variant
     assert isinstance(variant, XLoRA)
@@ -223,14 +224,14 @@ def split_xlora(
             tensors[key] = _reorder_rows(adapter, variant, tensors[key], view)
     alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0, scales=()), adapter.tensors)
     loras = {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(torch.eye(variant.experts))}
-    for lora, scale in zip(loras.values(), variant.scales, strict=False):  # where scales are in B, there are none
+    for lora, scale in zip(loras.values(), variant.scales, strict=False):  # empty if B has the scales
         assert isinstance(lora.variant, LoRA)
         lora.variant = replace(lora.variant, alpha=scale * lora.variant.alpha)
     return tensors, loras
 
 
 def _reorder_rows(adapter: Adapter, variant: XLoRA, stored: Tensor, view: ModelView | None) -> Tensor:
-    """Return rows of the last layer in the order of the sites in the model, by which files number them."""
+    """Permute the last layer's rows to the order of the sites in the model, which is the order in files."""
     if view is None:
         raise BaseNeeded(
             f"the layers that adapter '{adapter.name}' weighs are numbered as they are met in the model",

@@ -1,4 +1,4 @@
-"""LoRA, whose factor A of a convolution may itself be a product.
+"""LoRA, whose factor A of a convolution may be stored as a product of two tensors (Tucker).
 
 Source: sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/locon.py. Shapes in a file:
 
@@ -23,7 +23,7 @@ from lorac.variants.low_rank import ScaledRank
 
 
 class LoraLayout(ModuleLayout[LoRA | DoRA]):
-    """LoRA's factors, those of DoRA among them."""
+    """LoRA's factors, for DoRA too."""
 
     required = ("lora_down", "lora_up")
     optional = ("lora_mid", "lora_bias")
@@ -45,7 +45,7 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
         return LoRA(r=rank, alpha=alpha, lora_bias="lora_bias" in tensors), tensors
 
     def _read_down(self, module: StoredModule, rank: int) -> Tensor:
-        """Return A (r, in), multiplied out in at least float32 where it is a product."""
+        """Return A (r, in); where it is stored as a product, multiply the tensors in at least float32."""
         if "lora_mid" not in module.tensors:
             return module.matrix("lora_down", rank, *module.columns)
         channels, *kernel = module.columns
@@ -73,5 +73,5 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
 
 
 def find_alpha(variant: ScaledRank) -> float:
-    """Return the alpha by which alpha/r is the scale of a LoRA, which under rsLoRA is another."""
+    """Return the alpha for which alpha/r is the scale, which rsLoRA's own alpha does not satisfy."""
     return variant.alpha if variant.alpha / variant.r == variant.scale else variant.scale * variant.r

@@ -1,6 +1,6 @@
-"""LoHa and LoKr: Hadamard and Kronecker products, in factors.
+"""LoHa and LoKr: Hadamard and Kronecker products of factors.
 
-Source: LyCORIS, lycoris/modules/loha.py and lokr.py. With in the channels of a group, shapes in a file are
+Source: LyCORIS, lycoris/modules/loha.py and lokr.py. Shapes in a file, where in is the number of channels of a group:
 
     ====================================  ========  ===================  ===============
     LoHa                                  w1_a …    w1_b …               t1, t2
@@ -9,12 +9,12 @@ Source: LyCORIS, lycoris/modules/loha.py and lokr.py. With in the channels of a 
     convolution, use_tucker               (r, out)  (r, in)              (r, r, *kernel)
     ====================================  ========  ===================  ===============
 
-and with out = l·k, in = m·n those of LoKr
+LoKr, with out = l·k and in = m·n:
 
     w1    (l, m), or w1_a (l, r) and w1_b (r, m)
     w2    (k, n, *kernel), or w2_a (k, r) and w2_b (r, n·kernel), or with t2 (r, r, *kernel) w2_a (r, k), w2_b (r, n)
 
-A LoKr of two whole matrices has the scale 1, whatever alpha its file has.
+A LoKr whose w1 and w2 are both whole matrices has the scale 1, regardless of the alpha in its file.
 """
 
 from math import prod
@@ -32,7 +32,7 @@ _CORES = ("hada_t1", "hada_t2")
 
 
 class LohaLayout(ModuleLayout[LoHa]):
-    """LoHa's four factors, and two cores."""
+    """LoHa's four factors, and its two Tucker cores."""
 
     required = _FACTORS
     optional = _CORES
@@ -58,7 +58,7 @@ class LohaLayout(ModuleLayout[LoHa]):
 
 
 class LokrLayout(ModuleLayout[LoKr]):
-    """LoKr's two matrices, each whole or in factors."""
+    """LoKr's two matrices, each stored whole or as factors."""
 
     optional = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     variants = (LoKr,)
@@ -86,7 +86,7 @@ class LokrLayout(ModuleLayout[LoKr]):
         tensors = {name: module.matrix(name, *shapes[name]) for name in (*first, *second)}
         if core:
             tensors["lokr_t2"] = tensors["lokr_t2"].unflatten(1, (rank, -1))
-        candidates = (-1, left, middle, max(left, middle))  # one number if it divides both sizes as the file does
+        candidates = (-1, left, middle, max(left, middle))  # one for which both sizes split as in the file
         fits = (c for c in candidates if (factors(out, c)[0], factors(channels, c)[0]) == (left, middle))
         variant = LoKr(
             r=rank,
@@ -119,7 +119,7 @@ class LokrLayout(ModuleLayout[LoKr]):
         return written
 
     def _names(self, module: StoredModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of the tensors of w1 and of w2."""
+        """Return the names of the tensors that make up w1, and of those that make up w2."""
         first = ("lokr_w1",) if "lokr_w1" in module.tensors else ("lokr_w1_a", "lokr_w1_b")
         second: tuple[str, ...] = ("lokr_w2",) if "lokr_w2" in module.tensors else ("lokr_w2_a", "lokr_w2_b")
         if "lokr_t2" in module.tensors:
@@ -134,6 +134,6 @@ class LokrLayout(ModuleLayout[LoKr]):
 
 
 def _as_kernel(site: Site, core: Tensor) -> Tensor:
-    """Return a core (r, r, taps) as (r, r, *kernel)."""
+    """Reshape a core (r, r, taps) to (r, r, *kernel)."""
     assert site.conv is not None
     return core.reshape(*core.shape[:2], *site.conv.kernel)

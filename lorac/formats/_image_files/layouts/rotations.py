@@ -1,10 +1,10 @@
-"""Rotations of outputs: diag-OFT and BOFT.
+"""Rotations of a layer's output: diag-OFT and BOFT.
 
-Source: LyCORIS, lycoris/modules/diag_oft.py and boft.py; sd-scripts, networks/oft.py. ``oft_blocks`` is (n, k, k) or,
-of BOFT, (m, n, k, k), with out = n·k; ``rescale`` is (out, 1, …). With Q = X − Xᵀ of a block X, R is (I + Q)·(I − Q)⁻¹,
-and ``alpha`` bounds Q: where the norm of all Q together is above alpha·out, they are scaled down to it. The rows of a
-layer are turned by Rᵀ, of BOFT by R. A block of BOFT lists the two halves of its rows in turn, where ``lorac.BOFT`` has
-one after the other.
+Source: LyCORIS, lycoris/modules/diag_oft.py and boft.py; sd-scripts, networks/oft.py. ``oft_blocks`` is (n, k, k) for
+diag-OFT and (m, n, k, k) for BOFT, with out = n·k; ``rescale`` is (out, 1, …). With Q = X − Xᵀ of a block X, R is (I +
+Q)·(I − Q)⁻¹. ``alpha`` bounds Q: where the norm of all Q together exceeds alpha·out, they are scaled down to it.
+diag-OFT multiplies the rows of a layer by Rᵀ, BOFT by R. LyCORIS interleaves the two halves of a BOFT block's rows;
+``lorac.BOFT`` concatenates them.
 """
 
 import torch
@@ -20,7 +20,7 @@ _ROUNDING = 1e-8
 
 
 class RotationLayout(ModuleLayout[BOFT]):
-    """diag-OFT's blocks, which are one factor of BOFT, and BOFT's."""
+    """The blocks of BOFT, and of diag-OFT, which is a BOFT of one factor."""
 
     required = ("oft_blocks",)
     optional = ("rescale",)
@@ -56,7 +56,7 @@ class RotationLayout(ModuleLayout[BOFT]):
 
 
 def _reorder(blocks: Tensor, *, halves_first: bool) -> Tensor:
-    """Return blocks (…, k, k) with the rows and columns in the order of LyCORIS's file, or back in lorac's."""
+    """Permute rows and columns of blocks (…, k, k) from lorac's order to LyCORIS's, or back."""
     size = blocks.shape[-1]
     order = torch.arange(size).reshape(size // 2, 2).t().flatten()
     order = order if halves_first else order.argsort()

@@ -1,9 +1,9 @@
 """(IA)³ and GLoRA.
 
-Source: LyCORIS, lycoris/modules/ia3.py and glora.py. (IA)³'s ``weight`` is added to 1: (out,), or (in,) where
-``on_input`` is 1, at convolutions (1, channels, 1, …); the bias is not scaled. GLoRA's a1 is (in, r), a2 (r, in), b1
-(out, r) and b2 (r, in), at convolutions with further axes: those of the kernel for b2, of length 1 for the others.
-Before LyCORIS 2, the first and the second factor were exchanged.
+Source: LyCORIS, lycoris/modules/ia3.py and glora.py. The scale of (IA)³ is 1 + ``weight``, with ``weight`` (out,), or
+(in,) where ``on_input`` is 1, and (1, channels, 1, …) at convolutions; the bias is not scaled. GLoRA has a1 (in, r), a2
+(r, in), b1 (out, r) and b2 (r, in). At convolutions they have further axes: b2 those of the kernel, the others axes of
+length 1. LyCORIS before 2 has the first and the second factor exchanged.
 """
 
 import torch
@@ -19,7 +19,7 @@ _EXCHANGED = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
 
 
 class ScaleLayout(ModuleLayout[IA3]):
-    """(IA)³'s vector, and the side of the layer that it scales."""
+    """(IA)³'s vector, and the flag that says whether it scales inputs or outputs."""
 
     required = ("weight", "on_input")
     variants = (IA3,)

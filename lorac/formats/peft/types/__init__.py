@@ -1,1 +1,1 @@
-"""One file per PEFT type: a module here that defines ``METHOD`` is one."""
+"""PEFT types, one file each; every concrete ``PeftType`` in a module here is registered."""

@@ -1,8 +1,8 @@
 """PEFT type ADALORA.
 
-Source: peft.tuners.adalora of PEFT 0.21. A module has `lora_A` (r, in), a kernel flattened, `lora_E` (r, 1) and
-`lora_B` (out, r), of the r singular values that were kept; rank_pattern says which of the init_r these are. The scale
-stays lora_alpha / (init_r + 1e-5). PEFT ignores those of LORA's fields that are irrelevant here.
+Source: peft.tuners.adalora of PEFT 0.21. A module has `lora_A` (r, in), with a kernel flattened, `lora_E` (r, 1) and
+`lora_B` (out, r) for the r singular values that training kept; rank_pattern marks these among the init_r. The scale
+remains lora_alpha / (init_r + 1e-5). PEFT ignores the LORA fields that are irrelevant here.
 """
 
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ _NEVER = "train the adapter again without it: PEFT's AdaLoRA refuses it, too"
 
 
 def read_scale(value: object) -> float:
-    """Return a number above 0; PEFT replaces anything else by the rank."""
+    """Return a number above 0; a smaller one is refused, since PEFT would replace it by the rank."""
     if read_number(value) <= 0:
         raise ValueError("expected a number above 0")
     return float(read_number(value))
 
 
 def read_masks(value: object) -> dict[str, tuple[bool, ...]]:
-    """Return path of a module -> which of its singular values were kept."""
+    """Return path of a module -> mask of the singular values that were kept."""
     if value is not None and not isinstance(value, dict):
         raise ValueError("expected a mapping of <path>.lora_E to lists of true and false")
     masks = {}
@@ -48,7 +48,7 @@ def read_masks(value: object) -> dict[str, tuple[bool, ...]]:
 
 
 def write_masks(masks: Mapping[str, tuple[bool, ...]]) -> dict[str, list[bool]] | None:
-    """Return the rank_pattern of a file; null for none."""
+    """Return the rank_pattern of a file; null where no module has a mask."""
     return {f"{path}.lora_E": list(mask) for path, mask in masks.items()} or None
 
 
@@ -77,7 +77,7 @@ class AdaloraType(PeftType[AdaLoRA]):
         "beta1": TrainingOnly(0.85, preserved=True),
         "beta2": TrainingOnly(0.85, preserved=True),
         "orth_reg_weight": TrainingOnly(0.5, preserved=True),
-        # PEFT refuses to read a configuration without a number of steps.
+        # PEFT refuses a configuration without a number of steps.
         "total_step": TrainingOnly(preserved=True, write=lambda steps: steps or 1),
     }
     suffixes = ("lora_A", "lora_E", "lora_B")

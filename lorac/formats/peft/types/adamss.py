@@ -1,9 +1,9 @@
 """PEFT type ADAMSS.
 
 Source: peft.tuners.adamss of PEFT 0.21. A module has `adamss_newB` (R, in + 1), or (R, in) without a bias, and for each
-group k of its rows `adamss_A.<k>` (r_k, R) and `adamss_B.<k>` (size, r_k). No file says which rows a group has: PEFT
-makes the groups anew from the base's weight. lorac holds the A_k of a module in one tensor, padded to the largest r_k,
-and the B_k one below the other.
+group k of its rows `adamss_A.<k>` (r_k, R) and `adamss_B.<k>` (size, r_k). A file does not store the rows of a group:
+PEFT computes the groups from the base's weight. lorac stores the A_k of a module in one tensor, padded to the largest
+r_k, and concatenates the B_k.
 """
 
 import re
@@ -42,7 +42,7 @@ class AdamssType(PeftType[AdaMSS]):
         "svd_threshold": Applied(0.1, to="svd_threshold", read=read_number),
         "random_seed": Applied(0, to="random_seed", read=read_int),
         "init_weights": TrainingOnly("orthogonal"),
-        # PEFT freezes groups while it trains.
+        # PEFT freezes groups during training.
         **{
             n: TrainingOnly(default, preserved=True)
             for n, default in {"use_asa": False, **_SCHEDULE, **_AVERAGES}.items()
@@ -53,7 +53,7 @@ class AdamssType(PeftType[AdaMSS]):
     derived = (_GROUPS,)
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
-        """Return the tensors with those of numbered groups in one, and the sizes of the groups."""
+        """Merge the tensors of numbered groups into one tensor each, and add the sizes of the groups."""
         numbered: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
             if match := _GROUP.fullmatch(key):
@@ -81,7 +81,7 @@ class AdamssType(PeftType[AdaMSS]):
     def check_site(self, site: Site, tensors: Tensors) -> None:
         super().check_site(site, tensors)
         (groups, _, rank), rows = tensors["adamss_A"].shape, site.out_features
-        if groups < rows <= rank:  # the left singular vectors are orthonormal: one distance from each to all others
+        if groups < rows <= rank:  # the left singular vectors are orthonormal: all distances between rows are equal
             raise SiteError(
                 f"all rows of '{site.path}' are equally near to each other in {rank} singular vectors, and rounding "
                 "decides how PEFT groups them",

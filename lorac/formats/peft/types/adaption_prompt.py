@@ -1,7 +1,7 @@
 """PEFT type ADAPTION_PROMPT.
 
-Source: peft.tuners.adaption_prompt of PEFT 0.21. Each of the adapter_layers upper attentions has `adaption_prompt`
-(1, n, d) and `adaption_gate` (1,), under the path of the attention; lorac's sites are their output projections.
+Source: peft.tuners.adaption_prompt of PEFT 0.21. Each of the last adapter_layers attentions has `adaption_prompt` (1,
+n, d) and `adaption_gate` (1,), under the path of the attention; lorac's sites are the attentions' output projections.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class AdaptionPromptType(PlacedType[AdaptionPrompt]):
     variants = {AdaptionPrompt: {}}
     fields = {
         **{name: field for name, field in WITHOUT_FAN.items() if name != "modules_to_save"},
-        "target_modules": Irrelevant(preserved=True),  # the keys tell the attentions
+        "target_modules": Irrelevant(preserved=True),  # the keys name the attentions
         **own(read_size, **dict.fromkeys(_SIZES)),
     }
 

@@ -1,6 +1,6 @@
 """PEFT type BEFT.
 
-Source: peft.tuners.beft of PEFT 0.21. A module has `beft_bias` (1, out) alone, and no tensor shows its inputs.
+Source: peft.tuners.beft of PEFT 0.21. A module has only `beft_bias` (1, out), which does not show its input features.
 """
 
 from lorac.formats._config_fields import TrainingOnly

@@ -1,8 +1,8 @@
 """PEFT type BOFT.
 
 Source: peft.tuners.boft of PEFT 0.21 (config.py, layer.py). In a file a module has `boft_R` (m, blocks, β, β) and
-`boft_s` (out, 1), at convolutions (1, out). Without its CUDA extension PEFT takes one factor, whatever is configured;
-the boft_R of such a file has one.
+`boft_s` (out, 1), at convolutions (1, out). Without its CUDA extension PEFT uses one factor regardless of the
+configuration, and boft_R in such a file has one factor.
 """
 
 import dataclasses

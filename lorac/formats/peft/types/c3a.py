@@ -1,7 +1,7 @@
 """PEFT type C3A.
 
-Source: peft.tuners.c3a of PEFT 0.21. A module has `c3a_kernel` (out/b, in/b, b). PEFT transforms in float32, whatever
-the dtype of the model, and feeds the output of one active adapter to the next; lorac adds up their changes.
+Source: peft.tuners.c3a of PEFT 0.21. A module has `c3a_kernel` (out/b, in/b, b). PEFT transforms in float32, for any
+dtype of the model, and feeds the output of one active adapter to the next; lorac adds up the changes of all.
 """
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_rank_pattern, read_size, write_number_pattern

@@ -1,7 +1,7 @@
 """PEFT type DEFT.
 
 Source: peft.tuners.deft of PEFT 0.21. A module has `deft_P` (out, r) and, without para, `deft_R` (r, in). The rank is
-at most out, and alpha is divided by that rank. PEFT computes in float32, whatever the dtype of the model.
+at most out, and alpha is divided by that rank. PEFT computes in float32, for any dtype of the model.
 """
 
 from torch import Tensor
@@ -34,7 +34,7 @@ class DeftType(PeftType[DEFT]):
         "alpha": Applied(None, to="alpha", read=read_optional_number),
         "decomposition_method": Applied("relu", to="decomposition_method", read=read_choice("relu", "qr")),
         "para": Applied(False, to="para", read=read_flag),
-        # PEFT drops inputs of the injection alone.
+        # PEFT applies dropout only to inputs of the injection.
         "deft_dropout": TrainingOnly(0.0, preserved=True, read=read_number),
         "init_scale": TrainingOnly(1.0, preserved=True, read=read_number),
         "bias": bias("deft"),

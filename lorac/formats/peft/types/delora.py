@@ -31,7 +31,7 @@ class DeloraType(PlainType[DeLoRA]):
         "rank_pattern": PATTERNS["rank_pattern"],
         "delora_lambda": TrainingOnly(15, to="delora_lambda", read=read_number, write=write_number),
         "lambda_pattern": TrainingOnly({}, to="lambda_pattern", read=read_number_pattern, write=write_number_pattern),
-        # In PEFT it drops inputs of the change, whatever its name says.
+        # Despite its name, PEFT applies it as dropout to inputs of the change.
         "module_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "bias": bias("delora"),
     }

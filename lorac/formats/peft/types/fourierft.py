@@ -1,6 +1,6 @@
 """PEFT type FOURIERFT.
 
-Source: peft.tuners.fourierft of PEFT 0.21. PEFT transforms in float32, whatever the dtype of the model.
+Source: peft.tuners.fourierft of PEFT 0.21. PEFT transforms in float32, for any dtype of the model.
 """
 
 from lorac.formats._config_fields import TrainingOnly

@@ -1,8 +1,9 @@
 """PEFT type FROD.
 
-Source: peft.tuners.frod of PEFT 0.21. A module has `frod_lambda_l` (in,) and `frod_lambda_s_values` (nnz,); modules
-whose paths end alike share `base_model.frod_V.<role>` (in, in), `base_model.frod_s_indices.<role>` (2, nnz) and
-`base_model.frod_s_size.<role>` (2,), both sizes in. U is in no file: PEFT makes it of V and the base's weight.
+Source: peft.tuners.frod of PEFT 0.21. A module has `frod_lambda_l` (in,) and `frod_lambda_s_values` (nnz,). Modules
+whose paths have the same last name share `base_model.frod_V.<role>` (in, in), `base_model.frod_s_indices.<role>` (2,
+nnz) and `base_model.frod_s_size.<role>` (2,), with both sizes in. No file has U: PEFT computes it from V and the base's
+weight.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""PEFT type GLORA, which multiplies W by A entry by entry, where LyCORIS's GLoRA has a product of matrices.
+"""PEFT type GLORA, which multiplies W elementwise by A, where LyCORIS's GLoRA multiplies matrices.
 
 Source: peft.tuners.glora of PEFT 0.21. For each of A to E a module has `glora_<A>.Xd` and `glora_<A>.Xu`, or
-`glora_<A>.X`, or zeros `glora_<A>.zeros` of the full shape for a part that the configuration leaves out, as it does C,
-D and E at layers without a bias.
+`glora_<A>.X`, or zeros `glora_<A>.zeros` of the full shape if the part is not configured. At layers without a bias C, D
+and E are always zeros.
 """
 
 from dataclasses import replace
@@ -41,7 +41,7 @@ class GloraType(PlainType[GLoRAHadamard]):
     suffixes = tuple(f"glora_{name}.{part}" for name in "ABCDE" for part in ("Xd", "Xu", "X", "zeros"))
 
     def read_site(self, variant: GLoRAHadamard, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return the site and its parameters, without the zeros of absent changes, which tell sizes alone."""
+        """Return the site and its parameters, without the zeros of absent parts, which only show sizes."""
         kept = {suffix: tensor for suffix, tensor in stored.items() if not suffix.endswith(_EMPTY) or tensor.any()}
         site, tensors = super().read_site(variant, path, kept)
         rows, columns = self.measure(variant, stored)

@@ -10,7 +10,7 @@ Source: peft.tuners.hira of PEFT 0.21 (config.py, layer.py). Shapes in a file:
     convolution  (r, in, *kernel)    (out, r, 1, …)
     ===========  ==================  =================
 
-PEFT forgets rank_pattern where it wraps a layer (`dispatch_default`): every module has rank r.
+PEFT ignores rank_pattern where it wraps a layer (`dispatch_default`): every module has rank r.
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """PEFT type HRA.
 
 Source: peft.tuners.hra of PEFT 0.21 (config.py, layer.py). In a file a module has `hra_u` (in, r), at convolutions
-(in·kh·kw, r). At a dilated convolution PEFT forgets the dilation unless it merges; lorac uses the merged weight.
+(in·kh·kw, r). At a dilated convolution PEFT ignores the dilation until it merges; lorac uses the merged weight.
 """
 
 from torch import Tensor
@@ -32,6 +32,6 @@ class HraType(PeftType[HRA]):
     kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV2D})
 
     def read_site(self, variant: HRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return U (in, r), and a site of which only the inputs are known."""
+        """Return U (in, r), and a site of which only the input features are known."""
         tensors = take_tensors(path, stored, {VECTORS: 2}, f"{VECTORS} is (in, r)")
         return matrix_site(path, 1, tensors[VECTORS].shape[0]), tensors

@@ -1,8 +1,8 @@
 """PEFT type IA3.
 
 Source: peft.tuners.ia3 of PEFT 0.21 (config.py, layer.py). In a file a module has `ia3_l`: (out, 1), or (1, in) in
-feedforward modules; at convolutions (1, C, 1, 1[, 1]), C the output or input channels. A file shows only one of the two
-sizes of a layer.
+feedforward modules; at convolutions (1, C, 1, 1[, 1]), where C is the number of output or input channels. So a file
+shows only one of a layer's two sizes.
 """
 
 import re
@@ -21,9 +21,9 @@ SCALE = "ia3_l"
 
 
 def write_feedforward(value: str | tuple[str, ...]) -> str | list[str]:
-    """Return one pattern: PEFT wants a list to be part of the list of targets, which may be written otherwise.
+    """Return one pattern, since PEFT requires a list to be a subset of the list of targets.
 
-    An empty list stays one, since null lets PEFT choose.
+    An empty list stays a list, since PEFT would replace null by its own choice.
     """
     if isinstance(value, str):
         return value
@@ -46,7 +46,7 @@ class Ia3Type(PeftType[IA3]):
     conv1d = grouped = pads_itself = True
 
     def read_site(self, variant: IA3, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return l (out, 1) or (1, in), and a site with as many features on both sides."""
+        """Return l (out, 1) or (1, in), and a site with that size as input and output features."""
         scale, size = stored[SCALE], stored[SCALE].numel()
         shape = (1, size) if variant.scales_input(path) else (size, 1)
         flat = scale.ndim == len(shape)

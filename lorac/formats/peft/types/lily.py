@@ -1,8 +1,8 @@
 """PEFT type LILY.
 
 Source: peft.tuners.lily of PEFT 0.21. A module has `lily_A.weight` (r, in), `lily_B.weight` (num_B·r, out) and
-`lily_router.weight` (num_B, r). A file has A and B again at every module that shares them; which modules do, PEFT finds
-from target_modules and stride_A, and of unequal copies it takes the last.
+`lily_router.weight` (num_B, r). A file repeats A and B at every module that shares them. PEFT determines these modules
+from target_modules and stride_A; where copies differ, it keeps the last.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,7 +36,7 @@ class LilyType(PlainType[Lily]):
         return stored["lily_B.weight"].shape[1], stored["lily_A.weight"].shape[1]
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
-        """Return the tensors with one tensor for all copies, which training then keeps equal."""
+        """Replace equal copies by one tensor, so that training keeps them equal."""
         known: dict[tuple[object, ...], list[torch.Tensor]] = {}
         found = {}
         for key, tensor in tensors.items():

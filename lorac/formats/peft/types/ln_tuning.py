@@ -1,7 +1,8 @@
 """PEFT type LN_TUNING.
 
-Source: peft.tuners.ln_tuning of PEFT 0.21 (config.py, layer.py). In a file `<module>.ln_tuning_layers.<parameter>`,
-buffers included: a trained copy of every targeted module, which replaces it. PEFT runs one such adapter at a time.
+Source: peft.tuners.ln_tuning of PEFT 0.21 (config.py, layer.py). Keys are `<module>.ln_tuning_layers.<parameter>`: a
+trained copy of every targeted module, including buffers, which replaces the module. PEFT runs one such adapter at a
+time.
 """
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from lorac.variants.ln_tuning import LNTuning
 
 
 def read_modules(value: object) -> str | tuple[str, ...]:
-    """Return names of modules or one regular expression; PEFT writes its own choice."""
+    """Return names of modules or one regular expression; null is refused, since PEFT writes its default choice."""
     modules = read_pattern(value)
     if not modules:
         raise ValueError("expected names of modules, or a pattern")

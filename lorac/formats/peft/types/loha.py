@@ -11,7 +11,7 @@ where in is the number of channels of a group:
     and use_effective_conv2d                                                   or (r, r, k, 1)
     ===========================================  ========  ==================  =================
 
-Flat factors show neither whether a site is a convolution nor its groups.
+Flat factors do not show whether a site is a convolution, nor its groups.
 """
 
 from torch import Tensor

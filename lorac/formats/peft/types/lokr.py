@@ -1,14 +1,14 @@
 """PEFT type LOKR.
 
-Source: peft.tuners.lokr of PEFT 0.21. With out = l·k and channels of a group = m·n, shapes in a file are
+Source: peft.tuners.lokr of PEFT 0.21. Shapes in a file, with out = l·k, and m·n channels in a group:
 
     w1                 (l, m), or w1_a (l, r) and w1_b (r, m)
     w2, linear         (k, n), or w2_a (k, r) and w2_b (r, n)
     w2, convolution    (k, n, kh, kw), or w2_a (k, r) and w2_b (r, n·kh·kw), or
                        w2_a (r, k), w2_b (r, n) and t2 (r, r, kh, kw), of a Conv1d (r, r, k, 1)
 
-Flat factors show neither whether a site is a convolution nor its groups. Of a Conv1d with a whole w2 (k, n, kw) PEFT
-multiplies other axes, and the result is not a Kronecker product (``LoKr.conv1d_of_peft``).
+Flat factors do not show whether a site is a convolution, nor its groups. For a Conv1d whose w2 (k, n, kw) is whole,
+PEFT multiplies other axes, and the result is not a Kronecker product (``LoKr.conv1d_of_peft``).
 """
 
 from collections.abc import Mapping
@@ -37,10 +37,10 @@ def read_factor(value: object) -> int:
 
 
 def write_factor(value: object) -> object:
-    """Return a whole number.
+    """Return a single factor; a pair is refused.
 
     Raises:
-        FormatError: it is a pair.
+        FormatError: the value is a pair.
     """
     if not isinstance(value, int):
         raise unsupported_error(
@@ -82,7 +82,7 @@ class LokrType(PeftType[LoKr]):
         return site, {name: stored[name].flatten(axes.get(name, 1)) for name in (*first, *second)}
 
     def refine_variant(self, variant: LoKr, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
-        """Return the variant with PEFT's product where the file has a Conv1d with a whole w2."""
+        """Set ``conv1d_of_peft`` where the file has a Conv1d with a whole w2, which PEFT multiplies differently."""
         whole = any(W2 in at_site and at_site[W2].ndim == 3 for at_site in stored.values())
         return replace(variant, conv1d_of_peft=whole)
 
@@ -98,7 +98,7 @@ class LokrType(PeftType[LoKr]):
 
 
 def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the tensors that make up w1, and of those that make up w2."""
+    """Return the names of the tensors that make up w1, and of the tensors that make up w2."""
     first = (W1,) if W1 in stored else (f"{W1}_a", f"{W1}_b")
     second: tuple[str, ...] = (W2,) if W2 in stored else (f"{W2}_a", f"{W2}_b")
     second = (CORE, *second) if CORE in stored else second
@@ -111,7 +111,7 @@ def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[st
 
 
 def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: int) -> tuple[int, tuple[int, ...]]:
-    """Return (n, kernel) of a flat w2_b (r, n·taps): those of a linear layer where that is possible."""
+    """Return (n, kernel) of a flat w2_b (r, n·taps); assume a linear layer where its sizes fit."""
     for taps in (taps for taps in range(1, columns + 1) if columns % taps == 0):
         n = columns // taps
         if factors(m * n, read_factor(variant.decompose_factor)) == (m, n):

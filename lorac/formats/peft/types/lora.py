@@ -1,4 +1,4 @@
-"""PEFT type LORA: LoRA, rsLoRA, DoRA, BD-LoRA and KaSA, and FlyLoRA as its authors' fork of PEFT writes it.
+"""PEFT type LORA: LoRA, rsLoRA, DoRA, BD-LoRA and KaSA, and FlyLoRA in the form of its authors' fork of PEFT.
 
 Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py). Shapes in a file:
 
@@ -11,12 +11,12 @@ Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py
     attention    (r, width)            (3·width, r)
     ===========  ====================  ==========================  ===================
 
-The last is the packed projection of an nn.MultiheadAttention, whose output layer is adapted with it, as
-<site>.base_layer.out_proj. PEFT merges both before each call, the output layer's twice
+The row "attention" is the packed projection of an nn.MultiheadAttention, whose output layer is adapted as well, under
+<site>.base_layer.out_proj. PEFT merges both before each call, the output layer's update twice
 (https://github.com/huggingface/peft/pull/3774), and applies no dropout.
 
-The fork (gfyddha/FlyLoRA) has a vector lora_topk_bias (r,) as well, init_lora_weights="sparse" and top_k. LoRA-XS
-(MohammadrezaBanaei/LoRA-XS) and LoRA-SB hang a matrix (r, r) on every layer, whose key older releases of PEFT write
+The fork (gfyddha/FlyLoRA) also has a vector lora_topk_bias (r,), init_lora_weights="sparse" and top_k. LoRA-XS
+(MohammadrezaBanaei/LoRA-XS) and LoRA-SB add a matrix (r, r) to every layer. Older releases of PEFT write its key
 without the dot: <site>.<adapter>_lora_latent_mapping.weight, or <site>_lora_latent_mapping.weight. PEFT itself would
 read such files as LoRAs.
 """
@@ -107,7 +107,7 @@ _PENALTIES: Mapping[str, Field] = {
 
 
 def read_initialisation(value: object) -> object:
-    """Return an initialisation that leaves the base unchanged, or that can be undone with the base."""
+    """Return an initialisation that leaves the base unchanged, or that lorac can undo with the base."""
     if value is None or isinstance(value, bool):
         return value
     name = str(value).lower()
@@ -138,11 +138,11 @@ FIELDS: Mapping[str, Field] = {
     "eva_config": TrainingOnly(),
     "corda_config": TrainingOnly(),
     "lora_ga_config": TrainingOnly(),
-    # Another backward pass, and noise that is off in evaluation: the forward pass is LoRA's.
+    # They change the backward pass, or add noise in training only: the forward pass is LoRA's.
     "velora_config": TrainingOnly(),
     "monteclora_config": TrainingOnly(),
     "megatron_core": Irrelevant("megatron.core"),
-    # With use_qalora alone.
+    # It has an effect only with use_qalora.
     "qalora_group_size": Irrelevant(16, to="group_size", read=read_size),
     "runtime_config": Irrelevant(written=False),
     "megatron_config": Refused(next_step="save the adapter from a model without Megatron's parallel layers"),
@@ -156,7 +156,7 @@ FIELDS: Mapping[str, Field] = {
     "kasa_config": Applied(read=read_nested(_PENALTIES), nested=_PENALTIES),
     "merge_weights": Irrelevant(False, written=False),
     "enable_lora": Refused(next_step="it is of PEFT before 0.3; train the adapter again", written=False),
-    # Of FlyLoRA's fork.
+    # Fields of FlyLoRA's fork.
     "top_k": Applied(to="top_k", read=read_optional_size, written=False),
     "bias_u": TrainingOnly(written=False),
 }
@@ -173,7 +173,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         QALoRA: {"use_qalora": True},
         LoRA: {"use_dora": False},
         DoRA: {"use_dora": True},
-        LoRAXS: {},  # refine_variant tells it from a LoRA by its tensors
+        LoRAXS: {},  # refine_variant recognises it by its tensors
     }
     read_only = frozenset({FlyLoRA, LoRAXS})
     fields = FIELDS
@@ -186,10 +186,10 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
     start_field = "init_lora_weights"
 
     def read_site(self, variant: Variant, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return a site and its matrices.
+        """Return a site and its matrices from the tensors of a file.
 
         Raises:
-            AdapterError: A and B do not belong together, or to no kind of site.
+            AdapterError: the shapes of A and B do not fit each other, or fit no kind of site.
         """
         if isinstance(variant, BDLoRA):
             axes = {suffix: tensor.ndim for suffix, tensor in stored.items()}
@@ -216,11 +216,11 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         return read_router(folder, values["arrow_config"], name, view) if values["arrow_config"] else None
 
     def write_site(self, variant: Variant, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        """Return A, B and vectors in the shapes of a file, by suffix.
+        """Return A, B and the vectors in the shapes that a file has, by suffix.
 
         Raises:
-            SiteError: PEFT has no such layer.
-            FormatError: B leaves the blocks of a grouped convolution.
+            SiteError: PEFT does not adapt such a layer.
+            FormatError: B has values outside the blocks of a grouped convolution.
         """
         a, b = tensors["lora_A"], tensors["lora_B"]
         if site.kind is SiteKind.EMBEDDING and "lora_bias" in tensors:
@@ -231,7 +231,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         if site.conv is not None:
             b = _split_groups(site, b)
         elif site.within not in {None, site.path}:
-            b = b / 2  # read_inner
+            b = b / 2  # the inverse of read_inner
         written = write_factors(site, a, b, MATRICES, EMBEDDING)
         if isinstance(variant, BDLoRA | KaSA) and site.transposed:
             raise SiteError(
@@ -254,7 +254,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         return written
 
     def check_site(self, site: Site, tensors: Tensors) -> None:
-        """Refuse layers without an equal weight: PEFT's A does not dilate, and a packed projection has no DoRA."""
+        """Refuse layers for which PEFT has no equal weight: dilated convolutions, and packed projections with DoRA."""
         warn_of_padding("LORA", site)
         steps = zip(site.conv.dilation, site.conv.kernel, strict=True) if site.conv is not None else ()
         if any(step > 1 and taps > 1 for step, taps in steps):
@@ -269,7 +269,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
             )
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return A and 2·B of an attention's output layer, to whose weight PEFT adds s·B·A twice."""
+        """Return A and 2·B of an attention's output layer, since PEFT adds s·B·A to its weight twice."""
         version = str(values.get("peft_version") or "0")
         if tuple(map(int, re.findall(r"\d+", version)[:2])) > _ADDS_TWICE:
             warn(
@@ -281,12 +281,13 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         return {**tensors, "lora_B": 2 * tensors["lora_B"]}
 
     def refine_variant(self, variant: Variant, values: JsonMapping, stored: Mapping[str, Tensors]) -> Variant:
-        """Return the variant as it trains: FlyLoRA's fork lets no gradient through A; latent matrices make LoRA-XS.
+        """Set the parts of a variant that files show: FlyLoRA's gradients, DoRA's groups, or LoRA-XS.
 
-        At convolutions of several groups, PEFT's norms of DoRA are those of ``DoRA.peft_groups``.
+        In FlyLoRA's fork A gets no gradient. At grouped convolutions PEFT computes DoRA's norms by
+        ``DoRA.peft_groups``.
 
         Raises:
-            FormatError: the configuration says more of a LoRA-XS than a rank and a scale for all layers.
+            FormatError: the configuration of a LoRA-XS sets more than one rank and one scale for all layers.
         """
         if isinstance(variant, FlyLoRA):
             return replace(variant, detach_router=True)
@@ -307,7 +308,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         return LoRAXS(**{name: getattr(variant, name) for name in _LORA_XS} | {"alpha": variant.scale * variant.r})
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
-        """Return the tensors with LoRA-XS's matrices next to the factors of their layers."""
+        """Rename the keys of LoRA-XS's matrices, so that they belong to the same sites as the factors."""
         end = f"_{LATENT}"
         found = {key: key.removesuffix(end) for key in tensors if key.endswith(end)}
         stems = {
@@ -320,11 +321,11 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
 
     @pause_clock()
     def undo_start(self, adapter: Adapter, values: JsonMapping, view: ModelView | None) -> Adapter:
-        """Return an adapter over the base as it was before PEFT subtracted its first value (``lorac.Residual``).
+        """Rewrite an adapter to the original base, from which PEFT subtracted its initial value (``lorac.Residual``).
 
         Raises:
-            BaseNeeded: no model is given, or one without its weights.
-            FormatError: a site is not a linear layer, the only kind that PEFT initialises so.
+            BaseNeeded: no model is given, or the model has no weights.
+            FormatError: a site is not a linear layer, the only kind that PEFT initialises in this way.
         """
         start = values["init_lora_weights"]
         rule = FACTOR_RULES.get(start)
@@ -351,10 +352,10 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         return subtract_factors(adapter, factors)
 
     def convert(self, adapter: Adapter) -> Adapter | None:
-        """Return a residual of a LoRA as the equal LoRA of twice the rank, as PEFT converts it.
+        """Convert the residual of a LoRA to the equal LoRA of twice the rank, as PEFT does.
 
         Raises:
-            FormatError: it is of another method, which no LoRA equals.
+            FormatError: the residual is of another method than LoRA, so no LoRA equals it.
         """
         if not isinstance(adapter.variant, Residual):
             return None
@@ -368,7 +369,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
 
 
 def _split_groups(site: Site, b: Tensor) -> Tensor:
-    """Return B (out, r) of a grouped convolution as PEFT has it, (out, r/groups)."""
+    """Convert B (out, r) of a grouped convolution to PEFT's shape (out, r/groups)."""
     assert site.conv is not None
     groups = site.conv.groups
     if groups == 1:
@@ -389,7 +390,7 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
 
 
 def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """Return the matrix with the blocks on its diagonal."""
+    """Return the block-diagonal matrix of the blocks."""
     rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
     claim_memory(
         rows * columns * blocks[0].itemsize, f"the factor of {len(blocks)} groups as one matrix ({rows}, {columns})"

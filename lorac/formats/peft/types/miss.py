@@ -1,9 +1,10 @@
-"""PEFT type MISS: MiSS and its mini form, and BAT; and BONE, as releases of PEFT before MISS call both.
+"""PEFT type MISS: MiSS, its mini form and BAT; and type BONE, the name in releases of PEFT before MISS.
 
 Source: peft.tuners.miss of PEFT 0.21. A module has one tensor `miss_block`: (r, out), mini (r, mini_r), BAT (out/r, r,
-r); `init_weights` tells which. Only nn.Linear is adapted, and no tensor shows its number of inputs. PEFT applies
-several active BATs one after the other, each to the result of the one before; lorac adds up the changes that each makes
-to the base. BONE (peft.tuners.bone of PEFT 0.14 to 0.17) has the tensor as `bone_block`, and no mini form or dropout.
+r), according to `init_weights`. Only nn.Linear is adapted, and the tensor does not show its input features. PEFT
+applies several active BATs in sequence, each to the result of the previous one; lorac adds up the changes that each
+makes to the base. BONE (peft.tuners.bone of PEFT 0.14 to 0.17) names the tensor `bone_block`, and has no mini form or
+dropout.
 """
 
 from torch import Tensor
@@ -20,7 +21,7 @@ BLOCK = "miss_block"
 
 
 def read_form(value: object) -> str | bool:
-    """Return the form that init_weights selects: `"bat"`, or whether the form is mini."""
+    """Return the form that init_weights selects: `"bat"`, else whether it is the mini form."""
     if value is None or isinstance(value, bool):
         return False
     if value not in ("bat", "mini"):
@@ -45,11 +46,11 @@ class MissType(PeftType[MiSS | BAT]):
     former_names = ("BONE",)
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
-        """Return the tensors by the keys of MISS, where BONE wrote others."""
+        """Rename BONE's keys to those of MISS."""
         return {key.replace(".bone_block", f".{BLOCK}"): tensor for key, tensor in tensors.items()}
 
     def read_site(self, variant: MiSS | BAT, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return the block, and a site as large as it tells: r inputs, and of a mini form mini_r outputs."""
+        """Return the block, and a site with the sizes that it shows: r inputs, and for the mini form mini_r outputs."""
         block = stored[BLOCK]
         is_bat = isinstance(variant, BAT)
         if block.ndim != (3 if is_bat else 2):

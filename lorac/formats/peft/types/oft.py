@@ -1,9 +1,9 @@
 """PEFT type OFT.
 
-Source: peft.tuners.oft of PEFT 0.21 (config.py, layer.py). In a file a module has `oft_R.weight` (blocks, β(β−1)/2),
-at embeddings `oft_embedding_R.weight`. Before 0.16 files have whole matrices under `oft_r`; before 0.18 the series had
-another last term, and PEFT warns of such files. At convolutions PEFT's forward pass rotates patches and adds them up
-where they overlap, and merges another weight: lorac computes with the merged one.
+Source: peft.tuners.oft of PEFT 0.21 (config.py, layer.py). In a file a module has `oft_R.weight` (blocks, β(β−1)/2), at
+embeddings `oft_embedding_R.weight`. Files from before 0.16 have whole matrices under `oft_r`; before 0.18 the series
+had another last term, and PEFT warns of such files. At convolutions PEFT's forward pass rotates patches and adds them
+up where they overlap, which differs from its merged weight; lorac computes with the merged weight.
 """
 
 import re
@@ -30,7 +30,7 @@ _SERIES = "0.18.0"
 
 
 def read_series(value: object) -> str:
-    """Return the version of PEFT, reduced to the last one that changed the computation."""
+    """Return the last version of PEFT that changed the computation; refuse files from before it."""
     numbers = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
     if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 18):
         raise ValueError("OFT of PEFT before 0.18 rotates by another series; load it there and train it again")
@@ -52,19 +52,19 @@ class OftType(PeftType[OFT]):
         "num_cayley_neumann_terms": Applied(5, to="num_cayley_neumann_terms", read=read_size),
         "eps": Applied(6e-5, to="eps", read=read_number),
         "bias": bias("oft"),
-        # PEFT makes a dropout layer of it and never calls it.
+        # PEFT creates a dropout layer from it, but never calls the layer.
         "module_dropout": Irrelevant(0.0),
     }
     suffixes = tuple(SUFFIXES)
     kinds = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.CONV2D})
 
     def read_site(self, variant: OFT, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return the upper triangles (blocks, β(β−1)/2), and a site as wide as they need."""
+        """Return the upper triangles (blocks, β(β−1)/2), and a site with as many features as they rotate."""
         ((suffix, upper), *more) = stored.items()
         size = round((1 + (1 + 8 * upper.shape[-1]) ** 0.5) / 2) if upper.ndim == 2 else 0
         if more or upper.ndim != 2 or not len(upper) or size * (size - 1) != 2 * upper.shape[1]:
             raise mismatched_shapes(path, stored, "they are (blocks, size·(size − 1)/2)")
-        # Of a shared block the file tells the size, not how often it is used.
+        # The file shows the size of a shared block, but not how often it is applied.
         width = size * (len(upper) if not variant.block_share else variant.r or 1)
         name = SUFFIXES[suffix]
         embedding = name == "oft_embedding_R"

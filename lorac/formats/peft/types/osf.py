@@ -1,7 +1,7 @@
 """PEFT type OSF.
 
 Source: peft.tuners.osf of PEFT 0.21. A module has `osf_svd_params.U_low` (out, k), `.S_low` (k,) and `.V_low` (k, in);
-all that is frozen is computed from the base's weight. rank_pattern is looked for anywhere in a path (re.search).
+the frozen parts are computed from the base's weight. PEFT searches for rank_pattern anywhere in a path (re.search).
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ _ANYWHERE, _END = ".*(?:", ").*"
 
 
 def read_searched(value: object) -> dict[str, float]:
-    """Return patterns that end a path from those that PEFT looks for within it."""
+    """Convert patterns that PEFT searches for within a path to patterns that match the end of a path."""
     return {f"{_ANYWHERE}{pattern}{_END}": rank for pattern, rank in read_number_pattern(value).items()}
 
 
 def write_searched(value: Mapping[str, float]) -> dict[str, float] | None:
-    """Return patterns that PEFT looks for within a path."""
+    """Convert patterns to those that PEFT searches for within a path; the inverse of ``read_searched``."""
     ranks = {}
     for pattern, rank in value.items():
         searched = pattern.startswith(_ANYWHERE) and pattern.endswith(_END)

@@ -1,8 +1,8 @@
 """PEFT type PEANUT.
 
 Source: peft.tuners.peanut of PEFT 0.21. A module has `peanut_A.weight` (r, out), `peanut_B.weight` (out, r), and for
-each of the depth layers `peanut_encoders.<i>.weight` and `peanut_decoders.<i>.weight` (r, r). No tensor shows the
-number of inputs. lorac holds the encoders of a module in one tensor (depth, r, r), and its decoders.
+each of the depth layers `peanut_encoders.<i>.weight` and `peanut_decoders.<i>.weight` (r, r). No tensor shows the input
+features. lorac stores the encoders of a module in one tensor (depth, r, r), and the decoders in another.
 """
 
 import re
@@ -37,7 +37,7 @@ class PeanutType(PeftType[PEANuT]):
     suffixes = ("peanut_A.weight", "peanut_B.weight", "peanut_encoders", "peanut_decoders")
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
-        """Return the tensors with those of numbered layers in one."""
+        """Stack the tensors of numbered layers into one tensor each."""
         layers: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
             if match := _LAYER.fullmatch(key):

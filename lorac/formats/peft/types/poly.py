@@ -1,8 +1,8 @@
 """PEFT type POLY.
 
 Source: peft.tuners.poly of PEFT 0.21. A module has `poly_lora_A` (splits, skills, in/splits, r), `poly_lora_B` (splits,
-skills, r, out/splits) and `poly_router.module_logits` (tasks, splits·skills). A call of PEFT has the task of each row
-in task_ids; here a task is an adapter.
+skills, r, out/splits) and `poly_router.module_logits` (tasks, splits·skills). PEFT gets the task of each row as
+task_ids; in lorac a task is an adapter.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """PEFT types PROMPT_TUNING, MULTITASK_PROMPT_TUNING, P_TUNING, CPT, PREFIX_TUNING and CARTRIDGE.
 
-Source: the tuners of these names of PEFT 0.21 (peft.tuners). They differ in the encoder
-that makes the prompt while it trains; a file holds the prompt itself (``lorac.formats.peft.prompt_folder``).
+Source: the modules of peft.tuners with these names, of PEFT 0.21. The types differ in the encoder that computes the
+prompt in training; a file stores the computed prompt (``lorac.formats.peft.prompt_folder``).
 """
 
 from lorac.formats._config_fields import Applied, Field, TrainingOnly, read_size
@@ -12,7 +12,7 @@ from lorac.variants.prompt_tuning import PromptTuning
 
 
 def _trained(**defaults: object) -> dict[str, Field]:
-    """Return fields that only the encoder reads while it trains, by name and PEFT's default."""
+    """Return fields that only the encoder reads in training, by name and PEFT's default."""
     return {name: TrainingOnly(default, preserved=True) for name, default in defaults.items()}
 
 

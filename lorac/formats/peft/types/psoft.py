@@ -1,8 +1,8 @@
 """PEFT type PSOFT.
 
 Source: peft.tuners.psoft of PEFT 0.21. A module has `psoft_R.weight` (r(r−1)/2,), or (r, r) without psoft_orth, and the
-vectors `psoft_R.vector_a` and `psoft_R.vector_b` (r,). PEFT makes the frozen factors anew from the base's weight, in
-float32: with them a file fits the base alone that it was trained on.
+vectors `psoft_R.vector_a` and `psoft_R.vector_b` (r,). PEFT computes the frozen factors from the base's weight, in
+float32, so a file fits only the base that it was trained on.
 """
 
 import torch
@@ -63,5 +63,5 @@ class PsoftType(PeftType[PSOFT]):
         return matrix_site(path, 1, 1), {NAMES[suffix]: tensor for suffix, tensor in tensors.items() if tensor.numel()}
 
     def write_site(self, variant: PSOFT, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        empty = {} if "psoft_R" in tensors else {"psoft_R.weight": torch.zeros(0)}  # of rank 1
+        empty = {} if "psoft_R" in tensors else {"psoft_R.weight": torch.zeros(0)}  # for rank 1
         return empty | {suffix: tensors[name] for suffix, name in NAMES.items() if name in tensors}

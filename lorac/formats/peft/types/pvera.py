@@ -1,7 +1,7 @@
 """PEFT type PVERA.
 
-Source: peft.tuners.pvera of PEFT 0.21. A file is one of VERA with twice the rows in `pvera_A` (2r, largest in) and
-`pvera_lambda_d` (2r,). PEFT draws noise in training, and with sample_at_inference in evaluation, too.
+Source: peft.tuners.pvera of PEFT 0.21. A file is a VERA file with twice the rows in `pvera_A` (2r, largest in) and
+`pvera_lambda_d` (2r,). PEFT draws noise in training, and in evaluation too with sample_at_inference.
 """
 
 from lorac.formats._config_fields import Refused, TrainingOnly

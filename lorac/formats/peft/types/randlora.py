@@ -1,11 +1,11 @@
 """PEFT type RANDLORA.
 
-Source: peft.tuners.randlora of PEFT 0.21. With d and D the smaller and the larger of out and in, and n = ⌈d/r⌉, a
-module has `randlora_lambda` (r, n) and `randlora_gamma` (n, d), and all of them share `randlora_A` (r, 1, d) and
-`randlora_B` (D, n, r) for the smaller and the larger of the largest out and the largest in. PEFT writes those two once
-as `base_model.<name>` and once more at every module; lorac writes them once, which PEFT reads, with a warning that it
-misses the copies. With save_projection=False they are left out, to be drawn from projection_prng_key. No tensor shows
-the larger side of a site.
+Source: peft.tuners.randlora of PEFT 0.21. Let d and D be the smaller and the larger of out and in, and n = ⌈d/r⌉. A
+module has `randlora_lambda` (r, n) and `randlora_gamma` (n, d). All modules share `randlora_A` (r, 1, d) and
+`randlora_B` (D, n, r), with d and D from the largest out and the largest in. PEFT writes the shared tensors once as
+`base_model.<name>` and again at every module; lorac writes them once, and PEFT reads such a file with a warning of
+missing copies. With save_projection=False a file omits them, and they are drawn from projection_prng_key. No tensor
+shows the larger side of a site.
 """
 
 import math
@@ -34,7 +34,7 @@ class RandloraType(PeftType[RandLoRA]):
         "r": Applied(32, to="r", read=read_size),
         "randlora_alpha": Applied(640, to="alpha", read=read_number, write=write_number),
         "randlora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
-        # How A and B are drawn, which defines them without save_projection.
+        # The distribution of A and B, which determines them where save_projection is False.
         **own(read_flag, sparse=False, very_sparse=False),
         "bias": bias("randlora"),
     }
@@ -56,7 +56,7 @@ class RandloraType(PeftType[RandLoRA]):
         return draw_bases(*_shapes(variant.r, small, large), key=key, sparsity=sparsity)
 
     def shared_shapes(self, variant: RandLoRA, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes by the largest out and the largest in, which may be of different sites."""
+        """Return the shapes for the largest out and the largest in, which may belong to different sites."""
         small, large = sorted((max(site.out_features for site in sites), max(site.in_features for site in sites)))
         return dict(zip(self.shared, _shapes(variant.r, small, large), strict=True))
 

@@ -1,8 +1,8 @@
 """PEFT type ROAD.
 
 Source: peft.tuners.road of PEFT 0.21. A module has `road_theta` and `road_alpha` of out/2, out or 2·out numbers, for
-the variants road_1, road_2 and road_4. No tensor shows its inputs. PEFT applies several active adapters one after the
-other, each to the output of the one before; lorac adds up the changes that each makes to the base.
+the variants road_1, road_2 and road_4. No tensor shows the input features. PEFT applies several active adapters in
+sequence, each to the output of the previous one; lorac adds up the changes that each makes to the base.
 """
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_choice, read_size

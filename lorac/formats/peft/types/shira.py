@@ -1,8 +1,8 @@
 """PEFT type SHIRA: sparse high-rank adapters.
 
-Source: peft.tuners.shira of PEFT 0.21. A module has `shira_weight` (K,) and `shira_indices` (2, K) int32, row 0 the out
-index; float32 where Windows wrote them. K = r·(out + in), or PEFT cannot load the file. Only nn.Linear is adapted, so
-that fan_in_fan_out never matters.
+Source: peft.tuners.shira of PEFT 0.21. A module has `shira_weight` (K,) and `shira_indices` (2, K) int32, with the out
+index in row 0; files from Windows have float32. K must be r·(out + in), or PEFT cannot load the file. Only nn.Linear is
+adapted, so fan_in_fan_out has no effect.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class ShiraType(PeftType[SHiRA]):
     fields = {
         **COMMON,
         "r": Applied(32, to="r", read=read_size),
-        # The file holds the positions, however they were chosen.
+        # The file has the positions, so the method that chose them does not matter.
         "mask_type": TrainingOnly("random"),
         "random_seed": TrainingOnly(),
         "init_weights": TrainingOnly(True),
@@ -38,7 +38,7 @@ class ShiraType(PeftType[SHiRA]):
     suffixes = (VALUES, INDICES)
 
     def read_site(self, variant: SHiRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return values (K,) and int64 indices (2, K), and a site that K positions at this r imply."""
+        """Return values (K,) and int64 indices (2, K), and a site for which rank r has K positions."""
         values, indices = stored.get(VALUES), stored.get(INDICES)
         if values is None or indices is None or indices.shape != (2, *values.shape) or values.ndim != 1:
             raise mismatched_shapes(path, stored, f"{VALUES} is (K,), {INDICES} (2, K)")
@@ -60,7 +60,7 @@ class ShiraType(PeftType[SHiRA]):
         return matrix_site(path, rows, count // variant.r - rows), {"indices": positions, "values": values}
 
     def check_site(self, site: Site, tensors: Tensors) -> None:
-        # Of a layer whose weight an attention reads itself, PEFT merges the positions all the same.
+        # Where an attention reads a layer's weight itself, PEFT merges the positions too, so the layer is allowed.
         super().check_site(dataclasses.replace(site, within=None), tensors)
 
     def write_site(self, variant: SHiRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 Source: peft.tuners.supertuning of PEFT 0.21. A module has `supertuning_values` (K,), `supertuning_indices` (K,) int32,
 positions in the flattened weight, and with r `supertuning_lora_A.weight` (r, in) and `supertuning_lora_B.weight` (out,
-r). With save_precomputed_indices=False the positions are missing: they are those of the base's weight. lorac writes
-them. In training PEFT drops inputs of A alone.
+r). With save_precomputed_indices=False the file omits the positions, which are computed from the base's weight; lorac
+always writes them. In training PEFT applies dropout only to inputs of A.
 """
 
 import torch
@@ -45,7 +45,7 @@ class SupertuningType(PeftType[SuperTuning]):
         "r": Applied(to="r", read=read_optional_size),
         "lora_alpha": Applied(to="alpha", read=read_optional_number),
         "lora_dropout": TrainingOnly(0.0, preserved=True),
-        # The keys of a file say which it is.
+        # The keys of a file show its value.
         "save_precomputed_indices": Irrelevant(True, read=read_flag),
         "init_weights": TrainingOnly(True),
     }

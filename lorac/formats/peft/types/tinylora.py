@@ -1,9 +1,9 @@
 """PEFT type TINYLORA.
 
-Source: peft.tuners.tinylora of PEFT 0.21. A module has `tinylora_A` (r, in), `tinylora_B` (out, r) and `tinylora_P`
-(u, r, r), which files with save_projection=False lack; `base_model.tinylora_v.<i>` (u,) is that of the i-th group. The
-order of the modules in the model tells the groups, and the seeds of P. At an embedding A is (r, d), B (V, r), and the
-core stands between them: with the table as (d, V) they are each other's transposes.
+Source: peft.tuners.tinylora of PEFT 0.21. A module has `tinylora_A` (r, in), `tinylora_B` (out, r) and `tinylora_P` (u,
+r, r), which files with save_projection=False omit. `base_model.tinylora_v.<i>` (u,) belongs to the i-th group. The
+order of the modules in the model determines the groups, and the seeds of P. At an embedding A is (r, d), B is (V, r),
+and the core is between them; lorac stores the transposes, since its table is (d, V).
 """
 
 from torch import Tensor
@@ -35,7 +35,7 @@ class TinyloraType(PeftType[TinyLoRA]):
         **own(read_size, r=2, u=64),
         "weight_tying": Applied(0.0, to="weight_tying", read=read_number),
         "projection_seed": Applied(42, to="projection_seed", read=read_int),
-        # With False the file lacks P; lorac always writes it.
+        # If False, the file omits P; lorac always writes it.
         "save_projection": Applied(True, read=read_flag),
         "tinylora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "init_v_bound": TrainingOnly(0.02, preserved=True, read=read_number),
@@ -70,7 +70,7 @@ class TinyloraType(PeftType[TinyLoRA]):
 
 
 def _turn(site: Site, tensors: Tensors) -> dict[str, Tensor]:
-    """Return the tensors of an embedding as those of its transposed table, and the other way round."""
+    """Transpose the tensors of an embedding between PEFT's table and lorac's, in either direction."""
     if site.kind is not SiteKind.EMBEDDING:
         return dict(tensors)
     turned = {"tinylora_A": tensors["tinylora_B"].t(), "tinylora_B": tensors["tinylora_A"].t()}

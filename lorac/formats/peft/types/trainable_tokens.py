@@ -1,8 +1,8 @@
 """PEFT type TRAINABLE_TOKENS.
 
-Source: peft.tuners.trainable_tokens of PEFT 0.21. A file holds, per module, ``trainable_tokens_delta`` (n, d): n rows,
-which replace those whose numbers the configuration has. An output layer that is tied to the input embedding reads the
-same rows, and a file has them again for it.
+Source: peft.tuners.trainable_tokens of PEFT 0.21. A file has for each module ``trainable_tokens_delta`` (n, d): n rows,
+which replace the rows with the numbers in the configuration. An output layer that is tied to the input embedding reads
+the same rows, and a file has a second copy of them for it.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class TrainableTokensType(PeftType[TrainableTokens]):
     needs_model = True
 
     def find_tied_sites(self, stored: Mapping[str, Tensors], sites: Mapping[str, Site]) -> dict[str, str]:
-        """Return layers that are tied to an embedding whose rows a file has -> that embedding, the model's first."""
+        """Return tied layer -> embedding, for embeddings whose rows a file has; of several, the first in the model."""
         tied: dict[str, str] = {}
         for path, site in sites.items():
             if path in stored and site.kind is SiteKind.EMBEDDING and path not in tied:
@@ -51,7 +51,7 @@ class TrainableTokensType(PeftType[TrainableTokens]):
         return replace(variant, tied=len({id(tensors[DELTA]) for tensors in stored.values()}) < len(stored))
 
     def read_site(self, variant: TrainableTokens, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return the rows, and an embedding that they fit."""
+        """Return the rows, and an embedding whose sizes they fit."""
         delta = take_tensors(path, stored, {DELTA: 2}, f"{DELTA} is (n, d)")[DELTA]
         return matrix_site(path, delta.shape[1], len(delta), SiteKind.EMBEDDING), {DELTA: delta}
 

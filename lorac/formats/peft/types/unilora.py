@@ -1,9 +1,9 @@
 """PEFT type UNILORA.
 
 Source: peft.tuners.unilora of PEFT 0.21. All modules share `base_model.unilora_theta_d` (theta_d_length,). With
-save_indices a module also has `unilora_indices_A` (r, in) and `unilora_indices_B` (out, r) and the factors of their
-entries, `unilora_scales_A` and `unilora_scales_B`; else the keys of no module are in the file: proj_seed, the order of
-the targeted modules in the model and their sizes tell the indices.
+save_indices a module also has `unilora_indices_A` (r, in) and `unilora_indices_B` (out, r), and the factors of their
+entries, `unilora_scales_A` and `unilora_scales_B`. Otherwise the file has no keys of modules: proj_seed, and the order
+and sizes of the targeted modules in the model, determine the indices.
 """
 
 import torch
@@ -32,7 +32,7 @@ class UniloraType(PeftType[UniLoRA]):
         **LAYERS,
         **own(read_size, r=4, theta_d_length=256),
         "proj_seed": Applied(42, to="proj_seed", read=read_count),
-        # The keys of a file say which it is; lorac writes none of the indices.
+        # The keys of a file show its value; lorac writes no indices.
         "save_indices": Applied(False, read=read_flag),
         "unilora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "init_theta_d_bound": TrainingOnly(0.02, to="init_theta_d_bound", read=read_number),
@@ -63,7 +63,7 @@ class UniloraType(PeftType[UniLoRA]):
         own = {INDICES: made["unilora_places"][0] % variant.theta_d_length, SCALES: made["unilora_scales"]}
         for names, ours in own.items():
             theirs = torch.cat([given[name] for name in names]) if given else ours
-            slack = 0.0 if names == INDICES else 1e-3  # scales may be of half precision
+            slack = 0.0 if names == INDICES else 1e-3  # a file may store scales in half precision
             same = theirs.shape == ours.shape
             if not same or not torch.allclose(theirs.double(), ours.double(), rtol=0, atol=slack):
                 raise unsupported_error(

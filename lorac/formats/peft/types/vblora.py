@@ -1,13 +1,12 @@
 """PEFT type VBLORA.
 
-Source: peft.tuners.vblora of PEFT 0.21. With v the length of a vector and h their number, a module has the logits
-`vblora_logits_A` (r, in/v, h) and `vblora_logits_B` (out/v, r, h), and all of them share
-`base_model.vblora_vector_bank` (h, v).
+Source: peft.tuners.vblora of PEFT 0.21. A bank has h vectors of length v. A module has the logits `vblora_logits_A` (r,
+in/v, h) and `vblora_logits_B` (out/v, r, h), and all modules share the bank, `base_model.vblora_vector_bank` (h, v).
 
-With save_only_topk_weights a file has for each logits the k chosen `<name>_topk_indices` (…, k) and all but the last of
-their weights, `<name>_topk_weights` (…, k − 1), sorted down; they add up to 1. Such a file is read as logits that give
-these weights and choose no other vector. It serves, and training it moves the chosen weights alone. lorac writes
-logits.
+With save_only_topk_weights a file has for each logit vector the k chosen `<name>_topk_indices` (…, k), and all but the
+last of their weights, `<name>_topk_weights` (…, k − 1), in descending order; the weights add up to 1. lorac reads such
+a file as logits that give these weights and choose no other vector. Such an adapter runs, but training changes only the
+chosen weights. lorac writes logits.
 """
 
 import torch
@@ -36,7 +35,7 @@ class VbloraType(PeftType[VBLoRA]):
         **COMMON,
         **FILTERS,
         **own(read_size, r=4, num_vectors=256, vector_length=256, topk=2),
-        # The keys of a file say which it is.
+        # The keys of a file show its value.
         "save_only_topk_weights": Irrelevant(False, read=read_flag),
         "vblora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "init_vector_bank_bound": TrainingOnly(0.02, to="init_vector_bank_bound", read=read_number),
@@ -72,7 +71,7 @@ def _expand_top_k(variant: VBLoRA, path: str, name: str, stored: Tensors) -> Ten
             code="shape_mismatch",
         )
     weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
-    # An infinite logit would be taken for a diverged training; the lowest finite one weighs as little.
+    # Infinite logits would count as a diverged training; the lowest finite logit has a weight of zero too.
     lowest = torch.finfo(weights.dtype).min
     chosen = weights.clamp(min=0).log().clamp(min=lowest / 2)
     size = indices.numel() // variant.topk * variant.num_vectors

@@ -1,8 +1,8 @@
 """PEFT type VERA, and the base class of types with random projections.
 
-Source: peft.tuners.vera of PEFT 0.21. A module has `vera_lambda_b` (out,) and `vera_lambda_d` (r,), all of them share
-`base_model.vera_A` (r, largest in) and `base_model.vera_B` (largest out, r), which a file with save_projection=False
-leaves out: they are then drawn from projection_prng_key. No tensor shows the number of inputs of a site.
+Source: peft.tuners.vera of PEFT 0.21. A module has `vera_lambda_b` (out,) and `vera_lambda_d` (r,). All modules share
+`base_model.vera_A` (r, largest in) and `base_model.vera_B` (largest out, r). A file with save_projection=False omits
+these, and they are drawn from projection_prng_key. No tensor shows the input features of a site.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ P = TypeVar("P", bound=RandomProjections)
 
 
 def projection_fields(name: str) -> Mapping[str, Field]:
-    """Return the fields of a type with random projections; those of its own begin with its name."""
+    """Return the fields of a type with random projections; the name of its dropout field begins with ``name``."""
     return {
         **COMMON,
         **LAYERS,
@@ -36,7 +36,7 @@ def projection_fields(name: str) -> Mapping[str, Field]:
 
 
 class ProjectionsType(PeftType[P], Generic[P]):
-    """A type with random projections A and B that all sites share, and λ_b and λ_d of each."""
+    """A type with random projections A and B that all sites share, and with λ_b and λ_d for each site."""
 
     conv1d = True
 

@@ -1,7 +1,7 @@
 """PEFT type WAVEFT.
 
-Source: peft.tuners.waveft of PEFT 0.21. With proportional_parameters n_frequency is a mean, and a module has a share by
-its size: its file tells how many. lorac writes these numbers as n_frequency_pattern.
+Source: peft.tuners.waveft of PEFT 0.21. With proportional_parameters, n_frequency is a mean, and each module gets a
+share according to its size, which its tensor in the file shows. lorac writes these numbers as n_frequency_pattern.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class WaveftType(TransformedType[WaveFT]):
         if not values["proportional_parameters"]:
             return variant
         sizes = {path: tensors[self.suffixes[0]].numel() for path, tensors in stored.items()}
-        longest_first = sorted(sizes, key=len, reverse=True)  # the pattern "b" is also that of "a.b"
+        longest_first = sorted(sizes, key=len, reverse=True)  # the pattern "b" also matches "a.b"
         return dataclasses.replace(
             variant, n_frequency_pattern={re.escape(path): sizes[path] for path in longest_first}
         )

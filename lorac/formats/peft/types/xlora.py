@@ -1,9 +1,9 @@
 """PEFT type XLORA: several LoRAs, mixed by a classifier.
 
-Source: peft.tuners.xlora of PEFT 0.21 (config.py, classifier.py, layer.py). The file holds the classifier alone, as
-``base_model.internal_xlora_classifier.layers.<j>.weight`` and ``bias``, j its position, counting ReLUs and dropouts;
-the experts lie in folders of their own, as ``adapters`` says; PEFT looks for them from the working directory. It reads
-a classifier whole, though it may save only a part of one.
+Source: peft.tuners.xlora of PEFT 0.21 (config.py, classifier.py, layer.py). The file has only the classifier, as
+``base_model.internal_xlora_classifier.layers.<j>.weight`` and ``bias``, where j counts layers, ReLUs and dropouts. The
+experts are in folders of their own, named by ``adapters``; PEFT resolves their paths from the working directory. PEFT
+reads a whole classifier, though it may save only a part of one.
 """
 
 from collections.abc import Mapping
@@ -49,18 +49,18 @@ class XloraType(PeftType[XLoRA]):
     def read_folder(
         self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter:
-        # A file that has fewer layers than its configuration says is refused by the first one it lacks.
+        # A file with fewer layers than its configuration says is refused with an error on the first missing layer.
         keys = _layer_keys(min(values["xlora_depth"], len(tensors) + 1), values["xlora_dropout_p"])
         fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
         experts = {expert: (path, expert) for expert, path in values["adapters"].items()}
         return XLoraFolder(folder, experts, fields, tensors, keys, WEIGHTS).read(name, view)
 
     def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]]:
-        """Return the whole classifier, and the experts by their numbers, as PEFT activates them.
+        """Return the whole classifier, and the experts by number, in the order in which PEFT activates them.
 
         Raises:
-            FormatError: PEFT's classifier has ReLUs between its layers.
-            BaseNeeded: each layer has weights of its own, and only the model tells the number of a layer in PEFT.
+            FormatError: the adapter's classifier lacks the ReLUs that PEFT has between layers.
+            BaseNeeded: each layer has its own weights, so PEFT's numbers of layers depend on the model.
         """
         variant = adapter.variant
         assert isinstance(variant, XLoRA)
@@ -73,6 +73,6 @@ class XloraType(PeftType[XLoRA]):
 
 
 def _layer_keys(depth: int, dropout: float) -> list[str]:
-    """Return the key of the weight of each layer of a classifier, in order."""
+    """Return the key of each classifier layer's weight, in order."""
     stride = 3 if dropout > 0 else 2
     return [f"{_CLASSIFIER}{stride * j}.weight" for j in range(depth)]
