@@ -1,1 +1,1 @@
-"""The contract with a target: its dialect, the backend that builds engines for it, the engine that runs a program."""
+"""The interface to a target: its dialect, the backend that builds its engines, and the engine that runs a program."""

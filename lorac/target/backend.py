@@ -1,4 +1,4 @@
-"""The backend of a target: its options, and how engines for it are built, stored and restored."""
+"""The backend of a target: its options, and functions to build, store and restore its engines."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -29,10 +29,10 @@ StoredState = Mapping[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(ABC):
-    """Options of every target; each target adds its own.
+    """Options that every target has; each target adds more.
 
     Attributes:
-        aux: extra outputs to return, such as ``("router",)``; read them from ``compiled.aux``.
+        aux: names of extra outputs to return, such as ``("router",)``; read them from ``compiled.aux``.
         self_test: compare the captured program with the model, and the emitted program with the captured one
             (invariant 8).
     """
@@ -45,7 +45,7 @@ class TargetOptions(ABC):
     self_test: bool = True
 
     def __post_init__(self) -> None:
-        """Accept lists in place of tuples, and check every value."""
+        """Convert lists to tuples, and check every value."""
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if isinstance(value, list):
@@ -55,12 +55,12 @@ class TargetOptions(ABC):
 
     @property
     def uses_cache(self) -> bool:
-        """Whether the program is to keep a cache of keys and values."""
+        """Whether the program gets a cache of keys and values."""
         return False
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ``OptionError`` for a value that makes no sense."""
+        """Raise ``OptionError`` if options contradict each other."""
 
 
 OptionsT = TypeVar("OptionsT", bound=TargetOptions)
@@ -71,14 +71,15 @@ class BuildRequest(Generic[OptionsT]):
     """Everything that a backend needs to build an engine.
 
     Attributes:
-        model: the model, or several (``Components``); never written to.
-        plans: the slots of every touched site.
-        base: reads base weights from the model.
+        model: the model, or several models (``Components``); never modified.
+        plans: the slots of every adapted site.
+        base: a reader of the model's base weights.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: the weights of a baked engine.
-        terms: terms from the adapters' own tensors, for targets that train.
-        reads: the layers whose weights calls have read; an engine that runs the model notes its first whole call there.
-        program: the lowered program, if the dialect emits one, or if an engine that runs the model itself is stored.
+        terms: for targets that train, terms that are computed from the adapters' own tensors.
+        reads: the layers whose weights calls have read; an engine that runs the model adds to it in its first whole
+            call.
+        program: the lowered program, if the dialect emits one, or if an engine that runs the model is being stored.
     """
 
     model: nn.Module
@@ -94,47 +95,47 @@ class BuildRequest(Generic[OptionsT]):
 
 
 class Backend(ABC, Generic[OptionsT]):
-    """A target: its dialect, its options, and how engines for it are built.
+    """A target: its dialect, its options, and functions to build its engines.
 
-    A backend is found by its place: a package of ``lorac.backends`` whose module ``backend`` names one ``BACKEND``, or
-    an entry point of the group ``lorac.backends``. Its name is the package's or the entry point's.
+    Backends are registered by location: a package of ``lorac.backends`` whose module ``backend`` defines ``BACKEND``,
+    or an entry point of the group ``lorac.backends``. The package or the entry point gives the name.
 
     Attributes:
         dialect: the ops, dtypes and rewrites of the target.
-        options: the class of its options.
+        options: the dataclass of the target's options.
     """
 
     dialect: AnyDialect
     options: type[OptionsT]
 
     def parse_options(self, options: Mapping[str, object]) -> OptionsT:
-        """Return the target's options from the keyword arguments of ``compile`` that are not its own.
+        """Parse those keyword arguments of ``compile`` that are the target's options.
 
         Raises:
             OptionError: the target has no such option.
         """
         known = [spec.name for spec in dataclasses.fields(self.options)]
-        if not options.keys() <= {*known}:  # loading a program does without the dialect, which imports what builds one
+        if not options.keys() <= {*known}:  # a loaded program needs no dialect, whose import loads the compiler
             check_known(options, known, f"target '{self.dialect.name}' has no option")
         return self.options(**options)  # type: ignore[arg-type]  # __post_init__ checks the values
 
     @property
     def emits(self) -> bool:
-        """Whether programs are emitted for the target, rather than the model run by itself."""
+        """Whether a program is emitted for the target; otherwise the engine runs the model itself."""
         return self.dialect.emits
 
     def dialect_for(self, options: OptionsT) -> AnyDialect:
-        """Return the dialect of the device that the options name: devices compute in different dtypes."""
+        """Return the dialect for the device that the options name, since devices compute in different dtypes."""
         return self.dialect
 
     def place_options(self, options: OptionsT, device: torch.device | None) -> OptionsT:
-        """Return the options of a target that emits programs with the device that its engine will run on.
+        """Set the device on which the engine will run in the options; only for targets that emit programs.
 
         Args:
-            device: None where the caller named none.
+            device: the requested device; None if the caller gave none.
 
         Raises:
-            OptionError: the target does not run on the device, or the options name another one.
+            OptionError: the target does not run on the device, or the options name another device.
             Unavailable: this machine lacks something that the device needs.
         """
         if device is not None and device.type != "cpu":
@@ -146,18 +147,18 @@ class Backend(ABC, Generic[OptionsT]):
         return options
 
     def mark_quantised(self, sites: Mapping[str, Site], options: OptionsT, mode: str) -> dict[str, Site]:
-        """Return the sites, those whose weights the engine will quantise marked (``Site.packed``)."""
+        """Return the sites, with ``Site.packed`` set where the engine will quantise the weight."""
         return dict(sites)
 
     def list_unsupported(self, program: Program) -> tuple[str, ...]:
-        """List the ops of a lowered program that the target cannot compute, with the module that uses each."""
+        """List the ops of a lowered program that the target cannot compute, each with the module that uses it."""
         return ()
 
     def check(self, request: BuildRequest[OptionsT]) -> None:
-        """Refuse a request that no engine can be built for, before anything is captured.
+        """Refuse a request for which no engine can be built, before the model is captured.
 
         Raises:
-            OptionError: an option that the request cannot have.
+            OptionError: an option does not fit the request.
         """
         check_extra_outputs(request.options.aux, request.plans.values())
 
@@ -170,12 +171,12 @@ class Backend(ABC, Generic[OptionsT]):
         """Write an engine's program and base weights into a folder.
 
         Args:
-            engine: returned by ``build`` or ``restore``.
+            engine: an engine that ``build`` or ``restore`` returned.
             folder: an empty folder.
-            request: the model and its lowered program, if the engine runs the model itself.
+            request: the model and its lowered program, if the engine runs the model; else None.
 
         Returns:
-            The other facts that ``restore`` needs, as JSON.
+            All other state that ``restore`` needs, as JSON.
         """
 
     @abstractmethod
@@ -187,17 +188,17 @@ class Backend(ABC, Generic[OptionsT]):
         mode: str,
         device: str | torch.device | None,
     ) -> Engine:
-        """Build an engine from the files that ``store`` wrote. It keeps those that it reads later open."""
+        """Build an engine from the files that ``store`` wrote; files that it reads later stay open."""
 
     @abstractmethod
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
-        """Return the stored base weights by name; None for a program that never needs them again."""
+        """Return the stored base weights by name; None for a program that does not need them after loading."""
 
     def read_interfaces(self, stored: StoredState) -> Mapping[str, Interface]:
-        """Return the interface of each graph of a stored program without loading the program.
+        """Return the interface of each graph of a stored program, without loading the program.
 
         Raises:
-            ArtifactError: an interface contradicts itself.
+            ArtifactError: an interface is inconsistent.
         """
         graphs = stored.get("graphs")
         entries = graphs.items() if isinstance(graphs, Mapping) else ()
@@ -206,7 +207,7 @@ class Backend(ABC, Generic[OptionsT]):
     def restore_program(
         self, stored: StoredState, files: ProgramFiles, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
-        """Return the stored program at level expanded, for another target to build from.
+        """Return the stored program at level expanded, from which another target can be built.
 
         Raises:
             Unavailable: the stored program has been lowered further.

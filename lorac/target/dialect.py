@@ -1,4 +1,4 @@
-"""The dialect of a target: which ops it computes, and how a program for it is written."""
+"""The dialect of a target: the ops that it computes, and the rules for writing its programs."""
 
 import enum
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ RewriteT_co = TypeVar("RewriteT_co", covariant=True)
 
 
 class BranchGate(enum.Enum):
-    """How a call leaves out a branch that is off."""
+    """The way in which a call skips an inactive branch."""
 
     NONE = "none"
     """The program of the call does not contain it."""
@@ -30,23 +30,23 @@ class BranchGate(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect(Generic[RewriteT_co]):
-    """Ops, dtypes and rewrites of a target. Pipelines and emission know nothing else about it.
+    """Ops, dtypes and rewrites of a target; pipelines and emission depend on nothing else of the target.
 
-    It is generic in the passes that edit an emitted program; ``AnyDialect`` stands for every dialect.
+    The type parameter is the class of passes over an emitted program; ``AnyDialect`` stands for every dialect.
 
     Attributes:
-        claims: the ops that the target computes; None where no program is emitted for it.
+        claims: the ops that the target computes; None if no program is emitted for the target.
         passes: passes from level expanded to level target, in order.
         early_rewrites: passes over the emitted program before its clean-up, in order.
         late_rewrites: passes over the cleaned-up program, in order.
-        gates: how branches that are off are left out.
-        ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
-        dtypes: floating-point dtypes that the target computes in, best first; a model in another is cast to the first.
-        fuses_projections: whether sites that read the same input are computed as one.
-        rows: whether rows of a batch may have slots of their own.
-        why_shared: kinds of sites whose slots rows share -> why, as a clause.
-        why_branches_shared: why the slots of branches are not among them, as a clause; empty where they are.
-        functions: whether an op that is not claimed may be used where ONNX defines it as a function of other ops.
+        gates: the way in which calls skip inactive branches.
+        ranks: policy per kind of site, where the pairs' ranks do not follow ``FROM_ZERO``.
+        dtypes: floating-point dtypes of the target, best first; a model of another dtype is cast to the first one.
+        fuses_projections: whether sites that read the same input are computed as one product.
+        rows: whether each row of a batch may have its own slots.
+        why_shared: kind of site for which all rows share slots -> the reason, as a clause.
+        why_branches_shared: the reason why all rows share the slots of branches, as a clause; empty if they do not.
+        functions: whether an unclaimed op may be used if ONNX defines it as a function of other ops.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Dialect(Generic[RewriteT_co]):
     functions: bool = True
 
     def ranks_at(self, site: Site) -> RankPolicy:
-        """Return which ranks a site's pair may have."""
+        """Return the policy for the rank of a site's pair."""
         return self.ranks.get(site.kind, RankPolicy.FROM_ZERO)
 
     @property
     def emits(self) -> bool:
-        """Whether a program is emitted for the target, which then runs without the model."""
+        """Whether a program is emitted for the target; the program runs without the model."""
         return self.claims is not None
 
 
@@ -77,7 +77,7 @@ AnyDialect = Dialect[object]
 
 
 def refuse_unclaimed(dialect: AnyDialect, found: Sequence[str]) -> None:
-    """Raise ``Unavailable`` if there are ops that a target does not compute, each with the place that calls it."""
+    """Raise ``Unavailable`` if the program has ops that the target does not compute; name each with its caller."""
     if found:
         raise Unavailable(
             f"{dialect.name} does not compute {'; nor '.join(found)}",

@@ -1,6 +1,6 @@
-"""The engine of a target: one running program, which binds the slot tensors of each choice of adapters once.
+"""The engine of a target: a running program; binding sets the slot tensors of a choice of adapters once.
 
-Any number of calls then run the bound program.
+Any number of calls can then run the bound program.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class RowsApart(Exception):
-    """Rows with adapters of their own cannot share a call after all; ``Engine.why_apart`` says so from now on."""
+    """A call shows that rows with different adapters cannot share it; ``Engine.why_apart`` then gives the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,23 +51,24 @@ class CallResult:
 
 
 class Engine(ABC):
-    """One running program. Every method may be called from any thread.
+    """One running program; every method may be called from any thread.
 
     Attributes:
         target: the backend's name.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         fused: whether weights are written in place (``write``) instead of bound for each choice (``bind``).
-        finds_invocations: whether its programs find the tokens from which on adapters with invocation tokens act.
-        computes_terms: whether a call made now computes its terms from the adapters' own tensors, and reads no slot.
-        trace_key: of graphs that torch.compile may keep of whole calls: the choice; None if it can keep none.
-        files: the emitted program and its base weights by name; None where the engine runs the model itself.
-        module: the copy of the model that it runs; None where it runs an emitted program.
-        hidden: modules that it runs and that are no part of the copy.
-        buffers: fused mode: the weights that it reads, by site path.
-        interfaces: the interface of each graph of its program; empty where it runs the model itself.
-        skipped: graph -> pass over the emitted program -> its skips; empty for a loaded program.
-        settles_in_background: whether a swap starts ``settle`` by itself.
-        memory_budget: counts the caches of its graphs.
+        finds_invocations: whether programs locate invocation tokens, after which some adapters act.
+        computes_terms: whether the next call computes terms from the adapters' own tensors, and reads no slot.
+        trace_key: the part of torch.compile's cache key that stands for the choice; None if whole calls cannot be
+            traced.
+        files: the emitted program and its base weights by name; None if the engine runs the model itself.
+        module: the copy of the model that the engine runs; None if it runs an emitted program.
+        hidden: modules that the engine runs besides those of the copy.
+        buffers: in fused mode, the buffers of the weights that the program reads, by site path.
+        interfaces: the interface of each graph of the program; empty if the engine runs the model itself.
+        skipped: graph -> pass over the emitted program -> patterns that it skipped; empty for a loaded program.
+        settles_in_background: whether a swap starts ``settle`` in the background.
+        memory_budget: the budget that the caches of the graphs count against.
     """
 
     target: str
@@ -87,19 +88,19 @@ class Engine(ABC):
 
     @property
     def constant(self) -> bool:
-        """Whether the weights are part of the program, which has no slots."""
+        """Whether the weights are constants of the program, which then has no slots."""
         return False
 
     @property
     def choice_suffix(self) -> str | None:
-        """Suffix of the files of choices (``write_choice``); None where the program does not run without lorac."""
+        """Suffix of a choice's file (``write_choice``); None if the program cannot run without lorac."""
         return None
 
     def check_module(self) -> None:  # noqa: B027  (an emitted program has no modules)
-        """Raise ``Unavailable`` if children or weights of the copy that it runs are not those of the model."""
+        """Raise ``Unavailable`` if the copy's children or weights are no longer those of the model."""
 
     def dump(self) -> Mapping[str, Dump]:
-        """Return the emitted program as rows of text, by graph; empty where the engine runs the model itself."""
+        """Return the emitted program as text rows, by graph; empty if the engine runs the model itself."""
         return {}
 
     @abstractmethod
@@ -107,31 +108,31 @@ class Engine(ABC):
         """Bind the tensors of a choice to the program's slots."""
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
-        """Return why rows with a choice cannot share a call of a graph with rows of other choices; None where they can.
+        """Return why rows with a choice cannot share a call of a graph with rows of other choices; None if they can.
 
         Args:
-            snapshot: the choice.
-            graph: which of the program's graphs.
+            snapshot: the composed weights of the choice.
+            graph: the name of the graph.
         """
         return f"target '{self.target}' takes one choice for all rows of a call"
 
     def most_places(self, graph: str) -> int | None:
-        """Return how many choices rows of a call may have; None for any number."""
+        """Return the maximum number of choices among the rows of one call; None if there is no limit."""
         return None
 
     def bind_rows(self, programs: Sequence[BoundProgram]) -> BoundProgram:
-        """Bind choices that may share a call, one for each part of its rows.
+        """Bind several choices for one call, each to one part of the call's rows.
 
         Args:
-            programs: the program bound to each choice; the rows of a call are cut into as many parts of one size.
+            programs: the bound program of each choice; the rows of a call are split into as many parts of equal size.
 
         Raises:
-            NotImplementedError: the target takes one choice for all rows of a call.
+            NotImplementedError: the target supports only one choice per call.
         """
         raise NotImplementedError
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
-        """Return the limits of a graph's cache; None for a graph without one."""
+        """Return the limits of a graph's cache; None if the graph has no cache."""
         return None
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
@@ -139,12 +140,12 @@ class Engine(ABC):
 
         Raises:
             Unavailable: the graph has no cache.
-            OverBudget: there is no room for it.
+            OverBudget: the memory budget has no room for the cache.
         """
         self.refuse_cache()
 
     def refuse_cache(self) -> Never:
-        """Raise ``Unavailable``, since the program keeps no cache."""
+        """Raise ``Unavailable``, since the program has no cache."""
         raise Unavailable(
             f"this program for {self.target} keeps no cache",
             next_step="compile with cache=True for target='onnxruntime'",
@@ -153,10 +154,10 @@ class Engine(ABC):
     @property
     @abstractmethod
     def written_program(self) -> BoundProgram:
-        """The program with the weights that were written last."""
+        """The program with the weights of the last ``write``."""
 
     def write(self, snapshot: ComposedWeights) -> int:
-        """Write a choice's weights; the caller keeps other calls away.
+        """Write a choice's weights in place; the caller must block concurrent calls.
 
         Returns:
             The number of bytes written.
@@ -172,29 +173,29 @@ class Engine(ABC):
 
     @abstractmethod
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Record which choice was written."""
+        """Record the choice that was written last."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether the active weights are constants of a session now."""
+        """Whether the active weights are now constants of a session."""
         return False
 
     def settle(self) -> None:
-        """Make the active weights constants of a new session, and let calls run on that.
+        """Create a session with the active weights as constants, and run later calls on it.
 
         Raises:
-            Unavailable: the engine has no such state.
+            Unavailable: the engine does not support settling.
         """
         raise Unavailable(
             f"there is nothing to settle in {self.target}", next_step="target='onnxruntime', mode='fused' settles"
         )
 
     def write_choice(self, snapshot: ComposedWeights, graph: str, path: Path) -> None:
-        """Write the slot tensors of a choice to a file that the target's own library reads.
+        """Write the slot tensors of a choice to a file that the target's own runtime reads.
 
         Raises:
             ChoiceError: the program has no such graph.
-            Unavailable: the target has no such files, or the choice does not fit into one.
+            Unavailable: the target has no such file format, or the choice does not fit into one file.
         """
         raise Unavailable(
             f"target '{self.target}' in mode '{self.mode}' takes no adapters from files",
@@ -204,16 +205,16 @@ class Engine(ABC):
 
 @dataclass(frozen=True, eq=False)
 class BoundProgram(ABC):
-    """An engine's program with the tensors of one choice of adapters; many threads may run it.
+    """An engine's program with the tensors of one choice of adapters; several threads may run it at once.
 
-    Engines keep no reference to it, so that neither keeps the other alive.
+    Engines hold no reference to it, so neither keeps the other alive.
 
     Attributes:
-        own: the tensors that were made for it alone.
-        charge: their memory, where that is counted.
+        own: tensors that were allocated only for this program.
+        charge: the charge for their memory, where memory is counted.
         prefix: the virtual tokens before each sequence.
-        begun: graph -> a row of its cache that holds the prefix, once one was asked for.
-        parts: of choices that share a call, the program of each part of its rows, where virtual tokens precede some.
+        begun: graph -> a cache row that contains the prefix; filled at the first request.
+        parts: for choices that share a call, the program of each part of the rows, if a part has virtual tokens.
     """
 
     engine: Engine
@@ -225,15 +226,15 @@ class BoundProgram(ABC):
 
     @property
     def virtual_tokens(self) -> int:
-        """The most virtual tokens before a row."""
+        """The maximum number of virtual tokens before any row."""
         return max(0 if part.prefix is None else part.prefix.length for part in self.parts or (self,))
 
     @abstractmethod
     def run(self, graph: str, call: Call) -> CallResult:
-        """Call a graph of the program; inputs and outputs are both torch or both NumPy."""
+        """Call a graph of the program; inputs are torch or NumPy, and outputs are of the same kind."""
 
     def run_with_model(self, graph: str, work: Callable[[nn.Module], T]) -> T:
-        """Run ``work`` on the model, each of whose forwards answers with this choice.
+        """Call ``work`` with the model; every forward pass in it uses this choice.
 
         Raises:
             NotImplementedError: the engine runs an emitted program.
@@ -241,33 +242,33 @@ class BoundProgram(ABC):
         raise NotImplementedError
 
     def for_prompts(self, ids: torch.Tensor, mask: torch.Tensor | None) -> BoundProgram:
-        """Return the program for sequences that begin with prompts, in which adapters' invocation tokens are found.
+        """Return the program for sequences that begin with prompts; locate adapters' invocation tokens in the prompts.
 
         Args:
             ids: token ids (rows, length), padded on the left.
-            mask: (rows, length), 0 for padding; None where nothing is padding.
+            mask: (rows, length), 0 for padding; None if there is no padding.
         """
         return self
 
-    def activate(self) -> None:  # noqa: B027  (only where the engine runs the model there is such work)
-        """Make this choice the active one, for work outside any call, such as recomputation in backward."""
+    def activate(self) -> None:  # noqa: B027  (only an engine that runs the model needs it)
+        """Make this choice active for work outside of calls, such as recomputation in the backward pass."""
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> torch.Tensor:
-        """Add tokens to the rows of a cache, which has room for them; a call that fails adds none.
+        """Append tokens to the rows of a cache with enough capacity; a call that raises appends none.
 
         Returns:
-            The requested logits (rows, k, vocabulary), in memory that no later call writes to.
+            The requested logits (rows, k, vocabulary), in memory that later calls do not overwrite.
         """
         self.engine.refuse_cache()
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
-        """Return a cache of rows that hold the virtual tokens alone, whose keys and values are computed once.
+        """Return a cache whose rows contain only the virtual tokens; their keys and values are computed once.
 
         Raises:
             Unavailable: the graph has no cache.
-            InputMismatch: the rows may become longer than the model has positions for.
-            AdapterError: the model has other layers or heads than the prefix.
-            OverBudget: there is no room for it.
+            InputMismatch: rows may become longer than the model's positions allow.
+            AdapterError: the model's layers or heads differ from the prefix's.
+            OverBudget: the memory budget has no room for the cache.
         """
         if self.parts:
             whole = self.engine.new_cache(graph, 0, capacity)
@@ -297,16 +298,16 @@ class BoundProgram(ABC):
         """Run the encoder, and store its outputs for the rows of an empty cache.
 
         Raises:
-            ChoiceError, InputMismatch: the encoder does not take these inputs.
+            ChoiceError, InputMismatch: the encoder does not accept these inputs.
         """
         self.engine.refuse_cache()
 
     def compute_features(self, graph: str, inputs: Mapping[str, object]) -> torch.Tensor:
-        """Run the tower of a graph on images or sounds; return the vectors (count, size) for placeholders in prompts.
+        """Run the tower of a graph on images or sounds; return vectors (count, size) for the placeholders in prompts.
 
         Raises:
-            Unavailable: the adapters act on some tokens of a prompt alone.
-            ChoiceError, InputMismatch: the tower does not take these inputs.
+            Unavailable: an active adapter acts on only some tokens of a prompt.
+            ChoiceError, InputMismatch: the tower does not accept these inputs.
         """
         raise Unavailable(
             "adapters that act from their invocation tokens on are not computed for images or sounds in prompts",
@@ -314,15 +315,15 @@ class BoundProgram(ABC):
         )
 
     def placed_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors in slots that have places, by slot: each (1, …), the only place.
+        """Return the tensors of placed slots, by slot name; each is (1, …), with one place.
 
         Raises:
-            NotImplementedError: the target takes one choice for all rows of a call.
+            NotImplementedError: the target supports only one choice per call.
         """
         raise NotImplementedError
 
     def with_places(self, places: Mapping[str, torch.Tensor]) -> BoundProgram:
-        """Bind tensors (places, …) to the slots that have places, and these to the others; later writes count.
+        """Bind tensors (places, …) to the placed slots, and this program's to the others, where later writes apply.
 
         Raises:
             NotImplementedError: as ``placed_tensors``.

@@ -1,10 +1,10 @@
-"""The contract for cached attention: a cache of keys and values, and the tokens that one call adds to it.
+"""The interface of cached attention: a cache of keys and values, and the tokens that one call appends.
 
-A graph with a cache computes only the new tokens of a call; the keys and values of earlier tokens are in the cache.
-Rows of a batch are independent: each has its own length, brings its own number of tokens, and gets the answer that it
-would get alone. Rows are padded on the right, and padding changes no answer.
+A graph with a cache computes only the new tokens of a call; the cache has the keys and values of earlier tokens. Rows
+of a batch are independent: each has its own length and its own number of new tokens, and its result equals that of the
+row alone. Rows are padded on the right, and padding does not change results.
 
-A decoder may also attend to the outputs of an encoder. These are computed once, and stored for each row.
+A decoder may also attend to the outputs of an encoder, which are computed once and stored per row.
 """
 
 from abc import ABC, abstractmethod
@@ -22,10 +22,10 @@ class CacheSpec:
     """The limits of a graph's cache.
 
     Attributes:
-        limit: the longest sequence that the model's positions admit; None where they are computed for any.
-        vocabulary: number of logits of a token.
-        encodes: names of the inputs of an encoder, which must run first; empty without an encoder.
-        reads: names of the inputs of a tower, whose features stand in prompts; empty without a tower.
+        limit: the longest sequence that the model's positions allow; None if positions have no limit.
+        vocabulary: the number of logits per token.
+        encodes: names of an encoder's inputs, which must run first; empty without an encoder.
+        reads: names of a tower's inputs, whose features replace placeholders in prompts; empty without a tower.
     """
 
     limit: int | None
@@ -35,30 +35,30 @@ class CacheSpec:
 
     @property
     def prompt_inputs(self) -> tuple[str, ...]:
-        """The arguments of ``generate`` with the images or sounds of prompts."""
+        """The arguments of ``generate`` that pass the images or sounds of prompts."""
         return (*self.reads, *sorted(TOKEN_ARGUMENTS)) if self.reads else ()
 
     def behind(self, tokens: int) -> "CacheSpec":
-        """Return the limits of the tokens behind some virtual ones."""
+        """Return the limits for the tokens that follow a number of virtual tokens."""
         return self if self.limit is None or not tokens else replace(self, limit=self.limit - tokens)
 
     def after(self, count: int) -> int | None:
-        """Return how many tokens may follow ``count`` ones, the last of which nothing reads; None for any number."""
+        """Return the maximum number of tokens after ``count`` ones; the last is never read. None: no limit."""
         return None if self.limit is None else self.limit + 1 - count
 
 
 class KeyValueCache(ABC):
-    """Keys and values of the rows of a batch (``Engine.new_cache``). Only one thread may use it at a time.
+    """Keys and values of the rows of a batch (``Engine.new_cache``); only one thread may use it at a time.
 
-    Rows come and go while others are computed. A row that stays in its place is never copied: its keys and values lie
-    in one of the places that the cache has room for, and rows that join take free ones.
+    Rows join and leave while others are computed. A row that keeps its place is never copied: the cache has a number of
+    places, each with the keys and values of one row, and rows that join get free places.
 
     Attributes:
-        capacity: the most tokens of a row.
-        lengths: number of tokens in each row, without the virtual tokens of its prefix.
-        nbytes: size of its buffers.
-        charge: their memory in the engine's budget; None where nothing counts it.
-        is_croppable: whether a row can lose its last tokens alone, which a state cannot.
+        capacity: the maximum number of tokens per row.
+        lengths: the number of tokens in each row, without the virtual tokens of its prefix.
+        nbytes: the size of the buffers.
+        charge: their charge in the engine's memory budget; None if nothing counts it.
+        is_croppable: whether a row can drop only its last tokens, which a recurrent state cannot.
     """
 
     is_croppable: bool = True
@@ -69,21 +69,21 @@ class KeyValueCache(ABC):
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
-        """Replace the rows by some of them, in this order; a row may be repeated or left out."""
+        """Keep the given rows, in this order; a row may be repeated or omitted."""
 
     @abstractmethod
     def join(self, other: "KeyValueCache") -> None:
-        """Add copies of another cache's rows behind the rows; the capacity becomes the larger of both.
+        """Append copies of another cache's rows; the capacity becomes the larger one.
 
         Raises:
-            InputMismatch: the other cache is of another program, or holds encoder outputs of another length.
+            InputMismatch: the other cache belongs to another program, or has encoder outputs of another length.
         """
 
     def remove(self, rows: Collection[int]) -> list[int]:
-        """Drop some rows. The last rows take their places, and all others keep theirs.
+        """Remove rows; the last rows move into their places, and all others keep theirs.
 
         Returns:
-            For each row that is left, the row that it was.
+            For each remaining row, its former index.
         """
         left = [row for row in range(len(self.lengths)) if row not in rows]
         stay = [row for row in left if row < len(left)]
@@ -94,39 +94,39 @@ class KeyValueCache(ABC):
 
     @abstractmethod
     def crop(self, lengths: Sequence[int]) -> None:
-        """Drop each row's tokens from a length on, which is at most the present one.
+        """Drop each row's tokens from a length on, which must not exceed the current length.
 
-        Where a cache is not croppable, a row that loses some tokens loses all.
+        If the cache is not croppable, a row that drops any token drops all of its tokens.
         """
 
     @abstractmethod
     def hold_prefix(self, keys_values: Tensor | None) -> None:
-        """Make keys and values (2·layers, heads, length, size) the prefix of every row; None: those of its tokens.
+        """Make keys and values (2·layers, heads, length, size) the prefix of every row; None: the tokens that it has.
 
         Raises:
-            AdapterError: the program has other layers or heads.
+            AdapterError: the program has other numbers of layers or heads.
         """
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
-        """Store an encoder's outputs, or a tower's features, for each row, in the place of earlier ones; {} for text.
+        """Store an encoder's outputs, or a tower's features, per row; {} for text only.
 
         Raises:
-            InputMismatch: they have another number of rows.
-            NotImplementedError: the graph reads none.
+            InputMismatch: the outputs have another number of rows.
+            NotImplementedError: the graph does not read such outputs.
         """
         if outputs:
             raise NotImplementedError
 
     @abstractmethod
     def grow(self, capacity: int = 0, rows: int = 0) -> None:
-        """Increase the capacity, or the number of rows that there is room for; the content stays."""
+        """Increase the capacity, or the number of places for rows; keep the content."""
 
     @abstractmethod
     def copy(self, rows: Sequence[int] | None = None) -> "KeyValueCache":
-        """Return another cache with the same content.
+        """Return another cache with the same content, or with some of its rows.
 
         Args:
-            rows: which rows it has, in this order; default: all.
+            rows: the rows to copy, in this order; default: all.
         """
 
 
@@ -136,9 +136,9 @@ class DecodeStep:
 
     Attributes:
         ids: token ids (rows, length), padded on the right.
-        counts: number of new tokens of each row, 0 included.
-        wanted: (rows, k): indices among the row's new tokens whose logits are returned; for a row without new tokens
-            both are arbitrary.
+        counts: the number of new tokens of each row; may be 0.
+        wanted: (rows, k): for each row, indices of the new tokens whose logits are returned; for a row without new
+            tokens indices and logits are arbitrary.
     """
 
     ids: Tensor

@@ -1,7 +1,8 @@
-"""One limit on the memory that adapters and caches take in a compiled model.
+"""One limit on the memory of adapters and caches in a compiled model.
 
-Prepared adapters, choices bound to the program and cached prompts can be made again. They are kept while there is room,
-and the least recently used is evicted first. An entry in use stays, and counts, until its last holder releases it.
+Prepared adapters, choices bound to the program and cached prompts can be recomputed. They are cached while there is
+room, and the least recently used entry is evicted first. An entry in use is not evicted, and counts until its last user
+releases it.
 """
 
 import collections
@@ -21,10 +22,10 @@ Block = tuple[int, int]
 
 
 class _ChargeBlocks(weakref.ref["Charge"]):
-    """The memory that a charge counts, which outlives it.
+    """A record of the memory that a charge counts; it outlives the charge.
 
     Attributes:
-        blocks: the memory.
+        blocks: the memory blocks.
     """
 
     __slots__ = ("blocks",)
@@ -32,10 +33,10 @@ class _ChargeBlocks(weakref.ref["Charge"]):
 
 
 class Charge:
-    """Bytes that count as used for as long as this object lives.
+    """Bytes that count as used for as long as this object exists.
 
     Args:
-        budget: counts them.
+        budget: the budget that counts them.
     """
 
     __slots__ = ("__weakref__", "_budget", "counted")
@@ -46,40 +47,40 @@ class Charge:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The memory that is counted."""
+        """The memory blocks that are counted."""
         return self.counted.blocks
 
     def cover(self, tensors: Iterable[Tensor]) -> None:
-        """Count the memory of tensors instead; memory that is counted already counts once.
+        """Count the memory of these tensors, instead of the memory counted so far; a block counts once in the budget.
 
         Raises:
-            OverBudget: there is no room for it, whatever is let go of; then nothing changes.
+            OverBudget: eviction cannot free enough memory; then nothing changes.
         """
         blocks: dict[Block, None] = {}
         held = [*tensors]
-        for tensor in dict(zip(map(id, held), held, strict=True)).values():  # slots hold tensors of the adapters
+        for tensor in dict(zip(map(id, held), held, strict=True)).values():  # slots contain tensors of the adapters
             storage = tensor.untyped_storage()
             if nbytes := storage.nbytes():
                 blocks[storage.data_ptr(), nbytes] = None
         self._budget.exchange(self, tuple(blocks))
 
     def resize(self, nbytes: int) -> None:
-        """Change the number of bytes of memory that is counted without an address, such as a cache's.
+        """Change the number of bytes for memory without an address, such as a cache's.
 
         Raises:
-            OverBudget: there is no room for it; then nothing changes.
+            OverBudget: there is not enough room; then nothing changes.
         """
         self._budget.exchange(self, ((-id(self), nbytes),))
 
 
 @dataclass(eq=False)
 class _Kept:
-    """Something that is kept while there is room.
+    """An entry that is cached while there is room.
 
     Attributes:
-        charge: its memory; gone when its owner let it go.
-        in_use: whether somebody holds it, so that letting it go would free nothing.
-        drop: lets it go.
+        charge: the charge for its memory; None once its owner has released it.
+        in_use: whether anyone else references it, so that releasing it would free nothing.
+        drop: a function that releases it.
         turn: a number that grows with each use.
     """
 
@@ -90,30 +91,30 @@ class _Kept:
 
 
 class MemoryBudget:
-    """The bytes that adapters and caches of a compiled model take, and the most that they may. Threads may share it.
+    """The bytes that adapters and caches of a compiled model use, and their limit; threads may share it.
 
-    The charges are the truth; the sums over them are computed again where an interrupt left them half-changed.
+    Charges are authoritative: after an interrupt within an update, the sums are recomputed from them.
 
     Args:
-        limit: the most bytes; None: any number.
+        limit: the maximum number of bytes; None: no limit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self._lock = threading.RLock()
         self._blocks: dict[Block, int] = {}
         self._used = 0
-        # Not an OrderedDict, which an interrupt in a key's hash leaves in pieces.
+        # Not an OrderedDict: an interrupt in a key's hash would corrupt it.
         self._kept: dict[Hashable, _Kept] = {}
         self._turns = itertools.count()
         self._charges: dict[int, _ChargeBlocks] = {}
-        # Those that are gone. A collector may append at any time, and no interrupt comes between.
+        # Charges that are gone. The garbage collector may append at any time, and no interrupt can split an append.
         self._released: collections.deque[weakref.ref[Charge]] = collections.deque()
         self._half_changed = False
         self._limit = limit
 
     @property
     def limit(self) -> int | None:
-        """The most bytes; None: any number. A lower limit evicts entries that are not in use."""
+        """The maximum number of bytes; None: no limit. Lowering it evicts entries that are not in use."""
         return self._limit
 
     @limit.setter
@@ -121,10 +122,10 @@ class MemoryBudget:
         check_type(
             limit, (int, type(None)), "the limit of a memory budget", next_step="give a number of bytes, or None"
         )
-        before, self._limit = self._limit, limit  # at once, so that no other thread takes what is made free
+        before, self._limit = self._limit, limit  # first, so that no other thread claims memory that eviction frees
         try:
             self._make_room(0, limit)
-            while limit is not None and self.used > limit:  # as another thread took into use what was let go of
+            while limit is not None and self.used > limit:  # another thread may have used an entry while it was evicted
                 self._make_room(0, limit)
         except OverBudget:
             self._limit = before
@@ -132,30 +133,30 @@ class MemoryBudget:
 
     @property
     def used(self) -> int:
-        """The bytes in use and kept."""
+        """The bytes of entries in use and of cached entries."""
         with self._lock:
             self._settle()
             return self._used
 
     def count(self, charge: Charge) -> _ChargeBlocks:
-        """Return where the memory is noted that a new charge counts, none as yet."""
+        """Register a new charge, and return its record, which is empty."""
         counted = _ChargeBlocks(charge, self._released.append)
         counted.blocks = ()
         self._charges[id(counted)] = counted
         return counted
 
     def charge(self, tensors: Iterable[Tensor]) -> Charge:
-        """Count the memory of tensors until the returned object is gone (``Charge.cover``).
+        """Count the memory of tensors until the returned charge is gone (``Charge.cover``).
 
         Raises:
-            OverBudget: there is no room for it, whatever is let go of. Then nothing was.
+            OverBudget: eviction cannot free enough memory. Then nothing is evicted.
         """
         charge = Charge(self)
         charge.cover(tensors)
         return charge
 
     def claim(self, nbytes: int) -> Charge:
-        """Count a number of bytes until the returned object is gone (``Charge.resize``).
+        """Count a number of bytes until the returned charge is gone (``Charge.resize``).
 
         Raises:
             OverBudget: as ``charge``.
@@ -165,16 +166,16 @@ class MemoryBudget:
         return charge
 
     def exchange(self, charge: Charge, blocks: tuple[Block, ...]) -> None:
-        """Count other blocks in the place of those of a charge.
+        """Replace the blocks of a charge by others.
 
         Raises:
-            OverBudget: as ``charge``; then the charge is as before.
+            OverBudget: as ``charge``; then the charge is unchanged.
         """
         while (missing := self._try_exchange(charge, blocks)) is not None:
             self._make_room(missing, self._limit)
 
     def _try_exchange(self, charge: Charge, blocks: tuple[Block, ...]) -> int | None:
-        """Count other blocks in the place of a charge's; if they do not fit, return how many bytes more they are."""
+        """Replace the blocks of a charge by others; if they do not fit, return the number of bytes that are missing."""
         with self._lock:
             self._settle()
             before, after = {*charge.blocks}, {*blocks}
@@ -203,15 +204,15 @@ class MemoryBudget:
         drop: Callable[[], object],
         in_use: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Keep something while there is room, as the most recently used.
+        """Cache an entry while there is room, as the most recently used one.
 
         Args:
-            key: names it.
-            charge: its memory, which its owner holds.
-            take: makes its owner hold it; called at once.
-            drop: makes its owner let it go; called without a lock, from the thread that needs the room, and after an
-                interrupt in this function.
-            in_use: whether somebody else holds it, so that letting it go would free nothing.
+            key: the key of the entry.
+            charge: the charge for its memory, which the owner references.
+            take: a function by which the owner stores the entry; called immediately.
+            drop: a function by which the owner releases the entry; called without a lock, by the thread that needs the
+                room, and after an interrupt in this method.
+            in_use: whether anyone else references the entry, so that releasing it would free nothing.
         """
         try:
             take()
@@ -222,35 +223,35 @@ class MemoryBudget:
             raise
 
     def touch(self, key: Hashable) -> None:
-        """Make something the most recently used, if it is kept."""
+        """Mark an entry as the most recently used one, if it is cached."""
         with self._lock:
             if key in self._kept:
                 self._kept[key].turn = next(self._turns)
 
     def forget(self, key: Hashable, kept: _Kept | None = None) -> None:
-        """Keep something no longer; whoever kept it lets it go.
+        """Remove an entry from the budget; the caller releases it.
 
         Args:
-            key: names it.
-            kept: the entry that is meant, which another may have replaced; default: whichever there is.
+            key: the key of the entry.
+            kept: the entry to remove, unless another one has replaced it; default: the current one.
         """
         with self._lock:
             if kept is None or self._kept.get(key) is kept:
                 self._kept.pop(key, None)
 
     def _make_room(self, nbytes: int, limit: int | None) -> None:
-        """Evict the least recently used entries until so many bytes are free."""
+        """Evict the least recently used entries until ``nbytes`` bytes are free."""
         with self._lock:
             self._settle()
             for key in [key for key, kept in self._kept.items() if kept.charge() is None]:
                 del self._kept[key]
             victims = self._victims(nbytes, limit)
-        for key, kept in victims:  # without the lock: owners have locks of their own
+        for key, kept in victims:  # without the lock, since owners have locks of their own
             kept.drop()
             self.forget(key, kept)
 
     def _victims(self, nbytes: int, limit: int | None) -> list[tuple[Hashable, _Kept]]:
-        """Return the entries to evict for so many bytes."""
+        """Return the entries to evict so that ``nbytes`` more bytes fit."""
         missing = 0 if limit is None else self._used + nbytes - limit
         found, dropped = list[tuple[Hashable, _Kept]](), collections.Counter[Block]()
         for key, kept in sorted(self._kept.items(), key=lambda item: item[1].turn):
@@ -285,7 +286,7 @@ class MemoryBudget:
 
     def _settle(self) -> None:
         """Subtract the blocks of charges that are gone."""
-        if self._half_changed:  # by an interrupt: sum the blocks of all charges that are not gone
+        if self._half_changed:  # by an interrupt: sum the blocks of all charges that still exist
             self._blocks.clear()
             self._used = 0
             self._charges = {key: counted for key, counted in tuple(self._charges.items()) if counted() is not None}

@@ -1,4 +1,4 @@
-"""The base of engines that run a stored program, whose slots are inputs and may have places for choices of rows."""
+"""The base class of engines that run a stored program with slots as inputs, which may have one place per choice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ProgramGraph(Protocol):
 
     Attributes:
         interface: its inputs and outputs.
-        slots: its slot inputs by public name.
+        slots: its slot inputs, by public name.
     """
 
     @property
@@ -47,20 +47,20 @@ GraphT = TypeVar("GraphT", bound=ProgramGraph)
 
 
 class PlacedEngine(Engine, Generic[GraphT]):
-    """Runs a program whose slots are inputs.
+    """An engine for a program whose slots are inputs.
 
     Args:
         graphs: the program's graphs by name.
-        plans: slots of every site.
-        base: reads base weights without the model.
+        plans: the slots of every site.
+        base: a reader of base weights that does not need the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        files: the program's, open.
+        files: the open files of the program.
 
     Attributes:
-        slots: slot inputs of all graphs by public name.
+        slots: the slot inputs of all graphs, by public name.
         shared_slots: graph -> the slots that all rows of a call share.
-        plans: the slots of every site that the program reaches.
-        memory: fused mode: slot -> the memory that its weight is written to.
+        plans: the slots of every site that the program computes.
+        memory: in fused mode, slot -> the memory into which its weight is written.
     """
 
     files: ProgramFiles
@@ -85,7 +85,7 @@ class PlacedEngine(Engine, Generic[GraphT]):
         self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-        """Return the buffers of weights that are written in place, by site path, and their memory by slot name."""
+        """Allocate buffers for weights that are written in place; return them by site path, and memory by slot."""
         return make_fused_buffers(self.plans, self.base)
 
     @abstractmethod
@@ -93,11 +93,11 @@ class PlacedEngine(Engine, Generic[GraphT]):
         """Bind tensors to all slots."""
 
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> PlacedProgram:
-        """Bind the slots' tensors; a program whose weights are a part of it has no slots to fill."""
+        """Bind the tensors of a choice to the slots; a program with constant weights has none."""
         return self.bind_tensors({} if self.constant else collect_slot_tensors(self.slots, self.plans, slots))
 
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Do nothing: graphs read the memory that was written."""
+        """Do nothing, since graphs read the memory that was written."""
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
         if snapshot.prefix is not None and self.cache_spec(graph) is None:
@@ -116,7 +116,7 @@ class PlacedEngine(Engine, Generic[GraphT]):
         return None
 
     def bind_rows(self, programs: Sequence[BoundProgram]) -> BoundProgram:
-        """Lay out the choices' tensors one behind the other, in the slots that have places."""
+        """Concatenate the choices' tensors along the axis of places, and bind them to the placed slots."""
         each = [program.placed_tensors() for program in programs]
         stacked = {name: stack_places([tensors[name] for tensors in each]) for name in each[0]}
         return dataclasses.replace(programs[0].with_places(stacked), own=tuple(stacked.values()))
@@ -124,10 +124,10 @@ class PlacedEngine(Engine, Generic[GraphT]):
 
 @contextmanager
 def translate_program_errors() -> Iterator[None]:
-    """Name the errors of a stored program that runs inside the block.
+    """Translate errors of a stored program that runs inside the block.
 
     Raises:
-        InputMismatch: ids are out of range, say, or whatever somebody wrote into the program.
+        InputMismatch: the program raised, for example because ids are out of range.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Pages that run a compiled language model in browsers: a folder for any web server, which computes nothing itself."""
+"""Pages that run a compiled language model in browsers: a folder that any web server serves as static files."""
 
 from lorac.web.export import export_web
 

@@ -1,10 +1,10 @@
-"""Writing a page: a folder with a program in parts, its adapters, its tokenizer, and everything that runs them.
+"""Writing a page: a folder with a program in parts, its adapters, its tokenizer, and the code that runs them.
 
 index.html, page.js        the page
 lorac-web.js, .d.ts        the module, which other pages import
-vendor/...                 onnxruntime-web and the tokenizer, of npm
-web.json                   the contents: what the program takes, its adapters, and its files by their hashes
-files/<sha256>             parts of files, named by their content, so that a cache never mixes two exports
+vendor/...                 onnxruntime-web and the tokenizer, from npm
+web.json                   the contents: the program's inputs, its adapters, and its files by hash
+files/<sha256>             parts of files, named by the hash of their content, so a cache never mixes two exports
 """
 
 import functools
@@ -41,7 +41,7 @@ _CHECKED_IDS, _CHECKED_LOGITS = 8, 512
 
 
 def write_parts(folder: Path, size: int, *contents: bytes | memoryview) -> list[JsonMapping]:
-    """Write contents end to end, in files of at most a size; return the hash and size of each."""
+    """Concatenate contents, and write them to files of at most ``size`` bytes; return each file's hash and size."""
     whole, entries = b"".join(contents), list[JsonMapping]()
     for begin in range(0, len(whole), size):
         part = whole[begin : begin + size]
@@ -53,19 +53,19 @@ def write_parts(folder: Path, size: int, *contents: bytes | memoryview) -> list[
 def export_web(
     artifact: str | Path, out: str | Path, *, modules: str | Path | None = None, part_mib: int = 64
 ) -> JsonMapping:
-    """Write a folder that a web server serves as it is, and return how many bytes of the model it holds.
+    """Write a folder that a web server can serve as static files; return its adapters, model bytes and file count.
 
     Args:
-        artifact: a saved program of a language model, compiled for onnxruntime with ``cache=True``; in int4 or int8 it
-            is downloaded in a fraction of the time.
+        artifact: a saved language model, compiled for onnxruntime with ``cache=True``; int4 or int8 makes the download
+            much smaller.
         out: a new or empty folder, or an older page, which is replaced.
         modules: a ``node_modules`` folder with lorac-web's dependencies; None: npm downloads them.
-        part_mib: the most MiB of a file; some servers limit it.
+        part_mib: the maximum size of a file in MiB, which some servers limit.
 
     Raises:
-        ArtifactError: the artifact is damaged, or the folder holds something else or cannot be written.
-        OptionError: parts of less than a MiB.
-        Unavailable: the program, its tokenizer or the packages are none that a page can run.
+        ArtifactError: the artifact is damaged, or the output folder has other content or cannot be written.
+        OptionError: ``part_mib`` is less than 1.
+        Unavailable: a page cannot run the program, its tokenizer or the packages.
     """
     if part_mib < 1:
         raise OptionError(f"part_mib cannot be {part_mib}", next_step="give 1 or more; 64 is the default")
@@ -121,7 +121,7 @@ def export_web(
 
 
 def _check_kind(fields: JsonMapping) -> None:
-    """Refuse artifacts that are not one graph of a language model for ONNX Runtime."""
+    """Refuse an artifact unless it is one graph of a causal language model for ONNX Runtime."""
     graphs, traits = fields["program"].get("graphs", {}), fields["components"].get(MAIN_GRAPH, {})
     if fields["target"] != "onnxruntime":
         reason = f"was compiled for {fields['target']}"
@@ -138,7 +138,7 @@ def _check_kind(fields: JsonMapping) -> None:
 
 
 def _describe_generation(settings: JsonMapping) -> dict[str, object]:
-    """Return the settings of a model's generation that a page follows; warn of those that it does not."""
+    """Return the generation settings of a model that a page supports; warn of the others."""
     ignored = {name: value for name, value in settings.items() if name not in {*_GENERATION, *_WITHOUT_EFFECT}}
     named = [f"{name}={value!r}" for name, value in ignored.items() if not name.startswith("_")]
     if named:
@@ -150,7 +150,7 @@ def _describe_generation(settings: JsonMapping) -> dict[str, object]:
 
 
 def _compute_check(artifact: str | Path, ids: list[int]) -> dict[str, object]:
-    """Return some logits of the base behind some ids, which a page compares with its own when it is loaded."""
+    """Return some logits of the base after some ids, which a page compares with its own when it loads."""
     import torch
 
     import lorac
@@ -165,7 +165,7 @@ def _compute_check(artifact: str | Path, ids: list[int]) -> dict[str, object]:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but an older page, next to whose files others stay."""
+    """Refuse to overwrite anything except an older page; other files beside that page stay."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not _own_files(target):
@@ -176,7 +176,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _own_files(folder: Path) -> frozenset[str]:
-    """Return the files that an older page says it wrote; empty if there is none."""
+    """Return the files that an older page lists as its own; an empty set if the folder has no page."""
     try:
         contents = json.loads((folder / CONTENTS).read_text("utf-8"))
         return frozenset(contents["written"]) if "lorac_web" in contents else frozenset()

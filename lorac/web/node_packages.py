@@ -1,4 +1,4 @@
-"""The parts of npm packages that a page runs, by the releases that lorac-web names."""
+"""The files of npm packages that a page runs, at the releases in lorac-web's package.json."""
 
 import contextlib
 import json
@@ -26,10 +26,10 @@ _FILES = {
 
 @contextlib.contextmanager
 def open_packages(modules: Path | None) -> Iterator[dict[str, Path]]:
-    """Give the block the files of the packages, by their names in a page's folder.
+    """Yield the files of the packages, by their names in a page's folder.
 
     Args:
-        modules: a ``node_modules`` folder that has them; None: npm downloads them.
+        modules: a ``node_modules`` folder with the packages; None: npm downloads them.
 
     Raises:
         Unavailable: npm is missing or fails, or the folder has other releases.
@@ -50,7 +50,7 @@ def open_packages(modules: Path | None) -> Iterator[dict[str, Path]]:
 
 
 def _install(folder: Path) -> None:
-    """Install the packages by npm; none of their scripts is run."""
+    """Install the packages with npm, without running their scripts."""
     npm = shutil.which("npm")
     shutil.copy(PACKAGE / "package.json", folder)
     if npm is not None:

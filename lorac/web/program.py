@@ -1,8 +1,8 @@
-"""The program of a page: an artifact's graph in the form that onnxruntime-web computes, and its weights in pieces.
+"""The program of a page: an artifact's graph rewritten for onnxruntime-web, and its weights in pieces.
 
-Its attention over a cache is older than ONNX Runtime's in Python and takes no lengths of rows, so that a page has one
-row. Its WebAssembly has no kernel for quantised products and would dequantise every weight in every call, so a second
-graph has them dequantised when it is loaded, by ops that become constants; the products are those of
+onnxruntime-web has an older version of cached attention, without lengths per row, so a page has one row. Its
+WebAssembly has no kernel for quantised products and would dequantise every weight in every call. So a second graph
+dequantises the weights when it is loaded, by ops that are folded into constants; its products are those of
 ``accuracy_level=1``, which round nothing.
 """
 
@@ -41,18 +41,18 @@ _INPUT_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, Tenso
 def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]) -> dict[str, Any]:
     """Return the program of an artifact with one graph.
 
-    Its ``graphs`` are ``float``, whose weights are floating-point numbers once it is loaded, and with quantised
-    products ``codes``, which multiplies by codes; ``float_bytes`` counts the dequantised weights. ``weights`` holds
-    the pieces of each file that graphs read, ``neutral`` the slots without an adapter as safetensors, ``slots`` the
-    role, the sites and the axis of the rank, or -1, of each slot, and ``limit`` the most tokens of a text or None.
+    ``graphs`` has ``float``, whose weights are floating-point numbers after loading, and for quantised products
+    ``codes``, which multiplies by codes. ``float_bytes`` is the size of the dequantised weights. ``weights`` has the
+    pieces of each file that graphs read; ``neutral`` has the slots without an adapter, as safetensors. ``slots`` has
+    each slot's role, sites and rank axis, or -1. ``limit`` is the maximum number of tokens of a text, or None.
 
     Args:
-        files: the artifact's, by name.
-        described: the manifest's entries of its slots.
+        files: the files of the artifact, by name.
+        described: the manifest's entries for its slots.
 
     Raises:
         ArtifactError: as ``read_model_files``.
-        Unavailable: a page cannot give an input of the program, or hold one of its tensors.
+        Unavailable: a page cannot provide an input of the program, or cannot store one of its tensors.
     """
     model, weights = read_model_files(files, MAIN_GRAPH)
     known = {str(slot["name"]): slot for slot in described}
@@ -81,7 +81,7 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
 
 
 def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
-    """Refuse programs without a cache, and inputs that a page of text cannot give."""
+    """Refuse a program without a cache, or with inputs that a text page cannot provide."""
     inputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     if PAST_LENGTHS not in inputs:
         raise Unavailable(
@@ -102,7 +102,7 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
 
 
 def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots: Mapping[str, object]) -> bytes:
-    """Remove the slots' default values, which browsers do not know, from a graph; return them as safetensors."""
+    """Remove the slots' default values from a graph, since browsers do not support them; return them as safetensors."""
     inputs = {value.name for value in model.graph.input} & slots.keys()
     found = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in inputs}
     values = {
@@ -116,10 +116,10 @@ def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots
 
 
 def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> dict[str, list[bytes | memoryview]]:
-    """Let a graph read its weights from files that browsers hold; return the pieces of each file by its name."""
+    """Move the weights of a graph to files of sizes that browsers can store; return the pieces of each file by name."""
     files: dict[str, list[bytes | memoryview]] = {}
     places: dict[tuple[int, int], tuple[str, int]] = {}
-    size = _LARGEST_FILE  # a full file, so that the first weight begins another
+    size = _LARGEST_FILE  # a full file, so that the first weight starts a new one
     for tensor in model.graph.initializer:
         if (values := weights.get(tensor.name)) is None:
             continue
@@ -128,7 +128,7 @@ def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
                 f"the weight '{tensor.name}' has {values.nbytes} bytes, and arrays of browsers less than 2 GiB",
                 next_step="compile with weights='int8' or weights='int4'",
             )
-        key = (values.__array_interface__["data"][0], values.nbytes)  # tied weights lie in one place
+        key = (values.__array_interface__["data"][0], values.nbytes)  # tied weights share an address
         if key not in places:
             if size + values.nbytes > _LARGEST_FILE:
                 size = 0
@@ -146,12 +146,12 @@ def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
 
 
 def _dequantise(model: onnx.ModelProto) -> int:
-    """Replace products with codes by products with the numbers that they stand for; return the bytes of these."""
+    """Replace products with codes by products with dequantised weights; return the size of these weights in bytes."""
     graph, size, nodes = model.graph, 0, []
     known = {tensor.name: tensor for tensor in graph.initializer}
 
     def view(name: str, kind: str, dtype: int, *dims: int) -> str:
-        """Return the name of a tensor with the bytes of another and dims of its own."""
+        """Return the name of a tensor that has the bytes of another one, and its own dims."""
         if (alias := f"{name}:{kind}") not in known:
             known[alias] = TensorProto()
             known[alias].CopyFrom(known[name])

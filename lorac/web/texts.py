@@ -1,4 +1,4 @@
-"""The tokenizer of a page, with examples that it has to read and write as Python's does."""
+"""The tokenizer of a page, with examples that the page must encode and decode as Python does."""
 
 import json
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ _CLOCK = "strftime_now"
 
 
 def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
-    """Return an artifact's tokenizer as a page reads it.
+    """Return the description of an artifact's tokenizer for a page.
 
     Raises:
         MissingExtra: transformers is not installed.
         ArtifactError: transformers cannot read the tokenizer.
-        Unavailable: there is no tokenizer, or none that JavaScript reads.
+        Unavailable: the artifact has no tokenizer, or none that JavaScript can read.
     """
     found, name = TokenizerFiles.among(files), f"{TOKENIZER_FOLDER}/tokenizer.json"
     if found is None or name not in files:
@@ -53,7 +53,7 @@ def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
 
 
 def _describe_chat(tokenizer: Any) -> dict[str, Any] | None:
-    """Return the chat template and its text for an example; None without one."""
+    """Return the chat template, and the text that it makes of an example; None without a template."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -61,7 +61,7 @@ def _describe_chat(tokenizer: Any) -> dict[str, Any] | None:
         return None
     try:
         text = tokenizer.apply_chat_template(list(_TURNS), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's author, and may raise anything
+    except Exception as error:  # a template is the model author's code, and may raise any exception
         warn(f"the chat template fails and is left out: {error}", next_step="the page continues texts")
         return None
     return {"template": template, "turns": _TURNS, "text": None if _CLOCK in template else text}

@@ -1,19 +1,19 @@
-/** An error whose message is for users. */
+/** An error with a message for users. */
 export class LoracWebError extends Error {}
 
 export interface LoadOptions {
-  /** Where the model computes; default "auto": by WebGPU where the browser has it, else by WebAssembly. */
+  /** The device that computes; default "auto": WebGPU if the browser supports it, else WebAssembly. */
   backend?: "auto" | "wasm" | "webgpu";
-  /** Receives the bytes that are loaded, and how many there are. */
+  /** Called with the number of bytes loaded so far, and the total. */
   onProgress?: (progress: { loaded: number; total: number }) => void;
 }
 
 export interface Adapter {
   name: string;
-  /** Its method, such as "lora"; "file" of one that was added. */
+  /** The method, such as "lora"; "file" for an adapter from addAdapter(). */
   method: string;
   bytes: number;
-  /** Whether it was fetched. */
+  /** Whether its file has been fetched. */
   loaded: boolean;
 }
 
@@ -22,48 +22,48 @@ export interface Turn {
   content: string;
 }
 
-/** Settings that are left out are those of the model's generation_config.json. */
+/** Defaults come from the model's generation_config.json. */
 export interface GenerateOptions {
-  /** The longest answer; default 256. */
+  /** The maximum number of new tokens; default 256. */
   maxNewTokens?: number;
-  /** 0 takes the best token, and is the default unless the model samples. */
+  /** 0 takes the most probable token, and is the default unless the model's configuration samples. */
   temperature?: number;
-  /** The most tokens to sample from; 0 for all. */
+  /** The number of most probable tokens to sample from; 0 for all. */
   topK?: number;
-  /** The share of the probability to sample from. */
+  /** The cumulative probability of the tokens to sample from. */
   topP?: number;
   repetitionPenalty?: number;
-  /** The ids that end a text; [] for none. */
+  /** The token ids that end a text; [] for none. */
   eos?: number | number[];
-  /** The same seed draws the same tokens. */
+  /** With the same seed the same tokens are drawn. */
   seed?: number;
   /** Ends the text early. */
   signal?: AbortSignal;
 }
 
-/** Strengths of adapters by name, one name at strength 1, or null for the base. */
+/** Strengths by adapter name, one adapter's name for strength 1, or null for the base. */
 export type Choice = null | string | Record<string, number>;
 
 export interface Model {
   readonly backend: "wasm" | "webgpu";
-  /** Whether it has a chat template, so that generate() takes turns. */
+  /** Whether the model has a chat template, so generate() accepts turns. */
   readonly chats: boolean;
   /** The strengths of the active adapters. */
   readonly choice: Record<string, number>;
   listAdapters(): Adapter[];
   /** Add a file that `lorac swap FOLDER ADAPTERS --out FILE` wrote: .slots.safetensors or .onnx_adapter. */
   addAdapter(name: string, file: ArrayBuffer | Uint8Array): void;
-  /** Choose the adapters of later calls; the file of one that was not used yet is fetched. After an error nothing changed. */
+  /** Choose the adapters for later calls; fetch their files on first use. An error leaves the choice unchanged. */
   swap(choice: Choice): Promise<void>;
-  /** Choose several adapters, each at its strength: W + Σ t·(W' − W). */
+  /** Choose several adapters, each with a strength t: W + Σ t·(W' − W). */
   mix(strengths: Record<string, number>): Promise<void>;
   encode(text: string): number[];
   decode(ids: number[]): string;
   encodeTurns(turns: Turn[]): number[];
-  /** Continue a text, ids or a conversation, token by token; a call keeps the adapters that it began with. */
+  /** Continue a text, ids or a conversation, token by token; a later swap does not change a running call. */
   generate(prompt: string | number[] | Turn[], options?: GenerateOptions): AsyncGenerator<{ token: number; text: string }>;
   dispose(): Promise<void>;
 }
 
-/** Load the folder that `lorac export-web` wrote, from its address. */
+/** Load the folder that `lorac export-web` wrote, from its URL. */
 export function load(folder: string | URL, options?: LoadOptions): Promise<Model>;

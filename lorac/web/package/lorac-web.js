@@ -1,16 +1,16 @@
-// lorac-web: language models with adapters, which `lorac export-web` wrote, in browsers and Node.js.
+// lorac-web: runs language models with adapters, exported by `lorac export-web`, in browsers and Node.js.
 import { Template } from "@huggingface/jinja";
 import { Tokenizer } from "@huggingface/tokenizers";
 
 const FORMAT = 1;
-const LARGEST_FLOATS = 2.5e9; // bytes of weights, next to which WebAssembly's 4 GiB have room for calls
+const LARGEST_FLOATS = 2.5e9; // bytes of weights that leave room for calls in WebAssembly's 4 GiB
 const FLOATS = { F32: ["float32", Float32Array], F16: ["float16", globalThis.Float16Array ?? Uint16Array] };
 const TYPES = { ...FLOATS, I64: ["int64", BigInt64Array], I32: ["int32", Int32Array] };
-const NUMBERS = { 1: "F32", 6: "I32", 7: "I64", 10: "F16" }; // of ONNX, in .onnx_adapter files
+const NUMBERS = { 1: "F32", 6: "I32", 7: "I64", 10: "F16" }; // ONNX's codes of dtypes in .onnx_adapter files
 const OPTIONS = ["maxNewTokens", "temperature", "topK", "topP", "repetitionPenalty", "eos", "seed", "signal"];
-const ROUNDED = 0.2; // how far logits may be from Python's, whose products may round their operands to int8
+const ROUNDED = 0.2; // tolerance of logits against Python's, whose products may round operands to int8
 
-/** An error whose message is for users. */
+/** An error with a message for users. */
 export class LoracWebError extends Error {
   name = "LoracWebError";
 }
@@ -37,7 +37,7 @@ async function fetchParts(base, parts, progress) {
     const content = await (await get(new URL(`files/${sha256}`, base))).arrayBuffer();
     if (content.byteLength !== bytes)
       fail(`'files/${sha256}' has ${content.byteLength} bytes instead of ${bytes}: copy the folder again`);
-    // Pages without https have no hashes; their parts are still named by their content.
+    // Without https the browser cannot compute hashes; parts are still named by the hash of their content.
     const hash = globalThis.crypto?.subtle && (await crypto.subtle.digest("SHA-256", content));
     if (hash && Array.from(new Uint8Array(hash), (byte) => byte.toString(16).padStart(2, "0")).join("") !== sha256)
       fail(`'files/${sha256}' was changed or damaged: copy the folder again`);
@@ -63,7 +63,7 @@ function readSafetensors(bytes) {
   return Object.fromEntries(Object.entries(entries).map(([name, entry]) => [name, read(entry)]));
 }
 
-// The flat buffer of https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/lora/adapter_format.
+// Reads the flat buffer of https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/lora/adapter_format.
 function readOnnxAdapter(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const follow = (at) => at + view.getUint32(at, true);
@@ -126,7 +126,7 @@ function concatenate(tensors, axis) {
   return { ...tensors[0], dims, data };
 }
 
-// W + Σ tᵢ·(W'ᵢ − W), as lorac mixes: pairs lie end to end along their rank, scales and weights are added up.
+// W + Σ tᵢ·(W'ᵢ − W), as lorac mixes: concatenate pairs along the rank, and add up scales and weights.
 function mixSlots(terms, { slots, neutral }) {
   const mixed = { ...neutral };
   const users = (slot) => terms.filter(({ own }) => own[slot]);
@@ -152,7 +152,7 @@ function mixSlots(terms, { slots, neutral }) {
     else if (["a", "g"].includes(role) && rank >= 0) mixed[slot] = concatenate(used.map(({ own }) => own[slot]), rank);
     else if (role === "b" && rank >= 0) {
       const scaled = ({ strength, own }) => {
-        const after = own[slot.replace(/b$/, "h")]?.data ?? [1]; // which acts behind this adapter's pair alone
+        const after = own[slot.replace(/b$/, "h")]?.data ?? [1]; // it acts only after this adapter's pair
         return { ...own[slot], data: own[slot].data.map((x, i) => x * strength * after[i % after.length]) };
       };
       mixed[slot] = concatenate(used.map(scaled), rank);
@@ -274,7 +274,7 @@ class Model {
     const begun = ids.length;
     if (!begun) fail("the prompt has no token: give a text");
     if (limit && begun >= limit) fail(`the text has ${begun} tokens, and the model positions for ${limit}: begin anew`);
-    const [slots, key] = [this.#slots, JSON.stringify(this.#choice)]; // a swap counts from the next call on
+    const [slots, key] = [this.#slots, JSON.stringify(this.#choice)]; // a swap takes effect in the next call
     const cache = this.#cache?.key === key ? this.#cache : { key, ids: [], buffers: null };
     this.#cache = null;
     let text = "";
@@ -285,18 +285,18 @@ class Model {
         ids.push(token);
         const isLast = ends.includes(token) || count === 1 || ids.length === limit;
         const whole = this.decode(ids.slice(begun));
-        const shown = whole.endsWith("\ufffd") && !isLast ? text : whole; // a character of several tokens
+        const shown = whole.endsWith("\ufffd") && !isLast ? text : whole; // hold back an incomplete character
         yield { token, text: shown.slice(text.length) };
         text = shown;
         if (ends.includes(token)) return;
-        await new Promise((resume) => setTimeout(resume)); // the page may paint, and stop this
+        await new Promise((resume) => setTimeout(resume)); // let the page paint, or stop this call
       }
     } finally {
       this.#cache = cache;
     }
   }
 
-  /** Return the logits behind ids; of these, the cache gets those that it does not hold. */
+  /** Return the logits after ids; compute only ids that are not in the cache, and cache them. */
   async #decode(slots, cache, ids) {
     let known = 0;
     while (known < Math.min(cache.ids.length, ids.length - 1) && cache.ids[known] === ids[known]) known++;
@@ -343,7 +343,7 @@ class Model {
     cache.buffers = larger;
   }
 
-  /** Return whether the base's logits, some of which Python computed, are the same here. */
+  /** Return whether the base's logits agree with those that Python computed. */
   async check({ ids, stride, logits }) {
     const found = await this.#decode(this.#contents.neutral, { ids: [], buffers: null }, ids);
     const norm = (values) => Math.sqrt(sum(values.map((value) => value * value)));
@@ -394,7 +394,7 @@ export async function load(folder, options = {}) {
   for (const [path, parts] of Object.entries(contents.weights)) externalData.push({ path, data: await fetched(parts) });
   const ort = await (backend === "webgpu" ? import("onnxruntime-web/webgpu") : import("onnxruntime-web/wasm"));
   ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency) : 1;
-  // Dequantised weights become constants, instead of codes again.
+  // Fold dequantised weights into constants, instead of quantising them again.
   const extra = { session: { disable_quant_qdq: graph === contents.graphs.float ? "1" : "0" } };
   const settings = { externalData, extra, executionProviders: [backend], logSeverityLevel: 3 };
   const unloaded = (error) => fail(`the program does not load: ${error.message}`);
