@@ -1,1 +1,1 @@
-"""Backends: each says which ops it can run, emits them, and binds slots. Each imports without the others' libraries."""
+"""Backends: each defines the ops that it computes, emits programs and binds slots; none imports another's library."""

@@ -1,1 +1,1 @@
-"""AOTInductor: a program compiled to a shared library by torch, whose slots are inputs; a call gives other tensors."""
+"""AOTInductor: a program that torch compiles to a shared library, with slots as inputs of every call."""

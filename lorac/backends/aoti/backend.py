@@ -1,4 +1,4 @@
-"""The aoti target: programs of aten ops that torch compiles to packages, which run without lorac and from C++."""
+"""The aoti target: programs of aten ops that torch compiles to packages; these run without lorac, and from C++."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ PACKAGE_FILE = "model.pt2"
 
 @dataclass(frozen=True, kw_only=True)
 class AotiOptions(TargetOptions):
-    """Options of the aoti target: those that all have."""
+    """Options of the aoti target: only those of every target."""
 
     def check(self) -> None:
-        """Accept any extra output; ``Backend.check`` checks their names."""
+        """Accept any extra output, since ``Backend.check`` checks the names."""
 
 
 class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
-    """Compiles programs with torch's AOTInductor, for the CPU of this machine."""
+    """The target that compiles programs with torch's AOTInductor, for the CPU of this machine."""
 
     options = AotiOptions
     engine = AotiEngine
@@ -65,12 +65,12 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
         return tuple(dict.fromkeys(op for graph in program.graphs.values() for op in list_foreign_ops(graph)))
 
     def check(self, request: BuildRequest[AotiOptions]) -> None:
-        """Refuse to compile without a compiler of C++."""
+        """Refuse to compile if there is no C++ compiler."""
         super().check(request)
         check_compiler()
 
     def check_program(self, program: Program, request: BuildRequest[AotiOptions]) -> None:
-        """Refuse ops of other libraries, which a package would need wherever it runs."""
+        """Refuse ops of other libraries, which a package would need on every machine."""
         refuse_unclaimed(self.dialect, self.list_unsupported(program))
 
     def emit(self, request: BuildRequest[AotiOptions], folder: Path) -> EmittedProgram[AotiOptions]:
@@ -125,7 +125,7 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
         mode: str,
         device: str | torch.device | None,
     ) -> AnyOnnxEngine:
-        """Load the packages of an artifact whose maker the caller trusts."""
+        """Load the packages of an artifact, if the caller trusts its maker."""
         if not is_trusted():
             raise ArtifactError(
                 "an artifact for target 'aoti' is machine code, which loading runs",

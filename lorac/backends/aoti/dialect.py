@@ -1,4 +1,4 @@
-"""The form in which torch's own tools take a program: aten ops alone, with slots as inputs."""
+"""The form of program that torch's own tools accept: only aten ops, with slots as inputs."""
 
 import itertools
 import math
@@ -44,9 +44,9 @@ _CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)
 
 @dataclass(frozen=True)
 class LowerToTorch(Pass):
-    """expanded -> target: aten ops take the place of lorac's own, ties go to the lowest index, and branches have gates.
+    """expanded -> target: replace lorac's ops by aten ops, resolve ties to the lowest index, and gate branches.
 
-    Views of a batch as segments assume that tensors lie in one piece, so that inputs are copied first.
+    Views that split a batch into segments require contiguous tensors, so inputs are copied first.
     """
 
     name: ClassVar[str] = "torch"
@@ -66,13 +66,13 @@ class LowerToTorch(Pass):
                 node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
         with torch.no_grad(), suppress_third_party_output():
             graph.exported = program.run_decompositions(_DECOMPOSITIONS)
-        for check in graph.find(aten._assert_tensor_metadata.default):  # of an example
+        for check in graph.find(aten._assert_tensor_metadata.default):  # checks of the example's metadata
             graph.fx.erase_node(check)
         return PassResult(changed=True)
 
 
 def _gate_branches(graph: Graph, strength: fx.Node) -> None:
-    """Select 0 for a branch of strength 0: the zeros of an idle branch may turn into NaN."""
+    """Select 0 where a branch has strength 0, since zeros in an idle branch may become NaN."""
     for scaled in [user for user in strength.users if user.target is aten.mul.Tensor]:
         users, after = list(scaled.users), scaled.next
         is_on = insert_call(graph.exported, after, aten.ne.Scalar, strength, 0)
@@ -82,13 +82,13 @@ def _gate_branches(graph: Graph, strength: fx.Node) -> None:
 
 
 def _cut_segments(x: Tensor, slot: Tensor, features: int) -> Tensor:
-    """Return ``lorac.ir.slots.places.cut_segments``, which asks of no size whether another one divides it."""
+    """Cut as ``lorac.ir.slots.places.cut_segments`` does, without a check that one dynamic size divides another."""
     rows, rest = x.shape[: x.dim() - features], x.shape[x.dim() - features :]
     return _view(x, (slot.shape[0], math.prod(rows) // slot.shape[0], *rest))
 
 
 def _join_segments(y: Tensor, like: Tensor, features: int) -> Tensor:
-    """Return ``lorac.ir.slots.places.join_segments``, in the same way."""
+    """Join as ``lorac.ir.slots.places.join_segments`` does, without such a check."""
     return _view(y, (*like.shape[: like.dim() - features], *y.shape[2:]))
 
 
@@ -105,10 +105,10 @@ _DECOMPOSITIONS: dict[Any, Callable[..., object]] = {
 
 DIALECT: OnnxDialect = Dialect(
     name="aoti",
-    claims=frozenset(),  # torch's own ops are all claimed, by their namespaces
+    claims=frozenset(),  # torch's own ops are claimed by namespace
     passes=(LowerToTorch(),),
     gates=BranchGate.WHERE,
-    ranks=dict.fromkeys(_CONVOLUTIONS, RankPolicy.FROM_ONE),  # torch convolves with no empty tensor
+    ranks=dict.fromkeys(_CONVOLUTIONS, RankPolicy.FROM_ONE),  # torch has no convolution with an empty tensor
     dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     fuses_projections=False,  # the program would concatenate the fused matrix at every call
     rows=True,
@@ -118,7 +118,7 @@ DIALECT: OnnxDialect = Dialect(
 
 
 def list_foreign_ops(graph: Graph) -> list[str]:
-    """Return the ops of a graph that torch itself does not register, each with the module and line that call it."""
+    """Return the ops of a graph that torch itself does not register, each with the module and line that calls it."""
     found: dict[str, None] = {}
     for node in graph.fx.nodes:
         if isinstance(node.target, OpOverload) and node.target.namespace not in _NAMESPACES:
@@ -129,14 +129,15 @@ def list_foreign_ops(graph: Graph) -> list[str]:
 
 
 def make_plain_program(graph: Graph, slots: Mapping[str, Tensor], *, constant: bool) -> ExportedProgram:
-    """Return a graph at level target as a program that torch's own tools take, without a class of anyone's.
+    """Convert a graph at level target to a program that torch's own tools accept, without classes of other libraries.
 
-    A call gives the model's own arguments, and all slots as ``lorac={slot: tensor}``; it answers a dict by output name.
+    A call passes the model's own arguments, and all slots as ``lorac={slot: tensor}``; it returns a dict by output
+    name.
 
     Args:
-        graph: stays as it is.
-        slots: the tensors of a choice, for the example of a call; empty: the example has zeros.
-        constant: whether they are constants of the program, which has no slots then.
+        graph: the graph, which is not modified.
+        slots: the tensors of a choice, for the example call; if empty, the example has zeros.
+        constant: whether these tensors become constants of a program without slots.
     """
     program = copy_program(graph.exported)
     copies = {node.name: node for node in program.graph.nodes}
@@ -146,7 +147,7 @@ def make_plain_program(graph: Graph, slots: Mapping[str, Tensor], *, constant: b
         for slot in graph.slots.values():
             copies[slot.node].replace_all_uses_with(add_constant(program, slots[slot.name].contiguous()))
         drop_inputs(program, {SLOTS_KEYWORD, *(slot.node for slot in graph.slots.values())})
-    elif graph.slots:  # AOTInductor reads a dict in its order, which is to be that of a file
+    elif graph.slots:  # AOTInductor reads a dict in order, which must be the order of a choice's file
         order = file_order({name: copies[slot.node].meta["val"] for name, slot in graph.slots.items()})
         move_inputs_last(program, [graph.slots[name].node for name in order])
 

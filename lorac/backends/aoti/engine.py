@@ -1,4 +1,4 @@
-"""The engine of packages: a choice of adapters is a set of tensors that each call gives."""
+"""The engine of packages: a choice of adapters is a set of tensors that every call passes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from lorac.target.backend import TargetOptions
 
 
 class PackagedGraph:
-    """One graph of the program: its package, its interface and its slot inputs by public name."""
+    """One graph of the program: its package, its interface, and its slot inputs by public name."""
 
     def __init__(self, package: Package, interface: Interface, slots: Mapping[str, SlotInput]) -> None:
         self.package, self.interface, self.slots = package, interface, slots
@@ -28,7 +28,7 @@ class PackagedGraph:
 
 
 class AotiEngine(OnnxEngine[PackagedGraph, TargetOptions]):
-    """Runs a program, one package per graph."""
+    """An engine of one package per graph."""
 
     target = "aoti"
 
@@ -36,7 +36,7 @@ class AotiEngine(OnnxEngine[PackagedGraph, TargetOptions]):
         return AotiProgram(self, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
     def dump(self) -> dict[str, Dump]:
-        """Return nothing: a package is machine code."""
+        """Return nothing, since a package is machine code."""
         return {}
 
     @property
@@ -44,7 +44,7 @@ class AotiEngine(OnnxEngine[PackagedGraph, TargetOptions]):
         return ".slots.safetensors" if self.slots and not self.constant else None
 
     def write_choice(self, snapshot: ComposedWeights, graph: str, path: Path) -> None:
-        """Write the tensors of all slots of a graph, as its package takes them, as safetensors."""
+        """Write the tensors of all slots of a graph as safetensors, in the form that its package accepts."""
         slots = self.graphs[check_component(graph, self.graphs)].slots
         plans = select_reached_plans(slots, self.plans)
         tensors = collect_slot_tensors(slots, plans, fill_slots(plans, snapshot, self.base))

@@ -1,6 +1,6 @@
-"""Packages of AOTInductor (``.pt2``): how torch compiles and loads them.
+"""Packages of AOTInductor (``.pt2``): compilation and loading by torch.
 
-torch's private functions for them are called here alone: the search for a compiler, and the loader of packages.
+Only this module calls torch's private functions for packages: the search for a compiler, and the loader.
 """
 
 import json
@@ -19,7 +19,7 @@ _INPUTS = "lorac.inputs"
 
 
 def check_compiler() -> None:
-    """Raise ``Unavailable`` where this machine has no compiler of C++, by which torch makes packages."""
+    """Raise ``Unavailable`` if torch finds no C++ compiler on this machine, which it needs to make packages."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -36,12 +36,12 @@ def compile_package(program: ExportedProgram, path: Path, inputs: Mapping[str, t
     """Compile a program into a package.
 
     Args:
-        program: of aten ops.
-        path: ends in ``.pt2``.
+        program: a program of aten ops.
+        path: the path of the package, ending in ``.pt2``.
         inputs: the name and dtype of each input, in the program's order.
 
     Raises:
-        Unavailable: torch's compiler does not take the program.
+        Unavailable: torch's compiler cannot compile the program.
     """
     from torch._inductor import aoti_compile_and_package
 
@@ -54,7 +54,7 @@ def compile_package(program: ExportedProgram, path: Path, inputs: Mapping[str, t
                 package_path=str(path),
                 inductor_configs={"aot_inductor.metadata": {_INPUTS: json.dumps(named)}},
             )
-    except Exception as error:  # of whichever library of torch's compiler
+    except Exception as error:  # any library of torch's compiler may raise
         reason = str(error).strip().partition("\n")[0]
         raise Unavailable(
             f"torch's compiler does not take the program: {type(error).__name__}: {reason}",
@@ -63,13 +63,13 @@ def compile_package(program: ExportedProgram, path: Path, inputs: Mapping[str, t
 
 
 class Package:
-    """A loaded package, which runs machine code: whoever loads it trusts its maker.
+    """A loaded package; it runs machine code, so only load packages from trusted makers.
 
     Attributes:
-        inputs: the name and dtype of each input, in the order in which it takes them.
+        inputs: the name and dtype of each input, in the package's order.
 
     Raises:
-        ArtifactError: it is not a package, or one of another machine or release of torch.
+        ArtifactError: the file is not a package, or was made for another machine or release of torch.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,6 +85,6 @@ class Package:
         self.inputs: Mapping[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in named}
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs for contiguous tensors in the order of ``inputs``; sizes and dtypes are not checked."""
+        """Compute the outputs for contiguous tensors in the order of ``inputs``; sizes and dtypes are not checked."""
         outputs: list[Tensor] = self._loader.boxed_run(list(tensors))
         return outputs

@@ -1,1 +1,1 @@
-"""Eager PyTorch: the host module itself, each site's call computed from the site's slots."""
+"""Eager PyTorch: the host module itself, in which calls of adapted sites read the sites' slots."""

@@ -1,4 +1,4 @@
-"""The eager target; its programs are stored as nodes and tensors, since a module would need pickle."""
+"""The eager target; its programs are stored as nodes and tensors, since storing a module would need pickle."""
 
 import functools
 import inspect
@@ -43,14 +43,14 @@ _PROGRAM, _WEIGHTS = "program.json", "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class EagerOptions(TargetOptions):
-    """Options of the eager target: those that all have."""
+    """Options of the eager target: only those of every target."""
 
     def check(self) -> None:
-        """Accept any extra output; the engine checks their names."""
+        """Accept any extra output, since the engine checks the names."""
 
 
 class EagerBackend(Backend[EagerOptions]):
-    """The target that runs the model's own code, in any dtype, and trains."""
+    """The target that runs the model's own code, in any dtype, and that can train."""
 
     dialect: AnyDialect = Dialect(
         name="eager",
@@ -66,7 +66,7 @@ class EagerBackend(Backend[EagerOptions]):
         module = Host.of(request.model).copy().model
         separate_layers(module, list_layers(request.plans.values()))
         for layer in filter(is_bitsandbytes_layer, module.modules()):
-            # The library's own unpacks the weight, and rounds it anew; a state dict here holds no weights.
+            # The library's own method unpacks and rounds the weight; the copy's state dict has no weights anyway.
             layer._save_to_state_dict = functools.partial(nn.Module._save_to_state_dict, layer)  # type: ignore[method-assign]  # of a copy
         match_linear_rounding(request.model, module)
         disable_fast_path(request.model, module, request.plans, lambda: engine.current_slots().touched)
@@ -76,7 +76,7 @@ class EagerBackend(Backend[EagerOptions]):
         return engine
 
     def store(self, engine: Engine, folder: Path, request: BuildRequest[EagerOptions] | None) -> StoredState:
-        """Write the program and its weights, the base weights of planned sites among them."""
+        """Write the program and its weights, including the base weights of planned sites."""
         if isinstance(engine, StoredProgramEngine):
             for name, file in engine.files.items():
                 file.copy_to(folder / name)
@@ -102,7 +102,7 @@ class EagerBackend(Backend[EagerOptions]):
         mode: str,
         device: str | torch.device | None,
     ) -> StoredProgramEngine:
-        """Return an engine that runs the stored program and does not train."""
+        """Build an engine that runs the stored program; it cannot train."""
         target_device = None if device is None else torch.device(device)
         if target_device is not None and target_device.type != "cpu" and mode == "fused":
             raise Unavailable(
@@ -138,7 +138,7 @@ def _graphs_to_json(graphs: Mapping[str, ProgramGraph]) -> dict[str, JsonMapping
 def _export_graph(
     name: str, part: StoredGraph, sites: Mapping[str, Site], plans: Mapping[str, SitePlan], base: BaseReader
 ) -> Graph:
-    """Return a stored program as a graph for other targets, in which all rows of a call share their slots."""
+    """Convert a stored program to a graph for other targets, in which all rows of a call share their slots."""
     own = {slot.site for slot in part.slots.values()}
     planned = {path: plan for path, plan in plans.items() if path in own}
     shared = {slot: replace(own, placed=False) for slot, own in part.slots.items()}
@@ -157,10 +157,10 @@ def _export_graph(
 
 
 class _OnePlace(nn.Module):
-    """A stored program whose slots have one place each, which is no axis of them.
+    """A stored program whose slots have exactly one place, without an axis for it.
 
     Args:
-        placed: input -> its slot, for those that have places.
+        placed: input -> slot, for the slots that have an axis of places.
     """
 
     def __init__(self, program: StoredProgram, placed: Mapping[str, SlotInput]) -> None:

@@ -1,6 +1,6 @@
-"""Keys and values of branches in the cache that transformers passes from call to call.
+"""Keys and values of branches, in the cache that transformers passes from call to call.
 
-They are layers of that cache behind the model's own, so that they follow whatever selects, repeats or crops its rows.
+They are extra layers of that cache after the model's own, so selecting, repeating or cropping rows applies to them too.
 This module imports transformers, so it is imported only for a call with such a cache.
 """
 
@@ -18,10 +18,10 @@ _NEXT_STEP = "call generate, which starts with an empty DynamicCache, or give th
 
 @final
 class _BranchCacheLayer(DynamicLayer):
-    """The keys and values of one attention of a branch.
+    """A cache layer with the keys and values of one attention of a branch.
 
     Args:
-        place: identifies the attention.
+        place: the name of the attention.
     """
 
     def __init__(self, place: str) -> None:
@@ -31,10 +31,10 @@ class _BranchCacheLayer(DynamicLayer):
 
 @final
 class CachedBranchAttention(BranchAttention):
-    """The attention of branches in a call with a cache.
+    """The attention of branches, for a call with a cache.
 
     Args:
-        cache: of the call, before the model adds to it.
+        cache: the cache of the call, before the model appends to it.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -42,19 +42,19 @@ class CachedBranchAttention(BranchAttention):
         self._length = int(self._cache.get_seq_length())
 
     def positions(self, x: Tensor) -> Tensor:
-        """Return the positions of the tokens of x, behind those in the cache."""
+        """Return the positions of the tokens of x, which follow the tokens in the cache."""
         return torch.arange(self._length, self._length + x.shape[-2], device=x.device)
 
     def attend(
         self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """Attend to the keys and values in the cache and to new ones, which are added to it."""
+        """Append new keys and values to the cache, and attend to all of them."""
         require_causal(place, causal)
         keys, values = self._layer(place).update(k, v)
         return compute_attention(q, keys, values, causal=True, mask=mask, scale=scale, first=self._length)
 
     def _layer(self, place: str) -> _BranchCacheLayer:
-        """Return the cache layer of an attention, which has as many tokens as the model's layers."""
+        """Return the cache layer of an attention; refuse one whose length differs from that of the model's layers."""
         if not isinstance(self._cache, DynamicCache):
             raise Unavailable(
                 f"a {type(self._cache).__name__} cannot hold the keys and values of the branch at '{place}'",

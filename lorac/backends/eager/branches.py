@@ -1,7 +1,7 @@
-"""Contexts of branches: the values they read, values that are computed once per call, and seeds.
+"""Contexts of branches: the values that they read, the values that are computed once per call, and seeds.
 
-A pass in which one adapter acts alone (``lorac.ir.slots.program_values``) is a call of its own that belongs to another
-call: it has that call's branches, randomness and first values.
+A pass in which one adapter acts alone (``lorac.ir.slots.program_values``) is a separate call that belongs to another
+call: it uses that call's branches, random numbers and initial values.
 """
 
 import functools
@@ -51,10 +51,10 @@ _STORED_KINDS = (WEIGHT, PARAM)
 
 
 def _find_acting(call: ForwardCall, module: nn.Module, arguments: Mapping[str, object]) -> None:
-    """Find the tokens of a forward on which adapters with invocation tokens act.
+    """Determine the tokens of a forward on which adapters with invocation tokens act.
 
     Raises:
-        Unavailable: nothing says how its sequences begin.
+        Unavailable: the beginnings of the sequences are not known.
     """
     ids, mask, active = arguments.get(IDS), arguments.get("attention_mask"), call.active.invocations
     decodes = DECODER_IDS not in inspect.signature(module.forward).parameters
@@ -69,10 +69,10 @@ def _find_acting(call: ForwardCall, module: nn.Module, arguments: Mapping[str, o
 
 @final
 class BranchRunner:
-    """Runs the branches of a model's calls.
+    """A runner of the branches in a model's calls.
 
     Args:
-        module: the copy of the model that runs.
+        module: the running copy of the model.
         plans: the slots of each site.
         sites: every site of the model.
     """
@@ -82,7 +82,7 @@ class BranchRunner:
         self._seeds = SeedHistory()
 
     def live_terms(self, path: str, call: ForwardCall) -> Sequence[LiveTerm] | None:
-        """Return the terms from the adapters' tensors if the call computes them, else None."""
+        """Return the terms from the adapters' tensors if the call computes them; else None."""
         return None if call.terms is None else call.terms.at(path, call.active.choice)
 
     def ctx(
@@ -110,11 +110,11 @@ class BranchRunner:
         """Compute the values that a call's branches read of its arguments, of passes before it, and once per call.
 
         Args:
-            call: gets the values.
-            module: the module that is called.
-            scope: prefix of the paths in it.
-            arguments: the call's.
-            run: runs some work as part of a call.
+            call: the call, which receives the values.
+            module: the called module.
+            scope: the prefix of the paths in that module.
+            arguments: the arguments of the call.
+            run: a function that runs work as part of a call.
         """
         named = inspect.signature(module.forward).bind_partial(*arguments.args, **arguments.kwargs).arguments
         call.attention = choose_attention((*named.values(), *arguments.kwargs.values()))
@@ -135,18 +135,18 @@ class BranchRunner:
             run_pass(base)
             call.values.update({f"{BASE}:{path}": base.values[path] for path in base.active.read & base.values.keys()})
         plans = [self.plans[path] for path in call.active.touched if path.startswith(scope)]
-        # In one order in every process, since passes of a model that trains draw random numbers.
+        # In the same order in every process, since passes of a training model draw random numbers.
         for path in sorted({branch.once for plan in plans for branch in plan.branches} & call.active.touched):
             self.compute_once(path, call, run_pass)
         call.prepared = dict(call.values)
 
     def compute_once(self, path: str, call: ForwardCall, run: Callable[[ForwardCall], None]) -> None:
-        """Compute the values that adapters of one structure compute once per call, after the passes they need.
+        """Compute the values that adapters of one structure need once per call, after the passes that these read.
 
         Args:
-            path: of the site that stands for these adapters.
-            call: gets the values.
-            run: runs a pass of the model with the call's arguments and without gradients.
+            path: the path of the site that stands for these adapters.
+            call: the call, which receives the values.
+            run: a function that runs a pass of the model with the call's arguments, without gradients.
         """
         plan = self.plans[path]
         for i, (slot, fill) in enumerate(self._branches(path, call)):
@@ -163,7 +163,7 @@ class BranchRunner:
             )
 
     def run_alone(self, path: str, passing: AdapterPass, x: Tensor, y: Tensor, ctx: FormulaContext) -> Tensor:
-        """Return the output of a site in a pass in which one adapter acts alone.
+        """Compute the output of a site in a pass in which one adapter acts alone.
 
         Args:
             x, y: the site's input and its base output.
@@ -174,7 +174,7 @@ class BranchRunner:
         return run_branch_alone(slot, fill.params, x, y, ctx)
 
     def _pass(self, passing: AdapterPass, read: Sequence[str]) -> ForwardCall:
-        """Return a pass in which an adapter acts alone, which records the outputs of modules at these paths."""
+        """Return a pass in which one adapter acts alone, and which records the outputs of modules at these paths."""
         call, branches = passing.call, dict[str, BranchSlot]()
         for path in call.active.touched:
             found = None if self.plans[path].site.kind is SiteKind.ONCE else self._of_adapter(path, passing)
@@ -184,7 +184,7 @@ class BranchRunner:
         return ForwardCall(filled, values=dict(call.values), attention=call.attention, passing=passing)
 
     def _of_adapter(self, path: str, passing: AdapterPass) -> FilledBranch | None:
-        """Return the branch at a site of the adapter that a pass belongs to."""
+        """Return the branch of a pass's adapter at a site; None if the adapter has none there."""
         branches = self._branches(path, passing.call)
         index = find_branch([slot for slot, _ in branches], passing.owner)
         return None if index is None else branches[index]
@@ -198,7 +198,7 @@ class BranchRunner:
         return [(slot, fill) for slot, fill in filled if fill is not None]
 
     def _values(self, plan: SitePlan, call: ForwardCall) -> Mapping[str, Tensor]:
-        """Return the values that the plan's branches may read now."""
+        """Return the values that the branches of a plan may read now."""
         if not plan.branches:
             return {}
         parsed = [(name, *parse_value_name(name)) for name in list_read_values([plan])]
@@ -211,11 +211,11 @@ class BranchRunner:
         return {**call.values, **present_weights(stored, self.sites)}
 
     def draw_seed(self, call: ForwardCall) -> None:
-        """Give a call that trains its seed, before the model runs, whose recomputed layers draw from torch, too."""
+        """Draw a training call's seed before the model runs, whose layers also draw from torch's generator."""
         call.seed = self._seeds.draw() if self.module.training else None
 
     def _seed(self, call: ForwardCall) -> int:
-        """Return the seed of a call's randomness, which all its sites share; outside of calls it is drawn here."""
+        """Return the seed that all sites of a call share; draw it now if the call has none yet."""
         if call.seed is None:
             call.seed = self._seeds.draw()
         return call.seed

@@ -1,7 +1,7 @@
-"""The children of the modules of a copy that runs: a program is made of the original, and would have no others.
+"""Checks that the children of a copy's modules were not replaced, since programs are made from the original.
 
-PEFT, trainers that take a ``peft_config=``, and libraries that quantise or fuse layers replace the children of a model
-in place. The base, the adapters, exports and artifacts of a compiled model would not know of it.
+PEFT, trainers with ``peft_config=``, and libraries that quantise or fuse layers replace a model's children in place.
+The base, the adapters, exports and artifacts of a compiled model would not contain the replacements.
 """
 
 from torch import nn
@@ -10,7 +10,7 @@ from lorac.errors import Unavailable, list_some
 
 
 class ChildModules:
-    """The children of all modules of a copy, as they are when it is built.
+    """The children of all modules of a copy, recorded when this object is built.
 
     Args:
         model: the copy.
@@ -22,12 +22,12 @@ class ChildModules:
         self._first = [dict(children) for children in self._now]
 
     def check(self) -> None:
-        """Refuse a copy whose children were replaced since; one that is wrapped, as by ``torch.compile``, is kept.
+        """Refuse a copy whose children were replaced since; a wrapped child, as by ``torch.compile``, is allowed.
 
         Raises:
-            Unavailable: naming the children.
+            Unavailable: naming the replaced children.
         """
-        if self._now == self._first:  # compares identities, some 50 ns for a module with children
+        if self._now == self._first:  # compares identities, about 50 ns per module with children
             return
         replaced = {
             f"{path}.{name}".removeprefix("."): now.get(name)
@@ -51,7 +51,7 @@ class ChildModules:
 
 
 def _contains(module: nn.Module | None, inner: nn.Module) -> bool:
-    """Return whether a module is another, or contains it and has no other parameters."""
+    """Return whether a module is another one, or contains it without further parameters."""
     if module is None or module is inner:
         return module is inner
     same = {*map(id, module.parameters())} == {*map(id, inner.parameters())}

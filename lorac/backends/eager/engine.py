@@ -1,7 +1,7 @@
 """The eager engine: a structural copy of the model in which every site's ``forward`` reads its slots.
 
-The host's code runs as it is (any signature, checkpointing, autocast, Trainer); only instance-level ``forward``
-attributes are set, so module types, names and state-dict keys stay the host's.
+The host's code runs unchanged (any signature, checkpointing, autocast, Trainer); only instance attributes ``forward``
+are set, so module types, names and state-dict keys stay the same.
 """
 
 import contextvars
@@ -76,11 +76,12 @@ _current_call: contextvars.ContextVar[tuple[object, ForwardCall] | None] = conte
 
 
 class EagerEngine(Engine):
-    """Runs a copy of the model.
+    """An engine that runs a copy of the model.
 
     Args:
-        module: structural copy of the model, whose sites get another ``forward``.
-        request: the model, its plans and the options. Modes other than ``"live"`` write merged weights into buffers.
+        module: a structural copy of the model; its sites get another ``forward``.
+        request: the model, its plans and the options. In modes other than ``"live"`` merged weights are written to
+            buffers.
     """
 
     target = "eager"
@@ -142,18 +143,18 @@ class EagerEngine(Engine):
 
     @property
     def computes_terms(self) -> bool:  # type: ignore[override]  # changes with torch's gradient mode
-        """Return whether a call computes its terms from the adapters' tensors instead of reading slots.
+        """Return whether the next call computes its terms from the adapters' tensors, instead of reading slots.
 
-        It does while gradients are recorded, and in training mode, for dropout.
+        It does so if gradients are recorded, and in training mode, because of dropout.
         """
         return torch.is_grad_enabled() or self.module.training
 
     @property
     def trace_key(self) -> str | None:  # type: ignore[override]  # changes with each swap
-        """Return the choice, if torch.compile can trace a whole call as it runs; None if the call must run anew.
+        """Return the choice if torch.compile can trace whole calls; None if each call must run in Python.
 
-        A graph holds no extra outputs, no seed of a branch that trains, no place of invocation tokens, and no weights
-        but the model's own.
+        A traced graph cannot have extra outputs, seeds of training branches, positions of invocation tokens, or weights
+        other than the model's own.
         """
         active = self.active
         writes = self.mode == "fused" or self.hidden
@@ -161,18 +162,18 @@ class EagerEngine(Engine):
         return None if anew or (active.branches and self.module.training) else self.choice_text
 
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Run calls with the written weights, at the sites that the choice touches."""
+        """Make later calls use the written weights at the sites of the choice."""
         self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed), sizes=snapshot.sizes)
 
     def listen(self, names: Iterable[str], listener: EmissionListener) -> Callable[[], None]:
-        """Call a listener with extra outputs after each call that trains; return the function that ends it.
+        """Call a listener with extra outputs after each training call; return a function that removes the listener.
 
         Args:
-            names: of the extra outputs, whether or not calls return them.
-            listener: called with name -> site path -> tensor.
+            names: names of the extra outputs, which calls need not return.
+            listener: a function that gets name -> site path -> tensor.
 
         Raises:
-            OptionError: no branch emits one of them.
+            OptionError: no branch emits an output of one of these names.
         """
         check_extra_outputs(list(names), self.plans.values())
         key = object()
@@ -188,15 +189,15 @@ class EagerEngine(Engine):
         self._weights.check()
 
     def make_call(self, active: ActiveSlots) -> ForwardCall:
-        """Return the state of a call that begins now, with the terms that it computes.
+        """Return the state of a new call, with the terms that the call computes.
 
         Raises:
-            Unavailable: modules of the copy were replaced, or weights that a swap writes.
+            Unavailable: modules of the copy were replaced, or weights that a swap writes were.
         """
         if not torch.compiler.is_compiling():
             self._children.check()
         if self.mode == "baked" and (torch.compiler.is_exporting() or is_whole_call_traced()):
-            return ForwardCall(active)  # the tracer stands in for all weights, which hold the choice
+            return ForwardCall(active)  # the tracer substitutes all weights, which are merged
         terms = self._terms.current(active.choice)
         given = self._weights.are_given() or terms is not self._terms or active.invocations
         return ForwardCall(active, terms if self.computes_terms or given else None)
@@ -211,14 +212,14 @@ class EagerEngine(Engine):
             self._branches.prepare(call, module, scope, arguments, self.run_within)
 
     def run_within(self, call: ForwardCall, work: Callable[[], T]) -> T:
-        """Run some work as part of a call."""
+        """Run work as part of a call."""
         return run_with_value(_current_call, (self, call), work)
 
     def observing(self, graph: str, active: ActiveSlots) -> AbstractContextManager[None]:
-        """Return a block whose first call of a component notes the layers whose weights it reads; adapters act in it.
+        """Return a context in which a component's first call records the layers whose weights it reads.
 
         Raises:
-            SiteError: an adapter acts on layers alone whose weights are read and that are never called.
+            SiteError: an adapter acts only on layers that are never called, though their weights are read.
         """
         traced = torch.compiler.is_compiling() or is_whole_call_traced()
         waits = graph in self._unobserved and active.touched and not traced
@@ -248,9 +249,9 @@ class EagerEngine(Engine):
             self._observing.release()
 
     def _restore_base(self, paths: Iterable[str]) -> bool:
-        """Give layers of a baked model that others read their base weights again; return whether there are any.
+        """Undo merging in baked layers whose weights other modules read; return whether there are such layers.
 
-        The merged weights move to twins, which calls of the layers use.
+        The merged weights move to copies of the layers, which calls of the layers use.
         """
         baked = [path for path in paths if path in self.buffers and path not in self._merged]
         for path in baked:
@@ -261,7 +262,7 @@ class EagerEngine(Engine):
         return bool(baked)
 
     def announce(self, call: ForwardCall, output: object) -> None:
-        """Name a call that recorded gradients to the backward pass, and give its extra outputs to the listeners."""
+        """Register a call that recorded gradients with the backward pass, and pass its extra outputs to listeners."""
         if torch.is_grad_enabled() and not is_whole_call_traced():
             self._last_recorded = call
             announce_in_backward(call, output, functools.partial(setattr, self, "_last_recorded"))
@@ -269,7 +270,7 @@ class EagerEngine(Engine):
             listener({name: call.aux.get(name, {}) for name in names})
 
     def current_slots(self) -> ActiveSlots:
-        """Return the slots of the running call, or outside of calls those of the active choice."""
+        """Return the slots of the running call, or outside of calls the slots of the active choice."""
         call = self.running_call()
         return self.active if call is None else call.active
 
@@ -277,18 +278,18 @@ class EagerEngine(Engine):
         return self.running_call() or self.make_call(self.active)
 
     def running_call(self) -> ForwardCall | None:
-        """Return the call that this thread is in."""
+        """Return the call that is running in this thread; None outside of calls."""
         current = _current_call.get()
         if current is not None and current[0] is self:
             return current[1]
-        # A checkpoint recomputes within backward, outside of calls, with the slots of the last call.
+        # In backward, outside of calls, a checkpoint recomputes layers with the slots of the last call.
         return self._last_recorded if is_in_backward() else None
 
     def adapted_weight(self, path: str) -> tuple[Tensor, Tensor | None] | None:
-        """Return a layer's weight and bias with the terms of the running call; None where no adapter changes it.
+        """Return a layer's weight and bias after the running call's terms; None if no adapter changes them.
 
         Raises:
-            Unavailable: a branch or dropout acts there, or rows have adapters of their own.
+            Unavailable: a branch or dropout acts on the layer, or rows have different adapters.
         """
         call = self._call()
         if path not in call.active.touched:
@@ -323,7 +324,7 @@ class EagerEngine(Engine):
         elif has_plain_forward(module):
             module.forward = OpaqueCall(functools.partial(self._forward_site, path, module))
         else:
-            # Adapt the ``super().forward`` of the layer's own class, on a twin with the same attributes.
+            # Wrap the forward of the layer's own class (``super().forward``), on a copy with the same attributes.
             original = self._originals[path]
             self._originals[path] = functools.partial(find_layer_class(module).forward, module)
             twin = object.__new__(replace_super_forward(module, functools.partial(self._forward_site, path, module)))
@@ -334,10 +335,10 @@ class EagerEngine(Engine):
             guard_hooks(module, path, lambda: path in self.current_slots().touched)
 
     def _find_written_module(self, site: Site) -> nn.Module:
-        """Return the module whose weight a swap writes; for a layer a twin of it, which adapted calls use.
+        """Return the module whose weight a swap writes: for a layer a copy of it, which adapted calls use.
 
-        Whoever else reads the layer's weight finds the base's, in fused mode as in live mode. The layers of a baked
-        model hold the merged weights themselves, but for those that others read.
+        Other readers of the layer's weight get the base weight, in fused as in live mode. In a baked model the layers
+        themselves have the merged weights, except layers whose weights others read.
         """
         module = self.module.get_submodule(str(site.weight).rpartition(".")[0])
         baked = self.mode == "baked" and site.path not in self._reads.read
@@ -393,7 +394,7 @@ class EagerEngine(Engine):
         return output
 
     def _compute_adapted(self, path: str, module: nn.Module, x: Tensor, block: Tensor | None = None) -> Tensor | None:
-        """Return the output of a touched site from its live terms or its slots; None if the weights hold the choice."""
+        """Return the output of an adapted site from live terms or slots; None if the weights are already merged."""
         call, plan = self._call(), self.plans[path]
         emitted: dict[str, list[Tensor]] = {}
         ctx = self._branches.ctx(plan, call, module.training, emitted)
@@ -418,13 +419,13 @@ class EagerEngine(Engine):
 
     @property
     def _recorded_names(self) -> frozenset[str]:
-        """The names of the extra outputs that calls record."""
+        """The names of the extra outputs that calls must record."""
         return self.extra_names.union(*(names for names, _ in self._listeners.values()))
 
     def _forward_owner(
         self, owner: str, module: nn.Module, inside: Sequence[str], *args: object, **kwargs: object
     ) -> object:
-        """Run the forward of a module some of whose weights are replaced, on a shadow with the replacements."""
+        """Run the forward of a module with replaced weights: call it on a shallow copy that has the replacements."""
         call = self._call()
         replaced: dict[str, Tensor] = {}
         for path in inside:
@@ -436,7 +437,7 @@ class EagerEngine(Engine):
         return shadow(module, names).forward(*args, **kwargs)
 
     def _replacements(self, path: str, call: ForwardCall) -> dict[str, Tensor]:
-        """Return the replacements of a touched site's weight and bias by name; none if they hold the choice."""
+        """Return an adapted site's replacements of weight and bias by name; empty if the weights are already merged."""
         site, slots, terms = self.plans[path].site, call.active.slots.get(path), self._branches.live_terms(path, call)
         found: tuple[Tensor | None, Tensor | None]
         if terms is not None:
@@ -451,7 +452,7 @@ class EagerEngine(Engine):
 
 @dataclass(frozen=True, eq=False)
 class EagerProgram(BoundProgram):
-    """The copy of the model with the slots of one choice of adapters."""
+    """The copy of the model, with the slots of one choice of adapters."""
 
     engine: EagerEngine
     active: ActiveSlots
@@ -461,11 +462,11 @@ class EagerProgram(BoundProgram):
         return replace(self, starts=find_start_columns(self.active.invocations, ids, mask))
 
     def activate(self) -> None:
-        """Use the slots outside of calls, as when a submodule is called directly."""
+        """Use these slots outside of calls too, such as when a submodule is called directly."""
         self.engine.active, self.engine.choice_text = self.active, repr(self.active.choice)
 
     def run(self, graph: str, call: Call) -> CallResult:
-        """Call the copy of the model, or a component; in fused mode the weights already hold the choice."""
+        """Call the copy of the model, or one of its components; in fused mode the weights are already written."""
         engine = self.engine
         module, forward = engine.components[graph], engine.make_call(self.active)
         engine.prepare(forward, graph, call)
@@ -480,7 +481,7 @@ class EagerProgram(BoundProgram):
         call.starts = self.starts
 
         def before(called: nn.Module, *given: Any) -> None:
-            own = engine.running_call() is call  # else it is in a pass before it, or in a call of another thread
+            own = engine.running_call() is call  # else it is in a pass before it, or in another thread's call
             if own and called is module:
                 engine.prepare(call, graph, Call(*given))
             elif own and not call.rows:

@@ -1,8 +1,8 @@
-"""torch's transformer layers, which in evaluation call one fused kernel with the weights of the layers inside them.
+"""torch's transformer layers, which in evaluation call one fused kernel on the weights of their inner layers.
 
-The kernel bypasses the forwards of the layers inside, and an adapter there with them. So where a call touches a site
-inside such a layer, or records gradients through its inputs, the layer's Python code runs. Where it touches none, the
-layer computes as the host's does, whose weights may need gradients.
+The kernel bypasses the inner layers' forwards, and therefore their adapters. So if a call touches a site inside such a
+layer, or records gradients through its inputs, the layer's Python code runs. Otherwise the layer computes as the host's
+does, whose weights may need gradients.
 """
 
 import functools
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 def disable_fast_path(host: nn.Module, copy: nn.Module, planned: Collection[str], touched: TouchedSites) -> None:
-    """Disable the fused fast path of transformer layers where it would bypass adapted layers inside.
+    """Disable the fused fast path of transformer layers where it would bypass adapted inner layers.
 
     Args:
-        host: the model, whose parameters say whether they need gradients.
-        copy: the copy of it that runs.
+        host: the model; its parameters determine whether weights need gradients.
+        copy: the running copy of the model.
         planned: paths of the sites that adapters may touch.
-        touched: () -> paths of the sites that the running call touches.
+        touched: () -> paths of the sites that the running call adapts.
     """
     for path, module in copy.named_modules():
         if not isinstance(module, FUSED_LAYERS):

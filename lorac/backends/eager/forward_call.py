@@ -31,15 +31,15 @@ class ActiveSlots:
     """The slots that a choice fills.
 
     Attributes:
-        choice: the choice, from which training computes its terms.
-        slots: site path -> slots, for the sites where an adapter is active at least.
-        touched: paths of these sites; in fused mode too, where the weights hold their contents.
-        read: the program's names of the values that active branches read.
-        branches: whether a branch is active.
-        apart: paths of the sites whose slots have no places: those with merged weights and branches.
-        places: the slots of each part of the rows, where they have choices of their own; ``slots`` holds all of them.
-        sizes: path of a layer that the choice replaces -> its size (``ComposedSite``).
-        invocations: of those adapters of the choice that act from their invocation tokens on.
+        choice: the choice of adapters, from which training computes its terms.
+        slots: site path -> slots, at least for the sites where an adapter is active.
+        touched: paths of the adapted sites; in fused mode too, where the weights are merged.
+        read: program names of the values that active branches read.
+        branches: whether any branch is active.
+        apart: paths of sites whose slots have no axis of places, because of merged weights or branches.
+        places: the slots of each part of the rows, if the parts have different choices; ``slots`` has the slots of all.
+        sizes: path of a layer that the choice replaces -> the size of the replacement (``ComposedSite``).
+        invocations: the invocation tokens of the choice's adapters that have some.
     """
 
     choice: Choice = ()
@@ -54,15 +54,15 @@ class ActiveSlots:
 
     @property
     def needs_preparation(self) -> bool:
-        """Return whether values are computed before a call, from its arguments: those that branches read, for one."""
+        """Whether values must be computed from the arguments before a call."""
         first = {BASE, INPUT, OWN}
         return bool(self.branches or self.invocations or any(parse_value_name(name)[0] in first for name in self.read))
 
     def base_pass(self, scope: str) -> "ActiveSlots":
-        """Return the slots of a pass of the base, all empty, with the values that branches read of it.
+        """Return empty slots for a pass of the base, which records the values that branches read from it.
 
         Args:
-            scope: prefix of the paths of the component that is called; values of other components are left out.
+            scope: the prefix of the called component's paths; values of other components are omitted.
         """
         read = (path for kind, path in map(parse_value_name, self.read) if kind == BASE)
         return ActiveSlots(read=frozenset(path for path in read if path.startswith(scope)))
@@ -73,11 +73,11 @@ NO_ADAPTERS = ActiveSlots()
 
 @dataclass(frozen=True, eq=False)
 class AdapterPass:
-    """A pass before a call, in which the branches of one adapter act alone.
+    """A pass before a call in which only one adapter's branches act.
 
     Attributes:
         name: the adapter's name of the pass.
-        owner: prefix of the names of the adapter's own values (``lorac.ir.slots.program_values.owner_prefix``).
+        owner: the prefix of the adapter's own values (``lorac.ir.slots.program_values.owner_prefix``).
         call: the call that it precedes.
     """
 
@@ -92,17 +92,17 @@ class ForwardCall:
 
     Attributes:
         active: the filled slots.
-        terms: computed from the adapters' tensors; None if the call reads slots. Decided at the call's start, since a
-            reentrant checkpoint turns gradients off within it.
-        seed: of the randomness of the call's branches, if it trains.
-        values: program values read so far.
-        prepared: those known before the model ran.
-        aux: extra outputs so far.
-        attention: of the call's branches.
-        passing: the adapter's pass that this call is, if it is one.
-        rows: the number of rows, where they have choices of their own.
-        starts: name of an adapter with invocation tokens -> the column of each row (rows,) from which on it acts.
-        acting: the same name -> the tokens of a forward (rows, length) on which it acts, as booleans.
+        terms: the terms from the adapters' tensors; None if the call reads slots. It is set when the call starts, since
+            a reentrant checkpoint turns gradients off during the call.
+        seed: the seed of the call's branches, if it trains.
+        values: the program values that were read so far.
+        prepared: the values that were known before the model ran.
+        aux: the extra outputs so far.
+        attention: the attention of the call's branches.
+        passing: the adapter's pass, if this call is one.
+        rows: the number of rows, if parts of the rows have different choices.
+        starts: name of an adapter with invocation tokens -> the column (rows,) from which it acts in each row.
+        acting: the same name -> a boolean mask (rows, length) of the tokens of a forward on which it acts.
     """
 
     active: ActiveSlots
@@ -119,13 +119,13 @@ class ForwardCall:
 
 
 def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[ForwardCall], None]) -> None:
-    """Register a hook by which a backward pass names the call whose layers a checkpoint may recompute.
+    """Register a hook by which the backward pass announces the call whose layers a checkpoint may recompute.
 
-    Several calls may precede one backward pass. Values that the model computed are in the graph that would hold them
-    here for ever, so they are announced with the latest call alone.
+    One backward pass may follow several calls. Values that the model computed are announced only with the latest call,
+    since a hook that referenced them would keep their graph alive.
 
     Args:
-        announce: gets the call.
+        announce: a function that gets the call.
     """
     latest = weakref.ref(call)
     kept = ForwardCall(call.active, call.terms, call.seed, dict(call.prepared), rows=call.rows, acting=call.acting)
@@ -139,11 +139,11 @@ def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[
 
 
 def find_start_columns(invocations: Invocations, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Return ``ForwardCall.starts`` of whole sequences.
+    """Compute ``ForwardCall.starts`` for whole sequences.
 
     Args:
         ids: token ids (rows, length).
-        mask: (rows, length), 0 for padding; None where nothing is padding.
+        mask: (rows, length), 0 for padding; None if there is no padding.
     """
     columns = [row.nonzero()[:, 0] for row in (torch.ones_like(ids) if mask is None else mask)]
     rows, starts = [*zip(ids, columns, strict=True)], dict[str, Tensor]()
@@ -154,7 +154,7 @@ def find_start_columns(invocations: Invocations, ids: Tensor, mask: Tensor | Non
 
 
 def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> ActiveSlots:
-    """Return the slots that a choice fills; names of values read have no owner yet."""
+    """Return the slots that a choice fills; names of values that branches read have no owner yet."""
     touched = frozenset(snapshot.composed)
     terms = [term for composed in snapshot.composed.values() for _, term in composed.branches]
     read = frozenset(name for term in terms for name in term.slot.reads)
@@ -166,7 +166,7 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
 
 
 def check_no_cache(attention: BranchAttention) -> None:
-    """Refuse a call with a cache that needs a pass before it, since that pass would fill the cache."""
+    """Refuse a call with a cache if it needs a pass before it, since that pass would fill the cache."""
     if not isinstance(attention, FullAttention):
         raise Unavailable(
             "an active adapter needs a pass of the model before this call, which would fill the call's cache too",
@@ -176,7 +176,7 @@ def check_no_cache(attention: BranchAttention) -> None:
 
 
 def choose_attention(arguments: Iterable[object]) -> BranchAttention:
-    """Return how the branches of a call attend: to its cache, if a cache of transformers is among the arguments."""
+    """Return the attention of a call's branches: with a cache if the arguments contain one of transformers'."""
     cache_class = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
     cache = next((value for value in arguments if isinstance(value, cache_class)), None)
     if cache is None:
@@ -188,10 +188,10 @@ def choose_attention(arguments: Iterable[object]) -> BranchAttention:
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Name the line where torch's compiler meets an adapted layer, as in a branch of ``torch.cond``.
+    """Translate errors of torch's compiler about an adapted layer, as in a branch of ``torch.cond``, and name the line.
 
     Raises:
-        Unavailable: torch compiles a part of the model by itself, with an adapted layer in it.
+        Unavailable: torch compiles a part of the model by itself, and an adapted layer is in it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Fused mode in eager: touched weights have memory of their own, which a swap writes."""
+"""Fused mode in eager: adapted weights have memory of their own, to which a swap writes."""
 
 import torch
 from torch import nn
@@ -10,9 +10,9 @@ from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.plans import SitePlan
 
 
-@torch.inference_mode(False)  # tensors made in that mode could not be written outside it
+@torch.inference_mode(False)  # tensors allocated in inference mode cannot be written outside of it
 def allocate_buffer(owner: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuffer:
-    """Give a module that has a bound weight a parameter of its own for it, with the base's values at first."""
+    """Replace a module's weight by a parameter of its own, which starts with the base's values."""
     site = plan.site
     assert site.weight is not None
     leaf = site.weight.rpartition(".")[2]
@@ -39,10 +39,10 @@ def allocate_buffer(owner: nn.Module, plan: SitePlan, base: BaseReader) -> Fused
 
 
 def adds_bias(module: nn.Module, site: Site) -> bool:
-    """Return whether a bias must be added to a module's output because its forward adds none, as in an embedding."""
+    """Return whether a bias must be added to a module's output, since its forward adds none, as in an embedding."""
     return _bias_name(site) not in module._parameters
 
 
 def _bias_name(site: Site) -> str:
-    """Return the name of the bias in the module that has the weight."""
+    """Return the name of the bias in the module that owns the weight."""
     return "bias" if site.bias is None else site.bias.rpartition(".")[2]

@@ -1,8 +1,9 @@
-"""Products as the model computes them, to the last bit, though no weight of the copy needs a gradient.
+"""Linear layers that round exactly as the model's do, although no weight of the copy needs a gradient.
 
-torch multiplies an input that does not lie in one piece by a matrix in one of two ways, which round differently: as
-one product over all tokens where the weight needs a gradient, so that the backward pass stays small, else batch by
-batch. Whether a gradient is recorded makes no difference to it, and the weights of the copy never need one.
+torch multiplies a non-contiguous input by a matrix in one of two ways, which round differently: as one product over all
+tokens if the weight needs a gradient, which makes the backward pass smaller, otherwise batch by batch. Only the
+weight's ``requires_grad`` decides, not whether gradients are recorded, and the weights of the copy never need a
+gradient.
 """
 
 import functools
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
-    """Make the linear layers of ``copy`` multiply as those of ``host`` do, whose weights may need gradients."""
+    """Make the linear layers of ``copy`` multiply as those of ``host`` do, where the host's weights need gradients."""
     needing = {name for name, parameter in host.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     for path, module in copy.named_modules():
         plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)  # as accelerate's hooks set
@@ -23,12 +24,12 @@ def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     weight, bias, strides = module.weight, module.bias, input.stride()
-    # Whether all axes but the last can be folded into one by their strides; axes of size 1 have any stride.
+    # Whether strides allow folding all axes except the last into one; axes of size 1 may have any stride.
     whole = input.is_contiguous() and (
         bias is not None or all([strides[i] == strides[i + 1] * input.shape[i + 1] for i in range(input.dim() - 2)])
     )
     if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):
         return F.linear(input, weight, bias)
-    # Its operands and their order are those of torch's own folding.
+    # Operands and their order are the same as in torch's own folding.
     product = torch.mm(input.reshape(-1, input.shape[-1]), weight.t()).view(*input.shape[:-1], weight.shape[0])
     return product if bias is None else product + bias

@@ -1,7 +1,7 @@
-"""Calls of a copied model's modules: outside torch.compile's graphs, or with other tensors for one call.
+"""Calls of a copied model's modules: outside of torch.compile's graphs, or with other tensors for one call.
 
-A site's computation depends on the state of the model's call, which torch.compile cannot see. It would compile the same
-function again for every site, up to its limit.
+A site's computation depends on the state of the model's call, which torch.compile cannot see. It would recompile the
+same function for every site, up to its limit.
 """
 
 import copy
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 
 class OpaqueCall(Generic[T]):
-    """A function that runs as it is written, also inside a compiled module."""
+    """A function that torch.compile does not trace, even inside a compiled module."""
 
     def __init__(self, function: Callable[..., T]) -> None:
         self._function = self._plain = function
 
     def __call__(self, *args: object, **kwargs: object) -> T:
-        """Call the function; torch's compiler is not imported here, since a caller that compiles has imported it."""
+        """Call the function; this does not import torch's compiler, which a compiling caller has already imported."""
         if self._function is self._plain and "torch._dynamo" in sys.modules:
             self._function = torch.compiler.disable(self._plain)
         return self._function(*args, **kwargs)
 
 
 def shadow(module: nn.Module, replaced: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module with the same attributes but its class's own forward and some other tensors.
+    """Return a shallow copy of a module with the forward of its class, and with some tensors replaced.
 
-    It replaces weights that a module reads in its own forward.
+    It replaces weights that a module's own forward reads.
 
     Args:
-        module: whose attributes it shares.
+        module: the module whose attributes are shared.
         replaced: name of a parameter or buffer in the module (``out_proj.weight``) -> its replacement.
     """
     inside: dict[str, dict[str, Tensor]] = defaultdict(dict)

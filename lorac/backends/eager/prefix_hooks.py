@@ -1,6 +1,6 @@
-"""Virtual tokens where the model itself runs: its forward gets them before the tokens of the first call of a sequence.
+"""Virtual tokens for a model that runs itself: its forward gets them before the tokens of a sequence's first call.
 
-Later calls of the sequence, which a cache of transformers shows, get a mask and positions that count them.
+Later calls of the sequence, recognised by a cache of transformers, get a mask and positions that count these tokens.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from lorac.ir.slots.prefix import IDS, MASK, Prefix, wrong_heads
 
 @contextlib.contextmanager
 def stand_before(module: nn.Module, prefix: Prefix | None) -> Iterator[None]:
-    """Put virtual tokens before the sequences of each call of a model, in this thread and block.
+    """Prepend virtual tokens to the sequences of each call of a model, in this thread and within the block.
 
     Raises:
-        Unavailable: within the block, the model keeps no keys and values that a prefix could precede.
-        AdapterError: it has other layers or heads.
+        Unavailable: within the block, the model has no cache of keys and values, which a prefix needs.
+        AdapterError: the model's layers or heads differ from the prefix's.
     """
     if prefix is None:
         yield
@@ -69,7 +69,7 @@ def stand_before(module: nn.Module, prefix: Prefix | None) -> Iterator[None]:
 
 
 def _fill(module: Any, prefix: Prefix, cache: Any, rows: int) -> object:
-    """Return a cache of the model's own whose rows begin with a prefix's keys and values."""
+    """Return a cache of the model's type, whose rows begin with a prefix's keys and values."""
     from transformers import DynamicCache
 
     text = module.config.get_text_config()

@@ -1,8 +1,8 @@
 """Seeds of the random numbers that branches draw in training.
 
-A call draws one seed from torch's generator before the model runs. ``torch.manual_seed`` therefore repeats a call, and
-a checkpoint with torch's random state resumes it. Where ``torch.utils.checkpoint`` recomputes a whole call, it restores
-that state; where it recomputes a layer, the call and its seed are known.
+A call draws one seed from torch's generator before the model runs. So ``torch.manual_seed`` makes a call reproducible,
+and a training checkpoint with torch's random state resumes it. If ``torch.utils.checkpoint`` recomputes a whole call,
+it restores that state; if it recomputes a layer, the call and its seed are known.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ class SeedHistory:
         self._seeds: deque[int] = deque(maxlen=_MAX_CALLS)
 
     def draw(self) -> int:
-        """Return a seed for a call, drawn from torch's generator of the CPU.
+        """Draw a seed for a call from torch's CPU generator.
 
         Raises:
             Unavailable: a backward pass recomputes a call, and no earlier call drew this seed.
@@ -43,5 +43,5 @@ class SeedHistory:
 
 
 def is_in_backward() -> bool:
-    """Return whether a backward pass is running, in which only a checkpoint calls the model."""
+    """Return whether a backward pass is running, in which only checkpoints call the model."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -1,7 +1,7 @@
-"""Whether a site computes with the rows of the batch, as adapters for each row need.
+"""Checks that a site's input has the rows of the batch, which different adapters per row require.
 
-A model may lay out its batch in its own way: with the length first, twice over, or token by token for each expert. Its
-own code says so: it is run on tensors without values, whose number of rows is no other size.
+A model may lay out its batch in another way: with the length first, duplicated, or token by token per expert. So the
+model's own code is run on tensors without values, whose number of rows differs from all other sizes.
 """
 
 from collections.abc import Collection
@@ -28,10 +28,10 @@ _ROWS = 1009
 
 
 class RowAlignment:
-    """Which sites of a model compute with the rows of its batch.
+    """A record of the sites whose inputs have the rows of the model's batch.
 
     Args:
-        host: the model; copies of it run.
+        host: the model, copies of which run.
         plans: the slots of each site.
     """
 
@@ -43,18 +43,18 @@ class RowAlignment:
         self._apart: dict[str, str] = {}
 
     def why_apart(self, path: str) -> str:
-        """Return why rows share the slots of a site, as far as calls have shown it; else empty."""
+        """Return the reason why rows must share the slots of a site, if a call has shown one; otherwise ""."""
         return self._apart.get(path, "")
 
     def require_rows(self, path: str, x: Tensor, rows: int, places: int) -> None:
-        """Require that a site's input has the rows of the running call, which are in parts of one size.
+        """Require that a site's input has the rows of the running call, split into parts of equal size.
 
         Args:
-            rows: the call's; 0 where nothing was called whose rows are known.
+            rows: the number of rows of the call; 0 outside of a call with known rows.
 
         Raises:
-            RowsApart: the site is called by itself.
-            Unavailable: the input has other rows, although those of the whole model's call were found to be its.
+            RowsApart: the site is called outside of a call of the model.
+            Unavailable: the input has other rows, although a check of the whole model's call found the call's rows.
         """
         if not rows:
             self._apart[path] = "it is called outside of a call of the model"
@@ -67,29 +67,29 @@ class RowAlignment:
             )
 
     def count_rows(self, model: nn.Module, called: nn.Module, paths: Collection[str], call: Call) -> int:
-        """Return the number of rows of a call, once it is known that sites compute with them.
+        """Return the number of rows of a call, after a check that the sites' inputs have these rows.
 
-        The host runs, on tensors without values, where the form of the call is new.
+        For a new form of call, the check runs the host on tensors without values.
 
         Args:
-            model: the copy of the host that is called.
-            called: which module of it.
-            paths: of the sites.
-            call: the call's arguments.
+            model: the running copy of the host.
+            called: the called module of it.
+            paths: paths of the sites.
+            call: the arguments of the call.
 
         Raises:
-            RowsApart: a site computes with other rows; ``why_apart`` has the reason.
+            RowsApart: a site's input has other rows; ``why_apart`` returns the reason.
         """
         module = next(path for path, each in model.named_modules() if each is called)
         shapes = [leaf.shape for leaf in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor)]
-        # Axes of size 1 may be anything; of other sizes one is like another.
+        # The form distinguishes axes of size 1, which may broadcast, from all other sizes.
         form = (module, tuple(call.kwargs), tuple(tuple(min(size, 2) for size in shape[1:]) for shape in shapes))
         if form not in self._seen:
             rows = max(_ROWS, *(size + 1 for shape in shapes for size in shape)) if shapes else _ROWS
             sizes, why = dict[str, set[int]](), "the rows of its input are not those of the batch"
             try:
                 self._run(module, rows, call, sizes)
-            except Exception as error:  # of the model's own code
+            except Exception as error:  # the model's own code may raise
                 reason = str(error).strip().partition("\n")[0]
                 why = f"its model cannot be followed without values: {type(error).__name__}: {reason}"
                 sizes = {path: set() for path in self._paths}
@@ -100,7 +100,7 @@ class RowAlignment:
         return call.rows
 
     def _run(self, module: str, rows: int, call: Call, sizes: dict[str, set[int]]) -> None:
-        """Run a module of a copy of the model with many rows; add to ``sizes`` the first sizes of the sites' inputs."""
+        """Run a module of a copy of the model with many rows; add to ``sizes`` the first size of each site's inputs."""
         copied = Host.of(self._host).copy(share_buffers=True).configure(TRACE_CONFIG).model.eval()
         separate_layers(copied, self._layers)
         for path in self._paths:

@@ -1,4 +1,4 @@
-"""Rows with choices of their own: their slots one behind the other, branches part by part, or, in training, terms."""
+"""Rows with different choices: slots are stacked, branches run part by part, and training computes terms per part."""
 
 import dataclasses
 import itertools
@@ -16,10 +16,10 @@ from lorac.ir.slots.plans import SitePlan
 
 
 def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, emitted: Collection[str]) -> str | None:
-    """Return why a choice fills slots that all rows of a batch share; None if it does not.
+    """Return the reason why all rows of a batch must share slots that a choice fills; None if they need not.
 
     Args:
-        emitted: the extra outputs that are asked for.
+        emitted: the requested extra outputs.
     """
     for path, composed in snapshot.composed.items():
         why, slots = why_shared(plans[path]), [term.slot for _, term in composed.branches]
@@ -33,12 +33,12 @@ def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, e
 
 
 def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots], *, fill: bool) -> ActiveSlots:
-    """Return the slots of a call with several choices, one for each part of its rows.
+    """Return the slots of a call with several choices, each of which is for one part of the rows.
 
     Args:
         plans: the slots of each site.
         contents: the slots that each choice fills.
-        fill: whether the call reads slots; in training it computes terms.
+        fill: whether the call reads slots; training calls compute terms instead.
     """
     touched = frozenset[str]().union(*(content.touched for content in contents))
     apart = frozenset(path for path in touched if why_shared(plans[path])).union(*(each.apart for each in contents))
@@ -54,7 +54,7 @@ def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots]
 
 
 def run_row_slots(plan: SitePlan, active: ActiveSlots, call: SiteCall) -> Tensor:
-    """Return a site's output from the slots of all parts of the rows at once; where they have no places, part by part.
+    """Return a site's output for all parts of the rows: at once if the slots have places, otherwise part by part.
 
     Args:
         plan, call: as for ``lorac.ir.slots.execution.run_site``.
@@ -69,11 +69,11 @@ def run_row_slots(plan: SitePlan, active: ActiveSlots, call: SiteCall) -> Tensor
 
 
 def run_row_terms(terms: TrainingTerms, places: Sequence[ActiveSlots], call: SiteCall) -> Tensor:
-    """Return a site's output from the terms of each part of the rows, beside one product with the base's weight.
+    """Return a site's output from each part's terms, with one product with the base weight for all parts.
 
     Args:
-        terms: computed from the adapters' tensors.
-        places: the choice of each part.
+        terms: the terms from the adapters' tensors.
+        places: the slots of each part, with its choice.
         call: as for ``run_terms``.
     """
     size, first, parts = call.x.shape[0] // len(places), 0, list[Tensor]()

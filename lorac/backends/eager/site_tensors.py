@@ -1,6 +1,6 @@
-"""The weights and biases of adapted sites, as the model's modules have them when a call reads them.
+"""The weights and biases of adapted sites, as the model's modules have them at a call.
 
-A module's tensors may be replaced: for one call by ``torch.func.functional_call``, for good by FSDP.
+A module's tensors may be replaced: during a call by ``torch.func.functional_call``, or permanently by FSDP.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -21,9 +21,9 @@ class StoredTensor:
 
     Attributes:
         module: the module.
-        leaf: its name there.
-        base: the model's own tensor.
-        first: the tensor that the module had at first; in fused mode a swap writes it.
+        leaf: its name in the module.
+        base: the original model's tensor.
+        first: the tensor that the module had initially; in fused mode a swap writes to it.
     """
 
     module: nn.Module
@@ -37,27 +37,27 @@ class StoredTensor:
 
     @property
     def is_given(self) -> bool:
-        """Whether the module has another tensor than at first."""
+        """Whether the module now has another tensor than initially."""
         return self._tensors.get(self.leaf) is not self.first and self.read_now() is not self.first
 
     def read_now(self) -> object:
-        """Return the tensor that the module has now."""
+        """Return the module's current tensor."""
         found = self._tensors.get(self.leaf)
         return getattr(self.module, self.leaf, None) if found is None else found
 
     def restore(self) -> None:
-        """Give the module the model's own tensor again."""
+        """Set the module's tensor back to the original model's."""
         parameters: dict[str, Any] = self.module._parameters
         (parameters if self.leaf in parameters else self.module._buffers)[self.leaf] = self.base
 
     def read(self) -> Tensor:
-        """Return the model's own tensor, or its replacement."""
+        """Return the original model's tensor, or its replacement."""
         now, own = self.read_now(), self.base
         if not isinstance(now, Tensor) or now is own:
             return own
-        if now is not self.first or not own.numel():  # shard_base empties the model's own
+        if now is not self.first or not own.numel():  # shard_base empties the original model's tensor
             return now
-        # A module that holds merged weights may have been moved, and the model's own tensor was not moved with it.
+        # A module with merged weights may have moved to another device, and the original model's tensor has not.
         return own.to(now) if type(own) is nn.Parameter else own
 
 
@@ -66,7 +66,7 @@ class SiteTensors:
 
     Args:
         model: the copy of the model that runs.
-        sites: the sites, before anything else replaces their tensors.
+        sites: the sites, whose tensors have not been replaced yet.
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[Site]) -> None:
@@ -75,31 +75,31 @@ class SiteTensors:
         self._written = frozenset[str]()
 
     def __getitem__(self, path: str) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight and bias of a site, as its module stores them."""
+        """Return the weight and bias of a site in the layout of its module."""
         weight, bias = self._stored[path]
         return None if weight is None else weight.read(), None if bias is None else bias.read()
 
     def restore(self, path: str) -> None:
-        """Give a site's module its own tensors of the model again."""
+        """Set the tensors of a site's module back to the original model's."""
         for stored in self._stored[path]:
             if stored is not None:
                 stored.restore()
 
     def remember(self, written: Collection[str]) -> None:
-        """Remember the tensors that the modules have now as theirs.
+        """Record the modules' current tensors as their initial ones.
 
         Args:
-            written: paths of the sites whose tensors a swap writes in place.
+            written: paths of the sites to whose tensors a swap writes.
         """
         self._written = frozenset(written)
         for stored in self._all:
             stored.first = stored.read_now()
 
     def are_given(self) -> bool:
-        """Return whether a module has another tensor than its own now.
+        """Return whether any module now has another tensor than initially.
 
         Raises:
-            Unavailable: a swap writes it in place.
+            Unavailable: a swap writes to that tensor.
         """
         if not any(stored.is_given for stored in self._all):
             return False
@@ -111,10 +111,10 @@ class SiteTensors:
         return True
 
     def check(self) -> None:
-        """Refuse tensors that are not the modules' own.
+        """Refuse tensors that replaced the modules' initial ones.
 
         Raises:
-            Unavailable: a module has another.
+            Unavailable: the tensor of a module was replaced.
         """
         self._refuse(self._stored, "change the original model and compile it again")
 

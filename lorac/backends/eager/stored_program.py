@@ -1,4 +1,4 @@
-"""A stored program run in PyTorch, as ``lorac.load`` returns it for an eager artifact. It does not train."""
+"""A stored program that runs in PyTorch, which ``lorac.load`` returns for an eager artifact; it cannot train."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from lorac.target.placed_engine import PlacedEngine, PlacedProgram, translate_pr
 
 @dataclass(frozen=True, eq=False)
 class StoredGraph:
-    """One graph of the program, with its interface and its slot inputs by public name."""
+    """One graph of the program, with its interface, and its slot inputs by public name."""
 
     program: StoredProgram
     interface: Interface
@@ -28,11 +28,11 @@ class StoredGraph:
 
 
 class StoredProgramEngine(PlacedEngine[StoredGraph]):
-    """Runs a program whose slots are inputs.
+    """An engine for a stored program whose slots are inputs.
 
     Args:
-        graphs, plans, base, mode, files: as ``PlacedEngine``'s.
-        device: where the program runs, and tensors of slots are moved to; the adapters stay where they are.
+        graphs, plans, base, mode, files: as for ``PlacedEngine``.
+        device: the device of the program, to which slots' tensors are moved; the adapters are not moved.
     """
 
     target = "eager"

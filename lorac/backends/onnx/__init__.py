@@ -1,1 +1,1 @@
-"""Shared parts of targets that read ONNX: emission in a dialect, gates, checks and files."""
+"""Code that the targets with ONNX files share: emission in a dialect, gates, checks and files."""

@@ -1,4 +1,4 @@
-"""The base of backends that run emitted ONNX files: how such a program is built, stored and restored."""
+"""The base class of backends that run emitted ONNX files: they build, store and restore such programs."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 
 class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
-    """A target that is given ONNX files.
+    """A target that runs ONNX files.
 
-    A target states its dialect, its options and the class of its engines, and loads a graph from its files.
+    A subclass defines its dialect, its options and the class of its engines, and loads a graph from files.
 
     Attributes:
-        engine: the class of its engines.
+        engine: the class of the target's engines.
     """
 
     engine: ClassVar[type[AnyOnnxEngine]]
 
     @abstractmethod
     def dialect_for(self, options: OptionsT) -> OnnxDialect:
-        """Return the dialect for some options; imported there, since artifacts load without it."""
+        """Return the dialect for the given options; import it here, since loading an artifact does not need it."""
 
     @abstractmethod
     def load_graph(
@@ -59,18 +59,18 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Load a graph from its files.
 
         Args:
-            files: the program's, open.
+            files: the open files of the program.
             interface: its inputs and outputs.
-            slots: its slot inputs by public name.
-            stored: the result of ``graph_to_json``; empty where the graph was just emitted.
+            slots: its slot inputs, by public name.
+            stored: the result of ``graph_to_json``; empty if the graph was just emitted.
         """
 
     def graph_to_json(self, graph: GraphT) -> dict[str, object]:
-        """Return the other facts that ``load_graph`` needs, besides the interface and the slots, as JSON."""
+        """Return the state that ``load_graph`` needs besides the interface and the slots, as JSON."""
         return {}
 
     def list_files(self, graphs: Iterable[str]) -> list[str]:
-        """Return the names of all the files that a program may have."""
+        """Return the names of all files that a program may have."""
         return list_program_files(graphs)
 
     def check_program(self, program: Program, request: BuildRequest[OptionsT]) -> None:
@@ -80,11 +80,11 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Refuse a program because of the reports of passes over its models."""
 
     def slot_storage(self, request: BuildRequest[OptionsT]) -> SlotStorage:
-        """Return where the content of slots is written."""
+        """Return the place where the content of slots is written."""
         return SlotStorage.CONSTANTS if request.mode == "baked" else SlotStorage.NOWHERE
 
     def weight_passes(self, request: BuildRequest[OptionsT]) -> Sequence[OnnxPass]:
-        """Return the passes to run over the emitted models after their slots are filled."""
+        """Return the passes to run over the emitted models after slots are filled."""
         return ()
 
     def write_base_weights(self, emitted: EmittedProgram[OptionsT]) -> None:
@@ -94,7 +94,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         write_base_weights(emitted, emitted.base_tensors())
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OptionsT]) -> None:
-        """Compare the engine with the program that it was emitted from.
+        """Compare the engine with the program from which it was emitted.
 
         Raises:
             CompileError: naming the slots that were lost.
@@ -130,7 +130,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     @property
     def emits(self) -> bool:
-        """True: it is known without the dialect, whose passes import libraries that only building needs."""
+        """True; known without loading the dialect, whose passes import libraries that only building needs."""
         return True
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return list_unsupported_ops(program, self.dialect)
 
     def build(self, request: BuildRequest[OptionsT]) -> AnyOnnxEngine:
-        """Build an engine, which does not keep the model."""
+        """Build an engine, which does not reference the model."""
         folder = make_temporary_folder()
         try:
             engine = self.load(self.emit(request, folder))
@@ -155,7 +155,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return engine
 
     def load(self, emitted: EmittedProgram[OptionsT]) -> AnyOnnxEngine:
-        """Load the graphs that were emitted into an engine, and test it."""
+        """Load the emitted graphs into an engine, and test it."""
         request = emitted.request
         graphs, files = self.load_graphs(emitted)
         base = self.base_reader(files) or request.base
@@ -176,7 +176,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return engine
 
     def load_graphs(self, emitted: EmittedProgram[OptionsT]) -> tuple[Mapping[str, GraphT], ProgramFiles]:
-        """Load the graphs that were emitted; return them with the files that the engine keeps."""
+        """Load the emitted graphs; return them with the files that the engine keeps open."""
         step("loading")
         files, options = emitted.open_files(), emitted.request.options
         program = emitted.program
@@ -187,12 +187,12 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return graphs, files
 
     def base_reader(self, files: ProgramFiles) -> BaseReader | None:
-        """Return a reader of the base weights in a program's files; None where the files hold none."""
+        """Return a reader of the base weights in a program's files; None if the files have none."""
         tensors = self.read_base_weights(files)
         return None if tensors is None else make_file_base_reader(tensors)
 
     def store(self, engine: Engine, folder: Path, request: BuildRequest[OptionsT] | None) -> StoredState:
-        """Copy the emitted models, the files built from them, and the base weights."""
+        """Copy the emitted models, the files that were built from them, and the base weights."""
         assert isinstance(engine, OnnxEngine)
         for name, file in engine.files.items():
             file.copy_to(folder / name)
@@ -203,7 +203,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return {"graphs": graphs, "options": self.options_to_json(engine.options)}
 
     def options_to_json(self, options: OptionsT) -> dict[str, object]:
-        """Return the options that an artifact keeps."""
+        """Return the options that an artifact stores."""
         return {name: value for name, value in dataclasses.asdict(options).items() if name not in options.local}
 
     def restore(
@@ -217,7 +217,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Load an engine from the files of an artifact.
 
         Raises:
-            ArtifactError, Unavailable: the target does not load these files here.
+            ArtifactError, Unavailable: the target cannot load these files on this machine.
         """
         known: JsonMapping = stored
         options = self.restore_options(known["options"], plans, device)
@@ -234,7 +234,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
     def restore_options(
         self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> OptionsT:
-        """Return the options of an artifact, for a device if one is given."""
+        """Return the options of an artifact; set the device if one is given."""
         options = self.options(**stored)
         return options if device is None else dataclasses.replace(options, device=str(device))  # type: ignore[call-arg]  # of targets with devices
 

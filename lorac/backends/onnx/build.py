@@ -30,15 +30,15 @@ def write_models(
     passes: Sequence[OnnxPass],
     storage: SlotStorage,
 ) -> dict[str, dict[str, PassResult]]:
-    """Write each graph's model and the content of its slots: in a baked program the choice, else the base's values.
+    """Write each graph's model and the content of its slots: the choice in a baked program, else the base's values.
 
     Args:
-        request: the request that the program answers.
+        request: the request for which the program was lowered.
         program: the lowered program.
-        folder: where the models are written.
+        folder: the folder of the models.
         dialect: the target's ops and rewrites.
-        passes: over the models once their slots are filled.
-        storage: where the content of slots is written.
+        passes: passes over the models, run after slots are filled.
+        storage: the place where the content of slots is written.
 
     Returns:
         Graph -> pass over the emitted program -> its result.
@@ -74,13 +74,13 @@ def write_base_weights(
     notes: Mapping[str, str] | None = None,
     locations: Mapping[str, TensorLocation] | None = None,
 ) -> None:
-    """Write base weights; those that a model's file holds already are located there, and not written again.
+    """Write base weights; refer to those that a model's file already contains, instead of writing them again.
 
-    Args:
-        emitted: the program, whose models are written.
+    emitted: the program, whose models have been written.
+        tensors: base weights by name, not quantised.
         tensors: base weights by name, in float.
-        parts, notes, locations: tensors that stand for further base weights, metadata about them, and their places in
-            models.
+        parts, notes, locations: tensors that encode further base weights, metadata about them, and their positions in
+            models' files.
     """
     graphs, plans = emitted.program.graphs, emitted.request.plans
     joined = {pack.sizes for graph in graphs.values() for pack in graph.projections.values()}

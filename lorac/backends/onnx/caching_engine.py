@@ -1,4 +1,4 @@
-"""The base of engines whose graphs may keep a cache: plain calls, steps of generation, encoders and towers."""
+"""The base class of engines whose graphs may have a cache: plain calls, generation steps, encoders and towers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from lorac.target.placed_engine import translate_program_errors
 
 
 class CachingGraph(LoadedGraph, Protocol):
-    """One graph of the program, which may keep a cache.
+    """One graph of the program, which may have a cache.
 
     Attributes:
-        outputs: names of its outputs.
-        cache: the layout of its cache; None where it keeps none.
+        outputs: the names of its outputs.
+        cache: the layout of its cache; None if it has no cache.
     """
 
     cache: CacheLayout | None
@@ -48,7 +48,7 @@ CachingGraphT = TypeVar("CachingGraphT", bound=CachingGraph)
 
 
 class CachingEngine(OnnxEngine[CachingGraphT, OptionsT], Generic[CachingGraphT, OptionsT]):
-    """Runs a program whose graphs may keep caches."""
+    """An engine for a program whose graphs may have caches."""
 
     def __init__(self, program: LoadedProgram[CachingGraphT, OptionsT]) -> None:
         super().__init__(program)
@@ -57,14 +57,14 @@ class CachingEngine(OnnxEngine[CachingGraphT, OptionsT], Generic[CachingGraphT, 
                 continue
             if (encoder := self.graphs.get(get_encoder_graph_name(name))) is not None:
                 graph.cache = graph.cache.behind((*encoder.interface.inputs, *encoder.interface.constants))
-            else:  # a call gives tokens and their mask, whatever else the model takes
+            else:  # a call passes only tokens and their mask, whatever other inputs the model has
                 tokens = graph.cache.token_input
                 arguments = (tokens, mask_name(tokens))
                 interface = dataclasses.replace(self.interfaces[name], arguments=arguments)
                 self.interfaces = {**self.interfaces, name: interface}
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return copies of a graph's outputs; without a past, a graph that keeps a cache reads an empty one."""
+        """Return copies of a graph's outputs; without a past, a graph with a cache reads an empty one."""
         cache = self.graphs[graph].cache
         if cache is not None and PAST_LENGTHS not in inputs:
             empty = make_empty_cache(cache.shapes, inputs[cache.token_input], cache.encoder_outputs)
@@ -87,7 +87,7 @@ class CachingEngine(OnnxEngine[CachingGraphT, OptionsT], Generic[CachingGraphT, 
 
 @dataclass(frozen=True, eq=False)
 class CachingProgram(OnnxProgram):
-    """A program whose graphs may keep caches, with the tensors of one choice of adapters."""
+    """A program whose graphs may have caches, with the tensors of one choice of adapters."""
 
     engine: CachingEngine[Any, Any]
 
@@ -95,16 +95,16 @@ class CachingProgram(OnnxProgram):
     def run_step(
         self, graph: str, cache: BufferedCache[Any], inputs: Mapping[str, Tensor], output: str, logits: Tensor
     ) -> None:
-        """Run a graph over the buffers of a cache, and have the new tokens in these.
+        """Run a graph over the buffers of a cache, and leave the new tokens' entries in the buffers.
 
         Args:
-            inputs: all others, by name.
-            output: the output with the logits.
-            logits: their memory.
+            inputs: all other inputs, by name.
+            output: the name of the output with the logits.
+            logits: the memory for the logits.
         """
 
     def run(self, graph: str, call: Call) -> CallResult:
-        """Call a graph; one with a cache takes whole sequences, and stores nothing."""
+        """Call a graph; one with a cache gets whole sequences, and its cache is discarded afterwards."""
         loaded = self.engine.graphs[graph]
         return super().run(graph, call) if loaded.cache is None else self._run_whole(graph, loaded, loaded.cache, call)
 
@@ -124,7 +124,7 @@ class CachingProgram(OnnxProgram):
         self._encode(graph, cache, Call(kwargs=inputs))
 
     def _encode(self, graph: str, cache: KeyValueCache, call: Call) -> dict[str, Tensor]:
-        """Encode as ``encode`` does; return the encoder's outputs that the model answers too, by name."""
+        """Run the encoder as ``encode`` does; return its outputs that are also outputs of the model, by name."""
         assert isinstance(cache, BufferedCache)
         name = get_encoder_graph_name(graph)
         encoder = self.engine.graphs[name]
@@ -135,7 +135,7 @@ class CachingProgram(OnnxProgram):
         return {name: value for name, value in named.items() if not is_encoder_output(name)}
 
     def _run_whole(self, graph: str, loaded: CachingGraph, layout: CacheLayout, call: Call) -> CallResult:
-        """Call a graph that keeps a cache with whole sequences: over a cache of this call alone."""
+        """Call a graph with whole sequences, over a cache that only this call uses."""
         tokens, interface = layout.token_input, loaded.interface
         encoded = Call(kwargs={name: call.kwargs[name] for name in layout.spec.encodes if name in call.kwargs})
         given, counts = split_padding({n: v for n, v in call.kwargs.items() if n not in encoded.kwargs}, tokens)

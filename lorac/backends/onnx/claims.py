@@ -1,4 +1,4 @@
-"""The ops that a target claims, compared with an emitted program before anything is written or built."""
+"""A check of an emitted program's ops against the ops that its target claims, before anything is written or built."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def check_claims(model: ir.Model, dialect: AnyDialect) -> None:
     """Refuse a program with an op that the target does not claim.
 
     Raises:
-        Unavailable: naming every such op, with the module and the line of the model that call it.
+        Unavailable: naming every such op, with the module and the model's line that calls it.
     """
     refuse_unclaimed(dialect, list_unclaimed_ops(model, dialect))
 
 
 def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:
-    """Return the ops of a program that the target does not claim, each once, with the module and line that call it."""
+    """Return the ops of a program that the target does not claim, each once, with the module and line that calls it."""
     claims = dialect.claims
     if claims is None:
         return []
@@ -46,13 +46,13 @@ def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:
 
 
 def op_key(node: ir.Node) -> tuple[str, str]:
-    """Return a node's domain, empty for ONNX's own, and its op."""
+    """Return a node's domain, empty for ONNX's own, and its op type."""
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 
 @functools.cache
 def _is_function(domain: str, op: str) -> bool:
-    """Return whether ONNX defines an op by others, which a target runs in its place."""
+    """Return whether ONNX defines an op as a function of other ops, which a target can run instead."""
     try:
         schema: Any = onnx.defs.get_schema(op, domain=domain)  # typed without the two arguments that are given
     except onnx.defs.SchemaError:
@@ -61,12 +61,12 @@ def _is_function(domain: str, op: str) -> bool:
 
 
 def read_metadata(node: onnx.NodeProto) -> dict[str, str]:
-    """Return the metadata of a node of a file."""
+    """Return the metadata of a node in a file."""
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
 def describe_origin(metadata: Mapping[str, str]) -> str:
-    """Describe the module and the line of the model that call an op, as far as its metadata has them."""
+    """Describe the module and the model's line that call an op, if its metadata contains them."""
     modules, line = modules_of(metadata) or (), _line(metadata)
     named = f", which '{modules[-1]}' asks for" if modules else ""
     return named + (", line {1} of {0}".format(*line) if line else "")
@@ -80,14 +80,14 @@ def modules_of(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
 
 
 def classes_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return path -> class name of the modules around a node, the model itself included."""
+    """Return path -> class name of the modules around a node, including the model itself."""
     scopes, kinds = (re.findall(r"'([^']*)'", metadata.get(key, "")) for key in (_SCOPES, _CLASS_HIERARCHY))
     # The last of both is the node itself.
     return {path: kind.rpartition(".")[2] for path, kind in zip(scopes[:-1], kinds[:-1], strict=False)}
 
 
 def source_of(metadata: Mapping[str, str]) -> str:
-    """Return ``file:line`` of the model's line that calls a node; empty if its metadata has none."""
+    """Return ``file:line`` of the model's line that calls a node; empty if its metadata has no line."""
     line = _line(metadata)
     return format_location(*line) if line else ""
 

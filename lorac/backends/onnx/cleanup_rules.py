@@ -1,6 +1,6 @@
-"""The exporter's rules for ops that change nothing, made exact.
+"""The exporter's rules that remove ops without effect, made exact.
 
-The exporter takes a small number for 0, and a number near 1 for 1. It would drop ``1e-9`` of ``x / (y + 1e-9)``, and
+The exporter treats a small number as 0, and a number near 1 as 1. It would remove ``1e-9`` from ``x / (y + 1e-9)``, and
 the program would divide by 0 where the model does not.
 """
 
@@ -27,7 +27,7 @@ _NEUTRAL_PATTERNS: tuple[tuple[Callable[..., object], bool], ...] = (
 
 
 def default_rules() -> list[pattern.RewriteRule]:
-    """Return copies of the exporter's rules without those that are slow or not exact."""
+    """Return copies of the exporter's rules, without the slow and the inexact ones."""
     inexact = {id(rule) for rule in _no_op.rules}
     exact = (rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW_RULE and id(rule) not in inexact)
     rules = map(_copy_rule, exact)
@@ -35,14 +35,14 @@ def default_rules() -> list[pattern.RewriteRule]:
 
 
 def _copy_rule(rule: pattern.RewriteRule) -> pattern.RewriteRule:
-    """Return a rule with a matcher of its own: it keeps the last graph that it looked at, with all weights."""
+    """Return a copy of a rule with a new matcher, since a matcher references its last graph with all weights."""
     copied = copy.copy(rule)
     copied._matcher = type(rule._matcher)(rule._target_pattern)
     return copied
 
 
 def _skip_half_precision(rule: pattern.RewriteRule) -> pattern.RewriteRule:
-    """Return a rule that leaves half precision alone: NumPy rounds at every step there, or computes in float32."""
+    """Return a rule that skips half precision, in which NumPy rounds at every step or computes in float32."""
     copied = copy.copy(rule)
 
     def try_rewrite(model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: object) -> object:
@@ -54,7 +54,7 @@ def _skip_half_precision(rule: pattern.RewriteRule) -> pattern.RewriteRule:
 
 
 def exact_no_op_rules() -> Iterator[pattern.RewriteRule]:
-    """Return exact rules, new ones, in the place of those that are not."""
+    """Return new exact rules, which replace the inexact ones."""
     for target, commutes in _NEUTRAL_PATTERNS:
         rule = pattern.RewriteRule(target, _no_op.identity)
         yield from rule.commute() if commutes else [rule]

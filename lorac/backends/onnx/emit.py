@@ -1,6 +1,6 @@
 """From a lowered graph to an ONNX model in a dialect: one emitter for all targets that read ONNX.
 
-Slots stay true inputs. Inputs, outputs and axes have the model's own names.
+Slots remain inputs. Inputs, outputs and axes have the model's names.
 """
 
 import functools
@@ -33,11 +33,12 @@ def emit(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None
 
     Args:
         graph: at level target.
-        dialect: the target's ops, and the rewrites it wants.
+        dialect: the target's ops and rewrites.
         observe: called with the name and the result of each of the dialect's passes.
 
     Raises:
-        Unavailable: an op has no translation, or the target does not claim it; with the module that calls it.
+        Unavailable: an op has no translation, or the target does not claim it; the error names the module that calls
+            it.
     """
     model = _build_model(graph, dialect, observe)
     check_claims(model, dialect)
@@ -45,7 +46,7 @@ def emit(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None
 
 
 def list_unsupported_ops(program: Program, dialect: OnnxDialect) -> tuple[str, ...]:
-    """List the ops that the target does not compute of a program, each with the module and the line that call it."""
+    """List the ops of a program that the target does not compute, each with the module and line that calls it."""
     found: list[str] = []
     for graph in program.graphs.values():
         try:
@@ -55,9 +56,9 @@ def list_unsupported_ops(program: Program, dialect: OnnxDialect) -> tuple[str, .
     return tuple(dict.fromkeys(found))
 
 
-@tracing()  # the passes of onnx_ir are objects of the process
+@tracing()  # passes of onnx_ir are global objects
 def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
-    """Return the model, whether or not the target claims its ops."""
+    """Return the model, without a check that the target claims its ops."""
     model = export(graph.exported, TRANSLATIONS)
     drop_split_counts(model)
     _name_slots(graph, model)
@@ -71,7 +72,7 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
         _CLEAN_UP(model)
     GATES[dialect.gates](model, graph.slots)
     run_passes(model, dialect.late_rewrites, observe)
-    _name_outputs(model, graph.interface.outputs)  # again: rewrites make new values
+    _name_outputs(model, graph.interface.outputs)  # again, since rewrites make new values
     _name_sizes(model, graph)
     if graph.cache_inputs and graph.longest is not None:
         model.metadata_props[MAX_LENGTH_KEY] = str(graph.longest)
@@ -79,10 +80,10 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
 
 
 class _FoldConstants(FoldConstantsPass):
-    """onnxscript's pass; but a transposed concatenation of weights stays lazy until it is written."""
+    """onnxscript's pass, except that a transposed concatenation of weights stays lazy until it is written."""
 
     def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:
-        """Fold a node as onnxscript does; transpose a concatenation that nothing else reads without computing it."""
+        """Fold a node as onnxscript does, but transpose lazily a concatenation that nothing else reads."""
         transposes = node.op_type == "Transpose" and node.attributes.get_ints("perm") == (1, 0) and not is_function
         read = node.inputs[0] if transposes else None
         tensor = read.const_value if read is not None and len(read.uses()) == 1 else None
@@ -119,9 +120,9 @@ def _name_slots(graph: Graph, model: ir.Model) -> None:
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
-    """Give outputs the model's names; another value of the same name gets a new one."""
+    """Give outputs the model's names; rename other values with these names."""
     inputs = {value: value.name for value in model.graph.inputs}
-    # The pass gives an output that is also an input or another output a value of its own, and renames the other.
+    # The pass gives an output that is also an input or another output a new value, and renames the other.
     common_passes.OutputFixPass()(model)
     wanted = dict(zip(model.graph.outputs, names, strict=True))
     taken = set(wanted.values())
@@ -134,7 +135,7 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def _name_sizes(model: ir.Model, graph: Graph) -> None:
-    """Give dynamic sizes the model's names, in place of torch's symbols."""
+    """Replace torch's symbols of dynamic sizes by the model's names."""
 
     @functools.cache
     def rename(symbol: str) -> int | str:

@@ -1,4 +1,4 @@
-"""A program as it was emitted into a folder, about to be loaded."""
+"""A program that was emitted into a folder and is about to be loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from lorac.target.engine import ProgramFiles
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EmittedProgram(Generic[OptionsT]):
-    """A program as it was emitted into a folder, about to be loaded.
+    """A program that was emitted into a folder and is about to be loaded.
 
     Attributes:
-        request: the request that it answers.
-        program: the lowered program, with its weights; its interfaces bear the notes of the passes.
-        folder: where its files are.
-        file_names: names of the files that the program may have.
+        request: the request that the program was built for.
+        program: the lowered program, with its weights; the passes' notes are in its interfaces.
+        folder: the folder of its files.
+        file_names: the names of the files that the program may have.
         results: graph -> pass over the emitted program -> its result.
     """
 
@@ -34,18 +34,18 @@ class EmittedProgram(Generic[OptionsT]):
 
     @property
     def skipped(self) -> dict[str, dict[str, tuple[Skip, ...]]]:
-        """Graph -> pass -> the parts that it skipped."""
+        """Graph -> pass -> the patterns that it skipped."""
         return {
             graph: {name: result.skipped for name, result in results.items() if result.skipped}
             for graph, results in self.results.items()
         }
 
     def open_files(self) -> ProgramFiles:
-        """Open those of the program's files that exist already."""
+        """Open those of the program's files that exist so far."""
         return open_files(self.folder, (name for name in self.file_names if (self.folder / name).exists()))
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """Return the base weights of planned sites: mixtures and later adapters may be made from them."""
+        """Return the base weights of planned sites, which mixtures and later adapters may need."""
         from lorac.frontend.base_weights import collect_base_tensors  # loading a program does without
 
         return collect_base_tensors(self.request.model, {path: plan.site for path, plan in self.request.plans.items()})

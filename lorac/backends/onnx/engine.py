@@ -1,4 +1,4 @@
-"""The base of engines made from emitted ONNX files, whichever library runs them."""
+"""The base class of engines for emitted ONNX files, independent of the library that runs them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from lorac.target.placed_engine import PlacedEngine, PlacedProgram, ProgramGraph
 
 
 class LoadedGraph(ProgramGraph, Protocol):
-    """One graph of the program as the library runs it.
+    """One graph of the program, loaded by the library that runs it.
 
     Attributes:
-        dtypes: the dtype of every input of the model; None for one that torch does not have.
+        dtypes: the dtype of every input of the model; None for a dtype that torch lacks.
     """
 
     @property
@@ -39,14 +39,14 @@ OptionsT = TypeVar("OptionsT", bound=TargetOptions)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LoadedProgram(Generic[GraphT, OptionsT]):
-    """An emitted program whose graphs are loaded, and all else that an engine runs it with.
+    """An emitted program with its graphs loaded, and everything else that an engine needs.
 
     Attributes:
-        graphs: graph name -> the graph, loaded.
-        plans: slots of every site.
-        base: reads base weights without the model.
+        graphs: name -> the loaded graph.
+        plans: the slots of every site.
+        base: a reader of base weights that does not need the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        files: the emitted program and the base weights, open.
+        files: the open files of the emitted program and the base weights.
     """
 
     graphs: Mapping[str, GraphT]
@@ -58,9 +58,9 @@ class LoadedProgram(Generic[GraphT, OptionsT]):
 
 
 class OnnxEngine(PlacedEngine[GraphT], Generic[GraphT, OptionsT]):
-    """Runs a program from its files, one loaded graph per graph of the program.
+    """An engine that runs a program from its files, with one loaded graph per graph of the program.
 
-    A target binds slot tensors (``bind_tensors``) to an ``OnnxProgram`` of its own, which runs a graph.
+    A target binds slot tensors (``bind_tensors``) to its own subclass of ``OnnxProgram``, which runs a graph.
     """
 
     def __init__(self, program: LoadedProgram[GraphT, OptionsT]) -> None:
@@ -74,7 +74,7 @@ class OnnxEngine(PlacedEngine[GraphT], Generic[GraphT, OptionsT]):
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> OnnxProgram: ...
 
     def machine_notes(self, graph: GraphT) -> tuple[str, ...]:
-        """Return notes for callers of a graph on this machine, each a sentence."""
+        """Return notes for callers of a graph that apply to this machine, one sentence each."""
         return ()
 
     @property
@@ -91,7 +91,7 @@ class OnnxEngine(PlacedEngine[GraphT], Generic[GraphT, OptionsT]):
         return self.mode == "baked"
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return copies of a graph's outputs for tensors in its slots and inputs by name, as the self-test asks."""
+        """Return copies of a graph's outputs for tensors in its slots and inputs by name, for the self-test."""
         converted = convert_inputs(self.graphs[graph], inputs)
         return [value.clone() for value in self.bind_tensors(tensors).run_graph(graph, converted)]
 
@@ -107,7 +107,7 @@ class OnnxProgram(PlacedProgram, ABC):
         """Run a graph once; return its outputs in order.
 
         Args:
-            inputs: by name, contiguous and of the graph's dtypes.
+            inputs: the inputs by name, contiguous and of the graph's dtypes.
         """
 
     def run(self, graph: str, call: Call) -> CallResult:
@@ -125,7 +125,7 @@ class OnnxProgram(PlacedProgram, ABC):
 
 
 def convert_inputs(graph: LoadedGraph, inputs: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return inputs as contiguous tensors of the dtypes that a graph takes."""
+    """Convert inputs to contiguous tensors of the graph's dtypes."""
     converted: dict[str, Tensor] = {}
     for name, value in inputs.items():
         dtype = graph.dtypes[name]
@@ -137,7 +137,7 @@ def convert_inputs(graph: LoadedGraph, inputs: Mapping[str, object]) -> dict[str
 
 
 def match_inputs(outputs: Sequence[Tensor], inputs: Mapping[str, object]) -> Sequence[object]:
-    """Return outputs as the inputs are: as arrays where all of them are arrays, else as tensors on their device."""
+    """Convert outputs to the inputs' kind: arrays if all inputs are arrays, otherwise tensors on the inputs' device."""
     if all(isinstance(value, np.ndarray) for value in inputs.values()):  # NumPy has no bfloat16
         return [(value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True) for value in outputs]
     devices = [value.device for value in inputs.values() if isinstance(value, Tensor)]

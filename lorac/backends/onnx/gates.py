@@ -1,13 +1,13 @@
-"""Gates of branches: an ``If`` on a branch's strength, or a ``Where``, so that an idle branch changes nothing.
+"""Gates of branches: an ``If`` on a branch's strength, or a ``Where``, so an idle branch changes nothing.
 
-``run_site`` emits ``y + t·(y' − base)`` per branch, the product cast to the dtype of y. In an ``If``, everything that
-only y' needs moves into the first graph. The second graph passes y on where t is 0, so that an idle branch is not
-computed and its zeros cannot turn into NaN. A ``Where`` computes the branch and drops the result, for targets that run
-no conditional graphs.
+``run_site`` emits ``y + t·(y' − base)`` per branch, with the product cast to the dtype of y. For an ``If``, all nodes
+that only y' needs move into its first graph. The second graph returns y if t is 0, so an idle branch is not computed,
+and its zeros cannot become NaN. A ``Where`` computes the branch and discards the result, for targets without
+conditional graphs.
 
-Nodes that only branches need, such as a pass of the base or values that adapters compute once per call, move into one
-``If`` of their own, which runs if one of the branches does. Nodes that only some branches need, such as a pass in which
-one adapter acts alone, move into another one. An idle branch neither reads nor writes its cache.
+Nodes that only branches need, such as a pass of the base or values that adapters compute once per call, move into a
+separate ``If``, which runs if any of the branches does. Nodes that only some branches need, such as a pass in which one
+adapter acts alone, move into another ``If``. An idle branch neither reads nor writes its cache.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ from lorac.target.dialect import BranchGate
 def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
     """Move the branches of a model into ``If`` nodes, in place.
 
-    Args:
+    model: a model whose slot inputs have their public names.
         model: its slot inputs have their public names.
         slots: the slot inputs by public name.
     """
@@ -43,7 +43,7 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
     for strength, add in ends:
         end, slot = _BranchEnd.of(strength, add), slots[str(strength.name)]
         branch = slot_name(slot.site, slot.role.rpartition(".")[0])
-        # An extra output of a site that is called several times is the last call's, and stays outside of all gates.
+        # If a site is called several times, its extra output comes from the last call, and stays outside of all gates.
         outputs = model.graph.outputs if calls[strength] == 1 else ()
         emitted = [value for value in outputs if str(value.name).partition(":")[2] == branch]
         by_row = _gate_rows(model.graph, end) if slot.placed else end
@@ -53,13 +53,13 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
 
 
 def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
-    """Put the sums at the end of branches behind ``Where`` nodes, in place; arguments as for ``gate_by_if``."""
+    """Insert ``Where`` nodes after the sums at the end of branches, in place; arguments as for ``gate_by_if``."""
     for strength, add in _find_branch_ends(model, slots):
         _insert_where(model.graph, _BranchEnd.of(strength, add))
 
 
 def leave_ungated(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
-    """Leave a model alone: a branch that is off is multiplied by 0."""
+    """Leave a model unchanged; a branch that is off is multiplied by 0."""
 
 
 GATES: Mapping[BranchGate, Callable[[ir.Model, Mapping[str, SlotInput]], None]] = {
@@ -72,12 +72,12 @@ GATES: Mapping[BranchGate, Callable[[ir.Model, Mapping[str, SlotInput]], None]] 
 
 @dataclass(frozen=True)
 class _BranchEnd:
-    """The end of a branch.
+    """The end of a branch: the node that adds the branch's change.
 
     Attributes:
-        strength: the branch's strength.
-        node: the last node of the branch, in whose result it acts.
-        passed: the result without the branch.
+        strength: the strength of the branch.
+        node: the node that adds the change.
+        passed: the value without the change.
     """
 
     strength: ir.Value
@@ -86,7 +86,7 @@ class _BranchEnd:
 
     @classmethod
     def of(cls, strength: ir.Value, add: ir.Node) -> "_BranchEnd":
-        """Return the end of a branch whose sum is ``add``; earlier branches of its site have their gates already."""
+        """Return the end of a branch whose sum is ``add``; earlier branches of the site must be gated already."""
         free = (
             value
             for value in add.inputs
@@ -97,7 +97,7 @@ class _BranchEnd:
 
 
 def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
-    """Return the strength of every branch, with the sum at the branch's end."""
+    """Return the strength of every branch, and the node that adds the branch's change."""
     strengths = {name for name, slot in slots.items() if is_strength(slot.role)}
     return [
         (value, add)
@@ -110,9 +110,9 @@ def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[t
 
 
 def _gate_rows(graph: ir.Graph, end: _BranchEnd) -> _BranchEnd:
-    """Return the end of a branch behind a ``Where``, by which a row whose strength is 0 keeps the bits that it had.
+    """Insert a ``Where`` that keeps the exact bits of rows with strength 0; return the end of the branch after it.
 
-    It is the node that joins segments of rows, where that is the ``Where``'s only reader.
+    The end is the node that joins segments of rows, if that node is the only reader of the ``Where``.
     """
     select, before = _insert_where(graph, end), end.passed.producer()
     readers = list(select.outputs[0].consumers())
@@ -124,7 +124,7 @@ def _gate_rows(graph: ir.Graph, end: _BranchEnd) -> _BranchEnd:
 
 
 def _walk_sums(scaled: ir.Value) -> Iterator[ir.Node]:
-    """Yield the nodes that read a branch's scaled change, in whatever dtype."""
+    """Yield the nodes that read a branch's scaled change, also through casts."""
     for node in scaled.consumers():
         if node.op_type == "Cast":
             yield from _walk_sums(node.outputs[0])
@@ -146,7 +146,7 @@ def _insert_where(graph: ir.Graph, end: _BranchEnd) -> ir.Node:
 
 
 def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value]) -> ir.Node:
-    """Move a branch into an ``If``, with the extra outputs that only it computes, and return the ``If``."""
+    """Move a branch into an ``If``, with the extra outputs that only it computes; return the ``If``."""
     strength, add, passed = end.strength, end.node, end.passed
     updated = _find_cache_updates(graph, add, passed)
     cone = _branch_nodes(add, passed, [*emitted, *updated])
@@ -155,7 +155,7 @@ def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value])
     switch = ir.val(
         f"{old.name}_on", dtype=ir.DataType.BOOL, shape=ir.Shape([1] if len(strength.shape or ()) == 1 else [])
     )
-    if strength.shape is None or len(strength.shape) > 1:  # one for each place: a branch is on if any is not 0
+    if strength.shape is None or len(strength.shape) > 1:  # one per place: a branch is on if any is not 0
         largest = ir.val(f"{switch.name}_sum", type=strength.type, shape=ir.Shape([]))
         graph.insert_before(add, ir.node("ReduceL1", [strength], {"keepdims": 0}, outputs=[largest]))
         strength = largest
@@ -166,7 +166,7 @@ def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value])
     gate.metadata_props.update(add.metadata_props)
     graph.insert_before(add, gate)
     old.replace_all_uses_with(result, replace_graph_outputs=True)
-    given = dict(zip(extra, results[1:], strict=True))  # the branch itself goes on to read its extra outputs
+    given = dict(zip(extra, results[1:], strict=True))  # the branch itself still reads its extra outputs directly
     graph.outputs[:] = [given.get(value, value) for value in graph.outputs]
     for node in taken:
         graph.remove(node)
@@ -191,15 +191,15 @@ def _find_cache_updates(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict
 
 
 def _identity_nodes(value: ir.Value, like: ir.Value) -> list[ir.Node]:
-    """Return a node that passes a value on in the place of another."""
+    """Return a node that returns a value in place of another one."""
     passed_on = ir.val(f"{like.name}_off", type=like.type, shape=like.shape)
     return [ir.Node("", "Identity", [value], outputs=[passed_on])]
 
 
 def _branch_nodes(add: ir.Node, passed: ir.Value, emitted: Sequence[ir.Value]) -> set[ir.Node]:
-    """Return the nodes that only ``add`` and extra outputs need, except those that ``passed`` needs.
+    """Return the nodes that only ``add`` and extra outputs need, without the nodes that ``passed`` needs.
 
-    An extra output that other nodes read, or compute, stays outside with the nodes it needs.
+    An extra output that other nodes read or compute stays outside, with the nodes that it needs.
     """
     spared = set(list_ancestors(passed))
     roots = {node for value in emitted if (node := value.producer()) is not None and node not in spared}

@@ -1,6 +1,6 @@
 """Initializers of emitted models: default values of slots, concatenated weights, and weights in files.
 
-Weights are written next to the model as external data, so that models over 2 GB work. They are mapped, not read.
+Weights are written beside the model as external data, so models may exceed 2 GB. They are memory-mapped, not read.
 """
 
 import itertools
@@ -41,12 +41,12 @@ def bake_slots(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:
 
 
 def set_slot_defaults(model: ir.Model, defaults: Mapping[str, torch.Tensor]) -> None:
-    """Make slot inputs optional in place, with these values by slot name as defaults."""
+    """Make slot inputs optional in place, with default values by slot name."""
     _fill_slots(model, defaults)
 
 
 def concatenate_weights(model: ir.Model) -> None:
-    """Store weights that the model concatenates as one weight, in place."""
+    """Replace each concatenation of weights by one stored weight, in place."""
     initializers, joined = model.graph.initializers, dict[tuple[ir.Value, ...], ir.Value]()
     for node in [node for node in model.graph if node.op_type == "Concat" and node.attributes.get_int("axis") == 0]:
         parts = [value for value in node.inputs if value is not None and initializers.get(str(value.name)) is value]
@@ -70,7 +70,7 @@ def concatenate_weights(model: ir.Model) -> None:
 class ConcatenatedTensor(ir.LazyTensor):
     """A lazy concatenation of tensors along their first axis.
 
-    The array is computed when it is read, and again after the last reference to it is gone.
+    The array is computed when it is read, and recomputed after its last reference is gone.
 
     Args:
         parts: the tensors, of one dtype.
@@ -86,7 +86,7 @@ class ConcatenatedTensor(ir.LazyTensor):
 
     @property
     def transposed(self) -> "ConcatenatedTensor":
-        """Return the transpose of the matrix; no array is computed for it."""
+        """Return the transpose of the matrix, without computing an array."""
         return ConcatenatedTensor(self._parts, is_transposed=not self._is_transposed)
 
     def _compute(self) -> ir.Tensor[_Array]:
@@ -100,7 +100,7 @@ class ConcatenatedTensor(ir.LazyTensor):
 
 
 def _make_contiguous(tensor: ir.Tensor[_Array]) -> ir.TensorProtocol:
-    """Return a tensor that is contiguous once it is written: NumPy writes others value by value."""
+    """Return a tensor that becomes contiguous when it is written, since NumPy writes other arrays value by value."""
     array = tensor.raw
     if not isinstance(array, np.ndarray) or array.flags.c_contiguous:
         return tensor
@@ -112,7 +112,7 @@ def _make_contiguous(tensor: ir.Tensor[_Array]) -> ir.TensorProtocol:
 
 
 def _contiguous_copy(array: _Array) -> _Array:
-    """Return a contiguous copy; torch copies a transposed matrix in a fraction of NumPy's time."""
+    """Return a contiguous copy; torch copies a transposed matrix several times faster than NumPy."""
     is_transposed = array.ndim == _MATRIX and array.flags.f_contiguous and array.flags.writeable
     if not is_transposed or array.itemsize > _MAX_ITEM_SIZE:
         return np.ascontiguousarray(array)
@@ -121,7 +121,7 @@ def _contiguous_copy(array: _Array) -> _Array:
 
 
 def _fill_slots(model: ir.Model, contents: Mapping[str, torch.Tensor]) -> list[ir.Value]:
-    """Make slot inputs initializers too, and return them."""
+    """Make slot inputs initializers as well, and return them."""
     filled = [value for value in model.graph.inputs if value.name in contents]
     for value in filled:
         value.const_value = _lazy_tensor(str(value.name), contents[str(value.name)])
@@ -130,7 +130,7 @@ def _fill_slots(model: ir.Model, contents: Mapping[str, torch.Tensor]) -> list[i
 
 
 def _lazy_tensor(name: str, tensor: torch.Tensor) -> ir.LazyTensor:
-    """Return a tensor that is made contiguous once it is written: few copies of transposed weights exist at a time."""
+    """Return a tensor that becomes contiguous when it is written, so few transposed copies exist at a time."""
 
     def compute() -> ir.TensorProtocol:
         return TorchTensor(tensor.detach().contiguous(), name=name)

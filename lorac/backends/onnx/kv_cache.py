@@ -1,8 +1,8 @@
-"""Caches of emitted programs: per layer one buffer that a library reads, and calls that add tokens to its rows.
+"""Caches of emitted programs: one buffer per layer that a library reads, and calls that append tokens to its rows.
 
-A library that writes new tokens into a buffer reads past and present in one memory, so that the cost of a call depends
-on its new tokens alone. One that answers them instead reads all that its rows have memory for, which is why that memory
-grows with the rows, and holds zeros behind them.
+A library that writes new tokens into the buffer uses one memory for past and present, so the cost of a call depends
+only on its new tokens. A library that returns new tokens instead reads all memory of a row. Therefore such memory grows
+with the rows, and is zero after their tokens.
 """
 
 import functools
@@ -44,17 +44,17 @@ BindingT = TypeVar("BindingT")
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The inputs and outputs of a graph that belong to its cache.
+    """The inputs and outputs of a graph that form its cache.
 
     Attributes:
-        shapes: input of a layer's keys or values, or of a state -> its sizes, and dtype.
+        shapes: input of a layer's keys or values, or of a state -> its sizes and dtype.
         spec: the limits of the cache.
-        logits: the output with the logits, and its dtype.
-        keeps_some: whether the graph computes logits of chosen tokens alone; else it computes those of all.
-        token_input: the input with the new tokens.
-        encoder_outputs: inputs that hold the encoder's outputs.
-        read_whole: whether a call reads all of a buffer and answers the new tokens; else it writes them there, and
-            reads no others.
+        logits: the name of the output with the logits, and its dtype.
+        keeps_some: whether the graph computes only the logits of chosen tokens; otherwise it computes all.
+        token_input: the name of the input with the new tokens.
+        encoder_outputs: the inputs for the encoder's outputs.
+        read_whole: whether a call reads whole buffers and returns the new tokens' entries; otherwise it writes these
+            into the buffers, and reads only filled entries.
     """
 
     shapes: Mapping[str, CacheInputShape]
@@ -77,8 +77,8 @@ class CacheLayout:
         """Return the layout of a graph; None for a graph without a cache.
 
         Args:
-            inputs, outputs: the graph's.
-            longest: the longest sequence that its positions admit, as the model's metadata says.
+            inputs, outputs: the graph's inputs and outputs.
+            longest: the longest sequence that its positions allow, from the model's metadata.
         """
         if PAST_LENGTHS not in inputs:
             return None
@@ -102,38 +102,38 @@ class CacheLayout:
         )
 
     def behind(self, inputs: tuple[str, ...]) -> "CacheLayout":
-        """Return the layout of a graph behind an encoder or a tower with these inputs, which runs first."""
+        """Return the layout of a graph that runs after an encoder or a tower with these inputs."""
         names: dict[str, Any] = {"reads" if self.token_input == IDS else "encodes": inputs}
         return replace(self, spec=replace(self.spec, **names))
 
     @functools.cached_property
     def states(self) -> frozenset[str]:
-        """The inputs that hold states, of one size however many tokens a row has."""
+        """The inputs of recurrent states, whose size does not depend on the number of tokens."""
         return frozenset(name for name, (sizes, _) in self.shapes.items() if None not in sizes[1:])
 
     def entries(self, name: str, count: int) -> slice:
-        """Return the part of an input's third axis that holds so many tokens: all of a state."""
+        """Return the slice of an input's third axis with the first ``count`` tokens; for a state, the whole axis."""
         return slice(None if name in self.states else count)
 
     def _measure(self, name: str, room: int) -> tuple[int, ...]:
         return tuple(room if size is None else size for size in self.shapes[name][0][1:])
 
     def without_features(self, rows: int) -> dict[str, Tensor]:
-        """Return the inputs that rows of text alone have in the place of a tower's features."""
+        """Return the inputs that text-only rows have in place of a tower's features."""
         sizes = self.encoder_outputs.items() if self.spec.reads else ()
         return {name: torch.zeros(rows, 1, size or 1, dtype=dtype) for name, ((*_, size), dtype) in sizes}
 
     def allocate(self, rows: int, room: int) -> dict[str, Tensor]:
-        """Return buffers for rows of so many tokens; pages that nothing writes to take no memory."""
+        """Return buffers with room for so many tokens per row; pages that are never written use no memory."""
         return {n: torch.zeros(rows, *self._measure(n, room), dtype=dtype) for n, (_, dtype) in self.shapes.items()}
 
     def measure(self, rows: int, room: int) -> int:
-        """Return the bytes of such buffers."""
+        """Return the size in bytes of such buffers."""
         sizes = (math.prod(self._measure(name, room)) * dtype.itemsize for name, (_, dtype) in self.shapes.items())
         return rows * sum(sizes)
 
     def check_length(self, count: int) -> None:
-        """Raise ``InputMismatch`` for a sequence of more tokens than the model has positions."""
+        """Raise ``InputMismatch`` if a sequence has more tokens than the model has positions."""
         limit = self.spec.limit
         if limit is not None and count > limit:
             raise InputMismatch(
@@ -144,17 +144,17 @@ class CacheLayout:
 class BufferedCache(KeyValueCache, Generic[BindingT]):
     """Keys, values and states in buffers that a library reads.
 
-    The rows are the first places of memory that may have more, so that a row joins or leaves without the others.
+    The rows are the first places of a memory that may have more places, so rows join and leave without copying others.
 
     Args:
-        rows: the number of rows at first.
-        capacity: the most tokens that a row may have.
-        budget: counts its memory.
+        rows: the initial number of rows.
+        capacity: the maximum number of tokens per row.
+        budget: the budget that counts its memory.
 
     Attributes:
-        buffers: input of a layer's keys or values, or of a state -> those of the rows.
-        prefixes: number of virtual tokens before those of each row.
-        encoder_outputs: input -> the encoder's output for each row.
+        buffers: input of a layer's keys or values, or of a state -> the part of the memory that holds the rows.
+        prefixes: the number of virtual tokens before each row's tokens.
+        encoder_outputs: input -> the encoder's outputs for each row.
     """
 
     def __init__(self, layout: CacheLayout, rows: int, capacity: int, budget: MemoryBudget | None = None) -> None:
@@ -164,7 +164,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         self.budget = MemoryBudget() if budget is None else budget
         self.charge: Charge = self.budget.claim(layout.measure(rows, capacity))
         self._memory = layout.allocate(rows, 0 if layout.read_whole else capacity)
-        self._used = [0] * rows  # tokens that each place may hold numbers of
+        self._used = [0] * rows  # number of tokens whose entries in each place may be nonzero
         self.buffers: Mapping[str, Tensor] = self._memory
         self.encoder_outputs: Mapping[str, Tensor] = layout.without_features(rows)
         self._encoded_charge = self.budget.charge(())
@@ -174,12 +174,12 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # computed on request
-        """The bytes of all buffers, those of free places included."""
+        """The size in bytes of all buffers, including free places."""
         return sum(tensor.nbytes for tensor in (*self._memory.values(), *self.encoder_outputs.values()))
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """The number of tokens of each row, virtual ones included."""
+        """The number of tokens of each row, including virtual ones."""
         return tuple(map(operator.add, self.prefixes, self.lengths))
 
     def hold_prefix(self, keys_values: Tensor | None) -> None:
@@ -220,12 +220,12 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         longest = max((self.filled[row] for row in moved.values()), default=0)
         self._allocate(len(rows), self._room)
         for name, memory in self._memory.items():
-            # Indexing copies, so that no row is overwritten before it has been moved.
+            # Indexing copies, so no row is overwritten before it is moved.
             part = self.layout.entries(name, longest)
             memory[list(moved), :, part] = memory[list(moved.values()), :, part]
         self._note_used(moved, longest)
         encoded = tuple(self._encoded_rows[row] for row in rows)
-        if encoded != self._encoded_rows:  # the beams of a row share its encoder outputs
+        if encoded != self._encoded_rows:  # beams of one row share its encoder outputs
             index = torch.tensor(rows, dtype=torch.int64)
             self._set_encoded({n: value.index_select(0, index) for n, value in self.encoder_outputs.items()})
         self.prefixes = tuple(self.prefixes[row] for row in rows)
@@ -238,7 +238,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         rows, longest = first + len(other.lengths), max(other.filled, default=0)
         self.capacity = max(self.capacity, other.capacity)
         places = next(iter(self._memory.values())).shape[0]
-        # Twice as many places at a time, so that rows which join one by one are not copied at each.
+        # Double the places, so that rows which join one at a time are not copied each time.
         prefix = max((*self.prefixes, *other.prefixes), default=0)
         self._allocate(rows if rows <= places else max(rows, 2 * places), max(self._planned_room(prefix), longest))
         for name, memory in self._memory.items():
@@ -253,7 +253,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         )
 
     def _join_encoded(self, other: KeyValueCache) -> dict[str, Tensor]:
-        """Return the encoder outputs of both caches' rows."""
+        """Concatenate the encoder outputs of both caches' rows."""
         if not isinstance(other, BufferedCache) or other.layout.shapes != self.layout.shapes:
             raise InputMismatch("the other cache is of another program", next_step="join caches of one graph")
         if not self.lengths or not other.lengths:
@@ -277,7 +277,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
             self.clear(shorter)
 
     def clear(self, rows: Sequence[int]) -> None:
-        """Drop all tokens of some rows, where a state is behind tokens that are dropped, or behind a failed call."""
+        """Drop all tokens of rows whose states include dropped tokens, or tokens of a failed call."""
         if any(self.prefixes[row] for row in rows):
             raise Unavailable(
                 "the state of a hybrid model does not go back to an adapter's virtual tokens",
@@ -306,21 +306,21 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
             part = self.layout.entries(name, longest)
             memory[:, :, part] = self.buffers[name][rows, :, part]
         copied._encoded_rows = tuple(self._encoded_rows[row] for row in rows)
-        same = copied._encoded_rows == self._encoded_rows  # they are never written to
+        same = copied._encoded_rows == self._encoded_rows  # encoder outputs are never overwritten
         copied._set_encoded({n: value if same else value[rows] for n, value in self.encoder_outputs.items()})
         return copied
 
     def reserve(self, length: int) -> None:
-        """Make the buffers long enough for rows of a length, padding included."""
+        """Allocate buffers long enough for rows of a length, including padding."""
         most = self.capacity + max(self.prefixes, default=0)
         doubled = max(_LEAST_ROOM, 1 << (length - 1).bit_length()) if self.layout.read_whole and length else length
         self._allocate(len(self.lengths), max(length, min(most, doubled)))
 
     def clear_unused(self, counts: Sequence[int]) -> None:
-        """Write zeros behind the rows, where longer ones were, if a call reads them.
+        """Write zeros after the tokens of rows that were longer before, if calls read whole buffers.
 
         Args:
-            counts: numbers of tokens that the call adds to the rows.
+            counts: the number of tokens that the call will append to each row.
         """
         for row, (filled, used, new) in enumerate(zip(self.filled, self._used, counts, strict=False)):
             for name, memory in self._memory.items() if self.layout.read_whole and used > filled else ():
@@ -334,22 +334,22 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
 
     @property
     def _room(self) -> int:
-        """Number of tokens that each place has memory for; states alone have it for any."""
+        """The number of tokens that each place has memory for; unlimited if the cache has only states."""
         grown = (memory.shape[2] for name, memory in self._memory.items() if name not in self.layout.states)
         return next(grown, sys.maxsize)
 
     def _planned_room(self, prefix: int) -> int:
-        """Return the room for rows of the capacity; a buffer that calls read whole gets it once rows need it."""
+        """Return the room for rows of the capacity; buffers that calls read whole grow only when rows need it."""
         return self._room if self.layout.read_whole else self.capacity + prefix
 
     def _allocate(self, places: int, room: int) -> None:
-        """Make the memory large enough; its content is copied only where it must become larger."""
+        """Allocate enough memory; copy its content only if it has to grow."""
         before = next(iter(self._memory.values())).shape[0], self._room
         places, room = max(places, before[0]), max(room, before[1])
         size, rows, longest = self._count_bytes(places, room), len(self.lengths), max(self.filled, default=0)
         if (places, room) == before:
             return
-        # Memory that is read whole becomes larger within what is counted already, so that no row fails on its way.
+        # Memory that is read whole grows within its counted size, so a growing row never exceeds the budget.
         self.charge.resize(size if self.layout.read_whole else self.layout.measure(*before) + size)
         larger = self.layout.allocate(places, room)
         for name, memory in self._memory.items():
@@ -361,12 +361,12 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         self.charge.resize(size)
 
     def _count_bytes(self, places: int, room: int) -> int:
-        """Return the bytes of buffers; those that calls read whole count as if all places had the capacity."""
+        """Return the buffers' size; those that calls read whole count as if all places had the full capacity."""
         most = self.capacity + max(self.prefixes, default=0) if self.layout.read_whole else 0
         return self.layout.measure(places, max(room, most))
 
     def _set_rows(self, lengths: tuple[int, ...], encoded: tuple[int, ...]) -> None:
-        """Make the first places the rows."""
+        """Set the first places as the rows."""
         rows = len(lengths)
         self.buffers = {name: memory[:rows] for name, memory in self._memory.items()}
         self.lengths, self._encoded_rows, self._is_bound = lengths, encoded, False
@@ -378,11 +378,11 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         new_binding: Callable[[], BindingT],
         bind: Callable[[BindingT, Mapping[str, Tensor], Mapping[str, Tensor]], object],
     ) -> BindingT:
-        """Return a binding of the slots and the buffers, the same one as long as the slots do not change.
+        """Return a binding of the slots and the buffers; reuse it as long as graph and slots do not change.
 
         Args:
-            graph: runs the call.
-            slots: the same object for the same slots.
+            graph: the object that runs the call.
+            slots: an object that is the same for the same slots.
             new_binding: () -> a binding with the slots.
             bind: (binding, buffers, encoder outputs) -> None.
         """
@@ -398,12 +398,13 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
 def run_decode_step(
     cache: BufferedCache[BindingT], step: DecodeStep, run: Callable[[Mapping[str, Tensor], str, Tensor], object]
 ) -> Tensor:
-    """Add tokens to a cache's rows (``BoundProgram.decode``).
+    """Append tokens to a cache's rows (``BoundProgram.decode``).
 
     Args:
-        cache: the rows so far.
+        cache: the cache with the rows so far.
         step: the new tokens.
-        run: (inputs, the output with the logits, their memory) -> None; runs the graph over the buffers.
+        run: (inputs, name of the output with the logits, memory for the logits) -> None; runs the graph over the
+            buffers.
     """
     layout, counts = cache.layout, tuple(step.counts)
     rows, length, wanted = len(counts), max(counts, default=0), step.wanted
@@ -411,7 +412,7 @@ def run_decode_step(
     if not length:
         return torch.zeros(*wanted.shape, layout.spec.vocabulary, dtype=dtype)
     logits = torch.empty(rows, wanted.shape[1] if layout.keeps_some else length, layout.spec.vocabulary, dtype=dtype)
-    # A kernel may treat a row that has no tokens and gets none as a row of one token.
+    # A kernel may treat an empty row without new tokens as a row of one token.
     cache.reserve(max(int(0 in counts), *cache.filled) + length)
     cache.clear_unused(counts)
     inputs = {
@@ -424,7 +425,7 @@ def run_decode_step(
     try:
         run(inputs, name, logits)
     except BaseException:
-        if not cache.is_croppable:  # some states may be behind tokens that the row never got
+        if not cache.is_croppable:  # a state may include tokens that the row does not have
             cache.clear(range(rows))
         raise
     cache.lengths = tuple(old + new for old, new in zip(cache.lengths, counts, strict=True))
@@ -432,20 +433,20 @@ def run_decode_step(
 
 
 def mask_name(token_input: str) -> str:
-    """Return the name of the mask of a graph's tokens."""
+    """Return the name of the attention mask of a graph's tokens."""
     return f"decoder_{_MASK}" if token_input == DECODER_IDS else _MASK
 
 
 def split_padding(arguments: Mapping[str, object], token_input: str = IDS) -> tuple[dict[str, object], list[int]]:
-    """Return the arguments of a plain call without its mask, and the number of tokens of each row.
+    """Return the arguments of a plain call without the mask, and the number of tokens of each row.
 
     Args:
-        arguments: the call's, by name.
+        arguments: the arguments of the call, by name.
         token_input: the name of the ids.
 
     Raises:
-        ChoiceError: no ids, or anything but numbers.
-        InputMismatch: the mask marks more than padding on the right.
+        ChoiceError: the ids are missing or not numbers.
+        InputMismatch: the mask marks anything except padding on the right.
     """
     mask_input, given = mask_name(token_input), dict(arguments)
     if given.get(token_input) is None:
@@ -474,6 +475,6 @@ def split_padding(arguments: Mapping[str, object], token_input: str = IDS) -> tu
 
 
 def full_sequence_step(ids: Tensor, counts: Sequence[int]) -> DecodeStep:
-    """Return the step that adds whole sequences to an empty cache, with the logits of every token."""
+    """Return the step that appends whole sequences to an empty cache, with the logits of every token."""
     last = torch.tensor(counts).clamp(min=1)[:, None] - 1
     return DecodeStep(ids=ids, counts=counts, wanted=torch.arange(ids.shape[1]).expand(ids.shape).minimum(last))

@@ -1,6 +1,6 @@
-"""legalize: replace ops that torch's ONNX exporter would decompose by ops that it has translations for.
+"""legalize: replace ops that torch's ONNX exporter would decompose by ops for which it has translations.
 
-The exporter traces the whole graph again to decompose an op. A compile takes half the time if there is none.
+To decompose an op, the exporter traces the whole graph again. Without such ops a compile takes half the time.
 """
 
 import functools
@@ -29,10 +29,10 @@ _MATRIX = 2
 
 @dataclass(frozen=True)
 class Legalize(Pass):
-    """expanded -> target: products with a matrix become lorac's own op, and aliases of ops the ops themselves.
+    """expanded -> target: replace products with a matrix by lorac's own op, and aliases of ops by the ops themselves.
 
-    ONNX has no op for the model's checks of values: each becomes an output, which the caller of the program looks at.
-    Checks of sizes that follow from values are left out, with a note.
+    ONNX has no op for the model's checks of values: each becomes an output, which the program's caller inspects. Checks
+    of sizes that depend on values are dropped, with a note.
     """
 
     name: ClassVar[str] = "legalize"
@@ -48,7 +48,7 @@ class Legalize(Pass):
 
 
 def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
-    """Turn checks into outputs of the graph, one for each line of the model that checks."""
+    """Turn checks into outputs of the graph, one for each line of the model with checks."""
     lines: dict[str, dict[fx.Node, None]] = {}
     for node in checks:
         condition = _checked_tensor(node)
@@ -64,7 +64,7 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
     graph.interface = replace(
         graph.interface, checks={**graph.interface.checks, **dict(zip(names, lines, strict=True))}
     )
-    # A check that a boolean read as a number is 0 or 1 says nothing.
+    # A check that a boolean, read as a number, is 0 or 1 is always true.
     left_out = [node for node in checks if _checked_tensor(node) is None and _truth_read_as_number(node) is None]
     for node in checks:
         graph.fx.erase_node(node)
@@ -74,7 +74,7 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
 
 
 def _checked_tensor(check: fx.Node) -> fx.Node | None:
-    """Return the boolean tensor that a check asserts; None if it asserts something of numbers."""
+    """Return the boolean tensor that a check asserts; None if it asserts a relation of numbers."""
     node = check.args[0]
     if check.target in _TENSOR_CHECKS and isinstance(node, fx.Node):
         return node
@@ -85,7 +85,7 @@ def _checked_tensor(check: fx.Node) -> fx.Node | None:
 
 
 def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
-    """Return the boolean that a check reads as a number."""
+    """Return the boolean that a check reads as a number; None for other checks."""
     node: object = check.args[0]
     for targets in (
         (operator.eq, operator.ge, operator.le),
@@ -99,7 +99,7 @@ def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
 
 
 def _legalize_node(graph: Graph, node: fx.Node) -> bool:
-    """Replace an op if it has to be, and return whether it was."""
+    """Replace an op that needs replacement; return whether it was replaced."""
     rewrite = _REWRITES.get(node.target)
     if rewrite is not None:
         return rewrite(graph, node)
@@ -137,7 +137,7 @@ def _legalize_product(graph: Graph, node: fx.Node) -> bool:
 
 
 def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
-    """Replace a cast by a copy to its dtype, or drop it if it changes nothing; outputs keep their names."""
+    """Replace a cast by a copy to its dtype; drop it if it changes nothing and is not an output."""
     x, dtype = node.args[0], node.meta["val"].dtype
     assert isinstance(x, fx.Node)
     if x.meta["val"].dtype == dtype and all(user.op != "output" for user in node.users):
@@ -149,7 +149,7 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
 
 
 def _legalize_split(graph: Graph, node: fx.Node) -> bool:
-    """Name the size of each part, where all are of one size: ONNX cannot tell how many parts an input's size gives."""
+    """List the sizes of the parts of an equal split; ONNX cannot derive their number from an input's size."""
     x, size, axis = (*node.args, 0)[:3]
     parts = [part.shape[axis] for part in get_example(node)]
     equal = all(statically_known_true(part == parts[0]) for part in parts)
@@ -159,7 +159,7 @@ def _legalize_split(graph: Graph, node: fx.Node) -> bool:
 
 
 def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
-    """Write ``other - alpha·x`` as ``other + (-alpha)·x``, since dtypes are promoted only if the tensor is first."""
+    """Write ``other - alpha·x`` as ``other + (-alpha)·x``, since dtypes are promoted only if the tensor comes first."""
     x, other, alpha = (*node.args, 1)[:3]
     assert isinstance(x, fx.Node)
     with graph.fx.inserting_before(node):
@@ -171,7 +171,7 @@ def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
 
 
 def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
-    """Squeeze each axis of size 1 by itself: ONNX has no squeeze that leaves other axes alone."""
+    """Squeeze each axis of size 1 separately, since ONNX has no squeeze that keeps axes of other sizes."""
     x, dims = node.args
     sizes = get_example(x).shape
     numbers: Operands = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
@@ -180,20 +180,20 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     if node.target is aten.squeeze.dim and alone:
         return False
     with graph.fx.inserting_before(node):
-        for axis in alone:  # from the last on, so that those that come keep their number
+        for axis in alone:  # from the last axis, so that the numbers of the others stay valid
             squeezed = graph.fx.call_function(aten.squeeze.dim, (x, axis))
             squeezed.meta["val"] = get_example(x).squeeze(axis)
             copy_provenance(squeezed, node)
             x = squeezed
     node.target, node.args = aten.clone.default, (x,)
-    if all(user.op != "output" for user in node.users):  # which keeps its name
+    if all(user.op != "output" for user in node.users):  # an output keeps its name
         node.replace_all_uses_with(x)  # type: ignore[arg-type]  # a node
         graph.fx.erase_node(node)
     return True
 
 
 def _legalize_unsqueeze(graph: Graph, node: fx.Node) -> bool:
-    """Unsqueeze complex numbers as real ones, whose parts lie along a last axis: ONNX has no op for them."""
+    """Unsqueeze complex numbers as real ones with a last axis for the parts; ONNX has no op for complex ones."""
     x, axis = node.args
     is_complex = get_example(x).is_complex()
     if is_complex:
@@ -206,23 +206,23 @@ def _legalize_unsqueeze(graph: Graph, node: fx.Node) -> bool:
 
 
 def _writes_private_tensor(node: fx.Node) -> bool:
-    """Return whether an op writes in place to a new tensor that nothing else reads, so that it may return another."""
+    """Return whether an op writes in place to a new tensor that nothing else reads, so it may return another tensor."""
     if not _returns_tensor(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
         return False
     written = node.args[0]
     if not isinstance(written, fx.Node) or list(written.users) != [node] or not _returns_tensor(written, writes=None):
         return False
-    # An op that decomposes may return its operand and not say so, as dropout does outside training.
+    # An op that decomposes may return its operand without declaring it, as dropout does outside of training.
     new = written.target in _PRODUCTS or not written.target._can_decompose()  # type: ignore[union-attr]  # an op
-    dtype = written.meta["val"].dtype  # of other operands it would be promoted
+    dtype = written.meta["val"].dtype  # operands of other dtypes would be promoted
     return new and all(operand.meta["val"].dtype == dtype for operand in node.all_input_nodes)
 
 
 def _returns_tensor(node: fx.Node, *, writes: bool | None) -> bool:
-    """Return whether an op returns one tensor of a kind.
+    """Return whether an op returns a single tensor of the given kind.
 
     Args:
-        writes: True asks for the operand that the op writes, None for a new tensor.
+        writes: True: the operand that the op writes to; None: a new tensor.
     """
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(schema.returns) != 1:

@@ -1,7 +1,7 @@
-"""An emitted program as rows of text: the ops that the target runs after all its rewrites.
+"""An emitted program as text rows: the ops that the target runs after all rewrites.
 
-The module and the line of a node are read from its metadata. A node that a rewrite added without metadata belongs to
-the module that reads it, if that module is next to it.
+Module and source line of a node come from its metadata. A node without metadata, which a rewrite added, belongs to the
+module that reads it, if that module is adjacent.
 """
 
 import math
@@ -24,7 +24,7 @@ _MAX_SHOWN_ELEMENTS = 16
 
 
 def dump_model(files: ProgramFiles, graph: str, slots: Mapping[str, SlotInput]) -> Dump:
-    """Return the rows of one graph's emitted model; its weights are not read.
+    """Return the rows of one graph's emitted model, without reading its weights.
 
     Args:
         slots: its slot inputs by public name.
@@ -68,7 +68,7 @@ class _ModelDumper:
         self.stored = {}
         operands = [self._operand(name, refs) for name in node.input]
         text = " ".join(part for part in (node.op_type, ", ".join([*operands, *_format_attributes(node)])) if part)
-        # A node reads the values that the branches behind its condition read.
+        # A node also reads the values that its subgraphs read.
         names = dict.fromkeys(_walk_subgraph_inputs(node))
         inner = [self.index[name] for name in names if name in self.index]
         for name in names.keys() & (self.slots.keys() | self.constants.keys()):
@@ -77,7 +77,7 @@ class _ModelDumper:
         text += "".join(f"; {REF}" for _ in range(text.count(REF), len(refs)))
         owner = modules[-1] if modules else ""
         blocks = repeated_blocks(modules, self.containers)
-        # A site that contains other modules is a block: its own nodes belong to the block.
+        # A site that contains other modules counts as a block: its own nodes belong to the block.
         site = owner if owner in self.sites and owner not in self.containers else None
         name = self.names.new(node.op_type, owner, blocks)
         type_ = ", ".join(self.types.get(output, "") for output in node.output if output)
@@ -103,8 +103,8 @@ class _ModelDumper:
 def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
     """Return the modules around each node, outermost first.
 
-    A node without metadata belongs to the module of its first reader if one of its neighbours does too, else to the
-    modules that both neighbours belong to: a module's nodes stay together.
+    A node without metadata belongs to the module of its first reader if a neighbouring node does too, otherwise to the
+    modules that both neighbours share, so that a module's nodes stay together.
     """
     recorded = [modules_of(read_metadata(node)) for node in graph.node]
     after = [*_fill_gaps(recorded[::-1])[::-1], ()][1:]
@@ -134,7 +134,7 @@ def _fill_gaps(recorded: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ..
 
 
 def _walk_subgraph_inputs(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield the names that the nodes of a node's own graphs read."""
+    """Yield the names that nodes in a node's subgraphs read."""
     for attribute in node.attribute:
         for inner in attribute.g.node:
             yield from inner.input
@@ -160,17 +160,17 @@ def _format_constant(tensor: onnx.TensorProto) -> str:
 
 
 def _is_model_weight(name: str) -> bool:
-    """Return whether a constant is a weight of the model, and not one that a rewrite made."""
+    """Return whether a constant is a weight of the model, instead of one that a rewrite made."""
     return "." in name
 
 
 def _format_type(value: onnx.ValueInfoProto) -> str:
-    """Format a type as ``f32[b, s, 64]``, with the model's names for its sizes; empty if it is not known."""
+    """Format a type as ``f32[b, s, 64]``, with the model's names of sizes; return "" if the type is unknown."""
     kind = value.type.tensor_type
     if not kind.elem_type:
         return ""
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    names = (dim.dim_param.rpartition(":") for dim in kind.shape.dim)  # those of ranks begin with the path of a site
+    names = (dim.dim_param.rpartition(":") for dim in kind.shape.dim)  # names of ranks begin with a site's path
     labels = (slot_label(site, name) if colon else name for site, colon, name in names)
     sizes = ", ".join(label or str(dim.dim_value) for label, dim in zip(labels, kind.shape.dim, strict=True))
     return f"{short_dtype(str(dtype))}[{sizes}]"

@@ -1,9 +1,9 @@
-"""Emitted programs on disk: the files of each graph's model and of its weights, and how they are read.
+"""Emitted programs on disk: the files of each graph's model and weights, and functions that read them.
 
-The files stay open once they are written or checked (``lorac.storage.open_file``): a library gets their contents, never
-their paths, which may name other files by then. The only graph of a single model lies in the program's folder, each of
-several graphs in a folder of its own. A model is read as a protobuf message: onnx_ir, which ``initializers`` uses,
-takes longer to import than a session takes to start.
+The files stay open once they are written or checked (``lorac.storage.open_file``): a library gets their contents
+instead of their paths, which may lead to other files by then. The only graph of a single model is in the program's
+folder; each of several graphs has a subfolder. Models are read as protobuf messages, since onnx_ir, which
+``initializers`` uses, takes longer to import than a session takes to start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorac.errors import ArtifactError, short
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.storage.open_file import OpenFile
 
-if TYPE_CHECKING:  # the names of files are asked for by targets without ONNX too
+if TYPE_CHECKING:  # targets without ONNX also use the names of files
     import onnx
     from google.protobuf.message import Message
 
@@ -39,13 +39,13 @@ _TENSORLESS_MESSAGES = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntry
 
 
 class SlotStorage(enum.Enum):
-    """Where the content of slots is written.
+    """The place where the content of slots is written.
 
     Attributes:
-        CONSTANTS: in the model, for good.
+        CONSTANTS: in the model, as constants.
         DEFAULTS: in the model, as defaults of optional inputs.
-        FILE: in a file next to the model, whose inputs each call must give.
-        NOWHERE: each call must give it.
+        FILE: in a file beside the model, whose inputs every call must pass.
+        NOWHERE: every call must pass it.
     """
 
     CONSTANTS = enum.auto()
@@ -60,23 +60,23 @@ def graph_folder(folder: Path, graph: str) -> Path:
 
 
 def graph_file(graph: str, leaf: str) -> str:
-    """Return the path of a graph's file below the program's folder, with slashes."""
+    """Return the path of a graph's file relative to the program's folder, with slashes."""
     return (graph_folder(Path(), graph) / leaf).as_posix()
 
 
 def list_program_files(graphs: Iterable[str]) -> list[str]:
-    """Return the paths of all files that a program may have; few have all of them."""
+    """Return the paths of all files that a program may have; most programs have only some of them."""
     own = (MODEL_FILE, WEIGHTS_FILE, NEUTRAL_FILE)
     return [BASE_FILE, *(graph_file(graph, leaf) for graph in graphs for leaf in own)]
 
 
 def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """Return a model, and name -> its weights in the other file, mapped and not copied.
+    """Return a model, and name -> weights in the other file, which are memory-mapped.
 
-    Weights of nested graphs are copied into the model, since no runtime takes them from outside.
+    Weights of nested graphs are copied into the model, since no runtime accepts external data there.
 
     Raises:
-        ArtifactError: as ``load_checked_model``; or a constant of a node lies in a file.
+        ArtifactError: as ``load_checked_model``; or a node's constant is external data.
     """
     import onnx
 
@@ -113,7 +113,7 @@ def _external_data(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 def read_offset(tensor: onnx.TensorProto) -> int:
-    """Return where a weight begins in the file that it lies in."""
+    """Return the offset of a weight in its file."""
     return int(_external_data(tensor).get("offset", "0"))
 
 
@@ -129,7 +129,7 @@ def _read_weight(tensor: onnx.TensorProto, data: memoryview, model: Path) -> Arr
 
 
 def walk_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs in a graph's nodes, however deep."""
+    """Yield the graphs within a graph's nodes, at all depths."""
     attributes = (attribute for node in graph.node for attribute in node.attribute)
     for inner in (graph for a in attributes for graph in (*((a.g,) if a.HasField("g") else ()), *a.graphs)):
         yield inner
@@ -137,19 +137,19 @@ def walk_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph, then those of the graphs in its nodes, however deep."""
+    """Yield the nodes of a graph, then the nodes of its subgraphs at all depths."""
     for part in (graph, *walk_subgraphs(graph)):
         yield from part.node
 
 
 def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelProto:
-    """Return a model whose tensors lie in its own file of weights, and not beyond the file's end.
+    """Return a model, after a check that its external tensors are within its own file of weights.
 
-    Tensors are looked for wherever ONNX allows them: in dense and sparse initializers of the graph and of nested
-    graphs, in constants and other attributes, and in functions.
+    The check covers every place where ONNX allows tensors: dense and sparse initializers of the graph and of nested
+    graphs, constants and other attributes, and functions.
 
     Raises:
-        ArtifactError: the file is not a model, or names another file or a place beyond its end.
+        ArtifactError: the file is not a model, or refers to another file or beyond the end of its own.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -186,7 +186,7 @@ def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
 
 
 def walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Yield every tensor in a message, in whatever field and however deep."""
+    """Yield every tensor in a message, in any field and at any depth."""
     import onnx
     from google.protobuf.message import Message
 

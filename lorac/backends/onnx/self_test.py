@@ -1,9 +1,9 @@
 """The self-test after emission: no slot was folded, copied, exchanged or bypassed (invariant 8).
 
-Statically, every slot is a true input from which a path leads to an output, and no constant has the value of a slot.
-Dynamically, in a few runs for any number of slots: with seeded noise in all slots the session answers as the captured
-program does, at another batch and length too, and with the first contents back it returns the same bits as before. Runs
-of a program that draws random numbers prove nothing.
+The static test: every slot is an input from which a path leads to an output, and no constant equals a slot's content.
+The dynamic test takes a few runs for any number of slots: with seeded noise in all slots, the engine's outputs agree
+with the captured program's, also for another batch and length; with the original contents, they equal the earlier
+outputs bit by bit. Programs that draw random numbers cannot be tested.
 """
 
 import math
@@ -53,17 +53,17 @@ def run_self_test(
     *,
     is_onnx: bool = True,
 ) -> None:
-    """Check an engine against the program it was emitted from.
+    """Check an engine against the program from which it was emitted.
 
     Args:
         engine: as built.
         program: the lowered program, with its weights.
-        snapshot: the first contents of the slots; the constants of a baked engine.
-        computed: maps constants of the program to those of the emitted one.
-        is_onnx: whether the engine's files are ONNX models, which the static checks read.
+        snapshot: the initial contents of the slots; for a baked engine, its constants.
+        computed: a function from constants of the program to those of the emitted program.
+        is_onnx: whether the engine's files are ONNX models, which the static test reads.
 
     Raises:
-        CompileError: naming the slots.
+        CompileError: naming the defective slots.
     """
     baked = engine.mode == "baked"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -79,27 +79,27 @@ def run_self_test(
 
 
 def _is_distinctive(tensor: Tensor, idle: Tensor) -> bool:
-    """Return whether no constant equals a content by chance: it is not the base's, and not one value throughout."""
+    """Return whether no constant can equal a content by chance: it differs from the base's, and has several values."""
     few = tensor.numel() < _MIN_ELEMENTS or not tensor.is_floating_point()
     return not few and not holds_same_values(tensor, idle) and bool((tensor != tensor.flatten()[0]).any())
 
 
 class _ProgramComparison:
-    """Compares a graph of an emitted program with the captured one.
+    """A comparison of an emitted graph with the captured one.
 
     Args:
-        engine: runs the emitted program.
+        engine: the engine of the emitted program.
         program: the captured one.
-        name: which of its graphs.
-        contents: to try in the slots.
-        computed: maps constants of the program to those of the emitted one.
+        name: the name of the graph.
+        contents: contents to try in the slots.
+        computed: a function from constants of the program to those of the emitted program.
     """
 
     def __init__(
         self, engine: AnyOnnxEngine, program: Program, name: str, contents: TestedContents, computed: ConstantTransform
     ) -> None:
         self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
-        constants = self.graph.exported.constants  # tables that passes made of weights are quantised as those are
+        constants = self.graph.exported.constants  # tables that passes made of weights are quantised as the weights are
         tables = {name: table for name, table in constants.items() if isinstance(table, Tensor)}
         self.weights = computed({**tables, **self.graph.exported.state_dict})
         self.inputs: Mapping[str, Tensor] = read_example_inputs(self.graph, self.graph.interface.inputs)
@@ -109,7 +109,7 @@ class _ProgramComparison:
         self.placed = [name for name, slot in self.graph.slots.items() if slot.placed]
 
     def check(self) -> None:
-        """Run all comparisons; a program that draws random numbers may answer differently."""
+        """Run all comparisons; ignore differences if the program draws random numbers."""
         try:
             self._compare(list(self.graph.slots))
         except CompileError as error:
@@ -120,7 +120,7 @@ class _ProgramComparison:
                 raise
 
     def _compare(self, slots: Sequence[str]) -> None:
-        """Run all comparisons, and find the slots if one with noise fails."""
+        """Run all comparisons; if the one with noise fails, find the defective slots."""
         contents = self.contents
         if self.engine.mode == "baked":
             baked = self.computed(contents.old())
@@ -130,10 +130,10 @@ class _ProgramComparison:
             return
         before = self._run(contents.old())
         noise = contents.noise(0)
-        # A rounding may change a router's choice. A fault shows with other noise too.
+        # Rounding may change a router's choice, but a defect also shows with other noise.
         if self._differs(noise) and self._differs(noise := contents.noise(1)):
             raise self._diagnosed(_tensors_of_graph(noise, self.graph))
-        if not self._agrees_elsewhere():  # else one of these names the fault, or finds none
+        if not self._agrees_elsewhere():  # if they do not agree, the separate checks find the defect
             self._check_sizes(noise, lambda: contents.noise(2))
             self._check_places()
         after = self._run(contents.old())
@@ -143,12 +143,12 @@ class _ProgramComparison:
     def _check_sizes(
         self, tensors: Mapping[str, Tensor], redraw: Callable[[], Mapping[str, Tensor]] | None = None
     ) -> None:
-        """Compare at another batch and length, if the program admits one; with other tensors too where they differ."""
+        """Compare at another batch and length, if the program allows it; if they differ, try other noise too."""
         if self.others is None:
             return
         try:
             wrong = self._differs(tensors, self.others) and (redraw is None or self._differs(redraw(), self.others))
-        except Exception:  # the model does not run there either
+        except Exception:  # the model itself does not run at that size
             return
         if wrong:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.others.items())
@@ -159,17 +159,17 @@ class _ProgramComparison:
             )
 
     def _agrees_elsewhere(self) -> bool:
-        """Return whether another batch and length, whose parts have noise of their own, shows no fault."""
+        """Return whether another batch and length, with different noise for each part of the batch, show no defect."""
         stacked = None if self.others is None else self._noise_by_places(self.others, 0)
         if stacked is None or self.others is None:
             return False
         try:
             return not self._differs(stacked, self.others)
-        except Exception:  # the model does not run there
+        except Exception:  # the model itself does not run at that size
             return False
 
     def _check_places(self) -> None:
-        """Compare with noise of their own for the parts of a batch, where slots have places."""
+        """Compare with different noise for each part of a batch, if slots have places."""
         for first in (0, 1):
             stacked = self._noise_by_places(self.inputs, first)
             if stacked is None or not self._differs(stacked):
@@ -177,7 +177,7 @@ class _ProgramComparison:
         raise self_test_failure(self.placed, "give other answers where rows have adapters of their own")
 
     def _noise_by_places(self, inputs: Mapping[str, Tensor], first: int) -> dict[str, Tensor] | None:
-        """Return noise for two places of slots, or for one per row, from a first seed on; None for a single row."""
+        """Return noise for two places, or for one place per row, with consecutive seeds; None for a single row."""
         rows = next((value.shape[0] for value in inputs.values() if value.dim()), 1)
         if not self.placed or rows < _FEW_ROWS:
             return None
@@ -193,20 +193,20 @@ class _ProgramComparison:
         return self.engine.outputs(self.graph.name, _tensors_of_graph(tensors, self.graph), inputs or self.inputs)
 
     def _differs(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor] | None = None) -> bool:
-        """Return whether the programs differ, by default on the example inputs."""
-        # Noise in the weights of a deep network may amplify roundings, with and without emission.
+        """Return whether the programs' outputs differ, by default on the example inputs."""
+        # Noise in the weights of a deep network amplifies rounding, regardless of emission.
         return any(
             not error <= min(_MAX_AMPLIFICATION * moved, _MAX_DISTANCE)
             for error, moved in self._measure_errors(tensors, inputs or self.inputs)
         )
 
     def _measure_errors(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[tuple[float, float]]:
-        """Return (error, change by rounding the inputs) of each output that differs by more than rounding."""
+        """Return (error, change caused by rounding the inputs) for each output that differs by more than rounding."""
         baked = self.engine.mode == "baked"
         expected = self._wanted(inputs, tensors)
         try:
             found = self._run({} if baked else tensors, inputs)
-        except Exception:  # shapes that do not fit: the slot feeds something else
+        except Exception:  # shapes do not fit, so the slot feeds another op
             return [(math.inf, 0.0)]
         if not any(differs_beyond_rounding(y, ref) for y, ref in zip(found, expected, strict=True)):
             return []
@@ -218,10 +218,11 @@ class _ProgramComparison:
         ]
 
     def _diagnosed(self, noise: Mapping[str, Tensor]) -> CompileError:
-        """Return the error that names the slots.
+        """Return the error that names the defective slots.
 
-        A slot that changes nothing is bypassed. Slots are exchanged if the programs differ only when one slot differs
-        from the others of its shape. If rounding changes every output that differs, nothing is decided.
+        A slot without effect is bypassed. Slots are exchanged if the programs differ only when one slot's content
+        differs from that of other slots of its shape. If rounding alone changes every differing output, the test is
+        undecided.
         """
         moves = [moved for _, moved in self._measure_errors(noise, self.inputs)]
         if min(moves, default=0.0) > _MAX_DISTANCE:
@@ -247,18 +248,18 @@ class _ProgramComparison:
         changed = {**noise, name: _change_values(noise[name])}
         try:
             one, two = (self._run(tensors) for tensors in (noise, changed))
-        except Exception:  # as above: then it matters, to something else
+        except Exception:  # as above: it has an effect, on another op
             return True
         return any(not torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def _tensors_of_graph(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
-    """Select the tensors of one graph's slots."""
+    """Return the tensors of one graph's slots."""
     return {name: tensors[name] for name in graph.slots if name in tensors}
 
 
 def _perturb(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move every floating-point number up or down by about one rounding."""
+    """Increase or decrease every floating-point number by about one rounding."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(tensor: Tensor) -> Tensor:

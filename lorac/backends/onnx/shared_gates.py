@@ -1,4 +1,4 @@
-"""Gates of shared nodes: nodes that only some gated branches need run if one of these branches does."""
+"""Gates of shared nodes: nodes that only gated branches need run only if one of these branches does."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -12,7 +12,7 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "Ma
 
 
 def gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collection[str]) -> None:
-    """Move nodes that only gated branches need into an ``If`` that runs if one of the branches does."""
+    """Move nodes that only gated branches need into an ``If`` that runs if any of these branches does."""
     within = {id(gate.attributes["then_branch"].as_graph()): gate for gate in gates}
     shared = _nodes_only_for_gates(graph, gates, within)
     if not any(node.op_type in _PRODUCTS for node in shared):
@@ -41,7 +41,7 @@ def gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collecti
 
 
 def _annotate_sizes(nodes: Sequence[ir.Node]) -> None:
-    """Annotate sizes, which the exporter leaves untyped, as one-dimensional."""
+    """Annotate sizes as one-dimensional, since the exporter leaves them untyped."""
     for node in nodes:
         value = node.outputs[0]
         known = [given for given in node.inputs if given is not None and given.shape is not None]
@@ -55,9 +55,9 @@ def _annotate_sizes(nodes: Sequence[ir.Node]) -> None:
 def _leave_outside(
     graph: ir.Graph, shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]
 ) -> list[ir.Node]:
-    """Return the nodes without those of a gate that reads no shared product, such as sizes: it need not wait for one.
+    """Return the nodes without those of gates that read no shared product, such as sizes: these need not wait for one.
 
-    Those of them that a kept node reads are computed before the first gate that reads a product.
+    If a remaining node reads one of these, it is computed before the first gate that reads a product.
     """
     gates = frozenset().union(*(readers[node] for node in shared if node.op_type in _PRODUCTS))
     kept = [node for node in shared if readers[node] <= gates]
@@ -73,10 +73,10 @@ def _leave_outside(
 
 
 def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]) -> list[list[ir.Node]]:
-    """Split nodes into lists in order, of which none reads a later one: for all gates first, then for some of them.
+    """Split nodes into ordered lists, none of which reads a later one: for all gates first, then for some of them.
 
-    Gates that need one node belong together, and so do sets of gates that overlap, except those that overlap with every
-    other set. A list without a product is not worth a gate.
+    Gates that need a common node belong to one list, and so do overlapping sets of gates, except sets that overlap with
+    every other set. A list without a product is not worth a gate.
     """
     sets = list(dict.fromkeys(readers.values()))
     narrow = [gates for gates in sets if any(gates.isdisjoint(other) for other in sets)]
@@ -92,9 +92,9 @@ def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, froze
 
 
 def _duplicate_layouts(shared: Sequence[ir.Node], within: Mapping[int, ir.Node], slots: Collection[str]) -> None:
-    """Give each branch its own copies of ops that lay out slots, such as transpositions.
+    """Give each branch its own copies of layout ops on slots, such as transpositions.
 
-    Products fuse with such ops if they are in the same graph.
+    Products fuse with such ops only if they are in the same graph.
     """
     stored: set[ir.Node] = set()
     for node in shared:
@@ -107,7 +107,7 @@ def _duplicate_layouts(shared: Sequence[ir.Node], within: Mapping[int, ir.Node],
 
 
 def _copy_layouts_for(user: ir.Node, stored: Collection[ir.Node]) -> None:
-    """Give a node its own copies of the ``stored`` nodes that it reads."""
+    """Give a node its own copies of those ``stored`` nodes that it reads."""
     for index, value in enumerate(user.inputs):
         node = None if value is None else value.producer()
         if value is None or node is None or node not in stored or node.graph is user.graph:
@@ -122,7 +122,7 @@ def _copy_layouts_for(user: ir.Node, stored: Collection[ir.Node]) -> None:
 
 
 def _nodes_only_for_gates(graph: ir.Graph, gates: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> list[ir.Node]:
-    """Return the nodes that only gated branches read and that read no gate, in order."""
+    """Return in order the nodes that only gated branches read and that read no gate."""
     behind: set[ir.Node] = set(gates)
     for node in graph:
         if any(value is not None and value.producer() in behind for value in node.inputs):
@@ -139,7 +139,7 @@ def _nodes_only_for_gates(graph: ir.Graph, gates: Sequence[ir.Node], within: Map
 def _move_into_shared_if(
     graph: ir.Graph, shared: Sequence[ir.Node], needed: Sequence[ir.Value], readers: Sequence[ir.Node]
 ) -> None:
-    """Compute ``needed`` by the nodes ``shared`` only if one of the gates that read them is on."""
+    """Compute ``needed`` by the nodes ``shared``, only if one of the gates that read them is on."""
     switches = [value for value in dict.fromkeys(gate.inputs[0] for gate in readers) if value is not None]
     first = next(node for node in graph if node in set(readers))
     made: list[ir.Node] = []
@@ -163,12 +163,12 @@ def _move_into_shared_if(
 
 # ── Parts of gates ───────────────────────────────────────────────────────────────────────────────────────────────────
 def unshaped_result(value: ir.Value) -> ir.Value:
-    """Return the result of a gate for a value, without sizes, since an idle gate returns other sizes."""
+    """Return the result of a gate for a value, of unknown sizes, since an idle gate returns other sizes."""
     return ir.val(f"{value.name}_gated", type=value.type, shape=_unknown_shape(value))
 
 
 def placeholder_nodes(value: ir.Value) -> list[ir.Node]:
-    """Return nodes for a placeholder tensor of a value's type and rank; the last returns it."""
+    """Return nodes that make a placeholder tensor of a value's dtype and rank; the last node returns it."""
     assert value.type is not None
     axes = len(_unknown_shape(value))
     shape = ir.tensor([1] * axes, dtype=ir.DataType.INT64, name=f"{value.name}_ones")
@@ -180,7 +180,7 @@ def placeholder_nodes(value: ir.Value) -> list[ir.Node]:
 
 
 def _unknown_shape(value: ir.Value) -> ir.Shape:
-    """Return a shape of a value's rank without sizes."""
+    """Return a shape with a value's rank and unknown sizes."""
     assert value.shape is not None
     return ir.Shape([None] * len(value.shape))
 
@@ -188,7 +188,7 @@ def _unknown_shape(value: ir.Value) -> ir.Shape:
 def fill_branches(
     gate: ir.Node, name: str, on: Sequence[ir.Value], nodes: Sequence[ir.Node], idle: Sequence[Sequence[ir.Node]]
 ) -> None:
-    """Give a gate its two graphs: ``nodes`` compute the values ``on``, and ``idle`` the values in their place."""
+    """Set a gate's two graphs: ``nodes`` compute the values ``on``, and ``idle`` compute their replacements."""
     off = [several[-1].outputs[0] for several in idle]
     for branch, outputs, body in (
         ("then_branch", list(on), list(nodes)),
@@ -198,7 +198,7 @@ def fill_branches(
 
 
 def list_ancestors(value: ir.Value) -> Iterator[ir.Node]:
-    """Yield the nodes from which a value is computed."""
+    """Yield the nodes that a value depends on."""
     visited: set[ir.Node] = set()
     todo = [value.producer()]
     while todo:

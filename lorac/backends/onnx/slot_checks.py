@@ -1,4 +1,4 @@
-"""Static checks of an emitted model: every slot is a true input, and no constant has the value of a slot."""
+"""Static checks of an emitted model: every slot is an input, and no constant equals a slot's content."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +18,7 @@ def check_slots(engine: AnyOnnxEngine, graph: Graph, contents: Mapping[str, Tens
     """Check the emitted model of a graph.
 
     Args:
-        contents: the values of slots that no constant may have.
+        contents: the contents of slots that no constant may equal.
     """
     model = ir.load(engine.files[graph_file(graph.name, MODEL_FILE)].where)
     check_slot_inputs(model, [] if engine.constant else list(graph.slots), list(graph.slots))
@@ -41,7 +41,7 @@ def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection
 
 
 def check_slot_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> None:
-    """Check that no constant of the model has the value of a slot, or its transpose."""
+    """Check that no constant of the model equals a slot's content, or its transpose."""
     by_size: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in contents.items():
         by_size[tensor.numel()].append((name, tensor))
@@ -82,7 +82,7 @@ def _live_values(model: ir.Model) -> set[int]:
 
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for value in model.graph.initializers.values():
-        if value.const_value is not None and not value.is_graph_input():  # an input may be given another value
+        if value.const_value is not None and not value.is_graph_input():  # a call may override an input's default
             yield value.const_value
     for node in model.graph.all_nodes():
         if node.op_type == "Constant" and "value" in node.attributes:

@@ -1,4 +1,4 @@
-"""Contents to try in the slots of an engine: those of a choice, and seeded noise; and the error for lost ones."""
+"""Contents to try in the slots of an engine: a choice's contents and seeded noise; and the self-test's error."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class TestedContents(ABC):
 
     @abstractmethod
     def old(self) -> Mapping[str, Tensor]:
-        """Return the contents that the slots have at first."""
+        """Return the initial contents of the slots."""
 
     @abstractmethod
     def noise(self, seed: int) -> Mapping[str, Tensor]:
@@ -40,7 +40,7 @@ class TestedContents(ABC):
 
 
 class BoundContents(TestedContents):
-    """Slots that are bound at each call, so that any tensors may be tried."""
+    """Slots that are bound at each call, so any tensors can be tried."""
 
     def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
         self.engine = engine
@@ -58,14 +58,14 @@ class BoundContents(TestedContents):
         return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base, seed))
 
     def leave(self) -> None:
-        """Leave the engine alone: nothing was written."""
+        """Do nothing, since nothing was written."""
 
     def _named(self, slots: Mapping[str, SiteSlots]) -> dict[str, Tensor]:
         return collect_slot_tensors(self.engine.slots, self.engine.plans, slots)
 
 
 class WrittenContents(TestedContents):
-    """Weights that are written into the engine's memory, since a second copy of all of them would be large."""
+    """Weights that are written into the engine's memory, since a second copy of all weights would be too large."""
 
     def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
         self.engine, self._snapshot = engine, snapshot
@@ -91,7 +91,7 @@ class WrittenContents(TestedContents):
         return drawn
 
     def _readable(self) -> Mapping[str, Tensor]:
-        """Return the memory itself if the CPU can read it, else a copy."""
+        """Return the memory itself if the CPU can read it, otherwise a copy."""
         return {name: tensor.cpu() for name, tensor in self.engine.memory.items()}
 
     def leave(self) -> None:
@@ -101,7 +101,7 @@ class WrittenContents(TestedContents):
 def draw_noise(
     plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
 ) -> dict[str, SiteSlots]:
-    """Draw seeded noise for every slot of every site, about a third as large as the site's output."""
+    """Draw seeded noise for every slot of every site, with about a third of the size of the site's output."""
     generator = torch.Generator().manual_seed(seed)
     return {
         path: _draw_site_noise(plan, idle[path], noise_scale(plan, base), generator) for path, plan in plans.items()
@@ -109,7 +109,7 @@ def draw_noise(
 
 
 def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
-    """Return the scale of noise for a site's slots, read from the first rows of its weight."""
+    """Return the scale of noise for a site's slots, estimated from the first rows of its weight."""
     rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
     if plan.site.weight is None or not rank:
         return NoiseScale(plan.site, 1.0, rank)
@@ -117,7 +117,7 @@ def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
 
 
 def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, generator: torch.Generator) -> SiteSlots:
-    """Draw noise for the slots of a site; a branch's strength and parameters follow, in the dtype of their slots."""
+    """Draw noise for the slots of a site, and for its branches' strengths and parameters, in the slots' dtypes."""
     tensors, branches, dtype = {}, [], factor_dtype(plan.site.dtype)
     for role, room in plan.roles():
         if role.ranked:
@@ -137,7 +137,7 @@ def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, genera
 
 
 def holds_same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same values in the same order, whatever their shapes."""
+    """Return whether two tensors have the same values in the same order, regardless of shape."""
     if one.numel() != other.numel():
         return False
     dtype = torch.promote_types(one.dtype, other.dtype)
@@ -148,7 +148,7 @@ def self_test_failure(slots: Sequence[str], defect: str) -> CompileError:
     """Return the error for slots with a defect.
 
     Args:
-        defect: the predicate of its message, such as ``"became constants"``.
+        defect: the predicate of the message, such as ``"became constants"``.
     """
     listed = list_some(slots, 4)
     return CompileError(

@@ -1,4 +1,4 @@
-"""The number of threads of an operator, an option of the targets that run emitted ONNX files on the CPU."""
+"""The option for the number of threads per operator, of targets that run emitted ONNX files on the CPU."""
 
 from lorac.errors import OptionError, short
 
@@ -7,7 +7,7 @@ MAX_THREADS = 1024
 
 
 def check_threads(threads: int) -> None:
-    """Raise ``OptionError`` for a number of threads that makes no sense; 0 is the library's own choice."""
+    """Raise ``OptionError`` for an invalid number of threads; 0 lets the library choose."""
     if not 0 <= threads <= MAX_THREADS:
         raise OptionError(
             f"threads cannot be {short(threads)}", next_step=f"give a number up to {MAX_THREADS}, or 0 for all"

@@ -1,4 +1,4 @@
-"""Where emitted models already hold base weights, so that no file holds them a second time."""
+"""Locations of base weights in emitted models, so that no other file stores them again."""
 
 import itertools
 from collections import defaultdict
@@ -20,16 +20,16 @@ _PREFIX_BYTES = 64
 def locate_weights(
     files: ProgramFiles, graphs: Iterable[str], tensors: Mapping[str, Tensor], joined: Collection[tuple[int, ...]] = ()
 ) -> dict[str, TensorLocation]:
-    """Return name -> where emitted models hold a tensor or its transpose, for the tensors that they hold.
+    """Return name -> location, for the tensors that emitted models contain, possibly transposed.
 
     Args:
-        joined: numbers of outputs of layers whose weights a model may hold side by side in one matrix.
+        joined: the numbers of outputs of layers whose weights a model may concatenate into one matrix.
     """
     index, locations = defaultdict[tuple[int, bytes], list[_WeightLocation]](list), {}
     stored = ((graph, *weight) for graph in graphs for weight in walk_stored_weights(files, graph))
     for name, _, offset, weight in stored:
         for part in _split_weight(graph_file(name, WEIGHTS_FILE), offset, weight, joined):
-            first = part.values[: 1 if part.values.ndim > 1 else _PREFIX_BYTES]  # not a copy of strided rows
+            first = part.values[: 1 if part.values.ndim > 1 else _PREFIX_BYTES]  # do not copy strided rows
             index[part.values.size, first.reshape(-1)[:_PREFIX_BYTES].tobytes()].append(part)
     for name, tensor in tensors.items():
         layouts = (False, True) if tensor.dim() == _MATRIX else (False,)
@@ -41,7 +41,7 @@ def locate_weights(
 
 @dataclass(frozen=True)
 class _WeightLocation:
-    """A weight in a file, with its bytes: one row, or a row for each row of a matrix."""
+    """A weight in a file, with its bytes: a single row, or one row per row of a matrix."""
 
     file: str
     offset: int
@@ -54,7 +54,7 @@ _WeightIndex = Mapping[tuple[int, bytes], list[_WeightLocation]]
 
 
 def walk_stored_weights(files: ProgramFiles, graph: str) -> Iterator[tuple[str, int, Array]]:
-    """Yield the name of each weight in a graph's file of weights, where it begins there, and its values."""
+    """Yield the name, the file offset and the values of each weight in a graph's file of weights."""
     model, weights = read_model_files(files, graph)
     for tensor in model.graph.initializer:
         if tensor.name in weights:
@@ -64,7 +64,7 @@ def walk_stored_weights(files: ProgramFiles, graph: str) -> Iterator[tuple[str, 
 def _split_weight(
     file: str, offset: int, weight: Array, joined: Collection[tuple[int, ...]]
 ) -> Iterator[_WeightLocation]:
-    """Yield a weight, and the weights that it may be a concatenation of."""
+    """Yield a weight, and the weights of which it may be a concatenation."""
     yield _WeightLocation(file, offset, 0, weight.reshape(-1).view("u1"))
     for sizes in joined:
         if weight.ndim not in (1, _MATRIX) or weight.shape[-1] != sum(sizes):
@@ -82,7 +82,7 @@ def _find_tensor(index: _WeightIndex, tensor: Tensor, by_columns: bool) -> Tenso
     if not candidates:
         return None
     values = np.asarray(raw_bytes(matrix))
-    # A strided part must have the matrix's rows: the bytes of zeros are equal in any shape.
+    # A strided part must have the matrix's rows, since zeros have equal bytes in any shape.
     rows = (weight for weight in candidates if not weight.row or len(weight.values) == len(matrix))
     equal = (weight for weight in rows if np.array_equal(weight.values, values.reshape(weight.values.shape)))
     return next((TensorLocation(weight.file, weight.offset, by_columns, weight.row) for weight in equal), None)

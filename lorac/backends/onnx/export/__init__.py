@@ -1,1 +1,1 @@
-"""A lowered program as a model of ONNX: the translations of ops, and the walk that applies them."""
+"""Conversion of a lowered program to an ONNX model: the translations of ops, and the walk that applies them."""

@@ -1,8 +1,8 @@
-"""Attention in few ops of ONNX: the products with their softmax. Attention to a cache is one op of lorac's.
+"""Attention as few ONNX ops: the products and their softmax. Attention over a cache is one op of lorac's domain.
 
-torch's exporter writes the key's transposition as three ops and looks for NaN after each softmax, which a finite mask
-never makes. ONNX has no op for attention to a cache: each target replaces lorac's by its own, and a program in which
-one is left is refused, since no target claims it.
+torch's exporter writes the key's transposition as three ops, and checks for NaN after each softmax, which a finite mask
+never produces. ONNX has no op for attention over a cache: each target replaces lorac's op by its own. If one is left,
+the program is refused, since no target claims it.
 """
 
 import functools
@@ -44,7 +44,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Outputs:
-    """Write ``aten.scaled_dot_product_attention`` outside training; as in torch, a row without keys gets 0."""
+    """Write ``aten.scaled_dot_product_attention`` outside of training; as in torch, a row without keys gives 0."""
     assert query.shape is not None
     assert query.dtype is not None
     rank, scale = len(query.shape), 1 / math.sqrt(fixed_size(query, -1)) if scale is None else scale
@@ -72,7 +72,7 @@ def attention(
 
 
 def fixed_size(value: ir.Value, axis: int) -> int:
-    """Return a size that does not vary."""
+    """Return the size of an axis, which must not be dynamic."""
     assert value.shape is not None
     size = value.shape[axis]
     assert isinstance(size, int)
@@ -89,7 +89,7 @@ def _positions(rows: ir.Value) -> ir.Value:
 
 
 def cached_attention(*operands: object) -> Outputs:
-    """Write ``lorac::cached_attention`` as an op of lorac's; its module's path is in every node's metadata anyway."""
+    """Write ``lorac::cached_attention`` as an op of lorac's domain, without the path, which is in the metadata."""
     *tensors, scale, window, softcap, _ = operands
     return _cached_attention_op()(*tensors, scale=scale, window=window, softcap=softcap)
 

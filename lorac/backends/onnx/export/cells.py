@@ -1,4 +1,4 @@
-"""Recurrent cells as functional ops: those that torch makes of them write in place.
+"""Recurrent cells as functional ops, since torch decomposes them into ops that write in place.
 
 The equations are those of the documentation of ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell``.
 """

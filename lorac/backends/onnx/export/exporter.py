@@ -1,9 +1,9 @@
-"""A program of torch.export as a model of ONNX, as torch's exporter writes it.
+"""Conversion of a torch.export program to an ONNX model, with the result of torch's exporter.
 
 ``torch.onnx.export`` parses the source of its 500 translations for every program, traces the program again to decompose
-ops even where there are none to decompose, and records nodes in variables of the process. The modules ``torchlib``,
-``type_promotion`` and ``graph_translation`` do without all three, on the releases of torch that they were tested with;
-on others the exporter is called as it is.
+ops even if there are none to decompose, and records nodes in global variables. The modules ``torchlib``,
+``type_promotion`` and ``graph_translation`` avoid all three, for the releases of torch that they were tested with; for
+other releases lorac calls the exporter unchanged.
 """
 
 import traceback
@@ -30,11 +30,11 @@ Translations = Mapping[Target, Translation]
 
 
 def export(program: ExportedProgram, translations: Translations) -> ir.Model:
-    """Return a program as torch's exporter writes it, before any clean-up.
+    """Convert a program as torch's exporter does, without any clean-up.
 
     Args:
-        program: stays as it is.
-        translations: op -> its ONNX, before torch's own.
+        program: the program, which is not modified.
+        translations: op -> translation to ONNX, which takes precedence over torch's own.
 
     Raises:
         Unavailable: an op has no translation.
@@ -72,12 +72,12 @@ def _translate(program: ExportedProgram, translations: Translations) -> ir.Model
         return graph_translation.translate(program, graphs, translations)
     except graph_translation.TranslationFailed as error:
         raise _translation_error(error, error.node) from error
-    except Exception as error:  # a decomposition may raise anything
+    except Exception as error:  # a decomposition may raise any exception
         raise _translation_error(error, _find_failing_node(error)) from error
 
 
 def _translation_error(error: BaseException, node: fx.Node | None) -> Unavailable:
-    """Return the error for a program that cannot be written, with the line of the model that calls the op."""
+    """Return the error for a program that cannot be converted, with the model's line that calls the op."""
     reasons = [str(e).strip() for e in iter_error_causes(error)]
     missing = any(_MISSING_MESSAGE in reason for reason in reasons)
     reason = next((text.splitlines()[0] for text in reversed(reasons) if text), type(error).__name__)
@@ -100,7 +100,7 @@ _MISSING_MESSAGE = "No ONNX function found"
 
 
 def _find_failing_node(error: BaseException) -> fx.Node | None:
-    """Return the op that torch was at when it raised, which may be a part of one of the program's."""
+    """Return the op that torch was processing when it raised, which may come from a decomposition."""
     errors = reversed(list(iter_error_causes(error)))
     frames = (frame for e in errors for frame, _ in reversed(list(traceback.walk_tb(e.__traceback__))))
     names = (value for frame in frames if frame.f_code.co_filename != __file__ for value in frame.f_locals.values())

@@ -1,6 +1,6 @@
-"""A program of torch.export as a model of ONNX, by one walk over its graph.
+"""Conversion of a torch.export program to an ONNX model, by one walk over its graph.
 
-The model has the nodes, names and metadata that ``torch.onnx.export`` gives it.
+The model gets the same nodes, names and metadata as from ``torch.onnx.export``.
 """
 
 import itertools
@@ -45,10 +45,10 @@ _ASSERTIONS = frozenset(
 
 
 class TranslationFailed(Exception):
-    """A node has no translation, or its translation fails.
+    """An error: a node has no translation, or its translation fails.
 
     Args:
-        reason: the fault; default: its cause's message.
+        reason: the reason; default: the message of the cause.
     """
 
     def __init__(self, node: fx.Node, reason: str = "") -> None:
@@ -59,15 +59,16 @@ class TranslationFailed(Exception):
 def translate(
     program: ExportedProgram, graphs: Mapping[str, fx.Graph], translations: Mapping[Target, Translation]
 ) -> ir.Model:
-    """Return a program as a model.
+    """Convert a program to a model.
 
     Args:
-        program: has the signature and the weights.
-        graphs: module path -> graph, "" for the program's own; every op has a translation, and casts are explicit.
-        translations: op -> translation, before torch's.
+        program: the program, which has the signature and the weights.
+        graphs: module path -> graph, "" for the program's own graph; every op has a translation, and casts are
+            explicit.
+        translations: op -> translation, which takes precedence over torch's.
 
     Raises:
-        TranslationFailed: at a node.
+        TranslationFailed: a node could not be translated.
     """
     metadata = {
         _SIGNATURE: str(program.graph_signature),
@@ -76,7 +77,7 @@ def translate(
     main = ir.Graph((), (), nodes=(), name="main_graph", metadata_props=metadata)
     model = ir.Model(main, ir_version=_IR_VERSION, producer_name="pytorch", producer_version=torch.__version__)
     functions: dict[str, ir.Function] = {}
-    # Branches and loops have graphs of their own, which are functions before the graph that calls them is translated.
+    # Branches and loops have graphs of their own, which must become functions before the calling graph is translated.
     for path, graph in reversed([(path, graph) for path, graph in graphs.items() if path]):
         body = ir.Graph((), (), nodes=())
         function = ir.Function(_FUNCTION_DOMAIN, path.replace(".", "__"), graph=body, attributes=())
@@ -95,19 +96,19 @@ def translate(
 
 
 def _functions_below(functions: Mapping[str, ir.Function], prefix: str) -> dict[str, ir.Function]:
-    """Return the functions of a module's own graphs, by attribute."""
+    """Return attribute -> function, for the subgraphs of one module."""
     names = {path.removeprefix(prefix): function for path, function in functions.items() if path.startswith(prefix)}
     return {name: function for name, function in names.items() if "." not in name}
 
 
 class _GraphTranslator:
-    """Translates one graph.
+    """A translator of one graph.
 
     Args:
-        target: gets inputs, nodes and outputs.
-        model: gets the functions that translations call.
-        functions: of the graph's own branches and loops, by attribute.
-        translations: op -> translation, before torch's.
+        target: the graph or function that receives inputs, nodes and outputs.
+        model: the model that receives the functions that translations call.
+        functions: attribute -> function, for the graph's branches and loops.
+        translations: op -> translation, which takes precedence over torch's.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class _GraphTranslator:
         self.recorder = Recorder()  # type: ignore[abstract]  # torch's is an evaluator of onnxscript's older kind
 
     def run(self, graph: fx.Graph) -> dict[str, Outputs]:
-        """Translate all nodes, and return name -> value."""
+        """Translate all nodes; return name -> value."""
         with record_with(self.recorder):
             for node in graph.nodes:
                 self._translate(node)
@@ -149,13 +150,13 @@ class _GraphTranslator:
                 self._translate_call(node)
         except TranslationFailed:
             raise
-        except Exception as error:  # a translation may raise anything
+        except Exception as error:  # a translation may raise any exception
             raise TranslationFailed(node) from error
 
     def _translate_call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             source = self.values[node.all_input_nodes[0].name]
-            if isinstance(source, Sequence):  # else it is a sequence of ONNX's, which has an op for that
+            if isinstance(source, Sequence):  # otherwise it is an ONNX sequence, which has its own op
                 index = node.args[1]
                 assert isinstance(index, int)
                 self.values[node.name] = value = source[index]
@@ -191,7 +192,7 @@ class _GraphTranslator:
                 producer.name = f"node_{name}"
 
     def _operand(self, operand: Argument) -> object:
-        """Return an operand as translations take it: a value, a function, a number, or lists of them."""
+        """Convert an operand to the form that translations accept: a value, a function, a number, or lists of these."""
         if isinstance(operand, fx.Node):
             return self.functions[str(operand.target)] if operand.op == "get_attr" else self.values[operand.name]
         if isinstance(operand, list | tuple):
@@ -206,10 +207,10 @@ def _as_sequence(value: Outputs) -> Sequence[ir.Value]:
 
 
 def _annotate(value: ir.Value, example: object) -> None:
-    """Set a value's dtype and shape, as an example of it has them."""
+    """Set a value's dtype and shape to those of an example."""
     if isinstance(example, torch.Tensor):
         sizes: list[int | str] = [size if isinstance(size, int) else str(size.node) for size in example.shape]
-        if value.dtype is None:  # a translation may know better
+        if value.dtype is None:  # a translation may have set the exact one
             is_complex = example.dtype.is_complex
             value.dtype = from_torch_dtype(example.dtype.to_real() if is_complex else example.dtype)
             sizes += [2] if is_complex else []  # the real and the imaginary part
@@ -229,7 +230,7 @@ _NUMBERS = (
 
 
 def _read_provenance(node: fx.Node) -> dict[str, str]:
-    """Return where a node comes from, under torch's names for it."""
+    """Return the modules and the source line of a node, under torch's metadata names."""
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     scopes = [
         (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins."))
@@ -246,7 +247,7 @@ def _read_provenance(node: fx.Node) -> dict[str, str]:
 
 
 def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[str, Outputs]) -> None:
-    """Make a program's own inputs and outputs those of the graph; weights become initializers, under their names."""
+    """Set the graph's inputs and outputs to the program's; make weights initializers, under their names."""
     graph.inputs.clear()
     graph.outputs.clear()
     for spec in program.graph_signature.input_specs:

@@ -1,8 +1,8 @@
-"""Opsets of ONNX whose ops are recorded for the calling context alone.
+"""Opsets of ONNX whose ops are recorded only for the calling context.
 
-onnxscript's opsets record in ``onnxscript.evaluator.default()``, a variable of the process: one thread's export may
-record the ops of another. An opset here records in a context variable instead. Where that has no recorder, it calls
-onnxscript's evaluator, as ``torch.onnx.export`` expects of a translation.
+onnxscript's opsets record in ``onnxscript.evaluator.default()``, a global variable, so one thread's export may record
+the ops of another. An opset here records in a context variable. If that has no recorder, it calls onnxscript's
+evaluator, as ``torch.onnx.export`` expects of a translation.
 """
 
 import functools
@@ -23,10 +23,10 @@ Outputs = ir.Value | Sequence[ir.Value]
 
 
 class NodeRecorder(Protocol):
-    """Writes nodes down."""
+    """A recorder of nodes."""
 
     def record(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
-        """Write a node and return its outputs."""
+        """Record a node and return its outputs."""
 
 
 _recorder: ContextVar[NodeRecorder | None] = ContextVar("recorder", default=None)
@@ -34,7 +34,7 @@ _recorder: ContextVar[NodeRecorder | None] = ContextVar("recorder", default=None
 
 @contextmanager
 def record_with(recorder: NodeRecorder) -> Iterator[None]:
-    """Record the ops that this context calls with a recorder."""
+    """Use a recorder for the ops that are called within the block in this context."""
     token = _recorder.set(recorder)
     try:
         yield
@@ -48,10 +48,10 @@ def current_recorder() -> NodeRecorder | None:
 
 
 class RecordedOp:
-    """An op that the recorder of the calling context writes down.
+    """An op that the recorder of the calling context records.
 
     Args:
-        name: of the op.
+        name: the name of the op.
         schema: its inputs and attributes.
     """
 
@@ -72,7 +72,7 @@ class RecordingOpset:
     """An opset whose ops are recorded for the calling context.
 
     Args:
-        original: onnxscript's. Its methods are called as they are written, since they fill in attributes' defaults.
+        original: onnxscript's opset. Its methods are called unchanged, since they fill in defaults of attributes.
     """
 
     _prepare_inputs = Opset._prepare_inputs
@@ -92,7 +92,7 @@ class RecordingOpset:
 
 
 def rebind(function: types.FunctionType, names: dict[str, object]) -> types.FunctionType:
-    """Return a copy of a function that looks its globals up in ``names``."""
+    """Return a copy of a function that looks up globals in ``names``."""
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
@@ -100,7 +100,7 @@ def rebind(function: types.FunctionType, names: dict[str, object]) -> types.Func
 
 @functools.cache
 def _recorded_names(module: str) -> dict[str, object]:
-    """Return a copy of the globals of a module of onnxscript's opsets, in which ops are recorded."""
+    """Return a copy of the globals of an onnxscript opset module, in which ops are recorded."""
     return {**vars(sys.modules[module]), "Op": RecordedOp, "get_schema": _read_schema}
 
 

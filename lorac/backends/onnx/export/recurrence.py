@@ -1,7 +1,7 @@
-"""``lorac::recurrence`` in ONNX: a ``Scan`` over the tokens, or over chunks of them where heads decay by one number.
+"""``lorac::recurrence`` in ONNX: a ``Scan`` over tokens, or over chunks of tokens if each head has a single decay.
 
-A chunk has the products of its tokens as matrices (arXiv:2405.21060, section 6; arXiv:2412.06464, section 3.3), and
-reads and writes the state once. So a long prompt takes a fraction of the time that its tokens take one by one.
+A chunk computes its tokens' products as matrices (arXiv:2405.21060, section 6; arXiv:2412.06464, section 3.3), and
+reads and writes the state once. So a long prompt takes a fraction of the time of a scan over tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def recurrence(
     beta: ir.Value | None,
     state: ir.Value,
 ) -> Outputs:
-    """Write the op: of few tokens, or where features decay apart, a step of each."""
+    """Write the op: token by token for few tokens or if features have separate decays, otherwise by chunks."""
     operands = [q, k, v, decay, *([] if beta is None else [beta])]
     assert decay.shape is not None
     if rate is not None or decay.shape[3:] != (1, 1):
@@ -42,7 +42,7 @@ def recurrence(
 
 
 def _scan_tokens(state: ir.Value, rate: ir.Value | None, *operands: ir.Value) -> list[ir.Value]:
-    """Write a ``Scan`` over tokens; products of single tokens come before it, for all tokens at once."""
+    """Write a ``Scan`` over tokens; products that involve one token only are computed for all tokens before it."""
     q, k, v, decay, *beta = operands
     row, column = op.Constant(value_ints=[3]), op.Constant(value_ints=[4])
     scanned = [op.Unsqueeze(q, row), op.Unsqueeze(k, column), op.Unsqueeze(v, row)]
@@ -65,7 +65,7 @@ def _scan_tokens(state: ir.Value, rate: ir.Value | None, *operands: ir.Value) ->
 
 
 def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
-    """Write a ``Scan`` over chunks of (batch, heads, tokens, size); tokens behind the last move no state."""
+    """Write a ``Scan`` over chunks (batch, heads, tokens, size); padding at the end does not change the state."""
     q, k, v, decay, *beta = operands
     length = op.Shape(q, start=1, end=2)
     zero = op.Constant(value_ints=[0])
@@ -84,13 +84,13 @@ def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
         def constant(value: np.ndarray) -> ir.Value:
             return op.Constant(value=ir.tensor(value.astype(dtype)))
 
-        past = op.MatMul(constant(lower), decay)  # the logarithms up to each token
+        past = op.MatMul(constant(lower), decay)  # the logarithms of decay up to each token
         whole = op.ReduceSum(decay, op.Constant(value_ints=[2]))
         seen = op.Add(op.Sub(past, op.Transpose(past, perm=[0, 1, 3, 2])), constant(np.where(lower, 0, -np.inf)))
         pairs, since, turned = op.Exp(seen), op.Exp(past), op.Transpose(k, perm=[0, 1, 3, 2])
         if beta:
-            # (I - N)⁻¹ = (I + N)(I + N²)(I + N⁴)… for N that is strictly lower. Equal keys make its powers large, and a
-            # step of Newton's method takes their rounding away.
+            # (I - N)⁻¹ = (I + N)(I + N²)(I + N⁴)… for a strictly lower triangular N. Equal keys make the powers of N
+            # large, and a step of Newton's method removes their rounding.
             one = constant(np.eye(_CHUNK))
             known = op.Mul(op.Mul(op.MatMul(k, turned), pairs), op.Mul(beta[0], constant(np.eye(_CHUNK) - lower)))
             inverse, power = op.Add(one, known), known
@@ -111,8 +111,8 @@ def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
 
 
 def _scan(name: str, body: Callable[..., list[ir.Value]], state: ir.Value, scanned: Sequence[ir.Value]) -> Any:
-    """Write a ``Scan`` along the second axis; return the state behind all parts, and the output of each part."""
-    # Not every recorded value knows its dtype, and all are the state's.
+    """Write a ``Scan`` along the second axis; return the state after all parts, and the output of each part."""
+    # Some recorded values have no known dtype, and all have the state's.
     inputs = [ir.val(f"{name}_in_{number}", state.dtype) for number in range(1 + len(scanned))]
     count = len(scanned)
     graph = _record_graph(name, lambda: body(*inputs), inputs)
@@ -122,7 +122,7 @@ def _scan(name: str, body: Callable[..., list[ir.Value]], state: ir.Value, scann
 
 
 def _record_graph(name: str, write: Callable[[], Sequence[ir.Value]], inputs: Sequence[ir.Value] = ()) -> ir.Graph:
-    """Return the graph of the ops that a function writes, with names of its own."""
+    """Record the ops that a function writes into a graph, whose values get names with a prefix."""
     recorder = Recorder()  # type: ignore[abstract]  # as for a whole graph
     with record_with(recorder):
         outputs = write()

@@ -1,14 +1,14 @@
-"""torch's translations of ops into ONNX, run so that no other thread sees anything of it.
+"""torch's translations of ops to ONNX, run without effects on other threads.
 
-The translations of torch and onnxscript record nodes in variables of the process: ``onnxscript.evaluator.default()``
-and ``torch.onnx._internal.exporter._core.current_tracer``. One thread's export may record the ops of another. So their
-code runs here over copies of their modules' namespaces, in which every opset records for the calling context
-(``opsets``). The libraries' own objects stay as they are.
+The translations of torch and onnxscript record nodes in global variables, ``onnxscript.evaluator.default()`` and
+``torch.onnx._internal.exporter._core.current_tracer``, so one thread's export may record the ops of another. Therefore
+this module runs their code over copies of their modules' namespaces, in which every opset records for the calling
+context (``opsets``). The libraries' own objects are not modified.
 
-The private parts of torch that emission needs are imported here and nowhere else, and
-``tests/backends/onnx/test_torchlib.py`` tests how they behave. They become unnecessary once both variables are context
-variables upstream, and once ``torch.onnx.export`` neither reads the signatures of translations that a program does not
-need nor traces a program again of which nothing is decomposed.
+Only this module imports the private parts of torch that emission needs, and ``tests/backends/onnx/test_torchlib.py``
+tests their behaviour. They become unnecessary once both variables are context variables upstream, and once
+``torch.onnx.export`` reads only the signatures of translations that a program needs, and does not trace a program again
+if it decomposes nothing.
 """
 
 import functools
@@ -83,9 +83,9 @@ Translation = Callable[..., Outputs]
 
 
 class Recorder(_building.OpRecorder):
-    """Records the nodes of one graph as torch's own recorder does, but reads the signature of an op once.
+    """A recorder of one graph's nodes, which works as torch's own but reads the signature of each op once.
 
-    Constants and sizes are written once, since a third of a program's nodes would be copies of them.
+    Equal constants and sizes are recorded once; otherwise a third of a program's nodes would be copies of them.
     """
 
     def __init__(self) -> None:
@@ -94,12 +94,12 @@ class Recorder(_building.OpRecorder):
         self._size_values: set[object] = set()
 
     def record(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
-        """Write a node, or find the same constant or size, and return its outputs."""
+        """Record a node, or find an equal constant or size; return its outputs."""
         if schema.name not in _SIZE_OPS or (schema.name == "Concat" and not self._size_values.issuperset(inputs)):
             return self._write(schema, *inputs, **attributes)
         facts: list[object] = [schema.name, inputs]
         for name, value in attributes.items():
-            if not isinstance(value, ir.Tensor):  # as text, since -0.0 is another number than 0.0
+            if not isinstance(value, ir.Tensor):  # as text, since -0.0 and 0.0 compare equal
                 facts += () if value is None else (name, repr(list(value) if isinstance(value, tuple) else value))
             elif value.size <= _LARGEST_SHARED:
                 facts += (name, value.dtype, *value.shape, value.tobytes())
@@ -126,7 +126,7 @@ class Recorder(_building.OpRecorder):
         else:
             count = _building._determine_output_number(signature, settings)
         typed: dict[str, object] = dict(settings)
-        for name, value in settings.items():  # onnx_ir infers these types last, after slow comparisons with protocols
+        for name, value in settings.items():  # onnx_ir infers these types last, after slow protocol checks
             kinds = {type(element) for element in value} if isinstance(value, list | tuple) else set[type]()
             if isinstance(value, ir.Tensor):
                 typed[name] = ir.AttrTensor(name, value)
@@ -135,14 +135,14 @@ class Recorder(_building.OpRecorder):
         return _unpack(self._call_op(signature, named, typed, count))  # type: ignore[arg-type]  # onnx_ir takes both
 
     def record_call(self, function: AnyFunction, /, *inputs: object, **attributes: object) -> Outputs:
-        """Write a call of a function that onnxscript compiled."""
+        """Record a call of a function that onnxscript compiled."""
         signature = _read_function_signature(function)
         named, settings = _building._construct_named_inputs_and_attrs(signature, inputs, attributes)  # type: ignore[arg-type]  # torch's to check
         self.functions[(function.function_ir.domain, function.name, "")] = function
         return _unpack(self._call_op(signature, named, settings, len(signature.outputs)))
 
     def take_nodes(self) -> list[ir.Node]:
-        """Return the nodes that were recorded since this was called last."""
+        """Return the nodes that were recorded since the last call of this method."""
         nodes, self.nodes = self.nodes, []
         return nodes
 
@@ -169,24 +169,24 @@ def _read_function_signature(function: AnyFunction) -> OpSignature:
 
 
 def find_untranslated(program: ExportedProgram, translations: Mapping[Target, Translation]) -> list[fx.Node]:
-    """Return the calls of ops that have no translation."""
+    """Return the calls of ops without a translation."""
     library = _read_library()
     calls = (node for node in program.graph.nodes if isinstance(node.target, OpOverload))
     return [node for node in calls if node.target not in translations and _key(node.target) not in library]
 
 
 def is_functional(program: ExportedProgram) -> bool:
-    """Return whether no op writes in place or runs a graph of its own."""
+    """Return whether no op writes in place or runs a subgraph."""
     ops = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
     return not any(op._schema.is_mutable for op in ops) and all(n.op != "get_attr" for n in program.graph.nodes)
 
 
 def find_translation(node: fx.Node, translations: Mapping[Target, Translation]) -> Translation | None:
-    """Return the translation of a node, as torch's exporter chooses it.
+    """Return the translation of a node that torch's exporter would choose.
 
     Args:
-        node: calls the op.
-        translations: op -> translation, before the libraries'.
+        node: a call of the op.
+        translations: op -> translation, which takes precedence over the libraries'.
     """
     examples = [operand.meta.get("val") for operand in node.all_input_nodes]
     is_complex = any(isinstance(value, torch.Tensor) and value.is_complex() for value in examples)
@@ -197,7 +197,7 @@ def find_translation(node: fx.Node, translations: Mapping[Target, Translation]) 
 
 
 def decompose(program: ExportedProgram, translations: Mapping[Target, Translation]) -> ExportedProgram:
-    """Return a program, traced again, in which ops without a translation are decomposed."""
+    """Trace a program again, and decompose its ops without a translation."""
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # it is a ConfigModule
         decomposed = program.run_decompositions(_make_decompositions(translations))
     for module in decomposed.graph_module.modules():
@@ -209,7 +209,7 @@ def decompose(program: ExportedProgram, translations: Mapping[Target, Translatio
 def decompose_calls(
     program: ExportedProgram, translations: Mapping[Target, Translation], calls: Sequence[fx.Node]
 ) -> ExportedProgram:
-    """Return a copy of a program in which some calls of functional ops are decomposed, and nothing else is traced."""
+    """Return a copy of a program with the given calls of functional ops decomposed; nothing else is traced."""
     program = copy_program(program)
     names = {call.name for call in calls}
     decompositions = _make_decompositions(translations)
@@ -236,7 +236,7 @@ def decompose_calls(
 
 @torch.library.custom_op("lorac::fourier_transform", mutates_args=())
 def _transform(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
-    """Stand for a Fourier transform in a trace: torch's own rules for the shapes fix sizes at those of the example."""
+    """Stand in for a Fourier transform in a trace, since torch's own shape rules fix sizes to those of the example."""
     return cast(torch.Tensor, torch.ops.aten._fft_c2c(x, dim, normalization, forward))
 
 
@@ -247,7 +247,7 @@ def _(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> tor
 
 @torch.library.custom_op("lorac::fourier_transform_of_real", mutates_args=())
 def _transform_real(x: torch.Tensor, dim: list[int], normalization: int, onesided: bool) -> torch.Tensor:
-    """Stand for one of real numbers."""
+    """Stand in for a Fourier transform of real numbers."""
     return cast(torch.Tensor, torch.ops.aten._fft_r2c(x, dim, normalization, onesided))
 
 
@@ -260,7 +260,7 @@ def _(x: torch.Tensor, dim: list[int], normalization: int, onesided: bool) -> to
 
 @torch.library.custom_op("lorac::fourier_transform_to_real", mutates_args=())
 def _transform_back(x: torch.Tensor, dim: list[int], normalization: int, last_dim_size: int) -> torch.Tensor:
-    """Stand for one whose result is real."""
+    """Stand in for a Fourier transform with a real result."""
     return cast(torch.Tensor, torch.ops.aten._fft_c2r(x, dim, normalization, last_dim_size))
 
 
@@ -299,7 +299,7 @@ def _run_call(
 
 
 def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompositions:
-    """Return the decompositions of the ops without a translation."""
+    """Return the decompositions of the ops that have no translation."""
     targets = [meta.fx_target for meta in get_torchlib_ops()]
     targets += filter(None, map(_registration._get_overload, default_registry))
     transforms = {op: stand_in for stand_in, op in _TRANSFORMS.items()}
@@ -308,7 +308,7 @@ def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompos
 
 @functools.cache
 def _read_library() -> Mapping[object, list[tuple[Translation, bool]]]:
-    """Return op -> its translations of the newest version, each with whether it takes complex numbers."""
+    """Return op -> its newest translations, each with whether it is for complex numbers."""
     library = defaultdict[object, list[tuple[int, Translation, bool]]](list)
     for meta in get_torchlib_ops():
         library[_key(meta.fx_target)].append((meta.opset_introduced, meta.onnx_function, meta.is_complex))
@@ -322,7 +322,7 @@ def _read_library() -> Mapping[object, list[tuple[Translation, bool]]]:
 
 
 def _key(target: object) -> object:
-    """Return the library's name of an op, or a function as it is."""
+    """Return the library's name of an op; return a Python function unchanged."""
     return target.name() if isinstance(target, OpOverload) else target
 
 
@@ -333,7 +333,7 @@ def _detach(translation: Translation) -> Translation:
 
 
 class _Core:
-    """Stands for ``torch.onnx._internal.exporter._core`` in translations, which read the current recorder from it."""
+    """A stand-in for ``torch.onnx._internal.exporter._core``, from which translations read the current recorder."""
 
     @property
     def current_tracer(self) -> object:
@@ -346,7 +346,7 @@ _NAMESPACES: dict[str, dict[str, object]] = {}
 
 
 def _namespace_of(names: dict[str, object]) -> dict[str, object]:
-    """Return a copy of a module's globals in which translations record for the calling context."""
+    """Return a copy of a module's globals, in which translations record for the calling context."""
     module = str(names["__name__"])
     if module not in _NAMESPACES:
         copy = _NAMESPACES[module] = dict(names)
@@ -355,7 +355,7 @@ def _namespace_of(names: dict[str, object]) -> dict[str, object]:
 
 
 def _rebind_value(value: object) -> object:
-    """Return the recording form of a global of a translation; one that records nothing stays itself."""
+    """Return the recording form of a global that a translation reads; return a value that records nothing unchanged."""
     match value:
         case Opset():
             return RecordingOpset(value)

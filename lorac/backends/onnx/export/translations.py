@@ -1,4 +1,4 @@
-"""ONNX for lorac's own ops that reach the emitter: a function per op, and the settings that it cannot state itself."""
+"""ONNX for ops that reach the emitter: one function per op, which takes precedence over torch's translation."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,9 +25,9 @@ _WIDE_DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 def split_with_sizes(x: ir.Value, sizes: Sequence[int | ir.Value], dim: int = 0) -> Outputs:
-    """Write ``Split``. torch's translation makes a sequence, which is taken apart again for each part.
+    """Write ``Split``; torch's translation makes a sequence and extracts each part from it.
 
-    Sizes are numbers, or values where a model's own part is as large as an input says.
+    Sizes are numbers, or values if the size of a part depends on an input.
     """
     if len(sizes) == 1:
         return [op.Identity(x)]
@@ -47,7 +47,7 @@ def slice_tensor(
     end: int | ir.Value | None = None,
     step: int | ir.Value = 1,
 ) -> Outputs:
-    """Write ``Slice``. torch's translation casts and reshapes each number, which takes long to fold again."""
+    """Write ``Slice``; torch's translation casts and reshapes each number, which is slow to fold again."""
     bounds = (0 if start is None else start, _INT64_MAX if end is None else end, dim, step)
     return op.Slice(x, *map(_as_vector, bounds))
 
@@ -59,7 +59,7 @@ def _as_vector(size: int | ir.Value) -> ir.Value:
 
 
 def linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> Outputs:
-    """Write ``aten.linear`` as torch's translation does, so that ONNX Runtime fuses it alike."""
+    """Write ``aten.linear`` as torch's translation does, so that ONNX Runtime applies the same fusions."""
     assert x.shape is not None
     if len(x.shape) == _MATRIX:
         return op.Gemm(x, weight, bias, transB=1)
@@ -86,13 +86,13 @@ def conv3d(
     dilation: Sequence[int] = (1, 1, 1),
     groups: int = 1,
 ) -> Outputs:
-    """Write ``Conv``. torch's translation gives one without a bias zeros of another rank, which no runtime takes."""
+    """Write ``Conv``; without a bias, torch's translation adds zeros of another rank, which no runtime accepts."""
     pads = [*padding, *padding]
     return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
 def adaptive_avg_pool(x: ir.Value, sizes: Sequence[int]) -> Outputs:
-    """Write a mean over the windows of each axis; torch's decomposition keeps the windows of the example's size."""
+    """Write a mean over the windows of each axis; torch's decomposition fixes the windows to the example's size."""
     for axis, count in zip(range(-len(sizes), 0), sizes, strict=True):
         axes = op.Constant(value_ints=[axis])
         size, number = op.Shape(x, start=axis, end=axis + 1 or None), op.Constant(value_ints=[count])
@@ -109,7 +109,7 @@ def adaptive_avg_pool(x: ir.Value, sizes: Sequence[int]) -> Outputs:
 def rms_norm(
     x: ir.Value, sizes: Sequence[int | ir.Value], weight: ir.Value | None = None, eps: float | None = None
 ) -> Outputs:
-    """Write the ops that torch decomposes it into, half precision computed in float32; torch has no translation."""
+    """Write the ops of torch's decomposition, with half precision computed in float32; torch has no translation."""
     assert x.dtype is not None
     wide = x.dtype if x.dtype in _WIDE_DTYPES else ir.DataType.FLOAT
     y = _cast(x, wide)
@@ -140,14 +140,14 @@ def gather_rows(x: ir.Value, positions: ir.Value) -> Outputs:
 
 
 def cut_segments(x: ir.Value, slot: ir.Value, features: int) -> Outputs:
-    """Write ``Reshape`` to the number of places, whatever number of items, and the features."""
+    """Write ``Reshape`` to (places, items, features), with the number of items inferred."""
     assert x.shape is not None
     places, items = op.Shape(slot, start=0, end=1), op.Constant(value_ints=[-1])
     return op.Reshape(x, op.Concat(places, items, *_last_sizes(x, len(x.shape) - features), axis=0))
 
 
 def join_segments(y: ir.Value, like: ir.Value, features: int) -> Outputs:
-    """Write ``Reshape`` to the leading sizes of another value, and the features."""
+    """Write ``Reshape`` to the leading sizes of another value, followed by the features."""
     leading = op.Shape(like, start=0, end=-features) if features else op.Shape(like)
     return op.Reshape(y, op.Concat(leading, *_last_sizes(y, 2), axis=0))
 
@@ -155,7 +155,7 @@ def join_segments(y: ir.Value, like: ir.Value, features: int) -> Outputs:
 def convolve_segments(
     x: ir.Value, kernels: ir.Value, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Outputs:
-    """Write a ``Scan`` over the places, each of which is a ``Conv``."""
+    """Write a ``Scan`` over the places, which runs one ``Conv`` per place."""
     assert x.shape is not None and kernels.shape is not None and x.dtype is not None
     part, kernel, y = (ir.val(name, x.dtype) for name in ("segment", "kernel", "convolved"))
     part.shape, kernel.shape = ir.Shape(x.shape[1:]), ir.Shape(kernels.shape[1:])
@@ -166,7 +166,7 @@ def convolve_segments(
 
 
 def _last_sizes(x: ir.Value, first: int) -> list[ir.Value]:
-    """Return the sizes of a value from an axis on, as values to concatenate."""
+    """Return the sizes of a value from an axis to the last, as values to concatenate."""
     assert x.shape is not None
     sizes = [*x.shape][first:]
     if not sizes:
@@ -197,7 +197,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
 
 
 def drop_split_counts(model: ir.Model) -> None:
-    """Drop the number of parts of a ``Split`` that is given sizes: the recorder asks for it, and ONNX forbids it."""
+    """Drop ``num_outputs`` of a ``Split`` with given sizes, which the recorder requires but ONNX forbids."""
     for node in model.graph.all_nodes():
         if node.op_type == "Split" and len(node.inputs) > 1 and node.inputs[1] is not None:
             node.attributes.pop("num_outputs", None)

@@ -1,7 +1,7 @@
-"""Casts that torch makes as it computes, written out: ONNX promotes no dtypes.
+"""Explicit casts for torch's implicit ones, since ONNX does not promote dtypes.
 
 The rules are those of torch's exporter. Its own pass runs the whole program again on fake tensors to learn the dtypes
-of operands. Here they are read from the program, and only a value that a cast changes is computed again.
+of operands. This module reads them from the program, and recomputes only values that a cast changes.
 """
 
 import copy
@@ -41,13 +41,13 @@ def insert_casts(graph: fx.Graph, mode: FakeTensorMode) -> None:
     """Insert the casts of operands and results that torch makes implicitly, in place.
 
     Args:
-        graph: with an example of every value in its nodes' metadata.
-        mode: of these examples.
+        graph: a graph with an example of every value in its nodes' metadata.
+        mode: the fake mode of these examples.
     """
     rules = [(node, get_type_promotion_rule(node, _promotion_table())) for node in graph.nodes]
     with mode, enable_python_dispatcher():
         for node, rule in [(node, rule) for node, rule in rules if rule is not None]:
-            # A rule keeps notes while it is applied: a copy keeps them from other threads.
+            # A rule stores state while it is applied, so each thread applies a copy.
             promotion = copy.copy(rule).preview_type_promotion(_examples(node.args), _examples(node.kwargs))
             _promote(node, promotion)
 
@@ -56,7 +56,7 @@ _promotion_table = functools.cache(TypePromotionTable)
 
 
 def _promote(node: fx.Node, promotion: TypePromotionSnapshot) -> None:
-    """Cast a node's operands as its rule says, and its result back to the dtype it had."""
+    """Cast a node's operands by its promotion rule, and cast its result back to the former dtype."""
     args = tuple(_cast(node, arg, promotion.args_dtypes.get(i)) for i, arg in enumerate(node.args))
     kwargs = {name: _cast(node, arg, promotion.kwargs_dtypes.get(name)) for name, arg in node.kwargs.items()}
     if args == node.args and kwargs == node.kwargs:
@@ -74,7 +74,7 @@ def _promote(node: fx.Node, promotion: TypePromotionSnapshot) -> None:
 
 
 def _cast(node: fx.Node, operand: Argument, dtype: torch.dtype | None) -> Argument:
-    """Return an operand in a dtype: itself, or a new node before the one that reads it."""
+    """Return an operand in a dtype: unchanged, or cast by a new node before the node that reads it."""
     if dtype is None:
         return operand
     if isinstance(operand, tuple | list):
@@ -90,11 +90,11 @@ def _cast(node: fx.Node, operand: Argument, dtype: torch.dtype | None) -> Argume
 
 
 def _compute(node: fx.Node, origin: fx.Node | None = None) -> torch.Tensor:
-    """Compute a node's example from those of its operands, and return it.
+    """Compute a node's example from its operands' examples, store and return it.
 
     Args:
-        node: new or changed.
-        origin: the node whose provenance a new one gets.
+        node: a new or changed node.
+        origin: the node whose provenance a new node gets.
     """
     if origin is not None:
         node.meta.update({key: value for key, value in origin.meta.items() if key != "val"})

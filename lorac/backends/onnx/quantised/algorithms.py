@@ -1,8 +1,8 @@
 """Algorithms that choose the codes of a matrix: the library's kernel, its k-quants, and GPTQ.
 
 GPTQ ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", Frantar et al. 2023, arXiv
-2210.17323) quantises a matrix column by column and moves each column's error to those that are left, by the second
-moments of the layer's inputs. The library's own GPTQ returns rounded values without the codes that they stand for.
+2210.17323) quantises a matrix column by column and moves each column's error to the remaining columns, according to the
+second moments of the layer's inputs. The library's own GPTQ returns rounded values, but not their codes.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ def encode(codec: Codec, matrix: Array, algorithm: str, moments: Tensor | None) 
 
     Args:
         algorithm: one of ``ALGORITHMS``.
-        moments: (columns, columns), of the inputs of products with the matrix, for GPTQ; without them it rounds to the
-            nearest.
+        moments: (columns, columns), second moments of the inputs of products with the matrix, for GPTQ; without them
+            GPTQ rounds to the nearest code.
     """
     if algorithm == GPTQ and moments is not None:
         return _encode_by_gptq(codec, matrix, moments)
@@ -42,7 +42,7 @@ def _encode_by_k_quants(codec: Codec, matrix: Array) -> EncodedMatrix:
     blocks = -(-columns // codec.block)
     padded = np.pad(matrix, ((0, 0), (0, blocks * codec.block - columns)))
     parts = np.array_split(padded, max(1, padded.size // _MOST_VALUES))
-    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal values, which it leaves as they are
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal values, which it leaves unchanged
         found = [quant_tensor_k_quant_cpu(part, codec.bits, codec.block) for part in parts]
     whole, scales, zeros = (np.concatenate([part[i] for part in found]) for i in range(3))
     return codec.pack(
@@ -77,7 +77,7 @@ def _encode_by_gptq(codec: Codec, matrix: Array, moments: Tensor) -> EncodedMatr
 
 
 def _factor_inverse(moments: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of second moments, damped until they have one."""
+    """Return the upper Cholesky factor of the inverse of second moments; damp them until it exists."""
     damping, identity = _DAMPING * moments.diagonal().mean(), torch.eye(len(moments))
     while True:
         lower, failed = torch.linalg.cholesky_ex(moments + damping * identity)
@@ -87,7 +87,7 @@ def _factor_inverse(moments: Tensor) -> Tensor:
 
 
 def _choose_scales(codec: Codec, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scale and the zero point of each column of a block with the least weighted squared error.
+    """Return each column's scale and zero point in a block, with the least weighted squared error.
 
     Args:
         values: (block, rows).
@@ -108,10 +108,10 @@ def _choose_scales(codec: Codec, values: Tensor, weights: Tensor) -> tuple[Tenso
 
 
 def _candidates(codec: Codec, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return scales and zero points (rows,) that the columns of a block (block, rows) may have."""
+    """Return candidates of scales and zero points (rows,) for the columns of a block (block, rows)."""
     most, middle = 2**codec.bits - 1, 2.0 ** (codec.bits - 1)
     if codec.symmetric:
-        # The end with one code more is that of the largest value, or the other one.
+        # The end of the range with one more code is assigned to the largest value, or to the other side.
         largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0] / -middle
         signed = [share * sign for sign in (1.0, -1.0) for share in _SHRINKING]
         return [(_nonzero(largest * share), torch.full_like(largest, middle)) for share in signed]

@@ -1,4 +1,4 @@
-"""The base of backends that may store base weights in 8 or 4 bits, in lorac's codes whichever library reads them."""
+"""The base class of backends that may store base weights in 8 or 4 bits, with lorac's codes for every library."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _QUANTISED = "quantised"
 
 
 class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptionsT, GraphT]):
-    """A target that is given ONNX files, whose weights may be quantised.
+    """A target that runs ONNX files with weights that may be quantised.
 
     Attributes:
-        takes_tables: whether its products take codes that are indices into a table of levels.
+        takes_tables: whether its products support codes that are indices into a table of levels.
     """
 
     takes_tables: ClassVar[bool] = True
 
     def mark_quantised(self, sites: Mapping[str, Site], options: QuantOptionsT, mode: str) -> dict[str, Site]:
-        """Mark the layers and embeddings that are to be quantised; a baked program is merged in float first."""
+        """Mark the layers and embeddings to be quantised; none in a baked program, which is merged in float first."""
         codec = options.codec
         if codec is None or mode == "baked":
             return dict(sites)
@@ -54,7 +54,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         }
 
     def check(self, request: BuildRequest[QuantOptionsT]) -> None:
-        """Refuse options that say how weights are quantised, where none are."""
+        """Refuse options about quantisation if no weight is quantised."""
         from lorac.frontend.quantised_weights import iter_quantised_origins
 
         super().check(request)
@@ -84,11 +84,11 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         return (passed,)
 
     def check_emitted(self, emitted: EmittedProgram[QuantOptionsT]) -> None:
-        """Refuse to quantise a model of which no weight can be quantised, or a head that it lacks.
+        """Refuse to quantise a model without any quantisable weight, and ``head=`` for a model without a head.
 
         Raises:
-            Unavailable: with the reason for one of its weights.
-            OptionError: ``head=`` is given, and the model has no such layer.
+            Unavailable: naming the reason for one of its weights.
+            OptionError: ``head=`` is given, and the model has no output layer as large as an embedding.
         """
         options, reports = emitted.request.options, quantisation_reports(emitted).values()
         if options.head is not None and not any(report.has_head for report in reports):
@@ -106,7 +106,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         )
 
     def write_base_weights(self, emitted: EmittedProgram[QuantOptionsT]) -> None:
-        """Write the base weights of planned sites; for quantised weights the program's own bytes are stored."""
+        """Write the base weights of planned sites; for quantised weights, refer to the program's own bytes."""
         from lorac.backends.onnx.build import write_base_weights
         from lorac.backends.onnx.quantised.base_weights import find_quantised, locate_parts, tensors_and_notes
 
@@ -121,7 +121,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         write_base_weights(emitted, floats, parts, notes, locations)
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[QuantOptionsT]) -> None:
-        """Compare the engine with the program whose weights are those that the engine computes with."""
+        """Compare the engine with the program after its weights are replaced by the dequantised ones."""
         from lorac.backends.onnx.quantised.base_weights import replace_quantised
         from lorac.backends.onnx.self_test import run_self_test
 
@@ -132,7 +132,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         return dequantised_weights(TensorFile(files[BASE_FILE], files)) if BASE_FILE in files else None
 
     def _prequantised_matrices(self, model: nn.Module, options: QuantOptionsT) -> tuple[PrequantisedMatrix, ...]:
-        """Return the pre-quantised weights of a model as products take them; warn of those that they do not take."""
+        """Return the pre-quantised weights of a model that products support; warn of the others."""
         from lorac.backends.onnx.quantised.products import PrequantisedMatrix
         from lorac.frontend.quantised_weights import iter_quantised_origins
 
@@ -155,7 +155,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
 
 
 def _is_quantised(site: Site, codec: Codec) -> bool:
-    """Return whether a site is a layer whose weight a program quantises; a product inside a module is a slot's."""
+    """Return whether a site is a layer whose weight a program quantises; weights read inside a module stay float."""
     if site.within is not None or site.dtype != torch.float32 or site.packed:
         return False
     columns = {SiteKind.LINEAR: site.in_features, SiteKind.EMBEDDING: site.out_features}.get(site.kind)
@@ -163,7 +163,7 @@ def _is_quantised(site: Site, codec: Codec) -> bool:
 
 
 def quantisation_reports(emitted: EmittedProgram[Any]) -> dict[str, QuantisationReport]:
-    """Return graph -> the report of its quantisation; empty where nothing was quantised."""
+    """Return graph -> the report of its quantisation; empty if nothing was quantised."""
     from lorac.backends.onnx.quantised.quantisation_report import QuantisationReport
 
     details = ((graph, result.details) for graph, found in emitted.results.items() for result in found.values())

@@ -1,7 +1,7 @@
-"""The base weights of a quantised program, for adapters that are made from weights.
+"""The base weights of a quantised program, for adapters that are computed from weights.
 
-Every method changes the weight that the program computes with. So W is the dequantised weight in float32, as PEFT's
-methods read a quantised layer. Only the program's own bytes are stored; no file has the model's original weights.
+Every method changes the weight with which the program computes. So W is the dequantised weight in float32, as for
+PEFT's methods on a quantised layer. Only the program's own bytes are stored; no file has the model's original weights.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _COMPARED_FIRST = 8
 
 @dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """A tensor that a program stores quantised: some rows of one of its matrices.
+    """A tensor that a program stores quantised: a range of rows of one of its matrices.
 
     Attributes:
         encoded: the rows.
-        transposed: whether the tensor is their transpose.
+        transposed: whether the tensor is the transpose of the rows.
         graph: the graph with the matrix.
-        begin: the first of the rows in the matrix.
-        names: part of ``encoded`` -> the graph's constant with that part of the whole matrix.
+        begin: the number of the first row in the matrix.
+        names: part of ``encoded`` -> the graph's constant that has this part of the whole matrix.
     """
 
     encoded: EncodedMatrix
@@ -61,9 +61,9 @@ class QuantisedTensor:
 def find_quantised(
     reports: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]
 ) -> dict[str, QuantisedTensor]:
-    """Find the tensors that programs store quantised, whole or as a part of a fused matrix, transposed or not.
+    """Find the tensors that programs store quantised, whole or as part of a fused matrix, possibly transposed.
 
-    They are recognised by their values: equal tensors have equal codes.
+    Tensors are matched by value, since equal tensors have equal codes.
 
     Args:
         reports: graph -> the report of its quantisation.
@@ -74,11 +74,11 @@ def find_quantised(
 
 
 def replace_quantised(reports: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with which programs compute: dequantised where the programs store them quantised."""
+    """Return the tensors with which programs compute, dequantised if programs store them quantised."""
     computed, made = dict(tensors), dict[object, Tensor]()
     for name, stored_tensor in find_quantised(reports, tensors).items():
         tensor = tensors[name]
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied ones are one tensor again
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors share one result
         computed[name] = made[key] if key in made else made.setdefault(key, stored_tensor.decode())
     return computed
 
@@ -95,7 +95,7 @@ def _find_tensor(known: list[tuple[str, QuantisedProduct]], tensor: Tensor) -> Q
 
 
 def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
-    """Return the row of a quantised matrix at which a matrix begins, or None."""
+    """Return the row of a quantised matrix from which it contains the given rows; None if it does not."""
     count, columns = quantised.encoded.shape
     if columns != rows.shape[1] or count < len(rows):
         return None
@@ -106,7 +106,7 @@ def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
 
 
 def tensors_and_notes(quantised_tensors: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return quantised tensors as parts for a file, and the file's metadata about them."""
+    """Return the parts of quantised tensors for a file, and the file's metadata about them."""
     tensors, notes = dict[str, Tensor](), {}
     for name, stored_tensor in quantised_tensors.items():
         codec = stored_tensor.encoded.codec
@@ -125,7 +125,7 @@ def tensors_and_notes(quantised_tensors: Mapping[str, QuantisedTensor]) -> tuple
 def locate_parts(
     files: ProgramFiles, graphs: Iterable[str], quantised_tensors: Mapping[str, QuantisedTensor]
 ) -> dict[str, TensorLocation]:
-    """Return where programs store the parts of quantised tensors, by the names of ``tensors_and_notes``."""
+    """Return the locations of quantised tensors' parts in programs' files, by the names of ``tensors_and_notes``."""
     offsets = {(graph, name): at for graph in graphs for name, at, _ in walk_stored_weights(files, graph)}
     found = {}
     for name, stored_tensor in quantised_tensors.items():
@@ -138,7 +138,7 @@ def locate_parts(
 
 
 def dequantised_weights(file: TensorFile) -> Mapping[str, Tensor]:
-    """Return a file's base weights; quantised ones are dequantised on access.
+    """Return the base weights in a file; quantised ones are dequantised when they are read.
 
     Raises:
         ArtifactError: the metadata of a quantised tensor does not fit its parts.
@@ -147,7 +147,7 @@ def dequantised_weights(file: TensorFile) -> Mapping[str, Tensor]:
 
 
 class DequantisedWeights(Mapping[str, Tensor]):
-    """Base weights of a file with quantised tensors.
+    """The base weights in a file with quantised tensors.
 
     Raises:
         ArtifactError: the metadata of a quantised tensor does not fit its parts.

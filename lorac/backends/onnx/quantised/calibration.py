@@ -1,4 +1,4 @@
-"""Calibration: second moments of the inputs of a model's linear layers, from calls of the model."""
+"""Calibration: second moments of the inputs of a model's linear layers, collected in calls of the model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,19 +21,19 @@ _MOST_BYTES = 256 << 20
 
 
 class Calibration:
-    """Second moments of linear layers' inputs, collected on demand for some neighbouring layers at a time.
+    """Second moments of linear layers' inputs, collected on demand for a few consecutive layers at a time.
 
     Args:
-        model: left unchanged.
-        sites: its sites by path.
-        base: reads its weights.
-        calls: its arguments; empty: it writes texts itself, from a seed.
+        model: the model, which is not modified.
+        sites: its sites, by path.
+        base: a reader of its weights.
+        calls: the arguments of calls; if empty, the model generates texts from a seed.
 
     Attributes:
-        missed: the layers that were asked for, and that no call reached.
+        missed: the requested layers that no call reached.
 
     Raises:
-        OptionError: there are no calls, and the model writes no text.
+        OptionError: no calls are given, and the model cannot generate text.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, calls: Sequence[Call]) -> None:
@@ -48,11 +48,12 @@ class Calibration:
         """Return the second moments (in, in) of the inputs of a product with a matrix (out, in).
 
         Args:
-            modules: modules around the product, outermost first. The last is the layer, or holds the layers whose
-                weights the matrix joins; then it is the layer whose weight begins as the matrix does.
+            modules: modules around the product, outermost first. The last is the layer, or contains the layers whose
+                weights are concatenated in the matrix; then the layer is the one whose weight equals the matrix's
+                beginning.
 
         Returns:
-            None if no call reaches the layer.
+            None if no call reached the layer.
         """
         around = modules[-1] if modules else ""
         paths = [
@@ -73,7 +74,7 @@ class Calibration:
         return float((self._base.weight(self._layers[path])[0].float() - matrix[0]).norm())
 
     def _neighbours(self, path: str) -> list[str]:
-        """Return a layer and those after it, as many as memory is there for."""
+        """Return a layer and the layers after it, as many as fit into the memory limit."""
         order, chosen, size = list(self._layers), list[str](), 0
         for other in order[order.index(path) :]:
             size += 4 * self._layers[other].in_features ** 2
@@ -84,7 +85,7 @@ class Calibration:
 
     @torch.no_grad()
     def _collect(self, paths: Iterable[str]) -> dict[str, Tensor]:
-        """Call the model, and return the second moments of these layers' inputs."""
+        """Call the model, and return the second moments of the inputs of these layers."""
         collector = _MomentCollector()
         handles = [collector.watch(path, self._model.get_submodule(path)) for path in paths]
         try:
@@ -102,14 +103,14 @@ class Calibration:
     def _call(self, number: int, call: Call) -> None:
         try:
             self._model(**call)
-        except Exception as error:  # a model may raise anything for arguments that it does not take
+        except Exception as error:  # a model may raise any exception for unsuitable arguments
             raise OptionError(
                 f"the model cannot be called with calibration[{number}]: {error}",
                 next_step="give its arguments by name, such as [{'input_ids': ids}, ...]",
             ) from error
 
     def _write_texts(self) -> list[Call]:
-        """Return texts that the model writes, token by token from its own probabilities."""
+        """Return texts that the model generates by sampling."""
         model: object = self._model
         config, generate = getattr(model, "config", None), getattr(model, "generate", None)
         if not callable(generate) or getattr(config, "is_encoder_decoder", True):
@@ -122,14 +123,14 @@ class Calibration:
         with progress("calibration") as report, seed_random_numbers(self._model, 0):
             report.step(f"the model writes {_TEXTS} texts")
             begun = torch.full((_TEXTS, 1), first)
-            # Neither ends nor likely tokens alone: texts are to be as varied as they can be.
+            # Texts should be varied, so do not stop early, and sample from all tokens.
             settings = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}
             texts: Tensor = generate(begun, **settings)
         return [{"input_ids": text[None]} for text in texts]
 
 
 class _MomentCollector:
-    """Adds up second moments; layers that read one tensor share theirs."""
+    """A collector of second moments; layers that read the same tensor share them."""
 
     def __init__(self) -> None:
         self.moments: dict[str, Tensor] = {}

@@ -1,9 +1,9 @@
 """Matrices in 8 or 4 bits: rows in blocks, each block with a scale and, if asymmetric, a zero point.
 
-A value is (q − z)·s with q of 0 to 2^bits − 1, rounded to the nearest; z is 2^(bits − 1) in a symmetric block. Bytes
-are those that ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read, and its own kernel writes them: equal
-matrices give equal bytes. Indices into a table of levels (NF4) stand for level[q]·s, in the bytes of ``MatMulBnb4``,
-which are bitsandbytes' own.
+A value is (q − z)·s with q from 0 to 2^bits − 1, rounded to the nearest; z is 2^(bits − 1) in a symmetric block. The
+bytes have the layout that ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read. ONNX Runtime's own kernel
+writes them, so equal matrices give equal bytes. With a table of levels (NF4) the value is level[q]·s, in the byte
+layout of ``MatMulBnb4``, which is bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ INT8_LEVEL = 4
 
 @dataclass(frozen=True)
 class Codec:
-    """A way of quantising matrices.
+    """A quantisation scheme for matrices.
 
     Attributes:
         bits: 8 or 4.
-        block: the number of values of a row that share a scale.
-        symmetric: zero is in the middle of every block's range; else each block has a zero point.
-        table: whose levels the numbers are places of (``lorac.frontend.quantised_weights.QUANTISATION_LEVELS``); empty
-        where they are numbers.
+        block: the number of values in a row that share a scale.
+        symmetric: whether zero is in the middle of every block's range; otherwise each block has a zero point.
+        table: the name of the table of levels that codes index
+            (``lorac.frontend.quantised_weights.QUANTISATION_LEVELS``); empty if codes are numbers.
     """
 
     bits: int
@@ -45,20 +45,20 @@ class Codec:
 
     @property
     def name(self) -> str:
-        """The name of such weights: ``int4``."""
+        """The name of the scheme: ``int4``."""
         return self.table or f"int{self.bits}"
 
     def why_not(self, columns: int) -> str | None:
-        """Return why rows of so many values cannot be quantised, or None."""
+        """Return the reason why rows with so many values cannot be quantised; None if they can."""
         return f"rows shorter than a block of {self.block}" if columns < self.block else None
 
     @classmethod
     def of(cls, codes: QuantisedMatrix, block: int) -> Codec | None:
-        """Return the codec that stores given codes unchanged, or None.
+        """Return the codec that can store the given codes unchanged; None if there is none.
 
         Args:
-            codes: of a pre-quantised matrix.
-            block: how many values share a scale where whole rows do.
+            codes: the codes of a pre-quantised matrix.
+            block: the block size to use if whole rows share a scale.
         """
         group, columns = codes.group, codes.whole.shape[1]
         size = block if group == columns else group
@@ -66,7 +66,7 @@ class Codec:
         return cls(codes.bits, size, codes.zero is None, codes.table) if fits and columns >= size else None
 
     def take(self, codes: QuantisedMatrix) -> EncodedMatrix:
-        """Return codes unchanged, each row filled up with zeros to whole blocks."""
+        """Store codes unchanged, with each row padded to whole blocks."""
         columns, middle = codes.whole.shape[1], 1 << self.bits - 1
         repeated = -(-columns // self.block) // codes.scale.shape[1]
         scales = np.repeat(codes.scale.float().numpy(), repeated, 1)
@@ -76,7 +76,7 @@ class Codec:
         return self.pack((codes.whole.long().numpy() + middle).astype(np.uint8), scales, zeros)
 
     def pack(self, whole: Array, scales: Array, zeros: Array) -> EncodedMatrix:
-        """Return the matrix of given codes, each row filled up with zeros to whole blocks.
+        """Pack the given codes into a matrix, with each row padded to whole blocks.
 
         Args:
             whole: (rows, columns), uint8.
@@ -90,14 +90,14 @@ class Codec:
         return EncodedMatrix(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
 
     def count_bytes(self, shape: tuple[int, int]) -> int:
-        """Count the bytes of a matrix (rows, columns) of numbers."""
+        """Return the size in bytes of a quantised matrix (rows, columns)."""
         rows, columns = shape
         blocks = -(-columns // self.block)
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return rows * (blocks * (self.block * self.bits // 8 + np.dtype(np.float32).itemsize) + zeros)
 
     def _packed(self, whole: Array) -> Array:
-        """Pack numbers along the last axis into bytes, two of 4 bits into each."""
+        """Pack codes along the last axis into bytes, two 4-bit codes per byte."""
         if self.bits == 8:
             return whole
         even = np.pad(whole, ((0, 0), (0, whole.shape[1] % 2)))
@@ -105,7 +105,7 @@ class Codec:
         return low | high << 4
 
     def encode(self, matrix: Array) -> EncodedMatrix:
-        """Quantise a float32 matrix (rows, columns), each row filled up with zeros to whole blocks."""
+        """Quantise a float32 matrix (rows, columns), with each row padded with zeros to whole blocks."""
         from onnxruntime.capi import _pybind_state as library
 
         rows, columns = matrix.shape
@@ -126,12 +126,12 @@ class EncodedMatrix:
     """A quantised matrix.
 
     Attributes:
-        codec: how it was quantised.
-        columns: the number of values of a row.
-        packed: (rows, blocks, bytes of a block); of 4 bits the even values are in the lower halves of bytes, and in the
-            upper ones where they are of a table.
+        codec: the scheme of the quantisation.
+        columns: the number of values per row.
+        packed: (rows, blocks, bytes per block); for 4 bits, even values are in the low halves of bytes, or with a table
+            in the high halves.
         scales: (rows, blocks), float32.
-        zeros: (rows, bytes), packed as the values are; None where it is symmetric.
+        zeros: (rows, bytes), packed like the values; None if symmetric.
     """
 
     codec: Codec
@@ -147,16 +147,16 @@ class EncodedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all its parts."""
+        """The size in bytes of all arrays."""
         return sum(int(part.nbytes) for part in self.parts().values())
 
     def parts(self) -> dict[str, Array]:
-        """Return its arrays by name."""
+        """Return the arrays by name."""
         found = {"packed": self.packed, "scales": self.scales, "zeros": self.zeros}
         return {name: part for name, part in found.items() if part is not None}
 
     def rows(self, begin: int, count: int) -> EncodedMatrix:
-        """Return a view of some rows."""
+        """Return a view of a range of rows."""
         cut = {name: part[begin : begin + count] for name, part in self.parts().items()}
         return EncodedMatrix(self.codec, self.columns, **cut)
 
@@ -169,7 +169,7 @@ class EncodedMatrix:
             return (levels * self.scales[:, :, None]).reshape(rows, -1)[:, : self.columns]
         middle = np.float32(1 << self.codec.bits - 1)
         zeros = middle if self.zeros is None else self._spread(self.zeros)[:, :blocks, None]
-        # The zero point goes first, in whole numbers, as the kernels have it: then one rounding is left.
+        # Subtract the zero point first, between integers, as the kernels do; then only one rounding remains.
         values -= zeros
         values *= self.scales[:, :, None]
         return values.reshape(rows, -1)[:, : self.columns]
@@ -185,7 +185,7 @@ class EncodedMatrix:
 
 
 def stack_rows(parts: Sequence[EncodedMatrix]) -> EncodedMatrix:
-    """Stack matrices of one width and codec."""
+    """Concatenate the rows of matrices with equal width and codec."""
     if len(parts) == 1:
         return parts[0]
     stacked = {name: np.concatenate([part.parts()[name] for part in parts]) for name in parts[0].parts()}

@@ -1,4 +1,4 @@
-"""Options of the targets that store base weights in 8 or 4 bits."""
+"""Options of targets that can store base weights in 8 or 4 bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _CODE_OPTIONS = ("head", "mixed", "algorithm", "calibration")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisationOptions(TargetOptions):
-    """Options that say how base weights are stored.
+    """Options for the storage of base weights.
 
     Attributes:
         weights: ``"int8"`` or ``"int4"``: weights of linear layers, output layers and embeddings are quantised, and
@@ -51,17 +51,17 @@ class QuantisationOptions(TargetOptions):
 
     @property
     def codec(self) -> Codec | None:
-        """The codec of quantised weights, or None."""
+        """The codec of quantised weights; None if no weight is quantised."""
         return None if self.weights is None else self._codec(self.weights)
 
     @property
     def head_codec(self) -> Codec | None:
-        """The codec of quantised output layers, or None."""
+        """The codec of quantised output layers; None if no weight is quantised."""
         return None if self.weights is None else self._codec(self.head or "int8")
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some of 4-bit weights are stored in 8."""
+        """Whether some of the 4-bit weights are stored in 8 bits."""
         return self.weights == "int4" and self.mixed is not False
 
     def _codec(self, weights: str) -> Codec:
@@ -70,11 +70,11 @@ class QuantisationOptions(TargetOptions):
 
     @property
     def product_level(self) -> int:
-        """The accuracy level of products with quantised weights, which round nothing by default."""
+        """The accuracy level of products with quantised weights; by default operands are not rounded."""
         return FLOAT32_LEVEL
 
     def check_weights(self) -> None:
-        """Raise ``OptionError`` for a way of quantising that does not exist."""
+        """Raise ``OptionError`` for an unknown quantisation."""
         for name, stored in (("weights", self.weights), ("head", self.head)):
             if stored is not None and stored not in _WEIGHT_BITS:
                 raise not_one_of(f"{name} cannot be stored as", stored, tuple(_WEIGHT_BITS))
@@ -99,7 +99,7 @@ class QuantisationOptions(TargetOptions):
         self.check_among("block_size", BLOCK_SIZES)
 
     def check_among(self, name: str, known: Sequence[int | None]) -> None:
-        """Raise ``OptionError`` for an option that is not one of some numbers."""
+        """Raise ``OptionError`` if an option's value is not among the known numbers."""
         if getattr(self, name) not in known:
             raise OptionError(
                 f"{name} cannot be {short(getattr(self, name))}",
@@ -107,11 +107,11 @@ class QuantisationOptions(TargetOptions):
             )
 
     def check_quantisation(self) -> None:
-        """Raise ``OptionError`` for options about quantised weights where no weight is quantised."""
+        """Raise ``OptionError`` for options about quantised weights if no weight is quantised."""
         self._refuse_idle(self.quantisation)
 
     def _refuse_idle(self, names: Sequence[str]) -> None:
-        """Raise ``OptionError`` for one of these options where this program's weights are not quantised."""
+        """Raise ``OptionError`` if one of these options is set though this program's weights are not quantised."""
         idle = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if self.weights is None and idle:
             raise OptionError(

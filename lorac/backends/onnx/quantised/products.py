@@ -1,8 +1,8 @@
 """A pass that quantises the constant matrices of an emitted program, and the products and lookups that read them.
 
-A constant matrix is quantised where each of its readers is a product from the right (``MatMul``, ``Gemm``) or a lookup
-of rows (``Gather``), and all of them read it along the same axis. So a table that is tied to an output layer is stored
-once: both ops read the same bytes. Slots are not constants, and stay float.
+A constant matrix is quantised if every reader is a product with it from the right (``MatMul``, ``Gemm``) or a lookup of
+rows (``Gather``), and all readers use the same axis. So a table that is tied to an output layer is stored once, and
+both ops read the same bytes. Slots are not constants, and stay float.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,14 +37,14 @@ class PrequantisedMatrix:
 
     Attributes:
         matrix: the dequantised matrix.
-        encoded: its codes as programs store them.
+        encoded: its codes, in the form that programs store.
     """
 
     matrix: Array
     encoded: EncodedMatrix
 
     def is_at(self, begin: int, matrix: Array) -> bool:
-        """Return whether the rows of a larger matrix from ``begin`` on are this matrix."""
+        """Return whether this matrix equals the rows of a larger matrix from ``begin``."""
         rows = matrix[begin : begin + len(self.matrix)]
         return (
             rows.shape == self.matrix.shape
@@ -55,18 +55,18 @@ class PrequantisedMatrix:
 
 @dataclass(frozen=True)
 class QuantiseWeights(OnnxPass):
-    """Quantise the constant matrices of a program whose slots are filled or baked.
+    """Quantise the constant matrices of a program after its slots are filled or baked.
 
     Attributes:
-        codec: the codec; None: only pre-quantised matrices are stored quantised.
+        codec: the codec; None if only pre-quantised matrices are stored quantised.
         accuracy_level: the precision of products (``QuantisationOptions.product_level``).
-        prequantised: pre-quantised matrices; their codes are used unchanged, also where several were fused.
-        head: the codec of output layers, with the tables that are tied to them; None: that of all.
+        prequantised: pre-quantised matrices, whose codes are used unchanged, even if several were fused.
+        head: the codec of output layers and of tables tied to them; None: ``codec``.
         algorithm: one of ``lorac.backends.onnx.quantised.algorithms.ALGORITHMS``.
-        calibration: second moments of layers' inputs, for algorithms that need them.
-        mixed: whether the first and last matrices have 8 bits, up to ``_MIXED_SHARE`` more bytes in all.
-        given: matrices whose codes are used unchanged: those of ``prequantised``, and the tables of graphs that were
-            quantised before, of which an encoder may look up the one that is tied to the decoder's output layer.
+        calibration: second moments of layers' inputs, if the algorithm needs them.
+        mixed: whether the first and last matrices get 8 bits, for up to ``_MIXED_SHARE`` more bytes in total.
+        given: matrices whose codes are used unchanged: those in ``prequantised``, and tables of graphs that were
+            quantised before, since an encoder may read the table that is tied to the decoder's output layer.
     """
 
     name: ClassVar[str] = "quantise-weights"
@@ -96,7 +96,7 @@ class QuantiseWeights(OnnxPass):
             encoded = readers if isinstance(readers, str) else self._encode(constant, readers, is_head=is_head)
             if isinstance(readers, str) or isinstance(encoded, str):
                 modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
-                folded = modules and "." not in str(value.name)  # by the emission: the name of its reader says more
+                folded = modules and "." not in str(value.name)  # during emission: its reader's name says more
                 floats[modules[-1] if modules and folded else str(value.name)] = str(encoded)
                 continue
             has_head |= is_head
@@ -113,7 +113,7 @@ class QuantiseWeights(OnnxPass):
         return QuantisationReport(quantised, floats, self.accuracy_level, missed, has_head=has_head).to_result()
 
     def _widen(self, model: ir.Model, coded: "Sequence[_CodedConstant]") -> "list[_CodedConstant]":
-        """Store the matrices that are read first and last in 8 bits, in turn from both ends; given codes stay."""
+        """Store the matrices that are read first and last in 8 bits, alternately from both ends; keep given codes."""
         assert self.codec is not None
         wide, room = replace(self.codec, bits=8), _MIXED_SHARE * sum(one.encoded.nbytes for one in coded)
         order = {node: place for place, node in enumerate(model.graph.all_nodes())}
@@ -129,7 +129,7 @@ class QuantiseWeights(OnnxPass):
     def _encode(
         self, constant: ir.TensorProtocol, readers: "Sequence[_MatrixReader]", *, is_head: bool
     ) -> EncodedMatrix | str:
-        """Return the codes of a constant, or why it stays float."""
+        """Return the codes of a constant, or the reason why it stays float."""
         if constant.dtype is not ir.DataType.FLOAT:
             return f"of {str(constant.dtype).lower()} numbers"
         if len(constant.shape) > 2:
@@ -137,7 +137,7 @@ class QuantiseWeights(OnnxPass):
         if len({reader.by_columns for reader in readers}) > 1:
             return "read along both axes"
         matrix = _read_matrix(constant, readers)
-        looked_up = _has_lookup(readers)  # no lookup reads codes that are indices into a table
+        looked_up = _has_lookup(readers)  # lookups do not support tables of levels
         known = [one for one in self.given if not (one.encoded.codec.table and looked_up)]
         if (reused := _reuse_codes(matrix, known)) is not None:
             return reused
@@ -147,7 +147,7 @@ class QuantiseWeights(OnnxPass):
         return codec.why_not(matrix.shape[1]) or self._choose_codes(codec, matrix, readers)
 
     def _choose_codes(self, codec: Codec, matrix: Array, readers: "Sequence[_MatrixReader]") -> EncodedMatrix:
-        """Return the codes that the algorithm chooses; those of a head with other bits are the nearest."""
+        """Return the codes that the algorithm chooses; a head with another codec is rounded to the nearest."""
         if codec != self.codec:
             return codec.encode(matrix)
         product = next((reader.node for reader in readers if not reader.looks_up), None)
@@ -175,7 +175,7 @@ class _MatrixReader:
 
 @dataclass(frozen=True, eq=False)
 class _CodedConstant:
-    """A constant matrix with its codes.
+    """A constant matrix and its codes.
 
     Attributes:
         readers: the nodes that read it.
@@ -187,12 +187,12 @@ class _CodedConstant:
     encoded: EncodedMatrix
 
     def matrix(self) -> Array:
-        """Return the matrix that the codes stand for."""
+        """Return the matrix that was encoded."""
         return _read_matrix(self.constant, self.readers)
 
 
 def _iter_matrices(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """Yield the constants of a program that are float matrices, or stacks of them."""
+    """Yield the constants of a program that are float matrices or stacks of matrices."""
     for value in list(model.graph.initializers.values()):
         constant = value.const_value
         if (
@@ -209,19 +209,19 @@ def _has_lookup(readers: Sequence[_MatrixReader] | str) -> bool:
 
 
 def _read_matrix(constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> Array:
-    """Return a constant with the rows that its readers read."""
+    """Return a constant as a matrix whose rows its readers read."""
     matrix: Array = constant.numpy()
     return matrix.T if readers[0].by_columns else matrix
 
 
 def _shape_read(constant: ir.TensorProtocol, readers: Sequence[_MatrixReader] | str) -> tuple[int, ...]:
-    """Return the shape of a constant as its first reader has it."""
+    """Return the shape of that matrix."""
     shape = tuple(constant.shape.numpy())
     return shape[::-1] if not isinstance(readers, str) and readers[0].by_columns else shape
 
 
 def _find_readers(value: ir.Value, transposed: bool = False) -> list[_MatrixReader] | str:
-    """Return the products and lookups that read a constant, also through transpositions, or why it stays float."""
+    """Return the products and lookups that read a constant, possibly transposed, or the reason why it stays float."""
     found: list[_MatrixReader] = []
     if value.is_graph_output():
         return "an output of the program"
@@ -245,7 +245,7 @@ def _classify_reader(node: ir.Node, index: int, transposed: bool) -> list[_Matri
 
 
 def _multiplies_rows(node: ir.Node) -> bool:
-    """Return whether a node is a plain product of rows with its second input."""
+    """Return whether a node is a plain product of rows and its second input."""
     if node.op_type == "Gemm":
         plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
         return plain and not node.attributes.get_int("transA", 0)
@@ -254,7 +254,7 @@ def _multiplies_rows(node: ir.Node) -> bool:
 
 
 def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedMatrix | None:
-    """Return the codes of a pre-quantised matrix, or of one fused from such; None if a part of it was not."""
+    """Return the codes of a pre-quantised matrix, or of several fused ones; None if any part was not pre-quantised."""
     parts: list[EncodedMatrix] = []
     begin = 0
     while begin < len(matrix):
@@ -269,7 +269,7 @@ def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedM
 def _replace(
     model: ir.Model, value: ir.Value, readers: list[_MatrixReader], encoded: EncodedMatrix, level: int
 ) -> dict[str, str]:
-    """Replace the readers of a matrix by quantised ops; return the names of the constants with its parts."""
+    """Replace the readers of a matrix by quantised ops; return the names of the constants with its arrays."""
     name, codec, graph = str(value.name), encoded.codec, model.graph
     names = {"packed": f"{name}_Q{codec.bits}", "scales": f"{name}_scales", "zeros": f"{name}_zero_points"}
     packed, tables = encoded.packed, [reader for reader in readers if reader.looks_up]
@@ -296,7 +296,7 @@ def _replace(
 def _make_product(
     node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None], accuracy_level: int
 ) -> Iterator[ir.Node]:
-    """Make a ``MatMulNBits``, or a ``MatMulBnb4`` for a table; a ``Gemm``'s sum follows where the op takes no bias."""
+    """Make a ``MatMulNBits``, or with a table a ``MatMulBnb4``; add a ``Gemm``'s sum if the op accepts no bias."""
     rows, columns = encoded.shape
     codec = encoded.codec
     settings = {"K": columns, "N": rows, "block_size": codec.block}
@@ -316,7 +316,7 @@ def _make_product(
 def _make_lookup(
     model: ir.Model, node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None]
 ) -> Iterator[ir.Node]:
-    """Make a ``GatherBlockQuantized``; cut off the zeros that fill up the last block of a row."""
+    """Make a ``GatherBlockQuantized``, and remove the padding of a row's last block."""
     table, *others = parts
     codec = encoded.codec
     settings = {"bits": codec.bits, "block_size": codec.block, "gather_axis": 0, "quantize_axis": 1}
@@ -329,7 +329,7 @@ def _make_lookup(
 
 
 def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
-    """Return the bytes of a product's matrix in the shape that lookups read; the bytes are stored once."""
+    """Reshape the bytes of a product's matrix for lookups; the bytes are stored once."""
     rows = packed.shape[0] if packed.shape is not None else 0
     shape = shared_constant(model.graph, f"shape_{rows}_-1", np.array([rows, -1], np.int64))
     reshape = ir.Node("", "Reshape", [packed, shape], name=f"{packed.name}_rows")

@@ -1,4 +1,4 @@
-"""The report of a program's quantisation: which matrices are stored quantised, which stay float, and why."""
+"""The report of a program's quantisation: the quantised matrices, and the float ones with the reason for each."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ _FLOAT_BYTES, _SHOWN_NAMES = 4, 3
 
 @dataclass(frozen=True, eq=False)
 class QuantisedProduct:
-    """A matrix of a program that was quantised.
+    """A quantised matrix of a program.
 
     Attributes:
         encoded: its codes, (out, in) for products and (ids, width) for lookups.
         by_columns: whether the program had its transpose.
-        source: the constant that the program had.
-        names: part of ``encoded`` -> the constant with that part.
+        source: the program's original constant.
+        names: part of ``encoded`` -> the constant that stores this part.
     """
 
     encoded: EncodedMatrix
@@ -33,20 +33,20 @@ class QuantisedProduct:
     names: Mapping[str, str]
 
     def original(self) -> Array:
-        """Return the original matrix in the layout of ``encoded``."""
+        """Return the original matrix in the orientation of ``encoded``."""
         matrix: Array = self.source.numpy()
         return matrix.T if self.by_columns else matrix
 
 
 @dataclass(frozen=True)
 class QuantisationReport:
-    """The quantised and float constants of a program after the pass.
+    """The quantised and the float constants of a program after the pass.
 
     Attributes:
-        quantised: name of a constant -> the quantised matrix in its place.
-        floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
+        quantised: name of a constant -> the quantised matrix that replaced it.
+        floats: name of an unchanged constant, or of the module that reads it -> the reason.
         accuracy_level: the precision of products (``QuantisationOptions.product_level``).
-        uncalibrated: the layers whose codes are the nearest, since no call of the calibration reaches them.
+        uncalibrated: the layers whose codes were rounded to the nearest, since no call of the calibration reaches them.
         has_head: whether an output layer as large as an embedding is quantised.
     """
 
