@@ -1,1 +1,1 @@
-"""ONNX Runtime: adapters are inputs of a session, and a swap binds others; nothing is ever rebuilt."""
+"""ONNX Runtime: adapters are inputs of a session, and a swap binds other values without rebuilding anything."""

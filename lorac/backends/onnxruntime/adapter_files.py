@@ -1,8 +1,8 @@
-"""A choice of adapters as a file that ONNX Runtime itself reads, with the tensors of the program's slots.
+"""A choice of adapters as a file that ONNX Runtime itself reads: tensors for the program's slots.
 
-ONNX Runtime's own adapter files hold tensors by the names of a model's inputs. The default of a slot's input is the
-base's content, so such a file has only the slots that differ from the base. Two files at a time would give one input
-two contents, so a mixture is a file of its own.
+ONNX Runtime's adapter files contain tensors by the names of a model's inputs. A slot's default is the base's content,
+so such a file has only the slots that differ from the base. Two files at once could set one input twice, so a mixture
+is written as a single file.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from lorac.ir.slots.plans import SitePlan
 def bound_tensors(
     inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], base: BaseReader, snapshot: ComposedWeights
 ) -> dict[str, Tensor]:
-    """Return the tensors that a choice binds to slots, where they differ from the slots' defaults."""
+    """Return the tensors that a choice binds to slots, where these differ from the slots' defaults."""
     changed = {name: slot for name, slot in inputs.items() if snapshot.composed.keys() & {slot.site, *slot.members}}
     sites = {path: plans[path] for slot in changed.values() for path in (slot.site, *slot.members) if path in plans}
     bound = collect_slot_tensors(changed, sites, fill_slots(sites, snapshot, base))
@@ -30,7 +30,7 @@ def bound_tensors(
 
 
 def merged_tensors(plans: Mapping[str, SitePlan], base: BaseReader, snapshot: ComposedWeights) -> dict[str, Tensor]:
-    """Return the weights that a choice changes, equal to the bit to those in an engine's memory."""
+    """Return the weights that a choice changes, bit by bit as an engine's memory has them."""
     changed: dict[str, Tensor] = {}
     for path in snapshot.composed.keys() & plans.keys():  # one site at a time: copies of all weights would be large
         buffers, memory = make_fused_buffers({path: plans[path]}, base)

@@ -1,4 +1,4 @@
-"""The onnxruntime target: ONNX files run by sessions whose slot inputs are bound once per choice of adapters."""
+"""The onnxruntime target: ONNX files that sessions run, with slot inputs bound once per choice of adapters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
-    """Emits ONNX, and runs it in sessions. Its methods import the modules that only building needs."""
+    """The target that emits ONNX and runs it in sessions; methods import modules that only building needs."""
 
     options = OnnxRuntimeOptions
     engine = OrtEngine
@@ -45,7 +45,7 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
         return dataclasses.replace(dialect, why_branches_shared="") if options.branch_rows else dialect
 
     def place_options(self, options: OnnxRuntimeOptions, device: torch.device | None) -> OnnxRuntimeOptions:
-        """Return the options for a device; check that this machine fulfils the device's needs."""
+        """Return the options for a device; check that this machine meets the device's requirements."""
         if device is not None:
             options = dataclasses.replace(options, device=str(device))
         if options.cache and options.place.type != "cpu":
@@ -57,7 +57,7 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
         return options
 
     def slot_storage(self, request: BuildRequest[OnnxRuntimeOptions]) -> SlotStorage:
-        """Return where slots' contents are written: in the model, so that it runs alone, or where any runtime reads."""
+        """Return the place of slots' contents: in the model, which then runs alone, or in a file for any runtime."""
         inputs = SlotStorage.FILE if request.options.portable else SlotStorage.DEFAULTS
         return SlotStorage.CONSTANTS if request.mode == "baked" else inputs
 
@@ -73,9 +73,9 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
         return GraphSession(create_session(files, name, options), interface, slots)
 
     def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
-        """Test an engine whose products round nothing that they read.
+        """Test the engine with products that do not round their operands.
 
-        How far rounding moves a deep model's outputs says nothing about its slots.
+        Rounding changes the outputs of a deep model, which would say nothing about slots.
         """
         reports, options = quantisation_reports(emitted), emitted.request.options
         if options.product_level > FLOAT32_LEVEL and any(report.quantised for report in reports.values()):
@@ -89,10 +89,10 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
     def restore_options(
         self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> OnnxRuntimeOptions:
-        """Return the options of an artifact for a device, if this machine can run it there."""
+        """Return the options of an artifact for a device; check that this machine can run it there."""
         options = OnnxRuntimeOptions(**stored)
         if device is not None:
-            # The providers in the artifact belong to the device that it was saved on.
+            # The artifact's providers belong to the device on which it was saved.
             providers = options.providers if options.place.type == torch.device(device).type else None
             options = dataclasses.replace(options, providers=providers, device=str(device))
         options = self.place_options(options, None)

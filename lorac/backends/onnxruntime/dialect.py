@@ -1,4 +1,4 @@
-"""The ops that ONNX Runtime computes, and the passes that write programs in the form that it runs fastest."""
+"""The ops that ONNX Runtime computes, and passes that rewrite programs into the form that it runs fastest."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ _RECURRENT = frozenset({"LSTM", "GRU"})
 
 @dataclass(frozen=True)
 class CheckRecurrentKernels(OnnxPass):
-    """Refuse recurrent layers in float64: the library lists kernels for them that raise once they are called."""
+    """Refuse recurrent layers in float64: the library lists kernels for them, but the kernels raise when they run."""
 
     name: ClassVar[str] = "check-recurrent-kernels"
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Change nothing.
+        """Check the layers; the program is not modified.
 
         Raises:
             Unavailable: naming the layer.
@@ -51,10 +51,10 @@ _WITHOUT_KERNEL: ClaimedOps = frozenset({("", "Constant")})
 
 
 def _kernels() -> ClaimedOps:
-    """Return the ops that this build has a kernel for, whichever provider it belongs to.
+    """Return the ops for which this build has a kernel, of any provider.
 
-    In a build with providers for GPUs, listing kernels loads the providers' libraries, and ends the process where one
-    is missing. There every op that the build knows counts; the session refuses an op without a kernel.
+    In a build with GPU providers, listing kernels loads the providers' libraries, and terminates the process if one is
+    missing. So for such a build every op that it knows is listed; the session refuses an op without a kernel.
     """
     if set(library.get_available_providers()) & set(ON_GPU):
         return frozenset((schema.domain, schema.name) for schema in library.get_all_operator_schema())
@@ -74,7 +74,7 @@ _ON_CPU: OnnxDialect = Dialect(
 )
 _ON_CUDA = dataclasses.replace(
     _ON_CPU,
-    early_rewrites=_FUSIONS,  # on CUDA ``TopK`` promises nothing about equal values
+    early_rewrites=_FUSIONS,  # CUDA's ``TopK`` does not specify the order of equal values
     late_rewrites=(*_ON_CPU.late_rewrites, WidenHalfPrecision()),
     dtypes=(*_ON_CPU.dtypes, torch.float16, torch.bfloat16),
 )

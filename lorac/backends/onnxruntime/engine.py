@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: a session per graph; a choice of adapters is a set of values for their slot inputs."""
+"""The ONNX Runtime engine: a session per graph; a choice of adapters is a set of values for slot inputs."""
 
 import functools
 import threading
@@ -44,13 +44,13 @@ class GraphSession:
 
     Args:
         interface: its inputs and outputs.
-        slots: its slot inputs by public name.
+        slots: its slot inputs, by public name.
 
     Attributes:
-        outputs: names of the session's outputs.
-        dtypes: the dtype of every input; None for one that torch does not have.
-        cache: the layout of its cache; None where it keeps none.
-        narrow_slots: names of the slots in float16.
+        outputs: the names of the session's outputs.
+        dtypes: the dtype of every input; None for a dtype that torch lacks.
+        cache: the layout of its cache; None if it has no cache.
+        narrow_slots: the names of the slots in float16.
     """
 
     def __init__(self, session: ort.InferenceSession, interface: Interface, slots: Mapping[str, SlotInput]) -> None:
@@ -64,7 +64,7 @@ class GraphSession:
 
 
 class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
-    """Runs a program, one session per graph."""
+    """An engine of one session per graph."""
 
     target = "onnxruntime"
 
@@ -74,20 +74,20 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         super().__init__(program)
         self.settles_in_background = self.fused and self.options.settle == "background"
         self._written_choice = ComposedWeights(())
-        # Keyed weakly: constants that can never serve again are let go.
+        # Weak keys: sessions whose weights can never become active again are released.
         self._settled: weakref.WeakKeyDictionary[ComposedWeights, Mapping[str, ort.InferenceSession]]
         self._settled = weakref.WeakKeyDictionary()
         self._written_bindings = SlotBindings()
 
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "OrtProgram":
-        """Bind tensors to all slots; one that lies where sessions read it is not copied.
+        """Bind tensors to all slots; a tensor in memory that sessions read is not copied.
 
         Raises:
             Unavailable: a value is too large for a slot in float16.
         """
         narrow = {name: _to_float16(name, tensor) for name, tensor in tensors.items() if name in self._narrow_slots}
         program = OrtProgram(self, {**tensors, **narrow})
-        if self.device_memory.copies:  # now, instead of in the first call
+        if self.device_memory.copies:  # copy now, instead of in the first call
             _ = program.values
         return program
 
@@ -121,7 +121,7 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         return (f"lorac-native adds the adapters of {layers} of {pairs} sites ({library.kernels}{factors})",)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Note which choice was written: constants that were made from it serve again."""
+        """Record the choice that was written; settled sessions with its weights apply again."""
         self._written_choice = snapshot
         self.device_memory.written(self.memory)
 
@@ -130,13 +130,13 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         return self._written_choice in self._settled
 
     def settle(self) -> None:
-        """Make sessions with the active weights as constants, which ONNX Runtime prepacks.
+        """Create sessions with the active weights as constants, which ONNX Runtime prepacks.
 
-        They serve calls for as long as those weights are active. Their results round differently from those of the
-        bound weights, so they are a weight state of their own (invariant 1).
+        Calls use them as long as those weights are active. Their results round differently from those of bound weights,
+        so they count as a separate weight state (invariant 1).
 
         Raises:
-            Unavailable: no weight is bound.
+            Unavailable: the program has no bound weights.
         """
         snapshot = self._written_choice
         if not self.fused:
@@ -156,7 +156,7 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
 
     @property
     def choice_suffix(self) -> str | None:
-        """ONNX Runtime's own, or that of values for every runtime; None without slots to fill."""
+        """The suffix of ONNX Runtime's adapter files, or of files for every runtime; None without slots to fill."""
         own = ".slots.safetensors" if self.options.portable else ".onnx_adapter"
         return own if self.slots and not self.constant else None
 
@@ -174,13 +174,13 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
 
     @property
     def folder(self) -> Path:
-        """The folder of the program when it was opened; nothing is read from there any more."""
+        """The program's folder at the time it was opened; nothing is read from it any more."""
         name, file = next(iter(self.files.items()))
         return file.where.parents[name.count("/")]
 
 
 class SlotBindings(threading.local):
-    """The IOBindings of this thread with the slots of a choice bound, by graph, each with its session."""
+    """This thread's IOBindings with a choice's slots bound, by graph, each with its session."""
 
     def __init__(self) -> None:
         self.by_graph: dict[str, tuple[weakref.ref[ort.InferenceSession], ort.IOBinding]] = {}
@@ -191,8 +191,8 @@ class OrtProgram(CachingProgram):
     """The program with values for its slot inputs.
 
     Attributes:
-        bindings: never shared between threads.
-        settled: the sessions in which the slots are constants, by graph; None where they are bound.
+        bindings: IOBindings, which threads never share.
+        settled: the sessions with slots as constants, by graph; None if slots are bound.
     """
 
     engine: OrtEngine
@@ -234,7 +234,7 @@ class OrtProgram(CachingProgram):
         session.run_with_iobinding(binding)
 
     def _new_binding(self, loaded: GraphSession, session: ort.InferenceSession) -> ort.IOBinding:
-        """Return a new IOBinding of a graph with its slots bound, unless they are constants of the session."""
+        """Return a new IOBinding of a graph with slots bound, unless they are constants of the session."""
         binding = session.io_binding()
         if session is loaded.session:
             for name in loaded.slots.keys() & self.values.keys():
@@ -253,7 +253,7 @@ def _bind_buffers(binding: ort.IOBinding, buffers: Mapping[str, Tensor], encoded
 
 
 def _shapes_of(values: Iterable[ort.NodeArg]) -> dict[str, CacheInputShape]:
-    """Return the sizes of inputs or outputs, None where they vary, and their dtypes."""
+    """Return the sizes of inputs or outputs, with None for dynamic ones, and their dtypes."""
     return {
         value.name: (tuple(size if isinstance(size, int) else None for size in value.shape), TORCH_DTYPES[value.type])
         for value in values
@@ -262,7 +262,7 @@ def _shapes_of(values: Iterable[ort.NodeArg]) -> dict[str, CacheInputShape]:
 
 
 def _to_float16(name: str, tensor: Tensor) -> Tensor:
-    """Return a slot's tensor in float16."""
+    """Convert a slot's tensor to float16."""
     if tensor.dtype == torch.float16:
         return tensor
     narrow = tensor.half()

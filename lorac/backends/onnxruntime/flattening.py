@@ -1,8 +1,8 @@
-"""Passes that compute on rows: from a slot's first product on, (…, features) is computed as (rows, features).
+"""Passes that compute on rows: from a slot's first product onward, (…, features) is computed as (rows, features).
 
-ONNX Runtime multiplies one matrix faster than a stack of them, and its ``Gemm`` adds a product to another value without
-an op for the sum. Ops that act on each row alone (sums, scales, norms) stay on rows too; all others see the full shape.
-Where slots have places (``lorac.ir.slots.places``), rows are computed as segments (places, rows, features) instead.
+ONNX Runtime multiplies one matrix faster than a stack of matrices, and its ``Gemm`` adds a product to another value
+without a separate op. Ops that act on each row alone (sums, scales, norms) stay on rows too; all others get the full
+shape. If slots have places (``lorac.ir.slots.places``), segments (places, rows, features) take the role of rows.
 """
 
 import functools
@@ -25,13 +25,13 @@ _MATRIX = 2
 
 @dataclass(frozen=True)
 class FlattenToRows(OnnxPass):
-    """Move the ops that follow a slot's product onto rows, and add the products of slots by ``Gemm``."""
+    """Move the ops that follow a slot's product onto rows, and add slots' products by ``Gemm``."""
 
     name: ClassVar[str] = "flatten-to-rows"
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Edit the model in place; report products of slots that no ``Gemm`` adds."""
-        packed = PACKED_KEY in model.metadata_props  # then products with places are apart from all others
+        """Edit the model in place; report slots' products that no ``Gemm`` adds."""
+        packed = PACKED_KEY in model.metadata_props  # then products with places are separate from all others
         changed = _Flattener(model.graph, None if packed else _Segments.of(model.graph)).run()
         slots = set(model.graph.inputs)
         for node in list(model.graph):
@@ -47,7 +47,7 @@ class FlattenToRows(OnnxPass):
 
 @dataclass(frozen=True)
 class CopyReshapeSizes(OnnxPass):
-    """Let a ``Reshape`` copy unchanged sizes from its input, instead of ops that read and join them."""
+    """Make a ``Reshape`` copy unchanged sizes from its input, instead of computing them by other ops."""
 
     name: ClassVar[str] = "copy-reshape-sizes"
 
@@ -73,17 +73,18 @@ class _RowMatrix:
 
 
 class _Flattener:
-    """One pass over a graph.
+    """One run of the pass over a graph.
 
     Args:
-        graph: edited in place.
-        segments: its cuts into segments; None where no slot has places.
+        graph: the graph, edited in place.
+        segments: its cuts into segments; None if no slot has places.
 
     Attributes:
         adapted: values that a slot's product reads.
-        rows: values that are on rows so far.
-        first, sizes, shapes: where leading dimensions first occur; the values that hold them, and full shapes.
-        changed: whether a ``Reshape`` reads rows now.
+        rows: values that have a form on rows so far.
+        first, sizes, shapes: the value in which leading dimensions first occur, the value of their sizes, and of full
+            shapes.
+        changed: whether any ``Reshape`` now reads rows.
     """
 
     def __init__(self, graph: ir.Graph, segments: "_Segments | None") -> None:
@@ -107,7 +108,7 @@ class _Flattener:
         return self.changed or bool(moved)
 
     def _moves(self, node: ir.Node) -> bool:
-        """Give a node a twin on rows where it acts on each row alone; return whether it did."""
+        """Add a copy of a node on rows if it acts on each row alone; return whether it was added."""
         first = node.inputs[0] if node.inputs else None
         if self.segments is not None and first is not None and node.op_type == "Reshape":
             if node in self.segments.cuts:
@@ -116,7 +117,7 @@ class _Flattener:
                 return self._take_join(node, first)
         if node.op_type == "Reshape" and first in self.rows:
             copies = not node.attributes.get_int("allowzero", 0) and 0 in read_numbers(node.inputs[1])
-            if not copies:  # a size of its input, in whose place rows have another one
+            if not copies:  # a 0 copies a size of its input, which differs on rows
                 node.replace_input_with(0, self.rows[first].matrix)
                 self.changed = True
                 return False
@@ -131,7 +132,7 @@ class _Flattener:
         return True
 
     def _take_cut(self, cut: ir.Node, x: ir.Value) -> bool:
-        """Note the segments of a value, or use those that it has; return whether the cut is not needed."""
+        """Record the segments of a value, or use those that it already has; return whether the cut is unnecessary."""
         if x in self.rows:
             cut.outputs[0].replace_all_uses_with(self.rows[x].matrix)
             return True
@@ -143,7 +144,7 @@ class _Flattener:
         return False
 
     def _take_join(self, join: ir.Node, segments: ir.Value) -> bool:
-        """Note the segments that a value is joined from; return whether it can be joined again where it is read."""
+        """Record the segments from which a value is joined; return whether it can be joined again at its readers."""
         value = join.outputs[0]
         full = self.first.get(_RowMatrix(segments, value).leading)
         self._note(value, _RowMatrix(segments, value if full is None else full))
@@ -154,7 +155,7 @@ class _Flattener:
         self.first.setdefault(rows.leading, value)
 
     def _operands(self, node: ir.Node) -> list[ir.Value]:
-        """Return the inputs of a row-wise op that have rows; an empty list for other ops."""
+        """Return the inputs of a row-wise op that can be on rows; an empty list for other ops."""
         values = [value for value in node.inputs if value is not None]
         if node.op_type == "MatMul":
             return values[:1] if _rank(values[1]) == _MATRIX and self._has_rows(values[0]) else []
@@ -171,7 +172,7 @@ class _Flattener:
         return value in self.rows or (_rank(value) or 0) > 2
 
     def _rows_of(self, value: ir.Value) -> _RowMatrix | None:
-        """Return a value on rows, reshaped if need be; None where its features or its segments are not known."""
+        """Return a value on rows, reshaped if necessary; None if its features or its segments are unknown."""
         if value in self.rows or value.shape is None:
             return self.rows.get(value)
         features = value.shape[-1]
@@ -204,12 +205,12 @@ class _Flattener:
         matrix.shape, matrix.type = ir.Shape([*places, f"rows_{rows.leading}", features]), value.type or rows.full.type
 
     def _restore(self, value: ir.Value) -> None:
-        """Give the remaining readers of a moved value its full shape, where the op that computed it stood."""
+        """Give remaining readers of a moved value the full shape, at the position of the op that computed it."""
         rows, moved = self.rows[value], value.producer()
         assert moved is not None
         shape, read = self._full_shape(rows, value)
         reshape = ir.Node("", "Reshape", [rows.matrix, shape])
-        # Not behind the matrix, which may be there before the value whose sizes are read.
+        # Not directly after the matrix, which may precede the value whose sizes are read.
         self.graph.insert_before(moved, [*read, reshape])
         restored = reshape.outputs[0]
         restored.shape, restored.type, restored.name = value.shape, value.type, value.name
@@ -217,9 +218,9 @@ class _Flattener:
         value.replace_all_uses_with(restored, replace_graph_outputs=True)
 
     def _full_shape(self, rows: _RowMatrix, value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-        """Return the full shape of a value on rows, and the nodes still to insert that read it from the matrix.
+        """Return the full shape of a value on rows, and the nodes to insert that compute it from the matrix.
 
-        A shape of known features is made once for all values that have it, and is in the graph already.
+        A shape with known features is computed once for all values that have it, and is already in the graph.
         """
         features = value.shape[-1] if value.shape is not None else None
         if not isinstance(features, int):
@@ -235,7 +236,7 @@ class _Flattener:
         return self.shapes[key], []
 
     def _leading_sizes(self, rows: _RowMatrix) -> ir.Value:
-        """Return the sizes before the last, read where a value first has them."""
+        """Return all sizes except the last, read from the value in which they first occur."""
         if rows.leading not in self.sizes:
             first = self.first[rows.leading]
             shape = ir.Node("", "Shape", [first], [ir.AttrInt64("end", -1)])
@@ -258,8 +259,8 @@ class _Segments:
 
     Attributes:
         places: the size of the axis of places.
-        cuts: the ops that cut a value with features into segments.
-        last: the last of the ops that compute the shapes of segments, at the beginning of the graph.
+        cuts: the ops that cut a value into segments.
+        last: the last of the ops at the beginning of the graph that compute the shapes of segments.
     """
 
     def __init__(self, graph: ir.Graph, slot: ir.Value, cuts: Collection[ir.Node]) -> None:
@@ -279,12 +280,12 @@ class _Segments:
 
     @classmethod
     def of(cls, graph: ir.Graph) -> "_Segments | None":
-        """Return the segments of a graph, or None for a graph without segments."""
+        """Return the segments of a graph; None if it has none."""
         slots = {cut: slot for cut in graph if (slot := _cutting_slot(cut)) is not None}
         return cls(graph, next(iter(slots.values())), slots.keys()) if slots else None
 
     def shape(self, flat: ir.Value) -> ir.Value:
-        """Return the shape of segments; it is made once for all values with these features.
+        """Return the shape of segments; it is computed once for all values with the same features.
 
         Args:
             flat: the shape of rows, (-1, features).
@@ -297,11 +298,11 @@ class _Segments:
         return self._shapes[flat]
 
     def fit(self, shape: ir.Shape) -> bool:
-        """Return whether the first axis is the batch or a multiple of it, which divides into segments."""
+        """Return whether the first axis is the batch or a multiple of it, so it can be split into segments."""
         return not self._cut_sizes.isdisjoint(str(shape[0]).split("*"))
 
     def joins(self, node: ir.Node) -> bool:
-        """Return whether a ``Reshape`` joins segments to a value with the same features."""
+        """Return whether a ``Reshape`` joins segments into a value with the same features."""
         segments, value = node.inputs[0], node.outputs[0]
         if segments is None or segments.shape is None or value.shape is None or len(segments.shape) != _MATRIX + 1:
             return False
@@ -309,7 +310,7 @@ class _Segments:
 
 
 def _cutting_slot(node: ir.Node) -> ir.Value | None:
-    """Return the slot whose number of places a ``Reshape`` gives a value with features; None for any other op."""
+    """Return the slot whose number of places a ``Reshape`` uses to cut a value; None for any other op."""
     shape = node.inputs[1].producer() if node.op_type == "Reshape" and node.inputs[1] is not None else None
     size = shape.inputs[0].producer() if shape is not None and shape.op_type == "Concat" and shape.inputs[0] else None
     made = node.outputs[0].shape if size is not None and size.op_type == "Shape" else None
@@ -320,7 +321,7 @@ def _cutting_slot(node: ir.Node) -> ir.Value | None:
 
 
 def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> bool:
-    """Replace ``y + u·B``, B a slot and all of it matrices of one shape, by one ``Gemm``; return whether it did."""
+    """Replace ``y + u·B`` by one ``Gemm`` if B is a slot and all are fitting matrices; return whether it did."""
     for y, product in (node.inputs, reversed(node.inputs)):
         made = product.producer() if product is not None else None
         if y is None or product is None or made is None or made.op_type != "MatMul" or made.inputs[1] not in slots:
@@ -335,7 +336,7 @@ def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> boo
 
 
 def _rank(value: ir.Value | None) -> int | None:
-    """Return a value's number of axes, or None; a transposed weight's shape is not noted, and its operand's is."""
+    """Return a value's rank, or None; a ``Transpose`` without a shape has the rank of its operand."""
     if value is not None and value.shape is None and value.producer() is not None:
         made = value.producer()
         return _rank(made.inputs[0]) if made is not None and made.op_type == "Transpose" else None
@@ -343,7 +344,7 @@ def _rank(value: ir.Value | None) -> int | None:
 
 
 def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> bool:
-    """Make the shape a constant where every size is a number or copied from its place; return whether it did."""
+    """Make the shape of a ``Reshape`` constant if every size is a number or copied; return whether it did."""
     x, made, sizes = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
     if x is None or x.shape is None or sizes is None or made is None:
         return False

@@ -1,11 +1,11 @@
-"""Passes that put one op of ONNX Runtime in the place of many: RMS norms, rotary positions, and top-k masks.
+"""Passes that replace several ops by one op of ONNX Runtime: RMS norms, rotary positions, and top-k masks.
 
-torch writes a rotary position in seven ops, of which a Llama has two a layer. ONNX Runtime's own fusion of RMS norms
-looks for a quotient, and torch writes a product with ``rsqrt``. A router's top-k mask is twelve ops in torch, whose
-``topk`` does not say which of equal values it prefers; ONNX's ``TopK`` prefers the lowest index, as the router does.
+torch writes a rotary position as seven ops, and a Llama has two per layer. ONNX Runtime's own fusion of RMS norms
+expects a quotient, while torch writes a product with ``rsqrt``. A router's top-k mask is twelve ops in torch, whose
+``topk`` does not specify the order of equal values; ONNX's ``TopK`` prefers the lowest index, as the router does.
 
-A residual sum and the norm behind it stay two ops: on CPUs ONNX Runtime's op for both takes longer than they do, with
-layer norms several times as long (``python -m benchmarks.forms``).
+A residual sum and the norm after it stay two ops: on CPUs ONNX Runtime's op for both is slower, for layer norms several
+times (``python -m benchmarks.forms``).
 """
 
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ class FuseRmsNorms(PatternPass):
     name: ClassVar[str] = "fuse-rms-norms"
 
     def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return a rule for each order of the norm and its scale."""
+        """Return one rule for each order of the norm and its scale."""
         return [_RmsNormRule(skips, norm_first).as_rule() for norm_first in (True, False)]
 
 
@@ -50,26 +50,26 @@ class FuseRotaryPositions(PatternPass):
     name: ClassVar[str] = "fuse-rotary-positions"
 
     def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return one rule."""
+        """Return a single rule."""
         return [_RotaryRule(skips).as_rule()]
 
 
 @dataclass(frozen=True)
 class FuseTopK(PatternPass):
-    """Replace a router's top-k mask (``lorac.variants._mixtures.top_k_mask``) by the indices of ``TopK``, scattered."""
+    """Replace a router's top-k mask (``lorac.variants._mixtures.top_k_mask``) by a scatter at ``TopK`` indices."""
 
     name: ClassVar[str] = "fuse-top-k"
 
     def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return one rule."""
+        """Return a single rule."""
         return [_TopKRule(skips).as_rule()]
 
 
 class _ReportingRule(pattern.RewriteRuleClassBase):
-    """A rule that records why it leaves a match alone.
+    """A rule that records the reason why it leaves a match unchanged.
 
     Args:
-        skips: gets the matches that the rule leaves alone.
+        skips: receives the matches that the rule leaves unchanged.
         name: the rule's name.
         remove_nodes: whether the nodes of a match are removed.
     """
@@ -85,16 +85,16 @@ class _ReportingRule(pattern.RewriteRuleClassBase):
         )
 
     def leave(self, context: MatchContext, why: str) -> MatchResult:
-        """Return the result that leaves a match alone, and record the reason."""
+        """Record the reason for leaving a match unchanged, and return that result."""
         self.skips.append(Skip(module_around(context.root), why))
         return MatchResult().fail(why)
 
 
 class _RmsNormRule(_ReportingRule, RmsNormFusion):
-    """onnxscript's rule for RMS norms, where the scale is a vector: a scale for each row is a product of its own.
+    """onnxscript's rule for RMS norms, limited to scales that are vectors; a scale per row stays a separate product.
 
     Args:
-        skips: as ``_ReportingRule``'s.
+        skips: as for ``_ReportingRule``.
         norm_first: whether the norm is the first factor of the product with the scale.
     """
 
@@ -109,7 +109,7 @@ class _RmsNormRule(_ReportingRule, RmsNormFusion):
 
 
 class _RotaryRule(_ReportingRule):
-    """``x·cos + rotate_half(x)·sin`` of x (batch, heads, length, size), whose angles have two equal halves."""
+    """``x·cos + rotate_half(x)·sin`` of x (batch, heads, length, size), with angles in two equal halves."""
 
     def __init__(self, skips: list[Skip]) -> None:
         super().__init__(skips, "RotaryEmbedding", remove_nodes=False)  # other nodes use the angles too
@@ -157,7 +157,7 @@ class _RotaryRule(_ReportingRule):
             halves = []
             for table, lookup in zip((cos, sin), lookups, strict=True):
                 key = (table, str(half))
-                if key not in self._shared:  # made once for all heads and layers
+                if key not in self._shared:  # computed once for all heads and layers
                     self._shared[key] = op.Constant(value=ir.tensor(np.ascontiguousarray(lookup[0][:, :half])))
                 halves.append(self._shared[key])
             return op.RotaryEmbedding(x, lookups[0][1], *halves, interleaved=0, _domain="com.microsoft", _version=1)
@@ -166,13 +166,13 @@ class _RotaryRule(_ReportingRule):
         tables = [op.Reshape(op.Slice(table, zero, last, two), flat) for table in (cos, sin)]
         if cos.shape is not None and cos.shape[0] == 1:
             positions = self._shared_positions(op, x, cos)
-        else:  # every row of the batch has its own: rows of the flattened table
+        else:  # each row of the batch has its own positions: rows of the flattened table
             shape, zero, one = op.Shape(cos, start=0, end=2), op.Constant(value_int=0), op.Constant(value_int=1)
             positions = op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
         return op.RotaryEmbedding(x, positions, *tables, interleaved=0, _domain="com.microsoft", _version=1)
 
     def _shared_positions(self, op: _Context, x: ir.Value, table: ir.Value) -> ir.Value:
-        """Return positions (batch, length) from 0 on, equal in every row; made once for all heads and layers."""
+        """Return positions (batch, length) from 0, equal in every row; computed once for all heads and layers."""
         key = (table, str(x.shape and x.shape[0]))
         if key not in self._shared:
             zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
@@ -183,7 +183,7 @@ class _RotaryRule(_ReportingRule):
 
 
 class _TopKRule(_ReportingRule):
-    """The values above the k-th largest, and of those equal to it the ones with the lowest indices, k in all."""
+    """The k largest values; of values equal to the k-th largest, those with the lowest indices."""
 
     def __init__(self, skips: list[Skip]) -> None:
         super().__init__(skips, "TopK")
@@ -212,7 +212,7 @@ class _TopKRule(_ReportingRule):
 
 
 def _kth_largest(value: ir.Value | None) -> ir.Node | None:
-    """Return the ``TopK`` along the last axis whose last value this is; None for anything else."""
+    """Return the ``TopK`` along the last axis of which a value is the k-th largest; None for any other value."""
     node = value.producer() if value is not None else None
     if node is None:
         return None
@@ -227,7 +227,7 @@ def _kth_largest(value: ir.Value | None) -> ir.Node | None:
 
 
 def _table_lookup(value: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] | None:
-    """Return the constant table (positions, size) that a value is looked up in and the positions, or None."""
+    """Return the constant table (positions, size) from which a value is looked up, and the positions, or None."""
     node = value.producer()
     if node is None or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
         return None
@@ -243,13 +243,13 @@ def _last_size(value: ir.Value) -> int:
 
 
 def _scalar(value: ir.Value | None) -> int | None:
-    """Return the number that a constant of one element holds, or None."""
+    """Return the number in a constant of one element; None for any other value."""
     numbers = read_numbers(value)
     return int(numbers[0]) if len(numbers) == 1 else None
 
 
 def _has_equal_halves(value: ir.Value) -> bool:
-    """Return whether the halves of the last axis are equal: an elementwise function of a tensor joined with itself."""
+    """Return whether both halves of the last axis are equal: a function of a tensor concatenated with itself."""
     node = value.producer()
     if node is None or node.inputs[0] is None:
         return False

@@ -1,11 +1,11 @@
-"""A pass that computes attention over a cache by ONNX Runtime's own op, ``com.microsoft::GroupQueryAttention``.
+"""A pass that computes cached attention by ONNX Runtime's own op, ``com.microsoft::GroupQueryAttention``.
 
-The op takes queries, keys and values as (batch, length, features), and rotates queries and keys itself where their
-angles lie in tables. So the nodes that move axes and rotate before it are left out. Past and present may be one buffer,
-into which only the new tokens are written.
+The op takes queries, keys and values as (batch, length, features), and rotates queries and keys itself if their angles
+are in tables. So the nodes before it that move axes and rotate are removed. Past and present may share one buffer, into
+which only the new tokens are written.
 
-The op is causal. Where new tokens see later ones, as those of an image do, an ``If`` attends once more, in plain ops,
-to the keys and values that the op has written.
+The op is causal. If new tokens may see later ones, as an image's tokens do, an ``If`` computes attention again in plain
+ops, over the keys and values that the op has written.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ _ROTARY_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class UseGroupQueryAttention(OnnxPass):
-    """Replace each attention over a cache by ``GroupQueryAttention``."""
+    """Replace each cached attention by ``GroupQueryAttention``."""
 
     name: ClassVar[str] = "use-group-query-attention"
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Replace the nodes in place; report rotary positions that stay ops of their own.
+        """Replace the nodes in place; report rotary positions that stay separate ops.
 
         Raises:
-            Unavailable: an attention computes in another dtype than the op does.
+            Unavailable: the op does not support an attention's dtype.
         """
         nodes = [node for node in model.graph if node.domain == LORAC_DOMAIN and node.op_type == CACHED_ATTENTION_OP]
         if not nodes:
@@ -57,10 +57,10 @@ class UseGroupQueryAttention(OnnxPass):
 
 
 class _SequenceLengths:
-    """The lengths of each row in the form that the op takes, computed once for all layers.
+    """The lengths of each row in the form that the op accepts, computed once for all layers.
 
     Args:
-        graph: where the nodes go.
+        graph: the graph into which the nodes are inserted.
         first: the first attention.
     """
 
@@ -69,7 +69,7 @@ class _SequenceLengths:
         zero, one = (shared_constant(graph, f"{n}_int32", np.array(n, np.int32)) for n in (0, 1))
         total = ir.Node("", "Add", [past, self.new])
         last = ir.Node("", "Sub", [total.outputs[0], one])
-        known = ir.Node("", "Max", [last.outputs[0], zero])  # the op cannot express a row that is empty and stays so
+        known = ir.Node("", "Max", [last.outputs[0], zero])  # the op cannot express a row that is empty and stays empty
         longest = ir.Node("", "ReduceMax", [total.outputs[0]], [ir.AttrInt64("keepdims", 0)])
         graph.insert_before(graph[0], [total, last, known, longest])
         self.last, self.longest = known.outputs[0], longest.outputs[0]
@@ -77,7 +77,7 @@ class _SequenceLengths:
         self._any_block: dict[ir.Value, ir.Value] = {}
 
     def biases(self, graph: ir.Graph, node: ir.Node, distances: ir.Value | None) -> ir.Value | None:
-        """Return the bias of each score (batch, heads or 1, length, longest), by distance or by chunk."""
+        """Return the bias of each score (batch, heads or 1, length, longest) by distance or by chunk, or None."""
         chunk, positions = max(-node.attributes["window"].as_int(), 0), node.inputs[7]
         if (distances, chunk) not in self._biases and (distances is not None or chunk):
             tape, dtype = Tape(), _dtype(node.outputs[0]).numpy()
@@ -103,7 +103,7 @@ class _SequenceLengths:
         return self._biases.get((distances, chunk))
 
     def any_block(self, graph: ir.Graph, node: ir.Node, blocks: ir.Value) -> ir.Value:
-        """Return whether some new token sees others than those up to it."""
+        """Return whether any new token sees tokens after it."""
         if blocks not in self._any_block:
             tape, axis = Tape(), shared_constant(graph, "axis_2", np.array([2]))
             other = tape.op("Sub", [blocks, tape.op("Unsqueeze", [node.inputs[7], axis])])
@@ -146,7 +146,7 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, skips: l
 
 
 def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.Node, longest: ir.Value) -> ir.Value:
-    """Write an attention whose tokens see their blocks too, over the keys and values that another one wrote."""
+    """Write an attention whose tokens also see their blocks, over the keys and values that another attention wrote."""
 
     def numbers(*values: int) -> ir.Value:
         return shared_constant(graph, "numbers_" + "_".join(map(str, values)), np.array(values, np.int64))
@@ -154,7 +154,7 @@ def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.
     def scalar(value: float, dtype: ir.DataType) -> ir.Value:
         return shared_constant(graph, f"{value}_{dtype.name}", np.array(value, dtype.numpy()))
 
-    def copy(value: ir.Value) -> ir.Value:  # computed inside alone
+    def copy(value: ir.Value) -> ir.Value:  # a copy inside the graph
         source = value.producer()
         if source is None or source.op_type not in {"RotaryEmbedding", "Transpose"}:
             return value
@@ -196,8 +196,8 @@ def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.
 
 
 def _attention_node(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, skips: list[Skip]) -> ir.Node:
-    """Build the op for an attention; its operands are inserted into the graph, and the op itself is not yet."""
-    operands = [*node.inputs, None, None][:_BLOCKS]  # the last two may be missing
+    """Build the op for an attention; insert its operands into the graph, but not the op itself."""
+    operands = [*node.inputs, None, None][:_BLOCKS]  # the last two are optional
     q, k, v, past_k, past_v, _, _, positions, sinks, distances = operands
     assert q is not None and k is not None and v is not None
     if q.dtype not in _DTYPES:
@@ -239,7 +239,7 @@ def _attention_node(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, s
 def _rotary_operands(
     node: ir.Node, q: ir.Value, k: ir.Value, positions: ir.Value | None, skips: list[Skip]
 ) -> tuple[tuple[ir.Value, ir.Value], _Tables] | None:
-    """Return queries and keys before their rotation and the tables of its angles, where the op can rotate them."""
+    """Return queries and keys before their rotation, and the tables of its angles; None if the op cannot rotate."""
     first, second = q.producer(), k.producer()
     if first is None or second is None or {first.op_type, second.op_type} != {"RotaryEmbedding"}:
         return None
@@ -256,7 +256,7 @@ def _rotary_operands(
 
 
 def _flatten_heads(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:
-    """Return a value (batch, heads, length, size) as (batch, length, heads · size)."""
+    """Transpose a value (batch, heads, length, size) to (batch, length, heads · size)."""
     batch, heads, length, size = _dims(value)
     features = _number(heads) * _number(size)
     moved = value.producer()
@@ -291,18 +291,18 @@ def _replace_uses(graph: ir.Graph, node: ir.Node, y: ir.Value) -> None:
 
 
 def _dims(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...]:
-    """Return the sizes of a value whose shape is known."""
+    """Return the sizes of a value with a known shape."""
     assert value.shape is not None
     return value.shape.dims
 
 
 def _dtype(value: ir.Value) -> ir.DataType:
-    """Return the dtype of a value, which is known."""
+    """Return the known dtype of a value."""
     assert value.dtype is not None
     return value.dtype
 
 
 def _number(size: int | ir.SymbolicDim) -> int:
-    """Return a size, which is static."""
+    """Return a static size as a number."""
     assert isinstance(size, int)
     return size

@@ -1,4 +1,4 @@
-"""Sessions over the open files of a program, always made with the same settings."""
+"""Sessions over the open files of a program, always created with the same settings."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ saves a quarter of the step; 20 microseconds of it save nearly all of that.
 
 
 def session_options(options: OnnxRuntimeOptions) -> ort.SessionOptions:
-    """Return ONNX Runtime's settings for the target's options."""
+    """Convert the target's options to ONNX Runtime's settings."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     for name, value in SPIN_SETTINGS[options.spinning].items():
@@ -72,13 +72,13 @@ def create_session(
     """Create a session over a graph's model.
 
     Args:
-        files: the program's, open.
-        constants: slot input -> its content in this session for good; kept alive by the session, and not copied.
-        rounds: whether products with quantised weights may round their operands, as the model says; if not, they
+        files: the open files of the program.
+        constants: slot input -> its constant content in this session; the session references it, without a copy.
+        rounds: whether products with quantised weights may round their operands as the model says; otherwise they
             compute in float32.
 
     Raises:
-        ArtifactError: a weight is not where the model says.
+        ArtifactError: a weight is not at the offset that the model gives.
         Unavailable: an op has no kernel in the model's dtype.
     """
     source = _read_source(files, graph, options, constants or {}, rounds)
@@ -92,21 +92,21 @@ def create_session(
 def create_settled_session(
     files: ProgramFiles, graph: str, tensors: Mapping[str, torch.Tensor], options: OnnxRuntimeOptions
 ) -> ort.InferenceSession:
-    """Create a session in which slots are constants; it holds copies, so later writes do not reach it."""
+    """Create a session with slots as constants; it has copies, so later writes do not affect it."""
     copies = {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in tensors.items()}
     return create_session(files, graph, options, copies)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _SessionSource:
-    """A graph's model as a session takes it, with this machine's ops.
+    """A graph's model in the form for sessions, with this machine's custom ops.
 
     Attributes:
-        weights: name -> content in the file of weights, mapped.
-        file: the file of weights; None where there is none.
-        constants: name -> content that is handed over.
-        library: holds the kernels of custom ops; None if the model uses none.
-        native_layers: how many layers such ops compute.
+        weights: name -> memory-mapped content in the file of weights.
+        file: the file of weights; None if there is none.
+        constants: name -> content that is passed to the session in memory.
+        library: the library with the kernels of custom ops; None if the model uses none.
+        native_layers: the number of layers that such ops compute.
     """
 
     model: onnx.ModelProto
@@ -121,12 +121,12 @@ class _SessionSource:
     ) -> ort.InferenceSession:
         """Start a session.
 
-        ONNX Runtime gets the model's bytes, and maps the weights by the path of the open file, whatever another process
-        puts in the file's place. It refuses that path once the file is deleted. Then the weights are handed over as
-        they are mapped here, and ONNX Runtime copies those that it does not prepack.
+        ONNX Runtime gets the model's bytes, and maps the weights by a path that refers to the open file, even if
+        another process replaces the file. ONNX Runtime refuses that path once the file is deleted; then the mapped
+        weights are passed in memory, and ONNX Runtime copies those that it does not prepack.
 
         Args:
-            prepare: adds to ONNX Runtime's settings.
+            prepare: a function that adds to ONNX Runtime's settings.
         """
         if self.file is None or not self.file.is_linked:
             return self._start(options, None, prepare)
@@ -135,10 +135,10 @@ class _SessionSource:
         except Fail:
             if self.file.is_linked:
                 raise
-            return self._start(options, None, prepare)  # the file was deleted meanwhile
+            return self._start(options, None, prepare)  # the file was deleted in the meantime
 
     def digest(self) -> str:
-        """Return a hash of the model and its weights, equal for equal ones."""
+        """Return a hash of the model and its weights."""
         found = hashlib.blake2b(self.model.SerializeToString(deterministic=True), digest_size=16)
         found.update(b"" if self.file is None else self.file.digest().encode())
         return found.hexdigest()
@@ -158,7 +158,7 @@ class _SessionSource:
     def _start(
         self, options: OnnxRuntimeOptions, path: Path | None, prepare: Callable[[ort.SessionOptions], None]
     ) -> ort.InferenceSession:
-        """Start a session that maps its weights from a path; without a path they are handed over."""
+        """Start a session that maps its weights from a path; without a path, pass the weights in memory."""
         settings = session_options(options)
         prepare(settings)
         if self.library is not None:
@@ -181,7 +181,7 @@ class _SessionSource:
             from lorac.backends.onnxruntime.missing_kernel import missing_kernel_error
 
             raise missing_kernel_error(self.model, error) from error
-        session.lorac_constants = handed  # the session reads the arrays for as long as it lives
+        session.lorac_constants = handed  # the session reads the arrays as long as it exists
         session.lorac_native_layers = self.native_layers
         session.lorac_prepacked = False
         _release_pages(self.weights)
@@ -191,7 +191,7 @@ class _SessionSource:
 def _read_source(
     files: ProgramFiles, graph: str, options: OnnxRuntimeOptions, constants: Mapping[str, Array], rounds: bool
 ) -> _SessionSource:
-    """Read a graph's model and put this machine's ops into it."""
+    """Read a graph's model, and insert this machine's custom ops."""
     model, weights = read_model_files(files, graph)
     attributes = () if rounds else (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
     for attribute in attributes:
@@ -214,7 +214,7 @@ def _read_source(
 def _make_constants(
     model: onnx.ModelProto, stored: dict[str, onnx.TensorProto], constants: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Make slot inputs constants whose values are handed over; return those that the model has."""
+    """Turn slot inputs into constants that are passed in memory; return those that the model has."""
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     fixed = {name: array for name, array in constants.items() if name in types}
     for name, array in fixed.items():
@@ -232,7 +232,7 @@ def _make_constants(
 
 
 def _release_pages(weights: Mapping[str, Array]) -> None:
-    """Give back the memory of mapped weights after they were prepacked; pages that are read again are mapped again."""
+    """Release the memory of mapped weights after they were prepacked; pages that are read later are mapped again."""
     data: object = next(iter(weights.values()), None)
     while data is not None and not isinstance(data, mmap.mmap):
         data = data.obj if isinstance(data, memoryview) else getattr(data, "base", None)

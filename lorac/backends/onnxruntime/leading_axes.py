@@ -1,7 +1,7 @@
-"""Values on rows get their leading axes back where no op needs rows any more.
+"""Removal of rows: values get their leading axes back if no op needs rows any more.
 
-``FlattenToRows`` moves onto rows all ``Gemm`` ops and products with slots, and all row-wise ops in between. Once the
-native op computes in their place, all ops there take any leading axes, and each change of shape costs an op.
+``FlattenToRows`` moves onto rows all ``Gemm`` ops and products with slots, and all row-wise ops between them. After the
+native op has replaced the products, all ops there accept any leading axes, and each change of shape costs an op.
 """
 
 import math
@@ -27,13 +27,13 @@ class GraphIndex:
     """The nodes and values of a graph by name.
 
     Attributes:
-        nodes: the graph's own.
+        nodes: the graph's own nodes.
         makers: value -> the node that computes it.
         readers: value -> the graph's own nodes that read it.
-        uses: value -> how often nodes read it, those of nested graphs too, and outputs are it.
+        uses: value -> the number of its readers, including nodes of nested graphs and outputs.
         stored: the initializers.
-        shapes: of the values that have one.
-        fixed: the inputs, outputs and initializers, and the values that nested graphs read.
+        shapes: the shapes of values, where known.
+        fixed: inputs, outputs and initializers, and values that nested graphs read.
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -57,11 +57,11 @@ class GraphIndex:
 
 
 def restore_leading_axes(graph: onnx.GraphProto, domain: str) -> None:
-    """Compute values on rows with their leading axes, where all ops on them allow it, and drop the changes of shape.
+    """Compute values on rows with their leading axes if all ops on them allow it, and remove the changes of shape.
 
     Args:
-        graph: edited in place.
-        domain: of an op whose first two inputs may have any leading axes; the values are those that it reads and makes.
+        graph: the graph, edited in place.
+        domain: the domain of the native op, whose first two inputs may have any leading axes.
     """
     index, regions, names = GraphIndex(graph), list[_Region](), dict[str, str]()
     for node in index.nodes:
@@ -76,18 +76,18 @@ def restore_leading_axes(graph: onnx.GraphProto, domain: str) -> None:
 
 
 class _Region:
-    """Row-wise ops that read each other's values.
+    """Connected row-wise ops, which read each other's values.
 
     Args:
-        index: of the graph.
-        domain: of the op that has any leading axes.
+        index: the index of the graph.
+        domain: the domain of the native op.
         start: one of the ops.
 
     Attributes:
         nodes, values: the ops by id, and the names of their values on rows.
         entries, exits: the ``Reshape`` ops that put values on rows, and that read values on rows.
         leading: the leading axes of the values before they were put on rows.
-        fits: whether they are known, every op takes them, and no exit copies a size of rows.
+        fits: whether the leading axes are known, every op accepts them, and no exit copies a size of rows.
     """
 
     def __init__(self, index: GraphIndex, domain: str, start: NodeProto) -> None:
@@ -98,7 +98,7 @@ class _Region:
         self.fits = self._grow(start) and self._find_leading()
 
     def _grow(self, start: NodeProto) -> bool:
-        """Add all nodes that are connected with an op; return whether each op there takes any leading axes."""
+        """Add all nodes that are connected with an op; return whether every op among them accepts any leading axes."""
         todo = [start]
         while todo:
             node = todo.pop()
@@ -119,7 +119,7 @@ class _Region:
         return True
 
     def _operands(self, node: NodeProto) -> list[str]:
-        """Return the inputs of an op that have leading axes; an empty list for an op that does not take any."""
+        """Return the inputs of an op that have leading axes; an empty list if the op does not accept any."""
         names, shapes = list(filter(None, node.input)), self.index.shapes
         if node.domain == self.domain:
             return names[:2]
@@ -144,7 +144,7 @@ class _Region:
         return bool(count and same and known) and not copies
 
     def edit(self, graph: onnx.GraphProto) -> dict[str, str]:
-        """Give values their leading axes; return value that is not needed -> the value in its place."""
+        """Give values their leading axes; return unnecessary value -> its replacement."""
         shapes, names, count = self.index.shapes, dict[str, str](), len(self.leading)
         outputs = {value.name for value in graph.output}
         full = {name: (*self.leading, *shapes.get(name, ("",))[-1:]) for name in self.values}
@@ -166,7 +166,7 @@ class _Region:
         return names
 
     def _copy_leading(self, graph: onnx.GraphProto, reshape: NodeProto, rest: Shape) -> None:
-        """Let a ``Reshape`` copy the leading sizes of its input where the rest is fixed, and read no joined sizes."""
+        """Make a ``Reshape`` copy the leading sizes of its input if the remaining sizes are fixed."""
         if _size(rest) is None:
             return
         name = "_".join(map(str, (f"leading_{len(self.leading)}", *rest)))
@@ -174,11 +174,11 @@ class _Region:
             sizes = np.array([*(0 for _ in self.leading), *rest], np.int64)
             graph.initializer.append(numpy_helper.from_array(sizes, name))
         reshape.input[1] = name
-        del reshape.attribute[:]  # ``allowzero``, by which a 0 is not copied
+        del reshape.attribute[:]  # ``allowzero``, with which a 0 would not copy
 
 
 def remove_unused(graph: onnx.GraphProto) -> None:
-    """Remove ops whose values nothing reads, and the shapes of such values."""
+    """Remove ops whose values nothing reads, and these values' shapes."""
     used = {value.name for value in graph.output}
     used.update(name for part in walk_subgraphs(graph) for node in part.node for name in node.input)
     kept = list[NodeProto]()
@@ -193,18 +193,18 @@ def remove_unused(graph: onnx.GraphProto) -> None:
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[NodeProto]) -> None:
-    """Make copies of nodes the only ones of a graph, whose own may be among them."""
+    """Replace all nodes of a graph by copies of the given nodes, which may belong to the graph."""
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
 
 
 def read_axis(node: NodeProto) -> int | None:
-    """Return the axis of an op, or None."""
+    """Return the axis attribute of an op, or None."""
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
 
 
 def _size(shape: Shape) -> int | None:
-    """Return how many numbers a part of a shape stands for; None where that is not fixed."""
+    """Return the number of elements in a part of a shape; None if it is not fixed."""
     sizes = [size for size in shape if isinstance(size, int)]
     return math.prod(sizes) if len(sizes) == len(shape) else None

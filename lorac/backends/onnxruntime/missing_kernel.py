@@ -1,6 +1,6 @@
-"""The error for an op without a kernel in the program's dtype, which names the module and the line that use the op.
+"""The error for an op without a kernel in the program's dtype, naming the module and the line that use the op.
 
-Only a session knows the dtypes for which an op has kernels, and reports a missing one when it is created.
+Only a session knows for which dtypes an op has kernels; it reports a missing one when it is created.
 """
 
 import re
@@ -22,10 +22,10 @@ _NAMES = {
 
 
 def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailable:
-    """Return the error for a session that could not be created for lack of a kernel.
+    """Return the error for a session that could not be created because of a missing kernel.
 
     Args:
-        error: the session's error, which names an op and, if the model has it, a node.
+        error: the session's error, which names an op and, if the model names it, a node.
     """
     found = _MISSING.search(str(error))
     op, name = found.groups() if found else ("an op", "")
@@ -33,7 +33,7 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
     dtype = next((known for kind, known in _NAMES.items() if kind in dtypes), "its dtype")
     nodes = list(walk_nodes(model.graph))
     named = [node for node in nodes if name and node.name == name] or [node for node in nodes if node.op_type == op]
-    # ONNX Runtime may have replaced an op that is a function of others by these.
+    # ONNX Runtime may have expanded an op that is a function of other ops.
     node = next(iter(named or [node for node in nodes if op in _function_body_ops(node)]), None)
     origin = "" if node is None else describe_origin(read_metadata(node))
     inner = "" if node is None or node.op_type == op else f" (part of {node.op_type})"
@@ -44,7 +44,7 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
 
 
 def _function_body_ops(node: NodeProto) -> set[str]:
-    """Return the ops of an op's function body for float64 operands; none for an op without one."""
+    """Return the ops in an op's function body for float64 operands; empty for an op without a function body."""
     try:
         schema: Any = onnx.defs.get_schema(node.op_type, domain=node.domain)  # typed without its functions
     except onnx.defs.SchemaError:

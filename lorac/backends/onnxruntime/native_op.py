@@ -1,12 +1,12 @@
 """The op of the package lorac-native, which replaces the ops of low-rank pairs when a session is created.
 
-A pair costs three ops: two products, with matrices that are not known before the call, and a sum. For a row of one
-token each takes longer to start than to compute. ``lorac.native::AddLowRank`` does the work of all of them, for all
-layers of a fused projection at once, whose outputs it writes apart as ``Split`` would. Where tokens are packed
-(``packing``) it reads how many each row brings, so that they need not be padded for it.
+A pair costs three ops: two products with matrices that are inputs, and a sum. For a row of one token, each op takes
+longer to start than to compute. ``lorac.native::AddLowRank`` replaces all of them, for all layers of a fused projection
+at once, whose outputs it writes separately as ``Split`` would. If tokens are packed (``packing``), it reads the number
+of each row's tokens, so they need not be padded for it.
 
-A saved program has the standard ops, whoever wrote it, so it runs everywhere. It is rewritten as a protobuf message
-when it is loaded: to import onnxscript, for rules, takes a fourth of the time in which an artifact loads.
+A saved program has only standard ops, so it runs everywhere. It is rewritten as a protobuf message when it is loaded,
+since importing onnxscript would take a quarter of an artifact's loading time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,11 +40,11 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
     """Replace the ops of low-rank pairs by the op of lorac-native.
 
     Args:
-        model: edited in place.
-        half: whether slots of pairs become inputs in float16.
+        model: the model, edited in place.
+        half: whether slots of pairs become float16 inputs.
 
     Returns:
-        How many layers the op computes now.
+        The number of layers that the op computes.
     """
     finder = _LayerFinder(model.graph)
     groups = list(finder.find_groups())
@@ -70,13 +70,13 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer whose product and pair are summed.
+    """A layer whose base product and low-rank pair are added.
 
     Attributes:
-        output, base, x: names of its output, of the value that the pair is added to, and of the value that it reads.
-        slots: operand -> slot; empty for a layer without an adapter, whose output is its base.
-        packed: whether x and base are packed tokens, which rows bring different numbers of.
-        nodes: the ops that compute the output from the other values, the last one first.
+        output, base, x: the names of its output, of the value to which the pair is added, and of its input.
+        slots: operand -> slot; empty for a layer without an adapter, whose output equals its base.
+        packed: whether x and base are packed tokens, of which rows have different numbers.
+        nodes: the ops that compute the output from base and x, in reverse order.
     """
 
     output: str
@@ -93,9 +93,9 @@ class _Group:
 
     Attributes:
         op: the op.
-        layers: in the order of its outputs.
-        replaced: the nodes in whose place it is. It takes that of the first, which is the last that is computed, or is
-            before all readers.
+        layers: the layers, in the order of the op's outputs.
+        replaced: the nodes that the op replaces. It takes the position of the first, which is computed last or precedes
+            all readers.
     """
 
     op: NodeProto
@@ -109,7 +109,7 @@ class _Group:
 
 
 def _narrowable(graph: onnx.GraphProto, groups: Sequence[_Group]) -> list[_Group]:
-    """Return the groups whose factors may be float16, since other ops read no more than their shapes."""
+    """Return the groups whose factors may be float16, since other ops read at most their shapes."""
     replaced = {id(node) for group in groups for node in group.replaced}
     others = (node for node in walk_nodes(graph) if id(node) not in replaced and node.op_type != "Shape")
     read = {name for node in others for name in node.input}
@@ -118,7 +118,7 @@ def _narrowable(graph: onnx.GraphProto, groups: Sequence[_Group]) -> list[_Group
 
 
 class _LayerFinder:
-    """Finds the layers of a graph to which low-rank pairs are added."""
+    """A search for the layers of a graph to which low-rank pairs are added."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.index = GraphIndex(graph)
@@ -127,7 +127,7 @@ class _LayerFinder:
         self._roles = {name: role for name in floats for path, _, role in [name.rpartition(":")] if path}
 
     def find_groups(self) -> Iterator[_Group]:
-        """Yield the layers of each fused projection, and each other layer alone."""
+        """Yield the layers of each fused projection together, and every other layer alone."""
         layers = [layer for node in self.index.nodes if (layer := self._find_layer(node)) is not None]
         by_base = {layer.base: layer for layer in layers}
         grouped: set[str] = set()
@@ -142,7 +142,7 @@ class _LayerFinder:
                 yield group
 
     def _join(self, split: NodeProto, by_base: Mapping[str, _Layer]) -> _Group | None:
-        """Return the layers whose products a ``Split`` takes apart; None where one op cannot compute them."""
+        """Return the layers whose products a ``Split`` separates; None if one op cannot compute them together."""
         found, index = [by_base.get(name) for name in split.output], self.index
         read = {layer.x for layer in found if layer is not None}
         rank = len(index.shapes.get(split.output[0], ()))
@@ -156,7 +156,7 @@ class _LayerFinder:
         return self._group(split.input[0], layers, [split, *(node for layer in layers for node in layer.nodes)])
 
     def _group(self, base: str, layers: Sequence[_Layer], replaced: Sequence[NodeProto]) -> _Group | None:
-        """Return layers with the op that adds their pairs to one product; None where a number of features varies."""
+        """Return layers with the op that adds their pairs to one product; None if a number of features is dynamic."""
         widths = [(self.index.shapes.get(layer.output) or ("",))[-1] for layer in layers]
         if not all(isinstance(width, int) for width in widths):
             return None
@@ -170,7 +170,7 @@ class _LayerFinder:
         return _Group(op, layers, replaced)
 
     def _find_layer(self, last: NodeProto) -> _Layer | None:
-        """Return the layer whose output an op computes, ``c∘base + h∘((x·A)∘g)·B``; None for any other op."""
+        """Return the layer whose output an op computes as ``c∘base + h∘((x·A)∘g)·B``; None for any other op."""
         if last.op_type == "Gemm" and len(last.input) == 3 and not last.attribute:
             u, slot, base = last.input
             return self._complete(base, u, {operands.B: slot}, [last]) if self._roles.get(slot) == operands.B else None
@@ -183,7 +183,7 @@ class _LayerFinder:
         return None
 
     def _complete(self, base: str, u: str, slots: dict[str, str], nodes: list[NodeProto]) -> _Layer | None:
-        """Return a layer from the second product backwards: u = (x·A)∘g, and the base's product with its scale."""
+        """Complete a layer from its second product backwards: u = (x·A)∘g, and the base's product with its scale."""
         x = self._take("MatMul", operands.A, self._take("Mul", operands.G, u, slots, nodes), slots, nodes)
         product = self._take("Mul", operands.C, base, slots, nodes)
         packed = any(_gathers(node, FROM_SEGMENTS) for node in nodes)
@@ -193,7 +193,7 @@ class _LayerFinder:
         return layer if operands.A in slots and fits else None
 
     def _take(self, op: str, role: str, value: str, slots: dict[str, str], nodes: list[NodeProto]) -> str:
-        """Return the value that an op with a slot computes another from, and note both; the same value without one."""
+        """Return the operand from which an op with a slot computes a value, and record both; else return the value."""
         node = self.index.makers.get(value)
         if node is None or node.op_type != op or self.index.uses[value] != 1:
             return value
@@ -206,7 +206,7 @@ class _LayerFinder:
         return value
 
     def _take_segments(self, value: str, nodes: list[NodeProto]) -> str:
-        """Return the segments that a value's tokens are taken from, and note the op; the value where there are none."""
+        """Return the segments from which a value's tokens are gathered, and record the op; else return the value."""
         node = self.index.makers.get(value)
         if node is None or self.index.uses[value] != 1:
             return value
@@ -217,7 +217,7 @@ class _LayerFinder:
         return node.input[0]
 
     def _find_packed(self, segments: str) -> str:
-        """Return the packed form of segments of tokens; empty where it is not computed."""
+        """Return the packed form of segments of tokens; "" if the graph does not compute it."""
         cut = self.index.makers.get(segments)
         if cut is None or _gathers(cut, TO_SEGMENTS):
             return "" if cut is None else cut.input[0]
@@ -226,12 +226,12 @@ class _LayerFinder:
 
 
 def _gathers(node: NodeProto, indices: str) -> bool:
-    """Return whether an op takes tokens by such indices."""
+    """Return whether an op gathers tokens by the given indices."""
     return node.op_type == "GatherND" and node.input[1] == indices
 
 
 def _agree(shape: Shape, other: Shape) -> bool:
-    """Return whether shapes are known and equal as far as they are fixed: sizes of one meaning may have two names."""
+    """Return whether shapes are known and all fixed sizes agree; names of equal dynamic sizes may differ."""
     pairs = zip(shape, other, strict=False)
     fixed = all(one == two for one, two in pairs if isinstance(one, int) or isinstance(two, int))
     return fixed and bool(shape) and len(shape) == len(other)

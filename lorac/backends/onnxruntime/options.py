@@ -137,16 +137,16 @@ class OnnxRuntimeOptions(QuantisationOptions):
 
     @property
     def native_library(self) -> NativeLibrary | None:
-        """The library whose op sessions use; None where they use ONNX Runtime's own ops."""
+        """The library whose op sessions use; None if they use ONNX Runtime's own ops."""
         return find_native_library() if self.may_use_native else None
 
     @property
     def may_use_native(self) -> bool:
-        """Whether the op of lorac-native is used where it is installed."""
+        """Whether lorac-native's op is used if it is installed."""
         return bool(self.native) and self.chosen == (CPU,)
 
     def _check_native(self) -> None:
-        """Raise an error for an op that is asked for and cannot be used."""
+        """Raise an error if lorac-native's op is requested but cannot be used."""
         if self.native not in _NATIVE:
             raise not_one_of("native cannot be", self.native, tuple(map(repr, _NATIVE)))
         if self.native in ("auto", False):

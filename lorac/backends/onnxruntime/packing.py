@@ -1,10 +1,10 @@
-"""A pass that computes the tokens of all rows one behind the other, without the padding of shorter rows.
+"""A pass that computes the tokens of all rows concatenated, without the padding of shorter rows.
 
-Rows of a call bring different numbers of tokens, and a batch pads all to the longest. Most of a graph computes each
-token by itself. There the pass computes the graph for one row of as many tokens as all rows bring, the *packed* form.
-Attention sees the padded form, and so do ops that are not known to be token-wise, and products with slots that have
-places, whose segments are parts of the batch. Between the forms tokens are gathered, by indices that are made once per
-call. TensorRT-LLM calls this removal of input padding; ByteTransformer (https://arxiv.org/abs/2210.03052) measured it.
+Rows of a call have different numbers of tokens, and a batch pads all rows to the longest. Most of a graph computes each
+token separately. There the pass computes one row with the tokens of all rows, the *packed* form. Attention reads the
+padded form, and so do ops that are not known to be token-wise, and products with placed slots, whose segments are parts
+of the batch. Between the two forms tokens are gathered, by indices that are computed once per call. TensorRT-LLM calls
+this removal of input padding; ByteTransformer (https://arxiv.org/abs/2210.03052) measured it.
 """
 
 import itertools
@@ -31,12 +31,12 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Gather", "GatherND"})
 
 @dataclass(frozen=True)
 class PackTokens(OnnxPass):
-    """Compute only the tokens that rows bring, in graphs with a cache."""
+    """Compute only actual tokens without padding, in graphs with a cache."""
 
     name: ClassVar[str] = "pack-tokens"
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Edit the model in place; report products that compute padding too."""
+        """Edit the model in place; report products that also compute padding."""
         inputs = {str(value.name): value for value in model.graph.inputs}
         if NEW_LENGTHS not in inputs or PACKED_KEY in model.metadata_props:
             return PassResult(changed=False)
@@ -52,17 +52,17 @@ class PackTokens(OnnxPass):
 
 
 class _Packer:
-    """One pass over a graph.
+    """One run of the pass over a graph.
 
     Args:
-        graph: edited in place.
+        graph: the graph, edited in place.
         ids: the tokens.
-        new: how many tokens each row brings.
+        new: the number of tokens in each row.
 
     Attributes:
         packed: value -> its packed form.
         computed: the values that are only computed in packed form.
-        dependent: the values that depend on the tokens, and not on their number alone.
+        dependent: the values that depend on the tokens' contents, not only on their number.
     """
 
     def __init__(self, graph: ir.Graph, ids: ir.Value, new: ir.Value) -> None:
@@ -79,7 +79,7 @@ class _Packer:
         self._pack(ids)
 
     def run(self) -> Iterator[Skip]:
-        """Pack token-wise ops; yield the products that are not."""
+        """Pack token-wise ops; yield the other products."""
         token_wise = {node for node in self.nodes if self.layouts.is_token_wise(node)}
         packs = token_wise - self._find_preparations(token_wise)
         for node in self.nodes:
@@ -101,7 +101,7 @@ class _Packer:
                 value.name, self.graph.outputs[place].name = None, value.name
 
     def _find_preparations(self, token_wise: set[ir.Node]) -> set[ir.Node]:
-        """Return the ops, products apart, whose results only padded ops read: they are computed padded themselves."""
+        """Return the ops, except products, whose results only padded ops read; they are computed padded as well."""
         found: set[ir.Node] = set()
         for node in reversed(self.nodes):
             readers = [user for value in node.outputs for user, _ in value.uses() if user.op_type != "Shape"]
@@ -113,7 +113,7 @@ class _Packer:
 
     # ── Packed ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _pack_node(self, node: ir.Node) -> bool:
-        """Compute a token-wise op in packed form; return False where that would pack several values instead of one."""
+        """Compute a token-wise op in packed form; return False if several inputs would have to be packed for it."""
         tokens = dict.fromkeys(v for v in node.inputs if v is not None and self.layouts.of(v) is not None)
         read = self.dependent.intersection(tokens)
         if not read or (len(read) > 1 and read.isdisjoint(self.packed)):
@@ -131,13 +131,13 @@ class _Packer:
         twin = copy_node(node, inputs, attributes.values())
         self.graph.insert_before(node, twin)
         for value, made in zip(node.outputs, twin.outputs, strict=True):
-            if self.layouts.of(value) is not None:  # others are not read
+            if self.layouts.of(value) is not None:  # other outputs are not read
                 made.name, made.type, made.shape = f"{value.name}_packed", value.type, self._shape(value)
                 self._note(value, made)
         return True
 
     def _renames(self, node: ir.Node) -> bool:
-        """Return whether a value and its segments have one packed form."""
+        """Return whether a value and its segments have the same packed form."""
         value = node.inputs[0] if node.op_type == "Reshape" and self.layouts.is_token_wise(node) else None
         return value is not None and self._shape(value) == self._shape(node.outputs[0])
 
@@ -166,7 +166,7 @@ class _Packer:
 
     # ── Padded ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _keep_padded(self, node: ir.Node) -> None:
-        """Let an op, and those in graphs within it, read the padded form of values."""
+        """Make an op, and ops in its nested graphs, read the padded form of values."""
         readers = [node, *nested_nodes(node)]
         read = [(reader, place, value) for reader in readers for place, value in enumerate(reader.inputs)]
         for reader, place, value in read:
@@ -175,7 +175,7 @@ class _Packer:
                 reader.replace_input_with(place, self._pad(value, reader.graph))
 
     def _read_sizes(self, node: ir.Node, value: ir.Value) -> bool:
-        """Let readers of a ``Shape`` of a value read the same sizes of the ids; return whether it is such an op."""
+        """Make readers of a value's ``Shape`` read the sizes of the ids; return whether the op is such a ``Shape``."""
         start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
         sizes = self.index.sizes(dims_of(value)[start:end]) if node.op_type == "Shape" else None
         if sizes is not None:
@@ -183,7 +183,7 @@ class _Packer:
         return sizes is not None
 
     def _multiplies_padding(self, node: ir.Node) -> bool:
-        """Return whether an op multiplies padding too by a constant."""
+        """Return whether an op multiplies a constant with padding too."""
         if node.op_type not in ("MatMul", "Gemm") or node.outputs[0] not in self.dependent:
             return False
         constant = node.inputs[1] is not None and ir.convenience.get_const_tensor(node.inputs[1]) is not None
@@ -191,7 +191,7 @@ class _Packer:
         return constant and (not dims or any(str(self.layouts.length) in str(dim).split("*") for dim in dims))
 
     def _pad(self, value: ir.Value, reader: ir.Graph) -> ir.Value:
-        """Return the padded form of a value that is computed packed, in the graph that reads it."""
+        """Return the padded form of a packed value, in the graph that reads it."""
         key = (value, reader)
         if key not in self._padded:
             self._padded[key] = padded = self._gather(self.packed[value], value, self.index.of_padded, reader)
@@ -201,7 +201,7 @@ class _Packer:
     def _gather(
         self, source: ir.Value, value: ir.Value, indices: Callable[[TokenAxes], ir.Value], reader: ir.Graph
     ) -> ir.Value:
-        """Return the tokens of a form of a value at indices, computed behind the form or in a graph within."""
+        """Gather the tokens of one form of a value by indices, after that form or in a nested graph."""
         found, rank = self.layouts.of(value), len(dims_of(value))
         assert found is not None
         order = [*found.places(rank), *(axis for axis in range(rank) if axis not in found.places(rank))]
@@ -226,7 +226,7 @@ class _Packer:
         return nodes[-1].outputs[0]
 
     def _choose_tokens(self, node: ir.Node) -> bool:
-        """Let an op that takes chosen tokens of each row take them from the packed form; return whether it is one."""
+        """Make an op that gathers some tokens of each row read the packed form; return whether it is such an op."""
         value = node.inputs[0] if _chooses(node) else None
         if value is None or value not in self.computed or self.layouts.of(value) != _pair(value):
             return False
@@ -240,13 +240,13 @@ class _Packer:
 
 
 def _pair(value: ir.Value) -> TokenAxes:
-    """Return the axes of tokens of a value (batch, length, …)."""
+    """Return the axes of tokens in a value (batch, length, …)."""
     rank = len(dims_of(value))
     return TokenAxes((-rank, 1 - rank))
 
 
 def _chooses(node: ir.Node) -> bool:
-    """Return whether an op takes some tokens of each row."""
+    """Return whether an op gathers some tokens of each row."""
     return (
         node.op_type == "GatherND"
         and node.attributes.get_int("batch_dims", 0) == 1
@@ -255,7 +255,7 @@ def _chooses(node: ir.Node) -> bool:
 
 
 def _is_cut(node: ir.Node, tokens: Sequence[Dim], slots: Mapping[Dim, ir.Value]) -> bool:
-    """Return whether an op cuts tokens (batch, length, …) into segments, one for each place of a slot."""
+    """Return whether an op cuts tokens (batch, length, …) into segments, one per place of a slot."""
     read, made = dims_of(node.inputs[0] if node.inputs else None), dims_of(node.outputs[0])
     return (
         node.op_type == "Reshape"

@@ -1,7 +1,7 @@
-"""Prepacked weights in files: sessions of every process map them, instead of each laying them out in memory of its own.
+"""Prepacked weights in files, which sessions of all processes map instead of each making its own copies.
 
-ONNX Runtime lays constant weights out for the processor's kernels when a session starts, and keeps these copies as long
-as the session lives. It can write them, with the optimised model, and read them again. Such files belong to one release
+When a session starts, ONNX Runtime lays out constant weights for the processor's kernels, and keeps these copies as
+long as the session exists. It can write them, with the optimised model, and read them again. Such files fit one release
 of ONNX Runtime and one kind of processor.
 """
 
@@ -36,18 +36,18 @@ _WRITING = {
 
 
 def open_prepacked(folder: Path, key: str, write: Callable[[Path], object]) -> ProgramFiles | None:
-    """Open the optimised model and the prepacked weights of a session; write them where they are not there.
+    """Open the optimised model and the prepacked weights of a session; write them if they are missing.
 
-    Files that are damaged, or were written elsewhere, are written anew with a warning. Several processes write them
-    once: the others wait.
+    Files that are damaged or from another machine are rewritten with a warning. Of several processes one writes them,
+    while the others wait.
 
     Args:
-        folder: where they are kept, with those of other models.
-        key: names the model and its weights.
-        write: starts a session that writes them into a folder (``write_prepacked``).
+        folder: the folder that stores them, with those of other models.
+        key: a hash of the model and its weights.
+        write: a function that starts a session which writes them into a folder (``write_prepacked``).
 
     Returns:
-        None where they can be neither read nor written, which a warning says.
+        The open files; None, with a warning, if they can be neither read nor written.
     """
     place = folder / key / _LEAF
     if (files := _read(place)) is not None:
@@ -73,15 +73,15 @@ def write_prepacked(settings: ort.SessionOptions, folder: Path) -> None:
 
 
 def keep_optimised(settings: ort.SessionOptions) -> None:
-    """Turn off optimisation for a session: its model was optimised before it was written."""
+    """Turn off optimisation for a session whose model was optimised before it was written."""
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def _read(place: Path, *, explain: bool = False) -> ProgramFiles | None:
-    """Open files and check them; return None where they are missing, damaged or of another machine.
+    """Open files and check them; return None if they are missing, damaged or from another machine.
 
     Args:
-        explain: warn of files that are there and of no use.
+        explain: whether to warn of existing files that cannot be used.
     """
     if not place.exists():
         return None
@@ -108,15 +108,15 @@ def _write(place: Path, write: Callable[[Path], object]) -> ProgramFiles:
         staged.mkdir()
         write(staged)
         write_manifest(staged / MANIFEST, {"machine": _describe_machine(), "files": describe_files(staged)})
-    if sys.platform == "linux":  # the GNU C library keeps the memory that writing frees, as much as the weights take
-        with contextlib.suppress(AttributeError):  # other C libraries return it by themselves
+    if sys.platform == "linux":  # the GNU C library keeps freed memory, here about the size of the weights
+        with contextlib.suppress(AttributeError):  # other C libraries return it themselves
             ctypes.CDLL(None).malloc_trim(0)
     return _open_checked(place)
 
 
 @functools.cache
 def _describe_machine() -> dict[str, str]:
-    """Return the facts that weights are laid out by: the release of ONNX Runtime, and the processor's instructions."""
+    """Return the facts that decide the layout of weights: ONNX Runtime's release, the processor's instructions."""
     capabilities = torch.cpu.get_capabilities()
     instructions = sorted(name for name, value in capabilities.items() if value is True)
     return {

@@ -1,7 +1,7 @@
-"""Which axes of a value are those of tokens, and which ops compute each token by itself.
+"""The axes of tokens in values, and the ops that compute each token separately.
 
-A graph with a cache takes tokens as (batch, length). An op is token-wise where selecting tokens before it and after it
-gives the same: it mixes no tokens, and reads nothing else that differs between them.
+A graph with a cache takes tokens as (batch, length). An op is token-wise if selecting tokens before it gives the same
+result as selecting them after it: it does not mix tokens, and reads nothing else that differs between them.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,12 +18,12 @@ Dim = int | str | None
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """The axes of a value along which its tokens lie.
+    """The axes of a value along which its tokens are arranged.
 
     Attributes:
-        axes: counted from the end: those of batch and length, of places and tokens of a segment, or one of both.
-        segments: whether the first is the axis of places (``lorac.ir.slots.places``).
-        repeats: how many items along a single axis belong to a token.
+        axes: counted from the end: batch and length, places and tokens of a segment, or one axis for both.
+        segments: whether the first axis is the axis of places (``lorac.ir.slots.places``).
+        repeats: the number of items per token along a single axis.
     """
 
     axes: tuple[int, ...]
@@ -35,12 +35,12 @@ class TokenAxes:
         return [axis + rank for axis in self.axes]
 
     def leads(self, rank: int) -> bool:
-        """Return whether they are the first axes, so that the tokens of a row lie one behind the other."""
+        """Return whether they are the first axes, so the tokens of a row are contiguous."""
         return self.places(rank) == list(range(len(self.axes)))
 
 
 class TokenLayouts:
-    """Where the tokens lie in the values of a graph, read off the names of sizes.
+    """The axes of tokens in the values of a graph, inferred from the names of sizes.
 
     Args:
         ids: the token ids (batch, length).
@@ -74,11 +74,11 @@ class TokenLayouts:
         return TokenAxes((axes[0] - rank, axes[1] - rank)) if axes[0] < axes[1] and not self._varies(rest) else None
 
     def is_plain(self, value: ir.Value | None) -> bool:
-        """Return whether a value has no axis along which rows or tokens lie."""
+        """Return whether a value has no axis of rows or tokens."""
         return value is None or (value.shape is not None and not self._varies(dims_of(value)))
 
     def is_token_wise(self, node: ir.Node) -> bool:
-        """Return whether an op is known to compute each token by itself."""
+        """Return whether an op is known to compute each token separately."""
         rule = _RULES.get((node.domain, node.op_type))
         outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
         return rule is not None and all(self.of(value) is not None for value in outputs) and rule(self, node)
@@ -87,7 +87,7 @@ class TokenLayouts:
         return any(dim is None or dim in self._varying or self._count_repeats(dim) for dim in dims)
 
     def _count_repeats(self, dim: Dim) -> int:
-        """Return how many times the number of tokens, padding included, a size is; 0 for another size."""
+        """Return the factor of the number of tokens, including padding, in a size; 0 if it is not a multiple."""
         factors = str(dim).split("*")
         numbers = [factor for factor in factors if factor.isdecimal()]
         if sorted(factors) != sorted([str(self.batch), str(self.length), *numbers]) or len(numbers) > 1:
@@ -96,7 +96,7 @@ class TokenLayouts:
 
 
 def dims_of(value: ir.Value | None) -> list[Dim]:
-    """Return the sizes of a value; an empty list where its shape is not known."""
+    """Return the sizes of a value; an empty list if its shape is unknown."""
     if value is None or value.shape is None:
         return []
     return [dim if isinstance(dim, int) else None if dim.value is None else str(dim.value) for dim in value.shape]
@@ -116,13 +116,13 @@ def _is_elementwise(layouts: TokenLayouts, node: ir.Node) -> bool:
 
 
 def _is_one_along(value: ir.Value | None, axes: Sequence[int]) -> bool:
-    """Return whether a value is broadcast along axes."""
+    """Return whether a value is broadcast along the given axes."""
     dims = dims_of(value)
     return all(-axis > len(dims) or dims[axis] == 1 for axis in axes)
 
 
 def _multiplies_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether each token is multiplied by one matrix for all, or one matrix per token by another."""
+    """Return whether each token is multiplied by one common matrix, or each token's matrix by its own other one."""
     x, other = layouts.of(node.inputs[0]), node.inputs[1]
     if x is None or x != layouts.of(node.outputs[0]):
         return False
@@ -139,7 +139,7 @@ def _is_gemm_of_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
 
 
 def _is_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether an op along an axis, or from it on, has no token's axis there; all its operands agree."""
+    """Return whether an op along an axis, or from it on, leaves the tokens' axes alone; all its operands must agree."""
     axis = node.attributes.get_int("axis", _AXES[node.op_type])
     count = _OPERANDS.get(node.op_type, 1)
     others = [] if count is None else node.inputs[count:]
@@ -148,7 +148,7 @@ def _is_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
 
 
 def _is_over_listed_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether an op over the axes in an operand has no token's axis among them."""
+    """Return whether an op over the axes listed in an operand leaves the tokens' axes alone."""
     given = [*node.inputs, None, None, None][_LISTED.get(node.op_type, 1)]
     listed = node.attributes.get_ints("axes") or read_numbers(given)
     plain = all(map(layouts.is_plain, node.inputs[1:]))
@@ -156,7 +156,7 @@ def _is_over_listed_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
 
 
 def _keeps_tokens(layouts: TokenLayouts, node: ir.Node, axes: Sequence[int]) -> bool:
-    """Return whether axes of an op are behind those of tokens, which stay where they are."""
+    """Return whether an op's axes come after the tokens' axes, which do not move."""
     x, y = node.inputs[0], node.outputs[0]
     before, after = layouts.of(x), layouts.of(y)
     if before is None or after is None or before.repeats != after.repeats or before.segments != after.segments:
@@ -167,7 +167,7 @@ def _keeps_tokens(layouts: TokenLayouts, node: ir.Node, axes: Sequence[int]) -> 
 
 
 def _is_lookup(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether each token looks a row up, or takes a part of its features."""
+    """Return whether each token looks up a row, or takes a part of its features."""
     data, index = node.inputs[:2]
     if layouts.of(data) is not None:
         return layouts.is_plain(index) and _keeps_tokens(layouts, node, [node.attributes.get_int("axis", 0)])
@@ -190,7 +190,7 @@ def _moves_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
 
 
 def _keeps_order(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether a ``Reshape`` leaves the numbers of each token together, and has no other unknown size."""
+    """Return whether a ``Reshape`` keeps the numbers of each token together, and has no other unknown size."""
     pair = [(layouts.of(value), dims_of(value)) for value in (node.inputs[0], node.outputs[0])]
     if any(found is None or not found.leads(len(dims)) for found, dims in pair):
         return False

@@ -1,4 +1,4 @@
-"""Where tokens lie in padded rows, and where in the packed form of ``packing``: ops at the beginning of a graph."""
+"""Positions of tokens in padded rows and in the packed form of ``packing``, computed at the beginning of a graph."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, dims_of
 
 
 class TokenIndices:
-    """Where tokens lie in the padded form and in the packed one, computed at the beginning of a graph.
+    """Positions of tokens in the padded and in the packed form, computed at the beginning of a graph.
 
     Args:
-        graph: where the ops go.
-        ids: the tokens (batch, length), padded.
-        new: how many of them each row brings.
-        slot: an input with an axis of places, if there are segments.
+        graph: the graph into which the ops are inserted.
+        ids: the padded token ids (batch, length).
+        new: the number of tokens in each row.
+        slot: an input with an axis of places, if the graph has segments.
     """
 
     def __init__(self, graph: ir.Graph, ids: ir.Value, new: ir.Value, slot: ir.Value | None) -> None:
@@ -48,15 +48,15 @@ class TokenIndices:
             self._pairs[True][0].name, self._pairs[True][1].name = FROM_SEGMENTS, TO_SEGMENTS
 
     def of_packed(self, axes: TokenAxes) -> ir.Value:
-        """Return, for each token of the packed form, where it lies in a padded value with such axes."""
+        """Return, for each token of the packed form, its position in a padded value with such axes."""
         return self._pairs[axes.segments][0] if len(axes.axes) == 2 else self._find_items(True, axes.repeats)
 
     def of_padded(self, axes: TokenAxes) -> ir.Value:
-        """Return, for each token of the padded form, where it lies in the packed one; for padding, some token."""
+        """Return, for each token of the padded form, its position in the packed form; for padding, any position."""
         return self._pairs[axes.segments][1] if len(axes.axes) == 2 else self._find_items(False, axes.repeats)
 
     def sizes(self, dims: Sequence[Dim]) -> ir.Value | None:
-        """Return the sizes of a padded value; None where they are neither numbers nor those of the ids."""
+        """Return the sizes of a padded value; None unless all are numbers or sizes of the ids."""
         key = tuple(dims)
         if key not in self._joined and all(dim in self._sizes or isinstance(dim, int) for dim in dims):
             parts = [self.constant([dim]) if isinstance(dim, int) else self._sizes[dim] for dim in dims]
@@ -69,22 +69,22 @@ class TokenIndices:
         return shared_constant(self.graph, "_".join(map(str, ("packing", array.ndim, *array.reshape(-1)))), array)
 
     def make(self, op: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
-        """Add an op to those at the beginning; return its result."""
+        """Insert an op at the beginning of the graph; return its result."""
         node = ir.node(op, inputs, attributes)
         self.add(node)
         return node.outputs[0]
 
     def add(self, *nodes: ir.Node) -> None:
-        """Add ops to those at the beginning."""
+        """Insert ops at the beginning of the graph."""
         self.graph.insert_before(self._first, nodes)
 
     def _find(self, given: ir.Value) -> ir.Value:
-        """Return (1, tokens, 2): the row and the column of each true value."""
+        """Return (1, tokens, 2): row and column of each true value."""
         turned = self.make("Transpose", self.make("NonZero", given), perm=[1, 0])
         return self.make("Unsqueeze", turned, self.constant([0]))
 
     def _find_items(self, packed: bool, repeats: int) -> ir.Value:
-        """Return the indices of tokens, or of their items where each has several, in a form with one axis of tokens."""
+        """Return the indices of tokens, or of all items of each token, in a form with one axis of tokens."""
         key = (packed, repeats)
         if key not in self._repeated and repeats == 1:
             found = self.make("Squeeze", self.make("NonZero", self._row), self.constant([0])) if packed else None

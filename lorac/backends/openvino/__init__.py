@@ -1,1 +1,1 @@
-"""OpenVINO: the same files, compiled for a processor; requests hold the tensors of a choice, in one precision."""
+"""OpenVINO: the same files, compiled for a processor; infer requests hold a choice's tensors, in one precision."""

@@ -1,4 +1,4 @@
-"""The openvino target: ONNX files that OpenVINO reads and compiles, whose slot inputs requests hold."""
+"""The openvino target: ONNX files that OpenVINO reads and compiles, with slot inputs set on infer requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OpenVINO(QuantisingBackend[OpenVINOOptions, CompiledGraph]):
-    """Emits ONNX, and has OpenVINO compile it. Its methods import the modules that only building needs."""
+    """The target that emits ONNX and compiles it with OpenVINO; methods import modules that only building needs."""
 
     options = OpenVINOOptions
     engine = OvEngine
@@ -47,7 +47,7 @@ class OpenVINO(QuantisingBackend[OpenVINOOptions, CompiledGraph]):
         return CompiledGraph(*compile_model(files, name, slots, options, sound=sound), interface, slots, options)
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OpenVINOOptions]) -> None:
-        """Test an engine that computes in float32: how far rounding moves outputs says nothing about slots."""
+        """Test an engine that computes in float32, since changes by rounding say nothing about slots."""
         options = dataclasses.replace(engine.options, precision="f32")
         if options != engine.options:
             graphs = {

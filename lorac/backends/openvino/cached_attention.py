@@ -1,8 +1,8 @@
-"""A pass that expands attention over a cache into ONNX ops: OpenVINO has no op for rows of several lengths.
+"""A pass that expands cached attention into ONNX ops, since OpenVINO has no op for rows of different lengths.
 
-The scores of the tokens in the cache and those of the new ones are computed apart, and joined for the softmax. So the
-cache is read in place, and a call returns the keys and values of its new tokens alone. Scores are (batch, heads of
-keys, queries that share a head · length, keys): no key is repeated for the heads that share it.
+Scores of cached tokens and of new tokens are computed separately, and concatenated for the softmax. So the cache is
+read in place, and a call returns only the keys and values of its new tokens. Scores are (batch, key heads, queries that
+share a head · length, keys): no key is repeated for the query heads that share it.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _MaskKey = tuple[int, int, ir.Value | None, ir.Value | None]
 
 @dataclass(frozen=True)
 class ExpandCachedAttention(OnnxPass):
-    """Replace each attention over a cache by products and a softmax; it returns keys and values of new tokens alone."""
+    """Replace each cached attention by products and a softmax, which return only the new tokens' keys and values."""
 
     name: ClassVar[str] = "expand-cached-attention"
 
@@ -43,7 +43,7 @@ class _Expansion:
     """The ops of one attention, which are inserted before it.
 
     Args:
-        graph: where the nodes go.
+        graph: the graph into which the nodes are inserted.
         node: the attention.
     """
 
@@ -51,7 +51,7 @@ class _Expansion:
         self.graph, self.node, self.tape = graph, node, Tape()
         given = [value for value in node.inputs[:8] if value is not None]
         self.q, self.k, self.v, self.past_k, self.past_v, self.past, _, self.places = given
-        self.sinks, self.distances, self.blocks = [*node.inputs[8:], None, None, None][:3]  # all may be missing
+        self.sinks, self.distances, self.blocks = [*node.inputs[8:], None, None, None][:3]  # all are optional
         self.heads, self.key_heads = fixed_size(self.q, 1), fixed_size(self.k, 1)
         self.shared = self.heads // self.key_heads
 
@@ -60,7 +60,7 @@ class _Expansion:
         return self.tape.op(name, inputs, attributes)
 
     def constant(self, *numbers: int) -> ir.Value:
-        """Return a constant vector of whole numbers."""
+        """Return a constant vector of integers."""
         return shared_constant(self.graph, "numbers_" + "_".join(map(str, numbers)), np.array(numbers))
 
     def number(self, number: float) -> ir.Value:
@@ -68,10 +68,10 @@ class _Expansion:
         return shared_constant(self.graph, f"number_{number}", np.array(number, np.float32))
 
     def replace(self, masks: dict[_MaskKey, _Masks]) -> None:
-        """Write the ops.
+        """Insert the ops in place of the attention.
 
         Args:
-            masks: ``_MaskKey`` -> the numbers to add to scores of past and of new tokens.
+            masks: ``_MaskKey`` -> the numbers to add to the scores of past and of new tokens.
         """
         node = self.node
         window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
@@ -97,13 +97,13 @@ class _Expansion:
         self.finish(self.op("Transpose", apart, perm=[0, 2, 1, 3]))
 
     def masks(self, window: int) -> _Masks:
-        """Write which past and which new tokens count, and biases by distance, as numbers to add to scores."""
+        """Write the visibility of past and new tokens, and biases by distance, as numbers to add to scores."""
         zero, one = (shared_constant(self.graph, f"scalar_{n}", np.array(n)) for n in (0, 1))
         room, length = (
             self.op("Range", zero, self.op("Squeeze", self.op("Shape", keys, start=2, end=3)), one)
             for keys in (self.past_k, self.k)
         )
-        # Positions behind the last one of the model are all equal, and indices among the new tokens are not.
+        # Positions beyond the model's last one are all equal, so use indices among the new tokens instead.
         before = self.op("Unsqueeze", self.op("Cast", self.past, to=ir.DataType.INT64), self.constant(1, 2))
         queries = self.op("Unsqueeze", length, self.constant(0, 2))
         seen = [self.op("Less", room, before), self.op("LessOrEqual", length, queries)]
@@ -143,7 +143,7 @@ class _Expansion:
         return found[0], found[1]
 
     def group(self, mask: ir.Value) -> ir.Value:
-        """Write a mask (batch or 1, heads or 1, length or 1, keys) for scores whose heads share keys."""
+        """Expand a mask (batch or 1, heads or 1, length or 1, keys) for scores whose query heads share keys."""
         if self.shared == 1:
             return mask
         if self.distances is None:
@@ -152,7 +152,7 @@ class _Expansion:
         return self.op("Reshape", mask, sizes)
 
     def sink_scores(self, q: ir.Value) -> ir.Value:
-        """Write the further score of each head, once for every query."""
+        """Write each head's additional score (sink), once per query."""
         each = self.op("Reshape", self.sinks, self.constant(1, self.key_heads, self.shared, 1))
         length = self.op("Shape", self.k, start=2, end=3)
         sizes = [self.op("Shape", q, start=0, end=1), self.constant(self.key_heads, self.shared), length]
@@ -160,7 +160,7 @@ class _Expansion:
         return self.op("Reshape", wide, self.constant(0, self.key_heads, -1, 1))
 
     def finish(self, y: ir.Value) -> None:
-        """Replace the attention by the ops; in place of its caches it returns the new keys and values."""
+        """Replace the attention by the ops, with the new keys and values in place of the updated caches."""
         old = self.node.outputs[0]
         y.shape, y.type = old.shape, old.type
         for made in self.tape.nodes:

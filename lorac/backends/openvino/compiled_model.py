@@ -1,4 +1,4 @@
-"""Compiled models over the open files of a program: how they are read and compiled."""
+"""Compiled models over the open files of a program."""
 
 from collections.abc import Collection
 
@@ -38,18 +38,18 @@ which it does not try; it is in no documentation."""
 def compile_model(
     files: ProgramFiles, graph: str, slots: Collection[str], options: OpenVINOOptions, *, sound: bool
 ) -> tuple[ov.CompiledModel, dict[str, str]]:
-    """Compile a graph's model for a device; its weights are copied from the open file.
+    """Compile a graph's model for a device; OpenVINO copies the weights from the open file.
 
     Args:
-        files: the program's, open.
-        slots: names of the slot inputs, which are held in the precision, as keys and values of a cache are.
+        files: the open files of the program.
+        slots: the names of slot inputs; they get the compute precision, as keys and values of a cache do.
         sound: whether lorac has just written the files, or the caller trusts who did.
 
     Returns:
-        The model, and the metadata of its file.
+        The compiled model, and the metadata of its file.
 
     Raises:
-        ArtifactError: a weight is not where the model says, or an op does not take its operands.
+        ArtifactError: a weight is not at the offset that the model gives, or an op does not take its operands.
         Unavailable: OpenVINO does not compute an op of the model.
     """
     proto, weights = read_model_files(files, graph)
@@ -63,7 +63,7 @@ def compile_model(
             tensor.external_data.add(key=key, value=str(value))
     core = ov.Core()
     device = options.device_name
-    # Precision and quantisation of operands are always said: OpenVINO's defaults round both where the CPU can.
+    # Always set the precision and the quantisation of operands: OpenVINO's defaults round both if the CPU can.
     settings: dict[str, object] = {
         "INFERENCE_PRECISION_HINT": options.precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
@@ -97,7 +97,7 @@ def compile_model(
 
 
 def _read_shapes(proto: onnx.ModelProto, weights: dict[str, Array]) -> None:
-    """Make constants of weights that ops read in another shape: codes of a table that an output layer shares."""
+    """Make constants of weights that ops read in another shape, as for a table that an output layer shares."""
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in [node for node in proto.graph.node if node.op_type == "Reshape" and node.input[0] in weights]:
         name, shape = node.output[0], stored.get(node.input[1])

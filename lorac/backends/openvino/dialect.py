@@ -1,6 +1,6 @@
-"""The ops that OpenVINO computes, and the form in which it takes programs.
+"""The ops that OpenVINO computes, and the form of programs that it accepts.
 
-It publishes no list of them, so those that its reader of ONNX has no translation for are listed here.
+OpenVINO publishes no list of its ops, so this module lists those that its ONNX reader cannot translate.
 """
 
 import onnx
@@ -39,8 +39,8 @@ DIALECT: OnnxDialect = Dialect(
     passes=(Legalize(),),
     early_rewrites=(ExpandCachedAttention(),),
     late_rewrites=(ComputeByChunks(), JoinWrappedPadding()),
-    gates=BranchGate.WHERE,  # as it computes ``If`` wrongly
-    # The CPU convolves with no kernel of a shape that varies; products take rank 0.
+    gates=BranchGate.WHERE,  # OpenVINO computes ``If`` wrongly
+    # The CPU has no convolution with a kernel of dynamic shape; products accept rank 0.
     ranks=dict.fromkeys((SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D), RankPolicy.FIXED),
     dtypes=(torch.float32,),
     rows=True,

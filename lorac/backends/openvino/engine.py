@@ -1,4 +1,4 @@
-"""The OpenVINO engine: a compiled model per graph; a choice of adapters is a set of tensors that requests hold."""
+"""The OpenVINO engine: a compiled model per graph; a choice of adapters is a set of tensors set on infer requests."""
 
 import functools
 import threading
@@ -35,17 +35,17 @@ class CompiledGraph:
     """One graph of the program: its compiled model and its interface.
 
     Args:
-        metadata: that of the model's file.
+        metadata: the metadata of the model's file.
         interface: its inputs and outputs.
-        slots: its slot inputs by public name.
-        options: the target's.
+        slots: its slot inputs, by public name.
+        options: the target's options.
 
     Attributes:
-        outputs: names of its outputs.
-        cache: the layout of its cache; None where it keeps none.
+        outputs: the names of its outputs.
+        cache: the layout of its cache; None if it has no cache.
         places: the index of every input.
         dtypes: the dtype of every input.
-        turns: bounds the calls that have a request.
+        turns: a semaphore that limits the number of calls with a request.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class CompiledGraph:
 
 
 class IdleRequests(defaultdict[str, list[ov.InferRequest]]):
-    """Requests of each graph that hold the tensors of a choice and that no call has."""
+    """Requests of each graph that hold a choice's tensors and are not in use."""
 
     def __init__(self) -> None:
         super().__init__(list)
 
 
 class OvEngine(CachingEngine[CompiledGraph, OpenVINOOptions]):
-    """Runs a program, one compiled model per graph."""
+    """An engine of one compiled model per graph."""
 
     target = "openvino"
 
@@ -88,7 +88,7 @@ class OvEngine(CachingEngine[CompiledGraph, OpenVINOOptions]):
         self._written = self._to_slots(self.memory)
 
     def _to_slots(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors in the dtypes of their slots; one that has it is not copied."""
+        """Convert tensors to the dtypes of their slots; one that already has the dtype is not copied."""
         return {name: tensor.detach().to(self._dtypes[name]).contiguous() for name, tensor in tensors.items()}
 
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "OvProgram":
@@ -99,13 +99,13 @@ class OvEngine(CachingEngine[CompiledGraph, OpenVINOOptions]):
         return OvProgram(self, self._written, self._written_requests)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Round the weights to the precision that requests read, if it is another."""
+        """Copy the weights to the requests' memory in their precision, if it is another one."""
         for name, tensor in self.memory.items():
             if self._written[name] is not tensor:
                 self._written[name].copy_(tensor)
 
     def machine_notes(self, graph: CompiledGraph) -> tuple[str, ...]:
-        """Say on which device and in which precision products are computed."""
+        """Describe the device and the precision of products."""
         device = graph.model.get_property("EXECUTION_DEVICES")
         return (f"OpenVINO computes on {', '.join(device)} in {self.options.precision}",)
 
@@ -115,7 +115,7 @@ class OvProgram(CachingProgram):
     """The program with tensors for its slot inputs.
 
     Attributes:
-        requests: those that hold the tensors.
+        requests: the requests that hold the tensors.
     """
 
     engine: OvEngine
@@ -123,7 +123,7 @@ class OvProgram(CachingProgram):
 
     @functools.cached_property
     def values(self) -> Mapping[str, ov.Tensor]:
-        """Slot input -> the tensor as requests take it, in the same memory."""
+        """Slot input -> the tensor as an OpenVINO tensor over the same memory."""
         return {name: as_ov_tensor(tensor) for name, tensor in self.tensors.items()}
 
     def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -164,7 +164,7 @@ class OvProgram(CachingProgram):
 
 
 def _shapes_of(names: Iterable[str], ports: Iterable[Any]) -> dict[str, CacheInputShape]:
-    """Return the sizes of inputs or outputs, None where they vary, and their dtypes."""
+    """Return the sizes of inputs or outputs, with None for dynamic ones, and their dtypes."""
     return {
         name: (
             tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
@@ -182,7 +182,7 @@ def _set_inputs(loaded: CompiledGraph, request: ov.InferRequest, inputs: Mapping
 
 
 def _empty_present(layout: CacheLayout, past: str, rows: int, length: int) -> Tensor:
-    """Return memory for a graph's output of the new tokens: their keys or values, or the state behind them."""
+    """Allocate memory for an output of the new tokens: their keys or values, or the state after them."""
     sizes, dtype = layout.shapes[past]
     return torch.empty(rows, *(length if size is None else size for size in sizes[1:]), dtype=dtype)
 
@@ -191,8 +191,8 @@ def _write_presents(cache: BufferedCache[Any], presents: Mapping[str, Tensor], b
     """Write the new keys, values and states of a step into the buffers.
 
     Args:
-        begins: (rows,): numbers of tokens that rows had.
-        counts: (rows,): numbers of new ones.
+        begins: (rows,): the numbers of tokens in rows before the step.
+        counts: (rows,): the numbers of new tokens.
     """
     length = int(counts.max())
     rows, tokens = (torch.arange(length) < counts[:, None]).nonzero(as_tuple=True)
@@ -209,7 +209,7 @@ def _write_presents(cache: BufferedCache[Any], presents: Mapping[str, Tensor], b
 
 
 def as_ov_tensor(tensor: Tensor) -> ov.Tensor:
-    """Return a contiguous tensor as OpenVINO's, in the same memory."""
+    """Return an OpenVINO tensor over the memory of a contiguous tensor."""
     kind, shape = OV_TYPES[tensor.dtype], ov.Shape(list(tensor.shape))
     if not tensor.numel():
         return ov.Tensor(kind, shape)
@@ -218,14 +218,14 @@ def as_ov_tensor(tensor: Tensor) -> ov.Tensor:
 
 
 def as_torch_copy(value: ov.Tensor) -> Tensor:
-    """Return a copy of OpenVINO's tensor."""
+    """Return a torch copy of an OpenVINO tensor."""
     dtype = _TORCH_DTYPES[value.element_type.get_type_name()]
     assert dtype != torch.bfloat16, "models are float32"
     return torch.from_numpy(np.array(value.data))
 
 
 def _check_range(name: str, tensor: Tensor) -> None:
-    """Refuse whole numbers that OpenVINO, which computes them in 32 bits, would change."""
+    """Refuse integers beyond 32 bits, in which OpenVINO computes."""
     if tensor.dtype == torch.int64 and tensor.numel():
         least, most = torch.aminmax(tensor)
         if least < _INT32.min or most > _INT32.max:

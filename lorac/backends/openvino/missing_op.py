@@ -1,4 +1,4 @@
-"""The error for an op that OpenVINO does not compute, which names the module and the line that use the op."""
+"""The error for an op that OpenVINO does not compute, naming the module and the line that use the op."""
 
 import re
 
@@ -19,10 +19,10 @@ the last line."""
 
 
 def missing_op_error(model: onnx.ModelProto, text: str) -> Unavailable:
-    """Return the error for a model that OpenVINO does not take, from the text of its own error.
+    """Return the error for a model that OpenVINO cannot read, from the text of OpenVINO's error.
 
-    It names every op that it could not translate, those among them that read another's result. The model's order tells
-    which came first.
+    That text names every op that OpenVINO could not translate, including ops that read another such op's result. The
+    order of nodes in the model shows which came first.
     """
     nodes, found = list(walk_nodes(model.graph)), list[tuple[int, str, str]]()
     for match in _FAILURES.finditer(text):

@@ -46,7 +46,7 @@ class OpenVINOOptions(QuantisationOptions):
         return self.cache
 
     def check(self) -> None:
-        """Raise ``OptionError`` for unknown values, and ``Unavailable`` for a device without the precision."""
+        """Raise ``OptionError`` for unknown values, and ``Unavailable`` if the device lacks the precision."""
         check_threads(self.threads)
         self.check_weights()
         if self.precision not in PRECISIONS:

@@ -1,4 +1,4 @@
-"""A pass that computes recurrences by chunks alone, since OpenVINO computes conditional graphs wrongly."""
+"""A pass that computes recurrences only by chunks, since OpenVINO computes conditional graphs wrongly."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from lorac.ir.graph.passes import PassResult
 
 @dataclass(frozen=True)
 class ComputeByChunks(OnnxPass):
-    """Replace each ``If`` on the number of a call's tokens by its graph for many, which takes any number."""
+    """Replace each ``If`` on the number of a call's tokens by its graph for many tokens, which accepts any number."""
 
     name: ClassVar[str] = "compute-by-chunks"
 

@@ -1,4 +1,4 @@
-"""A pass that writes circular padding as parts that are joined: OpenVINO's ``Pad`` has no mode ``wrap``."""
+"""A pass that writes circular padding as a concatenation, since OpenVINO's ``Pad`` lacks the mode ``wrap``."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,12 +14,12 @@ _END = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class JoinWrappedPadding(OnnxPass):
-    """Replace each ``Pad`` of mode ``wrap`` by the last values, all values and the first ones, axis by axis."""
+    """Replace each ``Pad`` of mode ``wrap`` by a concatenation of last, all and first values, axis by axis."""
 
     name: ClassVar[str] = "join-wrapped-padding"
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Replace the nodes in place; those whose widths are computed stay, and are refused by the library."""
+        """Replace the nodes in place; those with computed widths stay, and OpenVINO refuses them."""
         wrapped = [
             node
             for node in model.graph

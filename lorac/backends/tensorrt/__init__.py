@@ -1,1 +1,1 @@
-"""TensorRT: one plan for several GPUs, whose inputs an adapter fills; a swap sets addresses and rebuilds nothing."""
+"""TensorRT: one plan for several GPUs, with adapters as inputs; a swap sets addresses and rebuilds nothing."""

@@ -1,4 +1,4 @@
-"""The tensorrt target: ONNX files built into plans, whose slot inputs are tensors in the GPU's memory."""
+"""The tensorrt target: ONNX files built into plans, with slot inputs in the GPU's memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
-    """Emits ONNX, and has TensorRT build plans from it. Its methods import the modules that only building needs."""
+    """The target that emits ONNX and builds TensorRT plans; methods import modules that only building needs."""
 
     options = TensorRTOptions
     engine = TrtEngine
@@ -43,7 +43,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         return DIALECT
 
     def place_options(self, options: TensorRTOptions, device: torch.device | None) -> TensorRTOptions:
-        """Return the options for a GPU, which need not be in this machine: plans are built without it."""
+        """Return the options for a GPU, which this machine need not have, since plans can be built without it."""
         if device is None:
             return options
         if device.type != "cuda":
@@ -59,11 +59,11 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         return [*list_program_files(names), *(graph_file(name, PLAN_FILE) for name in names)]
 
     def check(self, request: BuildRequest[TensorRTOptions]) -> None:
-        """Refuse ``refit=True`` where nothing is merged or the library cannot build such a plan.
+        """Refuse ``refit=True`` if no weight is merged, or if the library cannot build such a plan.
 
         Raises:
-            OptionError: no weight is merged.
-            Unavailable: this machine has no GPU, or not the one that is asked for.
+            OptionError: the program has no merged weights.
+            Unavailable: this machine has no GPU, or not the requested one.
         """
         super().check(request)
         with current_device(request.options.device):
@@ -81,7 +81,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             )
 
     def check_program(self, program: Program, request: BuildRequest[TensorRTOptions]) -> None:
-        """Refuse ``profiles=`` that name no input or axis of the program."""
+        """Refuse ``profiles=`` with a name that is no input or axis of the program."""
         check_profile_names(request.options.profiles, program.graphs.values())
 
     def slot_storage(self, request: BuildRequest[TensorRTOptions]) -> SlotStorage:
@@ -111,13 +111,13 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         return graphs, files
 
     def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
-        """Do nothing: the files were tested before plans were built from them."""
+        """Do nothing, since the files were tested before plans were built from them."""
 
     def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
         return graph.facts.to_json()
 
     def options_to_json(self, options: TensorRTOptions) -> dict[str, object]:
-        """Return the options with the name of the library that built the plans."""
+        """Return the options, with the name of the library that built the plans."""
         return super().options_to_json(dataclasses.replace(options, library=options.builder.name))
 
     def load_graph(
@@ -129,10 +129,10 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         stored: JsonMapping,
         options: TensorRTOptions,
     ) -> GraphPlan:
-        """Return a stored plan, which the first call loads with the library that made it.
+        """Return a stored plan; the first call loads it with the library that built it.
 
         Raises:
-            ArtifactError: the plan was made by another library than this machine has, or another release.
+            ArtifactError: the plan was built by a library or release that this machine does not have.
             Unavailable: the plan is for other GPUs.
         """
         find_maker(stored["made_by"])
@@ -142,11 +142,11 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
 
 
 BACKEND = TensorRT()
-find_library()  # a missing library is reported when the target is chosen, and not at the first build
+find_library()  # report a missing library when the target is chosen, instead of at the first build
 
 
 def _check_gpu(facts: PlanFacts, device: str | None) -> None:
-    """Refuse a plan for other GPUs, on a machine that has one."""
+    """Refuse a plan for other GPUs, if this machine has a GPU."""
     with current_device(device):
         capability = local_capability()
         if capability is not None:

@@ -1,4 +1,4 @@
-"""Building one plan: from an emitted model to a network, and from the network to a plan for its sizes and GPUs."""
+"""Building a plan: from an emitted model to a network, and from the network to a plan for given sizes and GPUs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _KEY_OPTIONS = tuple(spec.name for spec in fields(TensorRTOptions) if spec.name 
 
 
 def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts:
-    """Build a graph's plan for torch's current GPU; write it next to the graph's model.
+    """Build a graph's plan for torch's current GPU; write it beside the graph's model.
 
     Raises:
-        Unavailable: the library does not take an op, or builds no plan.
-        OptionError: ``profiles=`` that do not fit the model.
+        Unavailable: the library does not support an op, or cannot build a plan.
+        OptionError: ``profiles=`` do not fit the model.
     """
     request, graph = emitted.request, emitted.program.graphs[name]
     options, folder = request.options, graph_folder(emitted.folder, name)
@@ -79,7 +79,7 @@ def _build_plan(
         if timings is not None:
             stored = config.create_timing_cache(timings.read() or b"")
             if not config.set_timing_cache(stored, ignore_mismatch=False):
-                messages.why()  # of another driver: kernels are measured again
+                messages.why()  # from another driver: kernels are measured again
                 config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         plan = parsed.builder.build_serialized_network(parsed.network, config)
         if plan is None:
@@ -95,7 +95,7 @@ def _build_plan(
 def _builder_config(
     parsed: ParsedNetwork, ranges: SizeRanges, options: TensorRTOptions, capabilities: Sequence[str]
 ) -> tensorrt.IBuilderConfig:
-    """Return the library's settings for the target's options."""
+    """Convert the target's options to the library's builder settings."""
     library, network = parsed.library, parsed.network
     trt = library.module
     config = parsed.builder.create_builder_config()
@@ -114,7 +114,7 @@ def _builder_config(
     }
     for flag, wanted in flags.items():
         (config.set_flag if wanted else config.clear_flag)(flag)
-    if library.is_rtx and options.cuda_graphs:  # else a context may allocate while it runs, and no graph holds that
+    if library.is_rtx and options.cuda_graphs:  # else a context may allocate while it runs, and no graph captures that
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.builder_optimization_level is not None:
         config.builder_optimization_level = options.builder_optimization_level
@@ -131,7 +131,7 @@ def _builder_config(
 
 
 def _refuse_shape_tensor(value: tensorrt.ITensor) -> None:
-    """Refuse an input whose values are sizes: a plan would be built for some of its values."""
+    """Refuse an input whose values are sizes, since a plan would be built only for some of the values."""
     if value.is_shape_tensor:
         raise Unavailable(
             f"the model computes sizes from the values of input '{value.name}', which a plan does not support",

@@ -1,9 +1,9 @@
-"""The self-test without a GPU: the file for the parser, run by ONNX Runtime on the CPU (invariant 8).
+"""The self-test without a GPU: ONNX Runtime runs the file for the parser on the CPU (invariant 8).
 
-Its result holds for the plan as far as the library follows ONNX. Half precision is computed in float32, in the file and
-in the program that it was emitted from: the test is about lost slots and not about the library's rounding, and rounding
-decides no router's choice. Outputs are half precision again, since a file holds its constants rounded, an attention's
-scale for instance, and torch does not.
+Its result holds for the plan as far as the library follows ONNX. Both the file and the program from which it was
+emitted compute half precision in float32: the test looks for lost slots, not for the library's rounding, and so
+rounding cannot change a router's choice. Outputs are cast back to half precision, since a file contains rounded
+constants, such as an attention's scale, and torch does not.
 """
 
 import copy
@@ -49,10 +49,10 @@ _DTYPE_ATTRIBUTES = ("to", "dtype")
 
 
 def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: EmittedProgram[TensorRTOptions]) -> None:
-    """Compare emitted files, run on the CPU, with the program that they were emitted from.
+    """Compare emitted files, run on the CPU, with the program from which they were emitted.
 
     Raises:
-        CompileError: naming the slots that were lost.
+        CompileError: naming the lost slots.
     """
     request, program, files = emitted.request, emitted.program, emitted.open_files()
     constant = backend.slot_storage(request) is SlotStorage.CONSTANTS
@@ -72,12 +72,12 @@ def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: Emit
 
 
 class CpuGraph:
-    """The emitted file of a graph as ONNX Runtime runs it; the first run loads it.
+    """The emitted file of a graph, which ONNX Runtime runs; the first run loads it.
 
     Args:
         program: the lowered program.
-        name: which of its graphs.
-        files: the program's, open.
+        name: the name of the graph.
+        files: the open files of the program.
     """
 
     def __init__(self, program: Program, name: str, files: ProgramFiles) -> None:
@@ -93,7 +93,7 @@ class CpuGraph:
         return _create_session(self._files, self._name)
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the graph on inputs and slot tensors by name."""
+        """Run the graph on inputs and slot tensors, given by name."""
         wide = {name: tensor.float() if tensor.dtype in _HALF else tensor for name, tensor in inputs.items()}
         arrays = {name: tensor.detach().numpy() for name, tensor in wide.items()}
         outputs = [torch.from_numpy(value) for value in self.session.run(None, arrays)]
@@ -102,7 +102,7 @@ class CpuGraph:
 
 
 class CpuEngine(OnnxEngine[CpuGraph, TensorRTOptions]):
-    """Runs the emitted files of a program by ONNX Runtime on the CPU."""
+    """An engine that runs the emitted files of a program with ONNX Runtime on the CPU."""
 
     target = "tensorrt"
 
@@ -121,7 +121,7 @@ class CpuProgram(OnnxProgram):
 
 
 def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
-    """Create a session over a model, with half precision computed in float32."""
+    """Create a session over a model that computes half precision in float32."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = 1
     settings.log_severity_level = 3
@@ -133,12 +133,12 @@ def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     settings.add_external_initializers(list(arrays), values)
     session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    session.lorac_constants = arrays  # the session reads them for as long as it lives
+    session.lorac_constants = arrays  # the session reads them as long as it exists
     return session
 
 
 def _widen_model(model: onnx.ModelProto) -> bool:
-    """Compute a model's half precision in float32; return whether it changed."""
+    """Make a model compute half precision in float32; return whether it changed."""
     graphs = (model.graph, *walk_subgraphs(model.graph))
     values = (value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info))
     attributes = (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
@@ -156,7 +156,7 @@ def _widen_field(message: Message, field: str) -> bool:
 
 
 def _widen_tensor(tensor: onnx.TensorProto) -> bool:
-    """Widen a tensor in the model; of an external one, which is handed over, only its dtype."""
+    """Widen a tensor in the model; for an external one, whose values are passed in memory, change only its dtype."""
     if tensor.data_type not in _HALF_TYPES:
         return False
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -171,7 +171,7 @@ def _widen_array(array: Array) -> Array:
 
 
 def widen_graph(graph: Graph) -> Graph:
-    """Return a graph that computes half precision in float32; the same graph if it has none."""
+    """Return a copy of a graph that computes half precision in float32; the same graph if it has none."""
     module = graph.exported.graph_module
     if not any(_is_half(node.meta.get("val")) for node in module.graph.nodes):
         return graph
@@ -206,7 +206,7 @@ def _restore_output_dtypes(graph: fx.Graph) -> None:
 
 
 def _output_dtypes(graph: Graph) -> list[torch.dtype | None]:
-    """Return the dtypes of a graph's outputs, the model's own last."""
+    """Return the dtypes of a graph's outputs; the model's own outputs are last."""
     (outputs,) = graph.fx.output_node().args
     assert isinstance(outputs, list | tuple)
     values = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in outputs)

@@ -1,7 +1,7 @@
-"""The ops that TensorRT computes, and the form in which it takes programs.
+"""The ops that TensorRT computes, and the form of programs that it accepts.
 
-Its ONNX parser looks at the names of ops and not at their domains, so that ``made.up::Add`` would pass for an addition.
-So the ops that it takes are listed here, and a program is checked against the list before it is parsed.
+TensorRT's ONNX parser reads the names of ops but not their domains, so ``made.up::Add`` would pass for an addition. So
+this module lists the supported ops, and a program is checked against the list before it is parsed.
 """
 
 import torch
@@ -38,12 +38,12 @@ DIALECT: OnnxDialect = Dialect(
     name="tensorrt",
     claims=CLAIMS,
     passes=(Legalize(),),
-    # Conditional layers cannot be captured into CUDA graphs everywhere; a selection can.
+    # Conditional layers cannot always be captured into CUDA graphs; a selection can.
     gates=BranchGate.WHERE,
-    # Sizes of 0 are not promised by the library, and a convolution's channels have to be constants.
+    # The library does not promise to support sizes of 0, and a convolution's channels must be constants.
     ranks=dict.fromkeys(_FROM_ONE, RankPolicy.FROM_ONE) | dict.fromkeys(_FIXED, RankPolicy.FIXED),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    # Whether fused products pay off is not measured: the library chooses kernels by itself.
+    # Whether fused products are faster is not measured, since the library chooses kernels itself.
     fuses_projections=False,
     rows=True,
     why_shared=dict.fromkeys(_FIXED, "a plan convolves all rows with one kernel"),

@@ -1,6 +1,6 @@
 """The TensorRT engine: a plan per graph; a choice of adapters is a set of tensors whose addresses a call sets.
 
-The first call loads the plans, so that everything but calling works on a machine without a GPU.
+The first call loads the plans, so everything except calls works on a machine without a GPU.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ PLAN_FILE = "engine.plan"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFacts:
-    """The sizes, dtypes and GPUs that a plan was built for.
+    """The sizes, dtypes and GPUs for which a plan was built.
 
     Attributes:
         ranges: the sizes of every input.
         dtypes: the dtype of every input.
-        capabilities: compute capabilities of GPUs; empty: the library's default.
+        capabilities: the GPUs' compute capabilities; empty: the library's default.
         made_by: the library and its release.
     """
 
@@ -78,13 +78,13 @@ class PlanFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphPlan:
-    """One graph of the program, as it was built.
+    """One graph of the program, with its plan.
 
     Attributes:
-        file: the plan.
+        file: the file of the plan.
         interface: its inputs and outputs.
-        slots: its slot inputs by public name.
-        facts: the sizes, dtypes and GPUs that the plan was built for.
+        slots: its slot inputs, by public name.
+        facts: the sizes, dtypes and GPUs for which the plan was built.
     """
 
     file: OpenFile
@@ -99,10 +99,10 @@ class GraphPlan:
 
 
 class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions]):
-    """Runs a program, one plan per graph; warns where it cannot run on this machine.
+    """An engine of one plan per graph; it warns if plans cannot run on this machine.
 
     Attributes:
-        device: the GPU that plans run on; the CPU on a machine without one.
+        device: the GPU on which plans run; the CPU on a machine without a GPU.
     """
 
     target = "tensorrt"
@@ -118,7 +118,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions]):
         warn_missing_requirement()
 
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "TrtProgram":
-        """Bind the tensors, which the first call that reads them copies to the GPU."""
+        """Bind the tensors; the first call that reads them copies them to the GPU."""
         return TrtProgram(self, tensors)
 
     @property
@@ -129,12 +129,12 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions]):
         return make_fused_buffers(self.plans, base_on_device(self.base, self.device))
 
     def machine_notes(self, graph: GraphPlan) -> tuple[str, ...]:
-        """Say why no plan runs on this machine, and for how many sets of sizes there is a CUDA graph."""
+        """Describe why plans cannot run on this machine, and the limit on CUDA graphs."""
         why = missing_requirement()
         return (*(() if why is None else (why,)), *((GRAPHS_NOTE,) if self.options.cuda_graphs else ()))
 
     def write(self, snapshot: ComposedWeights) -> int:
-        """Write weights by torch's kernels where they lie; replace those that are constants of plans."""
+        """Write weights in place by torch's kernels; replace those that are constants of plans."""
         with contextlib.ExitStack() as stack:
             for runner in self._runners.values():
                 stack.enter_context(runner.writing())
@@ -150,7 +150,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions]):
         return next((plan.facts.ranges[name][0].most for name, slot in plan.slots.items() if slot.placed), None)
 
     def runner(self, graph: str) -> PlanRunner:
-        """Return the runner of a graph's plan, loaded once."""
+        """Return the runner of a graph's plan, which is loaded once."""
         check_requirements()
         with self._loading:
             if graph not in self._runners:
@@ -159,7 +159,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions]):
 
     def _load(self, graph: str) -> PlanRunner:
         plan, folder = self.graphs[graph], self.options.plan_cache
-        # Weights may have been made and written on other streams than the one of this call.
+        # Weights may have been made and written on other streams than this call's.
         finish_device(self.device)
         with current_device(self.options.device):
             kernels = None if folder is None else PlanCache(Path(folder)).kernels(plan.file.digest())
@@ -183,7 +183,7 @@ class TrtProgram(OnnxProgram):
     """The program with the tensors of a choice of adapters.
 
     Attributes:
-        by_graph: graph -> its slots as its plan reads them; made by the first call.
+        by_graph: graph -> its slots in the form that its plan reads, made by the first call.
         is_written: whether the tensors are written in place.
     """
 
@@ -195,8 +195,8 @@ class TrtProgram(OnnxProgram):
         """Run a graph's plan.
 
         Raises:
-            Unavailable: this machine has no GPU, or one that the plan was not built for.
-            InputMismatch: an input has a size that the plan was not built for, or rows have more choices.
+            Unavailable: this machine has no GPU, or one for which the plan was not built.
+            InputMismatch: the plan was not built for the size of an input, or rows have too many choices.
         """
         plan = self.engine.graphs[graph]
         check_sizes(plan.facts.ranges, inputs, axis_names(plan.interface))

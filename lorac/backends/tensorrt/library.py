@@ -1,7 +1,7 @@
 """NVIDIA's libraries that build and run plans: their dtypes, compute capabilities and error messages.
 
-``tensorrt`` (10 and 11) is taken where it is installed and there is a GPU. Everywhere else ``tensorrt_rtx`` is, which
-has the same interface and builds without one. A machine may have both, and a plan runs in the one that made it.
+lorac uses ``tensorrt`` (10 and 11) if it is installed and there is a GPU. Otherwise it uses ``tensorrt_rtx``, which has
+the same interface and builds without a GPU. A machine may have both, and a plan runs in the library that built it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TensorRTLibrary:
     """One of the two libraries.
 
     Args:
-        module: the library, imported.
+        module: the imported library.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -52,24 +52,24 @@ class TensorRTLibrary:
 
     @property
     def name(self) -> str:
-        """The name of its package."""
+        """The name of the library's package."""
         return self.module.__name__
 
     @property
     def name_and_version(self) -> str:
-        """Its name and version: a plan runs in the version that made it."""
+        """The library's name and version, since a plan runs only in the version that built it."""
         return f"{self.name} {self.module.__version__}"
 
     @property
     def is_rtx(self) -> bool:
-        """Whether it is TensorRT for RTX, which builds without a GPU and compiles kernels where a plan is loaded."""
+        """Whether this is TensorRT for RTX, which builds without a GPU and compiles kernels when a plan is loaded."""
         return self.name == RTX
 
     @functools.cached_property
     def logger(self) -> tensorrt.ILogger:
-        """The logger of all of its objects: it prints nothing, and reports errors to ``collect_errors``.
+        """The logger of all the library's objects, which prints nothing and reports errors to ``collect_errors``.
 
-        TensorRT keeps the first logger of a process for good.
+        TensorRT keeps a process's first logger permanently.
         """
         module = self.module
         base = module.ILogger
@@ -88,10 +88,10 @@ class TensorRTLibrary:
         return Listener()
 
     def dtype(self, dtype: torch.dtype) -> tensorrt.DataType:
-        """Return its dtype for one of torch's.
+        """Return the library's dtype for one of torch's.
 
         Raises:
-            Unavailable: it does not compute in it.
+            Unavailable: the library does not support the dtype.
         """
         for name, known in _DTYPES.items():
             if known == dtype:
@@ -102,20 +102,20 @@ class TensorRTLibrary:
 
 
 def find_library(name: str | None = None) -> TensorRTLibrary:
-    """Return a library, imported on first use.
+    """Return a library; import it on first use.
 
     Args:
-        name: ``NVIDIA`` or ``RTX``; None: the first that is installed, ``NVIDIA`` before ``RTX`` where there is a GPU.
+        name: ``NVIDIA`` or ``RTX``; None: the first installed one, ``NVIDIA`` before ``RTX`` if there is a GPU.
 
     Raises:
-        MissingExtra: it cannot be imported.
+        MissingExtra: the library cannot be imported.
     """
     failed: ImportError | OSError | None = None
     names = (name,) if name else (NVIDIA, RTX) if torch.cuda.is_available() else (RTX, NVIDIA)
     for each in names:
         try:
             return _import_library(each)
-        except (ImportError, OSError) as error:  # OSError: the package is there, and its shared library is not
+        except (ImportError, OSError) as error:  # OSError: the package exists, but not its shared library
             failed = error
     raise MissingExtra(name or RTX) from failed
 
@@ -130,7 +130,7 @@ def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
     """Return torch's dtype for one of TensorRT's.
 
     Raises:
-        Unavailable: torch has none, as for numbers of 4 bits.
+        Unavailable: torch lacks the dtype, as for numbers of 4 bits.
     """
     found = _DTYPES.get(dtype.name)
     if found is None:
@@ -142,7 +142,7 @@ def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
 
 
 def local_capability() -> str | None:
-    """Return the compute capability of torch's current GPU, such as ``"8.9"``; None where torch can use none."""
+    """Return the compute capability of torch's current GPU, such as ``"8.9"``; None if torch has no GPU."""
     return capability_of(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
@@ -153,7 +153,7 @@ def capability_of(device: torch.device) -> str:
 
 
 def known_capabilities(library: TensorRTLibrary) -> tuple[str, ...]:
-    """List the capabilities that a library builds for; empty if it builds only for a GPU of this machine."""
+    """List the capabilities for which a library builds; empty if it builds only for a GPU of this machine."""
     if not library.is_rtx:
         return ()
     numbers = (name.removeprefix(_MARK) for name in library.module.ComputeCapability.__members__)
@@ -161,10 +161,10 @@ def known_capabilities(library: TensorRTLibrary) -> tuple[str, ...]:
 
 
 def check_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> None:
-    """Check that a library knows capabilities.
+    """Check that a library knows the given capabilities.
 
     Raises:
-        OptionError: with the list of the known ones.
+        OptionError: a capability is unknown; the error lists the known ones.
     """
     listed = known_capabilities(library)
     strange = [name for name in wanted if name not in listed]
@@ -179,7 +179,7 @@ def check_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> None:
 
 
 def choose_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> tuple[str, ...]:
-    """Return the requested capabilities, else the current GPU's; empty: the library's default."""
+    """Return the requested capabilities, otherwise the current GPU's; empty for the library's default."""
     if wanted:
         return tuple(wanted)
     here = local_capability()
@@ -187,30 +187,30 @@ def choose_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> tupl
 
 
 def capability_member(library: TensorRTLibrary, capability: str) -> object:
-    """Return the library's own name for a capability."""
+    """Return the library's enum member for a capability."""
     return library.module.ComputeCapability.__members__[_MARK + capability.replace(".", "")]
 
 
 @dataclass(eq=False)
 class BuildMessages:
-    """The errors that TensorRT reports while a block of ``collect_errors`` runs.
+    """The errors that TensorRT reports inside a block of ``collect_errors``.
 
     Attributes:
         errors: the messages.
-        read: whether an error of lorac's quotes them.
+        read: whether one of lorac's errors quotes them.
     """
 
     errors: list[str] = field(default_factory=list)
     read: bool = False
 
     def why(self) -> str:
-        """Return the first message, of which later ones are mostly consequences, for the text of an error."""
+        """Return the first message for the text of an error; later messages mostly follow from it."""
         self.read = True
         return short(self.errors[0]) if self.errors else "TensorRT gives no reason"
 
 
 class _ThreadListeners(threading.local):
-    """The blocks of a thread, the innermost last."""
+    """The nested blocks of a thread, the innermost last."""
 
     def __init__(self) -> None:
         self.blocks: list[BuildMessages] = []
@@ -226,8 +226,8 @@ _LOG = logging.getLogger("lorac.tensorrt")
 def collect_errors() -> Iterator[BuildMessages]:
     """Collect the errors that TensorRT reports inside the block.
 
-    Code that finds that a call failed raises an error with ``BuildMessages.why``. Errors that are unread when the block
-    ends normally become a ``LoracWarning``.
+    Code that detects a failed call raises an error with ``BuildMessages.why``. Errors that nobody has read when the
+    block ends normally become a ``LoracWarning``.
     """
     messages = BuildMessages()
     _LISTENERS.blocks.append(messages)

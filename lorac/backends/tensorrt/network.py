@@ -1,7 +1,7 @@
-"""From an emitted model to a network of TensorRT's, and checks of it before anything is built.
+"""Conversion of an emitted model to a TensorRT network, and checks of it before anything is built.
 
-The parser takes an op by its name whatever its domain, and makes a constant of an input that has a value. So the claims
-are checked before it parses, and afterwards the network's inputs are compared with the program's.
+The parser selects an op by name regardless of its domain, and makes a constant of an input that has a value. So the
+claims are checked before parsing, and afterwards the network's inputs are compared with the program's.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class ParsedNetwork:
     """A network, and the builder that keeps it alive.
 
     Attributes:
-        library: parsed it.
-        network: the library's.
-        builder: builds it.
+        library: the library that parsed it.
+        network: the library's network.
+        builder: the builder of the network.
     """
 
     library: TensorRTLibrary
@@ -50,7 +50,7 @@ def input_dtypes(graph: Graph, slots: Sequence[str], library: TensorRTLibrary) -
     """Return the dtype of every input of a graph, by name.
 
     Raises:
-        Unavailable: the library does not have a dtype.
+        Unavailable: the library lacks a dtype.
     """
     nodes = {name: name for name in graph.interface.inputs} | {name: graph.slots[name].node for name in slots}
     dtypes = {name: graph.node(node).meta["val"].dtype for name, node in nodes.items()}
@@ -63,14 +63,14 @@ def input_dtypes(graph: Graph, slots: Sequence[str], library: TensorRTLibrary) -
 
 
 def parse_model(path: Path, library: TensorRTLibrary) -> ParsedNetwork:
-    """Return the network of a model.
+    """Parse a model into a network.
 
     Args:
-        path: the model; its weights are next to it.
-        library: parses it.
+        path: the path of the model; its weights are beside it.
+        library: the library that parses it.
 
     Raises:
-        Unavailable: the library does not take an op as it is used here; the message names the module.
+        Unavailable: the library does not support an op in this use; the message names the module.
     """
     trt, model = library.module, onnx.load(path, load_external_data=False)
     with collect_errors() as messages:
@@ -95,8 +95,8 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
     """Compare a network's inputs with the program's: names, dtypes, numbers of axes, sizes.
 
     Args:
-        dtypes: of all inputs, by name.
-        ranges: of their sizes.
+        dtypes: the dtypes of all inputs, by name.
+        ranges: the ranges of their sizes.
 
     Raises:
         CompileError: naming the first inputs that differ.
@@ -121,7 +121,7 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
 
 
 def _matches_ranges(value: tensorrt.ITensor, axes: Sequence[SizeRange]) -> bool:
-    """Return whether an input of a network has the sizes of ranges: dynamic where they vary."""
+    """Return whether an input of a network has the sizes of ranges, with dynamic sizes where a range varies."""
     sizes = tuple(value.shape)
     if len(sizes) != len(axes):
         return False
@@ -129,7 +129,7 @@ def _matches_ranges(value: tensorrt.ITensor, axes: Sequence[SizeRange]) -> bool:
 
 
 def _parser_errors(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> list[str]:
-    """List the ops that the parser did not take, each with its module and the parser's reason."""
+    """List the ops that the parser refused, each with its module and the parser's reason."""
     nodes = {node.name: node for node in model.graph.node if node.name}
     found: dict[str, None] = {}
     for error in (parser.get_error(i) for i in range(parser.num_errors)):

@@ -65,10 +65,10 @@ class TensorRTOptions(TargetOptions):
 
     @property
     def builder(self) -> TensorRTLibrary:
-        """The library that builds plans: the named one, else the one that has the options.
+        """The library that builds plans: the named one, otherwise the one that supports the options.
 
         Raises:
-            MissingExtra: it is not installed.
+            MissingExtra: the library is not installed.
         """
         return find_library(
             self.library or (RTX if self.target_capabilities else NVIDIA if self.hardware_compatibility else None)
@@ -108,7 +108,7 @@ class TensorRTOptions(TargetOptions):
 
 
 def _check_profile(name: str, shapes: ProfileShapes) -> None:
-    """Raise ``OptionError`` unless a profile is three sizes or shapes in rising order."""
+    """Raise ``OptionError`` unless a profile is three sizes or shapes in ascending order."""
     rows = [(size,) if isinstance(size, int) else tuple(size) for size in shapes]
     three = len(rows) == len(_PROFILE_POINTS) and len({len(row) for row in rows}) == 1
     if not three or any(least < 1 for least in rows[0]) or any(list(axis) != sorted(axis) for axis in zip(*rows)):  # noqa: B905  (they are of one length by now)

@@ -1,11 +1,11 @@
-"""Built plans in a folder, found by their inputs and checked before they are used.
+"""Built plans in a folder, found by a key of their inputs and checked before they are used.
 
-Each plan has a file of its own, whose name holds the key and the hash of the contents. It is written to another file
-and moved into place in one step. A damaged plan is not used; where the folder becomes too large, the least recently
-used plans are removed. Nothing else in the folder is touched.
+Each plan has its own file, whose name contains the key and the hash of the content. The file is written under another
+name and then renamed. A damaged plan is not used; if the folder becomes too large, the least recently used plans are
+removed. Other files in the folder are not touched.
 
-A plan is code for the GPU. So the folder and its files are used only where they are the user's own and nobody else can
-reach them, and otherwise plans are built as if there were no folder.
+A plan is code for the GPU. So the folder and its files are used only if they belong to the user and nobody else can
+access them; otherwise plans are built as if there were no folder.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ DEFAULT_LIMIT = 8 << 30
 def plan_key(
     program: Iterable[OpenFile], capabilities: Sequence[str], library: TensorRTLibrary, **settings: object
 ) -> str:
-    """Return the key of a plan, equal for equal plans.
+    """Return the key of a plan; equal inputs give equal keys.
 
     Args:
         program: the emitted model and its weights.
-        capabilities: compute capabilities; empty: for torch's current GPU, which is then part of the key.
-        library: builds the plan.
+        capabilities: compute capabilities; if empty, the key includes torch's current GPU.
+        library: the library that builds the plan.
         settings: other settings of the library, such as profiles and flags, distinguished by ``repr``.
 
     Returns:
@@ -82,18 +82,18 @@ def _ordered(value: object) -> object:
 
 @dataclass(frozen=True)
 class PlanCache:
-    """Plans in a folder.
+    """A cache of plans in a folder.
 
     Attributes:
-        folder: the folder, made on the first write.
-        limit: the bytes that all plans may take together.
+        folder: the folder, created on the first write.
+        limit: the maximum total size of all plans in bytes.
     """
 
     folder: Path
     limit: int = DEFAULT_LIMIT
 
     def plan(self, key: str, build: Callable[[], bytes | memoryview]) -> bytes | memoryview:
-        """Return the plan for a key from the folder, or build and write it."""
+        """Return the plan for a key from the folder; if it is missing, build and write it."""
         found = self.read(key)
         if found is not None:
             return found
@@ -102,7 +102,7 @@ class PlanCache:
         return made
 
     def read(self, key: str, kind: str = PLAN) -> bytes | None:
-        """Return the contents for a key, checked against their hash, or None."""
+        """Return the content for a key, checked against its hash; None if it is missing or damaged."""
         for path in self._of(key, kind):
             content = _read(path)
             if content is not None and path.name == _file_name(key, content, kind):
@@ -112,7 +112,7 @@ class PlanCache:
         return None
 
     def write(self, key: str, content: bytes | memoryview, kind: str = PLAN) -> bool:
-        """Write the contents for a key, in the place of earlier ones; warn and return False where that fails."""
+        """Write the content for a key, replacing an earlier one; if that fails, warn and return False."""
         path = self.folder / _file_name(key, content, kind)
         try:
             self.folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
@@ -132,15 +132,15 @@ class PlanCache:
         return True
 
     def kernels(self, key: str) -> "CachedFile":
-        """Return the place of a plan's kernels for torch's current GPU."""
+        """Return the cache entry of a plan's compiled kernels for torch's current GPU."""
         return CachedFile(self, _hash_facts([key, current_gpu()]), KERNELS)
 
     def timings(self, library: TensorRTLibrary) -> "CachedFile":
-        """Return the place of the kernels' times that a library measured on torch's current GPU."""
+        """Return the cache entry of the kernel timings that a library measured on torch's current GPU."""
         return CachedFile(self, _hash_facts([library.name_and_version, current_gpu()]), TIMINGS)
 
     def _is_private(self) -> bool:
-        """Return whether the folder is the user's own, and nobody else can reach it."""
+        """Return whether the folder belongs to the user, and nobody else can access it."""
         found = self.folder.stat()
         return sys.platform == "win32" or (found.st_uid == os.geteuid() and not found.st_mode & 0o777 & ~_PRIVATE)
 
@@ -148,14 +148,14 @@ class PlanCache:
         return [path for path in self._files() if path.name.startswith(f"{key}-") and path.suffix == f".{kind}"]
 
     def _files(self) -> list[Path]:
-        """Return the files of the folder that belong to the cache; none where others can write there."""
+        """Return the files of the folder that belong to the cache; empty if others can write there."""
         with contextlib.suppress(OSError):
             if self._is_private():
                 return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
         return []
 
     def _bound(self, newest: Path) -> None:
-        """Remove the least recently used files until the rest is small enough, but never the newest."""
+        """Remove the least recently used files until the rest is within the limit, but never the newest."""
         found = []
         for path in self._files():
             with contextlib.suppress(OSError):
@@ -168,7 +168,7 @@ class PlanCache:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return a file's bytes; None if another process removed it, or another user left it there."""
+    """Return a file's bytes; None if another process removed it, or if it belongs to another user."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         if sys.platform == "win32" or os.fstat(file.fileno()).st_uid == os.geteuid():
             return file.read()
@@ -181,7 +181,7 @@ def _file_name(key: str, content: bytes | memoryview, kind: str) -> str:
 
 @dataclass(frozen=True)
 class CachedFile:
-    """The place in a plan cache of something that is written again and again."""
+    """An entry of a plan cache that is rewritten repeatedly."""
 
     cache: PlanCache
     key: str
@@ -192,5 +192,5 @@ class CachedFile:
         return self.cache.read(self.key, self.kind)
 
     def write(self, content: bytes | memoryview) -> bool:
-        """Write it in the place of the earlier content (``PlanCache.write``)."""
+        """Write the content, replacing the earlier one (``PlanCache.write``)."""
         return self.cache.write(self.key, content, self.kind)

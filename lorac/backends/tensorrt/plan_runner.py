@@ -1,7 +1,7 @@
-"""One plan on one GPU, in memory of torch's tensors, on torch's current stream.
+"""One plan on one GPU, which runs in the memory of torch's tensors and on torch's current stream.
 
-It may be called from any thread. A context serves one call at a time, so there are several; a new one is made when all
-are in use. A call reads its tensors where they lie: nothing is kept, and tensors on the GPU are not copied.
+It may be called from any thread. A context runs one call at a time, so there are several; a new one is made when all
+are in use. A call reads its tensors in place: no references are kept, and tensors on the GPU are not copied.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MAX_CONTEXTS = 4
 
 
 class ContextPool:
-    """A pool of contexts that serves calls of an engine, with any slots, from any thread.
+    """A pool of contexts that runs calls of an engine with any slots, from any thread.
 
     Args:
-        io: inputs and outputs of the engine.
+        io: the inputs and outputs of the engine.
         device: the GPU.
-        execution: makes a context.
+        execution: a function that makes a context.
         graphs: CUDA graphs of calls; None to run without.
     """
 
@@ -63,14 +63,14 @@ class ContextPool:
         self._changed = threading.Condition()
 
     def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> DeviceSlots:
-        """Return the slots of a choice of adapters on the GPU, contiguous and aligned; done once per choice.
+        """Return the slots of a choice of adapters on the GPU, contiguous and aligned; called once per choice.
 
         Args:
-            tensors: slot input -> tensor; those without an input of the engine are left out.
-            fixed: whether they are written in place (``DeviceSlots``).
+            tensors: slot input -> tensor; tensors for which the engine has no input are ignored.
+            fixed: whether the tensors are written in place (``DeviceSlots``).
 
         Raises:
-            Unavailable: the engine cannot read fixed tensors where they lie.
+            Unavailable: the engine cannot read fixed tensors in place.
         """
         io = self.io.inputs
         known = {name: tensor for name, tensor in tensors.items() if name in io}
@@ -88,14 +88,14 @@ class ContextPool:
         """Run one call.
 
         Args:
-            inputs: the model's inputs, by name; those without an input of the engine are left out.
-            slots: returned by ``hold``; other tensors are laid out for this call alone.
+            inputs: the model's inputs by name; those for which the engine has no input are ignored.
+            slots: the result of ``hold``; other tensors are laid out for this call only.
 
         Returns:
-            The outputs by name: on the CPU if all inputs are, else on the GPU, ready for torch's current stream.
+            The outputs by name: on the CPU if all inputs are, otherwise on the GPU, ready for torch's current stream.
 
         Raises:
-            InputMismatch: an input is missing, or of a size that the plan was not built for.
+            InputMismatch: an input is missing, or has a size for which the plan was not built.
             Unavailable: TensorRT fails.
         """
         laid_out = slots if isinstance(slots, DeviceSlots) else self.hold(slots)
@@ -110,7 +110,7 @@ class ContextPool:
         return {name: tensor.cpu() for name, tensor in found.items()} if from_cpu else found
 
     def finish(self) -> None:
-        """Wait for all queued calls, before memory that they read is written to."""
+        """Wait for all queued calls, before memory that they read is overwritten."""
         for execution in self.executions():
             execution.streams.finish()
 
@@ -121,7 +121,7 @@ class ContextPool:
         return pooled if self._graphs is None else pooled + self._graphs.executions()
 
     def _read_input(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an input where the engine reads it; a copy is used once, since the caller may write to the input."""
+        """Return an input in a form that the engine reads; a copy is used once, since the caller may write to it."""
         io_tensor = self.io.inputs[name]
         return (
             tensor.detach()
@@ -158,18 +158,18 @@ class ContextPool:
 
 
 class PlanRunner:
-    """Runs a plan on a GPU.
+    """A runner of a plan on a GPU.
 
     Args:
         device: the GPU.
-        capabilities: the compute capabilities that it was built for; empty if unknown.
-        made_by: the library's name and version where it was built; None if unknown.
+        capabilities: the compute capabilities for which it was built; empty if unknown.
+        made_by: the name and version of the library that built it; None if unknown.
         cuda_graphs: whether calls are CUDA graphs, one for each set of shapes.
-        kernels: the place of the kernels that TensorRT for RTX compiled for this plan on this GPU.
+        kernels: the cache entry of the kernels that TensorRT for RTX compiled for this plan on this GPU.
 
     Raises:
-        ArtifactError: the bytes are not a plan, or one of another version.
-        Unavailable: torch has no CUDA, or the machine no GPU of these capabilities; or TensorRT does not load it.
+        ArtifactError: the bytes are not a plan, or a plan of another version.
+        Unavailable: torch has no CUDA, the machine has no GPU of these capabilities, or TensorRT cannot load the plan.
     """
 
     def __init__(
@@ -209,9 +209,9 @@ class PlanRunner:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Allow writes to memory that calls read inside the block: queued calls have ended, and the writes end with it.
+        """Allow writes to memory that calls read: wait for queued calls before the block, and for writes after it.
 
-        The caller keeps new calls away.
+        The caller must block new calls.
         """
         self._calls.finish()
         with torch.cuda.device(self.device):
@@ -221,7 +221,7 @@ class PlanRunner:
                 torch.cuda.current_stream().synchronize()
 
     def _new_execution(self) -> ExecutionSlot:
-        """Make a new context on this device, whichever device is the caller's current one."""
+        """Make a new context on this device, regardless of the caller's current device."""
         with self._making, torch.cuda.device(self.device), collect_errors() as messages:
             config = () if self._config is None else (self._config.config,)
             context = self.engine.create_execution_context(*config)
@@ -236,12 +236,12 @@ class PlanRunner:
 class _RuntimeConfig:
     """The settings with which TensorRT for RTX compiles a plan's kernels, and their cache.
 
-    Kernels for the sizes of a call are compiled before its first run, and never while later calls run: a kernel that
-    replaced another would round differently, and results would depend on earlier calls (invariant 1).
+    Kernels for the sizes of a call are compiled before its first run, and never while later calls run: a replaced
+    kernel could round differently, and results would depend on earlier calls (invariant 1).
 
     Args:
-        engine: TensorRT's.
-        kernels: the place of kernels compiled earlier; None to compile them in every process.
+        engine: TensorRT's engine.
+        kernels: the cache entry of kernels compiled earlier; None to compile them in every process.
         library: TensorRT for RTX.
     """
 
@@ -254,11 +254,11 @@ class _RuntimeConfig:
         stored = None if kernels is None else kernels.read()
         with collect_errors() as messages:
             if stored is not None and not self._cache.deserialize(stored):
-                messages.why()  # made by another driver: the kernels are compiled again, and replace the stored ones
+                messages.why()  # from another driver: kernels are compiled again, and replace the stored ones
         self.config.set_runtime_cache(self._cache)
 
     def store(self, shapes: int) -> None:
-        """Store the compiled kernels each time that the number of shapes has doubled, as long as that is possible."""
+        """Store the compiled kernels whenever the number of shapes has doubled, until a write fails."""
         if self._kernels is None or shapes < self._next or not self._lock.acquire(blocking=False):
             return
         try:
@@ -270,7 +270,7 @@ class _RuntimeConfig:
 
 
 def _deserialize_plan(plan: Plan, device: torch.device, library: TensorRTLibrary) -> CudaEngine:
-    """Load the engine of a plan on the current device."""
+    """Load a plan's engine on the current device."""
     with collect_errors() as messages:
         runtime = library.module.Runtime(library.logger)
         engine: CudaEngine | None = runtime.deserialize_cuda_engine(plan)
@@ -284,11 +284,11 @@ def _deserialize_plan(plan: Plan, device: torch.device, library: TensorRTLibrary
 
 
 def set_streaming_budget(engine: CudaEngine, contexts: int) -> None:
-    """Set how many bytes of a plan's weights stay on the GPU, which cannot change once there is a context.
+    """Set the number of bytes of a plan's weights that stay on the GPU; it cannot change once there is a context.
 
     Args:
-        engine: TensorRT's, without a context.
-        contexts: how many it may get, each of which takes some of the memory that is free now.
+        engine: TensorRT's engine, without a context.
+        contexts: the maximum number of contexts, each of which uses some of the memory that is free now.
     """
     if engine.streamable_weights_size > 0:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()

@@ -1,7 +1,7 @@
-"""The sizes that a plan is built for: a minimum, a usual size and a maximum for every axis of every input.
+"""The sizes for which a plan is built: a minimum, a usual size and a maximum for every axis of every input.
 
-Sizes of the model's inputs come from the example and from ``profiles=``, and satisfy the conditions of the captured
-program. Ranks of slots lie between the dialect's minimum and the planned room.
+Sizes of the model's inputs come from the example and from ``profiles=``, and satisfy the constraints of the captured
+program. Ranks of slots are between the dialect's minimum and the planned maximum.
 """
 
 import functools
@@ -52,16 +52,16 @@ def compute_ranges(
     snapshot: ComposedWeights,
     slots: Mapping[str, SlotInput],
 ) -> dict[str, tuple[SizeRange, ...]]:
-    """Return the sizes that every input of a graph is built for.
+    """Return the sizes of every input for which a graph's plan is built.
 
     Args:
-        graph: as lowered.
-        profiles: the option.
-        snapshot: the choice that is active at first, whose ranks are the usual ones.
+        graph: the lowered graph.
+        profiles: the option ``profiles``.
+        snapshot: the initially active choice; its ranks are the usual ones.
         slots: the slots that are inputs.
 
     Raises:
-        OptionError: the model does not take the sizes.
+        OptionError: the model does not support the sizes.
     """
     ranges = _input_ranges(graph, profiles)
     rows = next((axes[0].most for axes in ranges.values() if axes), 1)
@@ -73,7 +73,7 @@ def compute_ranges(
         usual = change.rank if isinstance(change, LowRank) else None
         rank = SizeRange(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)
         first = (places,) if slot.placed else ()
-        numbers = map(constant_size, shape[len(first) :])  # a size that varies is a rank
+        numbers = map(constant_size, shape[len(first) :])  # a dynamic size is a rank
         ranges[name] = (*first, *(rank if number is None else SizeRange(number, number, number) for number in numbers))
     return ranges
 
@@ -82,7 +82,7 @@ def check_profile_names(profiles: Mapping[str, ProfileShapes], graphs: Collectio
     """Refuse profiles for inputs or axes that no graph has.
 
     Raises:
-        OptionError: naming the nearest input or axis.
+        OptionError: naming the nearest known input or axis.
     """
     known = [name for each in graphs for name in (*each.interface.inputs, *axis_names(each.interface).values())]
     known += [ADAPTERS_AXIS] if any(slot.placed for each in graphs for slot in each.slots.values()) else []
@@ -90,15 +90,15 @@ def check_profile_names(profiles: Mapping[str, ProfileShapes], graphs: Collectio
 
 
 def check_sizes(ranges: SizeRanges, inputs: Mapping[str, torch.Tensor], names: Mapping[Axis, str]) -> None:
-    """Refuse inputs with sizes that a plan was not built for.
+    """Refuse inputs with sizes for which a plan was not built.
 
     Args:
-        ranges: the plan's.
-        inputs: of a call, by name.
-        names: of the axes.
+        ranges: the ranges of the plan.
+        inputs: the inputs of a call, by name.
+        names: the names of the axes.
 
     Raises:
-        InputMismatch: with the ``profiles=`` that admits them.
+        InputMismatch: naming the ``profiles=`` that allows the sizes.
     """
     sizes = ((name, axis, size) for name, value in inputs.items() for axis, size in enumerate(np.shape(value)))
     for name, axis, size in sizes:
@@ -114,14 +114,14 @@ def check_sizes(ranges: SizeRanges, inputs: Mapping[str, torch.Tensor], names: M
 
 
 def axis_names(interface: Interface) -> dict[Axis, str]:
-    """Return the names of the axes that vary: (input, axis) -> name."""
+    """Return the names of dynamic axes: (input, axis) -> name."""
     varying = [(name, i) for name, shape in interface.sizes.shapes.items() for i, size in enumerate(shape) if not size]
     types = {name: interface.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
     return {(name, axis): types[name][axis] for name, axis in varying}
 
 
 def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[str, tuple[SizeRange, ...]]:
-    """Return the ranges of the model's inputs; axes without a profile get sizes around the example's."""
+    """Return the ranges of the model's inputs; axes without a profile get ranges around the example's sizes."""
     interface = graph.interface
     examples, names, sizes = read_example_inputs(graph, interface.inputs), axis_names(interface), interface.sizes
     requested = _requested_ranges(examples, names, profiles)
@@ -167,7 +167,7 @@ def _extreme_sizes(
     requested: Mapping[Axis, SizeRange],
     tries: Callable[[Axis, int], Iterable[int]],
 ) -> dict[Axis, int]:
-    """Return sizes at one end: for each name the first candidate that the model takes with the others' sizes."""
+    """Return sizes at one end of the ranges: for each name, the first candidate that the model supports."""
     found = dict(start)
     for name in dict.fromkeys(name for axis, name in names.items() if axis not in requested):
         axes = [axis for axis, other in names.items() if other == name and axis not in requested]
@@ -184,7 +184,7 @@ def _larger_sizes(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) 
 
 
 def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> None:
-    """Refuse sizes that the model does not take."""
+    """Refuse sizes that the model does not support."""
     shapes = {
         name: tuple(chosen[name, i] if size is None else size for i, size in enumerate(shape))
         for name, shape in sizes.shapes.items()

@@ -1,7 +1,7 @@
-"""Replacing weights that are constants of a plan, in place.
+"""In-place replacement of weights that are constants of a plan.
 
 Only weights that were marked when the plan was built can be replaced, and only on a GPU. Weights that a choice of
-adapters leaves alone are written from the base again, so that nothing of the previous choice stays.
+adapters does not change are rewritten from the base, so nothing of the previous choice remains.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _INSTEAD = "compile with mode='fused' alone: merged weights are then inputs of t
 
 
 def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str]) -> None:
-    """Mark the weights of a network that can be replaced in its plan; all others cannot.
+    """Mark the weights of a network that can later be replaced in its plan.
 
-    The plan is then built with ``refit_flag()`` and one profile, the most that TensorRT takes with it.
+    The plan must then be built with ``refit_flag()`` and one profile, the maximum that TensorRT supports with it.
 
     Raises:
-        Unavailable: TensorRT does not let a weight be replaced, for instance if the parser folded it.
+        Unavailable: TensorRT cannot replace a weight, for example because the parser folded it.
     """
     for name in names:
         with collect_errors() as messages:
@@ -36,18 +36,18 @@ def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str]) 
 
 
 def refit_flag(library: TensorRTLibrary) -> tensorrt.BuilderFlag:
-    """Return the builder's flag for plans whose marked weights can be replaced."""
+    """Return the builder flag for plans whose marked weights can be replaced."""
     return library.module.BuilderFlag.REFIT_INDIVIDUAL
 
 
 class WeightRefitter:
-    """Replaces the marked weights of a loaded plan.
+    """A writer of the marked weights of a loaded plan.
 
     Args:
-        engine: TensorRT's.
-        memory: weight -> the GPU memory with its value for the active choice.
-        library: loaded the engine.
-        refitter: TensorRT's, made for the engine.
+        engine: TensorRT's engine.
+        memory: weight -> the GPU memory with the active choice's value.
+        library: the library that loaded the engine.
+        refitter: TensorRT's refitter for the engine.
 
     Raises:
         Unavailable: the plan's weights cannot be replaced, or have other dtypes or sizes.
@@ -67,7 +67,7 @@ class WeightRefitter:
             )
         self.memory, self._library = memory, library
         self._refitter = _create_refitter(engine, library) if refitter is None else refitter
-        # Looking for NaN costs more than writing, and lorac refuses adapters with NaN when they are added.
+        # Checking for NaN costs more than writing, and lorac refuses adapters with NaN when they are added.
         self._refitter.weights_validation = False
         self._changed: frozenset[str] = frozenset()
         for name, tensor in memory.items():
@@ -76,23 +76,23 @@ class WeightRefitter:
     def write(self, changed: Collection[str]) -> int:
         """Write the weights that the previous or the active choice changes.
 
-        The caller keeps calls away, and has waited for queued ones (``PlanRunner.writing``). A failed write may be
-        partial; the next one writes all of the weights again.
+        The caller must block calls, and must have waited for queued ones (``PlanRunner.writing``). A failed write may
+        be partial; the next one writes all of the weights again.
 
         Args:
             changed: the weights that differ from the base's.
 
         Returns:
-            Bytes written.
+            The number of bytes written.
 
         Raises:
-            Unavailable: TensorRT fails.
+            Unavailable: TensorRT cannot replace the weights.
         """
         self._changed |= frozenset(changed)
         with collect_errors() as messages:
             for name in sorted(self._changed):
                 self._set(name, messages)
-            partners = self._refitter.get_missing_weights()  # that the builder combined with them
+            partners = self._refitter.get_missing_weights()  # weights that the builder combined with these
             for name in sorted(partners):
                 self._set(name, messages)
             written = {*self._changed, *partners}
@@ -117,7 +117,7 @@ class WeightRefitter:
             raise _refit_error(f"TensorRT does not take '{name}'", messages)
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        """Refuse a weight of another dtype or size now, rather than at the first swap."""
+        """Refuse a weight of another dtype or size now, instead of at the first swap."""
         built = self._refitter.get_weights_prototype(name)
         wanted = (self._library.dtype(tensor.dtype), tensor.numel())
         if (built.dtype, built.size) != wanted or not tensor.is_contiguous():
@@ -132,7 +132,7 @@ def _create_refitter(engine: CudaEngine, library: TensorRTLibrary) -> Refitter:
     with collect_errors() as messages:
         try:
             made: Refitter = library.module.Refitter(engine, library.logger)
-        except TypeError as error:  # the bindings raise it where a constructor returns nothing
+        except TypeError as error:  # the bindings raise it if a constructor returns nothing
             raise _refit_error("TensorRT lets no weight of the plan be replaced", messages) from error
     return made
 

@@ -1,1 +1,1 @@
-"""Where sessions run: execution providers, their needs on a machine, and the memory that values lie in."""
+"""The devices of sessions: execution providers, their requirements, and the memory of values."""

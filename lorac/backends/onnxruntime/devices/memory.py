@@ -1,8 +1,8 @@
-"""The memory that sessions read and write: the machine's own, or a GPU's.
+"""The memory that sessions read and write: the host's or a GPU's.
 
-A value in memory that its session reads is never copied. Tensors of a choice of adapters are copied to a GPU once, and
-stay there for as long as the choice may become active again. Inputs of a call are bound where they lie, and its outputs
-are returned on their device.
+A value in memory that a session can read is never copied. Tensors of a choice of adapters are copied to a GPU once, and
+stay there while the choice may become active again. Inputs of a call are bound in place, and its outputs are returned
+on their device.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ FusedWeights = tuple[dict[str, FusedBuffer], dict[str, Tensor]]
 
 def as_ort_value(tensor: Tensor) -> ort.OrtValue:
     """Return an OrtValue over a contiguous tensor's own memory, on any device."""
-    if tensor.dtype == torch.bfloat16 or tensor.device.type != "cpu":  # for which NumPy has nothing
+    if tensor.dtype == torch.bfloat16 or tensor.device.type != "cpu":  # NumPy does not support these
         return ort.OrtValue.from_dlpack(tensor.detach())
     value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
     assert not tensor.numel() or value.data_ptr() == tensor.data_ptr()
@@ -38,7 +38,7 @@ def as_tensor(value: ort.OrtValue) -> Tensor:
 
 
 class Memory(ABC):
-    """The memory of an engine's values."""
+    """The memory of an engine's values, on one device."""
 
     copies: bool = False
     """Whether tensors of the CPU are copied there."""
@@ -49,7 +49,7 @@ class Memory(ABC):
 
     @abstractmethod
     def to_value(self, tensor: Tensor) -> ort.OrtValue:
-        """Return a slot's tensor in this memory; bindings of one tensor share the value."""
+        """Return a slot's tensor in this memory; all bindings of one tensor share the value."""
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
         """Allocate weights that are written in place."""
@@ -59,17 +59,17 @@ class Memory(ABC):
         """Make written weights visible to sessions."""
         self.synchronize()
 
-    def synchronize(self) -> None:  # noqa: B027  (only on a GPU that torch writes to there is something to wait for)
-        """Wait for torch's work in this memory, since sessions run on streams of their own."""
+    def synchronize(self) -> None:  # noqa: B027  (only memory that torch writes asynchronously needs it)
+        """Wait for torch's work in this memory, since sessions run on their own streams."""
 
     def output_device(self, inputs: Iterable[Tensor]) -> tuple[str, int]:
-        """Return the type and index of the device for the outputs of a call: that of its inputs."""
+        """Return the type and index of the device for the outputs of a call: the device of its inputs."""
         index = next((tensor.device.index for tensor in inputs if tensor.device.type != "cpu"), None)
         return ("cpu", 0) if index is None else (self.place.type, index)
 
 
 class HostMemory(Memory):
-    """The memory of the CPU."""
+    """The memory of the host."""
 
     def to_value(self, tensor: Tensor) -> ort.OrtValue:
         if tensor.is_contiguous():
@@ -80,7 +80,7 @@ class HostMemory(Memory):
 
 
 class _CopyingMemory(Memory):
-    """Memory that tensors of the CPU are copied to, and copied again after torch wrote to them."""
+    """Memory into which host tensors are copied, and copied again after torch wrote to them."""
 
     copies = True
 
@@ -89,7 +89,7 @@ class _CopyingMemory(Memory):
         if tensor not in self._here:
             self._here[tensor] = self._copied(tensor.detach()), written
         value, known = self._here[tensor]
-        if known != written:  # bindings hold the value, so it stays the same one
+        if known != written:  # bindings reference the value, so it is updated in place
             value.update_inplace(as_ort_value(tensor.detach().contiguous()))
             self._here[tensor] = value, written
         return value
@@ -100,7 +100,7 @@ class _CopyingMemory(Memory):
 
 
 class TorchDeviceMemory(_CopyingMemory):
-    """A GPU's memory that torch uses too: weights are written there, and tensors on the GPU are read where they lie."""
+    """A GPU's memory that torch can use: weights are written there, and tensors on the GPU are read in place."""
 
     def to_value(self, tensor: Tensor) -> ort.OrtValue:
         return super().to_value(tensor) if tensor.device.type == "cpu" else as_ort_value(tensor.detach().contiguous())
@@ -112,12 +112,12 @@ class TorchDeviceMemory(_CopyingMemory):
         torch.cuda.current_stream(self.place).synchronize()
 
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
-        # torch has no address for an empty tensor, and ONNX Runtime takes no tensor without one.
+        # torch gives an empty tensor no address, and ONNX Runtime accepts no tensor without one.
         return as_ort_value(tensor.to(self.place).contiguous()) if tensor.numel() else empty_at(self.place, tensor)
 
 
 class OrtDeviceMemory(_CopyingMemory):
-    """A GPU's memory that ONNX Runtime alone uses: torch was built without CUDA, so weights are merged on the CPU."""
+    """A GPU's memory for ONNX Runtime only: torch was built without CUDA, so weights are merged on the host."""
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
         for tensor in memory.values():
@@ -138,6 +138,6 @@ def memory_at(place: torch.device) -> Memory:
 
 
 def empty_at(place: torch.device, like: Tensor) -> ort.OrtValue:
-    """Return an uninitialised OrtValue of a tensor's shape and dtype, in memory of ONNX Runtime's."""
+    """Return an uninitialised OrtValue of a tensor's shape and dtype, in ONNX Runtime's memory."""
     kind = as_ort_value(torch.empty(1, dtype=like.dtype)).element_type()
     return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), kind, place.type, place.index or 0)

@@ -1,7 +1,7 @@
-"""Execution providers: which ones run on a device, and the parts that a machine lacks for them.
+"""Execution providers: the devices that they run on, and checks of a machine's requirements for them.
 
-Where a provider cannot be created, ONNX Runtime falls back to the CPU, and reports it only in its log. So the libraries
-that a provider needs are looked for before anything is compiled, and a session's providers are checked once it exists.
+If a provider cannot be created, ONNX Runtime falls back to the CPU and reports it only in its log. So lorac looks for
+the libraries that a provider needs before it compiles, and checks a session's providers after creating it.
 """
 
 import ctypes
@@ -50,10 +50,10 @@ def check_providers(providers: Collection[str], place: torch.device) -> None:
     """Check that this machine can create providers.
 
     Args:
-        place: the device that it runs on.
+        place: the device of the providers.
 
     Raises:
-        Unavailable: this ONNX Runtime lacks a provider, or this machine a library, the driver or the GPU.
+        Unavailable: this ONNX Runtime lacks a provider, or this machine lacks a library, the driver or the GPU.
     """
     for provider in providers:
         if provider in _PLUGINS:
@@ -69,16 +69,16 @@ def check_providers(providers: Collection[str], place: torch.device) -> None:
 def start_session(
     model: bytes, settings: ort.SessionOptions, providers: Sequence[str], place: torch.device
 ) -> ort.InferenceSession:
-    """Start a session on all of the given providers.
+    """Start a session that uses all of the given providers.
 
     Args:
         model: the serialised model.
-        settings: ONNX Runtime's.
-        providers: best first.
-        place: the device that they run on.
+        settings: ONNX Runtime's settings.
+        providers: the providers, best first.
+        place: the device of the providers.
 
     Raises:
-        Unavailable: the session would run without one of them.
+        Unavailable: ONNX Runtime would start the session without one of the providers.
     """
     configured = []
     for name in providers:
@@ -88,7 +88,7 @@ def start_session(
     if place.type != "cpu":
         settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     plugins = _PLUGINS.keys() & set(providers)
-    for name, options in configured if plugins else ():  # those in a library of their own are named by their devices
+    for name, options in configured if plugins else ():  # providers in separate libraries are selected by their devices
         if name in _PLUGINS:
             settings.add_provider_for_devices(_devices(name, place), {})
         elif name != CPU:
@@ -104,7 +104,7 @@ def start_session(
 
 
 def ops_on_cpu(session: ort.InferenceSession) -> dict[str, int]:
-    """Return op -> how often the CPU computes it in a session on a GPU; empty for a session on the CPU."""
+    """Return op -> number of nodes that the CPU computes in a session on a GPU; empty for a session on the CPU."""
     if not set(session.get_providers()) & set(ON_GPU):
         return {}
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
@@ -125,7 +125,7 @@ def _not_built(provider: str) -> Unavailable:
 
 
 def _load_provider(provider: str) -> None:
-    """Load a provider's library, or name the library that it lacks."""
+    """Load a provider's library; if that fails, name the missing library."""
     _preload()
     if sys.platform != "linux":
         return
@@ -139,7 +139,7 @@ def _load_provider(provider: str) -> None:
 
 @functools.cache
 def _preload() -> None:
-    """Load CUDA and cuDNN from pip's folders, where no loader looks; missing ones are reported later."""
+    """Load CUDA and cuDNN from pip's folders, which no loader searches; missing ones are reported later."""
     import contextlib
     import io
 
@@ -165,7 +165,7 @@ def _unloadable(provider: str, error: Exception) -> Unavailable:
 
 
 def _check_gpu(index: int) -> None:
-    """Refuse a GPU that the driver does not list."""
+    """Refuse a GPU index that the driver does not list."""
     if sys.platform != "linux":
         return
     count = ctypes.c_int()
@@ -184,7 +184,7 @@ def _check_gpu(index: int) -> None:
 
 
 def _devices(provider: str, place: torch.device) -> list[ort.OrtEpDevice]:
-    """Return the device of a provider in a library of its own."""
+    """Return the device of a provider that comes in a separate library."""
     found = [device for device in ort.get_ep_devices() if device.ep_name == provider]
     return found[place.index or 0 :][:1]
 

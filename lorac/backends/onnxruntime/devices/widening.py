@@ -1,4 +1,4 @@
-"""A pass for ops that CUDA has no half-precision kernel for: they compute in float32 in a half-precision program."""
+"""A pass for ops without a half-precision CUDA kernel: they compute in float32 in a half-precision program."""
 
 import functools
 import itertools
@@ -67,13 +67,13 @@ _DTYPE_AGNOSTIC = frozenset({"Cast", "CastLike", "Constant", "If", "Identity", "
 
 @dataclass(frozen=True)
 class WidenHalfPrecision(OnnxPass):
-    """Compute ops without a half-precision kernel in float32.
+    """Compute ops that lack a half-precision kernel in float32.
 
-    Their operands are widened, which is exact, and their results rounded once. torch's own kernels compute alike: they
-    hold operands of half precision in float32.
+    Operands are widened, which is exact, and results are rounded once. torch's own kernels do the same: they keep
+    operands of half precision in float32.
 
     Attributes:
-        kernels: half precision -> the ops that are computed in it.
+        kernels: half precision -> the ops that have a kernel for it.
     """
 
     name: ClassVar[str] = "widen-half-precision"
@@ -97,7 +97,7 @@ class WidenHalfPrecision(OnnxPass):
 
 
 def _infer_dtypes(node: ir.Node) -> None:
-    """Note the dtypes of results that rewrites left out, as ONNX derives them from the operands' dtypes."""
+    """Set dtypes of results that rewrites left out, as ONNX infers them from the operands' dtypes."""
     (domain, op), missing = op_key(node), [value for value in node.outputs if value.dtype is None]
     if not missing or not onnx.defs.has(op, domain):
         return
@@ -113,7 +113,7 @@ def _infer_dtypes(node: ir.Node) -> None:
 
 @functools.cache
 def _schema_types(domain: str, op: str) -> tuple[list[str], list[str], Mapping[str, str]]:
-    """Return an op's types: of its inputs, of its outputs, and type variable -> the only type that it may be."""
+    """Return an op's types: of its inputs, of its outputs, and type variable -> its only allowed type."""
     schema = onnx.defs.get_schema(op, domain=domain)
     fixed = {
         kind.type_param_str: kind.allowed_type_strs[0]
@@ -124,7 +124,7 @@ def _schema_types(domain: str, op: str) -> tuple[list[str], list[str], Mapping[s
 
 
 class _CastInserter:
-    """Casts around ops; their values are named apart from all others of a model, nested graphs included."""
+    """An inserter of casts around ops; names of the cast values are unique in a model, including nested graphs."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -135,7 +135,7 @@ class _CastInserter:
         """Compute a half-precision node in float32."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == half:
-                key = (id(graph), value)  # which are cast once
+                key = (id(graph), value)  # each value is cast once
                 if key not in self._wide:
                     cast = self._cast(value, ir.DataType.FLOAT, node)
                     graph.insert_before(node, cast)

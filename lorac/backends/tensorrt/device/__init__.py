@@ -1,1 +1,1 @@
-"""One plan at work on one GPU: its inputs and outputs, its contexts, their streams, and CUDA graphs of them."""
+"""One plan on one GPU: its inputs and outputs, its contexts, their streams, and CUDA graphs."""

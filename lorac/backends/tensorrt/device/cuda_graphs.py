@@ -1,10 +1,10 @@
-"""CUDA graphs of an engine: a call is one launch, with inputs and slots copied to the captured buffers.
+"""CUDA graphs of an engine: a call is one launch, after inputs and slots were copied to the captured buffers.
 
-A graph contains the addresses and shapes with which it was captured, and is valid until its context is given others. So
-every set of shapes, ranks of slots included, has a context, buffers and a graph of its own.
+A graph contains the addresses and shapes with which it was captured, and is valid until its context gets others. So
+every set of shapes, including ranks of slots, has its own context, buffers and graph.
 
-A capture costs as much as many calls, and a graph takes the memory of a context. So there are few, and one is given up
-for another only after it was idle for long: calls in turn with more sets of shapes than fit do not capture each time.
+A capture costs as much as many calls, and a graph uses the memory of a context. So their number is limited, and a graph
+is evicted only after a long idle time: calls that alternate among too many sets of shapes do not capture each time.
 """
 
 import threading
@@ -40,20 +40,20 @@ _CAPTURING = threading.Lock()
 
 
 class CapturedCall:
-    """One graph, with the buffers that it reads and writes.
+    """One CUDA graph, with the buffers that it reads and writes.
 
     Args:
-        execution: a context for this graph alone.
-        inputs: a call's inputs, of the graph's shapes.
-        slots: its slots; fixed ones are read where they lie.
-        record: captures work.
+        execution: a context that only this graph uses.
+        inputs: the inputs of a call, with the graph's shapes.
+        slots: the slots of the call; fixed ones are read in place.
+        record: a function that captures work.
 
     Attributes:
-        last_call: the number of the engine's call that used it last.
+        last_call: the number of the engine's last call that used this graph.
 
     Raises:
         Unavailable, RuntimeError: the plan cannot be captured.
-        InputMismatch: the plan does not take these sizes.
+        InputMismatch: the plan does not support these sizes.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CapturedCall:
             self.outputs = {name: made for name, made in found.items() if made is not None}
             if len(self.outputs) < len(found) or any(io_tensor.on_host for io_tensor in execution.io.outputs.values()):
                 raise RuntimeError("sizes of its outputs depend on values, or are outputs")
-            # The first run with new shapes does work that may not be capturable.
+            # The first run with new shapes may do work that cannot be captured.
             execution.queue(stream)
             if execution.library.is_rtx and not execution.context.is_stream_capturable(stream):
                 raise RuntimeError("it allocates while it runs")
@@ -87,7 +87,7 @@ class CapturedCall:
         return given
 
     def drop(self) -> None:
-        """Wait for queued work before the graph is dropped."""
+        """Wait for queued work; called before the graph is released."""
         with self._lock:
             self.execution.streams.finish()
 
@@ -100,7 +100,7 @@ class CapturedCall:
         }
 
     def _hold(self, slots: DeviceSlots) -> None:
-        """Copy a choice's slots into the buffers, unless they are there already."""
+        """Copy a choice's slots into the buffers, unless the buffers already contain them."""
         if self.slots is slots or (self._holds is not None and self._holds() is slots):
             return
         self._holds = None
@@ -110,12 +110,12 @@ class CapturedCall:
 
 
 class CudaGraphCache:
-    """The graphs of one engine, by shapes.
+    """The CUDA graphs of one engine, by shapes.
 
     Args:
         io: the engine's inputs and outputs.
-        execution: makes a context for a new one.
-        record: captures work.
+        execution: a function that makes a context for a new graph.
+        record: a function that captures work.
     """
 
     def __init__(self, io: IOTensors, execution: Callable[[], ExecutionSlot], record: Record) -> None:
@@ -126,12 +126,12 @@ class CudaGraphCache:
         self._refused = False
 
     def find(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
-        """Return the graph for a call, captured on first use, or None where it runs without one.
+        """Return the graph for a call, and capture it on first use; return None if the call should run without one.
 
-        It warns where the plan cannot be captured, or memory lacks.
+        Warn if the plan cannot be captured, or if there is not enough memory.
 
         Raises:
-            InputMismatch: the plan does not take these sizes.
+            InputMismatch: the plan does not support these sizes.
         """
         if self._refused:
             return None
@@ -149,13 +149,13 @@ class CudaGraphCache:
             return [graph.execution for graph in self._known.values()]
 
     def _key(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> GraphKey:
-        """Return a graph's key: shapes, values that shapes are computed from, and addresses of fixed memory."""
+        """Return a graph's key: shapes, values from which shapes are computed, and addresses of fixed memory."""
         sizes = tuple((name, tuple(tensor.shape)) for given in (inputs, slots) for name, tensor in given.items())
         numbers = tuple(tuple(t.flatten().tolist()) for name, t in inputs.items() if self.io.inputs[name].on_host)
         return (sizes, numbers, tuple(tensor.data_ptr() for tensor in slots.values()) if slots.fixed else ())
 
     def _used(self, key: GraphKey) -> CapturedCall | None:
-        """Return a known graph, and count a call."""
+        """Return a known graph, and count the call."""
         with self._lock:
             self._calls += 1
             found = self._known.get(key)
@@ -165,7 +165,7 @@ class CudaGraphCache:
             return found
 
     def _has_room(self) -> bool:
-        """Return whether a graph may be captured now: there are few, or one was not used for long."""
+        """Return whether a graph may be captured now: there is room, or the least recently used graph is idle."""
         with self._lock:
             full = len(self._known) >= MAX_GRAPHS
             room = not full or self._calls - next(iter(self._known.values())).last_call > IDLE_CALLS
@@ -185,8 +185,8 @@ class CudaGraphCache:
         return made
 
     def _decline(self, error: Exception) -> None:
-        """Postpone captures where memory lacks; else the plan cannot be captured, now or later."""
-        # Torch, TensorRT or CUDA may complain of lacking memory.
+        """Postpone captures if memory is short; otherwise stop capturing, since the plan cannot be captured."""
+        # torch, TensorRT or CUDA may report the lack of memory.
         if isinstance(error, torch.OutOfMemoryError | Unavailable) or "out of memory" in str(error):
             self._postponed = self._calls + RETRY_CALLS
             warn(
@@ -202,12 +202,12 @@ class CudaGraphCache:
 
 
 def record_on_cuda(work: QueueWork) -> Callable[[], None]:
-    """Capture work into a CUDA graph, on the stream that is current.
+    """Capture work into a CUDA graph, on the current stream; return a function that replays it.
 
-    Work of other threads is not captured meanwhile, and may allocate memory.
+    Work of other threads is not captured in the meantime, and may allocate memory.
 
     Raises:
-        RuntimeError: CUDA cannot capture it.
+        RuntimeError: CUDA cannot capture the work.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

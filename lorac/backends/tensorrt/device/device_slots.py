@@ -1,4 +1,4 @@
-"""Tensors as an engine reads them: on its device, contiguous and aligned, in its dtype."""
+"""Tensors in the form that an engine reads: on its device, contiguous and aligned, in its dtype."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -16,10 +16,10 @@ class DeviceSlots(Mapping[str, Tensor]):
     """The slot tensors of a choice of adapters, laid out once and read by many calls.
 
     Args:
-        tensors: slot input -> tensor, laid out by work that the current stream has queued.
-        fixed: whether they keep their addresses, and later writes into them reach calls. A CUDA graph reads them there,
-            and copies nothing.
-        ready: further events after which they are ready.
+        tensors: slot input -> tensor, which work on the current stream lays out.
+        fixed: whether the tensors keep their addresses, and later writes to them affect calls. A CUDA graph then reads
+            them in place, without copies.
+        ready: further events that must complete before the tensors are ready.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DeviceSlots(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
-        """Make a stream wait for the tensors and keep their memory until it has read them; once per stream."""
+        """Make a stream wait for the tensors, and keep their memory until it has read them; done once per stream."""
         if stream.cuda_stream in self._passed:
             return
         for event in self._ready:
@@ -50,10 +50,10 @@ class DeviceSlots(Mapping[str, Tensor]):
 
 
 class TensorLayouts:
-    """Copies of tensors laid out for an engine, at most one of each.
+    """Copies of tensors in the layout of an engine, at most one per tensor.
 
     Args:
-        device: the engine's.
+        device: the engine's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,12 +61,12 @@ class TensorLayouts:
         self._copies = WeakTensorKeyDictionary()
 
     def lay_out(self, tensors: Mapping[str, Tensor], io: Mapping[str, IOTensor], *, fixed: bool = False) -> DeviceSlots:
-        """Return slots: tensors that the engine can read where they lie, and copies of the others.
+        """Return slots: tensors that the engine can read in place, and copies of the others.
 
         Args:
             tensors: slot input -> tensor.
             io: the engine's inputs.
-            fixed: as of ``DeviceSlots``.
+            fixed: as for ``DeviceSlots``.
         """
         laid_out, ready = dict[str, Tensor](), set[torch.cuda.Event]()
         for name, tensor in tensors.items():
@@ -83,33 +83,33 @@ class TensorLayouts:
 
 
 def is_readable(tensor: Tensor, io_tensor: IOTensor, device: torch.device) -> bool:
-    """Return whether the engine can read a tensor where it lies."""
+    """Return whether the engine can read a tensor in place."""
     there = tensor.device == (torch.device("cpu") if io_tensor.on_host else device)
     aligned = io_tensor.on_host or not tensor.data_ptr() % ALIGNMENT
     return there and aligned and tensor.dtype == io_tensor.dtype and tensor.is_contiguous()
 
 
 def copy_to_engine(tensor: Tensor, io_tensor: IOTensor, device: torch.device, *, staged: bool = False) -> Tensor:
-    """Return a copy that the engine can read.
+    """Return a copy of a tensor that the engine can read.
 
     Args:
         tensor: any tensor.
         io_tensor: the input of the engine that reads the copy.
-        device: the engine's.
-        staged: whether a tensor on the CPU goes through pinned memory, so that the caller does not wait for the GPU.
+        device: the engine's device.
+        staged: whether a CPU tensor is copied through pinned memory, so the caller does not wait for the GPU.
     """
     tensor, made = tensor.detach(), allocate(tensor.shape, io_tensor, device)
     if not staged or made.device == tensor.device or tensor.device.type != "cpu":
         return made.copy_(tensor)
     pinned = tensor.pin_memory()
-    # A tensor that is pinned already is the caller's, who may write to it once the call returns.
+    # A tensor that is already pinned is the caller's, who may write to it after the call returns.
     return made.copy_(pinned, non_blocking=pinned.data_ptr() != tensor.data_ptr())
 
 
 def allocate(shape: Sequence[int], io_tensor: IOTensor, device: torch.device) -> Tensor:
     """Return an uninitialised tensor that an engine can read or write.
 
-    torch's allocator aligns tensors; a custom one need not.
+    torch's allocator aligns tensors, but a custom allocator may not.
     """
     place = torch.device("cpu") if io_tensor.on_host else device
     made = torch.empty(tuple(shape), dtype=io_tensor.dtype, device=place)
@@ -121,12 +121,12 @@ def allocate(shape: Sequence[int], io_tensor: IOTensor, device: torch.device) ->
 
 
 def keep_alive_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
-    """Keep a tensor's memory until a stream has done the work that is queued on it now."""
+    """Keep a tensor's memory until a stream has completed the work that is queued on it now."""
     if tensor.is_cuda:
         tensor.record_stream(stream)
 
 
 def record_event(tensors: Iterable[Tensor]) -> tuple[torch.cuda.Event, ...]:
-    """Record an event on the current stream, after which tensors are ready; none if none of them is on a GPU."""
+    """Record an event on the current stream, after which tensors are ready; none if no tensor is on a GPU."""
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     return tuple(torch.cuda.current_stream(device).record_event() for device in devices)

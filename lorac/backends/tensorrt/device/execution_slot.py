@@ -1,4 +1,4 @@
-"""One context of an engine, with its last shapes and addresses, and a call with it."""
+"""One context of an engine, with its last shapes and addresses; it runs calls."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 class ExecutionSlot:
-    """A context, for one call at a time.
+    """A context, which runs one call at a time.
 
-    Shapes and addresses are recorded once TensorRT has accepted them, and a call sets those that differ. So a swap sets
-    the slots' addresses and nothing else, and a call that fails half-way leaves no state that a later one would reuse.
+    Shapes and addresses are recorded once TensorRT has accepted them, and a call sets only those that differ. So a swap
+    sets only the slots' addresses, and a call that fails halfway leaves no state that a later call would reuse.
 
     Args:
-        context: TensorRT's.
-        io: its engine's inputs and outputs.
-        device: where its tensors lie.
-        streams: the streams that its work goes to.
-        library: made the context.
+        context: TensorRT's context.
+        io: the inputs and outputs of its engine.
+        device: the device of its tensors.
+        streams: the streams on which its work is queued.
+        library: the library that made the context.
 
     Attributes:
-        shape_changes: how often its shapes changed.
+        shape_changes: the number of times that its shapes changed.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class ExecutionSlot:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._slots: weakref.ref[DeviceSlots] | None = None
-        # An empty tensor has no address, and TensorRT takes a missing address for a missing input.
+        # An empty tensor has no address, and TensorRT treats a missing address as a missing input.
         self._nothing = allocate((ALIGNMENT,), IOTensor(torch.uint8, ()), device)
         self._allocators: dict[str, tensorrt.IOutputAllocator] = {}
 
     def bind(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> None:
-        """Set the addresses and shapes of a call's inputs and slots that differ from the context's.
+        """Set those addresses and shapes of a call's inputs and slots that differ from the context's.
 
         Raises:
-            InputMismatch: a size that the plan was not built for.
-            Unavailable: TensorRT refuses an address, or lacks an input.
+            InputMismatch: the plan was not built for a size.
+            Unavailable: TensorRT refuses an address, or an input is missing.
         """
         if self._slots is None or self._slots() is not slots:
             self._slots = None
@@ -74,14 +74,14 @@ class ExecutionSlot:
         self._new_shapes = False
 
     def outputs(self) -> dict[str, Tensor | None]:
-        """Allocate memory for every output; None for one that is allocated while it is computed."""
+        """Allocate memory for every output; None for an output that is allocated while it is computed."""
         return {name: self._output(name, io_tensor) for name, io_tensor in self.io.outputs.items()}
 
     def queue(self, stream: int) -> None:
-        """Queue the work on a stream, by its handle.
+        """Queue the work on a stream, given by handle.
 
         Raises:
-            Unavailable: TensorRT cannot.
+            Unavailable: TensorRT cannot run the plan.
         """
         with collect_errors() as messages:
             if not self.context.execute_async_v3(stream):
@@ -162,9 +162,9 @@ class ExecutionSlot:
 
 
 def output_allocator(library: TensorRTLibrary, io_tensor: IOTensor, device: torch.device) -> tensorrt.IOutputAllocator:
-    """Return an allocator for one output, whose ``output()`` returns the output once the work was queued.
+    """Return an allocator for one output; its ``output()`` returns the output after the work was queued.
 
-    The memory is torch's, of the stream that is current while the work is queued, and new in every call.
+    The memory belongs to torch, on the stream that is current while the work is queued, and is new in every call.
     """
     return _allocator_class(library)(io_tensor, device)
 
@@ -195,7 +195,7 @@ def _allocator_class(library: TensorRTLibrary) -> type[tensorrt.IOutputAllocator
             try:
                 self.memory = allocate((max(int(size), 1),), IOTensor(torch.uint8, ()), self.device)
             except torch.OutOfMemoryError:
-                return 0  # no exception may pass through TensorRT, which takes 0 for a failure
+                return 0  # an exception must not pass through TensorRT, which treats 0 as a failure
             return self.memory.data_ptr()
 
         def output(self) -> Tensor:

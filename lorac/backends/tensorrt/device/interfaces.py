@@ -1,4 +1,4 @@
-"""Types for the part of TensorRT's interface that runs plans, and the inputs and outputs of its engines.
+"""Types for the part of TensorRT's interface that runs plans, and the inputs and outputs of engines.
 
 TensorRT 10, 11 and TensorRT for RTX share the interface; methods that only one of them has are marked.
 """
@@ -21,13 +21,13 @@ class ExecutionContext(Protocol):
     """``IExecutionContext``: one execution at a time, with inputs set by address and shape."""
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Set an input's shape; return False if no profile admits it."""
+        """Set an input's shape; return False if no profile allows it."""
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        """Set the address of an input or output, aligned to 256 bytes; return False if it is refused."""
+        """Set the address of an input or output, aligned to 256 bytes; return False if TensorRT refuses it."""
 
     def get_tensor_shape(self, name: str) -> Sequence[int]:
-        """Return the shape of an input or output, -1 where it depends on values."""
+        """Return the shape of an input or output, with -1 for sizes that depend on values."""
 
     def infer_shapes(self) -> list[str]:
         """Compute the outputs' shapes; return the inputs that are not fully set."""
@@ -55,19 +55,19 @@ class CudaEngine(Protocol):
         """Return the name of an input or output."""
 
     def get_tensor_mode(self, name: str) -> tensorrt.TensorIOMode:
-        """Return whether it is an input, an output or neither."""
+        """Return whether a tensor is an input, an output or neither."""
 
     def get_tensor_dtype(self, name: str) -> tensorrt.DataType:
-        """Return its dtype, as TensorRT names it."""
+        """Return a tensor's dtype in TensorRT's terms."""
 
     def get_tensor_shape(self, name: str) -> Sequence[int]:
-        """Return its shape, -1 where it varies."""
+        """Return a tensor's shape, with -1 for dynamic sizes."""
 
     def get_tensor_location(self, name: str) -> tensorrt.TensorLocation:
-        """Return whether it lies in the device's or the host's memory."""
+        """Return whether a tensor is in the device's or the host's memory."""
 
     def get_weight_streaming_automatic_budget(self) -> int:
-        """Return how many bytes of weights TensorRT would keep on the device, given its free memory."""
+        """Return the number of bytes of weights that TensorRT would keep on the device, given its free memory."""
 
 
 class Refitter(Protocol):
@@ -79,25 +79,25 @@ class Refitter(Protocol):
         """Set a weight; return False if its dtype or size differs from the built one."""
 
     def unset_named_weights(self, weights_name: str) -> bool:
-        """Unset a weight, which every refit would write again."""
+        """Unset a weight; otherwise every refit would write it again."""
 
     def get_missing_weights(self) -> list[str]:
-        """Return the weights that the engine combined with those set, and that must be set with them."""
+        """Return further weights that must be set, since the engine combined them with weights that are set."""
 
     def get_weights_prototype(self, weights_name: str) -> tensorrt.Weights:
         """Return the dtype and size with which a weight was built."""
 
     def refit_cuda_engine(self) -> bool:
-        """Write the weights that are set; return False if that failed, perhaps half-way."""
+        """Write the weights that are set; return False on failure, which may leave some written."""
 
 
 @dataclass(frozen=True)
 class IOTensor:
-    """An input or output.
+    """An input or output of an engine.
 
     Attributes:
-        shape: its sizes, -1 where they vary.
-        on_host: whether it lies in the host's memory, as values do that shapes are computed from.
+        shape: its sizes, with -1 for dynamic ones.
+        on_host: whether it is in the host's memory, as are values from which shapes are computed.
     """
 
     dtype: torch.dtype
@@ -114,7 +114,7 @@ class IOTensors:
 
     @classmethod
     def of(cls, engine: CudaEngine) -> IOTensors:
-        """Return those of an engine."""
+        """Return the inputs and outputs of an engine."""
         inputs, outputs = dict[str, IOTensor](), dict[str, IOTensor]()
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             on_host = engine.get_tensor_location(name).name == "HOST"

@@ -1,4 +1,4 @@
-"""The requirements of a plan, and the errors that name a missing one."""
+"""The requirements of a plan, and the errors that name a missing requirement."""
 
 import contextlib
 import mmap
@@ -21,7 +21,7 @@ _CPU_ADVICE = f"{_SAVE_ADVICE}; target='onnxruntime' and target='eager' run on t
 
 
 def missing_requirement() -> str | None:
-    """Return why no plan runs on this machine, in one line, or None."""
+    """Return the reason, in one line, why plans cannot run on this machine; None if they can."""
     if torch.version.cuda is None:
         return f"a plan of TensorRT runs on a GPU by CUDA, and torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def check_requirements() -> None:
 
 
 def warn_missing_requirement() -> None:
-    """Warn where plans cannot run."""
+    """Warn if plans cannot run on this machine."""
     why = missing_requirement()
     if why is not None:
         warn(f"the program is built and cannot run here: {why}", next_step=_SAVE_ADVICE)
@@ -51,7 +51,7 @@ def resolve_cuda_device(device: str | torch.device) -> torch.device:
     """Return a device of this machine with its index.
 
     Raises:
-        Unavailable: it is not a GPU, or the machine has fewer.
+        Unavailable: the device is not a GPU, or its index is too high for this machine.
     """
     wanted = torch.device(device)
     if wanted.type != "cuda":
@@ -66,13 +66,13 @@ def resolve_cuda_device(device: str | torch.device) -> torch.device:
 
 
 def plan_device(device: str | torch.device | None) -> torch.device:
-    """Return the device of a program's plans with its index; the CPU on a machine without a GPU.
+    """Return the device of a program's plans, with its index; the CPU on a machine without a GPU.
 
     Args:
         device: the option; None: the current GPU.
 
     Raises:
-        Unavailable: it is not a GPU, or the machine has fewer.
+        Unavailable: the device is not a GPU, or its index is too high for this machine.
     """
     wanted = torch.device("cuda" if device is None else device)
     return (
@@ -84,10 +84,10 @@ def plan_device(device: str | torch.device | None) -> torch.device:
 
 @contextlib.contextmanager
 def current_device(device: str | torch.device | None) -> Iterator[None]:
-    """Make the device of a program's plans torch's current one inside the block; do nothing without a GPU.
+    """Make the device of a program's plans torch's current device inside the block; do nothing without a GPU.
 
     Raises:
-        Unavailable: it is not a GPU, or the machine has fewer.
+        Unavailable: the device is not a GPU, or its index is too high for this machine.
     """
     place = plan_device(device)
     with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
@@ -95,15 +95,15 @@ def current_device(device: str | torch.device | None) -> Iterator[None]:
 
 
 def check_capability(found: str, built_for: Sequence[str], gpu: str, library: TensorRTLibrary) -> None:
-    """Check that a plan was built for a GPU.
+    """Check that a plan was built for a GPU's compute capability.
 
     Args:
         found: the GPU's compute capability.
-        built_for: the plan's capabilities; empty if unknown.
-        library: made the plan.
+        built_for: the capabilities of the plan; empty if unknown.
+        library: the library that built the plan.
 
     Raises:
-        Unavailable: the plan was built for others.
+        Unavailable: the plan was built for other capabilities.
     """
     if not built_for or found in built_for:
         return
@@ -118,13 +118,13 @@ def check_capability(found: str, built_for: Sequence[str], gpu: str, library: Te
 
 
 def find_maker(made_by: str) -> TensorRTLibrary:
-    """Return the library that made a plan.
+    """Return the library that built a plan.
 
     Args:
-        made_by: its name and version.
+        made_by: the library's name and version.
 
     Raises:
-        ArtifactError: this machine has it in another version, or not at all.
+        ArtifactError: this machine has another version of the library, or does not have it.
     """
     name, _, version = made_by.partition(" ")
     try:
@@ -141,10 +141,10 @@ def find_maker(made_by: str) -> TensorRTLibrary:
 
 
 def check_plan(plan: bytes | memoryview | mmap.mmap, library: TensorRTLibrary) -> None:
-    """Check that bytes are a plan, as far as the library can tell from their header.
+    """Check that bytes are a plan, as far as the library can tell from the header.
 
     Raises:
-        ArtifactError: they are not.
+        ArtifactError: they are not a plan.
     """
     if not library.is_rtx:
         return  # TensorRT itself reports it only when it loads the plan

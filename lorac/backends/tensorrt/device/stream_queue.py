@@ -1,4 +1,4 @@
-"""The CUDA streams on which a context's work is queued, one call after the other."""
+"""The CUDA streams on which a context's work is queued, one call after another."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -10,9 +10,9 @@ from lorac.backends.tensorrt.device.device_slots import DeviceSlots, keep_alive_
 
 
 class StreamQueue:
-    """The stream of a context's work: the caller's, or its own where the caller is on the default stream.
+    """The stream of a context's work: the caller's, or a separate one if the caller is on the default stream.
 
-    On the default stream TensorRT waits for the whole device in every call. A context has one memory for intermediate
+    On the default stream, TensorRT waits for the whole device in every call. A context has one memory for intermediate
     values, so work on one stream waits for earlier work on another.
 
     Args:
@@ -26,12 +26,12 @@ class StreamQueue:
 
     @contextlib.contextmanager
     def acquire(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
-        """Make the stream for a call the current one inside the block, and yield its handle.
+        """Make the stream for a call the current stream inside the block, and yield its handle.
 
         After the block, the caller's stream waits for the work that was queued in it.
 
         Args:
-            inputs, slots: tensors that the call reads; their memory is not reused before it ends.
+            inputs, slots: the tensors that the call reads; their memory is not reused before the call ends.
         """
         caller = torch.cuda.current_stream(self.device)
         stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
@@ -50,7 +50,7 @@ class StreamQueue:
             caller.wait_event(self._last)
 
     def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
-        """Keep the memory of outputs, made inside the block, for as long as the caller's stream reads it."""
+        """Keep the memory of outputs, which were made inside the block, while the caller's stream reads it."""
         caller = torch.cuda.current_stream(self.device)
         for tensor in outputs:
             keep_alive_for(tensor, caller)
@@ -62,6 +62,6 @@ class StreamQueue:
 
 
 def finish_device(device: torch.device) -> None:
-    """Wait for all work that is queued on a GPU; the CPU queues none."""
+    """Wait for all work that is queued on a GPU; return at once for the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
