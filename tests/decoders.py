@@ -205,6 +205,23 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out, with
 transformers' mask or one of the model's own, in a buffer or computed; a bias of keys; slopes; chunks; complex parts."""
 
+_SPARSE = {
+    **_LATENT,
+    "index_topk": 48,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "mlp_layer_types": ["dense", "sparse"],
+}
+ONE_ROW_EACH: dict[str, Callable[[], nn.Module]] = {
+    "deepseek_v32": _decoder("DeepseekV32", **_SPARSE),
+    "glm_moe_dsa": _decoder("GlmMoeDsa", **_SPARSE),
+    "hy_v4": _decoder("HYV4", **_SPARSE, indexer_types=["full", "shared"]),
+    "falcon, slopes": _decoder("Falcon", alibi=True, multi_query=False, new_decoder_architecture=False),
+    "lfm2_moe": _decoder("Lfm2Moe", num_dense_layers=1, **_EXPERTS, **_types("conv")),
+    "qwen3_5": _decoder("Qwen3_5", config="Qwen3_5Text", **_types("linear_attention"), **_LINEAR, head_dim=8),
+}
+"""Families that took their row alone here: modules that choose tokens, slopes in torch's attention, and hybrids."""
+
 
 def adapt_llama(host: nn.Module) -> list[lorac.Adapter]:
     """Return two adapters of the Llama, away from their init."""

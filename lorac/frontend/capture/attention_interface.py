@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureError, Unavailable
-from lorac.frontend.capture.decoder_families import counts_by_padding, find_sequence
+from lorac.frontend.capture.decoder_families import call_torch_attention, counts_by_padding, find_sequence
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
@@ -206,6 +206,7 @@ def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface
 
     interface = AttentionInterface({id(module): path for path, module in host.model.named_modules()})
     host.configure({"_attn_implementation_internal": _INTERFACE})
+    call_torch_attention(host.model)
     registries: list[tuple[dict[str, Any], Forward]] = [
         (ALL_ATTENTION_FUNCTIONS._global_mapping, interface.attend),
         (ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, interface.mask),

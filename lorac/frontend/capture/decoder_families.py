@@ -4,9 +4,13 @@ A model can decode with a cache if it calls the attention interface of transform
 mask that transformers makes (``lorac.frontend.capture.written_attention``). Families differ in the names of their
 arguments (``SEQUENCES``), in the way they number tokens if the caller gives no positions (``NUMBERINGS``), and in
 rotary angles that change with the length of a sequence (``CHANGING_ROTARY_KINDS``). To add a family, add a row.
+Modules that choose the tokens that are attended to (DeepSeek Sparse Attention) choose all of a sequence up to a length,
+so programs attend densely up to it.
 """
 
-from collections.abc import Callable, Container
+import copy
+import inspect
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,18 +130,47 @@ CHANGING_ROTARY_KINDS = (_DYNAMIC, "longrope")
 """Values of ``rope_type`` with angles that change when a sequence exceeds the original limit."""
 DEFAULT_POSITIONS = 4096
 """Positions of a table for a model that states no longest sequence."""
+_SLOPES = "alibi"
+"""Argument of the forward of a module that gets slopes, and the field of its configuration that says so."""
 _ORIGINAL_LIMIT = "original_max_position_embeddings"
+_SELECTION_ARGUMENTS = frozenset({"hidden_states", "position_embeddings", "attention_mask"})
+"""Those of the forward of a module that chooses tokens; others (GLM-5.5, DeepSeek-V4) choose pools of tokens."""
 
 
 def get_longest_sequence(model: nn.Module) -> int | None:
-    """Return the longest sequence for which a model keeps its original rotary angles; None if there is no limit."""
+    """Return the longest sequence of which a model attends to all, by its original rotary angles; None for any."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]  # of transformers
     parameters = getattr(config, "rope_parameters", None) or {}
     # The parameters are those of all layers, or a dict of them for each type of layer.
     rotaries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     originals = [rotary.get(_ORIGINAL_LIMIT) for rotary in rotaries if rotary.get("rope_type") in CHANGING_ROTARY_KINDS]
     limits = [*originals, getattr(config, "max_position_embeddings", None)]
+    limits += [selector.index_topk for selector in _iter_token_selectors(model)]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _iter_token_selectors(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules that choose, by keys of their own, the ``index_topk`` tokens that each token attends to."""
+    found: Iterator[Any] = (m for m in model.modules() if isinstance(getattr(m, "index_topk", None), int))
+    return (m for m in found if inspect.signature(m.forward).parameters.keys() >= _SELECTION_ARGUMENTS)
+
+
+def attend_densely(host: nn.Module) -> None:
+    """Leave out the choice of tokens to attend to in a copied model: it is all of a sequence that a program takes."""
+    for selector in _iter_token_selectors(host):
+        selector.forward = lambda hidden_states, *_, **__: hidden_states
+
+
+def call_torch_attention(host: nn.Module) -> None:
+    """Let modules of a copy that add slopes call torch's attention, as by default: else Falcon adds them twice."""
+    for module in host.modules():
+        forward: Any = inspect.unwrap(type(module).forward)
+        code = forward.__code__
+        if _SLOPES in code.co_varnames and "scaled_dot_product_attention" in code.co_names:
+            config: Any = copy.copy(module.config)
+            if getattr(config, _SLOPES):
+                config._attn_implementation_internal = "sdpa"
+                module.config = config
 
 
 def freeze_dynamic_rotary(host: nn.Module) -> None:

@@ -23,7 +23,7 @@ from lorac.frontend.capture.attention_interface import (
     make_decoder_shapes,
 )
 from lorac.frontend.capture.call_arguments import CallArguments
-from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
+from lorac.frontend.capture.decoder_families import attend_densely, freeze_dynamic_rotary, get_longest_sequence
 from lorac.frontend.capture.interface import describe_interface, find_input_paths
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.pipeline import capture_passes
@@ -110,6 +110,7 @@ def _export_arguments(
         if marks.attention:
             copied.model.forward = derive_decoder_arguments(copied.model.forward)
             freeze_dynamic_rotary(copied.model)
+            attend_densely(copied.model)
             stack.enter_context(capture_attention(copied, arguments.inputs))
         if dynamic_shapes is None:
             # Constants for each row contradict that one row becomes two.

@@ -6,6 +6,7 @@ a token during a trace, or the model's own: a value that depends on sizes alone 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -15,7 +16,7 @@ from torch import fx
 from lorac.argument_types import Operands
 from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, find_sequence
 from lorac.ir.graph import attention_ops
-from lorac.ir.graph.edit import insert_call
+from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.interpreter import evaluate
 from lorac.ir.graph.nodes import find_module_path, find_sources, find_stored_tensors
@@ -54,14 +55,17 @@ class FoldWrittenAttention(Pass):
     leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
-        reader, changed, skips = _ScoreReader(graph), False, list[Skip]()
-        for node in graph.find(attention_ops.ATTENTION):  # a model may have put the mask into a bias
+        reader, skips = _ScoreReader(graph), list[Skip]()
+        changed = _fold_calls(graph)
+        for node in list(graph.find(attention_ops.ATTENTION)):  # a model may have put the mask into a bias
             args: Any = node.args
             q, k, v, bias, *others = args
             bias, window = reader.read_bias(bias)
             if window is not None:
-                if bias is not None and bias.target is aten.expand.default:
-                    q, k, bias = _join_key_bias(graph, node, bias)
+                if bias is not None and (
+                    bias.target is aten.expand.default or isinstance(bias.meta["val"].shape[-2], int)
+                ):
+                    q, k, bias = _join_key_bias(graph, node, bias, reader)
                 node.args = (q, k, v, bias, *others[:4], True, window, *others[6:])
                 changed = True
         for written in list(graph.find(*_PRODUCTS)):
@@ -93,13 +97,30 @@ def _erase_unused(node: fx.Node) -> None:
         _erase_unused(operand)
 
 
-def _join_key_bias(graph: Graph, node: fx.Node, bias: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+def _fold_calls(graph: Graph) -> bool:
+    """Replace calls of torch's attention with a mask of transformers; return whether there are some."""
+    changed = False
+    for node in list(graph.find(aten.scaled_dot_product_attention.default)):
+        operands: Operands = node.args
+        if any(source.target is attention_ops.MASK for source in find_sources(operands[3:4])):
+            scale = node.kwargs.get("scale") or operands[0].meta["val"].shape[-1] ** -0.5
+            others = None, None, None, scale, False, 0, 0.0, find_module_path(node)
+            made = insert_call(graph.exported, node, attention_ops.ATTENTION, *operands[:4], *others)
+            graph.replace_node(node, insert_call(graph.exported, node, aten.transpose.int, made, 1, 2))
+            changed = True
+    return changed
+
+
+def _join_key_bias(
+    graph: Graph, node: fx.Node, bias: fx.Node, reader: "_ScoreReader"
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Return queries, keys and bias of an attention; a bias of keys alone becomes a further feature of each key."""
     operands: Operands = node.args
-    q, k, by_key = operands[0], operands[1], bias.all_input_nodes[0]
+    q, k, by_key = operands[0], operands[1], bias.all_input_nodes[0] if bias.target is aten.expand.default else bias
     if by_key.meta["val"].shape[1:3] != (k.meta["val"].shape[1], 1):
         return q, k, bias
     insert = functools.partial(insert_call, graph.exported, node)
+    by_key = reader.look_up_keys(by_key, insert)
     one = insert(
         aten.full_like.default, insert(aten.slice.Tensor, q, 3, 0, 1), 1 / operands[attention_ops.SCALE_OPERAND]
     )
@@ -140,7 +161,7 @@ class _ScoreReader:
         named = {node.name: node for node in graph.placeholders()}
         ids = named[find_sequence(named).ids]
         self._graph, self._count = graph, min(graph.longest or DEFAULT_POSITIONS, DEFAULT_POSITIONS)
-        self._rows, self._length = ids.meta["val"].shape
+        self._ids, (self._rows, self._length) = ids, ids.meta["val"].shape
         # What is computed of the ids' shape alone.
         shaped = {
             node: node.target(torch.zeros(1, self._count, dtype=torch.int64))
@@ -200,6 +221,16 @@ class _ScoreReader:
             node = self._peel(node, scores) or (node.args[0] if node.target in _REPEATING else None)
         known = scores.window is not None and scores.scale == 1 and scores.filled is None
         return (node, scores.window) if known else (bias, None)
+
+    def look_up_keys(self, bias: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node:
+        """Return a bias (rows, heads, 1, keys), looked up where it depends on the numbers of keys alone."""
+        value = self._evaluate(bias)
+        if value is None:
+            return bias
+        self._graph.longest = self._count
+        table = add_constant(self._graph.exported, value[0, :, 0].T.contiguous())
+        found = insert(aten.embedding.default, table, insert(attention_ops.POSITIONS, self._ids))
+        return insert(aten.unsqueeze.default, insert(aten.transpose.int, found, 1, 2), 2)
 
     def _peel(self, node: fx.Node, scores: _Scores) -> fx.Node | None:
         """Return the scores from which a node computes scores, and note how; None if it is another op."""

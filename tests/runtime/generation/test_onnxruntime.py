@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import lorac
+from lorac.frontend.capture.decoder_families import get_longest_sequence
 from lorac.testing import assert_close
-from tests.decoders import VOCABULARY
+from tests.decoders import ONE_ROW_EACH, VOCABULARY
 from tests.refusing import refuses
 from tests.runtime.generation.test_artifacts import words
 from tests.runtime.generation.texts import FAMILIES, LENGTHS, WRITTEN_OUT, adapted, padded, prompts
@@ -82,6 +83,25 @@ def test_attention_that_is_written_out_generates_as_peft_does(family: str) -> No
         base = peft.generate(**batch, **GREEDY)
     assert torch.equal(made.generate(**batch, **GREEDY, adapters=None), base)
     assert not torch.equal(base, peft.generate(**batch, **GREEDY))
+
+
+@pytest.mark.medium("test_parts_of_a_sequence_match_the_whole")
+@pytest.mark.slow("a short one", keep=["falcon, slopes"])
+@pytest.mark.parametrize("family", ONE_ROW_EACH)
+def test_families_of_one_row_generate_as_the_model_does(family: str) -> None:
+    host = ONE_ROW_EACH[family]().float()
+    compiled = lorac.compile(host, target="onnxruntime", cache=True)
+    settings = {**GREEDY, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected, found = host.generate(ids, **settings), compiled.generate(ids, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_a_choice_of_tokens_bounds_the_sequence() -> None:
+    """Up to there a module chooses all of them."""
+    assert get_longest_sequence(ONE_ROW_EACH["deepseek_v32"]()) == 48
+    assert get_longest_sequence(ONE_ROW_EACH["falcon, slopes"]()) == 64
 
 
 @pytest.mark.slow
