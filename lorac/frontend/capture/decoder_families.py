@@ -168,7 +168,7 @@ def call_torch_attention(host: nn.Module) -> None:
         code = forward.__code__
         if _SLOPES in code.co_varnames and "scaled_dot_product_attention" in code.co_names:
             config: Any = copy.copy(module.config)
-            if getattr(config, _SLOPES):
+            if getattr(config, _SLOPES) and not config.multi_query:  # a bias of each head needs keys of each
                 config._attn_implementation_internal = "sdpa"
                 module.config = config
 
