@@ -11,6 +11,7 @@ from tests.mistakes_of_generation import GENERATING
 from tests.mistakes_of_memory import MEMORY
 from tests.mistakes_of_methods import MORE
 from tests.mistakes_of_starts import BEGINNING
+from tests.mistakes_of_training import LOOPS
 from tests.mistakes_of_words import WORDS
 
 SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
@@ -20,7 +21,7 @@ SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
 def test_every_mistake_is_answered_and_the_answer_helps(tmp_path):
     """Check all mistakes in one test, which share one world, and list what is wrong together."""
     world, said, wrong = World(tmp_path), "", []
-    for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING, *BEGINNING, *DEVICES, *WORDS, *MEMORY):
+    for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING, *BEGINNING, *DEVICES, *WORDS, *MEMORY, *LOOPS):
         error = _made(mistake, world)
         said += f"# {mistake.name}\n{_shown(error, world)}\n\n"
         wrong += [f"{mistake.name}: {problem}" for problem in _problems(mistake, error, world)]

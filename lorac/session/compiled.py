@@ -529,15 +529,17 @@ class CompiledModule(nn.Module, Compiled):
         return self._call_or_trace(args, kwargs, adapters)
 
     def _call_or_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
-        """Call the model; torch.compile gets the whole call as one graph, but with a choice for this call alone."""
-        chosen = adapters is UNSET and torch.compiler.is_dynamo_compiling()
-        if not chosen or self.engine.trace_key is None:
+        """Call the model; torch.compile gets the whole call as one graph, or breaks it with a reason."""
+        if not torch.compiler.is_dynamo_compiling():
             return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
-        from lorac.session.whole_call import call_in_one_graph
+        from lorac.session import whole_call
 
+        if adapters is not UNSET or self.engine.trace_key is None:
+            torch._dynamo.graph_break(msg=whole_call.BREAKS)
+            return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         training = "".join("1" if module.training else "0" for module in self.modules())
-        return call_in_one_graph(self._trace_name, self.engine.trace_key + training, tensors, args, kwargs)
+        return whole_call.call_in_one_graph(self._trace_name, self.engine.trace_key + training, tensors, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "forward" and install_fused_head(self, value)):

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 _MODELS = weakref.WeakValueDictionary[str, "nn.Module"]()
 _NUMBERS = itertools.count()
+BREAKS = (
+    "lorac traces a call as one graph without adapters=, in live and baked mode, without extra outputs and listeners, "
+    "and without branches that train: docs/modes.md"
+)
+"""The reason of a break, which Dynamo says where the graph must be whole."""
 _NONE = -6_214_881_570_239
 """The number that stands for None, which torch takes neither as an argument nor as an output of such a function."""
 

@@ -54,7 +54,7 @@ class Rule(ABC):
     Raises:
         Unavailable: the compiled model does not train: it is baked, or not for target eager.
         AdapterNotFound: it has no adapter of the rule's methods.
-        ChoiceError: the optimizer lacks a tensor that the rule applies to.
+        ChoiceError: the optimizer lacks a tensor that the rule applies to, or has a rule that decides the same of it.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]]
@@ -87,6 +87,8 @@ class Rule(ABC):
                     f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
                     next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
                 )
+        hooks = self.optimizer._optimizer_step_pre_hooks.values()
+        check_compatible([*(hook.__self__ for hook in hooks if getattr(hook, "__func__", None) is Rule._before), self])
         self._detach: list[Callable[[], None]] = []
         self._skipped = False
 
@@ -195,7 +197,7 @@ def check_compatible(rules: Sequence[Rule]) -> None:
         if met is not None:
             raise ChoiceError(
                 f"{type(one).__name__} and {type(other).__name__} both decide the {min(shared)} for {met}",
-                next_step="name one of them",
+                next_step="keep one of them",
             )
 
 
@@ -203,6 +205,17 @@ def unwrap_ddp(compiled: nn.Module) -> Any:
     """Return the compiled model inside a wrapper that holds it as ``module``, such as DDP; otherwise the argument."""
     inner = getattr(compiled, "module", None)
     return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
+
+
+def require_trainable(compiled: nn.Module) -> Any:
+    """Return the compiled model in a wrapper or not; raises ``Unavailable`` if it is not one that trains."""
+    model = unwrap_ddp(compiled)
+    target = getattr(getattr(model, "engine", None), "target", None)
+    if target != "eager":
+        what = f"target '{target}'" if target else f"{type(model).__name__}, which lorac.compile did not return,"
+        raise Unavailable(f"{what} does not train", next_step="lorac.compile(model, adapters, target='eager') does")
+    model.refuse_baked()
+    return model
 
 
 def trained_terms(
@@ -214,12 +227,7 @@ def trained_terms(
         Unavailable: the compiled model does not train.
         AdapterNotFound: no adapter has one of the methods.
     """
-    model = unwrap_ddp(compiled)
-    target = getattr(getattr(model, "engine", None), "target", None)
-    if target != "eager":
-        what = f"target '{target}'" if target else f"{type(model).__name__}, which lorac.compile did not return,"
-        raise Unavailable(f"{what} does not train", next_step="lorac.compile(model, adapters, target='eager') does")
-    model.refuse_baked()
+    model = require_trainable(compiled)
     adapters: list[Adapter] = [adapter for _, adapter in sorted(model.adapters.items())]
     found = [
         TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained_method)

@@ -19,7 +19,7 @@ from torch import nn
 
 from lorac.errors import Unavailable, check_known
 from lorac.frontend.components import is_in_parts
-from lorac.training.rule import spans_processes, unwrap_ddp
+from lorac.training.rule import require_trainable, spans_processes
 
 
 def shard_base(*compiled: nn.Module, layers: Collection[str] = (), reshard_after_forward: bool = True) -> None:
@@ -41,7 +41,7 @@ def shard_base(*compiled: nn.Module, layers: Collection[str] = (), reshard_after
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    model: Any = compiled[0]
+    model = require_trainable(compiled[0])
     tensors = dict(model.host.named_parameters(remove_duplicate=False))
     packed = [path for path, site in model.session.view.sites.items() if site.packed]
     reasons = {
@@ -79,7 +79,7 @@ def gather_base(compiled: nn.Module) -> Iterator[None]:
 
     Every process enters it. The compiled model itself goes on in parts.
     """
-    model = unwrap_ddp(compiled)
+    model = require_trainable(compiled)
     _hand_over(model, whole=True)
     try:
         yield

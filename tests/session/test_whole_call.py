@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -129,6 +130,19 @@ def test_a_trace_leaves_later_calls_outside_as_they_are() -> None:
     assert torch.equal(traced(x)["y"], fresh(x)["y"])
 
 
+def test_a_trace_sees_writes_that_torch_does_not_count() -> None:
+    """A call in eval mode compares sums of the tensors, which torch.compile must not trace."""
+    compiled = drawn(METHODS)
+    run, _ = whole(compiled)
+    compiled.swap("a")
+    compiled.eval()
+    for tensor in compiled.adapters["a"].parameters():
+        tensor.data.add_(0.1)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        assert_close(run(x)["y"], compiled(x)["y"])
+
+
 def test_a_baked_model_is_one_graph() -> None:
     compiled = drawn({"a": METHODS["a"]}, mode="baked", active="a")
     run, _ = whole(compiled)
@@ -154,25 +168,35 @@ def test_a_checkpointed_model_of_transformers_is_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
+ROUTED = {"a": lorac.ReMix(r=2, experts=3, top_k=1, targets=LAYERS)}
+BROKEN: dict[str, tuple[Callable[[], Any], dict[str, Any], bool]] = {
+    "a choice": (lambda: drawn(METHODS), {"adapters": "a"}, False),
+    "a choice per row": (lambda: drawn(METHODS), {"adapters": ["b", None, {"a": 0.5}]}, False),
+    "fused": (lambda: drawn(METHODS, mode="fused"), {}, False),
+    "extra outputs": (lambda: drawn(ROUTED, aux=["log_prob"]), {}, False),
+    "branches that train": (lambda: drawn(ROUTED), {}, True),
+}
+
+
+@pytest.mark.medium("test_a_swap_chooses_one_whole_graph", keep=["a choice"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of code of lorac's that it leaves as it is
-@pytest.mark.parametrize("adapters", ["a", ["b", None, {"a": 0.5}]], ids=str)
-def test_choices_of_a_call_run_in_several_graphs(adapters: Any) -> None:
-    compiled = drawn(METHODS)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_call_that_is_no_whole_graph_runs_in_several_and_says_why(case: str) -> None:
+    make, given, trains = BROKEN[case]
+    compiled = make()
+    if not given:
+        compiled.swap("a")
+    compiled.train(trains)
     x = torch.randn(3, 6)
-    run = torch.compile(compiled, backend="aot_eager")
-    assert_close(run(x, adapters=adapters)["y"], compiled(x, adapters=adapters)["y"])
-
-
-@pytest.mark.medium("test_a_swap_chooses_one_whole_graph")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fused_weights_run_in_several_graphs() -> None:
-    compiled = drawn(METHODS, mode="fused")
-    x = torch.randn(3, 6)
-    run = torch.compile(compiled, backend="aot_eager")
-    for choice in ("a", "b", None):
-        compiled.swap(choice)
-        assert_close(run(x)["y"], compiled(x)["y"])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"lorac traces a call as one graph without adapters="):
+        whole(compiled)[0](x, **given)
+    torch._dynamo.reset()
+    run, found = torch.compile(compiled, backend="aot_eager"), []
+    for call in (run, compiled):
+        torch.manual_seed(7)
+        found.append((call(x, **given)["y"], {**compiled.aux}))
+    assert_close(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
 
 
 def test_arguments_and_outputs_may_be_none() -> None:
