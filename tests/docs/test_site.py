@@ -11,7 +11,7 @@ from tests.docs.pages import ROOT, name
 
 DOCS = ROOT / "docs"
 MADE = {"benchmarks", "cli", "engines", "experiments", "formats", "methods", "models", "packages", "peft"}
-MADE |= {"taxonomy", "troubleshooting", "versions", "ways"}
+MADE |= {"taxonomy", "trainers", "troubleshooting", "versions", "ways"}
 BY_HAND = [page for page in sorted(DOCS.glob("*.md")) if page.stem not in MADE]
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 FOOT = re.compile(r"\*Made by `[^*]*\*\n$")

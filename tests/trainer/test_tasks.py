@@ -19,7 +19,7 @@ from lorac.trainer import train
 from lorac.trainer.recipe import TASKS
 from tests.limits import LOSSES
 from tests.peft_files import quiet
-from tests.trainer.runs import CPU, PAIRS, losses, recipe, tokenizer, write_rows
+from tests.trainer.runs import CPU, PAIRS, image_text_model, losses, recipe, tokenizer, write_rows
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,28 +114,6 @@ def test_losses_are_those_of_trl_with_peft(case, tmp_path):
     assert len(one) == 10 and len({round(number, 5) for number in one}) > 6
 
 
-IMAGE = "<image>"
-
-
-def see():
-    """A tiny model that reads images and characters, and its processor."""
-    text = tokenizer(
-        "{% for turn in messages %}{% for part in turn.content %}"
-        "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}\x03{% endfor %}"
-    )
-    text.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=32),
-        text_config=transformers.LlamaConfig(**sizes, vocab_size=len(text)),
-        image_token_id=text.convert_tokens_to_ids(IMAGE),
-    )
-    pictures = transformers.CLIPImageProcessor(size={"height": 8, "width": 8}, do_center_crop=False)
-    processor = transformers.LlavaProcessor(pictures, text, 4, "default", text.chat_template, IMAGE, 1)
-    return transformers.LlavaForConditionalGeneration(config).eval(), processor
-
-
 @pytest.mark.medium("the other tasks: this model takes a second")
 def test_images_and_turns_train_as_with_peft(tmp_path):
     rows = []
@@ -144,7 +122,7 @@ def test_images_and_turns_train_as_with_peft(tmp_path):
         turns = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": f"{index}"}]
         rows.append({"images": [f"{index}.png"], "messages": turns})
     steps = {**STEPS, "max_length": None}
-    (model, processor), (other, _) = see(), see()
+    (model, processor), (other, _) = image_text_model(), image_text_model()
     targets = r".*language_model.*\.[qv]_proj"
     with quiet():
         torch.manual_seed(5)

@@ -1,0 +1,1 @@
+"""Features of Axolotl, LLaMA-Factory and TRL, each run by a recipe of lorac's."""
