@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield made
 
 
-def test_the_page_is_that_of_the_features() -> None:
+def test_the_page_equals_the_features() -> None:
     assert PAGE.read_text(encoding="utf-8") == "\n".join(page()) + "\n"
 
 
@@ -45,5 +45,5 @@ def test_a_feature_runs(feature: Feature, folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.medium("a call of the command line; trainer/test_wrong_recipes.py rejects more", keep=["PPO"])
 @pytest.mark.parametrize("feature", REFUSED, ids=lambda feature: feature.name)
-def test_a_feature_is_refused_by_name(feature: Feature, folder: Path) -> None:
+def test_rejects_a_feature_by_name(feature: Feature, folder: Path) -> None:
     assert run(feature, len(FEATURES) + REFUSED.index(feature), folder) == "refused"

@@ -130,7 +130,7 @@ def test_a_trace_leaves_later_calls_outside_as_they_are() -> None:
     assert torch.equal(traced(x)["y"], fresh(x)["y"])
 
 
-def test_a_trace_sees_writes_that_torch_does_not_count() -> None:
+def test_a_trace_finds_uncounted_writes() -> None:
     """A call in eval mode compares sums of the tensors, which torch.compile must not trace."""
     compiled = drawn(METHODS)
     run, _ = whole(compiled)
@@ -181,7 +181,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], dict[str, Any], bool]] = {
 @pytest.mark.medium("test_a_swap_chooses_one_whole_graph", keep=["a choice"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of code of lorac's that it leaves as it is
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_call_that_is_no_whole_graph_runs_in_several_and_says_why(case: str) -> None:
+def test_a_call_in_several_graphs_gives_its_reason(case: str) -> None:
     make, given, trains = BROKEN[case]
     compiled = make()
     if not given:
