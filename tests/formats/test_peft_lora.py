@@ -209,7 +209,7 @@ def test_resized_embedding_is_a_replacement(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        {"init_lora_weights": "mica"},
+        pytest.param({"init_lora_weights": "mica"}, marks=peft_files.of_peft_0_21),
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "eva", "eva_config": EvaConfig()},

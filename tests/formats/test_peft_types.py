@@ -99,10 +99,11 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
     ("ADALORA", {"bias": "lora_only", "lora_dropout": 0.25}, AdaLoRA(r=3, alpha=5, bias="adalora_only", dropout=0.25)),
     ("BEFT", {"modules_to_save": ["head"]}, BEFT(modules_to_save=("head",))),
     ("BOFT", {"bias": "boft_only", "boft_dropout": 0.5}, BOFT(block_size=2, bias="boft_only")),
-    (
+    pytest.param(
         "DEFT",
         {"bias": "deft_only", "alpha": 4, "decomposition_method": "relu"},
         DEFT(r=2, alpha=4, decomposition_method="relu", bias="deft_only"),
+        marks=of_peft_0_21,
     ),
     ("DEFT", {"para": True, "decomposition_method": "relu"}, DEFT(r=2, para=True)),
     ("C3A", {"bias": "c3a_only", "layers_to_transform": None}, C3A(block_size=2, bias="c3a_only")),
