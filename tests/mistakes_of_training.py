@@ -37,14 +37,6 @@ def _rule(w: World, kind: Any, adapters: Any = None, **settings: Any) -> Any:
     return kind(compiled, _optimizer(compiled), **settings)
 
 
-def _two_rules(w: World, *kinds: Any) -> None:
-    compiled = _trained(w)
-    optimizer = _optimizer(compiled)
-    for kind in kinds:
-        kind(compiled, optimizer)
-    _step(compiled, optimizer)
-
-
 def _step_by_closure(w: World, *, closure: bool) -> None:
     compiled = _trained(w)
     optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
@@ -125,16 +117,6 @@ LOOPS = [
         "a rule on what is baked",
         lambda w: training.LoRAPlus(w.baked, _optimizer(Tiny())),
         lambda w, said: [_rule(w, training.LoRAPlus), _trained(w, mode="fused")],
-    ),
-    Mistake(
-        "two rules that decide the same",
-        lambda w: _two_rules(w, training.LoRAPro, training.LoRAPlus),
-        lambda w, said: _two_rules(w, training.LoRAPlus),
-    ),
-    Mistake(
-        "a rule twice",
-        lambda w: _two_rules(w, training.LoRAPlus, training.LoRAPlus),
-        lambda w, said: _two_rules(w, training.LoRAPlus),
     ),
     Mistake(
         "a closure where the rule reads gradients",

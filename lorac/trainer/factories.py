@@ -19,7 +19,7 @@ from lorac.storage.remote.names import find_source
 from lorac.trainer import losses
 from lorac.trainer.recipe import NamedSpec
 from lorac.training import initialisation
-from lorac.training.rule import Rule
+from lorac.training.rule import Rule, check_compatible
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -63,6 +63,7 @@ def make_rules(specs: Sequence[NamedSpec], compiled: CompiledModule, optimizer: 
     for spec in specs:
         name, keywords = _look_up(spec, "there is no rule", known)
         rules.append(_construct(known[name], keywords, compiled, optimizer))
+        check_compatible(rules)
     return rules
 
 

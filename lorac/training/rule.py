@@ -54,7 +54,7 @@ class Rule(ABC):
     Raises:
         Unavailable: the compiled model does not train: it is baked, or not for target eager.
         AdapterNotFound: it has no adapter of the rule's methods.
-        ChoiceError: the optimizer lacks a tensor that the rule applies to, or has a rule that decides the same of it.
+        ChoiceError: the optimizer lacks a tensor that the rule applies to.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]]
@@ -87,8 +87,6 @@ class Rule(ABC):
                     f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
                     next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
                 )
-        hooks = self.optimizer._optimizer_step_pre_hooks.values()
-        check_compatible([*(hook.__self__ for hook in hooks if getattr(hook, "__func__", None) is Rule._before), self])
         self._detach: list[Callable[[], None]] = []
         self._skipped = False
 
