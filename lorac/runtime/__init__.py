@@ -1,1 +1,1 @@
-"""Running compiled models: calls, swaps, the pool of adapters, artifacts."""
+"""Execution of compiled models: calls, swaps, generation, scheduling."""

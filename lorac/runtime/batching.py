@@ -1,11 +1,11 @@
-"""Rows of a batch that several calls compute: the batch is split, each part runs by itself, the rows are joined.
+"""Batches that take several calls: the batch is split by rows, each part runs, the outputs are merged.
 
 One call computes rows of several choices of adapters where the program has places for them
 (``lorac.ir.slots.places``); this module runs other rows.
 
 Rows are found in any nesting: in mappings, tuples and lists, and in the attributes of objects, such as the caches of
-decoders, whose layers hold a tensor with one row per sequence. Each call gets a copy of such an object with the call's
-rows, and the original is afterwards as a single call would have left it.
+decoders, whose layers have a tensor with one row per sequence. Each call gets a copy of such an object with the call's
+rows; afterwards the original is updated as a single call would have updated it.
 """
 
 import copy
@@ -33,13 +33,13 @@ def check_rows(rows: int, choices: Sequence[object]) -> None:
 
 
 def run_rows(run: Callable[[Call, RowGroup], CallResult], call: Call, groups: Sequence[RowGroup]) -> CallResult:
-    """Run a batch with one call per group of rows, and join the outputs in the order of the batch.
+    """Run a batch with one call per group of rows, and merge the outputs in the order of the batch.
 
-    Rows whose adapters do not give an extra output that others give are NaN in it, or 0 if it is of integers.
+    Where a call lacks an extra output that another call has, its rows are filled with NaN, or with 0 for integers.
 
     Args:
-        call: of all rows.
-        groups: all rows, each in one of them.
+        call: the call of all rows.
+        groups: the groups; each row is in one group.
 
     Raises:
         Unavailable: an output or extra output has no row per input row and differs between the calls.
@@ -48,7 +48,7 @@ def run_rows(run: Callable[[Call, RowGroup], CallResult], call: Call, groups: Se
         return run(call, groups[0])
     total = sum(len(group.rows) for group in groups)
     selections = [RowSelection(group.rows, total) for group in groups]
-    calls = [call.select(selection) for selection in selections]  # all of them, before one writes into its inputs
+    calls = [call.select(selection) for selection in selections]  # before any call writes into its inputs
     results = [run(own, group) for own, group in zip(calls, groups, strict=True)]
     merger = _RowMerger(selections)
     merged = CallResult(merger.merge([r.output for r in results]), merger.merge_aux([r.aux for r in results]))
@@ -57,10 +57,10 @@ def run_rows(run: Callable[[Call, RowGroup], CallResult], call: Call, groups: Se
 
 
 class _RowMerger:
-    """Joins the results of several calls.
+    """A merger of the results of several calls.
 
     Args:
-        selections: the inputs of each call.
+        selections: the rows of each call, and copies of its inputs.
     """
 
     def __init__(self, selections: Sequence[RowSelection]) -> None:
@@ -71,14 +71,14 @@ class _RowMerger:
         self._updates: list[tuple[object, dict[str, object]]] = []
 
     def update_originals(self) -> None:
-        """Write the changes that the calls made to their copies into the input objects, in all of them or in none."""
+        """Merge the copies that calls changed back into the input objects; an error leaves all of these unchanged."""
         for copies in zip(*(selection.copies.values() for selection in self._selections), strict=True):
             self._merge_objects([copied for copied, _ in copies])
         for original, attributes in self._updates:
             vars(original).update(attributes)
 
     def merge(self, parts: Sequence[Any]) -> Any:
-        """Return one value made of the values of all calls, rows in the order of the batch."""
+        """Merge the values of all calls into one value, rows in the order of the batch."""
         first = parts[0]
         if isinstance(first, Mapping):
             merged = {key: self.merge([part[key] for part in parts]) for key in first}
@@ -97,7 +97,7 @@ class _RowMerger:
         )
 
     def merge_aux(self, parts: Sequence[AuxOutputs]) -> AuxOutputs:
-        """Return the extra outputs of all calls, with filled-up rows for calls that lack one."""
+        """Merge the extra outputs of all calls; rows of calls that lack an output are filled."""
         places = dict.fromkeys((name, path) for part in parts for name, outputs in part.items() for path in outputs)
         merged: dict[str, dict[str, object]] = {}
         for name, path in places:
@@ -114,7 +114,7 @@ class _RowMerger:
         return stacked if isinstance(parts[0], torch.Tensor) else stacked.numpy()
 
     def _merge_objects(self, parts: Sequence[object]) -> object:
-        """Return one object: the original if the calls' objects are its copies, else a new one."""
+        """Merge objects: into the original where they are copies of an input object, else into a new object."""
         first = parts[0]
         if id(first) in self._merged:
             return self._merged[id(first)]
@@ -126,7 +126,7 @@ class _RowMerger:
 
 
 def _make_missing(like: Array, rows: int) -> Array:
-    """Return rows that hold nothing: NaN, or 0 in integers."""
+    """Return rows of NaN, or of 0 for integers, shaped like the rows of another call."""
     shape = (rows, *like.shape[1:])
     if isinstance(like, torch.Tensor):
         return like.new_full(shape, math.nan if like.is_floating_point() else 0)

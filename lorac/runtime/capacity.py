@@ -1,4 +1,4 @@
-"""Whether adapters fit a program's slots, and the ``reserve=`` that admits those that do not."""
+"""The check whether adapters fit a program's slots, and the ``reserve=`` that makes room for other adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,11 +14,11 @@ from lorac.ir.slots.roles import ROLES, roles_needed
 
 
 def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
-    """Return the ``reserve=`` argument that would admit adapters that are active together."""
+    """Return the ``reserve=`` argument with which these adapters fit, all active at once."""
     paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
     changes = [change for prepared in together for change in prepared.changes.values()]
     rank = max((change.rank for change in changes if isinstance(change, LowRank)), default=0)
-    # A role without a field of its own is admitted through a bound weight.
+    # A role that has no field in ``Reserve`` fits through a bound weight.
     needed = {role.reserve or ROLES[operands.WEIGHT].reserve for change in changes for role in roles_needed(change)}
     arguments = [f"targets={paths}", f"rank={rank}"]
     arguments += [f"adapters={len(together)}"] if len(together) > 1 else []
@@ -34,8 +34,8 @@ def check_capacity(
     """Check that an adapter fits the plans.
 
     Raises:
-        NeedsRecompile: it does not fit; the message has the ``reserve=`` that admits it.
-        CompileError: it needs a merged weight at a quantised weight, which no reserve admits.
+        NeedsRecompile: it does not fit; the message names the ``reserve=`` with which it would.
+        CompileError: it needs a merged weight at a quantised weight, for which no reserve makes room.
     """
     problems = []
     for path, change in prepared.changes.items():
@@ -51,7 +51,7 @@ def check_capacity(
     if problems:
         path, reason = problems[0]
         kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
-        # No reserve admits blocks, branches and bare parameters.
+        # No reserve makes room for blocks, branches and bare parameters.
         admits = not prepared.branches and not kinds & KINDS_WITHOUT_WEIGHT
         room = f"{suggest_reserve([prepared])}, or with " if admits else ""
         raise NeedsRecompile(

@@ -1,4 +1,4 @@
-"""The state of an engine for each choice of adapters, made when it is needed and kept while there is room."""
+"""The state of an engine for each choice of adapters, computed on first use and cached while memory allows."""
 
 import contextlib
 import functools
@@ -28,26 +28,26 @@ from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
 
 _MAX_MIXTURES = 8
-"""Kept states of mixtures and strengths, whatever the room."""
+"""The most cached states of mixtures and strengths, even where memory would allow more."""
 _MAX_TOGETHER = 4
-"""Kept bindings of several choices in one call, whatever the room."""
+"""The most cached bindings of several choices in one call, even where memory would allow more."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChoiceState:
     """A choice of adapters as calls use it.
 
-    It is replaced whole, so that a call never sees a half-changed one. It holds its adapters, so that a call can end
-    with an adapter that was removed meanwhile.
+    A state is never changed, only replaced, so that no call sees a half-changed state. It references its adapters, so
+    that a running call can finish after one of them was removed.
 
     Attributes:
         snapshot: the choice, composed at every site.
         bound: the engine's program with the choice; None if the engine writes weights instead.
         entries: the adapters of the choice.
-        versions: the versions of their tensors from which the state was made.
-        nbytes: size of its slots in bytes.
-        charge: the memory of its tensors.
-        original: the state of which this one is a copy, which is in use as long as the copy.
+        versions: the versions of the adapters' tensors from which the state was computed.
+        nbytes: size of the filled slots in bytes.
+        charge: the memory of the state's tensors.
+        original: the state that this one copies; the copy keeps it in use.
     """
 
     snapshot: ComposedWeights
@@ -65,13 +65,13 @@ class ChoiceState:
 
 
 class ChoiceStates:
-    """The states of a compiled model.
+    """The cache of a compiled model's states, one per choice.
 
     Args:
         engine: binds the slots.
         plans: the slots of every site.
         base: reads base weights.
-        lock: held while a state is made and while the pool changes.
+        lock: held while a state is computed and while the pool changes.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class ChoiceStates:
         """Return the state of a choice.
 
         Args:
-            stale: accept a state that was made before its adapters were trained.
+            stale: accept a state that was computed before its adapters were trained.
 
         Raises:
             AdapterNotFound: an adapter of the choice was removed.
-            NeedsRecompile: its adapters do not fit together.
-            OverBudget: there is no room for it.
+            NeedsRecompile: the adapters of the choice do not fit together.
+            OverBudget: the memory budget has no room for the state.
         """
         state = self._find(choice, stale=stale) or self._bring_back(choice)
         while state is None:
@@ -104,10 +104,10 @@ class ChoiceStates:
         return state
 
     def _prepare(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
-        """Return the state of a choice, or None where one of its adapters was exchanged while it was read."""
+        """Compute and cache the state of a choice; return None where an adapter was replaced while it was read."""
         if () not in self._kept and self._find_stored(choice) is not None:
-            self.of(())  # which an image of the adapter's slots leaves out
-        # Adapters are read and prepared without the lock, which other calls need.
+            self.of(())  # an image of an adapter's slots leaves out the tensors of the empty choice
+        # Adapters are read and prepared without the lock, so that other calls need not wait.
         entries = self._pool.select([name for name, _ in choice])
         prepared = {name: self._pool[name] for name, _ in choice}
         with self._lock:
@@ -117,7 +117,7 @@ class ChoiceStates:
         return state
 
     def _find(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
-        """Return the state of a choice if it is kept."""
+        """Return the cached state of a choice, or None."""
         kept = self._kept.get(choice)
         if kept is None or not (stale or self._pool.has_versions(kept.entries, kept.versions)):
             return None
@@ -125,10 +125,10 @@ class ChoiceStates:
         return self._use(kept)
 
     def _keep(self, state: ChoiceState) -> ChoiceState:
-        """Keep a state while there is room, and return it for use."""
+        """Cache a state until memory is short, and return the copy that calls use."""
         choice = state.choice
         take = functools.partial(operator.setitem, self._kept, choice, state)
-        if not choice:  # it takes no memory of its own
+        if not choice:  # the empty choice takes no memory
             take()
             return self._use(state)
         drop = functools.partial(self._evict, choice)
@@ -141,7 +141,7 @@ class ChoiceStates:
         return self._use(state)
 
     def _use(self, kept: ChoiceState) -> ChoiceState:
-        """Return a copy of a kept state, the same one as long as somebody holds it: only kept states may be evicted."""
+        """Return the copy of a cached state that calls use, so that eviction sees whether the state is in use."""
         with self._use_lock:
             used = self._find_in_use(kept)
             if used is None:
@@ -150,15 +150,15 @@ class ChoiceStates:
             return used
 
     def _find_in_use(self, kept: ChoiceState) -> ChoiceState | None:
-        """Return the copy of a kept state that somebody holds, if anybody does."""
+        """Return the copy of a cached state that is in use, or None."""
         found = self._in_use.get(kept.choice)
         used = None if found is None else found()
         return used if used is not None and used.charge is kept.charge else None
 
     def _evict(self, choice: Choice) -> None:
-        """Evict a state; at the second time, cache the contents of the slots of an adapter on disk.
+        """Evict a state; at the second eviction of an adapter on disk, write its slots to the file of images.
 
-        Writing them takes longer than reading the adapter once more.
+        Writing the slots takes longer than reading the adapter once more, hence not at the first.
         """
         state, entry, base = self._kept.pop(choice, None), self._find_stored(choice), self._kept.get(())
         self._in_use.pop(choice, None)
@@ -180,7 +180,7 @@ class ChoiceStates:
         self._images.write(name, entry, state.snapshot, own)
 
     def _bring_back(self, choice: Choice) -> ChoiceState | None:
-        """Return the state of an adapter on disk, if the contents of its slots were cached."""
+        """Read the state of an adapter on disk from its slot image; return None where it has no image."""
         if self._find_stored(choice) is None:
             return None
         with self._lock:
@@ -200,9 +200,9 @@ class ChoiceStates:
             return self._keep(ChoiceState(snapshot, bound, (entry,), versions, layout.nbytes, charge))
 
     def _read_slots(self, image: SlotImage) -> tuple[Tensor, Charge] | None:
-        """Return the contents of slots and their memory's charge, if they can be read.
+        """Read a slot image; return its bytes and the charge of their memory, or None where it cannot be read.
 
-        Room is made first: reading into memory that was just let go of is faster than into new memory.
+        The memory is claimed first: reading into memory that an eviction just freed is faster than into new memory.
         """
         charge = self._pool.budget.claim(image.layout.nbytes)
         try:
@@ -210,11 +210,11 @@ class ChoiceStates:
             charge.cover([memory])
             return (memory, charge) if self._images.read(image, memory) else None
         except BaseException:
-            charge.resize(0)  # the error's traceback holds it
+            charge.resize(0)  # the error's traceback keeps the charge alive
             raise
 
     def _find_stored(self, choice: Choice) -> PoolEntry | None:
-        """Return the entry of a choice that is one adapter on disk as it is, else None."""
+        """Return the pool entry of a choice that is one adapter on disk at its trained strength, else None."""
         alone = len(choice) == 1 and choice[0][1] == AS_TRAINED
         entry = self._pool.entries.get(choice[0][0]) if alone else None
         return entry if entry is not None and entry.adapter is None else None
@@ -225,10 +225,10 @@ class ChoiceStates:
         self._pool.budget.forget((id(self), choice))
 
     def bind_rows(self, states: Sequence[ChoiceState]) -> BoundProgram:
-        """Return the engine's program with states that may share a call, one for each part of its rows.
+        """Return the engine's program bound to states that may share a call, one state for each part of the rows.
 
         Raises:
-            OverBudget: there is no room for it.
+            OverBudget: the memory budget has no room for the binding.
         """
         budget, programs = self._pool.budget, [state.bound for state in states if state.bound is not None]
         if self._engine.computes_terms:
@@ -237,7 +237,7 @@ class ChoiceStates:
         key = (id(self), "rows", choices)
         with self._lock:
             charges, bound = self._together.get(choices, ((), None))
-            # A charge lives as long as its state is kept or in use.
+            # A charge lives as long as its state is cached or in use.
             if bound is not None and all(known() is state.charge for known, state in zip(charges, states, strict=True)):
                 budget.touch(key)
                 return bound
@@ -252,7 +252,7 @@ class ChoiceStates:
             return bound
 
     def new(self, choice: Choice, prepared: Mapping[str, PreparedAdapter] | None = None) -> ChoiceState:
-        """Make the state of a choice, without looking for one that is kept, or keeping it.
+        """Compute the state of a choice; the cache is neither read nor written.
 
         Args:
             prepared: the adapters of the choice; default: the pool's.
@@ -277,7 +277,7 @@ class ChoiceStates:
             return ChoiceState(snapshot, bound, entries, versions, nbytes, charge)
 
     def save(self, choice: Choice, graph: str, path: str | Path) -> None:
-        """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""
+        """Write a choice as a file in the engine's format, atomically; no state of the choice is computed."""
         target = parse_path(path, "where save_choice writes to", FormatError, "unreadable")
         snapshot = compose_choice(self._plans, self._pool, choice, self._base)
         if snapshot.invocations:
@@ -290,7 +290,7 @@ class ChoiceStates:
 
     @contextlib.contextmanager
     def _suggesting_reserve(self, choice: Choice) -> Iterator[None]:
-        """Name in a ``NeedsRecompile`` of the block the ``reserve=`` that admits the choice."""
+        """Add the ``reserve=`` with which the choice fits to a ``NeedsRecompile`` raised in the block."""
         try:
             yield
         except NeedsRecompile as error:
@@ -301,7 +301,7 @@ class ChoiceStates:
             ) from error
 
     def forget(self, name: str) -> None:
-        """Keep no state that an adapter is part of; those in use last until nobody uses them."""
+        """Drop every cached state that includes an adapter; running calls keep the states that they use."""
         self._images.forget(name)
         self._evicted.pop(name, None)
         for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
@@ -310,7 +310,7 @@ class ChoiceStates:
             self._together.pop(choices, None)
 
     def clear(self) -> None:
-        """Drop all states, because the model's own tensors were exchanged."""
+        """Drop all cached states, because the model's own tensors were replaced."""
         self._idle = {}
         self._images.clear()
         self._together.clear()

@@ -1,4 +1,4 @@
-"""Choosing adapters of an engine while it runs: for a call, for a block of calls, and until the next swap."""
+"""The switch between adapters of a running engine: for one call, for a block of calls, or until the next swap."""
 
 import concurrent.futures
 import contextlib
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class HeldChoice:
-    """A choice of adapters that ``compiled.hold`` gives, and that calls take as ``adapters=``.
+    """A choice of adapters that ``compiled.hold`` yields and that calls take as ``adapters=``.
 
     Args:
         program: the engine's program with the choice.
@@ -45,7 +45,7 @@ class HeldChoice:
         """The state of the choice.
 
         Raises:
-            ChoiceError: the block that held it has ended.
+            ChoiceError: the ``hold`` block has ended.
         """
         if self._state is None:
             raise ChoiceError("the block that held this choice has ended", next_step="hold it anew: compiled.hold(...)")
@@ -55,7 +55,7 @@ class HeldChoice:
         """Return the engine's program with the choice.
 
         Raises:
-            ChoiceError: the block that held it has ended, or it is another model's.
+            ChoiceError: the ``hold`` block has ended, or the choice is another model's.
         """
         state = self.state
         assert self._program is not None
@@ -67,7 +67,7 @@ class HeldChoice:
         return self._program
 
     def end(self) -> None:
-        """Release the adapters; the memory of their program is freed when nothing else holds it."""
+        """Release the adapters; their memory is freed when no other reference to it is left."""
         self._program = self._state = None
 
     def __repr__(self) -> str:
@@ -76,12 +76,12 @@ class HeldChoice:
 
 @dataclass(eq=False)
 class RowGroup:
-    """Rows of a batch that one call computes, with one choice of adapters or each with its own.
+    """The rows of a batch that one call computes, with one choice of adapters or one choice per row.
 
     Attributes:
         choice: the choice of the first row.
-        rows: the rows, in the order of the batch.
-        states: the choice of each row, if rows of several choices may share a call; else empty.
+        rows: indices of the rows, in the order of the batch.
+        states: the state of each row, where rows of several choices may share a call; else empty.
     """
 
     choice: ChoiceSpec | HeldChoice
@@ -124,7 +124,7 @@ class ChoiceSwitch:
 
     Attributes:
         state: the active choice.
-        states: keeps the states of choices.
+        states: caches the states of choices.
         lock: held while the active choice or the pool changes.
     """
 
@@ -136,7 +136,7 @@ class ChoiceSwitch:
         engine.memory_budget = pool.budget
         self.states = ChoiceStates(engine, plans, pool, base, self.lock)
         self.state = self.states.of(())
-        # What the weights hold in fused mode; None while they are written, and after a write that was interrupted.
+        # The choice merged into the weights in fused mode; None during a write, and after an interrupted write.
         self._in_weights: ComposedWeights | None = self.state.snapshot
         if not engine.fused:
             self._activate(self.state)
@@ -148,18 +148,18 @@ class ChoiceSwitch:
 
     @property
     def prepared_adapters(self) -> dict[str, PreparedAdapter]:
-        """Name -> prepared adapter, of the adapters in memory and those of the active choice."""
+        """Name -> prepared adapter, for the adapters in memory and the adapters of the active choice."""
         names = dict.fromkeys((*self.pool.adapters, *dict(self.choice)))
         return {name: self.pool[name] for name in names if name in self.pool}
 
     # ── Until the next swap ──────────────────────────────────────────────────────────────────────────────────────────
     def swap(self, adapters: ChoiceSpec, *, settle: bool = False) -> SwapReport:
-        """Activate a choice of adapters (``Compiled.swap``): wholly, or, where that fails, not at all."""
+        """Activate a choice of adapters (``Compiled.swap``); an error leaves the earlier choice active."""
         start = time.perf_counter()
         self.refuse_change()
         choice = parse_choice(adapters, self.pool)
         with self.lock:
-            state = self.states.of(choice)  # before another state is held, which the traceback of its error would keep
+            state = self.states.of(choice)  # first: the traceback of an error would keep ``before`` alive
             before, blocked = self.state, 0.0
             unchanged = choice == before.choice and self._is_current(before)
             if self.engine.fused:
@@ -182,14 +182,14 @@ class ChoiceSwitch:
         return SwapReport(weights, len(touched), written, time.perf_counter() - start, blocked)
 
     def restore(self, state: ChoiceState) -> None:
-        """Make an earlier state the active one again, even if its adapters were removed; the caller holds the lock."""
+        """Activate an earlier state again, even if its adapters were removed; the caller holds the lock."""
         if not self.engine.fused:
             self._activate(state)
         elif self._in_weights is not state.snapshot or self.state is not state:
             self._call_lock.writing(lambda: self._exchange(state))
 
     def _activate(self, state: ChoiceState) -> None:
-        """Bind a state, and make it the active one, both or neither."""
+        """Bind a state and make it the active state; an error leaves the earlier state bound."""
         before = self.state
         assert state.bound is not None
         assert before.bound is not None
@@ -202,15 +202,15 @@ class ChoiceSwitch:
             raise
 
     def _write(self, cached: ChoiceState) -> tuple[int, float]:
-        """Write a state into the weights once running calls have ended; return the bytes and how long that blocked."""
-        # A snapshot of its own per swap, so that weights settled for an earlier swap do not serve this one unasked.
+        """Write a state into the weights once running calls have ended; return bytes written and seconds blocked."""
+        # A new snapshot per swap, so that weights settled for an earlier swap are not used for this swap unasked.
         state = replace(cached, snapshot=replace(cached.snapshot), original=cached)
         start = time.perf_counter()
         written = self._call_lock.writing(lambda: self._exchange(state))
         return written, time.perf_counter() - start
 
     def _exchange(self, state: ChoiceState) -> int:
-        """Write a state into the weights and make it the active one, both or neither; the caller keeps calls away."""
+        """Write a state into the weights and make it active, or restore the earlier; the caller blocks other calls."""
         before = self.state
         try:
             written = self._put(state.snapshot)
@@ -222,18 +222,18 @@ class ChoiceSwitch:
         return written
 
     def _put(self, snapshot: ComposedWeights) -> int:
-        """Write a snapshot into the weights; after an interruption they hold none, and the next call writes again."""
+        """Write a snapshot into the weights; after an interrupted write the next call writes the active one again."""
         self._in_weights = None
         written = self.engine.write(snapshot)
         self._in_weights = snapshot
         return written
 
     def record_baked(self, choice: Choice) -> None:
-        """Record the choice that a baked engine holds."""
+        """Record the choice that is baked into the engine."""
         self.state = self.states.new(choice)
 
     def refuse_change(self) -> None:
-        """Raise ``Unavailable`` where adapters are constants, or within a call that runs on the weights."""
+        """Raise ``Unavailable`` where adapters are constants, or while a call of this thread reads the weights."""
         self.refuse_baked()
         self._call_lock.refuse_within()
 
@@ -247,7 +247,7 @@ class ChoiceSwitch:
 
     # ── Adapters that come and go ────────────────────────────────────────────────────────────────────────────────────
     def add(self, adapter: Adapter, prepared: PreparedAdapter) -> None:
-        """Add an adapter that fits the plans, and bind it; the caller holds the lock."""
+        """Add an adapter that fits the plans, and compute its state; the caller holds the lock."""
         self.pool.add(adapter, prepared)
         if not self.engine.fused:
             self.states.of(((adapter.name, AS_TRAINED),))
@@ -260,7 +260,7 @@ class ChoiceSwitch:
         self.states.forget(name)
 
     def rebind(self) -> None:
-        """Compute everything again that was computed from the model's tensors: their dtype or device changed."""
+        """Drop all that was computed from the model's tensors, whose dtype or device changed, and bind anew."""
         with self.lock:
             self.pool.invalidate()
             self.states.clear()
@@ -268,11 +268,11 @@ class ChoiceSwitch:
                 self._activate(self.states.of(self.choice))
 
     def _is_current(self, state: ChoiceState) -> bool:
-        """Return whether no tensor of a state's adapters was written or exchanged since it was made."""
+        """Return whether no tensor of a state's adapters was written or replaced since the state was computed."""
         return self.pool.has_versions(state.entries, state.versions)
 
     def refresh(self, state: ChoiceState) -> ChoiceState:
-        """Return a state, made again if its adapters were trained since."""
+        """Return a state, computed again if its adapters were trained since."""
         if self._is_current(state):
             return state
         with self.lock:
@@ -291,7 +291,7 @@ class ChoiceSwitch:
                 next_step="swap to it first, or compile with mode='live'",
             )
         chosen = UNSET if self.engine.fused else adapters
-        # The state is taken in here; in fused mode the lock keeps it in the weights.
+        # ``HeldChoice`` references the state; in fused mode the lock keeps it in the weights.
         with self._call_lock.reading() if self.engine.fused else contextlib.nullcontext():
             held = self.with_choice(chosen, HeldChoice)
             try:
@@ -309,11 +309,11 @@ class ChoiceSwitch:
         return concurrent.futures.ThreadPoolExecutor(1, "lorac-prefetch")
 
     def with_choice(self, adapters: ChoiceSpec | HeldChoice, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        """Run some work with one choice of adapters throughout; no swap comes in between.
+        """Call ``work`` with one choice of adapters; a swap meanwhile does not affect it.
 
         Args:
-            adapters: the choice, or a held one; ``UNSET``: the active one.
-            work: takes the engine's program with the choice, and its state.
+            adapters: the choice, or a ``HeldChoice``; ``UNSET``: the active choice.
+            work: called with the engine's program for the choice, and the choice's state.
         """
         if isinstance(adapters, HeldChoice):
             return work(self._at_prompts(adapters.program_of(self.engine), [adapters.state]), adapters.state)
@@ -330,7 +330,7 @@ class ChoiceSwitch:
         return work(self._at_prompts(state.bound, [state]), state)
 
     def _at_prompts(self, bound: BoundProgram, rows: Sequence[ChoiceState]) -> BoundProgram:
-        """Return the program of some rows, which finds the invocation tokens of their adapters in prompts."""
+        """Return the program of rows; it looks for invocation tokens in prompts where an adapter has them."""
         if self.engine.finds_invocations or not any(state.snapshot.invocations for state in rows):
             return bound
         return InvokedProgram(self.engine, self.states, rows)
@@ -345,7 +345,7 @@ class ChoiceSwitch:
         choice = parse_choice(adapters, self.pool)
 
         def run() -> T:
-            """Run the work with weights that are written for it alone, while other calls are kept away."""
+            """Write the choice into the weights, run the work, restore the weights; other calls wait meanwhile."""
             before, state = self.state.snapshot, self.states.of(choice)
             try:
                 self._put(state.snapshot)
@@ -358,7 +358,7 @@ class ChoiceSwitch:
             return self._call_lock.writing(run)
 
     def _rewrite(self) -> None:
-        """Write the active weights again if their adapters were trained since, or if a write was interrupted."""
+        """Write the active choice again if its adapters were trained since, or if a write was interrupted."""
         if self._holds_active and (self.engine.computes_terms or self._is_current(self.state)):
             return
         self._call_lock.refuse_within()
@@ -370,7 +370,7 @@ class ChoiceSwitch:
 
     @property
     def _holds_active(self) -> bool:
-        """Whether the weights hold the active choice, rather than that of a running call."""
+        """Whether the active choice is in the weights, rather than the choice of a running call."""
         return self._in_weights is self.state.snapshot
 
     # ── For each row of a batch ──────────────────────────────────────────────────────────────────────────────────────
@@ -385,9 +385,9 @@ class ChoiceSwitch:
         """Run a batch in groups of rows; where ``run`` raises ``RowsApart``, group the rows again.
 
         Args:
-            adapters: the choice of each row, which may be held.
-            graph: which graph is called.
-            run: runs the groups; it has changed nothing where it raises ``RowsApart``.
+            adapters: the choice of each row, or its ``HeldChoice``.
+            graph: the name of the graph to call.
+            run: runs the groups; where it raises ``RowsApart`` it must have changed nothing.
             together: whether rows of several choices may share a call.
 
         Raises:
@@ -398,7 +398,7 @@ class ChoiceSwitch:
                 return run(self._group_rows(adapters, graph, together=together and self.mode == "live"))
 
     def _group_rows(self, adapters: Sequence[ChoiceSpec | HeldChoice], graph: str, *, together: bool) -> list[RowGroup]:
-        """Return the rows by the calls that compute them, in the order in which the rows come."""
+        """Group the rows by the call that computes them, in the order of each group's first row."""
         training, groups = self.engine.computes_terms, dict[Hashable, RowGroup]()
         states, shared = dict[Hashable, ChoiceState](), set[Hashable]()
         for row, spec in enumerate(adapters):
@@ -409,7 +409,7 @@ class ChoiceSwitch:
             else:
                 parsed = key = parse_choice(spec, self.pool)
                 choice = dict(parsed) or None
-            # Once for each choice: whether a state is stale takes a look at all of its tensors.
+            # Once for each choice: the check whether a state is stale reads the versions of all its tensors.
             if together and key not in states:
                 states[key] = spec.state if isinstance(spec, HeldChoice) else self.states.of(parsed, stale=training)
                 if not self.engine.why_apart(states[key].snapshot, graph):
@@ -421,7 +421,7 @@ class ChoiceSwitch:
         return list(groups.values())
 
     def with_rows(self, group: RowGroup, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
-        """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""
+        """Call ``work`` for a group of rows: with its one choice, or with the choice of each row in one call."""
         if not group.mixed:
             return self.with_choice(group.choice, work)
         places = choose_places(group.states)
@@ -431,11 +431,11 @@ class ChoiceSwitch:
         return work(bound, group.states[0])
 
     def new_row_bank(self, rows: int, graph: str = MAIN_GRAPH) -> RowBank:
-        """Return places for the adapters of the rows of a running batch.
+        """Allocate places for the adapters of a running batch, one per row.
 
         Raises:
-            Unavailable: the program keeps no cache, or takes one choice for all rows of a call.
-            OverBudget: there is no room for the places.
+            Unavailable: the program has no cache, or takes one choice for all rows of a call.
+            OverBudget: the memory budget has no room for the places.
         """
         base = self.states.of(())
         keeps = self.mode == "live" and self.engine.cache_spec(graph) is not None

@@ -1,7 +1,7 @@
-"""Rows whose adapters act from their invocation tokens on, over a cache: each token is computed with its own choice.
+"""Adapters that act from their invocation tokens on, in rows over a cache.
 
-The tokens before the invocation are computed with the adapters that act on every token, so that their keys and values
-are those of any row with these adapters, or of the base.
+The tokens before an adapter's invocation tokens are computed without that adapter. So their keys and values equal
+those of any row with the remaining adapters, or of the base model.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 class Phase(NamedTuple):
-    """A choice that acts on the tokens of a row from a place on."""
+    """The state that applies to a row's tokens from a place on."""
 
     start: int
     state: ChoiceState
 
 
 def find_phases(states: ChoiceStates, state: ChoiceState, tokens: Tensor) -> list[Phase]:
-    """Return the choices that act on the tokens of a row one after the other; the first acts from place 0 on.
+    """Return the phases of a row in order; the first starts at token 0.
 
     Args:
-        state: the choice of the whole row.
-        tokens: of its prompt (length,).
+        state: the state with all adapters of the row.
+        tokens: the tokens of the row's prompt (length,).
     """
     starts = {name: find_start(tokens, invocation) for name, invocation in state.snapshot.invocations.items()}
     found = list[Phase]()
@@ -52,12 +52,12 @@ def find_phases(states: ChoiceStates, state: ChoiceState, tokens: Tensor) -> lis
 @final
 @dataclass(frozen=True, eq=False)
 class InvokedProgram(BoundProgram):
-    """The program of rows some of whose adapters act from their invocation tokens on.
+    """The program of rows with adapters that act from their invocation tokens on.
 
     Attributes:
-        states: makes the states of parts of a choice.
-        rows: the choice of each row, or that of all.
-        phases: the choices of each row's tokens; empty until the prompts are known.
+        states: the cache of states; it also computes the state of a choice without some adapters.
+        rows: the state of each row, or one state for all rows.
+        phases: the phases of each row; empty until ``for_prompts``.
     """
 
     states: ChoiceStates
@@ -81,9 +81,9 @@ class InvokedProgram(BoundProgram):
 
     @functools.cached_property
     def programs(self) -> list[tuple[list[float], BoundProgram]]:
-        """The programs that compute the tokens of all rows one after the other, each up to a place of each row.
+        """The programs that run one after another, each with the place of each row at which it stops.
 
-        The last one computes each row's last phase, so that new tokens of all rows take one call.
+        The last program computes the last phase of every row, so that new tokens of all rows take one call.
         """
         assert self.phases
         most, found = max(map(len, self.phases)), list[tuple[list[float], BoundProgram]]()
@@ -97,7 +97,7 @@ class InvokedProgram(BoundProgram):
         return found
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
-        """Add tokens to the rows, each with the adapters that act on it; a call that fails may have added some."""
+        """Add tokens to the rows, each token with its phase's adapters; a call that fails may have added tokens."""
         past, programs, logits = cache.lengths, self.programs, None
         done, copies = [0] * len(past), len(past) // len(self.phases)
         for ends, program in programs:

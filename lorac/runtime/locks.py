@@ -1,8 +1,8 @@
-"""Many readers or one writer: calls of a fused engine read its weights, and a swap writes them.
+"""A lock for many readers or one writer: calls of a fused engine read its weights, and a swap writes them.
 
-A thread that is interrupted, by Ctrl-C or by an exception from a signal handler, releases everything it holds, wherever
-that happens. For that each lock is one of the interpreter's own, held by a ``with`` of its own. A condition or a
-context manager written in Python would not do, since an interrupt may come between its own lines.
+A thread that is interrupted at any line, by Ctrl-C or by an exception from a signal handler, releases all its locks.
+For this each lock is an RLock of the interpreter, held by its own ``with``. A condition or a context manager written
+in Python would not release safely, since an interrupt may come between its own lines.
 """
 
 import threading
@@ -17,21 +17,21 @@ _LOCKS_PER_FRAME = 4
 
 
 class ReadWriteLock:
-    """A lock per reading thread, and a gate that a writer closes before it takes all of these.
+    """A lock per reading thread, and a gate that a writer acquires before it acquires the locks of all readers.
 
-    Writers go first: a waiting writer holds back new readers, so that steady calls do not starve a swap.
+    Writers go first: a waiting writer blocks new readers, so that a stream of calls does not starve a swap.
     """
 
     def __init__(self) -> None:
         self._gate = threading.RLock()
         self._local = threading.local()
         self._readers: tuple[weakref.ref[threading.RLock], ...] = ()
-        """The locks of threads that have read. A lock goes with its thread."""
+        """The locks of threads that have read; a lock is freed with its thread."""
 
     def reading(self) -> threading.RLock:
-        """Return a lock that keeps writers away while it is held; waits for a writer that writes or waits to write.
+        """Return the lock that blocks writers while it is held; wait for a writer that writes or waits to write.
 
-        A thread that reads or writes already does not wait: the writer may be waiting for it.
+        A thread that reads or writes already does not wait: the writer may be waiting for that thread.
         """
         lock: threading.RLock | None = getattr(self._local, "lock", None)
         if lock is None:
@@ -45,7 +45,7 @@ class ReadWriteLock:
             return lock
 
     def refuse_within(self) -> None:
-        """Raise ``Unavailable`` where this thread reads or writes: its weights must not change until it is done."""
+        """Raise ``Unavailable`` where this thread is reading or writing: the weights must not change meanwhile."""
         lock: threading.RLock | None = getattr(self._local, "lock", None)
         if _is_owned(self._gate) or (lock is not None and _is_owned(lock)):
             raise Unavailable(
@@ -54,13 +54,13 @@ class ReadWriteLock:
             )
 
     def writing(self, work: Callable[[], T]) -> T:
-        """Wait for running readers, hold back new ones, and run some work alone."""
+        """Block new readers, wait for running readers, and call ``work`` alone."""
         with self._gate:
             return _run_with_locks([lock for ref in self._readers if (lock := ref()) is not None], work)
 
 
 def _is_owned(lock: threading.RLock) -> bool:
-    """Return whether this thread holds a lock; a condition refuses to notify where it does not."""
+    """Return whether this thread holds a lock: ``Condition.notify`` raises where it does not."""
     try:
         threading.Condition(lock).notify(0)
     except RuntimeError:
@@ -69,7 +69,7 @@ def _is_owned(lock: threading.RLock) -> bool:
 
 
 def _run_with_locks(locks: Sequence[threading.RLock], work: Callable[[], T]) -> T:
-    """Run some work with all the locks held, a few in each frame of the stack."""
+    """Call ``work`` with all the locks held, a few in each frame of the stack."""
     if not locks:
         return work()
     first, *rest = locks[:_LOCKS_PER_FRAME]

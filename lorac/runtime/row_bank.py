@@ -1,7 +1,7 @@
-"""The adapters of a running batch: one place for each row, written when its request is admitted.
+"""The adapters of a running batch: one place per row, written when the row's request is admitted.
 
-A step reads the places where they lie, so that it costs the same whatever the rows' adapters are, and however many are
-registered.
+A step reads the places without a copy, so that it costs the same for any mixture of adapters and any number of
+registered adapters.
 """
 
 import functools
@@ -21,22 +21,22 @@ from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import MemoryBudget
 
 _PlaceCopy = tuple[Tensor, Tensor]
-"""A choice's tensors (slots, …) of slots that lie one behind the other, and their places (slots, rows, …), which are at
-least as large: one copy writes all of them, and zeros where the tensors do not fill the places."""
+"""A choice's tensors (slots, …) for slots contiguous in memory, and their places (slots, rows, …), at least as large:
+one copy writes all of them, padded with zeros."""
 
 
 class RowBank:
-    """A choice of adapters for each row of a batch. Only one thread may use it at a time.
+    """The places for the adapters of each row of a batch. Only one thread may use a bank at a time.
 
     Args:
         engine: runs the program.
-        base: the choice of no adapters, which every row has at first.
+        base: the state without adapters, which every row has at first.
         rows: the most rows.
-        graph: which graph the rows are of.
-        budget: counts the places.
+        graph: the graph that runs the rows.
+        budget: the memory budget that the places are charged to.
 
     Raises:
-        OverBudget: there is no room for the places.
+        OverBudget: the memory budget has no room for the places.
     """
 
     def __init__(self, engine: Engine, base: ChoiceState, rows: int, graph: str, budget: MemoryBudget) -> None:
@@ -53,15 +53,15 @@ class RowBank:
 
     @property
     def nbytes(self) -> int:
-        """The size of the places."""
+        """The size of the places in bytes."""
         return sum(size for _, size in self._charge.blocks)
 
     def admit(self, row: int, state: ChoiceState) -> None:
-        """Write a choice into the place of a row, unless it is there; the earlier content leaves no trace.
+        """Overwrite the place of a row with a choice, unless it has that choice already.
 
         Raises:
-            Unavailable: the choice fills slots that rows share.
-            OverBudget: its rank is larger than any before, and there is no room for that; then nothing changes.
+            Unavailable: the choice fills slots that all rows share.
+            OverBudget: the choice needs larger places, and the memory budget has no room; nothing is changed.
         """
         held = self._held[row]
         if held is not None and held() is state.snapshot:
@@ -81,13 +81,13 @@ class RowBank:
         self._held[row] = weakref.ref(state.snapshot)
 
     def why_apart(self, state: ChoiceState) -> str | None:
-        """Return why a row with a choice cannot share a call with rows of other choices; None where it can."""
+        """Return why a row with this choice cannot share a call with rows of other choices; None where it can."""
         if state.snapshot not in self._apart:
             self._apart[state.snapshot] = self._engine.why_apart(state.snapshot, self._graph)
         return self._apart[state.snapshot]
 
     def bound(self, rows: int) -> BoundProgram:
-        """Return the engine's program for the rows in the first places."""
+        """Return the engine's program bound to the first ``rows`` places."""
         if rows not in self._bound:
             places = {name: place[:rows] for name, place in self._places.by_slot.items()}
             self._bound[rows] = self._program(self._base).with_places(places)
@@ -98,7 +98,7 @@ class RowBank:
         return state.bound
 
     def _widen(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make places large enough for tensors; their content stays, and the rest is zero."""
+        """Grow the places to fit tensors; the content is copied, and the rest is zero."""
         before = self._places.by_slot
         wider = {
             name: (len(place), *map(max, place.shape[1:], tensors[name].shape[1:])) for name, place in before.items()
@@ -115,7 +115,7 @@ class RowBank:
 
 @dataclass(frozen=True, eq=False)
 class _RowPlaces:
-    """The places of rows; those of slots of one shape lie one behind the other.
+    """The places of rows; places of slots with one shape and dtype are stacked.
 
     Attributes:
         stacks: (slots, rows, …), one for each shape and dtype.
@@ -127,7 +127,7 @@ class _RowPlaces:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> "_RowPlaces":
-        """Return uninitialised places of shapes (rows, …), by slot, for tensors of these dtypes."""
+        """Allocate uninitialised places of these shapes (rows, …), by slot, in the tensors' dtypes."""
         groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
         for name, shape in shapes.items():
             groups.setdefault((shape, tensors[name].dtype), []).append(name)
@@ -144,7 +144,7 @@ class _RowPlaces:
         }
 
     def find_copies(self, tensors: Mapping[str, Tensor]) -> list[_PlaceCopy]:
-        """Return as few copies as write a choice's tensors (1, …), by slot, into the places of rows."""
+        """Return the fewest copies that write a choice's tensors (1, …), by slot, into the places of a row."""
         copies = list[_PlaceCopy]()
         for stack, names in zip(self.stacks, self.names, strict=True):
             sources = find_stacks([tensors[name][0] for name in names])

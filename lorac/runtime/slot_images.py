@@ -1,8 +1,8 @@
-"""Adapters from disk as the contents of their slots, in one file that nobody else can open.
+"""Slot images: the slots of evicted adapters on disk, in one unnamed file of this process.
 
 Reading an adapter's own file, checking it and reducing its formula takes many times as long as reading its bytes. So
-the contents of its slots are written once, when it is evicted, and brought back by one read. The file of images has no
-name: it lies with the adapters, and its space is free when the process ends, however that ends.
+its slots are written once, when the adapter is evicted, and one read restores them. The file has no name: it is made
+in the folder of the adapters, and the system frees its space when the process ends or is killed.
 """
 
 import collections
@@ -24,18 +24,18 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.storage.tensor_file import raw_bytes
 
 _AT_ONCE = 1024
-"""Parts of memory that a call of the system takes, IOV_MAX of Linux and macOS."""
+"""The most buffers of a ``pwritev`` call: IOV_MAX of Linux and macOS."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SlotImage:
-    """An adapter's image.
+    """The image of an adapter's slots.
 
     Attributes:
         name: the adapter's name.
-        serial: the pool's number of it.
-        layout: the order of its slots.
-        offset: its first byte in the file.
+        serial: the serial number of the adapter's pool entry.
+        layout: the order of the slots.
+        offset: the image's first byte in the file.
     """
 
     name: str
@@ -56,18 +56,18 @@ class SlotImages:
         self._end = 0
 
     def find(self, name: str, entry: PoolEntry) -> SlotImage | None:
-        """Return the image of an adapter, if there is one."""
+        """Return the image of an adapter, or None."""
         image = self._images.get(name) if self._process == os.getpid() else None
         return image if image is not None and image.serial == entry.serial else None
 
     def write(self, name: str, entry: PoolEntry, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> None:
-        """Write an image, unless there is one, or no room on the disk.
+        """Write the image of an adapter, unless it has one or the disk is full.
 
         Args:
             name: the adapter's name.
-            entry: the adapter; the first image makes the file in the folder that it lies in.
-            snapshot: it, composed at every site.
-            tensors: the contents of its slots.
+            entry: the adapter's pool entry; the file is made in the folder of the first adapter.
+            snapshot: the adapter, composed at every site.
+            tensors: the contents of the adapter's slots.
         """
         assert isinstance(entry.source, StoredAdapter)
         with self._lock, contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class SlotImages:
             places.pop()
 
     def _open(self, folder: Path) -> int:
-        """Return the open file, which is made without a name in a folder when it is first needed."""
+        """Return the open file; the first call creates it, without a name, in a folder."""
         if self._file is None:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._file = os.dup(file.fileno())
@@ -94,7 +94,7 @@ class SlotImages:
         return self._file
 
     def read(self, image: SlotImage, memory: Tensor) -> bool:
-        """Read an image into memory of its size; return whether it is still there."""
+        """Read an image into memory of its size; return False where the image was dropped."""
         with self._lock:
             if self._file is None or self._images.get(image.name) is not image:
                 return False
@@ -122,12 +122,12 @@ def _write_image(file: int, image: SlotImage, tensors: Mapping[str, Tensor]) -> 
     for stack, names in image.layout.stacks:
         for slot in names:
             values = raw_bytes(tensors[slot])
-            parts += (values, bytes(stack.nbytes // stack.count - len(values)))  # which aligns the next
+            parts += (values, bytes(stack.nbytes // stack.count - len(values)))  # zeros that align the next slot
     _write(file, parts, image.offset)
 
 
 def _write(file: int, parts: collections.deque[memoryview | bytes], offset: int) -> None:
-    """Write parts one behind the other, as many at once as there may be: a file system keeps them in larger pages."""
+    """Write buffers one after another, as many per call as allowed: the file system then uses larger pages."""
     while parts:
         left = os.pwritev(file, [*itertools.islice(parts, _AT_ONCE)], offset)
         offset += left
@@ -138,7 +138,7 @@ def _write(file: int, parts: collections.deque[memoryview | bytes], offset: int)
 
 
 def _read(file: int, memory: memoryview, offset: int) -> bool:
-    """Fill some memory from a file; return whether the file goes so far."""
+    """Fill memory from a file; return False where the file is too short."""
     while memory:
         count = os.preadv(file, [memory], offset)
         if not count:

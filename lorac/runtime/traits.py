@@ -15,7 +15,7 @@ from lorac.frontend.components import list_components
 
 _COMMON_MIXIN = "GenerationMixin"
 _NESTED_ATTRIBUTE = re.compile(r"\bself\.((?:[a-zA-Z]\w*\.)+\w+)")
-"""An attribute of a module of a model, in the source of the model's class."""
+"""An attribute of a submodule, such as ``self.decoder.size``, in the source of a model's class."""
 
 
 class StoredConfig(dict[str, Any]):
@@ -30,11 +30,11 @@ class StoredConfig(dict[str, Any]):
 
 @dataclass(frozen=True)
 class CustomGeneration:
-    """A class with a ``generate`` of its own instead of transformers' common one.
+    """A class that overrides transformers' common ``generate``.
 
     Attributes:
         path: the class: its module, a colon and its name.
-        asks: the attributes of the model's modules that it reads, such as sizes: path of an attribute -> value.
+        asks: path of an attribute of the model's modules that the class reads, such as a size -> value.
     """
 
     path: str
@@ -46,11 +46,11 @@ class ModelTraits:
     """Attributes that pipelines and ``generate`` read from a model.
 
     Attributes:
-        config: its configuration, or None.
-        dtype: the dtype of its first floating-point parameter.
-        device: the device of its parameters.
-        generation: the entries of its generation configuration that are set; None if it does not generate.
-        rules: the class with a ``generate`` of its own, if there is one.
+        config: the model's configuration, or None.
+        dtype: the dtype of the model's first floating-point tensor.
+        device: the device of the model's first tensor.
+        generation: the set entries of the generation configuration; None if the model does not generate.
+        rules: the class that overrides ``generate``, or None.
     """
 
     config: Any
@@ -61,7 +61,7 @@ class ModelTraits:
 
     @property
     def settings(self) -> JsonMapping:
-        """The entries of the configuration, and those of its part about text, if it has one."""
+        """The entries of the configuration, merged over those of its ``text_config``, if it has one."""
         entries = _config_entries(self.config) or {}
         text = entries.get("text_config")
         return {**text, **entries} if isinstance(text, Mapping) else entries
@@ -128,7 +128,7 @@ def _to_json(entries: JsonMapping | None) -> object:
 
 
 def _custom_generation(model: nn.Module) -> CustomGeneration | None:
-    """Return the class that brings a model's ``generate``, or None if that is transformers' common one."""
+    """Return the class that defines a model's ``generate``, or None if that is transformers' common one."""
     owner = next((cls for cls in type(model).__mro__ if "generate" in vars(cls)), None)
     if owner is None or owner.__name__ == _COMMON_MIXIN:
         return None

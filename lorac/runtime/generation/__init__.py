@@ -1,1 +1,1 @@
-"""Text that grows: ``generate`` on every target, by transformers' own rules, over caches or the host's own modules."""
+"""Text generation: ``generate`` on every target with transformers' own code, over a cache or the model itself."""

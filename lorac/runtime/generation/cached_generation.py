@@ -1,4 +1,4 @@
-"""Generation over a target's cache: one run of some rows with one choice of adapters."""
+"""Generation over a target's key-value cache."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CachedGeneration:
-    """One run of some rows over a cache.
+    """A run of some rows of a ``generate`` call over a cache.
 
     Attributes:
         engine: runs the program.
         graph: the graph that decodes.
-        cache_spec: the limits of its cache.
+        cache_spec: the limits of the graph's cache.
         traits: the model's configuration.
-        prompts: the rows; None where they begin with the model's own start tokens.
+        prompts: the rows' prompts; None where rows begin with the model's own start tokens.
         request: the options as the caller gave them.
         options: options and inputs as transformers takes them.
-        seeds: one for the run, or one for each row that is sampled by itself.
-        prompt_cache: prompts that earlier calls computed.
-        row_states: the choice of each row; empty: that of the call.
+        seeds: one seed for the run, or one for each row where rows are sampled separately.
+        prompt_cache: keys and values of earlier calls' sequences.
+        row_states: the state of each row; empty: all rows have the call's.
         features: the images or sounds of the rows.
     """
 
@@ -74,7 +74,7 @@ class CachedGeneration:
             draft: the choice that drafts tokens.
 
         Raises:
-            InputMismatch: an id is not one of the model's, or a cache does not hold the beginning of each row.
+            InputMismatch: an id is outside the vocabulary, or the rows of ``cache=`` do not begin the prompts.
         """
         prompts, features = self.prompts, dict[str, Tensor]()
         if prompts is not None:
@@ -118,7 +118,7 @@ class CachedGeneration:
             output: Output = driver.generate(**{**self.options, **extra})
         if driver.state is not None and not isinstance(output, torch.Tensor):
             driver.state.engine = weakref.ref(self.engine)
-            if prompts is not None and self.request.beams == 1:  # of beams, the rows that were last
+            if prompts is not None and self.request.beams == 1:  # with beams, the cache's last rows are no prompt's
                 driver.state.rows = _cached_tokens(prompts, output, driver.state.cache, beams=1)
         if self.prompt_cache is not None and driver.state is not None:
             assert prompts is not None
@@ -149,7 +149,7 @@ class CachedGeneration:
         tokens: Sequence[torch.Tensor],
         bound: BoundProgram,
     ) -> KeyValueCache | None:
-        """Return a cache with the known tokens of all rows; None where no token is known."""
+        """Return a cache with the tokens of all rows that the prompt cache has; None where it has none of them."""
         found = {key: prompt_cache.find(self.engine, key, [tokens[row] for row in rows]) for key, rows in keyed.items()}
         if not any(found.values()):
             return None
@@ -169,10 +169,10 @@ class CachedGeneration:
         cache: KeyValueCache,
         output: Output,
     ) -> None:
-        """Keep the sequences of a run; copy the cache where the caller has it too.
+        """Add the sequences of a run to the prompt cache; copy the key-value cache where the caller gets it too.
 
         Args:
-            limits: row -> the number of its tokens before those that invoked adapters compute.
+            limits: row -> the number of its tokens before an adapter's invocation tokens.
         """
         assert self.prompts is not None
         beams = self.request.beams
@@ -193,10 +193,10 @@ class CachedGeneration:
 
 
 def compute_features(features: PromptFeatures, bound: BoundProgram, graph: str) -> dict[str, Tensor]:
-    """Return the inputs with the features of the rows' images or sounds, which the graph's tower computes.
+    """Run the graph's tower on the rows' images or sounds; return the features as the decoder's inputs, by name.
 
     Raises:
-        InputMismatch: there are more or fewer than placeholders.
+        InputMismatch: the number of features differs from the number of placeholders.
         Unavailable: the adapters of the choice take no images or sounds.
     """
     if features.tables and (bound.virtual_tokens or isinstance(bound, InvokedProgram)):
@@ -210,7 +210,7 @@ def compute_features(features: PromptFeatures, bound: BoundProgram, graph: str) 
 
 
 def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:
-    """Raise ``InputMismatch`` where the cache of a call does not hold the beginning of each of its rows."""
+    """Raise ``InputMismatch`` unless ``cache=`` is this model's and each of its rows begins the row's prompt."""
     if not isinstance(cache, DecodingState):
         raise InputMismatch(
             f"cache= takes a cache of this model, and this is a {type(cache).__name__}",
@@ -237,7 +237,7 @@ def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:
 
 
 def _cached_tokens(prompts: Prompts, output: Output, cache: KeyValueCache, *, beams: int) -> list[torch.Tensor]:
-    """Return the tokens of each row that a cache holds after a run; with beams it is cropped to the prompts."""
+    """Return the tokens of each row in a cache after a run; with beams, first crop the cache to the prompts."""
     sequences = output if isinstance(output, torch.Tensor) else output["sequences"]
     if beams > 1:
         cache.crop(prompts.counts)

@@ -1,4 +1,4 @@
-"""The sequences of a batch as a target's cache holds them, in the form that transformers' generation asks for."""
+"""The rows of a batch over a target's cache, with the methods that transformers' generation calls on a cache."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,22 +13,22 @@ from lorac.target.kv_cache import DecodeStep, KeyValueCache
 DecodeTokens = Callable[[KeyValueCache, DecodeStep], Tensor]
 """``BoundProgram.decode`` of one graph."""
 _INITIAL_ROOM = 1024
-"""Room for new tokens that a cache is allocated with, where a row may get more."""
+"""The most new tokens for which a cache is allocated at first; it grows where a row gets more."""
 
 
 class DecodingState:
-    """Rows that grow. A row holds the tokens that were fed; feeding it again takes the whole row or its new tokens.
+    """A cache as transformers sees it; ``feed`` takes whole rows or their last tokens, and computes the new ones.
 
     Args:
-        cache: holds the rows.
+        cache: the keys and values of the rows.
 
     Attributes:
-        chunk_size: how many tokens of a row are computed at a time; None: all.
-        max_length: the most tokens that a row may come to have.
-        rows: the tokens of each row, once a call that returns them has ended.
-        engine: the engine that computed them.
-        fed: the tokens of each row's prompt as the program takes them, where those are not the ids.
-        blocks: (rows, count, 2): which tokens of each prompt see each other, so that they are computed together.
+        chunk_size: the most tokens of a row per call; None: all.
+        max_length: the most tokens that a row may get.
+        rows: the tokens of each row, set at the end of a call that returns this state.
+        engine: the engine that computed the rows.
+        fed: the tokens of each prompt as the program takes them, where they differ from the ids.
+        blocks: (rows, count, 2): blocks of prompt tokens that attend to each other and must share a call.
     """
 
     is_compileable = False
@@ -44,14 +44,14 @@ class DecodingState:
 
     @staticmethod
     def initial_capacity(length: int, new: int) -> int:
-        """Return the capacity to begin with, for rows of a length that may get new tokens."""
+        """Return the first capacity of a cache, for rows of a length that may get ``new`` tokens."""
         return length + min(new, _INITIAL_ROOM)
 
     def feed(self, decode: DecodeTokens, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
-        """Add the new tokens of the rows; a call that fails adds none.
+        """Compute the new tokens of the rows and add them to the cache; a call that fails adds none.
 
         Args:
-            decode: computes.
+            decode: runs the program.
             ids: token ids (rows, length), padded on the left: the whole rows, or their last columns.
             mask: (rows, length of the whole rows), 1 for tokens; None where nothing is padding.
             keep: the number of tokens of each row whose logits are returned.
@@ -77,9 +77,9 @@ class DecodingState:
         """Add one token to each unfinished row; return logits (rows, vocabulary), zeros for the finished rows.
 
         Args:
-            decode: computes.
+            decode: runs the program.
             tokens: (rows,).
-            unfinished: 1 for a row that gets its token, 0 for one that is finished.
+            unfinished: 1 for a row that gets its token, 0 for a finished row.
         """
         self._grow(unfinished)
         last = torch.zeros_like(tokens[:, None])
@@ -98,19 +98,19 @@ class DecodingState:
             self.cache.crop([length - abs(tokens_to_remove) for length in self.cache.lengths])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the rows by these of them."""
+        """Select rows by index, as transformers' beam search calls it."""
         self.select(beam_idx.tolist())
 
     def activate_past_recording(self) -> None:
         """Do nothing: tokens that were removed can always be fed again."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """Replace the rows by these of them, unless they are the same."""
+        """Select rows by index, with repetition; do nothing where the selection is all rows in order."""
         if list(rows) != list(range(len(self.cache.lengths))):
             self.cache.select(rows)
 
     def _new_tokens(self, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """Return the tokens of each row that the cache does not hold."""
+        """Return the tokens of each row that are not in the cache."""
         lengths, width = self.cache.lengths, ids.shape[1]
         if mask is None:
             return [row[length:] for row, length in zip(ids, lengths, strict=True)]
@@ -120,7 +120,7 @@ class DecodingState:
         return [row[length - early :] for row, length, early in zip(given, lengths, before, strict=True)]
 
     def _decode_chunks(self, decode: DecodeTokens, tokens: Tensor, counts: list[int], keep: int) -> Tensor:
-        """Add all new tokens; those before each row's last chunk are computed chunk by chunk."""
+        """Compute all new tokens chunk by chunk; return the logits of the last call."""
         self._grow(counts)
         size = self.chunk_size or 1
         last, before = max(self.chunk_size or max(counts), keep), self.cache.lengths
@@ -139,7 +139,7 @@ class DecodingState:
         return decode(self.cache, DecodeStep(ids=ids, counts=rest, wanted=wanted.clamp(min=0)))
 
     def _leave_blocks(self, before: Sequence[int], places: list[int], *, ahead: bool) -> list[int]:
-        """Return the nearest places among each row's new tokens that cut no block."""
+        """Move each row's place, counted in its new tokens, to the nearest that divides no block."""
         if self.blocks is None:
             return places
         rows = zip(self.blocks, before, places, strict=True)
@@ -147,7 +147,7 @@ class DecodingState:
         return [max(place, 0) for place in moved]
 
     def _grow(self, counts: Sequence[int]) -> None:
-        """Make room for new tokens of each row."""
+        """Grow the cache where the new tokens of a row do not fit."""
         needed = max(length + count for length, count in zip(self.cache.lengths, counts, strict=True))
         if needed > self.cache.capacity:
             self.cache.grow(max(needed, min(2 * self.cache.capacity, self.max_length)))

@@ -1,4 +1,4 @@
-"""A model with another choice of adapters, as transformers takes an assistant model."""
+"""The model with another choice of adapters, in the role of transformers' assistant model."""
 
 import copy
 from collections.abc import Callable
@@ -9,20 +9,20 @@ import torch
 from lorac.runtime.generation.request import GenerateRequest
 
 _SETTINGS = ("assistant_confidence_threshold", "num_assistant_tokens", "num_assistant_tokens_schedule")
-"""Options that transformers reads from the configuration of the assistant, not from that of the call."""
+"""Options that transformers reads from the assistant's generation configuration, not from the call's."""
 
 
 class DraftModel:
     """A model that drafts tokens for the same model with other adapters.
 
-    Changes to its generation configuration do not reach the model's.
+    Its generation configuration is a copy: changes do not reach the model's.
 
-    transformers asks stopping criteria once for all the tokens that a draft adds. So a greedy draft ends before the
-    token that would stop the sequence: the model itself then adds that token, as the last one.
+    transformers evaluates stopping criteria once for all the tokens that a draft adds. So a greedy draft ends before
+    the token that would stop the sequence: the model itself then adds that token last.
 
     Args:
-        model: the model, or the driver in its place.
-        run: runs work on the model with the adapters of the draft.
+        model: the model, or a driver.
+        run: calls a function with the model while the draft's adapters are active.
         request: the options of the call.
     """
 
@@ -34,7 +34,7 @@ class DraftModel:
         self.generation_config.update(**{name: value for name, value in given.items() if value is not None})
 
     def generate(self, generation_config: Any, **options: Any) -> Any:
-        """Generate; further options are merged into the configuration, since transformers warns of both at once."""
+        """Generate; options are merged into the configuration, since transformers warns where a call gives both."""
         config = copy.deepcopy(generation_config)
         rest = config.update(**options)
         config.stop_strings = None

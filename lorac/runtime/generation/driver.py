@@ -1,4 +1,4 @@
-"""Drivers: transformers' generation over a program that keeps a cache.
+"""Drivers: transformers' generation over a program that has a cache.
 
 A driver takes the place of a model: it has the attributes that transformers' mixin reads, taken from the model's
 configuration, and adds tokens to a cache where a model would be called. So options, logits processors, stopping
@@ -57,9 +57,9 @@ class DecodingProgram:
     Attributes:
         decode: adds tokens to the rows of a cache, with the adapters of the call.
         new_cache: (rows, capacity) -> an empty cache.
-        cache_spec: the limits of such a cache.
+        cache_spec: the limits of the cache.
         encode: runs the encoder for the rows of a cache on inputs by name; None for a program without an encoder.
-        generators: where samples come from, each for as many neighbouring rows; empty: torch's own generator.
+        generators: random generators, each for an equal number of neighbouring rows; empty: torch's own generator.
         features: the rows' features of images or sounds, by the name of the program's input.
         fed: the tokens of each prompt as the program takes them; empty where those are the ids.
     """
@@ -74,14 +74,14 @@ class DecodingProgram:
 
 
 class GenerationDriver(GenerationMixin, ABC):
-    """Generates from one program with one choice of adapters, for one call.
+    """A stand-in for the model in transformers' generation: one program, one choice of adapters, one call.
 
     Args:
-        config: the model's configuration, by name.
-        generation: its generation configuration, by name.
+        config: the entries of the model's configuration.
+        generation: the entries of the model's generation configuration.
 
     Attributes:
-        state: the rows, once there are some.
+        state: the rows; None until their cache is allocated.
     """
 
     main_input_name = "input_ids"
@@ -113,7 +113,7 @@ class GenerationDriver(GenerationMixin, ABC):
         use_cache: bool = True,
         return_dict: bool = True,
     ) -> ModelOutput:
-        """Add the new tokens of rows to a cache, or to a new one; return logits as transformers' models do."""
+        """Add the new tokens of rows to ``cache``, or to a new cache; return logits as transformers' models do."""
         if cache is None:
             rows, length = input_ids.shape if attention_mask is None else attention_mask.shape
             cache = DecodingState(self.program.new_cache(rows, DecodingState.initial_capacity(length, length)))
@@ -123,16 +123,16 @@ class GenerationDriver(GenerationMixin, ABC):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: DecodingState | None = None, **kwargs: Any
     ) -> dict[str, object]:
-        """Return the whole rows; the cache knows which of their tokens are new."""
+        """Return the whole rows as inputs; ``DecodingState.feed`` finds the new tokens."""
         keep, mask = kwargs.get("logits_to_keep", 1), {"attention_mask": attention_mask, **kwargs}.get(self.mask_name)
         return {"input_ids": input_ids, "attention_mask": mask, "cache": cache, "logits_to_keep": keep}
 
     def is_remote_code(self) -> bool:
-        """Return False: no code that came with a model runs here."""
+        """Return False: no code from a model's repository runs here."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """Return nothing: the program has one implementation of its experts."""
+        """Return an empty mapping: the program has one implementation of its experts."""
         return {}
 
     def _valid_auto_compile_criteria(self, *args: object, **kwargs: object) -> bool:
@@ -146,7 +146,7 @@ class GenerationDriver(GenerationMixin, ABC):
         rows: int,
         longest: int,
     ) -> bool:
-        """Allocate a cache for rows that may become one token longer than ``longest`` columns."""
+        """Allocate a cache for rows that may grow to ``longest`` + 1 columns."""
         mask, spec = model_kwargs.get(self.mask_name), self.program.cache_spec
         width = self._prompt_width(model_kwargs, generation_config)
         count = width if mask is None else int(mask.sum(1).max())
@@ -169,11 +169,11 @@ class GenerationDriver(GenerationMixin, ABC):
         return True
 
     def _returned_cache(self, state: DecodingState) -> DecodingState | None:
-        """Return the cache that an output holds."""
+        """Return the cache for the output object."""
         return state
 
     def _new_state(self, rows: int, capacity: int) -> DecodingState:
-        """Return rows that hold no tokens yet."""
+        """Return rows without tokens."""
         return DecodingState(self.program.new_cache(rows, capacity))
 
     @abstractmethod
@@ -204,10 +204,10 @@ class GenerationDriver(GenerationMixin, ABC):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode token by token, greedily or by sampling; the sequences equal those of transformers' loop to the bit.
+        """Decode token by token, greedily or by sampling; the sequences are bitwise those of transformers' loop.
 
-        A finished row gets no further tokens, and its later scores are zeros, if an end token finished it: only then
-        does transformers pad the row.
+        Where the criteria have an end token, a finished row gets no further tokens and its later scores are zeros:
+        only then does transformers pad the row.
         """
         as_object = generation_config.return_dict_in_generate
         kept_scores: tuple[Tensor, ...] | None = () if as_object and generation_config.output_scores else None
@@ -251,18 +251,18 @@ class GenerationDriver(GenerationMixin, ABC):
 
 @final
 class DecoderDriver(GenerationDriver):
-    """Generates from a program whose only input is the sequence."""
+    """The driver of a program whose only input is the sequence."""
 
     def _prompt_width(self, model_kwargs: Fields, generation_config: Any) -> int:
-        """Return the mask's width; transformers notes only the width where nothing is padding."""
+        """Return the mask's width; without padding, transformers gives the width alone."""
         mask = model_kwargs.get(self.mask_name)
         return int(generation_config._mask_length if mask is None else mask.shape[1])
 
 
 def take_likeliest(scores: Tensor) -> Tensor:
-    """Return each row's token with the highest score, the first of equal ones; NaN counts as the highest.
+    """Return each row's token with the highest score, the first among equals; NaN counts as the highest.
 
-    NumPy finds it by vector instructions, in a twelfth of torch's time or less.
+    NumPy's argmax is vectorized: it takes a twelfth of torch's time or less.
 
     Args:
         scores: (rows, vocabulary).

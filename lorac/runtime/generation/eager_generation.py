@@ -35,20 +35,20 @@ def generate_eagerly(
     state: ChoiceState,
     draft: BoundProgram | None,
 ) -> torch.Tensor | ModelOutput:
-    """Generate some rows in one run of the model itself.
+    """Generate some rows in one call of the model's own ``generate``.
 
     Args:
-        graph: which of several models.
+        graph: the component's name.
         request: the options as the caller gave them.
         options: options and inputs as transformers takes them.
-        seeds: one for the run, alone or in a list.
+        seeds: the run's seed, or a list of it alone.
         bound, state: the choice of adapters.
         draft: the choice that drafts tokens.
     """
     seed = seeds[0] if isinstance(seeds, list) else seeds
     branches = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
     reads = [parse_value_name(name) for slot in branches for name in slot.reads]
-    # No cache holds the keys of a branch that attends by itself, or of a pass before the call's own.
+    # No cache has the keys of a branch with its own attention, or of a pass before the call's own.
     whole = any(slot.mixes for slot in branches) or any(kind in {BASE, PASS} for kind, _ in reads)
     extra: dict[str, object] = {"use_cache": False} if whole else {}
 
@@ -67,7 +67,7 @@ def generate_eagerly(
 
 
 def refuse_prompt_cache(prompt_cache: object, why: str) -> None:
-    """Raise ``Unavailable`` where prompts are to be kept between calls and the cache belongs to the model."""
+    """Raise ``Unavailable`` where a call gives ``prompt_cache=`` and the program cannot use it, for a reason."""
     if prompt_cache is not None:
         raise Unavailable(
             why,
@@ -77,7 +77,7 @@ def refuse_prompt_cache(prompt_cache: object, why: str) -> None:
 
 
 def _pass_mask(model: nn.Module) -> RemovableHandle:
-    """Give each call of this thread a mask until the handle is left; transformers omits it where nothing is padding."""
+    """Add a mask of ones to this thread's calls without one until the handle exits; some branches read the mask."""
     thread = threading.get_ident()
 
     def add_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -88,5 +88,5 @@ def _pass_mask(model: nn.Module) -> RemovableHandle:
         past = 0 if cache is None else cache.get_seq_length()
         return args, {**kwargs, MASK: kwargs[IDS].new_ones(rows, past + new)}
 
-    # Before the engine's own hook, which keeps the arguments of the call.
+    # Prepended, so that it runs before the engine's hook, which records the arguments of the call.
     return model.register_forward_pre_hook(add_mask, prepend=True, with_kwargs=True)

@@ -1,8 +1,8 @@
 """The driver of programs with an encoder.
 
-transformers runs an encoder once per call and passes its output on. Here the encoder's outputs lie next to the rows of
-the cache, and transformers has nothing to pass on. The encoder runs when the cache is allocated, once for the rows of a
-batch, however many beams each row has.
+transformers runs an encoder once per call and passes its output on. Here the cache stores the encoder's outputs with
+its rows, and transformers passes on an empty tensor. The encoder runs when the cache is allocated, once for the rows
+of a batch, however many beams each row has.
 
 The first call of ``generate`` imports this module, as it does ``driver``.
 """
@@ -33,10 +33,10 @@ DECODER_MASK = "decoder_attention_mask"
 
 @final
 class EncoderDecoderDriver(GenerationDriver):
-    """Generates from a program with an encoder.
+    """The driver of a program with an encoder.
 
     Attributes:
-        rules: the model's own way of generating; None for transformers' common one.
+        rules: the model's own class of generation; None for transformers' common ``generate``.
     """
 
     mask_name = DECODER_MASK
@@ -55,7 +55,7 @@ class EncoderDecoderDriver(GenerationDriver):
                 for name in above:
                     module = vars(module).setdefault(name, SimpleNamespace())
                 setattr(module, last, value)
-            # An attribute that an artifact names replaces none of the driver's own.
+            # Attributes that an artifact names must not replace the driver's own.
             vars(self).update({name: value for name, value in vars(modules).items() if not hasattr(self, name)})
         self.main_input_name = main_input(program.cache_spec.encodes)
         self._encoder_inputs: dict[str, object] = {}
@@ -71,7 +71,7 @@ class EncoderDecoderDriver(GenerationDriver):
         model_input_name: str | None,
         generation_config: GenerationConfig,
     ) -> dict[str, object]:
-        """Note the encoder's inputs; the output that transformers passes on is empty."""
+        """Record the encoder's inputs; return an empty encoder output for transformers to pass on."""
         given = {**model_kwargs, self.main_input_name: inputs_tensor}
         encodes = self.program.cache_spec.encodes
         self._encoder_inputs = {name: given[name] for name in encodes if given.get(name) is not None}
@@ -90,7 +90,7 @@ class EncoderDecoderDriver(GenerationDriver):
         return type(output)(**{name: value for name, value in output.items() if name != "cache"})
 
     def _returned_cache(self, state: DecodingState) -> DecodingState | None:
-        """Return no cache to a model's own rules, which look into it and would not know it."""
+        """Return no cache where a model's own ``generate`` runs, which would expect a cache of transformers'."""
         return None if self.rules is not None else state
 
     def _new_state(self, rows: int, capacity: int) -> DecodingState:
@@ -108,7 +108,7 @@ _ALLOWED_CLASSES = re.compile(r"transformers\.models\.\w+\.generation_\w+:[A-Za-
 
 
 def load_rules_class(rules: CustomGeneration) -> type:
-    """Return the class that implements a way of generating.
+    """Import transformers' class that implements a model's own generation.
 
     Raises:
         Unavailable: transformers has no such class apart from the model.
@@ -129,7 +129,7 @@ def load_rules_class(rules: CustomGeneration) -> type:
 
 
 def driver_class(rules: CustomGeneration | None) -> type[EncoderDecoderDriver]:
-    """Return the class of drivers that generate by some rules."""
+    """Return the driver class; with rules, it also inherits from the model's own class of generation."""
     if rules is None:
         return EncoderDecoderDriver
     return type(EncoderDecoderDriver.__name__, (EncoderDecoderDriver, load_rules_class(rules)), {"rules": rules})

@@ -1,4 +1,4 @@
-"""``generate``: checks a call, splits its rows where they need runs of their own, and joins the outputs."""
+"""``generate``: checks a call, splits its rows where they cannot share a run, and merges the outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     Run = Callable[[BoundProgram, ChoiceState, BoundProgram | None], Output]
 
 Seeds = int | list[int] | None
-"""One for a run, or one for each row of it."""
+"""One seed for a run, or one for each of its rows."""
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
 
     Args:
         model: the compiled model.
-        graph: which of several.
+        graph: the component's name.
         options: inputs, and transformers' options.
         adapters, seed, draft, prompt_cache: as for ``Compiled.generate``.
     """
@@ -108,7 +108,7 @@ def _check_cached(
 def _check_encoder_decoder(
     model: GeneratingModel, graph: str, traits: ModelTraits, given: Mapping[str, object], encodes: Sequence[str]
 ) -> _GenerateCall:
-    """Check a call that runs over a cache behind an encoder."""
+    """Check a call of an encoder-decoder that runs over a cache."""
     main, token_inputs = main_input(encodes), (DECODER_IDS, f"decoder_{MASK}")
     named = _name_first_argument(given, main)
     options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in named.items()}
@@ -137,7 +137,7 @@ def _check_encoder_decoder(
 
 
 def _check_eager(model: GeneratingModel, graph: str, host: Any, given: Mapping[str, object]) -> _GenerateCall:
-    """Check a call of the model's own ``generate``, as far as that is transformers'."""
+    """Check a call of the model's own ``generate``; options only where that is transformers'."""
     traits = model.traits[graph]
     is_decoder = traits.generation is not None and not traits.settings.get("is_encoder_decoder")
     request = GenerateRequest(_name_first_argument(given) if is_decoder else dict(given), traits.generation or {})
@@ -149,7 +149,7 @@ def _check_eager(model: GeneratingModel, graph: str, host: Any, given: Mapping[s
     tensors = [value for value in request.options.values() if isinstance(value, torch.Tensor | np.ndarray)]
     if is_decoder and ids is None and not tensors:
         raise _missing_prompt()
-    one_code = not isinstance(ids, torch.Tensor) or ids.dim() <= 2  # of several codes per token the model takes care
+    one_code = not isinstance(ids, torch.Tensor) or ids.dim() <= 2  # with several codes per token, the model pads
     if is_decoder and ids is not None and one_code:
         prompts = Prompts.of(ids, request.options.get(MASK), request.pad_id, request.end_ids)
     return _GenerateCall(model=model, graph=graph, request=request, prompts=prompts)
@@ -157,18 +157,18 @@ def _check_eager(model: GeneratingModel, graph: str, host: Any, given: Mapping[s
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _GenerateCall:
-    """One call of ``generate`` whose options were checked.
+    """A call of ``generate`` with checked options.
 
     Attributes:
         model: the compiled model.
-        graph: which of several.
+        graph: the component's name.
         request: options and inputs.
         prompts: the rows; None for a model that begins with other inputs, or a decoder with its own start tokens.
         token_inputs: names of the inputs for the prompts' tokens and mask.
         as_numpy: whether sequences are returned as arrays.
-        draft: the choice that drafts tokens; ``UNSET`` for none.
-        prompt_cache: keeps prompts between calls.
-        seeds: of random numbers.
+        draft: the choice that drafts tokens; ``UNSET``: no draft.
+        prompt_cache: the cache of prompts between calls, or None.
+        seeds: seeds of random numbers.
         features: the images or sounds of the rows.
     """
 
@@ -184,7 +184,7 @@ class _GenerateCall:
     features: PromptFeatures | None = None
 
     def generate(self, adapters: Any, seed: object) -> Output:
-        """Run the rows, those of one kind together, and join the outputs in the order of the batch."""
+        """Run the rows, grouped by choice, seed and draft, and merge the outputs in the order of the batch."""
         rows = count_rows(self.request.options.values())
         if self.features is not None and self.request.drafts:
             raise Unavailable(
@@ -208,7 +208,7 @@ class _GenerateCall:
         if not isinstance(adapters, Sequence) or isinstance(adapters, str):
             return run([RowGroup(adapters, list(range(rows)))])
         check_rows(rows, adapters)
-        # A way of generating of the model's own may call it with other rows, as for guidance.
+        # A model's own ``generate`` may call the model with other rows, as for guidance.
         traits = self.model.traits[self.graph]
         keeps_rows = self._over_cache or (traits.generation is not None and traits.rules is None)
         together = not apart and keeps_rows and self.features is None
@@ -241,7 +241,7 @@ class _GenerateCall:
         return self.model.engine.module is None
 
     def _run(self, group: RowGroup) -> Output:
-        """Generate for all rows of a group, as one call (invariant 7)."""
+        """Generate all rows of a group in one run (invariant 7)."""
         options, prompts = dict(self.request.options), self.prompts
         if prompts is not None:
             prompts = prompts.trim() if self.request.drafts else prompts
@@ -282,7 +282,7 @@ class _GenerateCall:
         )
 
     def _bind(self, group: RowGroup, run: Run, prompts: Prompts | None) -> Output:
-        """Run with the choices of a group and, where there is a draft, with that choice too."""
+        """Call ``run`` with the group's program and state and, if there is a draft, with the draft's program."""
         switch, known = self.model.switch, None if self.token_inputs[0] != IDS else prompts
 
         def at(program: BoundProgram) -> BoundProgram:
@@ -306,7 +306,7 @@ def _missing_prompt() -> InputMismatch:
 
 
 def _name_first_argument(given: Mapping[str, object], main: str = IDS) -> dict[str, object]:
-    """Return the arguments with the positional one under its name."""
+    """Return the arguments, the positional one (``inputs``) under the name of the main input."""
     if given.get("inputs") is not None and given.get(main) is not None:
         raise InputMismatch(f"{main}= is given twice: it is the first argument too", next_step="leave one of them out")
     return {main if name == "inputs" else name: value for name, value in given.items()}
@@ -332,7 +332,7 @@ def add_tokenizer(model: GeneratingModel, request: GenerateRequest) -> GenerateR
 
 
 def _parse_seeds(seed: object, rows: int) -> Seeds:
-    """Return one seed for all rows, or one for each."""
+    """Return the seed of all rows, a list with a seed for each row, or None."""
     if seed is None or isinstance(seed, Integral):
         return None if seed is None else _parse_seed(seed)
     if not isinstance(seed, Sequence) or not all(isinstance(one, Integral) for one in seed):
@@ -343,7 +343,7 @@ def _parse_seeds(seed: object, rows: int) -> Seeds:
 
 
 def _parse_seed(value: Integral) -> int:
-    """Return a seed as torch takes it."""
+    """Return a seed as an int of 64 bits."""
     number = int(value)
     if not -(1 << 63) <= number < 1 << 64:
         raise InputMismatch(f"the seed {number} has more than 64 bits", next_step="give a smaller one")

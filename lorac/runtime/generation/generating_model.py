@@ -1,4 +1,4 @@
-"""A compiled model, as generation and the scheduler use it."""
+"""The protocol of compiled models that generation and the scheduler read."""
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Protocol

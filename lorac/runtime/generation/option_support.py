@@ -1,6 +1,6 @@
-"""The options of transformers' generate that a program with a cache does not honour, and why.
+"""The options of transformers' ``generate`` that a program with a cache refuses, and why.
 
-All others are computed as transformers does, so that none is accepted and ignored.
+It honours all other options as transformers does, so that no option is accepted and ignored.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ class Refusal:
     """Why an option is refused.
 
     Attributes:
-        why: its effect, after "name=".
+        why: the effect of the option, as the text after "name=".
         next_step: the advice.
-        neutral: values other than None that change nothing, and are accepted.
+        neutral: values other than None that change nothing and are accepted.
     """
 
     why: str
@@ -59,7 +59,7 @@ REFUSED = {
     "is_assistant": Refusal("marks a model that drafts for another one", "draft= takes adapters that draft", (False,)),
     "output_attentions": _INSIDE,
     "output_hidden_states": _INSIDE,
-    # Arguments of forwards, which transformers' generate passes on.
+    # Arguments of a model's forward, which transformers' generate passes on.
     "inputs_embeds": Refusal("takes the place of token ids, and the program begins with these"),
     "position_ids": Refusal("gives tokens other positions, and the program counts the tokens of each row"),
     "labels": Refusal("asks for a loss, and generate computes none", "leave it out"),
@@ -76,4 +76,4 @@ MISPLACED = {
     "cache_position": Refusal("is computed from the cache", "leave it out"),
     "token_type_ids": Refusal("is not an input of this model", "leave it out of the tokenizer's outputs"),
 }
-"""Input that people give, and that the model's own generation does not take either -> why."""
+"""Input that users give although transformers' own generation refuses it too -> why."""

@@ -1,4 +1,4 @@
-"""Rows of a call of ``generate`` that several runs compute: their options are selected, and the outputs merged."""
+"""Calls of ``generate`` that take several runs: options are selected by row, and outputs are merged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def select_rows(options: Fields, rows: Sequence[int], total: int) -> Fields:
     """Return the inputs and options of ``generate`` for some of the rows.
 
     Args:
-        options: of all rows.
+        options: the options of all rows.
         rows: the rows to select.
         total: the number of rows.
     """
@@ -33,11 +33,11 @@ def select_rows(options: Fields, rows: Sequence[int], total: int) -> Fields:
 
 @dataclass(frozen=True)
 class OutputMerger:
-    """Merges the outputs of several runs of ``generate``.
+    """A merger of the outputs of several runs of ``generate``.
 
     Attributes:
         groups: the rows of each run.
-        fill: the token id that fills up shorter sequences.
+        fill: the token id that pads shorter sequences.
         beams: the number of beams of each row.
     """
 
@@ -46,7 +46,7 @@ class OutputMerger:
     beams: int
 
     def merge(self, outputs: Sequence[Any]) -> Any:
-        """Return sequences, or transformers' output object, for all rows; without a cache.
+        """Merge sequences, or transformers' output objects, of all runs; a cache is left out.
 
         Raises:
             Unavailable: an output belongs to one run alone.
@@ -64,7 +64,7 @@ class OutputMerger:
         if name == "beam_indices":
             shifted = []
             for indices, rows in zip(values, self.groups, strict=True):
-                # A run counts its own beams, and the output those of all rows.
+                # A run numbers its own beams; the output numbers the beams of all rows.
                 first = torch.tensor(rows)[indices.clamp(min=0) // self.beams] * self.beams
                 shifted.append(torch.where(indices < 0, indices, first + indices % self.beams))
             return self._stack(shifted, -1)
@@ -78,7 +78,7 @@ class OutputMerger:
         )
 
     def _stack(self, parts: Sequence[Tensor], fill: int) -> Tensor:
-        """Return the rows of several runs in the batch's order, filled up on the right."""
+        """Concatenate the rows of several runs in the batch's order, padded on the right."""
         longest = max(part.shape[1] for part in parts)
         padded = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
         copies = padded[0].shape[0] // len(self.groups[0])

@@ -1,4 +1,4 @@
-"""The prompt cache: keys and values of earlier sequences, which prompts that begin alike use again."""
+"""The prompt cache: keys and values of earlier sequences, reused for prompts with the same first tokens."""
 
 import collections
 import contextlib
@@ -18,19 +18,19 @@ from lorac.target.engine import Engine
 from lorac.target.kv_cache import KeyValueCache
 
 CacheKey = tuple[Hashable, Choice, Hashable]
-"""A graph (with its tenant), a choice of adapters and the versions of their tensors: none serves another."""
+"""A graph (with its tenant), a choice of adapters and the versions of their tensors; no other key shares its rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class _CachedPrompts:
-    """The sequences of one call.
+    """An entry of the prompt cache: the sequences of one call.
 
     Attributes:
-        engine: computed them.
-        key: the choice of adapters.
-        rows: the tokens of each.
-        cache: holds them.
-        nbytes: its size.
+        engine: the engine that computed the sequences.
+        key: the graph, the choice of adapters and the tensor versions.
+        rows: the tokens of each sequence.
+        cache: the keys and values of the sequences.
+        nbytes: the size of ``cache``.
     """
 
     engine: weakref.ref[Engine]
@@ -42,12 +42,12 @@ class _CachedPrompts:
 
 @dataclass(eq=False)
 class _Node:
-    """A node of a tree of sequences, in which those that begin alike share a path.
+    """A node of a prefix tree of sequences.
 
     Attributes:
-        tokens: those between its parent and it.
-        passing: entry -> the first of its sequences that goes through the node.
-        ends: the entry of each sequence that ends here.
+        tokens: the tokens on the edge from the parent.
+        passing: entry -> index of the entry's first sequence whose path contains the node.
+        ends: the entry of each sequence that ends at the node.
         children: first token -> node.
     """
 
@@ -57,7 +57,7 @@ class _Node:
     children: dict[int, "_Node"] = field(default_factory=dict)
 
     def follow(self, row: Tensor) -> Iterator[tuple[int, "_Node"]]:
-        """Yield the nodes below on the path of a row, each with the number of tokens that they share with the row."""
+        """Yield each node below that a row's path reaches, after the number of the row's tokens matched so far."""
         node, shared, length = self, 0, 0
         while length == shared < len(row) and (child := node.children.get(int(row[shared]))) is not None:
             length = shared + len(child.tokens)
@@ -67,24 +67,24 @@ class _Node:
 
 
 class _PromptTree:
-    """The sequences of an engine with one choice of adapters.
+    """The prefix tree of an engine's sequences with one choice of adapters.
 
     Args:
-        key: of all its entries.
+        key: the key of all entries in the tree.
     """
 
     def __init__(self, key: CacheKey) -> None:
         self.key, self.root = key, _Node(torch.empty(0))
 
     def find(self, rows: Sequence[Tensor]) -> tuple[_CachedPrompts, list[tuple[int, int]]] | None:
-        """Return the entry that shares the most tokens with some rows, the oldest of several; None if none has any.
+        """Return the entry that shares the most first tokens with the rows, the oldest of equals; None without any.
 
-        With it comes for each row how many it shares, and with which of the entry's sequences.
+        The second value has, for each row, the number of shared tokens and the index of the entry's sequence.
         """
         paths = [[(0, self.root), *self.root.follow(row)] for row in rows]
         (_, last), *others = (path[-1] for path in paths)
         best = next((entry for entry in last.passing if all(entry in node.passing for _, node in others)), None)
-        if best is None:  # no entry is the best for each row
+        if best is None:  # no entry is the best match of every row
             scores = collections.Counter[_CachedPrompts]()
             for path in paths:
                 lengths: dict[_CachedPrompts, int] = {}
@@ -97,11 +97,11 @@ class _PromptTree:
 
     @property
     def entries(self) -> Collection[_CachedPrompts]:
-        """Its entries."""
+        """All entries of the tree."""
         return self.root.passing
 
     def add(self, entry: _CachedPrompts) -> list[_CachedPrompts]:
-        """Add an entry; return the others whose sequences each begin one of it."""
+        """Add an entry; return the other entries whose sequences are all prefixes of the new sequences."""
         ended = {id(self.root): self.root.ends}
         for index, row in enumerate(entry.rows):
             node, rest = self.root, row
@@ -136,14 +136,14 @@ class _PromptTree:
 
 
 class PromptCache:
-    """Sequences kept between calls of ``compiled.generate(prompt_cache=...)``; the least recently used go first.
+    """A cache of sequences between calls of ``compiled.generate(prompt_cache=...)``; it evicts the least recently used.
 
-    A call begins with the cached beginnings of its prompts, and adds its own sequences. Sequences of one choice of
-    adapters serve no other, since keys and values depend on it; tokens before an adapter's invocation tokens are those
-    of the choice without it. Sequences of an adapter that was removed or trained since serve none, and go.
+    A call reuses the cached prefixes of its prompts, and adds its own sequences. Each choice of adapters has its own
+    sequences, since keys and values depend on the choice; tokens before an adapter's invocation tokens belong to the
+    choice without that adapter. Sequences of an adapter that was removed or trained since are dropped.
 
     Args:
-        bytes: the most that all sequences may take.
+        bytes: the most bytes that all sequences may take.
     """
 
     def __init__(self, bytes: int = 1 << 30) -> None:
@@ -159,7 +159,7 @@ class PromptCache:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the lock for a block; an interrupt, which may leave the sequences half-changed, makes it forget all."""
+        """Hold the lock for a block; an exception, which may leave the trees half-changed, clears the cache."""
         with self._lock:
             try:
                 yield
@@ -189,11 +189,11 @@ class PromptCache:
             )
 
     def find(self, engine: Engine, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
-        """Return a copy of the cached beginnings of some rows, without the last token of each; None for nothing.
+        """Return a copy of the cached prefixes of rows, without the last token of each row; None without a match.
 
         Args:
-            engine: computes the rest.
-            key: the choice of adapters.
+            engine: the engine that computes the rest of the rows.
+            key: the graph, the choice of adapters and the tensor versions.
             rows: the tokens of each row.
         """
         with self._changing():
@@ -207,21 +207,21 @@ class PromptCache:
             self._entries[best] = self._entries.pop(best)
         if engine.memory_budget is not None:
             engine.memory_budget.touch((id(self), id(best)))
-        # Without the lock, since a copy may need the memory of other entries.
+        # Without the lock, since a copy may evict other entries.
         cache = best.cache.copy([index for _, index in matches])
         cache.crop([length for length, _ in matches])
         return cache
 
     def add(self, engine: Engine, key: CacheKey, rows: Sequence[Tensor], cache: KeyValueCache) -> None:
-        """Keep sequences; forget those that begin them or are of older tensors, and the oldest beyond the budget.
+        """Add sequences; drop their cached prefixes and entries of older tensors, and evict the oldest over the budget.
 
         Args:
-            engine: computed them.
-            key: the choice of adapters.
-            rows: the tokens of each row.
-            cache: holds them; nothing else may use it.
+            engine: the engine that computed the sequences.
+            key: the graph, the choice of adapters and the tensor versions.
+            rows: the tokens of each sequence.
+            cache: the keys and values; the caller gives up the cache.
         """
-        cache.set_encoder_outputs({})  # whoever finds the sequences has images of its own, or none
+        cache.set_encoder_outputs({})  # a call that reuses the sequences gives its own images, or none
         new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache, cache.nbytes)
         if engine.memory_budget is None or cache.charge is None:
             self._take(new)
@@ -244,7 +244,7 @@ class PromptCache:
                 self._remove([next(iter(self._entries))])
 
     def drop(self, entry: _CachedPrompts) -> None:
-        """Forget one call's sequences, where others need the memory."""
+        """Drop an entry, for a memory budget that evicts it."""
         with self._changing():
             self._remove([entry] if entry in self._entries else [])
 
@@ -264,14 +264,14 @@ class PromptCache:
 
 
 def _drop(owner: Callable[[], PromptCache | None], entry: Callable[[], _CachedPrompts | None]) -> None:
-    """Make a prompt cache forget an entry, if both still exist."""
+    """Drop an entry from a prompt cache, if both still exist."""
     cache, found = owner(), entry()
     if cache is not None and found is not None:
         cache.drop(found)
 
 
 def _common_prefix_length(one: Tensor, other: Tensor) -> int:
-    """Return how many tokens two sequences have in common at their beginning."""
+    """Return the length of the common prefix of two sequences."""
     length = min(one.shape[0], other.shape[0])
     differ = (one[:length] != other[:length]).nonzero()
     return int(differ[0, 0]) if differ.shape[0] else length

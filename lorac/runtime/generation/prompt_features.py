@@ -1,4 +1,4 @@
-"""Images and sounds in prompts: the inputs of a tower, and the features that it computes for the rows of a batch."""
+"""Images and sounds in prompts: the inputs of a tower, and the tower's features for the rows of a batch."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ class PromptFeatures:
 
     Attributes:
         modality: images or sounds, and how the model takes them.
-        inputs: of the tower, for all rows of the call.
+        inputs: the tower's inputs, for all rows of the call.
         counts: number of placeholders of each row of the call.
-        marks: (rows, length) of the prompts: which tokens are placeholders.
-        tables: by the name of the program's input, for each row (length + 1, axes): terms that the number of a token of
-            its prompt gets, and behind them those of all later tokens.
-        selected: the rows of the call that the prompts are.
+        marks: (rows, length): true where a token of the prompts is a placeholder.
+        tables: name of a program input -> for each row a table (length + 1, axes): a term for each token of the prompt,
+            such as an offset of its position; the last line is for all later tokens.
+        selected: indices of these rows in the call.
     """
 
     modality: Modality
@@ -54,12 +54,12 @@ class PromptFeatures:
 
     @staticmethod
     def of(options: Fields, reads: Sequence[str], traits: ModelTraits, prompts: Prompts) -> "PromptFeatures | None":
-        """Return the images of a call; None for one without.
+        """Return the images or sounds of a call; None for a call without any.
 
         Args:
-            options: of the call.
+            options: the call's options and inputs.
             reads: names of the tower's inputs.
-            traits: the model's.
+            traits: the model's traits.
             prompts: the rows.
 
         Raises:
@@ -96,19 +96,19 @@ class PromptFeatures:
         return PromptFeatures(modality, given, counts, marks, tables, range(len(counts)))
 
     def rows(self, rows: Sequence[int]) -> "PromptFeatures":
-        """Return those of some of the rows, whose tower still reads the inputs of all."""
+        """Select some of the rows; the tower still reads the inputs of all rows."""
         tables = {name: [table[row] for row in rows] for name, table in self.tables.items()}
         selected = [self.selected[row] for row in rows]
         return PromptFeatures(self.modality, self.inputs, self.counts, self.marks[list(rows)], tables, selected)
 
     def place(self, runs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of a program over a cache: features and tables by row.
+        """Return the inputs of a program over a cache: features and tables, padded to one tensor each.
 
         Args:
             runs: the features (count, size) of all rows of the call, in parts.
 
         Raises:
-            InputMismatch: there are more or fewer than placeholders.
+            InputMismatch: the number of features differs from the number of placeholders.
         """
         features = torch.cat(list(runs)) if runs else torch.zeros(0, 1)
         if len(features) != sum(self.counts):
@@ -127,13 +127,13 @@ class PromptFeatures:
         return prompts.tokens(torch.where(self.marks, feature_ids(self.marks), prompts.ids))
 
     def text(self, prompts: Prompts) -> Tensor:
-        """Return the ids of the prompts with 0 in the place of placeholders, which need not be in the vocabulary."""
+        """Return the prompts' ids with placeholders replaced by 0, as a placeholder may be outside the vocabulary."""
         return prompts.ids.masked_fill(self.marks, 0)
 
     def key(self, prompts: Prompts, features: Mapping[str, Tensor]) -> Prompts:
-        """Return the prompts with digests in the place of placeholders and blocks, by which caches find them.
+        """Return the prompts as keys of a prompt cache: digests replace placeholders and tokens in blocks.
 
-        A digest is of all features of a row and of all blocks in it.
+        A digest covers all features of a row and all blocks in the row.
 
         Args:
             prompts: the rows.
@@ -142,22 +142,22 @@ class PromptFeatures:
         ids = prompts.ids.clone()
         for row, mark in enumerate(self.marks):
             whole, depends = hashlib.blake2b(digest_size=7), mark.clone()
-            if BLOCKS in self.tables:  # values of a token depend on later ones of its block
+            if BLOCKS in self.tables:  # the keys and values of a token depend on later tokens of its block
                 own = self.tables[BLOCKS][row][:-1].ne(0).any(1)
                 depends[len(depends) - len(own) :] |= own
                 whole.update(ids[row, depends & ~mark].numpy().tobytes())
             for value in features.values():
-                other = value[row].ne(value[row, -1]).any(-1).nonzero()  # the last stands for all behind it
+                other = value[row].ne(value[row, -1]).any(-1).nonzero()  # trailing lines equal to the last are padding
                 whole.update(value[row, : 2 + int(other.max()) if len(other) else 1].contiguous().numpy().tobytes())
             ids[row, depends] = -int.from_bytes(whole.digest()) - torch.arange(int(depends.sum()))
         return replace(prompts, ids=ids)
 
 
 def check_plain_call(traits: ModelTraits) -> None:
-    """Refuse a plain call of a model whose prompts say by types of tokens which of them see later ones.
+    """Refuse a plain call of a model that needs types of tokens to know which tokens attend to later ones.
 
     Raises:
-        InputMismatch: the model is such a one; a plain call has no types.
+        InputMismatch: the model is of this kind, and a plain call has no types of tokens.
     """
     by_type = BLOCK_TYPES.get(str(traits.settings.get("model_type")))
     if by_type is not None and by_type.is_whole:
@@ -172,7 +172,7 @@ def _types_missing(by_type: TokenBlocks) -> InputMismatch:
 
 
 def _find_blocks(options: Fields, traits: ModelTraits, prompts: Prompts) -> list[Tensor] | None:
-    """Return the terms of each row's blocks; None for a call that gives no types of tokens, or whose model has none."""
+    """Return the table of each row's blocks; None where the call gives no types of tokens or the model takes none."""
     by_type = BLOCK_TYPES.get(str(traits.settings.get("model_type")))
     if by_type is None and options.get(TOKEN_TYPES) is not None:
         raise InputMismatch(f"the model takes no {TOKEN_TYPES}", next_step="leave them out")
@@ -193,7 +193,7 @@ def _find_blocks(options: Fields, traits: ModelTraits, prompts: Prompts) -> list
 
 
 def _offsets(positions: Tensor) -> Tensor:
-    """Return the terms that a row's token numbers get (length, axes), the last for all tokens behind it.
+    """Return the offsets from a row's token numbers to its positions (length + 1, axes); the last is for later tokens.
 
     Args:
         positions: (axes, length).

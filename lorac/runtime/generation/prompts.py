@@ -1,8 +1,8 @@
 """Prompts: the rows of a batch as the caller gave them, and as generation takes them, padded on the left.
 
-A row is its tokens in their order, wherever they lie; the mask marks padding. transformers generates from rows whose
-last column is a token. So rows that are padded on the right, or within, are rearranged here, and the generated tokens
-are appended to the rows as they were given.
+A row is the sequence of its tokens, in any columns; the mask marks padding. transformers generates from rows whose
+last column is a token. So rows that are padded on the right, or between tokens, are rearranged here, and the generated
+tokens are appended to the rows as the caller gave them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ CACHE = "cache"
 
 
 def main_input(names: Sequence[str]) -> str:
-    """Return the main input of an encoder: the first that is not a mask."""
+    """Return the main input of an encoder: the first name that is not a mask's."""
     return next((name for name in names if not name.endswith("mask")), names[0])
 
 
@@ -32,7 +32,7 @@ class Prompts:
         given: token ids (rows, length) as the caller gave them.
         ids: the same ids, the padding of each row moved to its left.
         mask: (rows, length), 1 where ``ids`` is a token; None where nothing is padding.
-        order: (rows, length), the column in ``given`` of each of ``ids``; None where nothing was moved.
+        order: (rows, length), the column in ``given`` of each id in ``ids``; None where nothing was moved.
     """
 
     given: Tensor
@@ -46,9 +46,9 @@ class Prompts:
 
         Args:
             ids: token ids, a tensor or an array.
-            mask: 1 for tokens; None: everything but padding, as far as the padding can be recognised.
+            mask: 1 for tokens; None: derived from ``pad`` where that is given and not in ``ends``, else all ones.
             pad: the id of padding, or None.
-            ends: ids that end a sequence. Padding that is one of them cannot be told from tokens.
+            ends: ids that end a sequence.
 
         Raises:
             WrongType: an argument is not a batch of ids.
@@ -85,7 +85,7 @@ class Prompts:
         return [length] * rows if self.mask is None else self.mask.sum(1).tolist()
 
     def rows(self, rows: Sequence[int]) -> "Prompts":
-        """Return some of the rows, as wide as all of them."""
+        """Select some of the rows; the number of columns stays."""
         index = list(rows)
         mask, order = (None if t is None else t[index] for t in (self.mask, self.order))
         given = self.given[index]
@@ -93,7 +93,7 @@ class Prompts:
         return Prompts(given, ids, None if mask is None or bool(mask.all()) else mask, order)
 
     def arrange(self, value: object) -> object:
-        """Rearrange an input that has one value per token, as the tokens were; return others as they are."""
+        """Rearrange an input with one value per token in the order of ``ids``; return other inputs unchanged."""
         if not isinstance(value, Tensor) or value.shape != self.given.shape:
             return value
         moved = value if self.order is None else value.gather(1, self.order)
@@ -108,7 +108,7 @@ class Prompts:
         return Prompts(self.given, self.ids[:, spare:], None if bool(mask.all()) else mask, self.order)
 
     def tokens(self, ids: Tensor | None = None) -> list[Tensor]:
-        """Return each row's tokens, or those of sequences that begin with the prompts.
+        """Return each row's tokens without padding, or the tokens of sequences that begin with the prompts.
 
         Args:
             ids: (rows · k, length or more), k neighbouring sequences for each row.
@@ -119,7 +119,7 @@ class Prompts:
         return [row[start:] for row, start in zip(sequences, starts, strict=True)]
 
     def restore(self, sequences: Tensor) -> Tensor:
-        """Return sequences (rows · k, …) that begin with ``ids`` with ``given`` in its place."""
+        """Return sequences (rows · k, …) with their first columns, ``ids``, replaced by ``given``."""
         if self.order is None and self.ids is self.given:
             return sequences
         given = self.given.to(sequences.device)

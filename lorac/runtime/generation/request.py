@@ -18,15 +18,15 @@ LORAC_OPTIONS = ("adapters", "draft", "prompt_cache", "seed")
 """Options of ``generate`` that transformers does not have."""
 _DRAFT_OPTIONS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 _COUNT_OPTIONS = ("num_beams", "num_return_sequences", "prefill_chunk_size")
-"""Options that are whole numbers from 1 on."""
+"""Options that are positive whole numbers."""
 _TOKEN_ID_OPTIONS = ("eos_token_id", "pad_token_id")
-"""Options that are token ids, which the decoding loop itself reads."""
+"""Options that are token ids; lorac's decoding loop reads them."""
 _OBJECT_OPTIONS = {
     "assistant_model": ("generate", "a model of transformers"),
     "streamer": ("put", "a streamer of transformers, or an object with its methods put and end"),
     "tokenizer": ("get_vocab", "a tokenizer of transformers"),
 }
-"""Options that are objects -> a method that each must have, and the advice where it lacks it."""
+"""Option that is an object -> the method that the object must have, and the advice where it lacks it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GenerateRequest:
 
     Attributes:
         options: transformers' options and inputs, as the caller gave them.
-        defaults: the model's generation configuration, by name.
+        defaults: the entries of the model's generation configuration.
         has_draft: whether another choice of adapters drafts tokens.
     """
 
@@ -51,8 +51,8 @@ class GenerateRequest:
         """Return a copy in which another choice of adapters drafts tokens.
 
         Raises:
-            InputMismatch: another option names a draft too.
-            Unavailable: strings are to end sampled sequences.
+            InputMismatch: another option asks for a draft too.
+            Unavailable: the call gives both ``stop_strings`` and ``do_sample``.
         """
         for name in _DRAFT_OPTIONS:
             if self.options.get(name):
@@ -67,7 +67,7 @@ class GenerateRequest:
         return replace(self, has_draft=True)
 
     def option(self, name: str) -> Any:
-        """Return an option of the call, of its ``generation_config``, or of the model's."""
+        """Return an option from the call, else from its ``generation_config``, else from the model's."""
         config = self.options.get("generation_config")
         for value in (self.options.get(name), getattr(config, name, None), self.defaults.get(name)):
             if value is not None:
@@ -81,12 +81,12 @@ class GenerateRequest:
 
     @property
     def samples_rows(self) -> bool:
-        """Whether tokens are sampled one after the other, each row by itself."""
+        """Whether each row samples its tokens one by one: no beams, no drafts."""
         return bool(self.option("do_sample")) and self.beams == 1 and not self.drafts
 
     @property
     def drafts(self) -> bool:
-        """Whether other adapters, another model or the prompt itself drafts tokens."""
+        """Whether tokens are drafted: by other adapters, another model or a lookup in the prompt."""
         return self.has_draft or any(self.option(name) for name in _DRAFT_OPTIONS)
 
     @property
@@ -105,11 +105,11 @@ class GenerateRequest:
 
     @property
     def fill_id(self) -> int:
-        """The id that fills up sequences behind their end."""
+        """The id that pads sequences after their end."""
         return next((one for one in (self.pad_id, *self.end_ids) if one is not None), 0)
 
     def check_names(self, inputs: Collection[str], *, by_model: bool) -> None:
-        """Check that each option and input is known and honoured.
+        """Check that each option and input is known and supported.
 
         Args:
             inputs: names of the inputs.
@@ -169,8 +169,8 @@ class GenerateRequest:
             tokenizer: the call's or the model's, or None.
 
         Raises:
-            WrongType: a criterion cannot be called.
-            Unavailable: strings are to end it, and no tokenizer is known, or a model drafts that is given none.
+            WrongType: a criterion is not callable.
+            Unavailable: ``stop_strings`` is given without a tokenizer, or together with ``assistant_model``.
         """
         for criterion in _as_sequence(self.options.get("stopping_criteria")):
             if not callable(criterion):
@@ -190,7 +190,7 @@ class GenerateRequest:
             )
 
     def stopping_criteria(self) -> list[Callable[..., object]]:
-        """Return the criteria that end a sequence, besides its length and its end tokens."""
+        """Return the criteria that end a sequence, except its length and end tokens."""
         from transformers import StopStringCriteria
 
         criteria: list[Any] = [*_as_sequence(self.options.get("stopping_criteria"))]
@@ -200,7 +200,7 @@ class GenerateRequest:
 
 
 def _as_sequence(value: object) -> Sequence[object]:
-    """Return a sequence as it is, None as an empty one, and anything else as one of a single element."""
+    """Return a sequence unchanged, None as an empty sequence, and any other value as a sequence of one."""
     return () if value is None else value if isinstance(value, Sequence) else (value,)
 
 
@@ -209,7 +209,7 @@ def _is_whole_number(value: object) -> bool:
 
 
 def _are_token_ids(value: object) -> bool:
-    """Return whether a value is a token id or several."""
+    """Return whether a value is a token id, or several token ids."""
     if isinstance(value, torch.Tensor):
         return not (value.is_floating_point() or value.dtype == torch.bool)
     return all(map(_is_whole_number, value)) if isinstance(value, list | tuple | set) else _is_whole_number(value)
@@ -220,10 +220,10 @@ def _wrong_type(name: str, value: object, advice: str) -> WrongType:
 
 
 def translate_errors(run: Callable[[], T]) -> T:
-    """Run something; raise an error of lorac's where transformers refuses the options.
+    """Call ``run``; translate errors that transformers' code raises.
 
     Raises:
-        InputMismatch: transformers refuses them.
+        InputMismatch: transformers refuses the call, or fails in it.
     """
     try:
         return run()

@@ -1,8 +1,8 @@
-"""Logits processors of many rows, each with options of its own, run as few times as possible.
+"""Logits processors of many rows, each row with its own options, in as few calls as possible.
 
-transformers' processors take one value for a whole batch. Of several processors of one class whose only difference is
-a number, one is run on all their rows with a column of those numbers in the number's place. Others that look at the
-scores alone run once for all rows with equal settings, and those that look at a row's text run row by row.
+transformers' processors take one value for a whole batch. Where processors of one class differ in a number alone, one
+runs on all their rows, with a column of the rows' numbers as its attribute. Other processors that read only the scores
+run once for all rows with equal settings; processors that read a row's text run row by row.
 """
 
 import copy
@@ -21,11 +21,11 @@ _NUMBERS = {
     "MinPLogitsWarper": "min_p",
     "RepetitionPenaltyLogitsProcessor": "penalty",
 }
-"""Class of transformers' -> the attribute that may be a column, with a number for each row."""
+"""transformers' class -> its attribute that may be a column (rows, 1), with a number for each row."""
 _COUNT = {"TopKLogitsWarper": "top_k"}
-"""Class of transformers' -> the attribute that is a number of tokens for each row."""
+"""transformers' class -> its attribute that is a number of tokens; ``_TopK`` replaces the class."""
 _OF_SCORES = ("EpsilonLogitsWarper", "EtaLogitsWarper", "TopKLogitsWarper", "TypicalLogitsWarper")
-"""Classes of transformers' that look at the scores alone."""
+"""transformers' classes that read only the scores, not the text."""
 
 
 class RowProcessors:
@@ -35,7 +35,7 @@ class RowProcessors:
         rows: the processors of each row, in the order in which they run.
 
     Attributes:
-        failed: row -> the error of a processor of that row alone in the last call; its scores mean nothing.
+        failed: row -> the error that a processor of this row alone raised in the last call; its scores are invalid.
     """
 
     def __init__(self, rows: Sequence[Iterable[Processor]]) -> None:
@@ -43,7 +43,7 @@ class RowProcessors:
         stages: list[_Stage] = []
         while any(left):
             kinds = {_class_name(row[0]): None for row in left if row}
-            # A class that comes later in some row waits for that row, so that all rows which have it run together.
+            # A class that another row reaches later waits for that row, so that its rows run in one call.
             ready = (name for name in kinds if not any(name in map(_class_name, row[1:]) for row in left))
             name = next(ready, next(iter(kinds)))
             heads = {index: row.pop(0) for index, row in enumerate(left) if row and _class_name(row[0]) == name}
@@ -53,7 +53,7 @@ class RowProcessors:
         self.failed: dict[int, Exception] = {}
 
     def __call__(self, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
-        """Return the scores as each row's processors leave them.
+        """Run each row's processors on its scores; return the processed scores.
 
         Args:
             texts: the tokens of each row, of any lengths.
@@ -66,7 +66,7 @@ class RowProcessors:
         return scores
 
     def _run_alone(self, stage: "_Stage", texts: Sequence[Tensor], scores: Tensor) -> Tensor:
-        """Run a processor of one row; if it fails, no other row suffers."""
+        """Run a processor of one row; record its error in ``failed``, so that the other rows go on."""
         try:
             return scores if stage.rows[0] in self.failed else self._run(stage, texts, scores)
         except Exception as error:
@@ -82,10 +82,10 @@ class RowProcessors:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One call of a processor.
+    """A call of a processor on some rows.
 
     Attributes:
-        rows: the rows that it processes.
+        rows: indices of the rows.
         process: the processor.
     """
 
@@ -94,13 +94,13 @@ class _Stage:
 
     def __call__(self, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
         longest = max(len(text) for text in texts)
-        # A row is filled up with its first token, which changes nothing for what asks whether a token occurs.
+        # A row is padded with its first token: processors ask only whether a token occurs.
         filled = [torch.cat([text[:1].expand(longest - len(text)), text]) for text in texts]
         return self.process(torch.stack(filled), scores)
 
 
 def _join(name: str, heads: dict[int, Any]) -> list[_Stage]:
-    """Return the calls for processors of one class, by row."""
+    """Group the rows' processors of one class into as few calls as possible."""
     number = _NUMBERS.get(name) or _COUNT.get(name)
     groups: dict[Hashable, list[int]] = {}
     for row, processor in heads.items():
@@ -111,7 +111,7 @@ def _join(name: str, heads: dict[int, Any]) -> list[_Stage]:
 
 
 def _stack(processors: Sequence[Any], number: str | None, name: str) -> Processor:
-    """Return one processor for the rows of several, which differ in a number alone."""
+    """Return one processor in place of several that differ in a number alone."""
     first = processors[0]
     values = [] if number is None else [getattr(one, number) for one in processors]
     if len({*values}) < 2:
@@ -125,10 +125,10 @@ def _stack(processors: Sequence[Any], number: str | None, name: str) -> Processo
 
 @dataclass(frozen=True, eq=False)
 class _TopK:
-    """transformers' ``TopKLogitsWarper`` with a number of tokens for each row.
+    """transformers' ``TopKLogitsWarper`` with its own k for each row.
 
     Attributes:
-        counts: (rows, 1).
+        counts: k of each row (rows, 1).
         fill: the score of all other tokens.
     """
 
@@ -142,6 +142,6 @@ class _TopK:
 
 
 def _class_name(processor: object) -> str:
-    """Return the class's name if it is transformers' own, else a name that no other class has."""
+    """Return the class's name for transformers' classes, else a name unique to the class."""
     cls = type(processor)
     return cls.__name__ if cls.__module__ == "transformers.generation.logits_process" else f"{cls.__module__}.{id(cls)}"

@@ -1,4 +1,4 @@
-"""How rows of a running batch draw their tokens, each by options of its own, as ``generate`` would with them."""
+"""Sampling in a running batch: each row draws its tokens with its own options of ``generate``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RowSampler:
-    """How one row draws its tokens, and when it ends.
+    """A row's sampling options: how its tokens are drawn, and when it ends.
 
     Attributes:
-        processors: transformers' logits processors for its options.
-        criteria: transformers' stopping criteria but for those of ``most`` and ``last``.
-        last: tokens that end it.
-        most: the most tokens that it may have, those of its prompt included.
-        generator: where its random numbers come from; None: it takes the likeliest token.
+        processors: transformers' logits processors for the row's options.
+        criteria: transformers' stopping criteria, except those that ``most`` and ``last`` replace.
+        last: tokens that end the row.
+        most: the most tokens of the row, its prompt included.
+        generator: the row's random generator; None: it takes the likeliest token.
     """
 
     processors: LogitsProcessorList
@@ -51,16 +51,16 @@ class RowSampler:
         drawn: int = 0,
         **options: object,
     ) -> RowSampler:
-        """Return how a row draws its tokens with options of ``generate``.
+        """Return the sampler of a row for options of ``generate``.
 
         Args:
-            model: the compiled model; it keeps a cache.
-            ids: the prompt, and tokens that the row drew before (length,).
-            seed: of its random numbers; None: torch's own generator seeds it.
-            drawn: how many of the ids it drew before.
+            model: the compiled model; its program has a cache.
+            ids: the prompt, and the tokens that were drawn before (length,).
+            seed: the seed of the row's generator; None: torch's own generator draws the seed.
+            drawn: the number of the last ids that were drawn before.
 
         Raises:
-            Unavailable: the options ask for beams, for drafts or for several sequences, which are no row of their own.
+            Unavailable: the options ask for beams, drafts or several sequences, which take more than one row.
             InputMismatch, OptionError: as for ``generate``.
         """
         from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
@@ -84,7 +84,7 @@ class RowSampler:
                 next_step="give a prompt of one or more ids before those that were drawn",
             )
         program = DecodingProgram(
-            decode=lambda cache, step: torch.empty(0),  # nothing is computed
+            decode=lambda cache, step: torch.empty(0),  # ``_RowPlanner`` computes no token
             new_cache=lambda rows, capacity: model.engine.new_cache(graph, 0, capacity),
             cache_spec=spec,
         )
@@ -96,10 +96,10 @@ class RowSampler:
         generator = torch.Generator() if config.do_sample else None
         if generator is not None:
             generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
-            chances = torch.ones(spec.vocabulary)  # how many random numbers a draw takes depends on nothing else
+            chances = torch.ones(spec.vocabulary)  # a draw consumes the same random numbers for any probabilities
             for _ in range(drawn):
                 torch.multinomial(chances, 1, generator=generator)
-        # Rows that run compare two numbers instead: transformers' criteria take eight calls of torch for each token.
+        # ``ends`` compares two numbers instead: transformers' criteria take eight calls of torch for each token.
         last, most, criteria = set[int](), int(config.max_length), StoppingCriteriaList()
         for one in driver.planned[1]:
             if type(one) is EosTokenCriteria:
@@ -116,17 +116,17 @@ class RowSampler:
 
 
 class BatchSampler:
-    """Draws a token for each row of a batch.
+    """A sampler that draws a token for each row of a batch.
 
     Args:
-        rows: how each row draws.
+        rows: the sampler of each row.
     """
 
     def __init__(self, rows: Sequence[RowSampler]) -> None:
         self.rows, self._process = rows, RowProcessors([row.processors for row in rows])
 
     def draw(self, texts: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """Return the next token of each row (rows,): the one that ``generate`` would draw, unless the row has failed.
+        """Draw the next token of each row (rows,), as ``generate`` would; the token of a row in ``failed`` is invalid.
 
         Args:
             texts: the tokens of each row, of any lengths.
@@ -138,22 +138,22 @@ class BatchSampler:
         for index, chances in zip(drawn, scores[drawn].softmax(-1), strict=True):
             try:
                 tokens[index] = torch.multinomial(chances, 1, generator=self.rows[index].generator)[0]
-            except RuntimeError as error:  # its adapters or processors made no probabilities
+            except RuntimeError as error:  # the row's scores are no probabilities, such as NaN
                 self.failed.setdefault(index, error)
         return tokens
 
     @property
     def failed(self) -> dict[int, Exception]:
-        """Row -> why it has no token since the last draw."""
+        """Row -> the error for which the last draw has no token of it."""
         return self._process.failed
 
 
 @final
 class _RowPlanner(GenerationDriver):
-    """Lets transformers prepare a call, and records the preparation instead of generating.
+    """A driver that records how transformers prepared a call, and generates nothing.
 
     Attributes:
-        width: tokens of the prompt.
+        width: number of tokens of the prompt.
         planned: the processors, the criteria and the configuration.
     """
 

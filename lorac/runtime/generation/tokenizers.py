@@ -1,4 +1,4 @@
-"""Tokenizers: the model's own, as it was given or as an artifact holds it, loaded on first use."""
+"""The model's tokenizer: from the caller, or from an artifact and loaded on first use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FOLDER = "tokenizer"
-"""The folder of an artifact that holds its files."""
+"""The artifact's folder of tokenizer files."""
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""Files of which a processor writes one beside its tokenizer."""
+"""Files of a processor; it writes one of them beside its tokenizer."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as an artifact holds it."""
+    """The tokenizer files of an artifact."""
 
     files: Mapping[str, OpenFile]
 
@@ -39,7 +39,7 @@ class TokenizerFiles:
             file.copy_to(folder / name)
 
     def load(self) -> Any:
-        """Load the tokenizer, or its processor, as a class of transformers' own; no code that the files name is run.
+        """Load the tokenizer, or the processor, as one of transformers' own classes; no code that files name is run.
 
         Raises:
             MissingExtra: transformers is not installed.
@@ -51,7 +51,7 @@ class TokenizerFiles:
                 return read_processor(Path(folder))
             except MissingExtra:
                 raise
-            except Exception as error:  # transformers raises anything for files that anybody may have written
+            except Exception as error:  # for malformed files transformers raises errors of many types
                 reason = str(error).strip().partition("\n")[0]
                 raise ArtifactError(
                     f"the artifact's tokenizer cannot be loaded: {reason}",
@@ -60,7 +60,7 @@ class TokenizerFiles:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a folder, of a class of transformers' own.
+    """Load the tokenizer from a folder, as one of transformers' own classes.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -72,9 +72,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def read_processor(folder: Path) -> Any:
-    """Return the processor in a folder, which has its tokenizer, or else the tokenizer; raises as ``read_tokenizer``.
+    """Load the processor from a folder, else the tokenizer; raises as ``read_tokenizer``.
 
-    A processor whose libraries are not installed, as for images, is warned of.
+    Where a processor's libraries are not installed, such as those for images, warn and load the tokenizer.
     """
     if any((folder / name).is_file() for name in _PROCESSOR_FILES):
         from transformers import AutoProcessor
@@ -88,7 +88,7 @@ def read_processor(folder: Path) -> Any:
 
 
 def find_inner_tokenizer(processor: Any) -> Any:
-    """Return the tokenizer of a processor; a tokenizer itself."""
+    """Return a processor's tokenizer; return a tokenizer unchanged."""
     return getattr(processor, "tokenizer", processor)
 
 

@@ -1,1 +1,1 @@
-"""Many requests for text at once: rows that join and leave a running batch, each with adapters of its own."""
+"""Continuous batching: requests join and leave a running batch as rows, each with its own adapters."""

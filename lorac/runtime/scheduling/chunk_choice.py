@@ -1,4 +1,4 @@
-"""The number of a prompt's tokens per step, chosen by the time that an engine takes for them."""
+"""The choice of a chunk size, the number of a prompt's tokens per step, by timing the engine."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from lorac.runtime.row_bank import RowBank
 
 SLOWER = 1.5
-"""The most time of a step that reads a chunk, in steps of running rows alone, whose tokens wait for it."""
+"""The longest time of a step that reads a chunk, as a multiple of the time of a step without one."""
 LEAST, MOST = 4, 512
-"""The fewest and the most tokens of a chunk; in between, powers of two are tried."""
+"""The smallest and the largest chunk in tokens; sizes in between are tried by doubling."""
 LARGE, LARGE_TOGETHER = 64, 256
-"""The tokens of each prompt per step while a tenant alone has more prompts that are read than rows that run, which wait
-for them; and the most of all prompts together."""
+"""The larger chunk of each prompt while the only tenant has more rows that read prompts than rows that generate, and
+the most tokens of all prompts together."""
 _REPEATS = 3
 
 
 def choose_chunk(model: GeneratingModel, graph: str, rows: int, bank: RowBank | None) -> int:
-    """Return the most tokens of a prompt with which a step of half the rows takes half as long again.
+    """Return the largest chunk with which a step of half the rows takes at most 1.5 times as long as without.
 
     Args:
         model: the compiled model; it is called some twenty times.
-        graph: decodes.
+        graph: the graph that decodes.
         rows: the most rows of a step.
-        bank: holds the rows' own adapters, if they may have such.
+        bank: the places for the rows' own adapters; None where rows cannot have their own.
     """
     engine, running = model.engine, [1] * max(rows // 2, 1)
     spec = engine.cache_spec(graph)
@@ -53,11 +53,11 @@ def choose_chunk(model: GeneratingModel, graph: str, rows: int, bank: RowBank | 
 
 
 def largest_chunk(measure: Callable[[int], float], longest: int) -> int:
-    """Return the most tokens with which a step takes at most ``SLOWER`` times as long, but at least ``LEAST``.
+    """Return the largest chunk with which a step takes at most ``SLOWER`` times as long, but at least ``LEAST``.
 
     Args:
-        measure: returns the seconds of a step in which so many tokens of a prompt are read.
-        longest: the most tokens.
+        measure: returns the seconds of a step that reads this many tokens of a prompt.
+        longest: the largest chunk allowed.
     """
     chunk, most = LEAST, SLOWER * measure(0)
     while 2 * chunk <= longest and measure(2 * chunk) <= most:
@@ -66,23 +66,23 @@ def largest_chunk(measure: Callable[[int], float], longest: int) -> int:
 
 
 def large_chunk(chunk: int, prompts: int) -> int:
-    """Return the most tokens of each prompt per step while more prompts are read than rows run.
+    """Return the chunk of each prompt while more rows read prompts than generate.
 
     Args:
-        chunk: the most otherwise, and the fewest now.
-        prompts: how many are read.
+        chunk: the usual chunk; the result is at least as large.
+        prompts: the number of prompts being read.
     """
     return max(chunk, min(LARGE, LARGE_TOGETHER // prompts))
 
 
 def _time_step(engine: Engine, graph: str, program: BoundProgram, counts: Sequence[int]) -> float:
-    """Return the shortest of some times of an engine's call in seconds, for new rows of so many tokens."""
+    """Time an engine's call on new rows with these numbers of tokens; return the shortest time in seconds."""
     rows, most = len(counts), max(counts)
     ids, wanted = torch.zeros(rows, most, dtype=torch.long), torch.tensor(counts)[:, None] - 1
     step, times = DecodeStep(ids=ids, counts=counts, wanted=wanted), []
     for _ in range(_REPEATS):
         cache = engine.new_cache(graph, rows, most)
         begun = time.perf_counter()
-        program.decode(graph, cache, step).sum().item()  # of an engine on a device, whose calls return before
+        program.decode(graph, cache, step).sum().item()  # waits for a device, whose calls return early
         times.append(time.perf_counter() - begun)
     return min(times)

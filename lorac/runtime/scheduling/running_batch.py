@@ -1,4 +1,4 @@
-"""The rows at work: a step computes a token of each running row and a chunk of each prompt, in one call."""
+"""The running batch: a step computes a token of each generating row and a chunk of each prompt, in one call."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 
 class RunningBatch:
-    """Rows that come and go. Only one thread may use it at a time.
+    """A batch that rows join and leave. Only one thread may use it at a time.
 
-    Rows with adapters of their own share one engine call per step, whether they bring one token or a chunk of a prompt;
-    rows of a choice that cannot share it, such as one with a merged weight, have a call per choice.
+    Rows with different adapters share one engine call per step, whether a row has one token or a chunk of a prompt;
+    choices that cannot share a call, such as one with a merged weight, take one call per choice.
 
     Args:
         model: the compiled model.
-        rows: the most rows at work.
+        rows: the most rows.
         chunk: the most tokens of each prompt per step; None: ``choose_chunk`` must be called first.
-        prompts: caches the keys and values of rows, for prompts that begin alike; None caches nothing.
-        graph: decodes.
+        prompts: the cache of keys and values for prompts with the same first tokens; None: no cache.
+        graph: the graph that decodes.
 
     Attributes:
-        is_shared: whether several tenants send requests, which no large chunks may keep waiting.
+        is_shared: whether several tenants send requests; then no larger chunks are used.
     """
 
     is_shared = False
@@ -54,25 +54,25 @@ class RunningBatch:
 
     @property
     def rows(self) -> list[RunningRow]:
-        """All rows at work; another thread may ask while a step changes them."""
+        """All rows of the batch; other threads may read this during a step."""
         return [row for lane in [*self._lanes.values()] for row in [*lane.rows]]
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of "bank", which holds the rows' adapters, and of "kv", their keys and values."""
+        """The bytes of "bank" (the rows' adapters) and of "kv" (keys and values)."""
         kv = sum(lane.cache.nbytes for lane in [*self._lanes.values()])
         return {"bank": 0 if self._bank is None else self._bank.nbytes, "kv": kv}
 
     def choose_chunk(self) -> None:
-        """Choose how many tokens of a prompt a step reads, unless that is given."""
+        """Choose the chunk by timing the model, unless the caller gave one."""
         if self.chunk is None:
             self.chunk = choose_chunk(self.model, self.graph, self._most_rows, self._bank)
 
     def admit(self, row: RunningRow) -> None:
-        """Add a row, whose prompt the next steps read.
+        """Add a row; the next steps read its prompt.
 
         Raises:
-            OverBudget: there is no memory for it now.
+            OverBudget: the memory budget has no room for the row now.
         """
         cache = row.begin(self.prompts)
         try:
@@ -86,7 +86,7 @@ class RunningBatch:
         self._lanes[key] = lane
 
     def step(self) -> None:
-        """Compute the next tokens of every row; rows that end leave."""
+        """Compute the next tokens of every row; remove rows that end."""
         for key, lane in list(self._lanes.items()):
             try:
                 self._advance(lane)
@@ -96,14 +96,14 @@ class RunningBatch:
                 del self._lanes[key]
 
     def _key(self, row: RunningRow) -> object:
-        """Return a key that is equal for rows that may share a call: the bank, or else their choice."""
+        """Return a key that is equal for rows that may share a call: the bank, else the row's choice."""
         states = [phase.state for phase in row.phases]
         if self._bank is not None and not any(map(self._bank.why_apart, states)):
             return self._bank
         return row if len(states) > 1 else (row.state.choice, row.state.versions.versions)
 
     def _advance(self, lane: _Lane) -> None:
-        """Compute new tokens of the rows of a lane; rows whose whole text is computed get their next token."""
+        """Compute new tokens of a lane's rows; draw the next token of rows whose whole text is in the cache."""
         self._remove(lane, [row.stream.interrupted or row.find_earlier_end() for row in lane.rows])
         if not lane.rows:
             return
@@ -118,24 +118,24 @@ class RunningBatch:
             self._draw(lane, computed, logits[computed])
 
     def _count_tokens(self, lane: _Lane) -> list[int]:
-        """Return how many tokens of each row the next call computes."""
+        """Return the number of tokens of each row for the next call."""
         assert self.chunk is not None
         reading = sum(not row.is_read for row in self.rows)
         crowded = self._chooses and not self.is_shared and 2 * reading > len(self.rows)
         chunk = large_chunk(self.chunk, reading) if crowded else self.chunk
-        # Behind the longest row there is room for the padding of the others, so that a call needs no more memory.
+        # A chunk fits behind the longest row, so that padding the other rows to it takes no more memory.
         most = min(chunk, lane.cache.capacity - max(lane.cache.lengths))
         counts, left = list[int](), dict.fromkeys((row.request.tenant for row in self.rows), chunk)
         for row, past in zip(lane.rows, lane.cache.lengths, strict=True):
             tenant, count = row.request.tenant, min(most, row.count_left(past))
             if len(left) > 1 and not row.is_read:
-                count = count if count <= left[tenant] else 0  # whole chunks: their sizes decide how sums are rounded
+                count = count if count <= left[tenant] else 0  # never a part of a chunk: its size affects rounding
                 left[tenant] -= count
             counts.append(row.leave_block(past, count))
         return counts
 
     def _draw(self, lane: _Lane, places: Sequence[int], logits: Tensor) -> None:
-        """Draw a token for the rows in some places from their logits (places, vocabulary); rows that end leave."""
+        """Draw a token for the rows in these places from their logits (places, vocabulary); remove rows that end."""
         rows = [lane.rows[place] for place in places]
         sampler, reasons = lane.sampler_of(rows), [""] * len(lane.rows)
         for index, token in enumerate(sampler.draw([row.text for row in rows], logits).tolist()):
@@ -144,7 +144,7 @@ class RunningBatch:
         self._remove(lane, reasons)
 
     def _remove(self, lane: _Lane, reasons: Sequence[str]) -> None:
-        """Take the rows out of a batch that end for some reason."""
+        """Remove the rows of a lane that have a reason to end."""
         ended = {place: reason for place, reason in enumerate(reasons) if reason}
         for place, reason in ended.items():
             self._end(lane.rows[place], reason, lane.cache, place)
@@ -152,7 +152,7 @@ class RunningBatch:
             lane.remove(ended)
 
     def _end(self, row: RunningRow, reason: str, cache: KeyValueCache, place: int) -> None:
-        """End a row, and keep its keys and values for prompts that begin alike, if there is room for a copy."""
+        """End a row, and copy its keys and values into the prompt cache, if the memory budget allows."""
         if row.limit is not None and cache.is_croppable:
             cache.crop([min(n, row.limit) if at == place else n for at, n in enumerate(cache.lengths)])
         known = row.limit is None or cache.is_croppable
@@ -167,8 +167,8 @@ class _Lane:
     """Rows that share an engine call.
 
     Args:
-        cache: of no rows yet.
-        bank: holds the rows' own adapters, if they may have such.
+        cache: a cache without rows.
+        bank: the places for the rows' own adapters; None where all rows have one choice.
     """
 
     def __init__(self, cache: KeyValueCache, bank: RowBank | None = None) -> None:
@@ -177,25 +177,25 @@ class _Lane:
         self._drawing: tuple[list[RunningRow], BatchSampler] | None = None
 
     def sampler_of(self, rows: list[RunningRow]) -> BatchSampler:
-        """Return the sampler of some rows, the same one as long as they are the same."""
+        """Return the sampler of some rows, cached until other rows are given."""
         if self._drawing is None or self._drawing[0] != rows:
             self._drawing = rows, BatchSampler([row.sampler for row in rows])
         return self._drawing[1]
 
     def bind(self) -> BoundProgram:
-        """Return the engine's program for the rows: one choice that all of them have is read once, not for each row."""
+        """Return the engine's program for the rows: of their one choice where all rows share it, else of the bank."""
         one = self.rows[0]
         if self.bank is None or all(row.state is one.state for row in self.rows):
             return one.program
         for place, row in enumerate(self.rows):
-            self.bank.admit(place, row.state)  # rows take the places of others that left
+            self.bank.admit(place, row.state)  # rows move to the places of rows that were removed
         return self.bank.bound(len(self.rows))
 
     def join(self, row: RunningRow, cache: KeyValueCache) -> None:
-        """Add a row, whose keys and values a cache of its own holds.
+        """Add a row, and join its cache to the lane's.
 
         Raises:
-            OverBudget: there is no room for these, or for its adapters.
+            OverBudget: the memory budget has no room for the row's cache or adapters.
         """
         if self.bank is not None:
             self.bank.admit(len(self.rows), row.state)
@@ -203,11 +203,11 @@ class _Lane:
         self.rows.append(row)
 
     def end_all(self, error: Exception) -> None:
-        """End all rows by an error, which those of other lanes do not share."""
+        """End all rows of this lane with an error; rows of other lanes go on."""
         for row in self.rows:
             row.end("error", error)
         self.rows.clear()
 
     def remove(self, places: Collection[int]) -> None:
-        """Drop some rows."""
+        """Remove rows by place."""
         self.rows[:] = [self.rows[place] for place in self.cache.remove(places)]

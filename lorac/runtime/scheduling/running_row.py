@@ -1,4 +1,4 @@
-"""A request at work: its text, its choice of adapters, and how it draws its tokens."""
+"""A request in the running batch: its text, its adapters and its sampler."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class RunningRow:
     """One request from its submission to its end.
 
     Args:
-        model: the compiled model; its graph keeps a cache.
-        request: is checked whole, so that it fails here or not at all.
-        graph: decodes.
+        model: the compiled model; its graph has a cache.
+        request: the request; all of its options are checked here.
+        graph: the graph that decodes.
 
     Attributes:
         stream: the tokens of the answer.
         text: the prompt and the answer so far (length,).
         is_read: whether the whole prompt was computed, and a token drawn.
-        state, program: the choice of the tokens that are computed next, and the engine's program with it.
-        key, limit: by which its first tokens are cached, and how many; None: all.
-        is_kept: whether they are cached already, as far as that is known.
+        state, program: the choice for the next tokens, and the engine's program bound to it.
+        key, limit: the key of the row in the prompt cache, and the number of first tokens to cache; None: all.
+        is_kept: whether the prompt cache had all ``limit`` tokens when the row began.
 
     Raises:
         AdapterNotFound, ChoiceError: as for ``compiled.swap``.
@@ -76,10 +76,10 @@ class RunningRow:
         self.is_read = False
 
     def begin(self, prompts: PromptCache | None) -> KeyValueCache:
-        """Hold the adapters; return a cache for the prompt, with its known beginning.
+        """Hold the adapters; return a cache for the row, with the prefix of the prompt that the prompt cache has.
 
         Raises:
-            OverBudget: there is no memory for it now.
+            OverBudget: the memory budget has no room for the row now.
         """
         with contextlib.ExitStack() as undo:
             held = undo.enter_context(self._model.switch.hold(self.choice))
@@ -100,7 +100,7 @@ class RunningRow:
         return cache
 
     def _compute_features(self) -> Mapping[str, Tensor]:
-        """Return the features of the prompt's images or sounds, computed once, however long they wait for memory."""
+        """Return the features of the prompt's images or sounds, cached in case admission is tried again."""
         if self._features is None:
             return {}
         versions = self.state.versions.versions
@@ -112,7 +112,7 @@ class RunningRow:
         return self._keyed[2]
 
     def _behind(self, prompt: Tensor | None) -> Tensor:
-        """Return the text with other ids in the place of the prompt's; None: the same."""
+        """Return the text with the prompt's ids replaced by ``prompt``; None: unchanged."""
         return self.text if prompt is None else torch.cat([prompt, self.text[len(prompt) :]])
 
     @property
@@ -122,11 +122,11 @@ class RunningRow:
 
     @property
     def keyed(self) -> Tensor:
-        """The text as prompts are cached: digests of images or sounds are in the place of placeholders."""
+        """The text as the prompt cache's key: digests of images or sounds replace placeholders."""
         return self._behind(None if self._keyed is None else self._keyed[1])
 
     def count_left(self, past: int) -> int:
-        """Return how many tokens behind ``past`` ones have the same choice, and make it the row's."""
+        """Set the row's state for the token at ``past``; return the number of tokens from there on with that state."""
         while len(self.phases) > 1 and self.phases[1].start <= past:
             del self.phases[0]
             self.state = self.phases[0].state
@@ -134,19 +134,19 @@ class RunningRow:
         return (self.phases[1].start if len(self.phases) > 1 else len(self.text)) - past
 
     def leave_block(self, past: int, count: int) -> int:
-        """Return a number of tokens behind ``past`` ones, at least ``count``, that divides none that see each other."""
+        """Return ``count`` tokens from ``past`` on, or more, so that no block of tokens is divided."""
         blocks = None if self._keyed is None else self._keyed[2].get(encoder_output_name(BLOCKS))
         return count if blocks is None or not count else leave_block(blocks[0], past + count, ahead=True) - past
 
     def let_go(self) -> None:
-        """Let go of the adapters."""
+        """Release the adapters."""
         self._held.close()
 
     def take(self, token: int, logits: Tensor, failed: Exception | None = None) -> str:
         """Add a token that was drawn from logits (vocabulary,); return why the text ends, or "".
 
         Args:
-            failed: why none could be drawn.
+            failed: the error for which no token was drawn.
         """
         if math.isnan(logits[token]) or (failed is not None and not math.isfinite(logits.max())):
             names = list_some([name for name, _ in self.state.choice]) or "none"
@@ -161,7 +161,7 @@ class RunningRow:
         return self._guard(lambda: self._add(token, logits))
 
     def _guard(self, work: Callable[[], str]) -> str:
-        """Return why the text ends, or ""; processors and stopping criteria of its own fail no other row."""
+        """Call ``work``; return why the text ends, or "". An error of the row's own criteria ends this row alone."""
         try:
             return work()
         except Exception as error:
@@ -174,7 +174,7 @@ class RunningRow:
         return self._find_end()
 
     def find_earlier_end(self) -> str:
-        """Return why the text ended when it was interrupted elsewhere, before it was continued here, or ""."""
+        """Return why a continued text had ended before it came here, or ""."""
         return self._guard(self._find_end) if self.request.drawn and not self.is_read else ""
 
     def _find_end(self) -> str:
@@ -183,11 +183,11 @@ class RunningRow:
         return "length" if len(self.text) >= self.sampler.most else "stop"
 
     def end(self, reason: str, error: Exception | None = None) -> None:
-        """End the request, and let go of its adapters."""
+        """End the request, and release its adapters."""
         self.let_go()
         error = error or self._error
         if error is not None:
-            drop_frames(error)  # they hold caches for as long as a client keeps the error
+            drop_frames(error)  # frames would keep caches alive as long as a client keeps the error
         self.stream.end(reason, error)
 
 

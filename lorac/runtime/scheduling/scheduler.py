@@ -1,4 +1,4 @@
-"""Continuous batching: requests of many tenants with adapters of their own, computed together step by step."""
+"""The scheduler of continuous batching: requests of many tenants, each with its adapters, share each step."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
     from lorac.runtime.generation.generating_model import GeneratingModel
 
 _SHARED, _RECENT = 4, 60.0
-"""The number of rows from which on some are kept for tenants, and the seconds for which a request lets them be."""
+"""The least number of rows at which rows are reserved for other tenants; the seconds for which a request counts."""
 
 
 class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
-    """A compiled model that answers many requests at once, in a thread of its own.
+    """A thread in which a compiled model answers many requests at once.
 
-    A step computes one token for every running row and a chunk of each prompt, in one engine call whatever adapters
-    they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest.
-    While others sent a request within the last minute, a tenant has at most half of four rows or more, and one is kept
-    free for those without rows; while several have rows, a step reads one chunk for each tenant. A request begins when
-    there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and swapped meanwhile; a
-    request keeps those that it began with.
+    A step computes one token for every generating row and a chunk of each prompt, in one engine call for all adapters
+    that can share it. The next free row goes to the tenant with the fewest rows, and among those to the request that
+    has waited longest. With four rows or more, while other tenants sent a request within the last minute, a tenant gets
+    at most half of the rows, and one row is reserved for tenants without any. While several tenants have rows, a step
+    reads one chunk for each tenant. A request begins when there is a row and memory for it (``compiled.memory``).
+    Adapters may be added, removed and swapped meanwhile; a request keeps the adapters that it began with.
 
     Args:
-        compiled: compiled with ``cache=True``.
-        rows: the most requests at work.
-        waiting: the most that wait; a tenant with less than its share of them waits too while others' fill the line.
-        chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
-            sooner, and the others' next tokens come later. Default: as many as make a step of half the rows take half
-            as long again, but at least 4, or 64 while a tenant is alone and has more prompts that are read than
-            requests that run (256 of all prompts together); the model is timed once, before the first request begins.
-        prompt_cache: bytes of keys and values that are cached for prompts that begin alike; 0 caches nothing.
-        component: which of several models decodes.
+        compiled: a model compiled with ``cache=True``.
+        rows: the most requests that run at once.
+        waiting: the most requests that wait; a full line still takes a tenant up to its share of the line.
+        chunk: the most tokens of each prompt per step. With a larger chunk, prompts are read sooner, and the tokens of
+            running requests come later. Default: the largest with which a step of half the rows takes 1.5 times as
+            long, but at least 4; up to 64 while only one tenant sends requests and more of its rows read prompts than
+            generate (256 for all prompts together). The model is timed once, before the first request begins.
+        prompt_cache: bytes of keys and values to cache for prompts with the same first tokens; 0 caches nothing.
+        component: the name of the model that decodes, where there are several.
 
     Raises:
-        Unavailable: the program keeps no cache, or is an encoder-decoder.
+        Unavailable: the program has no cache, or is an encoder-decoder.
     """
 
     def __init__(
@@ -83,21 +83,22 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
         self._last_request: dict[str, float] = {}
         self._thread = threading.Thread(target=self._work, name="lorac-scheduler", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # the interpreter aborts where it ends below a thread that computes
+        atexit.register(self.close)  # the interpreter aborts where it exits while a thread computes
 
     def submit(self, request: TextRequest) -> TokenStream:
-        """Put a request in line; return its tokens as they are computed.
+        """Put a request in line; return the stream of its tokens.
 
         Raises:
             AdapterNotFound, ChoiceError: as for ``compiled.swap``.
-            InputMismatch, OptionError: as for ``compiled.generate``; or more come at once than may ever wait.
-            OverBudget: as many requests of the tenant wait as may (code ``queue_full``); or it drains (``stopping``).
+            InputMismatch, OptionError: as for ``compiled.generate``; or more requests come at once than may wait.
+            OverBudget: the tenant's share of the line is full (code ``queue_full``), or
+                the scheduler drains (``stopping``).
             Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
         """
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
-        """Put several requests in line, all or none; raises as ``submit``."""
+        """Put several requests in line, all or none of them; raises as ``submit``."""
         counts = collections.Counter(request.tenant for request in requests)
         for count in counts.values():
             if count > self.waiting:
@@ -118,7 +119,7 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
         return [row.stream for row in rows]
 
     def _check_room(self, counts: Mapping[str, int]) -> None:
-        """Check that so many requests of each tenant may be put in line."""
+        """Check that the line takes this number of further requests of each tenant."""
         with self._changed:
             if self._draining:
                 raise _stopping()
@@ -132,29 +133,29 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
 
     @property
     def load(self) -> tuple[int, int]:
-        """The number of requests at work, and of those that wait."""
+        """The number of running requests, and the number of waiting requests."""
         return len(self._batch.rows), len(self._queue)
 
     @property
     def chunk(self) -> int | None:
-        """The most tokens of each prompt per step; None until that is chosen."""
+        """The most tokens of each prompt per step; None until the model was timed."""
         return self._batch.chunk
 
     @property
     def works(self) -> bool:
-        """Whether requests are answered: its thread runs."""
+        """Whether the scheduler's thread runs and answers requests."""
         return self._thread.is_alive()
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that rows at work take: of "bank", which holds their adapters, and of "kv", keys and values."""
+        """The bytes that running rows take: "bank" for their adapters, "kv" for keys and values."""
         return self._batch.nbytes
 
     def drain(self, *, running: bool = False) -> None:
-        """Take no more requests, and end those that wait by an error (code ``stopping``); those at work go on.
+        """Take no more requests, and end waiting requests with an error (code ``stopping``); running requests go on.
 
         Args:
-            running: end those at work, too, by their deadline.
+            running: also end running requests, with the reason "deadline".
         """
         with self._changed:
             self._closing = self._draining = True
@@ -166,7 +167,7 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
             self._changed.notify()
 
     def close(self) -> None:
-        """Take no more requests; return when those that were submitted have ended."""
+        """Take no more requests; return when all submitted requests have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -183,7 +184,7 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
                 self._batch.step()
 
     def _fill(self) -> bool:
-        """Let requests begin while there is room; wait for one if there is no work. Return False at the end."""
+        """Begin requests while there is room; wait for a request if there is no work. Return False once closed."""
         with self._changed:
             while not (self._queue or self._batch.rows or self._closing):
                 self._changed.wait()
@@ -200,11 +201,11 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
             return bool(self._queue or self._batch.rows or not self._closing)
 
     def _keeps_row(self, at_work: Set[str], rows: int, free: int) -> bool:
-        """Return whether the next free row is kept for tenants that sent a request within the last minute.
+        """Return whether the next free row is reserved for tenants that sent a request within the last minute.
 
         Args:
             at_work: the tenants that have rows.
-            rows: the fewest that a tenant has whose request waits.
+            rows: the number of rows of the next request's tenant.
             free: the number of free rows.
         """
         recent = self._last_request.keys()
@@ -214,7 +215,7 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
         )
 
     def _begin(self, number: int) -> bool:
-        """Begin a request and return True, or leave it in line until others have freed memory."""
+        """Begin a request and return True; return False and leave it in line where memory must be freed first."""
         row = self._queue[number]
         try:
             self._batch.admit(row)

@@ -1,4 +1,4 @@
-"""A line of requests that tenants share."""
+"""The check of a line of waiting requests that tenants share."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ from lorac.errors import OverBudget
 
 
 def check_line(line: Sequence[str], tenant: str, count: int, most: int) -> None:
-    """Check that a line takes more requests of a tenant.
+    """Check that a line has room for ``count`` more requests of a tenant.
 
-    A tenant's share of the line is the same for all tenants that wait. A full line still takes a tenant up to its
-    share, and is then longer than ``most``: one tenant's requests never keep another's out.
+    All tenants with waiting requests have equal shares of the line. A full line still takes a tenant up to its share,
+    and is then longer than ``most``: one tenant's requests never keep another tenant's out.
 
     Args:
-        line: the tenants of the requests that wait.
-        tenant: sends more.
-        count: how many.
-        most: how many may wait.
+        line: the tenant of each waiting request.
+        tenant: the tenant that sends the requests.
+        count: the number of requests.
+        most: the most requests that may wait.
 
     Raises:
         OverBudget: there is no room (code ``queue_full``).

@@ -18,15 +18,15 @@ class TextRequest:
 
     Attributes:
         ids: the prompt's token ids (length,).
-        adapters: the choice of adapters, as ``compiled.swap`` takes it; default: the active one.
-        seed: of its random numbers, as for ``compiled.generate``; None: torch's own generator seeds it.
-        logprobs: how many of the likeliest tokens are reported with each; None: no log-probability at all.
-        tenant: who asks. Rows are shared out among tenants, and none uses the prompts that another's requests computed.
-        deadline: seconds after which it ends, those of waiting included; None: never.
-        drawn: how many of the last ids are tokens that this request drew elsewhere, with the same seed and options: the
-            answer goes on after them as if it had not been interrupted.
-        options: of ``compiled.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``stop_strings``, …;
-            and images or sounds in the prompt, as the model's processor makes them: ``pixel_values``, …
+        adapters: the choice of adapters, as ``compiled.swap`` takes it; default: the active choice.
+        seed: the seed of random numbers, as for ``compiled.generate``; None: torch's own generator draws it.
+        logprobs: the number of likeliest tokens to report with each token; None: no log-probabilities.
+        tenant: the name of the client. Tenants share the rows; cached prompts are never shared between tenants.
+        deadline: seconds from submission after which the request ends; None: never.
+        drawn: the number of last ids that were drawn elsewhere, with the same seed and options; the answer continues
+            as if it had not been interrupted.
+        options: options of ``compiled.generate`` (``max_new_tokens``, ``do_sample``, ``temperature``, …), and images or
+            sounds in the prompt, as the model's processor makes them (``pixel_values``, …).
     """
 
     ids: Tensor
@@ -45,7 +45,7 @@ class TextToken:
 
     Attributes:
         id: the token.
-        logprob: the model's log-probability of it, before any option changes the scores; None unless requested.
+        logprob: the model's log-probability of the token, before any option changes the scores; None unless requested.
         likeliest: the likeliest tokens with their log-probabilities, in descending order.
     """
 
@@ -63,7 +63,7 @@ class TokenStream:
         deadline: seconds after which the request ends; None: never.
 
     Attributes:
-        reason: why it ended: "stop", "length", "cancelled", "deadline" or "error"; empty until then.
+        reason: why the request ended: "stop", "length", "cancelled", "deadline" or "error"; empty before.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -74,7 +74,7 @@ class TokenStream:
         self._cancelled = False
 
     def cancel(self) -> None:
-        """End the request; its row is free after the step that runs."""
+        """Cancel the request; its row is freed after the current step."""
         self._cancelled = True
 
     def __iter__(self) -> Iterator[TextToken]:
@@ -106,23 +106,23 @@ class TokenStream:
         try:
             raise item
         finally:
-            del item  # the error holds this frame
+            del item  # the error's traceback references this frame
 
     def _leave(self) -> None:
-        """End the request, and any loop that is begun later."""
+        """Cancel the request, and end any later loop over the stream."""
         self.cancel()
         self._items.put(None)
 
     # ── The scheduler's side ─────────────────────────────────────────────────────────────────────────────────────────
     @property
     def interrupted(self) -> str:
-        """Why the request ends before its text does: "cancelled" or "deadline"; empty if it goes on."""
+        """Why the request must end early: "cancelled" or "deadline"; empty if it goes on."""
         if self._cancelled:
             return "cancelled"
         return "deadline" if self._ends_at is not None and time.monotonic() > self._ends_at else ""
 
     def expire(self) -> None:
-        """End the request by its deadline, which is now."""
+        """Set the request's deadline to now."""
         self._ends_at = 0.0
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
@@ -131,17 +131,17 @@ class TokenStream:
         self.put(error)
 
     def put(self, item: TextToken | BaseException | None) -> None:
-        """Give the reader a token, an error, or None at the end."""
+        """Queue a token, an error, or None for the end, and wake the reader."""
         self.add(item)
         wake_readers([self])
 
     def add(self, item: TextToken | BaseException | None) -> None:
-        """Give a reader an item, of which ``wake_readers`` tells an event loop."""
+        """Queue an item; ``wake_readers`` must be called to wake a reader in an event loop."""
         self._items.put(item)
 
 
 def wake_readers(streams: Iterable[TokenStream]) -> None:
-    """Tell the readers of streams that there are new items: each event loop once, which is then at work meanwhile."""
+    """Wake the event-loop readers of streams that have new items, with one call per event loop."""
     readers = collections.defaultdict[asyncio.AbstractEventLoop, dict[TokenStream, asyncio.Event]](dict)
     for stream in streams:
         if (reader := stream._reader) is not None:
