@@ -1,1 +1,1 @@
-"""Formulas, the normal forms of their changes, and the reduction of a formula to a normal form."""
+"""Formulas, the normal forms of their changes, and the reduction of formulas to normal forms."""

@@ -1,11 +1,11 @@
-"""Affine branches: a formula over (x, y), rewritten as a formula over (W, b).
+"""Affine branches: a formula over (x, y) is rewritten as a formula over (W, b).
 
 A branch computes y' from a site's input x and output y = x·Wᵀ + b. If every op is affine *for all parameters*, each
 value is ``P·x + Q·y + k`` (per token, as columns), and the branch equals the weight formula::
 
     W' = P + Q·W        b' = Q·b + k
 
-The ops decide whether a branch is affine, not numbers: a zero-initialised bottleneck is not affine.
+Ops decide whether a branch is affine, not values: a bottleneck with zero weights is not affine.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from lorac.ir.algebra.structure import Op, call_op, shape_of
 
 aten = torch.ops.aten
 Matrix = fx.Node | Literal["I"] | None
-"""A node, the identity, or zero."""
+"""A matrix: a node, the identity, or None for zero."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ Operand = Affine | fx.Node | float | None
 
 
 class _AffineBuilder:
-    """Builds the nodes of the weight formula.
+    """Builder of the nodes of the weight formula.
 
     Attributes:
         values: a node of the branch -> its value: affine in (x, y), or a node of parameters only.
@@ -54,7 +54,7 @@ class _AffineBuilder:
         return operands
 
     def evaluate(self, node: fx.Node) -> Affine | fx.Node | None:
-        """Return the value of one op; None for one that is not affine in (x, y)."""
+        """Return the value of one op; None for an op that is not affine in (x, y)."""
         if any(isinstance(self.values[operand], Affine) for operand in node.all_input_nodes):
             rule = _RULES.get(node.target)
             return None if rule is None else rule(self, node)
@@ -67,7 +67,7 @@ class _AffineBuilder:
         return call_op(self.graph, op, *args)
 
     def matrix(self, value: fx.Node | Literal["I"], source: str) -> fx.Node:
-        """Return a node for a matrix; the identity is written out."""
+        """Return a node for a matrix; the identity becomes an ``eye`` node."""
         if isinstance(value, fx.Node):
             return value
         return call_op(self.graph, aten.eye.default, self.widths[source], dtype=self.like.meta["val"].dtype)
@@ -92,9 +92,9 @@ class _AffineBuilder:
 
 
 def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphModule | None:
-    """Return the formula (W, b, *params) -> (W', b') equal to ``branch`` (x, y, *params) -> y', or None.
+    """Return a formula (W, b, *params) -> (W', b') equal to an affine ``branch`` (x, y, *params) -> y'; else None.
 
-    The result is None for a branch that is not affine.
+    The result is None where the branch is not affine.
 
     Args:
         branch: a traced branch over x (tokens, in) and y (tokens, out).
@@ -113,7 +113,7 @@ def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphM
         copied.meta["val"] = parameter.meta["val"]
     *nodes, output = (node for node in branch.graph.nodes if node.op != "placeholder")
     for node in nodes:
-        # A constant of the formula exists in its own graph only.
+        # A constant of the branch is unknown in the new graph.
         value = build.evaluate(node) if node.op == "call_function" else None
         if value is None:
             return None
@@ -136,7 +136,7 @@ def _emit_output(build: _AffineBuilder, result: Affine, w: fx.Node, b: fx.Node) 
 
 
 def _apply_linear(build: _AffineBuilder, node: fx.Node) -> Affine | None:
-    """M·(P·x + Q·y + k) + β; a product of rows with M applies Mᵀ to columns."""
+    """M·(P·x + Q·y + k) + β; where the op multiplies rows by M, columns are multiplied by Mᵀ."""
     value, matrix, *rest = build.operands(node)
     bias = rest[0] if rest else None
     if not isinstance(value, Affine) or not isinstance(matrix, fx.Node) or isinstance(bias, Affine):
@@ -192,4 +192,4 @@ _RULES: dict[object, Callable[[_AffineBuilder, fx.Node], Affine | None]] = {
     aten.clone.default: lambda build, node: build.operands(node)[0],
     aten.contiguous.default: lambda build, node: build.operands(node)[0],
 }
-"""Op -> its value over at least one affine operand."""
+"""Op -> the function that computes its value from operands of which at least one is affine."""

@@ -1,6 +1,6 @@
-"""Changes of a site by one adapter or a mixture, in normal forms, as plain tensors.
+"""Changes of a site by an adapter or a mixture, in normal forms, as plain tensors.
 
-Each is a change of the base's output y = x·Wᵀ + b, so that forms add up:
+Each is a change of the base's output y = x·Wᵀ + b, so that changes can be added:
 
     ========  ==========================================  ==================================
     form      live                                        merged
@@ -12,8 +12,8 @@ Each is a change of the base's output y = x·Wᵀ + b, so that forms add up:
     ========  ==========================================  ==================================
 
 c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W and D (out, in), and T (in, in) is block-diagonal, stored
-as its blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begins with E. A change is immutable;
-composing makes a new one, always from the original W, never by subtraction.
+as its blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begins with the axis E. A change is
+immutable; composing makes a new one, always from the original W, never by subtraction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ class LowRank:
         return self.a.shape[-1]
 
     def truncated(self, rank: int, power: float = 0.0) -> "LowRank":
-        """Return the first ``rank`` components, scaled by (R/rank)^power for a method with the scale r^−power."""
+        """Return the first ``rank`` components, times (R/rank)^power, for a method whose scale is r^−power."""
         if rank >= self.rank:
             return self
         folded, factor = self.folded(), (self.rank / rank) ** power
@@ -83,7 +83,7 @@ class Delta:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """W' (out, in) itself; ``e`` (out,) is added to the bias."""
+    """The matrix W' (out, in), which replaces W; ``e`` (out,) is added to the bias."""
 
     weight: Tensor
     e: Tensor | None = None
@@ -91,7 +91,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class SparseSum:
-    """Several sparse changes with strengths, applied in order; indices may overlap."""
+    """Sparse changes with strengths, applied in order; their indices may overlap."""
 
     terms: tuple[tuple[float, Sparse], ...]
     e: Tensor | None = None
@@ -101,13 +101,13 @@ Change = LowRank | Sparse | SparseSum | Delta | Dense
 
 
 def factors_of(change: Change) -> tuple[Tensor, Tensor] | None:
-    """Return B (out, r), with every scale, and A (r, in) of a change that adds B·A to W and does nothing else to it."""
+    """Return B (out, r), with every scale, and A (r, in) of a change that only adds B·A to W; None otherwise."""
     folded = change.folded() if isinstance(change, LowRank) else None
     return None if folded is None or folded.scales else (folded.b.mT, folded.a.mT)
 
 
 def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:
-    """Return the change that a reduction's outputs describe.
+    """Convert a reduction's outputs to the change that they describe.
 
     Args:
         form: ``Reduction.form``.
@@ -127,7 +127,7 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
 
 
 def to_outputs(change: LowRank | Sparse | Delta | Dense) -> tuple[str, dict[str, Tensor]]:
-    """Invert ``from_outputs`` for a base without bias: return the change's form and its tensors by operand."""
+    """Convert a change without a base bias to its form and its tensors by operand; the inverse of ``from_outputs``."""
     shift = {} if change.e is None else {BIAS: change.e}
     if isinstance(change, LowRank):
         return "low-rank", {A: change.a, B: change.b, **change.scales, **shift}
@@ -149,11 +149,11 @@ def list_tensors(change: Change) -> list[Tensor]:
 
 
 def map_tensors(edit: Callable[[Tensor], Tensor], change: Change) -> Change:
-    """Return a change with every tensor replaced by the result of ``edit``."""
+    """Replace every tensor of a change by the result of ``edit``; return the new change."""
     if isinstance(change, LowRank):
         scales = {name: edit(scale) for name, scale in change.scales.items()}
         return LowRank(edit(change.a), edit(change.b), scales, None if change.e is None else edit(change.e))
-    if isinstance(change, SparseSum):  # it holds the sum of its terms' shifts
+    if isinstance(change, SparseSum):  # the sum has one ``e`` for all terms
         terms = tuple((t, Sparse(edit(v.rows), edit(v.cols), edit(v.values))) for t, v in change.terms)
         return SparseSum(terms, None if change.e is None else edit(change.e))
     form, outputs = to_outputs(change)
@@ -191,7 +191,7 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
 
 
 def merge_weight(change: Change, weight: Tensor) -> Tensor:
-    """Return W' (out, in) as a new tensor in the dtype of W (out, in), computed in the wider of the two dtypes.
+    """Return W' (out, in) as a new tensor in the dtype of W (out, in), computed in the wider dtype of change and W.
 
     Raises:
         CompileError: the change has a scale that a weight cannot hold.
@@ -223,13 +223,13 @@ def merge_weight(change: Change, weight: Tensor) -> Tensor:
 
 
 def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return W + left·right for matrices (out, R) and (R, in) or stacks of them, written to ``out`` if given."""
+    """Return W + left·right of matrices (out, R) and (R, in), or of stacks of them; write it to ``out`` if given."""
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     return product(weight, left, right, out=out)
 
 
 def stack_changes(changes: Sequence[Change]) -> LowRank | Delta:
-    """Stack the changes of several matrices, E in front; methods that adapt stacks add pairs or matrices to them."""
+    """Stack the changes of E matrices along a first axis; all are plain pairs, or all are added matrices."""
     shifts = [change.e for change in changes if change.e is not None]
     e = torch.stack(shifts) if shifts else None
     if all(isinstance(change, Delta) for change in changes):
@@ -240,14 +240,14 @@ def stack_changes(changes: Sequence[Change]) -> LowRank | Delta:
 
 
 def merge_bias(change: Change, bias: Tensor | None) -> Tensor | None:
-    """Return b' (out,), or None without a base bias and a change of it."""
+    """Return b' (out,); None if neither the base has a bias nor the change a shift."""
     if change.e is None:
         return bias
     return change.e.clone() if bias is None else bias + change.e.to(bias.dtype)
 
 
 def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
-    """Add sparse terms to a matrix (out, in) in place, one after another."""
+    """Add sparse terms to a matrix (out, in) in place, in order."""
     for strength, change in terms:
         scaled = change.values if strength == 1 else change.values * strength
         matrix.index_put_((change.rows, change.cols), scaled.to(matrix.dtype), accumulate=True)
@@ -255,9 +255,9 @@ def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
 
 
 def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Multiply x (…, in) by the block-diagonal matrix of ``blocks`` (n, k, k).
+    """Multiply x (…, in) by the block-diagonal matrix with the blocks (n, k, k).
 
-    With a matrix for each segment of x (D, tokens, in), the blocks are (D, n, k, k).
+    For x of segments (D, tokens, in) with a matrix each, the blocks are (D, n, k, k).
     """
     number, size, _ = blocks.shape[-3:]
     if blocks.dim() > 3:
@@ -273,7 +273,7 @@ def identity_blocks(width: int, size: int, dtype: torch.dtype, device: torch.dev
 
 
 def are_summable(changes: Sequence[LowRank]) -> bool:
-    """Return whether the sum is c∘W or W·Tᵀ again: all change outputs, or all inputs in blocks of one size."""
+    """Return whether the sum has one form, c∘W or W·Tᵀ: only outputs change, or only inputs in blocks of one size."""
     names = {name for change in changes for name in change.scales}
     sizes = {change.scales[T].shape[-1] for change in changes if T in change.scales}
     one_side = C not in names or not names & {D, T}

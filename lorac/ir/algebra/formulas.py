@@ -1,8 +1,8 @@
-"""Calls of a method's formula, whose faults are reported with the method, the site and the line.
+"""Calls of a method's formula, whose errors name the method, the site and the line.
 
-A formula is a pure function of torch ops. It is *watched* when its arguments have no memory (traced, or run on fake
-tensors): an op that writes into an argument or a view of one is refused before it runs, and so is a step that needs the
-value of a tensor. So a formula never writes into a model or an adapter.
+A formula is a pure function of torch ops. A call is *watched* when the arguments have no memory (traced, or fake
+tensors): an op that writes into an argument or a view of an argument is refused before it runs, and so is a step that
+reads the value of a tensor. So a formula never writes into a model or an adapter.
 """
 
 import inspect
@@ -39,8 +39,8 @@ _FORMULA_ERRORS = (
     TypeError,
     ValueError,
 )
-"""Exceptions that count as the formula's fault on real numbers; others are control flow of code around it, such as the
-end of a checkpoint's recomputation, and pass."""
+"""Exceptions that are the formula's fault on real numbers. Other exceptions pass through: they are control flow of the
+callers, such as the end of a checkpoint's recomputation."""
 _FORMULA_CONTRACT = "a formula is a pure function of torch ops that returns W' like W, or y' like y"
 _ONCE_CONTRACT = "`once` returns a dictionary of tensors by name, which branches read as own:<name>"
 _READS_VALUE = torch.ops.aten._local_scalar_dense.default
@@ -48,7 +48,7 @@ _READS_VALUE = torch.ops.aten._local_scalar_dense.default
 
 @dataclass(frozen=True)
 class Formula:
-    """One formula of a method at one site; called as the function is.
+    """One formula of a method at one site, called as its function is.
 
     Attributes:
         function: a pure function of torch ops, to a tensor.
@@ -60,20 +60,20 @@ class Formula:
     site: str
 
     def __call__(self, *args: object, like: Tensor, read: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the formula's result.
+        """Compute the formula's result.
 
         Args:
-            *args: its arguments; every tensor of a ``Params`` counts as one.
-            like: one of them, of the shape that the result must have.
-            read: further program values that it may read, by name.
+            *args: arguments of the function; every tensor of a ``Params`` counts as an argument.
+            like: an argument with the shape that the result must have.
+            read: further program values that the function may read, by name.
 
         Raises:
-            AdapterError: it raises, writes, needs the value of a tensor, or returns something else.
+            AdapterError: the function raises, writes, needs the value of a tensor, or returns something else.
         """
         return self._check(self._run(args, read or {}, watched=isinstance(like, FakeTensor)), like)
 
     def several(self, *args: object, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the result of a formula that returns tensors of any shape by name.
+        """Compute the result of a formula that returns tensors of any shape, by name.
 
         Args:
             *args, read: as for a call.
@@ -111,7 +111,7 @@ class Formula:
             )
 
     def _named(self, args: Sequence[object], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return every tensor that must not be written, by its name in the formula."""
+        """Return every tensor into which the formula must not write, by its name in the formula."""
         count = len(args)
         known = list(inspect.signature(self.function).parameters)[:count]
         names = [*known, *(f"argument {index}" for index in range(len(known), count))]
@@ -132,7 +132,7 @@ class Formula:
         return result
 
     def _error(self, what: str, step: str = _FORMULA_CONTRACT, error: Exception | None = None) -> AdapterError:
-        # The first frame of the traceback is the call itself.
+        # The first frame of the traceback is the call of the formula.
         line = innermost_user_line(traceback.extract_tb(error.__traceback__)[1:]) if error is not None else None
         line = line or definition_line(self.function)
         message = f"the formula of {self.method} at '{self.site}' {what}"
@@ -144,7 +144,7 @@ def _describe_type(result: object) -> str:
 
 
 def _explain_error(error: Exception) -> tuple[str, str]:
-    """Describe the fault of a formula that caused an exception, and return the next step with it."""
+    """Return the formula's fault that caused an exception, and the next step."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if isinstance(error, _ArgumentMutated):
@@ -162,7 +162,7 @@ def _explain_error(error: Exception) -> tuple[str, str]:
 
 @contextmanager
 def fake_execution() -> Iterator[Callable[[Tensor], Tensor]]:
-    """Run the block on fake tensors; yields a function that makes a fake tensor like another one."""
+    """Run the block on fake tensors; yield a function that makes a fake tensor with another tensor's layout."""
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True):
         yield lambda like: torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
@@ -176,7 +176,7 @@ class _ArgumentMutated(Exception):
 
 
 class _SizeFixed(Exception):
-    """A formula has fixed a symbolic size of an argument, so that its trace holds for that size alone."""
+    """A formula has specialised to a symbolic size of an argument, so that its trace is valid for one size only."""
 
 
 def _is_constant(size: torch.SymInt) -> bool:
@@ -184,7 +184,7 @@ def _is_constant(size: torch.SymInt) -> bool:
 
 
 class _MutationGuard(TorchDispatchMode):
-    """Refuses ops that would write into the memory of given tensors, or read a value of a fake one."""
+    """A mode that refuses ops that write into the memory of given tensors, or read the value of a fake tensor."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -204,7 +204,7 @@ class _MutationGuard(TorchDispatchMode):
 
 
 def _storage_key(tensor: Tensor) -> int:
-    """Return an id that tensors with the same memory share."""
+    """Return a key that is equal for tensors with the same memory."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -1,8 +1,8 @@
 """Dropout between the factors of a formula.
 
-A normal form does not keep the value between two factors: of ``U·(D·x + c) + e`` it keeps ``U·D`` and ``U·c + e``.
-Dropout of ``D·x + c`` drops the bias c too, and the bias in the site's output y where the formula reads that. So in
-training the formula's own graph runs, with dropout on results of a product that are operands of the next product.
+A normal form drops the value between two factors: of ``U·(D·x + c) + e`` it keeps ``U·D`` and ``U·c + e``. Dropout of
+``D·x + c`` also drops the bias c, and, where the formula reads the site's output y, the bias in y. So in training the
+formula's own graph runs, with dropout on results of a product that are operands of the next product.
 """
 
 import enum
@@ -21,18 +21,18 @@ class _ProductStage(enum.IntEnum):
     """The number of products between the tokens and a value."""
 
     TOKENS = 1
-    """It is computed from x or y without a product."""
+    """No product: a value computed from x or y."""
     BETWEEN = 2
-    """It is computed from the result of one product."""
+    """One product: a value computed from the result of a product."""
     AFTER = 3
-    """It is computed from the result of the second product, whose operand was dropped."""
+    """Two products or more: dropout was applied to an operand of the second product."""
 
 
 def insert_inner_dropout(branch: fx.GraphModule) -> fx.GraphModule | None:
-    """Return the branch (x, y, *params, rate) -> y' with dropout between its factors, or None without such a place.
+    """Return the branch (x, y, *params, rate) -> y' with dropout between its factors; None if there is no such place.
 
     Args:
-        branch: an affine branch, traced over x (tokens, in) and y (tokens, out); it serves any number of tokens.
+        branch: an affine branch, traced over x (tokens, in) and y (tokens, out); the result takes any number of tokens.
     """
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     inputs = [node for node in branch.graph.nodes if node.op == "placeholder"]
@@ -47,14 +47,14 @@ def insert_inner_dropout(branch: fx.GraphModule) -> fx.GraphModule | None:
         if product and (operand := next(inner, None)) is not None:
             known[operand] = graph.call_function(F.dropout, (copied[operand], rate))
         copied[node] = graph.node_copy(node, known.__getitem__)
-        # A value that depends on parameters alone has no stage.
+        # A value that depends only on parameters has no stage.
         if found := [stages[operand] for operand in node.all_input_nodes if operand in stages]:
             stages[node] = _ProductStage(min(max(found) + product, _ProductStage.AFTER))
     return fx.GraphModule(branch, graph) if any(node.target is F.dropout for node in graph.nodes) else None
 
 
 def run_with_dropout(dropped: fx.GraphModule, x: Tensor, y: Tensor, params: tuple[Tensor, ...], rate: float) -> Tensor:
-    """Run a graph from ``insert_inner_dropout`` on x (…, in) and y (…, out); the result is y' (…, out)."""
+    """Run a graph from ``insert_inner_dropout`` on x (…, in) and y (…, out); return y' (…, out)."""
     rows, tokens = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     output: Tensor = dropped(rows, tokens, *params, rate)
     return output.view(y.shape)

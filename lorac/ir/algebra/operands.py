@@ -1,9 +1,9 @@
-"""The names of the tensors of the normal forms, which the algebra, slots and files share.
+"""The names of the tensors of the normal forms, which the algebra, the slots and the files share.
 
     ``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + bias``
 
-A row of ``lorac.ir.slots.roles`` says where each acts in a running program; ``lorac.ir.algebra.changes`` says how they
-merge and add up.
+A row of ``lorac.ir.slots.roles`` says where each tensor acts in a running program; ``lorac.ir.algebra.changes`` says
+how the tensors are merged and added.
 """
 
 from typing import Final
@@ -19,19 +19,19 @@ D: Final = "d"
 T: Final = "t"
 """(n, k, k), n·k = in: blocks of the block-diagonal T that transforms the input of the base's product."""
 G: Final = "g"
-"""(R,): scales between the halves of the pair, separate where sites share A."""
+"""(R,): scales between the halves of the pair, a separate tensor where sites share A."""
 H: Final = "h"
-"""(out,): scales after the pair, separate where sites share B."""
+"""(out,): scales after the pair, a separate tensor where sites share B."""
 VIRTUAL: Final = "virtual"
-"""(n, out): the rows of virtual tokens of an embedding, whose ids follow those of its own."""
+"""(n, out): the rows of an embedding's virtual tokens, whose ids follow the vocabulary's."""
 WEIGHT: Final = "weight"
 """(out, in): the whole W'."""
 DELTA: Final = "delta"
-"""(out, in): the matrix added to W where no factors are known."""
+"""(out, in): the matrix added to W, where its factors are unknown."""
 BIAS: Final = "bias"
-"""(out,): the whole b'; a change holds the difference from b."""
+"""(out,): the whole b'; a change stores the difference from b."""
 
 FOLDABLE: Final = frozenset({G, H})
 """Operands that are folded into B at sites without slots for them."""
 MERGEABLE: Final = frozenset({C, D, T})
-"""Operands next to the pair that W' can hold."""
+"""Operands besides the pair that can be merged into W'."""

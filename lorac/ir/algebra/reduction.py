@@ -1,7 +1,7 @@
-"""Reducing a formula to its normal form: it is traced and analysed, and a small graph computes the form's tensors.
+"""The reduction of a formula to its normal form: a trace, its analysis, and a small graph that computes the tensors.
 
 The result, a ``Reduction``, is a graph (W, b, *params) -> tensors of one normal form, differentiable and valid for all
-values of the parameters. It runs once when an adapter is added, and in every step of training.
+values of the parameters. It runs once when an adapter is added, and in every training step.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 LOW_RANK, SPARSE, DELTA, DENSE, BRANCH = "low-rank", "sparse", "delta", "dense", "branch"
 _TOKENS, _OTHER_TOKENS = 5, 7
-"""Numbers of tokens in the examples with which a branch is traced; at least 2."""
+"""Numbers of tokens in the examples over which a branch is traced; at least 2."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Reduction:
 
     Attributes:
         form: ``"low-rank"``, ``"sparse"``, ``"delta"``, ``"dense"`` or ``"branch"``.
-        graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
-            itself, (x, y, *params) -> y'.
+        graph: the graph that computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the
+            traced branch itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
         outputs: the operands (``lorac.ir.algebra.operands``) of the tensors it returns. low-rank: the pair, and scales
             other than 1; sparse: rows, cols, values (k,); delta: the added matrix; dense: the weight. Also the bias, if
-            that changes.
+                the formula changes it.
         shared: names of the parameters that all sites share.
         common: the outputs that depend on shared parameters alone: one tensor for all sites of a shape.
         rank: R of a low-rank form, else 0.
@@ -65,7 +65,7 @@ class Reduction:
 
     def __call__(self, weight: Tensor, bias: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the form's tensors by operand."""
-        values = self.graph.forward(weight, bias, *tensors)  # nobody hooks into it
+        values = self.graph.forward(weight, bias, *tensors)  # a direct call: nothing hooks into the graph
         return dict(zip(self.outputs, values, strict=True))
 
 
@@ -84,11 +84,11 @@ def reduce_weight(
     Args:
         formula: a pure function of torch ops (``lorac.ir.algebra.formulas.Formula`` refuses others).
         weight: shape (out, in) of W.
-        params: one example tensor per parameter (any device; only shape and dtype are read).
-        dtype: dtype the formula computes in.
+        params: one example tensor per parameter (on any device; only shape and dtype are read).
+        dtype: dtype in which the formula computes.
         rules: the algebra's table.
         shared: names of the parameters that all sites share.
-        keep_factors: products stay low-rank at any rank, for whatever reads the factors themselves.
+        keep_factors: keep products low-rank at any rank, for callers that read the factors.
     """
     names = tuple(params)
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -105,7 +105,7 @@ def reduce_weight(
 def reduce_rows(
     formula: Callable[[Params], Tensor], weight: tuple[int, int], params: Mapping[str, Tensor]
 ) -> Reduction:
-    """Return the form of a formula of rows (n, out) behind an embedding (out, in): next to a pair of rank 0."""
+    """Reduce a formula of rows (n, out), appended to an embedding (out, in), to a low-rank form of rank 0 plus rows."""
     out, size = weight
 
     def lay_out(w: Tensor, b: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +127,7 @@ def reduce_branch(
     *,
     keep_factors: bool = False,
 ) -> Reduction:
-    """Reduce a branch formula (x, y, p) -> y' of a linear site, as a weight formula if it is affine."""
+    """Reduce a branch formula (x, y, p) -> y' of a linear site; an affine branch is reduced as a weight formula."""
     names = tuple(params)
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
@@ -206,7 +206,7 @@ def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]
     scales = {operands.C: form.c, operands.D: form.d}
     factors = None
     if len(form.low) == 1:
-        # (h∘B)·(g∘A): where B and A depend on shared parameters alone, all sites share them.
+        # (h∘B)·(g∘A): B and A that depend only on shared parameters are one tensor for all sites.
         (b, h), (a, g) = (_strip_scale(factor, common) for factor in form.low[0])
         if all(_depends_only_on(core, common) for core in (b, a)):
             factors, scales[operands.G], scales[operands.H] = (a, b), g, h
@@ -230,7 +230,7 @@ def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]
 
 
 def _strip_scale(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """Split a matrix (n, m) into a matrix and the column (n, 1) that scales its rows, or None without one."""
+    """Split a matrix (n, m) into a matrix and the column (n, 1) that scales its rows; None for no column."""
     if matrix.target is not aten.mul.Tensor or _depends_only_on(matrix, common):
         return matrix, None
     for core, scale in (matrix.args[:2], matrix.args[1::-1]):
@@ -243,7 +243,7 @@ def _strip_scale(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Nod
 
 
 def _depends_only_on(node: fx.Node, common: set[fx.Node]) -> bool:
-    """Return whether a node reads inputs, all of them in ``common``."""
+    """Return whether a node depends on at least one input, and only on inputs in ``common``."""
     todo, read = [node], set()
     while todo:
         inner = todo.pop()

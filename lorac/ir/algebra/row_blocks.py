@@ -1,4 +1,4 @@
-"""Rules for a weight that is split by rows, changed in blocks and joined again: low-rank blocks give a low-rank W."""
+"""Rules for a weight that is split by rows, changed in blocks and joined: low-rank blocks give a low-rank W."""
 
 import operator
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _RowBlock:
-    """Rows of a matrix (n, m) viewed as (groups, n/groups, m): in each group ``size`` rows from ``first`` on."""
+    """Rows of a matrix (n, m) viewed as (groups, n/groups, m): ``size`` rows of each group, starting at ``first``."""
 
     source: fx.Node
     groups: int
@@ -35,20 +35,20 @@ class _RowBlock:
         return found.emit(aten.reshape.default, padded, [self.groups * self.length, -1])
 
     def shift(self, found: Analysis, rows: fx.Node) -> fx.Node:
-        """Convert the block's row indices to those of the whole matrix."""
+        """Convert row indices of the block to row indices of the whole matrix."""
         group = found.emit(aten.floor_divide.default, rows, self.size)
         before = found.emit(aten.mul.Tensor, group, self.length - self.size)
         return found.emit(aten.add.Tensor, found.emit(aten.add.Tensor, rows, before), self.first)
 
 
 def match_row_block(found: Analysis, node: fx.Node) -> Form | None:
-    """X[i] of W = [X[0]; X[1]; …], split by rows, is a base of its own."""
+    """X[i] of W = [X[0]; X[1]; …], split by rows, is a base."""
     block = _row_block_of(node)
     return Form(base=node) if block is not None and found.form(block.source) == Form(WEIGHT) else None
 
 
 def _row_block_of(node: fx.Node) -> _RowBlock | None:
-    """Return the rows that a node holds: an item of ``split`` on the second axis of a view (groups, n/groups, m)."""
+    """Return the rows in a node that is an item of ``split`` on the second axis of a view (groups, n/groups, m)."""
     operands: Operands = node.args
     part = operands[0]
     part = part.args[0] if part.target is aten.clone.default else part
@@ -72,7 +72,7 @@ def match_joined_blocks(found: Analysis, node: fx.Node) -> Form | None:
     if cat.target is not aten.cat.default or cat.args[1:] != (1,):
         return None
     parts = []
-    for viewed in cat.args[0]:  # each a changed block of rows, viewed in groups again
+    for viewed in cat.args[0]:  # each is a changed block of rows, viewed in groups
         form = found.form(viewed.args[0]) if viewed.target is aten.view.default else None
         block = _row_block_of(form.base) if form is not None and isinstance(form.base, fx.Node) else None
         if form is None or block is None:
@@ -80,7 +80,7 @@ def match_joined_blocks(found: Analysis, node: fx.Node) -> Form | None:
         parts.append((form, block))
     blocks = [block for _, block in parts]
     first, sizes = blocks[0], [block.size for block in blocks]
-    # The blocks must be all rows of one matrix in order, joined in the way it was split.
+    # The blocks must be all rows of one matrix in order, joined as they were split.
     in_order = [block.first for block in blocks] == [sum(sizes[:i]) for i in range(len(sizes))]
     alike = all((block.source, block.groups) == (first.source, first.groups) for block in blocks)
     whole = shape_of(node) == shape_of(first.source) and shape_of(cat)[:2] == (first.groups, first.length)

@@ -1,4 +1,4 @@
-"""The rules of the algebra, each with one identity. None knows a method."""
+"""The rules of the algebra: each states one identity, and none depends on a method."""
 
 import math
 import operator
@@ -42,7 +42,7 @@ def _match_block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
 
 
 def _stack_blocks(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
-    """Return the blocks as one tensor: the tensor of which they are all slices in order, or a new stack."""
+    """Return the blocks as one tensor: the tensor that was unbound into them, if they are in order, or a new stack."""
     origins = {part.args[0] for part in parts if part.target is operator.getitem}
     origin = next(iter(origins)) if len(origins) == 1 else None
     if isinstance(origin, fx.Node) and origin.target is aten.unbind.int and origin.args[1:] in {(), (0,)}:
@@ -67,7 +67,7 @@ def _match_factor(found: Analysis, node: fx.Node) -> Form | None:
 
 
 def _match_product(found: Analysis, node: fx.Node) -> Form | None:
-    """(c∘I + Σ P·Q)·Y = c∘Y + Σ P·(Q·Y); X·(Σ P·Q) = Σ (X·P)·Q; and (c∘W + Σ P·Q)·D = c∘W·D + Σ P·(Q·D)."""
+    """(c∘I + Σ P·Q)·Y = c∘Y + Σ P·(Q·Y); X·(Σ P·Q) = Σ (X·P)·Q; (c∘W + Σ P·Q)·D = c∘W·D + Σ P·(Q·D)."""
     left, right = node.args
     x, y = found.form(left), found.form(right)
     if x is None:
@@ -100,7 +100,7 @@ def _multiply_by_blocks(found: Analysis, x: Form, matrix: object, blocks: fx.Nod
 
 
 def _match_sum(found: Analysis, node: fx.Node) -> Form | None:
-    """X + α·Y adds the terms; two bases add their scales."""
+    """X + α·Y has the terms of both; where both have a base, the scales of the base are added."""
     left, right = node.args[:2]
     x, y = found.form(left), found.form(right)
     if x is None or y is None or shape_of(left) != shape_of(right):
@@ -166,7 +166,7 @@ def _scale_by(found: Analysis, node: fx.Node, matrix: object, form: Form, factor
 
 
 def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
-    """(Σ P·Q)∘(Σ R·S) = Σ (P∗R)·(Q∗S), ∗ multiplying every column of one with every column of the other."""
+    """(Σ P·Q)∘(Σ R·S) = Σ (P∗R)·(Q∗S), where ∗ multiplies every column of P with every column of R."""
     x, y = (found.form(operand) for operand in node.args[:2])
     if x is None or y is None or any(form.base or form.sparse for form in (x, y)):
         return None
@@ -174,7 +174,7 @@ def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
     if any(shape_of(operand) != (n, m) for operand in node.args[:2]):
         return None
     rank = math.prod(sum(shape_of(a)[0] for _, a in form.low) for form in (x, y))
-    # Kept factors are at most as wide as the matrix: more columns than that are linearly dependent.
+    # Factors have at most as many columns as the matrix: more columns are linearly dependent.
     if rank > max(n, m) or not found.pays(node, rank, n, m):
         return None
     pairs = (
@@ -184,7 +184,7 @@ def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
 
 
 def _pairwise_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int) -> fx.Node:
-    """Multiply every column (dim 1) or row (dim 0) of one matrix with every one of the other."""
+    """Multiply every column (dim 1) or row (dim 0) of one matrix with every column or row of the other."""
     wide = found.emit(aten.unsqueeze.default, left, dim + 1), found.emit(aten.unsqueeze.default, right, dim)
     shape = list(shape_of(left))
     shape[dim] *= shape_of(right)[dim]
@@ -257,7 +257,7 @@ def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
 
 
 def _match_transpose(found: Analysis, node: fx.Node) -> Form | None:
-    """(Σ B·A)ᵀ = Σ Aᵀ·Bᵀ and Dᵀ is block-diagonal; W keeps its orientation, so a form with it is left alone."""
+    """(Σ B·A)ᵀ = Σ Aᵀ·Bᵀ and Dᵀ is block-diagonal; a form that contains W is not transposed."""
     form = found.form(node.args[0])
     if form is None or form.base not in {None, IDENTITY} or (form.blocks is not None and form.c is not None):
         return None
@@ -286,4 +286,5 @@ RULES: tuple[AlgebraRule, ...] = (
     AlgebraRule("rows", (aten.view.default, aten._unsafe_view.default), match_row_block),
     AlgebraRule("joined", (aten.view.default,), match_joined_blocks),
 )
-"""Every rule, tried in this order at each node. ``reduction`` takes another list, so that tests can leave rules out."""
+"""All rules, tried in this order at each node. Functions of ``reduction`` take another list, so that tests can omit
+rules."""

@@ -1,4 +1,4 @@
-"""The structure of a traced weight formula, recognised node by node.
+"""The structure of a traced weight formula, found node by node.
 
 A formula is traced to an aten graph over ``W`` (out, in), ``b`` (out,) and the variant's parameters. Each matrix-valued
 node may get a ``Form``, a sum of recognised terms::
@@ -6,8 +6,8 @@ node may get a ``Form``, a sum of recognised terms::
     c ∘ base·D ∘ d  +  Σ Bᵢ·Aᵢ  +  Σ sparse(rowsⱼ, colsⱼ, valuesⱼ)      base: W, rows of it, the identity, or nothing
 
 Rules only save time. A node without a form is computed by its own aten op, so that without any rule every result is the
-same, and slower. Each rule states the identity it uses; none knows a method. Rules keep the original nodes: a ``Form``
-is an annotation, and new nodes are made only for its operands.
+same, and slower. Each rule states its identity; none depends on a method. Rules keep the original nodes: a ``Form`` is
+an annotation, and new nodes are made only for its operands.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Form:
     Attributes:
         base: ``"W"``, ``"I"``, a node with some rows of W, or None.
         c: column (n, 1) that scales the base's rows, None for 1.
-        d: row (1, m) that scales the base's columns, None for 1; blocks include it.
+        d: row (1, m) that scales the base's columns, None for 1 or where ``blocks`` include it.
         blocks: the blocks of D (n, k, k), block-diagonal with two blocks or more; None for the identity.
         low: pairs (B (n, r), A (r, m)).
         sparse: triples (rows (k,), cols (k,), values (k,)), added up.
@@ -49,7 +49,7 @@ class Analysis:
 
     Attributes:
         graph: the traced formula.
-        anchor: its output node, before which new nodes are inserted.
+        anchor: the formula's output node, before which new nodes are inserted.
         like: a node that gives new constants their dtype and device; not W, which a form should not read needlessly.
         keep_factors: products stay low-rank even if the product itself is cheaper to apply.
         misses: why cheaper forms were not found.
@@ -63,11 +63,11 @@ class Analysis:
     misses: list[str] = field(default_factory=list)
 
     def form(self, value: object) -> Form | None:
-        """Return the form of an operand, or None for an opaque one."""
+        """Return the form of an operand; None if it has no form."""
         return self.forms.get(value) if isinstance(value, fx.Node) else None
 
     def emit(self, op: Op, *args: object, **kwargs: object) -> fx.Node:
-        """Insert a node ``op(*args)`` before the anchor."""
+        """Insert a node ``op(*args, **kwargs)`` before the anchor."""
         with self.graph.inserting_before(self.anchor):
             return call_op(self.graph, op, *args, **kwargs)
 
@@ -78,7 +78,7 @@ class Analysis:
         return self.emit(aten.mul.Tensor, left, right)
 
     def pays(self, node: fx.Node, rank: int, n: int, m: int) -> bool:
-        """Return whether to keep factors of this rank of an n x m matrix: they are cheaper to apply, or always kept."""
+        """Return whether to keep factors of this rank of an n x m matrix: they are cheaper, or always kept."""
         if self.keep_factors or rank * (n + m) <= n * m:
             return True
         self.misses.append(f"{node.name}: inner size {rank} of a {n} x {m} product saves nothing")
@@ -98,7 +98,7 @@ def call_op(graph: fx.Graph, op: Op, *args: object, **kwargs: object) -> fx.Node
 
 @dataclass(frozen=True, eq=False)
 class AlgebraRule:
-    """One identity: the ops it applies to, and the function that builds a form."""
+    """One identity: the ops to which it applies, and the function that builds a form."""
 
     name: str
     ops: tuple[object, ...]
@@ -106,7 +106,7 @@ class AlgebraRule:
 
 
 def shape_of(value: object) -> tuple[int, ...]:
-    """Return the shape of an operand; () for numbers."""
+    """Return the shape of an operand; () for a number."""
     return tuple(value.meta["val"].shape) if isinstance(value, fx.Node) else ()
 
 

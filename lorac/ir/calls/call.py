@@ -15,21 +15,21 @@ from lorac.errors import ChoiceError
 from lorac.ir.calls.row_selection import RowSelection, count_rows
 
 Inputs = Fields
-"""Argument of forward -> its value: a tensor, tensors in dicts, lists and tuples, or anything else."""
+"""Argument of forward -> its value: a tensor, tensors in dicts, lists and tuples, or any other value."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one call, as ``inspect.BoundArguments`` holds them.
+    """The arguments of one call, like ``inspect.BoundArguments``.
 
-    All arguments of a call of a program have the program's names (``Interface.bind``). A call of the model itself holds
-    them as they were given.
+    A call of a program has all arguments under the program's names (``Interface.bind``). A call of the model has the
+    arguments as the caller passed them.
 
     Attributes:
         args: positional arguments; empty in a call of a program.
         kwargs: arguments by name.
-        wants_tuple: whether a program's output is to be a tuple instead of the model's own output class.
+        wants_tuple: whether the output is returned as a tuple instead of the model's own output class.
     """
 
     args: tuple[object, ...] = ()
@@ -41,20 +41,20 @@ class Call:
         """The number of rows of the first argument that has rows.
 
         Raises:
-            ChoiceError: there is none.
+            ChoiceError: no argument has rows.
         """
         return count_rows((*self.args, *self.kwargs.values()))
 
     def select(self, selection: RowSelection) -> "Call":
-        """Return the call of some of the rows."""
+        """Return the call with only the selected rows."""
         return replace(self, args=selection.select(self.args), kwargs=selection.select(dict(self.kwargs)))
 
     def cast(self, dtypes: Mapping[torch.dtype, torch.dtype], kept: Collection[object] = ()) -> "Call":
         """Return the call with tensors of some dtypes cast to others.
 
         Args:
-            dtypes: dtype of a tensor -> the dtype that it gets.
-            kept: tensors among the arguments that are left as they are.
+            dtypes: dtype of a tensor -> the dtype to which it is cast.
+            kept: tensors among the arguments that are not cast.
         """
         args, kwargs = cast_tensors((self.args, dict(self.kwargs)), dtypes, kept)
         return replace(self, args=args, kwargs=kwargs)
@@ -74,7 +74,7 @@ def cast_tensors(inputs: T, dtypes: Mapping[torch.dtype, torch.dtype], kept: Col
 
 
 def spread_over_rows(given: Mapping[str, object], row_numbers: Mapping[str, str]) -> dict[str, object]:
-    """Return the arguments of a call with numbers per row as float32, in the library of the other inputs.
+    """Cast arguments with one number per row to float32 in the inputs' library; expand a single number to all rows.
 
     Args:
         given: the arguments by name.
@@ -99,7 +99,7 @@ def not_numbers_error(name: str, reason: object) -> ChoiceError:
 
 
 def convert_to_tensors(inputs: object) -> object:
-    """Return example inputs as tensors with memory of their own; a single tensor or array becomes a tuple of one."""
+    """Copy example inputs as tensors; a single tensor or array becomes a tuple of one."""
     copied = map_inputs(_copy, inputs)
     if isinstance(inputs, Tensor | np.ndarray):
         return (copied,)
@@ -107,7 +107,7 @@ def convert_to_tensors(inputs: object) -> object:
 
 
 def map_inputs(change: Callable[[object], object], inputs: object) -> object:
-    """Return inputs with each value changed, in any nesting; any mapping becomes a dict."""
+    """Apply ``change`` to each value of nested inputs; any mapping becomes a dict."""
     if isinstance(inputs, Mapping):
         return {name: map_inputs(change, inner) for name, inner in inputs.items()}
     if pytree.tree_is_leaf(inputs):
@@ -117,9 +117,9 @@ def map_inputs(change: Callable[[object], object], inputs: object) -> object:
 
 
 def _copy(value: object) -> object:
-    """Return a tensor, or an array of numbers as a tensor, in memory of its own; any other value itself.
+    """Copy a tensor, or an array of numbers as a tensor; return any other value unchanged.
 
-    One tensor given for two arguments becomes two, since a trace takes one tensor for one input.
+    A tensor given for two arguments becomes two tensors, since a trace maps each tensor to one input.
     """
     if isinstance(value, Tensor):
         return value.detach().clone()

@@ -6,13 +6,13 @@ import numpy as np
 from torch import Tensor
 
 OUTPUT_SWITCHES = ("return_dict", "output_hidden_states", "output_attentions")
-"""Arguments of transformers models that their configuration has too."""
+"""Arguments of transformers models that are also fields of the configuration."""
 CAPTURE_CONFIG = {"use_cache": False}
 """Fields that a capture sets in the configuration of a transformers model: its graph keeps no cache."""
 
 
 def to_json_value(value: object) -> object:
-    """Return a value as JSON has it: tensors and arrays as lists of numbers, tuples as lists."""
+    """Convert a value to JSON: tensors and arrays to lists of numbers, tuples to lists."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """The interface of a program: the inputs of a call, and its outputs.
 
-A graph has one from its capture on; its engine uses the same object, and an artifact stores it.
+A graph has an interface from its capture on; its engine uses the same object, and an artifact stores it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lorac.ir.calls.sizes import SizeConstraints, flatten_argument
 ADAPTERS_ARGUMENT = "adapters"
 """The argument of a call that chooses its adapters."""
 RETURN_DICT = "return_dict"
-"""The argument by which models of transformers and diffusers return a tuple: the program's tensors stay the same."""
+"""The argument with which models of transformers and diffusers return a tuple; the program's tensors do not change."""
 
 Inputs = Mapping[str, object]
 RunProgram = Callable[[dict[str, object]], Sequence[object]]
-"""Compute the outputs of a program, in order, from its inputs by name."""
+"""Function that computes the outputs of a program, in order, from its inputs by name."""
 _STORED_NAMES = {
     "inputs": "inputs",
     "arguments": "arguments",
@@ -49,7 +49,7 @@ _STORED_MAPPINGS = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Interface:
-    """Inputs and outputs of a program, and which calls it answers.
+    """Inputs and outputs of a program, and the calls that it accepts.
 
     Attributes:
         inputs: names of the inputs, in order.
@@ -57,20 +57,20 @@ class Interface:
         outputs: names of the outputs: the model's own, then the extra ones.
         structure: how the model's output is built from the program's tensors; None where only names are known.
         extra_outputs: names of the extra outputs.
-        constants: arguments that the program holds, with the values of the captured call.
+        constants: arguments that are constants of the program -> their values in the captured call.
         defaults: arguments that a call may leave out -> the value that the program was captured with.
-        id_counts: input that holds ids -> the number of rows of the smallest embedding that reads it.
-        aliases: argument of the model, or path of a tensor in one -> the input's name, where the two differ.
+        id_counts: input of ids -> the number of rows of the smallest embedding that reads it.
+        aliases: argument of the model, or path of a tensor in an argument -> the input's name, where the names differ.
         row_numbers: input with one number per row, for which a call may give a single one of any dtype -> an input
             with as many rows.
         sizes: which sizes the inputs may have.
         derived: input that a call may leave out -> the expression by which the model computes it.
         positions: computes the positions of multimodal text; None for a program that was loaded.
-        rows: how a call with another number of rows is split; None where it cannot be.
+        rows: how a call with another number of rows is split; None if it cannot be split.
         checks: extra output that must be true -> the line of the model that checks it.
-        notes: sentences for whoever calls the program.
+        notes: sentences for the program's callers.
         types: input or output -> dtype and sizes, with the names of sizes that vary: ``int64[batch, length]``.
-        unused_sites: paths of sites that were planned to have slots, and that no output depends on.
+        unused_sites: paths of sites with planned slots on which no output depends.
     """
 
     inputs: tuple[str, ...] = ()
@@ -93,13 +93,13 @@ class Interface:
     unused_sites: tuple[str, ...] = ()
 
     def bind(self, args: tuple[object, ...], kwargs: Inputs) -> Call:
-        """Return a call with every argument under the program's name for it, without those that are None.
+        """Return a call with every argument under the program's name, without arguments that are None.
 
         Inputs come first, in the program's order.
 
         Raises:
             ChoiceError: an argument is given twice, or there are too many.
-            InputMismatch: an argument holds another number of tensors than the captured call's.
+            InputMismatch: an argument has another number of tensors than in the captured call.
         """
         positional = dict(zip(self.arguments, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
@@ -122,7 +122,7 @@ class Interface:
         return Call(kwargs=named, wants_tuple=named.get(RETURN_DICT, True) is False)
 
     def _split_argument(self, name: str, value: object) -> dict[str, object]:
-        """Return the tensors in a container by the program's inputs for their places in it, if there are such."""
+        """Map the tensors in a container to the program's inputs; return the argument itself if no input is in it."""
         inputs = [known for path, known in self.aliases.items() if path.startswith(f"{name}[")]
         if not inputs:
             return {name: value}
@@ -136,17 +136,17 @@ class Interface:
         return parts
 
     def run(self, call: Call, program: RunProgram) -> tuple[object, dict[str, object]]:
-        """Run a program for one call, in parts where it takes fewer rows than the call has.
+        """Run a program for one call; split the call if it has more rows than the program takes.
 
         Args:
             call: as ``bind`` returned it.
-            program: computes the outputs in order.
+            program: the function that computes the outputs in order.
 
         Returns:
             The model's output object, and the extra outputs by name.
 
         Raises:
-            ChoiceError, InputMismatch: as ``check``, before anything runs.
+            ChoiceError, InputMismatch: as ``check``, before the program runs.
         """
         try:
             inputs = self.check(call)
@@ -167,7 +167,7 @@ class Interface:
         return _as_tuple(output) if call.wants_tuple else output, dict(zip(self._caller_outputs, extra, strict=True))
 
     def check(self, call: Call) -> dict[str, object]:
-        """Return the program's inputs for one call, or refuse the call.
+        """Check a call; return the program's inputs for it.
 
         Raises:
             ChoiceError: an argument is unknown or missing, or an id lies outside its embedding.
@@ -192,7 +192,7 @@ class Interface:
         return {name: given[name] for name in self.inputs}
 
     def _check_constant(self, name: str, value: object) -> None:
-        """Refuse an argument that is not an input, unless it has the value that the program holds."""
+        """Refuse an argument that is neither an input nor has the value that is constant in the program."""
         if name not in self._fixed:
             known = ", ".join(self.inputs)
             raise ChoiceError(
@@ -222,7 +222,7 @@ class Interface:
         )
 
     def _make_input(self, name: str, given: Inputs) -> object:
-        """Make an input that a call leaves out: an attention mask of ones, or one that the model derives itself."""
+        """Make an input that a call omits: an attention mask of ones, or an input that the model derives."""
         ids = given.get(name.replace("attention_mask", "input_ids"))
         if name.endswith("attention_mask") and ids is not None:
             return torch.ones_like(ids) if isinstance(ids, torch.Tensor) else np.ones_like(np.asarray(ids))
@@ -234,23 +234,23 @@ class Interface:
         raise ChoiceError(f"the compiled program needs the input '{name}'", next_step=step)
 
     def derive_inputs(self, given: Inputs) -> dict[str, torch.Tensor]:
-        """Compute the inputs that the model makes from its other arguments."""
+        """Compute the inputs that the model derives from its other arguments."""
         positions = None if self.positions is None else self.positions.compute(given)
         return {} if positions is None else {POSITION_IDS: positions}
 
     @functools.cached_property
     def _known(self) -> Collection[str]:
-        """The names of inputs, and of arguments that are constants of the program."""
+        """The names of inputs, and of arguments that are constant in the program."""
         return frozenset((*self.inputs, *self._fixed))
 
     @functools.cached_property
     def _fixed(self) -> Mapping[str, object]:
-        """Arguments that are not inputs -> the value that the program holds, as JSON."""
+        """Arguments that are not inputs -> their constant value in the program, as JSON."""
         return {**self.defaults, **{name: to_json_value(value) for name, value in self.constants.items()}}
 
     @functools.cached_property
     def _required(self) -> tuple[str, ...]:
-        """The constants that every call must give: left out, they would mean something else to the model."""
+        """The constants that every call must pass: if they are omitted, the model uses another value."""
         missing = object()
         return tuple(name for name in self.constants if self.defaults.get(name, missing) != self._fixed[name])
 
@@ -281,7 +281,7 @@ class Interface:
         return tuple(name for name in self.extra_outputs if name not in self.checks)
 
     def _drop_checks(self, values: Sequence[object]) -> Sequence[object]:
-        """Return the outputs without the checks, which come last."""
+        """Check the outputs that must be true, which come last; return the other outputs."""
         count = len(values) - len(self.checks)
         for line, holds in zip(self.checks.values(), values[count:], strict=True):
             if not bool(holds):
@@ -292,17 +292,17 @@ class Interface:
         return values[:count]
 
     def with_notes(self, *notes: str) -> Interface:
-        """Return a copy with further notes, each once."""
+        """Return a copy with these notes added; duplicates are dropped."""
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
     def with_values(self, values: Mapping[str, object]) -> Interface:
-        """Return a copy whose output holds these values, by their name in it, in place of constants."""
+        """Return a copy whose output has these values in place of its constants, by name in the output."""
         if self.structure is None or not values:
             return self
         return replace(self, structure=self.structure.with_values(values))
 
     def restrict(self, inputs: Collection[str], structure: OutputStructure) -> Interface:
-        """Return the interface of a part of the program, which has some of the inputs and another output."""
+        """Return the interface of a part of the program that has some of the inputs and another output."""
         names = tuple(name for name in self.inputs if name in inputs)
         return replace(
             self,
@@ -315,7 +315,7 @@ class Interface:
         )
 
     def to_json(self) -> dict[str, object]:
-        """Return the interface as JSON; the output's class stands there by name."""
+        """Return the interface as JSON, with the output's class by name."""
         names = {entry: list(getattr(self, name)) for entry, name in _STORED_NAMES.items()}
         mappings = {entry: dict(getattr(self, name)) for entry, name in _STORED_MAPPINGS.items()}
         return {
@@ -324,7 +324,7 @@ class Interface:
             "told": list(self._required),
             "fixed": dict(self._fixed),
             "sizes": self.sizes.to_json(),
-            # A line of a library is stored without its folder, which differs between machines.
+            # Store a library's line without the folder, which differs between machines.
             "checks": {name: line.rpartition("site-packages/")[2] for name, line in self.checks.items()},
             "rows": None if self.rows is None else self.rows.to_json(),
             "output": structure_to_json(self.structure),
@@ -332,7 +332,7 @@ class Interface:
 
     @classmethod
     def from_json(cls, stored: JsonMapping) -> Interface:
-        """Return the interface that ``to_json`` wrote.
+        """Read an interface that ``to_json`` wrote.
 
         Raises:
             ArtifactError: its parts contradict one another.
@@ -365,7 +365,7 @@ class Interface:
 
 
 def _check_numbers(name: str, value: object) -> None:
-    """Raise ``ChoiceError`` for text, and for sequences of anything but numbers."""
+    """Raise ``ChoiceError`` for text, and for sequences of values that are not numbers."""
     try:
         reason = None if np.asarray(value).dtype.kind in "biuf" else short(value)
     except (TypeError, ValueError) as error:
@@ -375,11 +375,11 @@ def _check_numbers(name: str, value: object) -> None:
 
 
 def _check_ids(name: str, value: object, count: int) -> None:
-    """Raise ``ChoiceError`` for ids outside 0 to ``count`` - 1; values that are not integers are refused elsewhere."""
+    """Raise ``ChoiceError`` for ids outside 0 to ``count`` - 1; other checks refuse values that are not integers."""
     ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
     if ids.dtype.kind not in "iu" or not ids.size:
         return
-    # Read as unsigned, a negative number is huge: one maximum finds both kinds of wrong ids.
+    # Viewed as unsigned, a negative number is huge, so that one maximum finds both kinds of invalid ids.
     if int(ids.view(f"u{ids.itemsize}").max()) >= count:
         wrong = min(int(ids.min()), 0) or int(ids.max())
         raise ChoiceError(

@@ -1,8 +1,8 @@
-"""Images and sounds in prompts: how transformers' models take them, as data, and where a prompt holds them.
+"""Images and sounds in prompts: how transformers' models take them, as tables, and where prompts contain them.
 
-A tower of the model computes features, a vector for each placeholder token of the prompts, in their order. A vector
-stands in the place of the embedding of its token. Programs that keep a cache read the vectors next to their cache, and
-a token that has one comes as a negative id, ``feature_ids``.
+A tower of the model computes features, a vector for each placeholder token of the prompts, in order. A vector replaces
+the embedding of its token. Programs with a cache read the vectors as an input, and a token that has a vector is passed
+as a negative id, ``feature_ids``.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,27 +16,27 @@ from lorac.errors import InputMismatch
 from lorac.ir.calls.multimodal_positions import GRID_SUFFIX
 
 SIZES, _BY_ROWS = "image_sizes", 5
-"""The argument with the sizes of images that are cut into several, and the axes of images by rows."""
+"""The argument with the sizes of images that are cut into several images, and the number of axes of images by rows."""
 FEATURES, OFFSETS, BLOCKS = "features", "position_offsets", "blocks"
-"""Inputs of a capture: the vectors of each row (rows, count, size), what is added to a token's number to give its
-position on each axis (rows, count, axes), and to give the first and the last of the tokens that see each other with it
-(rows, count, 2); the last of both is for all later tokens too."""
+"""Inputs of a capture: the vectors of each row (rows, count, size); the offsets from a token's index to its position on
+each axis (rows, count, axes); the offsets from a token's index to the first and the last token that attend to each
+other with it (rows, count, 2). The last offset of a row is used for all later tokens."""
 PLACED = frozenset({FEATURES, OFFSETS, BLOCKS})
 TOKEN_TYPES, KINDS = "token_type_ids", "mm_token_type_ids"
-"""Arguments with a number for each token: which see each other, and of which kind each is."""
+"""Arguments with a number for each token: which tokens attend to each other, and the kind of each token."""
 TOKEN_ARGUMENTS = frozenset({TOKEN_TYPES, KINDS})
 
 
 @dataclass(frozen=True)
 class Modality:
-    """A kind of input that a tower computes.
+    """A kind of input whose features a tower computes.
 
     Attributes:
         name: the kind, in words.
         method: the method of a model that computes the features.
-        main: its argument with the images or sounds.
+        main: the method's argument with the images or sounds.
         token_fields: fields of a configuration that may hold the id of the placeholder.
-        later: how models read features of later layers of the tower, if some do.
+        later: how models read features of later layers of the tower; None if no model does.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Modality:
 
 
 class LaterFeatures(NamedTuple):
-    """How a text model adds features of later layers of a tower behind its own layers.
+    """How a text model adds features of later layers of a tower after its own layers.
 
     Attributes:
         output: the field with these features in the output of the method for features.
         adds: the text model's method (hidden states, marks, features) -> hidden states.
-        marks, features: the arguments of its forward.
+        marks, features: arguments of the text model's forward.
     """
 
     output: str
@@ -67,12 +67,12 @@ class LaterFeatures(NamedTuple):
 
 
 class TokenBlocks(NamedTuple):
-    """The tokens that see each other, later ones too, by a type of each token.
+    """The tokens that attend to each other, even to later ones, chosen by a type per token.
 
     Attributes:
-        argument: holds the types.
-        type: that of tokens in a block.
-        is_whole: whether all of a row are one block, else each piece is.
+        argument: the argument with the types.
+        type: the type of tokens in a block.
+        is_whole: whether all such tokens of a row are one block; else each contiguous piece is a block.
     """
 
     argument: str
@@ -80,13 +80,13 @@ class TokenBlocks(NamedTuple):
     is_whole: bool = False
 
     def find(self, types: Tensor) -> Tensor:
-        """Return the terms that the numbers of a row's tokens, and of all later ones, get to give first and last.
+        """Return offsets from a token's index to the first and last token it sees, for each token and for later ones.
 
         Args:
             types: of a row's tokens (length,).
 
         Raises:
-            InputMismatch: the row has several blocks where the model knows one.
+            InputMismatch: the row has several blocks and the model allows one.
         """
         inside = types.eq(self.type)
         begins = inside & ~torch.cat([inside.new_zeros(1), inside])[:-1]
@@ -103,7 +103,7 @@ BLOCK_TYPES: Mapping[str, TokenBlocks] = {
     "gemma3": TokenBlocks(TOKEN_TYPES, 1),
     "paligemma": TokenBlocks(TOKEN_TYPES, 0, is_whole=True),
 }
-"""model_type -> the tokens that see each other."""
+"""model_type -> the tokens that attend to each other."""
 
 MODALITIES = (
     Modality(
@@ -115,23 +115,23 @@ MODALITIES = (
     ),
     Modality("sound", "get_audio_features", "input_features", ("audio_token_id", "audio_token_index")),
 )
-"""A model's prompts have the kind of the first row whose ``main`` is among their inputs."""
+"""Kinds of inputs. The kind of a prompt is the first row whose ``main`` is among the prompt's inputs."""
 
 
 def find_modality(names: Collection[str]) -> Modality | None:
-    """Return the row of ``MODALITIES`` for inputs of these names; None for text alone."""
+    """Return the row of ``MODALITIES`` for inputs with these names; None for text only."""
     return next((modality for modality in MODALITIES if modality.main in names), None)
 
 
 def split_inputs(modality: Modality, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return the inputs of each run of a tower, whose features follow one another.
+    """Split inputs into one dict per run of a tower; the features of the runs are concatenated.
 
-    Images that are cut into patches of their own number run one by one, as a trace of one cannot divide them. Of those
-    that lie by rows, padded with images of zeros, the rest is one batch.
+    Images with different numbers of patches run one by one, since a trace of one image cannot split several. Images
+    stored by rows and padded with zero images run as one batch without the padding.
 
     Args:
-        modality: of the inputs.
-        inputs: as the model's processor makes them.
+        modality: the kind of the inputs.
+        inputs: the inputs that the model's processor makes.
     """
     given = dict(inputs)
     pixels, grids = given[modality.main], {name for name in given if name.endswith(GRID_SUFFIX)}
@@ -147,19 +147,19 @@ def split_inputs(modality: Modality, inputs: Mapping[str, Tensor]) -> list[dict[
 
 
 def feature_ids(marks: Tensor) -> Tensor:
-    """Return the ids of placeholders: -1 for a row's first, -2 for its second; arbitrary at other tokens.
+    """Return the ids of placeholders: -1 for a row's first, -2 for its second; ids of other tokens are arbitrary.
 
     Args:
-        marks: (rows, length): which tokens are placeholders.
+        marks: (rows, length): true for placeholders.
     """
     return -marks.long().cumsum(1)
 
 
 def find_blocks(groups: Tensor, positions: Tensor) -> Tensor:
-    """Return the first and the last position of each token's group (rows, length, 2), its own where the group is -1.
+    """Return the first and last position of each token's group (rows, length, 2); for group -1, the token's position.
 
     Args:
-        groups: (rows, length): numbers of groups that lie in one piece.
+        groups: (rows, length): group numbers; a group is contiguous.
         positions: (rows, length).
     """
     same = (groups[:, :, None] == groups[:, None]) & (groups >= 0)[..., None]
@@ -168,18 +168,18 @@ def find_blocks(groups: Tensor, positions: Tensor) -> Tensor:
 
 
 def leave_block(blocks: Tensor, place: int, *, ahead: bool) -> int:
-    """Return the nearest place, ahead or back, before whose token no block is cut.
+    """Return the nearest index, ahead or back, at which a row can be cut without cutting a block.
 
     Args:
-        blocks: of a row (count, 2), as ``TokenBlocks.find`` returns them.
-        place: a token's number.
+        blocks: offsets of a row (count, 2), as ``TokenBlocks.find`` returns them.
+        place: index of a token.
     """
     first, last = blocks[min(place, len(blocks) - 1)].tolist()
     return place if not first else place + (last + 1 if ahead else first)
 
 
 def pad_rows(parts: Collection[Tensor]) -> Tensor:
-    """Stack tensors (count, size) of rows, one or more of each row; shorter ones repeat their last vector."""
+    """Stack tensors (count, size); pad shorter tensors by repeating their last vector, empty tensors by zeros."""
     longest = max(1, *(len(part) for part in parts))
     filled = [part if len(part) else part.new_zeros(1, part.shape[1]) for part in parts]
     return torch.stack([part[torch.arange(longest).clamp(max=len(part) - 1)] for part in filled])

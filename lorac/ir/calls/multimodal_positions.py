@@ -1,8 +1,8 @@
-"""Positions of token sequences with images in them, which a transformers model computes in Python.
+"""Positions of token sequences that contain images, which a transformers model computes in Python.
 
-The model loops over the kinds of the tokens, which cannot be traced. But a method of its own does only that, and
-forward takes the method's result as an argument. So the positions are an input of the program. A call that leaves them
-out gets the result of the model's own method, which needs its configuration and none of its weights.
+The model loops over the kinds of the tokens, which cannot be traced. But a separate method of the model contains this
+loop, and forward takes the method's result as an argument. So the positions are an input of the program. For a call
+that omits them, lorac calls the model's method, which needs the configuration and no weights.
 """
 
 import inspect
@@ -18,11 +18,11 @@ from lorac.errors import InputMismatch
 POSITION_IDS = "position_ids"
 ROPE_METHOD = "get_rope_index"
 GRID_SUFFIX = "_grid_thw"
-"""Ending of the names of arguments that hold the sizes of images. Without images a trace can follow the positions."""
+"""Suffix of the names of arguments with the sizes of images. Without images the positions can be traced."""
 
 
 class MultimodalPositions:
-    """Computes the positions of token sequences with images.
+    """Computes the positions of token sequences that contain images.
 
     Args:
         owner: a model, without its weights, that has the method ``get_rope_index``.
@@ -36,7 +36,7 @@ class MultimodalPositions:
         self._required = {p.name for p in named if p.default is p.empty}
 
     def compute(self, given: Mapping[str, object]) -> Tensor | None:
-        """Return the positions for the other arguments of a call; None where forward would not use the method.
+        """Return the positions for the other arguments of a call; None where forward would not call the method.
 
         Raises:
             InputMismatch: the model's method fails.

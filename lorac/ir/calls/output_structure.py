@@ -1,4 +1,4 @@
-"""The structure of a model's output: the names of its tensors, and the structure as JSON."""
+"""The structure of a model's output: the names of its tensors, and its JSON form."""
 
 import dataclasses
 import importlib
@@ -17,7 +17,7 @@ from lorac.ir.calls.row_layout import LIST_AXIS, RowLayout
 
 _LEAF = "*"
 _BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
-"""Package -> the base of its output classes."""
+"""Package -> the base class of its output classes."""
 _ALLOWED = re.compile(
     r"(?P<module>transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+"
     r"|diffusers\.utils\.outputs|diffusers\.models(?:\.\w+)+)\.(?P<name>[A-Za-z]\w*)",
@@ -27,17 +27,17 @@ _ALLOWED = re.compile(
 define models are allowed."""
 
 OUTPUT_NAME = "output"
-"""Name of a lone tensor to which the model gives none; the tensors of a tuple add their index."""
+"""Name of a single tensor that the model does not name; the tensors of a tuple add their index."""
 
 
 @dataclass(frozen=True, eq=False)
 class OutputStructure:
-    """The output of a model around the tensors of its program.
+    """The structure of a model's output, without the program's tensors.
 
     Attributes:
         spec: pytree of the whole output.
-        constants: leaf -> the value in every output: None, a number, a text.
-        numbers: leaves that are integers for the model and tensors for the program, such as sizes of inputs.
+        constants: leaf -> its value in every output: None, a number, a text.
+        numbers: leaves that are integers in the model's output and tensors in the program's, such as sizes of inputs.
     """
 
     spec: pytree.TreeSpec
@@ -50,7 +50,7 @@ class OutputStructure:
         return int(self.spec.num_leaves) - len(self.constants)
 
     def tensor_names(self, inputs: Collection[str]) -> tuple[str, ...]:
-        """Return the names of the program's tensors, as ``name_outputs``."""
+        """Return the names of the program's tensors, as ``name_outputs`` gives them."""
         return tuple(name for i, name in enumerate(name_outputs(self.spec, inputs)) if i not in self.constants)
 
     def fill(self, tensors: Sequence[object]) -> object:
@@ -58,28 +58,28 @@ class OutputStructure:
         return pytree.tree_unflatten(self._leaves(tensors), self.spec)
 
     def with_values(self, values: Mapping[str, object]) -> "OutputStructure":
-        """Return a copy with other constants, by their name in the output (``name_outputs``)."""
+        """Return a copy with other constants, by name in the output (``name_outputs``)."""
         names = name_outputs(self.spec, ())
         return replace(self, constants={i: values.get(names[i], value) for i, value in self.constants.items()})
 
     def join(self, parts: Sequence[Sequence[object]], rows: RowLayout, total: int) -> object:
-        """Build the output of a call with ``total`` rows from the program's tensors for each of its parts."""
+        """Build the output of a call with ``total`` rows from the program's tensors for each part of the call."""
         leaves, spec = _join(self.spec, [iter(self._leaves(tensors)) for tensors in parts], (rows, total), "")
         return pytree.tree_unflatten(leaves, spec)
 
     def find_row_outputs(
         self, tensors: Sequence[object], other: object, rows: RowLayout, total: int
     ) -> RowLayout | None:
-        """Return a program's rows with the axes of its outputs.
+        """Find the row axes of a program's outputs; return a copy of ``rows`` with them.
 
         Args:
-            tensors: the program's answer to as many rows as it takes.
-            other: the model's answer to ``total`` rows.
-            rows: without outputs.
+            tensors: the program's outputs for its number of rows.
+            other: the model's output for ``total`` rows.
+            rows: a layout without ``outputs``.
             total: the number of rows.
 
         Returns:
-            None where the two answers differ in anything else.
+            None where the two outputs differ in anything else.
         """
         leaves, spec = pytree.tree_flatten(other)
         found = list(_compare((self.spec, iter(self._leaves(tensors))), (spec, iter(leaves)), (rows, total), ""))
@@ -102,7 +102,7 @@ _Tree = tuple[pytree.TreeSpec, Iterator[object]]
 def _join(
     spec: pytree.TreeSpec, parts: Sequence[Iterator[object]], call: _Call, path: str
 ) -> tuple[list[object], pytree.TreeSpec]:
-    """Return the leaves of several outputs as those of one, and its structure."""
+    """Join the leaves of several outputs; return the leaves and the structure of the joined output."""
     rows, total = call
     if spec.is_leaf():
         return [rows.join([next(leaves) for leaves in parts], total, rows.outputs.get(path))], spec
@@ -117,7 +117,7 @@ def _join(
 
 
 def _compare(part: _Tree, whole: _Tree, call: _Call, path: str) -> Iterator[tuple[str, int] | None]:
-    """Yield the path and the axis of everything that grows with the rows; None for any other difference."""
+    """Yield the path and the axis of each leaf that grows with the rows; yield None for any other difference."""
     (spec, leaves), (other, other_leaves), (rows, total) = part, whole, call
     if spec.is_leaf() and other.is_leaf():
         small, large = (getattr(next(values), "shape", ()) for values in (leaves, other_leaves))
@@ -145,10 +145,10 @@ def _child_path(path: str, key: str) -> str:
 
 
 class DataclassFields:
-    """An instance of a dataclass that torch does not know, as a container of its fields' values.
+    """An instance of a dataclass unknown to torch, as a container of its fields' values.
 
     Args:
-        instance: of any dataclass.
+        instance: an instance of any dataclass.
     """
 
     def __init__(self, instance: Any) -> None:
@@ -160,7 +160,7 @@ def _rebuild_dataclass(values: Iterable[object], context: tuple[type, Sequence[s
     cls, names = context
     instance: object = object.__new__(cls)
     for name, value in zip(names, values, strict=True):
-        object.__setattr__(instance, name, value)  # without __init__, which ran when the model made the original
+        object.__setattr__(instance, name, value)  # skip __init__, which ran when the model made the original
     return instance
 
 
@@ -170,7 +170,7 @@ pytree.register_pytree_node(
 
 
 def replace_dataclasses(output: object) -> Any:
-    """Replace dataclasses in an output by containers; torch.export takes no dataclasses that it does not know."""
+    """Replace dataclasses in an output by containers; torch.export refuses dataclasses that are not registered."""
 
     def replace_leaf(leaf: object) -> object:
         return DataclassFields(leaf) if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) else leaf
@@ -179,7 +179,7 @@ def replace_dataclasses(output: object) -> Any:
 
 
 def name_outputs(spec: pytree.TreeSpec, inputs: Collection[str]) -> tuple[str, ...]:
-    """Return a name for every leaf of an output: the model's own (``logits``), the keys of nested ones with dots.
+    """Return a name for every leaf of an output: the model's (``logits``), and dotted keys for nested leaves.
 
     Args:
         spec: the output's structure.
@@ -199,7 +199,7 @@ def _leaf_keys(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
 
 
 def structure_to_json(structure: OutputStructure | None) -> object:
-    """Return a structure as JSON, its leaves by number."""
+    """Convert a structure to JSON, with leaves by number."""
     if structure is None:
         return None
     constants = {str(leaf): value for leaf, value in structure.constants.items()}
@@ -207,7 +207,7 @@ def structure_to_json(structure: OutputStructure | None) -> object:
 
 
 def structure_from_json(stored: JsonMapping | None) -> OutputStructure | None:
-    """Return the structure that ``structure_to_json`` wrote."""
+    """Read a structure that ``structure_to_json`` wrote."""
     if stored is None:
         return None
     constants = {int(leaf): value for leaf, value in stored["constants"].items()}
@@ -215,7 +215,7 @@ def structure_from_json(stored: JsonMapping | None) -> OutputStructure | None:
 
 
 def _spec_to_json(spec: pytree.TreeSpec) -> object:
-    """Return a spec as JSON. Output classes are stored by name, other containers as mappings and tuples."""
+    """Convert a spec to JSON: output classes by name, other containers as mappings and tuples."""
     if spec.is_leaf():
         return _LEAF
     children = [_spec_to_json(child) for child in spec.children()]
@@ -255,12 +255,12 @@ def _check_names(stored: object) -> list[str]:
 
 
 class NamedOutput(OrderedDict[str, Any]):
-    """An output with the interface of transformers' and diffusers' output classes: by name, by index, as a tuple.
+    """An output that is indexed like transformers' and diffusers' outputs: by name, by number, as a tuple.
 
-    Code that uses the class itself has imported its package, and then gets the class (``_StoredOutputClass``).
+    It replaces the class itself only while the class's package is not imported (``_StoredOutputClass``).
 
     Args:
-        fields: all names that the class has; those without a value are None.
+        fields: all names of the class; a name without a value is None.
     """
 
     def __init__(self, values: Mapping[str, object], fields: Collection[str]) -> None:
@@ -284,8 +284,8 @@ class NamedOutput(OrderedDict[str, Any]):
 class _StoredOutputClass:
     """An output class in a stored structure, by its import path.
 
-    Importing transformers takes longer than loading an artifact. So an output has this class only where its package
-    is imported already; a caller that has not imported it cannot tell the difference.
+    Importing transformers takes longer than loading an artifact. So an output gets this class only if its package is
+    imported already; a caller that has not imported the package cannot tell the difference.
 
     Attributes:
         path: the import path.
@@ -313,7 +313,7 @@ def find_output_class(path: object) -> type:
     """Return an output class of transformers or diffusers by its import path; dict for any other path.
 
     An artifact must not name code to run: only modules that define models are imported, and only a subclass of the
-    library's own base is returned, looked up in the module's namespace.
+    library's own base is returned, found in the module's namespace.
     """
     allowed = _ALLOWED.fullmatch(path) if isinstance(path, str) else None
     if allowed is None:

@@ -1,8 +1,8 @@
 """Rows of a call: the parts of its arguments and outputs that belong to each row.
 
-A forward that loops over its rows in Python, or that reads the image sizes of each, is traced for the number of rows in
-the example. Where rows are independent, such a program answers any number of them in several calls. The last call is
-filled up with copies of a row, whose outputs are dropped.
+A forward that loops over its rows in Python, or reads the image sizes of each row, is traced for the number of rows in
+the example. Where rows are independent, such a program serves any number of rows in several calls. The last call is
+padded with copies of a row, whose outputs are dropped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, InputMismatch
 
 LIST_AXIS = -1
-"""Stands for the axis of an output that is a list of items."""
+"""Value for the axis of an output that is a list of items."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The axes along which the rows of a call lie.
+    """The row axes of a call's arguments and outputs.
 
     Attributes:
         count: number of rows that the program takes.
-        axes: argument -> the axis along which its rows lie, each with the same number of items. The first argument has
+        axes: argument -> its row axis, along which each row has the same number of items. The first argument has
             one item per row.
-        outputs: path of an output -> its axis of rows, or ``LIST_AXIS`` for a list or a tuple with the same number of
+        outputs: path of an output -> its row axis, or ``LIST_AXIS`` for a list or a tuple with the same number of
             items for each row.
     """
 
@@ -52,7 +52,7 @@ class RowLayout:
         return [self.select(given, [min(start + i, total - 1) for i in range(self.count)]) for start in starts]
 
     def select(self, given: Mapping[str, object], rows: Sequence[int]) -> dict[str, Any]:
-        """Return the arguments of the given rows of a call, in that order."""
+        """Select rows of a call, in this order; return the arguments."""
         total = self.count_rows(given)
         return {
             name: _select_rows(name, value, self.axes[name], rows, total) if name in self.axes else value
@@ -60,12 +60,12 @@ class RowLayout:
         }
 
     def join(self, values: Sequence[Any], total: int, axis: int | None = 0) -> Any:
-        """Join one output of several calls.
+        """Concatenate one output of several calls, and drop padding rows.
 
         Args:
             values: the output of each call.
-            total: number of rows in all.
-            axis: the axis along which they lie; None for an output without rows.
+            total: number of rows of all calls, without padding.
+            axis: the row axis; None for an output without rows.
         """
         first = values[0]
         if axis is None or not getattr(first, "ndim", 0) or first.shape[axis] % self.count:
@@ -76,13 +76,13 @@ class RowLayout:
         return np.concatenate(list(values), axis).take(range(size), axis)
 
     def find_axis(self, size: Sequence[int], whole: Sequence[int], total: int) -> int | None:
-        """Return the axis along which an output grows in step with the rows; None where no single axis does."""
+        """Return the one axis along which an output grows in proportion to the rows; None if there is no such axis."""
         grows = [i for i, (own, other) in enumerate(zip(size, whole, strict=True)) if own != other]
         fits = len(grows) == 1 and size[grows[0]] % self.count == 0
         return grows[0] if fits and whole[grows[0]] == self.scale(size[grows[0]], total) else None
 
     def scale(self, size: int, total: int) -> int:
-        """Return the number of items of ``total`` rows, where the program's own rows have ``size`` items."""
+        """Return the number of items of ``total`` rows, where ``count`` rows have ``size`` items."""
         return total * (size // self.count)
 
     def to_json(self) -> dict[str, object]:
@@ -104,7 +104,7 @@ class RowLayout:
 
 
 def count_along(value: object, axis: int) -> int:
-    """Return the length of a tensor, an array or a list along an axis; 0 where it has no such axis."""
+    """Return the length of a tensor, an array or a list along an axis; 0 if it has no such axis."""
     if isinstance(value, Tensor | np.ndarray):
         return int(value.shape[axis]) if value.ndim > axis else 0
     return len(value) if isinstance(value, list | tuple) and axis == 0 else 0

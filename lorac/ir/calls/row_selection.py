@@ -1,4 +1,4 @@
-"""The rows of a call's inputs, in any nesting: in mappings, tuples and lists, and in the attributes of objects."""
+"""Selection of rows in a call's inputs: in mappings, tuples, lists, and the attributes of objects, nested or not."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,12 @@ def count_rows(values: Iterable[object]) -> int:
 
 @dataclass
 class RowSelection:
-    """Selects some rows of a call's inputs.
+    """A selection of rows of a call's inputs.
 
     Attributes:
-        rows: the rows, some of them perhaps several times.
+        rows: the row indices; a row may occur several times.
         total: the number of rows of the batch.
-        copies: identity of the copy of an object -> the copy and the original, in the order of the inputs.
+        copies: id of the copy of an object -> the copy and the original, in the order of the inputs.
     """
 
     rows: list[int]
@@ -40,7 +40,7 @@ class RowSelection:
     _copy_of: dict[int, object] = field(default_factory=dict)
 
     def select(self, value: T) -> T:
-        """Return a value with the call's rows of everything that has one row per row of the batch."""
+        """Return a value in which every array with one row per row of the batch has only the selected rows."""
         result: Any
         if isinstance(value, Mapping):
             result = {key: self.select(item) for key, item in value.items()}
@@ -56,7 +56,7 @@ class RowSelection:
         if id(value) in self._copy_of:
             return self._copy_of[id(value)]
         copied = self._copy_of[id(value)] = copy.copy(value)
-        if copied is value:  # such as a member of an enum
+        if copied is value:  # the object does not copy, such as a member of an enum
             return value
         self.copies[id(copied)] = (copied, value)
         vars(copied).update({name: self.select(part) for name, part in vars(value).items()})
@@ -69,7 +69,7 @@ def has_rows(value: object) -> TypeGuard[Array]:
 
 
 def object_attributes(value: object) -> Mapping[str, object] | None:
-    """Return the attributes of an object that holds some; None for a class, a function or a module."""
+    """Return the attributes of an object; None for a class, a function, a module, or an object without any."""
     if isinstance(value, type | torch.Tensor | torch.nn.Module) or callable(value):
         return None
     attributes = getattr(value, "__dict__", None)

@@ -1,8 +1,8 @@
 """The sizes that a program's inputs may have, and the conditions between them.
 
-A trace is valid for the sizes that it saw, and for all others that take the same path through the model. The trace
-leaves conditions, which are kept as text: axes of inputs, integers and a few operators. Such text is readable in a
-message, and a stored program cannot abuse it.
+A trace is valid for the sizes that it saw, and for all sizes that take the same path through the model. The trace
+yields conditions, stored as text of axes, integers and a few operators. Such text is readable in a message, and a
+stored program cannot abuse it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import ArtifactError, InputMismatch
 
 Axis = tuple[str, int]
-"""An input of a program, and one of its axes."""
+"""An input of a program, and the index of one of its axes."""
 AxisSizes = Mapping[Axis, int]
 """A size for each axis that varies."""
 _MAX_CONDITION = 20_000
-"""Characters of a condition: far more than any model needs, and few enough to parse quickly."""
+"""Most characters of a condition: far more than any model needs, and few enough to parse quickly."""
 _SHOWN = 80
-"""Characters of a condition in a message."""
+"""Most characters of a condition in a message."""
 _MAX_STEP = 64
-"""The largest distance from an example's size at which another one is tried."""
+"""The largest distance from an example's size at which another size is tried."""
 _MAX_PROBES = 8
-"""The most sizes that are tried to find out whether an assumption is needed."""
+"""The most sizes that are tried to decide whether an assumption is needed."""
 _MAX_CHECKED = 1024
-"""Shapes of accepted calls that are remembered, so that they are not checked again."""
+"""Most shapes of accepted calls in the cache, which are not checked again."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class SizeConstraints:
     """The sizes that a program's inputs may have.
 
     Attributes:
-        shapes: input -> its size on each axis; None where that varies.
+        shapes: input -> its size on each axis; None where the size varies.
         conditions: conditions on the sizes that vary.
         assumed: conditions that torch assumes while it traces, such as sizes other than 0 and 1. The program may be
-            right without them (``resolve_assumptions``).
+            correct without them (``resolve_assumptions``).
         fixed: axes that were requested to vary, and that the trace fixed.
         lines: fixed axis -> the line of the model that fixed it, where it is known.
     """
@@ -56,7 +56,7 @@ class SizeConstraints:
 
     @property
     def notable(self) -> tuple[str, ...]:
-        """The conditions worth showing, the shortest first: without equal sizes and non-empty inputs."""
+        """The conditions to show, shortest first; equal sizes and non-empty inputs are left out."""
         non_empty = {f"{name}[{axis}] >= 1" for name, axis in self._varying()}
         shown = (text for text in self.conditions if text not in non_empty and _equal_axes(text) is None)
         return tuple(sorted(shown, key=len))
@@ -70,7 +70,7 @@ class SizeConstraints:
         """Refuse inputs with sizes that the program was not captured for.
 
         Raises:
-            InputMismatch: naming the input, the axis and the sizes that are admitted there.
+            InputMismatch: a size is not admitted; the error names the input, the axis and the sizes that are.
         """
         shapes = tuple(np.shape(inputs[name]) for name in self.shapes)
         if shapes in self._accepted:
@@ -86,16 +86,16 @@ class SizeConstraints:
         self._accepted.add(shapes)
 
     def admits(self, sizes: AxisSizes) -> bool:
-        """Whether sizes meet all conditions, the assumed ones included."""
+        """Whether sizes meet all conditions and all assumptions."""
         return all(_holds(condition, sizes) for condition in (*self.conditions, *self.assumed))
 
     def resolve_assumptions(self, right: Sequence[AxisSizes]) -> SizeConstraints:
-        """Return a copy whose assumptions are conditions, without those that a size in ``right`` disproves."""
+        """Return a copy whose assumptions became conditions, except assumptions that sizes in ``right`` disprove."""
         needed = [text for text in self.assumed if all(_holds(text, sizes) for sizes in right)]
         return replace(self, conditions=tuple(dict.fromkeys((*self.conditions, *needed))), assumed=())
 
     def with_rows(self, name: str, rows: Axis) -> SizeConstraints:
-        """Return a copy in which an input has a new first axis, as long as another input's axis."""
+        """Return a copy in which an input has a new first axis, with the size of another input's axis."""
         conditions = [text.replace(f"{name}[0]", f"{name}[1]") for text in self.conditions]
         assumed = [text.replace(f"{name}[0]", f"{name}[1]") for text in self.assumed]
         return replace(
@@ -106,12 +106,12 @@ class SizeConstraints:
         )
 
     def forget_fixed(self, axes: Collection[Axis]) -> SizeConstraints:
-        """Return a copy that does not mention these among the fixed axes."""
+        """Return a copy that does not list these axes as fixed."""
         lines = {axis: line for axis, line in self.lines.items() if axis not in axes}
         return replace(self, fixed=tuple(axis for axis in self.fixed if axis not in axes), lines=lines)
 
     def restrict(self, inputs: Collection[str]) -> SizeConstraints:
-        """Return the constraints on some inputs alone."""
+        """Return the constraints that mention only these inputs."""
 
         def select(texts: Sequence[str]) -> tuple[str, ...]:
             return tuple(text for text in texts if {name for name, _ in find_axes(text) or ()} <= set(inputs))
@@ -126,10 +126,11 @@ class SizeConstraints:
         )
 
     def find_other(self, sizes: AxisSizes) -> dict[Axis, int] | None:
-        """Return admitted sizes near an example's that differ along as many axes as possible; None without any.
+        """Return admitted sizes near an example's, with as many axes changed as possible; None if there are none.
 
-        Groups of axes change by themselves, each as little as it may, since the model runs at these sizes: rows next to
-        sides that grow by eights would grow by eight, too. Where conditions tie groups, all change alike.
+        Each group of axes changes separately and as little as possible, since the model runs at these sizes: if all
+        axes changed in step, a side that grows by eights would make the batch grow by eight. Where conditions tie
+        groups together, all axes change in step.
         """
         apart = dict(sizes)
         for group in self._group_axes(sizes):
@@ -143,10 +144,10 @@ class SizeConstraints:
     def find_smallest(self, sizes: AxisSizes) -> list[dict[Axis, int]]:
         """Return the smallest sizes that meet the conditions and break an assumption.
 
-        Each group of axes is made smallest by itself, then all of them together.
+        Each group of axes is minimised separately, then all groups together.
 
         Args:
-            sizes: the sizes of the axes that stay.
+            sizes: the sizes of the axes that do not change.
         """
         groups = self._group_axes(sizes)
         single = [self._lower(sizes, group) for group in groups]
@@ -159,10 +160,10 @@ class SizeConstraints:
         ]
 
     def find_doubtful(self, sizes: AxisSizes) -> list[dict[Axis, int]]:
-        """Return sizes that meet the conditions and break each an assumption, those of ``find_smallest`` first.
+        """Return sizes that meet the conditions and break an assumption each; ``find_smallest``'s come first.
 
         Args:
-            sizes: the sizes near which others are tried.
+            sizes: the sizes near which other sizes are tried.
         """
         found = self.find_smallest(sizes)
         groups = self._group_axes(sizes) if self.assumed else []
@@ -174,13 +175,13 @@ class SizeConstraints:
         return found
 
     def _lower(self, sizes: AxisSizes, group: Collection[Axis]) -> dict[Axis, int]:
-        """Return the smallest size along some axes that meets the conditions, or the sizes unchanged."""
+        """Return sizes with the smallest common size on these axes that meets the conditions, or unchanged sizes."""
         most = min(sizes[axis] for axis in group)
         tries = (dict(sizes) | dict.fromkeys(group, size) for size in range(1, most))
         return next(filter(self._meets_conditions, tries), dict(sizes))
 
     def _shrink(self, sizes: AxisSizes) -> Iterator[dict[Axis, int]]:
-        """Yield all sizes made smaller in step, by one difference or one factor, where no single axis can be."""
+        """Yield sizes with all axes reduced by one difference or one factor, if axes cannot change separately."""
         most = min(sizes.values(), default=1)
         by_difference = ({axis: size - step for axis, size in sizes.items()} for step in range(most - 1, 0, -1))
         by_factor = ({axis: size * least // most for axis, size in sizes.items()} for least in range(1, most))
@@ -191,7 +192,7 @@ class SizeConstraints:
         return all(_holds(condition, sizes) for condition in self.conditions)
 
     def _group_axes(self, sizes: AxisSizes) -> list[list[Axis]]:
-        """Group axes that change together: they must be equal, or are equal and at the same place, as batches are."""
+        """Group axes that change together: axes that must be equal, and equal axes of one index, such as batches."""
         group = {axis: {axis} for axis in sizes}
         alike = [(a, b) for a in sizes for b in sizes if a[1] == b[1] and sizes[a] == sizes[b]]
         for a, b in [*filter(None, map(_equal_axes, self.conditions)), *alike]:
@@ -226,17 +227,17 @@ class SizeConstraints:
     def to_json(self) -> dict[str, object]:
         """Return the constraints as JSON."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        # A line of a library is stored without its folder, which differs between machines.
+        # Store a library's line without the folder, which differs between machines.
         lines = {axis: line.rpartition("site-packages/")[2] for axis, line in self.lines.items()}
         fixed = [[name, axis, lines.get((name, axis))] for name, axis in self.fixed]
         return {"shapes": shapes, "conditions": list(self.conditions), "fixed": fixed}
 
     @classmethod
     def from_json(cls, stored: JsonMapping) -> SizeConstraints:
-        """Return the constraints that ``to_json`` wrote; assumptions are not stored.
+        """Read constraints that ``to_json`` wrote; assumptions are not stored.
 
         Raises:
-            ArtifactError: a text is not a condition on the sizes that vary.
+            ArtifactError: a stored text is not a condition on the sizes that vary.
         """
         shapes = {name: tuple(shape) for name, shape in stored["shapes"].items()}
         lines = {(name, axis): None if line is None else str(line) for name, axis, line in stored["fixed"]}
@@ -254,7 +255,7 @@ _CHANGES: tuple[Callable[[int], int], ...] = (
     functools.partial(operator.mul, 2),
     functools.partial(operator.mul, 3),
 )
-"""Ways from a size to another one, the nearest first."""
+"""Functions from a size to another size, the nearest size first."""
 
 
 def flatten_argument(value: object, path: str) -> Iterator[tuple[str, object]]:
@@ -288,7 +289,7 @@ def _unmet_condition(condition: str, sizes: AxisSizes) -> InputMismatch:
 
 
 def shorten_condition(condition: str) -> str:
-    """Cut a condition to the length of a line."""
+    """Truncate a condition to the length of a line."""
     return condition if len(condition) <= _SHOWN else f"{condition[:_SHOWN]} …"
 
 
@@ -297,7 +298,7 @@ _Evaluate = Callable[[AxisSizes], int]
 
 @dataclass(frozen=True, eq=False)
 class _Condition:
-    """A parsed condition: its axes, the two axes that it wants equal, if that is all it says, and its value."""
+    """A parsed condition: its axes, the two axes if it only requires them to be equal, and its evaluation."""
 
     axes: frozenset[Axis]
     equal: tuple[Axis, Axis] | None
@@ -305,13 +306,13 @@ class _Condition:
 
 
 def find_axes(text: str) -> frozenset[Axis] | None:
-    """Return the axes in a condition; None where the text is not a condition."""
+    """Return the axes in a condition; None if the text is not a condition."""
     parsed = _parse(text)
     return None if parsed is None else parsed.axes
 
 
 def _holds(text: str, sizes: AxisSizes) -> bool:
-    """Whether sizes meet a condition; one that divides by 0 at these sizes is not met."""
+    """Whether sizes meet a condition; False where the condition divides by 0."""
     parsed = _parse(text)
     assert parsed is not None
     try:
@@ -321,14 +322,14 @@ def _holds(text: str, sizes: AxisSizes) -> bool:
 
 
 def _equal_axes(text: str) -> tuple[Axis, Axis] | None:
-    """Return the two axes that a condition wants equal; None where it says something else."""
+    """Return the two axes that a condition requires to be equal; None for other conditions."""
     parsed = _parse(text)
     return None if parsed is None else parsed.equal
 
 
 @functools.lru_cache(maxsize=8192)
 def _parse(text: str) -> _Condition | None:
-    """Parse a condition; None for text with anything but sizes, integers and known operators."""
+    """Parse a condition; return None for text other than sizes, integers and known operators."""
     try:
         if len(text) > _MAX_CONDITION:
             return None
@@ -364,7 +365,7 @@ _FUNCTIONS: dict[str, Callable[[Sequence[int]], int]] = {"min": min, "max": max}
 
 
 def _compile(node: ast.expr) -> _Evaluate:
-    """Return a function that computes a part of a condition from sizes."""
+    """Return a function that computes a node of a condition from sizes."""
     match node:
         case ast.Constant(value=int(number)):
             return lambda sizes: number

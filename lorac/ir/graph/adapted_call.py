@@ -1,6 +1,6 @@
 """One call of an adapted site: the operands of its node by name, and its output.
 
-The ``expand`` pass traces ``compute_adapted``; the reference interpreter runs it.
+The ``expand`` pass traces ``compute_adapted``; the reference interpreter calls it.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ from lorac.ir.slots.roles import ROLES, branch_roles
 VALUE_PREFIX = "value:"
 """Prefix of the names of program values among the operands of an adapted op."""
 MakeContext = Callable[..., FormulaContext]
-"""Make a context as ``FormulaContext`` does, from a site and ``values=``; the rest is set already."""
+"""Function that makes a ``FormulaContext`` from a site and ``values=``; its other fields are bound already."""
 
 
 @dataclass(frozen=True)
 class AdaptedCall:
-    """The operands of an ``adapted`` node: nodes in a graph, tensors while a graph runs or is traced.
+    """The operands of an ``adapted`` node: nodes in a graph, tensors while a graph is run or traced.
 
     Attributes:
         op: the model's op, one of ``ops.SITE_OPS``.
@@ -63,7 +63,7 @@ class AdaptedCall:
 
     @classmethod
     def adapting(cls, node: fx.Node, operands: Mapping[str, fx.Node]) -> "AdaptedCall":
-        """Return the adapted form of a call of a site's op."""
+        """Return the operands of an ``adapted`` node that replaces a call of a site's op."""
         return cls(node.target, ops.operands_of(node), operands, ops.site_of(node))
 
     @property
@@ -78,7 +78,7 @@ class AdaptedCall:
 
     @property
     def unadapted(self) -> Operands:
-        """Operands of ``op`` in a call of the site without its adapters."""
+        """Operands that ``op`` takes when the site is called without adapters."""
         return (*self.host, self.site)
 
     def insert_before(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -101,29 +101,29 @@ def add_operands(node: fx.Node, operands: Mapping[str, fx.Node]) -> None:
 
 
 def select_attention(graph: Graph) -> BranchAttention:
-    """Return the attention for branches of a graph: incremental where the model's own will get a cache."""
+    """Return incremental attention for branches if the graph has causal attention; else full attention."""
     incremental = any(node.args[attending.CAUSAL_OPERAND] for node in graph.find(attending.ATTENTION))
     return attending.IncrementalAttention() if incremental else FullAttention()
 
 
 def find_producing_call(node: fx.Node) -> fx.Node:
-    """Return the call that computes a node's value: a fused projection's for the output of a member, else the node."""
+    """Return the call that computes a node's value: the fused call for a fused projection's output, else the node."""
     split = node.args[0] if node.target is operator.getitem else None
     fused = split.args[0] if isinstance(split, fx.Node) and split.target is ops.SPLIT else None
     return fused if isinstance(fused, fx.Node) else node
 
 
 def find_used_nodes(graph: Graph) -> set[fx.Node]:
-    """Return the nodes whose values the program uses: for an output, or for a branch that reads a site's output."""
+    """Return the nodes that reach an output of the program, or a site output that a branch reads."""
     parsed = map(parse_value_name, list_read_values(graph.plans.values()))
     read = {path for kind, path in parsed if kind in {OUTPUT, IN, PASS}}
     return graph.reaching_outputs([node for node in graph.find(*ops.SITE_CALLS) if ops.site_of(node) in read])
 
 
 def group_sites_by_input(graph: Graph) -> dict[fx.Node, list[str]]:
-    """Return the sites that read each value, with one entry for each used call, in the order of calls.
+    """Map each input value to the sites that read it, one entry per used call, in the order of calls.
 
-    Blocks are left out, since sites inside them read the same input, and so are the sites of fused projections.
+    Blocks are left out, since the sites inside them read the same input. Sites of fused projections are left out too.
     """
     readers: dict[fx.Node, list[str]] = {}
     used = find_used_nodes(graph)
@@ -144,8 +144,8 @@ def compute_adapted(
 
     Args:
         plan: the site's slots.
-        call: over tensors.
-        sites: every site, for the layout of the values read.
+        call: the call; its operands are tensors.
+        sites: every site, for the layouts of the values that branches read.
         make_context: makes the context of its branches.
     """
     if plan.has_placed_branches:
@@ -185,13 +185,13 @@ def compute_placed_branch(
     sites: Mapping[str, Site],
     make_context: MakeContext,
 ) -> Tensor:
-    """Compute the output of a site with one of its branches, whose slots have places.
+    """Compute a site's output with one more of its branches; the slots of the branch have an axis of places.
 
     Args:
         plan: the site's slots.
-        index: which of its branches.
+        index: index of the branch in the plan.
         rows: the site's input, its output so far, and its output in the base.
-        operands: the branch's, by role (``select_operands``).
+        operands: operands of the branch by role (``select_operands``).
         sites, make_context: as for ``compute_adapted``.
     """
     ctx, tensors = _split_operands(plan, operands, sites, make_context)
@@ -205,7 +205,7 @@ def compute_placed_branch(
 def _split_operands(
     plan: SitePlan, operands: Mapping[str, Tensor], sites: Mapping[str, Site], make_context: MakeContext
 ) -> tuple[FormulaContext, dict[str, Tensor]]:
-    """Return the context of branches, with the values among their operands, and the other operands."""
+    """Split operands: return the context of the branches, with the values that they read, and all other operands."""
     values = {role.removeprefix(VALUE_PREFIX): v for role, v in operands.items() if role.startswith(VALUE_PREFIX)}
     tensors = {role: tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)}
     return make_context(plan.site, values=present_weights(values, sites)), tensors

@@ -1,7 +1,7 @@
-"""Attention as one op, and cached attention, whose earlier keys and values are in a cache.
+"""Attention as one op, and cached attention, which reads earlier keys and values from a cache.
 
 ``attention`` attends over a whole sequence. ``cached_attention`` attends from new tokens: each row of a batch has a
-number of tokens in the cache and brings a number of new ones, padded on the right. ``positions`` returns those of a
+number of tokens in the cache and a number of new tokens, padded on the right. ``positions`` returns the positions of a
 whole sequence, and ``rows`` gathers tokens of each row. The functions here define the results of the ops; a target
 decides how it computes them.
 """
@@ -15,20 +15,20 @@ from torch import Tensor
 from lorac.ir.slots.attention import BranchAttention, require_causal
 
 IDS, DECODER_IDS, LOGITS_TO_KEEP = "input_ids", "decoder_input_ids", "logits_to_keep"
-"""Inputs of a graph with a cache: token ids, those of a decoder next to an encoder, and the indices of the tokens whose
-logits are returned."""
+"""Inputs of a graph with a cache: token ids, token ids of a decoder that has an encoder, and the indices of the tokens
+whose logits are returned."""
 PAST_LENGTHS, NEW_LENGTHS = "past_lengths", "new_lengths"
-"""Inputs: numbers of tokens in the cache, and of new tokens, for each row."""
+"""Inputs, one number for each row: tokens in the cache, and new tokens."""
 WITHOUT_CACHE = "compile with cache=False; target='eager' generates with the model's own cache"
 """Next step for a model that a cache cannot serve."""
 
 _PAST_PREFIX, PRESENT_PREFIX, _ENCODER_PREFIX = "past_key_values.", "present.", "memory."
-"""Prefixes of names: caches as inputs and as outputs, and outputs of an encoder for its decoder."""
+"""Name prefixes: of cache inputs, of cache outputs, and of encoder outputs that a decoder reads."""
 _STATE_SUFFIX = ".state"
 
 
 def find_token_input(names: Container[str]) -> str:
-    """Return the name of the input with the tokens of the growing sequence."""
+    """Return the name of the input that takes the token ids of the sequence that grows."""
     return DECODER_IDS if DECODER_IDS in names else IDS
 
 
@@ -43,12 +43,12 @@ def state_name(number: int) -> str:
 
 
 def is_past_input(name: str) -> bool:
-    """Whether an input holds a layer's keys or values, or a state."""
+    """Whether an input is a cache: a layer's keys or values, or a state."""
     return name.startswith(_PAST_PREFIX)
 
 
 def is_key_or_value(name: str) -> bool:
-    """Whether an input or an output holds a layer's keys or values."""
+    """Whether an input or an output is a layer's keys or values."""
     return name.startswith((_PAST_PREFIX, PRESENT_PREFIX)) and not name.endswith(_STATE_SUFFIX)
 
 
@@ -63,7 +63,7 @@ def is_encoder_output(name: str) -> bool:
 
 
 def present_name(past: str) -> str:
-    """Return the name of the output for an input of keys or values, or of a state."""
+    """Return the name of the output for an input that takes keys, values or a state."""
     return f"{PRESENT_PREFIX}{past.removeprefix(_PAST_PREFIX)}"
 
 
@@ -86,16 +86,17 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
 
     Args:
         q: queries (batch, heads, length, size).
-        k, v: keys and values (batch, heads of keys, other length, size); several heads of q may share one of theirs.
+        k, v: keys and values (batch, heads of keys, other length, size); several heads of q may share a head of keys.
         bias: added to the scores; broadcast to (batch, heads, length, other length).
-        seen: booleans, which scores count; broadcast likewise.
+        seen: booleans, true where a score counts; broadcast as ``bias``.
         sinks: (heads,): a further score of each head, whose share of the softmax has no value.
         blocks: (batch, length, 2) or (batch, length, 1): positions of the first and the last token that a token sees
             even where ``causal`` and ``window`` hide them, such as those of its image; of the last alone, the first is
             the token itself.
         scale: factor of the scores.
-        causal: whether a token sees no later ones.
-        window: the most tokens that a token sees, itself included; 0 for all; -n for those of its chunk of n tokens.
+        causal: whether a token sees no later tokens.
+        window: the most tokens that a token sees, itself included; 0 for all; -n for the tokens of its chunk of n
+            tokens.
         softcap: soft bound of the scores; 0 for none.
         module: path of the module that attends.
 
@@ -130,7 +131,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     softcap: float,
     module: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute causal attention from new tokens to themselves and to those in a cache.
+    """Compute causal attention from new tokens to the new tokens and to the tokens in a cache.
 
     Args:
         q, k, v: of the new tokens, as in ``attention``; padded on the right to one length.
@@ -138,7 +139,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
         past: (batch,): number of tokens of each row in the cache.
         new: (batch,): number of new tokens. ``past + new`` is at most the capacity.
         places: (batch, length): the positions of the new tokens, from ``past`` on.
-        distances: (heads, capacity): bias of the score of a key so many tokens before the query.
+        distances: (heads, capacity): bias of a score, by the number of tokens between key and query.
         sinks, blocks, scale, window, softcap, module: as in ``attention``.
 
     Returns:
@@ -165,7 +166,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *_: objec
 
 @torch.library.custom_op("lorac::positions", mutates_args=())
 def positions(ids: Tensor) -> Tensor:
-    """Return positions from 0 on for ids (batch, length): (batch, length)."""
+    """Return positions 0, 1, ... of ids (batch, length): (batch, length)."""
     return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).clone()
 
 
@@ -176,7 +177,7 @@ def _(ids: Tensor) -> Tensor:
 
 @torch.library.custom_op("lorac::mask", mutates_args=())
 def mask(like: Tensor, sizes: Sequence[int], window: int) -> Tensor:
-    """Return a causal mask (batch, 1, length, other length) that is added to scores; ``attention`` replaces it."""
+    """Return a causal mask (batch, 1, length, other length) to add to scores; a pass replaces it by ``attention``."""
     batch, queries, keys = sizes
     seen = visible_keys(torch.arange(queries, device=like.device)[None], torch.arange(keys, device=like.device), window)
     return like.new_zeros((batch, 1, queries, keys)).masked_fill(~seen, torch.finfo(like.dtype).min)
@@ -189,7 +190,7 @@ def _(like: Tensor, sizes: Sequence[int], window: int) -> Tensor:
 
 @torch.library.custom_op("lorac::rows", mutates_args=())
 def rows(x: Tensor, places: Tensor) -> Tensor:
-    """Select from x (batch, length, features) the tokens at places (batch, k) of each row: (batch, k, features)."""
+    """Gather from x (batch, length, features) the tokens at positions ``places`` (batch, k): (batch, k, features)."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], places]
 
 
@@ -201,10 +202,10 @@ def _(x: Tensor, places: Tensor) -> Tensor:
 ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
 POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
 BIAS_OPERAND, BLOCKS_OPERAND, SCALE_OPERAND, CAUSAL_OPERAND = 3, 6, 7, 8
-"""The operands of an attention that are its bias, its blocks, its scale, and true for a growing sequence."""
+"""Indices of operands of an attention op: the bias, the blocks, the scale, and ``causal``."""
 
 _BRANCH_SEPARATOR = ":"
-"""Separates, in the operand ``module`` of a branch's attention, the site's path from the attention's number."""
+"""Separator, in the operand ``module`` of a branch's attention, between the site's path and the attention's number."""
 
 
 def is_branch_attention(module: str) -> bool:
@@ -214,10 +215,10 @@ def is_branch_attention(module: str) -> bool:
 
 @final
 class IncrementalAttention(BranchAttention):
-    """Attention of branches in a program with a cache: the op, which gets a cache as the model's own does."""
+    """Attention of branches in a program with a cache: the op, which gets a cache as the model's attention does."""
 
     def positions(self, x: Tensor) -> Tensor:
-        """Return positions from 0 on, which the pass ``cache`` replaces."""
+        """Return positions 0, 1, ..., which the pass ``cache`` replaces."""
         found: Tensor = torch.ops.lorac.positions(x[..., 0])
         return found
 
@@ -232,7 +233,7 @@ class IncrementalAttention(BranchAttention):
 
 
 def visible_keys(queries: Tensor, keys: Tensor, window: int, blocks: Tensor | None = None) -> Tensor:
-    """Return which keys (length,) each query (batch or 1, length) sees: (batch or 1, 1, queries, keys).
+    """Return a mask, true where a query (batch or 1, length) sees a key (length,): (batch or 1, 1, queries, keys).
 
     Args:
         queries, keys: positions.
@@ -260,7 +261,7 @@ def attend_with_masks(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Compute ``attention`` with several masks, all of which must admit a score."""
+    """Compute ``attention`` with several masks; a score counts where every mask is true."""
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = q @ k.transpose(2, 3) * scale

@@ -50,7 +50,7 @@ def _call_signature(program: ExportedProgram) -> ModuleCallSignature:
 def find_fake_mode(program: ExportedProgram) -> FakeTensorMode:
     """Return the fake mode whose tensors describe the program's values."""
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    # The first one suffices; this runs for every added node, and a program has an input for each weight.
+    # The first fake mode suffices: this runs for every added node, and a program has an input for each weight.
     mode = next((found for v in values if isinstance(v, torch.Tensor) and (found := detect_fake_mode([v]))), None)
     assert mode is not None
     return mode
@@ -68,7 +68,7 @@ def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0
 def add_inputs(
     program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[int | torch.SymInt], torch.dtype]]
 ) -> dict[str, fx.Node]:
-    """Add tensor inputs, by public name, behind the program's own.
+    """Add tensor inputs by public name, after the program's other inputs.
 
     Args:
         program: edited in place.
@@ -79,7 +79,7 @@ def add_inputs(
     nodes: dict[str, fx.Node] = {}
     for name, (shape, dtype) in inputs.items():
         with graph.inserting_after(last):
-            # The name torch's own naming pass would give this input; decompositions look it up by that.
+            # The name that torch's naming pass would give this input; decompositions look the input up by this name.
             last = graph.placeholder(f"{SLOTS_KEYWORD}_" + re.sub(r"\W", "_", name).lower())
         with tracing():
             last.meta["val"] = make_example(mode, shape, dtype)
@@ -91,7 +91,7 @@ def add_inputs(
     signature, examples = _call_signature(program), dict[str, object]()
     for name, node in nodes.items():
         sizes = [size if isinstance(size, int) else int(size.node.hint) for size in node.meta["val"].shape]
-        # Without memory: a slot may be a whole weight.
+        # Allocate no memory: a slot may be a whole weight.
         examples[name] = torch.zeros((), dtype=node.meta["val"].dtype).expand(sizes)
     edit_keywords(program, lambda given: {**given, SLOTS_KEYWORD: {**given.get(SLOTS_KEYWORD, {}), **examples}})
     signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
@@ -101,7 +101,7 @@ def add_inputs(
 
 
 def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
-    """Add outputs behind the program's own."""
+    """Add outputs after the program's other outputs."""
     output = program.graph.output_node()
     output.args = ((*output.args[0], *nodes.values()),)
     program.graph_signature.output_specs.extend(map(_output_spec, nodes.values()))
@@ -112,7 +112,7 @@ def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
 
 
 def set_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
-    """Replace all outputs of a program, by name."""
+    """Replace all outputs of a program by named outputs."""
     output = program.graph.output_node()
     output.args = (tuple(nodes.values()),)
     program.graph_signature.output_specs[:] = map(_output_spec, nodes.values())
@@ -126,7 +126,7 @@ def _output_spec(node: fx.Node) -> OutputSpec:
 
 
 def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
-    """Remove inputs that nothing reads from a program that is called by names."""
+    """Remove unused inputs from a program whose inputs are called by name."""
     signature = _call_signature(program)
     for node in [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]:
         program.graph.erase_node(node)
@@ -139,7 +139,7 @@ def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
 
 
 def move_inputs_last(program: ExportedProgram, names: Sequence[str]) -> None:
-    """Put some inputs behind all others, in this order; the keywords of a call are to follow."""
+    """Move these inputs after all others, in this order; the caller reorders the keywords."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     last = [*nodes.values()][-1]
     for name in names:
@@ -152,7 +152,7 @@ def move_inputs_last(program: ExportedProgram, names: Sequence[str]) -> None:
 
 
 def edit_keywords(program: ExportedProgram, edit: Callable[[Fields], Fields]) -> None:
-    """Change the keyword arguments of a program's call, in its signature and in its example."""
+    """Edit the keyword arguments of a program's call, in the signature and in the example inputs."""
     signature = _call_signature(program)
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
     signature.in_spec = pytree.tree_flatten((args, edit(kwargs)))[1]
@@ -162,7 +162,7 @@ def edit_keywords(program: ExportedProgram, edit: Callable[[Fields], Fields]) ->
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
-    """Return a copy over the same tensors, with the same node names, that can be edited by itself."""
+    """Return a copy that can be edited alone; it shares the tensors and has the same node names."""
     made = copy.copy(program)
     made._graph_module = fx.GraphModule(program.graph_module, copy_graph(program.graph))
     specs = program.graph_signature
@@ -173,12 +173,12 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     made._module_call_graph = [replace(entry, signature=signature), *rest]
     made._state_dict, made._constants = dict(program.state_dict), dict(program.constants)
     made._range_constraints = dict(program._range_constraints)
-    made._guards_code = []  # they exclude sizes of 0 and 1, by which torch decides nothing but strides
+    made._guards_code = []  # guards exclude sizes of 0 and 1, though torch uses them only to decide strides
     return made
 
 
 def drop_unused_sizes(program: ExportedProgram) -> None:
-    """Forget the ranges of sizes that no input has any more; those that follow from values stay."""
+    """Drop the ranges of sizes that no input has; keep the ranges of sizes that depend on values."""
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
     sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
     used = {symbol for size in sizes if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
@@ -187,16 +187,16 @@ def drop_unused_sizes(program: ExportedProgram) -> None:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a graph whose nodes have the same names; how the graph is called is not copied."""
+    """Return a copy of a graph with the same node names; the code that calls the graph is not copied."""
     copied, output = fx.Graph(), graph.output_node()
     copied.output(copied.graph_copy(graph, {})).meta = {**output.meta}
     for node, original in zip(copied.nodes, graph.nodes, strict=True):
-        node.name = original.name  # an input with the name of a builtin, such as "input", is renamed in a copy
+        node.name = original.name  # fx renames an input with the name of a builtin, such as "input", in a copy
     return copied
 
 
 def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
-    """Restrict a captured program's outputs to tensors; return how the model's output is built around them."""
+    """Restrict a program's outputs to tensors; return the structure that rebuilds the model's output from them."""
     signature = _call_signature(program)
     output = program.graph.output_node()
     specs = program.graph_signature.output_specs
@@ -211,7 +211,7 @@ def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
     others = [(spec, value) for spec, value in pairs if spec.kind is not OutputKind.USER_OUTPUT]
     output.args = ((*(value for _, value in others), *tensors),)
     specs[:] = [*(spec for spec, _ in others), *map(_output_spec, tensors)]
-    # torch lists no outputs of a whole program here, and would not find listed ones after a decomposition.
+    # torch lists no outputs of a whole program here, and does not find listed outputs after a decomposition.
     signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten(tuple(tensors))[1]
     update_signature(program)
@@ -219,7 +219,7 @@ def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
 
 
 def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.Node:
-    """Return a size as a tensor; a tensor is returned unchanged."""
+    """Convert a size to a tensor; return a tensor unchanged."""
     if isinstance(value.meta["val"], torch.Tensor):
         return value
     with program.graph.inserting_before(before):
@@ -230,7 +230,7 @@ def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.
 
 
 def drop_unused_state(program: ExportedProgram) -> list[str]:
-    """Remove parameters, buffers and constants that nothing reads; return their names."""
+    """Remove unused parameters, buffers and constants; return their names."""
     signature, dropped = program.graph_signature, []
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for spec in list(signature.input_specs):
@@ -249,7 +249,7 @@ def drop_unused_state(program: ExportedProgram) -> list[str]:
 
 
 def qualify_names(program: ExportedProgram, prefix: str) -> ExportedProgram:
-    """Prefix the names of modules and tensors of a component's program, in place; return the program.
+    """Prefix the names of modules and tensors in a component's program, in place; return the program.
 
     Args:
         program: as captured from the component alone.
@@ -285,7 +285,7 @@ def inline(
     """Insert ``function(*operands)``, traced to aten, before ``node``; return the trace and the nodes of its outputs.
 
     The new nodes get the provenance of ``origin``, by default of ``node``. A trace may be reused for operands whose
-    shapes differ only in the names of symbolic sizes. ``in_places`` is for a function that ``torch.vmap`` runs.
+    shapes differ only in the names of symbolic sizes. Pass ``in_places`` for a function that calls ``torch.vmap``.
     """
     if traced is None:
         traced = (trace_in_places if in_places else trace_function)(program, function, operands)
@@ -314,7 +314,7 @@ def inline(
 
 
 def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str, int | torch.SymInt]:
-    """Return the sizes of a trace, such as ranks, that differ where it is reused -> the sizes there."""
+    """Map sizes of a trace, such as ranks, to the sizes of the operands for which it is reused, if they differ."""
     pairs = [(place.meta["val"], operand.meta["val"]) for place, operand in zip(places, operands, strict=True)]
     shapes = [(a.shape, b.shape) for a, b in pairs if isinstance(a, torch.Tensor)]
     return {str(old): new for a, b in shapes for old, new in zip(a, b, strict=True) if str(old) != str(new)}
@@ -333,7 +333,7 @@ def insert_repeated_call(
     *operands: Any,
     **named: Any,
 ) -> fx.Node:
-    """Insert a call as ``insert_call``; repeated layers share ``known``, so that its value is computed once."""
+    """Insert a call as ``insert_call`` does; ``known`` caches examples of values for repeated layers."""
     assert callable(op)
     given = fx.map_arg(operands, lambda operand: operand.meta["val"])
     key = ops.make_call_key(op, given, named)
@@ -348,7 +348,7 @@ def insert_repeated_call(
 
 
 def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
-    """Add a constant tensor to the program; return its placeholder, which stands before the caller's inputs."""
+    """Add a constant tensor to the program; return its placeholder, which precedes the caller's inputs."""
     specs = program.graph_signature.input_specs
     first = next(index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT)
     name = f"{SLOTS_KEYWORD}_constant_{len(program.constants)}"
@@ -366,7 +366,7 @@ def trace_function(
     operands: Sequence[fx.Node],
     decompositions: Decompositions | None = None,
 ) -> fx.GraphModule:
-    """Trace ``function``, which returns a tuple, to aten or by ``decompositions`` over examples of ``operands``."""
+    """Trace ``function``, which returns a tuple, over examples of ``operands``, to aten or by ``decompositions``."""
     values: list[torch.Tensor] = []
     for value in (operand.meta["val"] for operand in operands):
         # A trace would treat two operands with the same example as one operand.
@@ -381,10 +381,10 @@ def trace_function(
 def trace_in_places(
     program: ExportedProgram, function: Callable[..., object], operands: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """Trace a function that ``torch.vmap`` runs over places, as ``trace_function``.
+    """Trace, as ``trace_function`` does, a function that calls ``torch.vmap`` over places.
 
-    The ops below those of autograd are recorded, where ``torch.vmap`` acts. Views that it leaves where it moves no axis
-    are dropped.
+    Ops below autograd are recorded, because ``torch.vmap`` acts there. Views that change no shape, which it leaves
+    behind, are dropped.
     """
     traced = trace_function(program, function, operands, {})
     for node in traced.graph.nodes:
@@ -400,7 +400,7 @@ def have_equal_types(node: fx.Node, other: fx.Node) -> bool:
 
 
 def update_signature(program: ExportedProgram) -> None:
-    """Update the output names in the signature, and validate the program; the module's code stays unchanged."""
+    """Update the output names in the signature and validate the program; do not update the module's code."""
     output = program.graph.output_node()
     signature = program._module_call_graph[0].signature
     named = [] if signature is None else signature.outputs

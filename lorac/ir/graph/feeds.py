@@ -1,4 +1,4 @@
-"""The tensors that feed a lowered program: those of its slot inputs, of its caches, and a call's own."""
+"""The tensors that feed a lowered program: slot inputs, cache inputs, and the inputs of a call."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from lorac.ir.slots.roles import slot_name, strength_role
 def collect_slot_tensors(
     inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], slots: Mapping[str, SiteSlots]
 ) -> dict[str, Tensor]:
-    """Return the tensor of each slot input. Idle branches get zeros."""
+    """Return the tensor of each slot input; idle branches get zeros."""
     tensors: dict[str, Tensor] = {}
     by_site: dict[str, dict[str, Tensor]] = {}
     for name, slot in inputs.items():
@@ -41,7 +41,7 @@ def collect_slot_tensors(
 
 
 def select_reached_plans(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
-    """Return the plans of the sites that have slot inputs, which are those that the program reaches."""
+    """Return the plans of the sites that have slot inputs: the sites that the program reaches."""
     reached = {path for slot in inputs.values() for path in (slot.site, *slot.members)}
     return {path: plan for path, plan in plans.items() if path in reached}
 
@@ -49,7 +49,7 @@ def select_reached_plans(inputs: Mapping[str, SlotInput], plans: Mapping[str, Si
 def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor:
     """Convert a call's value for an input to the contiguous tensor that the program takes.
 
-    Integers of any width and floating-point values of any precision are cast, as the target computes in its own.
+    Integers of any width and floating-point values of any precision are cast to the dtype of the program.
 
     Args:
         name: the input's name.
@@ -60,14 +60,14 @@ def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor
         ChoiceError: the value is of another kind.
     """
     try:
-        if isinstance(value, np.ndarray) and min(value.strides, default=0) < 0:  # which torch takes no view of
+        if isinstance(value, np.ndarray) and min(value.strides, default=0) < 0:  # torch cannot view these
             value = value.copy()
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise not_numbers_error(name, error) from error
     if dtype is None or tensor.dtype == dtype:
         return tensor.contiguous()
-    is_number = tensor.ndim == 0 and tensor.dtype is not torch.bool  # such as a timestep, whole or not
+    is_number = tensor.ndim == 0 and tensor.dtype is not torch.bool  # such as a timestep, integer or float
     if tensor.is_floating_point() != dtype.is_floating_point and not (is_number and dtype.is_floating_point):
         raise ChoiceError(
             f"input '{name}' is {tensor.dtype}; the program takes {dtype}",
@@ -77,9 +77,9 @@ def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor
 
 
 CacheInputShape = tuple[tuple[int | None, ...], torch.dtype]
-"""Sizes of an input, None where they vary, and its dtype."""
+"""Sizes of an input, None for a size that varies, and its dtype."""
 _ENCODED_LENGTH = 3
-"""Length of made-up encoder outputs."""
+"""Length of artificial encoder outputs."""
 
 
 def make_empty_cache(
@@ -87,7 +87,7 @@ def make_empty_cache(
     ids: Tensor,
     encoder_outputs: Mapping[str, CacheInputShape] | None = None,
 ) -> dict[str, Tensor]:
-    """Make the inputs of an empty cache with room for a call's tokens.
+    """Make the inputs of an empty cache that has room for a call's tokens.
 
     Args:
         shapes: input for a layer's keys or values, or for a state -> its sizes; those that vary behind the first, which
@@ -110,7 +110,7 @@ def make_empty_cache(
 
 
 def cache_input_shapes(graph: Graph, holds: Callable[[str], bool] = is_past_input) -> dict[str, CacheInputShape]:
-    """Return shape and dtype of the inputs for keys, values and states, or of the others whose names are held."""
+    """Return shape and dtype of the cache inputs whose names ``holds`` accepts; by default keys, values and states."""
     values = {name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if holds(name)}
     return {
         name: (tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
@@ -119,7 +119,7 @@ def cache_input_shapes(graph: Graph, holds: Callable[[str], bool] = is_past_inpu
 
 
 def _blank_idle_rows(value: object, strengths: Tensor) -> object:
-    """Return an extra output with NaN, or 0 in integers, in the rows of places whose branch is off."""
+    """Set an extra output to NaN, or 0 in integers, in the rows of places whose branch is off; return it."""
     if bool(strengths.all()):
         return value
     rows = torch.as_tensor(value).clone()

@@ -1,4 +1,4 @@
-"""Graph: one captured computation with its level and its slot inputs.
+"""Graph: one captured computation with its level and slot inputs.
 
 A Graph wraps a ``torch.export`` program, whose fx graph, signature and state belong together. Only
 ``lorac.ir.graph.edit`` changes the signature.
@@ -22,18 +22,18 @@ from lorac.ir.traces.written_arguments import find_aliased_arguments
 
 
 class Level(enum.IntEnum):
-    """How far a graph has been lowered."""
+    """The level to which a graph has been lowered."""
 
     TRACED = 0
     """As traced: repeated layers, and bodies of higher-order ops, are one op each."""
     HOST = 1
     """As captured: each call of a site is one ``lorac`` op."""
     ADAPTED = 2
-    """One ``adapted`` op per call of a touched site, its slots among its operands, still opaque."""
+    """One ``adapted`` op per call of a touched site; its slots are operands, and its computation is not expanded."""
     EXPANDED = 3
-    """Adapted sites lowered to aten in their normal form."""
+    """Adapted sites are lowered to aten, in their normal form."""
     TARGET = 4
-    """Only ops the backend claims."""
+    """Only ops that the backend supports."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class SlotInput:
         site: path of the site, or of the fused projection.
         role: a row of the table of roles, or a tensor of a branch (``lorac.ir.slots.roles``).
         node: name of the placeholder.
-        members: the fused sites whose weights or biases lie in the slot end to end; empty for a single site.
-        placed: whether it has a first axis of places, for rows with adapters of their own (``lorac.ir.slots.places``).
+        members: the fused sites whose weights or biases are concatenated in the slot; empty for a single site.
+        placed: whether it has a first axis of places, for rows with different adapters (``lorac.ir.slots.places``).
     """
 
     name: str
@@ -58,7 +58,7 @@ class SlotInput:
 
     @property
     def by_token(self) -> bool:
-        """Whether it meets the tokens of a segment; a branch's formula sees its parameters as they are."""
+        """Whether its tensor is applied to each token of a segment, which no parameter of a branch is."""
         return not is_parameter(self.role)
 
 
@@ -68,7 +68,7 @@ class FusedProjection:
 
     Attributes:
         sites: paths, in the order of their outputs.
-        sizes: number of outputs of each.
+        sizes: number of outputs of each site.
         plan: the slots of their weights and biases, which become constants; empty where slots are inputs.
     """
 
@@ -79,10 +79,10 @@ class FusedProjection:
 
 @dataclass(frozen=True)
 class Skip:
-    """Something that a pass did not change.
+    """A place that a pass left unchanged.
 
     Attributes:
-        where: a site's path, a node's name, or the graph's name for all of it.
+        where: a site's path, a node's name, or the graph's name for the whole graph.
         why: the reason, as it reads after "left alone: ".
     """
 
@@ -100,7 +100,7 @@ class Graph:
         sites: every site of the model.
         plans: slots of the touched sites.
         interface: the inputs and outputs of a call, without slots and caches.
-        level: how far it is lowered.
+        level: the level to which it is lowered.
         slots: slot inputs by public name, in input order.
         projections: path -> sites that are computed as one; their calls have this path.
         axes: torch's symbols for sizes that vary -> their names.
@@ -128,13 +128,13 @@ class Graph:
         return self.exported.graph
 
     def plan_of(self, path: str) -> SitePlan:
-        """Return the slots at a path: those of a fused projection, or of a site, which may have none."""
+        """Return the plan at a path: of a fused projection, or of a site, whose plan may be empty."""
         projection = self.projections.get(path)
         return self.plans[path] if projection is None else projection.plan
 
     def add_outputs(self, nodes: Mapping[str, torch.fx.Node]) -> None:
-        """Add extra outputs behind the present ones, by name."""
-        from lorac.ir.graph.edit import add_outputs  # it imports sympy, which a process that only loads never needs
+        """Add extra outputs by name, after the other outputs."""
+        from lorac.ir.graph.edit import add_outputs  # imports sympy, which loading a program does not need
 
         add_outputs(self.exported, nodes)
         known = self.interface
@@ -142,7 +142,7 @@ class Graph:
         self.interface = replace(known, outputs=outputs, extra_outputs=extra)
 
     def describe_types(self) -> None:
-        """Describe dtypes and sizes of the inputs and outputs in the interface."""
+        """Record dtypes and sizes of the inputs and outputs in the interface."""
         inputs, outputs = self.interface.inputs, self.interface.outputs
         nodes: dict[str, object] = {node.name: node for node in self.placeholders() if node.name in inputs}
         (results,) = self.fx.output_node().args
@@ -156,11 +156,11 @@ class Graph:
         self.interface = replace(self.interface, types=types)
 
     def add_notes(self, *notes: str) -> None:
-        """Add sentences for whoever calls the program."""
+        """Add notes to the interface, for the program's callers."""
         self.interface = self.interface.with_notes(*notes)
 
     def replace_node(self, node: torch.fx.Node, value: torch.fx.Node) -> None:
-        """Let another node take a node's place, and erase the node."""
+        """Replace all uses of a node by another node, and erase the node."""
         node.replace_all_uses_with(value)
         self.fx.erase_node(node)
 
@@ -169,7 +169,7 @@ class Graph:
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
     def find(self, *targets: object) -> Iterator[torch.fx.Node]:
-        """Return an iterator over the calls of the given targets; each may be edited while it is current."""
+        """Return an iterator over the calls of the given targets; the current call may be edited."""
         wanted = set(targets)
         return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
 
@@ -178,9 +178,9 @@ class Graph:
         return [n for n in self.fx.nodes if n.op == "call_function" and find_aliased_arguments(n.target, True)]
 
     def reaching_outputs(self, further: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
-        """Return the nodes from which an output, or one of some further nodes, is computed.
+        """Return the nodes from which an output or a node of ``further`` is computed.
 
-        A write into a tensor, or into a view of it, belongs to them where the tensor does.
+        A write into a tensor, or into a view of the tensor, is among them where the tensor is.
         """
         writes, live = self.find_writes(), self._reaching(further)
         while found := {node for node in writes if node not in live and not live.isdisjoint(_whole(node))}:
@@ -203,12 +203,12 @@ class Graph:
 
 
 def find_written_operands(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Return the operands that an op writes to, by its schema."""
+    """Return the operands into which an op writes, by its schema."""
     return _aliased(node, writes=True)
 
 
 def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
-    """Return the operands that an op writes to, or of which it returns views."""
+    """Return the operands into which an op writes; without ``writes``, the operands of which it returns views."""
     if node.op != "call_function":
         return []
     places = [place for place, _ in find_aliased_arguments(node.target, writes) if place < len(node.args)]
@@ -216,7 +216,7 @@ def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
 
 
 def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
-    """Return the tensors that a write changes: its operands, and those that they are views of."""
+    """Return the tensors that a write changes: the written operands, and the tensors of which they are views."""
     changed: set[torch.fx.Node] = set()
     pending = find_written_operands(write)
     while pending:
@@ -228,7 +228,7 @@ def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
 
 
 def find_origins(node: torch.fx.Node) -> set[torch.fx.Node]:
-    """Return a node, the nodes from which it is computed, and the writes into these."""
+    """Return a node, the nodes from which it is computed, and the writes into any of these."""
     writes, found, known = [each for each in node.graph.nodes if find_written_operands(each)], find_sources([node]), 0
     while len(found) != known:
         known = len(found)
@@ -238,10 +238,10 @@ def find_origins(node: torch.fx.Node) -> set[torch.fx.Node]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Program:
-    """One or more graphs that are swapped together.
+    """One or more graphs that are replaced together.
 
     Attributes:
-        graphs: name -> graph: ``"main"`` for a single model, and another name for its encoder if that runs by itself.
+        graphs: name -> graph: ``"main"`` for a single model, and another name for an encoder that runs by itself.
     """
 
     graphs: Mapping[str, Graph]

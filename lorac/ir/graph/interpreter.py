@@ -1,8 +1,8 @@
-"""The reference interpreter, which runs a graph at any level, op by op.
+"""The reference interpreter, which runs a graph of any level op by op.
 
-It is compared with the model, and backends are compared with it. At level host every ``lorac`` op computes its layer;
-at level adapted an ``adapted`` op is ``run_site`` over its slots; below that there is only aten. Where several results
-are allowed, one is chosen: top-k and sort break ties by the lowest index, as every lowering must.
+Tests compare it with the model, and backends with it. At level host every ``lorac`` op computes its layer; at level
+adapted an ``adapted`` op is ``run_site`` over its slots; below there is only aten. Where an op allows several results,
+the interpreter chooses: top-k and sort break ties by the lowest index, as every lowering must.
 """
 
 import math
@@ -24,10 +24,10 @@ from lorac.ir.graph.nodes import SLOTS_KEYWORD
 
 aten = torch.ops.aten
 TOLERANCE = 1e-3
-"""Largest ``relative_error`` between two computations of one value. In float32 rounding leaves 1e-6 to 1e-5; a wrong
-result is off by far more."""
+"""Largest ``relative_error`` between two computations of one value. Rounding in float32 causes 1e-6 to 1e-5; a wrong
+result has a far larger error."""
 _ROUNDINGS = 8
-"""The same as a number of roundings, for precisions in which one rounding exceeds the tolerance."""
+"""The tolerance as a number of roundings, for precisions in which one rounding exceeds ``TOLERANCE``."""
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def run_graph(
     slots: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> list[Any]:
-    """Run a graph, and return its outputs in order.
+    """Run a graph; return its outputs in order.
 
     Args:
         graph: at any level.
@@ -62,11 +62,11 @@ def run_graph(
 
 
 def evaluate(node: fx.Node, known: Mapping[fx.Node, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
-    """Compute a node's value from values of other nodes.
+    """Compute a node's value from the values of other nodes.
 
     Args:
         node: the node.
-        known: their values; a KeyError where one is missing.
+        known: values of other nodes.
         sizes: torch's symbol for a size -> the size.
     """
     values, needed = dict[fx.Node, Any](known), find_origins(node)
@@ -95,7 +95,7 @@ def read_example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]
 
 
 def resize_inputs(inputs: Mapping[str, Tensor], chosen: AxisSizes) -> dict[str, Tensor]:
-    """Repeat or cut inputs to other sizes, so that ids stay ids, masks stay masks, and offsets rise."""
+    """Repeat or cut inputs to other sizes: ids stay ids, masks stay masks, and rising offsets stay sorted."""
     changed = dict(inputs)
     for (name, axis), size in chosen.items():
         value = changed[name]
@@ -109,11 +109,11 @@ def resize_inputs(inputs: Mapping[str, Tensor], chosen: AxisSizes) -> dict[str, 
 def relative_error(y: Tensor, ref: Tensor) -> float:
     """Return ‖y − ref‖ / ‖ref‖; infinity for different shapes, infinities or NaNs.
 
-    Integers are not compared: where rounding decides between two of them, either is right.
+    Integers are not compared: rounding may decide between two integers, and both are correct.
     """
     if y.shape != ref.shape:
         return math.inf
-    if not ref.is_floating_point() or (y.dtype == ref.dtype and torch.equal(y, ref)):  # no NaN equals another
+    if not ref.is_floating_point() or (y.dtype == ref.dtype and torch.equal(y, ref)):  # NaN != NaN
         return 0.0
     finite = torch.isfinite(ref)
     if not torch.equal(torch.nan_to_num(y[~finite]), torch.nan_to_num(ref[~finite])):
@@ -124,20 +124,20 @@ def relative_error(y: Tensor, ref: Tensor) -> float:
 
 
 def differs_beyond_rounding(y: Tensor, ref: Tensor) -> bool:
-    """Whether two computations of one value differ by more than rounding; a NaN differs from every number."""
+    """Whether two computations of a value differ by more than rounding; a NaN differs from every value."""
     rounding = torch.finfo(ref.dtype).eps if ref.is_floating_point() else 0.0
     return not relative_error(y, ref) <= max(TOLERANCE, _ROUNDINGS * rounding)
 
 
 class _Interpreter(fx.Interpreter):
-    """An interpreter that also runs adapted ops, and breaks ties in one way."""
+    """An interpreter that also runs adapted ops, and breaks ties by the lowest index."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph.exported.graph_module)
         self._program = graph
 
     def run_node(self, n: fx.Node) -> object:
-        """Run a node without fx's record of it for tracebacks, which takes longer than small ops."""
+        """Run a node without the record that fx keeps for tracebacks, which takes longer than a small op."""
         operands, named = self.fetch_args_kwargs_from_env(n)
         if n.target is ops.adapted:
             call = AdaptedCall(*operands)
@@ -159,16 +159,16 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
 
 
 TIE_BREAKING_OPS: Mapping[object, Callable[..., object]] = {aten.topk.default: _topk, aten.sort.default: _sort}
-"""Op whose ties torch breaks in any way -> its function, in which they go to the lowest index."""
+"""Op whose order of ties torch leaves open -> function that breaks ties by the lowest index."""
 _FUNCTIONS: Mapping[object, Callable[..., object]] = {**TIE_BREAKING_OPS, **ops.OP_FUNCTIONS}
-"""Op -> its function, for ops whose ties torch breaks in any way, and for lorac's own."""
+"""Op -> the function that computes it: ops that break ties, and lorac's ops."""
 
 
 def _flatten_inputs(graph: Graph, given: Mapping[str, object], weights: Mapping[str, Tensor]) -> list[object]:
     """Return the program's inputs in order: parameters, buffers, constants, the caller's inputs, slots."""
     program, flat = graph.exported, list[object]()
     stored = {**program.constants, **weights}
-    # The ops of a model that writes into its buffers must not write into the model's own.
+    # A model that writes into its buffers must write into copies, not into the model's tensors.
     writes = bool(graph.find_writes())
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:

@@ -1,4 +1,4 @@
-"""The metadata of nodes, which fx leaves untyped: an example of the value, its module, its source line, its tensor."""
+"""The untyped metadata of fx nodes: an example of the value, the module, the source line, the tensor."""
 
 import re
 from collections.abc import Iterable
@@ -23,13 +23,13 @@ def find_user_inputs(program: ExportedProgram) -> dict[str, fx.Node]:
 
 
 def find_input_examples(program: ExportedProgram) -> dict[str, Tensor]:
-    """Return the examples of the tensors among the inputs that a call gives a program, by name."""
+    """Return the examples of the tensor inputs that a call gives a program, by name."""
     values = {name: node.meta.get("val") for name, node in find_user_inputs(program).items()}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def find_stored_tensors(program: ExportedProgram) -> dict[fx.Node, Tensor]:
-    """Return the inputs of a program that stand for tensors of its own, and these tensors."""
+    """Return the placeholders of a program's parameters, buffers and constants -> their tensors."""
     held = {**program.constants, **program.state_dict}
     names = {getattr(spec.arg, "name", ""): str(spec.target) for spec in program.graph_signature.input_specs}
     found = {node: held.get(names.get(node.name, "")) for node in program.graph.nodes if node.op == "placeholder"}
@@ -37,7 +37,7 @@ def find_stored_tensors(program: ExportedProgram) -> dict[fx.Node, Tensor]:
 
 
 def find_sources(values: Iterable[object]) -> set[fx.Node]:
-    """Return the nodes among some values, and those from which they are computed."""
+    """Return the nodes among these values, and all nodes from which they are computed."""
     found: set[fx.Node] = set()
     waiting = [*values]
     while waiting:
@@ -49,7 +49,7 @@ def find_sources(values: Iterable[object]) -> set[fx.Node]:
 
 
 def find_dependents(nodes: Iterable[fx.Node], first: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that are computed from some values; sizes of the values do not count."""
+    """Return these nodes and all nodes computed from them; a path through a size does not count."""
     found = set(first)
     for node in nodes:
         sized = isinstance(node.meta.get("val"), SymInt | int)
@@ -59,12 +59,12 @@ def find_dependents(nodes: Iterable[fx.Node], first: Iterable[fx.Node]) -> set[f
 
 
 def describe_type(value: Tensor) -> tuple[object, ...]:
-    """Return a key that is equal for values of one dtype and shape."""
+    """Return a key that is equal for values with the same dtype and shape."""
     return (value.dtype, *map(str, value.shape))
 
 
 SLOTS_KEYWORD = "lorac"
-"""The keyword argument that holds all slots, a dict by public name; also the key of a node's own metadata."""
+"""The keyword argument for all slots, a dict by public name; also the key of lorac's metadata in a node."""
 _PROVENANCE = ("nn_module_stack", "stack_trace", "from_node")
 
 

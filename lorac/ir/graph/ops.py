@@ -1,7 +1,7 @@
-"""Ops that mark sites in a captured graph: one node for each call of a site, until a pass expands or lowers it.
+"""Ops that mark sites in a captured graph: one node per call of a site, until a pass expands or lowers it.
 
-Each op computes the model's layer, so that a graph with them runs unchanged. Their last operand is the module path of
-the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
+Each op computes the model's layer, so that a graph of such ops runs unchanged. The last operand is the module path of
+the site. Each kind of layer is one function here, with a fake function and the aten op to which it is lowered.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,11 +17,11 @@ aten = torch.ops.aten
 SiteOp = Callable[..., Tensor]
 """An op that computes a layer."""
 Lowering = Callable[[Operands], tuple[SiteOp, Operands]]
-"""Return the aten op of a site's op, and its operands."""
+"""Function that returns the aten op of a site's op, and the operands."""
 _CONVOLUTIONS: dict[int, SiteOp] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 _LOWERINGS: dict[object, Lowering] = {}
 OP_FUNCTIONS: dict[object, Callable[..., Tensor]] = {}
-"""Op -> its function, which runs without torch's dispatcher: that takes longer than a small product."""
+"""Op -> the function that computes it without torch's dispatcher, which takes longer than a small product."""
 
 
 def _site_op(lower: Lowering) -> Callable[[Callable[..., Tensor]], CustomOpDef]:
@@ -50,7 +50,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
 
 @_site_op(lambda args: (aten.embedding.default, (args[1], args[0], args[2])))
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
-    """Look up rows of ``weight``; ``padding_idx``, -1 for none, only matters to gradients."""
+    """Look up rows of ``weight``; ``padding_idx`` (-1: none) affects only gradients."""
     return F.embedding(ids, weight, padding_idx if padding_idx >= 0 else None)
 
 
@@ -72,17 +72,17 @@ def conv(
     groups: int,
     site: str,
 ) -> Tensor:
-    """Convolve in 1, 2 or 3 dimensions, by the rank of ``weight``."""
+    """Convolve in 1, 2 or 3 dimensions, which the rank of ``weight`` decides."""
     result: Tensor = _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
     return result
 
 
-conv.register_fake(OP_FUNCTIONS[conv._opoverload])  # it has the shapes of torch's op
+conv.register_fake(OP_FUNCTIONS[conv._opoverload])  # the op has the shapes of torch's op
 
 
 @_site_op(lambda args: (aten.clone.default, (args[1],)))
 def block(x: Tensor, y: Tensor, site: str) -> Tensor:
-    """Return the output ``y`` of a block; its input is at hand for adapters that need it."""
+    """Return the output ``y`` of a block; the input ``x`` is an operand for adapters that read it."""
     return y.clone()
 
 
@@ -93,7 +93,7 @@ def _(x: Tensor, y: Tensor, site: str) -> Tensor:
 
 @_site_op(lambda args: (aten.clone.default, (args[1],)) if args[2] is None else (aten.add.Tensor, args[1:3]))
 def member(x: Tensor, product: Tensor, bias: Tensor | None, site: str) -> Tensor:
-    """Return the output of a site of a fused projection, which computed its product with x."""
+    """Return the output of one site of a fused projection, from its part of the fused product with x."""
     return product.clone() if bias is None else product + bias
 
 
@@ -121,12 +121,12 @@ def _(x: Tensor, matrix: Tensor) -> Tensor:
 MATMUL = matmul._opoverload
 OP_FUNCTIONS[MATMUL] = torch.matmul
 SPLIT = aten.split_with_sizes.default
-"""The op that splits the output of a fused projection into those of its sites."""
+"""The op that splits the output of a fused projection into the outputs of its sites."""
 
 
 @torch.library.custom_op("lorac::marker", mutates_args=())
 def marker(values: list[Tensor]) -> Tensor:
-    """Record values at their place in a program while a model is traced."""
+    """Mark the place of values in a program while a model is traced."""
     raise AssertionError("markers are removed before anything runs")  # pragma: no cover
 
 
@@ -139,13 +139,13 @@ def _(values: list[Tensor]) -> Tensor:
 def repeated_layer(
     given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str
 ) -> list[Tensor]:
-    """Stand for the layer at ``path``, which computes the same as the one at ``first``, while a model is traced.
+    """Stand for the layer at ``path`` during a trace; it computes the same as the layer at ``first``.
 
     Args:
         given: the layer's inputs.
-        answered: the first layer's outputs, which have the sizes of this one's.
+        answered: the first layer's outputs, which have the sizes of this layer's outputs.
         notes: markers of the first layer's inputs and outputs.
-        path, first: the paths of both.
+        path, first: the paths of the two layers.
     """
     raise AssertionError("the nodes of the first layer replace this op before anything runs")  # pragma: no cover
 
@@ -159,9 +159,9 @@ MARKER, REPEATED_LAYER = marker._opoverload, repeated_layer._opoverload
 
 
 def adapted(op: SiteOp, host_args: Operands, slots: dict[str, Tensor], site: str) -> Tensor:
-    """Mark a call of a touched site at level adapted: the model's op and operands, and the tensors in its slots.
+    """Mark a call of a touched site at level adapted: the model's op and operands, and the tensors in the slots.
 
-    It computes ``lorac.ir.slots.execution.run_site``, by which the ``expand`` pass replaces it.
+    It computes ``lorac.ir.slots.execution.run_site``; the ``expand`` pass replaces the op by this computation.
     """
     raise AssertionError("an adapted op is expanded before anything runs")  # pragma: no cover
 
@@ -176,7 +176,7 @@ def site_of(node: fx.Node) -> str:
 
 
 def group_calls(nodes: Iterable[fx.Node]) -> dict[str, list[fx.Node]]:
-    """Return the calls of each site among some, by its path."""
+    """Group calls of sites by the site's path."""
     calls: dict[str, list[fx.Node]] = {}
     for node in nodes:
         calls.setdefault(site_of(node), []).append(node)
@@ -184,7 +184,7 @@ def group_calls(nodes: Iterable[fx.Node]) -> dict[str, list[fx.Node]]:
 
 
 def operands_of(node: fx.Node) -> Operands:
-    """Return the operands of the model's layer: those of a site's op without the path."""
+    """Return the operands of the model's layer: all operands of the site's op except the path."""
     return node.args[:-1]
 
 

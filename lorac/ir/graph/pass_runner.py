@@ -1,4 +1,4 @@
-"""The function that runs passes in order; after each the verifier runs, and an observer may look at the graph."""
+"""The function that runs passes in order; after each pass it calls the verifier and an optional observer."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from lorac.ir.graph.verify import verify
 from lorac.ir.traces.gate import tracing
 
 Observer = Callable[[str, Graph], None]
-"""A function that gets the name of a stage, and the graph after it."""
+"""A function that takes the name of a stage and the graph after that stage."""
 
 
 def run_pipeline(
@@ -19,11 +19,11 @@ def run_pipeline(
 ) -> list[tuple[str, PassResult]]:
     """Run passes in order; return the name and the result of each.
 
-    The first passes are skipped if the graph has left the level that they read, and their results say so. Every later
-    pass must find the level that it reads. A pipeline that would be skipped altogether is refused as a mistake.
+    Leading passes are skipped if the graph is past the level that they read; their results say so. Every later
+    pass must find the level that it reads. A pipeline of only skipped passes is refused as a mistake.
 
     Args:
-        graph: edited in place; its ``skips`` get those of the passes.
+        graph: edited in place; each pass's skipped places are added to its ``skips``.
         passes: in order.
         observe: called before the first pass, then with the name of each pass that changed the graph.
         first: the stage of the graph before the first pass.
@@ -45,7 +45,7 @@ def run_pipeline(
             raise _wrong_level(step, graph, passes)
         with tracing():
             result = step.apply(graph)
-        # A graph at another level has changed, even if no node has.
+        # A graph whose level changed has changed, even if no node has.
         result = replace(result, changed=result.changed or step.leaves is not step.reads)
         graph.level = step.leaves
         verify(graph, after=step.name)

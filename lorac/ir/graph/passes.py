@@ -1,4 +1,4 @@
-"""The base class of passes, and the result of one."""
+"""The base class of passes, and their result."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Pass(ABC):
     Attributes:
         name: in pipelines, dumps and messages.
         reads: the level of the graphs that it takes, checked by ``lorac.ir.graph.pass_runner.run_pipeline``.
-        leaves: the level to which it brings them, set by the runner.
+        leaves: the level of the graphs afterwards, set by the runner.
     """
 
     name: ClassVar[str]
@@ -43,4 +43,4 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, graph: Graph) -> PassResult:
-        """Edit a graph of level ``reads`` in place, but for its ``level``."""
+        """Edit a graph of level ``reads`` in place, except its ``level``."""

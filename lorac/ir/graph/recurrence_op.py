@@ -1,9 +1,9 @@
-"""The recurrence of state-space models and of linear attention as one op, whose state a cache can hold.
+"""The recurrence of state-space models and linear attention as one op, whose state can be cached.
 
-All of them decay a matrix, add a product of a key and a value to it, and read it with a query. Mamba-2 decays each head
-by one number, Mamba and Kimi's delta attention each feature, RG-LRU a matrix of one row; the delta rules subtract from
-a value the state's answer to its key. ``recurrence`` defines the result; a target decides how it computes
-it.
+Each step decays a matrix, adds a product of a key and a value, and reads the matrix with a query. Mamba-2 decays each
+head by one number, Mamba and Kimi's delta attention decay each feature, RG-LRU decays a matrix of one row; the delta
+rules subtract from a value the state's answer to its key. ``recurrence`` defines the result; a target decides how it
+computes it.
 """
 
 import torch
@@ -47,4 +47,4 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple[Tensor, Tenso
 
 RECURRENCE = recurrence._opoverload
 STATE_OPERAND = 6
-"""The operand of a recurrence that is its state."""
+"""Index of the operand ``state`` of a recurrence."""

@@ -1,7 +1,7 @@
-"""The ops between a batch and its segments, in which rows have adapters of their own (``lorac.ir.slots.places``).
+"""The ops that cut a batch into segments of rows with different adapters, and join them (``lorac.ir.slots.places``).
 
-They are ops of their own because torch would ask of a reshape whether the number of places divides that of the rows,
-and fix the sizes of the example by its answer.
+They are custom ops because torch would check for a reshape that the number of places divides the number of rows, and
+would specialise to the sizes of the example.
 """
 
 import math
@@ -17,7 +17,7 @@ from lorac.ir.slots.places import cut_segments, join_segments
 
 @torch.library.custom_op("lorac::cut_segments", mutates_args=())
 def cut(x: Tensor, slot: Tensor, features: int) -> Tensor:
-    """Cut a batch into as many segments as a slot has places (``lorac.ir.slots.places.cut_segments``)."""
+    """Cut a batch into one segment per place of a slot (``lorac.ir.slots.places.cut_segments``)."""
     return cut_segments(x, slot.shape[0], features).clone()
 
 
@@ -28,8 +28,7 @@ def _(x: Tensor, slot: Tensor, features: int) -> Tensor:
     if mode is None or mode.shape_env is None or isinstance(places, int):
         tokens: int | torch.SymInt = math.prod(rows) // places
     else:
-        # A size of its own: torch knows only the example's value of a quotient, and takes a value of 0 or 1 for a
-        # constant.
+        # A new symbolic size: torch knows a quotient only by its value in the example, and takes 0 or 1 for a constant.
         source = f"segment of {' x '.join(map(str, rows))} in {places}"
         tokens = make_size(mode.shape_env, source, _TOKENS)
     return x.new_empty((places, tokens, *x.shape[leading:]))
@@ -37,7 +36,7 @@ def _(x: Tensor, slot: Tensor, features: int) -> Tensor:
 
 @torch.library.custom_op("lorac::join_segments", mutates_args=())
 def join(y: Tensor, like: Tensor, features: int) -> Tensor:
-    """Join segments to a batch (``lorac.ir.slots.places.join_segments``)."""
+    """Join segments into a batch (``lorac.ir.slots.places.join_segments``)."""
     return join_segments(y, like, features).clone()
 
 
@@ -47,6 +46,6 @@ def _(y: Tensor, like: Tensor, features: int) -> Tensor:
 
 
 _TOKENS = 13
-"""The tokens of a segment in an example: a number that sizes of models rarely are."""
+"""The tokens of a segment in an example: a number that models rarely have as a size."""
 SEGMENTS = SegmentOps(cut, join)
 CUT, JOIN = cut._opoverload, join._opoverload

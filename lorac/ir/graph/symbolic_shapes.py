@@ -1,4 +1,4 @@
-"""Symbolic sizes of traced values: new ones, examples that have them, and sizes as text."""
+"""Symbolic sizes of traced values: making them, making examples with them, and writing them as text."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SYMBOL = re.compile(r"\b[su]\d+\b")
-"""torch's names for sizes that vary."""
+"""torch's symbols for sizes that vary."""
 
 
 def rename_symbols(text: str, names: Mapping[str, str]) -> str:
-    """Replace the symbols in a size as text, such as ``2*s77``, by their names."""
+    """Replace the symbols in a size written as text, such as ``2*s77``, by their names."""
     return SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
 
 
 def constant_size(size: int | torch.SymInt) -> int | None:
-    """Return a size of a traced value that does not vary; None for one that varies.
+    """Return the constant size of a traced value; None for a size that varies.
 
-    torch keeps the symbol of an axis that the trace fixed, and lets it stand for a number.
+    torch keeps the symbol of an axis that the trace fixed, and binds it to a number.
     """
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> torch.SymInt:
-    """Return the symbolic size of a name, by default a new one that may be any number from ``least`` on.
+    """Return the symbolic size of this name; make one of at least ``least`` if the environment has none.
 
     Args:
         environment: torch's record of symbolic sizes.
@@ -60,11 +60,11 @@ def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> to
 
 
 def make_example(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> torch.Tensor:
-    """Return an example of a value on the CPU, contiguous and without values.
+    """Return an example of a value: a contiguous fake tensor on the CPU.
 
-    It equals the result of ``torch.empty`` in the mode, and takes less time where sizes are symbolic: a view of strides
-    that are computed once, where torch multiplies the sizes anew for each of a tensor's properties. Strides across a
-    size of 0 are 0, where torch takes such a size for 1; nothing lies there.
+    It equals the result of ``torch.empty`` in the mode. With symbolic sizes it takes less time, since the strides are
+    computed once; torch multiplies the sizes again for each property of a tensor. Strides across a size of 0 are 0,
+    where torch counts such a size as 1; the tensor is empty then.
     """
     strides = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)][: len(shape)]
     strided = torch.empty(0, dtype=dtype, device="meta").as_strided(tuple(shape), strides[::-1])

@@ -1,4 +1,4 @@
-"""The verifier, which checks the rules of each level between all passes."""
+"""The verifier, which checks the rules of a graph's level after every pass."""
 
 from torch import fx
 

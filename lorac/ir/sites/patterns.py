@@ -1,6 +1,6 @@
-"""Which sites a pattern names: PEFT's rules, with a bound on the time that a pattern from a file may take.
+"""Which sites a pattern names, by PEFT's rules; the time for a pattern from a file is bounded.
 
-Compiling a pattern cannot be interrupted, so its length and its repetitions are measured first. All patterns of one
+A compilation of a pattern cannot be interrupted, so its length and its repetitions are checked first. All patterns of a
 file share that file's time (``lorac.limits``).
 """
 
@@ -18,21 +18,21 @@ from lorac.ir.sites.site import CONVOLUTION_KINDS, Site, SiteKind
 from lorac.limits import check_time
 
 TIMEOUT_SECONDS = 0.1
-"""Longest processor time of a pattern on one module path; ordinary patterns take microseconds."""
+"""Longest processor time to match a pattern against one module path; ordinary patterns take microseconds."""
 MAX_PATTERN_LENGTH = 10_000
-"""Most characters of a pattern, which compile in a twentieth of a second."""
+"""Most characters of a pattern; so many compile in a twentieth of a second."""
 MAX_PATTERN_REPEATS = 10_000
-"""Largest product of the numbers in braces of a pattern, which multiply where they nest."""
+"""Largest product of the numbers in a pattern's braces, since nested repetitions multiply."""
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _DIGITS = 18
-"""Digits of a number in braces that are read; longer numbers are too large anyway."""
+"""Digits that are read of a number in braces; longer numbers exceed the limit."""
 _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 TARGET_KEYWORDS = {
     "all-linear": "linear layers, but for output layers",
     "all-conv": "convolutions",
     "all-blocks": "elements of lists and sequences that hold a linear layer",
 }
-"""Values of ``targets`` besides names and a regular expression -> their meaning."""
+"""Keywords for ``targets``, besides names and a regular expression -> their meaning."""
 _HEADS = ("lm_head", "embed_out", "output_layer")
 """Names of output layers, for models without ``get_output_embeddings``."""
 _LISTED_NAMES = 8
@@ -40,11 +40,11 @@ _LISTED_NAMES = 8
 
 
 def match_pattern(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] | None:
-    """Match ``pattern`` against the whole of ``path`` (or its beginning).
+    """Match ``pattern`` against the whole ``path``; without ``full``, against its beginning.
 
     Raises:
-        FormatError: it is not a regular expression, is too long or repeats too much, or matching takes longer than
-            ``TIMEOUT_SECONDS`` or than the file's time.
+        FormatError: the pattern is not a regular expression, is too long or repeats too much, or matching takes longer
+            than ``TIMEOUT_SECONDS`` or than the file's time.
     """
     compiled = _compile(pattern)
     try:
@@ -60,15 +60,15 @@ def match_pattern(pattern: str, path: str, *, full: bool = True) -> regex.Match[
 
 
 def _match_in_time(match: Callable[..., regex.Match[str] | None], path: str) -> regex.Match[str] | None:
-    """Match a path."""
-    # The engine's clock is the process's: other threads may use up its time, on all processors.
+    """Match a path; raise ``TimeoutError`` if this thread takes longer than ``TIMEOUT_SECONDS``."""
+    # The engine's clock counts all threads of the process, on all processors.
     for processors in (1, os.cpu_count() or 1):
         start, found, stopped = time.thread_time(), None, False
         try:
             found = match(path, timeout=TIMEOUT_SECONDS * processors)
         except TimeoutError:
             stopped = True
-        # The engine looks at its clock rarely, so that a match may take longer without a timeout.
+        # The engine reads its clock rarely, so that a match may take longer without a timeout.
         if time.thread_time() - start > TIMEOUT_SECONDS:
             break
         if not stopped:
@@ -78,7 +78,7 @@ def _match_in_time(match: Callable[..., regex.Match[str] | None], path: str) -> 
 
 @functools.lru_cache(maxsize=4096)
 def _compile(pattern: str) -> regex.Pattern[str]:
-    """Compile a pattern; one that could take long is refused before the engine sees it."""
+    """Compile a pattern; refuse one that may take long before the engine reads it."""
     repeats = _count_repeats(pattern)
     if len(pattern) > MAX_PATTERN_LENGTH or repeats > MAX_PATTERN_REPEATS:
         raise FormatError(
@@ -89,7 +89,7 @@ def _compile(pattern: str) -> regex.Pattern[str]:
         )
     try:
         return regex.compile(pattern, cache_pattern=False)
-    except Exception as error:  # the parser may raise anything on invalid input, even for lack of stack
+    except Exception as error:  # the parser may raise any error on invalid input, even RecursionError
         raise FormatError(
             f"pattern {short(pattern)} is not a regular expression: {error}",
             next_step="write the module names out, as a list",
@@ -97,7 +97,7 @@ def _compile(pattern: str) -> regex.Pattern[str]:
 
 
 def _count_repeats(pattern: str) -> int:
-    """Multiply the numbers in braces, each at least 1, until the product is too large."""
+    """Multiply the numbers in a pattern's braces, each at least 1; stop once the product is too large."""
     product = 1
     for found in _REPEAT.finditer(pattern):
         product *= max([1, *(int(number[:_DIGITS]) for number in found.groups() if number)])
@@ -107,7 +107,7 @@ def _count_repeats(pattern: str) -> int:
 
 
 def find_first_pattern(patterns: Iterable[str], path: str) -> str | None:
-    """Return the first pattern that ends ``path`` (PEFT's rule for rank_pattern and alpha_pattern), or None."""
+    """Return the first pattern that matches the end of ``path`` (PEFT, for rank_pattern and alpha_pattern), or None."""
     for pattern in patterns:
         if match_pattern(rf"(.*\.)?({pattern})$", path, full=False):
             return pattern
@@ -115,12 +115,12 @@ def find_first_pattern(patterns: Iterable[str], path: str) -> str | None:
 
 
 def is_named(patterns: str | Iterable[str], path: str) -> bool:
-    """Return whether ``path`` is named by one regular expression, or by a list of paths and suffixes."""
+    """Return whether a regular expression matches ``path``, or a list has the path or a suffix of it."""
     return make_matcher(patterns)(path)
 
 
 def make_matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
-    """Return the function ``is_named`` of paths for some patterns."""
+    """Return the function path -> ``is_named(patterns, path)``."""
     if isinstance(patterns, str):
         return lambda path: match_pattern(patterns, path) is not None
     names = frozenset(patterns)
@@ -129,7 +129,7 @@ def make_matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
 
 
 def find_layer_index(path: str, patterns: Iterable[str]) -> int | None:
-    """Return the layer index in ``path``: the first number after the name of a list of layers."""
+    """Return the layer index in ``path``: the first number after the name of a list of layers; None without one."""
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns] or [_LAYER]
     for expression in expressions:
         found = match_pattern(expression, path, full=False)
@@ -139,7 +139,7 @@ def find_layer_index(path: str, patterns: Iterable[str]) -> int | None:
 
 
 def find_outermost_blocks(sites: Mapping[str, Site]) -> set[str]:
-    """Return the paths of blocks that are in no other block, unlike an expert or a part of a layer."""
+    """Return the paths of blocks that no other block contains; a block contains its experts and its parts."""
     blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK and not site.named}
     return {path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)}
 
@@ -161,8 +161,8 @@ def select_sites(
         targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
             ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). A site is named by its
             module or by the module that reads its weight.
-        parameters: PEFT's target_parameters: names of weights, which name their sites. Only they name the matrices that
-            modules multiply by themselves.
+        parameters: PEFT's target_parameters: names of weights, which select the sites of these weights; only they
+            select matrices that a module multiplies in its own forward.
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
@@ -178,9 +178,9 @@ def select_sites(
         named_as = named(path, site) if site.kind is not SiteKind.MATRIX else None
         if named_as is None or (exclude and is_named(exclude, path)):
             continue
-        if any(match_pattern(rf"(^|.*\.){name}($|\..*)", path) for name in saved):  # in one of modules_to_save
+        if any(match_pattern(rf"(^|.*\.){name}($|\..*)", path) for name in saved):  # a path in modules_to_save
             continue
-        # A path that is given in full is meant, whatever its layer (PEFT).
+        # A full path selects its site in any layer (PEFT).
         in_full = not isinstance(targets, str) and named_as in targets
         if not in_full and chosen_layers:
             block = site.kind is SiteKind.BLOCK
@@ -194,7 +194,7 @@ def select_sites(
 def _make_namer(
     sites: Mapping[str, Site], targets: str | Iterable[str], heads: Collection[str]
 ) -> Callable[[str, Site], str | None]:
-    """Return a function (path, site) -> the path by which ``targets`` names the site, or None."""
+    """Return a function (path, site) -> the path by which ``targets`` names the site, or None if it does not."""
     blocks = find_outermost_blocks(sites) if targets == "all-blocks" else set()
     every: dict[str, Callable[[str, Site], bool]] = {
         "all-linear": lambda path, site: (
@@ -214,14 +214,14 @@ def _make_namer(
 
 
 def _list_site_paths(path: str, site: Site) -> tuple[str, ...]:
-    """Return the paths by which ``targets`` may name a site: its own, and that of the module that reads its weight."""
+    """Return the paths by which ``targets`` may name a site: the site's, and for a linear site also the reader's."""
     return (path, site.within) if site.kind is SiteKind.LINEAR and site.within else (path,)
 
 
 def check_targets_match(
     adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site], others: Iterable[str] = ()
 ) -> None:
-    """Refuse a list of targets of which one names nothing.
+    """Refuse a list of targets if one of them names nothing.
 
     Args:
         adapter: the adapter's name, for the message.
@@ -229,7 +229,7 @@ def check_targets_match(
         others: further paths that a name may match.
 
     Raises:
-        SiteError: naming the first such target.
+        SiteError: a target names nothing; the error names the first.
     """
     if isinstance(targets, str):
         return
@@ -240,7 +240,7 @@ def check_targets_match(
 
 
 def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteError:
-    """Return the error for an adapter whose targets name no site, with the nearest name that exists."""
+    """Return the error for an adapter whose targets name no site; it suggests the nearest name in the model."""
     if isinstance(targets, str):
         return (
             _no_such_kind_error(adapter, targets, sites)
@@ -266,7 +266,7 @@ def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[st
 
 
 def _no_full_match_error(adapter: str, pattern: str, sites: Mapping[str, Site]) -> SiteError:
-    """Return the error for a regular expression that matches no path; a suffix is to be given in a list."""
+    """Return the error for a regular expression that matches no path; it suggests a list for a suffix."""
     name = (
         pattern
         if any(is_named((pattern,), path) for path in sites)
@@ -293,7 +293,7 @@ def _last_part(path: str) -> str:
 
 
 def _no_such_kind_error(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteError:
-    """Return the error for a keyword that finds nothing, with the keywords that find sites."""
+    """Return the error for a keyword that selects no site; it lists the keywords that select sites."""
     others = {word: len(select_sites(sites, word)) for word in TARGET_KEYWORDS}
     found = [f"{word} ({count} sites)" for word, count in others.items() if count]
     return SiteError(

@@ -1,8 +1,8 @@
-"""Sites: the adaptable parts of a model, and the matrices that they present to formulas.
+"""Sites: the adaptable parts of a model, and the matrices that formulas see of them.
 
-A formula always sees a matrix W (out, in). Modules store that weight in several layouts: GPT-2's transposed Conv1D, an
-embedding table, a convolution kernel, a grouped kernel. Only ``Site`` knows them. ``lorac.frontend.site_discovery``
-finds the sites of a model.
+A formula always sees a matrix W (out, in). Modules store the weight in several layouts: GPT-2's transposed Conv1D, an
+embedding table, a convolution kernel, a grouped kernel. Only ``Site`` knows these layouts.
+``lorac.frontend.site_discovery`` finds the sites of a model.
 """
 
 import enum
@@ -13,7 +13,7 @@ import torch
 
 
 class SiteKind(enum.StrEnum):
-    """Kinds of sites, by the operation that they compute."""
+    """Kinds of sites, named by their operation."""
 
     LINEAR = "linear"
     CONV1D = "conv1d"
@@ -21,31 +21,32 @@ class SiteKind(enum.StrEnum):
     CONV3D = "conv3d"
     EMBEDDING = "embedding"
     PARAMETER = "parameter"
-    """A bare parameter (a norm's scale, a bias): can be replaced, not adapted by a formula."""
+    """A bare parameter (a norm's scale, a bias): it can be replaced; no formula applies to it."""
     MATRIX = "matrix"
-    """A parameter that its module multiplies by itself: a matrix, or a stack of them (experts'), each with factors."""
+    """A parameter that its module multiplies in its own forward: a matrix, or a stack of matrices (experts), each with
+    factors."""
     BLOCK = "block"
-    """The exit of a module whose output is not linear in its input, such as a transformer block."""
+    """The output of a module that is not linear in its input, such as a transformer block."""
     ONCE = "once"
-    """Values that an adapter computes once per call for all its sites; there is no module."""
+    """Values that an adapter computes once per call for all its sites; it has no module."""
 
 
 KINDS_WITHOUT_WEIGHT = frozenset({SiteKind.BLOCK, SiteKind.PARAMETER, SiteKind.ONCE})
-"""Kinds to which no formula of a weight applies."""
+"""Kinds to which no weight formula applies."""
 CONVOLUTION_KINDS = {1: SiteKind.CONV1D, 2: SiteKind.CONV2D, 3: SiteKind.CONV3D}
 """Number of spatial axes -> kind of the convolution."""
 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Geometry of a convolution: everything but its weights.
+    """Geometry of a convolution: all its arguments except the weights.
 
     Attributes:
         channels: input channels of the whole convolution (not per group).
         kernel: kernel size per spatial axis.
         stride, padding, dilation: per spatial axis; the padding is that of the op itself, with zeros on both sides.
         groups: number of groups.
-        before: padding of the input before the op, in the order of ``F.pad``. Empty where the op's own padding does.
+        before: padding of the input before the op, in the order of ``F.pad``. Empty where the op's padding suffices.
         mode: how ``before`` pads, as ``padding_mode``.
     """
 
@@ -71,17 +72,17 @@ class Site:
         dtype: dtype of the stored weight.
         weight: fully qualified name of the stored weight, or None for blocks.
         bias: fully qualified name of the bias, or None.
-        transposed: the module stores (in, out).
-        stack: number E of stacked matrices, which leads all shapes: (E, out, in) is presented; 0 for one matrix.
+        transposed: whether the module stores (in, out).
+        stack: number E of stacked matrices, the first axis of all shapes: (E, out, in) is presented; 0 for one matrix.
         conv: geometry, for convolutions.
         padding_idx: of an embedding, −1 for none.
         number: of a block, its index in the list or sequence that holds it; of other sites 0.
-        buffer: the stored tensor is a buffer, which is never trained.
+        buffer: whether the stored tensor is a buffer, which is never trained.
         within: path of the module that reads the weight in its own forward: a bare parameter's, or an attention's for
             its projections. Only the weight itself can be replaced there. None for a layer that is called.
-        packed: class of the tensor that stands for a quantised weight, or "quantised" where the engine's program is to
-            hold it so. Nothing can be merged into it.
-        named: a module that is a site since an adapter names it (``lorac.frontend.module_sites``).
+        packed: class of the tensor that stands for a quantised weight, or "quantised" where the engine's program keeps
+            it quantised. No change can be merged into it.
+        named: whether the module is a site only because an adapter names it (``lorac.frontend.module_sites``).
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
         own_size: where adapters replace the layer by ones of other sizes, the size of the model's own: its outputs, or
             its tokens if it is an embedding. ``out_features`` or ``in_features`` is then the largest size; else 0.
@@ -108,39 +109,39 @@ class Site:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a layer, which its model calls."""
+        """Whether the site is a layer that its model calls."""
         return self.within is None and self.kind not in {SiteKind.BLOCK, SiteKind.ONCE}
 
     @property
     def stored_names(self) -> list[str]:
-        """The names of its weight and bias."""
+        """The names of the stored weight and bias."""
         return [name for name in (self.weight, self.bias) if name]
 
     @property
     def is_resizable(self) -> bool:
-        """Whether an adapter may replace it by a layer of another size: its stored weight has a row for each entry."""
+        """Whether an adapter may replace the layer by one of another size: the stored weight has one row per entry."""
         dense = self.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING} or (self.conv is not None and self.conv.groups == 1)
         return dense and self.is_layer and not (self.transposed or self.stack or self.packed)
 
     @property
     def size(self) -> int:
-        """The number of rows of the stored weight of a site that ``is_resizable``."""
+        """The number of rows of the stored weight, for a site that ``is_resizable``."""
         return self.in_features if self.kind is SiteKind.EMBEDDING else self.out_features
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """(E,) for a stack, () for other sites: the leading shape of its tensors."""
+        """The leading shape of the site's tensors: (E,) for a stack, () for other sites."""
         return (self.stack,) if self.stack else ()
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Shape (out, in, kh, kw) of a dense convolution's kernel; (E, out, in) of stacks, (out, in) of others."""
+        """Shape (out, in, kh, kw) of a dense convolution's kernel; (E, out, in) of a stack, (out, in) of any other."""
         if self.conv is None:
             return (*self.stacked, self.out_features, self.in_features)
         return (self.out_features, self.conv.channels, *self.conv.kernel)
 
     def present(self, stored: torch.Tensor) -> torch.Tensor:
-        """Present the stored weight as a matrix (out, in), a stack as (E, out, in); a view where the layout allows."""
+        """Return the stored weight as a matrix (out, in) or a stack (E, out, in); a view where the layout allows."""
         if self.conv is None:
             return self._transpose(stored)
         if self.conv.groups == 1:
@@ -148,7 +149,7 @@ class Site:
         return torch.block_diag(*stored.flatten(1).chunk(self.conv.groups))
 
     def store(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return a matrix (out, in), or a stack (E, out, in), in the module's layout: the inverse of ``present``."""
+        """Return a matrix (out, in) or a stack (E, out, in) in the module's layout; the inverse of ``present``."""
         if self.conv is None:
             return self._transpose(matrix)
         groups = self.conv.groups
@@ -159,29 +160,29 @@ class Site:
         return torch.cat(blocks).reshape(self.out_features, self.conv.channels // groups, *self.conv.kernel)
 
     def _transpose(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Transpose matrices that the module stores the other way round, such as an embedding's."""
+        """Transpose a matrix that the module stores as (in, out), such as an embedding's."""
         if self.stack:
             return tensor.mT if self.transposed else tensor
         return tensor.t() if self.kind is SiteKind.EMBEDDING or self.transposed else tensor
 
     def leaves_blocks(self, matrix: torch.Tensor) -> bool:
-        """Return whether a matrix (out, in) has entries that a grouped convolution's kernel cannot hold."""
+        """Return whether a matrix (out, in) has entries outside the blocks of a grouped convolution's kernel."""
         if self.conv is None or self.conv.groups == 1:
             return False
         return not torch.equal(self.present(self.store(matrix)), matrix)
 
 
 HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
-"""Dtypes of hosts whose adapters are stored in float32."""
+"""Dtypes of models whose adapters are stored in float32."""
 
 
 def factor_dtype(base: torch.dtype) -> torch.dtype:
-    """Return the dtype of an adapter's tensors over a base of dtype ``base``: float32 over half precision (PEFT)."""
+    """Return the dtype of an adapter's tensors for a base of this dtype: float32 for half precision (PEFT)."""
     return torch.float32 if base in HALF_PRECISION else base
 
 
 def cast_floating(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a floating-point tensor in a dtype; integers unchanged."""
+    """Cast a floating-point tensor to a dtype; return an integer tensor unchanged."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -1,1 +1,1 @@
-"""Slots: the replaceable inputs of a site, how adapters fill them, and the computation of an adapted site."""
+"""Slots: the replaceable inputs of a site, the tensors that fill them, and the computation of adapted sites."""

@@ -11,7 +11,7 @@ from lorac.errors import Unavailable
 
 
 class BranchAttention(ABC):
-    """The attention that branches of a call compute (``lorac.variants.base.Context``)."""
+    """The attention that a call's branches compute (``lorac.variants.base.Context``)."""
 
     @abstractmethod
     def positions(self, x: Tensor) -> Tensor:
@@ -21,10 +21,10 @@ class BranchAttention(ABC):
     def attend(
         self, name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """Return attention over the tokens of a call, (…, length, heads, size).
+        """Compute attention over the tokens of a call: (…, length, heads, size).
 
         Args:
-            name: names this attention in the program.
+            name: the name of this attention in the program.
             q, k, v, causal, mask, scale: as for ``Context.attend``.
 
         Raises:
@@ -34,7 +34,7 @@ class BranchAttention(ABC):
 
 @final
 class FullAttention(BranchAttention):
-    """Attention in calls that hold whole sequences."""
+    """Attention in calls that contain whole sequences."""
 
     def positions(self, x: Tensor) -> Tensor:
         return torch.arange(x.shape[-2], device=x.device)
@@ -48,7 +48,7 @@ class FullAttention(BranchAttention):
 def compute_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float, first: int = 0
 ) -> Tensor:
-    """Return attention of queries to keys, (…, length, heads, size); the keys may begin before the first query.
+    """Compute attention of queries to keys: (…, length, heads, size); keys may precede the first query.
 
     Args:
         q, k, v, causal, mask, scale: as for ``Context.attend``.
@@ -62,13 +62,13 @@ def compute_attention(
         queries, keys = (torch.arange(tensor.shape[-2], device=q.device) for tensor in (q, k))
         distance = (queries + first)[:, None] - keys
         visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-        if mask is not None:  # (…, 1, queries, keys); a query attends to itself, so that no row is empty
+        if mask is not None:  # (…, 1, queries, keys); each query attends to itself, so that no row is empty
             visible = ((mask[..., None, None, :] != 0) & visible) | (distance == 0)
     return F.scaled_dot_product_attention(q, k, v, visible, is_causal=plain, scale=scale).transpose(-3, -2)
 
 
 def require_causal(name: str, causal: bool) -> None:
-    """Raise ``Unavailable`` if tokens of a cached sequence would attend to later ones."""
+    """Raise ``Unavailable`` if tokens of a cached sequence would attend to later tokens."""
     if not causal:
         raise Unavailable(
             f"the attention at '{name}' is not causal, and a cache holds no later tokens",

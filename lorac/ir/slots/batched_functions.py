@@ -1,4 +1,4 @@
-"""Functions in forms that ``torch.vmap`` batches where sizes are symbolic; it fixes sizes by the example in others."""
+"""Functions in forms that ``torch.vmap`` batches for symbolic sizes; torch's own forms specialise to example sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class BatchedFunctions(TorchFunctionMode):
-    """Computes functions that ``torch.vmap`` does not batch where sizes are symbolic, by others that it does."""
+    """A mode that replaces functions that ``torch.vmap`` cannot batch for symbolic sizes by functions that it can."""
 
     def __torch_function__(
         self,
@@ -78,7 +78,7 @@ def _scatter(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
 
 
 def _choose(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Return which items along the last axis an index (…, k) names: (…, k, items)."""
+    """Return a mask (…, k, items) of the items on the last axis that an index (…, k) selects."""
     if dim % x.dim() != x.dim() - 1:
         raise RuntimeError("torch.vmap does not batch an index along another axis than the last")
     return index.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)

@@ -1,7 +1,7 @@
 """Buffers of merged weights that an engine reads, each written from the base and a change.
 
-A buffer's earlier content does not matter: low-rank and dense changes overwrite it whole, and sparse changes restore
-the positions of the last sparse change before they set their own.
+A buffer's earlier content does not matter: low-rank and dense changes overwrite all of it, and sparse changes restore
+the positions of the last sparse change before they write their own.
 """
 
 import functools
@@ -32,16 +32,16 @@ from lorac.ir.slots.roles import slot_name
 from lorac.ir.slots.weight_writes import SparseWrites, write_product
 
 _UNDEFINED = Dense(torch.empty(0))
-"""Stands for the unknown content of a buffer during a write."""
+"""The change of a buffer whose content is unknown, as it is during a write."""
 
 
 class FusedBuffer:
     """The memory from which an engine reads the weight and bias of one site.
 
     Args:
-        buffer: the contiguous memory; at first it holds the base's weight.
+        buffer: contiguous memory that contains the base's weight at first.
         matrix_of: buffer memory -> its view as a matrix (out, in).
-        base: reads W (out, in), which never changes.
+        base: the function that reads W (out, in), which never changes.
         bias: memory of the bias, or None.
     """
 
@@ -63,7 +63,7 @@ class FusedBuffer:
         self._moved: weakref.WeakKeyDictionary[Change, Change] = weakref.WeakKeyDictionary()
 
     def write(self, change: Change | None) -> int:
-        """Write a change, or the base for None, into the buffer and return the number of bytes written."""
+        """Write a change into the buffer, or the base for None; return the number of bytes written."""
         sparse = SparseWrites()
         written = self.start_write(change, sparse)
         sparse.run()
@@ -71,25 +71,25 @@ class FusedBuffer:
 
     @torch.no_grad()
     def start_write(self, change: Change | None, sparse: SparseWrites) -> int:
-        """Write as ``write`` does, but add the writes of sparse changes to ``sparse``, which the caller runs.
+        """Write as ``write``, but append the writes of sparse changes to ``sparse``, which the caller must run.
 
-        Until then the content counts as unknown.
+        The content counts as unknown until the caller runs them.
         """
         device = self.buffer.device
         if change is not None and list_tensors(change)[0].device != device:
-            if change not in self._moved:  # a copy is made once per change
+            if change not in self._moved:  # cache one copy per change
                 self._moved[change] = map_tensors(lambda tensor: tensor.to(device), change)
             change = self._moved[change]
         if change is self.current:
             return 0
-        # A write that fails half-way must not pass for the previous content.
+        # If a write fails, the buffer must not count as unchanged.
         previous, self.current = self.current, _UNDEFINED
         written = self._write(change, previous, sparse)
         sparse.then(functools.partial(setattr, self, "current", change))
         return written
 
     def forget(self) -> None:
-        """Mark the content as unknown, after a write by others; the next write is a full one."""
+        """Mark the content as unknown after an external write, so that the next write is a full one."""
         self.current = _UNDEFINED
 
     def _write(self, change: Change | None, previous: Change | None, sparse: SparseWrites) -> int:
@@ -97,7 +97,7 @@ class FusedBuffer:
             self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
         elif isinstance(change, Sparse | SparseSum | None) and isinstance(previous, Sparse | SparseSum | None):
-            # Restore the positions of one sparse change, and write another.
+            # Restore the positions of the previous sparse change, and write the new values.
             changes: list[Sparse | SparseSum] = [one for one in (previous, change) if one is not None]
             written = 0
             for each in changes:
@@ -126,7 +126,7 @@ class FusedBuffer:
         return self.buffer.nbytes
 
     def _find_patch(self, change: Sparse | SparseSum) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the positions of a change in the buffer's memory, and the base's values and the new ones there."""
+        """Return a change's positions in the buffer's memory, the base's values there, and the new values."""
         if change not in self._patches:
             terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
             base = self.base()
@@ -141,14 +141,14 @@ class FusedBuffer:
             for (strength, term), indices in zip(terms, parts, strict=True):
                 values = term.values if strength == 1 else term.values * strength
                 new.index_put_((indices,), values.to(new.dtype), accumulate=True)
-            # Sorted by address, since scattered writes are slower.
+            # Sorted by address, since writes in random order are slower.
             positions, order = torch.sort(rows * strides[0] + cols * strides[1])
             self._patches[change] = positions, original[order], new[order]
         return self._patches[change]
 
 
 def base_on_device(base: BaseReader, device: torch.device) -> BaseReader:
-    """Return a reader that copies base weights to a device, for buffers that lie there."""
+    """Return a reader that copies base weights to a device, for buffers on that device."""
 
     def bias(site: Site) -> torch.Tensor | None:
         tensor = base.bias(site)
@@ -157,11 +157,11 @@ def base_on_device(base: BaseReader, device: torch.device) -> BaseReader:
     return BaseReader(lambda site: base.weight(site).to(device), bias)
 
 
-@torch.inference_mode(False)  # tensors made in that mode could not be written outside it
+@torch.inference_mode(False)  # tensors made in inference mode cannot be written outside it
 def make_fused_buffers(
     plans: Mapping[str, SitePlan], base: BaseReader
 ) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-    """Return a buffer per bound weight, filled with the base in slot layout, and the memory by slot name."""
+    """Make a buffer per bound weight, filled with the base; return the buffers, and the memory by slot name."""
     buffers, memory = {}, {}
     for path, plan in plans.items():
         if not plan.bound:
@@ -176,7 +176,7 @@ def make_fused_buffers(
             mark_beyond(bias, site)
             memory[slot_name(path, operands.BIAS)] = bias
         matrix_of = torch.t if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING} else site.present
-        # The weight is read once: mapping a file again at every swap would cost as much as the write itself.
+        # Read the weight once: mapping a file again at every swap would cost as much as the write.
         reader = itertools.repeat(base_weight).__next__
         buffers[path] = FusedBuffer(site, weight, matrix_of, reader, bias, base_bias)
     return buffers, memory

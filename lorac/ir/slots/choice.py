@@ -1,4 +1,4 @@
-"""Choices of active adapters, with strengths and ranks, as ``swap`` takes them and in canonical form."""
+"""Choices of active adapters, with strengths and ranks: as ``swap`` takes them, and in canonical form."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -11,11 +11,11 @@ from lorac.errors import AdapterNotFound, ChoiceError, list_some, nearest_name, 
 
 @dataclass(frozen=True)
 class Active:
-    """How an active adapter acts.
+    """The strength and rank with which an adapter is active.
 
     Attributes:
         strength: t in W + t·(W' − W).
-        rank: use only the first ``rank`` components, for methods that allow it.
+        rank: number of first components to use, for methods that allow it; None uses all.
     """
 
     strength: float = 1.0
@@ -26,9 +26,9 @@ class Active:
 
 
 AS_TRAINED = Active()
-"""How an adapter acts that is activated by its name alone."""
+"""The value for an adapter that is activated by name only."""
 Choice = tuple[tuple[str, Active], ...]
-"""Active adapters sorted by name, in which order mixtures are summed; () is the base."""
+"""Active adapters sorted by name, the order in which mixtures are summed; () is the base."""
 
 ChoiceSpec = str | Mapping[str, "float | Active"] | None
 
@@ -38,11 +38,11 @@ _STRENGTH_HINT = "a strength is a number: 0 is off, 1 is as trained"
 _LISTED = 20
 """Number of adapters that a message names."""
 UNSET: Any = object()
-"""Stands for a choice that was not given: the active one is used."""
+"""Value of a choice argument that was not passed: the active choice is used."""
 
 
 def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
-    """Return the canonical form of a choice.
+    """Convert a choice to its canonical form.
 
     Args:
         spec: a name, ``{name: strength or Active}``, or None for the base.

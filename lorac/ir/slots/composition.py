@@ -1,7 +1,7 @@
-"""Composing the active adapters of a choice, and filling every slot with the result.
+"""Composition of the active adapters of a choice, and filling of every slot with the result.
 
-The result is a pure function of the plans, the active adapters and the base, and does not depend on history or on other
-registered adapters. This makes a swap bit-identical to a fresh compile.
+The result is a pure function of the plans, the active adapters and the base; it does not depend on earlier swaps or
+other registered adapters. So a swap is bit-identical to a fresh compile.
 """
 
 import functools
@@ -26,11 +26,12 @@ class ComposedSite:
     """The composition of the active adapters at one site.
 
     Attributes:
-        change: the sum of their weight forms.
+        change: the sum of the adapters' weight forms.
         branches: strength and term of each branch.
         roles: the roles whose slots the change fills.
-        reasons: why it fills the weight's slot, if it does.
-        size: of a layer that adapters replace by ones of other sizes (``Site.own_size``), its size for the choice.
+        reasons: why the change fills the weight's slot, if it does.
+        size: the layer's size for this choice, where adapters replace the layer by one of another size
+            (``Site.own_size``); else 0.
     """
 
     change: Change | None = None
@@ -55,7 +56,7 @@ class ComposedWeights:
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """Path -> size, of the layers that have adapters of other sizes."""
+        """Path -> size, for layers that adapters resize."""
         return {path: site.size for path, site in self.composed.items() if site.size}
 
     def tensors(self) -> list[Tensor]:
@@ -72,8 +73,8 @@ def compose_choice(
     """Compose the active adapters site by site.
 
     Raises:
-        ChoiceError: a rank is given for a method that cannot be truncated, or layers of several sizes or several
-            prompts are mixed, or a prompt has a strength.
+        ChoiceError: a rank for a method that cannot be truncated; a mixture of layer sizes or of prompts; a prompt with
+            a strength other than 1.
     """
     active = [(name, how.strength, truncate_adapter(name, prepared[name], how.rank)) for name, how in choice]
     prompts = [(name, t, p.prefix) for name, t, p in active if p.prefix is not None]
@@ -107,13 +108,13 @@ def compose_choice(
 def place_change(
     plan: SitePlan, change: Change | None, names: Collection[str], branches: tuple[tuple[float, BranchTerm], ...] = ()
 ) -> ComposedSite:
-    """Return a change with the roles of a plan that it fills.
+    """Find the roles of a plan that a change fills; return them with the change.
 
     Args:
         plan: the site's slots.
         change: a sum of weight forms.
-        names: the names of its adapters.
-        branches: strength and term of each branch next to it.
+        names: names of the change's adapters.
+        branches: strength and term of each of the site's branches.
     """
     roles = filled_roles(plan, change)
     reasons = _merge_reasons(plan, change, names) if change is not None and operands.WEIGHT in roles else ()
@@ -121,7 +122,7 @@ def place_change(
 
 
 def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tuple[Reason, ...]:
-    """Return why a change is merged: the plan's reasons for its adapters or the site, or the missing slot."""
+    """Return why a change is merged: the plan's reasons for its adapters or for the site, or a missing slot."""
     own = tuple(reason for reason in plan.reasons if reason.adapter in names)
     general = tuple(reason for reason in plan.reasons if reason.adapter is None)
     fits_something = isinstance(change, LowRank) and not all(role.merged for role, _ in plan.roles())
@@ -137,14 +138,14 @@ def _merge_reasons(plan: SitePlan, change: Change, names: Collection[str]) -> tu
 def fill_slots(
     plans: Mapping[str, SitePlan], weights: ComposedWeights, base: BaseReader, idle: dict[str, SiteSlots] | None = None
 ) -> dict[str, SiteSlots]:
-    """Return the tensors in every site's slots for a choice, idle slots included.
+    """Return the tensors of every site's slots for a choice, including idle slots.
 
     Args:
         plans: the sites' slots.
         weights: the composed choice.
         base: reads base weights.
-        idle: path -> the slots of idle sites; missing ones are added. Sharing it between calls shares those tensors,
-            which are as large as the base's for bound weights.
+        idle: path -> the slots of idle sites; missing ones are added. Pass one dict to several calls to share these
+            tensors; for bound weights they are as large as the base.
     """
     idle = {} if idle is None else idle
     filled = {}
@@ -160,10 +161,10 @@ def fill_slots(
 
 
 def truncate_adapter(name: str, prepared: PreparedAdapter, rank: int | None) -> PreparedAdapter:
-    """Return an adapter with the first components of its low-rank changes.
+    """Truncate the low-rank changes of an adapter to their first ``rank`` components.
 
     Raises:
-        ChoiceError: its method cannot be truncated.
+        ChoiceError: the adapter's method cannot be truncated.
     """
     if rank is None:
         return prepared

@@ -1,7 +1,7 @@
 """The computation of an adapted site from its slots, in torch ops.
 
-The eager backend calls ``run_site``, and the other backends trace it (``lorac.ir.graph.adapted_call``), so that no
-backend has a formula of its own.
+The eager backend calls ``run_site``, and the other backends trace it (``lorac.ir.graph.adapted_call``), so that the
+formula exists once.
 """
 
 import copy
@@ -31,14 +31,15 @@ class FormulaContext:
 
     Args:
         training: whether the model trains.
-        seed: () -> the seed of a training call's random numbers; called once, if a branch needs it.
+        seed: function () -> seed for random numbers in training; called at most once, when a branch needs it.
         values: program values by the program's names.
-        emitted: collects the extra outputs: name -> one tensor per branch that gives it, in the order of branches.
+        emitted: dict that collects the extra outputs: name -> one tensor per branch that emits it, in the order of
+            branches.
         passing: the name of an adapter's own pass (``lorac.ir.slots.program_values``); else empty.
-        site_readers: collects the path of the site if a formula reads ``site``.
+        site_readers: set that collects the path of the site if a formula reads ``site``.
 
     Attributes:
-        own_site: the site, for lorac's own code, which ``site_readers`` does not note.
+        own_site: the site, for lorac's code; reading it does not add to ``site_readers``.
         values: every value that may be read, by the program's name.
         emitted: the extra outputs so far.
     """
@@ -71,11 +72,11 @@ class FormulaContext:
 
     @functools.cached_property
     def generator(self) -> torch.Generator | None:
-        """A random generator for a training call, seeded alike in every branch; else None."""
+        """A random generator for a training call, with the same seed in every branch; None otherwise."""
         return torch.Generator().manual_seed(self._seed()) if self.training and self._seed is not None else None
 
     def value(self, name: str) -> Tensor:
-        """Return a value of the program, in the dtype that the branch computes in."""
+        """Return a value of the program, cast to the dtype in which the branch computes."""
         found, path = self.values.get(program_value_name(self._owner, name)), self.own_site.path
         if found is None:
             what = f"the value '{name}' is not computed before '{path}', which reads it"
@@ -111,14 +112,14 @@ class FormulaContext:
         return self._attention.attend(name, q, k, v, causal=causal, mask=mask, scale=scale)
 
     def within(self, dtype: torch.dtype, owner: str = "") -> "FormulaContext":
-        """Return this context for a branch that computes in ``dtype``; ``owner`` prefixes its own values."""
+        """Return this context for a branch that computes in ``dtype``; ``owner`` prefixes the names of its values."""
         inner = copy.copy(self)
         inner._dtype, inner._owner = dtype, owner
         vars(inner).pop("generator", None)
         return inner
 
     def in_place(self, values: Mapping[str, Tensor]) -> "FormulaContext":
-        """Return this context for one place of several that run at once, with its own values and extra outputs."""
+        """Return this context for one of several places that run at once, with the place's values and extra outputs."""
         inner = copy.copy(self)
         inner.values, inner.emitted, inner.placed = values, {}, True
         return inner
@@ -135,14 +136,14 @@ class FormulaContext:
 
 @dataclass(frozen=True, eq=False)
 class SiteCall:
-    """One call of a site, whichever adapters are active.
+    """One call of a site; the active adapters are not part of it.
 
     Attributes:
         x: its input (ids for embeddings).
         ctx: the context of branches; it also decides whether dropout acts.
-        weight: its stored base weight; None for a block, and where ``product`` is known.
-        bias: its base bias.
-        block: the output of a block, if the site is one.
+        weight: the stored base weight; None for a block, and where ``product`` is known.
+        bias: the base bias.
+        block: the output of the block, for a block site.
         product: the base's product W·x, if a fused projection computed it.
         acting: name of an adapter with invocation tokens -> the tokens of x (…,) on which it acts, as booleans.
     """
@@ -180,7 +181,7 @@ def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
 
     Args:
         plan: the site's slots.
-        slots: the tensors in them.
+        slots: the tensors in these slots.
         call: the site's input, weights and context.
     """
     if call.block is not None:
@@ -203,16 +204,16 @@ def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
 
 
 def embed_virtual(slots: SiteSlots, call: SiteCall, run: Callable[[SiteCall], Tensor]) -> Tensor:
-    """Return the output of an embedding: that of ``run`` for its own ids, and the rows in a slot for virtual ones."""
+    """Compute an embedding's output: ``run`` looks up the vocabulary's ids, the rows in a slot are for virtual ids."""
     y = run(replace(call, x=call.x.clamp(max=call.layout.site.in_features - 1)))
     rows = apply_stage(Stage.VIRTUAL, call.layout, slots, call.x).to(y.dtype)
     return torch.where((call.x >= call.layout.site.in_features)[..., None], rows, y)
 
 
 def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weight, as its module stores it, and the bias in a site's slots; None for one without a slot.
+    """Return the weight, in its module's layout, and the bias from a site's slots; None for a missing slot.
 
-    This is for sites whose weight is read ``within`` a module's forward, where nothing else can be replaced.
+    For sites whose weight is read ``within`` a module's forward, where only weight and bias can be replaced.
     """
     weight = slots.tensors.get(operands.WEIGHT)
     stored = None if weight is None else layout_of(site).stored(weight)
@@ -220,14 +221,14 @@ def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tens
 
 
 def apply_stage(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
-    """Apply the roles of one stage for which there are tensors."""
+    """Apply the roles of one stage that have tensors."""
     for role, tensor in slots.stages[stage]:
         value = role.apply(layout, value, tensor)
     return value
 
 
 def _base_product(slots: SiteSlots, call: SiteCall, linear: Tensor | None) -> Tensor:
-    """Return c∘(W·((d∘x)·T)) without a bias; ``linear`` is W·x if it is known."""
+    """Return c∘(W·((d∘x)·T)) without a bias; ``linear`` is W·x if known."""
     layout, x = call.layout, call.x
     if slots.stages[Stage.INPUT]:
         x, linear = apply_stage(Stage.INPUT, layout, slots, x), None
@@ -240,7 +241,7 @@ def _base_product(slots: SiteSlots, call: SiteCall, linear: Tensor | None) -> Te
 
 def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Tensor:
     """Return y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
-    # torch cannot convolve with an empty tensor; the size of a traced one is unknown, and differs from 0.
+    # torch cannot convolve with an empty tensor; a traced size is unknown and counts as nonzero.
     sizes = [tensor.numel() for _, tensor in slots.stages[Stage.UP]]
     if not sizes or any(isinstance(size, int) and size == 0 for size in sizes):
         return y
@@ -255,16 +256,16 @@ def multiply_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor) -> Tensor:
 
 
 def add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y plus the bias of a site's outputs, if there is one."""
+    """Add the bias of a site's outputs to y; return y unchanged without one."""
     return y if bias is None else ROLES[operands.BIAS].apply(layout, y, bias)
 
 
 def add_branches(plan: SitePlan, slots: SiteSlots, call: SiteCall, y: Tensor, base: Tensor) -> Tensor:
-    """Return y plus t·(y'ᵢ − base) of every active branch.
+    """Return y plus t·(y'ᵢ − base) for every active branch.
 
     Args:
         y: the site's output without branches.
-        base: its output in the base.
+        base: the site's output in the base.
     """
     for i, (slot, fill) in enumerate(zip(plan.branches, slots.branches, strict=True)):
         if fill is not None:
@@ -273,12 +274,12 @@ def add_branches(plan: SitePlan, slots: SiteSlots, call: SiteCall, y: Tensor, ba
 
 
 def compute_branch_delta(slot: BranchSlot, fill: BranchFill, call: SiteCall, y: Tensor, owner: str) -> Tensor:
-    """Return t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as for a low-rank pair.
+    """Return t·(y' − y) of one branch, computed in the factors' dtype and cast to y's, as a low-rank pair is.
 
     Args:
-        fill: its strength and parameters.
+        fill: the branch's strength and parameters.
         y: the site's output in the base.
-        owner: the prefix of its ``own:`` values (``lorac.ir.slots.program_values.branch_owner``).
+        owner: the prefix of the branch's ``own:`` values (``lorac.ir.slots.program_values.branch_owner``).
 
     Raises:
         AdapterError: the formula is not allowed (``lorac.ir.algebra.formulas``); nothing was written.
@@ -288,12 +289,12 @@ def compute_branch_delta(slot: BranchSlot, fill: BranchFill, call: SiteCall, y: 
 
 
 def run_branch_alone(slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: Tensor, ctx: FormulaContext) -> Tensor:
-    """Return y' of one branch alone at full strength, in the dtype of y: a site's output in an adapter's own pass.
+    """Return y' of one branch at full strength, in y's dtype: a site's output in an adapter's own pass.
 
     Args:
-        params: its parameters.
+        params: the branch's parameters.
         x: the site's input in that pass.
-        y: the base's output for it.
+        y: the base's output for x.
         ctx: the branch's context, with the name of the pass.
 
     Raises:
@@ -318,7 +319,7 @@ def _bind_params(slot: BranchSlot, tensors: Sequence[Tensor]) -> Params:
 
 
 def _compute_dtype(tensors: Sequence[Tensor], base: torch.dtype) -> torch.dtype:
-    """Return the dtype of a branch: that of its parameters, or of factors over the base's dtype."""
+    """Return the dtype in which a branch computes: its parameters', or for none that of factors over the base."""
     return next((t.dtype for t in tensors if t.is_floating_point()), factor_dtype(base))
 
 
@@ -336,7 +337,7 @@ def compute_once_values(
 
 
 _CHECKED_FORMULAS: set[object] = set()
-"""Keys of checked formulas: structure, numbers of axes of x and y, training, and the pass."""
+"""Keys of checked formulas: structure, ranks of x and y, training, and the pass."""
 _MAX_CHECKED = 512
 
 

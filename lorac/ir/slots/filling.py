@@ -1,4 +1,4 @@
-"""Filling a site's slots with a composed change, and the reasons why it may not fit."""
+"""Filling of a site's slots with a composed change, and the reasons why a change may not fit."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -25,14 +25,14 @@ def fill_site(
     base: BaseReader,
     size: int = 0,
 ) -> SiteSlots:
-    """Return the tensors of one composed change, and of the branches next to it, in a site's slots.
+    """Return the tensors of a site's slots, filled with one composed change and the site's branches.
 
     Args:
         change: the composed change of the active adapters, or None for the base.
-        roles: the roles whose slots it fills (``filled_roles``).
+        roles: the roles whose slots the change fills (``filled_roles``).
         branches: strength and term of each branch.
         base: reads W (out, in) if the plan binds the weight, and the bias.
-        size: of a layer that adapters replace by ones of other sizes; 0 for the model's own.
+        size: the layer's size where adapters replace the layer by one of another size; 0 for the model's size.
 
     Raises:
         NeedsRecompile: the change or a branch does not fit the plan.
@@ -64,7 +64,7 @@ def fill_site(
 
 
 def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
-    """Return the roles whose slots a change fills, in the table's order; the others hold their neutral value."""
+    """Return the roles whose slots a change fills, in the table's order; other slots keep their neutral values."""
     if change is None:
         return ()
     filled: Iterable[str] = (operands.WEIGHT,)
@@ -79,12 +79,12 @@ def why_merged_weight(change: Change) -> str:
 
 
 def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
-    """Return a change for a plan: scales of the pair without slots of their own are folded into it."""
+    """Return a change for a plan: if the plan has no slots for the pair's scales, they are folded into the pair."""
     return change if not change.scales or plan.room.keys() >= FOLDABLE else change.folded()
 
 
 def find_misfit(plan: SitePlan, change: Change) -> str | None:
-    """Return why a change does not fit a plan's slots, or None."""
+    """Return why a change does not fit a plan's slots; None if it fits."""
     missing = find_missing_room(plan, change) if isinstance(change, LowRank) else "has no slot for a whole weight"
     if not missing or not plan.bound:
         return missing
@@ -94,9 +94,9 @@ def find_misfit(plan: SitePlan, change: Change) -> str | None:
 
 
 def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
-    """Name the slot that a site lacks to run a low-rank change next to its weight; None if it lacks none.
+    """Return why a site has no slot for a low-rank change next to its weight; None if it has.
 
-    Foldable scales need no room.
+    Foldable scales need no slot.
     """
     tensors = tensors_by_role(change)
     needed = [(ROLES[name], ROLES[name].room(tensor)) for name, tensor in tensors.items() if name not in FOLDABLE]
@@ -110,10 +110,10 @@ def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
 
 
 def _fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:
-    """Assign active branch terms, in name order, to the plan's branch slots of equal structure.
+    """Assign active branch terms, in name order, to free branch slots of the same structure.
 
     Raises:
-        NeedsRecompile: there is no free slot for a term.
+        NeedsRecompile: a term has no free slot.
     """
     fills: list[BranchFill | None] = [None] * len(plan.branches)
     for strength, term in terms:
@@ -134,19 +134,19 @@ def strength_tensor(term: BranchTerm, site: Site, strength: float) -> Tensor:
 
 
 def find_branch_misfit(plan: SitePlan | None, term: BranchTerm) -> str | None:
-    """Return why a plan has no slot for a branch, or None."""
+    """Return why a plan has no slot for a branch; None if it has one."""
     if plan is not None and any(slot.key == term.slot.key for slot in plan.branches):
         return None
     return f"has no slot for {_describe_branch(term)}"
 
 
 def _describe_branch(term: BranchTerm) -> str:
-    """Describe a branch by its tensors, though its method's hyper-parameters also decide whether it fits a slot."""
+    """Describe a branch by its parameters; hyper-parameters, which also decide whether it fits, are left out."""
     return f"a branch with {', '.join(f'{name} {list(shape)}' for name, shape in term.slot.params.items())}"
 
 
 def leaves_blocks(site: Site, change: Change) -> bool:
-    """Return whether the merged weight does not fit a grouped convolution's kernel, so that it only runs live."""
+    """Return whether a merged weight does not fit a grouped convolution's kernel, so that the change only runs live."""
     if site.conv is None or site.conv.groups == 1:
         return False
     return site.leaves_blocks(merge_weight(change, torch.zeros(site.out_features, site.in_features)))

@@ -1,4 +1,4 @@
-"""Adapters that act from their invocation tokens on (aLoRA, Greenewald et al. 2025, arXiv 2504.12397)."""
+"""Adapters that act only from their invocation tokens on (aLoRA, Greenewald et al. 2025, arXiv 2504.12397)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from lorac.errors import Unavailable
 
 Invocations = Mapping[str, tuple[int, ...]]
-"""Name of an adapter -> its invocation tokens, of those adapters of a choice that have some."""
+"""Name of an adapter -> its invocation tokens, for the adapters of a choice that have them."""
 
 
 def find_start(tokens: Tensor, invocation: Sequence[int]) -> int | None:
-    """Return the place of the last occurrence of invocation tokens in a row (length,), PEFT's rule; None without one.
+    """Return the index of the last occurrence of the invocation tokens in a row (length,) (PEFT's rule), or None.
 
     Source: peft.tuners.lora.variants.calculate_alora_offsets.
     """
@@ -22,7 +22,7 @@ def find_start(tokens: Tensor, invocation: Sequence[int]) -> int | None:
 
 
 def no_prompt_error(names: Iterable[str], step: str = "") -> Unavailable:
-    """Return the error for adapters with invocation tokens where no prompt says from which token on they act."""
+    """Return the error for adapters with invocation tokens in a call without a prompt in which to find them."""
     return Unavailable(
         f"adapter '{next(iter(names))}' acts from its invocation tokens on, and this call does not look for these",
         next_step="call generate, with cache=True for target='onnxruntime'; or compile with target='eager', and give a "

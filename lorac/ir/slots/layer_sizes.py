@@ -1,8 +1,8 @@
-"""Layers that adapters replace by ones of other sizes: heads of other labels, embeddings of other vocabularies.
+"""Layers that adapters replace by layers of other sizes: heads for other labels, embeddings of other vocabularies.
 
-The program holds the largest (``Site.own_size``), and smaller ones are padded. Beyond a layer's own outputs it gives
-−inf, so that softmax, argmax and sampling over all outputs are right, and ``drop_marked`` leaves out those that no row
-of a call has. The embedding of a token beyond an adapter's own vocabulary is NaN.
+The program has the largest size (``Site.own_size``), and smaller layers are padded. Padding outputs are −inf, so that
+softmax, argmax and sampling over all outputs are right; ``drop_marked`` drops outputs that are padding in every row of
+a call. The embedding of a token outside an adapter's vocabulary is NaN.
 """
 
 import math
@@ -21,22 +21,22 @@ T = TypeVar("T")
 
 
 def pad_rows(tensor: Tensor, size: int, value: float = 0.0) -> Tensor:
-    """Return a tensor with more rows, which hold a value."""
+    """Pad a tensor with rows of one value to ``size`` rows."""
     return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, size - len(tensor)), value=value)
 
 
 def mark_beyond(tensor: Tensor | None, site: Site, size: int = 0) -> None:
-    """Mark the places beyond a layer's own size in its bias, or in an embedding's weight; 0 is the model's own size."""
+    """Mark padding beyond a layer's size, in its bias or in an embedding's weight; size 0 is the model's own."""
     if site.own_size and tensor is not None:
         tensor[size or site.own_size :] = math.nan if site.kind is SiteKind.EMBEDDING else -math.inf
 
 
 def hide_beyond(y: Tensor, x: Tensor, site: Site, sizes: Sequence[int]) -> Tensor:
-    """Return a layer's output, marked beyond the layer's own size.
+    """Return a layer's output, with padding beyond the layer's size marked.
 
     Args:
-        y, x: output and input of the site, rows first.
-        sizes: the size for each part of the rows.
+        y, x: output and input of the site; the first axis is the rows.
+        sizes: the layer's size for each equal part of the rows.
     """
     if min(sizes) == site.size:
         return y
@@ -47,7 +47,7 @@ def hide_beyond(y: Tensor, x: Tensor, site: Site, sizes: Sequence[int]) -> Tenso
 
 
 def drop_marked(output: T) -> T:
-    """Return an output (rows, …) without the last entries of an axis that no row has: −inf, as marked; else itself."""
+    """Return an output (rows, …) without trailing entries of axes that are −inf in every row."""
     if not isinstance(output, Tensor | np.ndarray) or output.ndim < 2:
         return output
     values, kept = torch.as_tensor(output), [slice(None)] * output.ndim
@@ -55,4 +55,4 @@ def drop_marked(output: T) -> T:
         if (values.select(axis, -1) == -math.inf).all():
             own = (values != -math.inf).movedim(axis, 0).flatten(1).any(1).nonzero()
             kept[axis] = slice(int(own.max()) + 1 if len(own) else None)
-    return output[tuple(kept)]  # type: ignore[return-value]  # of the same kind
+    return output[tuple(kept)]  # type: ignore[return-value]  # the slice has the same type

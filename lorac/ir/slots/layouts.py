@@ -1,4 +1,4 @@
-"""The computation of a site of each kind in traceable torch ops: its base, and the halves of a low-rank pair.
+"""The computation of a site of each kind in traceable torch ops: its base, and the two halves of a low-rank pair.
 
 Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N outputs, R rank:
 
@@ -11,8 +11,8 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     matrix     –               –               as it is stored
     =========  ==============  ==============  =====================
 
-Where rows of a batch have slots of their own, A, B and vectors have a first axis of places (``lorac.ir.slots.places``),
-and an input is cut into segments (places, rows, …).
+Where rows of a batch have different slots, A, B and vectors have a first axis of places (``lorac.ir.slots.places``),
+and the input is cut into segments (places, rows, …).
 
 A site whose weight is read ``within`` its module's forward has a slot for W only, and its module does the computation.
 
@@ -33,23 +33,23 @@ _MATRIX = 2
 
 
 class SiteLayout(ABC):
-    """The computation of a site of one kind and the layout of its slots; the defaults are for matrices and vectors."""
+    """The computation of one kind of site, and the layout of its slots; defaults are for matrices and vectors."""
 
     keeps_bias_inside: bool = False
-    """Whether the base's op adds the bias itself (a convolution's); elsewhere it is added last."""
+    """Whether the base's op adds the bias (a convolution's does); otherwise the bias is added last."""
     has_input_axis: bool = True
-    """Whether the input has an axis of features, along which it can be scaled and transformed."""
+    """Whether the input has an axis of features that can be scaled and transformed."""
     input_axes: int = 1
-    """The number of axes of an item of the input, behind those of rows and tokens."""
+    """The number of trailing axes of the input that are features, not rows or tokens."""
     output_axes: int = 1
-    """The number of axes of an item of the output."""
+    """The number of trailing axes of the output that are features."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     @abstractmethod
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the unadapted site's output, from the weight as the module stores it."""
+        """Return the site's output without adapters, from the weight as the module stores it."""
 
     @abstractmethod
     def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ class LinearLayout(SiteLayout):
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return the product with a matrix, or with one for each segment; torch traces ``bmm`` faster than ``matmul``."""
+    """Multiply by a matrix, or by one matrix per segment; torch traces ``bmm`` faster than ``matmul``."""
     return torch.matmul(x, matrix) if matrix.dim() == _MATRIX else torch.bmm(x, matrix)
 
 
@@ -137,13 +137,13 @@ class EmbeddingLayout(SiteLayout):
         return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        if a.dim() > _MATRIX:  # a table for each segment
+        if a.dim() > _MATRIX:  # one table per segment
             return a[torch.arange(a.shape[0], device=x.device)[:, None], x]
         return F.embedding(x, a)
 
 
 class ConvLayout(SiteLayout):
-    """A convolution: A has the base's geometry and dilation, B is 1x1 (PEFT's form)."""
+    """A convolution: A has the base's kernel and geometry, B is 1x1 (PEFT's form)."""
 
     keeps_bias_inside = True
     has_input_axis = False
@@ -170,7 +170,7 @@ class ConvLayout(SiteLayout):
         return self._convolve(x, weight, bias, self.conv.groups)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        if a.dim() > self.rank + _MATRIX:  # a kernel for each segment
+        if a.dim() > self.rank + _MATRIX:  # one kernel per segment
             return convolve_segments(x, a, self.conv.stride, self.conv.padding, self.conv.dilation)
         return self._convolve(x, a, None, 1)
 
@@ -202,7 +202,7 @@ class ConvLayout(SiteLayout):
 
 
 class ParameterLayout(SiteLayout):
-    """A parameter that its module uses in its own way, or a block: no product; a slot is the parameter as stored."""
+    """A parameter that its module uses in its own forward, or a block: no product; a slot is the stored parameter."""
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         raise self._computes_nothing()

@@ -1,8 +1,8 @@
-"""The ``adapted`` op in training: terms in their normal form, from tensors that need gradients, with dropout.
+"""The ``adapted`` op in training: normal forms are computed from trainable tensors, with dropout.
 
-The op applies dropout by the term's trait (docs/architecture.md, "The one idea"): on the input,
-``base(x) + D(x)·(W' − W)ᵀ``; between the factors; or nowhere. In the normal form this is PEFT's result for LoRA and
-DoRA, random numbers included.
+The op applies dropout where the term requires it (docs/architecture.md, "The one idea"): on the input, ``base(x) +
+D(x)·(W' − W)ᵀ``; between the factors; or nowhere. For LoRA and DoRA the normal form gives PEFT's result, including the
+random numbers.
 """
 
 import dataclasses
@@ -44,26 +44,27 @@ class Dropout(enum.StrEnum):
     INPUT = "input"
     """``base(x) + D(x)·(W' − W)ᵀ`` (PEFT's rule)."""
     RANK = "rank"
-    """Between the factors, biases included: of the low-rank form, or of a branch's own formula."""
+    """Between the factors of the low-rank form or of a branch's formula; biases are dropped too."""
     NONE = "none"
 
 
 _DROPOUTS = (Dropout.INPUT, Dropout.RANK)
 DropoutDelta = Callable[[Tensor, Tensor, float], Tensor]
-"""(x, y, rate) -> y' − y, with dropout of that rate."""
+"""Function (x, y, rate) -> y' − y, with dropout at this rate."""
 
 
 @dataclass(frozen=True, eq=False)
 class LiveTerm:
-    """One active term, computed from the adapter's own tensors in this step.
+    """One active term, computed in this training step from the adapter's tensors.
 
     Attributes:
         strength: t.
         change: the weight form, or None for a branch.
         rate: dropout rate.
         dropout: where dropout acts.
-        dropout_delta: computes the change of y with dropout between the factors, if the form alone does not allow it.
-        invoked: the name of its adapter, if that acts from its invocation tokens on.
+        dropout_delta: the function that computes the change of y with dropout between the factors, if the form does not
+            suffice.
+        invoked: the adapter's name, if the adapter has invocation tokens; else empty.
     """
 
     strength: float
@@ -76,7 +77,7 @@ class LiveTerm:
 
 
 class TrainingTerms(ABC):
-    """The terms that a training step computes from the adapters' own tensors."""
+    """The terms that a training step computes from the adapters' tensors."""
 
     @abstractmethod
     def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
@@ -84,25 +85,25 @@ class TrainingTerms(ABC):
 
     @abstractmethod
     def over(self, base: BaseReader) -> "TrainingTerms":
-        """Return the terms over other base weights."""
+        """Return the same terms for other base weights."""
 
     @abstractmethod
     def current(self, choice: Choice) -> "TrainingTerms":
-        """Return the terms of the tensors given for the adapters now, as torch.func.functional_call gives them.
+        """Return the terms for the adapters' current tensors, as torch.func.functional_call substitutes them.
 
-        They are these terms themselves if the adapters have their own tensors.
+        Without a substitution, return these terms.
         """
 
 
 def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
-    """Return ``y + Σ t·(y'ᵢ − y)`` of active terms, sorted by adapter name, each relative to the base's output y.
+    """Return ``y + Σ t·(y'ᵢ − y)`` of active terms, sorted by adapter name, where y is the base's output.
 
     Raises:
-        Unavailable: a term has a dropout rate, and its form has no place for dropout.
+        Unavailable: a term has a dropout rate, and dropout is not defined for its form.
     """
     ctx = call.ctx
     own = [term.change for term in terms if isinstance(term.change, LowRank) and operands.VIRTUAL in term.change.scales]
-    if own:  # one, at strength 1 (``lorac.ir.slots.composition``)
+    if own:  # at most one, at strength 1 (``lorac.ir.slots.composition``)
         rest = [term for term in terms if term.change is not own[0]]
         return embed_virtual(_lay_out(call.layout, own[0]), call, lambda real: run_terms(rest, real))
     if call.block is None and len(terms) == 1 and (alone := terms[0].change) is not None:
@@ -135,15 +136,15 @@ def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
 def combine_weights(
     site: Site, terms: Sequence[LiveTerm], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weight W + Σ t·(W'ᵢ − W), as its module stores it, and the bias.
+    """Return the weight W + Σ t·(W'ᵢ − W) in its module's layout, and the bias.
 
-    This is for sites whose weight is read ``within`` a module's forward; dropout needs their input and is not applied.
+    For sites whose weight is read ``within`` a module's forward. Dropout needs the site's input and is not applied.
     """
     assert weight is not None
     matrix, shift = site.present(weight), bias
     only = terms[0].change if len(terms) == 1 and terms[0].strength == 1 else None
     if only is not None:
-        # A replaced tensor itself, since its module may write into it in training (running means).
+        # Return the replaced tensor itself, since its module may write into it in training (running means).
         own = only.weight if isinstance(only, Dense) else merge_weight(only, matrix)
         return site.store(own), merge_bias(only, bias)
     total = matrix
@@ -165,7 +166,7 @@ def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float
 
 
 def _input_rate(term: LiveTerm, call: SiteCall) -> float:
-    """Return the rate of dropout on the input; ids are not dropped (PEFT's rule)."""
+    """Return the rate of dropout on the input; ids are never dropped (PEFT's rule)."""
     return _active_rate(term, call.ctx, Dropout.INPUT) if call.x.is_floating_point() else 0.0
 
 
@@ -178,7 +179,7 @@ def _refuse_dropout(term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropou
 
 
 def _run_alone(change: Change, call: SiteCall) -> Tensor:
-    """Return y' of one term that acts alone."""
+    """Return y' of a single term."""
     if not isinstance(change, LowRank) or not keeps_base_weight(call.layout, change):
         return _run_with_weight(change, call)
     slots = _lay_out(call.layout, change.folded(), merge_bias(change, call.bias))
@@ -192,10 +193,10 @@ def _lay_out(layout: SiteLayout, change: LowRank, bias: Tensor | None = None) ->
 
 
 def _add_low_rank(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor, y: Tensor) -> Tensor:
-    """Return y plus the change of a term, which is computed of the tokens alone on which its adapter acts, as in PEFT.
+    """Return y plus a term's change; it is computed only for the tokens on which the adapter acts, as in PEFT.
 
     Raises:
-        Unavailable: no call of the model says which these are.
+        Unavailable: the call does not say on which tokens the adapter acts.
     """
     if not term.invoked:
         return y + _scale(term.strength, _low_rank_delta(term, change, call, base)).to(y.dtype)
@@ -230,7 +231,7 @@ def _low_rank_delta(term: LiveTerm, change: LowRank, call: SiteCall, base: Tenso
 
 
 def _multiply_cast(call: SiteCall, x: Tensor) -> Tensor:
-    """Return the base's product with an input in the dtype of factors, which is cast to that of the weight."""
+    """Return the base's product with an input, which is cast from the factors' dtype to the weight's."""
     return call.multiply(x.to(call.base_weight.dtype))
 
 
@@ -240,10 +241,10 @@ def _product_delta(change: LowRank, slots: SiteSlots, call: SiteCall, x: Tensor,
     outputs, product = slots.stages[Stage.OUTPUT], linear
     if slots.stages[Stage.INPUT]:
         product = _multiply_cast(call, apply_stage(Stage.INPUT, layout, slots, x))
-    elif len(outputs) == 1:  # the difference that one role makes, rounded once, as in PEFT
+    elif len(outputs) == 1:  # one role's difference, rounded once, as in PEFT
         role, tensor = outputs[0]
         return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(SlotSpec(layout=layout)).to(tensor))
-    # In the factors' wider dtype, so that the result is rounded once, with the other deltas.
+    # In the factors' wider dtype, so that the sum of all deltas is rounded once.
     return apply_stage(Stage.OUTPUT, layout, slots, product.to(change.a.dtype) if outputs else product) - linear
 
 
@@ -255,9 +256,9 @@ def _run_with_weight(change: Change, call: SiteCall) -> Tensor:
 
 
 def _merge_in_backward(change: Change, base: Tensor, merged: Tensor) -> AbstractContextManager[object]:
-    """Return a block whose ops save no merged weight of a sparse change: the backward pass merges it again.
+    """Return a context in which ops do not save a sparse change's merged weight; the backward pass merges it again.
 
-    Else every layer would hold a copy of its weight until then.
+    Otherwise every layer would keep a copy of its weight until the backward pass.
     """
     if not isinstance(change, Sparse) or not merged.requires_grad or not can_hook_saved_tensors():
         return nullcontext()

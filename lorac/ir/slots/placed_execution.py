@@ -1,8 +1,8 @@
-"""The computation of an adapted site whose rows have slots of their own (``lorac.ir.slots.places``).
+"""The computation of an adapted site whose rows have different slots (``lorac.ir.slots.places``).
 
-Eager mode runs it on views of the batch, and the other backends trace it with ops of their own
-(``lorac.ir.graph.segment_ops``), so that none has another computation for rows. A branch's formula runs for each place
-over the rows of its segment, as if these were the call: ``torch.vmap`` runs it over all places at once.
+Eager mode runs it on views of the batch, and the other backends trace it with custom ops
+(``lorac.ir.graph.segment_ops``), so that the computation exists once. A branch's formula runs for each place over the
+rows of its segment, as if these rows were the whole call; ``torch.vmap`` runs it over all places at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from lorac.ir.slots.program_values import program_value_name
 
 @dataclass(frozen=True)
 class SegmentOps:
-    """The ways between a batch and its segments.
+    """The functions that cut a batch into segments and join segments into a batch.
 
     Attributes:
         cut: (a batch, a slot with places, the number of axes of features) -> segments (places, tokens, …).
@@ -41,20 +41,20 @@ class SegmentOps:
 
 
 VIEWS = SegmentOps(lambda x, slot, features: cut_segments(x, slot.shape[0], features), join_segments)
-"""Views of a batch that lies in one piece: nothing is copied."""
+"""Views of a contiguous batch, without copies."""
 
 
 def why_shared(plan: SitePlan) -> str:
-    """Return why all rows of a batch share the slots of a site, wherever it is called; empty where they need not."""
+    """Return why all rows of a batch must share the slots of a site; empty if they need not."""
     return "" if plan.site.within is None else "its module computes with it in its own way"
 
 
 def stack_site_slots(plan: SitePlan, each: Sequence[SiteSlots]) -> SiteSlots:
-    """Return a site's slots with places, one for each of its slots without; roles that rows share are the first's.
+    """Stack a site's slots along an axis of places; roles that all rows share keep the first slots' tensor.
 
     Args:
         plan: the site's slots.
-        each: their tensors for one choice of adapters after the other, without active branches.
+        each: the slots' tensors for each choice of adapters, in order, without active branches.
     """
     first = each[0].tensors
     stacked = {
@@ -67,11 +67,11 @@ def stack_site_slots(plan: SitePlan, each: Sequence[SiteSlots]) -> SiteSlots:
 
 
 def run_placed(plan: SitePlan, slots: SiteSlots, call: SiteCall, segments: SegmentOps = VIEWS) -> Tensor:
-    """Return the output of an adapted site whose slots have places.
+    """Compute the output of an adapted site whose slots have places.
 
     Args:
         plan, slots, call: as for ``lorac.ir.slots.execution.run_site``.
-        segments: the ways between a batch and its segments.
+        segments: the functions between a batch and its segments.
     """
     layout, x, product = call.layout, call.x, call.product
     active = any(fill is not None for fill in slots.branches)
@@ -95,7 +95,7 @@ def run_placed(plan: SitePlan, slots: SiteSlots, call: SiteCall, segments: Segme
 
 
 Mapped = Callable[[Sequence[Tensor], Sequence[Tensor], FormulaContext], Mapping[str, Tensor]]
-"""(the parameters of a place, tensors of its rows, the context of that place) -> results by name."""
+"""Function (the parameters of a place, tensors of its rows, the context of the place) -> results by name."""
 _DELTA = "delta"
 
 
@@ -109,16 +109,16 @@ def add_branch_in_places(
     owner: str,
     segments: SegmentOps,
 ) -> Tensor:
-    """Return y plus t·(y' − base) of one branch, each row with the strength and the parameters of its place.
+    """Return y plus t·(y' − base) of one branch; each row uses the strength and the parameters of its place.
 
     Args:
-        fill: its strengths (places, 1, 1) and parameters (places, …).
+        fill: the branch's strengths (places, 1, 1) and parameters (places, …).
         x: the site's input.
-        y: its output without the branch.
-        base: its output in the base.
-        ctx: gets the branch's extra outputs.
+        y: the site's output without the branch.
+        base: the site's output in the base.
+        ctx: the context, to which the branch's extra outputs are added.
         owner: as for ``lorac.ir.slots.execution.compute_branch_delta``.
-        segments: the ways between a batch and its segments.
+        segments: the functions between a batch and its segments.
     """
     t = fill.strength
 
@@ -138,7 +138,7 @@ def add_branch_in_places(
 def run_branch_alone_in_places(
     slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: Tensor, ctx: FormulaContext, segments: SegmentOps
 ) -> Tensor:
-    """Return y' of one branch alone (``lorac.ir.slots.execution.run_branch_alone``), each row with its own."""
+    """Compute ``lorac.ir.slots.execution.run_branch_alone`` with the parameters of each row's place."""
 
     def run(params: Sequence[Tensor], rows: Sequence[Tensor], inner: FormulaContext) -> dict[str, Tensor]:
         own_x, own_y = rows
@@ -151,7 +151,7 @@ def run_branch_alone_in_places(
 def compute_once_in_places(
     slot: BranchSlot, params: Sequence[Tensor], ctx: FormulaContext, owner: str, segments: SegmentOps
 ) -> dict[str, Tensor]:
-    """Return the results of an adapter's ``once`` by the program's names: by row, or by place."""
+    """Return the results of an adapter's ``once`` under the program's names, with a first axis of rows or of places."""
 
     def run(params: Sequence[Tensor], _: Sequence[Tensor], inner: FormulaContext) -> dict[str, Tensor]:
         return compute_once_values(slot, params, inner, owner)
@@ -174,7 +174,7 @@ def run_in_places(
     owner: str,
     segments: SegmentOps,
 ) -> dict[str, Tensor]:
-    """Return the results of ``run`` by name, with a first axis of places."""
+    """Call ``run`` for every place; return its results by name, with a first axis of places."""
     axes = _axes_by_program_name(slot, owner)
     own = {name: value for name, value in ctx.values.items() if axes.get(name, ValueAxis.NEITHER) != ValueAxis.NEITHER}
     given = [*rows, *(value for name, value in own.items() if axes[name] is ValueAxis.ROWS)]

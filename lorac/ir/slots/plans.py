@@ -1,8 +1,8 @@
-"""The slots of a site as planned at compile time, and as filled for a choice of adapters.
+"""The slots of a site: their plan at compile time, and their tensors for a choice of adapters.
 
-A ``SitePlan`` describes a site's slots; it is fixed at compile time. A ``SiteSlots`` holds the tensors in them for one
-choice of adapters. Both are organised by role (``lorac.ir.slots.roles``). ``lorac.ir.slots.execution.run_site``
-computes an adapted site from both.
+A ``SitePlan`` describes a site's slots; it is fixed at compile time. A ``SiteSlots`` has their tensors for one choice
+of adapters. Both are organised by role (``lorac.ir.slots.roles``). ``lorac.ir.slots.execution.run_site`` computes an
+adapted site from both.
 """
 
 import enum
@@ -21,7 +21,7 @@ from lorac.ir.slots.roles import ROLES, SlotRole, Stage, branch_roles
 
 
 class ValueAxis(enum.StrEnum):
-    """The first axis of a value that a branch reads, where rows have adapters of their own."""
+    """The first axis of a value that a branch reads, where rows have different adapters."""
 
     ROWS = "rows"
     PLACES = "places"
@@ -31,19 +31,19 @@ class ValueAxis(enum.StrEnum):
 
 @dataclass(frozen=True)
 class BranchSlot:
-    """Room for one branch adapter of a given structure.
+    """A slot for one branch adapter of a given structure.
 
     Attributes:
         key: the structure: variant name, hyper-parameters and parameter shapes. Adapters with equal keys fit.
         formula: (x, y, params, ctx) -> y', of the shape of y.
         params: parameter name -> shape.
-        emits: names of its extra outputs.
-        reads: names of the program values it reads (``lorac.ir.slots.program_values``).
+        emits: names of the branch's extra outputs.
+        reads: names of the program values that the branch reads (``lorac.ir.slots.program_values``).
         once: path of the site that computes the ``own:`` values it reads; empty if it reads none.
         mixes: whether a token's output depends on earlier tokens, so that whole sequences are needed.
         instead: the next step in messages: how to get an adapter with a weight form; may be empty.
-        axes: where rows may have branches of their own in it, the axis of each value that it reads and, of ``once``,
-            of each that it gives; None where all rows share one branch.
+        axes: where rows may have different branches: value -> its first axis, for the values that the branch reads and
+            those that ``once`` computes; None where all rows share one branch.
     """
 
     key: str
@@ -58,19 +58,19 @@ class BranchSlot:
 
     @property
     def structure(self) -> tuple[str, object]:
-        """The key and the formula's code: branches that have the same compute the same of equal inputs."""
+        """The key and the formula's code: branches with equal structure compute equal outputs from equal inputs."""
         function = self.formula.function
         return self.key, getattr(function, "__func__", function)
 
 
 @dataclass(frozen=True)
 class Reason:
-    """The reason why a term is not run in a cheaper way, recorded where that is decided.
+    """The reason why a term does not run in a cheaper way, recorded by the code that decides it.
 
     Attributes:
         adapter: the adapter of the term; None for all terms of the site.
         site: path of the site.
-        why: for an adapter a clause that begins with a verb, for a site a whole sentence.
+        why: a clause that begins with a verb for an adapter, a whole sentence for a site.
     """
 
     adapter: str | None
@@ -86,9 +86,9 @@ class RankPolicy(enum.StrEnum):
 
     FROM_ZERO = "from zero"
     FROM_ONE = "from one"
-    """An idle pair holds one component of zeros."""
+    """An idle pair has one component of zeros."""
     FIXED = "fixed"
-    """Always the whole room, padded with zeros."""
+    """Always the full room, padded with zeros."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class SitePlan:
             input transforms; else 1. An absent role has no slot.
         reasons: why the weight is bound.
         ranks: the ranks that the pair may have, by the target's dialect.
-        placed: whether rows of a batch may have slots of their own, so that slots have a first axis of places.
-        row_weights: whether that is so of the slot of a whole weight: a small layer that adapters replace.
+        placed: whether rows of a batch may have different slots, so that slots have a first axis of places.
+        row_weights: whether rows may also have different whole weights, as in a small layer that adapters replace.
     """
 
     site: Site
@@ -113,7 +113,7 @@ class SitePlan:
     row_weights: bool = field(default=False, compare=False)
 
     def why_shared(self, role: str) -> str:
-        """Return why all rows of a batch share a role's slot; empty where each may have its own."""
+        """Return why all rows of a batch share a role's slot; empty if rows may have different tensors."""
         own = self.row_weights and role == operands.WEIGHT
         return "" if own else ROLES[role].why_shared
 
@@ -124,12 +124,12 @@ class SitePlan:
 
     @property
     def rank(self) -> int:
-        """The largest rank that fits, 0 without a pair."""
+        """The largest rank that fits; 0 if there is no pair."""
         return self.room.get(operands.A, 0)
 
     @property
     def least_rank(self) -> int:
-        """The smallest rank that the pair may have; smaller ones are padded with zeros."""
+        """The smallest rank that the pair may have; smaller pairs are padded with zeros."""
         if self.ranks is RankPolicy.FIXED:
             return self.rank
         return min(self.rank, 1) if self.ranks is RankPolicy.FROM_ONE else 0
@@ -145,22 +145,22 @@ class SitePlan:
 
     @property
     def has_placed_branches(self) -> bool:
-        """Whether rows of a batch may have branches of their own; that is so of all branches of a site or of none."""
+        """Whether rows of a batch may have different branches; either all branches of a site allow it or none."""
         return any(slot.axes is not None for slot in self.branches)
 
     @property
     def without_branches(self) -> "SitePlan":
-        """The plan of the site's other slots."""
+        """The plan without branch slots."""
         return replace(self, branches=())
 
     def slot_roles(self) -> tuple[str, ...]:
-        """Return the roles of all slots, those of branches included."""
+        """Return the roles of all slots, including branches."""
         return (*(role.name for role, _ in self.roles()), *self.branch_shapes())
 
     def branch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return role -> shape of the strengths and parameters of all branches.
 
-        A ``once`` site has no strengths: those of the branches that read its values count.
+        A ``once`` site has no strengths of its own; the branches that read its values have them.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for index, slot in enumerate(self.branches):
@@ -180,7 +180,7 @@ class BranchFill:
 
 @dataclass(frozen=True, eq=False)
 class SiteSlots:
-    """The tensors in a site's slots, in slot layout (``lorac.ir.slots.layouts``).
+    """The tensors of a site's slots, in slot layout (``lorac.ir.slots.layouts``).
 
     Attributes:
         tensors: role -> the tensor in its slot; an idle pair has rank 0.
@@ -201,11 +201,11 @@ class SiteSlots:
 
     @functools.cached_property
     def leaves_base(self) -> bool:
-        """Whether the base's product and bias stay as they are, apart from a low-rank pair next to them."""
+        """Whether the base's product and bias do not change, and at most a low-rank pair is added."""
         return all(stage.of_pair for stage, present in self.stages.items() if present)
 
     def named(self) -> dict[str, Tensor]:
-        """Return role -> tensor for all roles, those of branches included."""
+        """Return role -> tensor for all roles, including branches."""
         tensors = dict(self.tensors)
         for index, fill in enumerate(self.branches):
             if fill is not None:
@@ -215,7 +215,7 @@ class SiteSlots:
 
     @staticmethod
     def of_named(tensors: Mapping[str, Tensor], plan: SitePlan) -> "SiteSlots":
-        """Invert ``named``."""
+        """Build the slots from ``named``'s result."""
         fills = []
         for index, slot in enumerate(plan.branches):
             strength, *params = (tensors[role] for role in branch_roles(index, len(slot.params)))
@@ -225,7 +225,7 @@ class SiteSlots:
 
 @dataclass(frozen=True, eq=False)
 class BranchTerm:
-    """One adapter's branch at one site: the slot that it needs and its parameters."""
+    """One adapter's branch at one site: the slot it needs, and its parameters."""
 
     slot: BranchSlot
     params: tuple[Tensor, ...]
@@ -238,13 +238,14 @@ class PreparedAdapter:
     Attributes:
         changes: site path -> the change in a weight form.
         branches: site path -> branch term.
-        truncatable: the power by which its scale falls with the rank (``LowRank.truncated``); None if
+        truncatable: the power by which the method's scale falls with the rank (``LowRank.truncated``); None if
             ``Active(rank=…)`` may not truncate it.
-        reasons: why its terms have no cheaper form.
-        sizes: path of a layer that it replaces -> the outputs of its own, or the tokens of its embedding.
+        reasons: why terms have no cheaper form.
+        sizes: path of a layer that the adapter replaces -> the outputs of the new layer, or its tokens for an
+            embedding.
         labels: the names of a classifier's outputs, if its file has them.
-        invocation: the token ids from which on it acts; empty: it acts on every token.
-        prefix: its virtual tokens, if it puts such before a sequence.
+        invocation: the token ids from which on the adapter acts; empty: it acts on every token.
+        prefix: the adapter's virtual tokens, if it prepends any to a sequence.
     """
 
     changes: Mapping[str, Change]
@@ -257,22 +258,22 @@ class PreparedAdapter:
     prefix: Prefix | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return all its tensors."""
+        """Return all tensors of the adapter."""
         own = [tensor for change in self.changes.values() for tensor in list_tensors(change)]
         own += [] if self.prefix is None else [self.prefix.rows]
         return [*own, *(tensor for term in self.branches.values() for tensor in term.params)]
 
     @property
     def paths(self) -> frozenset[str]:
-        """Every site that it touches."""
+        """Every site that the adapter touches."""
         return frozenset(self.in_order())
 
     def in_order(self) -> tuple[str, ...]:
-        """Return every site that it touches, in the adapter's order, changes before branches."""
+        """Return every site that the adapter touches, in the adapter's order, changes before branches."""
         return tuple(dict.fromkeys((*self.changes, *self.branches)))
 
 
 def list_layers(plans: Iterable[SitePlan]) -> list[str]:
-    """Return the paths of the modules in whose forward the planned weights are used, without the model itself."""
+    """Return the paths of the modules whose forward uses the planned weights, except the model's root."""
     owners = (plan.site.path if plan.site.is_layer else plan.site.within for plan in plans)
     return [path for path in dict.fromkeys(owners) if path]

@@ -1,4 +1,4 @@
-"""The prefix of a row: virtual tokens that a prompt puts before a sequence, as embeddings or as keys and values."""
+"""The prefix of a row: virtual tokens that a prompt prepends to a sequence, as embeddings or as keys and values."""
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from lorac.errors import AdapterError, InputMismatch, Unavailable
 from lorac.ir.sites.site import Site
 
 IDS, MASK = "input_ids", "attention_mask"
-"""transformers' names for tokens, and for the mask of padding."""
+"""transformers' argument names for token ids and for the padding mask."""
 _SEQUENCES = {MASK: 1, "token_type_ids": 0, "labels": -100}
-"""Argument with a value for each token -> its value for a virtual one, which is PEFT's."""
+"""Argument with a value for each token -> PEFT's value for a virtual token."""
 _BY_TOKEN = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 """Output with a value for each token -> its number of axes."""
 
@@ -23,9 +23,9 @@ class Prefix:
     """The virtual tokens of one adapter.
 
     Attributes:
-        site: the model's input embedding; ids from its number of tokens on are virtual ones.
-        rows: embeddings (length, d), or of each layer the keys and values.
-        attends: whether rows are keys and values of each layer by turns (2·layers, heads, length, size).
+        site: the model's input embedding; ids from its vocabulary size on are virtual tokens.
+        rows: embeddings (length, d), or the keys and values of each layer.
+        attends: whether rows are keys and values, alternating by layer (2·layers, heads, length, size).
     """
 
     site: Site
@@ -44,10 +44,10 @@ class Prefix:
         return torch.arange(first, first + self.length)[None]
 
     def extend(self, given: Mapping[str, object]) -> dict[str, object]:
-        """Return the arguments of a call by name, with the virtual tokens before the tokens of each row.
+        """Prepend the virtual tokens to the arguments of a call, by name.
 
         Raises:
-            InputMismatch: they hold no ids, or something by token that has no value for virtual ones.
+            InputMismatch: the arguments have no ids, or have values per token without a known value for virtual tokens.
         """
         if self.attends:
             raise Unavailable(
@@ -66,7 +66,7 @@ class Prefix:
         return extended | self.shift_positions(given, self.length)
 
     def shift_positions(self, given: Mapping[str, object], new: int = 0) -> dict[str, object]:
-        """Return the positions of a call behind the virtual tokens, the last ``new`` of which the call computes too."""
+        """Shift a call's positions by the virtual tokens; prepend the positions of ``new`` computed virtual tokens."""
         found = given.get("position_ids")
         if found is None:
             return {}
@@ -79,7 +79,7 @@ class Prefix:
         return joined if isinstance(given, Tensor) else joined.numpy()
 
     def trim(self, output: Any, width: int) -> Any:
-        """Remove the values of the virtual tokens from a model's output of ``width`` tokens and them; return it."""
+        """Remove the values of the virtual tokens from a model's output for ``width`` tokens; return the output."""
 
         def cut(value: Any, axes: int) -> Any:
             by_token = getattr(value, "ndim", 0) == axes and value.shape[1] == self.length + width
@@ -94,7 +94,7 @@ class Prefix:
 
 
 def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
-    """Raise ``InputMismatch`` where an id is not one of the model's.
+    """Raise ``InputMismatch`` if an id is outside the model's vocabulary.
 
     Args:
         vocabulary: number of the model's ids.
@@ -109,7 +109,7 @@ def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
 
 
 def wrong_heads(keys_values: Tensor, layers: int, heads: object, size: object) -> AdapterError:
-    """Return the error for keys and values of another model than one of these layers and heads."""
+    """Return the error for keys and values whose layers, heads or size differ from the model's."""
     own_layers, own_heads, _, own_size = keys_values.shape
     return AdapterError(
         f"the adapter has keys and values of {own_layers // 2} layers, {own_heads} heads and {own_size} values each, "

@@ -14,16 +14,16 @@
     ``own:<name>``         a result of the method's ``once`` for this call
     =====================  ============================================================================================
 
-Any module may be read. If it takes or returns several tensors the first is read, or a later one by its number; if it is
-called repeatedly, the last call counts.
+Any module may be read. If it takes or returns several tensors, the first is read, or another one by its number. If the
+module is called repeatedly, the last call's value is read.
 
-An adapter's own pass is read by ``once`` only. Each branch computes its y' there with ``ctx.passing`` set to the pass's
+Only ``once`` reads an adapter's own pass. Each branch computes y' in this pass with ``ctx.passing`` set to the pass's
 name, and without ``own:`` values, which are computed from the pass. The pass does not depend on the adapter's strength
-or on other active adapters, and each adapter has its own.
+or on other active adapters, and each adapter has its own pass.
 
 The results of ``once`` belong to a site without a module (``SiteKind.ONCE``). Its plan has a branch for every adapter
-that may compute them, and branches at modules refer to it (``BranchSlot.once``). Adapters of equal structure are told
-apart by their order: a program calls such a value ``own:<path>[<index>].<name>``, and a value of an own pass
+that may compute them, and branches at modules refer to it (``BranchSlot.once``). Adapters of equal structure are
+distinguished by their order: a program names such a value ``own:<path>[<index>].<name>``, and a value of an own pass
 ``pass:<path>[<index>].<name>:<module>``.
 """
 
@@ -44,13 +44,13 @@ OUTPUT, IN, BASE, WEIGHT, PARAM, INPUT, OWN = "", "in", "base", "weight", "param
 PASS = "pass"
 _MODULE_KINDS = (OUTPUT, IN, BASE, PASS)
 _KNOWN_AT_START = (BASE, PASS, WEIGHT, PARAM, INPUT)
-"""Kinds of values that are known when a call begins."""
+"""Kinds of values that exist when a call begins."""
 ONCE_PREFIX = "once:"
-"""The prefix of the path of a site for an adapter's ``once``, which is not a module."""
+"""Prefix of the path of the site that stands for an adapter's ``once``; the site has no module."""
 
 
 def parse_value_name(name: str) -> tuple[str, str]:
-    """Split a value's name into its kind, one of those above, and the rest: a path, tensor, argument or name."""
+    """Split a value's name into its kind (one of the table above) and the rest: a path, tensor, argument or name."""
     kind, colon, rest = name.partition(":")
     if not colon:
         return OUTPUT, name
@@ -58,19 +58,19 @@ def parse_value_name(name: str) -> tuple[str, str]:
 
 
 def split_output(path: str) -> tuple[str, int]:
-    """Split the path of a value into the module's and the number of the tensor in its output, 0 where none is named."""
+    """Split the path of a value into the module's path and the index of a tensor in its output, by default 0."""
     found = re.fullmatch(r"(.+)\[(\d{1,4})\]", path)
     return (found[1], int(found[2])) if found else (path, 0)
 
 
 def pass_name_of(name: str) -> str:
-    """Return the name of the own pass that a value is read from; empty for other values."""
+    """Return the name of the adapter's own pass in which a value is read; empty for other values."""
     kind, _, rest = name.partition(":")
     return rest.rpartition(":")[0] if kind == PASS else ""
 
 
 def modules_by_pass(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the own passes among the values that an adapter reads -> the paths of the modules read in each."""
+    """Map each own pass among value names to the paths of the modules read in it."""
     found: dict[str, list[str]] = {}
     for name in names:
         if pass_name := pass_name_of(name):
@@ -84,7 +84,7 @@ def pass_value_name(name: str, path: str) -> str:
 
 
 def make_once_site(path: str, dtype: torch.dtype) -> Site:
-    """Return the site of values computed once per call, in the dtype of the sites that read them."""
+    """Return the site of values that are computed once per call, in the dtype of the sites that read them."""
     return Site(path, SiteKind.ONCE, 0, 0, dtype, None)
 
 
@@ -93,9 +93,9 @@ class ReadableValues:
     """The values of a model that branches may read.
 
     Attributes:
-        modules: paths of its modules.
-        tensors: names of its parameters and buffers.
-        arguments: names of its forward's arguments; None if its forward is not at hand.
+        modules: paths of the model's modules.
+        tensors: names of the model's parameters and buffers.
+        arguments: names of the arguments of forward; None if forward is unknown.
     """
 
     sites: Mapping[str, Site]
@@ -112,7 +112,7 @@ class ReadableValues:
             owns: whether the method defines ``once``.
 
         Raises:
-            SiteError: a value does not exist, or ``once`` reads a value that is not known yet.
+            SiteError: a value does not exist, or ``once`` reads a value that is computed later.
         """
         known: dict[str, Iterable[str]] = dict.fromkeys(_MODULE_KINDS, self.modules)
         known |= {PARAM: self.tensors, INPUT: self.arguments or ()}
@@ -146,23 +146,23 @@ class ReadableValues:
 
 
 def owner_prefix(path: str, index: int) -> str:
-    """Return the prefix of the names of one adapter's own values, computed at the ``once`` site ``path``."""
+    """Return the prefix of the names of one adapter's own values, which the ``once`` site ``path`` computes."""
     return f"{path}[{index}]"
 
 
 def branch_owner(slots: Iterable[BranchSlot], slot: BranchSlot) -> str:
-    """Return the prefix of the names of a branch's own values, given the ``slots`` before it at its site."""
+    """Return the prefix of the names of a branch's own values; ``slots`` are the branches before it at its site."""
     return owner_prefix(slot.once, sum(before.once == slot.once for before in slots))
 
 
 def program_value_name(owner: str, name: str) -> str:
-    """Return the program's name of a value that a branch reads by ``name``."""
+    """Return the program's name for the value that a branch calls ``name``."""
     kind, _, rest = name.partition(":")
     return f"{kind}:{owner}.{rest}" if kind in {OWN, PASS} else name
 
 
 def list_read_values(plans: Iterable[SitePlan]) -> list[str]:
-    """Return the program's names of all values that the branches of the plans read."""
+    """Return the program's names of all values that the plans' branches read."""
     names: dict[str, None] = {}
     for plan in plans:
         once = plan.site.kind is SiteKind.ONCE
@@ -173,12 +173,12 @@ def list_read_values(plans: Iterable[SitePlan]) -> list[str]:
 
 
 def find_branch(branches: Sequence[BranchSlot], owner: str) -> int | None:
-    """Return the index of the branch of a site whose own values have the prefix ``owner``, or None."""
+    """Return the index of a site's branch whose own values have the prefix ``owner``; None if there is none."""
     return next((i for i, branch in enumerate(branches) if branch_owner(branches[:i], branch) == owner), None)
 
 
 def once_path_of(name: str) -> str:
-    """Return the path of the site that computes an own value, from the value's name in the program."""
+    """Return the path of the site that computes an own value, given the value's name in the program."""
     return parse_value_name(name)[1].partition("[")[0]
 
 
@@ -189,13 +189,13 @@ def select_once_plans(plans: Mapping[str, SitePlan], around: Mapping[str, SitePl
 
 
 def list_tapped_modules(plans: Iterable[SitePlan]) -> list[str]:
-    """Return the paths of the modules whose inputs or outputs are read, with the numbers of tensors but the first."""
+    """Return the paths of the modules whose inputs or outputs are read, with ``[number]`` after the first tensor."""
     parsed = [parse_value_name(name) for name in list_read_values(plans)]
     return list(dict.fromkeys(path for kind, path in parsed if kind in _MODULE_KINDS))
 
 
 def present_weights(values: Mapping[str, torch.Tensor], sites: Mapping[str, Site]) -> dict[str, torch.Tensor]:
-    """Return values as formulas see them, with stored weights as matrices (out, in)."""
+    """Convert values to the form that formulas see: stored weights as matrices (out, in)."""
     return {
         name: sites[path].present(value) if kind == WEIGHT else value
         for name, value in values.items()
@@ -204,13 +204,13 @@ def present_weights(values: Mapping[str, torch.Tensor], sites: Mapping[str, Site
 
 
 def first_tensor(tree: object, number: int = 0) -> torch.Tensor:
-    """Return the first tensor in a module's arguments or output, which a block counts as its input or output.
+    """Return the first tensor in a module's arguments or output, or the tensor with this number.
 
     Args:
-        number: of the tensor to return in place of the first.
+        number: index of the tensor among all tensors.
 
     Raises:
-        SiteError: there are fewer.
+        SiteError: there are fewer tensors.
     """
     tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
     if number >= len(tensors):
@@ -222,7 +222,7 @@ def first_tensor(tree: object, number: int = 0) -> torch.Tensor:
 
 
 def replace_first_tensor(tree: T, change: Callable[[torch.Tensor], torch.Tensor], number: int = 0) -> T:
-    """Return a module's output with its first tensor, or the one of that number, changed, in the same structure."""
+    """Replace a module's first output tensor, or the one with this number, by ``change`` of it; keep the structure."""
     leaves, spec = pytree.tree_flatten(tree)
     index = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)][number]
     leaves[index] = change(leaves[index])
@@ -231,9 +231,9 @@ def replace_first_tensor(tree: T, change: Callable[[torch.Tensor], torch.Tensor]
 
 
 def record_extra_outputs(aux: dict[str, dict[str, T]], path: str, emitted: Mapping[str, Sequence[T]]) -> None:
-    """Add one call's extra outputs to ``aux``, name -> site path -> tensor.
+    """Add one call's extra outputs to ``aux``: name -> site path -> tensor.
 
-    If several active branches of a site give an output of the same name, the second has the key ``<path>[1]``.
+    If several active branches of a site emit an output of the same name, the second has the key ``<path>[1]``.
     """
     for name, tensors in emitted.items():
         for i, tensor in enumerate(tensors):
@@ -241,6 +241,6 @@ def record_extra_outputs(aux: dict[str, dict[str, T]], path: str, emitted: Mappi
 
 
 def check_extra_outputs(aux: Sequence[str], plans: Iterable[SitePlan]) -> None:
-    """Raise ``OptionError`` for a requested extra output that no branch gives."""
+    """Raise ``OptionError`` for a requested extra output that no branch emits."""
     known = {name for plan in plans for branch in plan.branches for name in branch.emits}
     check_known(aux, sorted(known), "no adapter gives the extra output")

@@ -1,4 +1,4 @@
-"""The slots that every site requires: planned from the adapters' normal forms, the mode and the reserve.
+"""The slots that every site requires, planned from the adapters' normal forms, the mode and the reserve.
 
 ``auto`` and ``live``: low-rank and branch terms run next to the weight, sparse and dense terms in a bound weight.
 ``fused`` and ``baked``: every term with a weight form is merged into the weight, an input or a constant of the program.
@@ -22,12 +22,12 @@ from lorac.ir.slots.roles import ROLES, Stage, keeps_base_weight, tensors_by_rol
 MODES = ("auto", "live", "fused", "baked")
 _MERGING_MODES = frozenset({"fused", "baked"})
 _MOST_PER_ROW = 1 << 20
-"""The most values of a layer of which rows may have their own in one call; for larger ones a call each costs less."""
+"""The most values in a layer that may differ by row within one call; for larger layers separate calls cost less."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reserve:
-    """Room for adapters added later.
+    """Slots for adapters that are added later.
 
     Attributes:
         targets: the sites, as an adapter's ``targets``.
@@ -35,9 +35,9 @@ class Reserve:
         adapters: how many may be active together.
         scales: make room for DoRA-like adapters (an output scale and a shift).
         weights: make room for any adapter with a weight form, in a bound weight.
-        virtual_tokens: of each targeted embedding, the most virtual tokens that an adapter may have (prompt tuning).
-        outputs: name or path of a layer -> the most outputs, or tokens of an embedding, that an adapter may give it in
-            its place (``modules_to_save``).
+        virtual_tokens: the most virtual tokens that an adapter may add to a targeted embedding (prompt tuning).
+        outputs: name or path of a layer -> the most outputs (tokens of an embedding) of an adapter's layer that
+            replaces it (``modules_to_save``).
     """
 
     targets: str | Sequence[str] = "all-linear"
@@ -61,7 +61,7 @@ class _SiteNeeds:
     Attributes:
         rooms: role -> every size that a term needs.
         rank: the sum of the terms' ranks.
-        merges: whether a term is merged into the weight, and does not replace the layer.
+        merges: whether a term that does not replace the layer is merged into the weight.
     """
 
     rooms: dict[str, set[int]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def plan_sites(
     reserve: Reserve | None = None,
     ranks: Callable[[Site], RankPolicy] = lambda _: RankPolicy.FROM_ZERO,
 ) -> dict[str, SitePlan]:
-    """Return a plan for every touched or reserved site, in the order of ``sites``.
+    """Plan the slots of every touched or reserved site, in the order of ``sites``.
 
     Args:
         sites: every site of the model.
@@ -135,11 +135,11 @@ def plan_sites(
 
 
 def quantized_merge_error(site: Site, why: str, merging: bool = False) -> CompileError:
-    """Return the error for merging into a quantised weight.
+    """Return the error for a merge into a quantised weight.
 
     Args:
         site: the site of the quantised weight.
-        why: the reason for merging, unless it is the mode.
+        why: the reason for merging, if it is not the mode.
         merging: whether the mode merges every adapter.
     """
     live = "mode='live' (or 'auto') runs low-rank adapters next to it; " if merging else ""
@@ -152,7 +152,7 @@ def quantized_merge_error(site: Site, why: str, merging: bool = False) -> Compil
 
 
 def needs_merged_weight(site: Site, change: Change) -> bool:
-    """Return whether a change needs a merged weight even in live mode."""
+    """Return whether a change must be merged into the weight even in live mode."""
     return not (isinstance(change, LowRank) and keeps_base_weight(layout_of(site), change))
 
 
@@ -189,7 +189,7 @@ def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: s
 
 
 def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
-    # A list of names may also name matrices; keywords and expressions match modules only.
+    # A list of names may select matrices too; keywords and regular expressions match modules only.
     names = () if isinstance(reserve.targets, str) else reserve.targets
     found = select_sites(sites, reserve.targets, parameters=names)
     chosen = [site for site in found if site.kind not in KINDS_WITHOUT_WEIGHT]
@@ -214,7 +214,7 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
 
 
 def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:
-    """Return a site's plan; reasons without an adapter apply to every adapter on the site."""
+    """Return a site's plan; a reason without an adapter applies to every adapter at the site."""
     stages = {ROLES[role].stage for role in need.rooms}
     if mode in _MERGING_MODES:
         need.reasons.append(Reason(None, site.path, f"mode='{mode}' merges every adapter into the weight"))

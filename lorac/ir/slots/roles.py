@@ -1,14 +1,14 @@
-"""The table of slot roles, with one row per kind of tensor that can be replaced at a site.
+"""The table of slot roles: one row per kind of tensor that can be replaced at a site.
 
-An adapted site computes, of its input x and with the base's weight W and bias b,
+An adapted site with input x, base weight W and base bias b computes
 
     ``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + bias``
 
-and every letter of it is a role. A row (a ``SlotRole``) says where the role acts and by which function, its
-neutral value, its shape, its room, its cost and its symbol. Everything else is derived: plans have room
-for roles, changes fill them, ``run_site`` applies them stage by stage, graphs get an input for each, files store them,
-reports name them and the self-test fills them with noise. A new role is a new row, and a reduction that makes changes
-with it; nothing else lists roles.
+where every letter is a role. A row (a ``SlotRole``) says where the role acts and by which function, its neutral value,
+its shape, its room, its cost and its symbol. Everything else is derived: plans have room for roles, changes fill them,
+``run_site`` applies them stage by stage, graphs get an input for each, files store them, reports name them and the
+self-test fills them with noise. A new role is a new row, and a reduction that makes changes with the role; nothing else
+lists roles.
 
 The names of roles are ``lorac.ir.algebra.operands``, since the algebra merges and adds changes by operand. Tensors are
 in slot layout (``lorac.ir.slots.layouts``) unless stated otherwise. The functions at the end name slots of branches.
@@ -33,7 +33,7 @@ Shape = tuple[Size, ...]
 
 
 class Stage(enum.Enum):
-    """The steps of a site's computation in which roles act. Roles of one stage act in the table's order."""
+    """The steps of a site's computation in which roles act; roles of one stage act in the table's order."""
 
     VIRTUAL = "in place of the output, for ids behind the base's"
     INPUT = "on the input of the base's product"
@@ -47,17 +47,18 @@ class Stage(enum.Enum):
 
     @property
     def of_pair(self) -> bool:
-        """Whether it belongs to the low-rank pair, which runs next to the base's product and leaves it as it is."""
+        """Whether the stage belongs to the low-rank pair, which leaves the base's product unchanged."""
         return self in {Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.AFTER}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SlotSpec:
-    """A slot of a role, as far as its shape and neutral value depend on it.
+    """The properties of a slot on which its role's shape and neutral value depend.
 
     Attributes:
         size: the rank for roles along the rank, symbolic in a graph; the plan's room for other roles.
-        weight: reads W (out, in), for the role that holds it; a tensor without values is enough for shapes.
+        weight: the function that reads W (out, in), for the role of the whole weight; a meta tensor suffices for
+            shapes.
         bias: the base's bias (out,), or None.
     """
 
@@ -74,10 +75,10 @@ class SlotSpec:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """Inputs to the size of the noise in a slot.
+    """Properties of a slot that decide the size of its noise.
 
     Attributes:
-        typical: a typical size of its weight's values.
+        typical: a typical magnitude of the weight's values.
         rank: the rank of the noise's pair.
     """
 
@@ -87,11 +88,11 @@ class NoiseScale:
 
 
 AddNoise = Callable[[Tensor, NoiseScale, torch.Generator], None]
-"""Changes a slot's neutral tensor by noise, in place."""
+"""Function that adds noise to a slot's neutral tensor, in place."""
 
 
 def gaussian_noise(deviation: Callable[[NoiseScale], float]) -> AddNoise:
-    """Return a function that adds Gaussian noise of a deviation to a slot's tensor."""
+    """Return a function that adds Gaussian noise of this deviation to a slot's tensor."""
 
     def add_noise(tensor: Tensor, scale: NoiseScale, generator: torch.Generator) -> None:
         tensor.add_(deviation(scale) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
@@ -107,25 +108,25 @@ class SlotRole:
     """One kind of slot.
 
     Attributes:
-        name: its name in slots, files and changes.
-        letter: its symbol in reports.
+        name: the role's name in slots, files and changes.
+        letter: the role's symbol in reports.
         meaning: a short description.
-        stage: the step in which it acts.
+        stage: the step in which the role acts.
         apply: (layout, value, tensor) -> the value after it. It is linear in the tensor: applied to the tensor's
             difference from neutral it gives the difference that the tensor makes.
         start: (this role, slot) -> its neutral tensor, for a slot without an active adapter; default: ones.
         noise: changes it in the self-test; default: Gaussian noise of deviation 0.1.
         flops: (site, a change's tensor) -> its multiplications and additions per token.
-        into_slot: converts a change's tensor to slot layout.
+        into_slot: the function that converts a change's tensor to slot layout.
         sized: the size of a change's tensor along something other than the rank, such as that of blocks; else 1.
-        unit: a phrase for its room, with ``{}`` for the number; empty without a size.
+        unit: a phrase for the role's room, with ``{}`` for the number; empty without a size.
         rank_axis: the axis of a change's tensor that counts components, or None. Room for such a tensor is the largest
             rank of the site's pair, and the rank may differ between calls.
-        padded: a change's tensor may have fewer rows than its slot, whose others are zeros.
-        of_base: it has the base's dtype; others have that of the factors (PEFT's rule).
+        padded: whether a change's tensor may have fewer rows than the slot; the other rows are zeros.
+        of_base: whether the tensor has the base's dtype; otherwise it has the factors' dtype (PEFT's rule).
         reserve: the field of ``Reserve`` that makes room for it; empty if only a bound weight can hold such a change.
-        why_shared: why all rows of a batch share such a slot; empty where each may have its own.
-        transposed: adapters store the transpose of a change's tensor, and reports show it.
+        why_shared: why all rows of a batch share such a slot; empty if rows may have different tensors.
+        transposed: whether adapters store the transpose of a change's tensor, which reports show.
     """
 
     name: str
@@ -151,7 +152,7 @@ class SlotRole:
 
     @property
     def ranked(self) -> bool:
-        """Whether it has an axis of the rank of the site's pair."""
+        """Whether the tensor has an axis of the pair's rank."""
         return self.rank_axis is not None
 
     def room(self, tensor: Tensor) -> int:
@@ -160,24 +161,24 @@ class SlotRole:
 
     @property
     def merged(self) -> bool:
-        """Whether it replaces the base's weight or bias whole."""
+        """Whether the tensor replaces the base's whole weight or bias."""
         return self.stage in {Stage.PRODUCT, Stage.BIAS}
 
     @property
     def optional(self) -> bool:
-        """Whether a low-rank change may have it in addition to its pair."""
+        """Whether a low-rank change may have the role in addition to the pair."""
         return self.stage in {Stage.VIRTUAL, Stage.INPUT, Stage.OUTPUT, Stage.BETWEEN, Stage.AFTER}
 
     def dtype(self, site: Site) -> torch.dtype:
-        """Return its dtype at a site."""
+        """Return the tensor's dtype at a site."""
         return site.dtype if self.of_base else factor_dtype(site.dtype)
 
     def neutral(self, slot: SlotSpec) -> Tensor:
-        """Return its tensor for a slot without an active adapter."""
+        """Return the tensor of a slot without an active adapter."""
         return self.start(self, slot)
 
     def filled(self, slot: SlotSpec, tensor: Tensor | None) -> Tensor:
-        """Return a slot's tensor for a change's tensor or None; along the rank it is padded with zeros to the size."""
+        """Convert a change's tensor to a slot's, zero-padded to the slot's size; None becomes the neutral tensor."""
         if tensor is None:
             return self.neutral(slot)
         axis = 0 if self.padded else self.rank_axis
@@ -227,7 +228,7 @@ def _spread_of_a(scale: NoiseScale) -> float:
 def _scale_rows_and_columns(weight: Tensor, _: NoiseScale, generator: torch.Generator) -> None:
     """Scale every row and column by positive noise, which is cheaper than noise per value.
 
-    Signs stay, since a variance must not become negative.
+    Signs do not change, since a variance must not become negative.
     """
     for axis in (0, weight.dim() - 1):
         shape = [1] * weight.dim()
@@ -249,7 +250,7 @@ _TABLE = (
         shape=lambda slot: slot.layout.shape_a(slot.size),
         start=_zeros,
         noise=gaussian_noise(_spread_of_a),
-        flops=lambda site, a: 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel(),  # looking rows up is free
+        flops=lambda site, a: 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel(),  # a lookup of rows is free
         into_slot=lambda layout, a: layout.slot_a(a),
         unit="rank {}",
         rank_axis=1,
@@ -264,7 +265,7 @@ _TABLE = (
         apply=lambda layout, u, b: layout.up(u, b),
         shape=lambda slot: slot.layout.shape_b(slot.size),
         start=_zeros,
-        # The deviation for which the pair's output is a share of the weight's.
+        # The deviation for which the pair's output is ``_SHARE`` of the weight's output.
         noise=gaussian_noise(lambda scale: _SHARE * scale.typical / (_spread_of_a(scale) * scale.rank**0.5)),
         flops=_count_product_flops,
         into_slot=lambda layout, b: layout.slot_b(b),
@@ -343,7 +344,7 @@ _TABLE = (
         shape=lambda slot: _weight(slot).shape,
         start=lambda _, slot: _weight(slot),
         noise=_scale_rows_and_columns,
-        flops=lambda *_: 0,  # its product replaces the base's
+        flops=lambda *_: 0,  # the product replaces the base's product
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
@@ -363,11 +364,11 @@ _TABLE = (
 )
 
 ROLES: dict[str, SlotRole] = {role.name: role for role in _TABLE}
-"""Name -> role, in the order of lists, of bindings and, within a stage, of application."""
+"""Name -> role, in the order of lists and bindings and, within a stage, of application."""
 
 
 def tensors_by_role(change: LowRank) -> dict[str, Tensor]:
-    """Return role -> the tensor of a low-rank change, in the table's order, without a pair of rank 0."""
+    """Return role -> the tensor of a low-rank change, in the table's order; a pair of rank 0 is left out."""
     tensors = {operands.A: change.a, operands.B: change.b} if change.rank else {}
     if not change.scales:
         return tensors
@@ -376,7 +377,7 @@ def tensors_by_role(change: LowRank) -> dict[str, Tensor]:
 
 
 def roles_needed(change: Change) -> tuple[SlotRole, ...]:
-    """Return the roles that a change needs, in the table's order, without those that fold into its pair."""
+    """Return the roles that a change needs, in the table's order; roles that fold into the pair are left out."""
     low_rank = tensors_by_role(change).keys() - operands.FOLDABLE if isinstance(change, LowRank) else None
     needed = {operands.WEIGHT} if low_rank is None else set(low_rank)
     needed |= set() if change.e is None else {operands.BIAS}
@@ -389,7 +390,7 @@ def acts_at(change: LowRank, stage: Stage) -> bool:
 
 
 def keeps_base_weight(layout: SiteLayout, change: LowRank) -> bool:
-    """Return whether a change runs next to the base's weight: the site is called, and its input can be changed."""
+    """Return whether a change can run next to the base's weight: the site is called, and its input can be changed."""
     if layout.site.within is not None:
         return not tensors_by_role(change)
     return layout.has_input_axis or not acts_at(change, Stage.INPUT)
@@ -399,7 +400,7 @@ _BRANCH, _STRENGTH = "branch", "t"
 
 
 def slot_name(path: str, role: str) -> str:
-    """Return the public name of a site's slot, which the emitted program keeps."""
+    """Return the public name of a site's slot, which is also its name in the emitted program."""
     return f"{path}:{role}"
 
 
@@ -430,5 +431,5 @@ def is_parameter(role: str) -> bool:
 
 
 def branch_index(role: str) -> int:
-    """Return the index in the plan of the branch that a strength or parameter belongs to."""
+    """Return the plan index of the branch to which a strength or parameter belongs."""
     return int(role.removeprefix(_BRANCH).partition(".")[0])

@@ -1,6 +1,6 @@
-"""Tensors of one shape one behind the other in memory, so that one copy moves them all.
+"""Equally shaped tensors at equal distances in memory, so that one copy moves them all.
 
-Hundreds of copies of one tensor each take up to twice as long as one copy of as many bytes.
+Hundreds of copies of one tensor each take up to twice as long as one copy of the same number of bytes.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-"""Bytes, as torch aligns what it allocates, so that kernels compute alike in every tensor of a stack."""
+"""Bytes: torch's alignment of allocations, so that kernels compute the same in every tensor of a stack."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class StackShape:
     """Tensors of one shape and dtype, each of which begins at a multiple of 64 bytes.
 
     Attributes:
-        count: how many there are.
-        shape: the shape of each.
+        count: the number of tensors.
+        shape: the shape of each tensor.
     """
 
     count: int
@@ -29,22 +29,22 @@ class StackShape:
 
     @property
     def step(self) -> int:
-        """The number of elements from one tensor to the next."""
+        """The number of elements between the beginnings of two neighbouring tensors."""
         unit = max(_ALIGNMENT // self.dtype.itemsize, 1)
         return -(-math.prod(self.shape) // unit) * unit
 
     @property
     def nbytes(self) -> int:
-        """Their size in memory."""
+        """The size of all tensors in memory, in bytes."""
         return self.count * self.step * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
-        """Return bytes as the stack (count, …)."""
+        """View memory as the stack (count, …)."""
         steps = memory.view(self.dtype).view(self.count, self.step)
         return steps[:, : math.prod(self.shape)].view(self.count, *self.shape)
 
     def new(self) -> Tensor:
-        """Return an uninitialised stack (count, …)."""
+        """Allocate an uninitialised stack (count, …)."""
         return self.view(torch.empty(self.nbytes, dtype=torch.uint8))
 
 
@@ -67,7 +67,7 @@ def find_stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _find_step(before: Tensor, after: Tensor) -> int | None:
-    """Return the number of elements from one tensor to another of the same memory, shape and strides, or None."""
+    """Return the number of elements between two tensors of the same memory, shape and strides; None otherwise."""
     if before.shape != after.shape or before.dtype != after.dtype or before.stride() != after.stride():
         return None
     if before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():

@@ -1,4 +1,4 @@
-"""Writes into weights, by the functions of lorac-native where it is installed."""
+"""Writes into weights, with lorac-native's functions where it is installed."""
 
 import itertools
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from lorac.native_library import find_native_library
 
 
 class SparseWrites:
-    """Sparse writes into weights, made together: the cores then share all of them, however few each weight has."""
+    """Sparse writes into weights that run together, so that all cores share them even if each weight has few."""
 
     def __init__(self) -> None:
         self._by_memory: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._actions: list[Callable[[], None]] = []
 
     def add(self, memory: Tensor, positions: Tensor, values: Tensor) -> None:
-        """Add a write of values at distinct, ascending positions (int64) of a contiguous tensor of their type.
+        """Add a write of values at distinct, ascending positions (int64) of a contiguous tensor of the same dtype.
 
-        It follows earlier writes to the tensor.
+        It runs after earlier writes to the tensor.
         """
         self._by_memory.setdefault(id(memory), []).append((memory, positions, values))
 
@@ -29,7 +29,7 @@ class SparseWrites:
         self._actions.append(action)
 
     def run(self) -> None:
-        """Make the writes."""
+        """Run all writes, then the actions."""
         library = find_native_library()
         by_size: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for memory, positions, values in itertools.chain.from_iterable(self._by_memory.values()):
@@ -40,7 +40,8 @@ class SparseWrites:
         for item_bytes, writes in by_size.items():
             assert library is not None
             library.scatter(writes, item_bytes)
-            # Autograd does not see the writes, and has to refuse a backward pass over the old values.
+            # Autograd does not see the writes; raise the version, so that it refuses a backward pass over the old
+            # values.
             torch.autograd.graph.increment_version([memory for memory, _, _ in writes])
         for action in self._actions:
             action()

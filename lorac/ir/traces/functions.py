@@ -1,9 +1,9 @@
-"""Traces of functions, as ``torch.fx.experimental.proxy_tensor.make_fx`` makes them, in a fraction of the time.
+"""Traces of functions, equal to ``torch.fx.experimental.proxy_tensor.make_fx``'s, in a fraction of the time.
 
 ``make_fx`` wraps methods of ``torch.nn.Module`` during a trace, though its wrappers only return the methods' results.
-Each change of that class makes Python look through all its subclasses, which takes 15 ms where diffusers and timm are
-imported, even for a function of three steps. torch has no public way to leave that out, so its private classes are used
-here, and a test compares the graphs with those of ``make_fx``.
+After each change of that class Python visits all its subclasses, which takes 15 ms where diffusers and timm are
+imported, even for a function of three steps. torch has no public way to skip the wrapping, so its private classes are
+used here, and a test compares the graphs with ``make_fx``'s.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from torch.fx.experimental.proxy_tensor import _GraphAppendingTracerEx
 
 Decompositions = Mapping[Any, Callable[..., Any]]
-"""Op -> a function that computes it by other ops."""
+"""Op -> a function that computes the op by other ops."""
 
 
 class _FunctionTracer(_MakefxTracer):
-    """A trace of a function, by a tracer that wraps no method of modules."""
+    """A trace of a function that wraps no method of ``torch.nn.Module``."""
 
     def _construct_modes_with_fx_tracer(self, fx_tracer: PythonKeyTracer | _GraphAppendingTracerEx) -> None:
         assert isinstance(fx_tracer, PythonKeyTracer)
-        # An attribute, since torch traces the branches of torch.cond only below a PythonKeyTracer itself.
+        # An instance attribute: torch traces the branches of torch.cond only with a PythonKeyTracer itself, not a
+        # subclass.
         vars(fx_tracer)["trace"] = functools.partial(_record, fx_tracer)
         super()._construct_modes_with_fx_tracer(fx_tracer)
 
@@ -40,12 +41,12 @@ def record_function(
     decompositions: Decompositions | None = None,
     pre_dispatch: bool = False,
 ) -> fx.GraphModule:
-    """Return the ops that a function of tensors runs on given ones.
+    """Record the ops that a function of tensors calls on these values.
 
     Args:
-        function: of positional arguments.
+        function: a function of positional arguments.
         *values: its arguments, as a rule fake tensors.
-        decompositions: ops that are recorded as others.
+        decompositions: ops that are recorded as other ops.
         pre_dispatch: record ops as they are called, before autograd and before torch decomposes them.
     """
     traced = _FunctionTracer(
@@ -74,7 +75,7 @@ def _(x: Tensor) -> Tensor:
 
 
 class _DetachMode(TorchFunctionMode):
-    """Calls detach as an op that stays in a trace; torch 2.15 records an alias, through which gradients flow."""
+    """A mode that records detach as an op; torch 2.15 records an alias instead, through which gradients flow."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         return _detach(*args) if func in (Tensor.detach, torch.detach) else func(*args, **(kwargs or {}))
@@ -90,8 +91,8 @@ def _keep_detach(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: Any) -> fx.Graph:
-    """Stand for ``fx.Tracer.trace``: run the function over proxies of its arguments."""
-    del vars(tracer)["trace"]  # a reference to itself would keep the tracer until the next garbage collection
+    """Replace ``fx.Tracer.trace``: call the function with proxies of its arguments."""
+    del vars(tracer)["trace"]  # a reference to itself would keep the tracer alive until the next garbage collection
     tracer.root, tracer.graph, tracer.tensor_attrs = torch.nn.Module(), fx.Graph(tracer_cls=type(tracer)), {}
     function, proxies = tracer.create_args_for_root(function, False, arguments)
     tracer.create_node("output", "output", (tracer.create_arg(function(*proxies)),), {})

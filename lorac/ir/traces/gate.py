@@ -1,7 +1,7 @@
-"""One gate for tracing of any kind: torch's tracers are not safe across threads.
+"""One lock for tracing of any kind: torch's tracers are not thread-safe.
 
-``torch.export``, ``make_fx``, decompositions and fake modes set variables of the whole process while they run, as do
-transformers' exporters. Two threads that trace at once read each other's.
+``torch.export``, ``make_fx``, decompositions, fake modes and transformers' exporters set process-wide variables while
+they run. Two threads that trace at once read each other's variables.
 """
 
 import contextvars
@@ -18,7 +18,7 @@ _whole_call: contextvars.ContextVar[bool] = contextvars.ContextVar("whole_call",
 
 @contextmanager
 def tracing_whole_call() -> Iterator[None]:
-    """Say that torch.compile traces a call of a compiled model in the block, as it runs."""
+    """Mark, inside the block, that torch.compile traces a whole call of a compiled model."""
     token = _whole_call.set(True)
     try:
         yield
@@ -27,23 +27,23 @@ def tracing_whole_call() -> Iterator[None]:
 
 
 def is_whole_call_traced() -> bool:
-    """Return whether torch.compile traces a call of a compiled model as it runs."""
+    """Return whether torch.compile traces a whole call of a compiled model."""
     return _whole_call.get()
 
 
 def outside_traces() -> AbstractContextManager[object]:
-    """Return a block that computes at once, also where an exporter or torch.compile traces the code around it."""
+    """Return a context in which ops compute at once, even where an exporter or torch.compile traces the caller."""
     return _disable_current_modes() if torch.compiler.is_exporting() or is_whole_call_traced() else nullcontext()
 
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Trace inside the block while no other thread of lorac's traces; blocks of one thread may be nested."""
+    """Hold lorac's tracing lock inside the block, so that no other thread traces; one thread may nest blocks."""
     with _GATE:
         yield
 
 
 def can_hook_saved_tensors() -> bool:
-    """Return whether autograd takes hooks on tensors that it saves: not in torch.func's transforms, nor in traces."""
+    """Return whether autograd accepts hooks on saved tensors: not in torch.func's transforms or in traces."""
     refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     return refused is None and not (torch.compiler.is_compiling() or is_whole_call_traced())

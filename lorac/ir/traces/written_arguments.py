@@ -1,4 +1,4 @@
-"""Which arguments an op writes into, or returns views of, by its schema."""
+"""The arguments that an op writes into or returns views of, by its schema."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=4096)
 def find_aliased_arguments(op: object, writes: bool) -> tuple[tuple[int, str], ...]:
-    """Return positions and names of the arguments that an op writes into, or else of which it returns views."""
-    schema = getattr(op, "_schema", None)  # higher-order ops and Python's functions lack it
+    """Return positions and names of the arguments that an op writes into; without ``writes``, returns views of."""
+    schema = getattr(op, "_schema", None)  # higher-order ops and Python functions have no schema
     arguments = enumerate(schema.arguments if schema is not None else ())
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write is writes)
 
 
 def find_written_tensors(op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
-    """Return the tensors that a call of an op writes into."""
+    """Return the tensors into which a call of an op writes."""
     places = find_aliased_arguments(op, writes=True)
     if not places:
         return []
