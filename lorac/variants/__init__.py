@@ -1,6 +1,6 @@
-"""The methods, one file each; the existence of a file is its registration.
+"""The methods, one file each; a method is registered by its file.
 
-Files that begin with an underscore hold helpers. ``base.py`` defines the abstract base classes, ``low_rank.py`` the
+Files that begin with an underscore are helpers. ``base.py`` defines the abstract base classes, ``low_rank.py`` the
 fields that LoRA-like methods share, ``params.py`` the tensors of a method, ``initialisers.py`` their start values, and
 ``adapter.py`` the adapter.
 """
@@ -31,7 +31,7 @@ def _subclasses(parent: type[Variant]) -> Iterator[type[Variant]]:
 
 
 def variants() -> dict[str, type[Variant]]:
-    """Return every method by name: those of this folder, and subclasses defined anywhere else under other names."""
+    """Return every method by name: this folder's, and all other subclasses of ``Variant`` under other names."""
     _load_all()
     found = dict.fromkeys(child for child in _subclasses(Variant) if child is not MissingMethod)  # type: ignore[type-abstract]  # the root of the search is abstract
     prefix = f"{__name__}."
@@ -54,7 +54,7 @@ def find_variant(name: str, modules: Mapping[str, str] | None = None) -> type[Va
 
 
 class _CallableModule(ModuleType):
-    """This package as a function: importing it would else hide the public function ``lorac.variants``."""
+    """This package as a callable: otherwise importing it would hide the public function ``lorac.variants``."""
 
     def __call__(self) -> dict[str, type[Variant]]:
         return variants()

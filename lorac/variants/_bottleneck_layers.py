@@ -1,7 +1,7 @@
 """The layers of bottlenecks: activations by name, plain and hypercomplex layers, and coupling blocks.
 
-Names are those of AdapterHub's ``BnConfig``. A plain layer has the tensors ``<name>`` (out, in) and ``<name>_bias``
-(out,); a hypercomplex one (PHM, Compacter: arXiv 2106.04647) has the factors of H = Σᵢ rule_i ⊗ W_i.
+Names are from AdapterHub's ``BnConfig``. A plain layer has the tensors ``<name>`` (out, in) and ``<name>_bias`` (out,);
+a hypercomplex layer (PHM, Compacter: arXiv 2106.04647) has the factors of H = Σᵢ rule_i ⊗ W_i.
 """
 
 import zlib
@@ -47,15 +47,15 @@ class HypercomplexFields(Variant):
     """The hyper-parameters of layers that may be hypercomplex: y = x·H + b, H (in, out) = Σᵢ rule_i ⊗ W_i, i < phm_dim.
 
     Attributes:
-        phm_layer: the layers D and U are hypercomplex (Compacter).
-        phm_dim: divides in and out.
+        phm_layer: whether the layers D and U are hypercomplex (Compacter).
+        phm_dim: number of terms of H; a divisor of in and out.
         phm_rank: the rank of W_i = left_i·right_i if it is factorized.
-        phm_bias: the layers have a bias b.
-        factorized_phm_W: W_i = left_i·right_i.
-        shared_W_phm: one W for all sites.
-        shared_phm_rule: one rule for all sites.
-        factorized_phm_rule: rule_i = left_i·right_i, of rank 1.
-        learn_phm: train the rule.
+        phm_bias: whether the layers have a bias b.
+        factorized_phm_W: whether W_i = left_i·right_i.
+        shared_W_phm: whether all sites share W.
+        shared_phm_rule: whether all sites share the rule.
+        factorized_phm_rule: whether rule_i = left_i·right_i, of rank 1.
+        learn_phm: whether the rule is trained.
         phm_c_init: the distribution of the rule's start values: ``"normal"`` or ``"uniform"``.
         phm_init_range: the deviation of a shared rule with normal start values.
     """
@@ -96,7 +96,7 @@ class HypercomplexFields(Variant):
             return F.linear(z, getattr(p, name), bias)
         rule = _product(p, self._rule_name(name), self.factorized_phm_rule)
         w = _product(p, f"{name}_W", self.factorized_phm_W)
-        blocks = (rule.mT[:, :, None, :, None] * w.mT[:, None, :, None, :]).sum(0)  # Hᵀ, block by block
+        blocks = (rule.mT[:, :, None, :, None] * w.mT[:, None, :, None, :]).sum(0)  # blocks of Hᵀ
         return F.linear(z, blocks.reshape(rule.shape[2] * w.shape[2], rule.shape[1] * w.shape[1]), bias)
 
     def _rule_name(self, name: str) -> str:
@@ -104,7 +104,7 @@ class HypercomplexFields(Variant):
 
 
 def _product(p: Params, name: str, factorized: bool) -> Tensor:
-    """Return a stack of matrices, or the product of its two factors."""
+    """Return a stack of matrices, or the product of two stacked factors if ``factorized``."""
     return getattr(p, f"{name}_left") @ getattr(p, f"{name}_right") if factorized else getattr(p, name)
 
 
@@ -114,7 +114,7 @@ def plain_layer(name: str, inputs: int, outputs: int, init: Init) -> dict[str, P
 
 
 def drop_by_site(value: Tensor, rate: float, ctx: Context, shape: Sequence[int]) -> Tensor:
-    """Apply dropout, in training, with a mask of the given shape that differs between sites."""
+    """Apply dropout in training, with a mask of the given shape that is different at each site."""
     if not rate or not ctx.training or ctx.generator is None:
         return value
     seed = ctx.generator.initial_seed() ^ zlib.crc32(f"{ctx.site.path} {len(shape)} {shape[-1]}".encode())
@@ -127,12 +127,12 @@ _WIDEST = 2**31 - 1
 
 
 def narrow_width(width: int, reduction: float) -> int:
-    """Return the width of a bottleneck, at most the largest size of a tensor, however small the reduction."""
+    """Return the width of a bottleneck, limited to the largest size of a tensor for a very small reduction."""
     return int(min(width // reduction, _WIDEST))
 
 
 def coupling_specs(width: int, reduction: float) -> dict[str, ParamSpec]:
-    """Return the shared tensors of a NICE block on ``width`` channels: F and G, bottlenecks between its halves."""
+    """Return the shared tensors of a NICE block of ``width`` channels: the bottlenecks F and G between its halves."""
     first, second = width // 2, width - width // 2
     init = normal(0.02)
     found: dict[str, ParamSpec] = {}

@@ -1,4 +1,4 @@
-"""Methods made of others that edit weights, whose tensors have a prefix each."""
+"""Methods that combine other weight methods; each inner method's tensors have a prefix."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from lorac.variants.params import select_params
 
 
 class CompositeVariant(WeightVariant):
-    """A method made of others."""
+    """A method that combines other methods."""
 
     @property
     @abstractmethod
     def inner(self) -> Mapping[str, WeightVariant]:
-        """Prefix of a method's tensors -> the method."""
+        """Prefix of an inner method's tensors -> the inner method."""
 
     @abstractmethod
     def inner_sites(self, site: Site) -> Mapping[str, Site]:
-        """Return prefix -> the site as the method sees it, of the methods that act at a site, in order.
+        """Return prefix -> the site as the inner method sees it, for the inner methods that act at a site, in order.
 
         Raises:
-            SiteError: the site has no place for one of them.
+            SiteError: an inner method cannot act at the site.
         """
 
     @abstractmethod
     def inner_weight(self, prefix: str, context: InitContext) -> Tensor:
-        """Return the weight that the start values of a method may read."""
+        """Return the weight that an inner method's initialisers may read."""
 
     def check(self, site: Site) -> None:
         super().check(site)
@@ -52,7 +52,7 @@ class CompositeVariant(WeightVariant):
         }
 
     def _inner_init(self, prefix: str, place: Site, init: Init) -> Init:
-        """Return a method's initialiser, which reads its own tensors and its own weight."""
+        """Return an inner method's initialiser, which sees only its own tensors and weight."""
 
         def initialise(context: InitContext) -> Tensor:
             own = select_params(context.params, prefix)

@@ -1,4 +1,4 @@
-"""Kernels of convolutions: in groups, and in factors (out, r), (r, r, taps), (r, in), where taps is the kernel's size.
+"""Convolution kernels, grouped or factorized: (out, r), (r, r, taps), (r, in), where taps is the kernel's size.
 
 FedPara's proposition 3, arXiv 2108.06098; as in LyCORIS, arXiv 2309.14859, and PEFT's use_effective_conv2d.
 """
@@ -13,14 +13,14 @@ from lorac.variants.initialisers import uniform
 
 
 def kernel_columns(site: Site) -> tuple[int, int]:
-    """Return a kernel's columns as (input channels of a group, taps); (in, 1) for sites that are not convolutions."""
+    """Return a kernel's columns as (input channels per group, taps); (in, 1) for sites that are not convolutions."""
     if site.conv is None:
         return site.in_features, 1
     return site.conv.channels // site.conv.groups, math.prod(site.conv.kernel)
 
 
 def require_one_group(method: str, site: Site) -> None:
-    """Raise ``SiteError`` at a grouped convolution, for a method whose W' is not block-diagonal."""
+    """Raise ``SiteError`` at a grouped convolution, for methods whose W' is not block-diagonal."""
     if site.conv is not None and site.conv.groups > 1:
         raise SiteError(
             f"{method} makes one full matrix; '{site.path}' is a convolution of {site.conv.groups} groups",

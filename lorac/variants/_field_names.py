@@ -1,4 +1,4 @@
-"""Other libraries' names of hyper-parameters, and the error for a hyper-parameter that a method does not have."""
+"""Names of hyper-parameters in other libraries, and the error for a hyper-parameter that a method lacks."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,15 +10,15 @@ _ALIASES = {
     "layers_to_transform": "layers",
     "rank": "r",
 }
-"""Name in PEFT or in common use -> name in lorac."""
+"""Name in PEFT or in common use -> lorac's name."""
 _SUFFIX = "_modules"
-"""Ends some of PEFT's names, and none of lorac's."""
+"""Suffix of some of PEFT's names, and of none of lorac's."""
 
 
 def translate_name(name: str, known: Collection[str]) -> str | None:
-    """Return the hyper-parameter that another library calls ``name``, or None.
+    """Return lorac's name for a hyper-parameter that another library calls ``name``; None if there is none.
 
-    PEFT puts the method's name before it.
+    PEFT prefixes some names with the method's name.
     """
     _, _, rest = name.partition("_")
     return next((own for own in (_ALIASES.get(name), rest, name.removesuffix(_SUFFIX)) if own in known), None)
@@ -27,11 +27,11 @@ def translate_name(name: str, known: Collection[str]) -> str | None:
 def unknown_field_error(
     method: str, known: Sequence[str], common: Collection[str], values: Sequence[object], fields: Mapping[str, object]
 ) -> FormatError:
-    """Return the error for unknown or positional hyper-parameters, with the call that is probably meant.
+    """Return the error for unknown or positional hyper-parameters; it suggests the call that was probably meant.
 
     Args:
         method: the name of the method's class.
-        known: the names of its hyper-parameters, in order.
+        known: the names of the method's hyper-parameters, in order.
         common: the names of the hyper-parameters that all methods have.
         values: the positional arguments.
         fields: the keyword arguments.

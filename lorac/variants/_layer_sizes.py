@@ -1,4 +1,4 @@
-"""Refusals of layers whose sizes do not fit a hyper-parameter."""
+"""Errors for layers whose sizes do not fit a hyper-parameter."""
 
 import math
 
@@ -7,7 +7,7 @@ from lorac.variants.base import Site
 
 
 def require_divisor(site: Site, field: str, size: int, *, outputs: bool = False) -> None:
-    """Raise ``SiteError`` where a field's size does not divide both sides of a layer, or its outputs."""
+    """Raise ``SiteError`` if a hyper-parameter does not divide a layer's inputs and outputs, or only its outputs."""
     common = site.out_features if outputs else math.gcd(site.in_features, site.out_features)
     if common % size:
         sides = "the outputs" if outputs else "both sides"
@@ -19,7 +19,7 @@ def require_divisor(site: Site, field: str, size: int, *, outputs: bool = False)
 
 
 def require_at_most(site: Site, field: str, size: int, most: int) -> None:
-    """Raise ``SiteError`` where a layer is too small for a field's size."""
+    """Raise ``SiteError`` if a hyper-parameter is larger than a layer admits."""
     if size > most:
         raise SiteError(
             f"'{site.path}', {site.in_features} -> {site.out_features}, takes {field} up to {most}, not {size}",

@@ -13,9 +13,9 @@ class MaskMaker:
     """A function that chooses the positions of a mask.
 
     Attributes:
-        make: context -> (2, K) int64, row 0 the out index, row 1 the in index, in row-major order; ``context.shape`` is
-            (2, K).
-        entries: site -> the number K of positions, of a mask that gives it itself; None: ``SHiRA`` does.
+        make: function context -> (2, K) int64, row 0 the out index, row 1 the in index, in row-major order;
+            ``context.shape`` is (2, K).
+        entries: function site -> the number K of positions, for a mask that decides it; None: ``SHiRA`` decides it.
     """
 
     make: Callable[[InitContext], Tensor]
@@ -23,7 +23,7 @@ class MaskMaker:
 
 
 def top_entries(scores: Tensor, count: int, skipped: int = 0) -> Tensor:
-    """Return the positions (2, count) of the largest scores after the first ``skipped``; ties to the lowest index.
+    """Return the positions (2, count) of the largest scores after the ``skipped`` largest; ties go to the lowest index.
 
     They are in row-major order.
     """
@@ -32,7 +32,7 @@ def top_entries(scores: Tensor, count: int, skipped: int = 0) -> Tensor:
 
 
 def magnitude_mask(task: int = 0) -> MaskMaker:
-    """Choose the largest |W| (WM); task t takes ranks tK … (t+1)K − 1, so that the masks of tasks do not overlap."""
+    """Choose the largest |W| (WM); task t uses ranks tK … (t+1)K − 1, so that masks of tasks do not overlap."""
 
     def choose(context: InitContext) -> Tensor:
         count = context.shape[1]
@@ -67,7 +67,7 @@ def snip_mask(gradients: Mapping[str, Tensor]) -> MaskMaker:
 
 
 def struct_mask(every: int, offset: int = 0) -> MaskMaker:
-    """Choose every ``every``-th row from ``offset``, and the main diagonal (Struct), however many positions that is."""
+    """Choose every ``every``-th row from ``offset`` on, and the main diagonal (Struct); the mask decides K."""
 
     def mask(site: Site) -> Tensor:
         chosen = torch.eye(site.out_features, site.in_features, dtype=torch.bool)

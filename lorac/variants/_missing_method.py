@@ -1,7 +1,7 @@
 """The placeholder for a method whose class is not imported.
 
-Adapter files name methods without bringing their code, so that reading a file runs none. An artifact's precomputed
-normal forms work without the class (``lorac.storage.normal_forms``); anything else raises ``UnknownMethod``.
+Adapter files name methods without their code, so that reading a file runs no code. An artifact's precomputed normal
+forms work without the class (``lorac.storage.normal_forms``); all other uses raise ``UnknownMethod``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,9 +19,9 @@ class MissingMethod(Variant):
     """The placeholder for a method whose class is not imported.
 
     Attributes:
-        hyper_parameters: its hyper-parameters, as the file records them.
+        hyper_parameters: the method's hyper-parameters, as the file records them.
         modules: method -> the module of its class, as the file records them (``class_modules``).
-        missing: the name of a method without a class, this one or one in its fields.
+        missing: the name of the method without a class: this method, or a method in its fields.
     """
 
     method_name: str
@@ -30,7 +30,7 @@ class MissingMethod(Variant):
     missing: str
 
     @property
-    def name(self) -> str:  # type: ignore[override]  # an instance's own, where classes have one each
+    def name(self) -> str:  # type: ignore[override]  # per instance here, per class in other methods
         return self.method_name
 
     @property
@@ -51,7 +51,7 @@ class MissingMethod(Variant):
 
 
 def class_modules(variant: Variant) -> dict[str, str]:
-    """Return method -> the module of its class, for a variant and the methods in its fields; lorac's are left out."""
+    """Return method -> the module of its class, for a variant and the methods in its fields, except lorac's methods."""
     if isinstance(variant, MissingMethod):
         return dict(variant.modules)
     methods = [value for value in iterate_fields(variant) if isinstance(value, Variant)]
@@ -60,12 +60,12 @@ def class_modules(variant: Variant) -> dict[str, str]:
 
 
 def unknown_method_error(name: str, modules: Mapping[str, str], known: Iterable[str]) -> UnknownMethod:
-    """Return the error for a method without a class.
+    """Return the error for a method whose class is not imported.
 
     Args:
         name: the method's name in a file.
         modules: method -> the module of its class, as the file records them.
-        known: the names of the methods with a class.
+        known: the names of the methods whose class is imported.
     """
     module = modules.get(name)
     if module is None:
@@ -75,7 +75,7 @@ def unknown_method_error(name: str, modules: Mapping[str, str], known: Iterable[
             next_step="`lorac variants` lists the methods; one of your own is known once its class is imported, "
             "on the command line by --import MODULE",
         )
-    # A script's module is called __main__, which cannot be imported later.
+    # A script's module is named __main__, which cannot be imported later.
     script = module == _SCRIPT
     where, argument = ("the script that wrote the file", "FILE.py") if script else (f"the module '{module}'", module)
     return UnknownMethod(

@@ -1,4 +1,4 @@
-"""Mixtures of LoRAs: the base class of routed methods, their gates, and how LoRAs become experts."""
+"""Mixtures of LoRAs: the base class of routed methods, their gates, and the conversion of LoRAs to experts."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ from lorac.variants.low_rank import ScaledRank
 from lorac.variants.params import InitContext
 
 Factors = tuple[Tensor, Tensor]
-"""A (r, in) and B (out, r) of one LoRA at one site, with its scale folded into B."""
+"""A (r, in) and B (out, r) of one LoRA at one site; B includes the scale."""
 
 
 class RoutedVariant(BranchVariant):
     """``y' = y + s∘Σ_i w_i·B_i·A_i·x`` with weights w (…, L) that a router gives each token.
 
-    The factors of the L experts are stacked as ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k). A method returns the
-    number of its experts and the scale of their sum, so that ``lorac.freeze_router`` works for all of them.
+    The factors of the L experts are stacked as ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k). A method defines the
+    number of its experts and the scale of their sum, so that ``lorac.freeze_router`` works for every method.
     """
 
     emits: ClassVar[tuple[str, ...]] = ("router",)
     scales: tuple[float, ...] = ()
-    """Scales of the experts that are not part of their B."""
+    """Scales of the experts that are not folded into B."""
     instead: ClassVar[str] = (
         "lorac.freeze_router(adapter, weights) makes a LoRA of it, with the same expert weights for all tokens"
     )
@@ -44,7 +44,7 @@ class RoutedVariant(BranchVariant):
         """Return s, a number or (out,)."""
 
     def mix(self, hidden: Tensor, weights: Tensor, p: Params) -> Tensor:
-        """Return Σ_i w_i·B_i·h_i (…, out) for h = A·x (…, L·k) and w (…, L); a scale costs least as part of w."""
+        """Return Σ_i w_i·B_i·h_i (…, out) for h = A·x (…, L·k) and w (…, L); the experts' scales are folded into w."""
         weights = weights * weights.new_tensor(self.scales) if self.scales else weights
         gated = (hidden.unflatten(-1, (self.routes, -1)) * weights.unsqueeze(-1)).flatten(-2)
         return F.linear(gated, p.lora_B)
@@ -53,8 +53,8 @@ class RoutedVariant(BranchVariant):
 def top_k_mask(logits: Tensor, k: int) -> Tensor:
     """Return a mask (…, L) of the k largest logits; ties go to the lowest index, on every backend.
 
-    ``torch.topk`` and ONNX's TopK break ties differently, so they are used only for the k-th largest value.
-    Greater values are chosen, and then equal ones by index: O(L), where comparing all pairs is O(L²).
+    ``torch.topk`` and ONNX's TopK break ties differently, so that they compute only the k-th largest value. Greater
+    values are chosen, then equal values by index: O(L), where comparing all pairs is O(L²).
     """
     if k >= logits.shape[-1]:
         return torch.ones_like(logits, dtype=torch.bool)
@@ -73,7 +73,7 @@ def top_k_softmax(logits: Tensor, k: int, temperature: float = 1.0) -> Tensor:
 def add_gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Add Gumbel noise to logits (…, n), in float64.
 
-    The order of the k largest results is that of k draws without replacement from softmax(logits) (Gumbel-top-k).
+    The k largest results, in order, are distributed as k draws without replacement from softmax(logits) (Gumbel-top-k).
     """
     uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
     noise = -torch.log(-torch.log(uniform.clamp(torch.finfo(torch.float64).tiny, 1 - torch.finfo(torch.float64).eps)))
@@ -81,7 +81,7 @@ def add_gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tenso
 
 
 def ordered_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Return the log-probability of drawing experts in an order, without replacement: Σ_j log(q_j / (1 − Σ_{i<j} q_i)).
+    """Return the log-probability of drawing experts in order, without replacement: Σ_j log(q_j / (1 − Σ_{i<j} q_i)).
 
     Args:
         logits: (…, n); q is their softmax.
@@ -102,7 +102,7 @@ def read_factors(adapter: Adapter, method: str) -> dict[str, Factors]:
     """Return the factors of a plain LoRA by site path.
 
     Raises:
-        AdapterError: the adapter has more than its two factors.
+        AdapterError: the adapter is not a plain LoRA of two factors.
     """
     if adapter.variant.name != "lora" or adapter.replaced:
         found = f"replaces {next(iter(adapter.replaced))}" if adapter.replaced else f"is {adapter.variant.name}"
@@ -119,7 +119,7 @@ def _scaled_factors(adapter: Adapter, path: str, tensors: Mapping[str, Tensor], 
             f"'{adapter.name}' at '{path}' has the tensors {sorted(tensors)}; {method} routes lora_A and lora_B only",
             next_step="give adapters of lorac.LoRA without a bias",
         )
-    # torch neither multiplies nor joins tensors of 8 bits.
+    # torch can neither multiply nor concatenate 8-bit tensors.
     a, b = (t.detach().float() if t.itemsize == 1 else t.detach() for t in (tensors["lora_A"], tensors["lora_B"]))
     variant = adapter.variant.at_path(path)
     assert isinstance(variant, ScaledRank)
@@ -148,14 +148,14 @@ def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, metho
 
 
 class LoraMixture(Variant):
-    """A method whose parts are LoRAs, with their factors stacked as ``RoutedVariant`` has them.
+    """A method that consists of LoRAs, whose factors are stacked as in ``RoutedVariant``.
 
-    Its field ``r`` is the rank of each, ``experts`` their number, and its tensors start without the base.
+    The field ``r`` is the rank of each LoRA, ``experts`` is their number, and no initialiser reads the base.
     """
 
     experts: int
     rank_fields: ClassVar[tuple[str, ...]] = ("r",)
-    """The fields that are the rank where the LoRAs' scales are folded in."""
+    """The fields that are set to the rank, since the LoRAs' scales are folded in."""
 
     @property
     def routes(self) -> int:
@@ -172,7 +172,7 @@ class LoraMixture(Variant):
         sites: Sequence[str] = (),
         **fields: object,
     ) -> Adapter:
-        """Return one adapter made from several LoRAs, in their order; tensors of its own are freshly initialised.
+        """Make one adapter from several LoRAs, in their order; all other tensors are freshly initialised.
 
         Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
         the LoRAs adapt a site, the others' factors are zero.
@@ -181,13 +181,13 @@ class LoraMixture(Variant):
             adapters: plain LoRAs.
             name: the new adapter's name; default: the method's.
             seed: seed of the fresh tensors.
-            sites: paths in the order that the adapter is to have; other paths follow in the LoRAs' order.
-            **fields: fields of the method, but for targets, ranks and the number of experts.
+            sites: paths in the order of the new adapter; other paths follow in the LoRAs' order.
+            **fields: fields of the method, except targets, ranks and the number of experts.
 
         Raises:
-            AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
+            AdapterError: there is no LoRA, an adapter is not a plain LoRA on linear layers, or two were made for
                 different models.
-            OptionError: a field is the LoRAs' own.
+            OptionError: a field is decided by the LoRAs.
         """
         name, method = name or cls.name, cls.__name__
         if not adapters:
@@ -218,7 +218,7 @@ def _initialise_site(
     generator: torch.Generator,
     name: str,
 ) -> dict[str, Tensor]:
-    """Return the tensors of one site: the experts' factors, and start values of the others.
+    """Return the tensors of one site: the experts' factors, and start values of all other tensors.
 
     Shared tensors are made at the first site and added to ``shared``.
     """

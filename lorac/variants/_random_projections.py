@@ -1,4 +1,4 @@
-"""Random projections that all sites of an adapter share, as VeRA and PVeRA scale them."""
+"""Random projections that all sites of an adapter share, which VeRA and PVeRA scale."""
 
 import math
 from abc import abstractmethod
@@ -15,14 +15,14 @@ from lorac.variants.low_rank import InputDropout
 def draw_projections(*shapes: tuple[int, ...], key: int) -> list[Tensor]:
     """Draw A (rows, in), then B (out, r), in float32 from a CPU generator seeded with ``key``.
 
-    Both are U(±√(6 / size of the last axis)), and equal PEFT's bit for bit if torch's generator does.
+    Both are U(±√(6 / size of the last axis)), and equal PEFT's bit for bit where torch's generator draws the same.
     """
     generator = torch.Generator().manual_seed(key)
     return [_uniform(shape, generator) for shape in shapes]
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    # Computed in the order of torch's kaiming_uniform, since the bound's rounding decides the bits.
+    # In the order of operations of torch's kaiming_uniform, since the rounding of the bound decides the bits.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
@@ -31,8 +31,8 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 class RandomProjections(InputDropout):
     """A method with random, frozen A and B, which all sites share, and trained scales λ_b (out,) and λ_d.
 
-    A and B have the size that the largest site needs; a site uses the first in columns of A and the first out rows of
-    B.
+    A and B have the size that the largest site needs; a site uses the first ``in`` columns of A and the first ``out``
+    rows of B.
 
     Attributes:
         r: rank.
@@ -47,7 +47,7 @@ class RandomProjections(InputDropout):
     @property
     @abstractmethod
     def halves(self) -> int:
-        """The number of projections (r, in) that A and λ_d have below each other."""
+        """The number of projections (r, in) that are stacked in A and λ_d."""
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         rows = self.halves * self.r

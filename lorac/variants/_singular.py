@@ -1,4 +1,4 @@
-"""Singular vectors of base weights, as methods between frozen factors need them."""
+"""Singular vectors of base weights, for methods between frozen factors."""
 
 import torch
 
@@ -7,7 +7,7 @@ from lorac.variants.base import Site, Tensor
 
 
 def require_rank(method: str, rank: int, site: Site) -> None:
-    """Refuse a site whose weight has fewer singular vectors than a method needs."""
+    """Refuse a site whose weight has fewer singular vectors than the method's rank."""
     most = min(site.out_features, site.in_features)
     if rank > most:
         raise SiteError(
@@ -22,8 +22,9 @@ def truncated_svd(W: Tensor, r: int, *, rounds: int | None = None, seed: int = 0
     """Return U (out, r), S (r,) and Vᵀ (r, in) of W, in float32 as PEFT computes them.
 
     Args:
-        rounds: of subspace iteration from r random columns (Halko et al. 2009, algorithm 4.4); None: the full SVD.
-        seed: of these columns, which are those of torch.svd_lowrank behind torch.manual_seed.
+        rounds: rounds of subspace iteration from r random columns (Halko et al. 2009, algorithm 4.4); None: the full
+            SVD.
+        seed: seed of these columns, which torch.svd_lowrank draws after torch.manual_seed.
     """
     W = W.float()
     if rounds is None:

@@ -1,4 +1,4 @@
-"""Trained values at seeded positions of a matrix, whose transform is the change of the weight."""
+"""Trained values at seeded positions of a matrix; a transform of the matrix is the change of the weight."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +14,14 @@ from lorac.variants.initialisers import normal
 
 @dataclass(frozen=True, kw_only=True)
 class TransformedVariant(WeightVariant):
-    """A method that trains some values of a transform of the change.
+    """A method that trains some values of the change's transform.
 
     Attributes:
         n_frequency: number of trained values per site.
         scaling: the scale of the change.
-        random_loc_seed: chooses the positions, the same on all sites of a shape: the first of torch.randperm(out·in).
-        n_frequency_pattern: module pattern -> its own n_frequency.
+        random_loc_seed: seed of the positions, the first of torch.randperm(out·in); sites of one shape have the same
+            positions.
+        n_frequency_pattern: module pattern -> n_frequency of these modules.
     """
 
     n_frequency: Count
@@ -32,7 +33,7 @@ class TransformedVariant(WeightVariant):
     spectrum: ClassVar[str]
     """Name of the trained values."""
     start_std: ClassVar[float]
-    """Deviation of their start values."""
+    """Standard deviation of the trained values' start values."""
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -1,4 +1,4 @@
-"""AdaLoRA: low-rank factors with singular values between them; training prunes the less important ones.
+"""AdaLoRA: low-rank factors with singular values between them; training prunes the less important values.
 
 Zhang et al. 2023, arXiv 2303.10512; shapes, initialisation and scale as in PEFT's ADALORA.
 """
@@ -14,13 +14,13 @@ from lorac.variants.low_rank import InputDropout
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(InputDropout, WeightVariant):
-    """``W' = W + s·B·diag(E)·A`` with s = alpha/(r + 1e-5), also at sites with fewer ranks left.
+    """``W' = W + s·B·diag(E)·A`` with s = alpha/(r + 1e-5), even at sites that lost some of their r ranks.
 
     Attributes:
         r: initial rank of every site; PEFT's init_r.
         alpha: PEFT's lora_alpha.
-        rank_pattern: module path -> which of its r singular values remain, for modules that lost some; a module's
-            tensors hold only these.
+        rank_pattern: module path -> which of the module's r singular values remain, for modules that lost some; tensors
+            have only these.
     """
 
     r: Count = 12

@@ -1,4 +1,4 @@
-"""AdaMSS: low-rank changes of groups of a weight's rows, behind its right singular vectors.
+"""AdaMSS: low-rank changes of groups of a weight's rows, applied after its right singular vectors.
 
 Zheng et al., NeurIPS 2025; groups, start values and the column of the bias as in PEFT's ADAMSS.
 """
@@ -22,15 +22,16 @@ _ROUNDS, _SEED, _TOLERANCE = 10, 123456789, 1e-4
 class AdaMSS(WeightVariant):
     """``[W' b'] = [W b] + Σ_k P_k·B_k·A_k·V``: V (R, in + 1) are right singular vectors of [W b], frozen.
 
-    P_k puts the rows of B_k (size of group k, r_k) where the rows of group k are: rows whose left singular vectors
-    k-means puts together. A_k is (r_k, R). The B_k are held one below the other, in the order of the groups, and V has
-    no column for the bias where a layer has none.
+    P_k scatters the rows of B_k (size of group k, r_k) to the rows of group k: rows whose left singular vectors are in
+    one k-means cluster. A_k is (r_k, R). The B_k are concatenated by rows, in the order of the groups, and V has no
+    column for the bias where a layer has none.
 
     Attributes:
         r: R, at most the number of singular vectors.
         num_subspaces: number of groups.
         subspace_rank: the largest r_k.
-        use_dynamic_rank: r_k counts the singular values of group k whose squares exceed a share of the largest one's.
+        use_dynamic_rank: r_k is the number of singular values of group k whose squares exceed a share of the largest
+            value's square.
         svd_threshold: that share.
         random_seed: seed of the randomised singular value decomposition.
     """
@@ -72,13 +73,13 @@ class AdaMSS(WeightVariant):
         return left, right
 
     def _group(self, context: InitContext) -> Tensor:
-        """Return the group of each row, and the row (2, out), in the order of the groups."""
+        """Return, in the order of the groups, the group of each row and the row: (2, out)."""
         labels = cluster(self._decompose(context)[0], min(self.num_subspaces, context.shape[1]))
         order = torch.argsort(labels, stable=True)
         return torch.stack([labels[order], order])
 
     def _directions(self, context: InitContext) -> Tensor:
-        """Return the A_k: right singular vectors of the groups' left singular vectors, and zeros beyond r_k."""
+        """Return the A_k: right singular vectors of each group's left singular vectors, and zeros beyond r_k."""
         left, (labels, order) = self._decompose(context)[0], context.params.adamss_groups
         directions = torch.zeros(context.shape)
         for group, matrix in enumerate(directions):
@@ -99,7 +100,7 @@ def _factors(p: Params) -> tuple[Tensor, Tensor]:
 def cluster(points: Tensor, count: int) -> Tensor:
     """Return the cluster (n,) of each of n points by Lloyd's algorithm, with the steps of scikit-learn's KMeans.
 
-    A cluster that loses all its points keeps its center, where scikit-learn moves it.
+    A cluster that loses all its points keeps its center; scikit-learn moves it.
     """
     points = points.double() - points.double().mean(0)
     shares = np.full(len(points), 1 / len(points))

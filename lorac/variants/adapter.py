@@ -15,9 +15,9 @@ from lorac.storage.remote.upload import push_folder
 from lorac.variants.base import Tensor, Variant
 
 TOKEN_ROWS = "rows"
-"""Entry of the provenance: name of a replaced weight -> the numbers of its rows that train, where not all do."""
+"""Entry of the provenance: name of a replaced weight -> indices of the rows that train, if only some rows train."""
 _BASE_FACTS = ("base", "layout", TOKEN_ROWS)
-"""Entries of the provenance: the hash of the base's weights, the layouts of the sites, and rows that train."""
+"""Entries of the provenance: the hash of the base's weights, the layouts of the sites, and the rows that train."""
 
 
 @dataclass(eq=False)
@@ -27,8 +27,8 @@ class Adapter:
     Attributes:
         name: the name by which ``swap`` selects it.
         variant: the method and its hyper-parameters.
-        tensors: site path -> parameter name -> tensor, in the matrix convention. Parameters that sites share
-            are the same tensor object at each.
+        tensors: site path -> parameter name -> tensor, in the matrix convention. Parameters that sites share are one
+            tensor object.
         replaced: fully qualified parameter name -> the tensor that replaces it (modules_to_save, trained biases).
         provenance: its origin, and the records of its file (base hash, format, original configuration).
     """
@@ -41,12 +41,12 @@ class Adapter:
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """Entries of the provenance about the base, which are true of another adapter of the same sites too."""
+        """Entries of the provenance about the base; they also hold for another adapter of the same sites."""
         return {name: self.provenance[name] for name in _BASE_FACTS if name in self.provenance}
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The paths of the sites that it adapts, in order."""
+        """The paths of the sites that the adapter adapts, in order."""
         return tuple(self.tensors)
 
     def parameters(self) -> Iterable[Tensor]:
@@ -55,17 +55,17 @@ class Adapter:
         return {id(tensor): tensor for tensor in (*own, *self.replaced.values())}.values()
 
     def to(self, dtype: torch.dtype) -> "Adapter":
-        """Return a copy with its floating-point tensors in a dtype; tensors that sites share stay one.
+        """Return a copy with floating-point tensors cast to a dtype; tensors that sites share stay shared.
 
         Raises:
-            AdapterError: a value is larger than the dtype can hold.
+            AdapterError: a value is too large for the dtype.
         """
         cast = {id(tensor): _cast(self.name, tensor, dtype) for tensor in self.parameters()}
         tensors = {path: {key: cast[id(tensor)] for key, tensor in at.items()} for path, at in self.tensors.items()}
         return replace(self, tensors=tensors, replaced={name: cast[id(one)] for name, one in self.replaced.items()})
 
     def describe(self) -> dict[str, str]:
-        """Return subject -> finding, for the card of a model on the hub."""
+        """Return subject -> finding, for the model card on the hub."""
         base = self.provenance.get("base") or "not recorded"
         sites = list_some(self.sites, 10, quote="`")
         return {"method": describe_variant(self.variant), "sites": sites, "hash of the base's weights": f"`{base}`"}
@@ -73,25 +73,26 @@ class Adapter:
     def push_to_hub(
         self, repo: str, *, model: Any = None, base_model: str | None = None, format: str = "peft", **options: Any
     ) -> str:
-        """Write the adapter into a repository of the Hugging Face hub, with a card, and return the commit's address.
+        """Push the adapter to a repository of the Hugging Face hub, with a card; return the commit's address.
 
-        The card names the base, the method, the sites and the hashes, and shows how it is loaded; an older card is
-        replaced.
+        The card names the base, the method, the sites and the hashes, and shows how the adapter is loaded; an older
+        card is replaced.
 
         Args:
-            repo: the user's name and the repository's, which is made if it does not exist.
-            model: as ``lorac.save_adapter`` takes it; the card's Python compiles it if it is one of transformers' with
+            repo: ``user/repository``; the repository is created if it does not exist.
+            model: as ``lorac.save_adapter`` takes it; the card's Python compiles it if it is a transformers model with
                 a name on the hub.
-            base_model: its name on the hub; default: the one that the adapter's file, or the model's configuration has.
+            base_model: the base's name on the hub; default: the name in the adapter's file or in the model's
+                configuration.
             format: as ``lorac.save_adapter`` takes it, ``"native"`` for methods that PEFT lacks.
-            **options: ``private``, whether a new repository is; ``revision``, a branch, made if it does not exist;
-                ``token``, default: the one that huggingface_hub has; ``message`` of the commit; ``license``,
-                ``license_name`` and ``license_link``, fields of the card.
+            **options: ``private``, whether a new repository is private; ``revision``, a branch, created if it does not
+                exist; ``token``, default: huggingface_hub's; ``message`` of the commit; ``license``, ``license_name``
+                and ``license_link``, fields of the card.
 
         Raises:
             MissingExtra: huggingface_hub is not installed.
-            OptionError: there is no such option.
-            FormatError: the hub refuses it, or cannot be reached.
+            OptionError: an option is unknown.
+            FormatError: the hub refuses the push, or cannot be reached.
             LoracError: as ``lorac.save_adapter``.
         """
         import lorac
@@ -111,10 +112,10 @@ class Adapter:
             return push_folder(folder, repo + inner, facts, snippet, {**options, "base_model": base})
 
     def join_replaced(self, other: "Adapter") -> None:
-        """Replace the parameters that another adapter replaces, too.
+        """Add the parameters that another adapter replaces to this adapter's.
 
         Raises:
-            ChoiceError: this one replaces one of them already.
+            ChoiceError: this adapter replaces one of them already.
         """
         conflicts = self.replaced.keys() & other.replaced.keys()
         if conflicts:

@@ -51,7 +51,7 @@ class AdapterTune(BranchVariant):
             blocks = find_transformer_blocks(view, inputs)
         except ExampleInputsNeeded:
             every = {path for path, site in view.sites.items() if site.kind is SiteKind.BLOCK}
-            if every != find_outermost_blocks(view.sites):  # only a run tells which of nested ones are a transformer's
+            if every != find_outermost_blocks(view.sites):  # only a run tells which of nested blocks are a transformer
                 raise
             return self
         chosen = [b for n, b in enumerate(blocks) if n % self.every == 0 and (not self.layers or n in self.layers)]

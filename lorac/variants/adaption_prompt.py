@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: the upper attentions of a decoder also attend to learned prompts, behind a gate that starts at zero.
+"""LLaMA-Adapter: upper attentions of a decoder also attend to learned prompts, with a gate that starts at zero.
 
 Zhang et al. 2023, arXiv 2303.16199; places and start values as in PEFT's ADAPTION_PROMPT.
 """
@@ -17,25 +17,25 @@ from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site,
 from lorac.variants.initialisers import normal, zeros
 
 _PROJECTIONS = {"o_proj": ("q_proj", "k_proj", "v_proj"), "c_proj": ("c_attn",)}
-"""Output projection -> the layers of the same attention that give queries, keys and values."""
+"""Output projection -> the layers of the same attention that compute queries, keys and values."""
 PLACES = {"llama": "self_attn.o_proj", "mistral": "self_attn.o_proj", "gpt2": "attn.c_proj"}
-"""transformers' type of a model -> the ends of the paths of its attentions' output projections."""
+"""transformers' model type -> suffix of the paths of the attentions' output projections."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptionPrompt(BranchVariant):
     """``y' = y + g·O·[softmax(q_h·K_hᵀ/√s)·V_h]``, h the heads: K = P·W_Kᵀ + b_K and V = P·W_Vᵀ + b_V of a prompt P.
 
-    P is (1, n, d), g a number, s the size of a head. O, W_K and W_V are the attention's own projections, with biases, y
-    is O's output, and q the attention's queries at their rotary positions. In GPT-2 O is left out, as in PEFT.
+    P is (1, n, d), g a number, s the size of a head. O, W_K and W_V are the attention's projections, with biases, y is
+    O's output, and q are the attention's queries at their rotary positions. For GPT-2 O is left out, as in PEFT.
     ``AdaptionPrompt.of(model)`` reads the fields from a model.
 
     Attributes:
         targets: the output projections.
         adapter_len: n.
-        adapter_layers: number of attentions from the top.
-        num_attention_heads: number of heads that have queries of their own.
-        rotary: path of the module that gives the cosines and sines of positions; empty: there is none.
+        adapter_layers: number of adapted attentions, counted from the last layer.
+        num_attention_heads: number of heads of queries.
+        rotary: path of the module that computes the cosines and sines of positions; empty: there is none.
     """
 
     targets: str | Sequence[str]
@@ -73,7 +73,7 @@ class AdaptionPrompt(BranchVariant):
         pairs = list(zip(weights, biases, strict=True))
         output = pairs.pop() if len(pairs) > 1 else None
         projected = torch.cat([F.linear(p.adaption_prompt[0], *pair) for pair in pairs], -1)
-        projected = projected if output else projected[:, width:]  # GPT-2's layer gives queries first
+        projected = projected if output else projected[:, width:]  # GPT-2's layer returns queries first
         k, v = projected.unflatten(-1, (2, -1, width // heads)).permute(1, 2, 0, 3)
         k, v = (tensor.repeat_interleave(heads // tensor.shape[0], 0) for tensor in (k, v))
         q = ctx.value(query)[..., :width].unflatten(-1, (heads, -1)).transpose(-3, -2)
@@ -87,20 +87,20 @@ class AdaptionPrompt(BranchVariant):
         return y + (F.linear(mixed, *output) if output else mixed)
 
     def _layers(self, site: Site) -> list[str]:
-        """Return the layer that gives the queries, those that give keys and values, and the output's where it acts."""
+        """Return the layers for queries, for keys and values, and for the output if it is part of the formula."""
         owner, _, leaf = site.path.rpartition(".")
         query, *others = (f"{owner}.{name}" for name in _PROJECTIONS[leaf])
         return [query, *others, site.path] if others else [query, query]
 
     @staticmethod
     def of(model: nn.Module, **sizes: Any) -> "AdaptionPrompt":
-        """Return the prompts of the upper attentions of a model, with the fields that its configuration decides.
+        """Return a method for the upper attentions of a model; the model's configuration decides its other fields.
 
         Args:
             **sizes: adapter_len and adapter_layers.
 
         Raises:
-            SiteError: the method has no places in such a model, or fewer.
+            SiteError: the method does not know this type of model, or the model has fewer attentions.
         """
         config: Any = getattr(model, "config", None)
         place, wanted = PLACES.get(getattr(config, "model_type", ""), "-"), sizes.get("adapter_layers", 1)

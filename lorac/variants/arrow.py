@@ -1,4 +1,4 @@
-"""Arrow: existing LoRAs as experts in every layer, chosen for each token by the directions that they stretch most.
+"""Arrow: existing LoRAs as experts in every layer; each token is routed to the LoRAs that stretch it most.
 
 "Towards Modular LLMs by Building and Reusing a Library of LoRAs", Ostapenko et al. 2024, arXiv 2405.11157; PEFT's
 ``create_arrow_model``. Nothing is trained.
@@ -30,16 +30,16 @@ def _prototypes(context: InitContext) -> Tensor:
 class Arrow(LoraMixture, RoutedVariant):
     """``y' = y + Σ_{j ∈ top-k(z)} w_j·B_j·A_j·x``, z = |V·x|, w = softmax(z/temperature) over the chosen.
 
-    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. A row of V
-    (experts, in), an expert's prototype, is the first right singular vector of its B·A. The scores z (…, experts) are
+    A (experts·r, in) and B (out, experts·r) are the experts' stacked factors; each expert's scale is in its B. A row of
+    V (experts, in), an expert's prototype, is the first right singular vector of its B·A. The scores z (…, experts) are
     emitted as ``"router"``.
 
     Attributes:
         r: rank of each expert.
-        experts: their number.
+        experts: number of experts.
         top_k: number of experts per token; ties go to the lowest index.
-        temperature: flattens the weights.
-        train_experts: train A and B; V stays as it is.
+        temperature: divisor of the scores before the softmax.
+        train_experts: whether A and B are trained; V never is.
     """
 
     r: Count = 8

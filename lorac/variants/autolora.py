@@ -2,7 +2,7 @@
 
 "AutoLoRA: Automatic LoRA Retrieval and Fine-Grained Gated Fusion for Text-to-Image Generation", Li et al. 2025, arXiv
 2508.02107. (Another method of that name searches ranks.) Only the gates are trained. The released code has variants
-with some of the terms; the one with all of them is put together from these.
+with some of the terms each; the variant with all terms is combined from these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,16 @@ from lorac.variants.low_rank import factor_specs
 class AutoLoRA(LoraMixture, RoutedVariant):
     """``y' = y + Σ_i w_out∘g_i∘l_i``, l_i = B_i·A_i·x, g_i = σ(w_base∘ỹ + w_lora∘l̃_i + w_cross∘ỹ∘l̃_i + β).
 
-    A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B; ỹ and l̃_i are y
-    and l_i after layer norms. The gates' vectors (out,) belong to a layer and serve all its LoRAs, in any number and
-    order. A gate depends on y and l_i only, and so on the token and a diffusion model's timestep. The mean of a
-    gate over its channels (…, experts) is emitted as ``"router"``.
+    A (experts·r, in) and B (out, experts·r) are the LoRAs' stacked factors; each LoRA's scale is in its B; ỹ and l̃_i
+    are y and l_i after layer norms. The gates' vectors (out,) belong to a layer and apply to all its LoRAs, in any
+    number and order. A gate depends only on y and l_i, and so on the token and a diffusion model's timestep. The mean
+    of a gate over its channels (…, experts) is emitted as ``"router"``.
 
     Attributes:
         r: rank of each LoRA.
-        experts: their number.
-        base: gates read the layer's output (w_base); those of the released models do not.
-        cross: gates read its product with the LoRA's output (w_cross).
+        experts: number of LoRAs.
+        base: whether gates read the layer's output (w_base); the released models' gates do not.
+        cross: whether gates read the product of the layer's and the LoRA's output (w_cross).
     """
 
     r: Count = 8
@@ -63,7 +63,7 @@ class AutoLoRA(LoraMixture, RoutedVariant):
         return specs
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        # One LoRA after the other: stacked, all their outputs would lie in memory at once.
+        # One LoRA at a time: stacked outputs of all LoRAs would need more memory.
         hidden = F.linear(x, p.lora_A).split(self.r, -1)
         ups = p.lora_B.split(self.r, -1)
         base = _layer_norm(y, p.norm_base_weight, p.norm_base_bias) if self.base or self.cross else y
@@ -91,22 +91,22 @@ class AutoLoRA(LoraMixture, RoutedVariant):
         sites: Sequence[str] = (),
         **fields: object,
     ) -> Adapter:
-        """Return one gated adapter made from several LoRAs, with fresh gates or those of a trained merger.
+        """Make one gated adapter from several LoRAs, with fresh gates or the gates of a trained merger.
 
         Args:
             gates: the tensors of the authors' merger, by key (``model_dict.<path, ___ for its dots>.weight_lora``, …).
-                They decide ``base`` and ``cross``. The others are as ``LoraMixture`` has them.
+                They decide ``base`` and ``cross``. Other arguments are as in ``LoraMixture``.
 
         Raises:
-            AdapterError: as ``LoraMixture`` has it; or a gate's width fits no layer.
-            FormatError: the merger has a tensor that belongs to no gate, a layer that no LoRA adapts, or lacks a gate
-                of a layer that a LoRA adapts.
+            AdapterError: as in ``LoraMixture``; or a gate's width does not fit its layer.
+            FormatError: the merger has a tensor that belongs to no gate, has a layer that no LoRA adapts, or lacks the
+                gate of a layer that a LoRA adapts.
         """
         merger = None if gates is None else _merger_gates(gates)
         if merger is not None:
             keys = {key for gate in merger.values() for key in gate}
             base, cross = "weight_base" in keys, "weight_cross" in keys
-            if not base and not cross:  # the authors' gates keep this norm all the same
+            if not base and not cross:  # the authors' gates have this norm even then
                 merger = {
                     path: {key: tensor for key, tensor in gate.items() if not key.startswith("norm_base_")}
                     for path, gate in merger.items()
@@ -117,11 +117,11 @@ class AutoLoRA(LoraMixture, RoutedVariant):
 
 
 _MERGER, _DOT = "model_dict.", "___"
-"""The prefix of the keys of the authors' merger, and its replacement for the dots of a layer's path."""
+"""Prefix of the keys of the authors' merger, and its replacement for the dots of a layer's path."""
 
 
 def _merger_gates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the gates of the authors' merger: path of a layer -> the tensors of its gate."""
+    """Return the gates of the authors' merger: path of a layer -> the tensors of the layer's gate."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, dot, name = key.removeprefix(_MERGER).partition(".")
@@ -139,7 +139,7 @@ _GATE_TENSORS = ("weight_base", "weight_lora", "weight_cross", "weight_out", "bi
 
 
 def _set_gates(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
-    """Give an adapter the gates of a merger, which must have one for each of its layers and no other."""
+    """Copy a merger's gates into an adapter; the merger must have one gate for each layer, and no other."""
     unknown = next((path for path in merger if path not in adapter.tensors), None)
     if unknown is not None:
         raise FormatError(
@@ -154,7 +154,7 @@ def _set_gates(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> 
 
 
 def _check_gate(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one layer's gate from a merger, checked against the layer's own."""
+    """Return one layer's gate from a merger, after checking names and shapes against the layer's gate."""
     expected = own.keys() - {"lora_A", "lora_B"}
     if given.keys() != expected:
         missing, extra = sorted(expected - given.keys()), sorted(given.keys() - expected)

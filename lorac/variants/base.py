@@ -1,7 +1,7 @@
 """The base classes of methods: hyper-parameters, the tensors of a site, and one formula.
 
-Every concrete method is a final, frozen dataclass in a file of its own in this folder. It writes ``params`` and one
-formula; merging, unmerging, saving, exporting and counting are derived. All that a method needs is imported from here.
+Every concrete method is a final, frozen dataclass in a separate file in this folder. It defines ``params`` and one
+formula; merging, unmerging, saving, exporting and counting are derived. Methods import all that they need from here.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ MATRIX_KINDS = frozenset({SiteKind.LINEAR, SiteKind.CONV1D, SiteKind.CONV2D, Sit
 
 
 class Context(Protocol):
-    """The surroundings of a branch's formula, and all that it may use besides its arguments.
+    """The context of a branch's formula: all that it may use besides its arguments.
 
     Attributes:
         training: whether the model trains.
-        passing: the name of the pass that the formula runs in (``BranchVariant.reads_once``), empty in the call's own.
-            In a named pass, values of ``once`` do not exist yet.
+        passing: the name of the pass in which the formula runs (``BranchVariant.reads_once``); empty in the call's main
+            pass. In a named pass, values of ``once`` do not exist yet.
     """
 
     training: bool
@@ -66,13 +66,13 @@ class Context(Protocol):
 
     @property
     def generator(self) -> torch.Generator | None:
-        """In training a random generator, seeded anew for every call and alike at all sites; else None."""
+        """In training a random generator, seeded anew for every call with one seed for all sites; else None."""
 
     def value(self, name: str) -> Tensor:
         """Return a value of the program, such as a hidden state of the base pass."""
 
     def emit(self, name: str, tensor: Tensor) -> None:
-        """Give an extra output, filed under ``name`` and the site's path."""
+        """Emit an extra output under ``name`` and the site's path."""
 
     def positions(self, x: Tensor) -> Tensor:
         """Return the positions of the tokens of x (batch, length, features) in their sequences.
@@ -91,28 +91,29 @@ class Context(Protocol):
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Return attention over the call's tokens, and over cached ones before them: (batch, length, heads, size).
+        """Compute attention over the call's tokens and the cached tokens before them: (batch, length, heads, size).
 
-        The model's cache stores the keys and values next to its own.
+        The model's cache stores these keys and values in addition to the model's.
 
         Args:
             q: queries (batch, heads, length, size).
-            k, v: keys and values (batch, heads of keys, length, size); groups of query heads share one of them.
-            causal: whether tokens attend to earlier tokens and themselves only; a cache allows nothing else.
-            mask: which tokens are not padding (batch, length), as the call gives it; each token attends to itself.
+            k, v: keys and values (batch, heads of keys, length, size); a group of query heads may share a head of keys.
+            causal: whether tokens attend only to earlier tokens and themselves; a cache requires it.
+            mask: true for tokens that are not padding (batch, length), as the call passes it; each token attends to
+                itself.
             scale: factor of the scores. Default: 1/√size.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(ABC):
-    """The hyper-parameters common to all methods, in PEFT's names without the method's prefix.
+    """The hyper-parameters that all methods have, under PEFT's names without the method's prefix.
 
     Attributes:
         targets: as PEFT's ``target_modules``: suffixes, one regular expression or ``"all-linear"``; also
             ``"all-conv"``, and ``"all-blocks"`` for methods on blocks.
         parameters: PEFT's ``target_parameters``: matrices that modules multiply in their own forward (experts'
-            weights), by the ends of their names.
+            weights), by suffixes of their names.
         exclude: PEFT's ``exclude_modules``.
         layers: PEFT's ``layers_to_transform``: the layer indices to adapt.
         layers_pattern: PEFT's ``layers_pattern``: name of the list of layers.
@@ -136,18 +137,18 @@ class Variant(ABC):
     dropout_place: ClassVar[Dropout] = Dropout.NONE
     identity_at_init: ClassVar[bool] = True
     acts_at_sites: ClassVar[bool] = True
-    """Whether its tensors change a site's computation; those of a prefix stand before the sequences alone."""
+    """Whether the tensors change a site's computation; a prefix's tensors are only prepended to sequences."""
     truncatable: ClassVar[float | None] = None
-    """The power p by which the scale falls with the rank, as r^−p (1 for alpha/r), for a method whose first components
-    are trained to stand alone; else None."""
+    """The power p by which the scale falls with the rank, as r^−p (1 for alpha/r), if the first components are trained
+    to work alone; else None."""
     patterned: ClassVar[Mapping[str, str]] = {}
-    """Pattern field -> the field that it overrides per module, such as rank_pattern -> r."""
+    """Pattern field -> the field that the pattern overrides per module, such as rank_pattern -> r."""
 
     def __new__(cls, *values: object, **fields: object) -> Self:
-        """Refuse positional values and unknown hyper-parameters; the message translates PEFT's names.
+        """Refuse positional values and unknown hyper-parameters; the error translates PEFT's names.
 
         Raises:
-            FormatError: naming the hyper-parameter that is probably meant.
+            FormatError: a value is positional or unknown; the error names the hyper-parameter that was probably meant.
         """
         known = dataclass_fields(cls)
         if values or not fields.keys() <= set(known):
@@ -168,16 +169,16 @@ class Variant(ABC):
 
     @property
     def prompt(self) -> PromptVariant | None:
-        """This method, where its tensors are virtual tokens before a sequence; else None."""
+        """This method if its tensors are virtual tokens before a sequence; else None."""
         return self if isinstance(self, PromptVariant) else None
 
     @property
     def methods(self) -> tuple[Variant, ...]:
-        """The methods that act, one of them at each site: this one, or all members of a ``Union``."""
+        """The methods of which one acts at each site: this method, or all members of a ``Union``."""
         return (self,)
 
     def method_at(self, path: str) -> Variant:
-        """Return the method that acts at a site, without its per-module patterns."""
+        """Return the method that acts at a site; its per-module patterns are not applied."""
         return self
 
     @property
@@ -192,7 +193,7 @@ class Variant(ABC):
 
     @property
     def patterns(self) -> Mapping[str, Mapping[str, object]]:
-        """The non-empty per-module patterns, by the name of their field."""
+        """The non-empty per-module patterns, by field name."""
         found = {name: value for name, value in self.own_settings.items() if name.endswith("_pattern")}
         return {name: value for name, value in found.items() if isinstance(value, Mapping) and value}
 
@@ -204,10 +205,10 @@ class Variant(ABC):
 
     @abstractmethod
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        """Return the tensors of one site by name; for stacked matrices, those of one matrix."""
+        """Return the tensors of one site by name; for a stack of matrices, the tensors of one matrix."""
 
     def specs(self, site: Site) -> dict[str, ParamSpec]:
-        """Return the tensors that an adapter holds for a site: those of ``params``, stacked where the site is."""
+        """Return the tensors that an adapter has for a site: ``params``, stacked at a stack of matrices."""
         specs = self.params(site)
         return {name: spec.stacked(site.stack) for name, spec in specs.items()} if site.stack else specs
 
@@ -225,34 +226,34 @@ class Variant(ABC):
         return dataclasses.replace(self, **changed) if changed else self
 
     def for_model(self, view: ModelView, inputs: object = None) -> Variant:
-        """Return this variant for a fresh adapter of a model, with the fields that the model's structure decides.
+        """Return this variant for a fresh adapter of a model; the model's structure decides some fields.
 
         Args:
-            inputs: example inputs as ``lorac.compile`` takes them, if given.
+            inputs: example inputs as ``lorac.compile`` takes them, or None.
         """
         return self
 
     def adapts(self, site: Site) -> bool:
-        """Return whether a targeted site gets an adapter; a method may skip some, such as all but every k-th block."""
+        """Return whether a targeted site gets an adapter; a method may skip sites, such as all but every k-th block."""
         return True
 
     def starts_as_base(self, site: Site) -> bool:
-        """Return whether a fresh adapter leaves the site's output as it is; for some methods shapes decide."""
+        """Return whether a fresh adapter does not change the site's output; for some methods shapes decide."""
         return self.identity_at_init
 
     def constrained(self, p: Params) -> Mapping[str, Tensor]:
-        """Return the tensors of a site that leave the method's constraint, moved back onto it, by name; default: none.
+        """Project the tensors of a site that violate the method's constraint; return them by name. Default: none.
 
-        A call that trains writes them into the adapter before it computes, so that the optimizer goes on from there.
-        At a stack of matrices each tensor has a leading axis.
+        A training call writes them into the adapter before it computes, so that the optimizer continues from them. At a
+        stack of matrices each tensor has a leading axis.
         """
         return {}
 
-    def require_class(self) -> None:  # noqa: B027  (only the placeholder of a missing class overrides it)
+    def require_class(self) -> None:  # noqa: B027  (only the placeholder of a missing class overrides this)
         """Raise ``UnknownMethod`` if this is a placeholder for a method whose class is not imported."""
 
     def replaces_module(self, path: str) -> bool:
-        """Return whether the method itself trains and stores the whole module at ``path`` (``LNTuning``)."""
+        """Return whether the method trains and stores the whole module at ``path`` (``LNTuning``)."""
         return False
 
     def named_sites(self, view: ModelView) -> list[Site]:
@@ -269,7 +270,7 @@ class Variant(ABC):
         )
 
     def check(self, site: Site) -> None:
-        """Raise ``SiteError`` where the method is not defined on the site."""
+        """Raise ``SiteError`` if the method is not defined at the site."""
         if site.kind not in self.kinds:
             raise SiteError(
                 f"{self.name} adapts {', '.join(sorted(self.kinds))} sites; '{site.path}' is a {site.kind}",
@@ -286,7 +287,7 @@ class Variant(ABC):
 class WeightVariant(Variant):
     """A method that edits a weight matrix.
 
-    Its formula is a pure function of torch ops; other formulas are refused (``lorac.AdapterError``).
+    The formula is a pure function of torch ops; other formulas are refused (``lorac.AdapterError``).
     """
 
     kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS
@@ -300,28 +301,29 @@ class WeightVariant(Variant):
         return b
 
     def compute_bias(self, W: Tensor, b: Tensor, p: Params) -> Tensor:
-        """Return b' of a method whose bias depends on W (out, in), too. Default: ``new_bias``."""
+        """Return b' for a method whose bias also depends on W (out, in). Default: ``new_bias``."""
         return self.new_bias(b, p)
 
 
 class BranchVariant(Variant):
     """A method that reads a site's input and output.
 
-    Its formula is a pure function, as that of a ``WeightVariant``.
+    The formula is a pure function of torch ops, as in a ``WeightVariant``.
     """
 
     emits: ClassVar[tuple[str, ...]] = ()
-    """Names of the extra outputs that the formula gives through ``ctx.emit``, each once."""
+    """Names of the extra outputs that the formula emits by ``ctx.emit``, once each."""
     learns_from: ClassVar[Mapping[str, str]] = {}
-    """Tensor -> the extra output from which alone it gets gradients; no loss of the model's outputs trains it."""
+    """Tensor -> the only extra output from which it gets gradients; a loss of the model's outputs does not train it."""
     mixes_tokens: ClassVar[bool] = False
     """Whether a token's output depends on earlier tokens other than by ``Context.attend``. No cache stores the
-    formula's values for them, so generation runs without one."""
+    formula's values for them, so that generation runs without a cache."""
 
     samples: ClassVar[bool] = False
-    """Whether the formula draws random numbers in training. Such a call runs it as it is; others its reduced form."""
+    """Whether the formula draws random numbers in training. Then training runs the formula, and other calls its reduced
+    form."""
     instead: ClassVar[str] = ""
-    """The next step in messages: how to get an adapter with a weight form in place of this one; may be empty."""
+    """The next step in messages: how to convert the adapter to one with a weight form; may be empty."""
 
     def reads(self, site: Site) -> tuple[str, ...]:
         """Return the names of the program values that the formula at a site reads by ``ctx.value``.
@@ -336,18 +338,18 @@ class BranchVariant(Variant):
     def reads_once(self) -> tuple[str, ...]:
         """Return the names of the program values that ``once`` reads: ``base:``, ``weight:``, ``param:``, ``input:``.
 
-        Also ``pass:<name>:<module>``: that module's output in a pass before the call's own. In it only this adapter's
-        branches act, at full strength, and see ``ctx.passing`` equal to ``<name>``. A formula whose result depends on
-        ``once`` gives a substitute there, such as constant weights of experts. The pass has no gradients, and
-        parameters that the adapter replaces are the base's.
+        Also ``pass:<name>:<module>``: that module's output in a pass before the call's main pass. In it only this
+        adapter's branches act, at full strength, and see ``ctx.passing`` equal to ``<name>``. A formula whose result
+        depends on ``once`` returns a substitute there, such as constant weights of experts. The pass has no gradients,
+        and parameters that the adapter replaces keep the base's values.
         """
         return ()
 
     def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
-        """Return the values that all sites share, by name; computed once per call, and only while the adapter is on.
+        """Return the values that all sites share, by name; computed once per call, only while the adapter is active.
 
-        ``p`` holds the tensors that ``params`` declares ``shared``; ``branch`` gets none of these in a method that
-        defines ``once``. It is a pure function of torch ops, as the formula is.
+        ``p`` has the tensors that ``params`` declares ``shared``; in a method that defines ``once``, ``branch`` gets
+        none of these. ``once`` is a pure function of torch ops, as the formula is.
         """
         raise NotImplementedError
 
@@ -358,11 +360,11 @@ class BranchVariant(Variant):
 
     @abstractmethod
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        """Return the whole new output y' (…, out) from the input x (…, in) and the output y (…, out)."""
+        """Return the site's new output y' (…, out) from its input x (…, in) and its output y (…, out)."""
 
 
 class PromptVariant(Variant):
-    """A method that puts virtual tokens before a sequence. Its one site is the model's input embedding."""
+    """A method that prepends virtual tokens to a sequence. Its only site is the model's input embedding."""
 
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.EMBEDDING})
     identity_at_init: ClassVar[bool] = False
@@ -373,7 +375,7 @@ class PromptVariant(Variant):
         return rows
 
     def prefix(self, site: Site, tensors: Mapping[str, Tensor]) -> Prefix:
-        """Return the virtual tokens of an adapter's tensors at that site."""
+        """Return the virtual tokens of an adapter from its tensors at this site."""
         return Prefix(site, self.rows(Params(**tensors)))
 
 
@@ -382,7 +384,7 @@ _COMMON = tuple(Variant.__dataclass_fields__)
 
 
 def iterate_fields(value: object) -> Iterator[object]:
-    """Yield everything in a hyper-parameter, recursively: items of lists and mappings, methods and their fields."""
+    """Yield every value in a hyper-parameter, recursively: items of lists and mappings, methods and their fields."""
     if isinstance(value, Variant):
         yield value
         value = value.settings
@@ -396,7 +398,7 @@ def iterate_fields(value: object) -> Iterator[object]:
 
 
 def invocation_of(variant: Variant) -> tuple[int, ...]:
-    """Return the token ids from which on a method acts; empty for one that acts on every token."""
+    """Return the token ids from which on a method acts; empty for a method that acts on every token."""
     return tuple(variant.settings.get("invocation_tokens", ()))  # type: ignore[arg-type]  # checked by its class
 
 

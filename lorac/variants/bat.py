@@ -15,9 +15,9 @@ from lorac.variants.initialisers import zeros
 
 @dataclass(frozen=True, kw_only=True)
 class BAT(WeightVariant):
-    """``W'ᵢⱼ = Wᵢⱼ·(I + Bᵢ) + Bᵢ`` on the r x r blocks of W, i the block of outputs, j that of inputs.
+    """``W'ᵢⱼ = Wᵢⱼ·(I + Bᵢ) + Bᵢ`` on the r x r blocks of W, i the block of outputs, j the block of inputs.
 
-    The change depends on W and has full rank, so it is merged, or bound as a weight of its own.
+    The change depends on W and has full rank, so that it is merged, or W' is bound as a whole weight.
 
     Attributes:
         r: size of a block; divides both out and in.

@@ -1,4 +1,4 @@
-"""BD-LoRA: LoRA with one block-diagonal factor, of which processors in parallel need not exchange parts.
+"""BD-LoRA: LoRA with one block-diagonal factor, whose parts parallel processors need not exchange.
 
 Wang et al. 2025, arXiv 2510.23346; layout as in PEFT's LORA with use_bdlora.
 """
@@ -19,13 +19,13 @@ from lorac.variants.low_rank import RankStabilizedFields
 class BDLoRA(RankStabilizedFields, WeightVariant):
     """``W' = W + s·B·A`` with A, B or neither block-diagonal, and s as for LoRA.
 
-    The blocks stand one below the other: A (r, in/nblocks), B (out, r/nblocks).
+    The blocks are concatenated by rows: A (r, in/nblocks), B (out, r/nblocks).
 
     Attributes:
         target_modules_bd_a: parts of the names of modules with a block-diagonal A.
         target_modules_bd_b: parts of the names of modules with a block-diagonal B.
         nblocks: number of blocks; it divides both sides of the block-diagonal factor.
-        match_strict: refuse modules with neither.
+        match_strict: whether modules in neither list are refused.
     """
 
     target_modules_bd_a: Sequence[str] = ()
@@ -42,7 +42,7 @@ class BDLoRA(RankStabilizedFields, WeightVariant):
     def blocks_at(self, path: str) -> list[int]:
         """Return the numbers of blocks of A and of B at a module; 0 for a factor that is not block-diagonal.
 
-        PEFT looks for the parts in a module's last name.
+        PEFT searches the parts in the last component of a module's path.
         """
         leaf, named = path.rpartition(".")[2], (self.target_modules_bd_a, self.target_modules_bd_b)
         return [self.nblocks * any(part in leaf for part in parts) for parts in named]
@@ -71,7 +71,7 @@ class BDLoRA(RankStabilizedFields, WeightVariant):
 
 
 def _expand(blocks: Tensor, columns: int) -> Tensor:
-    """Return blocks that stand one below the other as a block-diagonal matrix with that many columns."""
+    """Expand blocks that are concatenated by rows to a block-diagonal matrix with ``columns`` columns."""
     number = columns // blocks.shape[1]
     matrix: Tensor = torch.block_diag(*blocks.chunk(number)) if number > 1 else blocks
     return matrix

@@ -1,4 +1,4 @@
-"""BEFT: a trained vector that is added to the bias.
+"""BEFT: a trained vector is added to the bias.
 
 Bias-Efficient Fine-Tuning, 2025, arXiv 2509.15974; layout as in PEFT.
 """
@@ -11,7 +11,7 @@ from lorac.variants.initialisers import zeros
 
 @dataclass(frozen=True, kw_only=True)
 class BEFT(WeightVariant):
-    """``W' = W`` and ``b' = b + β``, with β (1, out). The paper targets value projections alone."""
+    """``W' = W`` and ``b' = b + β``, with β (1, out). The paper targets only value projections."""
 
     name = "beft"
     paper = "BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes, arXiv 2509.15974"

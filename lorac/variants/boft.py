@@ -1,6 +1,6 @@
 """BOFT: rotations of a layer's input or output as a product of butterfly factors.
 
-Liu et al. 2023, arXiv 2311.06243; of outputs as in LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS), whose
+Liu et al. 2023, arXiv 2311.06243; rotated outputs as in LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS), whose
 "diag-oft" is one factor.
 """
 
@@ -18,12 +18,12 @@ from lorac.variants.initialisers import ones, zeros
 class BOFT(WeightVariant):
     """``W' = diag(s)·W·Rᵀ`` with ``R = F_{m−1} ⋯ F₁·F₀`` and ``Fᵢ = Pᵢ·blockdiag(…)·Pᵢᵀ``; the bias is not scaled.
 
-    A block is ``(I − S)·(I + S)⁻¹`` with ``S = (X − Xᵀ)/2``, X one of boft_R (m, blocks, β, β). Pᵢ reorders each group
-    of 2ⁱ blocks, cut into units of β/2: the even units, then the odd ones. s is boft_s (out, 1).
+    A block is ``(I − S)·(I + S)⁻¹`` with ``S = (X − Xᵀ)/2``, X a block of boft_R (m, blocks, β, β). Pᵢ reorders each
+    group of 2ⁱ blocks, cut into units of β/2: the even units, then the odd ones. s is boft_s (out, 1).
 
     Attributes:
-        block_size: β, PEFT's boft_block_size; 0 where block_num is given.
-        block_num: number of blocks; 0 where block_size is given.
+        block_size: β, PEFT's boft_block_size; 0 if block_num is given.
+        block_num: number of blocks; 0 if block_size is given.
         n_butterfly_factor: m.
         rotates_output: ``W' = diag(s)·R·W`` instead; the bias is not rotated.
     """
@@ -87,7 +87,7 @@ class BOFT(WeightVariant):
 
 
 def _times_factor(rows: Tensor, blocks: Tensor, group: int) -> Tensor:
-    """Return rows (n, width) · Fᵀ for F with blocks (number, β, β), reordered in groups of ``group`` blocks."""
+    """Return rows (n, width) · Fᵀ, where F has blocks (number, β, β), reordered in groups of ``group`` blocks."""
     number, size, _ = blocks.shape
     count, width = rows.shape
     groups = number // group

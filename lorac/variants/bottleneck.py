@@ -1,4 +1,4 @@
-"""Bottleneck adapters of AdapterHub: Houlsby's, Pfeiffer's, He's parallel ones, Compacter, AdapterPlus, MAD-X's.
+"""AdapterHub's bottleneck adapters: Houlsby, Pfeiffer, He's parallel, Compacter, AdapterPlus, MAD-X.
 
 Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247 (AdapterFusion) and 2005.00052 (MAD-X);
 He et al. 2021, arXiv 2110.04366; Mahabadi et al. 2021, arXiv 2106.04647. The fields are those of ``BnConfig``.
@@ -55,26 +55,27 @@ class Bottleneck(HypercomplexFields, BranchVariant):
     ``original_ln_before`` it is LN(h + r), with ``is_parallel`` r. The defaults are Houlsby's (``double_seq_bn``).
 
     Attributes:
-        targets: sublayers, or the LayerNorms after them; empty: those that the next three fields choose, found by
-            structure.
+        targets: sublayers, or the LayerNorms after them; empty: the sublayers that the next three fields choose, found
+            by structure.
         mh_adapter, output_adapter, cross_adapter: adapt self-attentions, MLPs, cross-attentions.
         leave_out: indices of blocks without adapters.
         reduction_factor: d / β.
-        reduction_pattern: module pattern -> its own reduction_factor.
+        reduction_pattern: module pattern -> reduction_factor of these modules.
         non_linearity: act.
         scaling: s: a number, ``"learned"`` (1,) or ``"channel"`` (d,).
         is_parallel: run in parallel to the sublayer, not after it.
         original_ln_before: z is the sum after the residual (and its norm, in a post-LN model).
-        original_ln_after: the model's own residual (and norm) follow; else the adapter's output is the stream.
+        original_ln_after: the model adds its residual (and norm) after the adapter; else the adapter's output is the
+            residual stream.
         residual_before_ln: the bottleneck's residual: True: h; False: z; ``"post_add"``: h + r.
-        ln_before, ln_after: the adapter has its own norms before D and after U.
-        adapter_residual_before_ln: add the bottleneck's residual before the latter norm.
+        ln_before, ln_after: whether the adapter has a norm before D, and after U.
+        adapter_residual_before_ln: add the bottleneck's residual before the norm after U.
         use_gating: multiply by the mean over positions of σ(g·z + b), per row (padding counts, as in AdapterHub).
         dropout: rate of the dropout after s, in training.
         stochastic_depth: rate at which rows skip the adapter, in training.
         init_weights: ``"bert"``, ``"mam_adapter"`` (starts as the base) or ``"houlsby"``.
         inv_adapter: ``"nice"``: an invertible block after the embeddings, inverted before the output layer.
-        inv_adapter_reduction_factor: reduction factor of its bottlenecks.
+        inv_adapter_reduction_factor: reduction factor of the invertible block's bottlenecks.
         residuals: site -> the program value that is r; found by structure.
         inner: LayerNorm that is a site -> the program value that is h; output layer among ``heads`` that undoes the
             invertible block in its own input -> that input; found by structure.
@@ -118,7 +119,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
 
     @staticmethod
     def preset(name: str, **fields: object) -> "Bottleneck":
-        """Return one of AdapterHub's named configurations, such as ``"seq_bn"``, with the given fields changed.
+        """Return one of AdapterHub's named configurations, such as ``"seq_bn"``, with these fields changed.
 
         Raises:
             OptionError: AdapterHub has no configuration of that name.
@@ -146,7 +147,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return self._after_norm(x, y, p, ctx) if self._is_norm(path) else self._at_sublayer(x, y, p, ctx)
 
     def _at_sublayer(self, x: Tensor, h: Tensor, p: Params, ctx: Context) -> Tensor:
-        """Return y' to which the model adds r; without ``original_ln_after`` r is subtracted, unless it cancels."""
+        """Return y', to which the model adds r; without ``original_ln_after`` y' contains −r, unless r cancels."""
         r = self._operand("r", ctx)
         after = h if r is None else h + r
         z = (x if r is None else r) if self.is_parallel else after if self.original_ln_before else h
@@ -176,7 +177,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return F.layer_norm(total, (total.shape[-1],), weight, bias, self.norm_eps)
 
     def _body(self, z: Tensor, residual: Tensor | None, p: Params, ctx: Context) -> Tensor:
-        """Return s·(U·act(D·z + p) + q) with norms, dropout, gate and residual as configured."""
+        """Return s·(U·act(D·z + p) + q), with norms, dropout, gate and residual as configured."""
         width = (z.shape[-1],)
         normed = F.layer_norm(z, width, p.norm_before, p.norm_before_bias) if self.ln_before else z
         up = self.apply_layer(ACTIVATIONS[self.non_linearity](self.apply_layer(normed, p, "down")), p, "up")
@@ -205,7 +206,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return self.adapter_residual_before_ln and not self.is_parallel
 
     def _operands(self, path: str) -> tuple[str, ...]:
-        """Return which of h and r the formula reads in addition to x and y."""
+        """Return the operands among h and r that the formula reads besides x and y."""
         only_h, inside = self._residual_kind == "h", self._adds_inside
         if not self._is_norm(path):
             needed = self.is_parallel or self.original_ln_before or not only_h or not self.original_ln_after
@@ -215,7 +216,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return ("h",) * h + ("r",) * r
 
     def _value_name(self, operand: str, path: str) -> str | None:
-        """Return the name of the program value that is h or r at a site."""
+        """Return the name of the program value that is h or r at a site; None without one."""
         names = self.residuals if operand == "r" else self.inner
         key = find_first_pattern(names, path)
         return None if key is None else names[key]
@@ -286,13 +287,13 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return self.for_stream(view, stream)
 
     def for_stream(self, view: ModelView, stream: ResidualStream, *, inverts: bool = True) -> "Bottleneck":
-        """Return this method with its sites in a model's residual stream.
+        """Choose this method's sites in a model's residual stream; return the method with these fields.
 
         Args:
-            inverts: undo an invertible block before the output layer.
+            inverts: whether an invertible block is inverted before the output layer.
 
         Raises:
-            SiteError: no sublayer is found, a residual has no name, or a module is to do two things.
+            SiteError: no sublayer is found, a residual has no name, or one module would be two kinds of site.
         """
         sublayers = find_sublayer_sites(view, stream)
         chosen = {path: sublayer for path, sublayer in sublayers.items() if self.selects(sublayer, stream, path)}
@@ -318,7 +319,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return variant
 
     def selects(self, sublayer: Sublayer, stream: ResidualStream, path: str) -> bool:
-        """Return whether a sublayer with its site at ``path`` gets a bottleneck."""
+        """Return whether the sublayer whose site is ``path`` gets a bottleneck."""
         kinds = {"attention": self.mh_adapter, "mlp": self.output_adapter, "cross": self.cross_adapter}
         chosen = is_named(self.targets, path) if self.targets else kinds[sublayer.kind]
         skipped = stream.blocks.index(sublayer.block) in self.leave_out

@@ -1,4 +1,4 @@
-"""C3A: a change of circulant blocks, each a convolution with one trained vector.
+"""C3A: a change of circulant blocks, each a convolution with a trained vector.
 
 Chen et al. 2024, arXiv 2407.19342; orientation, scale and start values as in PEFT.
 """
@@ -20,11 +20,11 @@ from lorac.variants.initialisers import uniform
 class C3A(WeightVariant):
     """``W' = W + C/in``, C of blocks (β, β) with ``C_mn[i, j] = k_mn[(j − i) mod β]``, k (out/β, in/β, β).
 
-    The vectors start from Xavier's uniform values, so a fresh adapter changes the output.
+    The vectors have Xavier's uniform start values, so that a fresh adapter changes the output.
 
     Attributes:
         block_size: β; it divides in and out.
-        block_size_pattern: module pattern -> its own block_size.
+        block_size_pattern: module pattern -> block_size of these modules.
     """
 
     block_size: Count = 256

@@ -1,7 +1,7 @@
-"""Chain: methods in sequence, each on the weight that the previous one returns.
+"""Chain: methods in sequence; each changes the weight that the previous method returns.
 
-Adapters that are active together are summed, each as a change of the base's own weight, in any order. PEFT applies
-those of some types (BAT, OFT, BOFT, HRA) on top of each other; ``Chain.of`` joins such adapters into one.
+Active adapters are summed, in any order, each as a change of the base's weight. PEFT applies adapters of some types
+(BAT, OFT, BOFT, HRA) on top of each other; ``Chain.of`` combines such adapters into one.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class Chain(CompositeVariant):
     """``W' = fₙ(… f₂(f₁(W)))``, fᵢ the formula of the i-th part; its tensors are called ``part<i>_<name>``, from 0.
 
     Attributes:
-        parts: the methods, in order. Those act at a site whose own ``targets`` (by default all of the chain's),
-            ``exclude`` and ``layers`` select it. Their dropout is not applied, since dropout belongs to a whole term.
+        parts: the methods, in order. A part acts at a site that its ``targets`` (by default the chain's), ``exclude``
+            and ``layers`` select. Dropout of parts is not applied, since dropout belongs to a whole term.
     """
 
     parts: tuple[WeightVariant, ...]
@@ -42,15 +42,15 @@ class Chain(CompositeVariant):
 
     @classmethod
     def of(cls, *adapters: Adapter, name: str) -> Adapter:
-        """Return one adapter that applies several in order; it shares their tensors without copies.
+        """Combine several adapters into one that applies them in order; the tensors are shared, not copied.
 
         Args:
             adapters: adapters of methods that edit weights.
             name: name of the result.
 
         Raises:
-            CompileError: the method of one of them does not edit a weight.
-            ChoiceError: two of them replace the same parameter whole.
+            CompileError: an adapter's method does not edit a weight.
+            ChoiceError: two adapters replace the same parameter.
         """
         variant = cls(parts=tuple(map(_restrict_to_sites, adapters)), targets=_sites_pattern(*adapters))
         chained = Adapter(name, variant)
@@ -75,7 +75,7 @@ class Chain(CompositeVariant):
         return {prefix: site for prefix, part in self.inner.items() if _acts(part, site)}
 
     def inner_weight(self, prefix: str, context: InitContext) -> Tensor:
-        """Return the weight that earlier parts return."""
+        """Return the weight that the parts before this part return."""
         before = self.parts[: list(self.inner).index(prefix)]
         return Chain(parts=before).weight(context.weight(), context.params)
 
@@ -90,7 +90,7 @@ class Chain(CompositeVariant):
         return b
 
     def _with_tensors(self, p: Params) -> Iterator[tuple[WeightVariant, Params]]:
-        """Yield the parts that act here, each with its own tensors."""
+        """Yield the parts that act at this site, each with its tensors."""
         for prefix, part in self.inner.items():
             own = select_params(p, prefix)
             if vars(own):
@@ -120,5 +120,5 @@ def _restrict_to_sites(adapter: Adapter) -> WeightVariant:
 
 
 def _sites_pattern(*adapters: Adapter) -> str:
-    """Return a regular expression that matches exactly these adapters' sites, which suffixes may not."""
+    """Return a regular expression that matches exactly these adapters' sites; suffixes might match more."""
     return "|".join(dict.fromkeys(re.escape(path) for adapter in adapters for path in adapter.tensors))

@@ -21,7 +21,7 @@ from lorac.variants.initialisers import row_norms, uniform, zeros
 from lorac.variants.low_rank import LowRankFields, rescale_rows
 
 _AXES = ("cp_d", "cp_h", "cp_w")
-"""Factors of a kernel's axes; a kernel of n axes has the last n."""
+"""Names of the factors of a kernel's axes; a kernel of n axes has the last n."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,11 @@ class CPLoRA(LowRankFields, WeightVariant):
     """``W'[o,i,u,v] = W[o,i,u,v] + s·Σ_p a[o,p]·b[i,p]·c[u,p]·d[v,p]``, p up to r, with s = alpha/r.
 
     a is ``cp_out`` (O, r), b ``cp_in`` (I/g, r), c ``cp_h`` (kh, r), d ``cp_w`` (kw, r), for g groups; a 3-D kernel
-    has ``cp_d`` before them, a 1-D one ``cp_w`` only, and a linear layer none, where it is LoRA.
-    With ``dora``, W' = (m/n) ∘ (the above), n its row norms (O,), constant in the backward pass, m (O,) trained.
+    also has ``cp_d``, a 1-D kernel has only ``cp_w``, and a linear layer has none of the three, so that it is LoRA.
 
     Attributes:
         r: rank, which may exceed the channels.
-        dora: add a trained magnitude.
+        dora: whether to add a trained magnitude.
     """
 
     dora: bool = False
@@ -58,6 +57,6 @@ class CPLoRA(LowRankFields, WeightVariant):
         up, down = p.cp_out, p.cp_in.t()
         for axis in (getattr(p, name) for name in _AXES if hasattr(p, name)):
             down = (down[:, :, None] * axis.t()[:, None, :]).flatten(1)
-        # A grouped kernel's update is computed as it is stored: it has few values, and no rank worth keeping.
+        # A grouped kernel's update is computed in stored form: it has few values, so that no rank is kept.
         updated = W + self.scale * expand_groups(up @ down, W)
         return rescale_rows(updated, p.magnitude) if self.dora else updated

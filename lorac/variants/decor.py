@@ -1,7 +1,7 @@
-"""DECOR: text embeddings without the span of unwanted ones, where the text encoder gives them.
+"""DECOR: text embeddings are projected off the span of unwanted words' embeddings, in the text encoder.
 
 "DECOR: Decomposition and Projection of Text Embeddings for Text-to-Image Customization", Jang et al. 2024, arXiv
-2412.09169. Nothing is trained. There is no public code; which rows are projected is lorac's reading
+2412.09169. Nothing is trained. There is no public code; lorac's reading decides which rows are projected
 (``lorac.diffusion.decor``).
 """
 
@@ -17,10 +17,10 @@ from lorac.variants.initialisers import ones, zeros
 class DECOR(BranchVariant):
     """``y' = y − k∘(y·V·Vᵀ)`` for a prompt's embeddings y (…, length, d): DECOR at the text encoder's last norm.
 
-    The columns of V (d, r) span the embeddings of unwanted words; each has the length √α, and one of zeros projects
-    nothing. k (tokens,) is 1 where a token is projected, else 0. Both are buffers, so that a prompt's own are written
-    between calls. The output of a LoRA of the text encoder is projected too, and so is every other reader of the norm,
-    such as CLIP's pooled embedding.
+    The columns of V (d, r) span the embeddings of unwanted words; each has the length √α, and a column of zeros
+    projects nothing. k (tokens,) is 1 where a token is projected, else 0. Both are buffers, so that each prompt's
+    values are written between calls. The output of a text encoder's LoRA is projected too, and all readers of the norm
+    read projected values, such as CLIP's pooled embedding.
 
     Attributes:
         targets: the text encoder's last norm.

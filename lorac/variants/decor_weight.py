@@ -10,10 +10,10 @@ from lorac.variants.initialisers import zeros
 
 @dataclass(frozen=True, kw_only=True)
 class DECORWeight(WeightVariant):
-    """``W' = W − W·V·Vᵀ``: ``DECOR`` for one V in the layers that read the embeddings, of all tokens alike.
+    """``W' = W − W·V·Vᵀ``: ``DECOR`` for one V, in the layers that read the embeddings, for every token.
 
-    The columns of V (in, r) span the embeddings of unwanted words, each of the length √α. After a LoRA on the same
-    layers it is ``lorac.Chain``, not a sum, since the LoRA's input has to be projected too.
+    The columns of V (in, r) span the embeddings of unwanted words, each with the length √α. To combine it with a LoRA
+    on the same layers, use ``lorac.Chain``, not a sum, since the LoRA's input must be projected too.
 
     Attributes:
         targets: cross-attention's keys and values.

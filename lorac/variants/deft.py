@@ -1,4 +1,4 @@
-"""DEFT: a subspace of the weight's outputs is removed, and knowledge injected in its place; PaRa only removes.
+"""DEFT: a subspace of the weight's outputs is removed, and trained values replace it; PaRa only removes.
 
 DEFT, NeurIPS 2025; Chen et al. 2024 (PaRa), arXiv 2406.05641. Projectors, scale and start values as in PEFT's DEFT.
 """
@@ -17,13 +17,13 @@ from lorac.variants.initialisers import normal
 class DEFT(WeightVariant):
     """``W' = W − Q·Mᵀ·W + s·Q·R`` with deft_P (out, r) and deft_R (r, in); the rank is at most out.
 
-    Q = P and M = relu(P), or Q = M, the orthonormal factor of P = Q·T. deft_R starts at Mᵀ·W/s, where W' = W.
+    Q = P and M = relu(P), or Q = M, the orthonormal factor of P = Q·T. deft_R starts at Mᵀ·W/s, so that W' = W.
 
     Attributes:
         r: rank.
-        alpha: s = alpha/r of the site's rank; None or 0 for s = 1.
+        alpha: s = alpha/rank with the site's rank; None or 0 for s = 1.
         decomposition_method: ``"relu"`` or ``"qr"``.
-        para: PaRa, W' = W − Q·Mᵀ·W, which has no deft_R.
+        para: whether to use PaRa, W' = W − Q·Mᵀ·W, without deft_R.
     """
 
     r: Count = 8
@@ -39,7 +39,7 @@ class DEFT(WeightVariant):
 
     @property
     def identity_at_init(self) -> bool:  # type: ignore[override]  # it depends on para
-        """A fresh injection undoes the removal."""
+        """True unless ``para``: the start value of deft_R undoes the removal."""
         return not self.para
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -1,4 +1,4 @@
-"""DeLoRA: a low-rank change of bounded strength, apart from its direction.
+"""DeLoRA: a low-rank change whose strength is bounded and separate from its direction.
 
 Bini et al. 2025, arXiv 2503.18225; layout and start values as in PEFT.
 """
@@ -25,13 +25,13 @@ def _column_norms(context: InitContext) -> Tensor:
 class DeLoRA(InputDropout, WeightVariant):
     """``W' = W + λ/r·Σᵢ bᵢ·aᵢᵀ/(‖bᵢ‖·‖aᵢ‖)∘n``, with the columns bᵢ of B (out, r) and the rows aᵢ of A (r, in).
 
-    n (in,) are the norms of W's columns as the adapter was made. Norms of bᵢ and aᵢ count as 1e-4 at least.
+    n (in,) are the norms of W's columns when the adapter was made. Norms of bᵢ and aᵢ are clamped to at least 1e-4.
 
     Attributes:
         r: rank.
         delora_lambda: start value of λ (1,), the bound of the strength.
-        rank_pattern: module pattern -> its own r.
-        lambda_pattern: module pattern -> its own delora_lambda.
+        rank_pattern: module pattern -> r of these modules.
+        lambda_pattern: module pattern -> delora_lambda of these modules.
     """
 
     r: Count = 8

@@ -18,9 +18,10 @@ class DoRA(RankStabilizedFields, WeightVariant):
     """``W' = (m/n) ∘ (W + s·B·A)`` with n the row norms (out,) of W + s·B·A, constant in the backward pass.
 
     Attributes:
-        peft_groups: PEFT's norm at a convolution of that many groups: of the stored kernel (out, in/groups·taps) plus
-            s·B'·A in the order of its values, B' (out/groups, r) being the stored B (out, r/groups) reshaped. None: n.
-        peft_groups_pattern: module pattern -> its own peft_groups.
+        peft_groups: use PEFT's norm at a convolution of that many groups: the norm of the stored kernel (out,
+            in/groups·taps) plus s·B'·A reshaped to it, where B' (out/groups, r) is the stored B (out, r/groups)
+            reshaped. None: use n.
+        peft_groups_pattern: module pattern -> peft_groups of these modules.
     """
 
     peft_groups: Count | None = None
@@ -40,7 +41,7 @@ class DoRA(RankStabilizedFields, WeightVariant):
         updated, groups = W + self.scale * (p.lora_B @ p.lora_A), self.peft_groups or 1
         if groups == 1:
             return rescale_rows(updated, p.magnitude)
-        # All but one block of a row are zeros.
+        # All blocks of a row except one are zeros.
         kernel, stored = (matrix.unflatten(1, (groups, -1)).sum(1) for matrix in (W, p.lora_B))
         shuffled = (stored.reshape(-1, p.lora_A.shape[0]) @ p.lora_A).reshape(kernel.shape)
         return rescale_rows(updated, p.magnitude, kernel + self.scale * shuffled)

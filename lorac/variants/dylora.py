@@ -1,4 +1,4 @@
-"""DyLoRA: one LoRA that can be truncated to any rank after training.
+"""DyLoRA: a LoRA that can be truncated to any rank after training.
 
 Valipour et al. 2022, arXiv 2210.07558.
 """

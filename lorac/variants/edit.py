@@ -1,6 +1,6 @@
-"""Edit: the change of a weight itself, in its normal form, whatever method it comes from.
+"""Edit: the change of a weight in its normal form, whatever method made it.
 
-Merged and extracted adapters, which no method's formula describes, are held in it (``lorac.adapters.edits``).
+Merged and extracted adapters, which no method's formula describes, are stored as Edits (``lorac.adapters.edits``).
 """
 
 import dataclasses
@@ -53,21 +53,22 @@ PARTS: Mapping[str, Mapping[str, Callable[[Site, int], ParamSpec]]] = {
     "sparse": {"indices": _positions, "values": _spec(zeros, lambda site, size: (size,))},
     "delta": {"delta": _spec(zeros, lambda site, size: (site.out_features, site.in_features))},
 }
-"""Part -> its tensors at a site: those of ``lorac.ir.algebra.operands``, and positions and values of sparse changes."""
+"""Part -> its tensors at a site: operands of ``lorac.ir.algebra.operands``, or positions and values of a sparse
+change."""
 _STACKED = frozenset({"pair", "delta"})
 """The parts that a stack of matrices may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(WeightVariant):
-    """``W' = c∘W·Tᵀ∘d + (A·B)ᵀ + S + D`` and ``b' = b + e``, of which each site has the parts that it needs.
+    """``W' = c∘W·Tᵀ∘d + (A·B)ᵀ + S + D`` and ``b' = b + e``; each site has only the parts that it needs.
 
-    A (in, R), B (R, out), D (out, in), T block-diagonal; S holds values at fixed positions.
+    A (in, R), B (R, out), D (out, in), T block-diagonal; S has values at fixed positions.
 
     Attributes:
         parts: part -> its size: ``"pair"`` (A and B) -> R, ``"t"`` -> size of the blocks, ``"sparse"`` (S) -> number of
             values; ``"c"``, ``"d"``, ``"e"``, ``"delta"`` (D) -> 1. By default D alone.
-        by_site: module path -> its own parts.
+        by_site: module path -> parts of this module.
     """
 
     parts: Mapping[str, Count] = field(default_factory=lambda: {"delta": 1})

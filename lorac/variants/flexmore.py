@@ -1,7 +1,7 @@
-"""FlexMoRE: experts of unequal ranks, and full ones, next to the MLP of a dense public model, which is expert 0.
+"""FlexMoRE: experts of different ranks, and full experts, next to a dense public model's MLP, which is expert 0.
 
-Pirchert et al. 2026, arXiv 2602.08818, on FlexOlmo (arXiv 2507.07024). Their checkpoints (stacked
-experts) belong to another model class; here the dense model keeps its own MLP and class.
+Pirchert et al. 2026, arXiv 2602.08818, on FlexOlmo (arXiv 2507.07024). Their checkpoints (stacked experts) belong to
+another model class; here the dense model keeps its MLP and class.
 """
 
 import copy
@@ -27,22 +27,22 @@ from lorac.variants.initialisers import kaiming_uniform, zeros
 
 _LAYER_NAMES = ("gate", "up", "down")
 _ROWS, _SEED = 3, 0
-"""Size and seed of the input on which a model's MLP is compared with its equation."""
+"""Number of rows, and seed, of the input on which a model's MLP is compared with its equation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexMoRE(BranchVariant):
     """``y' = Σ_{e ∈ top-k} p_e·E_e(x)``, E_e(x) = D_e·(act(G_e·x) ∘ U_e·x), E_0 the model's MLP, p = softmax(R·x).
 
-    A matrix of an expert of rank r is the model's plus B·A; an expert of rank 0 has its own matrices. The products with
-    the model's G and U are computed once for all experts, and its D is applied to the sum of the low-rank experts. The
-    logits R·x (…, 1 + experts) are emitted as ``"router"``.
+    A matrix of an expert of rank r is the model's plus B·A; an expert of rank 0 has whole matrices. The products with
+    the model's G and U are computed once for all experts, and the model's D is applied to the sum of the low-rank
+    experts. The logits R·x (…, 1 + experts) are emitted as ``"router"``.
 
     Attributes:
         targets: MLPs; empty: every gated MLP of the model, found by structure.
-        ranks: rank of each expert other than the model's own; 0 for a full expert.
+        ranks: rank of each expert except the model's MLP; 0 for a full expert.
         top_k: number of experts per token, including the model's own MLP; ties go to the lowest index.
-        normalise: make the chosen shares sum to 1 (FlexOlmo's norm_topk_prob).
+        normalise: whether the chosen shares are scaled to sum to 1 (FlexOlmo's norm_topk_prob).
         gate, up, down: names of the MLP's layers; empty: found by structure.
         activation: act; found by structure.
         hidden: number of rows of G; found by structure.
@@ -68,7 +68,7 @@ class FlexMoRE(BranchVariant):
     emits = ("router",)
 
     def starts_as_base(self, site: Site) -> bool:
-        # Low-rank experts start as the model's own MLP; with shares that sum to 1 the mixture is that MLP.
+        # Low-rank experts start as the model's MLP; with shares that sum to 1 the mixture equals this MLP.
         return self.normalise and all(self.ranks)
 
     def reads(self, site: Site) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class FlexMoRE(BranchVariant):
         for number, rank in enumerate(self.ranks, 1):
             for part, (gives, takes) in sizes.items():
                 name = f"{part}_{number}"
-                if rank:  # starts as the model's own matrix
+                if rank:  # starts as the model's matrix
                     specs[f"{name}_A"] = ParamSpec((rank, takes), kaiming_uniform)
                     specs[f"{name}_B"] = ParamSpec((gives, rank), zeros)
                 else:
@@ -117,7 +117,7 @@ class FlexMoRE(BranchVariant):
         return total if low_rank_sum is None else total + F.linear(low_rank_sum, base[2])
 
     def _shares(self, logits: Tensor) -> Tensor:
-        """Return shares (…, 1 + experts): the softmax over all experts, zero for those not chosen."""
+        """Return shares (…, 1 + experts): the softmax over all experts, zero for experts that are not chosen."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         shares = torch.softmax(logits.to(wide), dim=-1)
         chosen = shares * top_k_mask(shares, self.top_k)
@@ -149,16 +149,16 @@ class FlexMoRE(BranchVariant):
         normalise: bool = False,
         name: str = "flexmore",
     ) -> Adapter:
-        """Return the mixture of a public model and models that differ from it in their MLPs.
+        """Make the mixture of a public model and of models that differ from it in their MLPs.
 
         A matrix of rank r is the truncated SVD of the difference between the expert's and the public matrix, with √Σ on
         both sides: A = √Σ·Vᵀ, B = U·√Σ.
 
         Args:
             model: the public model.
-            experts: models of its class.
+            experts: models of the public model's class.
             routers: path of an MLP -> R (1 + experts, d).
-            ranks: rank of each expert, 0 for a full one.
+            ranks: rank of each expert, 0 for a full expert.
             top_k, normalise: fields of the variant.
             name: the new adapter's name.
 
@@ -188,22 +188,24 @@ class FlexMoRE(BranchVariant):
         normalise: bool = False,
         name: str = "flexmore",
     ) -> Adapter:
-        """Return the mixture of all experts of some mixtures that were trained apart next to one public model.
+        """Combine the experts of several mixtures that were trained separately next to one public model.
 
-        A router gives the same shares when its first row, the public model's, is subtracted from all its rows. The
-        joined router has 0 there, and then the other rows of all.
+        A router's shares do not change when its first row, the public model's, is subtracted from all its rows. The
+        combined router has 0 as its first row, followed by the other rows of all routers.
 
         Args:
-            adapters: at the same MLPs.
-            model: the public model, for ``ranks``; only read.
-            ranks: rank of each expert, in order, 0 for a full one, by the SVD as in ``from_experts``; default: theirs.
+            adapters: mixtures at the same MLPs.
+            model: the public model, needed for ``ranks``; it is only read.
+            ranks: new rank of each expert, in order, 0 for a full expert, by the SVD as in ``from_experts``; default:
+                the experts' ranks.
             top_k, normalise: fields of the variant.
             name: the new adapter's name.
 
         Raises:
-            AdapterNotFound: there is no adapter, or one is of another method.
-            AdapterError: two are of other MLPs, the model has other shapes, or there is not one rank for each expert.
-            BaseNeeded: a rank changes, and there is no model.
+            AdapterNotFound: there is no adapter, or an adapter of another method.
+            AdapterError: two adapters are at different MLPs, the model has other shapes, or ``ranks`` has not one rank
+                per expert.
+            BaseNeeded: a rank changes, and ``model`` is None.
         """
         variants = _check_joinable(adapters)
         old = [rank for variant in variants for rank in variant.ranks]
@@ -234,7 +236,7 @@ class FlexMoRE(BranchVariant):
 
 @dataclass(frozen=True)
 class _GatedLayers:
-    """The layers of a gated MLP, as the variant's fields."""
+    """The layers of a gated MLP, under the names of the variant's fields."""
 
     gate: str
     up: str
@@ -244,14 +246,14 @@ class _GatedLayers:
 
 
 def _apply_expert(z: Tensor, p: Params, name: str, rank: int) -> Tensor:
-    """Multiply z by an expert's own matrix, or by the low-rank product that it adds to the model's."""
+    """Multiply z by a full expert's matrix, or by a low-rank expert's product B·A."""
     if not rank:
         return F.linear(z, getattr(p, name))
     return F.linear(F.linear(z, getattr(p, f"{name}_A")), getattr(p, f"{name}_B"))
 
 
 def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
-    """Return the variants of mixtures at the same MLPs."""
+    """Check that adapters are mixtures at the same MLPs; return their variants."""
     variants = [adapter.variant for adapter in adapters if isinstance(adapter.variant, FlexMoRE)]
     if not variants or len(variants) < len(adapters):
         raise AdapterNotFound("one of the adapters is not a FlexMoRE, or there is none", next_step="give FlexMoREs")
@@ -270,7 +272,7 @@ def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
 
 
 def _multiply_out(expert: Mapping[str, Tensor], name: str, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-    """Return an expert's whole matrix, and the public model's."""
+    """Return an expert's whole matrix, and the public model's matrix."""
     if name in expert:
         return expert[name], _get_matrix(model, layer, expert[name].shape)
     a, b = expert[f"{name}_A"], expert[f"{name}_B"]
@@ -279,7 +281,7 @@ def _multiply_out(expert: Mapping[str, Tensor], name: str, model: nn.Module, lay
 
 
 def _get_matrix(model: nn.Module, layer: str, shape: torch.Size) -> Tensor:
-    """Return the public model's matrix that an expert has of this shape."""
+    """Return the public model's matrix, after checking that it has the expert's shape."""
     base = model.get_parameter(layer).detach()
     if base.shape != shape:
         raise AdapterError(
@@ -291,20 +293,20 @@ def _get_matrix(model: nn.Module, layer: str, shape: torch.Size) -> Tensor:
 
 
 def _extract_expert(name: str, own: Tensor, base: Tensor, rank: int) -> dict[str, Tensor]:
-    """Return an expert's matrix itself, or the factors of its truncated difference from the public one."""
+    """Return a full expert's matrix, or the factors of its truncated difference from the public matrix."""
     if not rank:
         return {name: own.clone()}
     u, s, v = torch.linalg.svd((own - base).double(), full_matrices=False)
     root = s[:rank].sqrt()
     a, b = root[:, None] * v[:rank], u[:, :rank] * root
-    # Ranks beyond the smaller side add nothing and are filled with zeros.
+    # Ranks above the smaller side add nothing and are padded with zeros.
     missing = rank - len(root)
     factors = {f"{name}_A": F.pad(a, (0, 0, 0, missing)), f"{name}_B": F.pad(b, (0, missing))}
     return {key: factor.to(own).contiguous() for key, factor in factors.items()}
 
 
 def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[str, _GatedLayers]]:
-    """Yield path and layers of every gated MLP: three linear layers whose output equals the equation's."""
+    """Yield path and layers of every gated MLP: modules with three linear layers whose output equals the equation's."""
     known: dict[tuple[object, ...], _GatedLayers | None] = {}
     for path, module in model.named_modules():
         linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
@@ -320,7 +322,7 @@ def _find_gated_mlps(model: nn.Module) -> Iterator[tuple[str, _GatedLayers]]:
 
 
 def _identify_layers(module: nn.Module, linears: Mapping[str, nn.Linear]) -> _GatedLayers | None:
-    """Return which layer is which and the activation, or None where the module computes anything else."""
+    """Return the roles of the layers and the activation; None if the module computes anything else."""
     copied = copy.deepcopy(module).double().eval()
     for gate, up, down in itertools.permutations(linears):
         first, second, last = (linears[name] for name in (gate, up, down))
@@ -337,7 +339,7 @@ def _identify_layers(module: nn.Module, linears: Mapping[str, nn.Linear]) -> _Ga
 def _identify_activation(module: nn.Module, z: Tensor, gate: str, up: str, down: str) -> str | None:
     try:
         answer = module(z)
-    except Exception:  # a module that needs more than one tensor is not an MLP, however it fails
+    except Exception:  # a module that needs more than one tensor is not an MLP, whatever it raises
         return None
     first, second, last = (module.get_submodule(name) for name in (gate, up, down))
     matching = (n for n, act in ACTIVATIONS.items() if torch.allclose(last(act(first(z)) * second(z)), answer))

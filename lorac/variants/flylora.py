@@ -1,4 +1,4 @@
-"""FlyLoRA: a frozen sparse projection, whose ranks are experts and whose output routes each token.
+"""FlyLoRA: a frozen sparse projection; its ranks are experts, and its output routes each token.
 
 Zou et al., NeurIPS 2025, arXiv 2510.08396. The authors' code counts choices and updates the biases in every
 forward pass, and stops the gradient at the projection; here a training rule updates them, and the gradient flows
@@ -22,8 +22,8 @@ from lorac.variants.initialisers import zeros
 class FlyLoRA(RoutedVariant):
     """``y' = y + (alpha/r)·B·(u∘m)``, u = A·x, m the mask of the top_k largest of u + d.
 
-    A (r, in) is frozen, with equally many non-zero values in each row; d (r,), ``lora_topk_bias``, changes which ranks
-    are chosen and not their values. It is a buffer without gradients: a training rule that hears ``"chosen"``, m as
+    A (r, in) is frozen, with the same number of non-zero values in each row; d (r,), ``lora_topk_bias``, changes which
+    ranks are chosen, not their values. d is a buffer without gradients: a training rule that reads ``"chosen"``, m as
     numbers (…, r), updates it between steps, as the paper does to balance the ranks' load. With top_k >= r there is no
     choice and no d: it is a LoRA with a frozen A, which has a weight form.
 
@@ -33,8 +33,9 @@ class FlyLoRA(RoutedVariant):
         top_k: number of ranks per token; ties go to the lowest index.
         dropout: rate of the dropout on the branch's input, in training.
         density: share of non-zero values in a row of A; None: top_k/r.
-        absolute: choose by |u + d|, as the authors' single file does, not by u + d, as their fork of PEFT does.
-        detach_router: pass no gradient through A to earlier layers, as in that fork; only where top_k < r.
+        absolute: whether to choose by |u + d|, as the authors' single file does; else by u + d, as their fork of PEFT
+            does.
+        detach_router: whether gradients stop at A, as in that fork; only if top_k < r.
     """
 
     r: Count = 32
@@ -50,7 +51,7 @@ class FlyLoRA(RoutedVariant):
 
     @property
     def chooses(self) -> bool:
-        """Whether a token takes fewer than all ranks."""
+        """Whether each token uses fewer than all ranks."""
         return self.top_k < self.r
 
     @property

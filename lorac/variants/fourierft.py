@@ -1,4 +1,4 @@
-"""FourierFT: a few trained frequencies of the update's two-dimensional spectrum.
+"""FourierFT: a few trained frequencies of the two-dimensional spectrum of the update.
 
 Gao et al. 2024, arXiv 2405.03003; positions, initialisation and scale as in PEFT's FOURIERFT.
 """
@@ -14,9 +14,9 @@ from lorac.variants.base import Params, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class FourierFT(TransformedVariant):
-    """``W' = W + scaling·Re(ifft2(S))``, S (out, in) holding n_frequency trained values and zeros elsewhere.
+    """``W' = W + scaling·Re(ifft2(S))``, where S (out, in) has n_frequency trained values and zeros elsewhere.
 
-    The values start from N(0, 1), so a fresh adapter changes the output strongly.
+    The values start from N(0, 1), so that a fresh adapter changes the output strongly.
 
     Attributes:
         scaling: the scale; the inverse transform divides by out·in.

@@ -1,4 +1,4 @@
-"""FRoD: layers of one role share a basis of their weights, in which each trains a diagonal and a few other entries.
+"""FRoD: layers of one role share a basis of their weights; each layer trains a diagonal and a few other entries.
 
 Wan et al. 2025, arXiv 2512.23485; basis and start values as in PEFT's FROD.
 """
@@ -16,7 +16,7 @@ from lorac.variants.low_rank import InputDropout
 
 
 def role_of(path: str) -> str:
-    """Return the role of a layer in its block, by the end of its path: those of one role share a basis."""
+    """Return the role of a layer in its block, from the end of its path; layers of one role share a basis."""
     *blocks, owner, leaf = ("", *path.split("."))
     if not owner or owner.isdigit():
         return leaf
@@ -28,11 +28,11 @@ def role_of(path: str) -> str:
 class FRoD(InputDropout, WeightVariant):
     """``W' = U·(diag(λ) + S)·Vᵀ``, with λ (in,) and the entries of the sparse S (in, in) trained, S = 0 at the start.
 
-    V (in, in) is of all layers whose path ends alike. W = U·diag(λ₀)·Vᵀ, where the columns of U (out, in) have the
-    norm 1, and λ starts at λ₀. An adapter stores U and V.
+    All layers of one role (``role_of``) and width share V (in, in). W = U·diag(λ₀)·Vᵀ, where the columns of U (out, in)
+    have the norm 1, and λ starts at λ₀. An adapter stores U and V.
 
     Attributes:
-        sparse_rate: share of S that is trained, none of it on the diagonal.
+        sparse_rate: share of S that is trained, off the diagonal only.
         regularization_alpha: added to the diagonals that are inverted for V.
         projection_prng_key: seed of the positions in S.
     """
@@ -67,7 +67,7 @@ class FRoD(InputDropout, WeightVariant):
 
     def _basis(self, context: InitContext) -> Tensor:
         basis = join(context.weights(), self.regularization_alpha)
-        return basis.to(context.site.dtype)  # U is solved from V as PEFT holds it: a rounded V has another U
+        return basis.to(context.site.dtype)  # U is solved from V in this dtype, as in PEFT: a rounded V has another U
 
     def _positions(self, context: InitContext) -> Tensor:
         size = context.site.in_features
@@ -81,7 +81,7 @@ def join(weights: Sequence[Tensor], alpha: float) -> Tensor:
     """Return the basis V (in, in) that weights (out, in) share.
 
     With [W₁; W₂; …] = [Q₁; Q₂; …]·R it is Rᵀ·E, E the eigenvectors of the mean of (Qₖᵀ·Qₖ + alpha·I)⁻¹: the
-    higher-order generalised SVD. Of fewer rows than columns it is that of the SVD.
+    higher-order generalised SVD. If the stack has fewer rows than columns, V is from its SVD.
     """
     stacked = torch.cat([weight.float() for weight in weights])
     if stacked.shape[0] < stacked.shape[1]:

@@ -1,4 +1,4 @@
-"""Full fine-tuning of chosen weights as an adapter: its own weight replaces the base's.
+"""Full fine-tuning of chosen weights as an adapter: a whole trained weight replaces the base's.
 
 Optimizers for whole weights (``lorac.training.GaLoreAdamW``) train this method.
 """
@@ -12,7 +12,7 @@ from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 class Full(WeightVariant):
     """``W' = weight`` (out, in), which starts as W; kernels are flattened. ``bias="all"`` trains the biases too.
 
-    The base stays as it is, so the result is swapped and mixed like any adapter; it takes as much memory as W.
+    The base does not change, so that the adapter is swapped and mixed like any other; it takes as much memory as W.
     """
 
     name = "full"

@@ -1,7 +1,7 @@
-"""GLoRA: a low-rank change of the weight beside one of the layer's input.
+"""GLoRA: low-rank changes of the weight and of the layer's input.
 
 Chavan et al. 2023, arXiv 2306.07967, in the form of LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS,
-lycoris/modules/glora.py), whose names and start values are taken over; the paper also has changes of the bias.
+lycoris/modules/glora.py), with its names and start values; the paper also has changes of the bias.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lorac.variants.low_rank import ScaledRank
 class GLoRA(ScaledRank, WeightVariant):
     """``W' = W + s·(W·a1·a2 + b1·b2)`` with s = alpha/r, a1 (in, r), a2 (r, in), b1 (out, r), b2 (r, in).
 
-    At a convolution a1 (channels, r) and a2 (r, channels) mix the input's channels, alike at all taps of the kernel.
+    At a convolution a1 (channels, r) and a2 (r, channels) mix the input's channels, in the same way at all taps.
     """
 
     name = "glora"

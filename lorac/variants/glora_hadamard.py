@@ -1,4 +1,4 @@
-"""GLoRA as PEFT builds it: changes of weight and bias that scale their entries, and an offset of the input.
+"""GLoRA as in PEFT: changes of weight and bias that scale their entries, and an offset of the input.
 
 Chavan et al. 2023, arXiv 2306.07967, equation 6, with W∘A for the paper's product; forms and start values as in PEFT's
 GLORA. ``lorac.GLoRA`` is LyCORIS's form.
@@ -17,8 +17,8 @@ from lorac.variants.initialisers import kaiming_uniform, zeros
 class GLoRAHadamard(WeightVariant):
     """``W' = W + W∘A + B`` and ``b' = b + b∘D + E + W·C``; layers without a bias have no C, D and E.
 
-    ``"lora"`` is Xd·Xu of rank r, ``"vector"`` one number an output (an input for C), ``"constant"`` one number, and
-    ``"none"`` leaves a change out.
+    ``"lora"`` is Xd·Xu of rank r, ``"vector"`` one number per output (per input for C), ``"constant"`` one number, and
+    ``"none"`` omits a change.
 
     Attributes:
         r: rank of the changes in the form ``"lora"``.
@@ -70,7 +70,7 @@ class GLoRAHadamard(WeightVariant):
 
 
 def _read_change(p: Params, name: str) -> Tensor | None:
-    """Return a change, which broadcasts; None where the configuration leaves it out."""
+    """Return a change that broadcasts to the weight or bias; None if the configuration omits it."""
     tensors = vars(p)
     if f"glora_{name}_Xd" in tensors:
         product: Tensor = tensors[f"glora_{name}_Xd"] @ tensors[f"glora_{name}_Xu"]

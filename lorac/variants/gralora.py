@@ -1,4 +1,4 @@
-"""GraLoRA: low-rank changes of the blocks of a weight, next to one of the whole.
+"""GraLoRA: low-rank changes of the blocks of a weight, and a low-rank change of the whole weight.
 
 Jung et al. 2025, arXiv 2505.20355; layout and start values as in PEFT.
 """
@@ -20,14 +20,14 @@ from lorac.variants.low_rank import InputDropout, peft_factor_specs
 class GraLoRA(InputDropout, WeightVariant):
     """``W'_mn = W_mn + s·B_mn·A_mn`` on k·k blocks of W, ``+ s·B·A`` on all of W, s = alpha/(r + hybrid_r).
 
-    Each A_mn has rank r/k: its transpose is columns m·r/k … of gralora_A[n] (in/k, r), and the transpose of B_mn rows
-    n·r/k … of gralora_B[m] (r, out/k).
+    Each A_mn has rank r/k: the transpose of A_mn is the columns from m·r/k on of gralora_A[n] (in/k, r), and the
+    transpose of B_mn is the rows from n·r/k on of gralora_B[m] (r, out/k).
 
     Attributes:
-        r: rank of all blocks of a row or column together; k divides it.
-        hybrid_r: rank of B·A; 0 leaves it out.
+        r: the sum of the ranks of the blocks in a row or column; a multiple of k.
+        hybrid_r: rank of B·A; 0 omits it.
         alpha: the scale is alpha/(r + hybrid_r).
-        k: PEFT's gralora_k; it divides in and out.
+        k: PEFT's gralora_k; a divisor of in and out.
     """
 
     r: Count = 32

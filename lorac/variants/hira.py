@@ -18,7 +18,7 @@ class HiRA(InputDropout, WeightVariant):
 
     Attributes:
         r: rank of B·A.
-        rank_pattern: module pattern -> its own r.
+        rank_pattern: module pattern -> r of these modules.
     """
 
     r: Count = 32

@@ -30,7 +30,8 @@ class HRA(WeightVariant):
 
     Attributes:
         r: number of reflections.
-        apply_GS: PEFT's name for orthonormal columns. They then start independent, since pairs span half the space.
+        apply_GS: whether the columns are made orthonormal (PEFT's name). Their start values are then independent, since
+            equal pairs would span half the space.
     """
 
     r: Count = 8
@@ -45,7 +46,7 @@ class HRA(WeightVariant):
 
     @property
     def identity_at_init(self) -> bool:  # type: ignore[override]  # it depends on the rank
-        """An odd number of reflections is never the identity, nor is a single reflection in a span."""
+        """False for an odd number of reflections, and for one reflection in a span: neither is the identity."""
         return self.r % 2 == 0 and not self.apply_GS
 
     def check(self, site: Site) -> None:

@@ -14,14 +14,15 @@ from lorac.variants.initialisers import xavier_uniform, zeros
 
 @dataclass(frozen=True, kw_only=True)
 class Hydra(BranchVariant):
-    """``y' = y + s·[U_p(D_p·x + c_p) + e_p + U_s(D_s·y + c_s) + e_s]``: affine, so it merges.
+    """``y' = y + s·[U_p(D_p·x + c_p) + e_p + U_s(D_s·y + c_s) + e_s]``: affine, so that it can be merged.
 
     Attributes:
         r: rank of the parallel branch.
         r_sequential: rank of the sequential branch.
         scale: s.
         dropout: rate of the dropout between the factors, in training.
-        branch_bias: give the bottlenecks biases c and e (as in the paper's vision models, not its language models).
+        branch_bias: whether the bottlenecks have biases c and e (the paper's vision models do, its language models do
+            not).
     """
 
     r: Count = 2

@@ -1,6 +1,6 @@
 """(IA)³: trained vectors that scale activations.
 
-Liu et al. 2022, arXiv 2205.05638; which side of a layer is scaled, as in PEFT.
+Liu et al. 2022, arXiv 2205.05638; the scaled side of a layer as in PEFT.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class IA3(WeightVariant):
     Attributes:
         feedforward: PEFT's feedforward_modules, the modules whose input is scaled: endings of paths, or one regular
             expression for the whole path.
-        scales_bias: where outputs are scaled, the bias is as well; LyCORIS leaves it.
+        scales_bias: whether a scale of outputs also scales the bias; LyCORIS's does not.
     """
 
     feedforward: str | Sequence[str] = ()
@@ -34,13 +34,13 @@ class IA3(WeightVariant):
     kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def scales_input(self, path: str) -> bool:
-        """Return whether the module at ``path`` is a feedforward module; PEFT compares endings, not whole names."""
+        """Return whether the module at ``path`` is a feedforward module; PEFT compares suffixes of the path's text."""
         if isinstance(self.feedforward, str):
             return match_pattern(self.feedforward, path) is not None
         return path.endswith(tuple(self.feedforward))
 
     def at_path(self, path: str) -> "IA3":
-        """Return this variant for one site, with a ``feedforward`` that matches every path or none."""
+        """Return this variant for one site, with a ``feedforward`` that matches every path or no path."""
         return dataclasses.replace(self, feedforward=_ALL if self.scales_input(path) else ())
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -1,4 +1,4 @@
-"""Start values of a method's tensors. Each function takes an ``InitContext`` and returns a tensor of its shape."""
+"""Start values of a method's tensors. Each function takes an ``InitContext`` and returns a tensor of its ``shape``."""
 
 import math
 
@@ -48,7 +48,7 @@ def normal(std: float) -> Init:
 
 
 def truncated_normal(std: float) -> Init:
-    """Draw from N(0, std²), again for each value farther than 2·std from zero."""
+    """Draw from N(0, std²), redrawing values farther than 2·std from zero."""
 
     def draw(context: InitContext) -> torch.Tensor:
         values = torch.empty(context.shape)
@@ -58,5 +58,5 @@ def truncated_normal(std: float) -> Init:
 
 
 def row_norms(context: InitContext) -> torch.Tensor:
-    """Start a magnitude (out,) at the row norms of W, where its update is zero."""
+    """Return the row norms of W, the start value of a magnitude (out,) for an update that starts at zero."""
     return torch.linalg.vector_norm(context.weight(), dim=1)

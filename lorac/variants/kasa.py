@@ -1,4 +1,4 @@
-"""KaSA: low-rank factors with singular values between them, in place of the smallest components of the weight.
+"""KaSA: low-rank factors with singular values between them replace the smallest components of the weight.
 
 Wang et al. 2024, arXiv 2412.06071; layout and start values as in PEFT's LORA with kasa_config.
 """
@@ -16,7 +16,7 @@ from lorac.variants.low_rank import RankStabilizedFields, factor_specs
 class KaSA(RankStabilizedFields, WeightVariant):
     """``W' = W − B₀·A₀ + s·B·diag(σ)·A``, B₀·A₀ the r smallest singular components of W, frozen, and s as for LoRA.
 
-    PEFT takes the components out of the base for good; of a base that has lost them they are zero.
+    PEFT removes the components from the base permanently; for a base without them they are zero.
     """
 
     name = "kasa"
@@ -34,7 +34,7 @@ class KaSA(RankStabilizedFields, WeightVariant):
             return truncated_svd(W, min(W.shape))[2][-self.r :].contiguous()
 
         def project(context: InitContext) -> Tensor:
-            return context.weight() @ context.params.start_A.t()  # its rows are orthonormal
+            return context.weight() @ context.params.start_A.t()  # the rows of A₀ are orthonormal
 
         return {
             **factor_specs(site, self.r),

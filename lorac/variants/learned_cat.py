@@ -18,12 +18,12 @@ from lorac.variants.low_rank import factor_specs
 class LearnedCat(LoraMixture, WeightVariant):
     """``W' = W + Σ_i w_i·B_i·A_i``, w (experts,) learned at each site.
 
-    A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B.
+    A (experts·r, in) and B (out, experts·r) are the LoRAs' stacked factors; each LoRA's scale is in its B.
 
     Attributes:
         r: rank of each LoRA.
-        experts: their number.
-        train_experts: train A and B too.
+        experts: number of LoRAs.
+        train_experts: whether A and B are trained too.
     """
 
     r: Count = 8
@@ -53,10 +53,10 @@ class LearnedCat(LoraMixture, WeightVariant):
         sites: Sequence[str] = (),
         **fields: object,
     ) -> Adapter:
-        """Return one adapter made from several LoRAs, in their order; its weights are to be trained.
+        """Make one adapter from several LoRAs, in their order, with weights that still have to be trained.
 
         Args:
-            weights: start values of each site's weights; default: 1 each. The others are as ``LoraMixture`` has them.
+            weights: start values of each site's weights; default: 1 each. Other arguments are as in ``LoraMixture``.
         """
         made = super().from_loras(adapters, name=name, seed=seed, sites=sites, **fields)
         for tensors in made.tensors.values() if weights is not None else ():

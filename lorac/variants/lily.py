@@ -1,4 +1,4 @@
-"""Lily: layers share their down-projections with neighbours, and mix up-projections that all of them share.
+"""Lily: neighbouring layers share down-projections, and all layers share up-projections that a router mixes.
 
 Zhong et al. 2024, arXiv 2407.09946; sharing, mean of the router and start values as in PEFT.
 """
@@ -18,7 +18,7 @@ from lorac.variants.initialisers import kaiming_uniform, zeros
 def group_sites(targets: str | Sequence[str], stride: int, sites: Iterable[Site]) -> dict[str, list[str]]:
     """Return path -> the first site with the same A, and the first with the same B.
 
-    Layers of one target and shape share B; of these, each ``stride`` in a row share A.
+    Layers of one target and shape share B; each ``stride`` consecutive layers of these share A.
     """
     names = [targets] if isinstance(targets, str) else sorted(targets, key=len)
     groups: dict[tuple[object, ...], list[str]] = {}
@@ -34,15 +34,15 @@ def group_sites(targets: str | Sequence[str], stride: int, sites: Iterable[Site]
 class Lily(BranchVariant):
     """``y' = y + s·Σ_e p_e·B_eᵀ·A·x``, p the mean over all rows and tokens of softmax(R·A·x).
 
-    A (r, in), R (num_B, r), and num_B matrices B_e (r, out) one below the other. A row depends on the others that have
-    the adapter in its call.
+    A (r, in), R (num_B, r), and num_B matrices B_e (r, out), concatenated by rows. A row's output depends on all other
+    rows of the call that use the adapter.
 
     Attributes:
         r: rank.
-        stride_A: number of neighbours with one A.
+        stride_A: number of consecutive layers that share A.
         num_B: number of B_e.
         scaling: s.
-        owners: module path -> the modules whose A and B it has; filled in by ``for_model``.
+        owners: module path -> the modules whose A and B it shares; set by ``for_model``.
     """
 
     r: Count = 32

@@ -28,7 +28,7 @@ class LNTuning(Variant):
         return is_named(self.targets, path) and not (self.exclude and is_named(self.exclude, path))
 
     def adapts(self, site: Site) -> bool:
-        return False  # a targeted linear layer is replaced whole, too
+        return False  # a targeted linear layer is replaced whole too
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {}

@@ -48,6 +48,6 @@ class LoHa(ScaledRank, WeightVariant):
 
 
 def _product(p: Params, number: int) -> Tensor:
-    """Return the first or second factor of the Hadamard product (out, in/groups·taps)."""
+    """Return operand ``number`` of the Hadamard product, (out, in/groups·taps)."""
     a, b = getattr(p, f"hada_w{number}_a"), getattr(p, f"hada_w{number}_b")
     return multiply_factors(a, b, getattr(p, f"hada_t{number}", None))

@@ -1,4 +1,4 @@
-"""LoKr: the Kronecker product of two small matrices, the larger of them in low-rank factors.
+"""LoKr: the Kronecker product of two small matrices; the larger matrix is in low-rank factors.
 
 LyCORIS: Yeh et al. 2023, arXiv 2309.14859; KronA: Edalati et al. 2022, arXiv 2212.10650; shapes, initialisation and
 scale as in PEFT's LOKR.
@@ -21,10 +21,10 @@ class LoKr(ScaledRank, WeightVariant):
     """``W' = W + (alpha/r)·kron(w1, w2)`` with w1 (l, m) and w2 (k, n·taps), out = l·k, in = m·n.
 
     Attributes:
-        r: rank of the factored matrices: w2 where r < max(k, n)/2, and w1 only under ``decompose_both``.
-        decompose_both: factor w1 too, where r < max(l, m)/2.
-        decompose_factor: l and m, where they divide; else the nearest divisor below. −1: nearest to the square root. A
-            pair is l and m themselves.
+        r: rank of the factors of w2, which is factored if r < max(k, n)/2, and of w1 with ``decompose_both``.
+        decompose_both: whether w1 is factored too, if r < max(l, m)/2.
+        decompose_factor: a number: l and m, if it divides; else the next smaller divisor. −1: the divisor nearest to
+            the square root. A pair: l and m.
         effective_conv2d: PEFT's use_effective_conv2d: a factored w2 of more than one tap has a core ``lokr_t2``
             (r, r, taps).
         conv1d_of_peft: PEFT's product of a whole w2 (k, n, taps) at a Conv1d: kron of (1, l, m) and it, reshaped to W.
@@ -66,12 +66,12 @@ class LoKr(ScaledRank, WeightVariant):
         return W + expand_groups(self.scale * product, W)
 
     def _divide(self, number: int, side: int) -> tuple[int, int]:
-        """Return the two sizes whose product is a side of the weight."""
+        """Return the two factors of a side of the weight."""
         factor = self.decompose_factor
         return factors(number, factor) if isinstance(factor, int) else (factor[side], number // factor[side])
 
     def _first(self, rows: int, columns: int) -> dict[str, ParamSpec]:
-        """Return the specs of w1, which starts at zero."""
+        """Return the specs of w1, whose product starts at zero."""
         if not (self.decompose_both and self.r < max(rows, columns) / 2):
             return {"lokr_w1": ParamSpec((rows, columns), zeros)}
         return {
@@ -98,11 +98,11 @@ class LoKr(ScaledRank, WeightVariant):
 
 
 def factors(number: int, factor: int) -> tuple[int, int]:
-    """Return two divisors whose product is ``number``: ``factor`` first if it divides, else the larger one last.
+    """Return two divisors whose product is ``number``: ``factor`` first if it divides, else the smaller first.
 
     Args:
         number: the number to split.
-        factor: the largest that the smaller divisor may be; −1 for no limit.
+        factor: upper limit of the smaller divisor; −1 for no limit.
     """
     if factor > 0 and number % factor == 0:
         return factor, number // factor

@@ -1,7 +1,7 @@
 """LoLDU: trains the diagonal of an LDU factorisation of the weight; the triangles are frozen.
 
 Shi et al. 2024, arXiv 2410.13618. W = P·L·D·U by LU with partial pivoting, L and U with unit diagonals. The paper
-splits the first r terms off the weight. Here W stays as it is and a low-rank branch gives the same result, so that
+removes the first r terms from the weight. Here W does not change and a low-rank branch gives the same result, so that
 adapters can share the base.
 """
 
@@ -24,15 +24,16 @@ from lorac.variants.initialisers import ones, zeros
 class LoLDU(WeightVariant):
     """``W' = W + (P·L_r)·diag(σ·z − σ₀·D_r)·U_r``, with z (r,) trained and the factors of W frozen.
 
-    P·L_r (out, r), D_r (r,) and U_r (r, in) are the first terms of W = P·L·D·U; an embedding's are those of its
-    table (V, d), transposed. σ₀ = alpha/r. An adapter stores its factors, since LU may pivot
-    differently on another machine.
+    P·L_r (out, r), D_r (r,) and U_r (r, in) are the first terms of W = P·L·D·U; for an embedding they are the
+    transposed terms of its table (V, d). σ₀ = alpha/r. An adapter stores its factors, since LU may pivot differently on
+    another machine.
 
     Attributes:
         r: number of terms, at most min(out, in).
         alpha: the released code's lora_alpha; None for r, which gives σ₀ = 1 as in the paper's runs.
-        train_sigma: train σ too (the paper's formula; its counts and the released code keep σ₀).
-        init: start of z. ``"lu"``: D_r, the only start that leaves the output as it is. ``"uniform"``:
+        train_sigma: whether σ is trained too, as in the paper's formula; the paper's parameter counts and the released
+            code keep σ₀.
+        init: start value of z. ``"lu"``: D_r, the only one that does not change the output. ``"uniform"``:
             U(−|m|/2, |m|/2) with m the mean of D_r; ``"normal"``: N(m, std(D_r)²); ``"constant"``: m;
             ``"s_uniform"``: U(−1, 1); ``"s_normal"``: N(0, 1); ``"ones"``; ``"zeros"``.
     """
@@ -80,7 +81,7 @@ class LoLDU(WeightVariant):
 
 @dataclass
 class _LduFactors:
-    """The first r terms of W = P·L·D·U at one site, computed for ``lora_B`` and reused for later tensors."""
+    """The first r terms of W = P·L·D·U at one site; ``lora_B`` computes them, and later tensors reuse them."""
 
     r: int
     found: tuple[Tensor, Tensor, Tensor] | None = None

@@ -18,9 +18,9 @@ class LoRA(RankStabilizedFields, WeightVariant):
     """``W' = W + s·B·A`` and ``b' = b + s·β``, with s = alpha/r, or alpha/√r under rsLoRA.
 
     Attributes:
-        lora_bias: B carries a bias β (out,).
-        invocation_tokens: PEFT's alora_invocation_tokens: token ids from whose last occurrence in a prompt on the
-            change acts, and nowhere in a prompt without them; none: it acts on every token.
+        lora_bias: whether B has a bias β (out,).
+        invocation_tokens: PEFT's alora_invocation_tokens: the change acts from the last occurrence of these token ids
+            in a prompt on, and not at all in a prompt without them; empty: it acts on every token.
     """
 
     lora_bias: bool = False

@@ -1,4 +1,4 @@
-"""LoRA-C: low-rank factors as wide as a row of the kernel; with a magnitude, DoRA-C.
+"""LoRA-C: low-rank factors as wide as a row of the kernel; DoRA-C adds a magnitude.
 
 LoRA-C: arXiv 2410.16954, in the layout of loralib's convolutions; DoRA-C: arXiv 2508.01772. In the
 unfolded layout, A (r, in·kh·kw) and B (out, r), the same method is convLoRA (arXiv 2402.04964): ``LoRA`` on a
@@ -17,16 +17,15 @@ from lorac.variants.low_rank import LowRankFields, rescale_rows
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAC(LowRankFields, WeightVariant):
-    """``W' = W + s·reshape(B·A)``, the rows of B·A read one after another into the kernel, with s = alpha/r.
+    """``W' = W + s·reshape(B·A)``, where the values of B·A, row by row, are those of the kernel, with s = alpha/r.
 
-    A (r·k, I·k) and B (O/g·kⁿ⁻¹, r·k), for a kernel of n axes of k each, I input and O output channels and g groups;
-    loralib has n = 2 only. On a linear layer, k = 1, it is LoRA. The rank of the update is up to r·kⁿ.
-    With ``dora``, W' = (m/n) ∘ (the above), n its row norms (O,), constant in the backward pass, m (O,) trained.
+    A (r·k, I·k) and B (O/g·kⁿ⁻¹, r·k), for a kernel of n axes of size k, I input and O output channels and g groups;
+    loralib has only n = 2. On a linear layer, k = 1, it is LoRA. The rank of the update is up to r·kⁿ.
 
     Attributes:
         r: rank, which may exceed the channels.
-        dropout: rate of the dropout on the input, in training (loralib's convolutions take one and ignore it).
-        dora: add a trained magnitude.
+        dropout: rate of the dropout on the input, in training (loralib's convolutions accept a rate and ignore it).
+        dora: whether to add a trained magnitude.
     """
 
     dora: bool = False
@@ -65,11 +64,11 @@ class LoRAC(LowRankFields, WeightVariant):
 
 
 def _fold_product(W: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Read B·A row by row into the shape of W; with groups, into the blocks on its diagonal."""
+    """Reshape B·A to the shape of W; with groups, to the blocks on the diagonal of W."""
     rows, columns = W.shape
     slices = columns // a.shape[1]
     groups = rows * slices // b.shape[0]
     if groups > 1:
         return torch.block_diag(*(b @ a).reshape(rows, -1).chunk(groups))
-    # Row o of the update is B[o, 0]·A, B[o, 1]·A, … side by side: a product of wider factors.
+    # Row o of the update is B[o, 0]·A, B[o, 1]·A, … concatenated: a product of wider factors.
     return b.reshape(rows, -1) @ torch.kron(torch.eye(slices, dtype=a.dtype, device=a.device), a)

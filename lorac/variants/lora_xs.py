@@ -1,4 +1,4 @@
-"""LoRA-XS: an r x r core between two frozen factors of the weight itself; LoRA-SB: of an estimated update.
+"""LoRA-XS: an r x r core between two frozen factors of the weight, or (LoRA-SB) of an estimated update.
 
 Bałazy, Banaei et al. 2024, arXiv 2405.17604; Ponkshe, Singhal et al. 2024 (LoRA-SB), arXiv 2411.19557.
 """
@@ -17,13 +17,13 @@ from lorac.variants.initialisers import normal
 from lorac.variants.low_rank import InputDropout
 
 _EXACT = 512
-"""Largest smaller side of a weight for which the full SVD is computed."""
+"""Up to this size of a weight's smaller side the full SVD is computed."""
 _ROUNDS, _SPARE = 10, 10
-"""Number of rounds and of extra columns of the randomised SVD."""
+"""Number of rounds, and of extra columns, of the randomised SVD."""
 
 
 def _singular_vectors(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    """Return U_r (out, r), the first left singular vectors of W, with the largest entry of each positive."""
+    """Return U_r (out, r), the first left singular vectors of W; signs make the largest entry of each positive."""
     if min(W.shape) <= max(_EXACT, 4 * r):
         vectors = torch.linalg.svd(W, full_matrices=False).U[:, :r]
     else:  # subspace iteration from random columns
@@ -56,15 +56,16 @@ class LoRAXS(InputDropout, WeightVariant):
     def from_update(
         cls, updates: Mapping[str, Tensor], *, name: str, r: int = 32, alpha: float | None = None
     ) -> Adapter:
-        """Return LoRA-SB: a core that starts as the best rank-r approximation of full fine-tuning's first step.
+        """Make a LoRA-SB adapter, whose core starts as the best rank-r approximation of full fine-tuning's first step.
 
-        B = U_r, A = V_rᵀ and R = diag(σ)·r/alpha of the update's SVD, so W' is not W at the start, by design. For
-        AdamW the first step is −η·sign(G), η its first learning rate and G the gradient summed over some batches.
+        B = U_r, A = V_rᵀ and R = diag(σ)·r/alpha from the update's SVD, so that W' differs from W at the start, by
+        design. For AdamW the first step is −η·sign(G), η its first learning rate and G the gradient summed over some
+        batches.
 
         Args:
             updates: path of a site -> estimated update of its weight (out, in).
             r: rank, at most min(out, in) of every site.
-            alpha: None for r, the paper's.
+            alpha: default: r, as in the paper.
 
         Raises:
             AdapterError: an update is not a matrix with both sides at least r.

@@ -32,8 +32,8 @@ class ScaledRank(Variant):
     Attributes:
         r: rank.
         alpha: the scale is alpha/r.
-        rank_pattern: module pattern -> its own r.
-        alpha_pattern: module pattern -> its own alpha.
+        rank_pattern: module pattern -> r of these modules.
+        alpha_pattern: module pattern -> alpha of these modules.
     """
 
     r: Count = 8
@@ -59,7 +59,7 @@ class RankStabilizedFields(LowRankFields):
     """The hyper-parameters of LoRA-like methods that offer rsLoRA's scale.
 
     Attributes:
-        rslora: PEFT's use_rslora: the scale is alpha/√r.
+        rslora: PEFT's use_rslora: whether the scale is alpha/√r.
     """
 
     rslora: bool = False
@@ -80,7 +80,8 @@ def factor_specs(site: Site, rank: int, role: Role = Role.TRAINABLE) -> dict[str
 def peft_factor_specs(site: Site, rank: int, prefix: str = "lora") -> dict[str, ParamSpec]:
     """Return the specs of A (rank, in) and B (out, rank) with PEFT's start values.
 
-    B starts at zero. At an embedding A does, and B is drawn from N(0, 1): training moves the looked-up rows first.
+    B starts at zero. At an embedding A starts at zero and B is drawn from N(0, 1), so that training moves the looked-up
+    rows first.
     """
     embedding = site.kind is SiteKind.EMBEDDING
     return {
@@ -93,7 +94,7 @@ def rescale_rows(updated: Tensor, magnitude: Tensor, measured: Tensor | None = N
     """Return ``(m/n) ∘ W'`` (out, in), where n are the row norms (out,) of W', constant in the backward pass.
 
     Args:
-        measured: a matrix whose rows are measured instead.
+        measured: a matrix whose row norms are used instead.
     """
     norm = torch.linalg.vector_norm(updated if measured is None else measured, dim=1).detach()
     return (magnitude / norm)[:, None] * updated

@@ -1,7 +1,7 @@
-"""Magnitude: trained norms of the rows or columns of a weight, the half of DoRA that any method can have.
+"""Magnitude: trained norms of the rows or columns of a weight, the part of DoRA that works with any method.
 
 LyCORIS: ``weight_decompose`` of all its algorithms (https://github.com/KohakuBlueleaf/LyCORIS); Liu et al. 2024, arXiv
-2402.09353, where the norms are those of the columns.
+2402.09353, with column norms.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from lorac.variants.low_rank import rescale_rows
 class Magnitude(WeightVariant):
     """``W' = (m/n)∘W`` with n the norms of the rows (out,), constant in the backward pass.
 
-    In a ``Chain`` behind another method, W is that method's W'.
+    In a ``Chain`` after another method, W is that method's W'.
 
     Attributes:
-        columns: n are the norms of the columns instead, (in,); of a convolution those of its input channels.
+        columns: whether n are the norms of the columns (in,), at a convolution of the input channels.
     """
 
     columns: bool = False
@@ -54,5 +54,5 @@ class Magnitude(WeightVariant):
 
 
 def _channel_rows(W: Tensor, channels: int) -> Tensor:
-    """Return W (out, channels·taps) with a row (out·taps) for each channel."""
+    """Return W (out, channels·taps) as a matrix with one row (out·taps) per channel."""
     return W.unflatten(1, (channels, -1)).transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""MeteoRA: existing LoRAs as experts in every linear layer, with a gate that sends each token to its top k.
+"""MeteoRA: existing LoRAs as experts in every linear layer; a gate routes each token to its top k.
 
 Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. Only the gates are trained, as in the paper; the released script trains
 the LoRAs too (``train_experts``).
@@ -20,17 +20,17 @@ from lorac.variants.low_rank import factor_specs
 class MeteoRA(LoraMixture, RoutedVariant):
     """``y' = y + s·Σ_{j ∈ top-k(z)} w_j·B_j·A_j·x``, z = G·x, w = softmax(z/temperature) over the chosen, s = alpha/r.
 
-    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, G (experts, in) the gate. The logits z
+    A (experts·r, in) and B (out, experts·r) are the experts' stacked factors, G (experts, in) is the gate. The logits z
     (…, experts) are emitted as ``"router"``.
 
     Attributes:
         r: rank of each expert.
         alpha: PEFT's lora_alpha, of all experts.
-        experts: their number L.
+        experts: number of experts.
         top_k: number of experts per token; ties go to the lowest index.
-        temperature: flattens the weights (15 to 30 for the paper's composite prompts).
-        dropout: rate of the dropout on each expert's own input, in training; the gates read the whole input.
-        train_experts: train A and B too.
+        temperature: divisor of the logits before the softmax (15 to 30 for the paper's composite prompts).
+        dropout: rate of the dropout on each expert's input, in training; the gates read the input without dropout.
+        train_experts: whether A and B are trained too.
     """
 
     r: Count = 8
@@ -60,7 +60,7 @@ class MeteoRA(LoraMixture, RoutedVariant):
         return y + self.mix(self._project(x, p, ctx), self.output_scale(p) * weights, p)
 
     def _project(self, x: Tensor, p: Params, ctx: Context) -> Tensor:
-        """Return A·x (…, experts·r) in which every expert drops other features of x."""
+        """Return A·x (…, experts·r), with a separate dropout mask on x for each expert."""
         if not self.dropout or not ctx.training:
             return F.linear(x, p.lora_A)
         each = (F.linear(F.dropout(x, self.dropout), a) for a in p.lora_A.chunk(self.experts))

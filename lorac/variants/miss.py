@@ -1,4 +1,4 @@
-"""MiSS: one shard of trained values, shared by all shards of the input.
+"""MiSS: one shard of trained values that all shards of the input share.
 
 Kang 2024, arXiv 2409.15371, later versions (the first one, Bone, is ``bat``); shapes and layout as in PEFT's MISS.
 """
@@ -20,7 +20,7 @@ class MiSS(InputDropout, WeightVariant):
 
     Attributes:
         r: size of a shard of the input.
-        mini: D = [M M …], with M (r, mini_r) trained; PEFT's init_weights="mini".
+        mini: whether D = [M M …], with M (r, mini_r) trained; PEFT's init_weights="mini".
         mini_r: columns of M, which divide out; used only with ``mini``.
     """
 

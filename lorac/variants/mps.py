@@ -1,7 +1,7 @@
 """MPS adaptation: LoRA whose A is a matrix product state of two sites.
 
-Chen et al. 2026, arXiv 2601.06788. The paper gives no code or start values: here the entries of A have the
-variance of LoRA's.
+Chen et al. 2026, arXiv 2601.06788. The paper gives no code or start values: here the entries of A have the variance of
+LoRA's entries.
 """
 
 import math
@@ -19,14 +19,14 @@ from lorac.variants.low_rank import LowRankFields
 class MPS(LowRankFields, WeightVariant):
     """``W' = W + s·B·A, A[p, a·d2 + b] = Σ_k G1[p, a, k]·G2[k, b]``, with s = alpha/r and in = d1·d2.
 
-    G1 (r, d1, chi), G2 (chi, d2), B (out, r). With the rank on the last core, G1 (d1, chi), G2 (chi, d2, r).
-    chi ≥ d2 with the rank on the first core, chi ≥ d1 with it on the last, reaches every A.
+    G1 (r, d1, chi), G2 (chi, d2), B (out, r). With the rank on the last core, G1 (d1, chi), G2 (chi, d2, r). Every A
+    can be represented if chi ≥ d2 with the rank on the first core, or chi ≥ d1 with the rank on the last.
 
     Attributes:
         chi: bond dimension.
-        dims: (d1, d2), their product the input size of every targeted layer. None: the most even split of each, the
-            smaller half on the core that carries the rank.
-        rank_leg: the core that carries the rank, ``"first"`` or ``"last"``.
+        dims: (d1, d2), whose product is the input size of every targeted layer. None: each layer's most even split,
+            with the smaller size on the core that has the rank.
+        rank_leg: the core that has the rank, ``"first"`` or ``"last"``.
     """
 
     chi: Count = 8

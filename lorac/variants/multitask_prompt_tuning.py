@@ -1,7 +1,7 @@
-"""Multitask prompt tuning: a prompt that tasks share, and a low-rank factor of each.
+"""Multitask prompt tuning: a prompt that all tasks share, times a low-rank matrix for each task.
 
-Wang et al. 2023, arXiv 2303.02861. PEFT's MULTITASK_PROMPT_TUNING, which is given the task of each row at a call; here
-an adapter is one task of its file, so that rows choose tasks as they choose adapters.
+Wang et al. 2023, arXiv 2303.02861. PEFT's MULTITASK_PROMPT_TUNING takes the task of each row in a call; here an adapter
+is one task of its file, so that rows choose tasks as they choose adapters.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class MultitaskPromptTuning(PromptVariant):
         num_virtual_tokens: n.
         num_tasks: tasks of the file.
         num_ranks: r.
-        task: t, from 0; None where there is one.
+        task: t, from 0; may be None if there is one task.
     """
 
     num_virtual_tokens: Count = 8

@@ -19,7 +19,7 @@ _NAMES = ("oft_R", "oft_embedding_R")
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """Return the divisor of ``number`` nearest to ``wanted``, the lower of two equally near ones (PEFT's rule)."""
+    """Return the divisor of ``number`` nearest to ``wanted``; of two equally near, the lower (PEFT's rule)."""
     return min(divisors(number), key=lambda d: (abs(d - wanted), d))
 
 
@@ -38,13 +38,13 @@ class OFT(WeightVariant):
     (channels·kernel). Give block_size or r; it is rounded to the nearest divisor of the input.
 
     Attributes:
-        block_size: β, PEFT's oft_block_size; 0 where r is given.
-        r: number of blocks; 0 where block_size is given.
-        block_share: all blocks are the same.
-        use_cayley_neumann: the series instead of the inverse.
-        num_cayley_neumann_terms: t, up to 100: every term is an op of the program.
-        coft: Q's Frobenius norm is at most eps/√blocks; training writes the bounded oft_R, as PEFT does.
-        eps: the constraint of coft.
+        block_size: β, PEFT's oft_block_size; 0 if r is given.
+        r: number of blocks; 0 if block_size is given.
+        block_share: whether all blocks are equal.
+        use_cayley_neumann: whether the series replaces the inverse.
+        num_cayley_neumann_terms: number of terms of the series, up to 100: every term is an op of the program.
+        coft: whether Q's Frobenius norm is bounded by eps/√blocks; training writes the bounded oft_R, as PEFT does.
+        eps: the bound of coft.
     """
 
     block_size: Annotated[int, Bounds(0)] = 32
@@ -105,13 +105,13 @@ class OFT(WeightVariant):
     def constrained(self, p: Params) -> dict[str, Tensor]:
         own = {name: tensor for name, tensor in vars(p).items() if self.coft and name in _NAMES}
         bounded = {name: self._bounded(tensor) for name, tensor in own.items()}
-        # Rounding leaves a bounded block a little above the bound or below it.
+        # Rounding puts a bounded block slightly above or below the bound.
         slack = {name: 8 * torch.finfo(tensor.dtype).eps for name, tensor in own.items()}
         return {n: t for n, t in bounded.items() if not torch.allclose(t, own[n], rtol=slack[n], atol=0)}
 
     def _bounded(self, upper: Tensor) -> Tensor:
-        """Return oft_R (…, blocks, β(β−1)/2) with a Frobenius norm of each block's Q of at most eps/√blocks."""
-        cap = self.eps / math.sqrt(2 * upper.shape[-2])  # Q holds every number twice
+        """Scale oft_R (…, blocks, β(β−1)/2) so that the Frobenius norm of each block's Q is at most eps/√blocks."""
+        cap = self.eps / math.sqrt(2 * upper.shape[-2])  # Q contains every number twice
         norm = torch.linalg.vector_norm(upper, dim=-1, keepdim=True)
         return upper * (cap / norm.clamp_min(cap)).detach()
 

@@ -1,4 +1,4 @@
-"""OSF: the weight's small singular directions trained, with gradients that stay off the large ones.
+"""OSF: trains the weight's small singular directions; gradients are orthogonal to the large directions.
 
 Nayak et al. 2025, arXiv 2504.07097; sizes, start values and projection as in PEFT.
 """
@@ -18,12 +18,13 @@ from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site
 class OSF(WeightVariant):
     """``W' = W + U·diag(s)·V − U₀·diag(s₀)·V₀``, U₀·diag(s₀)·V₀ the last k terms of the SVD of W, where U, s, V start.
 
-    Gradients of U and V are orthogonal to the first h singular vectors: P·∂U with P = I − U_h·U_hᵀ, and alike for V.
-    An adapter stores the frozen U₀ (out, k), s₀, V₀ (k, in), and U_h (out, h) or V_h (h, in) where W is not square.
+    Gradients of U and V are orthogonal to the first h singular vectors: P·∂U with P = I − U_h·U_hᵀ, and correspondingly
+    for V. An adapter stores the frozen U₀ (out, k), s₀, V₀ (k, in), and U_h (out, h) or V_h (h, in) where W is not
+    square.
 
     Attributes:
-        effective_rank: h, or a float up to 1, its share of min(out, in); None: half of it. k is the rest.
-        rank_pattern: module pattern -> its own effective_rank.
+        effective_rank: h, or a float up to 1, the share of min(out, in) that is h; None: half. k = min(out, in) − h.
+        rank_pattern: module pattern -> effective_rank of these modules.
     """
 
     effective_rank: Annotated[int | float | None, Bounds(0, exclusive=True)] = None
@@ -48,7 +49,7 @@ class OSF(WeightVariant):
             )
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return the frozen tensors of a base weight (out, in), from PEFT's SVD in float32."""
+        """Return the frozen tensors for a base weight (out, in), from an SVD in float32 as in PEFT."""
         left, values, right = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
         rank, (out, columns) = self.kept(*weight.shape), weight.shape
         found = {"U_init": left[:, rank:], "S_init": values[rank:], "V_init": right[rank:]}
@@ -82,7 +83,7 @@ class OSF(WeightVariant):
         return specs | trained
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        # Each equals its parameter, whose gradient it projects.
+        # u and v equal their parameters, whose gradients they project.
         u, v = p.U_low.detach(), p.V_low.detach()
         du, dv = p.U_low - u, p.V_low - v
         square_u, square_v = W.shape[0] <= W.shape[1], W.shape[0] >= W.shape[1]

@@ -17,22 +17,22 @@ class Role(enum.StrEnum):
     FROZEN = "frozen"
     BUFFER = "buffer"
     INDEX = "index"
-    """Integer positions, saved, never trained or cast."""
+    """Integer positions: saved, and never trained or cast."""
 
 
 @dataclass(frozen=True)
 class InitContext:
-    """Inputs that an initialiser may read.
+    """Values that an initialiser may read.
 
     Attributes:
         shape: shape of the tensor to make.
-        site: where it goes.
-        weight: reads the site's base weight as a matrix (out, in); a function, since the weight may be large.
+        site: the site of the tensor.
+        weight: function that reads the site's base weight as a matrix (out, in), which may be large.
         params: the tensors of this site made so far, in the order of ``params(site)``.
         generator: source of randomness, seeded per adapter and site.
-        name: of the adapter.
-        weights: reads the base weights of all sites that hold the tensor, in their order in the model.
-        bias: reads the site's base bias (out,), or None.
+        name: the adapter's name.
+        weights: function that reads the base weights of all sites that share the tensor, in the model's order.
+        bias: function that reads the site's base bias (out,); it returns None for a site without one.
     """
 
     shape: tuple[int, ...]
@@ -54,14 +54,14 @@ class ParamSpec:
 
     Attributes:
         shape: shape at this site, in the matrix convention (out, in); kernels flattened.
-        init: makes the start value.
+        init: function that makes the start value.
         role: trainable, frozen, buffer or index.
-        shared: one tensor for the whole adapter instead of one per site, in every axis as large as its largest site
-            needs; a formula takes the corner it needs.
+        shared: whether the whole adapter has one tensor instead of one per site; each axis has the largest size of any
+            site, and a formula uses the first entries that its site needs.
         decay: whether weight decay customarily applies (metadata for trainers).
-        below: for an index (n, K): the sizes of the n axes that its columns point into. All columns differ.
-        of_gradients: whether only the backward pass reads it, which no output shows.
-        tie: sites of an adapter whose specs have the same text here hold one tensor; empty: each has its own.
+        below: for an index (n, K): the sizes of the n axes that it indexes. All columns differ.
+        of_gradients: whether only the backward pass reads the tensor, so that no output depends on it.
+        tie: sites whose specs have the same text here share one tensor; empty: each site has a separate tensor.
     """
 
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class ParamSpec:
     tie: str = ""
 
     def stacked(self, number: int) -> "ParamSpec":
-        """Return the spec for a stack of matrices: one tensor per matrix, each initialised as for a single matrix."""
+        """Return the spec for a stack of matrices: one tensor per matrix, each initialised like a single matrix's."""
 
         def init_one(context: InitContext, index: int) -> torch.Tensor:
             params = Params(**{name: tensor[index] for name, tensor in vars(context.params).items()})
@@ -94,5 +94,5 @@ class ParamSpec:
 
 
 def select_params(p: Params, prefix: str) -> Params:
-    """Return the tensors whose names begin with ``prefix``, without it: those of an inner method."""
+    """Return the tensors whose names begin with ``prefix``, under names without the prefix."""
     return Params(**{key.removeprefix(prefix): value for key, value in vars(p).items() if key.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""PEANuT: a small network computes the update from the weight itself.
+"""PEANuT: a small network computes the update from the weight.
 
 Zhong et al. 2024, arXiv 2410.01870; layers, residuals and start values as in PEFT's PEANUT.
 """
@@ -20,7 +20,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "relu2": lambda x: torch.relu(x) ** 2,
 }
-"""transformers' names of functions -> the functions."""
+"""transformers' names of activations -> the functions."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Partly learnable projections: a LoRA of which half of each factor is a frozen orthonormal basis.
+"""Partly learnable projections: a LoRA in which half of each factor is a frozen orthonormal basis.
 
 Break-for-Make, 2024, arXiv 2403.19456: the content learns half of the down factor, the style half of the up factor.
 """
@@ -15,7 +15,7 @@ from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site
 from lorac.variants.initialisers import normal, zeros
 
 _ROWS = 1280
-"""Rows of the orthonormal matrix that the paper's code draws from at any width: the widest of SDXL's U-Net."""
+"""Rows of the orthonormal matrix from which the paper's code draws at any width: the largest width of SDXL's U-Net."""
 UP, DOWN = 0, 1
 
 
@@ -36,15 +36,15 @@ def _settings_key(variant: Variant) -> tuple[object, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class PLP(WeightVariant):
-    """``W' = W + [A; E]·[C, D]``: A (out/2, r) and C (r, in/2) frozen, E and D, the other rows and columns, trained.
+    """``W' = W + [A; E]·[C, D]`` with frozen A (out/2, r) and C (r, in/2), and trained E (rows) and D (columns).
 
     Attributes:
         r: rank.
         basis: A and C at square sites: ``"rows"``, disjoint rows of one matrix with orthonormal columns (the
             paper's code: A·C is small, not 0); ``"exact"``, such rows over disjoint halves of the rank, A·C = 0;
             ``"none"``, A = 0 and C Gaussian, as at all other sites.
-        identity_init: leave A·C out and start D at 0 at square sites. Without it a fresh adapter changes a square site,
-            as in the code; with it the low-rank form has rank 2r.
+        identity_init: whether to subtract A·C and start D at 0 at square sites. Without it a fresh adapter changes a
+            square site, as in the code; with it the low-rank form has rank 2r.
     """
 
     r: Count = 64
@@ -74,16 +74,16 @@ class PLP(WeightVariant):
         up, down = torch.cat([p.up_frozen, p.up_learned]), torch.cat([p.down_frozen, p.down_learned], dim=1)
         adapted = W + up @ down
         if not (self.identity_init and self.basis == "rows" and len(W) == W.shape[1]):
-            return adapted  # elsewhere A·C is 0
+            return adapted  # A·C is 0, or is kept
         frozen_up = torch.cat([p.up_frozen, torch.zeros_like(p.up_learned)])
         frozen_down = torch.cat([p.down_frozen, torch.zeros_like(p.down_learned)], dim=1)
         return adapted - frozen_up @ frozen_down
 
     @classmethod
     def join(cls, content: Adapter, style: Adapter, *, name: str) -> Adapter:
-        """Join two halves: the style's tensors with the trained part of the content's down factor (the paper's "make").
+        """Combine two halves: the style's tensors with the trained part of the content's down factor (paper: "make").
 
-        The halves fit if both were trained against the same frozen parts; else train the result further.
+        The halves fit if both were trained with the same frozen parts; otherwise train the result further.
 
         Args:
             content: an adapter; its tensors are shared, not copied.
@@ -91,8 +91,8 @@ class PLP(WeightVariant):
             name: name of the result.
 
         Raises:
-            ChoiceError: one is of another method, rank or basis.
-            SiteError: only one of them adapts some site.
+            ChoiceError: an adapter has another method, rank or basis.
+            SiteError: only one of the two adapts a site.
         """
         for adapter in (content, style):
             if not isinstance(adapter.variant, cls) or _settings_key(adapter.variant) != _settings_key(style.variant):
@@ -114,7 +114,7 @@ class PLP(WeightVariant):
         return Adapter(name, style.variant, tensors, {**content.replaced, **style.replaced})
 
     def _basis(self, half: int) -> Init:
-        """Return an initialiser of one factor's frozen half, from the basis that both halves share."""
+        """Return an initialiser of the frozen half of one factor, from the basis that both factors share."""
 
         def draw(context: InitContext) -> Tensor:
             rows = _draw_halves(context, self.r)[half]

@@ -1,7 +1,7 @@
-"""Poly: every task mixes the skills of a layer, which are LoRAs, in its own shares.
+"""Poly: a layer's skills are LoRAs, and every task mixes them with trained weights.
 
-Ponti et al. 2022, arXiv 2202.13914; with several splits multi-head routing: Caccia et al. 2023, arXiv 2211.03831.
-Layout and start values as in PEFT, whose logits start within 1e-3 of zero.
+Ponti et al. 2022, arXiv 2202.13914; several splits are multi-head routing: Caccia et al. 2023, arXiv 2211.03831. Layout
+and start values as in PEFT, whose logits start within 1e-3 of zero.
 """
 
 from dataclasses import dataclass, replace
@@ -24,13 +24,13 @@ class Poly(WeightVariant):
     """``W' = W + (A·B)ᵀ/r`` with A (in, r) and B (r, out) of one task: ``Σ_s w_qs·A_qs`` in split q of in, and B alike.
 
     w_qs is sigmoid(logits) of the task, divided by their sum over the skills s. ``by_task`` makes an adapter for each
-    task over the same tensors, and rows of a call may have different ones. Training takes the mean of PEFT's noisy w.
+    task over the same tensors, and rows of a call may use different tasks. Training uses the mean of PEFT's noisy w.
 
     Attributes:
         r: rank of a skill.
         n_tasks: number of tasks.
         n_skills: number of skills.
-        n_splits: number of splits of in and out, which it divides.
+        n_splits: number of splits of in and out; a divisor of both.
         task: the task that acts, from 0.
     """
 
@@ -54,7 +54,7 @@ class Poly(WeightVariant):
 
     @staticmethod
     def by_task(adapter: Adapter) -> dict[str, Adapter]:
-        """Return an adapter for each task of one of this method, named ``<adapter>-<task>``, over the same tensors."""
+        """Return one adapter per task of a Poly adapter, named ``<adapter>-<task>``; all share its tensors."""
         variant = adapter.variant
         assert isinstance(variant, Poly)
         names = {f"{adapter.name}-{task}": task for task in range(variant.n_tasks)}

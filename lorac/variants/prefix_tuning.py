@@ -1,7 +1,7 @@
-"""Prefix tuning: keys and values before those of every sequence, at each layer of a decoder.
+"""Prefix tuning: trained keys and values precede those of every sequence, at each layer of a decoder.
 
 Li and Liang 2021, arXiv 2101.00190. PEFT's PREFIX_TUNING, and CARTRIDGE (Eyuboglu et al. 2025, arXiv 2506.06266), which
-differs in its training alone.
+differs only in training.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ def _refuse_training(*_: object) -> NoReturn:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(PromptVariant):
-    """``softmax(q·[K_P; K]ᵀ/√s)·[V_P; V]`` at each layer: K_P and V_P (n, heads, s) precede a sequence's own.
+    """``softmax(q·[K_P; K]ᵀ/√s)·[V_P; V]`` at each layer: K_P, V_P (n, heads, s) precede a sequence's keys and values.
 
     Attributes:
         num_virtual_tokens: n.
         num_layers: layers of the decoder.
-        num_attention_heads: heads that have keys and values of their own.
+        num_attention_heads: number of heads of keys and values.
         token_dim: heads · s.
     """
 

@@ -1,7 +1,7 @@
-"""Prompt tuning: virtual tokens before every sequence, as rows behind those of the input embedding.
+"""Prompt tuning: virtual tokens before every sequence, stored as rows after the input embedding's rows.
 
-Lester et al. 2021, arXiv 2104.08691. PEFT's PROMPT_TUNING; P_TUNING (Liu et al. 2021, arXiv 2103.10385) and CPT
-(Blau et al. 2024, arXiv 2410.17222) are the same once they are trained, and a task of MULTITASK_PROMPT_TUNING is.
+Lester et al. 2021, arXiv 2104.08691. PEFT's PROMPT_TUNING; P_TUNING (Liu et al. 2021, arXiv 2103.10385), CPT (Blau et
+al. 2024, arXiv 2410.17222) and each task of MULTITASK_PROMPT_TUNING have the same form after training.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lorac.variants.initialisers import normal
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(PromptVariant):
-    """``E' = [E; P]``: rows P (n, d) behind an input embedding E (V, d), for ids V … V + n − 1 before each sequence.
+    """``E' = [E; P]``: rows P (n, d) after an input embedding E (V, d), for ids V … V + n − 1 before each sequence.
 
     Attributes:
         num_virtual_tokens: n.

@@ -28,13 +28,13 @@ class PSOFT(InputDropout, WeightVariant):
         alpha: s = alpha/r, which cancels for a trained R.
         ab_svd_init: ``"psoft_init"``: A = Vᵀ and B = U·S/s; ``"pissa_init"``: both have √(S/s).
         psoft_svd: ``"full"``, or ``"lowrank"`` for the randomised SVD of ``torch.svd_lowrank``.
-        psoft_svd_lowrank_niter: its rounds.
-        random_seed: its seed.
-        psoft_orth: without it psoft_R (r, r) is R itself.
-        psoft_mag_a: the vector a is trained, else 1.
-        psoft_mag_b: the vector b is trained, else 1.
-        use_cayley_neumann: the series instead of the inverse.
-        num_cayley_neumann_terms: its terms, up to 100: every term is an op of the program.
+        psoft_svd_lowrank_niter: number of rounds of the randomised SVD.
+        random_seed: seed of the randomised SVD.
+        psoft_orth: whether R is a rotation; else psoft_R (r, r) is R.
+        psoft_mag_a: whether the vector a is trained; else it is 1.
+        psoft_mag_b: whether the vector b is trained; else it is 1.
+        use_cayley_neumann: whether the series replaces the inverse.
+        num_cayley_neumann_terms: number of terms of the series, up to 100: every term is an op of the program.
         cayley_neumann_eps: largest Frobenius norm of Q in the series; None for no bound.
     """
 
@@ -69,7 +69,7 @@ class PSOFT(InputDropout, WeightVariant):
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        trained = p.psoft_R if self.r > 1 or not self.psoft_orth else W.new_zeros(0)  # one dimension turns nowhere
+        trained = p.psoft_R if self.r > 1 or not self.psoft_orth else W.new_zeros(0)  # in one dimension R is 1
         core = self._rotation(trained) if self.psoft_orth else trained
         core = p.psoft_b[:, None] * core if self.psoft_mag_b else core
         core = core * p.psoft_a if self.psoft_mag_a else core

@@ -1,4 +1,4 @@
-"""PVeRA: VeRA whose hidden values are drawn from learned distributions while it trains.
+"""PVeRA: VeRA whose hidden values are drawn from learned distributions during training.
 
 arXiv 2512.07703; shapes, start values and the draw of A and B as in PEFT.
 """
@@ -16,14 +16,14 @@ from lorac.variants.base import BranchVariant, Context, Dropout, Params, Tensor
 class PVeRA(RandomProjections, BranchVariant):
     """``y' = y + λ_b∘B·μ``, μ = λ_d[:r]∘A[:r]·x; in training μ + σ∘ε for μ, σ = exp(λ_d[r:]∘A[r:]·x / 2).
 
-    A is (2r, in), λ_d (2r,). The noise ε ~ N(0, 1) is drawn from torch's generator, as in PEFT; without it the method
-    is affine, and merges.
+    A is (2r, in), λ_d (2r,). The noise ε ~ N(0, 1) is drawn from torch's generator, as in PEFT; without noise the
+    method is affine and can be merged.
     """
 
     name = "pvera"
     paper = "PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, arXiv 2512.07703"
-    dropout_place = Dropout.NONE  # the formula drops, since it is not affine where it trains
-    halves = 2  # of the mean, then of the log-variance
+    dropout_place = Dropout.NONE  # the formula applies dropout, since it is not affine in training
+    halves = 2  # for the mean and the log-variance
     samples = True
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:

@@ -1,4 +1,4 @@
-"""QA-LoRA: a LoRA on inputs pooled by groups, so that a group-quantised base takes it up in its zero points.
+"""QA-LoRA: a LoRA on inputs pooled by groups, which a group-quantised base can absorb into its zero points.
 
 Xu et al. 2023, arXiv 2309.14717; the scale is PEFT's.
 """

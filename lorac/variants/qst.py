@@ -1,7 +1,7 @@
-"""QST: a narrow side network reads the output of every block of a frozen model, and is blended in at its last norm.
+"""QST: a narrow side network reads the output of each block of a frozen model and is mixed in at its last norm.
 
 "Quantized Side Tuning: Fast and Memory-Efficient Tuning of Quantized Large Language Models", Zhang et al. 2024, arXiv
-2401.07159. Nothing before the last norm needs gradients, so training stores no activations of the model.
+2401.07159. Nothing before the last norm needs gradients, so that training stores no activations of the model.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class QST(BranchVariant):
         targets: the model's last norm.
         blocks: paths of the model's blocks, in order.
         heads: number of attention heads in S_n, as in the model.
-        intermediate: width of the model's MLPs; S_n has an r-th of it.
+        intermediate: width of the model's MLPs; the MLP of S_n has the width intermediate // r.
         r: the side network's width is d/r.
         bottleneck: rank of the downsamplers ``"adapter"`` and ``"lora"``.
-        downsample: the kind of D: ``"adapter"``, a SiLU bottleneck and a LayerNorm; ``"lora"``, the two factors alone;
+        downsample: the kind of D: ``"adapter"``, a SiLU bottleneck and a LayerNorm; ``"lora"``, only the two factors;
             ``"linear"``, one matrix; or, without parameters, ``"max"`` or ``"avg"`` of r neighbouring features.
         kv_heads: number of heads of keys and values; None for ``heads``.
-        causal: tokens attend to earlier tokens and themselves only.
+        causal: whether tokens attend only to earlier tokens and themselves.
         rope_theta: base of the rotary positions.
         mask: the argument of the model's forward that marks non-padding tokens (batch, length); every call must give
             it. None for calls without padding, or with padding on the right of a causal model.
         dropout: rate of the dropout on the downsamplers' input, in training.
-        vectors: γ and a are vectors with a value per feature, else numbers.
-        sigmoid: a is the sigmoid of its tensor, as in the authors' code, and then it starts at 0.73.
-        own_first: D_0 is a downsampler of its own; else it is D_1, as in the authors' code.
+        vectors: whether γ and a are vectors with a value per feature; else they are numbers.
+        sigmoid: whether a is the sigmoid of its tensor, as in the authors' code; a then starts at 0.73.
+        own_first: whether D_0 is a separate downsampler; else D_0 = D_1, as in the authors' code.
         eps: eps of the RMS norms.
     """
 
@@ -78,7 +78,7 @@ class QST(BranchVariant):
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]  # it depends on causal
-        """Whether tokens attend to later ones, which no cache stores."""
+        """Whether tokens attend to later tokens, which no cache stores."""
         return not self.causal
 
     def reads(self, site: Site) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ class QST(BranchVariant):
         return F.layer_norm(F.linear(F.silu(F.linear(h, a)), b), (len(b),), scale, shift)
 
     def _side(self, u: Tensor, p: Params, n: int, rotary: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
-        """Return S_n(u), like u (…, length, d/r)."""
+        """Return S_n(u), of the shape of u (…, length, d/r)."""
         w = {key: getattr(p, f"side_{n}_{key}") for key in ("q", "k", "v", "o", "gate", "up", "down")}
         z, groups = _rms(u, getattr(p, f"side_{n}_input_norm"), self.eps), self.kv_heads or self.heads
         q = _rotate(_split_heads(F.linear(z, w["q"]), self.heads), rotary)
@@ -172,10 +172,10 @@ class QST(BranchVariant):
 
     @staticmethod
     def of(model: nn.Module, **fields: Any) -> QST:
-        """Return the side network of a model, with the last norm, blocks and sizes that its structure and config give.
+        """Return the side network of a model; its last norm, blocks and sizes are read from structure and config.
 
         Args:
-            **fields: fields of the variant, in place of those read from the model.
+            **fields: fields of the variant, which replace the values read from the model.
 
         Raises:
             SiteError: the structure does not determine the norm or the blocks.
@@ -184,7 +184,7 @@ class QST(BranchVariant):
         view, targets = ModelView.of(model), fields.pop("targets", None)
         sites = view.sites
         outermost = find_outermost_blocks(sites)
-        chains: dict[str, list[str]] = {}  # the blocks in the model's order, by the path of the list that holds them
+        chains: dict[str, list[str]] = {}  # path of a list of blocks -> its blocks, in the model's order
         for path in (path for path in sites if path in outermost):
             chains.setdefault(path.rpartition(".")[0], []).append(path)
         norm = _last_norm(model, chains) if targets is None else _find_named(view, targets)
@@ -197,7 +197,7 @@ class QST(BranchVariant):
                 code="site_not_found",
             )
         blocks = tuple(fields.pop("blocks", None) or siblings[0])
-        # An expression, since a name in a list also matches the ends of other paths, such as those of blocks' norms.
+        # A regular expression, since a name in a list also matches suffixes of other paths, such as of blocks' norms.
         return QST(targets=re.escape(norm), blocks=blocks, **{**_read_sizes(model, blocks[0], sites, fields), **fields})
 
 
@@ -207,7 +207,7 @@ _DOWNSAMPLERS = ("adapter", "lora", "linear", *_POOLS)
 
 
 def _scale_spec(size: int) -> ParamSpec:
-    """Return the spec of a scale, which weight decay leaves out."""
+    """Return the spec of a scale, which is excluded from weight decay."""
     return ParamSpec((size,), ones, decay=False)
 
 
@@ -221,7 +221,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _rotary_tables(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (…, length, size) of rotary positions; only differences of positions matter."""
+    """Return cosines and sines (…, length, size) of rotary positions; only differences of positions affect results."""
     rates = theta ** (torch.arange(0, size, 2, device=h.device).to(h.dtype) / -size)
     angles = positions.to(h.dtype)[..., None] * rates
     angles = torch.cat([angles, angles], -1)
@@ -235,7 +235,7 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
-    """Return the norm next to a list of blocks; of several the one after it."""
+    """Return the path of the norm next to a list of blocks; of several norms, the one after the list."""
     order = [path for path, _ in model.named_modules()]
     found, after = list[str](), list[str]()
     for holder in chains:
@@ -258,7 +258,7 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
 
 
 def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> str:
-    """Return the path of the one module that the targets name."""
+    """Return the path of the only module that the targets name."""
     found = [path for path in view.callable_paths if is_named(targets, path)]
     if len(found) != 1:
         raise SiteError(
@@ -270,7 +270,7 @@ def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> 
 
 
 def _read_sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the heads from the model's config, and the MLPs' width: the widest input of a layer in a block."""
+    """Read the heads from the model's config, and the MLPs' width: the widest input of a layer in a block."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = fields.get("heads") or getattr(config, "num_attention_heads", None)

@@ -1,6 +1,6 @@
 """RandLoRA: full-rank updates from scaled random bases.
 
-Albert et al. 2025, arXiv 2502.00987; layout and draw of the bases as in PEFT, which pairs them its own way.
+Albert et al. 2025, arXiv 2502.00987; layout and draw of the bases, and their unusual pairing, as in PEFT.
 """
 
 import math
@@ -19,12 +19,13 @@ Shape = tuple[int, int, int]
 def draw_bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[Tensor]:
     """Draw A (r, 1, d), then B (D, n, r), in float32 with deviation 1, from a CPU generator seeded with ``key``.
 
-    They are drawn in bfloat16, as in PEFT on devices that support it, and equal PEFT's if torch's generator does.
+    They are drawn in bfloat16, as in PEFT on devices that support it, and equal PEFT's where torch's generator draws
+    the same.
 
     Args:
         shapes: shapes of A and B; A does not depend on B.
         key: the seed.
-        sparsity: s gives entries −1, 0, 1 with probabilities 1/2s, 1 − 1/s, 1/2s; None: uniform entries.
+        sparsity: s, for entries −1, 0, 1 with probabilities 1/2s, 1 − 1/s, 1/2s; None: uniform entries.
     """
     generator = torch.Generator().manual_seed(key)
     if sparsity is None:
@@ -37,7 +38,7 @@ def draw_bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[
 
 
 def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Draw blocks (rows, 1, columns) one after the other and concatenate them."""
+    """Draw blocks (rows, 1, columns) one at a time and concatenate them."""
     rows, count, columns = shape
     blocks = [torch.empty((rows, 1, columns), dtype=torch.bfloat16) for _ in range(count)]
     for block in blocks:
@@ -50,7 +51,7 @@ class RandLoRA(InputDropout, WeightVariant):
     """``W' = W + s·Σⱼ Bⱼ·diag(λⱼ)·A·diag(γⱼ)`` over n = ⌈d/r⌉ bases, s = alpha/r; transposed where in > out.
 
     d and D are the smaller and the larger of out and in. A (r, 1, d) and B (D, n, r) are random, frozen, and shared by
-    all sites, which use their corners. Row k·n + j of λ∘A∘γ is multiplied with column t = k·n + j of B[:D, :n]
+    all sites, which use their first entries. Row k·n + j of λ∘A∘γ is multiplied by column t = k·n + j of B[:D, :n]
     flattened over its last two axes, as in every known file; the paper's sum has the same (k, j) on both sides.
 
     Attributes:
@@ -58,7 +59,7 @@ class RandLoRA(InputDropout, WeightVariant):
         alpha: PEFT's randlora_alpha.
         projection_prng_key: seed of A and B.
         sparse: draw A and B from −1, 0, 1 with probabilities 1/6, 2/3, 1/6, scaled to deviation 1.
-        very_sparse: the same with probability 1/(2√d) for each of ±1; overrides ``sparse``.
+        very_sparse: as ``sparse``, with probability 1/(2√d) for each of ±1; overrides ``sparse``.
     """
 
     r: Count = 32

@@ -1,8 +1,8 @@
 """ReMix: several LoRAs in every layer; a policy chooses k of them, with equal weights.
 
 "ReMix: Reinforcement Routing for Mixtures of LoRAs in LLM Finetuning", Qiu et al. 2026, arXiv 2603.10160; no code is
-published. The choice is not differentiable: the router learns from the loss by the probability of its draws, which is
-emitted.
+published. The choice is not differentiable: the router learns from the loss through the probability of its draws, which
+is emitted.
 """
 
 import math
@@ -24,18 +24,19 @@ from lorac.variants.low_rank import factor_specs
 class ReMix(RoutedVariant):
     """``y' = y + ω·Σ_{i chosen} B_i·A_i·x``, ω = alpha/(top_k·r), or alpha/√(top_k·r) under rsLoRA.
 
-    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, and P (experts, in) is the router. In
-    training a token's experts are drawn from q = softmax(P·x) without replacement, independently at each site; else
-    they are the top_k largest. The branch emits ``"router"``, the logits P·x (…, experts), and ``"log_prob"`` (…), the
-    log-probability of the choice in its order: log Π_j q_j/(1 − Σ_{i<j} q_i). A gradient reaches P only through these,
-    and does not go on to x; ``lorac.training.sampled_selection_loss`` is the loss that gives it. With top_k >= experts
-    all experts act: it is a LoRA of rank experts·r without a router.
+    A (experts·r, in) and B (out, experts·r) are the experts' stacked factors, and P (experts, in) is the router. In
+    training a token's experts are drawn from q = softmax(P·x) without replacement, independently at each site;
+    otherwise they are the top_k experts with the largest logits. The branch emits ``"router"``, the logits P·x (…,
+    experts), and ``"log_prob"`` (…), the log-probability of the choice in its order: log Π_j q_j/(1 − Σ_{i<j} q_i). A
+    gradient reaches P only through these outputs, and does not continue to x; ``lorac.training.sampled_selection_loss``
+    is the loss that computes it. With top_k >= experts all experts act: it is a LoRA of rank experts·r without a
+    router.
 
     Attributes:
         r: rank of each expert.
         alpha: numerator of ω.
-        rslora: divide by the root.
-        experts: their number n.
+        rslora: whether ω is divided by the square root.
+        experts: number n of experts.
         top_k: number k of experts that act for a token; ties go to the lowest index.
         dropout: rate of the dropout on the branch's input, in training.
     """
@@ -52,7 +53,7 @@ class ReMix(RoutedVariant):
 
     @property
     def chooses(self) -> bool:
-        """Whether fewer than all experts act for a token."""
+        """Whether fewer than all experts act on a token."""
         return self.top_k < self.experts
 
     @property
@@ -91,9 +92,9 @@ class ReMix(RoutedVariant):
         return y + self.mix(F.linear(dropped, p.lora_A), weights, p)
 
     def _keys(self, logits: Tensor, ctx: Context) -> Tensor:
-        """Return the keys that order the experts: the logits, in training with noise that makes the order a draw."""
+        """Return the keys that order the experts: the logits, plus noise in training so that the order is a draw."""
         if ctx.generator is None:
             return logits
-        # The generator's seed is alike at all sites, whose draws must be independent.
+        # The generator has the same seed at all sites, but their draws must be independent.
         seed = ctx.generator.initial_seed() ^ zlib.crc32(ctx.site.path.encode())
         return add_gumbel_noise(logits, torch.Generator().manual_seed(seed))

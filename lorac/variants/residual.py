@@ -1,7 +1,7 @@
-"""Residual: a method on a weight from which a product of two frozen factors is subtracted.
+"""Residual: a method applied to a weight after subtracting a product of two frozen factors.
 
-PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start from non-zero factors, and change the base so that the output stays the
-same. Here the base is not changed: the product that they subtract from it is stored in the adapter.
+PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start from non-zero factors and change the base so that the output does not
+change. Here the base is not changed: the product that they subtract from it is stored in the adapter.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from lorac.variants.initialisers import zeros
 
 @dataclass(frozen=True, kw_only=True)
 class Residual(CompositeVariant):
-    """``W' = f(W − B₀·A₀)``, f a method with its own tensors, A₀ and B₀ frozen.
+    """``W' = f(W − B₀·A₀)``, where f is a method with its tensors, and A₀ and B₀ are frozen.
 
     Attributes:
-        method: f; the residual's own ``targets`` apply, not those of ``method``.
+        method: f; the residual's ``targets`` apply, not the method's.
         r: rank of B₀·A₀.
-        rank_pattern: module pattern -> its own r.
+        rank_pattern: module pattern -> r of these modules.
     """
 
     method: WeightVariant
@@ -35,7 +35,7 @@ class Residual(CompositeVariant):
 
     @classmethod
     def around(cls, method: WeightVariant, r: int, rank_pattern: Mapping[str, int]) -> "Residual":
-        """Return a residual around a method, with its targets and the modules and biases that it trains whole."""
+        """Wrap a method in a residual, with the method's targets and the modules and biases that it trains whole."""
         common = {name: value for name, value in method.settings.items() if name not in method.own_settings}
         return cls(method=method, r=r, rank_pattern=rank_pattern, **common)  # type: ignore[arg-type]  # of the same fields
 
@@ -45,7 +45,7 @@ class Residual(CompositeVariant):
 
     @property
     def dropout(self) -> float:
-        """The method's rate; dropout acts on the whole change, so that a fresh adapter still changes nothing."""
+        """The method's dropout rate; dropout acts on the whole change, so that a fresh adapter changes nothing."""
         return float(getattr(self.method, "dropout", 0.0))
 
     def at_path(self, path: str) -> Variant:

@@ -15,19 +15,19 @@ from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, Weigh
 from lorac.variants.initialisers import ones, zeros
 
 _ANGLES = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
-"""Form -> (sets for cosine and sine, halves of a group with angles of their own)."""
+"""Form -> (sets for cosine and sine, halves of a group that have separate angles)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoAd(WeightVariant):
-    """``W' = R·W`` and ``b' = R·b``: R turns output i of a group and output i + group_size/2 by θ, and scales by α.
+    """``W' = R·W`` and ``b' = R·b``: R rotates outputs i and i + group_size/2 of a group by θ, and scales them by α.
 
     With y₁ and y₂ the halves of a group: ``y₁' = α·cos θ∘y₁ − α·sin θ∘y₂``, ``y₂' = α·sin θ∘y₁ + α·cos θ∘y₂``.
 
     Attributes:
-        variant: PEFT's name for the number of angles and scales: ``"road_1"``: one of each a pair; ``"road_2"``: one of
-            each an output; ``"road_4"``: one of each for the cosine of an output, and for its sine.
-        group_size: size of the groups within which outputs are paired; even, and divides out.
+        variant: PEFT's name for the number of angles and scales. ``"road_1"``: one of each per pair; ``"road_2"``: one
+            of each per output; ``"road_4"``: two of each per output, for the cosine and for the sine.
+        group_size: size of the groups within which outputs are paired; even, and a divisor of out.
     """
 
     variant: Annotated[str, OneOf(tuple(_ANGLES))] = "road_1"

@@ -27,14 +27,14 @@ __all__ = ["MaskMaker", "SHiRA", "gradient_mask", "magnitude_mask", "random_mask
 
 @dataclass(frozen=True, kw_only=True)
 class SHiRA(WeightVariant):
-    """``W' = W + S``, S holding K trained values at fixed positions.
+    """``W' = W + S``, where S has K trained values at fixed positions.
 
     Attributes:
         r: PEFT's size setting: K = r·(out + in). It does not bound the rank.
         ratio: the paper's setting: K = round(ratio·out·in). It overrides r.
         mask: the positions: ``"random"`` (different per adapter and site), ``"magnitude"``, or the result of
             ``random_mask``, ``magnitude_mask``, ``gradient_mask``, ``snip_mask`` or ``struct_mask`` of this module; the
-            last gives K itself.
+                last decides K.
     """
 
     r: Count = 32

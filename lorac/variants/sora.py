@@ -12,7 +12,7 @@ from lorac.variants.low_rank import LowRankFields, factor_specs
 
 @dataclass(frozen=True, kw_only=True)
 class SoRA(LowRankFields, WeightVariant):
-    """``W' = W + (alpha/r)·B·diag(g)·A``; the scale keeps the r it began with, however many gates g (r,) are 0.
+    """``W' = W + (alpha/r)·B·diag(g)·A``; the scale keeps the initial r, however many gates g (r,) become 0.
 
     Attributes:
         r: largest rank, the paper's r_max.

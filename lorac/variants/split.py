@@ -21,14 +21,14 @@ from lorac.variants.params import select_params
 
 @dataclass(frozen=True, kw_only=True)
 class Split(InputDropout, CompositeVariant):
-    """``W' = [f₀(W₀); f₁(W₁); …]``, W split by rows, fᵢ a method or the identity. Tensors are ``<part>_<name>``.
+    """``W' = [f₀(W₀); f₁(W₁); …]``: W is split by rows, fᵢ is a method or the identity. Tensors are ``<part>_<name>``.
 
     Attributes:
-        parts: name of a part -> the method that acts on its rows, as on a layer's weight. The split's own ``targets``
-            and ``dropout`` apply, not the method's.
-        among: the names of all parts, in the order of the rows; for unequal parts, name -> its share of the rows (the
-            number of rows, or any numbers in the same proportion, such as heads).
-        groups: number of groups of rows, each of which is split alike (the heads of GPT-NeoX and Bloom, the groups of
+        parts: name of a part -> the method that acts on its rows, as on a layer's weight. The split's ``targets`` and
+            ``dropout`` apply, not the method's.
+        among: the names of all parts, in the order of the rows; for unequal parts, name -> share of the rows (a number
+            of rows, or numbers in the same proportion, such as heads).
+        groups: number of groups of rows, each split in the same way (the heads of GPT-NeoX and Bloom, the groups of
             heads of Falcon).
     """
 
@@ -64,7 +64,7 @@ class Split(InputDropout, CompositeVariant):
         return {f"{part}_": method for part, method in self.parts.items()}
 
     def inner_sites(self, site: Site) -> dict[str, Site]:
-        """Return the sites that the parts would be as layers of their own."""
+        """Return the site of each part, as if the part were a separate layer."""
         units, rest = divmod(site.out_features, self.groups * sum(self._shares.values()))
         if rest:
             parts = ", ".join(f"{part}: {share}" for part, share in self._shares.items())
@@ -97,12 +97,12 @@ class Split(InputDropout, CompositeVariant):
         return self.among if isinstance(self.among, Mapping) else dict.fromkeys(self.among, 1)
 
     def _split_rows(self, fused: Tensor) -> dict[str, Tensor]:
-        """Return the rows of each part of a tensor (out, …), group after group."""
+        """Split a tensor (out, …) into the rows of each part, concatenated over the groups."""
         unit = fused.shape[0] // (self.groups * sum(self._shares.values()))
         groups = fused.unflatten(0, (self.groups, -1))
         parts = groups.split([share * unit for share in self._shares.values()], 1)
         return {name: part.flatten(0, 1) for name, part in zip(self._shares, parts, strict=True)}
 
     def _join_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Invert ``_split_rows``."""
+        """Join rows that ``_split_rows`` split."""
         return torch.cat([rows[part].unflatten(0, (self.groups, -1)) for part in self._shares], 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Super-Tuning: the weight's largest entries trained, with a LoRA next to them in its hybrid, Supra.
+"""Super-Tuning: trains the weight's largest entries; the hybrid Supra adds a LoRA.
 
 arXiv 2607.09287; positions, scale and start values as in PEFT.
 """
@@ -17,11 +17,11 @@ from lorac.variants.low_rank import factor_specs
 
 @dataclass(frozen=True, kw_only=True)
 class SuperTuning(WeightVariant):
-    """``W' = W + S + (alpha/r)·B·A``, S holding K trained values at the positions of the K largest |W|.
+    """``W' = W + S + (alpha/r)·B·A``, where S has K trained values at the positions of the K largest |W|.
 
     Attributes:
         sparsity: K = ⌊(1 − sparsity)·out·in⌋.
-        select_top: False takes the smallest |W| instead.
+        select_top: False: the smallest |W| instead.
         r: rank of Supra's LoRA; None: there is none.
         alpha: PEFT's lora_alpha; None: 2r.
     """
@@ -53,7 +53,7 @@ class SuperTuning(WeightVariant):
         return int(site.out_features * site.in_features * (1 - self.sparsity))
 
     def positions(self, weight: Tensor) -> Tensor:
-        """Return the positions (2, K) in W, rows and columns, in PEFT's order."""
+        """Return the positions (2, K) in W: rows and columns, in PEFT's order."""
         count = int(weight.numel() * (1 - self.sparsity))
         flat = torch.topk(weight.abs().flatten(), count, largest=self.select_top).indices
         return torch.stack((flat // weight.shape[1], flat % weight.shape[1]))

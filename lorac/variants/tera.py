@@ -1,8 +1,8 @@
 """TeRA: vectors in a random tensor network. TeRA-style, unverified.
 
-Gu et al. 2025, arXiv 2509.03234. From its abstract: a Tucker-like network whose core and factors are random, frozen
-and shared by the layers, with trained diagonal factors per layer. The position of the diagonals, the modes, scale and
-start values are lorac's choice, each with a field.
+Gu et al. 2025, arXiv 2509.03234. From its abstract: a Tucker-like network whose core and factors are random, frozen and
+shared by the layers, with trained diagonal factors per layer. Position of the diagonals, modes, scale and start values
+are lorac's choice; each has a field.
 """
 
 import functools
@@ -22,7 +22,7 @@ from lorac.variants.low_rank import InputDropout
 
 
 def balanced_modes(size: int, order: int) -> tuple[int, ...]:
-    """Split ``size`` into ``order`` divisors of similar size, smaller ones first: 11008 = 86·128."""
+    """Split ``size`` into ``order`` divisors of similar size, smaller divisors first: 11008 = 86·128."""
     if order == 1:
         return (size,)
     first = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n**order <= size)
@@ -34,15 +34,15 @@ class TeRA(InputDropout, WeightVariant):
     """``W' = W + s·mat(G ×₁ U₁·diag(d₁) ×₂ … ×_K U_K·diag(d_K))`` with K = 2·order modes, half of out, half of in.
 
     The core G (R₁, …, R_K) and the factors U_k (n_k, R_k) are random, frozen, and shared by all sites, with the size
-    that the largest site needs; a site uses their corners, those of U_k scaled to variance 1/R_k. The vectors
-    d_k (R_k,) are trained. With order 1 and U₁ = 1 this is VeRA.
+    that the largest site needs; a site uses their first entries, with U_k scaled to variance 1/R_k. The vectors d_k
+    (R_k,) are trained. With order 1 and U₁ = 1 this is VeRA.
 
     Attributes:
         r: largest R_k; None for R_k = n_k, where the update can have full rank.
-        order: number of modes into which out is split, and in.
+        order: number of modes into which out is split, and into which in is split.
         scale: s; None for 1/√in.
         factors: ``"dense"``; or ``"identity"`` for U_k = 1, where only G and the diagonals act and r is ignored.
-        zero_mode: list index k of the vector that starts at zero; the others start at one.
+        zero_mode: list index k of the vector that starts at zero; all others start at one.
         seed: seed of G and U, drawn in this order.
     """
 
@@ -112,7 +112,7 @@ class TeRA(InputDropout, WeightVariant):
         return drawn[:size, :rank] * (diagonal * math.sqrt(drawn.shape[1] / rank))
 
     def _draw(self, position: int) -> Init:
-        """Return an initialiser that draws G ~ N(0, 1), U_k ~ N(0, 1/R_k) in turn and keeps the ``position``-th."""
+        """Return an initialiser that draws G ~ N(0, 1), then U_k ~ N(0, 1/R_k), and returns draw ``position``."""
 
         def draw(context: InitContext) -> Tensor:
             generator = torch.Generator().manual_seed(self.seed)

@@ -1,4 +1,4 @@
-"""TinyLoRA: a few trained numbers, shared by groups of layers, mix random cores between frozen factors of the weight.
+"""TinyLoRA: a few trained numbers, shared by groups of layers, mix random cores between frozen factors of W.
 
 Morris et al. 2026, arXiv 2602.04118; factors, cores and groups as in PEFT's TINYLORA.
 """
@@ -22,14 +22,14 @@ from lorac.variants.low_rank import InputDropout
 class TinyLoRA(InputDropout, WeightVariant):
     """``W' = W + B·(Σᵢ vᵢ·Pᵢ)·A`` with B·A the rank-r truncated SVD of W, both with √S, and P (u, r, r) random, frozen.
 
-    The rank is at most out and in. P ~ N(0, 1/r). v (u,) is trained, and one of each group of sites.
+    The rank is at most min(out, in). P ~ N(0, 1/r). v (u,) is trained; each group of sites shares one v.
 
     Attributes:
         r: rank.
         u: length of v.
-        weight_tying: t: n sites are in n·(1 − t) groups, so that at 0 each has its own v, and at 1 all have one.
-        projection_seed: seed of P at the first site; at the i-th after it, i more.
-        order: the paths of the sites in the model's order, filled in by ``for_model``.
+        weight_tying: t: n sites form n·(1 − t) groups, so that each site has a separate v at 0, and all share one at 1.
+        projection_seed: seed of P at the first site; the seed of the i-th site after it is larger by i.
+        order: the paths of the sites in the model's order; set by ``for_model``.
     """
 
     r: Count = 2
@@ -45,7 +45,7 @@ class TinyLoRA(InputDropout, WeightVariant):
         return dataclasses.replace(self, order=tuple(site.path for site in self.named_sites(view)))
 
     def group(self, path: str) -> int:
-        """Return the number of the group of a site, which is PEFT's."""
+        """Return the number of a site's group, as PEFT assigns it."""
         count = max(1, len(self.order))
         groups = max(1, round(count * (1 - self.weight_tying)))
         return min(self._index(path) // max(1, count // groups), groups - 1)

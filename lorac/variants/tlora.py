@@ -1,4 +1,4 @@
-"""TLoRA: a full-rank transform of the layer's input in tensor form, and a low-rank or tensor-ring residual.
+"""TLoRA: a full-rank transform of the layer's input in tensor form, plus a low-rank or tensor-ring residual.
 
 Tao et al. 2025, arXiv 2501.08727; names, scale and index order as in the authors' code (taozerui/tlora_diffusion).
 """
@@ -17,11 +17,11 @@ from lorac.variants.base import Init, InitContext, Params, ParamSpec, Site, Site
 from lorac.variants.initialisers import normal, zeros
 
 _DIMS = ((4, 8, 10), (8, 8, 10), (8, 8, 12), (8, 10, 16), (8, 16, 16))
-"""The factors of the authors' code."""
+"""The factorisations in the authors' code."""
 
 
 def _identity(context: InitContext) -> Tensor:
-    """Return I, or I/R for every pair of ring indices, so that the trace over the ring is I (in float64, for 1/3)."""
+    """Return I, or I/R for every pair of ring indices, so that the trace over the ring is I (in float64 for 1/3)."""
     size, _, *ring = context.shape
     eye = torch.eye(size, dtype=torch.float64)
     return eye if not ring else (eye / ring[0])[:, :, None, None].expand(context.shape).clone()
@@ -40,8 +40,8 @@ class TLoRA(WeightVariant):
         residual: ``"lora"`` or ``"ttv"`` (the ring).
         alpha, rslora: s = alpha/√r under rslora, the code's default; s = 1 in the paper.
         index_order: ``"big"``: the first factor is the slowest index (the code); ``"little"``: the fastest (the paper).
-        dims: factorisations, each for the size that is its product. Other sizes use the authors' table, or the most
-            balanced three factors.
+        dims: factorisations, each for the size that it multiplies to. Other sizes use the authors' table, or else the
+            most balanced three factors.
     """
 
     transform_rank: Annotated[int, Bounds(0)] = 1
@@ -117,9 +117,9 @@ class TLoRA(WeightVariant):
         return transformed + (self.scale * left.flatten(1)) @ right.transpose(1, 2).flatten(1).t()
 
     def _ordered(self, cores: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the cores from the slowest index to the fastest, each (n, n, R, R).
+        """Return the cores, each (n, n, R, R), from the slowest index to the fastest.
 
-        The trace of factors in reverse order is that of the transposed factors in order.
+        The trace of a product in reverse order equals the trace of the transposed factors in order.
         """
         rings = [core if core.dim() > 2 else core[:, :, None, None] for core in cores]
         return rings if self.index_order == "big" else [core.transpose(2, 3) for core in reversed(rings)]
@@ -140,7 +140,7 @@ def _cores(p: Params, prefix: str) -> list[Tensor]:
 
 
 def _times_ring(W: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """Return W (out, in)·T, core by core, without building T."""
+    """Return W (out, in)·T, core by core, without materialising T."""
     out, columns = W.shape
     ring = cores[0].shape[2]
     # (out·done, rest, first ring index, current ring index); the current index starts equal to the first.

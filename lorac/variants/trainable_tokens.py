@@ -19,11 +19,11 @@ from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Site
 class TrainableTokens(WeightVariant):
     """``W'[:, t] = P`` for some tokens t of an embedding W (d, V), P (d, n); of an output layer (V, d) ``W'[t] = Pᵀ``.
 
-    A layer that is tied to a targeted embedding is adapted with it: both hold one tensor Pᵀ (n, d), as PEFT has it.
+    A layer tied to a targeted embedding is adapted too: both share one tensor Pᵀ (n, d), as in PEFT.
 
     Attributes:
         token_indices: the tokens' indices, without duplicates.
-        tied: layers are tied to the embeddings; filled in by ``for_model``.
+        tied: whether layers are tied to the embeddings; set by ``for_model``.
     """
 
     token_indices: Annotated[tuple[int, ...], Bounds(0, torch.iinfo(torch.int64).max)]
@@ -33,7 +33,7 @@ class TrainableTokens(WeightVariant):
     kinds = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})
 
     def for_model(self, view: ModelView, inputs: object = None) -> "TrainableTokens":
-        """Return this method with the layers that are tied to its embeddings among its targets."""
+        """Add the layers that are tied to the method's embeddings to its targets; return the method."""
         named = self.named_sites(view)
         shares = [path for site in named if site.kind is SiteKind.EMBEDDING for path in site.shares]
         if not shares:
@@ -56,7 +56,7 @@ class TrainableTokens(WeightVariant):
         return {"index": index, name: ParamSpec(shape, initialise, tie=tie)}
 
     def hold_rows(self, site: Site, rows: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of a site with given rows (n, d)."""
+        """Return the tensors of a site that hold the rows (n, d)."""
         name = next(name for name in self.params(site) if name != "index")
         return {"index": torch.tensor([self.token_indices]), name: rows.t() if name == "columns" else rows}
 
@@ -67,6 +67,6 @@ class TrainableTokens(WeightVariant):
 
 
 def rows_of(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the rows (n, d) of a site's tensors: the inverse of ``TrainableTokens.hold_rows``."""
+    """Return the rows (n, d) in a site's tensors; the inverse of ``TrainableTokens.hold_rows``."""
     [rows] = (tensor.t() if name == "columns" else tensor for name, tensor in tensors.items() if name != "index")
     return rows

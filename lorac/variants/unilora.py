@@ -1,4 +1,4 @@
-"""Uni-LoRA: all factors of all layers repeat the values of one trained vector.
+"""Uni-LoRA: the entries of all layers' factors are copies of the values of one trained vector.
 
 Li et al. 2025, arXiv 2506.00799; assignment of the values as in PEFT's UNILORA.
 """
@@ -21,9 +21,9 @@ from lorac.variants.low_rank import InputDropout
 
 @functools.lru_cache(maxsize=1)
 def _assign(count: int, length: int, seed: int) -> Tensor:
-    """Return c·length + i (count,) for the c-th copy of the i-th of ``length`` values, in random order.
+    """Return c·length + i for each entry (count,) that is the c-th copy of the i-th of ``length`` values; random order.
 
-    All values have count // length copies, and some one more; the order is that of NumPy's generator.
+    Every value has count // length copies, and some values have one more; NumPy's generator decides the order.
     """
     generator = np.random.default_rng(seed)
     copies, rest = divmod(count, length)
@@ -37,18 +37,18 @@ def _assign(count: int, length: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class UniLoRA(InputDropout, WeightVariant):
-    """``W' = W + B·A``: every entry of all sites' A and B is θᵢ/√nᵢ, θ one trained vector, nᵢ the number of its copies.
+    """``W' = W + B·A``: each entry of all sites' A and B is θᵢ/√nᵢ, θ one trained vector, nᵢ the number of θᵢ's copies.
 
-    Which entry has which i is random, and frozen: unilora_places (1, r·(in + out)) are the copies in A, then B, row by
-    row, and unilora_scales their 1/√nᵢ.
+    The assignment of entries to i is random and frozen: unilora_places (1, r·(in + out)) are the copies in A, then in
+    B, row by row, and unilora_scales are their factors 1/√nᵢ.
 
     Attributes:
         r: rank.
         theta_d_length: length of θ.
         proj_seed: seed of the assignment.
         init_theta_d_bound: bound of θ's uniform start values.
-        starts: path of a site -> the number of entries of the sites before it, and ``""`` -> that of all; filled in by
-            ``for_model``.
+        starts: path of a site -> the number of entries of the sites before it; ``""`` -> the number of all entries; set
+            by ``for_model``.
     """
 
     r: Count = 4

@@ -1,4 +1,4 @@
-"""Union: several methods in one adapter, each at its own sites, such as bottlenecks after MLPs and a LoRA elsewhere.
+"""Union: several methods in one adapter, each at different sites, such as bottlenecks after MLPs and LoRA elsewhere.
 
 It covers AdapterHub's ``ConfigUnion`` for parts with disjoint sites (UniPELT's design, Mao et al. 2022, arXiv
 2110.07577, without its gates and prefixes).
@@ -17,13 +17,13 @@ from lorac.variants.base import MATRIX_KINDS, BranchVariant, ParamSpec, Site, Si
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Variant):
-    """``f = fᵢ`` at the sites that the i-th method targets, with that method's names of tensors.
+    """``f = fᵢ`` at the sites that the i-th method targets, with that method's tensor names.
 
-    Only one method acts at a site. Each reads the adapted outputs of earlier modules, and keeps its own dropout.
+    Only one method acts at a site. Each reads the adapted outputs of earlier modules, and applies its own dropout.
 
     Attributes:
         parts: the methods, each with its own ``targets``.
-        targets: the sites of all parts; filled in by ``for_model``.
+        targets: the sites of all parts; set by ``for_model``.
     """
 
     targets: str | Sequence[str] = ()
@@ -70,10 +70,10 @@ class Union(Variant):
         return self.at(site).params(site)
 
     def for_model(self, view: ModelView, inputs: object = None) -> "Union":
-        """Return this union with full paths as the targets of its parts.
+        """Return this union with full paths as its parts' targets.
 
         Raises:
-            SiteError: a part names no site, or two parts name the same one.
+            SiteError: a part names no site, or two parts name the same site.
         """
         parts: list[Variant] = []
         for part in (part.for_model(view, inputs) for part in self.parts):
@@ -87,14 +87,14 @@ class Union(Variant):
 
     @classmethod
     def of(cls, *adapters: Adapter, name: str) -> Adapter:
-        """Return one adapter of several that act at different sites; it shares their tensors without copies.
+        """Combine several adapters that act at different sites into one; the tensors are shared, not copied.
 
         Args:
             name: name of the result.
 
         Raises:
-            SiteError: two of them act at the same site.
-            ChoiceError: two of them replace the same parameter whole.
+            SiteError: two adapters act at the same site.
+            ChoiceError: two adapters replace the same parameter.
         """
         parts = (dataclasses.replace(one.variant, targets=tuple(one.tensors), exclude=()) for one in adapters)
         joined = Adapter(name, cls.over(*parts))

@@ -19,13 +19,13 @@ from lorac.variants.low_rank import InputDropout
 class VBLoRA(InputDropout, WeightVariant):
     """``W' = W + B·A``, whose subvectors of length v are mixtures of vectors from one trained bank (h, v).
 
-    A row of A has in/v subvectors, a column of B out/v. Each is the mean of the k vectors with the largest logits,
-    weighted by the softmax of these logits; ties go to the lowest index.
+    A row of A has in/v subvectors, a column of B out/v. Each is the weighted mean of the k bank vectors with the
+    largest logits; the weights are the softmax of these logits, and ties go to the lowest index.
 
     Attributes:
         r: rank.
         num_vectors: h.
-        vector_length: v; it divides in and out.
+        vector_length: v; a divisor of in and out.
         topk: k.
         init_vector_bank_bound: bound of the bank's uniform start values.
         init_logits_std: deviation of the logits' start values.

@@ -16,13 +16,14 @@ from lorac.variants._transformed import TransformedVariant
 from lorac.variants.base import Params, Tensor
 
 _OUTER_ZEROS = {"sym4": 2, "sym5": 1, "sym6": 5, "sym7": 1, "sym8": 10, "sym9": 6, "sym10": 21}
-"""Symlet -> its zeros outside of the unit circle, a bit for each from the smallest: its phase is nearly linear."""
+"""Symlet -> which of its zeros are outside the unit circle, one bit each from the smallest: its phase is nearly
+linear."""
 WAVELETS = (*(f"db{order}" for order in range(1, 11)), *(f"sym{order}" for order in range(2, 11)))
 
 
 @functools.cache
 def _lowpass(wavelet: str) -> tuple[float, ...]:
-    """Return Daubechies' synthesis filter of 2N taps: N zeros at −1, and one of each pair z, 1/z of the others.
+    """Return Daubechies' synthesis filter of 2N taps: N zeros at −1, and one zero of each pair z, 1/z of other zeros.
 
     The pairs are the zeros of Σₖ C(N−1+k, k)·yᵏ with y = (2 − z − 1/z)/4 (Daubechies 1992, section 6.1).
     """
@@ -38,15 +39,15 @@ def _lowpass(wavelet: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class WaveFT(TransformedVariant):
-    """``W' = W + scaling·idwt2(S)``, S holding n_frequency trained coefficients and zeros elsewhere.
+    """``W' = W + scaling·idwt2(S)``, where S has n_frequency trained coefficients and zeros elsewhere.
 
-    S has 2N − 2 rows and columns more than W, made even, and the positions lie in its middle. Its quarters are the
-    bands of one step of the transform: means, details along columns, along rows, and along both. Convolved with the
-    wavelet's filters of 2N taps they give the change (out, in).
+    S has 2N − 2 more rows and columns than W, made even; the positions are in its middle. Its quarters are the bands of
+    one step of the transform: means, details along columns, along rows, and along both. Convolved with the wavelet's
+    filters of 2N taps they give the change (out, in).
 
     Attributes:
         wavelet_family: Daubechies' wavelet ``"db1"`` (Haar's) to ``"db10"``, or symlet ``"sym2"`` to ``"sym10"``.
-        use_idwt: without it the trained values are entries of the change.
+        use_idwt: whether to apply the transform; else the trained values are entries of the change.
     """
 
     n_frequency: Count = 2592

@@ -25,7 +25,7 @@ from lorac.variants.initialisers import kaiming_uniform, uniform
 from lorac.variants.low_rank import factor_specs
 
 SCALING_PASS = "scaling"
-"""The name of the scaling pass, where it is not a pass of the base."""
+"""The name of the scaling pass, if it is not a pass of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +36,28 @@ class XLoRA(LoraMixture, RoutedVariant):
     the unadapted model. Top-k and its softmax apply to v as to σ, as in PEFT; among equal weights the lowest indices
     are kept, where PEFT leaves the choice to torch.
 
-    A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. One classifier
-    serves the model, with ReLU and dropout between its layers. The experts' weights (…, experts) of each token are
-    emitted as ``"router"``.
+    A (experts·r, in) and B (out, experts·r) are the experts' stacked factors; each expert's scale is in its B. The
+    model has one classifier, with ReLU and dropout between its layers. The experts' weights (…, experts) of each token
+    are emitted as ``"router"``.
 
     Attributes:
         hidden: path of the module whose output is the last hidden state (…, hidden_size), in most models the last norm.
-        hidden_size: its width.
+        hidden_size: width of the last hidden state.
         r: rank of each expert.
-        experts: their number.
-        layerwise_scalings: give each site its own weights; ``targets`` must then list the sites' full paths.
+        experts: number of experts.
+        layerwise_scalings: whether each site has separate weights; ``targets`` must then list the sites' full paths.
         depth: number of layers of the classifier.
-        size: width between them.
-        activation: apply ReLU, and in training dropout, between them.
-        dropout_p: the rate of that dropout.
-        enable_softmax: normalise σ; else it is the classifier's output.
-        softmax_temperature: flattens σ.
+        size: width between the classifier's layers.
+        activation: whether to apply ReLU, and in training dropout, between the layers.
+        dropout_p: rate of the classifier's dropout.
+        enable_softmax: whether σ is a softmax; else it is the classifier's output.
+        softmax_temperature: divisor of the logits before the softmax.
         top_k_lora: number of experts per token, ties to the lowest index; None: all.
-        enable_softmax_topk: normalise the remaining non-zero weights.
+        enable_softmax_topk: whether to apply a softmax to the remaining non-zero weights.
         scaling_pass_value: v.
         global_scaling_weight: g.
-        use_trainable_adapters: train A and B too.
-        scales: alpha/r of each expert, where it is not part of its B: an optimizer's step then is PEFT's.
+        use_trainable_adapters: whether A and B are trained too.
+        scales: alpha/r of each expert if it is not folded into B, so that an optimizer's step equals PEFT's.
     """
 
     hidden: str
@@ -83,10 +83,10 @@ class XLoRA(LoraMixture, RoutedVariant):
 
     @classmethod
     def from_loras(cls, adapters: Sequence[Adapter], **settings: Any) -> Adapter:
-        """Return one adapter made from several LoRAs, as ``LoraMixture`` does; B that trains keeps its scale outside.
+        """Make one adapter from several LoRAs, as ``LoraMixture`` does; if B is trained, its scale is not folded in.
 
         Raises:
-            AdapterError, OptionError: as there.
+            AdapterError, OptionError: as in ``LoraMixture``.
         """
         made = super().from_loras(adapters, **settings)
         found = [{getattr(one.variant.at_path(path), "scale", 0.0) for path in one.tensors} for one in adapters]
@@ -100,7 +100,7 @@ class XLoRA(LoraMixture, RoutedVariant):
         return replace(made, variant=replace(made.variant, scales=scales))
 
     def for_model(self, view: ModelView, inputs: object = None) -> "XLoRA":
-        """Return this variant, after a check of the width that the classifier reads.
+        """Check the width that the classifier reads; return this variant.
 
         Raises:
             AdapterError: the model's hidden state has another width.
@@ -137,7 +137,7 @@ class XLoRA(LoraMixture, RoutedVariant):
         return self.global_scaling_weight
 
     def _layers(self) -> int:
-        """Return the number of sites that have weights of their own."""
+        """Return the number of sites that have separate weights."""
         if not self.layerwise_scalings:
             return 1
         if isinstance(self.targets, str):
@@ -177,7 +177,7 @@ class XLoRA(LoraMixture, RoutedVariant):
         return self._select(weights)
 
     def _select(self, weights: Tensor) -> Tensor:
-        """Apply top-k to weights (…, experts), and normalise the rest where that is on."""
+        """Apply top-k to weights (…, experts), and a softmax to the rest with ``enable_softmax_topk``."""
         if self.top_k_lora is not None:
             weights = weights * top_k_mask(weights, self.top_k_lora)
         if not self.enable_softmax_topk:
