@@ -1,1 +1,1 @@
-"""Passes that lower a captured graph, with the functions that they share; `pipelines` has their order as data."""
+"""Passes that lower a captured graph, and functions that they share; `pipelines` has their order as data."""

@@ -1,7 +1,7 @@
-"""Branches of a graph with places, so that each row of a batch may have its own (``ir.slots.placed_execution``).
+"""Branches of a graph with places, so that each row of a batch may have a different branch.
 
-A formula that works on the rows of a batch one by one runs for each place. It is traced once here, over examples of
-the values that it reads, to find out whether it does.
+Where a formula computes the rows of a batch independently, it runs once for each place (``ir.slots.placed_execution``).
+To find out whether it does, this module traces it once, over examples of the values that it reads.
 """
 
 import functools
@@ -36,11 +36,11 @@ from lorac.passes.rows_apart import FormulaCall
 
 
 class _NotByRowError(Exception):
-    """A branch cannot run for some rows of a batch; the message says why, as a clause."""
+    """A branch that cannot run for a part of a batch's rows; the message says why, as a clause."""
 
 
 def has_rows(value: Tensor, batch: torch.SymInt) -> bool:
-    """Return whether the first axis of a value is that of the rows of a batch."""
+    """Return whether the first axis of a value is the rows of the batch."""
     first = value.shape[0] if value.dim() else None
     return isinstance(first, torch.SymInt) and first.node.expr == batch.node.expr
 
@@ -48,13 +48,13 @@ def has_rows(value: Tensor, batch: torch.SymInt) -> bool:
 def place_branches(
     graph: Graph, batch: torch.SymInt | None, calls: Mapping[str, Sequence[fx.Node]], shared: dict[str, list[str]]
 ) -> dict[str, SitePlan]:
-    """Return the plans of sites with branches, in places where rows may have their own; the graph takes them over.
+    """Return the plans of sites with branches, with places where rows may differ; update the graph's plans.
 
     Args:
         graph: its plans are edited.
-        batch: the number of rows; None where it is fixed.
+        batch: the symbolic number of rows; None where it is fixed.
         calls: path of a site with branches -> its calls.
-        shared: why rows share the slots of sites -> their paths; gets the sites whose branches have no places.
+        shared: reason why rows share slots -> paths of the sites; sites whose branches have no places are added.
     """
     if batch is None:
         return {}
@@ -76,11 +76,11 @@ def place_branches(
 
 @dataclass
 class _BranchExaminer:
-    """Finds how the branches of a graph read their values by row.
+    """Examiner of how the branches of a graph read their values by row.
 
     Attributes:
         graph: at level host.
-        batch: the number of rows.
+        batch: the symbolic number of rows.
     """
 
     graph: Graph
@@ -90,11 +90,11 @@ class _BranchExaminer:
 
     @functools.cached_property
     def _calls(self) -> Mapping[str, fx.Node]:
-        """Module path -> its last call."""
+        """Module path -> the module's last call."""
         return {ops.site_of(node): node for node in self.graph.find(*ops.SITE_CALLS)}
 
     def place_once(self, plan: SitePlan) -> tuple[SitePlan, str]:
-        """Return the plan of a ``once`` site with its branches in places, or as it is with the reason."""
+        """Return a ``once`` site's plan with places for its branches; or the unchanged plan, and the reason."""
 
         def place(slot: BranchSlot) -> BranchSlot:
             with find_fake_mode(self.graph.exported):
@@ -122,7 +122,7 @@ class _BranchExaminer:
         return self._place_all(plan, place)
 
     def place(self, plan: SitePlan, calls: Sequence[fx.Node]) -> tuple[SitePlan, str]:
-        """Return the plan of a site with its branches in places, or as it is with the reason.
+        """Return a site's plan with places for its branches; or the unchanged plan, and the reason.
 
         Args:
             calls: the site's calls, whose input and output have the rows of the batch.
@@ -153,7 +153,7 @@ class _BranchExaminer:
     def _why_together(
         self, plan: SitePlan, slot: BranchSlot, rows: Sequence[Tensor], values: Mapping[str, Tensor]
     ) -> str:
-        """Return why a branch computes the rows of a batch together; empty where it computes them one by one."""
+        """Return why a branch does not compute the rows of a batch independently; empty if it does."""
         attention, emitted = _RecordedAttention(), dict[str, list[Tensor]]()
         ctx = FormulaContext(plan.site, values=values, emitted=emitted, attention=attention)
         with find_fake_mode(self.graph.exported):
@@ -171,7 +171,7 @@ class _BranchExaminer:
         return FormulaCall(run, slot, rows, values, context, {OUTPUT: ValueAxis.ROWS}).why_together(self.batch)
 
     def _read(self, slot: BranchSlot) -> tuple[dict[str, Tensor], dict[str, ValueAxis]]:
-        """Return examples of the values that a branch reads, by the program's names, and their axes."""
+        """Return examples of the values that a branch reads, by the program's names, and their first axes."""
         values, axes = dict[str, Tensor](), dict[str, ValueAxis]()
         for name in slot.reads:
             kind, rest = parse_value_name(name)
@@ -186,10 +186,10 @@ class _BranchExaminer:
         return present_weights(values, self.graph.sites), axes
 
     def _example(self, kind: str, rest: str, name: str) -> Tensor:
-        """Return a value of the call as it was traced."""
+        """Return the example of a value in the traced call."""
         inputs = {node.name: node for node in self.graph.placeholders()}
         found: object = None
-        if kind == INPUT:  # a mask that no call gives is that of the ids
+        if kind == INPUT:  # a mask that a call omits is made from the ids
             found = inputs.get(self.graph.interface.aliases.get(rest, rest), inputs.get(find_sequence(inputs).ids))
         elif kind in {WEIGHT, PARAM}:
             stored = self.graph.sites[rest].weight if kind == WEIGHT else rest
@@ -203,7 +203,7 @@ class _BranchExaminer:
         return get_example(found)
 
     def _axis(self, value: Tensor, name: str) -> ValueAxis:
-        """Return whether a value has a row for each row of the batch, or nothing of them."""
+        """Return whether a value's first axis is the rows of the batch; raise if another axis depends on them."""
         if has_rows(value, self.batch):
             return ValueAxis.ROWS
         sizes: list[object] = [*value.shape]
@@ -214,7 +214,7 @@ class _BranchExaminer:
 
 
 def _own_name(name: str) -> str:
-    """Return the name by which a branch reads a value of ``once``, from its name in a context without an owner."""
+    """Return a branch's name for a value of ``once``, given the name in a context without an owner."""
     return name.replace(f"{OWN}:.", f"{OWN}:")
 
 
@@ -223,7 +223,7 @@ def _make_parameters(plan: SitePlan, slot: BranchSlot) -> list[Tensor]:
 
 
 class _RecordedAttention(BranchAttention):
-    """Attention over whole sequences that notes whether a formula uses it."""
+    """Attention over whole sequences that records whether a formula uses it."""
 
     used = False
 

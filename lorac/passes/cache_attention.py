@@ -1,8 +1,8 @@
 """cache: attention over a whole sequence becomes attention of new tokens to a cache.
 
-The graph gets the lengths of its rows and the caches of its layers as inputs, and returns the caches with the new
-tokens in them. Positions start behind the tokens in the cache. Values that depend on positions alone are looked up in
-tables. Attention to sequences that do not grow, in an encoder or from a decoder to its encoder, becomes torch's own op.
+The pass adds the lengths of the rows and the caches of the layers as inputs, and the caches with the new tokens as
+outputs. Positions start after the tokens in the cache. Values that depend only on positions are looked up in tables.
+Attention to sequences that do not grow, in an encoder or from a decoder to its encoder, becomes torch's op.
 """
 
 import functools
@@ -42,13 +42,13 @@ from lorac.passes.relative_positions import RelativePositions
 aten = torch.ops.aten
 _CAPACITY_HINT = 16
 _HEAD_STEP = 8
-"""Head sizes in a cache are multiples of this, as kernels of attention require."""
+"""Head sizes in a cache are multiples of this number, as attention kernels require."""
 
 
 @final
 @dataclass(frozen=True)
 class CacheAttention(Pass):
-    """Replace attention ops by cached attention; a graph without them stays unchanged."""
+    """Replace attention ops by cached attention; a graph without attention ops stays unchanged."""
 
     name: ClassVar[str] = "cache"
     reads: ClassVar[Level] = Level.EXPANDED
@@ -58,11 +58,11 @@ class CacheAttention(Pass):
         """Replace the attention ops.
 
         Raises:
-            Unavailable: the model selects tokens for its logits in another way than by an index, or a branch mixes
+            Unavailable: the model selects tokens for its logits by something other than an index, or a branch mixes
                 tokens.
         """
         found = list(graph.find(attention.ATTENTION))
-        # The model's layers come first, so that their names do not depend on adapters.
+        # The model's layers come first, so that their names do not depend on the adapters.
         causal = (node for node in found if node.args[attention.CAUSAL_OPERAND])
         layers = sorted(causal, key=lambda node: attention.is_branch_attention(str(node.args[-1])))
         for node in found:
@@ -102,7 +102,7 @@ class CacheAttention(Pass):
 
 
 def _check_branches(graph: Graph) -> None:
-    """Refuse branches that mix tokens: the cache does not hold their values for earlier tokens."""
+    """Refuse branches that mix tokens, because no cache stores their values for earlier tokens."""
     for path, plan in graph.plans.items():
         mixing = next((branch for branch in plan.branches if branch.mixes), None)
         if mixing is not None:
@@ -115,7 +115,7 @@ def _check_branches(graph: Graph) -> None:
 
 
 def find_token_node(graph: Graph) -> fx.Node:
-    """Return the input with the tokens of the growing sequence."""
+    """Return the input node that takes the token ids of the growing sequence."""
     named = {node.name: node for node in graph.placeholders()}
     return named[find_token_input(named)]
 
@@ -158,7 +158,7 @@ def _add_inputs(
 
 
 def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
-    """Replace positions from 0 on by those of the new tokens (batch, length), and return these."""
+    """Replace positions 0, 1, ... by the positions of the new tokens (batch, length); return these."""
     first = next(node for node in graph.fx.nodes if node.op != "placeholder")
     call = functools.partial(insert_call, graph.exported, first)
     start = call(attention.POSITIONS, ids)
@@ -171,7 +171,7 @@ def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
 
 
 def _offset_blocks(graph: Graph, positions: fx.Node) -> dict[int, fx.Node]:
-    """Return number of columns -> the first and last positions, or the last alone, of the new tokens' blocks."""
+    """Return number of columns -> positions of the new tokens' blocks: first and last (2), or only last (1)."""
     name = graph.cache_inputs.get(encoder_output_name(BLOCKS))
     terms = next((node for node in graph.find(attention.ROWS) if getattr(node.args[0], "name", None) == name), None)
     if name is None or terms is None:
@@ -182,7 +182,7 @@ def _offset_blocks(graph: Graph, positions: fx.Node) -> dict[int, fx.Node]:
 
 
 def _cached_head_size(node: fx.Node) -> int:
-    """Return the head size of a layer's cache: that of the larger of keys and values, rounded up for kernels."""
+    """Return the head size of a layer's cache: the larger of keys and values, rounded up for kernels."""
     size = int(max(get_example(operand).shape[3] for operand in node.args[:3]))
     return -(-size // _HEAD_STEP) * _HEAD_STEP
 
@@ -198,7 +198,7 @@ def _insert_cached(
     q, k, v, _, _, sinks, _, scale, _, window, softcap, module = node.args
     size, insert = _cached_head_size(node), functools.partial(insert_call, graph.exported, node)
     padded = []
-    for operand in (q, k, v):  # zeros at the end of heads change no product
+    for operand in (q, k, v):  # zeros at the end of a head change no product
         width, parts = get_example(operand).shape[3], [operand]
         for begin in range(width, size, width):
             part = insert(aten.slice.Tensor, operand, 3, 0, min(width, size - begin))
@@ -235,4 +235,4 @@ def _select_tokens_per_row(graph: Graph) -> None:
     arguments, named = graph.exported.example_inputs
     rows = named[ids.name].shape[0]
     given = {**named, indices.name: named[indices.name].expand(rows, -1).contiguous()}
-    graph.exported._example_inputs = (arguments, given)  # torch has no public call for it
+    graph.exported._example_inputs = (arguments, given)  # torch has no public setter

@@ -1,7 +1,7 @@
-"""Token mixers besides attention, over a cache: causal convolutions and recurrences get their state as an input.
+"""Convolutions and recurrences over a cache: causal convolutions and recurrences take their state as an input.
 
-A convolution's state is the tokens before the new ones that it still reads; a recurrence's is its matrix. Rows bring
-numbers of tokens of their own, padded on the right, and padding moves no state.
+A convolution's state is the earlier tokens that it still reads; a recurrence's state is its matrix. Rows have different
+numbers of new tokens, padded on the right, and padding changes no state.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +22,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, eq=False)
 class TokenMixer:
-    """A node that mixes tokens, and how it computes over a state.
+    """A node that mixes tokens, and its computation from a state.
 
     Attributes:
-        results: the nodes of its outputs, of new tokens alone.
-        shape: of its state, without the axis of rows.
-        operands: the tensors that it reads.
-        compute: (state, number of new tokens of each row, *operands) -> its output and the state behind them.
+        results: the nodes of its outputs, which have only the new tokens.
+        shape: the state's shape, without the axis of rows.
+        operands: nodes of the tensors that it reads.
+        compute: function (state, number of new tokens of each row, *operands) -> the output, and the state after the
+            new tokens.
     """
 
     results: list[fx.Node]
@@ -38,11 +39,11 @@ class TokenMixer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its state."""
+        """The dtype of the state."""
         return get_example(self.operands[0]).dtype
 
     def replace(self, graph: Graph, state: fx.Node, new: fx.Node) -> fx.Node:
-        """Compute over a state in the node's place; return the state behind the new tokens."""
+        """Replace the node by its computation from a state; return the state after the new tokens."""
         before = self.results[0]
         outputs = inline(graph.exported, before, self.compute, [state, new, *self.operands])[1]
         for result in self.results:
@@ -51,7 +52,7 @@ class TokenMixer:
 
 
 def iter_token_mixers(graph: Graph, ids: fx.Node) -> Iterator[TokenMixer]:
-    """Yield the convolutions and recurrences over a graph's tokens that have no state yet, in the order of nodes."""
+    """Yield the convolutions and recurrences over a graph's tokens that have no state yet, in node order."""
     length = str(get_example(ids).shape[1])
     for node in graph.fx.nodes:
         if node.target is RECURRENCE and node.args[STATE_OPERAND] is None:
@@ -66,7 +67,7 @@ def iter_token_mixers(graph: Graph, ids: fx.Node) -> Iterator[TokenMixer]:
 
 
 def _list_causal_results(node: fx.Node, length: str) -> list[fx.Node]:
-    """Return the nodes that cut a convolution's padding off behind, where it reads earlier tokens alone."""
+    """Return the nodes that slice off a convolution's right padding, if the convolution reads only earlier tokens."""
     operands: Operands = node.args
     stride, padding, dilation = [*operands, *_CONV_DEFAULTS[len(operands) - 3 :]][3:6]
     if (list(stride), list(padding), list(dilation)) != ([1], [get_example(operands[1]).shape[2] - 1], [1]):
@@ -77,7 +78,7 @@ def _list_causal_results(node: fx.Node, length: str) -> list[fx.Node]:
 
 
 _CONV_DEFAULTS = ([1], [0], [1])
-"""Stride, padding and dilation."""
+"""Default stride, padding and dilation."""
 
 
 def _continue_convolution(node: fx.Node) -> Callable[..., tuple[Tensor, Tensor]]:

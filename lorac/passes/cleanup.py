@@ -1,4 +1,4 @@
-"""cleanup: remove nodes and tensors that nothing reads, so that replaced weights leave the program."""
+"""cleanup: remove unused nodes and tensors, so that replaced weights leave the program."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -11,7 +11,7 @@ from lorac.ir.graph.passes import Pass, PassResult
 @final
 @dataclass(frozen=True)
 class Cleanup(Pass):
-    """Remove dead nodes and unread state, and update the signature."""
+    """Remove dead nodes and unused state, and update the signature."""
 
     name: ClassVar[str] = "cleanup"
     reads: ClassVar[Level] = Level.EXPANDED

@@ -1,8 +1,8 @@
-"""values: branches that read program values get them as operands (``lorac.ir.slots.program_values``).
+"""values: branches get the program values that they read as operands (``lorac.ir.slots.program_values``).
 
-Values that an adapter computes once per call are computed before the first branch that reads them, from slots of their
-own. Values of an earlier pass, of the base or of the adapter alone, are computed by a copy of the part of the graph
-that leads to them (``lorac.passes.replay``).
+Values that an adapter computes once per call are computed before the first branch that reads them, from separate slots.
+Values of an earlier pass, of the base or of one adapter, are computed by a copy of the part of the graph on which they
+depend (``lorac.passes.replay``).
 """
 
 import functools
@@ -59,7 +59,7 @@ class ConnectValues(Pass):
     leaves: ClassVar[Level] = Level.ADAPTED
 
     def apply(self, graph: Graph) -> PassResult:
-        """Add the operands; skip ops that have them already.
+        """Add the operands; skip ops that already have them.
 
         Raises:
             SiteError: a value is not computed before the site that reads it, or the program has no such input or
@@ -90,7 +90,7 @@ class _ValueSources:
         order: node -> its index in the graph.
         calls: module path -> its calls, in order.
         base: module path -> its last call in a pass of the base.
-        own: full name of a value computed once, or of a value of an adapter's own pass -> its node.
+        own: full name of a value of ``once``, or of a value of an adapter's own pass -> its node.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -100,7 +100,7 @@ class _ValueSources:
         self.own: dict[str, fx.Node] = {}
 
     def find_all(self, names: Iterable[str], reader: fx.Node, path: str | None = None) -> dict[str, fx.Node]:
-        """Return the nodes of the values that a call reads, by name; ``path`` names the reader in errors."""
+        """Return the nodes of the values that a call reads, by value name; ``path`` names the reader in errors."""
         found: dict[str, fx.Node] = {}
         for name in names:
             node = self._find(name, reader)
@@ -110,9 +110,9 @@ class _ValueSources:
         return found
 
     def _find(self, name: str, reader: fx.Node) -> fx.Node | None:
-        """Return the node of a value for a call that reads it; None where it is not computed before that call."""
+        """Return the node of a value that a call reads; None if the value is not computed before the call."""
         kind, of = parse_value_name(name)
-        if kind in {WEIGHT, PARAM}:  # under any of the tensor's names
+        if kind in {WEIGHT, PARAM}:  # the tensor may have several names
             stored = self.graph.sites[of].weight if kind == WEIGHT else of
             return next(map(self.graph.node, find_inputs(self.graph, stored)), None)
         if kind == INPUT:
@@ -128,7 +128,7 @@ class _ValueSources:
         return before[-1] if before else None
 
     def _find_input(self, argument: str) -> fx.Node | None:
-        """Return an input; a growing sequence, captured without a mask, gets one that says that no token is padding."""
+        """Return an input node; for a growing sequence captured without a mask, insert a mask of ones."""
         name = self.graph.interface.aliases.get(argument, argument)
         if name in self.graph.interface.inputs:
             return self.graph.node(name)
@@ -158,7 +158,7 @@ def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
 def _replay_modules(
     replay: Replay, calls: Mapping[str, Sequence[fx.Node]], modules: Iterable[str], isolated: IsolatedPass
 ) -> dict[str, fx.Node]:
-    """Compute the outputs of modules in an earlier pass, and return their nodes by path."""
+    """Compute the outputs of modules in an earlier pass; return their nodes by path."""
     latest = {path: calls[path][-1] for path in dict.fromkeys(modules) if path in calls}
     copies = replay.copy_nodes(latest.values(), isolated)
     return {path: copies.get(call, call) for path, call in latest.items()}
@@ -188,7 +188,7 @@ def _missing_value(name: str, path: str) -> SiteError:
 
 
 def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: fx.Node, replay: Replay) -> None:
-    """Insert the computation of the values that adapters compute once per call."""
+    """Insert the computation of the values of ``once``."""
     graph = sources.graph
     slots = add_slots(graph, once)
     branches = [(path, plan.site, i, branch) for path, plan in once.items() for i, branch in enumerate(plan.branches)]
@@ -216,7 +216,7 @@ def _compute_values(
     names: list[str],
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Compute the values that an adapter computes once; ``names`` is filled with their names."""
+    """Compute the values of an adapter's ``once``; set ``names`` to their names."""
     count = len(branch.params)
     values = present_weights(dict(zip(read, tensors[count:], strict=True)), sites)
     ctx = context(values=values)

@@ -1,4 +1,4 @@
-"""expand: adapted ops become aten ops in their normal form, and the ops of other sites their aten ops."""
+"""expand: adapted ops become aten ops in normal form; ops of all other sites become their aten ops."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ from lorac.ir.slots.roles import ROLES, branch_name, is_strength, slot_name
 
 aten = torch.ops.aten
 _ROWS = 3
-"""The operands of a branch that have a row for each of the batch: a site's input, its output, and that of the base."""
+"""The number of a branch's operands that have the batch's rows: the site's input, its output, and its base output."""
 
 
 @final
 @dataclass(frozen=True)
 class ExpandAdaptedCalls(Pass):
-    """adapted -> expanded. An adapted op becomes a trace of ``run_site``, one for each structure.
+    """adapted -> expanded. An adapted op becomes a trace of ``run_site``; ops of equal structure share a trace.
 
     Attributes:
         aux: names of the extra outputs, which branches emit.
@@ -48,7 +48,7 @@ class ExpandAdaptedCalls(Pass):
     aux: tuple[str, ...] = ()
 
     def apply(self, graph: Graph) -> PassResult:
-        """Expand the ops; skip an extra output that no branch of this graph emits."""
+        """Expand the ops; report an extra output that no branch of this graph emits as skipped."""
         adapted, expander = list(graph.find(ops.adapted)), _Expander(graph, self.aux)
         for node in adapted:
             expander.expand(node)
@@ -66,16 +66,16 @@ class ExpandAdaptedCalls(Pass):
 
 @dataclass(frozen=True, eq=False)
 class PlacedBranch:
-    """One branch of a site whose slots have places, as a function of tensors: (site's output, extra outputs…).
+    """A branch of a site whose slots have places, as a function of tensors: (site's output, extra outputs…).
 
     Attributes:
         plan: the site's slots.
-        index: the branch's.
-        roles: roles of its operands (``select_operands``).
-        emits: names of its extra outputs.
-        sites: every site, for the layout of the values read.
-        attention: its attention.
-        readers: gets the path of the site if the formula reads its site.
+        index: index of the branch in the plan.
+        roles: roles of the branch's operands (``select_operands``).
+        emits: names of the branch's extra outputs.
+        sites: every site, for the layouts of the values that it reads.
+        attention: the attention of branches.
+        readers: set to which the path of the site is added if the formula reads its site.
     """
 
     plan: SitePlan
@@ -100,8 +100,8 @@ class AdaptedSite:
 
     Attributes:
         call: the call.
-        emits: names of its extra outputs, branch by branch.
-        plan, sites, attention, readers: as those of ``PlacedBranch``.
+        emits: names of the site's extra outputs, branch by branch.
+        plan, sites, attention, readers: as in ``PlacedBranch``.
     """
 
     plan: SitePlan
@@ -128,7 +128,7 @@ def _make_context(function: PlacedBranch | AdaptedSite, emitted: dict[str, list[
 
 
 class _Expander:
-    """Replaces the adapted ops of a graph.
+    """An expander of the adapted ops of a graph.
 
     Args:
         graph: edited in place.
@@ -146,7 +146,7 @@ class _Expander:
     def expand(self, node: fx.Node) -> None:
         """Replace an adapted op by the ops of its site's normal form.
 
-        If its rows may have branches of their own, the site comes first without them, then each by itself.
+        If rows may have different branches, the site without branches comes first, then each branch separately.
         """
         call, plan, graph = AdaptedCall.of(node), self._graph.plan_of(ops.site_of(node)), self._graph
         if not plan.has_placed_branches:
@@ -197,11 +197,11 @@ class _Expander:
 
         Args:
             node: the adapted op.
-            function: traced, unless a function with an equal key was.
-            inputs: its operands.
-            key: equal for functions that one trace serves, unless a formula reads its site.
-            strengths: places of strengths among the operands.
-            emits: its extra outputs, each with the branch that gives it.
+            function: traced here, unless a function with an equal key was traced before.
+            inputs: the function's operands.
+            key: functions with equal keys share a trace, unless a formula reads its site.
+            strengths: indices of the strengths among the operands.
+            emits: the extra outputs, each with the index of the branch that emits it.
         """
         program, traced = self._graph.exported, self._traces.get(key)
         if traced is None:
@@ -216,7 +216,7 @@ class _Expander:
 
 
 def _share_cuts(graph: Graph) -> None:
-    """Let all sites that read a value share its segments, and all cuts read the number of places from one slot."""
+    """Cut each value once for all sites that read it, and read the number of places from one slot."""
     known: dict[object, fx.Node] = {}
     for cut in graph.find(segment_ops.CUT):
         x, _, features = cut.args
@@ -228,11 +228,11 @@ def _share_cuts(graph: Graph) -> None:
 
 
 def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:
-    """Replace y' − y by m for branches that end in y' = y + m, which saves two ops of y's size at each site.
+    """Replace y' − y by m where a branch ends in y' = y + m, which saves two ops of y's size per site.
 
     Args:
         traced: edited in place.
-        strengths: the operands that are strengths, by which such a difference is multiplied.
+        strengths: indices of the operands that are strengths, by which such differences are multiplied.
     """
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for scaled in [user for index in strengths for user in places[index].users]:
@@ -251,7 +251,7 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
 
 
 def _behind_segments(node: fx.Node) -> fx.Node:
-    """Return the node whose value a node has, in whatever segments."""
+    """Return the node behind all cuts into segments and joins."""
     while node.target in {segment_ops.CUT, segment_ops.JOIN}:
         node = node.args[0]  # type: ignore[assignment]  # a node
     return node

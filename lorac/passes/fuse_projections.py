@@ -1,9 +1,10 @@
 """fuse_projections: compute the sites of one module that read the same input as one site.
 
-The projections q, k and v (and gate and up) read one x. Their matrices are stacked by rows: one product replaces
-several, and a split of constant sizes follows. Sites without adapters are fused too. Each adapted site adds the
-product of x with its own slots to its part of the split: one LoRA pair for all sites would have a block-diagonal B,
-mostly zeros. If slots become constants, only weights and biases have slots, and these are stacked like the base's.
+The projections q, k and v (and gate and up) read one x. Their matrices are concatenated by rows: one product and a
+split with constant sizes replace several products. Sites without adapters are fused too. Each adapted site adds the
+product of x with its slots to its part of the split: one LoRA pair for all sites would have a block-diagonal B, which
+is mostly zeros. If slots become constants, only weights and biases have slots, and these are concatenated like the
+base's.
 """
 
 import functools
@@ -33,9 +34,9 @@ aten = torch.ops.aten
 _NO_OTHERS = "no other site of its module that may be fused with it reads its input"
 _OTHERS_VARY = "its calls do not all read an input together with the same sites"
 _COMMON_ROLES = (WEIGHT, BIAS)
-"""Of the sites fused together, either all or none have a slot of these roles.
+"""Roles of which all sites that are fused together have a slot, or none has.
 
-Otherwise the fused slot would also have to hold the base values of the sites without one.
+Otherwise the fused slot would also have to contain the base values of the sites without one.
 """
 
 
@@ -45,7 +46,7 @@ class FuseProjections(Pass):
     """Compute sites that read the same input as one site. A site belongs to at most one fused projection.
 
     Attributes:
-        constant: whether the slots become constants of the program; then sites with bound weights are fused too.
+        constant: whether the slots become constants of the program; if so, sites with bound weights are fused too.
     """
 
     name: ClassVar[str] = "fuse_projections"
@@ -54,9 +55,9 @@ class FuseProjections(Pass):
     constant: bool = False
 
     def apply(self, graph: Graph) -> PassResult:
-        """Fuse the sites; report each adapted site that the graph calls and that stays single as a skip.
+        """Fuse the sites; report each adapted site that the graph calls and that is not fused as skipped.
 
-        Add a note to the graph for each single site that has linear neighbours, with the reason.
+        Add a note to the graph for each such site that has linear neighbours, with the reason.
         """
         used = find_used_nodes(graph)
         calls = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
@@ -81,7 +82,7 @@ class FuseProjections(Pass):
         return PassResult(bool(projections), tuple(Skip(path, why) for path, why in single.items()))
 
     def _find_obstacle(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
-        """Return why a site cannot be fused with any other; None if it can."""
+        """Return why a site cannot be fused with another site; None if it can."""
         site, plan = graph.sites.get(path), graph.plans.get(path)
         if site is None or site.kind is not SiteKind.LINEAR:
             return "it is not a linear layer"
@@ -96,7 +97,7 @@ class FuseProjections(Pass):
         return _find_weight_obstacle(graph, site, calls)
 
     def _describe_fusion(self, graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
-        """Return the site that computes all outputs of several sites; it has their slots if these become constants."""
+        """Return the site that computes the outputs of several sites; it has their slots if slots become constants."""
         sites = [graph.sites[path] for path in paths]
         sizes = tuple(site.out_features for site in sites)
         module = paths[0].rpartition(".")[0]
@@ -111,13 +112,13 @@ class FuseProjections(Pass):
             weight=None,
             bias=bias,
         )
-        plan = graph.plans.get(paths[0])  # fused sites have slots of the same roles: the first site's roles are theirs
+        plan = graph.plans.get(paths[0])  # fused sites have slots of the same roles
         slots = plan.room if plan is not None and self.constant else {}
         return FusedProjection(paths, sizes, SitePlan(site, slots))
 
 
 def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
-    """Return why a site's weight cannot be a part of a larger weight; None if it can."""
+    """Return why a site's weight cannot be concatenated with others; None if it can."""
     weight, *others = {call.args[1] for call in calls}
     if others or not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return "its weight is not as the model stores it"
@@ -134,9 +135,9 @@ def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) ->
 def _group_fusable(
     graph: Graph, obstacles: Mapping[str, str], common_roles: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
-    """Yield, for each input, the groups of sites of one module that may be fused, in the order of their calls.
+    """Yield, for each input, the groups of sites of one module that may be fused, in call order.
 
-    A site that is called several times is in one group for each call.
+    A site that is called several times is in one group per call.
     """
     for paths in group_sites_by_input(graph).values():
         groups: dict[object, list[str]] = {}
@@ -148,9 +149,9 @@ def _group_fusable(
 
 
 def _select_constant_groups(groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Yield the groups of two or more sites that are together at every call, each group once.
+    """Yield each group of two or more sites that are together at every call, once.
 
-    A shared layer is called several times, perhaps next to other sites each time, or twice with one input.
+    A shared layer is called several times: each time next to other sites, or twice with one input.
     """
     for group in dict.fromkeys(groups):
         members = set(group)
@@ -177,7 +178,7 @@ def _replace_calls(
 ) -> None:
     """Replace the calls of a projection's sites by fused calls, one for each input.
 
-    Each site is called exactly once with each input, so the calls with one input are in the order of the sites.
+    Each site is called exactly once with each input, so that the calls with one input have the order of the sites.
     """
     by_input: dict[object, list[fx.Node]] = {}
     for path in projection.sites:
@@ -196,7 +197,7 @@ def _insert_fused(
     """Insert one fused call and a split before the earliest of the sites' calls with one input.
 
     Args:
-        calls: one call of each site, in the order of ``projection.sites``.
+        calls: each site's call with this input, in the order of ``projection.sites``.
 
     Returns:
         The output of each site, in the same order.
@@ -208,14 +209,14 @@ def _insert_fused(
         modules = dict(first.meta.get("nn_module_stack", {}))
         if modules:
             _, (innermost, *_) = modules.popitem()
-            if innermost == ops.site_of(first):  # the fused call belongs to the module around the sites
+            if innermost == ops.site_of(first):  # the fused call belongs to the parent module of the sites
                 node.meta["nn_module_stack"] = modules
         return node
 
     adapted = {path for path, plan in graph.plans.items() if not plan.empty}
     with_slots = [path for path in projection.sites if projection.plan.empty and path in adapted]
     weight = insert(aten.cat.default, [call.args[1] for call in calls])
-    # A site with slots of its own adds its bias itself: it may scale the product, or have another bias.
+    # A site with its own slots adds its bias itself: it may scale the product, or replace the bias.
     biases = [None if path in with_slots else call.args[2] for path, call in zip(projection.sites, calls, strict=True)]
     bias = None
     if any(part is not None for part in biases):

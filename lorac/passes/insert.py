@@ -1,4 +1,4 @@
-"""insert: each call of a touched site becomes one ``adapted`` op with the site's slots among its operands."""
+"""insert: each call of a touched site becomes an ``adapted`` op whose operands include the site's slots."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from lorac.ir.slots.roles import SlotSpec, is_parameter, slot_name
 from lorac.passes.row_places import add_places, is_placed
 
 _MAX_NAMED = 3
-"""Sites that a note names; further ones are counted."""
+"""Number of sites that a note names; further sites are counted."""
 
 
 @final
@@ -32,9 +32,9 @@ class InsertAdaptedCalls(Pass):
     """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``.
 
     Attributes:
-        rows: whether rows of a batch may have slots of their own, where the graph can tell rows apart.
-        why_shared: kinds of sites whose slots are not among them -> why (``Dialect``).
-        why_branches_shared: why the slots of branches are not among them (``Dialect``).
+        rows: whether rows of a batch may have different slots, if the graph has an axis of rows.
+        why_shared: kinds of sites whose slots all rows share -> why (``Dialect``).
+        why_branches_shared: why all rows share the slots of branches; empty if they need not (``Dialect``).
     """
 
     name: ClassVar[str] = "insert"
@@ -45,13 +45,13 @@ class InsertAdaptedCalls(Pass):
     why_branches_shared: str = ""
 
     def apply(self, graph: Graph) -> PassResult:
-        """Replace the calls; skip planned sites whose results the graph does not use.
+        """Replace the calls; skip planned sites whose outputs the graph does not use.
 
         Skipped sites lose their plans, and a note of the graph names them. ``check_adapters_reached`` refuses adapters
-        that have no effect at all.
+        that have no effect.
 
         Raises:
-            SiteError: the graph uses the results of none of the planned sites.
+            SiteError: the graph uses no output of a planned site.
         """
         used = find_used_nodes(graph)
         calls = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
@@ -76,7 +76,7 @@ class InsertAdaptedCalls(Pass):
 
 
 def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Node]:
-    """Add the slots of these plans to the inputs of a graph; return the nodes by public name."""
+    """Add the slots of these plans to the graph's inputs; return their nodes by public name."""
     inputs: dict[str, tuple[Sequence[int | torch.SymInt], torch.dtype]] = {}
     owners: dict[str, tuple[str, str]] = {}
     adapters: int | torch.SymInt = 1
@@ -85,7 +85,7 @@ def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Nod
         if first is None:
             adapters = add_dimension(graph.exported, ADAPTERS_AXIS, 2, 1)
             graph.axes[str(adapters)] = ADAPTERS_AXIS
-        else:  # all slots of a graph have one number of places
+        else:  # all slots of a graph have the same number of places
             adapters = get_example(graph.node(first.node)).shape[0]
     for path, plan in planned.items():
         for role, shape, dtype in _slot_inputs(graph, plan):
@@ -109,8 +109,8 @@ def _slot_inputs(graph: Graph, plan: SitePlan) -> Iterator[tuple[str, Sequence[i
         graph.axes[str(rank)] = f"{site.path}:rank"
 
     def make_weight() -> torch.Tensor:
-        """Make the site's weight (out, in) without values."""
-        if site.weight is None:  # of a fused projection
+        """Make the site's weight (out, in) as a tensor without values."""
+        if site.weight is None:  # a fused projection has no stored weight
             return torch.empty(site.kernel, device="meta")
         return site.present(torch.empty(graph.exported.state_dict[site.weight].shape, device="meta"))
 
@@ -122,7 +122,7 @@ def _slot_inputs(graph: Graph, plan: SitePlan) -> Iterator[tuple[str, Sequence[i
 
 
 def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -> None:
-    """Replace the weight and bias that a module reads in its own forward by their slots."""
+    """Replace the reads of a weight and bias in their module's forward by reads of their slots."""
     site = plan.site
     for fqn, role in ((site.weight, WEIGHT), (site.bias, BIAS)):
         names = find_inputs(graph, fqn) if role in slots else []
@@ -141,7 +141,7 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
 
 
 def find_inputs(graph: Graph, fqn: str | None) -> list[str]:
-    """Return the inputs that hold a stored tensor; a tied one has an input for each name, of which one is read."""
+    """Return the inputs for a stored tensor; a tied tensor has one input per name, of which only one is read."""
     signature, held = graph.exported.graph_signature, graph.exported.state_dict
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     own = held.get(str(fqn))
@@ -155,12 +155,12 @@ def _select_plans(
 
     The graph keeps no plan of an unused site.
     """
-    # Values computed once per call get their slots where they are read.
+    # Slots of ``once`` are added where its values are read.
     planned = {path: p for path, p in graph.plans.items() if not p.empty and p.site.kind is not SiteKind.ONCE}
     projections = {path: each for path, each in graph.projections.items() if path in calls}
     fused = {member for each in projections.values() if not each.plan.empty for member in each.sites}
     uncalled = [path for path in planned if path not in calls and path not in fused]
-    # Modules read some weights in their own forward, a few of them in training only.
+    # A module may read a weight in its own forward, some weights only in training.
     weights = {path: planned[path].site.weight for path in uncalled if planned[path].site.within is not None}
     read = {path for path, weight in weights.items() if any(graph.node(n) in used for n in find_inputs(graph, weight))}
     unused = [path for path in uncalled if path not in read]
@@ -172,14 +172,14 @@ def _select_plans(
 
 
 def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:
-    """Refuse an adapter that no captured graph runs.
+    """Refuse an adapter that has no effect in any captured graph.
 
     Args:
         graphs: all graphs of a program, after ``insert``.
         touched: adapter -> paths of the sites that it touches.
 
     Raises:
-        SiteError: no graph uses any of an adapter's sites.
+        SiteError: no graph uses a site of an adapter.
     """
     captured = list(graphs)
     plans = [item for graph in captured for item in graph.plans.items()]

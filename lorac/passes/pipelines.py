@@ -1,7 +1,6 @@
 """The order of the passes that lower a captured graph, as data.
 
-``lorac.frontend.capture.pipeline`` has the order of those that capture it, and ``lorac.ir.graph.pass_runner`` runs
-both.
+``lorac.frontend.capture.pipeline`` has the order of the capturing passes, and ``lorac.ir.graph.pass_runner`` runs both.
 """
 
 from lorac.discovery import list_entry_points
@@ -16,7 +15,7 @@ from lorac.passes.insert import InsertAdaptedCalls
 from lorac.target.dialect import AnyDialect, Dialect
 
 GROUP = "lorac.passes"
-"""The group of entry points by which other packages add passes."""
+"""The entry point group through which other packages add passes."""
 ANY_DIALECT: AnyDialect = Dialect(name="any")
 """A dialect without passes or rewrites."""
 
@@ -24,18 +23,18 @@ ANY_DIALECT: AnyDialect = Dialect(name="any")
 def lowering_passes(
     dialect: AnyDialect = ANY_DIALECT, aux: tuple[str, ...] = (), *, constant: bool = False, rows: bool = False
 ) -> tuple[Pass, ...]:
-    """Return the passes that lower a captured graph to aten ops with slots as inputs, then the dialect's own.
+    """Return the passes that lower a captured graph to aten ops with slots as inputs, then the dialect's passes.
 
-    A pass of another package follows those of its level.
+    A pass of another package follows lorac's passes of the same level.
 
     Args:
-        dialect: the target's.
+        dialect: the target's dialect.
         aux: names of extra outputs.
         constant: whether the slots become constants of the program.
-        rows: whether rows of a batch may have slots of their own.
+        rows: whether rows of a batch may have different slots.
 
     Raises:
-        CompileError: another package adds something other than a pass that stays on its level.
+        CompileError: another package adds an object that is not a pass, or a pass that changes the level.
     """
     passes: list[Pass] = [
         *((FuseProjections(constant),) if dialect.fuses_projections else ()),

@@ -1,4 +1,4 @@
-"""Tables for values that depend on positions alone, such as rotary angles, so that no call computes them."""
+"""Tables for values that depend only on positions, such as rotary angles, so that no call computes them."""
 
 from collections.abc import Mapping
 
@@ -14,22 +14,22 @@ from lorac.ir.graph.nodes import find_stored_tensors, get_example
 
 aten = torch.ops.aten
 _VALUE_AXES = 3
-"""Axes of a tabulated value: rows of the batch, tokens, features."""
+"""Number of axes of a tabulated value: rows of the batch, tokens, features."""
 
 
 def tabulate(graph: Graph, positions: fx.Node) -> int | None:
-    """Replace values (batch, length, features) that depend on positions alone by lookups in tables.
+    """Replace values (batch, length, features) that depend only on positions by table lookups.
 
     Args:
         graph: edited in place.
         positions: (batch, length).
 
     Returns:
-        The longest sequence that these tables and the model's own admit; None without any table.
+        The longest sequence that these tables and the model's tables admit; None if there are no tables.
     """
     stored = find_stored_tensors(graph.exported)
     dependent = _find_dependent(graph, positions, stored)
-    # Values of each token that another kind of node reads; checks, which have no value, do not count.
+    # Values per token that a node of another kind reads; assertions, which have no value, do not count.
     users = {node: [user for user in node.users if user.meta.get("val") is not None] for node in dependent}
     exits = [
         node
@@ -48,7 +48,7 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
 
 
 def _find_dependent(graph: Graph, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, None]:
-    """Return the nodes that depend on positions, and otherwise only on constants and sizes, in order."""
+    """Return the nodes that depend on positions, and besides only on constants and sizes, in order."""
     dependent: dict[fx.Node, None] = {positions: None}
     constant = set(stored)
     for node in graph.fx.nodes:
@@ -76,10 +76,10 @@ def _is_lookup(node: fx.Node) -> bool:
 
 
 def _count_table_positions(node: fx.Node, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> int | None:
-    """Return how many positions the table of the model in a lookup admits; the model may add an offset before.
+    """Return how many positions a lookup in a table of the model admits; the model may add an offset before it.
 
     Returns:
-        None where the rows do not follow positions, such as the row for a kind of token.
+        None if the row does not depend on positions, such as the row for a kind of token.
     """
     operands: Operands = node.args
     size = int(get_example(operands[0]).shape[0])

@@ -1,8 +1,10 @@
-"""Biases of attention by the distance from query to key, for as many keys as a cache holds.
+"""Attention biases by the distance from query to key, for as many keys as a cache has.
 
-A model computes such a bias for a whole sequence, from the numbers of queries and keys. A part of a sequence needs the
-bias of the first key for queries 0, 1, 2, …: the pass repeats the computation for that one key and all places of the
-cache. It does not check that the bias depends on distances alone; the comparison of parts with the whole sequence does.
+A model computes such a bias for a whole sequence, from the numbers of queries and keys. For a part of a sequence, the
+bias of the first key for queries 0, 1, 2, … is needed: the pass repeats the computation for that key and all positions
+in the cache. It does not check that the bias depends only on distances; the comparison of parts with the whole sequence
+does. Where the bias of a key is its index times a slope (ALiBi), the softmax depends only on differences, which are a
+table.
 
 Where the bias of a key is its number times a slope (ALiBi), the softmax sees differences alone, which are a table.
 """
@@ -22,17 +24,17 @@ from lorac.ir.graph.nodes import copy_provenance, find_sources, find_stored_tens
 
 aten = torch.ops.aten
 _ROUNDING = 0.01
-"""How far slopes in half precision may be from a line, as a part of their largest value."""
+"""Largest deviation of slopes in half precision from a line, relative to their largest value."""
 
 
 @dataclass(eq=False)
 class RelativePositions:
-    """The biases of a graph's attentions by distance, each computed once.
+    """The attention biases of a graph by distance, each computed once.
 
     Args:
         graph: edited in place.
         ids: the input with the sequence's tokens, (batch, length).
-        cache: keys of a layer, (batch, heads, capacity, size).
+        cache: the cached keys of a layer, (batch, heads, capacity, size).
 
     Attributes:
         longest: the longest sequence that tables admit; None without tables.
@@ -50,7 +52,7 @@ class RelativePositions:
         return str(get_example(self.ids).shape[1])
 
     def find_bias(self, attention: fx.Node) -> fx.Node | None:
-        """Return the bias for a key so many tokens before the query: (heads, capacity); None without a bias.
+        """Return the bias by the number of tokens between key and query: (heads, capacity); None without a bias.
 
         Raises:
             Unavailable: the bias depends on more than the numbers of queries and keys.
@@ -65,7 +67,7 @@ class RelativePositions:
     def _compute(self, attention: fx.Node, bias: fx.Node) -> fx.Node:
         parts = self._find_parts(bias)
         numberings = [node for node in parts if is_token_numbering(node, self.length)]
-        if len(numberings) != 2 or get_example(bias).shape[0] != 1:  # one of queries, one of keys
+        if len(numberings) != 2 or get_example(bias).shape[0] != 1:  # one numbering of queries, one of keys
             return self._tabulate(attention, bias)
         program = self.graph.exported
         capacity = insert_call(program, attention, aten.sym_size.int, self.cache, 2)
@@ -79,24 +81,24 @@ class RelativePositions:
         raise _unsupported_bias(attention)
 
     def _tabulate(self, attention: fx.Node, bias: fx.Node) -> fx.Node:
-        """Return a table of a bias that is the key's number times a slope."""
+        """Return a table of a bias that is a key's index times a slope."""
         rows, length = get_example(self.ids).shape
         count = self.graph.longest or DEFAULT_POSITIONS
         known = {**find_stored_tensors(self.graph.exported), self.ids: torch.zeros(1, count, dtype=torch.int64)}
         try:
             ((keys,),) = evaluate(bias, known, {str(rows): 1, str(length): count}).transpose(1, 2)
-        except Exception as error:  # an op may raise anything for sizes that it was not traced with
+        except Exception as error:  # an op may raise any error for sizes with which it was not traced
             raise _unsupported_bias(attention) from error
         first, last, self.longest = keys[:, :1], keys[:, -1:], keys.shape[1]
         line = torch.lerp(first.float(), last.float(), torch.linspace(0, 1, keys.shape[1]))
         if keys.shape[1] < 2 or not (keys - line).abs().max() <= _ROUNDING * keys.abs().max():
             raise _unsupported_bias(attention)
-        # The end whose numbers are smaller has lost less to rounding.
+        # The end of the sequence with the smaller values has the smaller rounding error.
         behind = first - keys if first.abs().max() <= last.abs().max() else keys.flip(1) - last
         return add_constant(self.graph.exported, behind.to(get_example(attention.args[1]).dtype))
 
     def _find_parts(self, bias: fx.Node) -> list[fx.Node]:
-        """Return the nodes from which a bias is computed and that depend on the sequence's length, in order."""
+        """Return the nodes from which a bias is computed and that depend on the sequence length, in order."""
         found = find_sources([bias])
         parts: dict[fx.Node, None] = {}
         for node in self.graph.fx.nodes:
@@ -110,7 +112,7 @@ class RelativePositions:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: copies.get(operand, operand))
             try:
                 copy = insert_call(self.graph.exported, attention, node.target, *args, **kwargs)
-            except Exception as error:  # an op may raise anything for sizes that it was not traced with
+            except Exception as error:  # an op may raise any error for sizes with which it was not traced
                 raise _unsupported_bias(attention) from error
             copy_provenance(copy, node)
             copies[node] = copy

@@ -1,7 +1,7 @@
-"""Copies of a part of a captured graph: computed by the base, or with one adapter alone.
+"""Copies of a part of a captured graph, computed by the base or with one adapter.
 
-Nodes that depend on no adapted op are not copied. In a pass of the base every adapted op is replaced by the model's. In
-a pass of an adapter its branches follow, whose formula gets the pass's name.
+Nodes that depend on no adapted op are not copied. In a pass of the base the model's op replaces every adapted op. In a
+pass of an adapter, the adapter's branches are added, and their formulas get the pass's name.
 """
 
 import functools
@@ -28,7 +28,7 @@ ValueReader = Callable[[Iterable[str], fx.Node], Mapping[str, fx.Node]]
 @final
 @dataclass(frozen=True)
 class IsolatedPass:
-    """A pass of the base, or of one adapter alone.
+    """A pass of the base, or of one adapter.
 
     Attributes:
         name: the adapter's name for the pass; empty for a pass of the base.
@@ -42,13 +42,13 @@ class IsolatedPass:
 @final
 @dataclass(frozen=True)
 class Replay:
-    """A copier of the nodes that lead to some nodes of a graph at level adapted.
+    """A copier of the nodes on which some nodes of a graph at level adapted depend.
 
     Attributes:
         graph: edited in place.
         before: copies are inserted before this node; nodes that precede it need no copy.
         order: node -> its index in the graph.
-        read: (names of program values, the node that reads them) -> their nodes.
+        read: function (names of program values, the node that reads them) -> the values' nodes.
     """
 
     graph: Graph
@@ -57,11 +57,11 @@ class Replay:
     read: ValueReader = field(repr=False)
 
     def copy_nodes(self, nodes: Iterable[fx.Node], isolated: IsolatedPass) -> dict[fx.Node, fx.Node]:
-        """Copy the nodes and all that they depend on; return the copy of each node that has one.
+        """Copy these nodes and all nodes on which they depend; return the copy of each copied node.
 
         Raises:
             CompileError: the pass would write in place.
-            SiteError: a value that a branch reads in the pass is not computed before it.
+            SiteError: a value that a branch reads in the pass is not computed before the branch.
         """
         needed: set[fx.Node] = set()
         pending = list(nodes)
@@ -87,7 +87,7 @@ class Replay:
         return [*call.tensors, *(value for name, value in read.items() if parse_value_name(name)[0] in {OUTPUT, IN})]
 
     def _find_branch(self, node: fx.Node, isolated: IsolatedPass) -> int | None:
-        """Return the index of the branch of an adapted op that acts in a pass; None where none does."""
+        """Return the index of the adapted op's branch that acts in a pass; None if no branch does."""
         plan = self.graph.plan_of(ops.site_of(node))
         return find_branch(plan.branches, isolated.owner) if isolated.owner else None
 
@@ -95,7 +95,7 @@ class Replay:
         return self.graph.plan_of(ops.site_of(node)).branches[index]
 
     def _copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass) -> fx.Node:
-        """Copy a node with the copies of its operands; an adapted op becomes its call in the pass."""
+        """Copy a node, with the copies of its operands; an adapted op becomes its form in the pass."""
         if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             raise CompileError(
                 f"a pass before the call's own cannot repeat {node.target}, which writes in place",
@@ -113,7 +113,7 @@ class Replay:
     def _insert_branch(
         self, node: fx.Node, plain: fx.Node, index: int, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass
     ) -> fx.Node:
-        """Insert a branch that acts on the base's output ``plain`` at the site of an adapted op."""
+        """Insert a branch at an adapted op's site; the branch acts on the base's output ``plain``."""
         call, slot = AdaptedCall.of(node), self._slot(node, index)
         read = self.read(_values_of_pass(slot), node)
         _, *names = branch_roles(index, len(slot.params))
@@ -136,5 +136,5 @@ class Replay:
 
 
 def _values_of_pass(slot: BranchSlot) -> list[str]:
-    """Return the values that a branch reads in its adapter's own pass: all but those computed from that pass."""
+    """Return the values that a branch reads in its adapter's own pass: all except values of ``once``."""
     return [name for name in slot.reads if parse_value_name(name)[0] != OWN]

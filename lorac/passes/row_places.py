@@ -1,4 +1,4 @@
-"""Which sites of a graph have slots with places, so that the rows of a batch may choose their own adapters."""
+"""The sites of a graph whose slots have places, so that rows of a batch may choose different adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,16 +31,16 @@ def add_places(
     why_kinds_shared: Mapping[SiteKind, str],
     why_branches_shared: str,
 ) -> dict[str, SitePlan]:
-    """Return the plans, with places where rows may have slots of their own; the graph takes over these plans.
+    """Return the plans, with places where rows may have different slots; update the graph's plans.
 
-    A note of the graph says where they may not, and why.
+    A note of the graph names the sites whose rows share slots, and why.
 
     Args:
         graph: its plans are edited.
         planned: path -> the slots of a site that the graph uses.
         calls: path -> the calls of a site.
         why_kinds_shared: kinds of sites whose slots have no places -> why.
-        why_branches_shared: why branches have no places; empty where they have.
+        why_branches_shared: why branches have no places; empty if they may have.
     """
     first = next((value for value in find_input_examples(graph.exported).values() if value.dim()), None)
     rows = None if first is None else first.shape[0]

@@ -1,6 +1,6 @@
-"""Whether a formula computes the rows of a batch one by one, and runs for several places at once, as it does in calls.
+"""Tests whether a formula computes the rows of a batch independently, and for several places at once.
 
-Both are found by calls on made-up values: a formula is a function of torch ops, whatever they are.
+Both are tested by calls on artificial values, since a formula is a function of torch ops for any values.
 """
 
 import itertools
@@ -21,20 +21,20 @@ from lorac.third_party_output import suppress_third_party_output
 
 Size = int | torch.SymInt
 _ROWS, _OTHER = 3, 4
-"""The number of rows of a made-up call, and the first of its other sizes that vary."""
+"""The number of rows of an artificial call, and the first of its other sizes that vary."""
 _PLACES = 2
 _NOTHING_CUT = SegmentOps(lambda x, slot, features: x, lambda y, like, features: y)
 
 
 @dataclass(frozen=True, eq=False)
 class FormulaCall:
-    """A call of a branch's formula, or of ``once``, as it was traced.
+    """A traced call of a branch's formula, or of ``once``.
 
     Attributes:
-        run: runs it for one place.
-        slot: the branch's, with the axes of its inputs and results.
-        rows: tensors with a row for each of the batch.
-        values: the values that it reads, by the names of a context without an owner.
+        run: function that runs the formula for one place.
+        slot: the branch's slot, with the axes of its inputs and results.
+        rows: tensors with one row per row of the batch.
+        values: the values that the formula reads, under the names of a context without an owner.
         context: the context, without values.
         results: name of a result -> its axis.
     """
@@ -47,7 +47,7 @@ class FormulaCall:
     results: Mapping[str, ValueAxis]
 
     def why_together(self, batch: torch.SymInt) -> str:
-        """Return why the rows of a batch are computed together, as a clause; empty where each is computed alone."""
+        """Return why the rows of a batch are not computed independently, as a clause; empty if they are."""
         try:
             if self._mixes_rows(batch):
                 return "a branch computes the rows of a batch together"
@@ -83,7 +83,7 @@ class FormulaCall:
         return self.slot.axes[name.replace(":.", ":")]
 
     def _why_one_place(self, batch: torch.SymInt) -> str:
-        """Return why ``torch.vmap`` does not run the formula for any number of places; empty where it does."""
+        """Return why ``torch.vmap`` cannot run the formula for any number of places; empty if it can."""
         environment = ShapeEnv()
         places = make_size(environment, "places", _PLACES, 1)
         numbers = (make_size(environment, f"size_{i}", _OTHER + i) for i in itertools.count())
@@ -107,7 +107,7 @@ _ROUNDING = 1e-6
 
 
 def _name_sizes(batch: torch.SymInt, rows: Size, others: Iterable[Size]) -> Callable[[Size], Size]:
-    """Return a function from sizes of a graph to those of a made-up call, equal ones for equal ones."""
+    """Return a function from sizes of a graph to sizes of an artificial call; it maps equal sizes to equal sizes."""
     known: dict[str, Size] = {str(batch): rows}
     left = iter(others)
 
