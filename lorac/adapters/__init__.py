@@ -1,1 +1,1 @@
-"""Steps that make an adapter ready to run, or convert one adapter into another."""
+"""Functions that prepare an adapter to run, or convert one adapter into another."""

@@ -1,4 +1,4 @@
-"""Sites that a model has because an adapter names them: modules, and values that an adapter computes once per call."""
+"""Sites that a model gets because an adapter names them: modules, and the site for the values of ``once``."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from lorac.variants.base import BranchVariant, Variant
 def add_named_modules(variant: Variant, view: ModelView) -> ModelView:
     """Add sites for the modules that a method's ``targets`` name.
 
-    A list means the modules that it names; of those that one regular expression matches, modules whose widths cannot be
-    inferred are left out.
+    Every module that a list names becomes a site; of the modules that a regular expression matches, those whose widths
+    cannot be inferred are left out.
 
     Raises:
         SiteError: the widths of a module that a list names cannot be inferred.
@@ -38,7 +38,7 @@ def add_named_modules(variant: Variant, view: ModelView) -> ModelView:
 
 
 def add_adapted_modules(adapter: Adapter, view: ModelView) -> ModelView:
-    """Add sites for the modules at which an adapter of a branch has tensors."""
+    """Add sites for the modules at which an adapter with a branch method has tensors."""
     if not any(isinstance(one, BranchVariant | MissingMethod) for one in adapter.variant.methods):
         return view
     missing = adapter.tensors.keys() - view.sites.keys()
@@ -47,20 +47,19 @@ def add_adapted_modules(adapter: Adapter, view: ModelView) -> ModelView:
 
 
 def make_once_sites(adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Return the site at which an adapter computes its values once per call, if it has any."""
+    """Return the site at which an adapter computes the values of ``once``; empty if its method has no ``once``."""
     path = get_once_path(adapter)
     return {path: make_once_site(path, sites[next(iter(adapter.tensors))].dtype)} if path else {}
 
 
 _PATHS: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
-"""Adapter -> its path, which training asks for at every site of every step."""
+"""Cache of adapter -> its path, which training reads at every site in every step."""
 
 
 def get_once_path(adapter: Adapter) -> str:
-    """Return the path of that site; empty where a method computes nothing once per call.
+    """Return the path of an adapter's ``once`` site; empty if its method has no ``once``.
 
-    Adapters of one structure share it: the method, its settings, the sites and the shapes of the tensors there are
-    equal.
+    Adapters of one structure share the path: their method, settings, sites and tensor shapes are equal.
     """
     variant = adapter.variant
     if not (isinstance(variant, BranchVariant) and variant.has_once):

@@ -1,4 +1,4 @@
-"""A hash of the base weights that an adapter was made for."""
+"""The hash of the base weights for which an adapter was made."""
 
 import hashlib
 import re
@@ -18,22 +18,22 @@ from lorac.storage.tensor_file import raw_bytes
 _MIXED = "mixed"
 _FORM = re.compile(r"[0-9a-f]{32}")
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, tuple[str, ...]]]] = weakref.WeakKeyDictionary()
-"""Skeleton, whose weights nothing writes to -> recorded hashes and paths that agreed with it."""
+"""Skeleton, whose weights never change -> the recorded hashes and paths that matched it."""
 
 
 @pause_clock()
 def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str | None:
-    """Return a stable hash of the base weights of the sites at ``paths``.
+    """Return a stable hash of the base weights at ``paths``.
 
     Args:
         view: the base.
         paths: site paths; order and repetition do not matter.
-        dtype: hash the weights as cast to it, instead of unchanged.
+        dtype: dtype to which the weights are cast before hashing; None: no cast.
 
     Returns:
-        "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the weights have
-        several; None under a quantised weight, whose original values are unknown, and for a model without its weights,
-        or with a part of them (``shard_base``).
+        "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", with the dtype "mixed" for weights of
+            several dtypes. None for a quantised weight, whose original values are unknown, and for a model without its
+            weights or with only parts of them (``shard_base``).
     """
     paths = tuple(paths)
     if _is_quantised(view, paths) or any(map(is_in_parts, view.module.parameters())):
@@ -59,10 +59,10 @@ def compute_tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -> None:
-    """Check the recorded hash of a saved copy against the model's own tensor, as ``check_base`` does.
+    """Check the recorded hash of a saved copy against the model's tensor, as ``check_base`` does.
 
     Raises:
-        AdapterError: they differ, or the record is not a hash.
+        AdapterError: the hashes differ, or the record is not a hash.
     """
     recorded_dtype = _parse_recorded_dtype(name, recorded)
     if not _holds_values(_dtype_name({tensor.dtype}), recorded_dtype):
@@ -72,7 +72,7 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
 
 
 def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
-    """Return the error for an adapter saved with a copy of a parameter that differs from the model's."""
+    """Return the error for an adapter whose saved copy of a parameter differs from the model's."""
     return AdapterError(
         f"adapter '{name}' was saved with a copy of '{parameter}', and this model's differs",
         next_step="load the base it was trained on; if its vocabulary was resized, copy the saved embedding into the "
@@ -82,10 +82,10 @@ def copy_mismatch_error(name: str, parameter: str) -> AdapterError:
 
 
 def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) -> bool:
-    """Check a recorded hash against the model; return whether they could be compared.
+    """Check a recorded hash against the model; return whether the two could be compared.
 
-    A model in a wider dtype than the recorded one is compared as cast to it. In a narrower dtype, or under a quantised
-    weight, the original values are unknown and nothing is checked.
+    Weights in a wider dtype than the recorded one are cast to it first. In a narrower dtype, or for a quantised weight,
+    the original values are unknown and nothing is checked.
 
     Raises:
         AdapterError: the weights differ, or the record is not a hash.
@@ -129,9 +129,9 @@ def _parse_recorded_dtype(name: str, recorded: str) -> str:
 
 
 def _iter_weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and value of every weight of the sites, by name; for a module without a weight, all its parameters.
+    """Yield name and value of every weight of these sites, by name; for a module without a weight, all its parameters.
 
-    A weight that was widened for a target is yielded as it was given.
+    A weight that was widened for a target is yielded in its original dtype.
     """
     for path in sorted(set(paths)):
         weight = view.sites[path].weight if path in view.sites else None
@@ -148,7 +148,7 @@ def _dtype_name(dtypes: set[torch.dtype]) -> str:
 
 
 def _holds_values(own_dtype: str, recorded_dtype: str) -> bool:
-    """Return whether every value of dtype ``recorded_dtype`` is one of dtype ``own_dtype``."""
+    """Return whether dtype ``own_dtype`` can represent every value of dtype ``recorded_dtype``."""
     if _MIXED in (own_dtype, recorded_dtype):
         return own_dtype == recorded_dtype
     wide, narrow = getattr(torch, own_dtype), getattr(torch, recorded_dtype)

@@ -1,4 +1,4 @@
-"""Terms that stay branches: the slots that an adapter's formula needs, and the tensors that fill them."""
+"""Terms that remain branches: the slots that an adapter's formula needs, and the tensors that fill them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,9 +14,9 @@ from lorac.variants.base import BranchVariant, Variant
 
 
 def make_branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchTerm:
-    """Return the term of a site that stays a branch, with the structure that adapters of its slot share.
+    """Return the branch term of a site; adapters with equal structure share its slot.
 
-    Where the method computes values once per call, the tensors that its sites share are not among the term's.
+    If the method defines ``once``, shared tensors are left out of the term.
     """
     variant, tensors, once = adapter.variant.at(site), adapter.tensors[site.path], get_once_path(adapter)
     assert isinstance(variant, BranchVariant)
@@ -30,7 +30,7 @@ def make_branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> Br
 
 
 def make_once_term(adapter: Adapter, sites: Mapping[str, Site], *, detach: bool = True) -> BranchTerm:
-    """Return the term of the site at which an adapter computes its values once per call."""
+    """Return the term of an adapter's ``once`` site."""
     variant, first = adapter.variant, sites[adapter.sites[0]]
     assert isinstance(variant, BranchVariant)
     shared = [name for name, spec in variant.at(first).specs(first).items() if spec.shared]
@@ -43,7 +43,7 @@ def make_once_term(adapter: Adapter, sites: Mapping[str, Site], *, detach: bool 
 
 
 def describe_structure(variant: Variant) -> str:
-    """Return the hyper-parameters that a formula may read, as text, without the patterns that select sites."""
+    """Return the hyper-parameters that a formula may read, as text; patterns that select sites are left out."""
     return repr({name: value for name, value in variant.own_settings.items() if not name.endswith("_pattern")})
 
 

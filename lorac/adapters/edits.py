@@ -1,4 +1,4 @@
-"""Adapters of given changes: a LoRA where every change is a pair, else an edit, which holds each in its normal form."""
+"""Adapters made from changes: a LoRA if every change is a pair, else an ``Edit``, which stores normal forms."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from lorac.variants.base import Variant
 from lorac.variants.edit import PARTS, Edit
 
 _SIZED: Mapping[str, str] = {"a": "pair", "t": "t", "values": "sparse"}
-"""The tensors whose last axis is the size of a part -> the part."""
+"""Tensor whose last axis is the size of a part -> the part."""
 
 
 @torch.no_grad()
@@ -28,18 +28,18 @@ def hold_changes(
     replaced: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
-    """Return an adapter with the given changes at strength 1; its tensors may share memory with them.
+    """Make an adapter with these changes at strength 1; its tensors may share memory with them.
 
-    It is a ``LoRA`` of scale 1 where every change is a pair without scales, with ``lora_bias`` if any changes the bias;
-    else an ``Edit``. Sites where nothing changes are left out.
+    It is a ``LoRA`` of scale 1 if every change is a pair without scales, with ``lora_bias`` if a change shifts the
+    bias; else it is an ``Edit``. Sites without a change are left out.
 
     Args:
         name: name of the result.
         changes: site path -> change.
         like: a method with the result's ``dropout``, ``parameters``, ``modules_to_save`` and ``bias``.
-        weight: site path -> W (out, in); called for ``Dense`` changes, of which W' − W is held.
+        weight: function site path -> W (out, in); called for ``Dense`` changes, of which W' − W is stored.
         replaced: the parameters that the result replaces, by name.
-        dtype: of the tensors; default: as they are given.
+        dtype: dtype of the tensors; default: unchanged.
 
     Raises:
         BaseNeeded: a change is ``Dense``, and there is no ``weight``.
@@ -55,7 +55,7 @@ def hold_changes(
 
 
 def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
-    """Return a change's tensors by the names of ``Edit``."""
+    """Return a change's tensors under the names of ``Edit``."""
     shift = {} if change.e is None else {"e": change.e}
     if isinstance(change, LowRank):
         folded = change.folded()
@@ -106,6 +106,6 @@ def _make_edit(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Varian
 
 
 def _measure_parts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the parts of an edit that these tensors are, with their sizes."""
+    """Return the parts of an edit to which these tensors belong, with their sizes."""
     sizes = {_SIZED.get(key, key): tensor.shape[-1] if key in _SIZED else 1 for key, tensor in tensors.items()}
     return {part: sizes[part] for part in PARTS if part in sizes}

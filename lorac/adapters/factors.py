@@ -1,4 +1,4 @@
-"""An adapter as tensors: its change of each site, in factors where its method has them."""
+"""An adapter as tensors: its change at each site, in factors where its method has factors."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -20,40 +20,40 @@ from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
 
 _OUT, _IN = 9973, 9967
-"""Sizes of a probe that shows which axes of a parameter are a site's outputs and inputs: primes, which no other axis
-has."""
+"""Sizes of a probe that shows which axes of a parameter are a site's outputs and inputs: primes, which are the sizes of
+no other axis."""
 
 
 def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Change]:
-    """Return an adapter's change of each site at strength 1: low-rank factors where the method has them, else W'.
+    """Return an adapter's change at each site at strength 1: low-rank factors if the method has them, else W'.
 
-    Each change is of one of these classes; b' = b + e, and e (out,) is None where the bias stays:
+    Each change is of one of these classes; b' = b + e, and e (out,) is None where the bias does not change:
 
     - ``LowRank``: W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ with the attributes ``a``, A (in, R), ``b``, B (R, out), ``e``, and
-      ``parts``: those of the other operands that are not 1, by letter: ``"c"`` (out,), ``"d"`` (in,), ``"t"``, the
+      ``parts``: the other operands that are not 1, by letter: ``"c"`` (out,), ``"d"`` (in,), ``"t"``, the
       blocks (n, k, k) of T, ``"g"`` (R,), ``"h"`` (out,). ``folded()`` multiplies g and h into b, ``rank`` is R.
     - ``Sparse``: ``values`` (k,) added to W at ``rows`` (k,) and ``cols`` (k,), and ``e``.
     - ``Delta``: ``delta`` D (out, in) is added to W, and ``e``.
     - ``Dense``: ``weight`` is W' (out, in), and ``e``.
 
     W is the matrix (out, in) that sites present: kernels flattened, embeddings and GPT-2's layers transposed. A
-    replaced parameter that belongs to no site, such as a norm's scale, has its own name as path and is ``Dense`` in its
-    own shape.
+    replaced parameter that belongs to no site, such as a norm's scale, has its name as path and is ``Dense`` in its
+    stored shape.
 
     Args:
-        adapter: of a method that edits weights, or whose branch is equal to an edit; only read, but a change may share
-            its memory.
-        model: the base, or several by name; only read. Needed where a change depends on the base's weight or bias
-            (DoRA, HiRA, every ``Dense`` change and replacement), and where the adapter's tensors do not determine the
-            site's shape.
-        dtype: computation dtype; default: the factors' own, which is float32 over a base in half precision.
+        adapter: an adapter of a method that edits weights, or whose branch equals an edit; it is only read, but changes
+            may share its memory.
+        model: the base, or several by name; it is only read. Needed if a change depends on the base's weight or bias
+            (DoRA, HiRA, every ``Dense`` change and replacement), and if the adapter's tensors do not determine the
+                site's shape.
+        dtype: computation dtype; default: the factors' dtype, which is float32 for a base in half precision.
 
     Returns:
         Site path -> change, in the adapter's order.
 
     Raises:
-        BaseNeeded: no model is given, and a change needs one.
-        CompileError: at some site the method's branch is not a change of a weight.
+        BaseNeeded: a change needs a model, and none is given.
+        CompileError: the method's branch is not a change of a weight at some site.
         SiteError, AdapterError, FormatError: the adapter does not fit the model, as ``load_adapter`` says.
         WrongType: ``adapter`` is not an adapter.
     """
@@ -70,10 +70,10 @@ def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype 
 def iter_changes(
     paths: Iterable[str] | None, adapter: Adapter, view: ModelView, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Change]]:
-    """Yield the changes of ``factors`` site by site, so that only one dense change is in memory.
+    """Yield the changes of ``factors`` site by site, so that at most one dense change is in memory.
 
     Args:
-        paths: paths of sites that the adapter touches; None: all of them.
+        paths: paths of sites that the adapter touches; None: all such sites.
         adapter, dtype: as ``factors`` takes them.
         view: the base.
     """
@@ -95,7 +95,7 @@ def touched_paths(adapter: Adapter, view: ModelView) -> list[str]:
 
 @torch.no_grad()
 def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
-    """Yield the changes that the adapter's tensors alone determine."""
+    """Yield the changes that the adapter's tensors determine without a model."""
     _require_edits(adapter)
     if adapter.replaced:
         raise _base_needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
@@ -120,7 +120,7 @@ def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
 
 
 def _require_edits(adapter: Adapter) -> None:
-    """Refuse a method whose virtual tokens no weight holds."""
+    """Refuse a method of virtual tokens, which cannot be merged into a weight."""
     if adapter.variant.prompt:
         raise _not_an_edit(adapter, adapter.sites[0])
 
@@ -134,7 +134,7 @@ def _not_an_edit(adapter: Adapter, path: str) -> CompileError:
 
 
 def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
-    """Return the linear site that an adapter's tensors have the shapes for, which is all that most formulas read."""
+    """Return a linear site whose shape fits an adapter's tensors; most formulas read only this shape."""
     tensors = adapter.tensors[path]
     dtypes = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     probe = Site(path, SiteKind.LINEAR, _OUT, _IN, dtype or next(dtypes, torch.float32), weight=None)
@@ -150,7 +150,7 @@ def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
         [columns] = [actual for size, actual in found if size == _IN]
         site = dataclasses.replace(probe, out_features=out, in_features=columns)
         check_site(adapter.name, adapter.variant, site, tensors)
-    except UnknownMethod:  # a model does not replace the class
+    except UnknownMethod:  # a model cannot replace the missing class
         raise
     except (LoracError, ValueError) as error:
         raise _base_needed(f"the shape of '{path}', which the tensors of '{adapter.name}' do not determine") from error

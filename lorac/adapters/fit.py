@@ -1,4 +1,4 @@
-"""The check that an adapter fits a model: its sites, shapes and values, and the weights it was made for."""
+"""Checks that an adapter fits a model: sites, shapes, values, and the weights for which it was made."""
 
 import math
 import re
@@ -25,34 +25,34 @@ from lorac.variants.params import ParamSpec, Role
 _NUMBER = re.compile(r"\d+")
 T = TypeVar("T")
 _SUMMED_IN_ONE = 1 << 14
-"""Numbers that torch sums in one thread."""
+"""Most numbers that torch sums in one thread."""
 _SUMMED_BY_NUMPY = frozenset({torch.float32, torch.float64})
 
 
 def check_adapter(adapter: Adapter, view: ModelView) -> None:
-    """Check an adapter against the model it is for, before anything is computed from it.
+    """Check an adapter against its model, before anything is computed from it.
 
-    This is the one check: files, compiling and adding at run time all call it, so that a fault has one error and one
-    text wherever it is met. A field that an adapter's file could not hold (``provenance["left_out"]``) may have shaped
-    its tensors; then only their names and numbers of axes are compared.
+    This is the only check: files, compiling and adding at run time all call it, so that each fault has one error and
+    one text everywhere. A field that an adapter's file could not store (``provenance["left_out"]``) may have decided
+    the shapes of its tensors; then only their names and numbers of axes are compared.
 
     Args:
         adapter: the adapter; only read.
-        view: the model, or its skeleton with the values of the adapted weights if a base hash is recorded.
+        view: the model, or its skeleton; if a base hash is recorded, with the values of the adapted weights.
 
     Raises:
         SiteError: a path is not a site, a replaced tensor not a parameter, a value that a branch reads does not exist,
             the adapter is empty, or the method or lorac cannot adapt a module.
         FormatError: a tensor is not a parameter of the method.
-        AdapterError: a parameter is missing or has another shape or dtype; a position lies outside the weight or is
-            given twice; a tensor or a hyper-parameter is NaN or infinite; the recorded base hash is another or invalid.
+        AdapterError: a parameter is missing or has another shape or dtype; a position is outside the weight or is given
+            twice; a tensor or a hyper-parameter is NaN or infinite; the recorded base hash differs or is invalid.
     """
     for check in _iter_checks(adapter, view):
         check()
 
 
 def list_faults(adapter: Adapter, view: ModelView) -> list[LoracError]:
-    """Return each error for which an adapter does not fit a model, where ``check_adapter`` raises the first."""
+    """Return every error for which an adapter does not fit a model; ``check_adapter`` raises the first of them."""
     faults = []
     for check in _iter_checks(adapter, view):
         try:
@@ -63,7 +63,7 @@ def list_faults(adapter: Adapter, view: ModelView) -> list[LoracError]:
 
 
 def _iter_checks(adapter: Adapter, view: ModelView) -> Iterator[Callable[[], object]]:
-    """Yield the parts of the check in order; each raises its own errors, and none relies on an earlier one."""
+    """Yield the parts of the check in order; each raises its errors, and none depends on an earlier part."""
     name, variant = adapter.name, adapter.variant
     yield partial(check_numbers, name, variant)
     yield partial(_check_invocation, adapter)
@@ -103,10 +103,10 @@ def _check_copy(adapter: str, name: str, copy: str, view: ModelView, known: Mapp
 
 
 def check_reads(adapter: Adapter, view: ModelView) -> None:
-    """Refuse an adapter whose branches read values that the program does not have.
+    """Refuse an adapter whose branches read values that the program lacks.
 
     Raises:
-        SiteError: a name is not a value, or a value that is computed once per call reads one that comes later.
+        SiteError: a name is not a value, or ``once`` reads a value that is computed later.
     """
     branches = [method for method in adapter.variant.methods if isinstance(method, BranchVariant)]
     if not branches:
@@ -122,7 +122,7 @@ def check_reads(adapter: Adapter, view: ModelView) -> None:
 
 
 def check_values(adapter: Adapter) -> None:
-    """Refuse an adapter with NaN or infinity in its tensors.
+    """Refuse an adapter whose tensors have NaN or infinity.
 
     Raises:
         AdapterError: as ``check_finite``.
@@ -132,10 +132,10 @@ def check_values(adapter: Adapter) -> None:
 
 
 def _check_invocation(adapter: Adapter) -> None:
-    """Refuse invocation tokens where something of the adapter acts on every token.
+    """Refuse invocation tokens if another part of the adapter acts on every token.
 
     Raises:
-        FormatError: a LoRA with such tokens is a part of another method, or replaces tensors of the model.
+        FormatError: a LoRA with invocation tokens is part of another method, or replaces tensors of the model.
     """
     own, parts = adapter.variant, iterate_fields(adapter.variant)
     inner = any(invocation_of(one) for one in parts if isinstance(one, Variant) and one is not own)
@@ -147,10 +147,10 @@ def _check_invocation(adapter: Adapter) -> None:
 
 
 def refuse_invocation(adapter: Adapter, why: str) -> None:
-    """Refuse an adapter that acts from its invocation tokens on, where weights act on every token.
+    """Refuse an adapter that acts only from its invocation tokens on, since merged weights act on every token.
 
     Raises:
-        CompileError: it is one (code ``not_mergeable``).
+        CompileError: the adapter has invocation tokens (code ``not_mergeable``).
     """
     if invocation_of(adapter.variant):
         raise CompileError(
@@ -161,10 +161,10 @@ def refuse_invocation(adapter: Adapter, why: str) -> None:
 
 
 def check_numbers(adapter: str, variant: Variant) -> None:
-    """Refuse NaN and infinity in hyper-parameters, at any depth, and impossible rates of dropout.
+    """Refuse NaN and infinity in hyper-parameters, at any depth, and dropout rates out of range.
 
     Raises:
-        AdapterError: naming the field.
+        AdapterError: a value is refused; the error names the field.
     """
     for field, setting in variant.settings.items():
         wrong = next(
@@ -188,11 +188,11 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     """Refuse tensors with NaN or infinity.
 
     Args:
-        tensors: by the names that the caller knows them by.
-        owner: the adapter or the file that they are from, for the message.
+        tensors: tensors by the names for the message.
+        owner: the adapter or file with the tensors, for the message.
 
     Raises:
-        AdapterError: naming the first such tensor, and how many of its values.
+        AdapterError: a tensor has such values; the error names the first tensor and the number of values.
     """
     with pause_clock():
         suspected = {name: torch.isfinite(_widen(tensors[name])) for name in find_infinite_sums(tensors)}
@@ -208,14 +208,15 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
 def find_infinite_sums(tensors: Mapping[T, Tensor]) -> list[T]:
     """Return the names of tensors whose sum is not finite; a sum of finite values may overflow too.
 
-    Summing takes a quarter of the time of looking at each value.
+    A sum takes a quarter of the time of a test of each value.
     """
     are_finite: dict[T, bool] = {}
     groups: dict[tuple[torch.dtype, torch.device], dict[T, Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
-        # On the CPU in this thread alone: where several threads read a file, torch's would wait for each other.
+        # On the CPU, sum in this thread only: if several threads read a file, torch's threads would wait for each
+        # other.
         flat = tensor.detach().flatten()
         if flat.is_cpu and flat.dtype in _SUMMED_BY_NUMPY:
             are_finite[name] = math.isfinite(np.einsum("i->", flat.numpy()))
@@ -223,38 +224,38 @@ def find_infinite_sums(tensors: Mapping[T, Tensor]) -> list[T]:
         parts = flat.split(_SUMMED_IN_ONE) if flat.is_cpu else [flat]
         total = torch.stack([_widen(part).sum() for part in parts]).sum()
         groups.setdefault((total.dtype, total.device), {})[name] = total
-    for sums in groups.values():  # each waits once for its device
+    for sums in groups.values():  # one synchronisation per device
         are_finite |= zip(sums, torch.stack([*sums.values()]).isfinite().tolist(), strict=True)
     return [name for name in tensors if not are_finite.get(name, True)]
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """Return a tensor in a dtype that can be summed."""
+    """Cast a tensor to a dtype that can be summed."""
     return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def check_site(
     adapter: str, variant: Variant, site: Site, tensors: Mapping[str, Tensor], *, shapes: bool = True
 ) -> None:
-    """Check one site's tensors against the parameters of the method there.
+    """Check a site's tensors against the parameters of the method at that site.
 
     Args:
         adapter: the adapter's name, for messages.
         site: the site, with its shapes.
         tensors: parameter name -> tensor.
-        shapes: False compares names and numbers of axes only.
+        shapes: whether to compare shapes; else only names and numbers of axes.
 
     Raises:
         SiteError: the method is not defined on the site's kind.
-        FormatError: there is a tensor that is not a parameter.
-        AdapterError: a parameter is missing or has another shape or dtype, or a position lies outside the weight or is
+        FormatError: a tensor is not a parameter.
+        AdapterError: a parameter is missing or has another shape or dtype, or a position is outside the weight or is
             given twice.
     """
     check_time()
     here = variant.at(site)
     if shapes:
         here.check(site)
-    else:  # without a field that no file holds, sizes are not those that the method would give
+    else:  # a field that no file stores decides sizes, so that the method here would give other sizes
         Variant.check(here, site)
     specs = here.specs(site)
     parameters = f"{variant.name} as configured has {', '.join(specs)} there"
@@ -271,7 +272,7 @@ def check_site(
 
 
 def check_present(adapter: str, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> None:
-    """Check those of a site's tensors that are at hand, where the others are computed from them.
+    """Check those tensors of a site that are present; the others are computed from them.
 
     Raises:
         AdapterError: as ``check_site``.
@@ -317,7 +318,7 @@ def _wrong_dtype_error(adapter: str, subject: str, tensor: Tensor, expected: str
 
 
 def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[int, ...]) -> None:
-    """Check that positions (n, K) lie inside the n axes and that none is given twice."""
+    """Check that positions (n, K) are inside the n axes and that no position is given twice."""
     with pause_clock():
         limits = torch.tensor(below, dtype=torch.int64, device=positions.device)[:, None]
         columns = positions.to(torch.int64)
@@ -342,14 +343,14 @@ def check_replaced(
 
     Args:
         adapter: the adapter's name, for messages.
-        name: of the parameter or buffer.
+        name: the name of the parameter or buffer.
         tensor: the replacement.
         known: the model's parameters and buffers by name.
         resizable: names of tensors that may have another number of rows than the model's.
 
     Raises:
         SiteError: the model has no such parameter or buffer.
-        AdapterError: it has another shape or another kind of numbers.
+        AdapterError: the replacement has another shape or another kind of numbers.
     """
     original = _find_replaced_tensor(adapter, name, known)
     resized = name in resizable and tensor.numel() > 0 and original.shape[1:] == tensor.shape[1:]
@@ -371,20 +372,20 @@ def check_replaced(
 
 
 def sort_by_site(tensors: Mapping[str, T], view: ModelView | None) -> dict[str, T]:
-    """Return tensors by site path in the model's order; without a model, in natural order of the paths."""
+    """Sort tensors by site path in the model's order; without a model, in natural order of the paths."""
     if view is None:
         return {path: tensors[path] for path in sorted(tensors, key=_natural_key)}
     place = {path: index for index, path in enumerate(view.callable_paths)}
 
     def find_place(path: str) -> int:
-        """Return the place of a module, or of the module that holds a parameter."""
+        """Return the index of a module, or of the module that owns a parameter."""
         return place.get(path, place.get(path.rpartition(".")[0], -1))
 
     return {path: tensors[path] for path in sorted(tensors, key=lambda path: (find_place(path), _natural_key(path)))}
 
 
 def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
-    """Return the error for a path that is not a site: not a module, or a module that lorac cannot adapt."""
+    """Return the error for a path that is not a site: it is no module, or a module that lorac cannot adapt."""
     try:
         module = view.module.get_submodule(path)
     except AttributeError:
@@ -407,7 +408,7 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
 
 
 def _find_replaced_tensor(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor:
-    """Return the model's own tensor that an adapter has a replacement or a copy of."""
+    """Return the model's tensor for which an adapter has a replacement or a copy."""
     if name not in known:
         raise SiteError(
             f"adapter '{adapter}' replaces '{name}', which the model does not have",

@@ -21,19 +21,19 @@ from lorac.variants.params import InitContext, ParamSpec, Role
 
 
 def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseReader | None = None) -> Adapter:
-    """Make an adapter at its initial values; the process's random state is preserved.
+    """Make an adapter with its initial values; the global random state does not change.
 
     Args:
-        base: reads base weights; default: the view's.
+        base: reader of base weights; default: the view's.
 
     Raises:
         AdapterError: a hyper-parameter is NaN or infinite.
-        SiteError: the variant's targets name no site, or a site that the method is not defined on.
+        SiteError: the variant's targets name no site, or a site at which the method is not defined.
     """
     check_numbers(name, variant)
     sites, model, base = view.sites, view.module, base or view.base
     found = variant.named_sites(view)
-    # A site of a kind the method is not defined on stays in, to be refused by name.
+    # Keep a site of a kind on which the method is not defined, so that the error can name it.
     chosen = [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
     replaced = [path for path, _ in model.named_modules() if variant.replaces_module(path)]
     check_targets_match(name, variant.targets, sites, replaced)
@@ -44,7 +44,7 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     for site in chosen:
         variant.at(site).check(site)
     specs = {site.path: _make_specs(name, variant, site) for site in chosen}
-    # A shared tensor has in each axis the largest size that a site asks for.
+    # A shared tensor has in each axis the largest size that any site needs.
     shapes: dict[str, tuple[int, ...]] = {}
     for key, spec in itertools.chain.from_iterable(at_site.items() for at_site in specs.values()):
         if spec.shared:
@@ -84,13 +84,13 @@ def _make_specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]
 def make_site_tensors(
     variant: Variant, name: str, site: Site, base: BaseReader, known: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the initial tensors of an adapter at one site, those that share with no other.
+    """Make an adapter's initial tensors at one site; tensors that sites share must be in ``known``.
 
     Args:
-        known: tensors that are taken as they are.
+        known: tensors that are used unchanged.
 
     Raises:
-        SiteError: the method is not defined on the site.
+        SiteError: the method is not defined at the site.
     """
     variant.at(site).check(site)
     shared = _SharedTensors({}, {**(known or {})}, {})
@@ -98,10 +98,10 @@ def make_site_tensors(
 
 
 def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:
-    """Return a copy of an adapter: trainable tensors are parameters, in the dtype of factors (PEFT's rule).
+    """Return a trainable copy of an adapter, with trainable tensors as parameters, in the factors' dtype (PEFT's rule).
 
-    The copy's order depends on the model and the names alone: torch keeps an optimizer's state by position, and that of
-    a fresh adapter has to fit one that was read from a file.
+    The copy's order depends only on the model and the names: torch stores an optimizer's state by position, and a state
+    saved for a fresh adapter must fit an adapter that was read from a file.
     """
     sites = view.sites
     copies: dict[int, Tensor] = {}
@@ -121,7 +121,8 @@ def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:
     for path, source in adapter.provenance.get("tied", {}).items():
         tied, others = copy.tensors.get(path, {}), copy.tensors.get(source, {}).values()
         for name, tensor in tied.items():
-            # A tied layer's tensor may be the transpose of one of its embedding: an optimizer moves both, as in PEFT.
+            # A tied layer's tensor may be the transpose of its embedding's tensor: an optimizer updates both, as in
+            # PEFT.
             alike = (one for one in others if one.ndim == 2 and tensor.requires_grad and tensor is not one)
             other = next((one for one in alike if torch.equal(one.t(), tensor)), None)
             tied[name] = tensor if other is None else nn.Parameter(other.detach().t())
@@ -141,7 +142,7 @@ def add_replaced_parameters(adapter: Adapter, view: ModelView) -> ModelView:
 
 @dataclass(frozen=True)
 class _SharedTensors:
-    """The tensors that sites of an adapter share: shapes, those made so far, and ``ParamSpec.tie`` -> its sites."""
+    """The tensors that an adapter's sites share: shapes, tensors made so far, and ``ParamSpec.tie`` -> its sites."""
 
     shapes: Mapping[str, tuple[int, ...]]
     made: dict[str, Tensor]
@@ -181,7 +182,7 @@ def _make_initial_tensors(
 
 
 def _fold_seed(*names: str) -> int:
-    # "0" stood for a seed once; without it fresh adapters would begin elsewhere.
+    # "0" was a default seed; without it fresh adapters would start at other values.
     digest = hashlib.blake2b("\0".join(("0", *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

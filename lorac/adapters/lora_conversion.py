@@ -1,4 +1,4 @@
-"""Conversion of adapters of other methods to LoRA, for files and programs that support nothing else."""
+"""Conversion of adapters of other methods to LoRA, for files and programs that support only LoRA."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -29,25 +29,26 @@ def to_lora(
     tolerance: float | None = None,
     name: str | None = None,
 ) -> Adapter:
-    """Convert an adapter to the LoRA with the same change at strength 1: exactly, or as nearly as a rank allows.
+    """Convert an adapter to the LoRA with the same change at strength 1: exactly, or the nearest that a rank allows.
 
-    Its scale is 1 everywhere, its rank at each site the smallest that is exact, or whose error keeps to a bound. Errors
-    are ‖ΔW − B·A‖ / ‖ΔW‖ in the Frobenius norm, with ΔW = W' − W. Each site's is recorded in the result's
-    ``provenance["errors"]``, which lorac's own format stores. A change of the bias becomes ``lora_bias``; replaced
-    tensors stay replaced.
+    The LoRA has scale 1 at every site, and at each site the smallest rank that is exact, or whose error is within a
+    bound. Errors are ‖ΔW − B·A‖ / ‖ΔW‖ in the Frobenius norm, with ΔW = W' − W. The error of each site is recorded in
+    the result's ``provenance["errors"]``, which lorac's format stores. A change of the bias becomes ``lora_bias``;
+    replaced tensors stay replaced.
 
     Args:
-        adapter: of a method that edits weights; only read.
-        model: the base, or several by name, needed where ``lorac.factors`` needs it, and for the nearest LoRA of a
-            change that scales, turns or replaces the weight.
-        rank: the largest rank; the error is then as small as it can be.
-        tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
-            that cannot is refused.
-        name: of the result; default: the adapter's.
+        adapter: an adapter of a method that edits weights; it is only read.
+        model: the base, or several by name; needed if ``lorac.factors`` needs it, and for the nearest LoRA of a change
+            that scales, rotates or replaces the weight.
+        rank: the largest rank; the error is then the smallest at this rank.
+        tolerance: the largest error. Without ``rank`` each site has the smallest rank within the tolerance; with
+            ``rank``, a site that exceeds the tolerance is refused.
+        name: name of the result; default: the adapter's.
 
     Raises:
-        OptionError: ``rank`` is below 1, or ``tolerance`` is no number from 0 to 1.
-        CompileError: no LoRA has the same change, and neither rank nor tolerance is given; or an error is above it.
+        OptionError: ``rank`` is below 1, or ``tolerance`` is not a number from 0 to 1.
+        CompileError: no LoRA has the same change, and neither rank nor tolerance is given; or an error exceeds the
+            tolerance.
         BaseNeeded, SiteError, AdapterError: as ``lorac.factors``.
     """
     check_sizes(rank, tolerance)
@@ -77,10 +78,10 @@ def replace_by_lora(
     alphas: Mapping[str, float] | None = None,
     provenance: Mapping[str, object] | None = None,
 ) -> Adapter:
-    """Return a LoRA with all but the tensors of sites and the method as another adapter has it.
+    """Make a LoRA from another adapter: only the method and the tensors of sites are new.
 
     Args:
-        name: of the result; None: the other's.
+        name: name of the result; None: the other adapter's.
         tensors: path of a site -> A (r, in), B (out, r), and ``lora_bias`` at all sites or none.
         alphas: path of a site -> alpha; None: the ranks, which make the scale 1.
     """
@@ -91,7 +92,7 @@ def replace_by_lora(
 
 
 def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant, **fields: Any) -> LoRA:
-    """Return a LoRA with its rank and alpha at each of some sites, and all other fields as another method has them."""
+    """Return a LoRA method with these ranks and alphas by site; all other fields are copied from another method."""
     widest = max(ranks, key=lambda path: ranks[path])
     return LoRA(
         r=ranks[widest],
@@ -109,10 +110,10 @@ def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], lik
 
 
 def check_sizes(rank: int | None, tolerance: float | None) -> None:
-    """Refuse a rank below 1, and a tolerance that is no share.
+    """Refuse a rank below 1, and a tolerance outside 0 to 1.
 
     Raises:
-        OptionError: one of them is.
+        OptionError: rank or tolerance is out of range.
     """
     if rank is not None and rank < 1:
         raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
@@ -123,10 +124,10 @@ def check_sizes(rank: int | None, tolerance: float | None) -> None:
 
 
 def check_error(name: str, path: str, rank: int, error: float, tolerance: float) -> None:
-    """Refuse a truncation with an error above a tolerance.
+    """Refuse a truncation whose error exceeds a tolerance.
 
     Raises:
-        CompileError: naming the site and its error.
+        CompileError: the error exceeds the tolerance; the message names the site and the error.
     """
     if error > tolerance:
         raise CompileError(
@@ -140,17 +141,17 @@ def check_error(name: str, path: str, rank: int, error: float, tolerance: float)
 def truncate_change(
     path: str, change: Change, view: ModelView | None, rank: int | None, tolerance: float
 ) -> Truncation:
-    """Return the nearest pair to the change W' − W of a site, of the smallest rank with an error within a tolerance.
+    """Return the nearest pair to a site's change W' − W, of the smallest rank with an error within a tolerance.
 
     Args:
-        path: the site's.
-        change: of its weight; a pair is decomposed without a product as large as W.
-        view: the base; None where it is not known.
+        path: the site's path.
+        change: the change of its weight; a pair is decomposed without a product as large as W.
+        view: the base; None if unknown.
         rank: the largest rank; None: any.
         tolerance: the largest error, unless the rank is reached.
 
     Raises:
-        BaseNeeded: the change depends on the base, which is not known.
+        BaseNeeded: the change depends on the base, which is unknown.
     """
     if (pair := factors_of(change)) is not None:
         return truncate_product(*pair, rank, tolerance)
@@ -165,7 +166,7 @@ def truncate_change(
 
 
 def compute_delta(change: Change, weight: Tensor) -> Tensor:
-    """Return W' − W (out, in) in float32 or wider."""
+    """Return W' − W (out, in) in float32 or a wider dtype."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return change.delta.to(wide) if isinstance(change, Delta) else merge_weight(change, wide) - wide
 
@@ -182,5 +183,5 @@ def _require_pair(adapter: Adapter, path: str, change: Change) -> None:
 
 
 def _differing_patterns(values: Mapping[str, T], path: str) -> dict[str, T]:
-    """Return the values that differ from that at ``path``, by patterns that match one whole path each."""
+    """Return the values that differ from the value at ``path``, by patterns that match one whole path each."""
     return {f"^{re.escape(key)}": value for key, value in values.items() if value != values[path]}

@@ -1,4 +1,4 @@
-"""The model's own names of modules and parameters that an adapter's file names otherwise."""
+"""Repair of names in an adapter's file: other names of a model's modules and parameters become the model's names."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -7,16 +7,17 @@ from lorac.frontend.checkpoint_names import find_stored_names
 from lorac.frontend.model_view import ModelView
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that DDP, torch.compile, FSDP and activation checkpointing put between those of a model."""
+"""Names that DDP, torch.compile, FSDP and activation checkpointing insert into a model's names."""
 REPAIR = "lorac.load_adapter(path, model, fix_names=True) gives it the model's names"
 """The next step for names that can be repaired."""
 
 
 def find_own_names(names: Iterable[str], view: ModelView) -> dict[str, str] | None:
-    """Return a model's own names of modules and parameters, by the names of a file; None if they are not certain.
+    """Map names in a file to a model's names of modules and parameters; None if the mapping is not certain.
 
-    Names of wrappers are left out. Then all names with one first part get another beginning: the one by which
-    transformers' class renames them when it loads a checkpoint, or the only one that makes all of them the model's.
+    Names of wrappers are removed. Then all names with the same first part get another prefix: the prefix to which
+    transformers' class renames them when it loads a checkpoint, or the only prefix with which all of them are names of
+    the model.
     """
     known = frozenset([*view.callable_paths, *view.named_tensors()])
     groups: dict[str, dict[str, list[str]]] = defaultdict(dict)
@@ -33,7 +34,7 @@ def find_own_names(names: Iterable[str], view: ModelView) -> dict[str, str] | No
 
 
 def _rename(group: Mapping[str, list[str]], known: frozenset[str], view: ModelView) -> dict[str, str] | None:
-    """Return the names as they are, or as transformers' class renames them; None where one is not the model's then."""
+    """Return the names unchanged, or as transformers' class renames them; None if a name is then not the model's."""
     plain = {name: ".".join(parts) for name, parts in group.items()}
     if known.issuperset(plain.values()):
         return plain
@@ -44,16 +45,16 @@ def _rename(group: Mapping[str, list[str]], known: frozenset[str], view: ModelVi
 
 
 def _move(group: Mapping[str, list[str]], known: frozenset[str]) -> dict[str, str] | None:
-    """Return the names with another beginning, the longest end of all that exists in the model kept."""
+    """Replace the names' common prefix; keep the longest suffix of all names that exists in the model."""
     first = next(iter(group.values()))
     for start in range(len(first)):
         cut = first[:start]
         if any(parts[:start] != cut for parts in group.values()) or any(part.isdecimal() for part in cut):
-            return None  # a layer's number, or what differs, is not part of a prefix
+            return None  # a layer's number, or a part that differs, is not a prefix
         ends = {name: ".".join(parts[start:]) for name, parts in group.items()}
         end = ".".join(first[start:])
         fronts = {one.removesuffix(end) for one in known if f".{one}".endswith(f".{end}")}
-        if start and "." not in end:  # so short an end is in many places
+        if start and "." not in end:  # a short suffix may occur in many places
             fronts &= {""}
         whole = [front for front in fronts if known.issuperset(front + one for one in ends.values())]
         if whole:

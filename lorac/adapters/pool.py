@@ -27,14 +27,14 @@ from lorac.variants.base import invocation_of
 
 @dataclass(frozen=True)
 class TensorVersions:
-    """The tensors of some adapters and how often each was written.
+    """The tensors of some adapters, and the number of writes to each.
 
     Attributes:
-        versions: each entry's serial, and each tensor's identity and write count; equal if no adapter was exchanged and
-            no tensor written or exchanged in between.
-        tensors: the tensors, kept alive so that no new tensor can get the identity of one of them.
-        sums: addresses of the tensors and sums of their bits, which show writes that torch does not count; empty where
-            none are expected.
+        versions: each entry's serial, and each tensor's identity and write count; equal if no adapter was replaced and
+            no tensor written or replaced in between.
+        tensors: the tensors, kept alive so that no new tensor can have the same identity.
+        sums: addresses of the tensors and sums of their bits, which reveal writes that torch does not count; empty
+            where no such writes are expected.
         bits: the tensors as integers.
     """
 
@@ -45,9 +45,9 @@ class TensorVersions:
 
 
 _KEPT_TIMES = 10_000
-"""How many times of reads are kept."""
+"""Most read times that are kept."""
 _NEVER = TensorVersions(())
-"""Equals the versions of no adapter."""
+"""Versions that differ from those of any adapter."""
 
 
 @dataclass(eq=False, slots=True)
@@ -55,10 +55,10 @@ class PoolEntry:
     """An adapter in a pool, in memory or on disk.
 
     Attributes:
-        source: the adapter itself, or how to read it.
-        serial: a number that no other entry of this process has.
-        charge: the memory of its tensors; None on disk.
-        forms: its normal forms while they are kept, the versions of its tensors then, and their memory.
+        source: the adapter, or the stored adapter to read.
+        serial: a number that is unique in this process.
+        charge: the memory charge of its tensors; None on disk.
+        forms: cached normal forms, the versions of the tensors from which they were made, and their memory charge.
     """
 
     source: Adapter | StoredAdapter
@@ -73,19 +73,20 @@ class PoolEntry:
 
 
 class AdapterPool(Mapping[str, PreparedAdapter]):
-    """Name -> prepared adapter. It is prepared when it is used, and again after its tensors were written.
+    """Name -> prepared adapter. An adapter is prepared at its first use, and again after its tensors were written.
 
-    Prepared adapters are kept while the budget has room for them.
+    Prepared adapters are cached while the budget has room for them.
 
     Args:
         preparer: computes the normal forms.
-        trains: whether the adapters train here, so that writes are expected that torch does not count.
+        trains: whether the adapters train here, so that writes that torch does not count are expected.
 
     Attributes:
-        budget: counts the memory of adapters, in whatever form.
+        budget: the budget for the memory of adapters in all forms.
         entries: name -> entry.
-        given: name -> returns the adapter over other tensors, if its module was given such.
-        read_seconds: times of the last reads of adapters from disk; who reports them takes them out.
+        given: name -> function that returns the adapter with the substituted tensors of its module, or None if there
+            are none.
+        read_seconds: times of the last reads of adapters from disk; a reader of the times removes them.
     """
 
     def __init__(self, preparer: Preparer, *, trains: bool = False) -> None:
@@ -105,7 +106,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             return self._find_prepared(entry) or self._prepare(name, entry)
 
     def _find_prepared(self, entry: PoolEntry) -> PreparedAdapter | None:
-        """Return the normal forms of an entry if they are kept, and made of its tensors as they are."""
+        """Return the cached normal forms of an entry if they were made from its present tensors; else None."""
         forms = entry.forms  # another thread may evict them
         if forms is None:
             return None
@@ -116,7 +117,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         return prepared
 
     def _prepare(self, name: str, entry: PoolEntry) -> PreparedAdapter:
-        """Make the normal forms of an entry, and keep them."""
+        """Compute the normal forms of an entry, and cache them."""
         adapter = entry.adapter
         if adapter is None:
             assert isinstance(entry.source, StoredAdapter)
@@ -124,7 +125,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             try:
                 prepared = self._prepare_packed(entry.source.read(name))
             finally:
-                room.resize(0)  # an error's traceback would hold it
+                room.resize(0)  # an error's traceback would keep the memory alive
             self.read_seconds.append(time.monotonic() - begun)
             return self._keep(entry, prepared, self.read_versions((entry,)))
         forms = entry.forms  # another thread may evict them
@@ -137,10 +138,10 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
     def _keep(
         self, entry: PoolEntry, prepared: PreparedAdapter, versions: TensorVersions, *, always: bool = False
     ) -> PreparedAdapter:
-        """Keep normal forms.
+        """Cache normal forms.
 
         Args:
-            always: whatever the room: they cannot be made again.
+            always: cache them even without room in the budget, since they cannot be made again.
         """
         charge = self.budget.charge(prepared.tensors())
         forms = prepared, versions, charge
@@ -162,7 +163,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """Name -> adapter, of those in memory."""
+        """Name -> adapter, for adapters in memory."""
         with self._lock:
             return {name: entry.source for name, entry in self.entries.items() if isinstance(entry.source, Adapter)}
 
@@ -189,12 +190,12 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         return entry
 
     def invocation(self, name: str) -> tuple[int, ...]:
-        """Return the token ids from which on an adapter acts; empty for one that acts on every token."""
+        """Return the token ids from which on an adapter acts; empty for an adapter that acts on every token."""
         source = self.find(name).source
         return source.invocation if isinstance(source, StoredAdapter) else invocation_of(source.variant)
 
     def find_given(self, names: Iterable[str]) -> dict[str, Adapter]:
-        """Return those of some adapters whose modules were given other tensors, with these."""
+        """Return, among these adapters, those whose modules have substituted tensors, with these tensors."""
         found = ((name, self.given[name]()) for name in names if name in self.given)
         return {name: adapter for name, adapter in found if adapter is not None}
 
@@ -208,18 +209,18 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         return self._prepare_packed(adapter)
 
     def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
-        """Return an adapter's normal forms in few blocks of memory, unless it trains and is prepared at every step."""
+        """Return an adapter's normal forms, packed into few blocks of memory unless the pool trains."""
         return self._preparer.prepare(adapter, packed=not self._trains)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.
 
         Args:
-            prepared: its normal forms; None: they are computed at its first use.
+            prepared: the adapter's normal forms; None: they are computed at its first use.
 
         Raises:
             AdapterError: the name is taken.
-            OverBudget: there is no room for its tensors.
+            OverBudget: the budget has no room for the adapter's tensors.
         """
         entry = PoolEntry(adapter, next(_SERIALS), self.budget.charge(adapter.parameters()))
         with self._lock:
@@ -230,7 +231,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             self.entries[adapter.name] = entry
 
     def register(self, adapters: Mapping[str, StoredAdapter]) -> None:
-        """Add adapters on disk, all or none.
+        """Add adapters on disk; if one cannot be added, add none.
 
         Raises:
             AdapterError: a name is taken.
@@ -244,14 +245,14 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         """Remove an adapter."""
         with self._lock:
             removed = self.find(name)
-            # A new mapping, so that whoever holds the old one can bring it back.
+            # Make a new mapping, so that a caller with the old mapping can restore it.
             self.entries = {key: entry for key, entry in self.entries.items() if key != name}
             self.budget.forget((id(self), removed.serial))
             if removed.adapter is None:
-                removed.forms = None  # calls hold composed weights; the traceback of an error may hold the entry
+                removed.forms = None  # calls reference composed weights; an error's traceback may reference the entry
 
     def invalidate(self) -> None:
-        """Prepare every adapter again at its next use, because the model's own tensors were exchanged."""
+        """Drop all normal forms, because the model's tensors were replaced; the next use prepares adapters again."""
         with self._lock:
             for entry in self.entries.values():
                 entry.forms = None
@@ -275,16 +276,16 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         return tuple(self.find(name) for name in names)
 
     def has_versions(self, entries: Sequence[PoolEntry], versions: TensorVersions) -> bool:
-        """Return whether no tensor of some adapters was written or exchanged since their versions were read."""
+        """Return whether no tensor of these entries was written or replaced since the versions were read."""
         now = self.read_versions(entries, versions)
         return versions.versions == now.versions and versions.sums == now.sums
 
     def read_versions(self, entries: Sequence[PoolEntry], before: TensorVersions = _NEVER) -> TensorVersions:
-        """Return the present versions of the tensors of some adapters, faster where earlier ones are given.
+        """Return the present versions of the tensors of these entries; this is faster with earlier versions.
 
-        Torch counts writes by operations in place, with gradients or without. It counts no write through
-        ``tensor.data``, as research optimizers and moving averages make them, nor one to a tensor made in inference
-        mode. Those show in the sums.
+        torch counts in-place writes, with or without gradients. It does not count writes through ``tensor.data``, as
+        research optimizers and moving averages make them, nor writes to a tensor made in inference mode. The sums
+        reveal these.
         """
         tensors, versions = list[Tensor](), list[int]()
         for entry in entries:
@@ -294,7 +295,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         versions += map(id, tensors)
         try:
             versions += map(_VERSION, tensors)
-        except RuntimeError:  # a tensor made in inference mode has no count; asking each tensor first would slow calls
+        except RuntimeError:  # a tensor made in inference mode has no count; testing each tensor first would slow calls
             del versions[len(entries) + len(tensors) :]
             versions += [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         if not self._trains or not tensors:
@@ -302,7 +303,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         addresses = tuple([tensor.data_ptr() for tensor in tensors])
         same = before.sums[: len(tensors)] == addresses and all(map(operator.is_, before.tensors, tensors))
         bits = before.bits if same else tuple([t.detach().view(_INTEGERS[t.element_size()]) for t in tensors])
-        with outside_traces():  # one transfer brings the sums from a device
+        with outside_traces():  # one transfer copies the sums from a device
             sums = torch.stack([each.sum().to(bits[0].device) for each in bits]).tolist()
         return TensorVersions(tuple(versions), tuple(tensors), (*addresses, *sums), bits)
 
@@ -310,4 +311,4 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 _VERSION = operator.attrgetter("_version")
 _SERIALS = itertools.count(1)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Size of a number in bytes -> the integers of that size."""
+"""Item size in bytes -> the integer dtype of that size."""

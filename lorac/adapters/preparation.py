@@ -1,4 +1,4 @@
-"""Adapters in normal form: the formula of a structure is reduced once, then evaluated on each adapter's tensors."""
+"""Adapters in normal form: the formula of a structure is reduced once, then evaluated for each adapter's tensors."""
 
 import collections
 import dataclasses
@@ -33,19 +33,19 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant, invocation_of
 
 _REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
-"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
+"""Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, for all programs of this process."""
 _MAX_REDUCTIONS = 512
 Shapes = tuple[tuple[str, torch.Size], ...]
 _FORMULAS = ("weight", "new_bias", "compute_bias", "branch")
 
 
 class Preparer:
-    """Prepares adapters; each structure is reduced once.
+    """Preparer of adapters, which reduces each structure once.
 
     Args:
         sites: every site of the model.
-        base: reads base weights.
-        keep_factors: keep products of factors at any rank, also where one dense matrix is cheaper to apply.
+        base: reader of base weights.
+        keep_factors: whether to keep products of factors at any rank, even where one dense matrix is cheaper to apply.
 
     Attributes:
         stored: reductions of an artifact by structure (``stored_reductions``), which are not traced again.
@@ -70,10 +70,10 @@ class Preparer:
 
     @torch.no_grad()
     def prepare(self, adapter: Adapter, *, packed: bool = False) -> PreparedAdapter:
-        """Return the normal forms of all terms of an adapter that ``check_adapter`` has passed.
+        """Return the normal forms of all terms of an adapter that passed ``check_adapter``.
 
         Args:
-            packed: put low-rank tensors of equal shape into one block of memory (``pack_adapter``).
+            packed: whether to put low-rank tensors of equal shape into one block of memory (``pack_adapter``).
         """
         changes: dict[str, Change] = {}
         branches: dict[str, BranchTerm] = {}
@@ -104,7 +104,7 @@ class Preparer:
         return prompt.prefix(self.sites[path], {name: tensor.detach() for name, tensor in tensors.items()})
 
     def touched(self, adapter: Adapter) -> list[str]:
-        """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
+        """Return the paths of the sites that an adapter touches: adapted sites, then sites with replaced tensors."""
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
         own = adapter.tensors if adapter.variant.acts_at_sites else ()
         return list(dict.fromkeys([*own, *(owners[fqn] for fqn in adapter.replaced)]))
@@ -120,11 +120,11 @@ class Preparer:
     def _find_change(
         self, adapter: Adapter, path: str, reduction: Reduction | None, *, contiguous: bool = True
     ) -> Change:
-        """Return a term that is not a branch.
+        """Return the change of a site's term that is not a branch.
 
         Args:
-            reduction: that of the term; None where the adapter only replaces tensors of the site.
-            contiguous: detach its tensors, and copy those that lie in another order in memory, such as transposes.
+            reduction: the term's reduction; None if the adapter only replaces tensors of the site.
+            contiguous: whether to detach the change's tensors and make them contiguous.
         """
         site = self.sites[path]
         if reduction is None:
@@ -136,11 +136,11 @@ class Preparer:
         return map_tensors(lambda tensor: tensor.detach().contiguous(), change) if contiguous else change
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
-        """Return the reduction of a variant at a site, from the cache where the structure is known."""
+        """Return the reduction of a variant at a site, from the cache if the structure is known."""
         tensors = {name: tensor[0] for name, tensor in tensors.items()} if site.stack else tensors
         shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
         known = self._by_site.get(site.path)
-        # Training asks at every step, where describing the structure would take longest.
+        # Training calls this in every step, where a description of the structure would take longest.
         if known is None or known[1] != shapes or not (known[0] is variant or known[0] == variant):
             known = self._by_site[site.path] = (
                 variant,
@@ -151,7 +151,7 @@ class Preparer:
 
     def _find_reduction(self, variant: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
         shape = (site.out_features, site.in_features)
-        method = self._method  # the same at all sites but for patterns
+        method = self._method  # the same at all sites, except for patterns
         if method is None or method[0] is not variant:
             formulas = [getattr(type(variant), formula, None) for formula in _FORMULAS]
             method = self._method = variant, (type(variant), *formulas, repr(variant))
@@ -166,7 +166,7 @@ class Preparer:
         return found
 
     def _from_stored(self, text: str, shape: tuple[int, int], tensors: Iterable[Tensor]) -> Reduction:
-        """Return the reduction of a structure from the artifact; it is cached for this model alone."""
+        """Return the reduction of a structure from the artifact; cache it for this model only."""
         found = self._from_artifact.get(text)
         if found is None:
             found = reduction_from_json(self.stored[text])
@@ -175,7 +175,7 @@ class Preparer:
         return found
 
     def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, object]:
-        """Return the reductions of adapters as JSON by structure, without those of methods from other packages."""
+        """Return the adapters' reductions as JSON by structure; methods from other packages are left out."""
         found: dict[str, object] = {}
         built_in = [adapter for adapter in adapters if not class_modules(adapter.variant)]
         for adapter, path in ((one, path) for one in built_in for path in one.tensors):
@@ -206,12 +206,12 @@ class Preparer:
         return from_outputs(reduction.form, outputs, None if bias is None else wide_bias)
 
     def _weight(self, site: Site) -> Tensor:
-        """Return W in the memory order of the host's own tensor, since norms of it are summed in that order."""
+        """Return W in the memory order of the model's tensor, since the order of a norm's sum depends on it."""
         weight = self.base.weight(site)
         return weight.contiguous() if site.kind is SiteKind.LINEAR and not site.transposed else weight
 
     def _share(self, reduction: Reduction, name: str, made: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return a tensor made of shared parameters: the one that earlier sites made, if there is one."""
+        """Return a tensor made from shared parameters: the cached one of an earlier site, if there is one."""
         if made.requires_grad:
             return made
         shared = [tensors[key] for key in reduction.shared]
@@ -223,12 +223,12 @@ class Preparer:
         return cached[1]
 
     def forget_shared(self, tensors: Iterable[Tensor]) -> None:
-        """Drop the results of shared parameters that were written without a change of torch's version counter."""
+        """Drop cached results of shared parameters that were written without a change of torch's version counter."""
         for tensor in tensors:
             self._shared_results.pop(tensor, None)
 
     def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
-        """Return a change with the adapter's own copy of the base's bias (PEFT's ``bias=``) included."""
+        """Add the adapter's replacement of the base's bias (PEFT's ``bias=``) to a change."""
         shift = self._bias_shift(adapter, site)
         if shift is None:
             return change
@@ -244,9 +244,10 @@ class Preparer:
         return _fill_layer(adapter, site, trained).to(dtype) - bias.to(dtype)
 
     def dropped(self, adapter: Adapter, site: Site) -> DropoutDelta | None:
-        """Return the term of a site with dropout between its factors: (x, y, rate) -> y' − y.
+        """Return a site's term with dropout between its factors, (x, y, rate) -> y' − y, or None.
 
-        None where the term's form covers that: a weight formula's does; an affine branch's lacks the biases.
+        None means that the term's form suffices. A weight formula's form does; an affine branch's form lacks the
+        biases.
         """
         tensors = adapter.tensors[site.path]
         reduction = self.reduction(adapter.variant, site, tensors)
@@ -263,7 +264,7 @@ class Preparer:
         return delta
 
     def replaced_change(self, adapter: Adapter, site: Site) -> Change | None:
-        """Return the change of a site of which an adapter only replaces tensors (modules_to_save, a bias), or None."""
+        """Return the change of a site at which an adapter only replaces tensors (modules_to_save, a bias), or None."""
         weight = adapter.replaced.get(site.weight) if site.weight else None
         if weight is not None:
             return self.with_bias(adapter, site, Dense(site.present(_fill_layer(adapter, site, weight).to(site.dtype))))
@@ -299,25 +300,25 @@ class Preparer:
         found = reduce_branch(
             lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules, keep_factors=keep
         )
-        if site_readers:  # a reduction serves every site of the shape
+        if site_readers:  # a reduction is used for every site of this shape
             return _unreduced(tensors, "reads which site it is at")
-        # A reduced branch computes y' alone and emits nothing.
+        # A reduced branch computes only y' and emits nothing.
         return _unreduced(tensors, f"has extra outputs ({', '.join(emitted)})") if emitted else found
 
     def _keeps_factors(self, variant: Variant, site: Site) -> bool:
-        """Return whether factors stay apart whatever they cost: something reads, drops or truncates them.
+        """Return whether to keep factors at any cost, because a reader, dropout or truncation needs them.
 
-        A product of factors may also leave the blocks of a grouped kernel, which the kernel cannot.
+        A product of factors may also have entries outside a grouped kernel's blocks, which the kernel cannot store.
         """
         drops = isinstance(variant, WeightVariant) and variant.dropout_place is Dropout.RANK
         return self.keep_factors or drops or variant.truncatable is not None or _is_grouped(site)
 
 
 def _fill_layer(adapter: Adapter, site: Site, tensor: Tensor) -> Tensor:
-    """Return a replacement of a layer's tensor with as many rows as the program has.
+    """Pad a replacement of a layer's tensor to the number of rows in the program.
 
     Raises:
-        NeedsRecompile: it has more, or the program holds layers of one size.
+        NeedsRecompile: the replacement has more rows, or the program has layers of one size only.
     """
     if not site.is_resizable or len(tensor) == site.size:
         return tensor
@@ -333,12 +334,12 @@ def _fill_layer(adapter: Adapter, site: Site, tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _make_meta_weight(stack: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return a weight for formulas that do not read it."""
+    """Return a meta tensor as the weight for formulas that do not read it."""
     return torch.empty((stack, rows, columns) if stack else (rows, columns), dtype=dtype, device="meta")
 
 
 def _describe(variant: Variant, site: Site, shapes: Shapes) -> str:
-    """Return a structure as text: everything that the reduction of one of lorac's own methods depends on."""
+    """Describe a structure as text: everything on which the reduction of one of lorac's methods depends."""
     sizes = {name: list(shape) for name, shape in shapes}
     kind = f"{site.kind} {site.out_features}x{site.in_features} {_is_grouped(site)} {site.dtype}"
     return f"{variant.name}{describe_structure(variant)} {kind} {sizes}"
@@ -356,9 +357,9 @@ def _unreduced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
 
 
 def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter:
-    """Return an adapter whose low-rank tensors of equal shape lie one behind the other, in the order of its sites.
+    """Put an adapter's low-rank tensors of equal shape next to each other in memory, in the order of its sites.
 
-    Every other tensor becomes contiguous. Tensors that several sites share, and the adapter's own, stay in place.
+    All other tensors become contiguous. Tensors that several sites share, and the adapter's own tensors, are not moved.
 
     Args:
         adapter: the adapter that was prepared.

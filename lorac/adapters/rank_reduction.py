@@ -1,7 +1,7 @@
-"""Other ranks of a trained LoRA: the nearest of a lower one in the Frobenius norm, which can be trained further.
+"""Other ranks of a trained LoRA: the nearest LoRA of lower rank in the Frobenius norm, which can be trained further.
 
 Vulić et al. 2026, arXiv 2602.10993, in the form that never makes a matrix as large as the weight (Algorithm 2). A SoRA
-loses the ranks of its closed gates, which a LoRA does without: Ding et al., EMNLP 2023, arXiv 2311.11696.
+without its closed gates is a LoRA: Ding et al., EMNLP 2023, arXiv 2311.11696.
 """
 
 import math
@@ -26,21 +26,21 @@ from lorac.variants.sora import SoRA
 def reduce_rank(
     adapter: Adapter, rank: int | None = None, *, energy: float | None = None, name: str | None = None, seed: int = 0
 ) -> Adapter:
-    """Return the nearest LoRA of a lower rank, with Σ^½ in each factor and its present scale s (alpha' = s·r').
+    """Return the nearest LoRA of a lower rank, with Σ^½ in each factor and the same scale s (alpha' = s·r').
 
-    Of ΔW = s·B·A = U·Σ·Vᵀ the first r' components remain: B' = U·Σ^½/√s, A' = Σ^½·Vᵀ/√s. A component of size 0 gets a
+    The first r' components of ΔW = s·B·A = U·Σ·Vᵀ remain: B' = U·Σ^½/√s, A' = Σ^½·Vᵀ/√s. A component of size 0 gets a
     column of zeros in B' and a random row of length 1 in A', so that it can learn.
 
     Args:
-        adapter: of method lora; its tensors are copied.
-        rank: r'; sites of a lower rank keep theirs.
+        adapter: an adapter of method lora; its tensors are copied.
+        rank: r'; sites of a lower rank keep their rank.
         energy: instead of ``rank``: each site's smallest rank with this share of Σσ², above 0, up to 1.
-        name: of the result; default: the adapter's own.
-        seed: of the random rows.
+        name: name of the result; default: the adapter's.
+        seed: seed of the random rows.
 
     Raises:
         AdapterError: the adapter is of another method.
-        OptionError: neither or both of rank and energy are given, or one out of range.
+        OptionError: neither or both of rank and energy are given, or one is out of range.
     """
     if (rank is None) == (energy is None):
         raise OptionError("exactly one of rank= and energy= is needed", next_step="give one of them")
@@ -51,7 +51,7 @@ def reduce_rank(
     def choose(s: Tensor) -> int:
         if rank is not None:
             return min(rank, s.shape[-1])
-        # The smallest rank with this share of Σσ², the largest over a stack.
+        # The smallest rank with this share of Σσ²; for a stack, the largest of these ranks.
         shares = s.square().cumsum(-1) / s.square().sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
         return min(int((shares < (energy or 1.0)).sum(-1).max()) + 1, s.shape[-1])
 
@@ -60,22 +60,22 @@ def reduce_rank(
 
 @torch.no_grad()
 def resize(adapter: Adapter, rank: int | None = None, *, tolerance: float | None = None) -> Adapter:
-    """Return a LoRA with another rank, and its present scale: the nearest of a lower rank, or the same in a higher one.
+    """Return a LoRA with another rank and the same scale: the nearest of a lower rank, or an equal one of higher rank.
 
     Σ^½ of the change's singular values goes to each factor. A rank above that of a change adds columns of zeros to B
     and random rows of length 1 to A, which training moves. Errors, ‖ΔW − ΔW'‖ / ‖ΔW‖, are recorded by site in the
     result's ``provenance["errors"]``.
 
     Args:
-        adapter: of method lora; its tensors are copied.
-        rank: the new rank, everywhere.
-        tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
-            that cannot is refused.
+        adapter: an adapter of method lora; its tensors are copied.
+        rank: the new rank at every site.
+        tolerance: the largest error. Without ``rank`` each site has the smallest rank within the tolerance; with
+            ``rank``, a site that exceeds the tolerance is refused.
 
     Raises:
         AdapterError: the adapter is of another method.
-        OptionError: neither rank nor tolerance is given, or one out of range.
-        CompileError: an error is above ``tolerance`` at this rank.
+        OptionError: neither rank nor tolerance is given, or one is out of range.
+        CompileError: an error exceeds ``tolerance`` at this rank.
     """
     if rank is None and tolerance is None:
         raise OptionError("rank= or tolerance= is needed", next_step="give one of them, or both")
@@ -94,7 +94,7 @@ def resize(adapter: Adapter, rank: int | None = None, *, tolerance: float | None
 def _change_ranks(
     adapter: Adapter, choose: Callable[[Tensor], int], *, name: str | None = None, seed: int = 0
 ) -> Adapter:
-    """Return a LoRA with the rank at each site that its singular values (…, r) choose."""
+    """Return a LoRA whose rank at each site ``choose`` computes from the singular values (…, r)."""
     if not isinstance(adapter.variant, LoRA):
         raise AdapterError(
             f"'{adapter.name}' is {adapter.variant.name}, which is not LoRA",
@@ -133,18 +133,18 @@ def _balanced_factors(
 
 
 def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:
-    """Return the LoRA of a SoRA adapter's open gates, exactly.
+    """Return the LoRA of a SoRA adapter's open gates; the result is exact.
 
-    A' = diag(g)·A (r', in) and B' (out, r') over the r' open gates. The scale stays alpha/r of the r that training
-    began with, so that alpha' = alpha·r'/r. A site whose gates are all closed is left out.
+    A' = diag(g)·A (r', in) and B' (out, r') over the r' open gates. The scale stays alpha/r with the initial r, so that
+    alpha' = alpha·r'/r. A site whose gates are all closed is left out.
 
     Args:
-        adapter: of method sora; its tensors are copied.
-        name: of the result; default: the adapter's own.
+        adapter: an adapter of method sora; its tensors are copied.
+        name: name of the result; default: the adapter's.
 
     Raises:
         AdapterNotFound: the adapter is of another method.
-        AdapterError: all its gates are closed.
+        AdapterError: all gates are closed.
     """
     variant = adapter.variant
     if not isinstance(variant, SoRA):

@@ -1,4 +1,4 @@
-"""A router frozen to one choice of weights, which leaves a mixture of experts: a LoRA."""
+"""A router frozen to constant weights, which turns a mixture of experts into a LoRA."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,20 +18,21 @@ Weights = Sequence[float] | Tensor
 
 @torch.no_grad()
 def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *, name: str | None = None) -> Adapter:
-    """Return the LoRA of a routed adapter whose experts have the same weights for all tokens: ΔW = s∘Σ_i w_i·B_i·A_i.
+    """Return the LoRA of a routed adapter with constant expert weights for all tokens: ΔW = s∘Σ_i w_i·B_i·A_i.
 
-    It can be fused, baked, merged and saved as any LoRA. Experts of weight 0 are left out, so that one expert alone
-    leaves its own LoRA.
+    It can be fused, baked, merged and saved like any LoRA. Experts of weight 0 are left out, so that a single expert
+    becomes its LoRA.
 
     Args:
-        adapter: of a method that routes between experts of low rank; only read.
+        adapter: an adapter of a method that routes between low-rank experts; it is only read.
         weights: the factor of each expert's output in the formula: (experts,) for all sites, (sites, experts) in the
             adapter's order, or site path -> (experts,). In FlyLoRA every rank is an expert.
-        name: of the result; default: the adapter's own.
+        name: name of the result; default: the adapter's.
 
     Raises:
         AdapterError: the method has no experts, or the numbers of weights and experts differ.
-        SiteError: weights are given for a site that the adapter does not touch, or are missing for one.
+        SiteError: weights are given for a site that the adapter does not touch, or are missing for a site that it
+            touches.
         WrongType: ``adapter`` is not an adapter, or the weights are not numbers.
     """
     check_type(
@@ -50,7 +51,7 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
 def _frozen_factors(
     adapter: Adapter, variant: object, path: str, parameters: Mapping[str, Tensor], row: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return A (R, in) and B (out, R) of the experts with a weight; without any, a pair of rank 1 that is zero."""
+    """Return A (R, in) and B (out, R) of the experts with non-zero weights; without any, a zero pair of rank 1."""
     if not isinstance(variant, RoutedVariant):
         raise AdapterError(
             f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to freeze",

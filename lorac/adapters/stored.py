@@ -21,7 +21,7 @@ class SlotLayout:
 
     Attributes:
         sites: the sites that the adapter touches, without their tensors.
-        stacks: the slots of each stack, in the order of the bytes.
+        stacks: each stack and the names of its slots, in the order of the bytes.
     """
 
     sites: Mapping[str, ComposedSite]
@@ -32,7 +32,7 @@ class SlotLayout:
         """Return the layout of an adapter.
 
         Args:
-            snapshot: the adapter, composed at every site.
+            snapshot: the adapter composed at every site.
             tensors: the contents of its slots.
         """
         groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
@@ -43,16 +43,16 @@ class SlotLayout:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for equal layouts."""
+        """A key that is equal for equal layouts."""
         return tuple(_describe_site(path, site) for path, site in self.sites.items()), self.stacks
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """The size of the memory."""
+        """The size of the memory in bytes."""
         return sum(stack.nbytes for stack, _ in self.stacks)
 
     def view(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return memory as tensors by slot."""
+        """View memory as tensors by slot."""
         parts = memory.split([stack.nbytes for stack, _ in self.stacks])
         return {
             name: tensor
@@ -62,11 +62,11 @@ class SlotLayout:
 
 
 class StoredAdapter(ABC):
-    """An adapter on disk, which is read when it is used. A pool may hold thousands.
+    """An adapter on disk, which is read when it is used; a pool may have thousands.
 
     Attributes:
-        nbytes: the size of its tensors there.
-        invocation: the token ids from which on it acts; empty: it acts on every token.
+        nbytes: the size of its tensors on disk.
+        invocation: the token ids from which on the adapter acts; empty: it acts on every token.
     """
 
     __slots__ = ("invocation", "nbytes")
@@ -76,14 +76,14 @@ class StoredAdapter(ABC):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """The folder that it lies in."""
+        """The folder of the adapter."""
 
     @abstractmethod
     def read(self, name: str) -> Adapter:
-        """Read the adapter, strictly checked against the model.
+        """Read the adapter and check it strictly against the model.
 
         Raises:
-            FormatError, AdapterError, SiteError: it was changed since it was registered.
+            FormatError, AdapterError, SiteError: the adapter was changed since it was registered.
         """
 
 

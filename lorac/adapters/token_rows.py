@@ -1,7 +1,8 @@
-"""Rows of a weight that train by themselves: PEFT's ``trainable_token_indices``.
+"""Rows of a weight that train alone: PEFT's ``trainable_token_indices``.
 
-A file's adapter replaces the whole weight, so that whatever reads replaced parameters reads these too. Trained as it
-is, the weight would move with all its rows; a session that trains holds them as a part of method TrainableTokens.
+An adapter read from a file replaces the whole weight, so that code for replaced parameters also handles such rows. If
+this weight were trained, all its rows would change; a training session therefore stores the rows in a part of method
+TrainableTokens.
 """
 
 from dataclasses import replace
@@ -17,10 +18,11 @@ from lorac.variants.union import Union
 
 
 def split_token_rows(adapter: Adapter, view: ModelView) -> Adapter:
-    """Return an adapter with rows of ``TrainableTokens`` in place of the weights of which only these rows train.
+    """Replace the weights of which only some rows train by rows of ``TrainableTokens``.
 
     Args:
-        adapter: one that fits the model; its provenance tells the rows. Without such rows it is returned as it is.
+        adapter: an adapter that fits the model; its provenance lists the rows. Without such rows it is returned
+            unchanged.
     """
     sites = (site for site in view.sites.values() if site.kind in TrainableTokens.kinds and site.is_layer)
     paths = {site.weight: site.path for site in sites if not site.transposed}
@@ -46,6 +48,6 @@ def split_token_rows(adapter: Adapter, view: ModelView) -> Adapter:
         tensors |= {path: part.hold_rows(view.sites[path], own_rows) for path, own_rows in rows.items()}
         parts.append(part)
     provenance = {key: value for key, value in adapter.provenance.items() if key != TOKEN_ROWS}
-    if provenance.get("base"):  # a hash over the weights of all sites
+    if provenance.get("base"):  # the hash covers the weights of all sites
         provenance["base"] = compute_base_hash(view, tensors)
     return Adapter(adapter.name, Union.over(*parts, like=adapter.variant), tensors, rest, provenance)

@@ -1,4 +1,4 @@
-"""The terms of a training step, computed from the adapters' own tensors."""
+"""The terms of a training step, computed from the adapters' tensors."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from lorac.variants.base import BranchVariant, Variant, invocation_of
 
 
 class AdapterTerms(TrainingTerms):
-    """Terms that carry gradients to the tensors of a pool's adapters.
+    """Terms through which gradients flow to the tensors of a pool's adapters.
 
     Args:
-        preparer: evaluates their formulas.
-        base: reads base weights; default: the preparer's.
-        given: adapters that stand for those of the pool.
+        preparer: the preparer that evaluates the formulas.
+        base: reader of base weights; default: the preparer's.
+        given: name -> adapter that replaces the pool's.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class AdapterTerms(TrainingTerms):
 
 
 def _write_constrained(method: Variant, tensors: Mapping[str, Tensor]) -> None:
-    """Move tensors that an optimizer has taken out of their method's constraint back onto it, while they train."""
+    """In training, project tensors that violate their method's constraint, and write them in place."""
     if not torch.is_grad_enabled() or type(method).constrained is Variant.constrained:
         return
     held = {name: tensor.detach() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""One adapter from several, in one of many ways, and adapters merged into the weights of a model."""
+"""Merging of several adapters into one, in many ways, and merging of adapters into the weights of a model."""
 
 from lorac.merging.federation import FederatedStack
 from lorac.merging.merged_checkpoint import MergedCheckpoint, merge_checkpoint

@@ -5,17 +5,17 @@ from torch import Tensor
 
 
 def cluster(points: Tensor, weights: Tensor, k: int, generator: torch.Generator, tries: int, steps: int) -> Tensor:
-    """Return the cluster of each point, from 0 to k − 1, with the least Σ w·‖u − μ‖² of several tries.
+    """Return the cluster of each point, from 0 to k − 1; of several tries, the one with the least Σ w·‖u − μ‖².
 
-    The first centres are drawn far from each other (Arthur and Vassilvitskii 2007, k-means++), then each is moved to
-    the mean of its points until none changes its cluster (Lloyd 1982).
+    The initial centres are drawn far from each other (Arthur and Vassilvitskii 2007, k-means++). Then each centre moves
+    to the mean of its points until no point changes its cluster (Lloyd 1982).
 
     Args:
         points: (M, d), in the order of ``sort_points``.
         weights: (M,), above 0.
         k: the number of clusters, at most M.
-        generator: draws the first centres.
-        tries: the number of first centres that are tried.
+        generator: source of the random initial centres.
+        tries: the number of sets of initial centres.
         steps: the largest number of moves.
     """
     if k >= len(points):
@@ -25,13 +25,13 @@ def cluster(points: Tensor, weights: Tensor, k: int, generator: torch.Generator,
 
 
 def sort_points(points: Tensor) -> Tensor:
-    """Return the order (M,) of points (M, d) by their coordinates."""
+    """Return the order (M,) that sorts points (M, d) by their coordinates."""
     _, places = torch.unique(points, dim=0, return_inverse=True)
     return places.argsort(stable=True)
 
 
 def average(points: Tensor, weights: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return the weighted mean (k, d) of the points of each cluster, 0 of an empty one."""
+    """Return the weighted mean (k, d) of the points of each cluster; 0 for an empty cluster."""
     total = points.new_zeros(k, points.shape[1]).index_add_(0, labels, points * weights[:, None])
     return total / _count(weights, labels, k)[:, None].clamp_min(torch.finfo(points.dtype).tiny)
 
@@ -41,7 +41,7 @@ def _count(weights: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def _try_once(points: Tensor, weights: Tensor, k: int, generator: torch.Generator, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the clusters around centres that are drawn, and moved until they stay, and Σ w·‖u − μ‖²."""
+    """Run k-means once from random initial centres; return the clusters and Σ w·‖u − μ‖²."""
     chosen = [int(torch.multinomial(weights, 1, generator=generator))]
     distances = _distances(points, points[chosen])[:, 0]
     while len(chosen) < k:

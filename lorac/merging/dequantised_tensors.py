@@ -1,4 +1,4 @@
-"""The float values of a checkpoint whose matrices bitsandbytes, GPTQ, AWQ or transformers' fp8 have quantised.
+"""The float values of a checkpoint whose matrices are quantised by bitsandbytes, GPTQ, AWQ or transformers' fp8.
 
 Each library stores a matrix in several parts. Their layouts are in bitsandbytes.functional (QuantState), AutoGPTQ's and
 GPTQModel's torch kernels, AutoAWQ's utils.packing_utils and transformers.integrations.finegrained_fp8 and fbgemm_fp8.
@@ -21,7 +21,7 @@ from lorac.storage.open_file import OpenFile
 from lorac.storage.sharded_tensors import ShardedTensors
 
 Parts = Mapping[str, Tensor]
-"""Name of a part, behind the path of its layer -> tensor."""
+"""Name of a part, without the path of its layer -> tensor."""
 _AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 _STATE = "weight.quant_state.bitsandbytes__"
 _AS_BEFORE = "give the model as it was before quantisation"
@@ -32,11 +32,11 @@ class QuantisedLayout:
     """The parts in which a library stores a matrix.
 
     Attributes:
-        mark: a part that only such layers have.
-        parts: the parts that every such layer has; the matrix is written to the file that holds the first.
-        optional: further parts; those about the rounding of inputs mean nothing for products of floats.
-        shape: parts and settings -> (out, in).
-        decode: parts and settings -> the matrix (out, in) in float32.
+        mark: a part that only layers of this layout have.
+        parts: the parts that every such layer has; the matrix is written to the file of the first part.
+        optional: further parts; parts for the rounding of inputs are not used.
+        shape: function (parts, settings) -> (out, in).
+        decode: function (parts, settings) -> the matrix (out, in) in float32.
     """
 
     mark: str
@@ -47,15 +47,15 @@ class QuantisedLayout:
 
 
 class DequantisedTensors(Mapping[str, Tensor]):
-    """The tensors of a model's folder in floating point; each is read, and dequantised, when it is asked for.
+    """The tensors of a model's folder in floating point; each is read and dequantised on access.
 
     Args:
-        stored: the folder's tensors as they are.
+        stored: the folder's tensors as stored.
         folder: the folder, for messages.
         settings: its ``quantization_config``.
 
     Attributes:
-        shards, index, index_name: as ``ShardedTensors`` has them.
+        shards, index, index_name: as in ``ShardedTensors``.
 
     Raises:
         CompileError: lorac does not know the library's layout.
@@ -111,7 +111,7 @@ class DequantisedTensors(Mapping[str, Tensor]):
 
     @contextmanager
     def _refuse_mismatch(self, name: str) -> Iterator[None]:
-        """Raise ``FormatError`` where the block cannot compute with a layer's parts."""
+        """Raise ``FormatError`` if a layer's parts do not fit together in the block."""
         try:
             yield
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
@@ -141,7 +141,7 @@ class DequantisedTensors(Mapping[str, Tensor]):
         return dict(self._outline)
 
     def shard_of(self, name: str) -> str:
-        """Return the name of the file that a tensor is written to: the one that holds the first of its parts."""
+        """Return the name of the file to which a tensor is written: the file of its first part."""
         if name not in self._layers:
             return self._stored.shard_of(name)
         layout, parts = self._layers[name]
@@ -150,11 +150,11 @@ class DequantisedTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class DequantisedShard:
-    """A file of such a folder.
+    """A file in the folder of ``DequantisedTensors``.
 
     Attributes:
-        tensors: those of the folder.
-        name: the file's.
+        tensors: the tensors of the folder.
+        name: the name of the file.
         file: the file with quantised matrices.
     """
 
@@ -164,11 +164,11 @@ class DequantisedShard:
 
     @property
     def notes(self) -> Mapping[str, str]:
-        """Its metadata."""
+        """The file's metadata."""
         return {"format": "pt"}
 
     def outline(self) -> dict[str, Tensor]:
-        """Return the tensors that are written to it, on the meta device."""
+        """Return the tensors that are written to the file, on the meta device."""
         return {key: one for key, one in self.tensors.outline().items() if self.tensors.shard_of(key) == self.name}
 
 
@@ -195,7 +195,7 @@ def _shape_of_weight(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:
 
 
 def _read_state(parts: Parts) -> JsonMapping:
-    """Return the notes of bitsandbytes on a matrix of 4 bits: JSON in a tensor of bytes."""
+    """Return bitsandbytes' metadata of a 4-bit matrix, which is JSON in a byte tensor."""
     packed = next(tensor for part, tensor in parts.items() if part.startswith(_STATE))
     state: JsonMapping = json.loads(bytes(packed.tolist()))
     return state
@@ -210,7 +210,7 @@ def _decode_4_bits(parts: Parts, settings: JsonMapping) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Return the numbers (…, n·32/bits) in int32 (…, n), the lowest bits first."""
+    """Unpack int32 (…, n) into numbers (…, n·32/bits), lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
 
@@ -219,7 +219,7 @@ def _decode_gptq(parts: Parts, settings: JsonMapping) -> Tensor:
     bits, scales = settings["bits"], parts["scales"].float()
     whole, zeros = _unpack(parts["qweight"].mT, bits), _unpack(parts["qzeros"], bits)
     if settings.get("checkpoint_format", "gptq") != "gptq_v2":
-        zeros = zeros + 1  # the first version stores one less
+        zeros = zeros + 1  # the first version stores zeros minus one
     group = parts["g_idx"].long()
     return (whole - zeros[group].mT) * scales[group].mT
 

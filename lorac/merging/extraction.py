@@ -1,4 +1,4 @@
-"""``extract``: the difference of two checkpoints of one model as an adapter, site by site."""
+"""``extract``: the difference of two checkpoints of one model as an adapter, computed site by site."""
 
 import os
 from collections.abc import Iterator
@@ -36,27 +36,27 @@ def extract(
     tolerance: float | None = None,
     name: str | None = None,
 ) -> Adapter:
-    """Return the adapter that makes a base model of a fine-tuned one: exactly, or as nearly as a rank allows.
+    """Return the adapter that turns a base model into a fine-tuned one: exactly, or the nearest that a rank allows.
 
     The result is a ``LoRA`` if a rank or tolerance is given, else an ``Edit`` as large as the model. Parameters that
     belong to no layer, such as a norm's scale, are replaced whole. Folders are read one tensor at a time, so that
-    neither model is ever in memory.
+    neither model is loaded whole.
 
     Args:
-        tuned, base: folders that transformers or diffusers wrote, by their paths or names; or models; only read.
-        rank: the largest rank at each site; the error, ‖ΔW − B·A‖ / ‖ΔW‖, is then nearly as small as it can be.
-        tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
-            that cannot is refused.
-        name: of the result; default: that of the tuned model's folder.
+        tuned, base: folders that transformers or diffusers wrote, by path or name; or models. Both are only read.
+        rank: the largest rank at each site; the error, ‖ΔW − B·A‖ / ‖ΔW‖, is then close to the smallest possible.
+        tolerance: the largest error. Without ``rank`` each site has the smallest rank within the tolerance; with
+            ``rank``, a site that exceeds the tolerance is refused.
+        name: name of the result; default: the name of the tuned model's folder.
 
     Returns:
         The adapter, with the error of each site in ``provenance["errors"]``.
 
     Raises:
-        OptionError: ``rank`` or ``tolerance`` is out of range, or a folder holds no model.
+        OptionError: ``rank`` or ``tolerance`` is out of range, or a folder contains no model.
         FormatError: a folder's weights are missing or damaged.
-        SiteError, AdapterError: the two are not of one model, have other sizes, hold NaN, or are the same.
-        CompileError: a weight is quantised, or an error is above ``tolerance`` at this rank.
+        SiteError, AdapterError: the two models differ in layers or sizes, contain NaN, or are equal.
+        CompileError: a weight is quantised, or an error exceeds ``tolerance`` at this rank.
     """
     check_sizes(rank, tolerance)
     views = _open(tuned, "tuned"), _open(base, "base")
@@ -97,7 +97,7 @@ def _weighted_sites(view: ModelView) -> dict[str, Site]:
 
 
 def _check_alike(tuned: ModelView, base: ModelView) -> None:
-    """Refuse two models with other layers, layers of other sizes, or quantised ones."""
+    """Refuse two models that differ in layers or their sizes, or have quantised weights."""
     own, other = _weighted_sites(tuned), _weighted_sites(base)
     for path in [*other, *own]:
         if path not in own or path not in other:
@@ -134,7 +134,7 @@ def _check_alike(tuned: ModelView, base: ModelView) -> None:
 
 
 def _iter_differences(tuned: ModelView, base: ModelView) -> Iterator[tuple[str, Change]]:
-    """Yield the changes of the sites that differ; tensors of one site are in memory."""
+    """Yield the changes of the sites that differ; only the tensors of one site are in memory."""
     for path, site in _weighted_sites(base).items():
         delta = _subtract(tuned.base.weight(tuned.sites[path]), base.base.weight(site))
         shift = _subtract(tuned.base.bias(tuned.sites[path]), base.base.bias(site))
@@ -151,7 +151,7 @@ def _iter_differences(tuned: ModelView, base: ModelView) -> Iterator[tuple[str, 
 
 
 def _subtract(tuned: Tensor | None, base: Tensor | None) -> Tensor | None:
-    """Return the difference in float32 or wider; None where there is none, or where both are None."""
+    """Return the difference in float32 or a wider dtype; None if it is zero, or if a tensor is None."""
     if tuned is None or base is None:
         return None
     wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
@@ -160,7 +160,7 @@ def _subtract(tuned: Tensor | None, base: Tensor | None) -> Tensor | None:
 
 
 def _truncate(path: str, change: Change, rank: int | None, tolerance: float | None) -> tuple[Change, float | None]:
-    """Return the pair nearest to a change, and its error; without rank and tolerance the change itself."""
+    """Return the nearest pair to a change, and its error; without rank and tolerance, the change."""
     if rank is None and tolerance is None:
         return change, None
     if not isinstance(change, Delta):
@@ -174,9 +174,9 @@ def _truncate(path: str, change: Change, rank: int | None, tolerance: float | No
 
 
 def _separate_biases(changes: dict[str, Change], tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
-    """Take the changes of biases out where an embedding changes too, and return the tuned biases by name.
+    """Remove the changes of biases if an embedding changes too; return the tuned biases by name.
 
-    A LoRA has its own biases (``lora_bias``) at all of its layers, and PEFT has none at an embedding.
+    A LoRA with ``lora_bias`` has a bias at all of its layers, and PEFT has none at an embedding.
     """
     shifted = [path for path, change in changes.items() if change.e is not None]
     if not shifted or all(base.sites[path].kind is not SiteKind.EMBEDDING for path in changes):
@@ -195,7 +195,7 @@ def _separate_biases(changes: dict[str, Change], tuned: ModelView, base: ModelVi
 
 
 def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
-    """Return the tensors that belong to no site and differ, with all parameters of the modules that hold them."""
+    """Return the tensors that belong to no site and differ, and all parameters of the modules that own them."""
     at_sites = {name for site in _weighted_sites(base).values() for name in (site.weight, site.bias)}
     at_sites |= {name for site in _weighted_sites(tuned).values() for name in (site.weight, site.bias)}
     own, other = ({*(view.stored or view.module.state_dict())} - at_sites for view in (tuned, base))

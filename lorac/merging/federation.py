@@ -1,7 +1,7 @@
-"""Federated training by stacked factors: clients of any ranks, whose rounds add up to one adapter without an error.
+"""Federated training by stacked factors: clients of any ranks, whose rounds add up to one adapter exactly.
 
-The mean of Bₖ times the mean of Aₖ is not the mean of Bₖ·Aₖ; factors that are stacked give that exactly. Wang et al.
-2024, arXiv 2409.05976.
+The mean of Bₖ times the mean of Aₖ is not the mean of Bₖ·Aₖ; stacked factors give the latter exactly. Wang et al. 2024,
+arXiv 2409.05976.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 Train = Callable[[str, CompiledModule], object]
-"""Trains a client's adapter, by the client's name, in the model that it is given."""
+"""Function (client's name, model) that trains the client's adapter in the model."""
 STACK = "stack"
-"""Name of the adapter that holds all rounds before."""
+"""Name of the adapter with all earlier rounds."""
 
 
 class Contribution(NamedTuple):
-    """The part of a client in a round.
+    """A client's contribution to a round.
 
     Attributes:
-        adapter: the adapter that it trained.
-        weight: its weight in the round, such as the number of its samples.
+        adapter: the adapter that the client trained.
+        weight: the client's weight in the round, such as its number of samples.
     """
 
     adapter: Adapter
@@ -40,13 +40,13 @@ class Contribution(NamedTuple):
 
 @dataclass(frozen=True)
 class FederatedStack:
-    """The rounds of a federation. Each changes the model by Σ pₖ·ΔWₖ, pₖ a client's share of the round's weights.
+    """The rounds of a federation; each changes the model by Σ pₖ·ΔWₖ, pₖ a client's share of the round's weights.
 
-    The model itself never changes: clients train next to the stack, which is active and frozen. So every client can be
-    taken out again exactly, and the whole is one adapter that is swapped like any other.
+    The model does not change: clients train next to the stack, which is active and frozen. So every client can be
+    removed exactly, and the whole is one adapter that is swapped like any other.
 
     Attributes:
-        rounds: client -> its contribution, for each round.
+        rounds: for each round, client -> its contribution.
     """
 
     rounds: tuple[Mapping[str, Contribution], ...] = ()
@@ -60,11 +60,11 @@ class FederatedStack:
         """Return the stack with one more round.
 
         Args:
-            adapters: client -> the adapter that it trained next to this stack.
-            weights: client -> its weight, above 0; default: 1 for each.
+            adapters: client -> the adapter that the client trained next to this stack.
+            weights: client -> the client's weight, above 0; default: 1 each.
 
         Raises:
-            ChoiceError: a client has no weight, or one that is not above 0; or there is no client.
+            ChoiceError: a client has no weight, or a weight that is not above 0; or there is no client.
         """
         given = dict.fromkeys(adapters, 1.0) if weights is None else weights
         if given.keys() != adapters.keys() or not adapters or min(given.values()) <= 0:
@@ -76,7 +76,7 @@ class FederatedStack:
         return replace(self, rounds=(*self.rounds, contributions))
 
     def without(self, client: str) -> FederatedStack:
-        """Return the stack without a client; the others' shares of each round add up to 1 again.
+        """Return the stack without a client; in each round the other clients' shares add up to 1 again.
 
         Raises:
             AdapterNotFound: no round has a client of that name.
@@ -104,13 +104,13 @@ class FederatedStack:
     def train_round(
         self, model: nn.Module, methods: Mapping[str, Variant], train: Train, weights: Mapping[str, float] | None = None
     ) -> FederatedStack:
-        """Return the stack with one more round, in which each client trains a fresh adapter next to it.
+        """Train a fresh adapter for each client, next to the stack; return the stack with this round.
 
         Args:
-            model: the base; it stays as it was.
-            methods: client -> its method; ranks and targets may differ. Where it starts as the base, a round begins
-                with the outputs of the stack alone.
-            train: called with each client's name and the model in training mode, where the client's adapter alone
+            model: the base, which is not changed.
+            methods: client -> its method; ranks and targets may differ. If the method starts as the base, a round
+                starts with the outputs of the stack.
+            train: called with each client's name and the model in training mode, in which only the client's adapter
                 requires gradients.
             weights: as ``add_round`` takes them.
         """
@@ -122,7 +122,7 @@ class FederatedStack:
     def _train_client(
         self, model: nn.Module, client: str, method: Variant, train: Train, before: Mapping[str, Adapter]
     ) -> Adapter:
-        name = f"{client}-{len(self.rounds)}"  # a fresh adapter is drawn by its name
+        name = f"{client}-{len(self.rounds)}"  # the name seeds a fresh adapter
         adapters: dict[str, AdapterSource] = {**before, name: method}
         compiled = compile(model, adapters, active=dict.fromkeys(adapters, 1.0))
         for adapter in before:

@@ -47,28 +47,29 @@ def merge(
     dtype: torch.dtype | None = None,
     **options: object,
 ) -> Adapter:
-    """Merge several adapters into one, whatever their methods and ranks.
+    """Merge several adapters of any methods and ranks into one.
 
-    The result is a LoRA where every site's merged change is a product of factors, else an ``Edit``. Parameters that an
-    adapter replaces whole (``modules_to_save``, biases) are merged as changes from the base. An adapter that leaves a
-    site as it is has the change 0 there. One adapter at weight 1 stays as it is, unless an option leaves part out.
+    The result is a LoRA if every site's merged change is a product of factors, else an ``Edit``. Parameters that an
+    adapter replaces whole (``modules_to_save``, biases) are merged as changes from the base. An adapter that does not
+    change a site has the change 0 there. One adapter at weight 1 is returned unchanged, unless an option prunes it.
 
     Args:
-        adapters: adapters, or paths of their files, by name or in a list; only read.
+        adapters: adapters, or paths of their files, by name or in a list; they are only read.
         method: the name of a way: ``lorac.merging.ways()`` has them, and docs/merging.md a table.
         weights: the adapters' weights, by name or in order; default: 1 each.
-        model: the base, or several by name; only read. Needed where a change depends on the base, as DoRA's does, and
-            where something is replaced whole.
-        name: of the result.
-        dtype: of the result; default: the one that holds all adapters' tensors.
-        **options: of the way, by the names of its fields. One for each adapter may be a list, or a mapping by name.
+        model: the base, or several by name; it is only read. Needed if a change depends on the base, as DoRA's does, or
+            if parameters are replaced whole.
+        name: name of the result.
+        dtype: dtype of the result; default: the promoted dtype of all adapters' tensors.
+        **options: options of the way, by the names of its fields. A value per adapter may be a list, or a mapping by
+            name.
 
     Raises:
-        OptionError: there is no such way, or it has no such option or value.
+        OptionError: there is no such way, or the way has no such option or value.
         ChoiceError: the weights are not one finite number for each adapter, or do not suit the way.
         AdapterError: two adapters have one name, or were made for different models; or the result is not finite.
         CompileError: the way cannot read an adapter's change (code ``not_mergeable``).
-        BaseNeeded: there is no model, and a change depends on the base.
+        BaseNeeded: a change depends on the base, and there is no model.
         FormatError, SiteError: a file cannot be read, or does not fit the model.
     """
     view = None if model is None else ModelView.of(model)
@@ -110,9 +111,9 @@ def _read_weights(given: object, names: Sequence[str]) -> list[float]:
 def merge_sites(
     way: SiteWay, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
 ) -> Adapter:
-    """Merge adapters site by site; the errors of truncated sites are in the result's ``provenance["errors"]``."""
+    """Merge adapters site by site; ``provenance["errors"]`` of the result has the errors of truncated sites."""
     for adapter in adapters:
-        if view is not None:  # with sites for every module and parameter that some adapter names
+        if view is not None:  # add sites for every module and parameter that an adapter names
             view = add_adapted_modules(adapter, add_replaced_parameters(adapter, view))
     adapted = {path for adapter in adapters for path in adapter.tensors}
     every = _iter_terms(adapters, weights, view, torch.Generator())
@@ -136,7 +137,7 @@ def merge_sites(
     replaced = {path: change for path, change in found.items() if path not in adapted}
     whole = {} if view is None else _merged_parameters(view, replaced, dtype)
     variants = [adapter.variant for adapter in adapters]
-    like = LoRA(  # it names all parameters that the adapters' methods train besides their own tensors
+    like = LoRA(  # a method with the fields for all parameters that the methods train besides their tensors
         parameters=tuple(dict.fromkeys(path for one in variants for path in one.parameters)),
         modules_to_save=tuple(dict.fromkeys(path for one in variants for path in one.modules_to_save)),
         bias="all" if any(one.bias == "all" for one in variants) else "none",
@@ -155,7 +156,7 @@ def merge_sites(
 def _iter_terms(
     adapters: Sequence[Adapter], weights: Sequence[float], view: ModelView | None, generator: torch.Generator
 ) -> Iterator[SiteTerms]:
-    """Yield the changes of each site, in the order of the sites' names; of each adapter one change is in memory."""
+    """Yield the changes of each site, in the order of the sites' names; one change per adapter is in memory."""
     streams = [_iter_changes(index, adapter, view) for index, adapter in enumerate(adapters)]
     in_order = heapq.merge(*streams, key=operator.itemgetter(0, 1))
     for path, group in itertools.groupby(in_order, operator.itemgetter(0)):
@@ -188,7 +189,7 @@ def _check_shapes(path: str, adapters: Sequence[Adapter], changes: Sequence[Chan
 
 
 def _merged_parameters(view: ModelView, changes: Mapping[str, Change], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the parameters that changes of sites without an adapter's own tensors replace, by name."""
+    """Return the parameters that changes replace at sites where no adapter has tensors, by name."""
     found = {}
     for path, change in changes.items():
         site, bias = view.sites[path], merge_bias(change, view.base.bias(view.sites[path]))

@@ -1,4 +1,4 @@
-"""Adapters merged into a model's folder: the weights pass through memory one at a time, shard by shard."""
+"""Adapters merged into a model's folder: one weight at a time is in memory, shard by shard."""
 
 import os
 import shutil
@@ -30,10 +30,10 @@ from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import write_safetensors
 
 _WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".ot", ".pt", ".pth", ".safetensors"})
-"""Suffixes of files that hold weights without the adapters."""
+"""Suffixes of files with weights into which no adapters are merged."""
 _INDEX, _ADAPTER, _ONNX = ".index.json", "adapter_", ".onnx"
-"""The end of an index's name, the beginning of a PEFT file's, which transformers would load on top, and a part of the
-names of ONNX models and their data."""
+"""Suffix of an index's name; prefix of PEFT's files, which transformers would load in addition; part of the names of
+ONNX models and their data."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class MergedCheckpoint:
     """The folder of a model with adapters merged into it.
 
     Attributes:
-        folder: where it is.
+        folder: the path of the folder.
         merged: the number of tensors that the adapters changed.
         size: the size of all tensors in bytes.
-        left_out: files of the model's folder that are not in it: those that hold weights without the adapters, and
-            links that lead out of the folder.
+        left_out: files of the model's folder that were not copied: files with weights without the adapters, and links
+            to outside the folder.
     """
 
     folder: Path
@@ -62,21 +62,21 @@ def merge_checkpoint(
     *,
     dequantize: bool = False,
 ) -> MergedCheckpoint:
-    """Write a model's folder with adapters merged into its weights, without loading the model.
+    """Write a copy of a model's folder with adapters merged into the weights, without loading the model.
 
-    The result has the files of the model's folder: its configuration, its tokenizer, and its weights in as many
-    safetensors files. One weight at a time is in memory, in float32. The folder appears whole, once it is finished.
+    The result has the files of the model's folder: its configuration, its tokenizer, and its weights in the same number
+    of safetensors files. One weight at a time is in memory, in float32. The folder appears only when it is complete.
 
     Args:
-        folder: where transformers saved a model, or diffusers one of a pipeline's.
+        folder: the folder in which transformers saved a model, or diffusers saved a model of a pipeline.
         adapters: as ``merge_into`` takes them.
         destination: the folder to write; it must not exist, or be empty.
         active: as ``merge_into`` takes it.
-        dequantize: merge into the float values of weights that bitsandbytes, GPTQ, AWQ or transformers' fp8 have
-            quantised. All of the result is in floating point then.
+        dequantize: whether to merge into the float values of weights that bitsandbytes, GPTQ, AWQ or transformers' fp8
+            quantised. The whole result is then in floating point.
 
     Raises:
-        OptionError: the folder holds no model that can be built, or the destination holds something.
+        OptionError: the folder contains no model that can be built, or the destination is not empty.
         FormatError: the model's weights are missing, damaged, of other shapes, or not in safetensors files.
         CompileError: the weights are quantised, or an adapter cannot be merged into them.
         AdapterError, SiteError, ChoiceError: as ``merge_into``.
@@ -98,10 +98,10 @@ def merge_checkpoint(
 
 
 def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
-    """Copy all files but those of weights, and return the names of files that hold weights without the adapters.
+    """Copy all files except weights; return the names of files that are left out.
 
-    Links that lead out of the folder are not followed: they may lead to files that nobody means to pass on. In a cache
-    of the hub they lead to the same repository's blobs. The configuration is read in any case.
+    Links to outside the folder are not followed: they may lead to files that the user does not want to publish. In a
+    cache of the hub, links to the repository's blobs are followed. The configuration is always read.
     """
     left_out, outside, own = list[str](), list[str](), {*source.tensors.shards, source.tensors.index_name}
     folder = source.folder.resolve()
@@ -129,10 +129,10 @@ def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
 
 
 class _OutputTensors(Mapping[str, Tensor]):
-    """The tensors of the result by the names that they are stored under; each is made when it is read.
+    """The tensors of the result by their stored names; each is computed on access.
 
     Attributes:
-        added: name of a tensor that the model's folder does not store -> the tied one that it does.
+        added: name of a tensor that the model's folder does not store -> the tied tensor that it stores.
     """
 
     def __init__(self, source: StoredModel, merged: MergedWeights) -> None:
@@ -185,15 +185,15 @@ class _OutputTensors(Mapping[str, Tensor]):
         return found | {name: found[stored] for name, stored in self.added.items() if stored in found}
 
     def changes(self, shard: str) -> bool:
-        """Return whether a file differs from that of the model's folder."""
+        """Return whether a file differs from the file in the model's folder."""
         is_kept = isinstance(self._source.tensors, ShardedTensors)
         return not is_kept or not (self._names.keys() | self._groups.keys()).isdisjoint(self.outline(shard))
 
 
 def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> int:
-    """Write the weights, the index of their files and whether they are tied, and return their size in bytes."""
+    """Write the weights, their index and the ``tie_word_embeddings`` setting; return the size in bytes."""
     tensors, size = _OutputTensors(source, merged), 0
-    with ThreadPoolExecutor(1) as flusher:  # the disk writes a file while the next one is computed
+    with ThreadPoolExecutor(1) as flusher:  # flush a file to disk while the next one is computed
         flushed = []
         for shard, original in source.tensors.shards.items():
             step(shard)
@@ -219,6 +219,6 @@ def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> 
 
 
 def _untie_config(config: JsonMapping) -> dict[str, object]:
-    """Return a configuration, and those inside it, without tied embeddings."""
+    """Return a configuration with untied embeddings, nested configurations included."""
     inner = {name: _untie_config(value) for name, value in config.items() if isinstance(value, dict) and TIES in value}
     return {**config, **inner, TIES: False}

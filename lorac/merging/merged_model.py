@@ -1,4 +1,4 @@
-"""``merge_into``: a model of the same class whose weights have adapters merged into them."""
+"""``merge_into``: a model of the same class with adapters merged into its weights."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,30 +40,30 @@ def merge_into(
     *,
     dequantize: bool = False,
 ) -> nn.Module | dict[str, nn.Module]:
-    """Return a model of the same class with adapters merged into its weights, which needs lorac no more.
+    """Return a model of the same class with adapters merged into its weights; the result does not need lorac.
 
     W becomes W + Σ t·(W' − W) over the active adapters, computed in float32 or wider and rounded once to the model's
-    dtype. The given model stays as it was: the result has tensors of its own where something changed, and shares the
-    memory of all others with it. ``save_pretrained`` writes it as a checkpoint; ``lorac merge`` writes one without
-    loading the model.
+    dtype. The given model does not change: the result has new tensors where adapters changed them, and shares all other
+    tensors with it. ``save_pretrained`` writes the result as a checkpoint; ``lorac merge`` writes one without loading
+    the model.
 
-    Where an adapter changes one of several layers that share a weight (tied embeddings), they share it no longer, and
-    the configuration says so; a warning names them.
+    Where an adapter changes one of several layers that share a weight (tied embeddings), the layers are untied, and the
+    configuration says so; a warning names them.
 
     Args:
-        model: an nn.Module, or several by name; of a PeftModel its base, into which its own active adapters are merged
-            if no others are given.
+        model: an nn.Module, or several by name. For a PeftModel, its base; its active adapters are merged if no others
+            are given.
         adapters: paths or Adapters, by name or as a list, as ``lorac.compile`` takes them.
         active: a name or {name: strength}, as ``swap`` takes it. ``"auto"``: the only adapter, at strength 1.
-        dequantize: merge into the float values of weights that bitsandbytes or torchao have quantised. All of the
-            result is in floating point then.
+        dequantize: whether to merge into the float values of weights that bitsandbytes or torchao quantised. The whole
+            result is then in floating point.
 
     Returns:
-        The merged model, or a dict of them by name.
+        The merged model, or a dict of merged models by name.
 
     Raises:
         CompileError: an adapter is not a change of weights, or a weight is quantised or computed at each call.
-        ChoiceError: there are several adapters, and ``active`` does not choose among them.
+        ChoiceError: there are several adapters, and ``active`` chooses none.
         AdapterError, SiteError, FormatError: an adapter does not fit the model, or a merged value is too large.
     """
     source = read_model(model)
@@ -83,14 +83,14 @@ def merge_into(
 
 
 def read_adapters(sources: Iterable[NamedSource], view: ModelView | None) -> dict[str, Adapter]:
-    """Return trained adapters by name, read from their sources.
+    """Read trained adapters from their sources; return them by name.
 
     Args:
-        view: of the model; None: files are read without one.
+        view: the model; None: files are read without a model.
 
     Raises:
-        AdapterError: two have one name, or one is a method without tensors.
-        ChoiceError: one is for a component that the model does not have.
+        AdapterError: two adapters have one name, or a source is a method without tensors.
+        ChoiceError: an adapter is for a component that the model does not have.
     """
     found: dict[str, Adapter] = {}
     for name, source in sources:
@@ -123,10 +123,10 @@ def _read(source: str | Path | Adapter, view: ModelView | None, name: str | None
 
 
 def choose_active(active: ChoiceSpec, adapters: Mapping[str, Adapter]) -> Choice:
-    """Return the adapters to merge with their strengths.
+    """Return the adapters to merge, with their strengths.
 
     Raises:
-        ChoiceError: there are several, and ``active`` is "auto"; or it chooses none.
+        ChoiceError: there are several adapters, and ``active`` is "auto"; or ``active`` chooses none.
     """
     names = list(adapters)
     if active == "auto" and len(names) != 1:
@@ -141,7 +141,7 @@ def choose_active(active: ChoiceSpec, adapters: Mapping[str, Adapter]) -> Choice
 
 
 def _install(model: ModelT, merged: MergedWeights) -> ModelT:
-    """Return a copy of a model with merged tensors of its own, the others over the same memory."""
+    """Copy a model: merged tensors are new, and all other tensors are shared."""
     copied: Any = Host.of(model).copy().model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, parameter in copied.named_parameters():

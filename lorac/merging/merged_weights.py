@@ -1,4 +1,4 @@
-"""The tensors of a model that a mixture of adapters changes, with the adapters in them."""
+"""The merged values of the tensors of a model that a mixture of adapters changes."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -26,24 +26,24 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 
 _BLOCK = 1 << 21
-"""Values of a weight that are in float32 at once, where its rows are merged one by one."""
+"""Number of values of a weight that are in float32 at once, where rows are merged block by block."""
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """Name -> merged tensor, as the model stores it: computed when it is read, in float32 or wider, and rounded once.
+    """Name -> merged tensor in stored form: computed on access, in float32 or wider, and rounded once.
 
     Args:
         view: the model, whose tensors are only read.
-        adapters: by name.
+        adapters: adapters by name.
         choice: the active adapters. Each changes the original weight, and their changes are summed.
 
     Attributes:
-        sites: name of a tensor -> the site that it is the weight or the bias of.
+        sites: name of a tensor -> the site whose weight or bias it is.
 
     Raises:
         AdapterError, SiteError, FormatError: an adapter does not fit the model.
         ChoiceError: a rank is given for a method that cannot be truncated.
-        CompileError: an adapter is not a change of weights, or a weight cannot hold its change.
+        CompileError: an adapter is not a change of weights, or a change does not fit its weight's layout.
     """
 
     def __init__(self, view: ModelView, adapters: Mapping[str, Adapter], choice: Choice) -> None:
@@ -64,12 +64,12 @@ class MergedWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         site = self.sites[name]
         if self._last[0] != site.path:
-            self.forget()  # the tensors of the last site must not take memory while these are computed
+            self.forget()  # release the last site's tensors before these are computed
             self._last = (site.path, self._merge(site))
         return self._last[1][name]
 
     def forget(self) -> None:
-        """Release the tensors of the site that was read last, which are kept for its other tensor."""
+        """Release the tensors of the last site, which are cached because a site may have two."""
         self._last = ("", {})
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class MergedWeights(Mapping[str, Tensor]):
         assert change is not None
         if isinstance(change, LowRank) and (site.conv is None or site.conv.groups == 1):
             merged = _merge_rows(change, weight)
-        else:  # rows are not merged by themselves, or the weight of a grouped convolution is not stored by rows
+        else:  # rows cannot be merged separately, or a grouped convolution's weight is not stored by rows
             merged = merge_weight(change, _widen(weight))
         if site.leaves_blocks(merged):
             raise _not_mergeable(parts[0].adapter, site, "leaves the blocks of a grouped convolution")
@@ -94,11 +94,11 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 class _ActiveAdapter:
-    """An adapter that is merged, and the tensors that it changes.
+    """An adapter to merge, and the tensors that it changes.
 
     Attributes:
         adapter, strength: the adapter, and t in W + t·(W' − W).
-        paths: the sites that it changes.
+        paths: paths of the sites that it changes.
         changed: name of each tensor that it changes -> the site.
     """
 
@@ -120,7 +120,7 @@ class _ActiveAdapter:
 
     @torch.no_grad()
     def read(self, path: str) -> Change:
-        """Return the change at a site at strength 1."""
+        """Return the adapter's change at a site at strength 1."""
         change = self._preparer.term(self.adapter, path)
         assert not isinstance(change, BranchTerm)
         return self._truncate({path: change}).changes[path]
@@ -148,7 +148,7 @@ class _ActiveAdapter:
 
 
 def _check_mergeable(adapter: Adapter, site: Site, known: Mapping[str, Tensor]) -> None:
-    """Refuse a site whose weight is not stored as the numbers that it stands for."""
+    """Refuse a site whose weight is not stored as plain numbers, such as a quantised weight."""
     stored = known.get(str(site.weight))
     if stored is not None and (type(stored) not in {Tensor, nn.Parameter} or site.dtype.itemsize < 2):
         raise CompileError(
@@ -174,7 +174,7 @@ def _not_mergeable(adapter: Adapter, site: Site, why: str) -> CompileError:
 
 
 def _find_only_read_layers(view: ModelView) -> set[str]:
-    """Return the layers that a model reads and never calls, as far as example inputs can be made that tell."""
+    """Return the layers that a model reads but never calls, if example inputs can be made to find out."""
     found: set[str] = set()
     for name, component in view.components.items():
         prefix = get_component_prefix(view.module, name)
@@ -202,7 +202,7 @@ def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], only_read: Co
 
 
 def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
-    """Return W' (out, in), or a stack of them, in the dtype of W, merged some rows at a time: only these are wide."""
+    """Return W' (out, in), or a stack, in the dtype of W; only a block of rows at a time is in float32."""
     change, merged = change.folded(), torch.empty_like(weight)
     if weight.ndim == 3:
         for number, matrix in enumerate(weight):
@@ -231,7 +231,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _round(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a merged tensor in the dtype that the model stores."""
+    """Round a merged tensor to the dtype that the model stores."""
     rounded = merged.to(dtype).contiguous()
     if find_infinite_sums({name: rounded}) and not torch.isfinite(rounded).all():
         raise AdapterError(

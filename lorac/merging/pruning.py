@@ -1,4 +1,4 @@
-"""How ways of merging leave entries of a change out."""
+"""Masks with which ways of merging prune the entries of a change."""
 
 from collections.abc import Sequence
 from typing import Annotated, TypeAlias
@@ -10,26 +10,26 @@ from lorac.argument_types import Bounds
 from lorac.errors import OptionError
 
 Part: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1, exclusive=True)]
-"""A part of the entries, above 0, for all adapters or for each."""
+"""A share of the entries, above 0: for all adapters, or one per adapter."""
 Share: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1)]
-"""A part of the entries, for all adapters or for each."""
+"""A share of the entries: for all adapters, or one per adapter."""
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """Return a mask of the largest entries by size, a part ``density`` of them and at least one."""
+    """Return a mask of the share ``density`` of entries that are largest by magnitude, at least one."""
     return _mask_largest(tensor, max(1, int(density * tensor.numel())))
 
 
 def largest_threshold(sizes: Tensor, density: float) -> float:
-    """Return the smallest of the largest sizes (n,), a part ``density`` of them and at least one."""
+    """Return the threshold that a share ``density`` of sizes (n,), and at least one, reaches."""
     count = max(1, int(density * sizes.numel()))
     return float(sizes.kthvalue(sizes.numel() - count + 1).values)
 
 
 def drop_outliers(tensor: Tensor, density: float, gamma: float) -> Tensor:
-    """Return a mask of a part ``density`` of the entries: the largest by size but a part ``gamma`` of all.
+    """Return a mask of the share ``density`` of the entries: the largest by magnitude, except the share ``gamma``.
 
-    Of the outliers only as many are left out as the density allows.
+    Fewer outliers are dropped if the density would not be reached otherwise.
     """
     kept = max(1, int(density * tensor.numel()))
     outliers = min(int(gamma * tensor.numel()), tensor.numel() - kept)
@@ -37,18 +37,18 @@ def drop_outliers(tensor: Tensor, density: float, gamma: float) -> Tensor:
 
 
 def keep_at_random(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a mask that holds each entry with its own probability."""
+    """Return a random mask that keeps each entry with its probability."""
     drawn = torch.bernoulli(probabilities.to(generator.device), generator=generator)
     return drawn.to(probabilities.device).bool()
 
 
 def keep_by_rank(tensor: Tensor, density: float, epsilon: float, generator: torch.Generator) -> Tensor:
-    """Return a mask of entries drawn with probabilities that rise linearly with their rank by size in the row.
+    """Return a random mask whose probabilities rise linearly with an entry's rank by magnitude in its row.
 
     A row's smallest entry has the probability density − ε, its largest density + ε.
 
     Raises:
-        OptionError: these are not probabilities.
+        OptionError: density ± ε are not probabilities.
     """
     if not 0 < density - epsilon <= density + epsilon < 1:
         raise OptionError(
@@ -61,18 +61,18 @@ def keep_by_rank(tensor: Tensor, density: float, epsilon: float, generator: torc
 
 
 def match_norms(pruned: Tensor, whole: Tensor) -> Tensor:
-    """Return a pruned tensor scaled to the sum of absolute values that it had."""
+    """Scale a pruned tensor to the sum of absolute values before pruning."""
     before, after = whole.abs().sum(), pruned.abs().sum()
     return pruned if after == 0 else pruned * (before / after)
 
 
 def per_adapter(value: float | Sequence[float], count: int) -> list[float]:
-    """Return an option for each adapter that may be given once for all."""
+    """Return an option as one value per adapter; a single value is repeated."""
     return [*value] if isinstance(value, Sequence) else [value] * count
 
 
 def _mask_largest(tensor: Tensor, count: int) -> Tensor:
-    """Return a mask of the largest entries by size; of equal ones those that come first."""
+    """Return a mask of the largest entries by magnitude; of equal entries, the first."""
     if count <= 0:
         return torch.zeros_like(tensor, dtype=torch.bool)
     sizes = tensor.abs().flatten()

@@ -1,4 +1,4 @@
-"""Recipes of merging: YAML in mergekit's words.
+"""Merge recipes: YAML with mergekit's keys.
 
 merge_method: ties
 base_model: path/to/model            # only where the way needs it
@@ -29,23 +29,23 @@ from lorac.storage.strict_yaml import read_yaml
 _EXAMPLE = "docs/merging.md shows a recipe"
 _FIELDS = ("merge_method", "base_model", "adapters", "models", "parameters", "dtype")
 _RENAMED: Mapping[str, str] = {"lambda": "scale"}
-"""mergekit's parameter -> the option of that meaning."""
+"""mergekit's parameter -> lorac's option with the same meaning."""
 _IRRELEVANT = {"int8_mask"}
-"""Parameters of mergekit that change no number."""
+"""mergekit's parameters that change no result."""
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """The arguments of ``lorac.merge``, with paths in place of objects.
+    """The arguments of ``lorac.merge``, with paths instead of objects.
 
     Attributes:
         adapters: name -> path.
         method: the name of a way.
         weights: name -> weight.
-        options: of the way; for each adapter by name where the recipe says so.
+        options: options of the way; by adapter name where the recipe gives them per adapter.
         base_model: the path of the model, or None.
-        dtype: of the result, or None.
+        dtype: dtype of the result, or None.
     """
 
     adapters: Mapping[str, str]
@@ -57,10 +57,10 @@ class MergeRecipe:
 
 
 def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
-    """Read a recipe of merging from a YAML file.
+    """Read a merge recipe from a YAML file.
 
     Raises:
-        OptionError, WrongType: the file cannot be read, or has fields, adapters or parameters that mean nothing here.
+        OptionError, WrongType: the file cannot be read, or has unknown fields, adapters or parameters.
         FormatError: reading it takes too long.
     """
     file = parse_path(path, "the recipe", OptionError)
@@ -77,7 +77,7 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
     weights = {name: _read_weight(file, {**common, **parameters}) for name, parameters in own.items()}
     options = {name: value for name, value in common.items() if name != "weight"}
     for name in {name: None for parameters in own.values() for name in parameters if name != "weight"}:
-        shared = options.get(name, defaults[name])  # one that some adapter has for itself is given for each
+        shared = options.get(name, defaults[name])  # an option that an adapter overrides is given for each adapter
         options[name] = {adapter: parameters.get(name, shared) for adapter, parameters in own.items()}
     base_model, dtype = _read_text(file, given, "base_model"), _read_text(file, given, "dtype")
     if dtype is not None and dtype not in _DTYPES:
@@ -93,7 +93,7 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
 
 
 def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
-    """Return name -> entry with its path."""
+    """Return name -> the recipe's entry, with its path."""
     if ("adapters" in given) == ("models" in given):
         raise OptionError(f"'{file}' has one list of adapters, under adapters or models", next_step=_EXAMPLE)
     entries = given.get("adapters", given.get("models"))
@@ -114,7 +114,7 @@ def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
 
 
 def _read_parameters(file: Path, given: Json, method: str) -> dict[str, object]:
-    """Return parameters by the names of a way's options, and the weight."""
+    """Return parameters under the names of the way's options, and the weight."""
     if not isinstance(given, dict):
         raise WrongType(f"'{file}': parameters is {describe_value(given)}", next_step=_EXAMPLE)
     known = {"weight", *_RENAMED, *_IRRELEVANT, *option_defaults(find_way(method))}

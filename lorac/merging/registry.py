@@ -1,4 +1,4 @@
-"""Finding ways of merging, and reading their options."""
+"""Registry of the ways of merging, and reader of their options."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ def ways() -> dict[str, type[Way]]:
 
 
 SHORT: Mapping[str, Mapping[str, object]] = {"knots": {"space": "knots"}, "core": {"space": "core"}}
-"""Short names of ``ties`` with some options."""
+"""Short names for ``ties`` with certain options."""
 
 
 def find_way(method: str) -> type[Way]:
-    """Return the way of a name.
+    """Return the way with this name.
 
     Raises:
-        OptionError: there is none.
+        OptionError: no way has this name.
     """
     name = "ties" if method in SHORT else method
     if name not in ways():
@@ -43,17 +43,17 @@ def option_defaults(way: type[Way]) -> dict[str, object]:
 
 
 def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -> Way:
-    """Return a way with its options.
+    """Make a way with its options.
 
     Args:
         method: the name of the way.
-        options: its fields; one for each adapter may be a mapping from the adapters' names.
+        options: fields of the way; a value per adapter may be a mapping by adapter name.
         names: the adapters' names, in order.
 
     Raises:
-        OptionError: there is no such way, or it has no such option, or the option has another range.
-        ChoiceError: an option is given for each adapter, and not for these.
-        WrongType: an option is of another kind.
+        OptionError: there is no such way, the way has no such option, or a value is out of range.
+        ChoiceError: an option is given per adapter, but not for exactly these adapters.
+        WrongType: an option has another type.
     """
     way, options = find_way(method), {**SHORT.get(method, {}), **options}
     known = option_defaults(way)
@@ -70,7 +70,7 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
 
 
 def check_count(way: Way, count: int) -> None:
-    """Raise ``ChoiceError`` if a way takes another number of adapters."""
+    """Raise ``ChoiceError`` if a way does not take this number of adapters."""
     if not way.least <= count <= (count if way.most is None else way.most):
         most = " or more" if way.most is None else "" if way.most == way.least else f" to {way.most}"
         raise ChoiceError(
@@ -83,7 +83,7 @@ def order_by_name(what: str, values: Mapping[str, object], names: Sequence[str])
     """Return the values of a mapping in the order of the adapters.
 
     Raises:
-        ChoiceError: an adapter has none, or one is for no adapter.
+        ChoiceError: an adapter has no value, or a value is for no adapter.
     """
     for name in [*values, *names]:
         if name not in names:

@@ -1,9 +1,9 @@
 """Spaces in which changes are combined entry by entry.
 
-``deltas``: the whole changes W' − W. ``factors``: A and B of LoRAs each by itself, unscaled, as PEFT's
+``deltas``: the whole changes W' − W. ``factors``: A and B of LoRAs, each separately and unscaled, as PEFT's
 ``add_weighted_adapter`` combines them. ``knots``: the parts Rᵢ of [Δ₁ | … | Δ_N] = U·[R₁ | … | R_N] in one basis U
 (Stoica et al. 2024, arXiv 2410.19735). ``core``: the cores Mᵢ of Δᵢ = U·Mᵢ·V in two bases (Panariello et al. 2025,
-arXiv 2509.17786). The last two keep every change exactly and never form a matrix as large as W.
+arXiv 2509.17786). The last two represent every change exactly and never form a matrix as large as W.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +16,17 @@ from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, are_summable
 from lorac.merging.terms import SiteTerms, refuse_weight
 
 Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(tensors (N, …), their weights (N,), source of random choices) -> one tensor (…)."""
+"""Function (tensors (N, …), their weights (N,), random generator) -> one tensor (…)."""
 
 
 def merge_deltas(combine: Combine, terms: SiteTerms) -> Change:
-    """Combine the changes themselves."""
+    """Combine the whole changes W' − W."""
     weights = terms.deltas.new_tensor(terms.weights)
     return Delta(combine(terms.deltas, weights, terms.generator), _merge_shifts(combine, terms))
 
 
 def merge_factors(combine: Combine, terms: SiteTerms) -> Change:
-    """Combine all A and all B, each with the root of weight · scale; the sign of a weight goes to A.
+    """Combine all A and all B; each is multiplied by the root of weight · scale, and A gets the weight's sign.
 
     Raises:
         ChoiceError: the ranks differ.
@@ -52,7 +52,7 @@ def merge_factors(combine: Combine, terms: SiteTerms) -> Change:
 
 
 def merge_knots(combine: Combine, terms: SiteTerms) -> Change:
-    """Combine the changes in the left singular basis of all changes side by side."""
+    """Combine the changes in the left singular basis of all changes concatenated by columns."""
     q, r = torch.linalg.qr(torch.cat([b for b, _ in terms.pairs], dim=-1))
     rows = [torch.linalg.qr(a.mT) for _, a in terms.pairs]
     blocks = r.split([a.shape[-2] for _, a in terms.pairs], dim=-1)
@@ -65,7 +65,7 @@ def merge_knots(combine: Combine, terms: SiteTerms) -> Change:
 
 
 def merge_core(combine: Combine, terms: SiteTerms) -> Change:
-    """Combine the cores Uᵀ·Bᵢ·Aᵢ·V of the changes, U and V bases of all B and all A."""
+    """Combine the cores Uᵀ·Bᵢ·Aᵢ·V of the changes, where U and V are bases of all B and all A."""
     u = torch.linalg.svd(torch.cat([b for b, _ in terms.pairs], dim=-1), full_matrices=False)[0]
     v = torch.linalg.svd(torch.cat([a for _, a in terms.pairs], dim=-2), full_matrices=False)[2]
     cores = torch.stack([(u.mT @ b) @ (a @ v.mT) for b, a in terms.pairs])
@@ -83,7 +83,7 @@ SPACES: Mapping[str, Callable[[Combine, SiteTerms], Change]] = {
 
 
 def sum_changes(coefficients: Sequence[float], terms: SiteTerms) -> Change:
-    """Return Σ cᵢ·Δᵢ in the cheapest form that holds it exactly."""
+    """Return Σ cᵢ·Δᵢ in the cheapest form that is exact."""
     present = [(c, change) for c, change in zip(coefficients, terms.changes, strict=True) if change is not None]
     forms = {type(change) for _, change in present}
     low_rank = [change for _, change in present if isinstance(change, LowRank)]

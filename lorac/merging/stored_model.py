@@ -1,4 +1,4 @@
-"""A model in a folder: its structure on the meta device, whose tensors are read from its files one at a time."""
+"""A model in a folder: its structure is on the meta device, and its tensors are read one at a time."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from lorac.session.model_folders import CONFIG, outline_model, read_model_config
 from lorac.storage.sharded_tensors import ShardedTensors
 
 _MANY_LAYERS = 1000
-"""Layers that take no time to make, also where several share their weights."""
+"""Most layers that are built without a check of the number of stored tensors, since weights may be shared."""
 Stored = ShardedTensors | DequantisedTensors
 
 
@@ -27,12 +27,12 @@ class StoredModel:
     """A model in a folder.
 
     Attributes:
-        folder: where it is.
+        folder: the path of the folder.
         config: the contents of its configuration.
-        tensors: its tensors by the names that they are stored under.
-        keys: name in the model -> the name that it is stored under. A tied weight has one for each name that is stored.
-        converted: name in the model -> the stored tensors that it is computed from, as a stack of experts is.
-        view: the model on the meta device, with its tensors as they are stored.
+        tensors: the model's tensors by stored name.
+        keys: name in the model -> stored name. A tied weight has an entry for each name that is stored.
+        converted: name in the model -> the stored tensors from which it is computed, such as a stack of experts.
+        view: the model on the meta device, with its stored tensors.
     """
 
     folder: Path
@@ -47,13 +47,13 @@ class StoredModel:
         """Open a folder that transformers or diffusers wrote.
 
         Args:
-            folder: where it is.
-            dequantize: read the float values of quantised weights; None where nobody can ask for that.
+            folder: the path of the folder.
+            dequantize: whether to read the float values of quantised weights; None if the caller has no such option.
 
         Raises:
-            OptionError: its configuration is missing, or no model can be made of it.
-            FormatError: its weights are missing, damaged, of other shapes, or not in safetensors files.
-            CompileError: its weights are quantised, and ``dequantize`` is not True, or in a layout that is not known.
+            OptionError: the configuration is missing, or no model can be built from it.
+            FormatError: the weights are missing, damaged, of other shapes, or not in safetensors files.
+            CompileError: the weights are quantised and ``dequantize`` is not True, or their layout is unknown.
         """
         config = read_model_config(folder)
         settings = config.get("quantization_config")
@@ -94,12 +94,12 @@ class StoredModel:
 
 
 class LoadedTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by their names in the model; each is read, or computed, when it is asked for.
+    """The tensors of a checkpoint by their names in the model; each is read or computed on access.
 
     Args:
-        tensors: by the names that they are stored under.
-        names: name in the model -> the name that it is stored under.
-        converted: name in the model -> the tensors that it is computed from.
+        tensors: tensors by stored name.
+        names: name in the model -> stored name.
+        converted: name in the model -> the tensors from which it is computed.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class LoadedTensors(Mapping[str, Tensor]):
 
 
 def separate_names(model: nn.Module, names: Iterable[str]) -> None:
-    """Give each of some names of a shared parameter, in a model on the meta device, a parameter of its own."""
+    """Untie these names of a shared parameter in a model on the meta device: each gets a separate parameter."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -131,7 +131,7 @@ def separate_names(model: nn.Module, names: Iterable[str]) -> None:
 def _outline_tensors(
     folder: Path, tensors: Stored, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
 ) -> tuple[dict[str, Tensor], dict[str, ConvertedTensors]]:
-    """Return the tensors by their names in the model, on the meta device, and the groups that give some of them."""
+    """Return the tensors by their names in the model, on the meta device, and the groups that compute some of them."""
     stored = tensors.outline()
     found = {name: stored[key] for name, key in keys.items()}
     converted: dict[str, ConvertedTensors] = {}
@@ -151,7 +151,7 @@ def _outline_tensors(
 
 
 def _check_depth(folder: Path, config: JsonMapping, most: int) -> None:
-    """Refuse a number of layers that the weights cannot have, before so many are made."""
+    """Refuse a number of layers that the weights cannot have, before that many layers are built."""
     for name, value in config.items():
         if isinstance(value, dict):
             _check_depth(folder, value, most)

@@ -16,12 +16,12 @@ from lorac.variants.low_rank import ScaledRank
 
 @dataclass(frozen=True, eq=False)
 class ScaledPair:
-    """The change scale·B·A of a weight, as a LoRA stores it; methods of low rank that store no such pair have scale 1.
+    """The change scale·B·A of a weight, as a LoRA stores it; low-rank methods that store no such pair have scale 1.
 
     Attributes:
         b: B (out, r).
         a: A (r, in).
-        scale: the method's own scale, such as alpha/r.
+        scale: the method's scale, such as alpha/r.
     """
 
     b: Tensor
@@ -34,11 +34,11 @@ class SiteTerms:
     """The changes of one site.
 
     Attributes:
-        path: of the site, or the name of a parameter that belongs to none.
+        path: path of the site, or the name of a parameter that belongs to no site.
         adapters: all adapters, in their order.
-        weights: their weights.
-        changes: each one's change of the site; None where it leaves the site as it is.
-        read_weight: reads W (out, in); None without a model.
+        weights: weights of the adapters.
+        changes: each adapter's change at the site; None if it does not change the site.
+        read_weight: function that reads W (out, in); None without a model.
         generator: source of the random choices.
     """
 
@@ -51,10 +51,10 @@ class SiteTerms:
 
     @functools.cached_property
     def deltas(self) -> Tensor:
-        """W' − W of each adapter (N, out, in), 0 where it leaves the site as it is.
+        """W' − W of each adapter (N, out, in); 0 for an adapter that does not change the site.
 
         Raises:
-            BaseNeeded: one of them depends on W, and there is no model.
+            BaseNeeded: a change depends on W, and there is no model.
         """
         found = [None if change is None else self.delta(change) for change in self.changes]
         shape = next(one for one in found if one is not None)
@@ -62,27 +62,27 @@ class SiteTerms:
 
     @functools.cached_property
     def shifts(self) -> Tensor | None:
-        """The changes of the bias (N, out), or None where no adapter changes it."""
+        """The changes of the bias (N, out); None if no adapter changes it."""
         found = [None if change is None else change.e for change in self.changes]
         first = next((e for e in found if e is not None), None)
         return None if first is None else torch.stack([torch.zeros_like(first) if e is None else e for e in found])
 
     @functools.cached_property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """B (out, r) and A (r, in) of each adapter, every scale in B; of rank 0 where it leaves the site as it is.
+        """B (out, r), with every scale, and A (r, in) of each adapter; rank 0 for no change.
 
         Raises:
-            CompileError: one of them is not a product of factors.
+            CompileError: a change is not a product of factors.
         """
         found = [None if change is None else self._pair(i, change) for i, change in enumerate(self.changes)]
         b, a = next(pair for pair in found if pair is not None)
         return [(b[..., :0], a[..., :0, :]) if pair is None else pair for pair in found]
 
     def scaled_pairs(self) -> list[ScaledPair | None]:
-        """Return the factors of each adapter as it stores them, or None where it leaves the site as it is.
+        """Return the factors of each adapter as stored; None for an adapter that does not change the site.
 
         Raises:
-            CompileError: one of them is not a product of factors.
+            CompileError: a change is not a product of factors.
         """
         found: list[ScaledPair | None] = []
         for i, change in enumerate(self.changes):
@@ -99,7 +99,7 @@ class SiteTerms:
         return found
 
     def gram(self) -> Tensor:
-        """Return the inner products (N, N) of the changes, of the weight and the bias together, in float64."""
+        """Return the inner products (N, N) of the changes, summed over weight and bias, in float64."""
         shifts = 0 if self.shifts is None else inner_products(self.shifts.double())
         if any(change is not None and factors_of(change) is None for change in self.changes):
             return inner_products(self.deltas.double()) + shifts
@@ -111,7 +111,7 @@ class SiteTerms:
         """Return W' − W (out, in) of one change.
 
         Raises:
-            BaseNeeded: it depends on W, and there is no model.
+            BaseNeeded: the change depends on W, and there is no model.
         """
         if isinstance(change, Delta):
             return change.delta
@@ -142,7 +142,7 @@ def inner_products(tensors: Tensor) -> Tensor:
 
 
 def shape_of(change: Change) -> tuple[int, ...] | None:
-    """Return the shape (out, in) of the weight that a change is for, or None where it does not tell."""
+    """Return the shape (out, in) of the weight that a change is for; None if the change does not determine it."""
     if isinstance(change, LowRank):
         return change.b.shape[-1], change.a.shape[-2]
     matrix = change.weight if isinstance(change, Dense) else change.delta if isinstance(change, Delta) else None
@@ -150,7 +150,7 @@ def shape_of(change: Change) -> tuple[int, ...] | None:
 
 
 def scale_change(change: Change, strength: float) -> Change:
-    """Return strength·(W' − W) of a change that does not hold W' itself."""
+    """Return strength·(W' − W) of a change that does not contain W'."""
     if isinstance(change, SparseSum):
         shift = None if change.e is None else strength * change.e
         return SparseSum(tuple((strength * t, term) for t, term in change.terms), shift)
@@ -160,5 +160,5 @@ def scale_change(change: Change, strength: float) -> Change:
 
 
 def refuse_weight() -> Tensor:
-    """Stand for the base where a change does not depend on it."""
+    """Stand for the function that reads the base, for changes that do not depend on it."""
     raise AssertionError("a change of this form needs no base")

@@ -1,4 +1,4 @@
-"""Parameters that several layers share; an adapter may change them in one layer alone."""
+"""Parameters that several layers share, and that an adapter may change in only one of them."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from lorac.errors import list_some, warn
 
 
 def find_ties(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter of a model that has several."""
+    """Return the names of each parameter that has several names in a model."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -18,12 +18,12 @@ def find_ties(model: nn.Module) -> list[list[str]]:
 
 
 def find_kept_ties(model: nn.Module, merged: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Yield the names of each shared parameter that stays shared, since the same is merged under all of its names.
+    """Yield the names of each shared parameter that stays shared, since the merged values are equal under all names.
 
-    A warning names those that are changed and do not stay shared.
+    A warning names the parameters that are changed and untied.
 
     Args:
-        model: the model before.
+        model: the model before merging.
         merged: name -> merged tensor.
     """
     for names in find_ties(model):

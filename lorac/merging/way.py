@@ -1,8 +1,8 @@
-"""Ways of making one adapter from several. Each is a frozen dataclass of options in a file of ``lorac.merging.ways``.
+"""Ways of merging several adapters into one; each is a frozen dataclass of options in ``lorac.merging.ways``.
 
 A way subclasses the class that reads its input: ``SumWay`` the inner products of the changes, ``CombiningWay`` the
 changes entry by entry, ``SiteWay`` the changes in their own forms, ``AdaptersWay`` whole adapters. For all of them
-``lorac.merging.merge`` does the loading, sites that only some adapters touch, dtypes, seeds, truncation and the form of
+``lorac.merging.merge`` handles loading, sites that only some adapters change, dtypes, seeds, truncation and the form of
 the result.
 """
 
@@ -31,9 +31,9 @@ class Way(ABC):
     """The options that all ways have.
 
     Attributes:
-        rank: the result's largest rank at a site; it is then the nearest LoRA of that rank. None: any.
-        tolerance: the result is the LoRA of the smallest ranks with a relative error up to this at each site, unless
-            the rank is reached. Without rank and tolerance the result is exact.
+        rank: the result's largest rank at a site; the result is then the nearest LoRA of that rank. None: no limit.
+        tolerance: the largest relative error at a site; the result is then the LoRA of the smallest such ranks, up to
+            ``rank``. Without rank and tolerance the result is exact.
         scale: factor of the merged change, mergekit's ``lambda``.
         seed: seed of random choices; sites draw in the order of their names.
     """
@@ -45,13 +45,13 @@ class Way(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    """Title and arXiv number, or where the way is defined."""
+    """Title and arXiv number, or the place where the way is defined."""
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None
-    """How many adapters it takes."""
+    """The least and the most adapters that the way takes; None: no limit."""
 
     def __init_subclass__(cls) -> None:
-        """Make every way a frozen dataclass, as this class is."""
+        """Make every subclass a frozen dataclass."""
         super().__init_subclass__()
         dataclass(frozen=True, kw_only=True)(cls)
 
@@ -61,21 +61,21 @@ class Way(ABC):
     @property
     @abstractmethod
     def reads(self) -> str:
-        """The parts of the adapters that it reads, in words."""
+        """The parts of the adapters that the way reads, in words."""
 
     @property
     def keeps_one(self) -> bool:
-        """Whether one adapter at weight 1 is left as it is, whatever its method."""
+        """Whether one adapter at weight 1 is returned unchanged, whatever its method."""
         return self.rank is None and self.tolerance is None and self.scale == 1
 
 
 class SiteWay(Way):
-    """A way that merges each site by itself."""
+    """A way that merges each site separately."""
 
     reads = "each site's change in its own form"
 
     def survey(self, terms: Iterable[SiteTerms]) -> Self:
-        """Return this way after a look at all sites, before it merges one; by default the way as it is."""
+        """Return this way after a pass over all sites, before any site is merged; by default the same way."""
         return self
 
     @abstractmethod
@@ -87,15 +87,15 @@ class SiteWay(Way):
         return sum_changes(terms.weights, terms)
 
     def result_rank(self, terms: SiteTerms) -> int | None:
-        """Return the largest rank that the result may have at a site, or None."""
+        """Return the largest rank that the result may have at a site; None: no limit."""
         return self.rank
 
 
 class CombiningWay(SiteWay):
-    """A way that combines tensors of one shape.
+    """A way that combines tensors of equal shape.
 
     Attributes:
-        space: the tensors to combine: whole changes (``deltas``), stored factors each by itself (``factors``, as PEFT
+        space: the tensors to combine: whole changes (``deltas``), stored factors, each separately (``factors``, as PEFT
             does), changes in one basis (``knots``) or in two (``core``).
     """
 
@@ -105,7 +105,7 @@ class CombiningWay(SiteWay):
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Return one tensor (…) from tensors (N, …) and weights (N,); an adapter without a change has zeros."""
+        """Combine tensors (N, …) with weights (N,) into one tensor (…); an adapter without a change has zeros."""
 
     def merge_site(self, terms: SiteTerms) -> Change:
         return SPACES[self.space](self.combine, terms)
@@ -115,15 +115,15 @@ class CombiningWay(SiteWay):
 
     @property
     def is_like_peft(self) -> bool:
-        """Whether options that are left open follow PEFT: in the space of factors, which PEFT alone has."""
+        """Whether options without a value follow PEFT: in the space of factors, which only PEFT has."""
         return self.space == "factors"
 
 
 class SumWay(CombiningWay):
-    """A way whose result is Σ cᵢ·Δᵢ, so that factors stay factors."""
+    """A way whose result is Σ cᵢ·Δᵢ, so that a sum of low-rank changes stays low-rank."""
 
     measures: ClassVar[bool] = True
-    """Whether c depends on the inner products; else they are not computed, and given as zeros."""
+    """Whether c depends on the inner products; otherwise they are not computed, and are zeros."""
     reads = "inner products of the changes; factors stay factors"
 
     @abstractmethod
@@ -144,13 +144,13 @@ class SumWay(CombiningWay):
 
 
 class PruningWay(CombiningWay):
-    """A way that leaves entries of each change out, and adds up the rest.
+    """A way that prunes entries of each change and adds up the rest.
 
     Attributes:
-        density: the part of the entries that is kept, for all adapters or for each.
-        normalize: divide by the sum of the weights; default: for ties and della, as mergekit, and in the
-            space of factors as PEFT.
-        rescale: scale the kept entries up to the size of the whole; default: for random ways.
+        density: the share of the entries that is kept: for all adapters, or one per adapter.
+        normalize: whether to divide by the sum of the weights; default: as mergekit, which does for ties and della; in
+            the space of factors as PEFT.
+        rescale: whether to scale the kept entries up to the magnitude of all entries; default: True for random ways.
         rescale_norm: ``l1``: to the same sum of absolute values, as mergekit; ``density``: by 1/density, as PEFT.
     """
 
@@ -166,14 +166,14 @@ class PruningWay(CombiningWay):
 
     @abstractmethod
     def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
-        """Return which entries of the tensor of the adapter ``index`` are kept."""
+        """Return a mask of the entries that are kept in the tensor of the adapter with this index."""
 
     @property
     def keeps_one(self) -> bool:
         return super().keeps_one and min(per_adapter(self.density, 1)) == 1
 
     def prune(self, tensors: Tensor, generator: torch.Generator) -> Tensor:
-        """Return tensors (N, …) without the entries left out."""
+        """Return tensors (N, …) with pruned entries set to zero."""
         densities = per_adapter(self.density, len(tensors))
         return torch.stack([self._prune(t, densities[i], i, generator) for i, t in enumerate(tensors)])
 
@@ -196,12 +196,12 @@ class PrunedSumWay(PruningWay):
 
 
 class SignElectionWay(PruningWay):
-    """A way that elects a sign for each entry, and adds up the pruned changes that have it.
+    """A way that elects a sign for each entry, and adds up the pruned changes with that sign.
 
     Attributes:
         majority_sign_method: the sum of the changes (``total``) or their number (``frequency``) elects the sign.
-        weighted: elect signs, and divide, by weighted changes and weights; without, by changes and their number, as
-            PEFT does. Default: True, but in the space of factors.
+        weighted: whether signs are elected by weighted changes, and the sum is divided by weights; otherwise by changes
+            and their number, as in PEFT. Default: True, except in the space of factors.
     """
 
     majority_sign_method: Annotated[str, OneOf(("total", "frequency"))] = "total"
@@ -221,18 +221,18 @@ class SignElectionWay(PruningWay):
 
 
 class AdaptersWay(Way):
-    """A way that puts whole adapters together, such as LoRAs behind a router."""
+    """A way that combines whole adapters, such as LoRAs with a router."""
 
     reads = "whole adapters"
 
     def to_loras(
         self, adapters: Sequence[Adapter], view: ModelView | None, weights: Sequence[float] | None = None
     ) -> list[Adapter]:
-        """Return adapters as LoRAs, of the way's rank if it has one, their changes times ``scale`` and their weights.
+        """Convert adapters to LoRAs, of the way's rank if it has one; multiply their changes by ``scale`` and weights.
 
         Raises:
-            CompileError: one is no LoRA, and there is neither ``rank`` nor ``tolerance``.
-            BaseNeeded: there is no view of the base, and the change of one depends on it.
+            CompileError: an adapter is no LoRA, and there is neither ``rank`` nor ``tolerance``.
+            BaseNeeded: a change depends on the base, and there is no view of it.
         """
         exact = self.rank is None and self.tolerance is None
         loras = [
@@ -254,7 +254,7 @@ class AdaptersWay(Way):
     def assemble(
         self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
     ) -> Adapter:
-        """Return the adapter called ``name``; ``view`` is of the base, if it is given."""
+        """Return the combined adapter called ``name``; ``view`` is the base, or None."""
 
 
 def _nonzero(divisor: Tensor) -> Tensor:

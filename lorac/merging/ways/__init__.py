@@ -1,1 +1,1 @@
-"""The ways of making one adapter from several, one file for those that are alike; a class is its registration."""
+"""The ways of merging, one file for related ways; a way is registered by its class."""

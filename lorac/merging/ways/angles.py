@@ -1,4 +1,4 @@
-"""Means of changes by the angles between them: points on a sphere, and a mean that the angles shorten."""
+"""Means of changes that depend on the angles between them: on a sphere, or shortened by the angles."""
 
 from typing import ClassVar
 
@@ -10,14 +10,14 @@ from lorac.errors import ChoiceError
 from lorac.merging.way import SumWay
 
 _PARALLEL = 0.9995
-"""Cosine above which the arc is taken for a line."""
+"""Cosine above which an arc is computed as a line."""
 
 
 class Slerp(SumWay):
-    """(sin((1 − t)·θ)·Δ₁ + sin(t·θ)·Δ₂) / sin θ, θ the angle between the two changes; mergekit turns whole weights.
+    """(sin((1 − t)·θ)·Δ₁ + sin(t·θ)·Δ₂) / sin θ, θ the angle between the changes; mergekit rotates whole weights.
 
     Attributes:
-        t: 0 for the first adapter, 1 for the second; default: the second's part of the weights.
+        t: 0 for the first adapter, 1 for the second; default: the second adapter's share of the weights.
     """
 
     t: Rate | None = None
@@ -42,10 +42,10 @@ class Slerp(SumWay):
 
 
 class MultiSlerp(SumWay):
-    """The mean of the changes' directions in the plane that touches the sphere there, times their mean length.
+    """The mean of the changes' directions, taken in the sphere's tangent plane at it, times their mean length.
 
     Attributes:
-        normalize_weights: divide the weights by their sum.
+        normalize_weights: whether to divide the weights by their sum.
     """
 
     normalize_weights: bool = True
@@ -71,7 +71,7 @@ class Karcher(SumWay):
 
     Attributes:
         max_iter: largest number of steps.
-        tol: length of the step after which no other follows.
+        tol: length of a step at which the iteration stops.
     """
 
     max_iter: Count = 10
@@ -112,7 +112,7 @@ class ModelStock(SumWay):
 
 
 def _normalise(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inner products (N, N) of the directions, and the lengths (N,); a vector of length 0 has none."""
+    """Return the inner products (N, N) of the directions, and the lengths (N,); a zero vector has no direction."""
     lengths = gram.diagonal().clamp_min(0).sqrt()
     safe = torch.where(lengths > 0, lengths, 1)
     return gram / (safe[:, None] * safe), lengths
@@ -124,12 +124,12 @@ def _measure(point: Tensor, cosines: Tensor) -> Tensor:
 
 
 def _move(point: Tensor, tangent: Tensor, cosines: Tensor) -> Tensor:
-    """Return the point that a geodesic reaches from another along a tangent, after the tangent's length."""
+    """Return the point that the geodesic from ``point`` along a tangent reaches, at the tangent's length."""
     length = _measure(tangent, cosines)
     return point * length.cos() + tangent * torch.sinc(length / torch.pi)
 
 
 def _rescale(point: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
-    """Return the coefficients of the vectors themselves for a point of their mean length."""
+    """Return the coefficients of the original vectors for a point, scaled to their mean length."""
     safe = torch.where(lengths > 0, lengths, 1)
     return point * (weights @ lengths) / safe

@@ -1,4 +1,4 @@
-"""LoRAs taken apart into their ranks, and put together from clusters of like ones."""
+"""LoRAs split into single ranks, and combined from clusters of similar ranks."""
 
 import math
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ _NORMS = {"inf": math.inf, "l2": 2.0}
 
 
 class Lego(SiteWay):
-    """Clusters of the parts' ranks, each a row of A with a column of B; a cluster's mean is a rank of the result.
+    """Clusters of the adapters' ranks, each a row of A with a column of B; a cluster's mean is a rank of the result.
 
-    A mean is scaled to the mean norm of its cluster, and the result by √(r/k), r the largest rank of the parts and k
-    its own, which is ``rank`` or r. It is like a mean of the parts, not their sum: their weights are those of the ranks
-    in the clusters, and equal ones change nothing.
+    A mean is scaled to the mean norm of its cluster, and the result by √(r/k), where r is the largest rank of the
+    adapters and k is the result's rank, ``rank`` or r. The result resembles a mean of the adapters, not their sum: the
+    weights are those of the ranks in the clusters, and equal weights change nothing.
 
     Attributes:
         feature: ranks are compared by their entries (``raw``), or by their directions (``normalized``).
         norm: the norm of the scaling: the largest entry (``inf``) or the length (``l2``).
-        reweight_output: scale the result by √(r/k).
-        canonicalize_sign: turn the signs of a rank so that the largest entry of its row is positive.
-        balance: give the row and the column of a rank one length before they are compared.
-        n_init: the number of first centres that are tried.
-        max_iter: the largest number of steps from each.
+        reweight_output: whether to scale the result by √(r/k).
+        canonicalize_sign: whether to flip the signs of a rank so that the largest entry of its row is positive.
+        balance: whether to give the row and the column of a rank equal length before ranks are compared.
+        n_init: the number of sets of initial centres.
+        max_iter: the largest number of steps from each set.
     """
 
     feature: Annotated[str, OneOf(("raw", "normalized"))] = "raw"
@@ -51,7 +51,7 @@ class Lego(SiteWay):
     )
 
     def result_rank(self, terms: SiteTerms) -> int | None:
-        return None  # the clusters are as many
+        return None  # the number of clusters is the rank
 
     def merge_site(self, terms: SiteTerms) -> Change:
         pairs = zip(terms.scaled_pairs(), terms.weights, strict=True)
@@ -64,7 +64,7 @@ class Lego(SiteWay):
         return sum_changes(_shares(terms.weights), terms)
 
     def _join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
-        """Return one pair from those of the adapters that touch a site, of any ranks, and their weights."""
+        """Combine the pairs of the adapters that change a site, of any ranks, with their weights, into one pair."""
         if min(weights) <= 0:
             raise ChoiceError(
                 f"a weight is {min(weights):g}, and those of method 'lego' are shares of clusters",
@@ -84,7 +84,7 @@ class Lego(SiteWay):
         return ScaledPair(factor * ranks[:, width:].mT, ranks[:, :width])
 
     def _units(self, pair: ScaledPair) -> Tensor:
-        """Return each rank as its row and its column (r, in + out), √scale in both."""
+        """Return each rank as its row and column (r, in + out), each multiplied by √scale."""
         root = math.sqrt(abs(pair.scale))
         rows, columns = root * pair.a, math.copysign(root, pair.scale) * pair.b.mT
         if self.balance:
@@ -96,7 +96,7 @@ class Lego(SiteWay):
         return torch.cat([rows, columns], 1)
 
     def _cluster(self, units: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """Return the scaled means (k, in + out) of clusters of units, whose order does not matter."""
+        """Return the scaled means (k, in + out) of clusters of ranks; the order of the ranks does not matter."""
         order = sort_points(units)
         units, weights = units[order], weights[order]
         points = units / _length(units) if self.feature == "normalized" else units

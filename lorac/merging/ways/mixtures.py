@@ -1,4 +1,4 @@
-"""Whole adapters in one: behind a router that is not trained, with weights to be trained, or half of each."""
+"""Whole adapters combined into one: with an untrained router, with trainable weights, or half of each factor."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,11 +14,11 @@ from lorac.variants.plp import PLP
 
 
 class ArrowRouting(AdaptersWay):
-    """An `Arrow`: each token is given to the adapters whose largest direction it has most of.
+    """An `Arrow`: each token is routed to the adapters whose largest direction it has the largest component along.
 
     Attributes:
         top_k: number of adapters per token.
-        temperature: flattens their shares.
+        temperature: divisor of the scores before the softmax.
     """
 
     top_k: Count = 3
@@ -35,7 +35,7 @@ class ArrowRouting(AdaptersWay):
 
 
 class LearnedWeights(AdaptersWay):
-    """A `LearnedCat`: Σ wᵢ·Δᵢ with weights that training changes at each site."""
+    """A `LearnedCat`: Σ wᵢ·Δᵢ, with weights that training changes at each site."""
 
     name = "learned_cat"
     paper = LearnedCat.paper
@@ -49,7 +49,7 @@ class LearnedWeights(AdaptersWay):
 
 
 class BreakForMake(AdaptersWay):
-    """A `PLP` with the second adapter's factors (style), but the trained part of the first's down factor (content)."""
+    """A `PLP` with the second adapter's factors (style), except the trained part of the first's down factor."""
 
     name = "break_for_make"
     paper = PLP.paper

@@ -1,7 +1,8 @@
-"""Ways that leave entries of each change out, and sum the rest or elect a sign.
+"""Ways that prune entries of each change, and sum the rest or elect a sign.
 
-They keep the largest entries (magnitude pruning, TIES), random ones (DARE), random ones of which the large are likelier
-(DELLA), all but the smallest and the outliers (Model Breadcrumbs), or those that differ most over the adapters (SCE).
+They keep the largest entries (magnitude pruning, TIES), random entries (DARE), random entries with larger entries more
+likely (DELLA), all except the smallest and the outliers (Model Breadcrumbs), or the entries that vary most over the
+adapters (SCE).
 """
 
 import copy
@@ -28,11 +29,11 @@ from lorac.merging.way import CombiningWay, PrunedSumWay, PruningWay, SignElecti
 
 
 class LargestEntriesWay(PruningWay):
-    """A way that keeps the largest entries by size.
+    """A way that keeps the largest entries by magnitude.
 
     Attributes:
-        scope: ``density`` is a part of the entries of each ``site``, as in mergekit and PEFT, or of the whole
-            ``adapter``, as in the paper of TIES and in KnOTS; that takes two passes, and memory for all sizes.
+        scope: ``density`` is a share of the entries of each ``site``, as in mergekit and PEFT, or of the whole
+            ``adapter``, as in the paper of TIES and in KnOTS, which takes two passes, and memory for all magnitudes.
     """
 
     scope: Annotated[str, OneOf(("site", "adapter"))] = "site"
@@ -100,11 +101,11 @@ class DareTies(RandomPruningWay, SignElectionWay):
 
 
 class RankPruningWay(PruningWay):
-    """A way that draws entries by their rank in the row.
+    """A way that draws entries with a probability that rises with their rank by magnitude in the row.
 
     Attributes:
         epsilon: the probability of an entry rises from density − ε for a row's smallest to density + ε for its largest;
-            one number for all adapters, or one for each.
+            one number for all adapters, or one per adapter.
     """
 
     epsilon: Share = 0.15
@@ -117,23 +118,23 @@ class RankPruningWay(PruningWay):
 
 
 class DellaLinear(RankPruningWay, PrunedSumWay):
-    """The sum of entries that are drawn by their rank in the row."""
+    """The sum of entries drawn by their rank by magnitude in the row."""
 
     name = "della_linear"
 
 
 class Della(RankPruningWay, SignElectionWay):
-    """The sum of entries that are drawn by their rank in the row, and have the elected sign."""
+    """The sum of entries drawn by their rank by magnitude in the row, and with the elected sign."""
 
     name = "della"
     normalizes = True
 
 
 class OutlierPruningWay(PruningWay):
-    """A way that leaves out the smallest entries of each change, and the very largest.
+    """A way that prunes the smallest entries of each change, and the very largest.
 
     Attributes:
-        gamma: the part of the entries that are outliers, for all adapters or for each.
+        gamma: the share of the entries that are outliers: for all adapters, or one per adapter.
     """
 
     gamma: Share = 0.01
@@ -145,22 +146,22 @@ class OutlierPruningWay(PruningWay):
 
 
 class Breadcrumbs(OutlierPruningWay, PrunedSumWay):
-    """The sum of each change's entries but the smallest and the very largest."""
+    """The sum of each change's entries except the smallest and the very largest."""
 
     name = "breadcrumbs"
 
 
 class BreadcrumbsTies(OutlierPruningWay, SignElectionWay):
-    """The sum of entries that have the elected sign, without the smallest and the very largest."""
+    """The sum of entries with the elected sign, except the smallest and the very largest."""
 
     name = "breadcrumbs_ties"
 
 
 class SCE(CombiningWay):
-    """The mean of wᵢ·Δᵢ that have the sign of their sum, weighed by each one's mean square.
+    """The mean of the wᵢ·Δᵢ that have the sign of their sum, weighted by the mean square of each.
 
     Attributes:
-        select_topk: the part of the entries, those with the largest variance over the adapters, that is kept.
+        select_topk: the share of the entries that is kept, those with the largest variance over the adapters.
     """
 
     select_topk: Rate = 1.0

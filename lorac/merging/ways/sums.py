@@ -1,4 +1,4 @@
-"""The weighted mean of changes, and their weighted sum: exact (cat), of one rank (svd), or in a space."""
+"""The weighted mean of changes, and their weighted sum: exact (cat), truncated to a rank (svd), or in a space."""
 
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ class Linear(SumWay):
     """Σ wᵢ·Δᵢ / Σ wᵢ.
 
     Attributes:
-        normalize: divide by Σ wᵢ; default: True, but in the space of factors, where PEFT does not.
+        normalize: whether to divide by Σ wᵢ; default: True, except in the space of factors, where PEFT does not.
     """
 
     normalize: bool | None = None
@@ -36,7 +36,7 @@ class Linear(SumWay):
 
 
 class TaskArithmetic(SumWay):
-    """Σ wᵢ·Δᵢ; in the space of factors PEFT's ``linear``, which also multiplies each B by the others' A."""
+    """Σ wᵢ·Δᵢ; in the space of factors this is PEFT's ``linear``, which also multiplies B by other adapters' A."""
 
     name = "task_arithmetic"
     paper = "Editing Models with Task Arithmetic, arXiv 2212.04089"
@@ -47,7 +47,7 @@ class TaskArithmetic(SumWay):
 
 
 class Cat(SiteWay):
-    """Σ wᵢ·Δᵢ, as a weighted swap computes it. LoRAs become one whose rank is the sum of theirs."""
+    """Σ wᵢ·Δᵢ, as a weighted swap computes it. LoRAs become one LoRA whose rank is the sum of their ranks."""
 
     name = "cat"
     paper = "PEFT's add_weighted_adapter"
@@ -57,7 +57,7 @@ class Cat(SiteWay):
 
 
 class SVD(SiteWay):
-    """The first components of Σ wᵢ·Δᵢ, without a product of its factors; the default rank is the parts' largest."""
+    """The first components of Σ wᵢ·Δᵢ, computed from factors; the default rank is the adapters' largest."""
 
     name = "svd"
     paper = Cat.paper
