@@ -1,1 +1,1 @@
-"""From a model to graphs: its sites and tensors, example inputs, copies and skeletons, and its capture."""
+"""Sites and tensors of a model, example inputs, copies and skeletons, and the capture of its graphs."""

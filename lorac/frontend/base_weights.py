@@ -13,7 +13,7 @@ from lorac.ir.sites.site import BaseReader, Site
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers of a model by every name that they have."""
+    """Return a model's parameters and buffers under all of their names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -21,7 +21,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise ``BaseNeeded`` if a tensor of a model is on the meta device, where it has no values."""
+    """Raise ``BaseNeeded`` if a tensor of the model is on the meta device and so has no values."""
     for name, tensor in named_tensors(model).items():
         _check_value(model, name, tensor)
 
@@ -42,9 +42,10 @@ def _check_value(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or buffer by its fully qualified name, or a tensor that its module computes at each call.
+    """Return a parameter or buffer by its full name, or a tensor that its module computes at each call.
 
-    The weight of a layer of bitsandbytes comes as a ``LayerWeight``; one in parts whole, for which all processes call.
+    The weight of a bitsandbytes layer is returned as a ``LayerWeight``. A DTensor is gathered, which all processes must
+    call.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -57,7 +58,7 @@ def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def read_weight(site: Site, model: nn.Module) -> torch.Tensor:
-    """Return the site's W (out, in), a stack as (E, out, in); of a quantised weight its float values."""
+    """Return the site's W (out, in), a stack as (E, out, in); a quantised weight is dequantised."""
     assert site.weight is not None
     weight = read_stored_tensor(model, site.weight)
     _check_value(model, site.weight, weight)
@@ -73,7 +74,7 @@ def make_base_reader(model: nn.Module, stored: Mapping[str, torch.Tensor] | None
     """Return a reader of the model's weights, which keeps the model alive.
 
     Args:
-        stored: tensors by name to read in place of the model's own.
+        stored: tensors by name, which are read instead of the model's.
     """
     if not stored:
         return BaseReader(lambda site: read_weight(site, model), lambda site: read_bias(site, model))

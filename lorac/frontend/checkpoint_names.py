@@ -1,8 +1,8 @@
-"""How a model's tensors are stored in its checkpoint, where transformers renames or converts them when it loads.
+"""The stored names of a model's tensors in its checkpoint, where transformers renames or converts them on loading.
 
-It relies on functions of transformers that PEFT uses as well: ``get_model_conversion_mapping``, which lists the changes
-that a model's class makes, ``rename_source_key``, which applies them to a name, and the ``convert`` and
-``reverse_transform`` of a change, by which transformers loads a tensor and saves it again.
+It relies on functions of transformers that PEFT uses too: ``get_model_conversion_mapping``, which lists the changes of
+a model's class, ``rename_source_key``, which applies them to a name, and the ``convert`` and ``reverse_transform`` of a
+change, with which transformers loads and saves a tensor.
 """
 
 import copy
@@ -18,13 +18,13 @@ from lorac.frontend.host import Host
 
 @dataclass(frozen=True, eq=False)
 class ConvertedTensors:
-    """Tensors of a checkpoint from which transformers computes some of a model's, such as a stack of experts.
+    """Tensors of a checkpoint from which transformers computes tensors of a model, such as a stack of experts.
 
     Attributes:
         model: the model; it may be on the meta device.
         converter: the change, a ``WeightConverter``.
-        name: the name that it gives to the tensors together.
-        sources: name in the checkpoint -> name and pattern that the change knows it by, in its order.
+        name: the converter's name for all of the tensors.
+        sources: name in the checkpoint -> its name and pattern in the converter, in the converter's order.
     """
 
     model: nn.Module
@@ -33,14 +33,14 @@ class ConvertedTensors:
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the model's tensors by name, as transformers computes them from those of the checkpoint."""
+        """Return the model's tensors by name, as transformers computes them from the checkpoint's tensors."""
         converter = copy.deepcopy(self.converter)
         for key, (_, pattern) in self.sources.items():
             converter.add_tensor(self.name, key, pattern, stored[key])
         return self._convert(converter, self.name)
 
     def save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of the checkpoint by name; the inverse of ``load``."""
+        """Return the checkpoint's tensors by name; the inverse of ``load``."""
         converter, first = self.converter.reverse_transform(), ""
         for name, tensor in tensors.items():
             first, pattern = converter.rename_source_key(name)
@@ -54,7 +54,7 @@ class ConvertedTensors:
 
 
 def find_stored_names(model: nn.Module, stored: Collection[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
-    """Return name in the model -> name in its checkpoint, of tensors that are loaded as they are, and the others.
+    """Return model name -> checkpoint name for tensors that are loaded unchanged, and the converted tensors.
 
     Args:
         model: the model; it may be on the meta device.

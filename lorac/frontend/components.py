@@ -1,4 +1,4 @@
-"""Roots of compiled models: several models as one host, whose adapters may span them, and the skeleton of a model."""
+"""Roots of compiled models: several models as one host, which adapters may span, and the skeleton of a model."""
 
 from collections.abc import Mapping
 
@@ -13,11 +13,11 @@ _ENCODER = ".encoder"
 
 
 class Components(nn.ModuleDict):
-    """Models by name. Paths of their sites begin with the name, and each model is called by its name.
+    """Models by name; the name is the prefix of the model's site paths, and calls select a model by name.
 
     Raises:
-        OptionError: there is no model, or a name cannot begin a path or name a folder.
-        WrongType: one of them is not a module.
+        OptionError: there is no model, or a name is not valid in a path or as a folder.
+        WrongType: a model is not a module.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
@@ -31,11 +31,11 @@ class Components(nn.ModuleDict):
 
 
 class Skeleton(nn.Module):
-    """The root of a skeleton; returns the embeddings as a transformers model does.
+    """The root of a skeleton, with a transformers model's methods for embeddings.
 
     Args:
-        embeddings: which one -> its path.
-        several: whether its children are models of their own, compiled together.
+        embeddings: ``"input"`` or ``"output"`` -> path of the module.
+        several: whether its children are separate models that are compiled together.
     """
 
     def __init__(self, embeddings: Mapping[str, str], *, several: bool = False) -> None:
@@ -56,17 +56,17 @@ class Skeleton(nn.Module):
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "AveragedModel": "module"}
-"""torch's classes whose forward passes a call on to another module -> their name for it."""
+"""torch's wrapper classes whose forward only calls another module -> the attribute with that module."""
 _DISTRIBUTED = {
     "DistributedDataParallel": "give what it wraps, model.module, and wrap what compile() returns",
     "FullyShardedDataParallel": "compile the model before it is sharded, and train it in a DistributedDataParallel",
     "FSDPModule": "compile the model before it is sharded, and train it in a DistributedDataParallel",
 }
-"""torch's classes of models that several processes share -> what to give instead."""
+"""torch's classes of models that several processes share -> the next step."""
 
 
 def strip_wrappers(model: nn.Module) -> nn.Module:
-    """Return the model inside torch's wrappers that only pass calls on, such as that of ``torch.compile``.
+    """Return the model inside torch's wrappers that only forward calls, such as ``torch.compile``'s.
 
     Raises:
         CompileError: several processes share the model.
@@ -82,17 +82,17 @@ def strip_wrappers(model: nn.Module) -> nn.Module:
 
 
 def is_in_parts(tensor: Tensor) -> bool:
-    """Return whether each of several processes holds a part of a tensor: whether it is torch's DTensor."""
+    """Return whether a tensor is a DTensor, of which each process has a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def get_encoder_graph_name(name: str) -> str:
-    """Return the name of the graph of a component's encoder, where that is a separate graph."""
+    """Return the graph name for a component's encoder, if the encoder is a separate graph."""
     return f"{name}{_ENCODER}"
 
 
 def get_graph_scope(graph: str) -> str:
-    """Return the prefix of the paths of a graph's sites: its component's name and a dot, "" for a single model."""
+    """Return the prefix of a graph's site paths: its component's name and a dot, "" for a single model."""
     name = graph.removesuffix(_ENCODER)
     return "" if name == MAIN_GRAPH else f"{name}."
 
@@ -112,10 +112,10 @@ def _is_several(model: nn.Module) -> bool:
 
 
 def check_component(name: object, known: Mapping[str, object]) -> str:
-    """Return the name of a component.
+    """Check a component's name and return it.
 
     Raises:
-        ChoiceError: there is no component of that name, or a single model has none.
+        ChoiceError: there is no component with this name, or the model has no components.
     """
     if isinstance(name, str) and name in known:
         return name

@@ -1,4 +1,4 @@
-"""A structural copy of a model: own modules, flags and hooks; shared weight storage."""
+"""A structural copy of a model: separate modules, flags and hooks; shared weight storage."""
 
 import copy
 import functools
@@ -20,15 +20,15 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
     """Copy a model module by module over the same weight storage, with every ``requires_grad`` off.
 
     Parameters become new ``nn.Parameter`` objects that share the host's storage, one per distinct parameter: ties stay
-    ties, and flags set on the copy leave the model unchanged. Parameters of a class of their own keep it, and their
-    attributes. Those that have no storage (torchao's, say) are shared themselves.
+    ties, and flags set on the copy do not change the model. Parameters of other classes keep their class and
+    attributes. Parameters without storage (torchao's, for example) are shared as objects.
 
     Args:
-        model: the host; not touched.
-        share_buffers: share buffers too, for a copy that will never train (batch statistics are written in training).
+        model: the host; it is not changed.
+        share_buffers: whether to share buffers too, for a copy that never trains (training writes batch statistics).
 
     Raises:
-        CaptureError: something that the model holds cannot be copied.
+        CaptureError: an attribute of the model cannot be copied.
     """
     shared: list[object] = [
         value
@@ -43,7 +43,7 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
         memo.setdefault(id(parameter), _copy_parameter(parameter))
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # objects that a model holds may raise anything when they are copied
+    except Exception as error:  # attributes of a model may raise any error when they are copied
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}",
             next_step="find the attribute that copy.deepcopy(model) fails on, and store it outside of the model",
@@ -51,9 +51,9 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
 
 
 def _copy_parameter(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter over the same storage, which may be given other data and attributes.
+    """Return a parameter over the same storage, whose data and attributes can be replaced.
 
-    Layers of bitsandbytes move attributes of their weights elsewhere when they are called first, and repack the data.
+    On their first call, bitsandbytes layers move attributes of their weights elsewhere and repack the data.
     """
     cls = type(parameter)
     if cls is nn.Parameter:
@@ -68,18 +68,19 @@ def _copy_parameter(parameter: nn.Parameter) -> Tensor:
 
 
 def separate_layers(model: nn.Module, paths: Iterable[str], *, merging: bool = False) -> list[nn.Module]:
-    """Give layers of a copy that are reached by several names a module of their own at these paths, over one weight.
+    """Give layers with several names a separate module at these paths of a copy, over the same weight.
 
-    An adapter acts under the name that it is for, as PEFT's layer does, which takes the place of the first name alone.
-    A place in a list, tuple, set or dictionary of a module is such a name too.
+    An adapter acts under its own name, as PEFT's layer does, which replaces only the first name. An entry in a list,
+    tuple, set or dictionary of a module is such a name too.
 
     Args:
         model: the copy; changed in place.
         paths: paths of the layers.
-        merging: count names alone, since what holds a layer besides has its merged weight in a checkpoint.
+        merging: whether to count only registered names, since other references to a layer use the merged weight of a
+            checkpoint.
 
     Returns:
-        The modules that stay under the other names.
+        The modules that remain under the other names.
     """
     held = (module._modules if merging else vars(module) for module in model.modules())
     names = Counter(id(child) for values in held for child in _iterate_modules(values, set()))
@@ -96,7 +97,7 @@ def separate_layers(model: nn.Module, paths: Iterable[str], *, merging: bool = F
 
 
 def _iterate_modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
-    """Yield the modules in a container and in those inside it, once for each place; skip containers seen before."""
+    """Yield the modules in a container and in nested containers, once per reference; skip containers seen before."""
     if id(value) in seen or not isinstance(value, _CONTAINERS):
         return
     seen.add(id(value))
@@ -108,7 +109,7 @@ def _iterate_modules(value: object, seen: set[int]) -> Iterator[nn.Module]:
 
 
 def copy_layer(layer: nn.Module) -> nn.Module:
-    """Return a module over the same tensors that may be given others, and hooks, of its own."""
+    """Return a module over the same tensors, whose tensors and hooks can be replaced separately."""
     own = copy.copy(layer)
     own.__dict__ |= {kept: vars(layer)[kept].copy() for kept in _KEPT_APART}
     return own
@@ -118,17 +119,17 @@ _KEPT_APART = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forwar
 
 
 class WeightCast(Exception):
-    """Signals that a forward casts its own weights, which are constants of a program."""
+    """An error for a forward that casts its own weights, which are constants in a program."""
 
 
 def refuse_casts(host: nn.Module) -> None:
-    """Make the modules of a copy raise ``WeightCast`` where a forward converts their tensors to another dtype."""
+    """Make the modules of a copy raise ``WeightCast`` if a forward casts their tensors to another dtype."""
     for module in host.modules():
         module._apply = functools.partial(_check_cast, module)  # type: ignore[method-assign]  # of a copy
 
 
 def _check_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Return a module that its own forward converts (``to``, ``float``); its tensors must have the dtype already."""
+    """Return a module that its own forward casts (``to``, ``float``); its tensors must have the dtype already."""
     for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
         wanted = change(tensor).dtype
         if wanted != tensor.dtype:
@@ -137,10 +138,10 @@ def _check_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: 
 
 
 def widen_layers(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:
-    """Return a structural copy of a model in which some tensors have more rows, of zeros.
+    """Return a structural copy of a model in which some tensors are padded with rows of zeros.
 
     Args:
-        sizes: name of a tensor -> its number of rows; names that share a tensor share the new one.
+        sizes: name of a tensor -> its number of rows; names of one tensor share the new tensor.
     """
     copied, wide = copy_structure(model), dict[int, nn.Parameter]()
     for name, size in sizes.items():

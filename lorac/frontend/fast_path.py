@@ -1,8 +1,8 @@
-"""torch's transformer layers, which in evaluation call one fused kernel that bypasses the layers inside them.
+"""torch's transformer layers, which in evaluation call a fused kernel that bypasses their inner layers.
 
-There an encoder drops the padding at the end of its rows, and writes zeros in its place; and a mask of numbers hides
-whatever is not 0, though the Python code adds it. The Python code has the same meaning here, for an adapter must not
-change the answer where it adds nothing.
+On this path an encoder drops padding at the end of rows and writes zeros there; and a float mask hides every value that
+is not 0, though the Python code adds it. Here the Python code gets the same meaning, because an adapter that adds
+nothing must not change the result.
 """
 
 import functools
@@ -20,7 +20,7 @@ _FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
 class NoFastPath(TorchFunctionMode):
-    """Does nothing; but torch fuses no layer whose calls somebody watches, in this thread alone."""
+    """A mode without effect; torch does not use fused kernels while a mode is active, in this thread only."""
 
     def __torch_function__(
         self,
@@ -39,7 +39,7 @@ def disable_fast_path(model: nn.Module) -> AbstractContextManager[object]:
 
 
 def find_unfused_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the forward of a module whose fast path is disabled, with the fast path's meaning of masks."""
+    """Return a module's forward without the fast path, but with the fast path's meaning of masks."""
     own: Any = type(module).forward
     run: Any = {nn.TransformerEncoder.forward: _run_encoder, nn.TransformerEncoderLayer.forward: _run_layer}.get(own)
     return module.forward if run is None or "forward" in vars(module) else functools.partial(run, module)
@@ -58,7 +58,7 @@ def _run_encoder(
         return nn.TransformerEncoder.forward(encoder, src, mask, padding, is_causal)
     padding = padding if padding.dtype is torch.bool else padding != 0
     dropped = padding.unsqueeze(-1)
-    if encoder.mask_check:  # else the caller promises that padding follows the tokens in every row
+    if encoder.mask_check:  # otherwise the caller guarantees that padding follows the tokens in every row
         dropped = dropped & ~(padding[:, :-1] & ~padding[:, 1:]).any()
     for layer in encoder.layers:
         src = layer(src, src_key_padding_mask=padding)
@@ -80,7 +80,7 @@ def _run_layer(
 
 
 def _is_fused(layer: Any, src: Tensor) -> bool:
-    """Return whether the host, which records no gradients of its weights, calls the kernel for a layer."""
+    """Return whether the host, whose weights record no gradients, calls the kernel for a layer."""
     attention, hooks = layer.self_attn, ("_forward_hooks", "_forward_pre_hooks")
     return (
         torch.backends.mha.get_fastpath_enabled()

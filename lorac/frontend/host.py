@@ -1,7 +1,7 @@
-"""``Host``: a model, and the answers that depend on the library that it is of.
+"""``Host``: a model, and the properties of it that depend on its library.
 
-A library has a class in a module of ``lorac.frontend.hosts``, or one that an installed package names as an entry point
-of the group ``lorac.hosts``. Models of no known library have a ``PlainHost``.
+A library has a class in a module of ``lorac.frontend.hosts``, or a class that an installed package declares as an entry
+point of the group ``lorac.hosts``. Models of unknown libraries have a ``PlainHost``.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from lorac.ir.calls.call import Call, Inputs
 from lorac.ir.calls.multimodal_positions import MultimodalPositions
 
 GROUP = "lorac.hosts"
-"""Group of the entry points of installed packages: each names a subclass of ``Host``."""
+"""Entry point group of installed packages: each entry point is a subclass of ``Host``."""
 
 
 class Host(ABC):
-    """A model of some library. ``Host.of(model)`` chooses the class; nothing else asks for a model's library.
+    """A model of some library. ``Host.of(model)`` chooses the class; no other code depends on a model's library.
 
-    A subclass overrides the answers that are different for its library.
+    A subclass overrides the methods that differ for its library.
 
     Args:
-        model: the model; only ``configure`` and the methods that say so change it.
+        model: the model; only ``configure``, and methods documented to do so, change it.
     """
 
     named_sizes: ClassVar[tuple[bool, ...]] = (True, False)
-    """Whether the sizes that vary have names, in each attempt to trace; torch may narrow or fix sizes without."""
+    """For each tracing attempt, whether varying sizes have names; torch may narrow or fix sizes without names."""
     free_sizes: ClassVar[frozenset[str]] = frozenset()
-    """Names of the sizes in ``axes`` that a model restricts, so that torch must be free to narrow them."""
+    """Names of the sizes in ``axes`` that a model restricts, so that torch must be allowed to narrow them."""
     row_numbers: ClassVar[tuple[str, ...]] = ()
-    """Arguments that are one number for each row, or one for all rows."""
+    """Arguments that take one number per row, or one number for all rows."""
     has_sequences: ClassVar[bool] = False
-    """Whether inputs run along sequences of tokens, also where a model of another library contains the model."""
+    """Whether inputs have axes of tokens, even if a model of another library contains this model."""
     by_name: ClassVar[bool] = False
-    """Whether ``trace`` takes inputs by name alone."""
+    """Whether ``trace`` takes inputs only by name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -55,7 +55,7 @@ class Host(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, model: nn.Module) -> bool:
-        """Return whether a model is of this library; does not import the library."""
+        """Return whether a model is of this library, without importing the library."""
 
     @staticmethod
     def of(model: nn.Module) -> Host:
@@ -63,7 +63,7 @@ class Host(ABC):
         return next((kind for kind in _list_libraries() if kind.recognises(model)), PlainHost)(model)
 
     def find_sequence_host(self) -> Host | None:
-        """Return the host of the model, or of the first model in it, whose inputs run along sequences of tokens."""
+        """Return the host of the model, or of the first module in it, whose inputs have axes of tokens."""
         if self.has_sequences:
             return self
         libraries = [library for library in _list_libraries() if library.has_sequences]
@@ -72,7 +72,7 @@ class Host(ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the first parameter; None for a model without any."""
+        """The device of the first parameter; None for a model without parameters."""
         return next((parameter.device for parameter in self.model.parameters()), None)
 
     @functools.cached_property
@@ -81,17 +81,17 @@ class Host(ABC):
         return inspect.signature(self.model.forward).parameters
 
     def make_wave(self, shape: Sequence[int]) -> Tensor:
-        """Make values from -1 to 1 without a random generator, in the model's precision and on its device."""
+        """Make values from -1 to 1 without a random generator, in the model's dtype and on its device."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         count = torch.Size(shape).numel()
         return (torch.arange(count, device=self.device).remainder(255) / 127.5 - 1).reshape(shape).to(dtype)
 
     def copy(self, *, share_buffers: bool = False) -> Self:
-        """Return the host of a structural copy of the model, as ``copy_structure`` makes it."""
+        """Return the host of a structural copy of the model (``copy_structure``)."""
         return type(self)(copy_structure(self.model, share_buffers=share_buffers))
 
     def list_row_numbers(self, call: Call) -> list[object]:
-        """Return the arguments of a call that are one number for each row, or one for all rows."""
+        """Return the arguments of a call that are one number per row, or one number for all rows."""
         named = {**dict(zip(self.parameters, call.args, strict=False)), **call.kwargs} if self.row_numbers else {}
         return [named[name] for name in self.row_numbers if name in named]
 
@@ -100,11 +100,11 @@ class Host(ABC):
         """Make example inputs by name.
 
         Raises:
-            ExampleInputsNeeded: the model does not tell which inputs it takes.
+            ExampleInputsNeeded: the inputs cannot be derived from the model.
         """
 
     def require_inputs(self, example: str) -> ExampleInputsNeeded:
-        """Return the error for a model whose example inputs cannot be made, with code that makes some."""
+        """Return the error for a model whose example inputs cannot be made; it shows code that makes them."""
         return ExampleInputsNeeded(
             f"example inputs cannot be made for {type(self.model).__name__}; "
             f"its forward takes ({', '.join(self.parameters)})",
@@ -112,7 +112,7 @@ class Host(ABC):
         )
 
     def advise_names(self, given: Collection[object]) -> str | None:
-        """Return advice where inputs are for forward's ``*args``; else None.
+        """Return advice if inputs are passed to forward's ``*args``; else None.
 
         Args:
             given: names or numbers of the inputs.
@@ -124,7 +124,7 @@ class Host(ABC):
         return f"inputs of a program have names, *{star} have none: compile a module around it whose forward names them"
 
     def bind(self, inputs: object = None) -> dict[str, Any]:
-        """Return inputs by the names of forward's arguments, without those that are None.
+        """Return inputs by the names of forward's arguments; inputs that are None are dropped.
 
         Args:
             inputs: by name or in order; None makes example inputs.
@@ -137,7 +137,7 @@ class Host(ABC):
         return {name: value for name, value in named.items() if value is not None}
 
     def bind_values(self, values: Any) -> dict[str, Any]:
-        """Return values by name; a sequence is bound to forward's arguments in order.
+        """Return values by name; values in a sequence are bound to forward's arguments in order.
 
         Raises:
             TypeError: forward takes no such arguments.
@@ -152,15 +152,15 @@ class Host(ABC):
         return tuple(name for name, parameter in self.parameters.items() if parameter.kind in positional)
 
     def defaults(self) -> dict[str, object]:
-        """Return forward's arguments that are not tensors, with the values that a capture gives them."""
+        """Return forward's arguments that are not tensors, with their values in a capture."""
         return {n: p.default for n, p in self.parameters.items() if isinstance(p.default, bool | int | float | str)}
 
     def axes(self, name: str, value: Tensor, inputs: Inputs) -> dict[int, str]:
-        """Return the axes of an input along which sizes vary besides the rows, with the names of these sizes.
+        """Return the varying axes of an input, besides the rows, with the names of their sizes.
 
         Args:
             name, value: the input, or a tensor in it.
-            inputs: all of them.
+            inputs: all inputs.
         """
         return {}
 
@@ -175,29 +175,29 @@ class Host(ABC):
 
     @property
     def generates(self) -> bool:
-        """Whether the model is a language model that generates tokens one after another."""
+        """Whether the model is a language model that generates token by token."""
         return False
 
     def find_number_inputs(self, inputs: Inputs) -> dict[str, object]:
-        """Return the tensors among the inputs that the model reads as numbers, as those numbers."""
+        """Return name -> numbers, for input tensors that the model reads as numbers."""
         return {}
 
     def find_positions(self) -> MultimodalPositions | None:
-        """Return the function that computes the positions of text with images; None where forward takes none."""
+        """Return the object that computes the positions of text with images; None if forward takes no positions."""
         return None
 
     def trace(self, inputs: Any, shapes: Any) -> ExportedProgram:
-        """Run torch.export on the model, which is a copy and may be changed.
+        """Run torch.export on the model, which must be a copy, since it may be changed.
 
         Args:
             inputs: by name or in order.
-            shapes: their dynamic shapes.
+            shapes: dynamic shapes of the inputs.
         """
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes)
 
     def configure(self, fields: Mapping[str, object]) -> Self:
-        """Set fields of all configurations of a copy that have them, and return the host.
+        """Set fields in all configurations of a copy that have them; return the host.
 
         Args:
             fields: name -> value.
@@ -205,26 +205,26 @@ class Host(ABC):
         return self
 
     def encoders(self) -> list[nn.Module]:
-        """Return the encoder that the model's ``generate`` calls by itself."""
+        """Return the encoder if the model's ``generate`` calls it separately; else an empty list."""
         return []
 
-    def record_untied_weights(self) -> None:  # noqa: B027  (other libraries record none)
-        """Make the configuration of a copy agree with its weights, some of which are tied no longer."""
+    def record_untied_weights(self) -> None:  # noqa: B027  (other libraries record nothing)
+        """Update a copy's configuration to its weights, some of which were untied."""
 
-    def forget_quantisation(self) -> None:  # noqa: B027  (other libraries record none)
-        """Remove the record of a copy that it is quantised, once its weights are floats."""
+    def forget_quantisation(self) -> None:  # noqa: B027  (other libraries record nothing)
+        """Remove the quantisation record of a copy whose weights were dequantised."""
 
     def checkpoint_changes(self) -> list[Any] | None:
-        """Return the renamings and conversions of the tensors in checkpoints of the library; None: there are none."""
+        """Return the library's renamings and conversions of tensors in checkpoints; None if it has none."""
         return None
 
     def decoder(self) -> nn.Module:
-        """Return the model as a pipeline calls it: an autoencoder as a copy whose forward decodes."""
+        """Return the model as a pipeline calls it; for an autoencoder, a copy whose forward decodes."""
         return self.model
 
 
 class PlainHost(Host):
-    """A model of no known library."""
+    """A model of an unknown library."""
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
@@ -235,7 +235,7 @@ class PlainHost(Host):
 
 
 def describe_tensors(parameters: Mapping[str, inspect.Parameter]) -> str:
-    """Return code of a tensor for each argument that forward needs."""
+    """Return code for a dict with a tensor for each argument that forward requires."""
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     numbers = [n for n, p in parameters.items() if re.search(r"\b(int|float)\b", str(p.annotation))]
     values = (
@@ -245,13 +245,13 @@ def describe_tensors(parameters: Mapping[str, inspect.Parameter]) -> str:
 
 
 def _list_libraries() -> tuple[type[Host], ...]:
-    """Return the classes of installed packages, then lorac's own; a package may take over a library of lorac's."""
+    """Return the classes of installed packages, then lorac's, so that a package may override a library of lorac's."""
     return _load_libraries(tuple(list_entry_points(GROUP).values()))
 
 
 @functools.cache
 def _load_libraries(installed: tuple[EntryPoint, ...]) -> tuple[type[Host], ...]:
-    """Import the classes; one of another package that cannot be imported is left out with a warning."""
+    """Import the classes; skip a class of another package that cannot be imported, with a warning."""
     found: list[type[Host]] = []
     for entry_point in installed:
         try:
@@ -259,6 +259,6 @@ def _load_libraries(installed: tuple[EntryPoint, ...]) -> tuple[type[Host], ...]
             if not issubclass(offered, Host):
                 raise TypeError(f"{offered.__name__} is not a subclass of Host")
             found.append(offered)
-        except Exception as error:  # code of another package may raise anything when it is imported
+        except Exception as error:  # code of another package may raise any error on import
             warn(f"the host '{entry_point.name}' of another package is left out: {type(error).__name__}: {error}")
     return (*found, *(module.HOST for module in import_modules(hosts)))

@@ -1,11 +1,11 @@
-"""Adapted layers: where the code of a layer uses the weight, how it changes the result, and hooks around it.
+"""Adapted layers: how a layer's code uses the weight and changes the result, and hooks of the layer.
 
-A layer may have a ``forward`` of its own. PEFT's layer runs it on the base's product alone, and on the adapted one once
-the adapter is merged. Where the two differ, the adapter is refused. Where they agree, as in an embedding that scales by
-``embed_scale``, which PEFT reads too, an adapter acts on the weight inside; and so it does where PEFT's layer raises an
-error, as around a convolution that pads its input.
+A layer may have a ``forward`` of its own. PEFT's layer applies it to the base's product only, and to the adapted
+product once the adapter is merged. Where the two results differ, the adapter is refused. Where they agree, as in an
+embedding that multiplies by ``embed_scale``, which PEFT reads too, an adapter acts on the inner weight; the same holds
+where PEFT's layer raises an error, as for a convolution that pads its input.
 
-A hook that changes the inputs or outputs of a layer is ambiguous in the same way, and refused; a hook that changes
+A hook that changes the inputs or outputs of a layer is ambiguous in the same way, and is refused; a hook that changes
 nothing is kept.
 """
 
@@ -38,7 +38,7 @@ def find_layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_layer(path: str, model: nn.Module) -> None:
-    """Raise ``SiteError`` if the code of a layer's own changes the layer's input or output."""
+    """Raise ``SiteError`` if a layer's own code changes the layer's input or output."""
     module = model.get_submodule(path)
     inside = calls_super_forward(module)
     if not _is_ordinary(module) and not _adds_changes(module, inside):
@@ -57,25 +57,25 @@ def _refuse_change(subject: str, step: str) -> SiteError:
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Return whether a layer's class computes as its layer class does.
+    """Return whether a module's class computes the same as its layer class.
 
-    A forward that does not call ``super().forward`` is counted as such if it gives the same result, as Falcon's product
-    without ``F.linear`` does.
+    A forward that does not call ``super().forward`` counts if it gives the same result, as Falcon's product without
+    ``F.linear`` does.
     """
     return _is_ordinary(module, of_class=True) or (not calls_super_forward(module) and _adds_changes(module, False))
 
 
 def _is_ordinary(module: nn.Module, *, of_class: bool = False) -> bool:
-    """Return whether a layer runs the code of its layer class, or a library's with a quantised weight.
+    """Return whether a layer runs the code of its layer class, or of a library with a quantised weight.
 
     Args:
         module: the layer.
-        of_class: whether a forward on the instance does not count.
+        of_class: whether to ignore a forward on the instance.
     """
     if is_bitsandbytes_layer(module):
         return True
     cls, base, own = type(module), find_layer_class(module), vars(module)
-    replaced = "forward" in own and "_old_forward" not in own  # by which accelerate's hooks call the layer's own
+    replaced = "forward" in own and "_old_forward" not in own  # accelerate's hooks call the original
     same = all(
         getattr(cls, name, None) is getattr(base, name, None) for name in ("forward", "__call__", "_conv_forward")
     )
@@ -83,20 +83,20 @@ def _is_ordinary(module: nn.Module, *, of_class: bool = False) -> bool:
 
 
 def calls_super_forward(module: nn.Module) -> bool:
-    """Return whether a layer's own forward calls ``super().forward``; a forward without code counts as one."""
+    """Return whether a layer's own forward calls ``super().forward``; a forward without Python code counts."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is None or {"super", "forward"} <= {*code.co_names}
 
 
 def replace_super_forward(module: nn.Module, forward: Forward) -> type[nn.Module]:
-    """Make a subclass of the module's class whose ``super().forward`` is ``forward(*args, **kwargs)``."""
+    """Return a subclass of the module's class in which ``super().forward`` is ``forward(*args, **kwargs)``."""
     cls, base = type(module), find_layer_class(module)
     below = type(base.__name__, (base,), {"forward": lambda self, *args, **kwargs: forward(*args, **kwargs)})
     return type(cls.__name__, (cls, below), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def pad_conv_input(x: Tensor, conv: ConvGeometry | None) -> Tensor:
-    """Pad a convolution's input where its op cannot pad as its module does."""
+    """Pad a convolution's input, for padding that its op does not support."""
     if conv is None or not conv.before:
         return x
     return F.pad(x, conv.before, mode="constant" if conv.mode == "zeros" else conv.mode)
@@ -104,18 +104,19 @@ def pad_conv_input(x: Tensor, conv: ConvGeometry | None) -> Tensor:
 
 @torch.no_grad()
 def _adds_changes(module: nn.Module, inside: bool) -> bool:
-    """Return whether a change of a layer's product is added to the layer's output, as PEFT adds it; tried once.
+    """Test whether a change of a layer's product is added to the layer's output, as in PEFT.
 
     Args:
-        module: the layer. The change is its product itself, which is doubled.
-        inside: whether ``super().forward`` gives the product; else the layer's output has to be the product.
+        module: the layer; its product is doubled as the change.
+        inside: whether ``super().forward`` is replaced to return the product; else the layer's output must be the
+            product.
     """
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         return inside
     if isinstance(module, nn.Embedding) and not (inside and module.max_norm is None):
-        return inside  # a table that is looked up otherwise may have rows elsewhere; max_norm writes into the weight
-    layer, base = copy_structure(module).eval(), find_layer_class(module)  # a forward may write attributes
+        return inside  # ids with another meaning may have rows elsewhere; max_norm writes into the weight
+    layer, base = copy_structure(module).eval(), find_layer_class(module)  # forward may write attributes
     layer._forward_hooks.clear()
     layer._forward_pre_hooks.clear()
     convolve = getattr(base, "_conv_forward", None)
@@ -132,13 +133,13 @@ def _adds_changes(module: nn.Module, inside: bool) -> bool:
             layer.__class__ = replace_super_forward(layer, functools.partial(multiply, times=2))
             found = layer(x)
         difference = (found - expected).abs().max() if found.shape == expected.shape else math.inf
-    except Exception:  # of other arguments or results than one tensor: PEFT's layer cannot take or add them either
+    except Exception:  # PEFT's layer does not support more arguments or results than one tensor either
         return inside
     return bool(difference <= max(1e-3, 8 * torch.finfo(weight.dtype).eps) * expected.abs().max())
 
 
 def _draw_input(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return an input of a layer: ids, or random numbers that fill two places of a kernel, and three if it pads."""
+    """Make an input of a layer: ids, or random numbers for two positions of a kernel, three if it pads."""
     layer: Any = module
     if isinstance(module, nn.Embedding):
         return torch.tensor([[0, 1], [1, 0]], device=weight.device) % module.num_embeddings
@@ -151,11 +152,11 @@ def _draw_input(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = lambda: True) -> None:
-    """Make the forward hooks of a copy's layer raise where they change an adapted layer's input or output, in place.
+    """Make the forward hooks of a copy's layer raise if they change an adapted layer's input or output; in place.
 
     Args:
-        path: of its site, for the message.
-        is_adapted: whether an adapter acts on the running call.
+        path: the site's path, for the message.
+        is_adapted: function that returns whether an adapter acts on the running call.
     """
     for key, hook in layer._forward_pre_hooks.items():
         layer._forward_pre_hooks[key] = functools.partial(_run, hook, slice(1, None), path, is_adapted)
@@ -164,12 +165,12 @@ def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = la
 
 
 def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], *arguments: object) -> object:
-    """Run a hook, and raise ``SiteError`` if it changes its subject.
+    """Run a hook; raise ``SiteError`` if it changes ``arguments[subject]``.
 
     Args:
-        subject: which of the arguments it may change: the inputs of the layer, or its output.
+        subject: slice of the arguments to compare: the inputs of the layer, or its output.
         path, is_adapted: as ``guard_hooks`` takes them.
-        *arguments: those of the hook; the first is the layer.
+        *arguments: the hook's arguments; the first is the layer.
     """
     before = pytree.tree_leaves(arguments[subject])
     writes = [_count_writes(leaf) for leaf in before]
@@ -186,5 +187,5 @@ def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], 
 
 
 def _count_writes(value: object) -> int:
-    """Return how often torch has written into a tensor; it counts nothing for one made in inference mode."""
+    """Return torch's number of writes to a tensor; 0 for a tensor made in inference mode."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

@@ -1,4 +1,4 @@
-"""Runs of a model on a copy, with the random state of the process preserved."""
+"""Runs of a copy of a model that preserve the global random states."""
 
 import pickle
 import random
@@ -28,7 +28,7 @@ class ModelRun:
     """One run of a model.
 
     Attributes:
-        drew: whether it drew random numbers.
+        drew: whether forward drew random numbers.
     """
 
     output: object
@@ -36,7 +36,7 @@ class ModelRun:
 
 
 class WeightWritten(Exception):
-    """A model was about to write into one of its weights.
+    """An error for a forward that is about to write into one of its weights.
 
     Args:
         name: the weight's name.
@@ -48,17 +48,17 @@ class WeightWritten(Exception):
 
 
 class ModelRunner:
-    """Runs a copy of a model, in eval mode, with buffers of its own over the model's weights.
+    """A runner of a copy of a model in eval mode; the copy has separate buffers over the model's weights.
 
     Args:
-        host: the model; left unchanged, even if its forward writes.
+        host: the model; it is not changed, even if its forward writes.
     """
 
     def __init__(self, host: nn.Module) -> None:
         self._buffers = dict(host.named_buffers())
         self._copy = Host.of(host).copy().configure(CAPTURE_CONFIG).model.eval()
         shared = list[tuple[str, Tensor]](self._copy.named_parameters())
-        for path, module in self._copy.named_modules():  # tensors that are plain attributes
+        for path, module in self._copy.named_modules():  # plain attributes may be tensors
             tensors = [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
             shared += [(f"{path}.{name}" if path else name, value) for name, value in tensors]
         addresses = [(_get_storage_address(tensor), name) for name, tensor in shared]
@@ -68,7 +68,7 @@ class ModelRunner:
         """Run forward once. Changes of earlier runs to the copy's buffers and attributes persist.
 
         Args:
-            call: arguments as forward takes them; left unchanged.
+            call: arguments as forward takes them; they are not changed.
             seed: seed of random numbers.
 
         Raises:
@@ -81,7 +81,7 @@ class ModelRunner:
                 with detector:
                     output = self._copy(*own_args, **own_kwargs)
             finally:
-                detector.raise_if_refused()  # also if the model has caught the error, or raised another one for it
+                detector.raise_if_refused()  # even if the model caught the error, or raised another error for it
             return ModelRun(output, drew())
 
     def changed(self) -> list[str]:
@@ -96,7 +96,7 @@ class ModelRunner:
 
 
 def check_runs(model: nn.Module) -> None:
-    """Refuse a model without values, such as that of a folder whose tensors are read one at a time.
+    """Refuse a model without values, such as one whose tensors are read from a folder one at a time.
 
     Raises:
         BaseNeeded: a parameter is on the meta device.
@@ -109,20 +109,20 @@ def check_runs(model: nn.Module) -> None:
 
 
 def is_dynamo_error(error: Exception) -> bool:
-    """Return whether torch's compiler raised an error: some ops, torch.cond for one, call it by themselves."""
+    """Return whether torch's compiler raised an error; some ops, such as torch.cond, call the compiler."""
     return type(error).__module__.startswith("torch._dynamo")
 
 
 @contextmanager
 def seed_random_numbers(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]:
-    """Draw random numbers from a seed inside the block, and restore all states after it.
+    """Seed all random numbers inside the block, and restore all random states after it.
 
     Args:
         model: as ``preserve_random_state`` takes it.
-        seed: seed of all generators but the model's own.
+        seed: seed of all generators except the model's own.
 
     Yields:
-        A function that returns whether any number was drawn so far.
+        A function that returns whether a random number was drawn so far.
     """
     devices = _devices(model)
     with preserve_random_state(model):
@@ -145,9 +145,9 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
     """Restore the random states of torch, NumPy, Python and the model's own generators after the block.
 
     Args:
-        model: its devices are those whose states are restored.
+        model: the model; states of its devices are restored.
     """
-    # By class, since torch makes isinstance run Python code.
+    # Test classes directly, since torch makes isinstance run Python code.
     generators: list[torch.Generator] = [
         value for module in model.modules() for value in vars(module).values() if torch.Generator in type(value).__mro__
     ]
@@ -164,7 +164,7 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
 
 
 class WatchingMode(TorchDispatchMode, ABC):
-    """A dispatch mode that sees every op and lets ``torch.cond`` compile its branches.
+    """A dispatch mode that observes every op and lets ``torch.cond`` compile its branches.
 
     Under any other mode torch compiles nothing, and leaves the same code uncompiled for the rest of the process.
     """
@@ -173,7 +173,7 @@ class WatchingMode(TorchDispatchMode, ABC):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Return True: torch need not keep its compiler away."""
+        """Return True, so that torch does not disable its compiler."""
         return True
 
     @abstractmethod
@@ -182,7 +182,7 @@ class WatchingMode(TorchDispatchMode, ABC):
 
 
 class _WeightWriteDetector(WatchingMode):
-    """Refuses ops that would write into weights.
+    """A mode that refuses ops that would write into weights.
 
     Args:
         weights: storage address of a weight -> its name.
@@ -209,13 +209,13 @@ class _WeightWriteDetector(WatchingMode):
 
 
 def _get_storage_address(tensor: Tensor) -> int | None:
-    """Return the address of a tensor's storage; None for one without storage, as on the meta device."""
+    """Return the address of a tensor's storage; None for a tensor without storage, as on the meta device."""
     try:
         return tensor.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError):  # a subclass without a storage
+    except (NotImplementedError, RuntimeError):  # a subclass without storage
         return None
 
 
 def _devices(model: nn.Module) -> list[torch.device]:
-    """Return the devices other than the CPU that draw random numbers for a model."""
+    """Return the devices, except the CPU, that draw random numbers for a model."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters() if parameter.is_cuda))

@@ -1,4 +1,4 @@
-"""A model and its sites, in one object that each public operation makes from the model it is given."""
+"""A model and its sites in one object, which each public operation makes from its model argument."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from lorac.ir.slots.program_values import ReadableValues
 class ModelView:
     """A model with its sites.
 
-    Each public operation makes one view (``ModelView.of``) and passes it on, so that the model is searched once.
+    Each public operation makes one view (``ModelView.of``) and passes it on, so that sites are found once.
 
     Attributes:
         module: the model; several models as ``Components``; or the ``Skeleton`` of a model that is no longer in memory.
         sites: sites of the model by path, in module order.
-        widened: name of a parameter -> its original dtype, for parameters that were converted to a wider dtype since
-            the target computes in it.
-        stored: name -> tensor in a file, read on access, for a module on the meta device; empty for other modules.
-        resizes: whether an adapter may replace layers by ones of other sizes, as it may in ``lorac.compile``.
+        widened: name of a parameter -> its original dtype, for parameters that were cast to the wider dtype in which
+            the target computes.
+        stored: name -> tensor in a file, read on access, for a module on the meta device; else empty.
+        resizes: whether an adapter may replace layers by layers of other sizes, as in ``lorac.compile``.
     """
 
     module: nn.Module
@@ -50,7 +50,7 @@ class ModelView:
         return cls(module, find_sites(module), resizes=resizes)
 
     def with_sites(self, sites: Mapping[str, Site]) -> "ModelView":
-        """Return a view of the same model in which these sites are added, or replace the sites of their paths."""
+        """Return a view of the same model with these sites added; sites with known paths are replaced."""
         return dataclasses.replace(self, sites={**self.sites, **sites})
 
     @functools.cached_property
@@ -60,7 +60,7 @@ class ModelView:
 
     @functools.cached_property
     def callable_paths(self) -> list[str]:
-        """Paths of the modules that can be called: all but the model itself and its lists and dicts of modules."""
+        """Paths of the modules that can be called: all except the model and its lists and dicts of modules."""
         containers = (nn.ModuleList, nn.ModuleDict)
         return [path for path, module in self.module.named_modules() if path and not isinstance(module, containers)]
 
@@ -70,22 +70,22 @@ class ModelView:
         return find_output_layers(self.module)
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers by name; a shared tensor is there under each of its names."""
+        """Return all parameters and buffers by name; a shared tensor has an entry under each of its names."""
         return named_tensors(self.module)
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer by name, or a tensor that a module computes at each call.
 
-        It comes from the file (``stored``) if it is there, else from the module.
+        It is read from the file (``stored``) if the file has it, else from the module.
         """
         return self.stored[name] if name in self.stored else read_stored_tensor(self.module, name)
 
     def as_given(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a parameter in its original dtype and size; this is exact, since conversion to the wider dtype was."""
+        """Return a parameter in its original dtype and size; this is exact, since the cast to the wider dtype was."""
         return self.in_own_size(name, tensor).detach().to(self.widened.get(name, tensor.dtype))
 
     def in_own_size(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a parameter without the rows that it has for adapters with larger layers (``Site.own_size``)."""
+        """Return a parameter without the rows that were added for adapters with larger layers (``Site.own_size``)."""
         return tensor[: self._own_sizes[name]] if name in self._own_sizes else tensor
 
     @functools.cached_property
@@ -93,7 +93,7 @@ class ModelView:
         return {name: site.own_size for site in self.sites.values() if site.own_size for name in site.stored_names}
 
     def list_resizable(self, replaced: Mapping[str, Tensor]) -> set[str]:
-        """Return the tensors in whose place others of another size may be: a layer's, with one number of rows."""
+        """Return the tensors that an adapter may resize: a layer's tensors, if they have equal numbers of rows."""
         found = set[str]()
         for site in (site for site in self.sites.values() if self.resizes and site.is_resizable):
             own = (site.own_size or site.size,)
@@ -124,7 +124,7 @@ class ModelView:
     def readable_values(self) -> ReadableValues:
         """The values that a branch may read by name: outputs, tensors and arguments of the model."""
         tensors, arguments = frozenset(self.named_tensors()), None
-        if not isinstance(self.module, Skeleton):  # a skeleton has no forward, so its arguments are unknown
+        if not isinstance(self.module, Skeleton):  # a skeleton has no forward, so that its arguments are unknown
             signatures = (inspect.signature(component.forward) for component in self.components.values())
             arguments = frozenset(name for signature in signatures for name in signature.parameters)
         return ReadableValues(self.sites, frozenset(self.callable_paths), tensors, arguments)
@@ -140,7 +140,7 @@ def sites(model: nn.Module | Mapping[str, nn.Module]) -> Mapping[str, Site]:
 
 
 def find_output_layers(model: nn.Module) -> list[str]:
-    """Return the path of the layer that ``get_output_embeddings`` of a model returns, in a list; else an empty one."""
+    """Return a list with the path of the layer from a model's ``get_output_embeddings``; empty if there is none."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return [path for path, module in model.named_modules() if head is not None and module is head]

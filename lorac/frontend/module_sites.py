@@ -1,13 +1,14 @@
 """Modules that become sites because an adapter names them: a norm, an attention, an MLP, a stage.
 
-A branch there reads the module's input and output, as the first tensor of each. Their widths are inferred from the
-module's structure, never from the model family, so that a skeleton gives the same result as the model:
+A branch at such a site reads the module's input and output, which are the first tensors of each. Their widths are
+inferred from the module's structure, never from the model family, so that a skeleton gives the same result as the
+model:
 
 1. the scale of a norm, a vector called ``weight``, has its width;
-2. a module whose first layer takes the width that its last one returns maps that width to itself, whether its norms are
-   counted as layers or not;
+2. a module whose first layer takes the width that its last layer returns maps that width to itself, whether or not its
+   norms count as layers;
 3. a module that begins with an embedding takes ids, and returns the width of its last layer;
-4. of layers each of which takes the width that the one before returns, the first and the last give the widths;
+4. if each layer takes the width that the previous layer returns, the first and the last give the widths;
 5. a module next to norms of one width, which takes or returns that width, maps it to itself.
 """
 
@@ -25,7 +26,7 @@ from lorac.ir.sites.site import Site, SiteKind
 
 @dataclass(frozen=True)
 class _LayerWidths:
-    """Widths and dtype of a part of a module that has a weight."""
+    """Widths and dtype of a submodule that has a weight."""
 
     takes: int
     returns: int
@@ -64,7 +65,7 @@ def make_module_site(path: str, view: ModelView) -> Site:
 
 
 def infer_module_site(path: str, view: ModelView) -> Site | None:
-    """Return the site for a module; None where its widths cannot be inferred from its structure."""
+    """Return the site for a module; None if its widths cannot be inferred from its structure."""
     layers = list(_iter_layers(path, view))
     widths = _infer_widths_from_layers(layers) or _infer_widths_from_norms(path, layers, view.module)
     if widths is None:
@@ -74,10 +75,10 @@ def infer_module_site(path: str, view: ModelView) -> Site | None:
 
 
 def _iter_layers(path: str, view: ModelView) -> Iterator[_LayerWidths]:
-    """Yield the parts of a module, itself included, that have a weight, in module order."""
+    """Yield the submodules that have a weight, including the module itself, in module order."""
     sites = view.sites
     for name, module in view.module.get_submodule(path).named_modules(prefix=path):
-        # A module without a site of its own may multiply by matrices itself (stacks of experts).
+        # A module without a site may multiply by matrices in its own forward (stacks of experts).
         matrices = (f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
         inside = [sites[name]] if name in sites else [sites[matrix] for matrix in matrices if matrix in sites]
         for site in (site for site in inside if site.kind not in {SiteKind.BLOCK, SiteKind.PARAMETER}):
@@ -95,7 +96,7 @@ def _norm_width(module: nn.Module) -> int | None:
 
 
 def _infer_widths_from_layers(layers: Collection[_LayerWidths]) -> tuple[int, int] | None:
-    """Return (input width, output width) by the layers of a module alone."""
+    """Return (input width, output width) inferred from the layers of a module, or None."""
     plain = _without_norms(layers)
     for counted in (plain, list(layers)):
         if counted and counted[0].takes == counted[-1].returns:
@@ -108,13 +109,13 @@ def _infer_widths_from_layers(layers: Collection[_LayerWidths]) -> tuple[int, in
 
 
 def _without_norms(layers: Iterable[_LayerWidths]) -> list[_LayerWidths]:
-    """Return the layers that are not norms, nor tables looked up after the first layer (of positions)."""
+    """Return the layers except norms and tables looked up after the first layer (of positions)."""
     plain = [layer for layer in layers if not layer.norm]
     return [*plain[:1], *(layer for layer in plain[1:] if not layer.ids)]
 
 
 def _infer_widths_from_norms(path: str, layers: Collection[_LayerWidths], model: nn.Module) -> tuple[int, int] | None:
-    """Return (input width, output width) by the norms next to a module."""
+    """Return (input width, output width) inferred from the norms next to a module, or None."""
     parent = model.get_submodule(path.rpartition(".")[0])
     widths = {width for module in parent.children() if (width := _norm_width(module)) is not None}
     plain = _without_norms(layers)

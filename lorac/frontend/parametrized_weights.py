@@ -1,7 +1,7 @@
-"""Weights that a host computes at each call: parametrizations, and the hooks of weight_norm and similar functions.
+"""Weights that a host computes at each call, by parametrizations or hooks such as weight_norm's.
 
-Sites show the computed weight, by which the layer multiplies, and adapters change that. A compilation works on a copy
-of such a host in which the computed weights are plain parameters; the host stays unchanged.
+Sites present the computed weight, by which the layer multiplies, and adapters change this weight. A compilation uses a
+copy of such a host in which the computed weights are plain parameters; the host is not changed.
 """
 
 import functools
@@ -19,13 +19,13 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.host import Host
 
 _PARAMETRIZATIONS = "parametrizations"
-"""torch's name for the child of a module that holds its parametrizations."""
+"""torch's name for the child module that contains a module's parametrizations."""
 _HOOKS: dict[type, tuple[str, ...]] = {
     WeightNorm: ("_g", "_v"),
     SpectralNorm: ("_orig", "_u", "_v"),
     prune.BasePruningMethod: ("_orig", "_mask"),
 }
-"""torch's hooks that set a weight before each call -> suffixes of the tensors that they compute it from."""
+"""torch's hooks that set a weight before each call -> suffixes of the tensors from which they compute it."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class _ComputedTensor:
     """A tensor of a module that is computed at each call.
 
     Attributes:
-        leaf: its name in the module.
-        evaluate: computes it in eval mode; leaves the module unchanged.
-        sources: names of the module's tensors that serve only to compute it.
+        leaf: the tensor's name in the module.
+        evaluate: function that computes it in eval mode, without changing the module.
+        sources: names of the module's tensors that are only used to compute it.
         hook: the key of the forward pre-hook that sets it; None for a parametrization.
     """
 
@@ -46,28 +46,28 @@ class _ComputedTensor:
 
 
 def read_module_tensor(module: nn.Module, leaf: str) -> object:
-    """Return an attribute of a module; a tensor that the module computes is computed in eval mode, without a trace."""
+    """Return an attribute of a module; a computed tensor is evaluated in eval mode, outside traces."""
     found = {computed.leaf: computed for computed in _find_computed_tensors(module)}
     return found[leaf].evaluate() if leaf in found else getattr(module, leaf, None)
 
 
 def get_tensor_identity(module: nn.Module, leaf: str) -> int:
-    """Return a number that identifies a tensor of a module, also where it is computed at each call."""
+    """Return a number that identifies a tensor of a module, even if it is computed at each call."""
     if parametrize.is_parametrized(module, leaf):
         return id(module.get_submodule(f"{_PARAMETRIZATIONS}.{leaf}"))
     return id(getattr(module, leaf))
 
 
 def is_inside_parametrization(path: str, model: nn.Module) -> bool:
-    """Return whether a path leads into a module that computes a weight, which is not a layer of the model."""
+    """Return whether a path is inside a parametrization, whose modules are not layers of the model."""
     owner, found, _ = path.partition(f".{_PARAMETRIZATIONS}.")
     return bool(found) and parametrize.is_parametrized(model.get_submodule(owner))
 
 
 def materialize_weights(model: nn.Module) -> nn.Module:
-    """Return the model, or a structural copy where it computes weights at each call: there they are parameters.
+    """Return the model; if it computes weights at each call, a structural copy in which they are parameters.
 
-    Each parameter holds the present value in eval mode and needs no gradient.
+    Each parameter has the present value in eval mode and requires no gradient.
     """
     if not any(True for module in model.modules() for _ in _find_computed_tensors(module)):
         return model
@@ -98,7 +98,7 @@ def _materialize(module: nn.Module) -> None:
 def _find_computed_tensors(module: nn.Module) -> Iterator[_ComputedTensor]:
     if parametrize.is_parametrized(module):
         for leaf, parametrization in module.get_submodule(_PARAMETRIZATIONS).named_children():
-            # On a copy, since in training mode some write into their buffers.
+            # On a copy, since some parametrizations write into their buffers in training mode.
             evaluate = torch.no_grad()(lambda part=parametrization: copy_structure(part).eval()())
             yield _ComputedTensor(leaf, evaluate)
     for key, hook in module._forward_pre_hooks.items():

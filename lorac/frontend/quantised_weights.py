@@ -1,8 +1,8 @@
-"""Quantised weights of other libraries: their float values, and their integers where a program can hold those.
+"""Quantised weights of other libraries: their float values, and their integers if a program can store them.
 
-Libraries hold a quantised weight in a tensor or a layer of a class of their own, with kernels of their own. An emitted
-program has none of these: it is captured from a copy whose weights are plain parameters, and the copy records the
-integers. The libraries are not imported; their classes are recognised by their names and attributes.
+Libraries store a quantised weight in tensor or layer classes of their own, with their own kernels. An emitted program
+has none of these: it is captured from a copy whose weights are plain parameters, and the copy records the integers. The
+libraries are not imported; their classes are recognised by names and attributes.
 """
 
 import importlib
@@ -25,9 +25,9 @@ _ORIGINS = "_lorac_quantised_origins"
 _LINEAR_8_BIT, _LINEAR_4_BIT = "Linear8bitLt", "Linear4bit"
 """Layers of bitsandbytes."""
 _INPUT_ROUNDING, _INPUT_SCALE = ("act_quant_kwargs", "activation_quantization"), "act_pre_scale"
-"""Parts of torchao's tensors: how products quantise what they read, and what they multiply it by."""
+"""Attributes of torchao's tensors: how products quantise their inputs, and the scale of inputs."""
 _ABSMAX_8_BIT = 127
-"""The integer of the largest value of a row, in 8 bits of bitsandbytes."""
+"""The integer for the largest value of a row in bitsandbytes' 8-bit format."""
 NF4 = "nf4"
 QUANTISATION_LEVELS = {
     NF4: (
@@ -36,15 +36,15 @@ QUANTISATION_LEVELS = {
         *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     )
 }
-"""Name -> the values that integers of 4 bits stand for. NF4 has the quantiles of a normal distribution ("QLoRA:
-Efficient Finetuning of Quantized LLMs", Dettmers et al. 2023, arXiv 2305.14314)."""
+"""Name -> the values of 4-bit integers. NF4 has the quantiles of a normal distribution ("QLoRA: Efficient Finetuning of
+Quantized LLMs", Dettmers et al. 2023, arXiv 2305.14314)."""
 
 
 class LayerWeight(Tensor):
-    """The weight (out, in) of a layer of bitsandbytes: products are the layer's own, all else reads float values.
+    """The weight (out, in) of a bitsandbytes layer: the layer computes products; all other ops read float values.
 
     Args:
-        layer: the layer, whose weight alone says neither sizes nor values.
+        layer: the layer; its weight alone has neither sizes nor values.
     """
 
     @staticmethod
@@ -80,14 +80,14 @@ class LayerWeight(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class QuantisedMatrix:
-    """A matrix (out, in) as (whole − zero)·scale, or level[whole]·scale, by groups of neighbours in a row.
+    """A matrix (out, in) as (whole − zero)·scale, or level[whole]·scale, with a scale per group of values in a row.
 
     Attributes:
         bits: 4 or 8; the integers are from −2^(bits − 1) to 2^(bits − 1) − 1.
         whole: (out, in), int8.
         scale: (out, groups).
-        zero: (out, groups), or None where it is 0 throughout.
-        table: key of ``QUANTISATION_LEVELS``; empty where the integers stand for themselves.
+        zero: (out, groups); None if all are 0.
+        table: key of ``QUANTISATION_LEVELS``; empty if the integers are the values.
     """
 
     bits: int
@@ -112,18 +112,18 @@ class QuantisedMatrix:
         return (grouped * self.scale.float().unsqueeze(-1)).flatten(1)
 
     def __deepcopy__(self, memo: object) -> "QuantisedMatrix":
-        """Return itself: its tensors are never written."""
+        """Return the matrix itself, since its tensors are never written."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedOrigin:
-    """The quantised form of a weight that is a float parameter now.
+    """The quantised form of a weight that is now a float parameter.
 
     Attributes:
-        kind: the class that held it.
-        codes: its integers; None where they are of another form than ``QuantisedMatrix``.
-        rounds_inputs: whether its products round their inputs too, to integers or half precision.
+        kind: name of the quantised class.
+        codes: its integers; None if they do not have the form of ``QuantisedMatrix``.
+        rounds_inputs: whether its products also round their inputs, to integers or half precision.
     """
 
     kind: str
@@ -132,7 +132,7 @@ class QuantisedOrigin:
 
 
 def dequantise_weights(model: nn.Module) -> nn.Module:
-    """Return the model, or a structural copy where it has quantised weights: there they are float32 parameters.
+    """Return the model; if it has quantised weights, a structural copy in which they are float32 parameters.
 
     Raises:
         CaptureError: the values of a weight are lost.
@@ -150,7 +150,7 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
 
 
 def settle_dequantised_weights(model: nn.Module) -> None:
-    """Make the dequantised weights of a copy plain ones: of the dtype of most others, and with no quantised origin."""
+    """Make a copy's dequantised weights plain: cast to the dtype of most other weights, without quantised origins."""
     names = {name for name, _ in iter_quantised_origins(model)}
     sizes: Counter[torch.dtype] = Counter()
     for name, parameter in model.named_parameters():
@@ -164,7 +164,7 @@ def settle_dequantised_weights(model: nn.Module) -> None:
 
 
 def dequantise(weight: Tensor) -> Tensor:
-    """Return the float values of a quantised weight; any other tensor itself.
+    """Return the float values of a quantised weight; return any other tensor unchanged.
 
     Raises:
         CaptureError: as ``_read_bitsandbytes_layer``.
@@ -178,20 +178,20 @@ def dequantise(weight: Tensor) -> Tensor:
 
 
 def is_bitsandbytes_layer(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module is a linear layer of bitsandbytes whose weight is integers."""
+    """Return whether a module is a linear layer of bitsandbytes whose weight is quantised to integers."""
     weight = module._parameters.get("weight")
     return _find_bitsandbytes_kind(module) is not None and weight is not None and not weight.is_floating_point()
 
 
 def iter_quantised_origins(model: nn.Module) -> Iterator[tuple[str, QuantisedOrigin]]:
-    """Yield name and origin of the dequantised weights of a copy; a shared weight under each of its names."""
+    """Yield name and origin of a copy's dequantised weights; a shared weight is yielded under each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, origin in module.__dict__.get(_ORIGINS, {}).items():
             yield f"{path}.{leaf}" if path else leaf, origin
 
 
 def find_quantised_class(module: nn.Module, leaf: str, weight: Tensor) -> str | None:
-    """Return the name of the class that holds a quantised weight, or held it before; None for a plain weight."""
+    """Return the class name of a quantised weight, or of one that was dequantised; None for a plain weight."""
     origin: QuantisedOrigin | None = module.__dict__.get(_ORIGINS, {}).get(leaf)
     if origin is not None:
         return origin.kind
@@ -215,14 +215,14 @@ def _find_quantised_weights(module: nn.Module) -> Iterator[tuple[str, QuantisedO
 
 
 def _find_bitsandbytes_kind(module: nn.Module) -> str | None:
-    """Return the class of bitsandbytes that a module's class is, or derives from."""
+    """Return the bitsandbytes class that a module's class is or derives from; None for other classes."""
     names = [cls.__name__ for cls in type(module).__mro__]
     return next(filter({_LINEAR_8_BIT, _LINEAR_4_BIT}.__contains__, names), None)
 
 
 @torch.no_grad()
 def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, Tensor] | None:
-    """Return origin and float value of a layer of bitsandbytes; None while its weight is still a float."""
+    """Return origin and float value of a bitsandbytes layer; None if its weight is not yet quantised."""
     weight = module.weight
     if weight.is_floating_point():
         return None
@@ -233,7 +233,7 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
                 next_step="load the model again, and compile it before it is called",
             )
         state = weight.quant_state
-        scale: Tensor = state.absmax  # of each block, quantised too if statistics are compressed
+        scale: Tensor = state.absmax  # one per block; itself quantised if statistics are compressed
         if state.nested:
             library = importlib.import_module("bitsandbytes.functional")
             scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -248,23 +248,23 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
 
 
 def decode_4_bits(packed: Tensor, table: Tensor, scale: Tensor, block: int) -> Tensor:
-    """Return the values of numbers of 4 bits, two in a byte and the first in its upper half, in blocks of one scale."""
+    """Return the values of 4-bit numbers, two per byte with the first in the upper half, in blocks of one scale."""
     halves = packed.flatten().view(torch.uint8)
     values = table.float()[torch.stack([halves >> 4, halves & 15], -1).flatten().long()]
     return values * scale.float().repeat_interleave(block)[: len(values)]
 
 
 def _decode_4_bits(data: Tensor, state: Any, scale: Tensor) -> Tensor:
-    """Return the values of a matrix (out, in).
+    """Return the values of a 4-bit matrix (out, in).
 
-    The library's own function for processors answers others where a block spans two rows (0.50).
+    The library's CPU function returns other values if a block spans two rows (0.50).
     """
     values = decode_4_bits(data, state.code.to(data.device), scale, state.blocksize)
     return values[: state.shape.numel()].view(*state.shape)
 
 
 def _read_nf4_matrix(data: Tensor, state: Any, scale: Tensor) -> QuantisedMatrix | None:
-    """Return the integers of a 4-bit matrix of bitsandbytes; None where it is not NF4, or a block spans rows."""
+    """Return the integers of a 4-bit bitsandbytes matrix; None if it is not NF4, or a block spans rows."""
     if getattr(state, "quant_type", None) != NF4 or state.shape[1] % state.blocksize:
         return None
     if not torch.equal(state.code.float().cpu(), torch.tensor(QUANTISATION_LEVELS[NF4])):
@@ -276,7 +276,7 @@ def _read_nf4_matrix(data: Tensor, state: Any, scale: Tensor) -> QuantisedMatrix
 
 @torch.no_grad()
 def _read_quantised_tensor(weight: Tensor) -> tuple[QuantisedOrigin, Tensor] | None:
-    """Return origin and float value of a tensor of a class of its own; None where it cannot be dequantised."""
+    """Return origin and float value of a tensor of a library's class; None if it cannot be dequantised."""
     kind, parts = type(weight).__name__, vars(weight)
     rounds = any(parts.get(name) is not None for name in _INPUT_ROUNDING)
     if isinstance(parts.get("qdata"), Tensor) and isinstance(parts.get("scale"), Tensor) and weight.dim() == 2:
@@ -286,12 +286,12 @@ def _read_quantised_tensor(weight: Tensor) -> tuple[QuantisedOrigin, Tensor] | N
     try:
         value, scale = weight.dequantize().float(), parts.get(_INPUT_SCALE)
         return QuantisedOrigin(kind, None, rounds), value if scale is None else value * scale
-    except (RuntimeError, NotImplementedError, TypeError):  # torch's own method takes torch's own quantised tensors
+    except (RuntimeError, NotImplementedError, TypeError):  # torch's dequantize supports only torch's quantised tensors
         return None
 
 
 def _read_torchao_matrix(parts: Fields) -> QuantisedMatrix | None:
-    """Return the integers in a tensor of torchao, by the names of its parts; None for other layouts."""
+    """Return the integers in a torchao tensor, from its attributes; None for other layouts."""
     whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
     bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8
     by_rows = scale.dim() == 2 and len(scale) == len(whole) and whole.shape[1] % scale.shape[1] == 0

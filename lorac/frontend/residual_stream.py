@@ -1,14 +1,14 @@
-"""The sublayers of a model's residual stream, found by running it once: attentions, MLPs and their residuals.
+"""The sublayers of a model's residual stream, found by one run: attentions, MLPs and their residuals.
 
-A copy of the model is run. A recorder notes which tensor each module takes and returns, and which tensors are added;
-names play no part. Within a block, the sum of the stream and of a module's output is a sublayer:
+A copy of the model runs. A recorder notes the tensors that each module takes and returns, and the tensors that are
+added; names do not matter. Within a block, the sum of the stream and a module's output is a sublayer:
 
-1. its **module** is the outermost one inside the block that returns the added tensor;
-2. its **residual** is the other operand: the block's input, an earlier sum, or the norm of one;
-3. it is an **attention** if one was computed since the sum before, and a **cross** attention if the sum before was one
-   already; else it is an **mlp**;
-4. it has a **norm** behind it (a post-LN model) if the sum is read by a LayerNorm inside the block, is not an operand
-   of another sum and is not the block's output.
+1. its **module** is the outermost module inside the block that returns the added tensor;
+2. its **residual** is the other operand: the block's input, an earlier sum, or the norm of an earlier sum;
+3. it is an **attention** if an attention was computed since the previous sum, and a **cross** attention if the previous
+   sum was an attention; else it is an **mlp**;
+4. it has a **norm** after it (a post-LN model) if a LayerNorm inside the block reads the sum, and the sum is neither an
+   operand of another sum nor the block's output.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -34,19 +34,19 @@ from lorac.ir.sites.site import Site
 
 SublayerKind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]
-"""Identity of a tensor: its address and its shape. All tensors are kept alive, so that no address is used twice."""
+"""Identity of a tensor: its address and its shape. All tensors are kept alive, so that no address is reused."""
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """An addition of a block to its stream of hidden states.
+    """An addition in a block to the stream of hidden states.
 
     Attributes:
         block: path of the block.
         modules: paths of the outermost modules that return the added tensor, in the order of their calls: more than one
             where a module passes on the output of another (dropout).
-        residual: path of a module inside the block that takes the other operand; None where no single one does.
-        norm: path of the LayerNorm that the sum goes through before it is the stream again, or None.
+        residual: path of the module inside the block that takes the other operand; None if there is no such module.
+        norm: path of the LayerNorm that is applied to the sum before it becomes the stream, or None.
     """
 
     block: str
@@ -62,10 +62,10 @@ class ResidualStream:
 
     Attributes:
         blocks: paths of its blocks, in the order of their first calls.
-        sublayers: their additions, in order.
+        sublayers: additions of the blocks, in order.
         embedding: paths of the outermost modules that return the first block's input, as ``Sublayer.modules``.
-        head: paths of the modules that return the output layer's input, the innermost first; None where the model has
-            no output layer, empty where something is computed in between.
+        head: paths of the modules that return the output layer's input, innermost first; None if the model has no
+            output layer, empty if no module returns this input.
     """
 
     blocks: tuple[str, ...]
@@ -78,11 +78,11 @@ def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStr
     """Run a copy of a model and return its residual stream.
 
     Args:
-        view: the model, which is left unchanged; of several components each is run.
+        view: the model, which is not changed; each of several components is run.
         inputs: example inputs as ``lorac.compile`` takes them; by default made from the model's configuration.
 
     Raises:
-        ExampleInputsNeeded: none were given, and none can be made.
+        ExampleInputsNeeded: no inputs were given, and none can be made.
         CaptureError: the model cannot be copied.
     """
     parts = [_trace_component(*part) for part in iter_components(view, inputs)]
@@ -107,7 +107,7 @@ def _trace_component(model: nn.Module, prefix: str, sites: Mapping[str, Site], i
 
 @dataclass
 class _RecordedSum:
-    """An addition inside a block, and the number of attentions computed before it."""
+    """An addition inside a block, and the number of attentions before it."""
 
     block: str
     operands: tuple[_Key, _Key]
@@ -125,7 +125,7 @@ class _TensorUses:
 
 
 class _StreamRecorder(WatchingMode):
-    """Records the tensors and additions of one run.
+    """A mode that records the tensors and additions of one run.
 
     Args:
         blocks: paths of the outermost blocks.
@@ -186,7 +186,7 @@ class _StreamRecorder(WatchingMode):
         return result
 
     def _key_of(self, tree: object) -> _Key | None:
-        """Return the identity of the first tensor in a tree, and hold that tensor."""
+        """Return the identity of the first tensor in a tree, and keep this tensor alive."""
         tensor = next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
         return None if tensor is None else self._hold(tensor)
 
@@ -235,7 +235,7 @@ class _StreamRecorder(WatchingMode):
     def _split_sum(
         self, found: _RecordedSum, block: str, stream: set[_Key | None]
     ) -> tuple[tuple[str, ...], _Key] | None:
-        """Return (modules that return the added tensor, residual); None where no operand is the stream."""
+        """Return (modules that return the added tensor, residual); None if neither operand is the stream."""
         for added, residual in (found.operands, found.operands[::-1]):
             modules = self._outermost_sources(added, block)
             if modules and residual in stream and self._tensors[residual].since < self._entered_at[modules[0]]:
@@ -255,7 +255,7 @@ def _is_inside(path: str, block: str) -> bool:
 
 
 def find_sublayer_sites(view: ModelView, stream: ResidualStream) -> dict[str, Sublayer]:
-    """Return path of the site -> sublayer: the norm behind it, or its first module whose width can be inferred."""
+    """Return site path -> sublayer; the site is the norm after it, or its first module whose width can be inferred."""
     paths = [(sublayer.norm or _first_site(sublayer.modules, view), sublayer) for sublayer in stream.sublayers]
     return {path: sublayer for path, sublayer in paths if path is not None}
 
@@ -264,7 +264,7 @@ def find_stream_start(view: ModelView, stream: ResidualStream) -> str:
     """Return the path of the site that returns the stream's first value.
 
     Raises:
-        SiteError: no module returns that value, is called for that alone and has a width that can be inferred.
+        SiteError: no module with an inferable width returns that value and is called only for it.
     """
     known = _first_site([path for path in stream.embedding if _has_single_name(path, view.module)], view)
     if known is None:
@@ -279,7 +279,7 @@ def find_stream_start(view: ModelView, stream: ResidualStream) -> str:
 def find_stream_end(view: ModelView, stream: ResidualStream, taken: Collection[str]) -> tuple[str, bool] | None:
     """Return the path of the site that returns the output layer's input, and False; None without an output layer.
 
-    Where no module returns it, or all that do are taken: the path of the output layer, and True.
+    If no module returns it, or all such modules are taken: the path of the output layer, and True.
 
     Args:
         taken: sites that have another adapter already.
@@ -292,10 +292,10 @@ def find_stream_end(view: ModelView, stream: ResidualStream, taken: Collection[s
 
 
 def find_common_norm_eps(norms: Sequence[nn.Module], default: float) -> float:
-    """Return the eps of LayerNorms; ``default`` where there are none.
+    """Return the common eps of LayerNorms; ``default`` if there are no norms.
 
     Raises:
-        SiteError: the norms differ, or one has no weight and bias.
+        SiteError: the norms differ, or a norm lacks weight or bias.
     """
     found = {float(norm.eps) for norm in norms if isinstance(norm, nn.LayerNorm)}
     plain = [norm for norm in norms if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None]
@@ -308,11 +308,11 @@ def find_common_norm_eps(norms: Sequence[nn.Module], default: float) -> float:
 
 
 def _first_site(paths: Iterable[str], view: ModelView) -> str | None:
-    """Return the first of some modules that is a site, or whose width can be inferred."""
+    """Return the first module that is a site, or whose width can be inferred; None if there is none."""
     return next((path for path in paths if path in view.sites or infer_module_site(path, view) is not None), None)
 
 
 def _has_single_name(path: str, model: nn.Module) -> bool:
-    """Return whether a module has one name only; a module that encoder and decoder share is called for both."""
+    """Return whether a module has only one name; a module that encoder and decoder share is called for both."""
     module = model.get_submodule(path)
     return sum(other is module for _, other in model.named_modules(remove_duplicate=False)) == 1

@@ -1,4 +1,4 @@
-"""The sites of a model, found by walking its modules."""
+"""Discovery of a model's sites by a walk over its modules."""
 
 import dataclasses
 from collections import defaultdict
@@ -22,10 +22,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Return every site of a model by module path, in module order.
 
-    A module that is reached under several paths (shared by assignment) is one site, under its first path.
+    A module with several paths (shared by assignment) is one site, under its first path.
 
     Raises:
-        WrongType: ``model`` is not a module, or holds one that TorchScript compiled.
+        WrongType: ``model`` is not a module, or contains a module that TorchScript compiled.
     """
     check_type(
         model, nn.Module, "what lorac.sites lists", next_step="give the model itself, an nn.Module that is loaded"
@@ -73,9 +73,9 @@ def _layer_site(path: str, module: nn.Module) -> Site | None:
 
 
 def read_conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
-    """Return a convolution's geometry. Padding that the op cannot do (another mode, one side) goes to ``before``."""
+    """Return a convolution's geometry; padding that the op does not support (another mode, one side) is ``before``."""
     pads = module._reversed_padding_repeated_twice
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):  # a subclass may pad by itself
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):  # a subclass may pad in its own forward
         pads = [size for size in reversed(module.padding) for _ in range(2)]
     lopsided = any(pads[i] != pads[i + 1] for i in range(0, len(pads), 2))
     outside = any(pads) and (module.padding_mode != "zeros" or lopsided)
@@ -97,10 +97,11 @@ def is_gpt2_conv1d(module: nn.Module) -> bool:
 
 
 def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
-    """Return the site of a matrix that an ``nn.MultiheadAttention`` multiplies by within its own forward.
+    """Return the site of a matrix that an ``nn.MultiheadAttention`` multiplies by in its own forward.
 
-    The matrix of queries, keys and values (3·width, width) is the site of the module itself; its output layer's forward
-    is never called. Keys or values of another width have three matrices instead (``find_matrix_sites``).
+    The matrix of queries, keys and values (3·width, width) is the site of the module itself; the forward of its output
+    layer is never called. If keys or values have another width, there are three matrices instead
+    (``find_matrix_sites``).
     """
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and path:
         weight = module.in_proj_weight
@@ -117,10 +118,10 @@ def _projection_site(path: str, module: nn.Module, model: nn.Module) -> Site | N
 
 
 def find_matrix_sites(path: str, module: nn.Module) -> dict[str, Site]:
-    """Return the sites of the matrices, alone or stacked, that a module of a class of its own holds, by parameter name.
+    """Return sites of the matrices, single or stacked, that a custom module multiplies itself, by parameter name.
 
-    Stacks are stored (E, out, in), unless the module says ``is_transposed`` (transformers' convention, read by PEFT).
-    Of torch's own classes only an attention with separate projections has such matrices.
+    Stacks are stored as (E, out, in), unless the module sets ``is_transposed`` (transformers' convention, which PEFT
+    reads). Among torch's classes, only an attention with separate projections has such matrices.
     """
     separate = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None
     if type(module).__module__.startswith("torch.") and not separate:
@@ -148,16 +149,16 @@ def stores_transposed(module: nn.Module) -> bool:
 
 
 def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
-    """Return the site of a repeated block: an element of a list, sequence or dictionary with a linear layer inside.
+    """Return the site of a repeated block: an element of a list, sequence or dict that contains a linear layer.
 
-    An element with a name instead of a number is a block if the container has another one of its class. A list is never
-    called, and a sequence of several blocks is a stage; neither is a block itself.
+    A named element is a block if the container has another element of its class. A list is never called, and a sequence
+    of several blocks is a stage; neither is a block.
     """
     parent, _, name = path.rpartition(".")
     container = model.get_submodule(parent)
     if not isinstance(container, _CONTAINERS) or isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict):
         return None
-    if isinstance(container, nn.ModuleDict) and not parent:  # a dictionary of models, each called by itself
+    if isinstance(container, nn.ModuleDict) and not parent:  # a dict of models, each called separately
         return None
     layers = _linear_layers(module)
     numbered = name.isdigit() and not isinstance(container, nn.ModuleDict)
@@ -169,7 +170,7 @@ def _block_site(path: str, module: nn.Module, model: nn.Module) -> Site | None:
         return None
     last = read_module_tensor(layers[-1], "weight")
     assert isinstance(last, torch.Tensor)
-    # A quantised weight has neither its shape nor its dtype.
+    # A quantised weight has neither the matrix's shape nor its dtype.
     width = int(last.shape[1] if is_gpt2_conv1d(layers[-1]) else layers[-1].out_features)  # type: ignore[arg-type]  # an int
     dtype = next((t.dtype for t in (last, *module.parameters()) if t.is_floating_point()), torch.float32)
     number = list(container._modules).index(name)
@@ -181,12 +182,12 @@ def _linear_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def _count_similar_children(module: nn.Module, container: nn.Module) -> int:
-    """Count the elements that are of the module's class and contain a linear layer."""
+    """Count the elements that have the module's class and contain a linear layer."""
     return sum(type(child) is type(module) and bool(_linear_layers(child)) for child in container.children())
 
 
 def _add_shared_paths(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Yield the sites with the paths of those that read the same weight."""
+    """Yield the sites, with the paths of other sites that read the same weight."""
     readers: dict[int, list[str]] = defaultdict(list)
     identities = {}
     for path, site in sites.items():

@@ -1,11 +1,11 @@
-"""A skeleton of a host: enough of its structure for adapters to find their sites once its forward is gone.
+"""A skeleton of a host: as much of its structure as adapters need to find their sites without its forward.
 
-An emitted program needs no host, but reading an adapter's file does: it depends on which modules exist, of which kind
-and shape, which of them are the embeddings, and which names share one tensor. A skeleton is a tree of modules with the
-same names, kinds and shapes; modules of a library's own classes have classes of the same names, and several models are
-still several, since names in files may depend on both. Tensors that an artifact stores (the base weights of adapted
-sites, mapped from a file) are real; all others are on the meta device and take no memory. It has a form in JSON, which
-an artifact contains.
+An emitted program needs no host, but reading an adapter's file depends on the host's structure: which modules exist,
+their kinds and shapes, which of them are the embeddings, and which names share a tensor. A skeleton is a tree of
+modules with the same names, kinds and shapes; modules of a library's classes have classes with the same names, and
+several models remain several, since names in files may depend on both. Tensors that an artifact stores (the base
+weights of adapted sites, mapped from a file) are real; all others are on the meta device and take no memory. A skeleton
+has a JSON form, which an artifact contains.
 """
 
 import functools
@@ -30,13 +30,13 @@ _KINDS: dict[str, type[nn.Module]] = {
     **_CONTAINERS,
 }
 _EMBEDDINGS = {"input": "get_input_embeddings", "output": "get_output_embeddings"}
-"""Which embedding -> the method of transformers models that returns it."""
+"""``"input"`` or ``"output"`` -> the method of transformers models that returns this embedding."""
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation")
 
 
 class SkeletonConv1D(nn.Module):
-    """Stand-in for transformers' Conv1D, whose weight is (in, out); ``is_gpt2_conv1d`` knows its name."""
+    """Stand-in for transformers' Conv1D, whose weight is (in, out); ``is_gpt2_conv1d`` recognises its name."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class SkeletonConv1D(nn.Module):
 
 
 class MatrixHolder(nn.Module):
-    """Stand-in for a module of a class of its own that multiplies by its parameters itself, such as stacks of experts.
+    """Stand-in for a custom module that multiplies by its parameters in its own forward, such as stacks of experts.
 
     Args:
-        is_transposed: whether it stores its stacks as (E, in, out).
+        is_transposed: whether its stacks are stored as (E, in, out).
     """
 
     def __init__(self, is_transposed: bool) -> None:
@@ -58,11 +58,11 @@ class MatrixHolder(nn.Module):
 def describe_skeleton(
     model: nn.Module, packed: Mapping[str, str] | None = None, widened: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, object]:
-    """Describe a host as JSON: its modules in order, its tensors by name, the paths of its embeddings, its class.
+    """Describe a host as JSON: modules in order, tensors by name, paths of the embeddings, and its class.
 
     Args:
-        packed: name of a weight that the host's program holds quantised -> the class that stands for it.
-        widened: name of a tensor -> the narrower dtype in which it was given.
+        packed: name of a weight that is quantised in the host's program -> its quantised class.
+        widened: name of a tensor -> its original, narrower dtype.
     """
     modules = {path: _describe_module(module) for path, module in model.named_modules() if path}
     first: dict[int, str] = {}
@@ -87,7 +87,7 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
 
     Args:
         described: the result of ``describe_skeleton``.
-        values: tensors at hand, by name; the others are on the meta device.
+        values: known tensors by name; all others are on the meta device.
     """
     cls = _class_like(described.get("class"), Skeleton)
     root = cls(described["embeddings"], several=bool(described.get("several")))
@@ -101,12 +101,12 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
         if entry.get("buffer"):
             _module_at(root, owner).register_buffer(leaf, tensor)
         else:
-            setattr(_module_at(root, owner), leaf, tensor)  # attention holds None under the names of its further biases
+            setattr(_module_at(root, owner), leaf, tensor)  # attention has None under the names of further biases
     return root.eval()
 
 
 def read_widened(described: JsonMapping) -> dict[str, torch.dtype]:
-    """Return the tensors of a description that were given in a narrower dtype, as ``describe_skeleton`` takes them."""
+    """Return name -> original dtype for the widened tensors of a description, as ``describe_skeleton`` takes them."""
     return {name: _dtype(entry["given"]) for name, entry in described["tensors"].items() if "given" in entry}
 
 
@@ -132,20 +132,20 @@ def _describe_module(module: Any) -> dict[str, object]:
 
 
 def _describe_class(module: nn.Module) -> dict[str, object]:
-    """Return where the class of a module is, unless that is torch itself."""
+    """Return the import path of a module's class; nothing for torch's classes."""
     cls = type(module)
     return {} if cls.__module__.partition(".")[0] == "torch" else {"class": f"{cls.__module__}.{cls.__name__}"}
 
 
 @functools.cache
 def _class_like(described: str | None, base: type[ModuleType]) -> type[ModuleType]:
-    """Return a subclass of the name and module of a described class; the base where there is none."""
+    """Return a subclass of ``base`` with the name and module of a described class; ``base`` if none is described."""
     module, _, name = str(described or "").rpartition(".")
     return type(name, (base,), {"__module__": module}) if name.isidentifier() else base
 
 
 def _make_module(entry: JsonMapping) -> nn.Module:
-    """Make a module of the described kind without tensors; they are registered later."""
+    """Make a module of the described kind without tensors, which the caller registers."""
     kind = entry.get("kind")
     with torch.device("meta"):
         if kind == "linear":
@@ -153,7 +153,7 @@ def _make_module(entry: JsonMapping) -> nn.Module:
         if kind == "gpt2":
             return SkeletonConv1D(entry["out"], entry["in"])
         if kind == "embedding":
-            # A given weight avoids drawing one: on the meta device, drawing imports torch's compiler.
+            # Passing a weight avoids a random one: on the meta device, drawing it imports torch's compiler.
             weight = torch.empty(entry["in"], entry["out"])
             return _without_parameters(nn.Embedding.from_pretrained(weight, padding_idx=entry["padding"]))
         if kind == "attention":
@@ -174,7 +174,7 @@ def _without_parameters(module: nn.Module) -> nn.Module:
 
 
 def _module_at(root: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path; one that ``named_modules`` leaves out (a second path) becomes a plain module."""
+    """Return the module at a path; a path that ``named_modules`` leaves out (a second path) gets a plain module."""
     here = root
     for part in path.split(".") if path else ():
         child = here._modules.get(part)
@@ -191,7 +191,7 @@ def _make_tensor(name: str, entry: JsonMapping, values: Mapping[str, Tensor]) ->
         value = torch.empty(tuple(entry["shape"]), dtype=_dtype(entry["dtype"]), device="meta")
     if entry.get("buffer"):
         return value
-    # A quantised weight has a class of the name of its class, as sites report it.
+    # The class of a quantised weight's stand-in has the quantised class's name, which sites report.
     packed = entry.get("packed")
     cls: Callable[..., nn.Parameter] = nn.Parameter if packed is None else type(packed, (nn.Parameter,), {})
     return cls(value, requires_grad=False)
@@ -204,7 +204,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _embedding_paths(model: nn.Module) -> dict[str, str]:
-    """Return which embedding -> its path, as far as the model has methods for them."""
+    """Return ``"input"`` and ``"output"`` -> path of the embedding, if the model has a method for it."""
     found = {}
     for role, getter in _EMBEDDINGS.items():
         try:

@@ -1,4 +1,4 @@
-"""Parts of a transformer that are found by running a copy of the model once: its blocks, and its last hidden state."""
+"""Parts of a transformer found by one run of a copy: its blocks, and its last hidden state."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -16,15 +16,15 @@ from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
 from lorac.ir.sites.site import Site, SiteKind
 
 _WEIGHT_AXES = 4
-"""Axes of attention weights: rows, heads, and positions twice."""
+"""Number of axes of attention weights: rows, heads, queries, keys."""
 _SEED = 0
 
 
 def find_transformer_blocks(view: ModelView, inputs: object = None) -> tuple[str, ...]:
-    """Return the paths of a transformer's blocks in the order of their calls; none where no attention is computed.
+    """Return the paths of a transformer's blocks in call order; empty if no attention is computed.
 
-    A block is an element of a list whose every element, where it is called, computes an attention and returns the width
-    of its weights, and which has no such list inside. Stages, sublayers and layers between stages are not blocks.
+    A block is an element of a list in which every called element computes an attention and returns the width of its
+    weights, and which contains no such list. Stages, sublayers and layers between stages are not blocks.
 
     Args:
         view, inputs: as ``trace_residual_stream`` takes them.
@@ -33,10 +33,10 @@ def find_transformer_blocks(view: ModelView, inputs: object = None) -> tuple[str
 
 
 def iter_components(view: ModelView, inputs: object) -> Iterator[tuple[nn.Module, str, dict[str, Site], object]]:
-    """Yield each component of a model, the prefix of its paths, its sites by their paths within it, and its inputs.
+    """Yield each component of a model, its path prefix, its sites by paths within it, and its inputs.
 
     Args:
-        inputs: example inputs, by component or for all.
+        inputs: example inputs, by component or for all components.
     """
     by_component = isinstance(inputs, Mapping) and view.components.keys() >= inputs.keys()
     for name, component in view.components.items():
@@ -80,7 +80,7 @@ def _find_blocks(model: nn.Module, prefix: str, all_sites: Mapping[str, Site], i
 
 
 class _AttentionCounter(WatchingMode):
-    """Counts the attentions that are computed."""
+    """A mode that counts attentions."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -104,13 +104,13 @@ def copy_for_hooks(model: nn.Module) -> nn.Module:
 
 
 def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object, mode: TorchDispatchMode) -> None:
-    """Run a copy of a model on example inputs under a dispatch mode; the random state is preserved.
+    """Run a copy of a model on example inputs under a dispatch mode, and preserve the random states.
 
     Args:
         copied: ``copy_for_hooks(model)``.
-        model: tells default inputs and the names of arguments.
-        inputs: example inputs; None makes them.
-        mode: records the ops.
+        model: the model, which determines default inputs and argument names.
+        inputs: example inputs; None: they are made.
+        mode: the mode that observes the ops.
     """
     check_runs(copied)
     given = Host.of(model).bind(inputs)
@@ -119,18 +119,18 @@ def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object,
 
 
 _SWITCH = "output_hidden_states"
-"""Argument of forward, or field of the configuration, that asks for hidden states."""
+"""Argument of forward, or configuration field, that requests hidden states."""
 
 
 @torch.no_grad()
 def find_last_hidden_state(model: nn.Module) -> tuple[str, int]:
-    """Return the path of the module whose output is a model's last hidden state, and the width of that state.
+    """Return the path of the module that returns a model's last hidden state, and the width of this state.
 
     Args:
-        model: a transformers model; a copy of it is run once.
+        model: a transformers model; a copy runs once.
 
     Raises:
-        SiteError: the model returns no hidden states, or no module returns the last one.
+        SiteError: the model returns no hidden states, or no module returns the last hidden state.
         BaseNeeded: the model is on the meta device.
     """
     host = Host.of(model)
@@ -152,7 +152,7 @@ def find_last_hidden_state(model: nn.Module) -> tuple[str, int]:
     if not states:
         raise _no_hidden_state(f"{type(model).__name__} returns no hidden states")
     last = states[-1]
-    # Several modules may pass it on, such as the model's trunk; the innermost of them returns it first.
+    # Several modules may return it, such as the model's trunk; the innermost returns it first.
     found = next((path for path, output in outputs.items() if output.shape == last.shape and output.equal(last)), None)
     if found is None:
         raise _no_hidden_state(f"no module of {type(model).__name__} returns its last hidden state")

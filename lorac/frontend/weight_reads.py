@@ -1,7 +1,7 @@
-"""Which layers a call reaches: an adapter acts where its layer is called, as PEFT's does, and on no other reader.
+"""Which layers a call reaches: an adapter acts where its layer is called, as in PEFT, and on no other reader.
 
-Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. They are
-found by observing a whole call, in whatever way they come to the weight.
+Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. Such reads
+are found by observing a whole call, whatever code makes them.
 """
 
 import functools
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 class WeightReads(WatchingMode):
-    """Observes a call of a model: which layers it calls, and whose weights it reads elsewhere.
+    """Observer of a call of a model: records the layers that it calls, and the layers whose weights it reads elsewhere.
 
     A layer that is neither called nor read, such as an expert without tokens, may be called by the next call.
 
     Args:
-        model: a copy of the caller's own; its layers have another ``forward`` meanwhile.
+        model: a copy that belongs to the caller; its layers have another ``forward`` during the call.
         layers: paths of the layers to observe.
 
     Attributes:
@@ -49,8 +49,8 @@ class WeightReads(WatchingMode):
         self._paths = {model.get_submodule(path): path for path in layers}
         spans = {module: list(_iterate_spans(module)) for module in model.modules()}
         observed = {span for module in self._paths for span in spans[module]}
-        # Layers with tied weights read them in their own forward too, whether or not they are observed. An observed
-        # layer without outputs has no span.
+        # Layers with tied weights also read them in their own forward, observed or not. An observed layer without
+        # outputs has no span.
         self._own = {module: own for module, own in spans.items() if module in self._paths or observed & {*own}}
         self._parts: dict[int, set[tuple[int, int, _Span]]] = defaultdict(set)  # storage -> parts of it
         for span in observed:
@@ -60,7 +60,7 @@ class WeightReads(WatchingMode):
         self._thread = threading.get_ident()
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do some work that calls the model, in the thread that made the observer."""
+        """Run a function that calls the model; it must run in the thread that made the observer."""
         with ExitStack() as stack:
             for module in self._own:
                 stack.enter_context(wrap_forward(module, functools.partial(self._watch, module)))
@@ -86,14 +86,14 @@ class WeightReads(WatchingMode):
             if parts and own:
                 found.update(span for begin, end, span in parts if own[1] < end and begin < own[2])
         result = func(*args, **(kwargs or {}))
-        if not found or not isinstance(func, OpOverload):  # torch.cond and the like call layers inside
+        if not found or not isinstance(func, OpOverload):  # torch.cond and similar ops call layers inside
             return result
-        if func.is_view:  # reads no value; but a fake tensor's view may have another storage
+        if func.is_view:  # a view reads no value, but a fake tensor's view may have another storage
             for view in _iterate_tensors([result]):
                 own = _find_span(view)
                 if own is not None and own[0] not in self._parts:
                     self._parts[own[0]] = {(0, sys.maxsize, span) for span in found}
-                    self._views.append(view)  # so that no other storage gets its address
+                    self._views.append(view)  # keep the view alive, so that its storage's address is not reused
         else:
             unread = {span for span in found if not self._running[span]}
             self.read.update(path for module, path in self._paths.items() if not unread.isdisjoint(self._own[module]))
@@ -102,7 +102,7 @@ class WeightReads(WatchingMode):
 
 @contextmanager
 def wrap_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Make calls of a module call ``wrapper(forward, *arguments)`` inside the block; its signature stays."""
+    """Make calls of a module call ``wrapper(forward, *arguments)`` inside the block; the signature does not change."""
     before, forward = vars(module).get("forward"), module.forward
 
     @functools.wraps(forward)
@@ -120,17 +120,17 @@ def wrap_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[Non
 
 
 _Span = tuple[int, int, int]
-"""A tensor's storage, and the first byte of the tensor in it and the one after its last."""
+"""A tensor's storage, the tensor's first byte in it, and the byte after its last."""
 
 
 def _iterate_spans(module: nn.Module) -> Iterator[_Span]:
-    """Yield the memory of a module's own parameters."""
+    """Yield the memory spans of a module's own parameters."""
     spans = (_find_span(parameter) for parameter in module._parameters.values() if parameter is not None)
     yield from (span for span in spans if span is not None)
 
 
 def _find_span(tensor: Tensor) -> _Span | None:
-    """Return the memory of a tensor; None for a tensor without memory."""
+    """Return the memory span of a tensor; None for a tensor without memory."""
     storage = _find_storage(tensor)
     if not storage or not tensor.numel():
         return None
@@ -140,15 +140,15 @@ def _find_span(tensor: Tensor) -> _Span | None:
 
 
 def _find_storage(tensor: Tensor) -> int:
-    """Return a number for the storage of a tensor, also where it holds no values; 0 if there is none."""
+    """Return an id of a tensor's storage, even if it has no values; 0 if there is no storage."""
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a subclass without a storage
+    except (NotImplementedError, RuntimeError):  # a subclass without storage
         return 0
 
 
 def _iterate_tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    """Yield the tensors among the operands of an op, and in lists of them."""
+    """Yield the tensors among the operands of an op, including those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -157,15 +157,15 @@ def _iterate_tensors(values: Iterable[object]) -> Iterator[Tensor]:
 
 
 class LayerReads:
-    """The layers whose weights the calls of a session have read; an adapter has no effect at one that none has called.
+    """The layers whose weights a session's calls have read; an adapter has no effect at a layer that is never called.
 
     Args:
-        adapters: () -> adapter -> paths of the sites that it touches.
+        adapters: function () -> mapping of adapter name to paths of the sites that it touches.
 
     Attributes:
-        observed: the graphs of which a whole call was observed.
+        observed: names of the graphs with an observed whole call.
         read: the layers whose weights were read outside of their forward.
-        only_read: those of them that were not called.
+        only_read: layers in ``read`` that were not called.
     """
 
     def __init__(self, adapters: Callable[[], Mapping[str, Collection[str]]]) -> None:
@@ -173,14 +173,15 @@ class LayerReads:
         self.observed, self.read, self.only_read = set[str](), set[str](), set[str]()
 
     def note(self, graph: str, read: Collection[str], called: Collection[str]) -> None:
-        """Note an observed call of a graph.
+        """Record an observed call of a graph.
 
         Args:
-            graph: its name.
-            read, called: the layers whose weights it read outside of their forward, and those that it called.
+            graph: name of the graph.
+            read, called: the layers whose weights the call read outside of their forward, and the layers that it
+                called.
 
         Raises:
-            SiteError: an adapter acts nowhere else than at layers that were only read.
+            SiteError: an adapter acts only at layers that were read and never called.
         """
         new = {*read} - {*called} - self.only_read
         self.read |= {*read}
@@ -195,14 +196,14 @@ class LayerReads:
             )
 
     def check(self, name: str, paths: Collection[str]) -> None:
-        """Refuse an adapter that acts on layers alone that were only read.
+        """Refuse an adapter that acts only at layers that were read and never called.
 
         Args:
-            name: the adapter.
-            paths: of the sites that it touches.
+            name: the adapter's name.
+            paths: paths of the sites that it touches.
 
         Raises:
-            SiteError: it has no effect.
+            SiteError: the adapter has no effect.
         """
         if paths and self.only_read.issuperset(paths):
             raise SiteError(
@@ -213,16 +214,16 @@ class LayerReads:
 
 
 def describe_only_read(paths: Collection[str]) -> str:
-    """Return the names of layers that are only read, for a message."""
+    """Format the names of layers that are only read, for a message."""
     return f"{list_some(sorted(paths), 3)}, whose weights are read and which are never called, as in PEFT"
 
 
 def find_graph_reads(graph: Graph, model: nn.Module) -> tuple[set[str], set[str]]:
-    """Return the planned layers whose weights a captured graph reads outside of their forward, and those that it calls.
+    """Return the planned layers whose weights a graph reads outside of their forward, and the layers that it calls.
 
     Args:
-        graph: at level host.
-        model: the model that it was captured from, or several.
+        graph: a graph at level host.
+        model: the captured model, or several models.
     """
     called = {*ops.group_calls(graph.find(*ops.SITE_OPS))}
     layers = {
@@ -234,7 +235,7 @@ def find_graph_reads(graph: Graph, model: nn.Module) -> tuple[set[str], set[str]
         if not isinstance(node.target, OpOverload) or node.target.namespace == "lorac":
             return False
         if find_module_path(node) == path:
-            called.add(path)  # by a layer that has no op
+            called.add(path)  # the call is of a layer without an op
             return False
         return not node.target.is_view or any(is_read(user, path) for user in node.users)
 
@@ -252,10 +253,10 @@ def observe_example(host: Host, layers: Collection[str], inputs: object = None) 
     Args:
         host: the model; a copy of it runs.
         layers: paths of the layers to observe.
-        inputs: example inputs; None makes them.
+        inputs: example inputs; None: they are made.
 
     Returns:
-        The observations; None where the model cannot be run without values, or on these inputs.
+        The observations; None if the model cannot run without values, or on these inputs.
     """
     try:
         named = host.bind(inputs)
@@ -264,6 +265,6 @@ def observe_example(host: Host, layers: Collection[str], inputs: object = None) 
         reads = WeightReads(copied, layers)
         with torch.no_grad(), preserve_random_state(host.model), disable_fast_path(copied), fake_execution():
             reads.run(lambda: copied(**named))
-    except Exception:  # a model's own code may raise anything, above all where it reads a value
+    except Exception:  # a model's code may raise any error, mainly where it reads a value
         return None
     return reads

@@ -91,7 +91,7 @@ class FederatedStack:
         return replace(self, rounds=tuple(contributions for contributions in left if contributions))
 
     def merged(self, name: str = STACK) -> Adapter | None:
-        """Return all rounds as one adapter, for LoRAs a LoRA whose rank is the sum of theirs; None without rounds."""
+        """Return all rounds as one adapter, or None without rounds. LoRAs become a LoRA of the sum of their ranks."""
         parts: dict[str, Adapter] = {}
         shares: dict[str, float] = {}
         for number, contributions in enumerate(self.rounds):

@@ -3,10 +3,9 @@
 A model computes such a bias for a whole sequence, from the numbers of queries and keys. For a part of a sequence, the
 bias of the first key for queries 0, 1, 2, … is needed: the pass repeats the computation for that key and all positions
 in the cache. It does not check that the bias depends only on distances; the comparison of parts with the whole sequence
-does. Where the bias of a key is its index times a slope (ALiBi), the softmax depends only on differences, which are a
-table.
+does.
 
-Where the bias of a key is its number times a slope (ALiBi), the softmax sees differences alone, which are a table.
+Where the bias of a key is its index times a slope (ALiBi), the softmax depends only on differences, which are a table.
 """
 
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""From a host to a graph: its sites and its attention become ops, and one trace records them."""
+"""From a host to a graph: sites and attention become ops, and one trace records them."""

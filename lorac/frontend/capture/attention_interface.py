@@ -1,11 +1,11 @@
 """Capture for a cache: each attention of a transformers model becomes one op.
 
-A transformers model calls its attention through an interface, and asks another for its masks. While it is traced, both
-are lorac's: a mask becomes a token that stands for "causal", "causal within a window" or "causal within a chunk", and
-attention becomes the op of ``lorac.ir.graph.attention_ops``. An encoder's masks stay tensors.
+A transformers model calls its attention and its mask functions through two interfaces. During a trace, both are
+lorac's: a mask becomes a token tensor for "causal", "causal within a window" or "causal within a chunk", and attention
+becomes the op of ``lorac.ir.graph.attention_ops``. An encoder's masks stay tensors.
 
-The program is given the length of each row instead of padding. So the trace computes two arguments of forward itself:
-the mask is all ones, and positions are an op of the ids. The positions whose logits are wanted are an input.
+The program takes the length of each row instead of padding. So the trace computes two arguments of forward: the mask is
+all ones, and positions are an op of the ids. The positions whose logits are wanted are an input.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ from lorac.ir.graph.nodes import find_module_path, find_source_line
 from lorac.ir.graph.recurrence_op import RECURRENCE
 
 _INTERFACE = "lorac"
-"""The name under which transformers finds lorac's functions."""
+"""The name under which lorac's functions are registered in transformers."""
 _ENCODER_MASK = "attention_mask"
 _FROM_FIRST, _FROM_ITSELF = slice(0, 2), slice(1, 2)
-"""The part of a token's block: all of it, or the end alone."""
+"""Columns of a token's block that are used: first and last, or only last."""
 
 
 def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
-    """Return the inputs of a capture for a cache.
+    """Return the inputs of a capture with a cache.
 
     Args:
         host: the model.
@@ -69,7 +69,7 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
         raise _unavailable(model, "needs an example of two tokens or more")
     if IDS in others and _ENCODER_MASK in names:
         others.setdefault(_ENCODER_MASK, torch.ones_like(others[IDS]))
-    # Positions that every sequence has, also one of a single token.
+    # Positions that every sequence has, even a sequence of one token.
     wanted = {LOGITS_TO_KEEP: torch.tensor([-1, 0, -1], device=ids.device)} if LOGITS_TO_KEEP in names else {}
     return {**others, sequence.ids: ids, **wanted}
 
@@ -83,7 +83,7 @@ def make_decoder_shapes(host: Host, inputs: Mapping[str, Tensor]) -> dict[str, o
 
 
 def derive_decoder_arguments(forward: Forward) -> Forward:
-    """Wrap a forward so that it takes ``make_decoder_inputs`` and computes mask and positions from the ids."""
+    """Wrap a forward so that it takes ``make_decoder_inputs`` and computes the mask and the positions from the ids."""
     signature = inspect.signature(forward)
     sequence = find_sequence(signature.parameters)
 
@@ -101,14 +101,15 @@ def derive_decoder_arguments(forward: Forward) -> Forward:
 
 @dataclass
 class AttentionInterface:
-    """lorac's functions for transformers' interfaces, during one trace.
+    """lorac's functions for transformers' attention and mask interfaces, during one trace.
 
     Attributes:
         paths: id of a module -> its path.
-        windows: id of a mask's token -> the token, and its window and blocks as ``attention_ops.attention`` takes them.
-        masks: id of a mask of an encoder as models add it to scores -> that mask, and the mask of booleans.
-        problems: reasons why no cache can stand for an attention.
-        used: whether some module attended through the interface.
+        windows: id of a mask's token tensor -> the tensor, and its window and blocks as ``attention_ops.attention``
+            takes them.
+        masks: id of an encoder's additive mask -> this mask, and the boolean mask.
+        problems: reasons why an attention cannot use a cache.
+        used: whether a module attended through the interface.
     """
 
     paths: Mapping[int, str]
@@ -171,14 +172,14 @@ class AttentionInterface:
         return torch.ops.lorac.attention(*operands, float(softcap or 0), path), None
 
     def find_mask_reader(self, host: nn.Module, inputs: Inputs) -> str:
-        """Return the path of the first module that gets a mask and passes it to no inner module; "" for none."""
+        """Return the path of the first module that gets a mask and passes it to no inner module; "" without one."""
         readers: list[str] = []
 
         def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if any(id(value) in self.windows or id(value) in self.masks for value in (*args, *kwargs.values())):
                 readers.append(self.paths.get(id(module), ""))
 
-        # The call may fail as the trace did; until then it records the readers.
+        # The call may fail as the trace did; it records readers until then.
         with contextlib.ExitStack() as hooks, torch.no_grad(), contextlib.suppress(Exception):
             for module in host.modules():
                 hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
@@ -189,17 +190,17 @@ class AttentionInterface:
 
 @contextlib.contextmanager
 def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface]:
-    """Make each attention of a copy one op while it is traced inside the block.
+    """Trace a copy inside the block with each attention as one op.
 
     Args:
         host: the copy.
-        inputs: the inputs of the trace by name.
+        inputs: inputs of the trace by name.
 
     Yields:
         The functions for transformers' interfaces, with the requests of the trace so far.
 
     Raises:
-        Unavailable: no cache can stand for an attention.
+        Unavailable: an attention cannot use a cache.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -223,7 +224,7 @@ def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface
             raise _attends_by_itself(type(host.model).__name__, reader) from error
         if error.__cause__ is None:
             raise
-        raise CaptureError(error.what, next_step=WITHOUT_CACHE) from error.__cause__  # the trace's own error
+        raise CaptureError(error.what, next_step=WITHOUT_CACHE) from error.__cause__  # the error of the trace
     finally:
         for registry, _ in registries:
             registry.pop(_INTERFACE, None)
@@ -232,14 +233,14 @@ def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface
 
 
 def check_attention_captured(program: ExportedProgram, model: str) -> None:
-    """Refuse a model that computes attention by itself: then some node still reads a mask.
+    """Refuse a model that computes attention outside transformers' interface, so that a node still reads a mask.
 
     Args:
         program: as traced, without dead nodes.
         model: class name of the model.
 
     Raises:
-        Unavailable: naming the module.
+        Unavailable: the model does; the error names the module.
     """
     readers = [user for node in program.graph.nodes if node.target is attention_ops.MASK for user in node.users]
     captured = any(node.target in {attention_ops.ATTENTION, RECURRENCE} for node in program.graph.nodes)
@@ -251,15 +252,15 @@ def check_attention_captured(program: ExportedProgram, model: str) -> None:
 
 
 def _read_mask(mask: Forward) -> tuple[int, Tensor | None] | None:
-    """Return window and blocks of a causal mask of transformers, as ``attention_ops.attention`` takes them, or None."""
+    """Return window and blocks of transformers' causal mask as ``attention_ops.attention`` takes them, or None."""
     from transformers import masking_utils as masking
 
     causal, sliding = masking.causal_mask_function, masking.sliding_window_overlay(1)
     windowed, blockwise = masking.sliding_window_causal_mask_function(1), masking.blockwise_overlay(torch.zeros(1))
-    known = [  # sign of the window, from which token on blocks are seen in spite of it, the mask
+    known = [  # sign of the window, the columns of the blocks that are seen despite the mask, the mask
         (0, None, causal),
         (1, None, windowed),
-        (-1, None, masking.chunked_causal_mask_function(1, torch.zeros(1))),  # all rows' chunks begin at 0
+        (-1, None, masking.chunked_causal_mask_function(1, torch.zeros(1))),  # chunks of all rows begin at 0
         (0, _FROM_FIRST, masking.or_masks(causal, blockwise)),
         (1, _FROM_FIRST, masking.or_masks(windowed, blockwise)),
         (1, _FROM_ITSELF, masking.and_masks(masking.or_masks(causal, blockwise), sliding)),
@@ -276,7 +277,7 @@ def _read_mask(mask: Forward) -> tuple[int, Tensor | None] | None:
 
 
 def _list_closures(function: object) -> list[tuple[object, object]]:
-    """Return the code of a function and of those that it closes over, and the values that it closes over."""
+    """Return the code of a function and of functions in its closure, and the values in the closures."""
     if isinstance(function, tuple | list):
         return [found for inner in function for found in _list_closures(inner)]
     if not hasattr(function, "__code__"):

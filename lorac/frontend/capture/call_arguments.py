@@ -1,7 +1,7 @@
-"""Arguments of an example call: inputs of the program, and constants that it holds.
+"""Arguments of an example call: inputs of the program, and constants in it.
 
-A trace follows Python, so a value that Python code branches on is fixed: a number, a text, a list of sizes. Such an
-argument is not an input of the program but a part of it, and a call with another value is refused.
+A trace follows Python, so that a value on which Python code branches is fixed: a number, a text, a list of sizes. Such
+an argument is a constant of the program, not an input, and a call with another value is refused.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from lorac.ir.traces.gate import outside_traces
 
 @dataclass(frozen=True)
 class CallArguments:
-    """The arguments of an example call, each by name.
+    """The arguments of an example call by name.
 
     Attributes:
         inputs: the inputs of a program.
-        fixed: its constants, as the caller gave them.
-        read: the constants that are tensors for the caller -> the numbers that forward uses instead of them.
-        positions: computes the positions among the inputs, where the caller gave none.
-        truths: line of the model that branches on a computed tensor -> the truth values found there, in order.
+        fixed: the program's constants, as the caller passed them.
+        read: constants that the caller passes as tensors -> the numbers that forward uses instead.
+        positions: the object that computes the positions if the caller gave none; else None.
+        truths: line of the model that branches on a computed tensor -> the truth values at this line, in order.
     """
 
     inputs: dict[str, object]
@@ -44,12 +44,12 @@ class CallArguments:
 
     @property
     def trace_constants(self) -> dict[str, object]:
-        """The constants as forward is given them in a trace."""
+        """The constants as forward takes them in a trace."""
         return self.fixed | self.read
 
     @property
     def notes(self) -> list[str]:
-        """Sentences about the constants for whoever calls the program."""
+        """Notes about the constants, for the program's callers."""
         consequence = "the program holds {}, and calls with other values are refused"
         read = [
             f"forward reads '{name}' as numbers: {consequence.format(short(to_json_value(v)))}"
@@ -59,7 +59,7 @@ class CallArguments:
         return read + ([f"{branching}, at {', at '.join(self.truths)}"] if self.truths else [])
 
     def iter_alternatives(self, model: nn.Module) -> "Iterator[CallArguments]":
-        """Yield these arguments, then the same with more constants: image sizes, then branches that forward takes."""
+        """Yield these arguments, then variants with more constants: image sizes, then branches that forward takes."""
         yield self
         named = {name: value for name, value in self.inputs.items() if name.endswith(GRID_SUFFIX)}
         sizes = {name: value for name, value in named.items() if isinstance(value, Tensor)}
@@ -67,7 +67,7 @@ class CallArguments:
         if sizes:
             yield replace(self, inputs=remaining, fixed=self.fixed | sizes, read=self.read | sizes)
         recording = _TruthRecorder()
-        with contextlib.suppress(Exception), recording:  # a run that fails tells no more
+        with contextlib.suppress(Exception), recording:  # a failed run adds no information
             ModelRunner(model).run(Call((), {**self.inputs, **self.fixed}))
         if recording.found:
             yield replace(self, truths=recording.found)
@@ -87,7 +87,7 @@ class CallArguments:
         """Sort the arguments of an example call into inputs and constants.
 
         Raises:
-            CaptureError: an argument is not a tensor and cannot be compared with that of later calls.
+            CaptureError: an argument is not a tensor and cannot be compared with the argument of a later call.
         """
         read = host.find_number_inputs(named)
         fixed = {name: value for name, value in named.items() if name in read or not _holds_tensors(name, value)}
@@ -110,7 +110,7 @@ class CallArguments:
 
 
 class _ConstantEvaluation(TorchFunctionMode):
-    """Computes the results of constants instead of tracing them, so that Python can read numbers from them."""
+    """A mode that computes results of constants instead of tracing them, so that Python can read their values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         given = kwargs or {}
@@ -125,7 +125,7 @@ class _ConstantEvaluation(TorchFunctionMode):
 
 
 class _TruthRecorder(TorchFunctionMode):
-    """Records the truth values that each line reads."""
+    """A mode that records the truth values that each line reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _TruthRecorder(TorchFunctionMode):
 
 
 class _TruthReplay(TorchFunctionMode):
-    """Gives each line of a trace the truth values recorded before, and makes the program check them.
+    """A mode that replays recorded truth values at each line of a trace, and adds checks of them to the program.
 
     Args:
         truths: line -> its truth values, in order.
@@ -163,7 +163,7 @@ _MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch
 
 
 def _holds_tensors(name: str, value: object) -> bool:
-    """Return whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples."""
+    """Return whether an argument is a tensor, or dicts, lists and tuples of only tensors."""
     leaves = pytree.tree_leaves(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]

@@ -1,4 +1,4 @@
-"""The differences between families of decoders: tables for captures with a cache, and for the passes after capture.
+"""Differences between families of decoders, as tables for captures with a cache and for the passes after capture.
 
 A model can decode with a cache if it calls the attention interface of transformers, or if its own attention adds the
 mask that transformers makes (``lorac.frontend.capture.written_attention``). Families differ in the names of their
@@ -44,23 +44,23 @@ SEQUENCES = (
     SequenceArguments(DECODER_IDS, "decoder_attention_mask", "decoder_position_ids"),  # encoder-decoders: T5, BART
     SequenceArguments(IDS, "attention_mask", "position_ids"),  # decoders: Llama, GPT-2
 )
-"""A model has the first row whose ``ids`` is one of its arguments."""
+"""The row of a model is the first whose ``ids`` is one of the model's arguments."""
 
 
 def find_sequence(names: Container[str]) -> SequenceArguments:
-    """Return the row of ``SEQUENCES`` for a model or a graph with arguments of these names; else the last row."""
+    """Return the row of ``SEQUENCES`` for a model or graph with these argument names; by default the last row."""
     return next((sequence for sequence in SEQUENCES if sequence.ids in names), SEQUENCES[-1])
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """A way to number the tokens of a sequence: the same in all rows of a batch, or by the padding of each row.
+    """A way to number the tokens of a sequence: equal in all rows of a batch, or dependent on each row's padding.
 
     Attributes:
         name: the model's computation of the numbers, in words.
-        models: families that use it, as examples.
+        models: examples of families that use it.
         first: number of the first token.
-        matches: (program, node, ids) -> whether the node computes these numbers.
+        matches: function (program, node, ids) -> whether the node computes these numbers.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Numbering:
 
 
 def is_token_numbering(node: fx.Node, length: str) -> bool:
-    """Return whether a node is ``arange(length)`` of integers; ``length`` is the text of its size in the trace."""
+    """Return whether a node is an integer ``arange(length)``; ``length`` is the text of its size in the trace."""
     ranges = {aten.arange.default, aten.arange.start, aten.arange.start_step}
     if node.target not in ranges or str(node.meta["val"].shape[0]) != length:
         return False
@@ -81,7 +81,7 @@ def is_token_numbering(node: fx.Node, length: str) -> bool:
 
 
 def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bool:
-    """Return whether a node is the start of a stored ``arange``, which may have leading axes of size 1."""
+    """Return whether a node is a slice, from index 0, of a stored ``arange``, which may have leading axes of size 1."""
     if node.target is not aten.slice.Tensor or str(node.meta["val"].shape[-1]) != str(ids.meta["val"].shape[1]):
         return False
     operands: Operands = node.args
@@ -96,7 +96,7 @@ def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> b
 
 
 def _is_token_count(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bool:
-    """Return whether a node has, at each token, the number of tokens up to it that are not padding."""
+    """Return whether a node counts, at each token, the tokens up to it that are not padding."""
     if node.target is not aten.cumsum.default or node.args[1] not in {1, -1}:
         return False
     summand: Any = node.args[0]
@@ -121,13 +121,13 @@ _COUNTING_METHOD = "create_position_ids_from_input_ids"
 
 
 def counts_by_padding(host: nn.Module) -> bool:
-    """Return whether a model numbers the tokens that are not padding, from the padding's id + 1 on (RoBERTa)."""
+    """Return whether a model numbers only tokens that are not padding, from the padding id + 1 on (RoBERTa)."""
     return any(hasattr(module, _COUNTING_METHOD) for module in host.modules())
 
 
 _DYNAMIC = "dynamic"
 CHANGING_ROTARY_KINDS = (_DYNAMIC, "longrope")
-"""Values of ``rope_type`` with angles that change when a sequence exceeds the original limit."""
+"""Values of ``rope_type`` whose angles change when a sequence exceeds the original limit."""
 DEFAULT_POSITIONS = 4096
 """Positions of a table for a model that states no longest sequence."""
 _SLOPES = "alibi"
@@ -141,7 +141,7 @@ def get_longest_sequence(model: nn.Module) -> int | None:
     """Return the longest sequence of which a model attends to all, by its original rotary angles; None for any."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]  # of transformers
     parameters = getattr(config, "rope_parameters", None) or {}
-    # The parameters are those of all layers, or a dict of them for each type of layer.
+    # The parameters apply to all layers, or are a dict by type of layer.
     rotaries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     originals = [rotary.get(_ORIGINAL_LIMIT) for rotary in rotaries if rotary.get("rope_type") in CHANGING_ROTARY_KINDS]
     limits = [*originals, getattr(config, "max_position_embeddings", None)]
@@ -174,11 +174,11 @@ def call_torch_attention(host: nn.Module) -> None:
 
 
 def freeze_dynamic_rotary(host: nn.Module) -> None:
-    """Restore the original angles of the dynamic rotary modules of a copied model, and switch their updates off.
+    """Restore the original angles of dynamic rotary modules in a copied model, and disable their updates.
 
     At each call, these modules compare the largest position with the original limit. A trace cannot follow the
-    comparison, and does not need to: no program accepts a sequence above ``get_longest_sequence``. The angles must be
-    restored because a model that has processed a longer sequence holds the angles for that sequence.
+    comparison, and need not: no program accepts a sequence above ``get_longest_sequence``. The angles must be restored
+    because a model that has processed a longer sequence has the angles for that sequence.
     """
     for module in host.modules():
         kinds: Any = getattr(module, "rope_type", None)

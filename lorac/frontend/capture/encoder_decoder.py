@@ -1,7 +1,7 @@
-"""A model with an encoder becomes two graphs: one that depends on the encoder's inputs alone, and the decoder.
+"""A model with an encoder becomes two graphs: the encoder's, which depends only on its inputs, and the decoder's.
 
-The first runs once per sequence. It computes the values that the second reads for every token, above all the keys and
-values of its cross-attentions. Both are copies of one capture; nodes that belong to neither, such as constants, are
+The encoder's graph runs once per sequence. It computes the values that the decoder reads for every token, mainly the
+keys and values of cross-attention. Both are copies of one capture; nodes that belong to neither, such as constants, are
 computed in both.
 """
 
@@ -33,7 +33,7 @@ _ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.
 @final
 @dataclass(frozen=True)
 class CheckAttention(Pass):
-    """Drop biases of attention that are zeros, and dead nodes; refuse attention that no cache can stand for.
+    """Drop attention biases that are zeros, and dead nodes; refuse attention that cannot use a cache.
 
     Attributes:
         model: class name of the captured model.
@@ -48,7 +48,7 @@ class CheckAttention(Pass):
         """Drop the biases.
 
         Raises:
-            Unavailable: naming the module.
+            Unavailable: an attention cannot use a cache; the error names the module.
         """
         changed = False
         for node in graph.find(attention_ops.ATTENTION):
@@ -68,7 +68,7 @@ class CheckAttention(Pass):
 
 @dataclass(frozen=True)
 class _GraphHalves:
-    """The nodes that depend on the growing sequence, and those that depend on an encoder's inputs alone.
+    """The nodes that depend on the growing sequence, and the nodes that depend only on an encoder's inputs.
 
     Attributes:
         text: nodes that depend on the sequence.
@@ -96,7 +96,7 @@ class _GraphHalves:
         return [node for node in self.ids.graph.nodes if node in found]
 
     def find_problem(self, node: fx.Node) -> str | None:
-        """Return why no cache can stand for an attention; None where one can."""
+        """Return why an attention cannot use a cache; None if it can."""
         operands: Operands = node.args
         _, key, value, _, seen, _, _, _, causal, *_ = operands
         if node in self.encoded:
@@ -111,17 +111,18 @@ class _GraphHalves:
 
 
 def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
-    """Split a graph with an encoder into the decoder's graph, which keeps the name, and the encoder's.
+    """Split a graph with an encoder into the decoder's graph, which keeps the name, and the encoder's graph.
 
     Args:
-        graph: at level host; left unchanged if it is split.
+        graph: a graph at level host; unchanged if it is split.
         encoder: name of the encoder's graph.
 
     Returns:
-        The decoder's graph and the encoder's; a graph without an encoder alone.
+        The decoder's graph and the encoder's graph; only the given graph if it has no encoder.
 
     Raises:
-        Unavailable: the decoder reads nothing of its encoder, values of all rows at once, or sizes that no input has.
+        Unavailable: the decoder reads nothing from its encoder, or values that all rows share, or sizes that no input
+            has.
     """
     halves = _GraphHalves.of(graph.exported)
     if not halves.encoded:
@@ -139,7 +140,7 @@ def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
 
 
 def divide_sites(encoder: Graph, decoder: Graph) -> None:
-    """Leave each of two graphs over the same sites those that it uses; the decoder keeps those that neither uses."""
+    """Restrict each of two graphs to the sites that it uses; sites that neither uses go to the decoder."""
     paths: list[set[str]] = []
     for half in (encoder, decoder):
         stored = {getattr(s.arg, "name", ""): str(s.target) for s in half.exported.graph_signature.input_specs}
@@ -152,7 +153,7 @@ def divide_sites(encoder: Graph, decoder: Graph) -> None:
 
 
 def _name_crossing(halves: _GraphHalves) -> dict[fx.Node, str]:
-    """Return the values that cross with their names: keys and values by layer, others by node."""
+    """Return the encoder's values that the decoder reads -> their names: keys and values by layer, others by node."""
     names: dict[fx.Node, str] = {}
     nodes = (node for node in halves.ids.graph.nodes if node in halves.text)
     attentions = (node for node in nodes if node.target is attention_ops.ATTENTION)
@@ -166,7 +167,7 @@ def _name_crossing(halves: _GraphHalves) -> dict[fx.Node, str]:
 
 
 def _encoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
-    """Return the half that runs once. It also returns the parts of the host's output that it computes."""
+    """Return the encoder's half, which runs once; its outputs include its parts of the host's output."""
     half, nodes = _copy(graph)
     outputs, _ = _list_outputs(graph, halves)
     own_outputs = {name: nodes[node.name] for node, name in outputs if node in halves.encoded}
@@ -179,7 +180,7 @@ def _encoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) ->
 
 
 def _decoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
-    """Return the half that reads the sequence. The values that cross are its inputs."""
+    """Return the decoder's half; the encoder's values that it reads are inputs."""
     half, nodes = _copy(graph)
     outputs, structure = _list_outputs(graph, halves)
     set_outputs(half.exported, {name: nodes[node.name] for node, name in outputs if node not in halves.encoded})
@@ -192,7 +193,7 @@ def _decoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) ->
 
 
 def _copy(graph: Graph) -> tuple[Graph, dict[str, fx.Node]]:
-    """Return a copy of a graph that can be edited, and its nodes by name."""
+    """Return an editable copy of a graph, and its nodes by name."""
     program = copy_program(graph.exported)
     half = dataclasses.replace(
         graph, exported=program, slots={}, projections={}, axes=dict(graph.axes), skips=dict(graph.skips)
@@ -201,7 +202,7 @@ def _copy(graph: Graph) -> tuple[Graph, dict[str, fx.Node]]:
 
 
 def _list_outputs(graph: Graph, halves: _GraphHalves) -> tuple[list[tuple[fx.Node, str]], OutputStructure]:
-    """Return the host's output tensors with their names, and its output structure with the encoder's part left open."""
+    """Return the host's output tensors with their names, and its output structure without the encoder's part."""
     structure = graph.interface.structure
     assert structure is not None
     leaves = [leaf for leaf in range(structure.spec.num_leaves) if leaf not in structure.constants]
@@ -216,7 +217,7 @@ def _list_outputs(graph: Graph, halves: _GraphHalves) -> tuple[list[tuple[fx.Nod
 
 
 def _remove_other_half(graph: Graph, other: Collection[str], structure: OutputStructure) -> Graph:
-    """Remove the other half's nodes; sizes that were read there are read from the remaining inputs."""
+    """Remove the other half's nodes; sizes that were read there are read from the remaining inputs instead."""
     program, inputs = graph.exported, find_user_inputs(graph.exported)
     left = [node for name, node in inputs.items() if name not in other]
     _erase_unused(program, other)
@@ -231,7 +232,7 @@ def _remove_other_half(graph: Graph, other: Collection[str], structure: OutputSt
 
 
 def _erase_unused(program: ExportedProgram, other: Collection[str]) -> None:
-    """Remove unused nodes of the other half, and checks of dtypes, which hold in both halves."""
+    """Remove unused nodes of the other half, and assertions of dtypes, which hold in both halves."""
     for node in reversed(list(program.graph.nodes)):
         unused = node.op == "call_function" and not node.users
         if unused and (node.name in other or node.target in {aten.sym_size.int, aten._assert_tensor_metadata.default}):
@@ -240,7 +241,7 @@ def _erase_unused(program: ExportedProgram, other: Collection[str]) -> None:
 
 
 def _read_size(graph: Graph, node: fx.Node, left: Sequence[fx.Node]) -> Any:
-    """Return a size that varies, read from an input."""
+    """Return a varying size, read from a remaining input."""
     program, size = graph.exported, str(node.meta["val"])
     if size.isdecimal():
         return int(size)
@@ -256,7 +257,7 @@ def _read_size(graph: Graph, node: fx.Node, left: Sequence[fx.Node]) -> Any:
 
 
 def _divide(whole: Mapping[str, T], encoder: Collection[str], decoder: Collection[str]) -> tuple[dict[str, T], ...]:
-    """Divide a mapping by site between the halves; entries of sites in neither go to the decoder if it has any."""
+    """Split a mapping by site between the halves; entries of unused sites go to the decoder if it has any sites."""
     first, second = ({path: whole[path] for path in whole if path in paths} for paths in (encoder, decoder))
     unowned = {path: value for path, value in whole.items() if path not in encoder and path not in decoder}
     return (first, second | unowned) if second or not first else (first | unowned, second)

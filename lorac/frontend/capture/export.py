@@ -1,7 +1,7 @@
 """Capture: a host model becomes an ExportedProgram in which every call of a site is one ``lorac`` node.
 
-The model is never touched: its ``Host`` copies the modules over the same storage, ``mark_sites`` makes the copy's sites
-call their op, and the copy's ``Host`` traces it.
+The model is not modified: its ``Host`` copies the modules over the same storage, ``mark_sites`` makes the copy's sites
+call their ops, and the copy's ``Host`` traces it.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import preserve_random_state
 from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import replace_dataclasses
-from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
+from lorac.ir.graph import ops as _ops  # noqa: F401  (registers the ops that a copy's sites call)
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.pass_runner import Observer, run_pipeline
 from lorac.ir.sites.site import Site, SiteKind
@@ -72,14 +72,14 @@ def export_model(
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     """Trace a model in eval mode; return the program, the guards and the arguments.
 
-    Each call of a site is one ``lorac`` node, whose last argument is the site's path. Layers that repeat an earlier one
-    are one node each.
+    Each call of a site is one ``lorac`` node, whose last argument is the site's path. Each layer that repeats an
+    earlier layer is one node.
 
     Args:
         host: the model; left unchanged.
-        example_inputs: the inputs that forward is called with; None makes them.
-        dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for sequences.
-        marks: the parts of the model that become ops besides its sites.
+        example_inputs: inputs for forward; None: they are made.
+        dynamic_shapes: as ``torch.export`` takes them; None: batch, and length for sequences.
+        marks: the parts of the model that become ops in addition to its sites.
 
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
@@ -103,7 +103,7 @@ def _export_arguments(
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     from torch._dynamo import config
 
-    # Caching symbolic shapes takes longer than to compute each op's shapes anew.
+    # A cache of symbolic shapes costs more time than computing each op's shapes again.
     uncached = config.patch(fake_tensor_cache_enabled=False)
     with isolate_tracing(host.model), disable_fast_path(host.model), uncached, contextlib.ExitStack() as stack:
         copied = _make_marked_copy(host, marks, arguments)
@@ -113,7 +113,7 @@ def _export_arguments(
             attend_densely(copied.model)
             stack.enter_context(capture_attention(copied, arguments.inputs))
         if dynamic_shapes is None:
-            # Constants for each row contradict that one row becomes two.
+            # Constants for each row contradict a batch that is widened from one row to two.
             attempts: Iterable[tuple[object, object]] = _attempts(host, inputs, widen=not arguments.read)
         else:
             values = repeat_unit_axes_of_inputs(host, inputs, dynamic_shapes)
@@ -138,7 +138,7 @@ def _bind_inputs(host: Host, example: object) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def isolate_tracing(model: nn.Module) -> Iterator[None]:
-    """Trace or run a copy of a model inside the block, without gradients, output or effects on random states."""
+    """Trace or run a copy of a model inside the block, without gradients, output or changes of random states."""
     with (
         tracing(),
         suppress_third_party_output(),
@@ -149,7 +149,7 @@ def isolate_tracing(model: nn.Module) -> Iterator[None]:
 
 
 def _make_marked_copy(host: Host, marks: SiteMarks, arguments: CallArguments) -> Host:
-    """Return a structural copy to trace, with its sites and blocks as ops and its constant arguments bound."""
+    """Return a structural copy for tracing, whose sites and blocks call ops and whose constant arguments are bound."""
     copied = host.copy(share_buffers=True)
     model = copied.model.eval()
     alike = find_layer_groups(model)
@@ -168,12 +168,12 @@ def _make_marked_copy(host: Host, marks: SiteMarks, arguments: CallArguments) ->
 def _first_trace(
     host: Host, attempts: Iterable[tuple[object, object]], *, narrows: bool
 ) -> tuple[ExportedProgram, list[TraceGuard]]:
-    """Return the trace of the first attempt that succeeds; others are tried only after failures about shapes.
+    """Return the trace of the first attempt that succeeds; try the next only after a failure about shapes.
 
     Args:
         host: a marked copy.
         attempts: inputs and shapes.
-        narrows: whether later attempts may fix an axis, so that they may succeed where the first one found it fixed.
+        narrows: whether later attempts may fix an axis, and so succeed if the first attempt fails on a fixed axis.
     """
     forward = host.model.forward
     for inputs, shapes in attempts:
@@ -209,14 +209,14 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     grows: bool = False,
     observe: Observer | None = None,
 ) -> Graph:
-    """Capture a model as a graph at level host; raises as ``export_model`` does.
+    """Capture a model as a graph at level host.
 
     Args:
         host, inputs, dynamic_shapes: as ``export_model`` takes them.
-        blocks: paths of modules whose exits become ops too.
-        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
-        sites, plans: the model's; the graph keeps the plans of this model.
-        grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of
+        blocks: paths of modules whose outputs become ops too.
+        prefix: prefix of the paths of modules and tensors, if the model is one of several components.
+        sites, plans: sites and plans of the model; the graph keeps the plans for this component.
+        grows: whether the sequence grows in a cache: attention becomes ops, and inputs are those of
             ``make_decoder_inputs``.
         observe: as ``run_pipeline`` takes it.
     """
@@ -263,14 +263,14 @@ def _attempts(host: Host, inputs: Any, *, widen: bool) -> Iterator[tuple[object,
 
 
 class _ValuesNeeded(Exception):
-    """Replaces torch's error about a step that depends on the values of tensors.
+    """An error that replaces torch's error for a step that depends on the values of tensors.
 
-    torch.export prints the whole graph before it passes that error on, and has no switch for it.
+    torch.export prints the whole graph before it raises its own error, which cannot be disabled.
     """
 
 
 def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
-    """Wrap a forward for torch.export: its output in containers, and its constant arguments bound."""
+    """Wrap a forward for torch.export: dataclasses in the output become containers, constant arguments are bound."""
     constants = arguments.trace_constants
 
     @functools.wraps(forward)
@@ -284,7 +284,7 @@ def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
     signature = inspect.signature(forward)
     parameters = {name: parameter for name, parameter in signature.parameters.items() if name not in constants}
     variadic = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-    if variadic:  # torch.export wants a parameter for each input that has a dynamic shape
+    if variadic:  # torch.export needs a parameter for each input that has a dynamic shape
         others = [name for name in arguments.inputs if name not in parameters]
         keywords = parameters.pop(variadic[0])
         parameters |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others}
@@ -294,13 +294,13 @@ def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
 
 
 _FIXED = "your code specialized it to be a constant"
-"""Part of torch's message about an axis that was to vary and that the model fixes."""
+"""Part of torch's message about an axis that the shapes declare as dynamic and the model fixes."""
 _NO_ADVICE = "Expected op to be '=='"
-"""Beginning of torch's message where it fails to word its advice on shapes, for a bound such as 18/5 <= batch."""
+"""Beginning of torch's message if it cannot phrase its advice on shapes, for a bound such as 18/5 <= batch."""
 
 
 def _is_about_shapes(error: BaseException) -> bool:
-    """Return whether the model traced, but not for every size that the shapes promise."""
+    """Return whether the model traced, but not for every size that the dynamic shapes declare."""
     return any(
         type(e).__name__ in ("ConstraintViolationError", "UserError") or str(e).startswith(_NO_ADVICE)
         for e in iter_error_causes(error)

@@ -1,8 +1,8 @@
-"""Capture of models that read images or sounds, for a cache: a tower's graph, and a decoder that reads its features.
+"""Capture with a cache of models for images or sounds: a tower's graph, and a decoder that reads the features.
 
-Both are captures of the whole model with another forward. The tower's is the model's own method for features. The
-decoder's puts the features of a row in the place of the embeddings of its placeholders, as the model's own forward
-does, so that a sequence may come in parts.
+Both are captures of the whole model with another forward. The tower's forward is the model's method for features. The
+decoder's forward replaces the embeddings of a row's placeholders by the row's features, as the model's own forward
+does, so that a sequence may be processed in parts.
 """
 
 import contextlib
@@ -39,23 +39,23 @@ from lorac.ir.graph.interpreter import differs_beyond_rounding
 _MASK = "attention_mask"
 
 Part = tuple[Host, Mapping[str, object]]
-"""A model with another forward, and example inputs of it."""
+"""A model with another forward, and example inputs for this forward."""
 
 
 def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
-    """Return the decoder and the tower of a model; None for one whose example inputs are text alone.
+    """Return the decoder and the tower of a model; None if its example inputs are only text.
 
     Args:
         host: the model; left unchanged.
         example: example inputs, as ``Host.bind`` takes them.
 
     Raises:
-        Unavailable: the example has other numbers of placeholders and features, or the model computes something else
-            from both than from text with features in the place of embeddings.
+        Unavailable: the numbers of placeholders and features in the example differ, or the model does more than replace
+            embeddings by features.
     """
     try:
         given = {name: value for name, value in host.bind(example).items() if name != _MASK}
-    except TypeError:  # the capture reports it
+    except TypeError:  # the capture raises this error
         return None
     model: Any = host.model
     modality = find_modality(given)
@@ -85,7 +85,7 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
     if by_type is not None:
         given = {by_type.argument: torch.where(marks, by_type.type, 1 - by_type.type), **given}
         blocks = pad_rows([by_type.find(row) for row in given[by_type.argument]])
-        text[BLOCKS] = torch.cat([blocks, torch.zeros_like(blocks)], 1)  # longer examples have no others
+        text[BLOCKS] = torch.cat([blocks, torch.zeros_like(blocks)], 1)  # tokens after the example have no blocks
     decoder = _with_forward(host, _decoder_forward(host, text, modality.later, by_type))
     if not any(parameter.is_meta for parameter in model.parameters()):
         with torch.no_grad():
@@ -97,13 +97,13 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
                 "embeddings, such as by tokens that see later ones in a way of its own",
                 next_step=WITHOUT_CACHE,
             )
-    if BLOCKS in text:  # a row comes in parts, of which the last has a token behind all blocks
+    if BLOCKS in text:  # a row is processed in parts, and the last part has a token after all blocks
         text[IDS] = torch.cat([text[IDS], torch.zeros_like(ids[:, :1])], 1)
     return (decoder, text), (tower, runs[0])
 
 
 def _with_forward(host: Host, forward: Any) -> Host:
-    """Return a host of a copy whose forward is another function."""
+    """Return a host of a copy whose forward is this function."""
     copied = host.copy(share_buffers=True)
     cls = type(copied.model)
     copied.model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
@@ -126,9 +126,9 @@ def _tower_forward(modality: Modality, inputs: Inputs) -> Any:
 
 
 class _WholeFeatures(TorchFunctionMode):
-    """Leaves features in one piece where the method for them divides them among images, which a trace cannot follow.
+    """A mode that keeps features whole where the model's method splits them by image, which a trace cannot follow.
 
-    Modules that the method calls divide as they do without it.
+    Inside modules that the method calls, splits are unchanged.
 
     Args:
         model: the model whose method runs in the block.
@@ -164,7 +164,7 @@ _WHOLE: Mapping[object, Callable[[Tensor], object]] = {
     Tensor.__len__: lambda features: 1,
     **dict.fromkeys((Tensor.item, Tensor.tolist), lambda sizes: 1),
 }
-"""Function that splits features, or reads their number -> its replacement."""
+"""Function that splits features or reads their number -> its replacement."""
 
 
 def _decoder_forward(

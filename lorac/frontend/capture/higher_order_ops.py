@@ -1,6 +1,7 @@
-"""inline: bodies of torch's higher-order ops become nodes of the program itself, where passes find the sites in them.
+"""inline: bodies of torch's higher-order ops become nodes of the program, so that passes find the sites in them.
 
-Of a ``torch.cond`` both sides are computed, and ``torch.where`` selects. Contexts that change no result are left out.
+Both branches of a ``torch.cond`` are computed, and ``torch.where`` selects. Contexts that do not change results are
+dropped.
 """
 
 import operator
@@ -34,13 +35,13 @@ class InlineHigherOrderOps(Pass):
     leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
-        """Replace the calls; skip ops such as loops, in which no layer is called.
+        """Replace the calls; skip ops without calls of layers, such as loops.
 
         Raises:
-            CaptureError: a layer is called inside an op that no program holds, such as a loop or autocast.
+            CaptureError: a layer is called inside an op that a program cannot contain, such as a loop or autocast.
         """
         program, depth = graph.exported, 0
-        for node in graph.fx.nodes:  # torch begins and ends a vmap by a node each
+        for node in graph.fx.nodes:  # torch marks the begin and the end of a vmap by one node each
             name = getattr(node.target, "__name__", "")
             depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
             if depth and node.target in ops.SITE_OPS:
@@ -62,11 +63,11 @@ def _refusal(called: str, around: str, line: str | None) -> CaptureError:
 
 
 def _find_inlinable(program: ExportedProgram) -> fx.Node | None:
-    """Return the first call that can be replaced."""
+    """Return the first call that can be inlined."""
     for node in [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]:
         name = node.target.name()
         is_autocast = name == "wrap_with_autocast"
-        # Contexts without gradients, and those that switch autocast off, change no result.
+        # Contexts that disable gradients or autocast do not change results.
         if node.target is _COND or name == "wrap_with_set_grad_enabled" or (is_autocast and not node.args[2]):
             return node
         bodies = _list_bodies(program.graph_module, node)
@@ -80,7 +81,7 @@ def _find_inlinable(program: ExportedProgram) -> fx.Node | None:
 
 
 def _list_bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    """Return the bodies of a higher-order op, and those of the ops in them."""
+    """Return the bodies of a higher-order op, and the bodies of ops in them."""
     read = [getattr(module, str(operand.target)) for operand in node.all_input_nodes if operand.op == "get_attr"]
     bodies = [body for body in read if isinstance(body, fx.GraphModule)]
     calls = [(body, n) for body in bodies for n in body.graph.nodes if isinstance(n.target, HigherOrderOperator)]
@@ -106,7 +107,7 @@ def _inline(program: ExportedProgram, node: fx.Node) -> None:
 
 
 def _select(program: ExportedProgram, node: fx.Node, values: Sequence[Any], example: Any) -> fx.Node:
-    """Return the value of one of two branches, as a condition says."""
+    """Return a node that selects the value of one of two branches by a condition."""
     condition: Any = node.args[0]
     if not isinstance(condition, fx.Node) or not isinstance(condition.meta["val"], torch.Tensor):
         raise CaptureError(
@@ -133,7 +134,7 @@ def _copy_body(program: ExportedProgram, node: fx.Node, body: fx.GraphModule, op
 
 
 def _move(program: ExportedProgram, value: torch.Tensor | fx.GraphModule) -> fx.Node:
-    """Return a node for a tensor of a body, or for a body inside it."""
+    """Return a node for a tensor that a body reads, or for a nested body."""
     if isinstance(value, torch.Tensor):
         return add_constant(program, value)
     name = f"body_{sum(1 for _ in program.graph_module.children())}"

@@ -1,4 +1,4 @@
-"""The interface of a captured program, read from the program and from the signature of its model."""
+"""The interface of a captured program, derived from the program and from its model's signature."""
 
 from collections.abc import Collection, Mapping
 
@@ -21,15 +21,15 @@ _RESHAPING = frozenset(
     {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten._to_copy.default, aten.to.dtype}
     | {aten.clone.default, aten.alias.default, aten.expand.default}
 )
-"""Ops that leave the values of ids unchanged."""
+"""Ops that do not change the values of ids."""
 _EMBEDDINGS = {aten.embedding.default: (1, 0), ops.EMBEDDING: (0, 1)}
-"""Op that looks ids up -> which operands are the ids and the table."""
+"""Op that looks up ids -> the indices of its operands for ids and table."""
 
 
 def find_input_paths(program: ExportedProgram, host: Host) -> dict[str, str]:
-    """Return the path of each tensor in the arguments of a call -> the program's input for it.
+    """Return path of each tensor in a call's arguments -> the program's input for it.
 
-    torch joins the parts of a path by underscores, in lower case, and numbers names that are taken.
+    torch joins the parts of a path with underscores, in lower case, and appends numbers to names that are taken.
     """
     signature = program.graph_signature
     args, kwargs = pytree.tree_unflatten([*signature.user_inputs], program.call_spec.in_spec)
@@ -41,14 +41,14 @@ def find_input_paths(program: ExportedProgram, host: Host) -> dict[str, str]:
 def describe_interface(
     graph: Graph, host: Host, arguments: CallArguments, paths: Mapping[str, str], sizes: SizeConstraints
 ) -> Interface:
-    """Return the interface of a captured graph, which knows the structure of the model's output.
+    """Return the interface of a captured graph, whose model's output structure is known.
 
     Args:
-        graph: at level host.
-        host: the model that it was captured from.
+        graph: a graph at level host.
+        host: the captured model.
         arguments: the example call.
         paths: as ``find_input_paths`` returns them.
-        sizes: which sizes the inputs may have.
+        sizes: constraints on the sizes of the inputs.
     """
     program, structure = graph.exported, graph.interface.structure
     assert structure is not None
@@ -72,7 +72,7 @@ def describe_interface(
 
 
 def _count_ids(program: ExportedProgram, inputs: Collection[str]) -> dict[str, int]:
-    """Return the inputs that embeddings read as ids, with the number of rows of the smallest embedding of each."""
+    """Return input of ids -> the number of rows of the smallest embedding that reads it."""
     found: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.target not in _EMBEDDINGS:

@@ -1,8 +1,8 @@
-"""Groups of equal layers in one list, found by comparing their modules.
+"""Groups of equal layers in one list, found by a comparison of their modules.
 
 Two layers are equal if their modules have the same classes and attributes, and tensors of the same sizes, tied in the
-same way. An attribute may also be the layer's own index, as transformers' ``layer_idx`` is: then the layers compute the
-same as long as nothing reads it, which the caller has to watch.
+same way. An attribute may also be the layer's index, as transformers' ``layer_idx`` is: then the layers compute the
+same only while nothing reads it, which the caller has to check.
 """
 
 import functools
@@ -17,18 +17,18 @@ from lorac.frontend.base_weights import named_tensors
 
 _MIN_LAYERS = 2
 IndexAttributes = frozenset[tuple[str, str]]
-"""Attributes that hold a layer's index: (path of the module within the layer, name)."""
+"""Attributes that store a layer's index: (path of the module within the layer, name)."""
 _MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 """Attributes of every module, which are compared separately."""
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one list that are equal but for their tensors.
+    """Layers of one list that are equal except for their tensors.
 
     Attributes:
-        paths: their paths, in order.
-        numbered: attributes that hold their index in the list.
+        paths: paths of the layers, in order.
+        numbered: attributes that store a layer's index in the list.
     """
 
     paths: tuple[str, ...]
@@ -36,7 +36,7 @@ class LayerGroup:
 
 
 def find_layer_groups(model: nn.Module) -> list[LayerGroup]:
-    """Return the groups of equal layers in every list of a model; layers without an equal are left out."""
+    """Return the groups of equal layers in all lists of a model; a layer with no equal is left out."""
     holders: dict[int, set[str]] = {}
     for path, tensor in named_tensors(model).items():
         holders.setdefault(id(tensor), set()).add(path.rpartition(".")[0])
@@ -63,7 +63,7 @@ def _find_groups_in(path: str, container: nn.Module, shared: frozenset[int]) -> 
 
 @dataclass
 class _OpenGroup:
-    """Layers found to be equal so far: the first, its index, the paths of all, attributes that hold their index."""
+    """A group of equal layers under construction: the first layer, its index, all paths, attributes with the index."""
 
     layer: nn.Module
     number: int
@@ -71,7 +71,7 @@ class _OpenGroup:
     numbered: set[tuple[str, str]] = field(default_factory=set)
 
     def takes(self, path: str, layer: nn.Module, number: int) -> bool:
-        """Add a layer if it is equal; return whether it is."""
+        """Add a layer if it equals the first; return whether it was added."""
         found = _numbered_alike(self.layer, layer, self.number, number)
         if found is not None:
             self.paths.append(path)
@@ -80,7 +80,7 @@ class _OpenGroup:
 
 
 def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) -> set[tuple[str, str]] | None:
-    """Return the attributes that hold the indices of two equal layers; None where the layers differ."""
+    """Return the attributes that store the indices of two equal layers; None if the layers differ."""
     pairs = _pairs(one, other)
     if pairs is None:
         return None
@@ -96,7 +96,7 @@ def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) 
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]] | None:
-    """Return the modules of two layers by path; None where they differ in classes, tensors or names."""
+    """Return the modules of two layers by path; None if the layers differ in classes, tensors or names."""
     mine, theirs = dict(one.named_modules()), dict(other.named_modules())
     if list(mine) != list(theirs):
         return None
@@ -144,9 +144,9 @@ def _parts(value: object, layer: nn.Module) -> Mapping[object, object] | None:
 
 
 _PLAIN = (int, float, complex, str, bytes, set, frozenset, torch.Size, torch.dtype, torch.device)
-"""Classes of values that are equal if ``==`` says so."""
+"""Classes of values that are compared by ``==``."""
 
 
 def _place(module: object, layer: nn.Module) -> object:
-    """Return a module's path within a layer; the object itself if it is not part of the layer."""
+    """Return a module's path within a layer; the object itself if it is outside the layer."""
     return next((path for path, found in layer.named_modules() if found is module), module)

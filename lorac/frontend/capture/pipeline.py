@@ -1,6 +1,6 @@
-"""The order of the passes that make a graph at level host of a trace, as data.
+"""The order of the passes that turn a trace into a graph at level host, as data.
 
-``lorac.passes.pipelines`` has the order of those that lower it.
+``lorac.passes.pipelines`` has the order of the passes that lower the graph.
 """
 
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from lorac.ir.graph.passes import Pass, PassResult
 def capture_passes(
     prefix: str = "", branches: tuple[str, ...] = (), *, attention: bool = False, model: str = ""
 ) -> tuple[Pass, ...]:
-    """Return the passes that make a graph at level host of a trace.
+    """Return the passes that turn a trace into a graph at level host.
 
     Args:
-        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
+        prefix: prefix of the paths of modules and tensors, if the model is one of several components.
         branches: lines of the model whose branches the trace took from the example.
-        attention: whether each attention becomes an op, so that a sequence can grow over a cache.
+        attention: whether each attention becomes an op, so that a sequence can grow in a cache.
         model: class name of the model.
     """
     cache = (FoldWrittenAttention(), CheckAttention(model), MakePositionsPerRow()) if attention else ()
@@ -45,7 +45,7 @@ def capture_passes(
 @final
 @dataclass(frozen=True)
 class CheckTrace(Pass):
-    """Refuse traces that no program can stand for.
+    """Refuse traces whose programs would be wrong.
 
     Attributes:
         branches: lines of the model whose branches the trace took from the example.
@@ -86,7 +86,7 @@ class CheckTrace(Pass):
 @final
 @dataclass(frozen=True)
 class KeepTensorOutputs(Pass):
-    """Make tensors the only outputs, and note how the model builds its output around them."""
+    """Make tensors the only outputs, and record the structure that rebuilds the model's output."""
 
     name: ClassVar[str] = "outputs"
     reads: ClassVar[Level] = Level.TRACED

@@ -1,8 +1,8 @@
-"""positions: positions that a decoder numbers by itself become the op of ``lorac.ir.graph.attention_ops``, by row.
+"""positions: positions that a decoder numbers itself become the op of ``lorac.ir.graph.attention_ops``, by row.
 
-A sequence that arrives in parts needs positions of its own for each row. So values that a decoder computes from its own
+A sequence that arrives in parts needs separate positions for each row. So values that a decoder computes from its own
 numbering (``NUMBERINGS`` in the table of families) get an axis of rows, or are looked up in a table by row. A numbering
-that biases of attention are made of stays: ``lorac.passes.relative_positions`` handles it.
+from which attention biases are computed is not replaced: ``lorac.passes.relative_positions`` handles it.
 """
 
 from collections.abc import Sequence
@@ -32,20 +32,20 @@ from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})
-"""Ops that give every row the same values."""
+"""Ops that repeat the same values for every row."""
 
 
 @final
 @dataclass(frozen=True)
 class MakePositionsPerRow(Pass):
-    """Give each row positions of its own where the model numbers its tokens by itself; attention is ops already."""
+    """Give each row separate positions if the model numbers its tokens itself; attention must be ops already."""
 
     name: ClassVar[str] = "positions"
     reads: ClassVar[Level] = Level.TRACED
     leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
-        """Replace the numberings; skip those from which biases of attention are computed.
+        """Replace the numberings; skip numberings from which attention biases are computed.
 
         Raises:
             Unavailable: the model uses the numbers in a way that cannot differ from row to row.
@@ -77,11 +77,11 @@ class MakePositionsPerRow(Pass):
 
 
 def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) -> None:
-    """Make the readers of a value of all rows read the value of each row."""
+    """Make the readers of a value that all rows share read the value by row."""
     for user in list(node.users):
         value = user.meta.get("val")
         if not isinstance(value, torch.Tensor):
-            continue  # a check, or a size, which a part of a sequence does not know
+            continue  # an assertion, or a size, which is unknown for a part of a sequence
         added_axis = by_row.meta["val"].dim() > node.meta["val"].dim()
         inserts_rows = user.target is aten.unsqueeze.default and user.args[1] == 0
         if added_axis and inserts_rows and _has_shape(node, value.shape[1:]):
@@ -93,16 +93,16 @@ def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) 
 
 
 def _look_up(graph: Graph, ids: fx.Node, numbers: fx.Node, by_row: fx.Node, error: Unavailable) -> None:
-    """Look up by row, in tables, values that a model computes for its tokens from their numbers alone.
+    """Replace values that a model computes only from its tokens' numbers by table lookups by row.
 
     Raises:
-        Unavailable: the error, where a value is not (1 or batch, ..., length, features, ...).
+        Unavailable: ``error``, if a value is not (1 or batch, ..., length, features, ...).
     """
     program, count = graph.exported, graph.longest or DEFAULT_POSITIONS
     rows, length = map(str, ids.meta["val"].shape)
-    for node in graph.find(aten.type_as.default):  # of the other operand, it reads the dtype alone
+    for node in graph.find(aten.type_as.default):  # type_as reads only the dtype of its second operand
         graph.replace_node(node, insert_call(program, node, aten.to.dtype, node.args[0], node.meta["val"].dtype))
-    sites = graph.find(*SITE_CALLS)  # adapters change what they compute
+    sites = graph.find(*SITE_CALLS)  # adapters change the outputs of sites
     varying = find_dependents(graph.fx.nodes, [*find_user_inputs(program).values(), *sites])
     for node in list(graph.fx.nodes):
         value = node.meta.get("val")
@@ -123,16 +123,16 @@ def _look_up(graph: Graph, ids: fx.Node, numbers: fx.Node, by_row: fx.Node, erro
         graph.longest = count
     used = graph.reaching_outputs()
     for node in [node for node in reversed(graph.fx.nodes) if node.op == "call_function" and node not in used]:
-        graph.fx.erase_node(node)  # a write into a value that nothing reads would stay otherwise
+        graph.fx.erase_node(node)  # otherwise a write into an unused value would remain
 
 
 def _has_shape(node: fx.Node, shape: Sequence[int | torch.SymInt]) -> bool:
-    """Return whether a node's value has a shape; sizes that vary are compared as torch writes them."""
+    """Return whether a node's value has this shape; varying sizes are compared by torch's text."""
     return [str(size) for size in shape] == [str(size) for size in node.meta["val"].shape]
 
 
 def _replace_operand(program: ExportedProgram, user: fx.Node, node: fx.Node, by_row: fx.Node) -> None:
-    """Compute a node by row; its readers are computed by row too, unless it had rows already."""
+    """Compute a node by row; its readers too, unless the node already had rows."""
     operands: Any = fx.map_arg(user.args, lambda operand: by_row if operand is node else operand)
     try:
         if user.target is aten.gather.default and operands[0].meta["val"].shape[0] == 1 and operands[1] == 1:

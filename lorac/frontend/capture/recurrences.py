@@ -1,8 +1,8 @@
-"""Capture for a cache: each recurrence of a transformers model becomes one op.
+"""Capture with a cache: each recurrence of a transformers model becomes one op.
 
-Models without attention mix tokens by functions of their file: chunked forms, which no trace of another
-length follows. In a copy that is traced, those of ``MIXERS`` take their place: they state the model's terms in those of
-``lorac.ir.graph.recurrence_op``. To add a family, add a row. A short convolution needs none: it is traced as it is.
+Models without attention mix tokens by functions in their files: chunked forms, whose trace is valid for one length
+only. In a traced copy, the functions of ``MIXERS`` replace them: they express the model's terms by
+``lorac.ir.graph.recurrence_op``. To add a family, add a row. A short convolution needs no row: it is traced unchanged.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EPSILON = 1e-6
-"""The epsilon that the delta rules add to the squared norm of queries and keys."""
+"""The epsilon that the delta rules add to the squared norms of queries and keys."""
 
 
 def _apply_delta_rule(
@@ -28,7 +28,7 @@ def _apply_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Apply the gated delta rule, with a decay of each head (Qwen3-Next) or of each feature of keys (Kimi)."""
+    """Apply the gated delta rule, with a decay per head (Qwen3-Next) or per feature of keys (Kimi)."""
     q, k, v = (x.to(torch.float32) for x in (query, key, value))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPSILON) for x in (q, k))
@@ -52,7 +52,7 @@ def _scan_heads(  # noqa: PLR0913  (as transformers calls it)
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **_: object,
 ) -> Tensor:
-    """Scan as Mamba-2 does: states of heads, which groups of heads write and read alike."""
+    """Scan as Mamba-2 does: each head has a state, and the heads of a group share B and C."""
     x = hidden_states.to(torch.float32)
     step = _discretise(dt, dt_bias, softplus=dt_softplus).clamp(*dt_limit)
     shared = x.shape[2] // B.shape[2]
@@ -74,7 +74,7 @@ def _scan_channels(  # noqa: PLR0913  (as transformers calls it)
     delta_softplus: bool = False,
     **_: object,
 ) -> Tensor:
-    """Scan as Mamba does: each channel of (batch, channels, length) has a state, and a decay of each number in it."""
+    """Scan as Mamba does: each channel of (batch, channels, length) has a state, with a decay for each number in it."""
     x, step = (one.transpose(1, 2)[:, :, None].to(torch.float32) for one in (hidden_states, dt))
     step = _discretise(step, delta_bias, softplus=delta_softplus)
     k, q = (one.transpose(1, 2)[:, :, None].to(torch.float32) for one in (B, C))
@@ -84,7 +84,7 @@ def _scan_channels(  # noqa: PLR0913  (as transformers calls it)
 
 
 def _scan_gates(hidden_states: Tensor, recurrent_gate: Tensor, **_: object) -> tuple[Tensor, None]:
-    """Scan as an RG-LRU does; a state that is zero at first needs no reset."""
+    """Scan as an RG-LRU does; the initial state is zero and needs no reset."""
     v = hidden_states.to(torch.float32)[:, :, None]
     ones = torch.ones_like(v[..., :1])
     y = _recur(ones, ones, v, recurrent_gate.to(torch.float32).log()[:, :, None, None])
@@ -109,13 +109,13 @@ MIXERS: Mapping[str, Callable[..., object]] = {
     "mamba2_chunk_scan": _scan_heads,  # Bamba, Nemotron-H, Falcon-H1, Granite hybrid, Mamba-2
     "mamba_selective_scan": _scan_channels,  # Jamba, Mamba, Falcon-Mamba
     "_rnn_scan": _scan_gates,  # RecurrentGemma
-    "apply_mask_to_padding_states": lambda hidden_states, attention_mask: hidden_states,  # a program has none
+    "apply_mask_to_padding_states": lambda hidden_states, attention_mask: hidden_states,  # a program has no padding
 }
-"""Function or method that a mixer of transformers calls -> its replacement, in terms of the op."""
+"""Function or method that a mixer of transformers calls -> its replacement, which uses the op."""
 
 
 def bind_mixers(model: nn.Module) -> None:
-    """Make the mixers of a copy call the functions of ``MIXERS``; nothing of transformers is changed."""
+    """Make the mixers of a copy call the functions of ``MIXERS``; transformers itself is not changed."""
     for module in model.modules():
         forward: Any = inspect.unwrap(type(module).forward)
         if "forward" in vars(module) or not type(module).__module__.startswith("transformers."):

@@ -1,13 +1,14 @@
-"""layers: equal layers are traced once.
+"""layers: of equal layers, only one is traced.
 
-Most of the time of a trace goes into layers that repeat the computation of an earlier one with other weights. So of a
-group of equal layers (``lorac.frontend.capture.layer_groups``) the first that is called is traced. A later one that is
-called alike leaves one node, which is replaced afterwards by copies of the first layer's nodes over its own weights.
+Most of a trace's time goes into layers that repeat the computation of an earlier layer with other weights. So in a
+group of equal layers (``lorac.frontend.capture.layer_groups``) the first called layer is traced. A later layer with a
+matching call becomes one node, which a pass replaces by copies of the first layer's nodes over the later layer's
+weights.
 
-Called alike means: with equal numbers; with tensors of the same sizes for its first tensor and for the outputs of the
-layer before it; and with the very same tensors for all others, which may stand for more than their values (a mask,
-tables of angles). A layer is traced itself if it might differ unseen: if it reads its own index, or has hooks. So is
-one with a region of autocast or of gradients, inside or around it, since torch makes a separate graph of each.
+A call matches if its numbers are equal; if its first tensor and the outputs of the previous layer have the same sizes;
+and if all other tensors are identical objects, which may mean more than their values (a mask, tables of angles). A
+layer is traced itself if it might differ unnoticed: if it reads its index, or has hooks. So is a layer inside or around
+a region of autocast or of gradients, since torch makes a separate graph of each region.
 """
 
 import functools
@@ -32,16 +33,16 @@ from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult
 
 _FIRSTS = "lorac.firsts"
-"""Key of a node's metadata: the traced layers that it belongs to, outermost first."""
+"""Key of a node's metadata: the traced layers to which the node belongs, outermost first."""
 
 
 def trace_repeated_layers_once(host: nn.Module, groups: Iterable[LayerGroup], marked: Collection[str] = ()) -> None:
-    """Make a copy trace each group of equal layers once; its sites are ops already.
+    """Make a copy trace each group of equal layers once; sites must call their ops already.
 
     Args:
         host: a copy to trace, changed in place.
-        groups: its groups of equal layers.
-        marked: paths of modules whose exits are ops. Layers with different ones are not equal.
+        groups: the copy's groups of equal layers.
+        marked: paths of modules whose outputs are ops; layers that differ in them are not equal.
     """
     states = list[_LayerState]()
     for group in groups:
@@ -53,12 +54,12 @@ def trace_repeated_layers_once(host: nn.Module, groups: Iterable[LayerGroup], ma
             tracing.watch_index(layer, path)
             states.append(_LayerState(layer))
             _repeat(layer, path, tracing, states[-1])
-    for state in states:  # after all are replaced, nested ones too
+    for state in states:  # after all layers are replaced, nested layers too
         state.record()
 
 
 def _repeat(layer: nn.Module, path: str, group: "_GroupTrace", state: "_LayerState") -> None:
-    """Make a layer be traced unless an earlier one of its group stands for it."""
+    """Make a layer be traced unless an earlier layer of its group can replace the trace."""
     forward = layer.forward
 
     @functools.wraps(forward)
@@ -78,7 +79,7 @@ def _repeat(layer: nn.Module, path: str, group: "_GroupTrace", state: "_LayerSta
 
 
 class _LayerState:
-    """The attributes of a layer and its modules: hooks, replaced forwards, values that they keep between calls."""
+    """The attributes of a layer and its modules: hooks, replaced forwards, values kept between calls."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
@@ -90,11 +91,11 @@ class _LayerState:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the state is the recorded one; tensors are left out, since they differ during a trace."""
+        """Whether the state equals the recorded one; tensors are left out, since they differ during a trace."""
         return _same(self._recorded, self._iter_state())
 
     def watch_changes(self) -> Callable[[], bool]:
-        """Return a function that tells whether the state, tensors included, is still the present one."""
+        """Return a function that returns whether the state, tensors included, has not changed since."""
         before = list(self._iter_state(tensors=True))
         return lambda: _same(before, self._iter_state(tensors=True))
 
@@ -109,7 +110,7 @@ _TENSORS = ("_parameters", "_buffers")
 
 
 def _same(before: Sequence[object], now: Iterable[object]) -> bool:
-    """Return whether the very same objects are in both."""
+    """Return whether both sequences contain identical objects."""
     return all(one is other for one, other in itertools.zip_longest(before, now, fillvalue=_NOTHING))
 
 
@@ -118,7 +119,7 @@ _NOTHING = object()
 
 @dataclass(frozen=True, eq=False)
 class _FlatValues:
-    """Values in any nesting, flattened."""
+    """Nested values, flattened."""
 
     leaves: Sequence[object]
     spec: pytree.TreeSpec
@@ -133,7 +134,7 @@ class _FlatValues:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether another layer may return the like: tensors, and no number that a trace computes."""
+        """Whether another layer may return equivalent values: tensors, and no number that a trace computes."""
         return bool(self.tensors) and not any(isinstance(leaf, _NUMBERS) for leaf in self.leaves)
 
 
@@ -142,10 +143,10 @@ class _GroupTrace:
     """A group of equal layers during a trace.
 
     Attributes:
-        numbered: attributes that hold the layers' indices.
-        traced_layers: layers that were traced, which others may repeat.
+        numbered: attributes that store the layers' indices.
+        traced_layers: traced layers, which other layers may repeat.
         outputs: the tensors that the last call returned.
-        reads: indices that the present call has read.
+        reads: indices that the current call has read.
     """
 
     numbered: IndexAttributes
@@ -154,7 +155,7 @@ class _GroupTrace:
     reads: list[str] = field(default_factory=list)
 
     def watch_index(self, layer: nn.Module, path: str) -> None:
-        """Record when a layer reads its own index."""
+        """Record reads of a layer's own index."""
         for inner, name in self.numbered:
             module = layer.get_submodule(inner)
             kind, number = type(module), vars(module).pop(name)
@@ -170,15 +171,15 @@ class _GroupTrace:
         return read
 
     def trace(self, forward: Forward, path: str, arguments: _FlatValues, state: _LayerState) -> object:
-        """Trace a call; others may repeat it unless something shows that another layer would compute differently."""
+        """Trace a call; other layers may repeat it unless there is evidence that they might compute differently."""
         graph: fx.Graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]  # there is one
         argument_marker, unchanged = ops.marker(arguments.tensors), state.watch_changes()
         last = next(iter(reversed(graph.nodes)))
         self.reads.clear()
         result = forward()
         outputs, nodes = _FlatValues.of(result), list(_nodes_after(last))
-        # Sizes, or a node's constant value, may follow from values of tensors, which differ by layer. A region of
-        # autocast or of gradients is a graph of its own.
+        # Sizes, or a node's constant value, may depend on values of tensors, which differ by layer. A region of
+        # autocast or of gradients is a separate graph.
         unrepeatable = {*_AUTOCAST, torch._C._set_grad_enabled}
         bound = any(free_unbacked_symbols(node.meta.get("val")) or node.target in unrepeatable for node in nodes)
         if self.reads or not unchanged() or not outputs.is_repeatable or bound:
@@ -194,13 +195,13 @@ class _GroupTrace:
 
 
 def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes of a graph behind a node."""
+    """Yield the nodes of a graph after a node."""
     while (node := node.next).op != "root":
         yield node
 
 
 def _is_in_region() -> bool:
-    """Return whether the trace is inside a region that becomes a graph of its own; a trace has no gradients."""
+    """Return whether the trace is inside a region that becomes a separate graph; a trace has no gradients."""
     graph: fx.Graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]  # there is one
     begun, ended = (len(graph.find_nodes(op="call_function", target=target)) for target in _AUTOCAST)
     return begun != ended or torch.is_grad_enabled()
@@ -215,8 +216,8 @@ class _TracedLayer:
     """A layer that was traced.
 
     Attributes:
-        results: the tensors among its outputs that are not among its arguments.
-        markers: nodes that mark its arguments, and its results.
+        results: tensors among the layer's outputs that are not among its arguments.
+        markers: nodes that mark the layer's arguments and results.
     """
 
     path: str
@@ -226,10 +227,10 @@ class _TracedLayer:
     markers: tuple[Tensor, Tensor]
 
     def stands_for(self, arguments: _FlatValues, before: Sequence[Tensor]) -> bool:
-        """Return whether a layer of its group computes the same ops with other arguments.
+        """Return whether another layer of the group, with these arguments, computes the same ops.
 
         Args:
-            before: the outputs of the layer before it.
+            before: the outputs of the previous layer.
         """
         if arguments.spec != self.arguments.spec:
             return False
@@ -238,7 +239,7 @@ class _TracedLayer:
         return all(one is other or _alike(one, other, flows=id(one) in stream) for one, other in pairs)
 
     def repeat(self, arguments: _FlatValues, path: str) -> object:
-        """Return the outputs of the layer at a path: those of this one, by a node that is called in its place."""
+        """Return the outputs of the layer at ``path``, from a node that stands for it and repeats this layer."""
         passed = {id(old): new for old, new in zip(self.arguments.leaves, arguments.leaves, strict=True)}
         found = ops.repeated_layer(arguments.tensors, self.results, self.markers, path, self.path)
         result = passed | {id(old): new for old, new in zip(self.results, found, strict=True)}
@@ -247,7 +248,7 @@ class _TracedLayer:
 
 
 def _alike(one: object, other: object, *, flows: bool) -> bool:
-    """Return whether a layer computes the same ops with one value as with another."""
+    """Return whether a layer computes the same ops with either value."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         properties = [(t.dtype, t.device, *map(str, (*t.shape, *t.stride())), len(t.shape)) for t in (one, other)]
         return flows and properties[0] == properties[1]
@@ -271,7 +272,7 @@ class ExpandRepeatedLayers(Pass):
     prefix: str = ""
 
     def apply(self, graph: Graph) -> PassResult:
-        for node in graph.fx.nodes:  # users are missing where torch inlines a region
+        for node in graph.fx.nodes:  # torch leaves out users where it inlines a region
             for read in node.all_input_nodes:
                 read.users.setdefault(node)
         inputs = {node.name: node for node in graph.placeholders()}
@@ -286,7 +287,7 @@ class ExpandRepeatedLayers(Pass):
             copier.run(traced[copier.begin])
         for node in graph.fx.nodes:
             node.meta.get("custom", {}).pop(_FIRSTS, None)
-        markers = list(graph.find(ops.MARKER))  # of inner layers, some are copies
+        markers = list(graph.find(ops.MARKER))  # the markers of inner layers include copies
         for node in markers:
             graph.fx.erase_node(node)
         if repeated:
@@ -295,16 +296,16 @@ class ExpandRepeatedLayers(Pass):
 
 
 _LAYER_INPUTS = (InputKind.PARAMETER, InputKind.BUFFER)
-"""Inputs of which each layer has its own; constants of a trace are shared by all."""
+"""Inputs of which each layer has its own; all layers share the constants of a trace."""
 
 
 class _LayerCopier:
-    """Copies the nodes of one layer to the place of a node that stands for another.
+    """A copier of one layer's nodes to the place of a node that stands for another layer.
 
     Args:
-        graph: the graph of both.
+        graph: the graph of both layers.
         weights: name of a tensor of the model -> its input.
-        node: the node that stands for a layer.
+        node: the node that stands for the other layer.
         prefix: prefix of the paths of sites.
     """
 
@@ -321,21 +322,21 @@ class _LayerCopier:
                 self.mapped[place] = weights[f"{self.path}.{name.removeprefix(below)}"]
 
     def list_traced(self) -> list[fx.Node]:
-        """List the nodes of the traced layer, of the one call that this node repeats."""
+        """Return the nodes of the traced layer in the call that this node repeats."""
         call = itertools.takewhile(lambda node: node is not self.end, _nodes_after(self.begin))
         nodes = [node for node in call if self.first in node.meta.get("custom", {}).get(_FIRSTS, ())]
-        # Constants and numbers, which are sizes, are shared by all layers.
+        # All layers share constants and numbers, which are sizes.
         numbers = int | float | bool | SymInt | torch.SymFloat
         return [n for n in nodes if n.op != "placeholder" and not isinstance(n.meta.get("val"), numbers)]
 
     def run(self, traced: Sequence[fx.Node]) -> None:
-        """Copy the nodes of the traced layer, and redirect the readers of this layer's outputs to the copies."""
+        """Copy the nodes of the traced layer, and make the readers of this layer's outputs read the copies."""
         outer = self.node.meta.get("custom", {}).get(_FIRSTS, ())
         with self.graph.inserting_before(self.node):
             for node in traced:
                 self.mapped[node] = self._copied(node, outer)
         for user in list(self.node.users):
-            outputs = self.outputs[int(user.args[1])]  # type: ignore[arg-type]  # a list is taken apart by number
+            outputs = self.outputs[int(user.args[1])]  # type: ignore[arg-type]  # getitem of a list by number
             user.replace_all_uses_with(self.mapped.get(outputs, outputs))
             self.graph.erase_node(user)
         self.graph.erase_node(self.node)
@@ -357,7 +358,7 @@ class _LayerCopier:
         return copied
 
     def _renamed(self, value: Any) -> Any:
-        """Return a path in the traced layer as a path in the other; other values unchanged."""
+        """Convert a path in the traced layer to the path in the other layer; return other values unchanged."""
         for prefix in dict.fromkeys((self.prefix, "")):
             path, other_path = f"{prefix}{self.first}", f"{prefix}{self.path}"
             if isinstance(value, str) and f"{value}.".startswith(f"{path}."):

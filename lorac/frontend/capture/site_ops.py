@@ -1,4 +1,4 @@
-"""Ops for sites: each site of a copy calls its op, so that a capture has one node per call of a site."""
+"""Ops for sites: each site of a copy calls an op, so that a capture has one node per call of a site."""
 
 import inspect
 from collections.abc import Collection
@@ -27,10 +27,10 @@ class SiteMarks:
     """Marks of sites and blocks in a copy of a model.
 
     Attributes:
-        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
-        blocks: paths of modules whose exits become ops too.
-        adapted: paths of the modules in whose forward adapted weights are used.
-        attention: whether each attention becomes an op too, so that its sequence can grow over a cache.
+        prefix: prefix of the paths of modules and tensors, if the model is one of several components.
+        blocks: paths of modules whose outputs become ops too.
+        adapted: paths of the modules whose forward uses adapted weights.
+        attention: whether each attention becomes an op too, so that its sequence can grow in a cache.
     """
 
     prefix: str = ""
@@ -58,13 +58,13 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
     for path, module in modules.items():
         if (forward := _site_forward(module, path)) is None:
             continue
-        if "_old_forward" in vars(module):  # the wrapper of accelerate's hooks stays on the instance
+        if "_old_forward" in vars(module):  # keep the wrapper of accelerate's hooks on the instance
             module._old_forward = forward
-        elif "forward" in vars(module) and path not in marks.adapted:  # it may compute something else
+        elif "forward" in vars(module) and path not in marks.adapted:  # a replaced forward may compute something else
             continue
         elif has_plain_forward(module):
             module.forward = forward
-        elif calls_super_forward(module):  # as a scaled or offset embedding does, which keeps its own forward
+        elif calls_super_forward(module):  # a scaled or offset embedding, which keeps its own forward
             module.__class__ = replace_super_forward(module, forward)
         sites.append(path)
     for path in set(marks.adapted).intersection(sites):
@@ -75,7 +75,7 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
 
 
 def _site_forward(module: nn.Module, path: str) -> Forward | None:
-    """Return the forward that calls the op of a site; None where the module is not a site."""
+    """Return the forward that calls a site's op; None if the module is not a site."""
     if isinstance(module, nn.Linear):
         return lambda input: torch.ops.lorac.linear(input, module.weight, module.bias, path)
     if isinstance(module, nn.Embedding) and module.max_norm is None:  # max_norm writes into the weight
@@ -90,7 +90,7 @@ def _site_forward(module: nn.Module, path: str) -> Forward | None:
 
 
 def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
-    """Return a convolution's forward; padding that its op cannot do comes before it."""
+    """Return a convolution's forward; padding that its op does not support is applied before it."""
     conv = read_conv_geometry(module)
     stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
 
@@ -103,7 +103,7 @@ def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forwa
 
 
 def _block_forward(original: Forward, path: str) -> Forward:
-    """Return a block's forward with the tensor of its output that the path names as an op; the kind of output stays."""
+    """Return a block's forward in which the tensor that the path names passes through an op; the output type stays."""
 
     def forward(*args: object, **kwargs: object) -> object:
         output = original(*args, **kwargs)

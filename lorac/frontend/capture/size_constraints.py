@@ -1,4 +1,4 @@
-"""The sizes that a capture allows: their names, and the conditions that torch's trace found for them."""
+"""The sizes that a capture allows: their names, and the conditions that torch's trace found."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _BATCH = "batch"
 
 
 def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) -> dict[str, str]:
-    """Return torch's symbol for a size -> its name: the ``Dim``'s, batch for a first axis, else input and axis.
+    """Return torch's symbol for a size -> its name: a ``Dim``'s name, "batch" for a first axis, else input and axis.
 
     Args:
         program: as captured.
@@ -42,11 +42,11 @@ def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) ->
 
 
 def collect_dynamic_axes(values: Mapping[str, object], shapes: Mapping[str, Any]) -> list[Axis]:
-    """Return the axes that dynamic shapes leave free, by the paths of tensors in arguments.
+    """Return the axes that dynamic shapes declare as dynamic, by the paths of tensors in arguments.
 
     Args:
         values: arguments by name.
-        shapes: their dynamic shapes, nested alike.
+        shapes: dynamic shapes of the arguments, with the same nesting.
     """
     dims = {path: dim for name, axes in shapes.items() for path, dim in flatten_argument(axes, name)}
     tensors = (found for name, value in values.items() for found in flatten_argument(value, name))
@@ -61,12 +61,12 @@ def collect_dynamic_axes(values: Mapping[str, object], shapes: Mapping[str, Any]
 def collect_constraints(
     program: ExportedProgram, requested: Collection[Axis], guards: Sequence[TraceGuard] = ()
 ) -> SizeConstraints:
-    """Return the sizes that a program was captured for, and the conditions that torch found and assumed about them.
+    """Return the sizes for which a program was captured, and the conditions on them that torch found or assumed.
 
     Args:
         program: as captured.
-        requested: the axes that were to vary.
-        guards: the guards of its trace, with the lines of the model that asked for them.
+        requested: the axes that were requested to vary.
+        guards: the guards of the trace, with the lines of the model that caused them.
     """
     inputs = find_input_examples(program)
     shapes = {name: tuple(constant_size(size) for size in value.shape) for name, value in inputs.items()}
@@ -74,7 +74,7 @@ def collect_constraints(
     found_at: dict[Axis, str | None] = {}
     for name, axis in fixed:
         size = inputs[name].shape[axis]
-        # torch keeps its symbol for a size that was to vary, also where the trace has fixed it.
+        # torch keeps its symbol for a requested size even if the trace fixed the size.
         symbol = str(size) if isinstance(size, int) else str(size.node._expr)
         found_at[name, axis] = find_fixing_line(guards, symbol)
     lines = {axis: line for axis, line in found_at.items() if line is not None}
@@ -83,21 +83,21 @@ def collect_constraints(
     if environment is not None:
         found += [environment.replace(guard.expr).xreplace(locations) for guard in environment.guards]
     for size, bounds in program.range_constraints.items():
-        if size in locations:  # torch admits none smaller than 2, whatever the range says
+        if size in locations:  # torch admits no size below 2, even if the range allows it
             found.append(sympy.Ge(locations[size], max(2, int(bounds.lower))))
         if size in locations and bounds.upper not in (int_oo, sympy.oo):
             found.append(sympy.Le(locations[size], int(bounds.upper)))
     varying = {(name, axis) for name, axis, _ in _varying_sizes(inputs)}
     conditions = {PythonPrinter().doprint(condition): condition for condition in found if condition.free_symbols}
     known = {text: c for text, c in conditions.items() if (axes := find_axes(text)) is not None and axes <= varying}
-    # An empty batch takes a separate path through most models, which no trace shows.
+    # An empty batch takes another path through most models, which no trace covers.
     least = tuple(f"{name}[{axis}] >= 1" for name, axis in sorted(varying))
     assumed = tuple(text for text, condition in known.items() if _excludes_small_sizes(condition))
     return SizeConstraints(shapes, (*least, *(text for text in known if text not in assumed)), assumed, fixed, lines)
 
 
 def _locate_symbols(inputs: Mapping[str, Tensor]) -> tuple[dict[sympy.Expr, sympy.Expr], list[sympy.Basic]]:
-    """Return torch's symbol -> the first axis of that size, and the conditions that relate other axes to those."""
+    """Return torch's symbol -> the first axis of that size, and the conditions between these and other axes."""
     sizes = [
         (sympy.Symbol(f"{name}[{axis}]", integer=True, positive=True), size.node.expr)
         for name, axis, size in _varying_sizes(inputs)
@@ -128,7 +128,7 @@ def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, tor
 
 
 def _excludes_small_sizes(condition: sympy.Basic) -> bool:
-    """Return whether a condition may only exclude sizes of 0, 1 or equal to another, which torch does too often."""
+    """Return whether a condition only excludes sizes that are 0, 1 or equal to another size, as torch often does."""
     if isinstance(condition, sympy.Ne):
         return True
     if isinstance(condition, sympy.StrictLessThan | sympy.StrictGreaterThan):

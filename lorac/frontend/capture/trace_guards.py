@@ -1,7 +1,7 @@
-"""The lines of a model that add guards to its trace or make it fail.
+"""The lines of a model that add guards to its trace or make the trace fail.
 
-Tracing runs the model's own Python, so its frames are in every traceback. torch keeps only the results of comparisons
-of sizes, but it logs each guard while the line that needs it runs.
+Tracing runs the model's Python code, so that its frames are in every traceback. torch keeps only the results of
+comparisons of sizes, but it logs each guard while the line that causes it runs.
 """
 
 import functools
@@ -23,17 +23,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _ADDED = re.compile(r"(\S.*) \[guard added\]")
 _ENTERED = "_call_impl"
-"""torch's function that calls a module's forward; frames outside of it are not the model's."""
+"""torch's function that calls a module's forward; frames outside it are not the model's."""
 
 
 @dataclass(frozen=True)
 class TraceGuard:
-    """A condition that a trace assumes from some line on.
+    """A condition that a trace assumes from one line of the model on.
 
     Attributes:
         condition: as torch writes it, such as ``Eq(s27, 7)``.
-        line: ``file:line: code`` of the innermost line of the model that needs it.
-        module: the module that it belongs to, if there is one.
+        line: ``file:line: code`` of the innermost line of the model that causes it.
+        module: the module to which the line belongs, if there is one.
     """
 
     condition: str
@@ -42,13 +42,14 @@ class TraceGuard:
 
 
 _LONGEST_CONDITION = 1000
-"""Characters of a condition on sizes. Convolutional models stay below 200; computing with longer ones takes minutes."""
+"""Most characters of a condition on sizes. Convolutional models stay below 200; longer conditions take minutes to
+evaluate."""
 _TOO_LONG = "too long"
-"""Stands for a condition of more than ``_LONGEST_CONDITION``."""
+"""Text for a condition of more than ``_LONGEST_CONDITION`` characters."""
 
 
 class SizesTooComplex(Exception):
-    """Ends a trace whose conditions on sizes grow too long to be computed with.
+    """An error that ends a trace whose conditions on sizes grow too long to evaluate.
 
     Args:
         guard: the first such condition.
@@ -60,12 +61,12 @@ class SizesTooComplex(Exception):
 
 
 def record_guards(forward: Callable[P, T], found: list[TraceGuard], *, bounded: bool = False) -> Callable[P, T]:
-    """Return a forward that, while it is traced, records the guards it adds.
+    """Wrap a forward so that its trace records the guards that it adds.
 
-    With ``bounded`` it raises ``SizesTooComplex`` where a condition is longer than ``_LONGEST_CONDITION``.
+    With ``bounded`` it raises ``SizesTooComplex`` for a condition longer than ``_LONGEST_CONDITION``.
 
-    torch logs each guard while the line that needs it runs, through the logger of the sizes of one trace: that gets
-    another logger, which no other trace has.
+    torch logs each guard while the line that causes it runs, through the logger of one trace's sizes; this logger is
+    replaced by a private one, so that other traces are not recorded.
     """
 
     @functools.wraps(forward)
@@ -93,7 +94,7 @@ class _GuardHandler(logging.Handler):
         added = _ADDED.search(record.getMessage())
         line = find_running_model_line() if added else None
         if added and line:
-            # A list of frames would contain its own, and keep the tensors of this trace for the next one.
+            # A list of frames would contain its own frame, and keep the tensors of this trace alive.
             module = _find_module(frame for frame, _ in traceback.walk_stack(None))
             condition = added[1].removeprefix("eval ")
             if self._bounded and len(condition) > _LONGEST_CONDITION:
@@ -102,7 +103,7 @@ class _GuardHandler(logging.Handler):
 
 
 def find_running_model_line() -> str | None:
-    """Return the innermost line of a model that is running, or None."""
+    """Return the innermost running line of a model, or None."""
     frame: FrameType | None = sys._getframe(1)
     found = None
     while frame is not None:
@@ -115,7 +116,7 @@ def find_running_model_line() -> str | None:
 
 
 def _find_module(frames: Iterable[FrameType]) -> nn.Module | None:
-    """Return the module that the innermost method of a model belongs to, given the innermost frame first."""
+    """Return the module to which the innermost method of a model belongs, given the innermost frame first."""
     owners = (frame.f_locals.get("self") for frame in frames if is_user_code(frame.f_code.co_filename))
     return next((owner for owner in owners if isinstance(owner, nn.Module)), None)
 
@@ -130,7 +131,7 @@ def find_failing_module(error: BaseException) -> nn.Module | None:
 
 
 def find_fixing_line(guards: Sequence[TraceGuard], symbol: str) -> str | None:
-    """Return the line that fixed a size, given torch's symbol for the size."""
+    """Return the line that fixed a size, given torch's symbol for it; None if unknown."""
     pattern = re.compile(rf"\b{re.escape(symbol)}\b")
     equal = [guard for guard in guards if guard.condition.startswith("Eq(") and pattern.search(guard.condition)]
     exact = [guard for guard in equal if guard.condition.startswith(f"Eq({symbol}, ")]

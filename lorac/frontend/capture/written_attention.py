@@ -1,8 +1,8 @@
-"""attention: attention that a transformers model writes out becomes the op of ``lorac.ir.graph.attention_ops`` too.
+"""attention: attention written out in a transformers model becomes the op of ``lorac.ir.graph.attention_ops``.
 
-Some models compute ``softmax(q·kᵀ·scale + mask)·v`` in ops of their own, add a bias to the scores before, or fill the
-scores that the mask hides. A softmax between two products shows where they attend. The mask is transformers', which is
-a token during a trace, or the model's own: a value that depends on sizes alone is computed, and shows its window.
+Some models compute ``softmax(q·kᵀ·scale + mask)·v`` in their own ops, add a bias to the scores, or fill the scores that
+the mask hides. A softmax between two products identifies attention. The mask is transformers', which is a token tensor
+during a trace, or the model's own: a value that depends only on sizes is computed, and shows its window.
 """
 
 import functools
@@ -32,15 +32,15 @@ _SAME_VALUES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_
 _CASTS = frozenset(
     {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.dropout.default, aten.alias.default}
 )
-"""Ops that leave values unchanged in evaluation, up to rounding."""
+"""Ops that do not change values in evaluation, up to rounding."""
 _PASSING = _SAME_VALUES | _CASTS | {aten.contiguous.default}
 _AXES = 4
-"""Axes of queries, keys and values: rows, heads, tokens, features."""
+"""Number of axes of queries, keys and values: rows, heads, tokens, features."""
 _SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 _FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.masked_fill.Tensor, aten.where.self})
 _MAXIMA = frozenset({aten.maximum.default, aten.max.other})
 _HIDDEN = -1e4
-"""Scores from here on have no share of a softmax."""
+"""Scores up to this value have no share of a softmax."""
 _SHAPED = frozenset({aten.ones_like.default, attention_ops.POSITIONS})
 _REPEATING = frozenset({aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor})
 
@@ -48,7 +48,7 @@ _REPEATING = frozenset({aten.expand.default, aten.unsqueeze.default, aten.slice.
 @final
 @dataclass(frozen=True)
 class FoldWrittenAttention(Pass):
-    """Replace attention that is written out."""
+    """Replace attention that is written out by the op."""
 
     name: ClassVar[str] = "attention"
     reads: ClassVar[Level] = Level.TRACED
@@ -85,7 +85,7 @@ class FoldWrittenAttention(Pass):
 
 
 def _erase_unused(node: fx.Node) -> None:
-    """Erase a node without readers, and the nodes that it alone reads; dropout would count as an effect otherwise."""
+    """Erase a node without readers, and the nodes that only it reads; unused dropout would count as an effect."""
     if node.op != "call_function" or any(
         user.target is not aten._assert_tensor_metadata.default for user in node.users
     ):
@@ -130,13 +130,13 @@ def _join_key_bias(
 
 @dataclass
 class _Scores:
-    """The parts of scores that are found on the way back from their softmax.
+    """The parts of scores, found by a walk back from their softmax.
 
     Attributes:
-        scale: their factor.
-        bias: added to them.
-        window: that of a causal mask, None without.
-        filled: another mask, and which of its booleans hide a score.
+        scale: factor of the scores.
+        bias: node that is added to the scores.
+        window: window of a causal mask; None without a mask.
+        filled: another mask, and the boolean value in it that hides a score.
     """
 
     scale: float = 1.0
@@ -145,16 +145,16 @@ class _Scores:
     filled: tuple[fx.Node, bool] | None = None
 
     def hide(self, window: int | None) -> None:
-        """Note a causal mask; of two windows, the narrower one counts."""
+        """Record a causal mask; of two windows, the narrower counts."""
         if window is not None:
             self.window = min(window, self.window) if window and self.window else window or self.window or 0
 
 
 class _ScoreReader:
-    """Reads the scores of attention, back from the softmax to the product of queries and keys.
+    """A reader of attention scores, from the softmax back to the product of queries and keys.
 
     Args:
-        graph: at level traced; its longest sequence is bounded by the masks that are computed.
+        graph: a graph at level traced; computed masks bound its longest sequence.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -201,7 +201,7 @@ class _ScoreReader:
             return skip
         bias, window = self.read_bias(scores.bias)
         scores.hide(window)
-        if bias is not None and bias.meta["val"].dim() == _AXES - 1:  # of (rows · heads, …) or (heads, …)
+        if bias is not None and bias.meta["val"].dim() == _AXES - 1:  # (rows · heads, …) or (heads, …)
             bias = insert(aten.unflatten.int, bias, 0, [-1, q.meta["val"].shape[1]])
         seen = None
         if scores.filled is not None:
@@ -210,7 +210,7 @@ class _ScoreReader:
         return q, k, v, bias, seen, None, None, float(scores.scale), scores.window is not None, scores.window or 0, 0.0
 
     def read_bias(self, bias: Any) -> tuple[fx.Node | None, int | None]:
-        """Return a bias without the causal mask in it, None for nothing, and the mask's window, None for no mask."""
+        """Return a bias without its causal mask, None for nothing, and the mask's window, None without a mask."""
         window = self._find_window(bias, None)
         if bias is None or window is not None:
             return None, window
@@ -233,7 +233,7 @@ class _ScoreReader:
         return insert(aten.unsqueeze.default, insert(aten.transpose.int, found, 1, 2), 2)
 
     def _peel(self, node: fx.Node, scores: _Scores) -> fx.Node | None:
-        """Return the scores from which a node computes scores, and note how; None if it is another op."""
+        """Return the scores from which a node computes scores, and record the step; None if the op is unknown."""
         operands: Operands = node.args
         if node.target in _PASSING or (node.target in _MAXIMA and self._hides(operands[1])):
             return operands[0]
@@ -245,7 +245,7 @@ class _ScoreReader:
             and scores.window is not None
             and scores.window == self._find_window(operands[1], False)
         ):
-            return operands[0]  # by 1 where they are seen
+            return operands[0]  # the factor is 1 where scores are seen
         if node.target in _FILLS and self._hides(operands[2]):
             where = node.target is aten.where.self
             mask, inner = operands[0 if where else 1], operands[int(where)]
@@ -279,7 +279,7 @@ class _ScoreReader:
 
         Args:
             mask: a node.
-            hides: which booleans hide a score; None for numbers that are added.
+            hides: the boolean value that hides a score; None for an additive mask.
         """
         if not isinstance(mask, fx.Node):
             return None
@@ -316,11 +316,11 @@ class _ScoreReader:
         masks = {node: torch.ops.lorac.mask(like, sizes, node.args[2]) for node in tokens}
         try:
             return evaluate(mask, self._known | masks, {str(self._rows): 1, str(self._length): self._count})
-        except Exception:  # an op may raise anything for sizes that it was not traced with, or for missing values
+        except Exception:  # an op may raise any error for sizes with which it was not traced, or for missing values
             return None
 
     def _find_heads(self, before: fx.Node, node: fx.Node) -> fx.Node | None:
-        """Return a value with rows and heads apart, given itself or with both as one axis."""
+        """Return a value with separate axes of rows and heads, given that value or one with both as one axis."""
         inner = node
         while inner.meta["val"].dim() != _AXES and inner.target in _PASSING:
             inner = inner.all_input_nodes[0]

@@ -1,1 +1,1 @@
-"""Libraries of models: each module defines ``HOST``, a subclass of ``lorac.frontend.host.Host``."""
+"""Hosts by library: each module defines ``HOST``, a subclass of ``lorac.frontend.host.Host``."""

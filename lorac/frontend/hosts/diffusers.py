@@ -1,6 +1,6 @@
-"""Models of diffusers, recognised without importing it: example inputs by their configurations, and the axes that vary.
+"""Models of diffusers, recognised without importing it: example inputs from the configuration, and varying axes.
 
-An argument of one name holds the same in all of them, so each has one row in a table.
+An argument name has the same meaning in all models, so that each name has one row in a table.
 """
 
 import sys
@@ -15,7 +15,7 @@ from lorac.ir.calls.call import Inputs
 
 _ROWS, _TOKENS, _FRAMES, _PATCHES = 2, 7, 4, (2, 3)
 _TIME_IDS = 6
-"""Sizes and crops that Stable Diffusion XL is conditioned on."""
+"""Number of sizes and crops with which Stable Diffusion XL is conditioned."""
 
 Shape = tuple[int, ...]
 
@@ -27,14 +27,14 @@ _AXES: Mapping[tuple[str, int], Mapping[int, str]] = {
     ("encoder_hidden_states", 3): {1: "tokens"},
     ("txt_ids", 2): {0: "tokens"},
 }
-"""Argument and its number of axes -> the axes that vary beside the rows, by name."""
+"""Argument and its number of axes -> the varying axes besides the rows, with names."""
 
 
 class DiffusersHost(Host):
     """A model of diffusers."""
 
-    named_sizes = (False,)  # it restricts its rows (upsampling distinguishes 64), which torch refuses for a named size
-    row_numbers = ("timestep",)  # schedulers give one for all rows, as integers or floats
+    named_sizes = (False,)  # models restrict rows (upsampling tests for 64), which torch refuses for a named size
+    row_numbers = ("timestep",)  # schedulers pass one number for all rows, an int or a float
     free_sizes = frozenset({"frames", "height", "width", "patches", "tokens"})
 
     @classmethod
@@ -56,14 +56,14 @@ class DiffusersHost(Host):
     def _make(self, shape: Shape | Mapping[str, Shape]) -> object:
         if isinstance(shape, Mapping):
             return {name: self._make(inner) for name, inner in shape.items()}
-        if shape == (_ROWS,):  # a time or a strength for each row
+        if shape == (_ROWS,):  # one time or strength per row
             return torch.linspace(0.25, 0.75, _ROWS, device=self.device)
         if len(shape) == 2 + len(_IMAGE) and any(isinstance(module, nn.Conv3d) for module in self.model.modules()):
             shape = (*shape[:2], _FRAMES, *shape[2:])
         return self.make_wave(shape)
 
     def axes(self, name: str, value: Tensor, inputs: Inputs) -> dict[int, str]:
-        """Name the axes along which pixels, patches or tokens lie."""
+        """Name the axes of pixels, patches or tokens."""
         return dict(_AXES.get((name, value.dim()), {}))
 
     def decoder(self) -> nn.Module:
@@ -80,19 +80,19 @@ HOST = DiffusersHost
 
 
 _UNKNOWN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
-"""Fields of configurations that ask for arguments of which they do not give the shape."""
+"""Fields of configurations that require arguments whose shapes the configuration does not determine."""
 
 
 def _size(config: JsonMapping, names: Collection[str]) -> int | None:
-    """Return the first of several fields that is set; of one per block that of the first block."""
+    """Return the first of these fields that is set; for a field with one value per block, the first block's."""
     found = next((config[name] for name in names if config.get(name) is not None), None)
     return found if found is None or isinstance(found, int) else int(found[0])
 
 
 def _image(config: JsonMapping) -> Shape | None:
-    """Return the shape of images or latents whose sides a model halves, or cuts into patches."""
+    """Return the shape of images or latents whose sides a model halves, or divides into patches."""
     channels, blocks, patch = (config.get(name) for name in ("in_channels", "block_out_channels", "patch_size"))
-    side = max(patch) if isinstance(patch, Sequence) else patch  # of frames, rows and columns
+    side = max(patch) if isinstance(patch, Sequence) else patch  # sizes of frames, rows and columns
     factor = 2 ** (len(blocks) - 1) if blocks else side
     return (_ROWS, channels, *(factor * size for size in _PATCHES)) if channels and factor else None
 
@@ -105,7 +105,7 @@ def _latents_or_patches(config: JsonMapping) -> Shape | None:
 
 
 def _vectors(*names: str, items: Shape = ()) -> Callable[[JsonMapping], Shape | None]:
-    """Return the shape of one vector for each row, or of several, whose width the first field that is set gives."""
+    """Return a function for the shape of one or more vectors per row; the first field that is set is the width."""
 
     def shape(config: JsonMapping) -> Shape | None:
         size = _size(config, names)
@@ -149,4 +149,4 @@ _SHAPES: Mapping[str, Callable[[JsonMapping], Shape | Mapping[str, Shape] | None
     "timestep_cond": _vectors("time_cond_proj_dim"),
     "added_cond_kwargs": _text_and_time,
 }
-"""Argument of forward -> its shape by the configuration; None where the model does not need it."""
+"""Argument of forward -> function (config) -> its shape, or None if the model does not need the argument."""

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRACE_CONFIG = CAPTURE_CONFIG | {"_experts_implementation": "batched_mm"}
-"""Fields set during a trace: experts are multiplied by ops that every target has, not by kernels for token groups."""
+"""Configuration fields during a trace: experts use ops that every target supports, not kernels for token groups."""
 TIES = "tie_word_embeddings"
-"""Field of a configuration: whether the input's and the output's embedding are one tensor."""
+"""Configuration field: whether the input embedding and the output embedding are one tensor."""
 _IDS = "input_ids"
 _SEQUENCES = frozenset({_IDS, "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
 _DECODER = "decoder_"
-"""Prefix of the arguments of a decoder that has an encoder."""
+"""Prefix of the decoder's arguments in a model with an encoder."""
 _TABLE = 2
-"""Axes of token ids: rows, and the sequence along each."""
+"""Number of axes of token ids: rows, and sequence."""
 
 
 class TransformersHost(Host):
@@ -56,12 +56,12 @@ class TransformersHost(Host):
         return inputs
 
     def defaults(self) -> dict[str, object]:
-        config = self.model.config  # there None means the value in the configuration
+        config = self.model.config  # None means the configuration's value
         switches = {name: getattr(config, name) for name in OUTPUT_SWITCHES if hasattr(config, name)}
         return super().defaults() | switches | CAPTURE_CONFIG
 
     def axes(self, name: str, value: Tensor, inputs: Inputs) -> dict[int, str]:
-        """Name the axis along a sequence: of inputs with such a name, or with one or several integers per token."""
+        """Name the sequence axis of inputs with such a name, or with one or more integers per token."""
         if value.dim() < _TABLE:
             return {}
         plain = name.removeprefix(_DECODER)
@@ -80,7 +80,7 @@ class TransformersHost(Host):
 
     @property
     def longest(self) -> int | None:
-        """The longest sequence that a table of positions admits; None where positions are computed (rotary)."""
+        """The longest sequence that a table of positions admits; None if positions are computed (rotary)."""
         limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         named = (m for path, m in self.model.named_modules() if re.search(r"(^|\.)(wpe|\w*position\w*)$", path))
         tensors = (
@@ -95,24 +95,24 @@ class TransformersHost(Host):
         return self.model.can_generate()
 
     def find_number_inputs(self, inputs: Inputs) -> dict[str, object]:
-        """Find the tensors that forward reads as numbers, such as sizes of images, by transformers' exporter."""
+        """Use transformers' exporter to find the tensors that forward reads as numbers, such as sizes of images."""
         (utils, _), prepared = _import_exporter(), dict(inputs)
-        with contextlib.suppress(Exception):  # it may fail on arguments that the model does not have
+        with contextlib.suppress(Exception):  # the exporter may fail for arguments that the model lacks
             utils.precompute_export_inputs(self.model, prepared)
         tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
         return {name: prepared[name] for name in tensors if not isinstance(prepared[name], Tensor)}
 
     def find_positions(self) -> MultimodalPositions | None:
-        """Return the model's own method on a copy without weights."""
+        """Return the model's method, bound to a copy without weights."""
         model = self.model
         owner = next((one for one in (model, model.base_model) if hasattr(one, ROPE_METHOD)), None)
         if owner is None or POSITION_IDS not in self.parameters:
             return None
-        # transformers refuses its own ``to`` for some quantised models.
+        # transformers' ``to`` refuses some quantised models.
         return MultimodalPositions(nn.Module.to(copy_structure(owner, share_buffers=True), "meta"))
 
     def trace(self, inputs: Any, shapes: Any) -> ExportedProgram:
-        """Trace inside the contexts of transformers' exporter, which patch code of its models that does not trace."""
+        """Trace inside the contexts of transformers' exporter, which patch untraceable code of its models."""
         utils, exporter = _import_exporter()
         self.configure(TRACE_CONFIG)
         model, named, flags = utils.prepare_for_export(self.model, dict(inputs))
@@ -136,16 +136,16 @@ class TransformersHost(Host):
         return [self.model.get_encoder()] if getattr(self.model.config, "is_encoder_decoder", False) else []
 
     def record_untied_weights(self) -> None:
-        """Make the configuration of a copy agree with its weights, some of which are tied no longer.
+        """Update a copy's configuration to its weights, some of which were untied.
 
-        Where none is tied, ``tie_word_embeddings`` becomes False, which every reader of a checkpoint goes by. It stays
-        as it is where the model computes by it (Switch scales its outputs): transformers does not tie weights that a
-        checkpoint holds under both names with different values.
+        If no weights are tied, ``tie_word_embeddings`` becomes False, which every reader of a checkpoint follows. The
+        field does not change if the model's computation depends on it (Switch scales its outputs): transformers does
+        not tie weights that a checkpoint stores under both names with different values.
         """
         model = self.model
         known = dict(model.named_parameters(remove_duplicate=False))
         declared = getattr(model, "all_tied_weights_keys", None)
-        if declared is None:  # transformers 4 ties them again by the field, whatever a checkpoint holds
+        if declared is None:  # transformers 4 ties them again if the field is set, whatever a checkpoint stores
             field = getattr(model.config.get_text_config(decoder=True), TIES, True)
             alike = [name for name in model._tied_weights_keys or () if name in known and field]
             shared: Any = model.get_input_embeddings().weight if alike else None
@@ -180,7 +180,7 @@ HOST = TransformersHost
 
 
 def find_stored_positions(config: Mapping[str, Any]) -> MultimodalPositions | None:
-    """Return the method of a model of transformers' own, from the entries of its configuration alone."""
+    """Return the positions method of a transformers model, built only from its configuration's entries."""
     from transformers.models.auto import CONFIG_MAPPING, MODEL_MAPPING
 
     kind = str(config.get("model_type"))
@@ -194,7 +194,7 @@ def find_stored_positions(config: Mapping[str, Any]) -> MultimodalPositions | No
 
 
 def require_graphs(purpose: str) -> None:
-    """Raise ``Unavailable`` for releases of transformers without the exporter and generation that graphs need."""
+    """Raise ``Unavailable`` for releases of transformers that lack the exporter and generation that graphs need."""
     _check_release(purpose, "5.24", "compile with target='eager'")
 
 
@@ -204,7 +204,7 @@ def _check_release(purpose: str, needed: str, otherwise: str) -> None:
 
 
 def _import_exporter() -> tuple[Any, Any]:
-    """Return the two modules of transformers' exporter that a trace needs."""
+    """Return the two modules of transformers' exporter that are needed to trace."""
     require_graphs("capture for ONNX and TensorRT")
     from transformers.exporters import exporter_dynamo, utils
 
@@ -212,9 +212,9 @@ def _import_exporter() -> tuple[Any, Any]:
 
 
 def _list_patches(utils: Any) -> Iterator[tuple[object, str, object]]:
-    """Yield the exporter's patches of imported modules and their classes.
+    """Yield the exporter's patches for imported modules and their classes.
 
-    Its own ``apply_patches`` imports every model that it has a patch for, which takes most of a second.
+    The exporter's ``apply_patches`` imports every model for which it has a patch, which takes most of a second.
     """
     for path, name, patch in utils._PATCHES["dynamo"]:
         module, _, owner = path.rpartition(".")

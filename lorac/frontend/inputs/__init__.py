@@ -1,1 +1,1 @@
-"""Inputs with which a model is captured: made from its configuration, and the axes along which they may vary."""
+"""Example inputs of a capture: made from the model's configuration, and their axes that may vary."""

@@ -1,4 +1,4 @@
-"""Default dynamic shapes of a capture: which axes of the inputs are the batch, and which run along a sequence."""
+"""Default dynamic shapes of a capture: the batch axes and sequence axes of the inputs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 _SAMPLES = "input_values"
 _BATCH, _PACKED = "batch", "packed"
-"""Sizes: the number of rows, and that of items that lie one after another for all rows."""
+"""Names of sizes: the number of rows, and the number of items concatenated over all rows."""
 
 
 def make_dynamic_shapes(host: Host, inputs: Inputs, *, named: bool = True) -> dict[str, object]:
-    """Return dynamic shapes for the batch of every tensor, the length of sequences and sounds, and sides of latents.
+    """Return dynamic shapes: batch of every tensor, length of sequences and sounds, sides of latents.
 
-    Rows of token ids are the batch. An input with several items for each of them, such as the patches of all images one
-    after another, has a size that torch is to narrow.
+    The rows of token ids are the batch. An input with several items per row, such as the concatenated patches of all
+    images, has a size that torch may narrow.
 
     Args:
-        host: names the axes, and bounds the length where positions come from a table.
-        inputs: the example inputs by name; the result is nested as they are.
+        host: the model, which names the axes, and bounds the length if positions are in a table.
+        inputs: the example inputs by name; the result has the same nesting.
         named: ``Dim``s called batch, length and decoder_length; else ``Dim.AUTO``, which lets torch narrow them.
     """
     leaves = pytree.tree_leaves_with_path(dict(inputs))
@@ -42,7 +42,7 @@ def make_dynamic_shapes(host: Host, inputs: Inputs, *, named: bool = True) -> di
     longest = None if sequences is None else sequences.longest
     tensors = (value for _, value in leaves if isinstance(value, Tensor) and value.dim())
     batch = sequence_rows if sequence_rows is not None else next((value.shape[0] for value in tensors), None)
-    # Strided windows over samples restrict their number; a number of patches per row restricts the patches'.
+    # Strided windows over samples restrict the number of samples; a patch count per row restricts the patches.
     free = {"samples", _PACKED, *host.free_sizes}
 
     @functools.cache
@@ -73,15 +73,15 @@ def _name_leaf(path: pytree.KeyPath) -> str:
 
 
 def let_narrow(shapes: object) -> object:
-    """Return dynamic shapes that torch may restrict further, but not fix: each ``Dim`` with a name becomes a hint.
+    """Return dynamic shapes that torch may restrict, but not fix: each named ``Dim`` becomes a hint.
 
-    torch refuses a named ``Dim`` for every size that it excludes, such as 1, whether or not the model does.
+    torch refuses a named ``Dim`` if it excludes any size, such as 1, even if the model does not.
     """
     return pytree.tree_map_only(Dim, lambda dim: Dim.DYNAMIC, shapes)
 
 
 def fix_hinted_axes(shapes: object) -> object:
-    """Return dynamic shapes in which ``Dim.AUTO`` leaves only first axes free, which are the batch."""
+    """Return dynamic shapes in which axes with ``Dim.AUTO`` are fixed, except first axes, which are the batch."""
 
     def fix(path: pytree.KeyPath, dim: object) -> object:
         axis = getattr(path[-1], "key", getattr(path[-1], "idx", 0)) if path else 0
@@ -91,7 +91,7 @@ def fix_hinted_axes(shapes: object) -> object:
 
 
 def list_dynamic_axes(axes: object) -> list[int]:
-    """Return the axes of a tensor that its dynamic shapes leave free.
+    """Return the axes of a tensor that its dynamic shapes declare as dynamic.
 
     Args:
         axes: as torch.export takes them: ``Dim``s or hints by axis, or in order; None for a fixed axis.
@@ -101,11 +101,11 @@ def list_dynamic_axes(axes: object) -> list[int]:
 
 
 def repeat_unit_axes(value: Any, axes: Any) -> Any:
-    """Repeat each dynamic axis of size 1 once, since torch.export treats a size of 1 as a constant.
+    """Repeat each dynamic axis of size 1 once, since torch.export treats size 1 as a constant.
 
     Args:
         value: a tensor, or tensors in dicts, lists and tuples.
-        axes: its dynamic shapes, nested alike.
+        axes: its dynamic shapes, with the same nesting.
     """
     if isinstance(value, Mapping) and isinstance(axes, Mapping):
         return type(value)({name: repeat_unit_axes(inner, axes.get(name)) for name, inner in value.items()})  # type: ignore[call-arg]  # a dict
@@ -118,7 +118,7 @@ def repeat_unit_axes(value: Any, axes: Any) -> Any:
 
 
 def repeat_unit_axes_of_inputs(host: Host, inputs: object, dynamic_shapes: object) -> object:
-    """Return inputs, in order or by name, after ``repeat_unit_axes`` for each of them."""
+    """Apply ``repeat_unit_axes`` to each input; inputs are by name or in order."""
     shapes, named = host.bind_values(dynamic_shapes), host.bind_values(inputs)
     values = {name: repeat_unit_axes(value, shapes.get(name)) for name, value in named.items()}
     if isinstance(inputs, Mapping):
@@ -127,9 +127,9 @@ def repeat_unit_axes_of_inputs(host: Host, inputs: object, dynamic_shapes: objec
 
 
 def spread_row_numbers(host: Host, inputs: object, shapes: object) -> tuple[object, object]:
-    """Return example inputs and their dynamic shapes with one number for each row where the host takes such numbers.
+    """Expand a single number to one number per row, in example inputs and dynamic shapes, where the host takes such.
 
-    A program is then called with whatever a scheduler gives: one number for all rows, of any dtype.
+    A program can then be called with the numbers of any scheduler: one number for all rows, of any dtype.
     """
     named = host.bind(inputs) if host.row_numbers and inputs is not None else {}
     rows_of = next((name for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 1), None)
@@ -146,10 +146,10 @@ def spread_row_numbers(host: Host, inputs: object, shapes: object) -> tuple[obje
 
 
 def find_row_numbers(host: Host, values: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the inputs with one number for each row -> an input with as many rows.
+    """Return each input with one number per row -> another input with the same rows.
 
     Args:
-        values: input -> a tensor of its shape, which may have symbols for sizes.
+        values: input -> a tensor of its shape; sizes may be symbolic.
     """
     found: dict[str, str] = {}
     for name in host.row_numbers:
@@ -161,11 +161,11 @@ def find_row_numbers(host: Host, values: Mapping[str, Tensor]) -> dict[str, str]
 
 
 def find_row_layout(host: Host, inputs: Inputs, constants: Inputs) -> RowLayout | None:
-    """Return where the rows of an example call lie; None where no input has any.
+    """Return the row axes of an example call; None if no input has rows.
 
     Args:
         inputs: the captured inputs by name.
-        constants: arguments that the program holds.
+        constants: arguments that are constants of the program.
     """
     shapes = make_dynamic_shapes(host, inputs)
     free = {name: axes.items() if isinstance(axes, Mapping) else () for name, axes in shapes.items()}

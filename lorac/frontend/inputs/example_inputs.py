@@ -12,20 +12,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lorac.frontend.host import Host
 
-_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5  # never 0 or 1, which torch.export takes for constants; distinct primes
+_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5  # never 0 or 1, which torch.export treats as constants; distinct primes
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
-"""Names in configurations of the id that stands for a patch of an image."""
+"""Configuration fields for the token id that stands for a patch of an image."""
 _PIXELS, _VIDEOS = "pixel_values", "pixel_values_videos"
 _IMAGES = (_PIXELS, _VIDEOS)
-"""Arguments that hold images."""
+"""Arguments that take images."""
 
 
 def make_example_inputs(host: Host) -> dict[str, Any] | None:
     """Make example inputs of a transformers model.
 
     Returns:
-        Inputs by name. None: the main input is not token ids, pixels or sound, or the model joins them in another way
-        than by one id for each patch of an image.
+        Inputs by name. None: the main input is not token ids, pixels or sound, or the model does not mark each patch of
+            an image by one token id.
     """
     config: Any = host.model.config
     main, names = getattr(host.model, "main_input_name", None), host.parameters
@@ -54,12 +54,12 @@ def make_example_inputs(host: Host) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def _insert_image_tokens(host: Host, ids: Tensor, pixels: Tensor, token: int) -> dict[str, Tensor] | None:
-    """Return ids and pixels that fit each other, of one image a row; None where the number of patches cannot be found.
+    """Return ids and pixels that fit, with one image per row; None if the number of patches is unknown.
 
     Args:
-        host: a copy of its model encodes the images.
+        host: the model; a copy of it encodes the images.
         ids: (rows, length).
-        pixels: (rows, channels, height, width); a model that takes several images a row gets a list of one.
+        pixels: (rows, channels, height, width); a model that takes several images per row gets one.
         token: the id that stands for a patch.
     """
     copied: Any = host.copy().model.eval()
@@ -74,7 +74,7 @@ def _insert_image_tokens(host: Host, ids: Tensor, pixels: Tensor, token: int) ->
 
 
 def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:
-    """Count the feature vectors of all images; 0 where pixels of this shape alone do not suffice."""
+    """Count the feature vectors of all images; return 0 if the model needs more than pixels of this shape."""
     try:
         features = encode(**{_PIXELS: pixels})
     except Exception:
@@ -85,7 +85,7 @@ def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:
 
 
 def describe_processor_call(host: Host) -> str:
-    """Return code that makes example inputs by the processor of a transformers model."""
+    """Return code that makes example inputs with the processor of a transformers model."""
     arguments = {"images": _IMAGES, "audio": tuple(_SOUNDS), "text": ("input_ids",)}
     kinds = [kind for kind, inputs in arguments.items() if not host.parameters.keys().isdisjoint(inputs)]
     path = getattr(host.model.config, "name_or_path", "") or "the model's name"
@@ -94,7 +94,7 @@ def describe_processor_call(host: Host) -> str:
 
 
 def _make_ids(config: Any, length: int, device: torch.device | None) -> Tensor:
-    """Make distinct-looking token ids without a random generator; the last one ends the text (CLIP looks for it)."""
+    """Make varied token ids without a random generator; the last id ends the text (CLIP searches for it)."""
     text = config.get_text_config(decoder=True)
     ids: Tensor = (torch.arange(_BATCH * length, device=device).reshape(_BATCH, length) * 5 + 3) % text.vocab_size
     end = getattr(text, "eos_token_id", None)
@@ -104,7 +104,7 @@ def _make_ids(config: Any, length: int, device: torch.device | None) -> Tensor:
 
 
 def _image_shape(config: object, name: str) -> tuple[int, ...] | None:
-    """Return the shape of images, or of videos, of the configured size; None where no size is configured."""
+    """Return the configured shape of images or videos; None if no size is configured."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
     if isinstance(size, Mapping):
@@ -119,7 +119,7 @@ def _image_shape(config: object, name: str) -> tuple[int, ...] | None:
 
 
 def _samples_shape(config: object) -> tuple[int, ...] | None:
-    """Return the shape of a sound: samples for a stack of convolutions, or a spectrogram of a fixed size."""
+    """Return the shape of a sound: samples for a stack of convolutions, or a spectrogram of fixed size."""
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if kernels and strides:
         count = _LENGTH
@@ -130,7 +130,7 @@ def _samples_shape(config: object) -> tuple[int, ...] | None:
 
 
 def _spectrogram_shape(config: object) -> tuple[int, ...] | None:
-    """Return the shape of a spectrogram with time last, two frames for each position of the encoder."""
+    """Return the shape of a spectrogram whose last axis is time, with two frames per position of the encoder."""
     shape = _configured_shape(config, "num_mel_bins", "max_source_positions")
     return None if shape is None else (*shape[:2], 2 * shape[2])
 
@@ -144,4 +144,4 @@ _SOUNDS: Mapping[str, Callable[[object], tuple[int, ...] | None]] = {
     "input_values": _samples_shape,
     "input_features": _spectrogram_shape,
 }
-"""Arguments that hold sounds -> their shapes."""
+"""Arguments that take sounds -> functions for their shapes."""
