@@ -20,7 +20,7 @@ from lorac.backends.openvino.compiled_model import OV_TYPES
 from lorac.backends.openvino.options import OpenVINOOptions
 from lorac.errors import InputMismatch
 from lorac.ir.calls.interface import Interface
-from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, present_name
+from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_past_input, present_name
 from lorac.ir.graph.feeds import CacheInputShape
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.composition import ComposedWeights
@@ -64,8 +64,10 @@ class CompiledGraph:
             for name, port in zip(names, model.inputs, strict=True)
         }
         self.outputs = interface.outputs
-        shapes = _shapes_of(names, model.inputs), _shapes_of(self.outputs, model.outputs)
-        self.cache = CacheLayout.of(*shapes, metadata.get(MAX_LENGTH_KEY), read_whole=True)
+        inputs, outputs = _shapes_of(names, model.inputs), _shapes_of(self.outputs, model.outputs)
+        if any(map(is_past_input, names)):  # OpenVINO drops the lengths, which no op of a model of states alone reads
+            inputs.setdefault(PAST_LENGTHS, ((None,), torch.int64))
+        self.cache = CacheLayout.of(inputs, outputs, metadata.get(MAX_LENGTH_KEY), read_whole=True)
         self.turns = threading.BoundedSemaphore(_WAITING * options.streams)
 
 
