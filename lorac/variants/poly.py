@@ -4,7 +4,7 @@ Ponti et al. 2022, arXiv 2202.13914; several splits are multi-head routing: Cacc
 and start values as in PEFT, whose logits start within 1e-3 of zero.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from lorac.argument_types import Bounds, Count
 from lorac.errors import OptionError
 from lorac.variants._layer_sizes import require_divisor
+from lorac.variants._tasks import split_tasks
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import uniform, zeros
@@ -55,10 +56,7 @@ class Poly(WeightVariant):
     @staticmethod
     def by_task(adapter: Adapter) -> dict[str, Adapter]:
         """Return one adapter per task of a Poly adapter, named ``<adapter>-<task>``; all share its tensors."""
-        variant = adapter.variant
-        assert isinstance(variant, Poly)
-        names = {f"{adapter.name}-{task}": task for task in range(variant.n_tasks)}
-        return {name: replace(adapter, name=name, variant=replace(variant, task=task)) for name, task in names.items()}
+        return split_tasks(adapter, Poly, "n_tasks")
 
     def check(self, site: Site) -> None:
         super().check(site)

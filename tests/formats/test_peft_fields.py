@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -12,10 +13,11 @@ import torch
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+import lorac
 from lorac import DoRA, FormatError, LoRA, load_adapter
 from lorac.formats._config_fields import Refused
 from lorac.formats.peft.config import REFUSED_TYPES, peft_types
-from tests.peft_files import CONFIG, configure, make_peft, of_peft_0_21, save_small
+from tests.peft_files import CONFIG, configure, make_peft, of_peft_0_21, quiet, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -56,6 +58,20 @@ def test_rejects_some_types_with_a_reason(kind: str, folder: Path) -> None:
     configure(folder, peft_type=kind)
     with refuses("unsupported_field", match=f"is of peft_type {kind}, a second model of the base's architecture"):
         load_adapter(folder)
+
+
+@of_peft_0_21
+@torch.no_grad()
+def test_the_shadow_alone_is_a_model_to_compile() -> None:
+    """The next step that the refusal names."""
+    base: Any = ZOO["tiny_llama"].fresh()
+    with quiet():
+        wrapped: Any = peft.get_peft_model(base, peft.ShadowConfig(r=2, task_type="CAUSAL_LM")).eval()
+    with refuses("unsupported_field", match=r"unload_shadow\(copy=True\)"):
+        lorac.compile(wrapped)
+    alone, ids = wrapped.base_model.unload_shadow(copy=True).eval(), torch.arange(3, 9)[None]
+    compiled = lorac.compile(alone, {"a": LoRA(r=2, targets=["q_proj"])})
+    assert torch.equal(compiled(input_ids=ids, adapters=None).logits, alone(input_ids=ids).logits)
 
 
 @pytest.fixture

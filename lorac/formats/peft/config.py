@@ -22,10 +22,14 @@ from lorac.formats.peft.peft_type import GIVEN, AnyPeftType, PeftType
 from lorac.variants.base import Variant
 
 REFUSED_TYPES = {
-    "SHADOW": "a second model of the base's architecture, which runs next to the base with a cache of its own and "
-    "changes the input of each block: no formula of a layer holds it"
+    "SHADOW": (
+        "a second model of the base's architecture, which runs next to the base with a cache of its own and "
+        "changes the input of each block: no formula of a layer holds it",
+        "run it by PEFT, or compile the second model alone, which PEFT gives by "
+        "peft_model.base_model.unload_shadow(copy=True)",
+    )
 }
-"""PEFT type that lorac does not read -> the reason; it reads all others that PEFT 0.21 has."""
+"""PEFT type that lorac does not read -> the reason and the next step; it reads all others that PEFT 0.21 has."""
 
 
 @functools.cache
@@ -51,8 +55,8 @@ def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:
     if named is None:
         raise FormatError(f"'{path}' names no peft_type", next_step=readable, code="unknown_field")
     if str(named) in REFUSED_TYPES:
-        reason = REFUSED_TYPES[str(named)]
-        raise unsupported_error(f"'{path}' is of peft_type {named}, {reason}", next_step=readable)
+        reason, step = REFUSED_TYPES[str(named)]
+        raise unsupported_error(f"'{path}' is of peft_type {named}, {reason}", next_step=step)
     near = nearest_name(str(named).upper(), peft_types())
     raise FormatError(
         f"'{path}' has the unknown peft_type {short(named)}", nearest=near, next_step=readable, code="unknown_field"

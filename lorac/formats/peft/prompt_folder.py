@@ -112,7 +112,7 @@ class PromptType(PlacedType[PromptVariant]):
         fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
         site = find_input_embedding(view, looks_up=self.keys != KEYS_VALUES)
         variant: Any = cls(**{**fields, "targets": (site.path,)})
-        return variant
+        return variant if self.keys == KEYS_VALUES else variant.for_model(view)
 
 
 def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
@@ -122,7 +122,7 @@ def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
         looks_up: whether virtual tokens are looked up in the embedding.
 
     Raises:
-        SiteError: the model has no input embedding, computes more than one row per id, or is an encoder-decoder.
+        SiteError: the model has no input embedding, computes more than one scaled row per id, or is an encoder-decoder.
     """
     config, embedding = getattr(view.module, "config", None), None
     with contextlib.suppress(AttributeError, NotImplementedError):
@@ -131,7 +131,8 @@ def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
     site, kind = view.sites.get(next(named, "")) if isinstance(embedding, nn.Module) else None, type(embedding).__name__
     fault = "" if site and site.kind is SiteKind.EMBEDDING else "has no embedding of its input's ids"
     fault = "is an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else fault
-    fault = fault or (f"changes the rows that its {kind} looks up" if looks_up and kind != "Embedding" else "")
+    as_it_is = kind == "Embedding" or getattr(embedding, "embed_scale", None) is not None
+    fault = fault or (f"changes the rows that its {kind} looks up" if looks_up and not as_it_is else "")
     if site is None or fault:
         raise SiteError(
             f"virtual tokens have no place in {type(view.module).__name__}, which {fault}",

@@ -177,13 +177,37 @@ def eight(target: str) -> tuple[Any, list[Tensor]]:
     return lorac.compile(host, made, target=target, **options), texts
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_eight_rows_have_eight_adapters_in_one_call(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@functools.cache
+def eight_alone(target: str) -> list[Tensor]:
+    """Return what each of these writes by itself."""
     made, texts = eight(target)
-    chosen = [*made.adapters]
-    alone = [made.generate(row[None], **GREEDY, adapters=name)[0] for row, name in zip(texts, chosen, strict=True)]
+    return [
+        made.generate(row[None], **GREEDY, adapters=name)[0] for row, name in zip(texts, made.adapters, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_eight_rows_have_eight_adapters_in_one_call(target: str, fed: list[int]) -> None:
+    made, texts = eight(target)
+    alone = eight_alone(target)
     assert len({tuple(row[12:].tolist()) for row in alone}) > 5
-    assert torch.equal(made.generate(torch.stack(texts), **GREEDY, adapters=chosen), torch.stack(alone))
+    fed.clear()
+    assert torch.equal(made.generate(torch.stack(texts), **GREEDY, adapters=[*made.adapters]), torch.stack(alone))
+    if target == "onnxruntime":  # the tokens of all rows before their invocations, those behind them, and nine steps
+        assert len(fed) == 2 + 9 and fed[2:] == [1] * 9
+
+
+def test_a_scheduler_runs_eight_rows_with_eight_adapters_in_one_call(fed: list[int]) -> None:
+    made, texts = eight("onnxruntime")
+    wanted = [row[12:].tolist() for row in eight_alone("onnxruntime")]
+    fed.clear()
+    with lorac.Scheduler(made, rows=9) as scheduler:
+        requests = [
+            lorac.TextRequest(row, name, options=GREEDY) for row, name in zip(texts, made.adapters, strict=True)
+        ]
+        streams = scheduler.submit_all(requests)
+        assert [[token.id for token in stream] for stream in streams] == wanted
+    assert len(fed) < 2 * 10  # one request at a time would take nine times as many
 
 
 def test_mixes_loras_with_and_without_tokens_in_one_row() -> None:

@@ -117,20 +117,37 @@ def test_a_task_of_several_is_an_adapter(tmp_path: Path, tmp_path_factory: pytes
     config = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=2)
     oracle = save_prompt(model, config, tmp_path / "both")
     adapter = lorac.load_adapter(tmp_path / "both", model)
-    with pytest.raises(lorac.AdapterError, match=r"2 tasks, and the adapter takes task=None(.|\n)*task=0"):
+    with pytest.raises(lorac.AdapterError, match=r"2 tasks, and the adapter takes task=None(.|\n)*by_task"):
         lorac.compile(copy.deepcopy(model), [adapter])
-    tasks = {
-        f"task {i}": dataclasses.replace(adapter, variant=dataclasses.replace(adapter.variant, task=i)) for i in (0, 1)
-    }
+    tasks = lorac.MultitaskPromptTuning.by_task(adapter)
     for options in (TARGETS["eager"], TARGETS["cached"]):
         compiled = lorac.compile(copy.deepcopy(model), tasks, **options)
         expected = continued(oracle, IDS, task_ids=torch.tensor([1, 0]))
-        assert torch.equal(compiled.generate(IDS, **GREEDY, adapters=["task 1", "task 0"]), expected)
+        assert torch.equal(compiled.generate(IDS, **GREEDY, adapters=["adapter-1", "adapter-0"]), expected)
     lorac.save_adapter(adapter, tmp_path / "back", model=model)
     with quiet():
         back = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "back").eval()
     given = {"task_ids": torch.tensor([1, 0])}
     assert torch.equal(logits(back, IDS, **given), logits(oracle, IDS, **given))
+
+
+@torch.no_grad()
+def test_an_embedding_that_scales_its_rows_leaves_prompts_as_they_are(tmp_path: Path) -> None:
+    """Gemma 3's: of PEFT's file, and of lorac's own that PEFT loads."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "sliding_window": 6}
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**sizes, eos_token_id=None, pad_token_id=0, initializer_range=0.15)
+    model: Any = transformers.Gemma3ForCausalLM(config).eval()
+    oracle = save_prompt(model, CONFIGS["PROMPT_TUNING"](), tmp_path / "a")
+    fresh = lorac.PromptTuning(targets=["embed_tokens"], num_virtual_tokens=3)
+    compiled = lorac.compile(copy.deepcopy(model), {"a": tmp_path / "a", "fresh": fresh}, active=None)
+    given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    assert_close(compiled(**given, adapters="a").logits, logits(oracle, IDS))
+    lorac.save_adapter(compiled.adapters["fresh"], tmp_path / "fresh", model=model)
+    with quiet():
+        back = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "fresh").eval()
+    assert_close(compiled(**given, adapters="fresh").logits, logits(back, IDS))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
