@@ -44,7 +44,8 @@ def count_cases(known: Mapping[str, str], cases: Iterable[tuple[str, Any, tuple[
     counts: dict[str, Found] = {}
     for name, _, (config, _) in cases:
         found = counts.setdefault(
-            names[config], {"cases": 0, "right": {}, "largest": {}, "refused": {}, "unbuilt": {}, "wrong": []}
+            names[config],
+            {"cases": 0, "right": {}, "largest": {}, "refused": {}, "unbuilt": {}, "rounding": [], "wrong": []},
         )
         found["cases"] += 1
         outcome, _, rest = known[name].partition(": ")
@@ -52,8 +53,8 @@ def count_cases(known: Mapping[str, str], cases: Iterable[tuple[str, Any, tuple[
             _add(found["unbuilt"], rest)
         elif outcome == "refused":
             _add(found["refused"], f"eager: {_general(rest)}")
-        elif outcome == "wrong":
-            found["wrong"].append(f"{name}: {rest}")
+        elif outcome in ("rounding", "wrong"):
+            found[outcome].append(f"{name}: {rest}")
         else:
             for way, value in ast.literal_eval(rest).items():
                 if isinstance(value, str):

@@ -14,8 +14,7 @@ from docs import make_peft
 from lorac.formats.peft import config
 
 CASES: list[tuple[str, Any, tuple[Any, dict[str, Any]]]] = [
-    (f"{number} Small", None, (kind, {}))
-    for number, kind in enumerate([peft.LoraConfig, peft.LoraConfig, peft.LoraConfig, peft.IA3Config, peft.IA3Config])
+    (f"{number} Small", None, (kind, {})) for number, kind in enumerate([*[peft.LoraConfig] * 3, *[peft.IA3Config] * 3])
 ]
 KNOWN = {
     "0 Small": "right: {'eager': 1e-07, 'onnxruntime': 2e-07, 'back': 0.0}",
@@ -23,6 +22,7 @@ KNOWN = {
     "2 Small": "refused: adapter 'a' has no place at 'lin0'",
     "3 Small": "PEFT: ImportError",
     "4 Small": "wrong: {'eager': nan}",
+    "5 Small": "rounding: {'eager': 2e-3}",
 }
 
 
@@ -34,14 +34,17 @@ def test_counts_every_outcome() -> None:
         "largest": {"eager": 3e-07, "onnxruntime": 2e-07, "back": 0.0},
         "refused": {"onnxruntime: '…' is of kind x": 1, "eager: adapter '…' has no place at '…'": 1},
         "unbuilt": {},
+        "rounding": [],
         "wrong": [],
     }
     assert counts["IA3"]["unbuilt"] == {"ImportError": 1}
     assert counts["IA3"]["wrong"] == ["4 Small: {'eager': nan}"]
+    assert counts["IA3"]["rounding"] == ["5 Small: {'eager': 2e-3}"]
     section = make_peft.cases_section({"peft": "1.0", "types": counts})
     assert (
-        "the 5 `TEST_CASES` of PEFT 1.0" in section
-        and "2 right, 1 refused by name, 1 not built by PEFT, 1 wrong" in section
+        "the 6 `TEST_CASES` of PEFT 1.0" in section
+        and "2 right, 1 refused by name, 1 not built by PEFT, 1 within four roundings of the output alone, 1 wrong"
+        in section
     )
     assert "| LORA | 3 | 2 (≤ 3e-07) | 1 (≤ 2e-07) | 2 (≤ 0e+00) | 1 |" in section
     assert "- LORA, 1 of 3: ONNX Runtime alone: '…' is of kind x" in section
