@@ -11,7 +11,7 @@ from lorac.variants.base import Params, PromptVariant, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddedPrompt(PromptVariant):
+class EmbeddedPromptVariant(PromptVariant):
     """A prompt of embeddings (n, d), as the first layer of the model reads them.
 
     Attributes:

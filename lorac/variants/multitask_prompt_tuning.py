@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lorac.argument_types import Count
 from lorac.errors import AdapterError
-from lorac.variants._embedded_prompts import EmbeddedPrompt
+from lorac.variants._embedded_prompts import EmbeddedPromptVariant
 from lorac.variants._tasks import split_tasks
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Params, ParamSpec, Site, Tensor
@@ -16,7 +16,7 @@ from lorac.variants.initialisers import normal
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultitaskPromptTuning(EmbeddedPrompt):
+class MultitaskPromptTuning(EmbeddedPromptVariant):
     """``E' = [E; P∘(U_t·V_t)]`` for the task t: P (n, d), U (tasks, n, r), V (tasks, r, d).
 
     ``by_task`` makes an adapter for each task over the same tensors.

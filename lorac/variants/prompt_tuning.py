@@ -7,13 +7,13 @@ al. 2024, arXiv 2410.17222) and each task of MULTITASK_PROMPT_TUNING have the sa
 from dataclasses import dataclass
 
 from lorac.argument_types import Count
-from lorac.variants._embedded_prompts import EmbeddedPrompt
+from lorac.variants._embedded_prompts import EmbeddedPromptVariant
 from lorac.variants.base import ParamSpec, Site
 from lorac.variants.initialisers import normal
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuning(EmbeddedPrompt):
+class PromptTuning(EmbeddedPromptVariant):
     """``E' = [E; P]``: rows P (n, d) after an input embedding E (V, d), for ids V … V + n − 1 before each sequence.
 
     Attributes:

@@ -40,7 +40,7 @@ def test_the_page_of_an_index_has_no_relative_link_or_picture() -> None:
     text = page_of_an_index()
     assert relative_addresses(MarkdownIt().render(text)) == []
     # What stood in links is still there, and nothing else is changed.
-    assert "44 of PEFT's types" in text and "*A Llama of twelve layers" in text
+    assert "44 of PEFT's types" in text and "*A chat with SmolLM2" in text
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"```.*?```", text, re.S) == re.findall(r"```.*?```", readme, re.S)
     assert re.findall(r"^#.*", text, re.M) == re.findall(r"^#.*", readme, re.M)

@@ -67,7 +67,7 @@ def test_the_shadow_alone_is_a_model_to_compile() -> None:
     base: Any = ZOO["tiny_llama"].fresh()
     with quiet():
         wrapped: Any = peft.get_peft_model(base, peft.ShadowConfig(r=2, task_type="CAUSAL_LM")).eval()
-    with refuses("unsupported_field", match=r"unload_shadow\(copy=True\)"):
+    with refuses("unsupported_field", match="unload_shadow"):
         lorac.compile(wrapped)
     alone, ids = wrapped.base_model.unload_shadow(copy=True).eval(), torch.arange(3, 9)[None]
     compiled = lorac.compile(alone, {"a": LoRA(r=2, targets=["q_proj"])})

@@ -25,8 +25,7 @@ REFUSED_TYPES = {
     "SHADOW": (
         "a second model of the base's architecture, which runs next to the base with a cache of its own and "
         "changes the input of each block: no formula of a layer holds it",
-        "run it by PEFT, or compile the second model alone, which PEFT gives by "
-        "peft_model.base_model.unload_shadow(copy=True)",
+        "run it by PEFT, or compile the second model alone, which unload_shadow of PEFT's model returns",
     )
 }
 """PEFT type that lorac does not read -> the reason and the next step; it reads all others that PEFT 0.21 has."""

@@ -85,7 +85,7 @@ def test_attention_that_is_written_out_generates_as_peft_does(family: str) -> No
     assert not torch.equal(base, peft.generate(**batch, **GREEDY))
 
 
-@pytest.mark.medium("test_parts_of_a_sequence_match_the_whole")
+@pytest.mark.medium("passes/test_cache_attention.py compares the parts of their sequences")
 @pytest.mark.slow("a short one", keep=["falcon, slopes"])
 @pytest.mark.parametrize("family", ONE_ROW_EACH)
 def test_families_of_one_row_generate_as_the_model_does(family: str) -> None:

@@ -123,7 +123,7 @@ def test_a_task_of_several_is_an_adapter(tmp_path: Path, tmp_path_factory: pytes
     for options in (TARGETS["eager"], TARGETS["cached"]):
         compiled = lorac.compile(copy.deepcopy(model), tasks, **options)
         expected = continued(oracle, IDS, task_ids=torch.tensor([1, 0]))
-        assert torch.equal(compiled.generate(IDS, **GREEDY, adapters=["adapter-1", "adapter-0"]), expected)
+        assert torch.equal(compiled.generate(IDS, **GREEDY, adapters=["both-1", "both-0"]), expected)
     lorac.save_adapter(adapter, tmp_path / "back", model=model)
     with quiet():
         back = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "back").eval()
