@@ -64,7 +64,7 @@ one that serves other parts of lorac as well counts for none. The median is **{m
 *As `python -m campaigns.peft_types lines` counted them: without blank lines, comments, docstrings and imports.*
 """
 PLACES = (
-    ("`PromptVariant`", "virtual tokens before a sequence, at no layer", r"\((?:PromptVariant|EmbeddedPromptVariant)\)"),
+    ("`PromptVariant`", "virtual tokens before a sequence, at no layer", r"\((?:Embedded)?PromptVariant\)"),
     ("`Variant.acts_at_sites`", "keys and values for every layer, which no layer's formula reads", "acts_at_sites"),
     ("`WeightVariant.compute_bias`", "a bias that depends on the weight", "def compute_bias"),
     ("`BranchVariant.reads`", "queries, base weights and rotary tables of the layers around", r"def reads\("),
