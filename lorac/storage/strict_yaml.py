@@ -12,6 +12,8 @@ from lorac.storage.paths import translate_os_errors
 from lorac.storage.strict_json import JsonObject, dump_json
 
 _MAX_BYTES = 1 << 15
+_KINDS = ("str", "int", "float", "bool", "null", "map", "seq")
+"""YAML's tags of JSON's types."""
 
 
 def read_yaml(file: Path, *, next_step: str) -> JsonObject:
@@ -35,7 +37,7 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
 
     def read() -> Any:
         given = yaml.load(text, _strict_loader())
-        dump_json(given)  # numbers are finite and of 64 bits, texts can be written, and it is not too deep
+        dump_json(given)  # it is not too deep
         return given
 
     try:
@@ -61,7 +63,18 @@ def _strict_loader() -> Any:
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
                 raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=mark)
-            return super().compose_node(parent, index)
+            node = super().compose_node(parent, index)
+            kind, problem = node.tag.rpartition(":")[2], None
+            if kind not in _KINDS:
+                problem = f"a value reads as {kind}: put it in quotes"
+            elif isinstance(node, yaml.ScalarNode):
+                try:
+                    dump_json(self.construct_object(node))  # a number is finite and of 64 bits, a text can be written
+                except ValueError as error:
+                    problem = str(error)
+            if problem is not None:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names: set[str] = set()

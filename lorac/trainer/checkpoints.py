@@ -72,9 +72,8 @@ class Checkpoint:
         Raises:
             ChoiceError: it has another recipe, base or set of adapters, other rows, or another number of processes.
         """
-        bound = {
-            name: here for name, here in run.items() if name != ROWS_HASH or name in self.run
-        }  # older ones lack it
+        # Older checkpoints lack the hash.
+        bound = {name: here for name, here in run.items() if name != ROWS_HASH or name in self.run}
         for path, there, here in _iterate_differences({name: self.run.get(name) for name in bound}, bound):
             numbers = [value for value in (there, here) if isinstance(value, int | float)]
             is_longer = path in _LENGTHS and len(numbers) == 2 and numbers[0] < numbers[1]

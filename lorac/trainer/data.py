@@ -220,7 +220,7 @@ def _read(source: Mapping[str, Any], streaming: bool) -> tuple[Any, Path]:
     if len(kinds) != 1 and not is_saved and not (kinds and has_splits):
         reason = "holds files of several kinds" if kinds else "holds no rows" if path.exists() else "does not exist"
         raise OptionError(
-            f"'{data}' {reason}",
+            f"the data '{data}' {reason}",
             nearest=nearest_name(data, BUNDLED, alike=0.6),
             next_step=f"give {', '.join(READERS)}, a folder of one kind, or {', '.join(BUNDLED)}",
         )

@@ -93,7 +93,7 @@ def make_rewards(names: Sequence[str]) -> list[Any]:
     known = [name for name in dir(rewards) if name.endswith("_reward") and not name.startswith("get_")]
     found = []
     for name in names:
-        what = f"there is no reward {short(name)}"
+        what = f"reward_funcs has no {short(name)}"
         step = f"give {', '.join(known)}, package.module:function, or a model of one label"
         with translate_errors(OptionError, what, next_step=step):
             if ":" in name and "/" not in name:
@@ -119,7 +119,7 @@ def read_chat_template(name: str) -> str:
     if name == "chatml":
         return _CHATML
     if not file.is_file():
-        what, nearest = f"there is no chat template {short(name)}", nearest_name(name, [*known, "chatml"], alike=0.6)
+        what, nearest = f"there is no chat_template {short(name)}", nearest_name(name, [*known, "chatml"], alike=0.6)
         raise OptionError(what, nearest=nearest, next_step="give one of TRL's, such as qwen3; chatml; or a file")
     return file.read_text(encoding="utf-8")
 

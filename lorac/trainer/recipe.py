@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,11 +63,17 @@ OWN_LOSS = ("sft", "vlm", "seq2seq", "sequence-classification", "image-classific
 """Tasks that train by the model's own loss."""
 _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **{"max_steps": 1, "max_length": 1, "learning_rate": 0},
+    **{"max_steps": 1, "max_length": 1, "learning_rate": 0, "save_steps": 1e-3},
 }
 """Lower limits of arguments that TRL and transformers do not check before the first step."""
-_ELSEWHERE = {"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model"}
-"""Argument that a recipe does not take -> the field or option in its place."""
+_ELSEWHERE = {
+    **{"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model"},
+    **{"model_name_or_path": "model", "datasets": "data", "dataset": "data", "val_size": "test_size"},
+    **{"rl": "task", "stage": "task", "sequence_len": "max_length", "cutoff_len": "max_length"},
+    **{"micro_batch_size": "per_device_train_batch_size", "sample_packing": "packing"},
+    **dict.fromkeys(("lora_r", "lora_rank", "lora_alpha", "lora_target", "finetuning_type"), "adapters"),
+}
+"""Argument that a recipe does not take, or a name of Axolotl's or LLaMA-Factory's -> the field or option instead."""
 _OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 """Arguments of the trainer's own optimizer."""
 _EXAMPLE = "docs/training.md shows a recipe for each task"
@@ -170,6 +177,18 @@ class Recipe:
         with translate_import_errors():
             trainer, config = (getattr(importlib.import_module(task.library), name) for name in task[1:3])
         return trainer, config
+
+    def refuse(self, what: str, **_: object) -> OptionError:
+        """Return the refusal of a library, with the fields that its message names, or whose values it quotes."""
+        said, given = what.partition(": ")[2].lower(), {"test_size": self.test_size, **self.arguments}
+        words = re.sub(r"[_\W]+", "_", f" {said} ")
+        known = [*given, *(name for name in field_types(self.load_classes()[1]) if "_" in name and name not in given)]
+        found = [name for name in known if f"_{name}_" in words or f"_{'_'.join(name.split('_')[-2:])}_" in words]
+        texts = {name: [*value] if isinstance(value, dict) else [value] for name, value in given.items()}
+        quoted = [name for name, held in texts.items() if any(f"'{text}".lower() in said for text in held)]
+        named = [name for name in found if name in given] or quoted or found
+        step = f"change {' or '.join(named[:3])}" if named else "change the rows, or a field that the message speaks of"
+        return OptionError(what, next_step=step)
 
     def _check_argument(self, name: str, value: object) -> None:
         config = self.load_classes()[1]

@@ -22,8 +22,6 @@ from lorac.training import loram
 from lorac.training.shards import gather_base
 from lorac.variants.adapter import Adapter
 
-_STEP = "change the field that it names, or the rows"
-
 
 @translate_import_errors()
 def train(
@@ -102,7 +100,7 @@ class _Run:
                 self.kept = loram.read_pruning_record(pruned)
         self.trainer_class, config = recipe.load_classes()
         evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
-        with translate_errors(OptionError, f"{config.__name__} refuses the recipe", next_step=_STEP):
+        with translate_errors(recipe.refuse, f"{config.__name__} refuses the recipe"):
             arguments = config(
                 output_dir=str(folder), **{**TASKS[recipe.task].defaults, **evaluation, **recipe.arguments}
             )
@@ -112,7 +110,7 @@ class _Run:
         given = [data for data in (recipe.data, recipe.eval_data) if data is not None]
         options = {"streaming": True} if recipe.streaming else {}
         rows = [load_rows(data, recipe.task, processing_class, arguments, **options) for data in given]
-        with translate_errors(OptionError, "datasets refuses the recipe", next_step=_STEP):
+        with translate_errors(recipe.refuse, "datasets refuses the recipe"):
             if len(rows) == 2 and (names := getattr((rows[0].features or {}).get("labels"), "names", None)):
                 numbers = {name: number for number, name in enumerate(names)}
                 form = rows[1].format  # of pictures, which a function reads
@@ -144,9 +142,8 @@ class _Run:
         if recipe.early_stopping_patience is not None:
             options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
         reference = "ref_model" if "ref_model" in inspect.signature(self.trainer_class).parameters else "reference"
-        if reference == "ref_model" or (
-            recipe.reward_funcs and self.settings["args"].beta
-        ):  # the run begins at the base with the adapters that it trains on
+        # A run begins at the base with the adapters that it trains on.
+        if reference == "ref_model" or (recipe.reward_funcs and self.settings["args"].beta):
             given = {name: fields for name, fields in recipe.adapters.items() if "path" in fields}
             begun = factories.make_adapters(given, self.model, self._batches)
             options[reference] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
@@ -181,7 +178,7 @@ class _Run:
         yield from itertools.islice(trainer.get_train_dataloader(), self.recipe.start_batches)
 
     def _construct(self, trainer_class: Any, compiled: Any, **options: Any) -> Any:
-        with translate_errors(OptionError, f"{trainer_class.__name__} refuses the recipe", next_step=_STEP):
+        with translate_errors(self.recipe.refuse, f"{trainer_class.__name__} refuses the recipe"):
             return trainer_class(model=compiled, **self.settings, **options)
 
 

@@ -162,8 +162,8 @@ class AdapterTrainer(Trainer):
         elif isinstance(found, str):
             found = checkpoints.open_checkpoint(found)
         if found is None:
-            what, step = f"{type(self).__name__} refuses the recipe", "change the field that it names, or the rows"
-            refusals = translate_errors(OptionError, what, next_step=step, unless=lambda: self.state.global_step > 0)
+            what = f"{type(self).__name__} refuses the recipe"
+            refusals = translate_errors(self.recipe.refuse, what, unless=lambda: self.state.global_step > 0)
         else:
             found.check_run(self._describe_run())
             what = f"the run cannot go on from '{found.folder}'"

@@ -53,7 +53,8 @@ def shard_base(*compiled: nn.Module, layers: Collection[str] = (), reshard_after
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):
         raise Unavailable(
-            f"the base cannot lie in parts: {reason}", next_step="leave it whole: DistributedDataParallel trains it so"
+            f"the base cannot lie in parts: {reason}",
+            next_step="leave it whole, without fsdp: DistributedDataParallel trains it so",
         )
     found = {type(module).__name__ for module in model.host.modules()}
     check_known(layers, found, "the model has no layers of the class")

@@ -1,5 +1,6 @@
 """Wrong recipes: each is answered in a sentence or two, which a golden text shows, before anything is written."""
 
+import functools
 import json
 import re
 
@@ -67,9 +68,23 @@ FILES = {
     "has rewards of another task": f"{ADAPTERS}\nreward_funcs: [think_format_reward]",
     "splits a stream": f"{ADAPTERS}\nstreaming: true\ntest_size: 2",
     "sees no batch": f"{ADAPTERS}\nstart_batches: 0",
+    "names the model as LLaMA-Factory does": f"{ADAPTERS}\nmodel_name_or_path: a",
+    "names the model as Axolotl does": f"{ADAPTERS}\nbase_model: a",
+    "names rows as Axolotl does": f"{ADAPTERS}\ndatasets: [{{path: a, type: alpaca}}]",
+    "names the length as LLaMA-Factory does": f"{ADAPTERS}\ncutoff_len: 512",
+    "names the length as Axolotl does": f"{ADAPTERS}\nsequence_len: 512",
+    "names the batch as Axolotl does": f"{ADAPTERS}\nmicro_batch_size: 2",
+    "names the rows to test as Axolotl does": f"{ADAPTERS}\nval_set_size: 0.1",
+    "names the task as Axolotl does": f"{ADAPTERS}\nrl: dpo",
+    "names the rank as Axolotl does": f"{ADAPTERS}\nlora_r: 8",
+    "packs as Axolotl does": f"{ADAPTERS}\nsample_packing: true",
 }
+WHOLE = ("is empty", "is a list", "is text", "is deep", "is large", "has a control character")
+"""Files that are wrong as a whole, or at a byte."""
 RUNS = {
     "an unknown method": {"adapters": {"mine": {"method": "lor"}}},
+    "a hyper-parameter by PEFT's name": {"adapters": {"mine": {**LORA, "lora_alpha": 1}}},
+    "targets by PEFT's name": {"adapters": {"mine": {"method": "lora", "target_modules": ["q_proj"]}}},
     "an unknown hyper-parameter": {"adapters": {"mine": {**LORA, "alhpa": 1}}},
     "no site": {"adapters": {"mine": {**LORA, "targets": ["q"]}}},
     "dropout at the head": {"adapters": {"mine": {**LORA, "targets": ["lm_head"], "dropout": 0.1}}},
@@ -110,37 +125,79 @@ RUNS = {
     "an unknown chat template": {"data": [{"text": "a"}], "chat_template": "qwen33"},
     "a stream without a number of steps": {"data": [{"text": "a"}], "streaming": True},
     "no epoch": {"num_train_epochs": 0},
-}
+    "an unknown metric": {"data": [{"text": "a"}] * 2, "test_size": 1, "metric_for_best_model": "los"},
+    "a method and a path": {"adapters": {"mine": {"method": "lora", "path": "a"}}},
+    "a path of no adapter": {"adapters": {"mine": {"path": "nowhere/"}}},
+    "a setting of an optimizer that it lacks": {"optimizer": {"name": "SGD", "betas": [0.9, 0.99]}},
+    "a setting of a rule that it lacks": {"rules": [{"name": "LoRAPlus", "rate": 4}]},
+    "a rule of another method": {"data": [{"text": "a"}], "rules": ["ProximalGates"]},
+    "a loss without its router": {"data": [{"text": "a"}], "loss": ["sampled_selection_loss"]},
+    "fewer draws than two": {"loss": [{"name": "sampled_selection_loss", "draws": 1}]},
+    "a loss of preferences that there is not": {"task": "dpo", "data": PAIRS, "loss_type": ["ippo"]},
+    "more weights than losses": {"task": "dpo", "data": PAIRS, "loss_type": ["ipo"], "loss_weights": [1.0, 2.0]},
+    "more generations than a batch": {
+        "task": "grpo", "data": [{"prompt": "a"}], "reward_funcs": ["think_format_reward"], "num_generations": 3,
+    },
+    "a packing strategy that there is not": {"data": [{"text": "a"}], "packing": True, "packing_strategy": "best"},
+    "an end of epochs that is text": {"num_train_epochs": "three"},
+    "two times to save": {"save_strategy": "steps", "save_steps": 0},
+    "a best model without evaluations": {"data": [{"text": "a"}], "load_best_model_at_end": True},
+    "a column of pairs that is a list": {"task": "dpo", "data": [{"chosen": 1, "rejected": "b"}]},
+    "an empty conversation of ShareGPT's": {"data": [{"conversations": []}]},
+    "an output that is a number": {"data": [{"instruction": "a", "output": 1}]},
+}  # fmt: skip
 
 
 FEW = {"an unknown method", "no site", "no epoch", "an unknown rule", "a schedule", "no such data", "pairs for sft"}
 """Runs that are wrong in one way each."""
 
 
-def answer(name, work):
-    """Return what is said to a mistake; anything but a sentence of lorac's is an error of the test."""
-    with pytest.raises(lorac.LoracError) as caught:
+def answer(name, work, fields, wrong):
+    """Return what is said to a mistake, and note those without a sentence of lorac's or a field, a row or a line."""
+    try:
         work()
-    assert caught.value.next_step, name
-    return f"# a recipe that {name}\n{caught.value}\n\n"
+        error = None
+    except Exception as raised:
+        error = raised
+    if not (isinstance(error, lorac.LoracError) and error.next_step):
+        wrong.append(f"{name}: {error!r}")
+    elif not re.search(rf"\b({'|'.join(fields)})s?\b|\brow \d|\(line \d|^  change (?!the rows)", str(error), re.M):
+        wrong.append(f"{name} names no field: {error}")
+    return f"# a recipe that {name}\n{error}\n\n"
+
+
+def list_fields(given):
+    """List the names of fields, within each other too."""
+    if isinstance(given, list):
+        return [field for item in given for field in list_fields(item)]
+    return (
+        [*given, *(field for value in given.values() for field in list_fields(value))]
+        if isinstance(given, dict)
+        else []
+    )
 
 
 def test_each_file_is_answered_in_a_sentence(tmp_path):
-    file, said = tmp_path / "recipe.yaml", ""
+    file, said, wrong = tmp_path / "recipe.yaml", "", []
     for name, text in FILES.items():
         file.write_text(text, encoding="utf-8")
-        said += answer(name, lambda: read_recipe(file))
+        fields = re.findall(r"(\w\w+):", text.removeprefix(ADAPTERS))
+        said += answer(name, lambda: read_recipe(file), [*fields, "adapters", *[""] * (name in WHOLE)], wrong)
     check("wrong_recipes", said, tmp_path)
+    assert wrong == []
 
 
 @pytest.mark.medium("a run that is wrong in each of six ways", cases=["more"])
 @pytest.mark.parametrize("some", ["few", "more"])
 def test_each_run_is_answered_in_a_sentence(some, tmp_path):
-    said = ""
+    said, wrong = "", []
     for index, (name, given) in enumerate(RUNS.items()):
         if (name in FEW) == (some == "few"):
-            said += answer(f"gives {name}", lambda given=given, index=index: run(tmp_path / f"{index}", given))
+            work = functools.partial(run, tmp_path / f"{index}", given)
+            fields = {field.rstrip("s") for field in list_fields(given) if len(field) > 1} - {"mine"} | {"adapter"}
+            said += answer(f"gives {name}", work, fields, wrong)
     check(f"wrong_runs_{some}", said, tmp_path)
+    assert wrong == []
 
 
 def test_rejects_a_token_that_the_embedding_lacks(tmp_path):
