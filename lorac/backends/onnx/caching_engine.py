@@ -118,7 +118,7 @@ class CachingProgram(OnnxProgram):
         tower = self.engine.graphs[name]
         with translate_program_errors():
             given = tower.interface.check(tower.interface.bind((), inputs))
-            return self.run_graph(name, convert_inputs(tower, given))[0]
+            return tower.interface.drop_checks(self.run_graph(name, convert_inputs(tower, given)))[0]
 
     def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
         self._encode(graph, cache, Call(kwargs=inputs))
@@ -130,7 +130,7 @@ class CachingProgram(OnnxProgram):
         encoder = self.engine.graphs[name]
         with translate_program_errors():
             outputs = self.run_graph(name, convert_inputs(encoder, encoder.interface.check(call)))
-        named = dict(zip(encoder.outputs, outputs, strict=True))
+        named = dict(zip(encoder.outputs, encoder.interface.drop_checks(outputs), strict=False))
         cache.set_encoder_outputs({name: value for name, value in named.items() if is_encoder_output(name)})
         return {name: value for name, value in named.items() if not is_encoder_output(name)}
 

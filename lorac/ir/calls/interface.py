@@ -160,7 +160,7 @@ class Interface:
         self, rows: RowLayout, structure: OutputStructure, call: Call, program: RunProgram
     ) -> tuple[object, dict[str, object]]:
         total, parts = rows.count_rows(call.kwargs), [self.check(Call(kwargs=part)) for part in rows.split(call.kwargs)]
-        answers = [self._drop_checks(program(inputs)) for inputs in parts]
+        answers = [self.drop_checks(program(inputs)) for inputs in parts]
         count = len(answers[0]) - len(self._caller_outputs)
         output = structure.join([values[:count] for values in answers], rows, total)
         extra = [rows.join(values, total) for values in zip(*(values[count:] for values in answers), strict=True)]
@@ -267,7 +267,7 @@ class Interface:
         Raises:
             InputMismatch: a check of the model fails.
         """
-        values = self._drop_checks(values) if self.checks else values
+        values = self.drop_checks(values) if self.checks else values
         count = len(values) - len(self._caller_outputs)
         extra = dict(zip(self._caller_outputs, values[count:], strict=True))
         if self.structure is None:
@@ -280,8 +280,12 @@ class Interface:
         """The extra outputs that are returned to the caller."""
         return tuple(name for name in self.extra_outputs if name not in self.checks)
 
-    def _drop_checks(self, values: Sequence[object]) -> Sequence[object]:
-        """Check the outputs that must be true, which come last; return the other outputs."""
+    def drop_checks(self, values: Sequence[object]) -> Sequence[object]:
+        """Check the outputs that must be true, which come last; return the other outputs.
+
+        Raises:
+            InputMismatch: a check of the model fails.
+        """
         count = len(values) - len(self.checks)
         for line, holds in zip(self.checks.values(), values[count:], strict=True):
             if not bool(holds):

@@ -206,3 +206,21 @@ def test_adapters_of_the_text_or_of_the_tower_alone(target: str) -> None:
     compiled = lorac.compile(peft, target="onnxruntime", cache=True, example_inputs=example)
     output = compiled.generate(**batch("llava"), adapters="one", **OPTIONS, **LOGITS)
     _check_rows(output, peft, "llava", ["one"] * 3)
+
+
+def test_rejects_pictures_beyond_the_bounds_of_the_tower() -> None:
+    host = made("llava").unload()
+    embeddings = next(m for m in host.model.vision_tower.modules() if type(m).__name__ == "CLIPVisionEmbeddings")
+    plain = type(embeddings)
+
+    class Bounded(plain):  # type: ignore[misc, valid-type]
+        def forward(self, pixel_values: torch.Tensor, **options: Any) -> Any:
+            torch._check_tensor_all(pixel_values.abs() < 50)
+            return super().forward(pixel_values, **options)
+
+    embeddings.__class__ = Bounded
+    compiled = lorac.compile(host, target="onnxruntime", cache=True, example_inputs=batch("llava", (3, 3), seed=7))
+    given = batch("llava")
+    compiled.generate(**given, **OPTIONS)
+    with refuses("input_mismatch", match=r"as the model checks at .*test_prompt_features\.py"):
+        compiled.generate(**{**given, PIXELS: given[PIXELS] * 1e4}, **OPTIONS)
