@@ -118,7 +118,7 @@ def _count() -> str:
         f"It refuses {' and '.join(REFUSED_TYPES)} by name. "
         "A type runs *next to the weight*, *merged* into it, as a *subgraph*, or *before the sequence*. "
         "*Cache*: text is generated with a cache of keys and values. *Per row*: rows of a batch "
-        "that have choices of their own take *one call*, or a call each."
+        "that have choices of their own take *one call* on ONNX Runtime, or a call each."
     )
 
 
@@ -154,8 +154,7 @@ def _runs(variant: type[Variant], form: str) -> tuple[str, str, str]:
     if form.startswith("low-rank"):
         return "next to the weight", "yes", "one call"
     if issubclass(variant, BranchVariant):
-        whole = variant.once is not BranchVariant.once or variant.mixes_tokens
-        return "subgraph", "no" if whole else "yes", "a call each" if whole else "one call"
+        return "subgraph", "no" if variant.mixes_tokens else "yes", "a call each"
     return "merged", "yes", "a call each"
 
 

@@ -68,6 +68,7 @@ _LEAST: Mapping[str, float] = {
 """Lower limits of arguments that TRL and transformers do not check before the first step."""
 _ELSEWHERE = {
     **{"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model"},
+    "deepspeed": "fsdp",
     **{"model_name_or_path": "model", "datasets": "data", "dataset": "data", "val_size": "test_size"},
     **{"rl": "task", "stage": "task", "sequence_len": "max_length", "cutoff_len": "max_length"},
     **{"micro_batch_size": "per_device_train_batch_size", "sample_packing": "packing"},
