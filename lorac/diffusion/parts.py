@@ -132,7 +132,7 @@ class PipelinePart:
         def __getattr__(self, name: str) -> Any:
             if name == "__module__":
                 raise UnknownAttribute(
-                    f"'{self._name}' is compiled, and stands in one pipeline alone",
+                    f"'{self._name}' is compiled, and works in only one pipeline",
                     next_step="make the other pipeline of the original's models, and place the compiled ones there: "
                     "lorac.diffusion.place_parts(other, pipeline.compiled)",
                 )

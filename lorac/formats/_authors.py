@@ -274,7 +274,7 @@ def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: P
     sizes: dict[int, str] = {}
     for path, stored in tensors.items():
         if parameter not in stored or stored[parameter].ndim < max(axes, axis + 1):
-            raise corrupt_error(f"'{file}' lacks {parameter} at '{path}', or it has other axes")
+            raise corrupt_error(f"'{file}' lacks {parameter} at '{path}', or it has too few axes")
         sizes.setdefault(stored[parameter].shape[axis], path)
     if len(sizes) > 1:
         (first, here), (second, there), *_ = sizes.items()

@@ -1,4 +1,4 @@
-"""The checks in eager float64, which decide. Each asserts one property of a ``Case``."""
+"""The checks in eager float64. Each asserts one property of a ``Case``."""
 
 import dataclasses
 import functools

@@ -202,7 +202,7 @@ def test_the_strength_of_loras_in_encode_prompt_acts(pipeline: Any, file: Path) 
 def test_a_compiled_part_is_rejected_in_another_pipeline(original: Any, pipeline: Any) -> None:
     with refuses("unknown_attribute", match=r"place_parts\(other, pipeline.compiled\)"):
         diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
-    with refuses("unknown_attribute", match="'vae' is compiled, and stands in one pipeline alone"):
+    with refuses("unknown_attribute", match="'vae' is compiled, and works in only one pipeline"):
         diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
     with refuses("unknown_attribute", match="place_parts"):
         diffusers.StableDiffusionPipeline(**pipeline.components)

@@ -79,7 +79,7 @@ class _Packer:
         self._pack(ids)
 
     def run(self) -> Iterator[Skip]:
-        """Pack token-wise ops; yield the other products."""
+        """Pack token-wise ops; yield the products that also compute padding."""
         token_wise = {node for node in self.nodes if self.layouts.is_token_wise(node)}
         packs = token_wise - self._find_preparations(token_wise)
         for node in self.nodes:

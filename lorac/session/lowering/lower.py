@@ -129,7 +129,7 @@ def _capture_component(session: Session, name: str, host: Host, inputs: object, 
 
 
 def find_component_example(session: Session, argument: str, name: str) -> object:
-    """Return a component's part of ``example_inputs`` or ``dynamic_shapes``; of a single model all of it."""
+    """Return a component's part of ``example_inputs`` or ``dynamic_shapes``; for a single model, the whole."""
     given, model = session.examples.get(argument), session.host.module
     if given is None or not isinstance(model, Components):
         return given

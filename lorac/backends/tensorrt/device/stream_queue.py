@@ -50,7 +50,7 @@ class StreamQueue:
             caller.wait_event(self._last)
 
     def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
-        """Keep the memory of outputs, which were made inside the block, while the caller's stream reads it."""
+        """Keep the memory of outputs made inside ``acquire``'s block while the caller's stream reads them."""
         caller = torch.cuda.current_stream(self.device)
         for tensor in outputs:
             keep_alive_for(tensor, caller)
