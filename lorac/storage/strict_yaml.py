@@ -37,7 +37,7 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
 
     def read() -> Any:
         given = yaml.load(text, _strict_loader())
-        dump_json(given)  # it is not too deep
+        dump_json(given)  # refuses what is nested too deeply
         return given
 
     try:

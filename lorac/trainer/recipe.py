@@ -67,8 +67,7 @@ _LEAST: Mapping[str, float] = {
 }
 """Lower limits of arguments that TRL and transformers do not check before the first step."""
 _ELSEWHERE = {
-    **{"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model"},
-    "deepspeed": "fsdp",
+    **{"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model", "deepspeed": "fsdp"},
     **{"model_name_or_path": "model", "datasets": "data", "dataset": "data", "val_size": "test_size"},
     **{"rl": "task", "stage": "task", "sequence_len": "max_length", "cutoff_len": "max_length"},
     **{"micro_batch_size": "per_device_train_batch_size", "sample_packing": "packing"},
@@ -188,7 +187,7 @@ class Recipe:
         texts = {name: [*value] if isinstance(value, dict) else [value] for name, value in given.items()}
         quoted = [name for name, held in texts.items() if any(f"'{text}".lower() in said for text in held)]
         named = [name for name in found if name in given] or quoted or found
-        step = f"change {' or '.join(named[:3])}" if named else "change the rows, or a field that the message speaks of"
+        step = f"change {' or '.join(named[:3])}" if named else "change the rows, or a field that the message names"
         return OptionError(what, next_step=step)
 
     def _check_argument(self, name: str, value: object) -> None:
