@@ -21,7 +21,7 @@ CONFIG = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False
 
 
 def test_the_page_names_the_peft_that_transformers_takes_adapters_from() -> None:
-    assert f"from PEFT {LEAST.major}.{LEAST.minor} on alone" in " ".join(PAGE.read_text().split())
+    assert f"needs PEFT {LEAST.major}.{LEAST.minor} or later" in " ".join(PAGE.read_text().split())
 
 
 @pytest.mark.skipif(Version(peft.__version__) >= LEAST, reason="transformers takes adapters from this PEFT")
