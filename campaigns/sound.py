@@ -121,7 +121,8 @@ class Two(nn.Module):
 class _Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        # A bias of o_proj would be added twice, as in PEFT, so that a fresh prompt would not be the base.
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8, bias=False) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))

@@ -76,11 +76,13 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
     adapter = compiled.adapters[name]
     generator = torch.Generator().manual_seed(seed)
     sites = {path: plan.site for path, plan in compiled.plans.items()}
-    # The distinct tensors that may have any values: all but buffers and indices.
-    movable: dict[int, Tensor] = {}
+    found: dict[Role, dict[int, Tensor]] = {role: {} for role in Role}
     for path, at_site in adapter.tensors.items():
         specs = adapter.variant.at(sites[path]).specs(sites[path])
-        movable |= {id(t): t for key, t in at_site.items() if specs[key].role in {Role.TRAINABLE, Role.FROZEN}}
+        for key, tensor in at_site.items():
+            found[specs[key].role][id(tensor)] = tensor
+    # The distinct tensors that may have any values: no indices, and buffers only of a method that has nothing else.
+    movable = found[Role.TRAINABLE] | found[Role.FROZEN] or found[Role.BUFFER]
     moves = []
     for tensor in movable.values():
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * typical_size(tensor.detach())
