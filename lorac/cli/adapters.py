@@ -93,7 +93,7 @@ def check(
     engine: EngineOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Check that adapters fit a model, and an engine; print each fault with its remedy, and exit with 1 after a fault."""
+    """Check that adapters fit a model, and an engine; print each fault with its remedy; a fault exits with 1."""
     import lorac
 
     with progress("check", total=len(adapters)) as report:

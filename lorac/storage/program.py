@@ -128,7 +128,7 @@ class StoredProgram(nn.Module):
         self.bounded = BoundedRun(self.program, [tensor is None for _, tensor in self.inputs], is_trusted())
 
     def call_bounded(self, given: Mapping[str, Tensor]) -> Sequence[Any]:
-        """Return the outputs for some inputs; raises ``InputMismatch`` if a limit would be exceeded (``BoundedRun``)."""
+        """Return the outputs for some inputs; raises ``InputMismatch`` where a limit (``BoundedRun``) is exceeded."""
         return self.bounded(self._collect(given))
 
     def _collect(self, given: Mapping[str, Tensor]) -> list[Tensor]:
