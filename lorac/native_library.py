@@ -53,8 +53,8 @@ class NativeLibrary:
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write W + left·right to ``out``: float32 matrices (n, m), (n, R), (R, m); nothing is checked.
 
-        All are contiguous; a factor may also be a contiguous matrix's transpose. The order of sums does not depend on the
-        number of threads.
+        All are contiguous; a factor may also be the transpose of a contiguous matrix. The order of sums does not
+        depend on the number of threads.
         """
         factors = [part for factor in (left, right) for part in (factor.data_ptr(), not factor.is_contiguous())]
         shape = (len(left), len(right), right.shape[1])

@@ -23,7 +23,7 @@ class ServingSettings:
         chunk: the most tokens of each prompt per step; None: chosen by timing the model, as ``lorac.Scheduler`` does.
         base_name: the name of the model without adapters, in requests and in ``/v1/models``.
         keys: API key -> tenant; without keys, every client may send requests.
-        max_body_bytes: the most bytes of a request, uploads and images apart.
+        max_body_bytes: the most bytes of a request, not counting uploads and images.
         max_images: the most images of a request.
         max_image_bytes: the most bytes of a request's images together.
         max_image_pixels: the most pixels of a request's images together.
@@ -32,7 +32,7 @@ class ServingSettings:
         max_connections: the most connections; one tenant's requests get at most half.
         header_timeout: seconds within which a connection must send its first, and each next, request.
         body_timeout: seconds for a request's body, plus the time of its bytes at 64 KiB per second.
-        max_new_tokens: the most tokens of an answer, and the default of a chat.
+        max_new_tokens: the most tokens of an answer, and the default for chats.
         deadline: seconds after which a request ends, its waiting time included; None: no deadline.
         grace: seconds that running requests get to finish when ``lorac serve`` is to stop.
         pinned: adapters that stay in memory and cannot be unloaded.
