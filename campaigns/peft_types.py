@@ -13,6 +13,7 @@ import argparse
 import ast
 import collections
 import functools
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 from campaigns.fit import iter_peft_cases
 from lorac.formats.peft.config import peft_types
 from lorac.formats.peft.peft_type import AnyPeftType
+from lorac.variants import variants
 
 RECORD = Path(__file__).parents[1] / "docs" / "peft_types.json"
 FORMULA, RULES = "lorac.variants.", "lorac.formats.peft."
@@ -77,10 +79,11 @@ def _general(reason: str) -> str:
 def count_lines(types: Mapping[str, AnyPeftType]) -> dict[str, dict[str, float]]:
     """Return the code lines of every type: of its formulas, and of the rules of its files.
 
-    The files of a type are those of its classes, and others that only files of types import. Types that share a file
-    share its lines.
+    The files of a type are those of its classes, and others that only files of types import. Types that share a class
+    share its lines, and those that share a file share its lines outside of classes.
     """
-    own = {name: set(own_modules(one)) for name, one in types.items()}
+    classes = {name: set(own_classes(one)) for name, one in types.items()}
+    own = {name: {cls.__module__ for cls in found} for name, found in classes.items()}
     of_types = set[str]().union(*own.values())
     imports = {module: set(_imports(path)) for module, path in _package().items()}
     inner = {
@@ -91,13 +94,20 @@ def count_lines(types: Mapping[str, AnyPeftType]) -> dict[str, dict[str, float]]
     used = {name: modules | (inner & {one for of in modules for one in imports[of]}) for name, modules in own.items()}
     sharing = collections.Counter(module for modules in used.values() for module in modules)
     lines = {module: len(code_lines(_package()[module].read_text(encoding="utf-8"))) for module in sharing}
+    users = collections.Counter(cls for found in classes.values() for cls in found)
+    of_class = {cls: len(code_lines(inspect.getsource(cls))) for cls in {*users, *variants().values()}}
+    for cls, count in of_class.items():
+        if cls.__module__ in of_types:
+            lines[cls.__module__] -= count
 
-    def share(modules: Iterable[str], room: str) -> float:
-        return sum(lines[one] / sharing[one] for one in sorted(modules) if one.startswith(room))
+    def share(name: str, room: str) -> float:
+        rest = sum(lines[one] / sharing[one] for one in sorted(used[name]) if one.startswith(room))
+        found = sorted(classes[name], key=lambda cls: cls.__name__)
+        return rest + sum(of_class[cls] / users[cls] for cls in found if cls.__module__.startswith(room))
 
     return {
-        name: {"formula": round(share(modules, FORMULA), 1), "rules": round(share(modules, RULES), 1)}
-        for name, modules in sorted(used.items())
+        name: {"formula": round(share(name, FORMULA), 1), "rules": round(share(name, RULES), 1)}
+        for name in sorted(used)
     }
 
 
@@ -113,10 +123,10 @@ def _imports(path: Path) -> Iterator[str]:
     yield from re.findall(r"^ *from ([\w.]+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def own_modules(peft_type: AnyPeftType) -> Iterator[str]:
-    """Yield the module of a type and those of the methods that PEFT itself computes for it."""
-    yield type(peft_type).__module__
-    yield from (cls.__module__ for cls in peft_type.variants if cls not in peft_type.read_only)
+def own_classes(peft_type: AnyPeftType) -> Iterator[type]:
+    """Yield the class of a type and those of the methods that PEFT itself computes for it."""
+    yield type(peft_type)
+    yield from (cls for cls in peft_type.variants if cls not in peft_type.read_only)
 
 
 def code_lines(source: str) -> list[str]:

@@ -9,12 +9,11 @@ import inspect
 import json
 import re
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from campaigns.peft_types import own_modules
+from campaigns.peft_types import own_classes
 from docs.foot import FOOT
 from lorac.cli.models import method_rows
 from lorac.formats._config_fields import Field
@@ -56,8 +55,8 @@ contract of formulas or of files, which any method and type may use; no pass ask
 
 {table}
 
-Code lines of a type: its formulas, and the rules of its files. A file that several types share is divided among them;
-one that serves other parts of lorac as well counts for none. The median is **{median}**.
+Code lines of a type: its formulas, and the rules of its files. What several types share is divided among them; a file
+that serves other parts of lorac as well counts for none. The median is **{median}**.
 
 {lines}
 
@@ -201,8 +200,7 @@ def _reason(reason: str) -> str:
 def contract_section(lines: Mapping[str, Mapping[str, float]]) -> str:
     """Return the section of the contract: which types have each place in it, and their code lines."""
     sources = {
-        name: "\n".join(inspect.getsource(sys.modules[module]) for module in set(own_modules(one)))
-        for name, one in peft_types().items()
+        name: "\n".join(inspect.getsource(cls) for cls in own_classes(one)) for name, one in peft_types().items()
     }
     places = ["| place | for | types |", "| --- | --- | --- |"]
     for place, need, pattern in PLACES:

@@ -61,7 +61,6 @@ from lorac.variants.arrow import Arrow as Arrow
 from lorac.variants.autolora import AutoLoRA as AutoLoRA
 from lorac.variants.base import BranchVariant as BranchVariant
 from lorac.variants.base import WeightVariant as WeightVariant
-from lorac.variants.bat import BAT as BAT
 from lorac.variants.bd_lora import BDLoRA as BDLoRA
 from lorac.variants.beft import BEFT as BEFT
 from lorac.variants.boft import BOFT as BOFT
@@ -70,19 +69,21 @@ from lorac.variants.c3a import C3A as C3A
 from lorac.variants.chain import Chain as Chain
 from lorac.variants.cp_lora import CPLoRA as CPLoRA
 from lorac.variants.decor import DECOR as DECOR
-from lorac.variants.decor_weight import DECORWeight as DECORWeight
+from lorac.variants.decor import DECORWeight as DECORWeight
 from lorac.variants.deft import DEFT as DEFT
 from lorac.variants.delora import DeLoRA as DeLoRA
 from lorac.variants.dora import DoRA as DoRA
+from lorac.variants.dora import Magnitude as Magnitude
 from lorac.variants.dylora import DyLoRA as DyLoRA
 from lorac.variants.edit import Edit as Edit
 from lorac.variants.flexmore import FlexMoRE as FlexMoRE
 from lorac.variants.flylora import FlyLoRA as FlyLoRA
 from lorac.variants.fourierft import FourierFT as FourierFT
+from lorac.variants.fourierft import WaveFT as WaveFT
 from lorac.variants.frod import FRoD as FRoD
 from lorac.variants.full import Full as Full
 from lorac.variants.glora import GLoRA as GLoRA
-from lorac.variants.glora_hadamard import GLoRAHadamard as GLoRAHadamard
+from lorac.variants.glora import GLoRAHadamard as GLoRAHadamard
 from lorac.variants.gralora import GraLoRA as GraLoRA
 from lorac.variants.hira import HiRA as HiRA
 from lorac.variants.hra import HRA as HRA
@@ -92,17 +93,16 @@ from lorac.variants.kasa import KaSA as KaSA
 from lorac.variants.learned_cat import LearnedCat as LearnedCat
 from lorac.variants.lily import Lily as Lily
 from lorac.variants.ln_tuning import LNTuning as LNTuning
-from lorac.variants.loha import LoHa as LoHa
+from lorac.variants.lokr import LoHa as LoHa
 from lorac.variants.lokr import LoKr as LoKr
 from lorac.variants.loldu import LoLDU as LoLDU
 from lorac.variants.lora import LoRA as LoRA
 from lorac.variants.lora_c import LoRAC as LoRAC
 from lorac.variants.lora_xs import LoRAXS as LoRAXS
-from lorac.variants.magnitude import Magnitude as Magnitude
 from lorac.variants.meteora import MeteoRA as MeteoRA
+from lorac.variants.miss import BAT as BAT
 from lorac.variants.miss import MiSS as MiSS
 from lorac.variants.mps import MPS as MPS
-from lorac.variants.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from lorac.variants.oft import OFT as OFT
 from lorac.variants.osf import OSF as OSF
 from lorac.variants.params import ParamSpec as ParamSpec
@@ -110,10 +110,10 @@ from lorac.variants.params import Role as Role
 from lorac.variants.peanut import PEANuT as PEANuT
 from lorac.variants.plp import PLP as PLP
 from lorac.variants.poly import Poly as Poly
-from lorac.variants.prefix_tuning import PrefixTuning as PrefixTuning
+from lorac.variants.prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
+from lorac.variants.prompt_tuning import PrefixTuning as PrefixTuning
 from lorac.variants.prompt_tuning import PromptTuning as PromptTuning
 from lorac.variants.psoft import PSOFT as PSOFT
-from lorac.variants.pvera import PVeRA as PVeRA
 from lorac.variants.qalora import QALoRA as QALoRA
 from lorac.variants.qst import QST as QST
 from lorac.variants.randlora import RandLoRA as RandLoRA
@@ -131,8 +131,8 @@ from lorac.variants.trainable_tokens import TrainableTokens as TrainableTokens
 from lorac.variants.unilora import UniLoRA as UniLoRA
 from lorac.variants.union import Union as Union
 from lorac.variants.vblora import VBLoRA as VBLoRA
+from lorac.variants.vera import PVeRA as PVeRA
 from lorac.variants.vera import VeRA as VeRA
-from lorac.variants.waveft import WaveFT as WaveFT
 from lorac.variants.x_lora import XLoRA as XLoRA
 
 __version__: str

@@ -1,13 +1,17 @@
-"""Discovery without registration: the modules of a package, and the entry points of other packages."""
+"""Discovery of things that register by existing: the modules of a package, and entry points of other packages."""
 
 import functools
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from types import ModuleType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def list_modules(package: ModuleType) -> list[str]:
@@ -21,6 +25,12 @@ def import_modules(package: ModuleType) -> Iterator[ModuleType]:
         yield importlib.import_module(f"{package.__name__}.{name}")
 
 
+def find_classes(package: ModuleType, base: type[T]) -> list[type[T]]:
+    """Return the concrete subclasses of a class in the public modules of a package, in order of the modules' names."""
+    found = [value for module in import_modules(package) for value in vars(module).values() if inspect.isclass(value)]
+    return list(dict.fromkeys(cls for cls in found if issubclass(cls, base) and not inspect.isabstract(cls)))
+
+
 def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
     """Return the entry points of a group by name, without importing them."""
     return _read_entry_points(group, tuple((folder, _last_change(folder)) for folder in sys.path))
@@ -28,7 +38,7 @@ def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
 
 @functools.lru_cache(maxsize=8)
 def _read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> Mapping[str, metadata.EntryPoint]:
-    """Return a group's entry points by name; cached while ``folders``, the import path, have not changed."""
+    """Read a file of every installed package, while ``folders``, the path of imports, are as they were."""
     return {found.name: found for found in metadata.entry_points(group=group)}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.lora_conversion import replace_by_lora
-from lorac.errors import BaseNeeded
+from lorac.errors import require_base
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum
 from lorac.ir.sites.site import cast_floating
 from lorac.variants.adapter import Adapter
@@ -64,11 +64,11 @@ def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> 
     if isinstance(change, Delta):
         return {"delta": change.delta, **shift}
     if isinstance(change, Dense):
-        if weight is None:
-            raise BaseNeeded(
-                f"what is added to the weight of '{path}' depends on it",
-                next_step="pass model=, the base that the adapter was trained on",
-            )
+        weight = require_base(
+            weight,
+            f"what is added to the weight of '{path}' depends on it",
+            next_step="pass model=, the base that the adapter was trained on",
+        )
         base = weight(path)
         wide = torch.promote_types(torch.promote_types(base.dtype, change.weight.dtype), torch.float32)
         return {"delta": change.weight.to(wide) - base.to(wide), **shift}

@@ -11,7 +11,7 @@ from lorac.adapters.fit import check_adapter, check_site, check_values
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
 from lorac.argument_types import check_type
-from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
+from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod, unmergeable_error
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change
@@ -126,10 +126,9 @@ def _require_edits(adapter: Adapter) -> None:
 
 
 def _not_an_edit(adapter: Adapter, path: str) -> CompileError:
-    return CompileError(
+    return unmergeable_error(
         f"'{adapter.name}' ({adapter.variant.name}) does not edit the weight of '{path}'",
         next_step="use a method that edits weights; `lorac variants` lists them",
-        code="not_mergeable",
     )
 
 

@@ -13,7 +13,17 @@ from torch import Tensor
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
 from lorac.adapters.name_repair import REPAIR, find_own_names
-from lorac.errors import AdapterError, CompileError, FormatError, LoracError, SiteError, nearest_name
+from lorac.errors import (
+    AdapterError,
+    FormatError,
+    LoracError,
+    SiteError,
+    missing_site_error,
+    nearest_name,
+    shape_error,
+    unmergeable_error,
+    unused_error,
+)
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import no_match_error
 from lorac.ir.sites.site import Site
@@ -87,7 +97,9 @@ def _iter_checks(adapter: Adapter, view: ModelView) -> Iterator[Callable[[], obj
         yield partial(check_replaced, name, parameter, tensor, known, resizable)
     yield partial(check_values, adapter)
     for parameter, copy in copies.items():
-        yield partial(_check_copy, name, parameter, copy, view, known)
+        yield partial(_find_replaced_tensor, name, parameter, known)
+        if parameter in known:
+            yield partial(check_copy, name, parameter, copy, view.as_given(parameter, view.tensor(parameter)))
     recorded = adapter.provenance.get("base")
     if recorded and complete:
         yield partial(check_base, name, str(recorded), view, adapter.tensors)
@@ -95,11 +107,6 @@ def _iter_checks(adapter: Adapter, view: ModelView) -> Iterator[Callable[[], obj
 
 def _raise(error: LoracError) -> None:
     raise error
-
-
-def _check_copy(adapter: str, name: str, copy: str, view: ModelView, known: Mapping[str, Tensor]) -> None:
-    _find_replaced_tensor(adapter, name, known)
-    check_copy(adapter, name, copy, view.as_given(name, view.tensor(name)))
 
 
 def check_reads(adapter: Adapter, view: ModelView) -> None:
@@ -153,10 +160,9 @@ def refuse_invocation(adapter: Adapter, why: str) -> None:
         CompileError: the adapter has invocation tokens (code ``not_mergeable``).
     """
     if invocation_of(adapter.variant):
-        raise CompileError(
+        raise unmergeable_error(
             f"adapter '{adapter.name}' acts from its invocation tokens on, and {why}",
             next_step="lorac.compile(model, [adapter]) and `lorac serve` run it next to the weights",
-            code="not_mergeable",
         )
 
 
@@ -262,11 +268,11 @@ def check_site(
     for name in tensors:
         if name not in specs:
             what = f"adapter '{adapter}' has a tensor '{name}' at '{site.path}' too many"
-            raise FormatError(what, nearest=nearest_name(name, specs), next_step=parameters, code="unused_tensors")
+            raise unused_error(what, nearest=nearest_name(name, specs), next_step=parameters)
     for name in specs:
         if name not in tensors:
             what = f"adapter '{adapter}' lacks the tensor '{name}' at '{site.path}'"
-            raise AdapterError(what, next_step=parameters, code="shape_mismatch")
+            raise shape_error(what, next_step=parameters)
     for name, spec in specs.items():
         check_parameter(adapter, name, spec, site, tensors[name], shapes=shapes)
 
@@ -291,11 +297,10 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
     """
     found = tuple(tensor.shape)
     if not spec.admits(found) if shapes else len(found) != len(spec.shape):
-        raise AdapterError(
+        raise shape_error(
             f"adapter '{adapter}': {name} at '{site.path}' has shape {found}, expected {spec.shape}",
             next_step=f"the site is {site.kind} {site.in_features} -> {site.out_features}; "
             "rank and base model must be those of the training",
-            code="shape_mismatch",
         )
     if spec.role is not Role.INDEX:
         if not tensor.is_floating_point():
@@ -363,11 +368,10 @@ def check_replaced(
     if original.shape[1:] == tensor.shape[1:] and (tensor.ndim == 2 or name.endswith(".bias")):
         step = f"load the model with {len(tensor)} rows there, the num_labels of a classifier, or call "
         step += f"model.resize_token_embeddings({len(tensor)}); lorac.compile also takes a whole layer of another size"
-    raise AdapterError(
+    raise shape_error(
         f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has "
         f"{tuple(original.shape)}",
         next_step=step,
-        code="shape_mismatch",
     )
 
 
@@ -395,11 +399,10 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
         step = "load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one"
         own = find_own_names([path], view)
         step = step if own is None else f"{REPAIR}, '{own[path]}'"
-        return SiteError(
+        return missing_site_error(
             f"adapter '{adapter}' has tensors for '{path}', which is not a module of the model{fewer}",
             nearest=nearest_name(path, others or view.sites),
             next_step=step if owner is None else f"give it as the adapter of one component: {{'{owner}': path}}",
-            code="site_not_found",
         )
     return SiteError(
         f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} that is not a site as built here",
@@ -410,11 +413,10 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
 def _find_replaced_tensor(adapter: str, name: str, known: Mapping[str, Tensor]) -> Tensor:
     """Return the model's tensor for which an adapter has a replacement or a copy."""
     if name not in known:
-        raise SiteError(
+        raise missing_site_error(
             f"adapter '{adapter}' replaces '{name}', which the model does not have",
             nearest=nearest_name(name, known),
             next_step="load the class of model that the adapter was trained on",
-            code="site_not_found",
         )
     return known[name]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorac.adapters.factors import factors, iter_changes
 from lorac.adapters.truncation import Truncation, truncate_matrix, truncate_product
-from lorac.errors import BaseNeeded, CompileError, OptionError
+from lorac.errors import OptionError, require_base, unmergeable_error
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank, factors_of, merge_weight
 from lorac.variants.adapter import Adapter
@@ -57,8 +57,12 @@ def to_lora(
     found: dict[str, Truncation] = {}
     shifts: dict[str, Tensor] = {}
     for path, change in changes:
-        if rank is None and tolerance is None:
-            _require_pair(adapter, path, change)
+        if rank is None and tolerance is None and factors_of(change) is None:
+            what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
+            raise unmergeable_error(
+                f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
+                next_step="rank= makes the nearest LoRA of a rank, tolerance= the smallest with an error within it",
+            )
         found[path] = truncate_change(path, change, view, rank, tolerance or 0.0)
         if rank is not None and tolerance is not None:
             check_error(adapter.name, path, found[path].rank, found[path].error, tolerance)
@@ -130,11 +134,10 @@ def check_error(name: str, path: str, rank: int, error: float, tolerance: float)
         CompileError: the error exceeds the tolerance; the message names the site and the error.
     """
     if error > tolerance:
-        raise CompileError(
+        raise unmergeable_error(
             f"the nearest LoRA of rank {rank} misses {error:.3g} of what '{name}' does to '{path}', more "
             f"than tolerance={tolerance:g}",
             next_step="give a larger rank= or tolerance=; tolerance= alone finds the ranks that it takes",
-            code="not_mergeable",
         )
 
 
@@ -157,11 +160,11 @@ def truncate_change(
         return truncate_product(*pair, rank, tolerance)
     if isinstance(change, Delta):
         return truncate_matrix(change.delta, rank, tolerance)
-    if view is None:
-        raise BaseNeeded(
-            f"the change of the weight of '{path}' depends on the base",
-            next_step="pass model=, the base that the adapter was trained on",
-        )
+    view = require_base(
+        view,
+        f"the change of the weight of '{path}' depends on the base",
+        next_step="pass model=, the base that the adapter was trained on",
+    )
     return truncate_matrix(compute_delta(change, view.base.weight(view.sites[path])), rank, tolerance)
 
 
@@ -169,17 +172,6 @@ def compute_delta(change: Change, weight: Tensor) -> Tensor:
     """Return W' − W (out, in) in float32 or a wider dtype."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return change.delta.to(wide) if isinstance(change, Delta) else merge_weight(change, wide) - wide
-
-
-def _require_pair(adapter: Adapter, path: str, change: Change) -> None:
-    if factors_of(change) is not None:
-        return
-    what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
-    raise CompileError(
-        f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
-        next_step="rank= makes the nearest LoRA of a rank, tolerance= the smallest with an error within it",
-        code="not_mergeable",
-    )
 
 
 def _differing_patterns(values: Mapping[str, T], path: str) -> dict[str, T]:

@@ -24,7 +24,6 @@ from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.layer_sizes import pad_rows
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
-from lorac.ir.slots.prefix import Prefix
 from lorac.ir.slots.stacks import StackShape
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
 from lorac.storage.strict_json import JsonObject
@@ -92,16 +91,13 @@ class Preparer:
         owned = {site.weight: path for path, site in self.sites.items() if site.is_resizable}
         sizes = {owned[name]: len(tensor) for name, tensor in adapter.replaced.items() if name in owned}
         power, labels = adapter.variant.truncatable, tuple(adapter.provenance.get("labels", ()))
-        invocation, prefix = invocation_of(adapter.variant), self._find_prefix(adapter)
+        prompt, prefix = adapter.variant.prompt, None
+        if prompt is not None:
+            [(path, own)] = adapter.tensors.items()
+            prefix = prompt.prefix(self.sites[path], {name: tensor.detach() for name, tensor in own.items()})
+        invocation = invocation_of(adapter.variant)
         prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels, invocation, prefix)
         return pack_adapter(prepared, adapter) if packed else prepared
-
-    def _find_prefix(self, adapter: Adapter) -> Prefix | None:
-        prompt = adapter.variant.prompt
-        if prompt is None:
-            return None
-        [(path, tensors)] = adapter.tensors.items()
-        return prompt.prefix(self.sites[path], {name: tensor.detach() for name, tensor in tensors.items()})
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then sites with replaced tensors."""
@@ -155,23 +151,19 @@ class Preparer:
         if method is None or method[0] is not variant:
             formulas = [getattr(type(variant), formula, None) for formula in _FORMULAS]
             method = self._method = variant, (type(variant), *formulas, repr(variant))
-        key = (*method[1], site.kind, self._keeps_factors(variant, site), shape, shapes, site.dtype, self.rules)
         if self.stored and (text := _describe(variant, site, shapes)) in self.stored:
-            return self._from_stored(text, shape, tensors.values())
+            found = self._from_artifact.get(text)
+            if found is None:  # cached for this model only
+                found = reduction_from_json(self.stored[text])
+                check_sizes(found, shape, tensors.values())
+                self._from_artifact[text] = found
+            return found
+        key = (*method[1], site.kind, self._keeps_factors(variant, site), shape, shapes, site.dtype, self.rules)
         found = _REDUCTIONS.get(key)
         if found is None:
             found = _REDUCTIONS[key] = self._reduce(variant, site, shape, tensors)
             for oldest in list(_REDUCTIONS)[:-_MAX_REDUCTIONS]:
                 _REDUCTIONS.pop(oldest, None)
-        return found
-
-    def _from_stored(self, text: str, shape: tuple[int, int], tensors: Iterable[Tensor]) -> Reduction:
-        """Return the reduction of a structure from the artifact; cache it for this model only."""
-        found = self._from_artifact.get(text)
-        if found is None:
-            found = reduction_from_json(self.stored[text])
-            check_sizes(found, shape, tensors)
-            self._from_artifact[text] = found
         return found
 
     def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, object]:

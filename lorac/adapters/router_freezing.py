@@ -8,7 +8,7 @@ from torch import Tensor
 from lorac.adapters.fit import check_values
 from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.argument_types import check_type
-from lorac.errors import AdapterError, SiteError, WrongType, nearest_name
+from lorac.errors import AdapterError, WrongType, missing_site_error, nearest_name, shape_error
 from lorac.ir.algebra.reduction import Params
 from lorac.variants._mixtures import RoutedVariant
 from lorac.variants.adapter import Adapter
@@ -58,10 +58,9 @@ def _frozen_factors(
             next_step="give an adapter of a method that routes; lorac.to_lora makes a LoRA of one that edits weights",
         )
     if row.shape != (variant.routes,):
-        raise AdapterError(
+        raise shape_error(
             f"weights of shape {tuple(row.shape)} are given for the {variant.routes} experts at '{path}'",
             next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
-            code="shape_mismatch",
         )
     a, b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
     scaled = row.to(b) * row.new_tensor(variant.scales).to(b) if variant.scales else row.to(b)
@@ -80,11 +79,10 @@ def _weights_by_site(adapter: Adapter, weights: Weights | Mapping[str, Weights])
         mismatched = sorted(weights.keys() ^ set(paths))
         if mismatched:
             problem = "no weights are given for" if mismatched[0] in paths else "weights are given for"
-            raise SiteError(
+            raise missing_site_error(
                 f"{problem} '{mismatched[0]}', and '{adapter.name}' touches {len(paths)} sites",
                 nearest=None if mismatched[0] in paths else nearest_name(mismatched[0], paths),
                 next_step="give weights for each of adapter.sites",
-                code="site_not_found",
             )
         return {path: _read_weights(weights[path]) for path in paths}
     found = _read_weights(weights)

@@ -39,7 +39,11 @@ class SlotLayout:
         for name, tensor in tensors.items():
             groups.setdefault((tuple(tensor.shape), tensor.dtype), []).append(name)
         stacks = tuple((StackShape(len(names), shape, dtype), tuple(names)) for (shape, dtype), names in groups.items())
-        return cls({path: _without_tensors(site) for path, site in snapshot.composed.items()}, stacks)
+        sites = {}
+        for path, site in snapshot.composed.items():
+            branches = tuple((strength, BranchTerm(term.slot, ())) for strength, term in site.branches)
+            sites[path] = replace(site, change=None, branches=branches)
+        return cls(sites, stacks)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -85,11 +89,6 @@ class StoredAdapter(ABC):
         Raises:
             FormatError, AdapterError, SiteError: the adapter was changed since it was registered.
         """
-
-
-def _without_tensors(site: ComposedSite) -> ComposedSite:
-    branches = tuple((strength, BranchTerm(term.slot, ())) for strength, term in site.branches)
-    return replace(site, change=None, branches=branches)
 
 
 def _describe_site(path: str, site: ComposedSite) -> tuple[object, ...]:

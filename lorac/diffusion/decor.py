@@ -22,8 +22,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import is_named
 from lorac.variants.adapter import Adapter
 from lorac.variants.chain import Chain
-from lorac.variants.decor import DECOR
-from lorac.variants.decor_weight import DECORWeight
+from lorac.variants.decor import DECOR, DECORWeight
 
 Rows = Literal["words", "words+padding", "padding"]
 

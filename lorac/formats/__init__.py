@@ -1,6 +1,6 @@
 """Adapters on disk.
 
-Every module of this package that defines ``FORMAT`` is registered as a format; other packages register theirs through
+Every concrete ``Format`` in a module of this package is registered; other packages register theirs through
 entry points of the group ``lorac.formats``. ``reading`` has the functions and classes that all formats share.
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorac.adapters.base_hash import compute_tensor_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import JsonMapping
-from lorac.errors import FormatError, nearest_name
+from lorac.errors import FormatError, nearest_name, unused_error
 from lorac.formats._config_fields import Applied, Field, read_fields
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._format import Format
@@ -203,11 +203,10 @@ class AuthorsFormat(Format):
                 adapter.provenance.setdefault("copies", {})[copied] = compute_tensor_hash(tensor)
             else:
                 expected = [row.key.replace("*", "…") for row in self.rows]
-                raise FormatError(
+                raise unused_error(
                     f"'{file}' holds '{key}', which is not a tensor of {self.written_by}",
                     nearest=nearest_name(key, [name for row in self.rows for name in map(row.find_key, sites) if name]),
                     next_step=f"keys are {', '.join(expected)}",
-                    code="unused_tensors",
                 )
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:

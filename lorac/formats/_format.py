@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lorac.errors import FormatError
+from lorac.formats._errors import unsupported_error
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
@@ -26,9 +27,8 @@ class Evidence(enum.IntEnum):
 class Format(ABC):
     """A way of storing an adapter on disk.
 
-    A module of ``lorac.formats`` registers a format by the name ``FORMAT``, bound to an instance. Another package
-    registers one by an entry point of the group ``lorac.formats``: the name of the format, and ``module:object`` of an
-    instance.
+    A concrete subclass in a module of ``lorac.formats`` is registered. Another package registers a format by an entry
+    point of the group ``lorac.formats``: the name of the format, and ``module:object`` of an instance.
 
     Attributes:
         name: the value of ``save_adapter(format=)`` that selects this format.
@@ -71,10 +71,9 @@ class Format(ABC):
 
     def read_renamed(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         """Return the adapter as ``read`` does, with the model's names in place of the file's where the two differ."""
-        raise FormatError(
+        raise unsupported_error(
             f"names are repaired in PEFT's folders, and '{file}' is of the format '{self.name}'",
             next_step="write it as one first: `lorac convert ADAPTER OUT --to peft`",
-            code="unsupported_field",
         )
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, check_numbers, sort_by_site
 from lorac.adapters.lora_conversion import replace_by_lora
-from lorac.errors import FormatError, SiteError, nearest_name
+from lorac.errors import FormatError, SiteError, nearest_name, unused_error
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._site_layouts import LAYOUT, remembered_sites, site_to_json
 from lorac.frontend.model_view import ModelView
@@ -48,11 +48,10 @@ def group_by_layer(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], p
 
 def leftover_error(path: Path, key: str, expected: Iterable[str], suffixes: Iterable[str]) -> FormatError:
     """Return the error for a tensor that no rule of a format covers."""
-    return FormatError(
+    return unused_error(
         f"'{path}' holds '{key}', which is not a tensor of this format",
         nearest=nearest_name(key, expected),
         next_step=f"keys are <path of a layer> and one of {', '.join(suffixes)}",
-        code="unused_tensors",
     )
 
 

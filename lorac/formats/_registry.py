@@ -5,16 +5,17 @@ Formats are looked up by name at each call, so a format may read adapters of ano
 
 import functools
 import importlib
+import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from lorac.adapters.fit import check_values
 from lorac.argument_types import check_type
-from lorac.discovery import import_modules, list_entry_points
+from lorac.discovery import find_classes, list_entry_points
 from lorac.errors import FormatError, LoracError, OptionError, WrongType, nearest_name, warn
-from lorac.formats._errors import unsupported_error
+from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._outlines import AdapterOutline
 from lorac.formats.checkpoint import CheckpointFormat
@@ -41,8 +42,8 @@ def formats() -> dict[str, Format]:
     A format of another package that cannot be imported is skipped with a warning. One of lorac's own takes precedence
     over another package's of the same name.
     """
-    modules = import_modules(importlib.import_module(GROUP))
-    known: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in modules if "FORMAT" in vars(module)}
+    classes = find_classes(importlib.import_module(GROUP), Format)  # type: ignore[type-abstract]  # as a root
+    known = {cls.name: cls() for cls in sorted(classes, key=operator.attrgetter("name"))}
     for name, entry_point in list_entry_points(GROUP).items():
         if name in known:
             continue
@@ -133,16 +134,15 @@ def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None, *
         adapter = (format.read_renamed if fix_names else format.read)(file, view, name)
     except (OptionError, WrongType) as error:  # a hyper-parameter value that the method does not accept
         fault, nearest = f"'{file}': {error.what}", error.nearest
-        raise FormatError(fault, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
+        raise unsupported_error(fault, nearest=nearest, next_step=error.next_step) from error
     except (LoracError, OSError):
         raise
     except Exception as error:
         if type(format).__module__.startswith("lorac."):
             raise
-        raise FormatError(
+        raise corrupt_error(
             f"'{file}' cannot be read as '{format.name}': {type(error).__name__}: {error}",
             next_step="copy or download the file again; if it is whole, tell the author of the format",
-            code="corrupt_file",
         ) from error
     if view is None:
         check_values(adapter)
@@ -150,10 +150,7 @@ def _read_adapter(file: AdapterFile, view: ModelView | None, name: str | None, *
 
 
 def save_adapter(
-    adapter: Adapter,
-    path: str | os.PathLike[str],
-    format: str = "peft",
-    model: Model | None = None,
+    adapter: Adapter, path: str | os.PathLike[str], format: str = "peft", model: Model | None = None
 ) -> None:
     """Write an adapter; equal adapters give equal bytes.
 
@@ -214,8 +211,16 @@ def _find_format(file: AdapterFile) -> Format:
         )
     for evidence in Evidence:  # weaker evidence is considered only where no format has stronger evidence
         matching = [f for f in formats().values() if f.evidence is evidence and f.recognises(file)]
-        if matching:
-            return _choose_finest(path, matching)
+        found = [one for one in matching if one.name not in {other.refines for other in matching}]
+        if len(found) > 1:
+            raise FormatError(
+                f"'{path}' is as much of the format '{found[0].name}' ({found[0].looks_for}) as of '{found[1].name}' "
+                f"({found[1].looks_for})",
+                next_step="put the files, or the tensors, of one of them into a folder of their own",
+                code="unknown_format",
+            )
+        if found:
+            return found[0]
     if file.is_file and file.suffix == ".safetensors":
         file.header  # noqa: B018  (the error for a damaged file says more)
     kind, separator, step = (_describe_other(file) or "").partition(": ")
@@ -245,20 +250,6 @@ def _describe_other(file: AdapterFile) -> str | None:
     if any(name.endswith("norm.weight") for name in names):
         kind = "the weights of a whole model: `lorac extract TUNED BASE OUT` makes an adapter of the folders of two"
     return kind or file.describe_mistake()
-
-
-def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:
-    """Return the one format that no other format refines; all have the same kind of evidence."""
-    refined = {format.refines for format in matching}
-    found = [format for format in matching if format.name not in refined]
-    if len(found) > 1:
-        raise FormatError(
-            f"'{path}' is as much of the format '{found[0].name}' ({found[0].looks_for}) as of '{found[1].name}' "
-            f"({found[1].looks_for})",
-            next_step="put the files, or the tensors, of one of them into a folder of their own",
-            code="unknown_format",
-        )
-    return found[0]
 
 
 def _suggest_path(path: Path) -> str:

@@ -79,7 +79,8 @@ def matrix_site(path: str, out: int, columns: int, kind: SiteKind = SiteKind.LIN
 
 def same_layout(site: Site, other: Site) -> bool:
     """Return whether two sites agree in everything that a file's layout shows."""
-    return _layout_key(site) == _layout_key(other)
+    first, second = ((one.kind, *one.kernel, one.conv.groups if one.conv else 1) for one in (site, other))
+    return first == second
 
 
 def remembered_sites(adapter: Adapter) -> dict[str, Site]:
@@ -96,8 +97,3 @@ def remembered_sites(adapter: Adapter) -> dict[str, Site]:
             next_step="pass model=, or use format='native'",
         )
     return {path: site_from_json(path, layouts[path]) for path in adapter.tensors}
-
-
-def _layout_key(site: Site) -> tuple[object, ...]:
-    groups = site.conv.groups if site.conv else 1
-    return (site.kind, *site.kernel, groups)

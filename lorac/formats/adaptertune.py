@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import BaseNeeded, FormatError
+from lorac.errors import require_base, unused_error
 from lorac.formats._authors import AuthorsFormat, KeyRow, Tensors, find_size, required
 from lorac.formats._config_fields import Field, read_number
 from lorac.formats.reading import PICKLES, AdapterFile
@@ -52,10 +52,9 @@ class AdapterTuneFormat(AuthorsFormat):
             return file.check_tensors(loaded)
         unknown = next((key for key in loaded if key not in {_MODEL, *_OF_TRAINING}), None)
         if unknown is not None:
-            raise FormatError(
+            raise unused_error(
                 f"'{file}' holds '{unknown}', which is not a part of AdapterTune's checkpoints",
                 next_step=f"they hold {_MODEL}, {', '.join(sorted(_OF_TRAINING))}",
-                code="unused_tensors",
             )
         return file.check_tensors(loaded[_MODEL])
 
@@ -65,8 +64,7 @@ class AdapterTuneFormat(AuthorsFormat):
         Raises:
             BaseNeeded: no model is given.
         """
-        if view is None:
-            raise BaseNeeded("AdapterTune's checkpoints hold the whole model", next_step="pass model=")
+        view = require_base(view, "AdapterTune's checkpoints hold the whole model")
         # In a file, the names of parameters within blocks have one more level.
         whole = {_BLOCK.sub(r"\1.block.\2", name): view.tensor(name) for name in view.module.state_dict()}
         contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in {**whole, **tensors}.items()}
@@ -77,6 +75,3 @@ class AdapterTuneFormat(AuthorsFormat):
         if found is None:
             return key
         return f"{found[1]}.{found[2].removeprefix('block.')}" if found[2].startswith("block.") else None
-
-
-FORMAT = AdapterTuneFormat()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import JsonMapping, matches_type
-from lorac.errors import FormatError, nearest_name
+from lorac.errors import FormatError, nearest_name, unused_error
 from lorac.formats._errors import corrupt_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._writing import encode_config
@@ -50,7 +50,14 @@ class CheckpointFormat(Format):
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         state = _find_state(file)
         tensors, records = _read_records(state)
-        chosen = records[_choose_adapter(state.path, sorted(records), name)]
+        names = sorted(records)
+        if name not in names and len(names) > 1:
+            raise FormatError(
+                f"'{state.path}' holds the adapters {', '.join(names)}, and name= chooses none of them",
+                nearest=nearest_name(name or "", names),
+                next_step=f"give name=, one of them: name={names[0]!r}",
+            )
+        chosen = records[names[0] if name is None or len(names) == 1 else name]
         return self._assemble(state.path, tensors, chosen, view, name)
 
     def read_all(self, file: AdapterFile, view: ModelView | None) -> dict[str, Adapter]:
@@ -92,11 +99,7 @@ def _read_records(file: AdapterFile) -> tuple[Mapping[str, Tensor], dict[str, Re
     known = {f"{prefix}.{key}" for prefix, _, places in records.values() for key in places}
     unused = next((k for k in tensors if _PREFIX in k and not _is_record(k) and k not in known), None)
     if unused is not None:
-        raise FormatError(
-            f"'{file}' holds '{unused}', which no record in it names",
-            next_step="copy the file again",
-            code="unused_tensors",
-        )
+        raise unused_error(f"'{file}' holds '{unused}', which no record in it names", next_step="copy the file again")
     return tensors, records
 
 
@@ -124,19 +127,3 @@ def _check_record(file: AdapterFile, stored: JsonMapping, tensors: Mapping[str, 
             "changed since the state dict was made",
             next_step="copy the file again, or save the adapter itself: lorac.save_adapter(adapter, path)",
         )
-
-
-def _choose_adapter(file: Path, names: list[str], name: str | None) -> str:
-    """Return the name of the adapter to read: the only one of the checkpoint, or the one that the caller chose."""
-    if len(names) == 1:
-        return names[0]
-    if name not in names:
-        raise FormatError(
-            f"'{file}' holds the adapters {', '.join(names)}, and name= chooses none of them",
-            nearest=nearest_name(name or "", names),
-            next_step=f"give name=, one of them: name={names[0]!r}",
-        )
-    return name
-
-
-FORMAT = CheckpointFormat()

@@ -12,7 +12,7 @@ import torch
 from lorac.adapters.fit import no_site_error
 from lorac.adapters.fresh import make_site_tensors
 from lorac.argument_types import JsonMapping
-from lorac.errors import BaseNeeded
+from lorac.errors import require_base
 from lorac.formats._authors import AuthorsFormat, KeyRow, Tensors, find_size, required
 from lorac.formats._config_fields import Field, read_number
 from lorac.formats._errors import unsupported_error
@@ -72,14 +72,7 @@ class LoLduFormat(AuthorsFormat):
 
 
 def _factorise(adapter: Adapter, path: str, view: ModelView | None) -> Tensors:
-    if view is None:
-        raise BaseNeeded(
-            f"the factors of adapter '{adapter.name}' are those of the base's weights",
-            next_step="pass model=",
-        )
+    view = require_base(view, f"the factors of adapter '{adapter.name}' are those of the base's weights")
     if path not in view.sites:
         raise no_site_error(adapter.name, path, view)
     return make_site_tensors(adapter.variant, adapter.name, view.sites[path], view.base)
-
-
-FORMAT = LoLduFormat()

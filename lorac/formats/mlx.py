@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorac.adapters.fit import sort_by_site
 from lorac.argument_types import JsonMapping
-from lorac.errors import BaseNeeded
+from lorac.errors import require_base
 from lorac.formats._config_fields import (
     Applied,
     Field,
@@ -188,11 +188,11 @@ def _turn(part: str, tensor: Tensor) -> Tensor:
 
 def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: ModelView | None) -> Adapter:
     """Read the weights of layers as parameters of ``Full``, and all other parameters as replacements."""
-    if view is None:
-        raise BaseNeeded(
-            f"'{folder}' holds parameters by name, and which are weights of layers depends on the model",
-            next_step="load_adapter(path, model)",
-        )
+    view = require_base(
+        view,
+        f"'{folder}' holds parameters by name, and which are weights of layers depends on the model",
+        next_step="load_adapter(path, model)",
+    )
     adapter = Adapter(name, Full())
     layers = {site.weight: site for site in view.sites.values() if site.weight}
     for key, tensor in tensors.items():
@@ -239,6 +239,3 @@ def _write_factors(
         "lora_parameters": {"rank": r, "scale": scale, "dropout": variant.dropout, "keys": keys},
         "num_layers": -1,
     }, tensors
-
-
-FORMAT = MlxFormat()

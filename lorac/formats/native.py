@@ -17,7 +17,7 @@ from torch import Tensor
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, check_values, sort_by_site
 from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
-from lorac.errors import FormatError, UnknownMethod, short
+from lorac.errors import UnknownMethod, short, unused_error
 from lorac.formats._errors import corrupt_error, unknown_name_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
@@ -99,7 +99,17 @@ def load_record(path: Path, name: str) -> Adapter:
 
     def read() -> Adapter:
         stored, record = _read_file(AdapterFile(path))
-        adapter = assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
+        modules = record.get(_MODULES, {})
+        try:
+            variant = build_variant(path, record)
+        except UnknownMethod:  # of the method, or of a method in its fields
+            unknown = [one for one in modules if one not in variants()]
+            if not unknown:
+                raise
+            variant = MissingMethod(
+                method_name=record["variant"], hyper_parameters=record["config"], modules=modules, missing=unknown[0]
+            )
+        adapter = assemble_adapter(path, record, variant, stored, name)
         check_values(adapter)
         return adapter
 
@@ -158,10 +168,9 @@ def assemble_adapter(
         elif kind == "replaced" and rest:
             adapter.replaced[rest] = tensor
         else:
-            raise FormatError(
+            raise unused_error(
                 f"'{path}' holds '{key}', which is not a name of this format",
                 next_step="names are tensors/<site>/<parameter> and replaced/<parameter>",
-                code="unused_tensors",
             )
     for weight, numbers in provenance.get(TOKEN_ROWS, {}).items():
         found = adapter.replaced.get(weight)
@@ -253,20 +262,6 @@ def build_variant(path: Path, record: JsonMapping) -> Variant:
     return _build_named_variant(path, record["variant"], record["config"], record.get(_MODULES, {}))
 
 
-def _build_or_stand_in(path: Path, record: JsonMapping) -> Variant:
-    """Return the method; if its class, or a class in its fields, is not imported, return a ``MissingMethod``."""
-    modules = record.get(_MODULES, {})
-    try:
-        return build_variant(path, record)
-    except UnknownMethod:
-        unknown = [name for name in modules if name not in variants()]
-        if not unknown:
-            raise
-        return MissingMethod(
-            method_name=record["variant"], hyper_parameters=record["config"], modules=modules, missing=unknown[0]
-        )
-
-
 def _build_named_variant(path: Path, name: str, config: JsonMapping, modules: Mapping[str, str]) -> Variant:
     cls = find_variant(name, modules)
     known = dataclass_fields(cls)
@@ -274,13 +269,17 @@ def _build_named_variant(path: Path, name: str, config: JsonMapping, modules: Ma
         if field not in known:
             fault = f"'{path}' sets '{field}', which {cls.name} does not have"
             raise unknown_name_error(fault, field, known, _OTHER_VERSION)
-    defaults, types = _default_values(cls), field_types(cls)
+    types = field_types(cls)
     values: Fields = {field: _revive(path, value, modules) for field, value in config.items()}
     for field, value in values.items():
         if not matches_type(value, types[field]):
+            given = next(one for one in dataclasses.fields(cls) if one.name == field)
+            default = given.default if given.default_factory is dataclasses.MISSING else given.default_factory()
             raise unsupported_error(
                 f"'{path}' sets {field}={short(config[field])}, which {cls.name} does not take",
-                next_step=f"its default is {defaults[field]!r}" if field in defaults else f"it takes {types[field]}",
+                next_step=f"it takes {types[field]}"
+                if default is dataclasses.MISSING
+                else f"its default is {default!r}",
             )
     try:
         return cls(**values)
@@ -298,16 +297,6 @@ def _revive(path: Path, value: object, modules: Mapping[str, str]) -> object:
         case dict():
             return {key: _revive(path, item, modules) for key, item in value.items()}
     return value
-
-
-def _default_values(cls: type[Variant]) -> dict[str, object]:
-    defaults: dict[str, object] = {}
-    for field in dataclasses.fields(cls):
-        if field.default is not dataclasses.MISSING:
-            defaults[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            defaults[field.name] = field.default_factory()
-    return defaults
 
 
 def variant_config(variant: Variant) -> tuple[dict[str, object], list[str]]:
@@ -332,6 +321,3 @@ def _to_json(value: object) -> object:
     if isinstance(value, Mapping):
         return {k: _to_json(v) for k, v in value.items()}
     return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-FORMAT = NativeFormat()

@@ -87,6 +87,3 @@ class OnnxAdapterFormat(Format):
         for ours, theirs in engine.renames.items() if engine else ():
             tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
         write_onnx_adapter(path, tensors)
-
-
-FORMAT = OnnxAdapterFormat()

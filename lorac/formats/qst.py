@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
-from lorac.errors import BaseNeeded, FormatError, nearest_name
+from lorac.errors import nearest_name, require_base, unused_error
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats.reading import AdapterFile
@@ -61,11 +61,7 @@ class QstFormat(Format):
 
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         path = file.path
-        if view is None:
-            raise BaseNeeded(
-                f"'{path}' does not hold the number of attention heads, which is the model's",
-                next_step="pass model=",
-            )
+        view = require_base(view, f"'{path}' does not hold the number of attention heads, which is the model's")
         stored: dict[str, tuple[str, Tensor]] = {}  # parameter -> its file and key, and its tensor
         for part_name in _TABLE:
             if not file.has(part_name):
@@ -74,7 +70,14 @@ class QstFormat(Format):
             content = part.read_pickle()
             for key, tensor in part.check_tensors({"": content} if part_name == _ALPHA else content).items():
                 place = f"'{key}' in '{part.path}'" if key else f"'{part.path}'"
-                stored[_find_parameter(part.path, key)] = place, tensor
+                table, shape = _TABLE[part_name], _NUMBER.sub("#", key, count=1)
+                if shape not in table:
+                    raise unused_error(
+                        f"'{part.path}' holds '{key}', which is not a tensor of a Llama's side network",
+                        nearest=nearest_name(shape, table),
+                        next_step=f"its keys are {', '.join(table)}, with the number of a layer for #",
+                    )
+                stored[_shift(table[shape], key, 1)] = place, tensor
         own = {parameter: tensor for parameter, (_, tensor) in stored.items()}
         variant = QST.of(view.module, **_FORM, **_read_sizes(path, own, view.module))
         [site] = [one for one in view.callable_paths if re.fullmatch(str(variant.targets), one)]
@@ -110,19 +113,6 @@ class QstFormat(Format):
         path.mkdir()
         for file, tensors in files.items():
             torch.save(tensors[""] if file == _ALPHA else tensors, path / file)
-
-
-def _find_parameter(path: Path, key: str) -> str:
-    """Return the parameter that a key of a file stores."""
-    table, shape = _TABLE[path.name], _NUMBER.sub("#", key, count=1)
-    if shape not in table:
-        raise FormatError(
-            f"'{path}' holds '{key}', which is not a tensor of a Llama's side network",
-            nearest=nearest_name(shape, table),
-            next_step=f"its keys are {', '.join(table)}, with the number of a layer for #",
-            code="unused_tensors",
-        )
-    return _shift(table[shape], key, 1)
 
 
 def _shift(name: str, numbered: str, by: int) -> str:
@@ -164,6 +154,3 @@ def _check_shapes(
                 f"{shapes.get(parameter, 'no such tensor')}",
                 next_step="give the model that it was trained on",
             )
-
-
-FORMAT = QstFormat()

@@ -60,6 +60,3 @@ class SoraFormat(AuthorsFormat):
 
     def describe(self, variant: Variant) -> JsonMapping:
         return {**super().describe(variant), "unfrozen_modules": [_DELTAS, *variant.modules_to_save]}
-
-
-FORMAT = SoraFormat()

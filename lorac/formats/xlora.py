@@ -119,8 +119,4 @@ class XLoraFormat(Format):
 
 def _layer_keys(depth: int, activation: bool) -> list[str]:
     """Return the key of each classifier layer's weight, in order."""
-    stride = 3 if activation else 1
-    return [*(f"inner.{stride * j}.weight" for j in range(depth - 1)), "last.weight"]
-
-
-FORMAT = XLoraFormat()
+    return [*(f"inner.{(3 if activation else 1) * j}.weight" for j in range(depth - 1)), "last.weight"]

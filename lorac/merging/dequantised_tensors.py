@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import CompileError, FormatError, list_some
+from lorac.errors import list_some, unmergeable_error
+from lorac.formats.reading import corrupt_error
 from lorac.frontend.quantised_weights import decode_4_bits
 from lorac.storage.open_file import OpenFile
 from lorac.storage.sharded_tensors import ShardedTensors
@@ -71,11 +72,10 @@ class DequantisedTensors(Mapping[str, Tensor]):
         self._outline = {name: one for name, one in stored.outline().items() if name not in used}
         unknown = [name for name, one in self._outline.items() if one.itemsize < 2 and one.dtype is not torch.bool]
         if unknown or not self._layers:
-            raise CompileError(
+            raise unmergeable_error(
                 f"'{folder}' holds {list_some(unknown) if unknown else 'no matrix'} in a layout of "
                 f"{settings.get('quant_method')} that lorac does not know",
                 next_step=_AS_BEFORE,
-                code="not_mergeable",
             )
         sizes: Counter[torch.dtype] = Counter()
         for one in self._outline.values():
@@ -98,10 +98,9 @@ class DequantisedTensors(Mapping[str, Tensor]):
             parts = {part: f"{layer}.{part}" for part in known if f"{layer}.{part}" in self._stored}
             missing = [part for part in layout.parts if part not in parts]
             if missing:
-                raise FormatError(
+                raise corrupt_error(
                     f"'{self._folder}' lacks '{layer}.{missing[0]}', a part of a quantised matrix",
                     next_step="download the whole folder again",
-                    code="corrupt_file",
                 )
             found[f"{layer}.weight"] = (layout, parts)
         return found
@@ -116,10 +115,9 @@ class DequantisedTensors(Mapping[str, Tensor]):
             yield
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
-            raise FormatError(
+            raise corrupt_error(
                 f"'{self._folder}' holds parts of '{name}' that do not belong together: {reason}",
                 next_step="download the whole folder again",
-                code="corrupt_file",
             ) from error
 
     def __getitem__(self, name: str) -> Tensor:
@@ -182,10 +180,8 @@ def _choose_layouts(folder: Path, settings: JsonMapping) -> tuple[QuantisedLayou
     elif method == "awq" and (bits != 4 or str(settings.get("version", "gemm")).lower() != "gemm"):
         reason = f"by awq to {bits} bits in the layout {settings.get('version')}"
     if reason is not None:
-        raise CompileError(
-            f"'{folder}' is quantised {reason}; known are {', '.join(LAYOUTS)}",
-            next_step=_AS_BEFORE,
-            code="not_mergeable",
+        raise unmergeable_error(
+            f"'{folder}' is quantised {reason}; known are {', '.join(LAYOUTS)}", next_step=_AS_BEFORE
         )
     return LAYOUTS[str(method)]
 

@@ -12,7 +12,7 @@ from lorac.adapters.edits import hold_changes
 from lorac.adapters.fit import check_finite
 from lorac.adapters.lora_conversion import check_error, check_sizes
 from lorac.adapters.truncation import truncate_matrix
-from lorac.errors import AdapterError, CompileError, FormatError, SiteError, nearest_name
+from lorac.errors import AdapterError, FormatError, missing_site_error, nearest_name, shape_error, unmergeable_error
 from lorac.formats._site_layouts import LAYOUT, site_to_json
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank
@@ -102,19 +102,17 @@ def _check_alike(tuned: ModelView, base: ModelView) -> None:
     for path in [*other, *own]:
         if path not in own or path not in other:
             which, known = ("tuned", own) if path not in own else ("base", other)
-            raise SiteError(
+            raise missing_site_error(
                 f"the {which} model has no layer '{path}', which the other has",
                 nearest=nearest_name(path, known),
                 next_step="give two checkpoints of one class of model",
-                code="site_not_found",
             )
         sides = (("tuned", own[path]), ("base", other[path]))
         quantised = [which for which, site in sides if site.packed or site.dtype.itemsize < 2]
         if quantised:
-            raise CompileError(
+            raise unmergeable_error(
                 f"the weight of '{path}' of the {quantised[0]} model is quantised, and has no exact difference",
                 next_step="give the models as they were before quantisation",
-                code="not_mergeable",
             )
         differ = own[path].kernel != other[path].kernel
         if differ or (own[path].bias is None) != (other[path].bias is None):
@@ -124,12 +122,11 @@ def _check_alike(tuned: ModelView, base: ModelView) -> None:
                 and shapes[0][1:] == shapes[1][1:]
                 and (other[path].kind is SiteKind.EMBEDDING or path in base.output_layers)
             )
-            raise AdapterError(
+            raise shape_error(
                 f"'{path}' has shape {shapes[0]} in the tuned model and {shapes[1]} in the base"
                 + ("" if differ else ", and only one of them has a bias"),
                 next_step="give the base that it was tuned from"
                 + ("; resize_token_embeddings makes the vocabulary of one that of the other" if words else ""),
-                code="shape_mismatch",
             )
 
 
@@ -204,10 +201,9 @@ def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
         present = name in own and name in other
         tensors = [view.tensor(name) for view in (tuned, base)] if present else []
         if not present or tensors[0].shape != tensors[1].shape:
-            raise AdapterError(
+            raise shape_error(
                 f"the tensor '{name}' of one of the models is missing in the other, or has another shape there",
                 next_step="give the base that the model was tuned from",
-                code="shape_mismatch",
             )
         if not torch.equal(tensors[0], tensors[1].to(tensors[0].dtype)):
             found[name] = tensors[0].detach().clone()

@@ -116,17 +116,14 @@ class FederatedStack:
         """
         stack = self.merged()
         before = {} if stack is None else {STACK: stack}
-        trained = {client: self._train_client(model, client, methods[client], train, before) for client in methods}
+        trained = {}
+        for client, method in methods.items():
+            name = f"{client}-{len(self.rounds)}"  # the name seeds a fresh adapter
+            adapters: dict[str, AdapterSource] = {**before, name: method}
+            compiled = compile(model, adapters, active=dict.fromkeys(adapters, 1.0))
+            for adapter in before:
+                for tensor in compiled.adapters[adapter].parameters():
+                    tensor.requires_grad_(False)
+            train(client, compiled.train())
+            trained[client] = compiled.adapters[name]
         return self.add_round(trained, weights)
-
-    def _train_client(
-        self, model: nn.Module, client: str, method: Variant, train: Train, before: Mapping[str, Adapter]
-    ) -> Adapter:
-        name = f"{client}-{len(self.rounds)}"  # the name seeds a fresh adapter
-        adapters: dict[str, AdapterSource] = {**before, name: method}
-        compiled = compile(model, adapters, active=dict.fromkeys(adapters, 1.0))
-        for adapter in before:
-            for tensor in compiled.adapters[adapter].parameters():
-                tensor.requires_grad_(False)
-        train(client, compiled.train())
-        return compiled.adapters[name]

@@ -20,7 +20,7 @@ from lorac.adapters.fit import check_values, refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.lora_conversion import truncate_change
 from lorac.argument_types import describe_value, matches_type
-from lorac.errors import AdapterError, ChoiceError, short
+from lorac.errors import ChoiceError, shape_error, short
 from lorac.formats._site_layouts import LAYOUT
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_bias, merge_weight
@@ -181,10 +181,9 @@ def _check_shapes(path: str, adapters: Sequence[Adapter], changes: Sequence[Chan
     known = {name: shape for name, shape in shapes.items() if shape is not None}
     if len(set(known.values())) > 1:
         listed = ", ".join(f"{shape} in '{name}'" for name, shape in known.items())
-        raise AdapterError(
+        raise shape_error(
             f"the adapters were made for different layers at '{path}': {listed}",
             next_step="merge adapters of one base model",
-            code="shape_mismatch",
         )
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import CompileError, OptionError, list_some, warn
+from lorac.errors import OptionError, list_some, unmergeable_error, warn
 from lorac.frontend.host import Host
 from lorac.frontend.hosts.transformers import TIES
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.merging.merged_model import choose_active, read_adapters
 from lorac.merging.merged_weights import MergedWeights
-from lorac.merging.stored_model import StoredModel, separate_names
-from lorac.merging.tied_weights import find_kept_ties, find_ties
+from lorac.merging.stored_model import StoredModel, find_kept_ties, find_ties, separate_names
 from lorac.progress import progress, step
 from lorac.session.api import Adapters
 from lorac.session.model_folders import CONFIG
@@ -139,10 +138,9 @@ class _OutputTensors(Mapping[str, Tensor]):
         self._source, self._merged, self.added = source, merged, dict[str, str]()
         missing = [name for name in merged if name not in source.view.stored]
         if missing:
-            raise CompileError(
+            raise unmergeable_error(
                 f"'{source.folder}' does not store {list_some(missing)} as the model has it",
                 next_step="load the model, and save lorac.merge_into(model, adapters) by its save_pretrained",
-                code="not_mergeable",
             )
         model, kept = source.view.module, list(find_kept_ties(source.view.module, merged))
         self._names = {source.keys[name]: name for name in merged if name in source.keys}

@@ -15,7 +15,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.frontend.quantised_weights import dequantise_weights, settle_dequantised_weights
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.merging.merged_weights import MergedWeights
-from lorac.merging.tied_weights import find_kept_ties
+from lorac.merging.stored_model import find_kept_ties
 from lorac.session.adapter_loading import join_components
 from lorac.session.api import Adapters
 from lorac.session.request.sources import NamedSource, read_model, read_sources

@@ -10,7 +10,7 @@ from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter, find_infinite_sums, refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
-from lorac.errors import AdapterError, CompileError, SiteError, warn
+from lorac.errors import AdapterError, CompileError, SiteError, unmergeable_error, warn
 from lorac.frontend.components import get_component_prefix
 from lorac.frontend.host import Host
 from lorac.frontend.model_view import ModelView
@@ -48,7 +48,12 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __init__(self, view: ModelView, adapters: Mapping[str, Adapter], choice: Choice) -> None:
         self._base = view.base
-        only_read = _find_only_read_layers(view)
+        only_read: set[str] = set()  # layers that the model reads but never calls, if example inputs can be made
+        for name, component in view.components.items():
+            prefix = get_component_prefix(view.module, name)
+            layers = [path for path, site in view.sites.items() if site.is_layer and path.startswith(prefix)]
+            reads = observe_example(Host.of(component), [path.removeprefix(prefix) for path in layers])
+            only_read |= set() if reads is None else {f"{prefix}{path}" for path in reads.read - reads.called}
         self._parts = [_ActiveAdapter(adapters[name], how, view, only_read) for name, how in choice]
         self.sites: dict[str, Site] = {}
         for part in self._parts:
@@ -151,37 +156,23 @@ def _check_mergeable(adapter: Adapter, site: Site, known: Mapping[str, Tensor]) 
     """Refuse a site whose weight is not stored as plain numbers, such as a quantised weight."""
     stored = known.get(str(site.weight))
     if stored is not None and (type(stored) not in {Tensor, nn.Parameter} or site.dtype.itemsize < 2):
-        raise CompileError(
+        raise unmergeable_error(
             f"nothing can be merged into the {site.packed or stored.dtype} weight of '{site.path}', which is quantised",
             next_step="dequantize=True merges into its float values; or give the model as it was before quantisation",
-            code="not_mergeable",
         )
     if site.weight is not None and site.weight not in known:
-        raise CompileError(
+        raise unmergeable_error(
             f"the weight of '{site.path}', which adapter '{adapter.name}' changes, is computed at each call",
             next_step="make it a parameter: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
-            code="not_mergeable",
         )
 
 
 def _not_mergeable(adapter: Adapter, site: Site, why: str) -> CompileError:
     instead = adapter.variant.instead if isinstance(adapter.variant, BranchVariant) else ""
-    return CompileError(
+    return unmergeable_error(
         f"adapter '{adapter.name}' ({adapter.variant.name}) cannot be merged: at '{site.path}' it {why}",
         next_step=instead or "compiled.save(folder) saves the model with the adapter as it is",
-        code="not_mergeable",
     )
-
-
-def _find_only_read_layers(view: ModelView) -> set[str]:
-    """Return the layers that a model reads but never calls, if example inputs can be made to find out."""
-    found: set[str] = set()
-    for name, component in view.components.items():
-        prefix = get_component_prefix(view.module, name)
-        layers = [path for path, site in view.sites.items() if site.is_layer and path.startswith(prefix)]
-        reads = observe_example(Host.of(component), [path.removeprefix(prefix) for path in layers])
-        found |= set() if reads is None else {f"{prefix}{path}" for path in reads.read - reads.called}
-    return found
 
 
 def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], only_read: Collection[str]) -> list[str]:

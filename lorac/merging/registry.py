@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorac.discovery import import_modules
+from lorac.discovery import find_classes
 from lorac.errors import ChoiceError, check_known, nearest_name, not_one_of
 from lorac.merging import ways as _ways
 from lorac.merging.way import Way
@@ -16,8 +15,7 @@ from lorac.merging.way import Way
 @functools.cache
 def ways() -> dict[str, type[Way]]:
     """Return every way by name."""
-    found = (one for module in import_modules(_ways) for one in vars(module).values())
-    classes = (one for one in found if inspect.isclass(one) and issubclass(one, Way) and not inspect.isabstract(one))
+    classes = find_classes(_ways, Way)  # type: ignore[type-abstract]  # the root of the search is abstract
     return {one.name: one for one in sorted(classes, key=operator.attrgetter("name"))}
 
 

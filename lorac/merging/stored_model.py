@@ -1,6 +1,7 @@
 """A model in a folder: its structure is on the meta device, and its tensors are read one at a time."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import CompileError, FormatError
+from lorac.errors import list_some, unmergeable_error, warn
+from lorac.formats.reading import corrupt_error
 from lorac.frontend.checkpoint_names import ConvertedTensors, find_stored_names
 from lorac.frontend.model_view import ModelView
 from lorac.merging.dequantised_tensors import DequantisedTensors
-from lorac.merging.tied_weights import find_ties
 from lorac.session.model_folders import CONFIG, outline_model, read_model_config
 from lorac.storage.sharded_tensors import ShardedTensors
 
@@ -58,11 +59,10 @@ class StoredModel:
         config = read_model_config(folder)
         settings = config.get("quantization_config")
         if settings and not dequantize:
-            raise CompileError(
+            raise unmergeable_error(
                 f"'{folder}' holds a quantised model, and changes of its weights can be neither added nor extracted",
                 next_step="give the model as it was before"
                 + ("" if dequantize is None else ", or dequantize=True to merge into its float values"),
-                code="not_mergeable",
             )
         as_stored = ShardedTensors(folder)
         tensors: Stored = DequantisedTensors(as_stored, folder, settings) if settings else as_stored
@@ -139,11 +139,10 @@ def _outline_tensors(
         try:
             loaded = group.load(stored)
         except (RuntimeError, ValueError, LookupError) as error:
-            raise FormatError(
+            raise corrupt_error(
                 f"'{folder}': '{group.name}' cannot be made of '{next(iter(group.sources))}' and others: "
                 f"{str(error).partition(chr(10))[0]}",
                 next_step="download the whole folder again",
-                code="corrupt_file",
             ) from error
         found |= loaded
         converted |= dict.fromkeys(loaded, group)
@@ -156,10 +155,9 @@ def _check_depth(folder: Path, config: JsonMapping, most: int) -> None:
         if isinstance(value, dict):
             _check_depth(folder, value, most)
         elif type(value) is int and value > most and ("layer" in name or "depth" in name):
-            raise FormatError(
+            raise corrupt_error(
                 f"'{folder / CONFIG}' says {name}={value}, more than its weights can be of",
                 next_step="give the configuration that the weights were saved with",
-                code="corrupt_file",
             )
 
 
@@ -167,17 +165,44 @@ def _check_shapes(folder: Path, model: nn.Module, outline: Mapping[str, Tensor])
     described = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     wrong = next((name for name in outline if name in described and outline[name].shape != described[name].shape), None)
     if wrong is not None:
-        raise FormatError(
+        raise corrupt_error(
             f"'{folder}' holds '{wrong}' of shape {tuple(outline[wrong].shape)}, where its {CONFIG} says "
             f"{tuple(described[wrong].shape)}",
             next_step="give the configuration that the weights were saved with",
-            code="corrupt_file",
         )
     whole = (name for name in outline if name in described and described[name].is_floating_point())
     wrong = next((name for name in whole if not outline[name].is_floating_point()), None)
     if wrong is not None:
-        raise FormatError(
+        raise corrupt_error(
             f"'{folder}' holds '{wrong}' in {outline[wrong].dtype}, which is not a weight as it was trained",
             next_step="give the model as it was before quantisation",
-            code="corrupt_file",
         )
+
+
+def find_ties(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several names in a model."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def find_kept_ties(model: nn.Module, merged: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Yield the names of each shared parameter that stays shared, since the merged values are equal under all names.
+
+    A warning names the parameters that are changed and untied.
+
+    Args:
+        model: the model before merging.
+        merged: name -> merged tensor.
+    """
+    for names in find_ties(model):
+        changed = [name for name in names if name in merged]
+        if len(changed) == len(names) and all(torch.equal(merged[names[0]], merged[name]) for name in names[1:]):
+            yield names
+        elif changed:
+            warn(
+                f"{list_some(names)} were one tensor, and are several now, since the adapters change "
+                f"{list_some(changed)} {'differently' if len(changed) == len(names) else 'alone'}",
+                next_step="a checkpoint of the merged model stores each of them",
+            )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.lora_conversion import compute_delta
-from lorac.errors import BaseNeeded, CompileError
+from lorac.errors import require_base, unmergeable_error
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum, compose, factors_of
 from lorac.variants.adapter import Adapter
 from lorac.variants.low_rank import ScaledRank
@@ -117,21 +117,20 @@ class SiteTerms:
             return change.delta
         if (pair := factors_of(change)) is not None:
             return pair[0] @ pair[1]
-        if self.read_weight is None:
-            raise BaseNeeded(
-                f"the change of '{self.path}' as a matrix depends on the base",
-                next_step="pass model=, the base that the adapters were trained on",
-            )
-        return compute_delta(change, self.read_weight())
+        read_weight = require_base(
+            self.read_weight,
+            f"the change of '{self.path}' as a matrix depends on the base",
+            next_step="pass model=, the base that the adapters were trained on",
+        )
+        return compute_delta(change, read_weight())
 
     def _pair(self, index: int, change: Change) -> tuple[Tensor, Tensor]:
         if (pair := factors_of(change)) is not None:
             return pair
         adapter = self.adapters[index]
-        raise CompileError(
+        raise unmergeable_error(
             f"the change of '{self.path}' by '{adapter.name}' ({adapter.variant.name}) is not a product of two factors",
             next_step="space='deltas' takes any change; lorac.to_lora(adapter, model, rank=…) makes factors",
-            code="not_mergeable",
         )
 
 

@@ -24,6 +24,8 @@ from lorac.merging.terms import SiteTerms
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
+Numbers = Sequence[float]
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
@@ -251,9 +253,7 @@ class AdaptersWay(Way):
         return scaled
 
     @abstractmethod
-    def assemble(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
-    ) -> Adapter:
+    def assemble(self, adapters: Sequence[Adapter], weights: Numbers, name: str, view: ModelView | None) -> Adapter:
         """Return the combined adapter called ``name``; ``view`` is the base, or None."""
 
 

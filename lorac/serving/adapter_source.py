@@ -1,4 +1,4 @@
-"""Sources in which a server finds the adapters that requests name."""
+"""Where a server finds the adapters that requests name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AdapterSource: TypeAlias = "AdapterStore | SharedAdapters"
 
 @final
 class SharedAdapters:
-    """The compiled model's own adapters, for every tenant; requests can neither load nor unload adapters.
+    """The adapters of the compiled model itself, for every tenant; none can be loaded nor unloaded.
 
     Args:
         compiled: the compiled model.

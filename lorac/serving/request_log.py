@@ -19,13 +19,13 @@ _PROBED, _FAILED = ("/health", "/ready", "/metrics"), 400
 
 @final
 class RequestLog:
-    """ASGI middleware that logs and counts requests. JSON escapes control characters in names and paths.
+    """Logs and counts the requests to an app. JSON escapes whatever names and paths hold.
 
-    A response has the ``x-request-id`` of its request, or a new one. Successful probes are not logged.
+    An answer has the ``x-request-id`` of its request, or a new one. Successful probes are not logged.
 
     Args:
-        app: answers the requests.
-        metrics: counts the responses.
+        app: answers them.
+        metrics: counts the answers.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
@@ -49,7 +49,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, note_status)
         except Exception:
-            status = 500  # a middleware outside sends it
+            status = 500  # it is sent behind this
             raise
         finally:
             self._metrics.count_response(status)

@@ -1,4 +1,4 @@
-"""Threads that tenants share."""
+"""Threads that work for tenants in turn."""
 
 import collections
 from collections.abc import Callable
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 @final
 class TenantTurns:
-    """Threads that tenants share; each tenant uses at most ``own`` of them at a time.
+    """Threads that work for tenants in turn: a tenant's requests never hold another's.
 
     Args:
-        threads: the number of threads.
-        own: the most threads for one tenant.
+        threads: how many work at a time.
+        own: how many of these work for one tenant.
     """
 
     def __init__(self, threads: int, own: int = 1) -> None:
@@ -24,6 +24,6 @@ class TenantTurns:
         self._own = collections.defaultdict[str, anyio.CapacityLimiter](lambda: anyio.CapacityLimiter(own))
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """Run a tenant's work in a thread, as soon as the tenant may use one, and return the result."""
+        """Return the result of work for a tenant, which a thread does when it is the tenant's turn."""
         async with self._own[tenant]:
             return await anyio.to_thread.run_sync(work, limiter=self._all)

@@ -1,4 +1,4 @@
-"""Protocols of the tokenizers that a server uses."""
+"""The tokenizers that a server needs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find_tokenizer(compiled: ServedModel) -> FastTokenizer:
     """Return a model's tokenizer.
 
     Raises:
-        Unavailable: the model has no tokenizer, or one that does not decode token by token.
+        Unavailable: there is none, or it does not decode token by token.
     """
     tokenizer = compiled.tokenizer
     if not hasattr(tokenizer, "backend_tokenizer"):

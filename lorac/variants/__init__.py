@@ -1,4 +1,4 @@
-"""The methods, one file each; a method is registered by its file.
+"""The methods, in files of one method or one family; a method is registered by its file.
 
 Files that begin with an underscore are helpers. ``base.py`` defines the abstract base classes, ``low_rank.py`` the
 fields that LoRA-like methods share, ``params.py`` the tensors of a method, ``initialisers.py`` their start values, and

@@ -33,12 +33,7 @@ def top_entries(scores: Tensor, count: int, skipped: int = 0) -> Tensor:
 
 def magnitude_mask(task: int = 0) -> MaskMaker:
     """Choose the largest |W| (WM); task t uses ranks tK … (t+1)K − 1, so that masks of tasks do not overlap."""
-
-    def choose(context: InitContext) -> Tensor:
-        count = context.shape[1]
-        return top_entries(context.weight().abs(), count, task * count)
-
-    return MaskMaker(choose)
+    return MaskMaker(lambda c: top_entries(c.weight().abs(), c.shape[1], task * c.shape[1]))
 
 
 def random_mask() -> MaskMaker:
@@ -54,16 +49,12 @@ def random_mask() -> MaskMaker:
 
 def gradient_mask(gradients: Mapping[str, Tensor]) -> MaskMaker:
     """Choose the largest |g| (Grad); ``gradients`` maps site paths to dL/dW (out, in) over a calibration set."""
-    return MaskMaker(lambda context: top_entries(gradients[context.site.path].abs(), context.shape[1]))
+    return MaskMaker(lambda c: top_entries(gradients[c.site.path].abs(), c.shape[1]))
 
 
 def snip_mask(gradients: Mapping[str, Tensor]) -> MaskMaker:
     """Choose the largest |W·g| (SNIP)."""
-
-    def choose(context: InitContext) -> Tensor:
-        return top_entries((context.weight() * gradients[context.site.path]).abs(), context.shape[1])
-
-    return MaskMaker(choose)
+    return MaskMaker(lambda c: top_entries((c.weight() * gradients[c.site.path]).abs(), c.shape[1]))
 
 
 def struct_mask(every: int, offset: int = 0) -> MaskMaker:

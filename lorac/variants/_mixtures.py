@@ -1,14 +1,14 @@
 """Mixtures of LoRAs: the base class of routed methods, their gates, and the conversion of LoRAs to experts."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorac.errors import AdapterError, OptionError
+from lorac.errors import AdapterError, OptionError, shape_error
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
@@ -110,20 +110,21 @@ def read_factors(adapter: Adapter, method: str) -> dict[str, Factors]:
             f"'{adapter.name}' {found}; {method} routes between plain LoRAs",
             next_step="give adapters of lorac.LoRA without modules_to_save",
         )
-    return {path: _scaled_factors(adapter, path, tensors, method) for path, tensors in adapter.tensors.items()}
-
-
-def _scaled_factors(adapter: Adapter, path: str, tensors: Mapping[str, Tensor], method: str) -> Factors:
-    if tensors.keys() != {"lora_A", "lora_B"}:
-        raise AdapterError(
-            f"'{adapter.name}' at '{path}' has the tensors {sorted(tensors)}; {method} routes lora_A and lora_B only",
-            next_step="give adapters of lorac.LoRA without a bias",
-        )
-    # torch can neither multiply nor concatenate 8-bit tensors.
-    a, b = (t.detach().float() if t.itemsize == 1 else t.detach() for t in (tensors["lora_A"], tensors["lora_B"]))
-    variant = adapter.variant.at_path(path)
-    assert isinstance(variant, ScaledRank)
-    return a, b * variant.scale
+    factors = {}
+    for path, tensors in adapter.tensors.items():
+        if tensors.keys() != {"lora_A", "lora_B"}:
+            raise AdapterError(
+                f"'{adapter.name}' at '{path}' has the tensors {sorted(tensors)}; {method} routes lora_A and lora_B "
+                "only",
+                next_step="give adapters of lorac.LoRA without a bias",
+            )
+        # torch can neither multiply nor concatenate 8-bit tensors.
+        both = (tensors["lora_A"].detach(), tensors["lora_B"].detach())
+        a, b = (tensor.float() if tensor.itemsize == 1 else tensor for tensor in both)
+        variant = adapter.variant.at_path(path)
+        assert isinstance(variant, ScaledRank)
+        factors[path] = a, b * variant.scale
+    return factors
 
 
 def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, method: str) -> Factors:
@@ -135,10 +136,9 @@ def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, metho
     present = [pair for pair in factors if pair is not None]
     shapes = {(b.shape[0], a.shape[1]) for a, b in present}
     if len(shapes) > 1:
-        raise AdapterError(
+        raise shape_error(
             f"the LoRAs at '{path}' are for layers (out, in) of {' and '.join(map(str, sorted(shapes)))}",
             next_step=f"{method} takes LoRAs of one base model",
-            code="shape_mismatch",
         )
     a, b = present[0]
     empty = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))
@@ -205,32 +205,15 @@ class LoraMixture(Variant):
         generator, shared = torch.Generator().manual_seed(seed), dict[str, Tensor]()
         tensors = {}
         for path in paths:
-            factors = stack_factors(path, [source.get(path) for source in sources], rank, method)
-            tensors[path] = _initialise_site(variant, path, factors, shared, generator, name)
+            a, b = stack_factors(path, [source.get(path) for source in sources], rank, method)
+            site = Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
+            made = tensors[path] = {"lora_A": a, "lora_B": b, **shared}
+            for key, spec in variant.params(site).items():
+                if key not in made:
+                    context = InitContext(spec.shape, site, _refuse_base, Params(**made), generator, name)
+                    made[key] = spec.init(context).to(a.dtype)
+                    shared |= {key: made[key]} if spec.shared else {}
         return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
-
-
-def _initialise_site(
-    variant: Variant,
-    path: str,
-    factors: Factors,
-    shared: dict[str, Tensor],
-    generator: torch.Generator,
-    name: str,
-) -> dict[str, Tensor]:
-    """Return the tensors of one site: the experts' factors, and start values of all other tensors.
-
-    Shared tensors are made at the first site and added to ``shared``.
-    """
-    a, b = factors
-    site = Site(path, SiteKind.LINEAR, b.shape[0], a.shape[1], a.dtype, None)
-    tensors = {"lora_A": a, "lora_B": b, **shared}
-    for key, spec in variant.params(site).items():
-        if key not in tensors:
-            context = InitContext(spec.shape, site, _refuse_base, Params(**tensors), generator, name)
-            tensors[key] = spec.init(context).to(a.dtype)
-            shared |= {key: tensors[key]} if spec.shared else {}
-    return tensors
 
 
 def _refuse_base() -> Tensor:

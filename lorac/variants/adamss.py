@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lorac.argument_types import Bounds, Count, Seed
-from lorac.variants._singular import truncated_svd
+from lorac.variants._decompositions import truncated_svd
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 

@@ -7,12 +7,13 @@ with some of the terms each; the variant with all terms is combined from these.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lorac.argument_types import Count
-from lorac.errors import AdapterError, FormatError, nearest_name
+from lorac.errors import FormatError, nearest_name, shape_error, unused_error
 from lorac.variants._mixtures import LoraMixture, RoutedVariant
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
@@ -82,14 +83,7 @@ class AutoLoRA(LoraMixture, RoutedVariant):
 
     @classmethod
     def from_loras(  # type: ignore[override]  # no field is called gates
-        cls,
-        adapters: Sequence[Adapter],
-        *,
-        gates: Mapping[str, Tensor] | None = None,
-        name: str | None = None,
-        seed: int = 0,
-        sites: Sequence[str] = (),
-        **fields: object,
+        cls, adapters: Sequence[Adapter], *, gates: Mapping[str, Tensor] | None = None, **settings: Any
     ) -> Adapter:
         """Make one gated adapter from several LoRAs, with fresh gates or the gates of a trained merger.
 
@@ -111,8 +105,8 @@ class AutoLoRA(LoraMixture, RoutedVariant):
                     path: {key: tensor for key, tensor in gate.items() if not key.startswith("norm_base_")}
                     for path, gate in merger.items()
                 }
-            fields |= {"base": base, "cross": cross}
-        adapter = super().from_loras(adapters, name=name, seed=seed, sites=sites, **fields)
+            settings |= {"base": base, "cross": cross}
+        adapter = super().from_loras(adapters, **settings)
         return adapter if merger is None else _set_gates(adapter, merger)
 
 
@@ -126,10 +120,9 @@ def _merger_gates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     for key, tensor in tensors.items():
         layer, dot, name = key.removeprefix(_MERGER).partition(".")
         if not key.startswith(_MERGER) or not dot or not name.startswith(_GATE_TENSORS):
-            raise FormatError(
+            raise unused_error(
                 f"'{key}' is not a tensor of an AutoLoRA gate",
                 next_step=f"its keys are {_MERGER}<path of a layer, {_DOT} for its dots>.<{', '.join(_GATE_TENSORS)}>",
-                code="unused_tensors",
             )
         found.setdefault(layer.replace(_DOT, "."), {})[name.replace(".", "_")] = tensor
     return found
@@ -142,37 +135,30 @@ def _set_gates(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> 
     """Copy a merger's gates into an adapter; the merger must have one gate for each layer, and no other."""
     unknown = next((path for path in merger if path not in adapter.tensors), None)
     if unknown is not None:
-        raise FormatError(
+        raise unused_error(
             f"the merger has a gate for '{unknown}', which none of the LoRAs adapts",
             nearest=nearest_name(unknown, adapter.tensors),
             next_step="give the LoRAs that the merger was trained for, or leave out the gates of other layers",
-            code="unused_tensors",
         )
     for path, own in adapter.tensors.items():
-        own.update(_check_gate(path, own, merger.get(path, {})))
-    return adapter
-
-
-def _check_gate(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one layer's gate from a merger, after checking names and shapes against the layer's gate."""
-    expected = own.keys() - {"lora_A", "lora_B"}
-    if given.keys() != expected:
-        missing, extra = sorted(expected - given.keys()), sorted(given.keys() - expected)
-        raise FormatError(
-            f"the merger's gate for '{path}' "
-            + (f"lacks '{missing[0]}'" if missing else f"has '{extra[0]}', which other layers' gates lack"),
-            next_step="give all tensors of one trained merger",
-            code="corrupt_file",
-        )
-    for key, tensor in given.items():
-        if tensor.shape != own[key].shape:
-            raise AdapterError(
-                f"'{key}' of the merger's gate for '{path}' is {tuple(tensor.shape)}, and the layer's is "
-                f"{tuple(own[key].shape)}",
-                next_step="give a merger of the same base model",
-                code="shape_mismatch",
+        given, expected = merger.get(path, {}), own.keys() - {"lora_A", "lora_B"}
+        if given.keys() != expected:
+            missing, extra = sorted(expected - given.keys()), sorted(given.keys() - expected)
+            raise FormatError(
+                f"the merger's gate for '{path}' "
+                + (f"lacks '{missing[0]}'" if missing else f"has '{extra[0]}', which other layers' gates lack"),
+                next_step="give all tensors of one trained merger",
+                code="corrupt_file",
             )
-    return {key: tensor.to(own[key].dtype) for key, tensor in given.items()}
+        for key, tensor in given.items():
+            if tensor.shape != own[key].shape:
+                raise shape_error(
+                    f"'{key}' of the merger's gate for '{path}' is {tuple(tensor.shape)}, and the layer's is "
+                    f"{tuple(own[key].shape)}",
+                    next_step="give a merger of the same base model",
+                )
+            own[key] = tensor.to(own[key].dtype)
+    return adapter
 
 
 def _layer_norm(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The base classes of methods: hyper-parameters, the tensors of a site, and one formula.
 
-Every concrete method is a final, frozen dataclass in a separate file in this folder. It defines ``params`` and one
+Every concrete method is a final, frozen dataclass in a file of this folder. It defines ``params`` and one
 formula; merging, unmerging, saving, exporting and counting are derived. Methods import all that they need from here.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import check_fields
-from lorac.errors import SiteError
+from lorac.errors import FormatError, SiteError, nearest_name, short
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.patterns import find_first_pattern, select_sites
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
 from lorac.ir.slots.prefix import Prefix
-from lorac.variants._field_names import unknown_field_error
 from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
 __all__ = [
@@ -410,3 +409,57 @@ def dataclass_fields(variant: type[Variant]) -> tuple[str, ...]:
 def is_concrete(value: object) -> bool:
     """Return whether ``value`` is a usable variant class."""
     return inspect.isclass(value) and issubclass(value, Variant) and not inspect.isabstract(value)
+
+
+_ALIASES = {
+    "target_modules": "targets",
+    "target_parameters": "parameters",
+    "layers_to_transform": "layers",
+    "rank": "r",
+}
+"""Name in PEFT or in common use -> lorac's name."""
+_SUFFIX = "_modules"
+"""Suffix of some of PEFT's names, and of none of lorac's."""
+
+
+def translate_name(name: str, known: Collection[str]) -> str | None:
+    """Return lorac's name for a hyper-parameter that another library calls ``name``; None if there is none.
+
+    PEFT prefixes some names with the method's name.
+    """
+    _, _, rest = name.partition("_")
+    return next((own for own in (_ALIASES.get(name), rest, name.removesuffix(_SUFFIX)) if own in known), None)
+
+
+def unknown_field_error(
+    method: str, known: Sequence[str], common: Collection[str], values: Sequence[object], fields: Mapping[str, object]
+) -> FormatError:
+    """Return the error for unknown or positional hyper-parameters; it suggests the call that was probably meant.
+
+    Args:
+        method: the name of the method's class.
+        known: the names of the method's hyper-parameters, in order.
+        common: the names of the hyper-parameters that all methods have.
+        values: the positional arguments.
+        fields: the keyword arguments.
+    """
+    unknown = next((name for name in fields if name not in known), None)
+    if unknown is None:
+        own = [name for name in known if name not in common]
+        call = _format_call(method, [*zip(own, values, strict=False), *fields.items()])
+        return FormatError(
+            f"{method} takes its hyper-parameters by name", next_step=f"write {call}", code="unknown_field"
+        )
+    translated = {name: name if name in known else translate_name(name, known) for name in fields}
+    complete = None not in translated.values() and not values
+    call = _format_call(method, [(translated[name] or name, value) for name, value in fields.items()])
+    return FormatError(
+        f"{method} has no hyper-parameter '{unknown}'",
+        nearest=translated[unknown] or nearest_name(unknown, known),
+        next_step=f"write {call}" if complete else f"it has {', '.join(known)}",
+        code="unknown_field",
+    )
+
+
+def _format_call(method: str, arguments: Sequence[tuple[str, object]]) -> str:
+    return f"{method}({', '.join(f'{name}={short(value)}' for name, value in arguments)})"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from lorac.argument_types import Bounds, Count
 from lorac.errors import OptionError, SiteError
-from lorac.variants._rotations import cayley
+from lorac.variants._decompositions import cayley
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lorac.argument_types import Bounds, OneOf, Positive, Rate
 from lorac.errors import ExampleInputsNeeded, SiteError, not_one_of
@@ -222,8 +221,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return None if key is None else names[key]
 
     def _operand(self, operand: str, ctx: Context) -> Any:
-        path = ctx.site.path
-        name = self._value_name(operand, path) if operand in self._operands(path) else None
+        name = self._value_name(operand, ctx.site.path) if operand in self._operands(ctx.site.path) else None
         return None if name is None else ctx.value(name)
 
     def _is_norm(self, path: str) -> bool:
@@ -245,8 +243,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         if self._couples(site.path):
             coupled = site.in_features if self._is_norm(site.path) else width
             return coupling_specs(coupled, self.inv_adapter_reduction_factor)
-        reads_x = self.is_parallel and self._value_name("r", site.path) is None
-        inputs = site.in_features if reads_x else width
+        inputs = site.in_features if self.is_parallel and self._value_name("r", site.path) is None else width
         specs = self._layers(site, inputs, max(1, narrow_width(width, self.reduction_factor)))
         for name, present, size in (("norm_before", self.ln_before, inputs), ("norm_after", self.ln_after, width)):
             if present:
@@ -315,7 +312,24 @@ class Bottleneck(HypercomplexFields, BranchVariant):
             embeddings=embeddings,
             heads=heads,
         )
-        _require_sites(variant, view.module, stream, chosen)
+        if not chosen and not variant.targets:
+            raise SiteError(
+                f"no sublayer was found in {type(view.module).__name__}: none of its {len(stream.blocks)} blocks adds "
+                "a module's output to the block's input",
+                next_step="name modules in targets=, and in residuals= the value to which each output is added",
+            )
+        twice = [path for path in chosen if variant._couples(path)]
+        if twice:
+            raise SiteError(
+                f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, of which one is lost",
+                next_step="name other modules in embeddings= and heads=, or narrow targets=",
+            )
+        unnamed = [path for path, sublayer in chosen.items() if sublayer.norm and path not in variant.residuals]
+        if unnamed:
+            raise SiteError(
+                f"the residual that is added before '{unnamed[0]}' is not the input of a module, and so has no name",
+                next_step="name it in residuals=, or narrow targets=",
+            )
         return variant
 
     def selects(self, sublayer: Sublayer, stream: ResidualStream, path: str) -> bool:
@@ -326,26 +340,3 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         excluded = bool(self.exclude) and is_named(self.exclude, path)
         in_layers = not self.layers or find_layer_index(path, self.layers_pattern) in self.layers
         return chosen and not skipped and not excluded and in_layers
-
-
-def _require_sites(
-    variant: Bottleneck, model: nn.Module, stream: ResidualStream, chosen: Mapping[str, Sublayer]
-) -> None:
-    if not chosen and not variant.targets:
-        raise SiteError(
-            f"no sublayer was found in {type(model).__name__}: none of its {len(stream.blocks)} blocks adds a module's "
-            "output to the block's input",
-            next_step="name modules in targets=, and in residuals= the value to which each output is added",
-        )
-    twice = [path for path in chosen if variant._couples(path)]
-    if twice:
-        raise SiteError(
-            f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, of which one is lost",
-            next_step="name other modules in embeddings= and heads=, or narrow targets=",
-        )
-    unnamed = [path for path, sublayer in chosen.items() if sublayer.norm and path not in variant.residuals]
-    if unnamed:
-        raise SiteError(
-            f"the residual that is added before '{unnamed[0]}' is not the input of a module, and so has no name",
-            next_step="name it in residuals=, or narrow targets=",
-        )

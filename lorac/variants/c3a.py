@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from lorac.argument_types import Count
-from lorac.variants._layer_sizes import require_divisor
+from lorac.variants._layer_shapes import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import uniform
 

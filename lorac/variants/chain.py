@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from lorac.errors import CompileError, OptionError
+from lorac.errors import OptionError, unmergeable_error
 from lorac.ir.sites.patterns import select_sites
 from lorac.variants._composite import CompositeVariant
 from lorac.variants.adapter import Adapter
@@ -76,8 +76,7 @@ class Chain(CompositeVariant):
 
     def inner_weight(self, prefix: str, context: InitContext) -> Tensor:
         """Return the weight that the parts before this part return."""
-        before = self.parts[: list(self.inner).index(prefix)]
-        return Chain(parts=before).weight(context.weight(), context.params)
+        return Chain(parts=self.parts[: list(self.inner).index(prefix)]).weight(context.weight(), context.params)
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         for part, own in self._with_tensors(p):
@@ -111,10 +110,9 @@ def _acts(part: WeightVariant, site: Site) -> bool:
 def _restrict_to_sites(adapter: Adapter) -> WeightVariant:
     adapter.variant.require_class()
     if not isinstance(adapter.variant, WeightVariant):
-        raise CompileError(
+        raise unmergeable_error(
             f"'{adapter.name}' ({adapter.variant.name}) does not edit a weight that the next method could use",
             next_step="a chain takes methods of the weight form; `lorac variants` lists them",
-            code="not_mergeable",
         )
     return dataclasses.replace(adapter.variant, targets=_sites_pattern(adapter), exclude=(), layers=())
 

@@ -7,16 +7,8 @@ start values are lorac's: the output factor is 0, so that a fresh adapter change
 import math
 from dataclasses import dataclass
 
-from lorac.variants._conv_kernels import expand_groups, kernel_columns
-from lorac.variants.base import (
-    MATRIX_KINDS,
-    Params,
-    ParamSpec,
-    Site,
-    SiteKind,
-    Tensor,
-    WeightVariant,
-)
+from lorac.variants._layer_shapes import expand_groups, kernel_columns
+from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import row_norms, uniform, zeros
 from lorac.variants.low_rank import LowRankFields, rescale_rows
 

@@ -10,15 +10,11 @@ from typing import ClassVar
 import torch
 
 from lorac.argument_types import Count
-from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.base import Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import constant
 from lorac.variants.low_rank import InputDropout, peft_factor_specs
 
 _LEAST_NORM = 1e-4
-
-
-def _column_norms(context: InitContext) -> Tensor:
-    return torch.linalg.vector_norm(context.weight(), dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,9 @@ class DeLoRA(InputDropout, WeightVariant):
         return {
             **peft_factor_specs(site, self.r, "delora"),
             "delora_lambda": ParamSpec((1,), constant(self.delora_lambda), decay=False),
-            "delora_w_norm": ParamSpec((site.in_features,), _column_norms, Role.FROZEN),
+            "delora_w_norm": ParamSpec(
+                (site.in_features,), lambda context: torch.linalg.vector_norm(context.weight(), dim=0), Role.FROZEN
+            ),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

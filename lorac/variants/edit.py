@@ -13,17 +13,7 @@ import torch
 from lorac.argument_types import Count
 from lorac.errors import OptionError, SiteError, nearest_name
 from lorac.variants._masks import NAMED_MASKS
-from lorac.variants.base import (
-    MATRIX_KINDS,
-    Init,
-    Params,
-    ParamSpec,
-    Role,
-    Site,
-    SiteKind,
-    Tensor,
-    WeightVariant,
-)
+from lorac.variants.base import MATRIX_KINDS, Init, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, ones, zeros
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.argument_types import Bounds, Count
-from lorac.errors import AdapterError, AdapterNotFound, BaseNeeded, SiteError
+from lorac.errors import AdapterError, AdapterNotFound, BaseNeeded, SiteError, shape_error
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import is_named
 from lorac.variants._bottleneck_layers import ACTIVATIONS
@@ -118,8 +118,7 @@ class FlexMoRE(BranchVariant):
 
     def _shares(self, logits: Tensor) -> Tensor:
         """Return shares (…, 1 + experts): the softmax over all experts, zero for experts that are not chosen."""
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        shares = torch.softmax(logits.to(wide), dim=-1)
+        shares = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         chosen = shares * top_k_mask(shares, self.top_k)
         return (chosen / chosen.sum(-1, keepdim=True) if self.normalise else chosen).to(logits.dtype)
 
@@ -263,10 +262,9 @@ def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
     ]
     other = next((n for n, place in enumerate(places) if place != places[0]), None)
     if other is not None:
-        raise AdapterError(
+        raise shape_error(
             f"'{adapters[other].name}' is of other MLPs than '{adapters[0].name}'",
             next_step="give mixtures next to one public model",
-            code="shape_mismatch",
         )
     return variants
 
@@ -284,10 +282,9 @@ def _get_matrix(model: nn.Module, layer: str, shape: torch.Size) -> Tensor:
     """Return the public model's matrix, after checking that it has the expert's shape."""
     base = model.get_parameter(layer).detach()
     if base.shape != shape:
-        raise AdapterError(
+        raise shape_error(
             f"'{layer}' has the shape {tuple(shape)} in an expert and {tuple(base.shape)} in the public model",
             next_step="give models of one class and size",
-            code="shape_mismatch",
         )
     return base
 

@@ -10,7 +10,7 @@ import torch
 
 from lorac.argument_types import Bounds, Count
 from lorac.errors import OptionError
-from lorac.variants._layer_sizes import require_divisor
+from lorac.variants._layer_shapes import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import uniform, zeros
 from lorac.variants.low_rank import InputDropout, peft_factor_specs

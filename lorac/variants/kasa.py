@@ -5,8 +5,8 @@ Wang et al. 2024, arXiv 2412.06071; layout and start values as in PEFT's LORA wi
 
 from dataclasses import dataclass
 
-from lorac.variants._layer_sizes import require_at_most
-from lorac.variants._singular import truncated_svd
+from lorac.variants._decompositions import truncated_svd
+from lorac.variants._layer_shapes import require_at_most
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
 from lorac.variants.low_rank import RankStabilizedFields, factor_specs
@@ -33,14 +33,12 @@ class KaSA(RankStabilizedFields, WeightVariant):
             W = context.weight()
             return truncated_svd(W, min(W.shape))[2][-self.r :].contiguous()
 
-        def project(context: InitContext) -> Tensor:
-            return context.weight() @ context.params.start_A.t()  # the rows of A₀ are orthonormal
-
         return {
             **factor_specs(site, self.r),
             "lora_diag": ParamSpec((self.r,), normal(1.0), decay=False),
             "start_A": ParamSpec((self.r, site.in_features), smallest, Role.FROZEN),
-            "start_B": ParamSpec((site.out_features, self.r), project, Role.FROZEN),
+            # The rows of A₀ are orthonormal.
+            "start_B": ParamSpec((site.out_features, self.r), lambda c: c.weight() @ c.params.start_A.t(), Role.FROZEN),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

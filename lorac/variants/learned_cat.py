@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorac.argument_types import Count
 from lorac.variants._mixtures import LoraMixture
@@ -44,21 +45,14 @@ class LearnedCat(LoraMixture, WeightVariant):
 
     @classmethod
     def from_loras(  # type: ignore[override]  # no field is called weights
-        cls,
-        adapters: Sequence[Adapter],
-        *,
-        weights: Sequence[float] | None = None,
-        name: str | None = None,
-        seed: int = 0,
-        sites: Sequence[str] = (),
-        **fields: object,
+        cls, adapters: Sequence[Adapter], *, weights: Sequence[float] | None = None, **settings: Any
     ) -> Adapter:
         """Make one adapter from several LoRAs, in their order, with weights that still have to be trained.
 
         Args:
             weights: start values of each site's weights; default: 1 each. Other arguments are as in ``LoraMixture``.
         """
-        made = super().from_loras(adapters, name=name, seed=seed, sites=sites, **fields)
+        made = super().from_loras(adapters, **settings)
         for tensors in made.tensors.values() if weights is not None else ():
             tensors["weights"] = tensors["weights"].new_tensor(weights)
         return made

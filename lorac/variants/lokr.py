@@ -1,4 +1,4 @@
-"""LoKr: the Kronecker product of two small matrices; the larger matrix is in low-rank factors.
+"""LoKr and LoHa: the Kronecker product of two small matrices, and the Hadamard product of two low-rank matrices.
 
 LyCORIS: Yeh et al. 2023, arXiv 2309.14859; KronA: Edalati et al. 2022, arXiv 2212.10650; shapes, initialisation and
 scale as in PEFT's LOKR.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import SiteError
-from lorac.variants._conv_kernels import expand_groups, kernel_columns, multiply_factors, uniform_core
+from lorac.variants._layer_shapes import expand_groups, kernel_columns, multiply_factors, uniform_core
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, zeros
 from lorac.variants.low_rank import ScaledRank
@@ -59,7 +59,8 @@ class LoKr(ScaledRank, WeightVariant):
         return {**self._first(left, middle), **self._second(site, small, columns, taps)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        w1, w2 = (getattr(p, name) if hasattr(p, name) else _product(p, name) for name in ("lokr_w1", "lokr_w2"))
+        w1 = p.lokr_w1 if hasattr(p, "lokr_w1") else _product(p, "lokr_w1", "")
+        w2 = p.lokr_w2 if hasattr(p, "lokr_w2") else _product(p, "lokr_w2", "lokr_t2")
         product = torch.kron(w1, w2)
         if w2.dim() == 3:
             product = product.reshape(W.shape[0], -1)
@@ -111,7 +112,46 @@ def factors(number: int, factor: int) -> tuple[int, int]:
     return small, number // small
 
 
-def _product(p: Params, name: str) -> Tensor:
-    """Return a matrix from its factors."""
-    core = getattr(p, "lokr_t2", None) if name == "lokr_w2" else None
-    return multiply_factors(getattr(p, f"{name}_a"), getattr(p, f"{name}_b"), core)
+def _product(p: Params, stem: str, core: str) -> Tensor:
+    """Return a matrix from its factors, with its core where it has one."""
+    return multiply_factors(getattr(p, f"{stem}_a"), getattr(p, f"{stem}_b"), getattr(p, core, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(ScaledRank, WeightVariant):
+    """``W' = W + (alpha/r)·(A₁·B₁)∘(A₂·B₂)``, a change of rank up to r².
+
+    FedPara: Hyeon-Woo et al. 2021, arXiv 2108.06098; LyCORIS: Yeh et al. 2023, arXiv 2309.14859; shapes and
+    initialisation as in PEFT's LOHA.
+
+    Attributes:
+        r: rank of each product.
+        effective_conv2d: PEFT's use_effective_conv2d: kernels of more than one tap are factored along all their axes,
+            by cores ``hada_t1`` and ``hada_t2`` (r, r, taps).
+    """
+
+    effective_conv2d: bool = False
+
+    name = "loha"
+    paper = "FedPara: Low-Rank Hadamard Product, arXiv 2108.06098; LyCORIS, arXiv 2309.14859"
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        out, r = site.out_features, self.r
+        channels, taps = kernel_columns(site)
+        if self.effective_conv2d and taps > 1:
+            a, b = (r, out), (r, channels)
+            cores = {name: ParamSpec((r, r, taps), uniform_core) for name in ("hada_t1", "hada_t2")}
+        else:
+            a, b, cores = (out, r), (r, channels * taps), {}
+        return {
+            "hada_w1_a": ParamSpec(a, kaiming_uniform),
+            "hada_w1_b": ParamSpec(b, kaiming_uniform),
+            "hada_w2_a": ParamSpec(a, kaiming_uniform),
+            "hada_w2_b": ParamSpec(b, zeros),
+            **cores,
+        }
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        return W + expand_groups(
+            self.scale * (_product(p, "hada_w1", "hada_t1") * _product(p, "hada_w2", "hada_t2")), W
+        )

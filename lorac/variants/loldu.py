@@ -14,9 +14,8 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Count, OneOf
-from lorac.variants._conv_kernels import require_one_group
-from lorac.variants._layer_sizes import require_at_most
-from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants._layer_shapes import require_at_most, require_one_group
+from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 
 
@@ -60,11 +59,19 @@ class LoLDU(WeightVariant):
         require_one_group(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        out, columns, factors = site.out_features, site.in_features, _LduFactors(self.r)
+        found: list[tuple[Tensor, ...]] = []  # ``lora_B`` computes the factors, and later tensors reuse them
+
+        def factor(index: int) -> Init:
+            def make(context: InitContext) -> Tensor:
+                if not index or not found:
+                    found[:] = [_factorise(context, self.r)]
+                return found[0][index]
+
+            return make
+
+        shapes = {"lora_B": (site.out_features, self.r), "lora_A": (self.r, site.in_features), "diagonal": (self.r,)}
         specs = {
-            "lora_B": ParamSpec((out, self.r), factors.lower, Role.FROZEN),
-            "lora_A": ParamSpec((self.r, columns), factors.upper, Role.FROZEN),
-            "diagonal": ParamSpec((self.r,), factors.diagonal, Role.FROZEN),
+            **{name: ParamSpec(shape, factor(i), Role.FROZEN) for i, (name, shape) in enumerate(shapes.items())},
             "vector_z": ParamSpec((self.r,), _STARTS[self.init], decay=False),
         }
         if self.train_sigma:
@@ -77,27 +84,6 @@ class LoLDU(WeightVariant):
         sigma = p.scaling_factor if self.train_sigma else self.sigma
         core = sigma * p.vector_z - self.sigma * p.diagonal
         return W + p.lora_B @ (core[:, None] * p.lora_A)
-
-
-@dataclass
-class _LduFactors:
-    """The first r terms of W = P·L·D·U at one site; ``lora_B`` computes them, and later tensors reuse them."""
-
-    r: int
-    found: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def lower(self, context: InitContext) -> Tensor:
-        """Return P·L_r (out, r)."""
-        self.found = _factorise(context, self.r)
-        return self.found[0]
-
-    def upper(self, context: InitContext) -> Tensor:
-        """Return U_r (r, in)."""
-        return (self.found or _factorise(context, self.r))[1]
-
-    def diagonal(self, context: InitContext) -> Tensor:
-        """Return D_r (r,)."""
-        return (self.found or _factorise(context, self.r))[2]
 
 
 def _factorise(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,16 +59,12 @@ class LoRAC(LowRankFields, WeightVariant):
         return specs
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        updated = W + self.scale * _fold_product(W, p.lora_A, p.lora_B)
+        (rows, columns), a, b = W.shape, p.lora_A, p.lora_B
+        slices = columns // a.shape[1]
+        groups = rows * slices // b.shape[0]
+        if groups > 1:  # B·A in the blocks on the diagonal of W
+            product = torch.block_diag(*(b @ a).reshape(rows, -1).chunk(groups))
+        else:  # row o of the update is B[o, 0]·A, B[o, 1]·A, … concatenated: a product of wider factors
+            product = b.reshape(rows, -1) @ torch.kron(torch.eye(slices, dtype=a.dtype, device=a.device), a)
+        updated = W + self.scale * product
         return rescale_rows(updated, p.magnitude) if self.dora else updated
-
-
-def _fold_product(W: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Reshape B·A to the shape of W; with groups, to the blocks on the diagonal of W."""
-    rows, columns = W.shape
-    slices = columns // a.shape[1]
-    groups = rows * slices // b.shape[0]
-    if groups > 1:
-        return torch.block_diag(*(b @ a).reshape(rows, -1).chunk(groups))
-    # Row o of the update is B[o, 0]·A, B[o, 1]·A, … concatenated: a product of wider factors.
-    return b.reshape(rows, -1) @ torch.kron(torch.eye(slices, dtype=a.dtype, device=a.device), a)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from lorac.argument_types import Count
-from lorac.errors import AdapterError
-from lorac.variants._singular import require_rank
+from lorac.errors import shape_error
+from lorac.variants._decompositions import require_rank
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
 from lorac.variants.low_rank import InputDropout
 
@@ -75,10 +75,9 @@ class LoRAXS(InputDropout, WeightVariant):
         adapter = Adapter(name, variant)
         for path, update in updates.items():
             if update.ndim != 2 or min(update.shape) < r:
-                raise AdapterError(
+                raise shape_error(
                     f"the update of '{path}' has the shape {list(update.shape)}, and fewer than {r} singular vectors",
                     next_step="give a matrix (out, in) of the shape that formulas see, or a smaller r",
-                    code="shape_mismatch",
                 )
             left = _singular_vectors(update, r, generator)
             right = left.t() @ update
@@ -95,17 +94,15 @@ class LoRAXS(InputDropout, WeightVariant):
         require_rank("LoRA-XS", self.r, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        def left(context: InitContext) -> Tensor:
-            return _singular_vectors(context.weight(), self.r, context.generator)
-
-        def right(context: InitContext) -> Tensor:  # Σ_r·V_rᵀ = U_rᵀ·W
-            product: Tensor = context.params.lora_B.t() @ context.weight()
-            return product
-
+        r, frozen = self.r, Role.FROZEN
         return {
-            "lora_B": ParamSpec((site.out_features, self.r), left, role=Role.FROZEN),
-            "lora_A": ParamSpec((self.r, site.in_features), right, role=Role.FROZEN),
-            "lora_latent": ParamSpec((self.r, self.r), normal(1e-5), decay=False),
+            "lora_B": ParamSpec(
+                (site.out_features, r), lambda c: _singular_vectors(c.weight(), r, c.generator), role=frozen
+            ),
+            "lora_A": ParamSpec(
+                (r, site.in_features), lambda c: c.params.lora_B.t() @ c.weight(), role=frozen
+            ),  # U_rᵀ·W
+            "lora_latent": ParamSpec((r, r), normal(1e-5), decay=False),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

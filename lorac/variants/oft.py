@@ -11,7 +11,7 @@ import torch
 
 from lorac.argument_types import Bounds
 from lorac.errors import OptionError, SiteError
-from lorac.variants._rotations import cayley, neumann, skew
+from lorac.variants._decompositions import cayley, neumann, skew
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 
@@ -88,8 +88,7 @@ class OFT(WeightVariant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         size, width = self.size(site), self._width(site)
         shape = (1 if self.block_share else width // size, size * (size - 1) // 2)
-        embedding = site.kind is SiteKind.EMBEDDING
-        return {_NAMES[embedding]: ParamSpec(shape, zeros)}
+        return {_NAMES[site.kind is SiteKind.EMBEDDING]: ParamSpec(shape, zeros)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         if hasattr(p, "oft_embedding_R"):

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Count, OneOf
-from lorac.errors import ChoiceError, SiteError
+from lorac.errors import ChoiceError, missing_site_error
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
 from lorac.variants.initialisers import normal, zeros
@@ -17,16 +17,6 @@ from lorac.variants.initialisers import normal, zeros
 _ROWS = 1280
 """Rows of the orthonormal matrix from which the paper's code draws at any width: the largest width of SDXL's U-Net."""
 UP, DOWN = 0, 1
-
-
-def _draw_halves(context: InitContext, rank: int) -> tuple[Tensor, Tensor]:
-    """Draw two disjoint sets (n/2, r) of rows of one matrix with orthonormal columns, the same at every call."""
-    count = context.site.in_features // 2
-    generator = torch.Generator().manual_seed(context.generator.initial_seed() + 1)
-    rows = max(_ROWS, 2 * count, rank)
-    basis = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q
-    chosen = torch.randperm(rows, generator=generator)
-    return basis[chosen[:count]], basis[chosen[count : 2 * count]]
 
 
 def _settings_key(variant: Variant) -> tuple[object, ...]:
@@ -103,10 +93,9 @@ class PLP(WeightVariant):
                 )
         different = content.tensors.keys() ^ style.tensors.keys()
         if different:
-            raise SiteError(
+            raise missing_site_error(
                 f"'{content.name}' and '{style.name}' do not both adapt '{min(different)}'",
                 next_step="train both halves with the same targets=",
-                code="site_not_found",
             )
         tensors = {
             path: {**own, "down_learned": content.tensors[path]["down_learned"]} for path, own in style.tensors.items()
@@ -117,7 +106,12 @@ class PLP(WeightVariant):
         """Return an initialiser of the frozen half of one factor, from the basis that both factors share."""
 
         def draw(context: InitContext) -> Tensor:
-            rows = _draw_halves(context, self.r)[half]
+            # Two disjoint sets (n/2, r) of rows of one matrix with orthonormal columns, the same at every call.
+            count = context.site.in_features // 2
+            generator = torch.Generator().manual_seed(context.generator.initial_seed() + 1)
+            number = max(_ROWS, 2 * count, self.r)
+            basis = torch.linalg.qr(torch.randn(number, self.r, generator=generator)).Q
+            rows = basis[torch.randperm(number, generator=generator)[half * count :][:count]]
             if self.basis == "exact":
                 first = torch.arange(self.r) < self.r // 2
                 rows = rows * (first if half == UP else ~first)

@@ -11,9 +11,8 @@ import torch
 
 from lorac.argument_types import Bounds, Count
 from lorac.errors import OptionError
-from lorac.variants._layer_sizes import require_divisor
-from lorac.variants._tasks import split_tasks
-from lorac.variants.adapter import Adapter
+from lorac.variants._layer_shapes import require_divisor
+from lorac.variants.adapter import Adapter, split_tasks
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import uniform, zeros
 

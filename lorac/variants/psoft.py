@@ -9,8 +9,7 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Bounds, Count, OneOf, Seed
-from lorac.variants._rotations import cayley, neumann, skew
-from lorac.variants._singular import require_rank, truncated_svd
+from lorac.variants._decompositions import cayley, neumann, require_rank, skew, truncated_svd
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 from lorac.variants.low_rank import InputDropout
@@ -64,25 +63,25 @@ class PSOFT(InputDropout, WeightVariant):
         return {
             "psoft_A": ParamSpec((self.r, site.in_features), lambda c: self._factors(c)[1], Role.FROZEN),
             "psoft_B": ParamSpec((site.out_features, self.r), lambda c: self._factors(c)[0], Role.FROZEN),
-            **({"psoft_R": ParamSpec(shape, zeros if self.psoft_orth else _eye)} if shape[0] else {}),
+            **(
+                {"psoft_R": ParamSpec(shape, zeros if self.psoft_orth else lambda c: torch.eye(self.r))}
+                if shape[0]
+                else {}
+            ),
             **{name: ParamSpec((self.r,), ones) for name, trained in magnitudes.items() if trained},
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
-        trained = p.psoft_R if self.r > 1 or not self.psoft_orth else W.new_zeros(0)  # in one dimension R is 1
-        core = self._rotation(trained) if self.psoft_orth else trained
+        core = p.psoft_R if self.r > 1 or not self.psoft_orth else W.new_zeros(0)  # in one dimension R is 1
+        if self.psoft_orth:
+            q = skew(core[None], self.r)
+            if self.use_cayley_neumann and self.cayley_neumann_eps is not None:
+                q = q * (self.cayley_neumann_eps / torch.linalg.vector_norm(q).clamp_min(self.cayley_neumann_eps))
+            core = (neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(-q))[0]
         core = p.psoft_b[:, None] * core if self.psoft_mag_b else core
         core = core * p.psoft_a if self.psoft_mag_a else core
         eye = torch.eye(self.r, dtype=core.dtype, device=core.device)
         return W + self.alpha / self.r * ((p.psoft_B @ (core - eye)) @ p.psoft_A)
-
-    def _rotation(self, upper: Tensor) -> Tensor:
-        q = skew(upper[None], self.r)
-        if not self.use_cayley_neumann:
-            return cayley(-q)[0]
-        if self.cayley_neumann_eps is not None:
-            q = q * (self.cayley_neumann_eps / torch.linalg.vector_norm(q).clamp_min(self.cayley_neumann_eps))
-        return neumann(q, self.num_cayley_neumann_terms)[0]
 
     def _factors(self, context: InitContext) -> tuple[Tensor, Tensor]:
         rounds = self.psoft_svd_lowrank_niter if self.psoft_svd == "lowrank" else None
@@ -90,7 +89,3 @@ class PSOFT(InputDropout, WeightVariant):
         s = s * self.r / self.alpha
         left, right = (s, torch.ones_like(s)) if self.ab_svd_init == "psoft_init" else (s.sqrt(), s.sqrt())
         return u * left, right[:, None] * vh
-
-
-def _eye(context: InitContext) -> Tensor:
-    return torch.eye(context.shape[0])

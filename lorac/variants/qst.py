@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.argument_types import Bounds, Count, OneOf, Positive
-from lorac.errors import AdapterError, SiteError
+from lorac.errors import AdapterError, missing_site_error
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import find_outermost_blocks, is_named
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
@@ -136,7 +136,12 @@ class QST(BranchVariant):
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         first, *rest = (ctx.value(name).detach() for name in (f"in:{self.blocks[0]}", *self.blocks))
-        rotary = _rotary_tables(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
+        # Cosines and sines (…, length, size) of rotary positions, of which only differences affect results.
+        size = y.shape[-1] // self.r // self.heads
+        rates = self.rope_theta ** (torch.arange(0, size, 2, device=first.device).to(first.dtype) / -size)
+        angles = ctx.positions(first).to(first.dtype)[..., None] * rates
+        angles = torch.cat([angles, angles], -1)
+        rotary = angles.cos(), angles.sin()
         g = self._downsample(first, p, 0 if self.own_first else 1, ctx)
         for n, h in enumerate(rest, start=1):
             beta = torch.sigmoid(getattr(p, f"gamma_{n}"))
@@ -187,14 +192,17 @@ class QST(BranchVariant):
         chains: dict[str, list[str]] = {}  # path of a list of blocks -> its blocks, in the model's order
         for path in (path for path in sites if path in outermost):
             chains.setdefault(path.rpartition(".")[0], []).append(path)
-        norm = _last_norm(model, chains) if targets is None else _find_named(view, targets)
+        named = [] if targets is None else [path for path in view.callable_paths if is_named(targets, path)]
+        if targets is not None and len(named) != 1:
+            raise missing_site_error(
+                f"QST's targets={targets!r} names {len(named)} modules, not only the last norm", next_step=_NAMING_HINT
+            )
+        norm = _last_norm(model, chains) if targets is None else named[0]
         parent = norm.rpartition(".")[0]
         siblings = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == parent]
         if len(siblings) != 1 and "blocks" not in fields:
-            raise SiteError(
-                f"QST needs one list of blocks next to '{norm}', and found {len(siblings)}",
-                next_step=_NAMING_HINT,
-                code="site_not_found",
+            raise missing_site_error(
+                f"QST needs one list of blocks next to '{norm}', and found {len(siblings)}", next_step=_NAMING_HINT
             )
         blocks = tuple(fields.pop("blocks", None) or siblings[0])
         # A regular expression, since a name in a list also matches suffixes of other paths, such as of blocks' norms.
@@ -220,14 +228,6 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def _rotary_tables(positions: Tensor, h: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (…, length, size) of rotary positions; only differences of positions affect results."""
-    rates = theta ** (torch.arange(0, size, 2, device=h.device).to(h.dtype) / -size)
-    angles = positions.to(h.dtype)[..., None] * rates
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
-
-
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.chunk(2, -1)
     cos, sin = (table.unsqueeze(-3) for table in rotary)
@@ -249,24 +249,10 @@ def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:
     chosen = found if len(found) == 1 else after
     if len(chosen) != 1:
         seen = ", ".join(f"'{path}'" for path in chosen) or "none"
-        raise SiteError(
-            f"QST needs one last norm next to a list of blocks, and found {seen}",
-            next_step=_NAMING_HINT,
-            code="site_not_found",
+        raise missing_site_error(
+            f"QST needs one last norm next to a list of blocks, and found {seen}", next_step=_NAMING_HINT
         )
     return chosen[0]
-
-
-def _find_named(view: ModelView, targets: str | tuple[str, ...] | list[str]) -> str:
-    """Return the path of the only module that the targets name."""
-    found = [path for path in view.callable_paths if is_named(targets, path)]
-    if len(found) != 1:
-        raise SiteError(
-            f"QST's targets={targets!r} names {len(found)} modules, not only the last norm",
-            next_step=_NAMING_HINT,
-            code="site_not_found",
-        )
-    return found[0]
 
 
 def _read_sizes(model: Any, block: str, sites: Mapping[str, Site], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from lorac.argument_types import Count, OneOf
 from lorac.errors import OptionError
-from lorac.variants._layer_sizes import require_divisor
+from lorac.variants._layer_shapes import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 
@@ -51,10 +51,7 @@ class RoAd(WeightVariant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         sets, halves = _ANGLES[self.variant]
         shape = (site.out_features // 2 * sets * halves,)
-        return {
-            "road_theta": ParamSpec(shape, zeros, decay=False),
-            "road_alpha": ParamSpec(shape, ones, decay=False),
-        }
+        return {"road_theta": ParamSpec(shape, zeros, decay=False), "road_alpha": ParamSpec(shape, ones, decay=False)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return self._turn(W, p)

@@ -89,8 +89,7 @@ class Split(InputDropout, CompositeVariant):
         changed = dict(rows)
         for part, method in self.parts.items():
             changed[part] = method.compute_bias(weights[part], rows[part], select_params(p, f"{part}_"))
-        unchanged = all(changed[part] is rows[part] for part in rows)
-        return b if unchanged else self._join_rows(changed)
+        return b if all(changed[part] is rows[part] for part in rows) else self._join_rows(changed)
 
     @property
     def _shares(self) -> Mapping[str, int]:

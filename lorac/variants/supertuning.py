@@ -10,7 +10,7 @@ import torch
 
 from lorac.argument_types import Bounds
 from lorac.errors import OptionError, SiteError
-from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 from lorac.variants.low_rank import factor_specs
 
@@ -59,12 +59,9 @@ class SuperTuning(WeightVariant):
         return torch.stack((flat // weight.shape[1], flat % weight.shape[1]))
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        def choose(context: InitContext) -> Tensor:
-            return self.positions(context.weight())
-
         count, shape = self.entries(site), (site.out_features, site.in_features)
         specs = {
-            "indices": ParamSpec((2, count), choose, Role.INDEX, below=shape),
+            "indices": ParamSpec((2, count), lambda c: self.positions(c.weight()), Role.INDEX, below=shape),
             "values": ParamSpec((count,), zeros, decay=False),
         }
         return specs if self.r is None else specs | factor_specs(site, self.r)

@@ -15,7 +15,7 @@ import torch
 
 from lorac.argument_types import Count, OneOf, Seed
 from lorac.errors import OptionError
-from lorac.variants._conv_kernels import require_one_group
+from lorac.variants._layer_shapes import require_one_group
 from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 from lorac.variants.low_rank import InputDropout

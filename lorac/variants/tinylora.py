@@ -12,7 +12,7 @@ import torch
 
 from lorac.argument_types import Bounds, Count, Seed
 from lorac.frontend.model_view import ModelView
-from lorac.variants._singular import truncated_svd
+from lorac.variants._decompositions import truncated_svd
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 from lorac.variants.low_rank import InputDropout

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Bounds, Count
-from lorac.variants._layer_sizes import require_divisor
+from lorac.variants._layer_shapes import require_divisor
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, uniform
 from lorac.variants.low_rank import InputDropout

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from lorac.argument_types import Bounds, Count, Positive, Rate
-from lorac.errors import AdapterError
+from lorac.errors import AdapterError, shape_error
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
 from lorac.ir.slots.program_values import BASE, pass_value_name
@@ -109,10 +109,9 @@ class XLoRA(LoraMixture, RoutedVariant):
         if found is None and self.hidden in view.callable_paths:
             found = infer_module_site(self.hidden, view)
         if found is not None and found.out_features != self.hidden_size:
-            raise AdapterError(
+            raise shape_error(
                 f"X-LoRA's classifier reads {self.hidden_size} values, and '{self.hidden}' gives {found.out_features}",
                 next_step=f"give hidden_size={found.out_features}, or name another module in hidden=",
-                code="shape_mismatch",
             )
         return self
 

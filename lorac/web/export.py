@@ -132,8 +132,7 @@ def _check_kind(fields: JsonMapping) -> None:
     else:
         return
     raise Unavailable(
-        f"the program {reason}",
-        next_step="compile a causal language model with target='onnxruntime' and cache=True",
+        f"the program {reason}", next_step="compile a causal language model with target='onnxruntime' and cache=True"
     )
 
 

@@ -31,7 +31,8 @@ from lorac.session.compiled import CompiledModule
 from lorac.session.targets import find_backend, targets
 from tests.sources import ROOT, SOURCES, parse
 
-SPEAKS = {*errors.__all__, "warn", "check_type", "refuse", "unsupported_error", "corrupt_error"}
+SPEAKS = {*errors.__all__, "warn", "check_type", "refuse", "unsupported_error", "corrupt_error", "require_base"}
+SPEAKS |= {name for name in vars(errors) if name.endswith("_error")}
 """Calls whose texts reach a person."""
 
 NAME = re.compile(r"(?<![\w./':])lorac\.[A-Za-z_]\w*(?:\.\w+)*")

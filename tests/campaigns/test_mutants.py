@@ -47,4 +47,4 @@ def test_packages_and_kinds_are_drawn_evenly_and_every_mutant_is_another_program
 
 def test_the_mirroring_tests_come_first() -> None:
     assert mirrored("lorac/ir/calls/sizes.py", ROOT) == ["tests/ir/calls/test_sizes.py", "tests/ir/calls"]
-    assert mirrored("lorac/formats/peft/types/oft.py", ROOT) == ["tests/formats"]
+    assert mirrored("lorac/formats/peft/types/rotations.py", ROOT) == ["tests/formats"]

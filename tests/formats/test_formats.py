@@ -173,9 +173,6 @@ class ThrowAwayFormat(Format):
 
     def read(self, file, view, name):
         return Adapter(name or file.adapter_name, LoRA())
-
-
-FORMAT = ThrowAwayFormat()
 """
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "throwaway.py").write_text(source)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 import lorac
 from lorac.formats.peft.config import peft_types
 from lorac.testing import assert_close
-from lorac.variants._field_names import translate_name
+from lorac.variants.base import translate_name
 from tests import peft_files
 from tests.parity import assert_parity
 from tests.refusing import refuses

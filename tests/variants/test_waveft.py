@@ -11,7 +11,7 @@ import lorac
 from lorac import WaveFT
 from lorac.ir.algebra.changes import Dense, Sparse
 from lorac.testing import HOSTS, assert_close, conformance
-from lorac.variants.waveft import WAVELETS
+from lorac.variants.fourierft import WAVELETS
 from tests.oracles import waveft as equations
 from tests.refusing import refuses
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from lorac.errors import AdapterError, FormatError
+from lorac.errors import FormatError, shape_error, unused_error
 from lorac.formats._errors import corrupt_error
 from lorac.ir.sites.site import Site
 from lorac.variants.base import Variant, WeightVariant
@@ -51,11 +51,10 @@ class StoredModule:
         """Return a tensor reshaped to its nominal shape in the file; arguments and errors as for ``matrix``."""
         tensor = self.tensors[leaf]
         if _strip_ones(tuple(tensor.shape)) != _strip_ones(shape):
-            raise AdapterError(
+            raise shape_error(
                 f"'{self.keys[leaf]}' has shape {tuple(tensor.shape)}, expected {shape}",
                 next_step=f"the site '{self.site.path}' is {self.site.kind} {self.site.in_features} -> "
                 f"{self.site.out_features}; rank and base model must be those of the training",
-                code="shape_mismatch",
             )
         return tensor.reshape(shape)
 
@@ -67,10 +66,9 @@ class StoredModule:
         """
         tensor = self.tensors[leaf]
         if tensor.ndim <= axis:
-            raise AdapterError(
+            raise shape_error(
                 f"'{self.keys[leaf]}' has shape {tuple(tensor.shape)}, expected at least {axis + 1} axes",
                 next_step="copy the file again, or save the adapter again from its trainer",
-                code="shape_mismatch",
             )
         return tensor.shape[axis]
 
@@ -167,8 +165,7 @@ AnyLayout = ModuleLayout[Any]
 
 def unused_tensor(owner: str, key: str, why: str) -> FormatError:
     """Return the error for a tensor that no method uses."""
-    return FormatError(
+    return unused_error(
         f"{owner} has the tensor '{key}', which no method here uses {why}",
         next_step="it may change the result, so it is not left out; save the adapter again from its trainer",
-        code="unused_tensors",
     )

@@ -13,9 +13,8 @@ from lorac.formats._image_files.layout import Method, StoredModule
 from lorac.ir.sites.site import Site
 from lorac.variants.base import Variant
 from lorac.variants.chain import Chain
-from lorac.variants.dora import DoRA
+from lorac.variants.dora import DoRA, Magnitude
 from lorac.variants.lora import LoRA
-from lorac.variants.magnitude import Magnitude
 
 PEFT, LYCORIS = "magnitude", "dora_scale"
 MAGNITUDES = (PEFT, LYCORIS)

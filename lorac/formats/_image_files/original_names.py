@@ -54,10 +54,7 @@ _OUTSIDE_BLOCKS = {
 }
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
-_EMBEDDERS = {
-    "in_layer": "linear_1",
-    "out_layer": "linear_2",
-}
+_EMBEDDERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 # Class of the model -> the authors' name of a layer -> the paths of the layers that diffusers splits its rows into.
 # "#" stands for the number of a block, which is the same in both.
 _TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -195,5 +192,4 @@ def _list_unet_names(modules: Collection[str]) -> Iterator[tuple[str, Place]]:
 
 def _name_in_block(kind: str, rest: str) -> str:
     """Return the Latent Diffusion name of a module within a resnet, an attention, a downsampler or an upsampler."""
-    renamed = {"resnets": _RESNET, "downsamplers": {"conv": "op"}}.get(kind, {})
-    return renamed.get(rest, rest)
+    return {"resnets": _RESNET, "downsamplers": {"conv": "op"}}.get(kind, {}).get(rest, rest)

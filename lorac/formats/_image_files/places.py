@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorac.errors import FormatError, SiteError, nearest_name
+from lorac.errors import FormatError, missing_site_error, nearest_name
 from lorac.formats._image_files.original_names import (
     Place,
     find_original_names,
@@ -90,11 +90,10 @@ class PipelineModel:
             return Place((name.module,))
         found = self._places.get(_underscore(name.module), frozenset())
         if not found:
-            raise SiteError(
+            raise missing_site_error(
                 f"adapter '{adapter}' has the tensor '{name.key}', and no module of {self.described} has that name",
                 nearest=nearest_name(_underscore(name.module), self._places),
                 next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
-                code="site_not_found",
             )
         if len(found) > 1:
             paths = " and ".join(sorted(f"'{place.paths[0]}'" for place in found))

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, no_site_error, sort_by_site
-from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, short
+from lorac.errors import FormatError, SiteError, require_base, shape_error, short, unused_error
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._image_files.converters import convert_names
 from lorac.formats._image_files.layout import Method, StoredModule, unused_tensor
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.layouts.loras import find_alpha
 from lorac.formats._image_files.magnitudes import MAGNITUDES, add_magnitude
-from lorac.formats._image_files.metadata import read_configs, seal_text
-from lorac.formats._image_files.methods import join_methods
+from lorac.formats._image_files.methods import join_methods, read_configs, seal_text
 from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import LAYERS, PipelineModel, choose_component, list_pipeline, pipeline_names
 from lorac.formats._image_files.rows import split_rows
@@ -65,11 +64,11 @@ def read_file(file: AdapterFile, view: ModelView | None, name: str, format: str)
         BaseNeeded: no model is given.
         FormatError, AdapterError, SiteError: as ``load_adapter``.
     """
-    if view is None:
-        raise BaseNeeded(
-            f"'{file}' names modules of image models in ways that only the model resolves",
-            next_step="load_adapter(path, model), with all models that it adapts: {'unet': unet, 'text_encoder': …}",
-        )
+    view = require_base(
+        view,
+        f"'{file}' names modules of image models in ways that only the model resolves",
+        next_step="load_adapter(path, model), with all models that it adapts: {'unet': unet, 'text_encoder': …}",
+    )
     tensors, path = file.read_tensors(), file.path
     file.check_seal(seal_text(file.metadata), tensors)
     return _FileReader(path, view, name, convert_names(path, tensors, view), file.metadata).read(format)
@@ -92,10 +91,9 @@ class _FileReader:
             adapter.replaced |= self._read_differences(module)
             found = dict(self._read_methods(module, configs))
             for twice in found.keys() & methods.keys():
-                raise FormatError(
+                raise unused_error(
                     f"'{self.path}' has '{module.key}', and another module that stands for '{twice}' as well",
                     next_step=_AGAIN,
-                    code="unused_tensors",
                 )
             methods |= {path: method for path, (method, _) in found.items()}
             adapter.tensors |= {path: tensors for path, (_, tensors) in found.items()}
@@ -172,10 +170,9 @@ class _FileReader:
             parameter = f"{paths[0]}.{DIFFERENCES[leaf]}"
             if parameter not in known or known[parameter].shape != self.tensors[name.key].shape:
                 shape = tuple(known[parameter].shape) if parameter in known else "no such parameter"
-                raise AdapterError(
+                raise shape_error(
                     f"'{name.key}' has shape {tuple(self.tensors[name.key].shape)}, and '{parameter}' {shape}",
                     next_step="load the base model that the adapter was trained on",
-                    code="shape_mismatch",
                 )
             base, change = self.view.tensor(parameter).detach(), self.tensors[name.key]
             found[parameter] = base.to(torch.promote_types(base.dtype, change.dtype)) + change.to(base.device)
@@ -190,7 +187,15 @@ class _FileReader:
         if layout is None:
             raise unused_tensor(f"'{self.path}'", module.key, "without other tensors of its module")
         names, first, widths = dict(module.names), sites[0], [site.out_features for site in sites]
-        alpha = self._read_alpha(names.pop(ALPHA)) if ALPHA in names else None
+        alpha = None
+        if ALPHA in names:
+            key = names.pop(ALPHA).key
+            if self.tensors[key].numel() != 1 or self.tensors[key].is_complex():
+                raise shape_error(
+                    f"'{key}' has shape {tuple(self.tensors[key].shape)}, expected one number",
+                    next_step="copy the file again, or save the adapter again from its trainer",
+                )
+            alpha = float(self.tensors[key]) or None  # 0 means the scale 1
         stored = StoredModule(
             first if len(sites) == 1 else matrix_site(module.name, sum(widths), first.in_features),
             {leaf: self.tensors[name.key] for leaf, name in names.items()},
@@ -221,17 +226,6 @@ class _FileReader:
                 next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
             )
         return site
-
-    def _read_alpha(self, name: TensorName) -> float | None:
-        """Return an alpha; None for 0, which means the scale 1."""
-        tensor = self.tensors[name.key]
-        if tensor.numel() != 1 or tensor.is_complex():
-            raise AdapterError(
-                f"'{name.key}' has shape {tuple(tensor.shape)}, expected one number",
-                next_step="copy the file again, or save the adapter again from its trainer",
-                code="shape_mismatch",
-            )
-        return float(tensor) or None
 
     def _configure(self, stored: StoredModule, module: _Module, config: ScaledRank) -> StoredModule:
         """Return a module with the alpha from its component's configuration."""

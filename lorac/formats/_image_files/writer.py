@@ -12,13 +12,13 @@ from torch import Tensor
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
-from lorac.errors import BaseNeeded
+from lorac.errors import require_base
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._format import Format
 from lorac.formats._image_files.layout import Method
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.magnitudes import take_magnitude
-from lorac.formats._image_files.metadata import seal_text
+from lorac.formats._image_files.methods import seal_text
 from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel, list_pipeline
 from lorac.formats._image_files.reader import read_file
@@ -26,13 +26,10 @@ from lorac.formats._image_files.rows import join_rows
 from lorac.formats._writing import BASE_HASH, write_sealed
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.lora import LoRA
 
-Leaves = dict[str, Tensor]
-"""The tensors of a module by their names in layouts."""
 PARAMETERS = {"weight": "diff", "bias": "diff_b"}
 """Name of a parameter that an adapter replaces -> that of its difference."""
 
@@ -84,11 +81,11 @@ class ImageFormat(Format):
             FormatError: the format has no place for the method, a tensor or a component.
             AdapterError, SiteError: the adapter does not fit the model.
         """
-        if view is None:
-            raise BaseNeeded(
-                f"files of the format '{self.name}' name modules by the classes of their models",
-                next_step="pass model=, with all models that the adapter is for: {'unet': unet, 'text_encoder': …}",
-            )
+        view = require_base(
+            view,
+            f"files of the format '{self.name}' name modules by the classes of their models",
+            next_step="pass model=, with all models that the adapter is for: {'unet': unet, 'text_encoder': …}",
+        )
         check_adapter(adapter, view)
         view = add_adapted_modules(adapter, view)
         writer = _FileWriter(adapter, view, self, list_pipeline(view))
@@ -115,7 +112,18 @@ class _FileWriter:
                 yield from self._write_module(component, module, place)
         for component, names in self._paths_by_component(self.adapter.replaced).items():
             for name in names:
-                yield self._write_difference(component, name)
+                module, _, parameter = name.rpartition(".")
+                full = component.prefix + name
+                if PARAMETERS.get(parameter) not in self.format.leaves:
+                    raise unsupported_error(
+                        f"adapter '{self.adapter.name}' replaces '{full}' whole, for which files of the format "
+                        f"'{self.format.name}' have no place"
+                    )
+                tensor, beginning = (
+                    self.adapter.replaced[full],
+                    self.format.name_module(component, module, self.pipeline),
+                )
+                yield f"{beginning}.{PARAMETERS[parameter]}", tensor - self.view.tensor(full).to(tensor)
 
     def describe(self) -> dict[str, str]:
         """Return the metadata that the format has about the methods."""
@@ -152,7 +160,12 @@ class _FileWriter:
                 f"'{beginning}' is {len(paths)} layers of the model, whose methods or scales differ",
                 next_step=f"give {' and '.join(paths)} LoRAs of one scale, or use format='diffusers'",
             )
-        leaves, alpha = self._write_leaves(method, site)
+        variant, tensors, norms = take_magnitude(*method, site)
+        layout = next((layout for layout in LAYOUTS if type(variant) in layout.variants), None)
+        if layout is None:
+            raise self._no_place(variant)
+        leaves, alpha = layout.write(variant, site, tensors), layout.alpha(variant)
+        leaves |= {"dora_scale": self.format.write_norms(norms)} if norms is not None else {}
         if alpha is not None and self.format.stores_alpha:
             exact = torch.tensor(alpha)
             yield f"{beginning}.alpha", exact if float(exact) == alpha else exact.new_tensor(alpha, dtype=torch.float64)
@@ -173,27 +186,6 @@ class _FileWriter:
             raise self._no_place(variant)
         rows = tensors["lora_B"].new_zeros(self.view.sites[path].out_features, variant.r)
         return variant, {**tensors, "lora_B": rows}
-
-    def _write_leaves(self, method: Method, site: Site) -> tuple[Leaves, float | None]:
-        variant, tensors, norms = take_magnitude(*method, site)
-        layout = next((layout for layout in LAYOUTS if type(variant) in layout.variants), None)
-        if layout is None:
-            raise self._no_place(variant)
-        leaves = layout.write(variant, site, tensors)
-        return leaves | ({"dora_scale": self.format.write_norms(norms)} if norms is not None else {}), layout.alpha(
-            variant
-        )
-
-    def _write_difference(self, component: PipelineModel, name: str) -> tuple[str, Tensor]:
-        module, _, parameter = name.rpartition(".")
-        tensor, full = self.adapter.replaced[component.prefix + name], component.prefix + name
-        if parameter not in PARAMETERS or PARAMETERS[parameter] not in self.format.leaves:
-            raise unsupported_error(
-                f"adapter '{self.adapter.name}' replaces '{full}' whole, for which files of the format "
-                f"'{self.format.name}' have no place"
-            )
-        beginning = self.format.name_module(component, module, self.pipeline)
-        return f"{beginning}.{PARAMETERS[parameter]}", tensor - self.view.tensor(full).to(tensor)
 
     def _no_place(self, variant: Variant) -> Exception:
         return unsupported_error(

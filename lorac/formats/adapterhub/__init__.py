@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.errors import BaseNeeded, warn
+from lorac.errors import require_base, warn
 from lorac.formats._errors import unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._writing import BASE_HASH, encode_config, write_json, write_sealed
@@ -61,7 +61,14 @@ class AdapterHubFormat(Format):
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         opened = file.folder_with(CONFIG, WEIGHTS, PICKLED)
         name, folder = name or opened.adapter_name, opened.path
-        _refuse_composition(opened)
+        composition = _find_composition(opened)
+        if composition is not None:
+            raise unsupported_error(
+                f"'{folder / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads adapters "
+                "one by one",
+                next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one "
+                "another, and a weighted swap adds what several do",
+            )
         raw = opened.inside(CONFIG).read_json()
         weights = opened.choose(WEIGHTS, PICKLED)
         stored = weights.read_tensors()
@@ -69,22 +76,18 @@ class AdapterHubFormat(Format):
         tensors = {modernise_key(key): tensor for key, tensor in stored.items()}
         header, configs = read_config(raw, folder / CONFIG, invertible=any(INVERTIBLE in key for key in tensors))
         family = family_of(header.model_type, f"'{folder / CONFIG}'")
-        if view is None:
-            raise BaseNeeded(
-                f"AdapterHub's files name blocks by number, and the modules of adapter '{name}' depend on the model",
-                next_step="load_adapter(path, model)",
-            )
+        view = require_base(
+            view,
+            f"AdapterHub's files name blocks by number, and the modules of adapter '{name}' depend on the model",
+            next_step="load_adapter(path, model)",
+        )
         _check_neighbours(opened)
         layout = ModelLayout.of(view, family)
         components = [config(layout, name) for config in configs]
         variants = [variant for component in components for variant in component.variants]
         variant = variants[0] if len(variants) == 1 else Union.over(*variants)
-        provenance = {
-            "format": self.name,
-            "source": str(folder),
-            "config": raw,
-            "base": weights.metadata.get(BASE_HASH),
-        }
+        base = weights.metadata.get(BASE_HASH)
+        provenance = {"format": self.name, "source": str(folder), "config": raw, "base": base}
         adapter = Adapter(name, variant, provenance=provenance)
         patterns = [pattern for component in components for pattern in component.patterns]
         assigned = assign_tensors(name, header.name, patterns, tensors)
@@ -99,11 +102,11 @@ class AdapterHubFormat(Format):
                 f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's "
                 "files have no place"
             )
-        if view is None:
-            raise BaseNeeded(
-                f"AdapterHub's files name blocks by number, and those of adapter '{adapter.name}' depend on the model",
-                next_step="save_adapter(adapter, path, format='adapterhub', model=model)",
-            )
+        view = require_base(
+            view,
+            f"AdapterHub's files name blocks by number, and those of adapter '{adapter.name}' depend on the model",
+            next_step="save_adapter(adapter, path, format='adapterhub', model=model)",
+        )
         model = view.module
         config = getattr(model, "config", None)
         model_type = getattr(config, "model_type", None)
@@ -140,17 +143,6 @@ def _find_composition(folder: AdapterFile) -> str | None:
     return None if folder.has(CONFIG) else next(filter(folder.has, _COMPOSITIONS), None)
 
 
-def _refuse_composition(folder: AdapterFile) -> None:
-    composition = _find_composition(folder)
-    if composition is not None:
-        raise unsupported_error(
-            f"'{folder.path / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads "
-            "adapters one by one",
-            next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one another, "
-            "and a weighted swap adds what several do",
-        )
-
-
 def _check_neighbours(folder: AdapterFile) -> None:
     """Refuse a file that changes the sites of an adapter; warn of a prediction head, which is not read."""
     if folder.has(_INTERFACE):
@@ -180,6 +172,3 @@ def _write_components(adapter: Adapter, layout: ModelLayout) -> list[ComponentFi
         return written
     loras = write_loras(layers, layout)
     return [*written, loras] if isinstance(adapter.variant.methods[0], Bottleneck) else [loras, *written]
-
-
-FORMAT = AdapterHubFormat()

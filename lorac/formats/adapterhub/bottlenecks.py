@@ -21,14 +21,7 @@ from lorac.formats.adapterhub.components import (
     PlacedComponent,
 )
 from lorac.formats.adapterhub.keys import KeyPattern
-from lorac.formats.adapterhub.layouts import (
-    ADAPTERS,
-    COUPLING,
-    INVERTIBLE,
-    SHARED,
-    bottleneck_leaves,
-    shared_leaves,
-)
+from lorac.formats.adapterhub.layouts import ADAPTERS, COUPLING, INVERTIBLE, SHARED, bottleneck_leaves, shared_leaves
 from lorac.variants._bottleneck_layers import PRESETS
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
@@ -59,7 +52,14 @@ def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> ComponentConf
     Raises:
         FormatError: the library lacks a field, or lorac does not support its value.
     """
-    fields = _modernise_fields(config, header)
+    fields: dict[str, Any] = dict(config)
+    nested, activation = fields.pop("invertible_adapter", None), fields.get("non_linearity")
+    if isinstance(nested, dict):  # of early versions
+        fields["inv_adapter"] = nested.get("block_type")
+        fields["inv_adapter_reduction_factor"] = nested.get("reduction_factor")
+    if isinstance(activation, str):
+        activation = activation.lower()
+        fields["non_linearity"] = activation if header.versioned else _ACTIVATIONS.get(activation, activation)
     refuse_unknown_fields(fields, (*FIELDS, *TRAINING), header.file)
     if header.task:
         fields["inv_adapter"] = None  # early task adapters name an invertible adapter that they do not have
@@ -103,20 +103,6 @@ def read_preset(name: str, file: Path) -> dict[str, object]:
     return dict(PRESETS[modern])
 
 
-def _modernise_fields(config: JsonMapping, header: ConfigHeader) -> dict[str, Any]:
-    """Convert the fields of early versions to those of current versions."""
-    fields = dict(config)
-    nested = fields.pop("invertible_adapter", None)
-    if isinstance(nested, dict):
-        fields["inv_adapter"] = nested.get("block_type")
-        fields["inv_adapter_reduction_factor"] = nested.get("reduction_factor")
-    activation = fields.get("non_linearity")
-    if isinstance(activation, str):
-        activation = activation.lower()
-        fields["non_linearity"] = activation if header.versioned else _ACTIVATIONS.get(activation, activation)
-    return fields
-
-
 def _check_value(name: str, value: object, file: Path) -> None:
     check_field_type(Bottleneck, name, value, file)
     if name == "inv_adapter" and value != "nice":
@@ -156,9 +142,17 @@ def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout
         **TRAINING,
     }
     blocks = {path: numbers[sublayer.block] for path, sublayer in layout.sublayers.items() if path in adapter.tensors}
-    reductions = _block_reductions(adapter, variant, blocks)
-    if reductions:
-        fields["reduction_factor"] = {**reductions, "default": variant.reduction_factor}
+    reductions: dict[str, float] = {}  # by the number of a block
+    for path, number in blocks.items():
+        at_path = variant.at_path(path)
+        assert isinstance(at_path, Bottleneck)
+        if reductions.setdefault(str(number), at_path.reduction_factor) != at_path.reduction_factor:
+            raise unsupported_error(
+                f"AdapterHub has one reduction_factor a block, and adapter '{adapter.name}' has two in block {number}"
+            )
+    others = {number: factor for number, factor in reductions.items() if factor != variant.reduction_factor}
+    if others:
+        fields["reduction_factor"] = {**others, "default": variant.reduction_factor}
     if isinstance(fields["scaling"], int):
         fields["scaling"] = float(fields["scaling"])  # the library accepts no int
     if variant.inv_adapter is None:
@@ -192,16 +186,3 @@ def _placing_fields(adapter: Adapter, variant: Bottleneck, layout: ModelLayout, 
             "sits, or reads, elsewhere"
         )
     return fields
-
-
-def _block_reductions(adapter: Adapter, variant: Bottleneck, blocks: Mapping[str, int]) -> dict[str, float]:
-    """Return block number -> reduction factor, for blocks whose factor differs from the method's."""
-    reductions: dict[str, float] = {}
-    for path, number in blocks.items():
-        at_path = variant.at_path(path)
-        assert isinstance(at_path, Bottleneck)
-        if reductions.setdefault(str(number), at_path.reduction_factor) != at_path.reduction_factor:
-            raise unsupported_error(
-                f"AdapterHub has one reduction_factor a block, and adapter '{adapter.name}' has two in block {number}"
-            )
-    return {number: factor for number, factor in reductions.items() if factor != variant.reduction_factor}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorac.errors import FormatError, list_some, nearest_name
+from lorac.errors import list_some, nearest_name, unused_error
 from lorac.formats._errors import corrupt_error
 from lorac.formats.adapterhub.layouts import ADAPTERS, INVERTIBLE, LEGACY, LORAS, SHARED
 
@@ -56,17 +56,20 @@ def assign_tensors(
         table.setdefault((pattern.group, pattern.module), []).append(pattern)
     assigned: dict[str, dict[str, Tensor]] = {path: {} for pattern in patterns for path in pattern.paths}
     for key, tensor in tensors.items():
-        module, group, leaf = _split_key(key, name)
+        module, group, leaf = key, "", ""
+        for kind in (INVERTIBLE, SHARED, LORAS, ADAPTERS):  # the name of the adapter follows the group
+            before, found, behind = f".{key}".rpartition(f".{kind}.{name}.")
+            if found:
+                module, group, leaf = before.removeprefix("."), kind, behind
+                break
         parts = module.split(".")
         ends = [".".join(parts[first:]) for first in range(len(parts) + 1)]  # longest suffix first, empty one last
-        candidates = (p for end in ends for p in table.get((group, end), ()) if leaf in p.leaves)
-        matching = next(candidates, None)
+        matching = next((p for end in ends for p in table.get((group, end), ()) if leaf in p.leaves), None)
         if matching is None:
-            raise FormatError(
+            raise unused_error(
                 f"the file of adapter '{adapter}' holds '{key}', for which its configuration or the model has no place",
                 nearest=nearest_name(module, [pattern.module for pattern in patterns if pattern.module]),
                 next_step="load the model that it was trained on",
-                code="unused_tensors",
             )
         for path in matching.paths:
             stored, parameter = assigned[path], matching.leaves[leaf]
@@ -90,15 +93,6 @@ def name_tensors(name: str, prefix: str, patterns: Iterable[KeyPattern], tensors
         parameters = tensors[pattern.paths[0]]
         named |= {f"{stem}.{leaf}": parameters[parameter] for leaf, parameter in pattern.leaves.items()}
     return named
-
-
-def _split_key(key: str, name: str) -> tuple[str, str, str]:
-    """Split a key into (module, group, leaf); the name of the adapter follows the group."""
-    for group in (INVERTIBLE, SHARED, LORAS, ADAPTERS):
-        module, found, leaf = f".{key}".rpartition(f".{group}.{name}.")
-        if found:
-            return module.removeprefix("."), group, leaf
-    return key, "", ""
 
 
 def _refuse_missing(adapter: str, patterns: Iterable[KeyPattern], assigned: TensorsBySite) -> None:

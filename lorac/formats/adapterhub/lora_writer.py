@@ -11,16 +11,7 @@ from lorac.formats._errors import NATIVE, native_or_lora, unsupported_error
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, OUTPUT, PACKED
-from lorac.formats.adapterhub.loras import (
-    ARCHITECTURE,
-    MAGNITUDE,
-    SCALE,
-    TASK_FIELDS,
-    A,
-    B,
-    LoraFields,
-    layer_leaves,
-)
+from lorac.formats.adapterhub.loras import ARCHITECTURE, MAGNITUDE, SCALE, TASK_FIELDS, A, B, LoraFields, layer_leaves
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -89,7 +80,9 @@ def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTe
 def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str, Tensor]) -> _LayerTerm:
     """Concatenate the parts of a packed layer into one ``_LayerTerm``."""
     methods = [split.parts[part] for part in LETTERS if part in split.parts] if isinstance(split, Split) else []
-    if not isinstance(split, Split) or not _is_even(split) or any(method != methods[0] for method in methods):
+    shares = set(split.among.values()) if isinstance(split, Split) and isinstance(split.among, Mapping) else {1}
+    alike = len(shares) == 1 and all(method == methods[0] for method in methods)
+    if not isinstance(split, Split) or split.groups > 1 or tuple(split.among) != LETTERS or not alike:
         raise unsupported_error(
             f"AdapterHub adapts {', '.join(LETTERS)} of '{site.path}' each by itself and all alike, and adapter "
             f"'{name}' does not",
@@ -103,12 +96,6 @@ def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str,
     fields = replace(converted[0][0], dropout=float(split.dropout))
     stored = {leaf: torch.cat([part[leaf] for _, part in converted]) for leaf in converted[0][1]}
     return _LayerTerm(fields, letters, stored)
-
-
-def _is_even(split: Split) -> bool:
-    """Return whether a layer is split into queries, keys and values of equal size."""
-    shares = set(split.among.values()) if isinstance(split.among, Mapping) else {1}
-    return split.groups == 1 and tuple(split.among) == LETTERS and len(shares) == 1
 
 
 def _convert_method(

@@ -176,8 +176,20 @@ def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedCo
         FormatError: the library's result at a layer differs from lorac's.
     """
     layers = {path: layer for path, layer in layout.layers.items() if fields.adapts(layer)}
-    for path, layer in layers.items():
-        _check_layer(fields, name, layout.view.sites[path], layer)
+    for path, layer in layers.items():  # the library's result differs from lorac's there
+        if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
+            raise unsupported_error(
+                f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{path}', which packs {', '.join(LETTERS)}: the "
+                "library itself cannot run that",
+                next_step="train a plain LoRA, or with PEFT",
+            )
+        site = layout.view.sites[path]
+        if fields.use_dora and (site.bias is not None or site.transposed):
+            raise unsupported_error(
+                f"adapter '{name}' has DoRA at '{path}': AdapterHub's scales the layer's bias as well, or a transposed "
+                "weight along its other side, and lorac's, as PEFT's, does not",
+                next_step="train it with PEFT, whose DoRA lorac reads",
+            )
     patterns = [KeyPattern(LORAS, layer.name, layer_leaves(fields), (path,)) for path, layer in layers.items()]
     if fields.is_vera:
         patterns.append(KeyPattern(SHARED, "", {A: A, B: B}, tuple(layers)))
@@ -207,22 +219,6 @@ def _make_variants(fields: LoraFields, layers: Mapping[str, AdaptableLayer]) -> 
         rate: Fields = {} if fields.scales else {"dropout": dropout}
         variants.append(dataclasses.replace(method, targets=plain, **rate))
     return tuple(variants)
-
-
-def _check_layer(fields: LoraFields, name: str, site: Site, layer: AdaptableLayer) -> None:
-    """Refuse a layer at which the library's result differs from lorac's."""
-    if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
-        raise unsupported_error(
-            f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
-            "the library itself cannot run that",
-            next_step="train a plain LoRA, or with PEFT",
-        )
-    if fields.use_dora and (site.bias is not None or site.transposed):
-        raise unsupported_error(
-            f"adapter '{name}' has DoRA at '{site.path}': AdapterHub's scales the layer's bias as well, or a "
-            "transposed weight along its other side, and lorac's, as PEFT's, does not",
-            next_step="train it with PEFT, whose DoRA lorac reads",
-        )
 
 
 def layer_leaves(fields: LoraFields) -> dict[str, str]:

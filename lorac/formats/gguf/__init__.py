@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name, short
+from lorac.errors import SiteError, missing_site_error, nearest_name, require_base, short
 from lorac.formats._errors import corrupt_error, unknown_name_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
@@ -62,27 +62,25 @@ class GgufFormat(Format):
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         path, (fields, stored) = file.path, read_gguf(file)
         alpha = _read_fields(path, fields)
-        if view is None:
-            raise BaseNeeded(
-                f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
-                next_step="load_adapter(path, model)",
-            )
+        view = require_base(
+            view,
+            f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
+            next_step="load_adapter(path, model)",
+        )
         names = GgufNames.of(view, f"'{path}'")
         stored_for = str(fields[_ARCHITECTURE])
         if stored_for != names.architecture:
-            raise FormatError(
+            raise unsupported_error(
                 f"'{path}' is for a model of the architecture '{stored_for}', and this one's is '{names.architecture}'",
                 next_step="load the base model that the adapter was trained on",
-                code="unsupported_field",
             )
         tensors = {}
         for weight, keys in group_by_layer(stored, _SUFFIXES, path).items():
             if weight not in names.paths:
-                raise SiteError(
+                raise missing_site_error(
                     f"'{path}' has tensors for '{weight}', which is not a layer of the model",
                     nearest=nearest_name(weight, names.paths),
                     next_step="load the model that the adapter was trained on; experts of a mixture are not read",
-                    code="site_not_found",
                 )
             pair = {name: stored[key] for name, key in keys.items()}
             if weight == EMBEDDING and A in pair:
@@ -104,11 +102,11 @@ class GgufFormat(Format):
             BaseNeeded: no model is given.
         """
         variant = require_plain_lora(adapter, self.name)
-        if view is None:
-            raise BaseNeeded(
-                f"llama.cpp's names of the layers of adapter '{adapter.name}' depend on the model",
-                next_step="save_adapter(adapter, path, format='gguf', model=model)",
-            )
+        view = require_base(
+            view,
+            f"llama.cpp's names of the layers of adapter '{adapter.name}' depend on the model",
+            next_step="save_adapter(adapter, path, format='gguf', model=model)",
+        )
         names = GgufNames.of(view, "a GGUF file")
         weights = {layer: weight for weight, layer in names.paths.items()}
         sites = find_layers(adapter, view, self.name, _KINDS)
@@ -172,14 +170,10 @@ def _write_file(path: Path, architecture: str, alpha: float, tensors: dict[str, 
                 next_step="convert the adapter's tensors, or use format='peft'",
             )
         if tensor.dtype is torch.bfloat16:
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(key, values.view(torch.uint8).numpy(), raw_dtype=kind)
+            writer.add_tensor(key, values.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
             writer.add_tensor(key, values.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-FORMAT = GgufFormat()

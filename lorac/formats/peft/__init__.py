@@ -34,6 +34,3 @@ class PeftFormat(Format):
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         write_folder(adapter, path, view)
-
-
-FORMAT = PeftFormat()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from lorac.errors import AdapterError
+from lorac.errors import shape_error
 from lorac.formats._config_fields import (
     Applied,
     Field,
@@ -73,10 +73,9 @@ def _subtract_mean(expert: Adapter, general: Sequence[Adapter]) -> Adapter:
     for path, factors in expert.tensors.items():
         others, shapes = [one.tensors.get(path, {}) for one in general], {key: t.shape for key, t in factors.items()}
         if any({key: t.shape for key, t in other.items()} != shapes for other in others):
-            raise AdapterError(
+            raise shape_error(
                 f"the general LoRAs at '{path}' are of other shapes than '{expert.name}'",
                 next_step="use LoRAs of one rank on the same layers",
-                code="shape_mismatch",
             )
         tensors[path] = {key: t - torch.stack([other[key] for other in others]).mean(0) for key, t in factors.items()}
     return replace(expert, tensors=tensors)

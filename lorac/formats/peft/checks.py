@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import copy_mismatch_error
 from lorac.adapters.fit import check_adapter, check_replaced, no_site_error
-from lorac.errors import AdapterError, FormatError, list_some, warn
+from lorac.errors import list_some, shape_error, unused_error, warn
 from lorac.formats._config_fields import ALL_LINEAR
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._site_layouts import same_layout
@@ -62,7 +62,15 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
         site = view.sites[path]
         fits = same_layout(stored, site) or not file.peft_type.shapes_tell_kind
         if not fits or stored.within not in {None, site.within}:
-            raise _layout_error(adapter, stored, site)
+            kinds = [
+                f"{one.kind} {one.kernel}"
+                + (f" in {one.conv.groups} groups" if one.conv and one.conv.groups > 1 else "")
+                for one in (stored, site)
+            ]
+            raise shape_error(
+                f"adapter '{adapter.name}' has tensors of a {kinds[0]} for '{path}', which is a {kinds[1]}",
+                next_step="load the class of model that the adapter was trained on",
+            )
         if site.within not in {stored.within, path}:
             warn(
                 f"adapter '{adapter.name}' has tensors for '{path}', whose weight '{site.within}' reads itself: PEFT "
@@ -125,13 +133,12 @@ def _refuse_untargeted(
         if source and (not by_weight or path in sites[source].shares):
             adapter.provenance["tied"][path] = source
             continue
-        raise FormatError(
+        raise unused_error(
             f"adapter '{adapter.name}' has tensors for '{path}', which its configuration does not target, so that PEFT "
             "would ignore them",
             next_step="target_modules, exclude_modules, layers_to_transform and modules_to_save must be those of the "
             "training"
             + ("; under ensure_weight_tying a tied site holds its embedding's tensors, transposed" if ties else ""),
-            code="unused_tensors",
         )
 
 
@@ -178,15 +185,3 @@ def _is_same_value(tensor: Tensor, other: Tensor) -> bool:
         return torch.equal(tensor, other.to(tensor.device))
     coarse = max(tensor.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(tensor.to(coarse), other.detach().to(tensor.device, coarse))
-
-
-def _layout_error(adapter: Adapter, stored: Site, site: Site) -> AdapterError:
-    def describe(site: Site) -> str:
-        groups = f" in {site.conv.groups} groups" if site.conv and site.conv.groups > 1 else ""
-        return f"{site.kind} {site.kernel}{groups}"
-
-    return AdapterError(
-        f"adapter '{adapter.name}' has tensors of a {describe(stored)} for '{site.path}', which is a {describe(site)}",
-        next_step="load the class of model that the adapter was trained on",
-        code="shape_mismatch",
-    )

@@ -8,12 +8,11 @@ file, as PEFT's own reader does.
 import dataclasses
 import functools
 import importlib
-import inspect
 from pathlib import Path
 from typing import Any
 
 from lorac.argument_types import JsonMapping
-from lorac.discovery import import_modules
+from lorac.discovery import find_classes
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._config_fields import Applied
 from lorac.formats._errors import unsupported_error
@@ -34,10 +33,9 @@ REFUSED_TYPES = {
 @functools.cache
 def peft_types() -> dict[str, AnyPeftType]:
     """Return the PEFT types that lorac reads, by name: the concrete classes in the modules of ``types``."""
-    modules = import_modules(importlib.import_module("lorac.formats.peft.types"))
-    classes = [value for module in modules for value in vars(module).values() if inspect.isclass(value)]
-    concrete = [cls for cls in classes if issubclass(cls, PeftType) and not inspect.isabstract(cls)]
-    return {one.peft_type: one for one in (cls() for cls in concrete)}
+    package = importlib.import_module("lorac.formats.peft.types")
+    classes: list[type[AnyPeftType]] = find_classes(package, PeftType)  # type: ignore[type-abstract]  # as a root
+    return {one.peft_type: one for one in (cls() for cls in classes)}
 
 
 def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:

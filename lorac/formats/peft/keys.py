@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorac.adapters.name_repair import REPAIR
 from lorac.argument_types import JsonMapping
-from lorac.errors import FormatError, list_some, nearest_name
+from lorac.errors import list_some, nearest_name, unused_error
 from lorac.formats._errors import corrupt_error
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.frontend.model_view import ModelView
@@ -154,21 +154,23 @@ class _KeyReader:
         unknown = [key for key in tensors if not key.startswith(PREFIX) and key not in shared]
         rules = (
             self._read_site,
-            self._read_token_rows,
-            self._read_copied_module,
-            self._read_shared_copy,
-            self._read_saved_module,
+            self._read_replacement,
             self._read_saved_bias_copy,
             self._read_tied_module,
-            self._read_bias,
-            self._read_base_copy,
-            self._read_embedding,
-            self._read_training_state,
+            self._read_base_parameter,
         )
         for rule in rules:
             rest = {name: tensor for name, tensor in rest.items() if not rule(name, tensor)}
         if rest or unknown:
-            raise self._unused_error([*unknown, *(PREFIX + name for name in rest)])
+            keys, suffixes = [*unknown, *(PREFIX + name for name in rest)], self.peft_type.suffixes
+            raise unused_error(
+                f"no rule of peft_type {self.peft_type.peft_type} accounts for {len(keys)} tensors: {list_some(keys)}",
+                nearest=nearest_name(
+                    keys[0], [f"{PREFIX}{at}.{end}" for at in self.contents.sites for end in suffixes]
+                ),
+                next_step="keys are base_model.model.<module path>.<"
+                f"{'|'.join(suffixes)}>; where DDP, torch.compile or a second prefix added names, {REPAIR}",
+            )
         return self.contents
 
     def _read_site(self, name: str, tensor: Tensor) -> bool:
@@ -184,48 +186,32 @@ class _KeyReader:
                 return True
         return False
 
-    def _read_token_rows(self, name: str, tensor: Tensor) -> bool:
-        module = name.removesuffix(f".{TOKENS}")
-        if module == name or not self.values.get("trainable_token_indices"):
+    def _read_replacement(self, name: str, tensor: Tensor) -> bool:
+        """Read rows of tokens, or a parameter of a module that is copied, shared or saved whole."""
+        contents, leaf, module = self.contents, name.rpartition(".")[2], name.removesuffix(f".{TOKENS}")
+        copied, exclude = self.peft_type.copied, self.values.get("exclude_modules")
+        owner, mark, parameter = name.partition(f".{copied}.")
+        targeted = copied is not None and bool(mark) and is_named(self.values["target_modules"], owner)
+        if module != name and self.values.get("trainable_token_indices"):
+            contents.rows[module] = tensor
+        elif targeted and not (exclude and is_named(exclude, owner)):
+            contents.replaced[f"{owner}.{parameter}"] = tensor
+        elif leaf in self.peft_type.shared:
+            _require_equal(name, tensor, SHARED_PREFIX + leaf, contents.shared.setdefault(leaf, tensor))
+        elif is_saved(name, self.values.get("modules_to_save") or ()) and not self._split_wrapped_bias(name):
+            contents.replaced[name] = tensor
+        else:
             return False
-        self.contents.rows[module] = tensor
-        return True
-
-    def _read_copied_module(self, name: str, tensor: Tensor) -> bool:
-        if self.peft_type.copied is None:
-            return False
-        module, mark, parameter = name.partition(f".{self.peft_type.copied}.")
-        exclude = self.values["exclude_modules"]
-        targeted = bool(mark) and is_named(self.values["target_modules"], module)
-        if not targeted or (exclude and is_named(exclude, module)):
-            return False
-        self.contents.replaced[f"{module}.{parameter}"] = tensor
-        return True
-
-    def _read_shared_copy(self, name: str, tensor: Tensor) -> bool:
-        leaf = name.rpartition(".")[2]
-        if leaf not in self.peft_type.shared:
-            return False
-        _require_equal(name, tensor, SHARED_PREFIX + leaf, self.contents.shared.setdefault(leaf, tensor))
-        return True
-
-    def _read_saved_module(self, name: str, tensor: Tensor) -> bool:
-        if not is_saved(name, self.values.get("modules_to_save") or ()) or self._split_wrapped_bias(name):
-            return False
-        self.contents.replaced[name] = tensor
         return True
 
     def _read_saved_bias_copy(self, name: str, tensor: Tensor) -> bool:
-        parts = self._split_wrapped_bias(name)
-        if not parts:
-            return False
-        plain, wrapper = parts
+        plain, wrapper = self._split_wrapped_bias(name) or ("", "")
         if wrapper == "original_module":
             self.contents.copies[plain] = tensor
-            return True
-        if plain not in self.contents.replaced:
+        elif plain in self.contents.replaced:
+            _require_equal(name, tensor, plain, self.contents.replaced[plain])
+        else:
             return False
-        _require_equal(name, tensor, plain, self.contents.replaced[plain])
         return True
 
     def _split_wrapped_bias(self, name: str) -> tuple[str, str] | None:
@@ -249,49 +235,23 @@ class _KeyReader:
                 return True
         return False
 
-    def _read_bias(self, name: str, tensor: Tensor) -> bool:
-        kind = self.values.get("bias", "none")
-        module, _, parameter = name.rpartition(".")
+    def _read_base_parameter(self, name: str, tensor: Tensor) -> bool:
+        """Read a trained bias, a copy of an adapted layer's weight, an embedding, or the state of a training."""
+        (module, _, parameter), kind = name.rpartition("."), self.values.get("bias", "none")
         unwrapped = ".".join(part for part in module.split(".") if part != WRAPPED)
-        known = self.peft_type.names_no_site or unwrapped in self.contents.sites
-        inside = module.endswith(f".{WRAPPED}") and known
-        if kind == "none" or parameter != "bias" or not (inside or kind == "all"):
-            return False
-        plain = unwrapped if inside else module
-        self.contents.replaced[f"{plain}.bias" if plain else "bias"] = tensor
+        path, sites = module.removesuffix(f".{WRAPPED}"), self.contents.sites
+        inside = path != module and (self.peft_type.names_no_site or unwrapped in sites)
+        if parameter == "bias" and kind != "none" and (inside or kind == "all"):
+            plain = unwrapped if inside else module
+            self.contents.replaced[f"{plain}.bias" if plain else "bias"] = tensor
+        elif path != module and path in sites:
+            self.contents.copies[f"{path}.{parameter}"] = tensor
+        elif module not in sites and (module in self.embeddings or module.rpartition(".")[2] in EMBEDDING_NAMES):
+            self.contents.embeddings[name] = tensor
+        else:
+            marks = self.peft_type.training_state.items()
+            return any(mark in f".{name}" and self.values.get(option) for mark, option in marks)
         return True
-
-    def _read_base_copy(self, name: str, tensor: Tensor) -> bool:
-        module, _, parameter = name.rpartition(".")
-        path = module.removesuffix(f".{WRAPPED}")
-        if path == module or path not in self.contents.sites:
-            return False
-        self.contents.copies[f"{path}.{parameter}"] = tensor
-        return True
-
-    def _read_embedding(self, name: str, tensor: Tensor) -> bool:
-        module = name.rpartition(".")[0]
-        known = module in self.embeddings or module.rpartition(".")[2] in EMBEDDING_NAMES
-        if not known or module in self.contents.sites:
-            return False
-        self.contents.embeddings[name] = tensor
-        return True
-
-    def _read_training_state(self, name: str, tensor: Tensor) -> bool:
-        marks = self.peft_type.training_state.items()
-        return any(mark in f".{name}" and self.values.get(option) for mark, option in marks)
-
-    def _unused_error(self, keys: list[str]) -> FormatError:
-        suffixes = self.peft_type.suffixes
-        expected = [f"{PREFIX}{path}.{suffix}" for path in self.contents.sites for suffix in suffixes]
-        listed = list_some(keys)
-        return FormatError(
-            f"no rule of peft_type {self.peft_type.peft_type} accounts for {len(keys)} tensors: {listed}",
-            nearest=nearest_name(keys[0], expected),
-            next_step="keys are base_model.model.<module path>.<"
-            f"{'|'.join(suffixes)}>; where DDP, torch.compile or a second prefix added names, {REPAIR}",
-            code="unused_tensors",
-        )
 
 
 def _enclosing_modules(name: str) -> Iterator[str]:

@@ -137,8 +137,13 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
         if is_wrapped:
             # By default PEFT asks the hub whether embeddings were resized; here the base keeps its embeddings.
             wrapped.save_pretrained(root, save_embedding_layers=False)
-        else:
-            _save_injected(wrapped, Path(root))
+        else:  # in the form that a ``PeftModel`` writes
+            read: PeftObject = sys.modules["peft"].get_peft_model_state_dict
+            for name, config in wrapped.peft_config.items():
+                folder = Path(root) / ("" if name == _DEFAULT else name)
+                config.save_pretrained(str(folder))
+                tensors = read(wrapped, adapter_name=name, save_embedding_layers=False)
+                save_file({f"{PREFIX}{key}": tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
         folders = {name: Path(root) / ("" if name == _DEFAULT else name) for name in wrapped.peft_config}
         for folder in folders.values():
             # Where an adapter's initialisation rewrites the base, the base in memory is already rewritten.
@@ -184,16 +189,6 @@ def _injected_names(model: nn.Module) -> tuple[str, ...]:
                 )
         active |= set() if layer.disable_adapters else set(layer.active_adapters)
     return tuple(sorted(active))
-
-
-def _save_injected(model: PeftObject, root: Path) -> None:
-    """Write the adapters of a model that is not a ``PeftModel``, in the form that a ``PeftModel`` writes."""
-    for name, config in model.peft_config.items():
-        folder = root / ("" if name == _DEFAULT else name)
-        config.save_pretrained(str(folder))
-        read: PeftObject = sys.modules["peft"].get_peft_model_state_dict
-        tensors = read(model, adapter_name=name, save_embedding_layers=False)
-        save_file({f"{PREFIX}{key}": tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
 def _iterate_peft_layers(model: nn.Module) -> Iterator[tuple[str, PeftObject]]:

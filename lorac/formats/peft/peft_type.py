@@ -5,6 +5,8 @@ Every subclass in a module of ``lorac.formats.peft.types`` is registered as a ty
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from lorac.adapters.fresh import make_site_tensors
 from lorac.argument_types import JsonMapping
-from lorac.errors import AdapterError, SiteError, warn
+from lorac.errors import AdapterError, SiteError, shape_error, warn
 from lorac.formats._config_fields import Field
+from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
@@ -21,6 +24,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 Tensors = Mapping[str, Tensor]
+Parameters = dict[str, Tensor]
 V = TypeVar("V", bound=Variant)
 
 
@@ -142,7 +146,7 @@ class PeftType(ABC, Generic[V]):
             next_step="use format='native', or exclude= the module",
         )
 
-    def complete_site(self, variant: V, site: Site, tensors: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
+    def complete_site(self, variant: V, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
         """Add the parameters that no file has (``derived``), which a fresh adapter has with the same values."""
         return make_site_tensors(variant, variant.name, site, base, tensors)
 
@@ -257,6 +261,83 @@ def take_tensors(path: str, stored: Tensors, axes: Mapping[str, int], expected: 
 def mismatched_shapes(path: str, stored: Tensors, expected: str) -> AdapterError:
     """Return the error for tensors of one module that do not fit each other."""
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
-    return AdapterError(
-        f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected, code="shape_mismatch"
-    )
+    return shape_error(f"the tensors at '{path}' do not belong together: {shapes}", next_step=expected)
+
+
+Pair = tuple[str, str]
+"""Suffixes of A and B."""
+
+
+def read_factors(
+    path: str, stored: Tensors, matrices: Pair, embedding: Pair, expected: str
+) -> tuple[Site, Tensor, Tensor]:
+    """Return the site that the shapes of A and B imply, A (r, in) and B (out, r / groups), with kernels flattened.
+
+    In a file, A of a convolution is a kernel (r, in, …), and B is (out, r / groups, 1, …).
+
+    Args:
+        stored: the tensors of the file, by suffix.
+        matrices: the suffixes of A and B at a linear layer or convolution.
+        embedding: the suffixes of A and B at an embedding.
+
+    Raises:
+        AdapterError: the shapes do not fit each other, or fit no kind of site.
+    """
+    pair = embedding if embedding[0] in stored else matrices
+    if any(name not in stored or stored[name].ndim < 2 for name in pair):
+        raise mismatched_shapes(path, stored, expected)
+    a, b = (stored[name] for name in pair)
+    groups = a.shape[0] // b.shape[1] if b.shape[1] else 0
+    divides = bool(groups) and b.shape[1] * groups == a.shape[0] and b.shape[0] % groups == 0
+    if not divides or not a.ndim == b.ndim <= 5 or prod(b.shape[2:]) != 1 or (groups > 1 and a.ndim == 2):
+        raise mismatched_shapes(path, stored, expected)
+    if a.ndim == 2:
+        kind = SiteKind.EMBEDDING if pair is embedding else SiteKind.LINEAR
+        return matrix_site(path, b.shape[0], a.shape[1], kind), a, b
+    site = conv_site(path, b.shape[0], a.shape[1], tuple(a.shape[2:]), groups)
+    return site, a.flatten(1), b.flatten(1)
+
+
+def write_factors(site: Site, a: Tensor, b: Tensor, matrices: Pair, embedding: Pair) -> dict[str, Tensor]:
+    """Return A and B in the shapes that a file has; the inverse of ``read_factors``."""
+    if site.conv is not None:
+        ones = (1,) * len(site.conv.kernel)
+        a, b = a.reshape(-1, *site.kernel[1:]), b.reshape(b.shape[0], -1, *ones)
+    return dict(zip(embedding if site.kind is SiteKind.EMBEDDING else matrices, (a, b), strict=True))
+
+
+def core_shape(site: Site, core: Tensor) -> Sequence[int]:
+    """Return the shape (r, r, kh, kw) that a file has for a core (r, r, taps); a Conv1d's kernel counts as (k, 1)."""
+    assert site.conv is not None
+    return (*core.shape[:2], *(*site.conv.kernel, 1)[:2])
+
+
+class PlainType(PeftType[V]):
+    """A type whose parameters are a file's tensors unchanged, named by their suffixes with underscores for dots.
+
+    Where a file has a tensor for the bias, the layer has a bias.
+    """
+
+    @abstractmethod
+    def measure(self, variant: V, stored: Tensors) -> tuple[int, int]:
+        """Return the output and input features that a layer's tensors show; 1 where they show none."""
+
+    def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        smallest, here = matrix_site(path, 1, 1), variant.at_path(path)
+        needed, specs = (here.params(replace(smallest, bias=bias)) for bias in (None, "bias"))
+        tensors = {parameter_name(suffix): tensor for suffix, tensor in stored.items()}
+        is_complete = needed.keys() <= tensors.keys() <= specs.keys()
+        if not is_complete or any(tensor.ndim != len(specs[name].shape) for name, tensor in tensors.items()):
+            expected = ", ".join(f"{name} has {len(spec.shape)} axes" for name, spec in specs.items())
+            raise mismatched_shapes(path, stored, expected)
+        site = matrix_site(path, *self.measure(variant, stored))
+        return replace(site, bias=None if tensors.keys() <= needed.keys() else f"{path}.bias"), tensors
+
+    def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        names = {suffix: parameter_name(suffix) for suffix in self.suffixes}
+        return {suffix: tensors[name] for suffix, name in names.items() if name in tensors}
+
+
+def parameter_name(suffix: str) -> str:
+    """Return the name of the parameter that has a suffix."""
+    return suffix.removesuffix(".weight").replace(".", "_")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
-from lorac.errors import BaseNeeded, FormatError, SiteError, list_some
+from lorac.errors import SiteError, list_some, require_base, unused_error
 from lorac.formats._config_fields import Applied, Field, Irrelevant, read_size
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.keys import is_saved
@@ -64,11 +64,9 @@ class PlacedType(PeftType[V], Generic[V]):
     def read_folder(
         self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter:
-        if view is None:
-            raise BaseNeeded(
-                f"the file of adapter '{name}' ({self.peft_type}) does not tell where in the model its prompts act",
-                next_step="pass model=",
-            )
+        view = require_base(
+            view, f"the file of adapter '{name}' ({self.peft_type}) does not tell where in the model its prompts act"
+        )
         variant = self.make_variant(values, view)
         keys = {key: (path, own) for path in variant.targets for own, key in self.find_keys(path).items()}
         rest = {key: value for key, value in tensors.items() if key not in keys}
@@ -78,11 +76,10 @@ class PlacedType(PeftType[V], Generic[V]):
             or not all(is_saved(key, variant.modules_to_save) for key in saved)
             or (not keys.keys() <= tensors.keys())
         ):
-            raise FormatError(
+            raise unused_error(
                 f"the file of adapter '{name}' holds {list_some(sorted(tensors))}, and {self.peft_type} has "
                 f"{list_some(sorted(keys))} at this model, and modules of modules_to_save",
                 next_step="load the base model that it was trained on, or save the adapter again with PEFT",
-                code="unused_tensors",
             )
         adapter = Adapter(name, variant, replaced=saved, provenance={"source": str(folder)})
         for key, (path, own) in keys.items():

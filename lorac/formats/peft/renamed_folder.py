@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from lorac.adapters.name_repair import WRAPPERS, find_own_names
-from lorac.errors import BaseNeeded, FormatError
+from lorac.errors import require_base, unused_error
 from lorac.formats._config_fields import ALL_LINEAR, read_fields
 from lorac.formats._writing import write_json
 from lorac.formats.peft.config import peft_type_of
@@ -32,8 +32,7 @@ def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) 
         FormatError: the model's name of a module is ambiguous; or as for ``read_folder``.
         BaseNeeded: no model is given.
     """
-    if view is None:
-        raise BaseNeeded("names of layers are repaired by those of a model", next_step="pass model=")
+    view = require_base(view, "names of layers are repaired by those of a model")
     config, tensors = dict(folder.inside(CONFIG).read_json()), folder.choose(WEIGHTS, PICKLED).read_tensors()
     peft_type = peft_type_of(config, folder.inside(CONFIG).path)
     read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # so that errors name this file
@@ -43,10 +42,9 @@ def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) 
     paths = {key: re.split(rf"\.(?:{marks})(?:\.|$)", one, maxsplit=1)[0] for key, one in inner.items()}
     own = find_own_names(sorted(set(paths.values())), view)
     if own is None:
-        raise FormatError(
+        raise unused_error(
             f"no single change of prefixes makes '{min(paths.values())}' and others in '{folder}' names of the model",
             next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the names of one",
-            code="unused_tensors",
         )
     keys = {key: PREFIX + own[paths[key]] + one.removeprefix(paths[key]) for key, one in inner.items()}
     if keys.items() <= {key: key for key in tensors}.items():

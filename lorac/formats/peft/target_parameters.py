@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lorac.errors import BaseNeeded
+from lorac.errors import require_base
 from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.keys import WRAPPED, PeftFile
 from lorac.formats.peft.peft_type import Tensors, mismatched_shapes, take_tensors
@@ -44,11 +44,10 @@ def take_matrices(file: PeftFile) -> dict[str, dict[str, Tensor]]:
     parameters: tuple[str, ...] = file.values.get("target_parameters") or ()
     if not parameters:
         return {}
-    if file.view is None:
-        raise BaseNeeded(
-            f"the file of adapter '{file.name}' has target_parameters, and does not say which tensors belong to which",
-            next_step="pass model=",
-        )
+    require_base(
+        file.view,
+        f"the file of adapter '{file.name}' has target_parameters, and does not say which tensors belong to which",
+    )
     keys, stored = _assign_keys(_select_named(file.sites, parameters)), file.contents.sites
     return {path: _read_matrix(file.sites[path], stored.pop(key)) for key, path in keys.items() if key in stored}
 
@@ -76,11 +75,11 @@ def write_matrices(
     if not matrices:
         return {}
     paths = [path for path in sites if path in matrices]
-    if view is None:
-        raise BaseNeeded(
-            f"what PEFT calls the tensors of '{paths[0]}' depends on the other parameters of its module",
-            next_step="pass model=, or use format='native'",
-        )
+    view = require_base(
+        view,
+        f"what PEFT calls the tensors of '{paths[0]}' depends on the other parameters of its module",
+        next_step="pass model=, or use format='native'",
+    )
     if getattr(adapter.variant, "dropout", 0):
         raise unsupported_error(
             f"PEFT has no dropout at '{paths[0]}', which its module multiplies by itself, and adapter "

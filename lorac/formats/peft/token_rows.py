@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
+from lorac.errors import FormatError, missing_site_error, nearest_name, require_base, shape_error
 from lorac.formats._config_fields import read_rows
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.peft.keys import PeftFile
@@ -76,19 +76,19 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
         )
     if not rows:
         return
-    if file.view is None:
-        raise BaseNeeded(f"adapter '{name}' holds rows of '{min(rows)}' alone", next_step="load_adapter(path, model)")
-    sites, numbers = file.view.sites, adapter.provenance.setdefault(TOKEN_ROWS, {})
+    view = require_base(
+        file.view, f"adapter '{name}' holds rows of '{min(rows)}' alone", next_step="load_adapter(path, model)"
+    )
+    sites, numbers = view.sites, adapter.provenance.setdefault(TOKEN_ROWS, {})
     for module, tensor in rows.items():
         if module not in sites:
-            raise SiteError(
+            raise missing_site_error(
                 f"adapter '{name}' has rows for '{module}', which the model does not have",
                 nearest=nearest_name(module, sites),
                 next_step="load the class of model that the adapter was trained on",
-                code="site_not_found",
             )
         own = find_numbers(module)
-        weight = _fill_weight(name, sites[module], tensor, own, file.view)
+        weight = _fill_weight(name, sites[module], tensor, own, view)
         names = [str(sites[path].weight) for path in (module, *tied) if tied.get(path, module) == module]
         adapter.replaced |= dict.fromkeys(names, weight)
         numbers |= dict.fromkeys(names, own)
@@ -143,10 +143,9 @@ def _fill_weight(name: str, site: Site, rows: Tensor, indices: tuple[int, ...], 
     weight = view.tensor(str(site.weight)).detach()
     plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
     if not plain or rows.shape != (len(indices), weight.shape[1]) or max(indices) >= len(weight):
-        raise AdapterError(
+        raise shape_error(
             f"adapter '{name}' has rows {tuple(rows.shape)} of '{site.path}' for {len(indices)} tokens up to number "
             f"{max(indices)}; its weight is {tuple(weight.shape)}",
             next_step=f"call model.resize_token_embeddings({max(indices) + 1}) if the vocabulary has grown",
-            code="shape_mismatch",
         )
     return weight.index_copy(0, torch.tensor(indices), rows.to(weight))

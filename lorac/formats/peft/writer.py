@@ -62,8 +62,7 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
     peft_type = _find_peft_type(adapter, of_fork)
     if rows and "trainable_token_indices" not in peft_type.fields:
         raise unsupported_error(
-            f"PEFT's {peft_type.peft_type} has no place for the rows of '{min(rows)}' in adapter '{adapter.name}'",
-            next_step="use format='native'",
+            f"PEFT's {peft_type.peft_type} has no place for the rows of '{min(rows)}' in adapter '{adapter.name}'"
         )
     contents = peft_type.write_folder(adapter, view)
     folder.mkdir()
@@ -152,7 +151,13 @@ class _FolderWriter:
         adapter, peft_type = self.adapter, self.peft_type
         sites = {path: self.sites[path] for path in adapter.tensors}
         matrices = matrix_paths(sites) if "target_parameters" in peft_type.fields else set()
-        self._refuse_parts({path: site for path, site in sites.items() if path not in matrices})
+        owners = [site.within for path, site in sites.items() if path not in matrices and site.within is not None]
+        for owner in owners:  # a module such as an attention, which PEFT adapts as a whole
+            if owner not in sites or owner in matrices or owners.count(owner) == 1:
+                raise unsupported_error(
+                    f"PEFT adapts all of '{owner}' or nothing, and adapter '{adapter.name}' adapts a part of it",
+                    next_step=f"target '{owner}' itself, which names all of it, or use format='native'",
+                )
         tied = self._find_ties()
         tensors: dict[str, Tensor] = {}
         variant = adapter.variant
@@ -173,8 +178,7 @@ class _FolderWriter:
                 key = (SHARED_PREFIX if shared else f"{PREFIX}{_wrapped_path(sites[path])}.") + suffix
                 if not torch.equal(tensors.setdefault(key, tensor), tensor):
                     raise unsupported_error(
-                        f"sites of adapter '{adapter.name}' have different '{suffix}', of which PEFT has one",
-                        next_step="use format='native'",
+                        f"sites of adapter '{adapter.name}' have different '{suffix}', of which PEFT has one"
                     )
         written = write_matrices(adapter, matrices, self.sites, self.view)
         tensors |= {PREFIX + key: tensor for key, tensor in {**written, **self.experts}.items()}
@@ -222,18 +226,7 @@ class _FolderWriter:
             if not torch.allclose(own.double(), other.double(), rtol=0, atol=slack):
                 raise unsupported_error(
                     f"'{name}' at '{site.path}' is not what PEFT makes of the configuration and the base, and its "
-                    "files lack it",
-                    next_step="use format='native'",
-                )
-
-    def _refuse_parts(self, sites: Mapping[str, Site]) -> None:
-        """Refuse an adapter of only a part of a module that PEFT adapts as a whole, such as an attention."""
-        owners = [site.within for site in sites.values() if site.within is not None]
-        for owner in owners:
-            if owner not in sites or owners.count(owner) == 1:
-                raise unsupported_error(
-                    f"PEFT adapts all of '{owner}' or nothing, and adapter '{self.adapter.name}' adapts a part of it",
-                    next_step=f"target '{owner}' itself, which names all of it, or use format='native'",
+                    "files lack it"
                 )
 
     def _refuse_split_embeddings(self) -> None:

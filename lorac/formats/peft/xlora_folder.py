@@ -18,7 +18,7 @@ from torch import Tensor
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.router_freezing import freeze_router
 from lorac.argument_types import JsonMapping
-from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
+from lorac.errors import BaseNeeded, SiteError, nearest_name, require_base, shape_error, unused_error
 from lorac.formats._config_fields import (
     Applied,
     Field,
@@ -95,11 +95,9 @@ class XLoraFolder:
                 the one that lorac wrote.
             AdapterError: the classifier does not fit the model.
         """
-        if view is None:
-            raise BaseNeeded(
-                f"the files of adapter '{name}' do not say which output of the model its classifier reads",
-                next_step="pass model=",
-            )
+        view = require_base(
+            view, f"the files of adapter '{name}' do not say which output of the model its classifier reads"
+        )
         hidden = self._find_hidden_state(name, view)
         self._check_classifier(name)
         loras = self._read_experts(view)
@@ -126,11 +124,10 @@ class XLoraFolder:
                 next_step="compile from a model of transformers, with the folder in adapters=",
             ) from error
         if width != self.fields["hidden_size"]:
-            raise AdapterError(
+            raise shape_error(
                 f"adapter '{name}': its classifier reads {self.fields['hidden_size']} values of a token, and '{path}' "
                 f"gives {width}",
                 next_step="load the base model that the adapter was trained on",
-                code="shape_mismatch",
             )
         return path
 
@@ -150,25 +147,20 @@ class XLoraFolder:
             )
         unexpected = [key for key in self.classifier if key not in expected]
         if unexpected:
-            raise FormatError(
+            raise unused_error(
                 f"'{self.folder}' holds a tensor '{unexpected[0]}' that its classifier has no place for",
                 nearest=nearest_name(unexpected[0], expected),
                 next_step=f"by its configuration it has {', '.join(expected)}",
-                code="unused_tensors",
             )
-        self._check_widths(name)
-
-    def _check_widths(self, name: str) -> None:
-        """Check the configuration's widths against the file's, before a classifier with these widths is allocated."""
+        # The configuration's widths are checked against the file's, before a classifier with these widths is allocated.
         hidden, size, depth = (int(self.fields[field]) for field in ("hidden_size", "size", "depth"))
         for j, key in enumerate(self.keys):
             inside, last = hidden if j == 0 else size, j == depth - 1
             shape = self.classifier[key].shape
             if len(shape) != 2 or shape[1] != inside or (not last and shape[0] != size):
-                raise AdapterError(
+                raise shape_error(
                     f"adapter '{name}': '{key}' is {tuple(shape)}, expected ({'…' if last else size}, {inside})",
                     next_step="copy or download the whole folder again",
-                    code="shape_mismatch",
                 )
 
     def _read_experts(self, view: ModelView) -> list[Adapter]:
@@ -219,27 +211,18 @@ def split_xlora(
     shared = adapter.tensors[adapter.sites[0]]
     tensors = {key: shared[f"classifier_{j}_weight"] for j, key in enumerate(keys)}
     tensors |= {_bias_key(key): shared[f"classifier_{j}_bias"] for j, key in enumerate(keys)}
-    if variant.layerwise_scalings:
+    if variant.layerwise_scalings:  # files have the rows in the order of the sites in the model
+        what = f"the layers that adapter '{adapter.name}' weighs are numbered as they are met in the model"
+        paths = [path for path in require_base(view, what).sites if path in adapter.tensors]
+        order = torch.tensor([variant.targets.index(path) for path in paths])
         for key in (keys[-1], _bias_key(keys[-1])):
-            tensors[key] = _reorder_rows(adapter, variant, tensors[key], view)
+            tensors[key] = tensors[key].unflatten(0, (len(paths), -1))[order].flatten(0, 1)
     alone = Adapter(adapter.name, replace(variant, global_scaling_weight=1.0, scales=()), adapter.tensors)
     loras = {str(i): freeze_router(alone, row, name=str(i)) for i, row in enumerate(torch.eye(variant.experts))}
     for lora, scale in zip(loras.values(), variant.scales, strict=False):  # empty if B has the scales
         assert isinstance(lora.variant, LoRA)
         lora.variant = replace(lora.variant, alpha=scale * lora.variant.alpha)
     return tensors, loras
-
-
-def _reorder_rows(adapter: Adapter, variant: XLoRA, stored: Tensor, view: ModelView | None) -> Tensor:
-    """Permute the last layer's rows to the order of the sites in the model, which is the order in files."""
-    if view is None:
-        raise BaseNeeded(
-            f"the layers that adapter '{adapter.name}' weighs are numbered as they are met in the model",
-            next_step="pass model=",
-        )
-    paths = [path for path in view.sites if path in adapter.tensors]
-    order = torch.tensor([variant.targets.index(path) for path in paths])
-    return stored.unflatten(0, (len(paths), -1))[order].flatten(0, 1)
 
 
 def _bias_key(key: str) -> str:

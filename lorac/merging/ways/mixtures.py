@@ -6,7 +6,7 @@ from typing import ClassVar
 from lorac.argument_types import Count, Positive
 from lorac.errors import ChoiceError
 from lorac.frontend.model_view import ModelView
-from lorac.merging.way import AdaptersWay
+from lorac.merging.way import AdaptersWay, Numbers
 from lorac.variants.adapter import Adapter
 from lorac.variants.arrow import Arrow
 from lorac.variants.learned_cat import LearnedCat
@@ -27,9 +27,7 @@ class ArrowRouting(AdaptersWay):
     name = "arrow"
     paper = Arrow.paper
 
-    def assemble(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
-    ) -> Adapter:
+    def assemble(self, adapters: Sequence[Adapter], weights: Numbers, name: str, view: ModelView | None) -> Adapter:
         loras = self.to_loras(adapters, view, weights)
         return Arrow.from_loras(loras, top_k=self.top_k, temperature=self.temperature, name=name)
 
@@ -40,9 +38,7 @@ class LearnedWeights(AdaptersWay):
     name = "learned_cat"
     paper = LearnedCat.paper
 
-    def assemble(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
-    ) -> Adapter:
+    def assemble(self, adapters: Sequence[Adapter], weights: Numbers, name: str, view: ModelView | None) -> Adapter:
         return LearnedCat.from_loras(
             self.to_loras(adapters, view), weights=[w * self.scale for w in weights], name=name
         )
@@ -56,9 +52,7 @@ class BreakForMake(AdaptersWay):
     least: ClassVar[int] = 2
     most: ClassVar[int | None] = 2
 
-    def assemble(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
-    ) -> Adapter:
+    def assemble(self, adapters: Sequence[Adapter], weights: Numbers, name: str, view: ModelView | None) -> Adapter:
         if {*weights, self.scale} != {1.0} or self.rank is not None or self.tolerance is not None:
             raise ChoiceError(
                 "halves of factors are joined as they are, without weights, scale= and rank=",

@@ -1,8 +1,7 @@
 """The layouts of methods, one class each."""
 
 from lorac.formats._image_files.layout import AnyLayout
-from lorac.formats._image_files.layouts.differences import DifferenceLayout
-from lorac.formats._image_files.layouts.loras import LoraLayout
+from lorac.formats._image_files.layouts.loras import DifferenceLayout, LoraLayout
 from lorac.formats._image_files.layouts.products import LohaLayout, LokrLayout
 from lorac.formats._image_files.layouts.rotations import RotationLayout
 from lorac.formats._image_files.layouts.scales import GloraLayout, ScaleLayout

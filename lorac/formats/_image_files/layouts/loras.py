@@ -1,4 +1,4 @@
-"""LoRA, whose factor A of a convolution may be stored as a product of two tensors (Tucker).
+"""Changes that are added to a weight: LoRA, in two factors or three (Tucker), and differences of whole weights.
 
 Source: sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/locon.py. Shapes in a file:
 
@@ -14,10 +14,12 @@ Source: sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/locon.py. Shapes 
 import torch
 from torch import Tensor
 
+from lorac.errors import SiteError
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
 from lorac.ir.sites.site import Site
 from lorac.variants.dora import DoRA
+from lorac.variants.edit import Edit
 from lorac.variants.lora import LoRA
 from lorac.variants.low_rank import ScaledRank
 
@@ -75,3 +77,39 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
 def find_alpha(variant: ScaledRank) -> float:
     """Return the alpha for which alpha/r is the scale, which rsLoRA's own alpha does not satisfy."""
     return variant.alpha if variant.alpha / variant.r == variant.scale else variant.scale * variant.r
+
+
+_PARTS = {"diff": "delta", "diff_b": "e"}
+
+
+class DifferenceLayout(ModuleLayout[Edit]):
+    """The difference of a weight, and of its bias.
+
+    Source: LyCORIS, lycoris/modules/full.py; sd-scripts' extractions. ``diff`` is W' − W (out, in, *kernel), ``diff_b``
+    is b' − b (out,).
+    """
+
+    required = ("diff",)
+    optional = ("diff_b",)
+    variants = (Edit,)
+    rows = ("delta", "e")
+
+    def read(self, module: StoredModule) -> Method:
+        tensors = {"delta": module.matrix("diff", module.site.out_features, *module.columns)}
+        if "diff_b" in module.tensors:
+            if module.site.bias is None:
+                raise SiteError(
+                    f"'{module.keys['diff_b']}' is of '{module.site.path}', which has no bias",
+                    next_step="load the base model that the adapter was trained on",
+                )
+            tensors["e"] = module.matrix("diff_b", module.site.out_features).flatten()
+        return Edit(parts=dict.fromkeys(tensors, 1)), tensors
+
+    def write(self, variant: Edit, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        if "delta" not in tensors or not tensors.keys() <= {*_PARTS.values()}:
+            raise unsupported_error(
+                f"these files hold an edit of '{site.path}' as a difference alone, and not by {', '.join(tensors)}",
+                next_step="lorac.to_lora makes a LoRA of a pair; or use format='native'",
+            )
+        written = {leaf: tensors[part] for leaf, part in _PARTS.items() if part in tensors}
+        return {**written, "diff": written["diff"].reshape(site.kernel)}

@@ -24,8 +24,7 @@ from torch import Tensor
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
 from lorac.ir.sites.site import Site
-from lorac.variants.loha import LoHa
-from lorac.variants.lokr import LoKr, factors
+from lorac.variants.lokr import LoHa, LoKr, factors
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")

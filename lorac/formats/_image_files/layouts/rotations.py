@@ -32,8 +32,7 @@ class RotationLayout(ModuleLayout[BOFT]):
         factors = (blocks.shape[0],) if blocks.ndim == 4 else ()
         blocks = module.reshape("oft_blocks", *factors, out // max(size, 1), size, size)
         if module.alpha:
-            skew = blocks - blocks.mT
-            norm, bound = float(torch.linalg.vector_norm(skew)) + _ROUNDING, module.alpha * out
+            norm, bound = float(torch.linalg.vector_norm(blocks - blocks.mT)) + _ROUNDING, module.alpha * out
             blocks = blocks * (bound / norm) if norm > bound else blocks
         rotation = _reorder(blocks, halves_first=True) * -2 if factors else blocks[None] * 2
         scale = module.matrix("rescale", out) if "rescale" in module.tensors else blocks.new_ones(out, 1)

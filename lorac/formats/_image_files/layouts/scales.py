@@ -29,8 +29,7 @@ class ScaleLayout(ModuleLayout[IA3]):
         length = module.columns[0] if on_input else module.site.out_features
         axes = (1,) if module.site.conv is not None else ()
         change = module.matrix("weight", *axes, length).reshape(1, -1)
-        wide = torch.promote_types(change.dtype, torch.float32)
-        scale = change.to(wide) + 1
+        scale = change.to(torch.promote_types(change.dtype, torch.float32)) + 1
         method = IA3(feedforward=".*" if on_input else (), scales_bias=on_input)
         return method, {"ia3_l": scale if on_input else scale.t()}
 

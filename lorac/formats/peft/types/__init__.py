@@ -1,1 +1,1 @@
-"""PEFT types, one file each; every concrete ``PeftType`` in a module here is registered."""
+"""PEFT types, one file for those of one form; every concrete ``PeftType`` in a module here is registered."""

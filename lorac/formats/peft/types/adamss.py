@@ -18,7 +18,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_
 from lorac.formats._errors import corrupt_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import LAYERS, WITHOUT_FAN, own
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
+from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import BaseReader, Site
 from lorac.variants.adamss import AdaMSS
 
@@ -88,9 +88,7 @@ class AdamssType(PeftType[AdaMSS]):
                 next_step=f"train with r below {rows} or num_subspaces={rows}, or exclude= the module",
             )
 
-    def complete_site(
-        self, variant: AdaMSS, site: Site, tensors: dict[str, Tensor], base: BaseReader
-    ) -> dict[str, Tensor]:
+    def complete_site(self, variant: AdaMSS, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
         self.check_site(site, tensors)
         sizes = tensors.pop(_SIZES)
         spare = max(variant.subspace_rank - tensors["adamss_B"].shape[1], 0)

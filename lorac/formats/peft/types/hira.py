@@ -18,8 +18,7 @@ from torch import Tensor
 from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read_number, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import COMMON, STARTED
-from lorac.formats.peft.layouts import read_factors, write_factors
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
+from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, read_factors, write_factors
 from lorac.ir.sites.site import Site
 from lorac.variants.base import MATRIX_KINDS
 from lorac.variants.hira import HiRA

@@ -52,8 +52,15 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.arrow_folder import read_router
 from lorac.formats.peft.fields import COMMON, FILTERS, PATTERNS, bias
-from lorac.formats.peft.layouts import read_factors, write_factors
-from lorac.formats.peft.peft_type import GIVEN, PeftType, Tensors, mismatched_shapes, warn_of_padding
+from lorac.formats.peft.peft_type import (
+    GIVEN,
+    PeftType,
+    Tensors,
+    mismatched_shapes,
+    read_factors,
+    warn_of_padding,
+    write_factors,
+)
 from lorac.formats.peft.token_rows import read_token_rows
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
@@ -361,10 +368,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
             return None
         method = adapter.variant.method
         if not isinstance(method, LoRA):
-            raise unsupported_error(
-                f"adapter '{adapter.name}' is {method.name} over a residual, which no LoRA equals",
-                next_step="use format='native'",
-            )
+            raise unsupported_error(f"adapter '{adapter.name}' is {method.name} over a residual, which no LoRA equals")
         return replace(to_lora(adapter), provenance=adapter.provenance)
 
 
@@ -383,8 +387,7 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     if not torch.equal(_block_diagonal(blocks), b):
         raise unsupported_error(
-            f"lora_B at '{site.path}' mixes the groups of a grouped convolution, which PEFT's cannot",
-            next_step="use format='native'",
+            f"lora_B at '{site.path}' mixes the groups of a grouped convolution, which PEFT's cannot"
         )
     return torch.cat(blocks)
 

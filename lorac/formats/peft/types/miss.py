@@ -14,8 +14,7 @@ from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN, bias, own
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site
-from lorac.variants.bat import BAT
-from lorac.variants.miss import MiSS
+from lorac.variants.miss import BAT, MiSS
 
 BLOCK = "miss_block"
 

@@ -1,14 +1,19 @@
-"""PEFT types PROMPT_TUNING, MULTITASK_PROMPT_TUNING, P_TUNING, CPT, PREFIX_TUNING and CARTRIDGE.
+"""PEFT types PROMPT_TUNING, MULTITASK_PROMPT_TUNING, P_TUNING, CPT, PREFIX_TUNING, CARTRIDGE and ADAPTION_PROMPT.
 
 Source: the modules of peft.tuners with these names, of PEFT 0.21. The types differ in the encoder that computes the
 prompt in training; a file stores the computed prompt (``lorac.formats.peft.prompt_folder``).
 """
 
-from lorac.formats._config_fields import Applied, Field, TrainingOnly, read_size
-from lorac.formats.peft.prompt_folder import FIELDS, KEYS_VALUES, PROMPT, PromptType
-from lorac.variants.multitask_prompt_tuning import MultitaskPromptTuning
-from lorac.variants.prefix_tuning import PrefixTuning
-from lorac.variants.prompt_tuning import PromptTuning
+from collections.abc import Mapping
+
+from lorac.argument_types import JsonMapping
+from lorac.formats._config_fields import Applied, Field, Irrelevant, TrainingOnly, read_size
+from lorac.formats.peft.fields import WITHOUT_FAN, own
+from lorac.formats.peft.keys import PREFIX
+from lorac.formats.peft.prompt_folder import FIELDS, KEYS_VALUES, PROMPT, PlacedType, PromptType
+from lorac.frontend.model_view import ModelView
+from lorac.variants.adaption_prompt import AdaptionPrompt
+from lorac.variants.prompt_tuning import MultitaskPromptTuning, PrefixTuning, PromptTuning
 
 
 def _trained(**defaults: object) -> dict[str, Field]:
@@ -72,3 +77,30 @@ class CartridgeType(PromptType):
 
     peft_type, keys, variants = "CARTRIDGE", KEYS_VALUES, {PrefixTuning: {}}
     fields = {**_KEYS_VALUES, **_trained(num_frozen_tokens=1)}
+
+
+_SIZES = ("adapter_len", "adapter_layers")
+
+
+class AdaptionPromptType(PlacedType[AdaptionPrompt]):
+    """ADAPTION_PROMPT.
+
+    Source: peft.tuners.adaption_prompt of PEFT 0.21. Each of the last adapter_layers attentions has `adaption_prompt`
+    (1, n, d) and `adaption_gate` (1,), under the path of the attention; lorac's sites are the attentions' output
+    projections.
+    """
+
+    peft_type = "ADAPTION_PROMPT"
+    variants = {AdaptionPrompt: {}}
+    fields = {
+        **{name: field for name, field in WITHOUT_FAN.items() if name != "modules_to_save"},
+        "target_modules": Irrelevant(preserved=True),  # the keys name the attentions
+        **own(read_size, **dict.fromkeys(_SIZES)),
+    }
+
+    def make_variant(self, values: JsonMapping, view: ModelView) -> AdaptionPrompt:
+        return AdaptionPrompt.of(view.module, **{name: values[name] for name in _SIZES})
+
+    def find_keys(self, path: str) -> Mapping[str, str]:
+        attention = path.rpartition(".")[0]
+        return {name: f"{PREFIX}{attention}.{name}" for name in ("adaption_prompt", "adaption_gate")}

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError
+from lorac.errors import AdapterError, shape_error
 from lorac.formats._config_fields import Applied, TrainingOnly, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
@@ -52,10 +52,9 @@ class ShiraType(PeftType[SHiRA]):
         count = values.numel()
         rows = int(positions[0].max()) + 1 if count else 0
         if count % variant.r or count // variant.r <= rows:
-            raise AdapterError(
+            raise shape_error(
                 f"{count} values at '{path}' are not r·(out + in) for r = {variant.r}",
                 next_step="r must be that of the training",
-                code="shape_mismatch",
             )
         return matrix_site(path, rows, count // variant.r - rows), {"indices": positions, "values": values}
 

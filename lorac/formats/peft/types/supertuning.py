@@ -20,7 +20,7 @@ from lorac.formats._config_fields import (
 )
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
+from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import BaseReader, Site
 from lorac.variants.supertuning import SuperTuning
 
@@ -57,9 +57,7 @@ class SupertuningType(PeftType[SuperTuning]):
             raise mismatched_shapes(path, stored, "supertuning_values is (K,), supertuning_indices (K,)")
         return matrix_site(path, 1, 1), {NAMES[suffix]: tensor for suffix, tensor in stored.items()}
 
-    def complete_site(
-        self, variant: SuperTuning, site: Site, tensors: dict[str, Tensor], base: BaseReader
-    ) -> dict[str, Tensor]:
+    def complete_site(self, variant: SuperTuning, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
         if "indices" in tensors:
             flat, columns = tensors["indices"].to(torch.int64), site.in_features
             tensors = {**tensors, "indices": torch.stack((flat // columns, flat % columns))}

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_int, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, bias, own
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
+from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.variants.tinylora import TinyLoRA
 
@@ -59,9 +59,7 @@ class TinyloraType(PeftType[TinyLoRA]):
         tensors[VECTOR] = tensors.pop(key)
         return matrix_site(path, len(tensors["tinylora_B"]), tensors["tinylora_A"].shape[1]), tensors
 
-    def complete_site(
-        self, variant: TinyLoRA, site: Site, tensors: dict[str, Tensor], base: BaseReader
-    ) -> dict[str, Tensor]:
+    def complete_site(self, variant: TinyLoRA, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
         return super().complete_site(variant, site, _turn(site, tensors), base)
 
     def write_site(self, variant: TinyLoRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_count, read
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, bias, own
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
+from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import BaseReader, Site
 from lorac.limits import claim_memory
 from lorac.variants.unilora import UniLoRA
@@ -54,9 +54,7 @@ class UniloraType(PeftType[UniLoRA]):
             raise mismatched_shapes(path, stored, expected)
         return matrix_site(path, 1, 1), take_tensors(path, stored, axes, expected)
 
-    def complete_site(
-        self, variant: UniLoRA, site: Site, tensors: dict[str, Tensor], base: BaseReader
-    ) -> dict[str, Tensor]:
+    def complete_site(self, variant: UniLoRA, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
         claim_memory(32 * variant.starts[""], "the assignment of theta_d to the factors of all sites")
         made = super().complete_site(variant, site, {THETA: tensors[THETA]}, base)
         given = {name: tensors[name].flatten() for name in self.suffixes if name in tensors}

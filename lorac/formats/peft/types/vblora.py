@@ -12,7 +12,7 @@ chosen weights. lorac writes logits.
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError
+from lorac.errors import shape_error
 from lorac.formats._config_fields import Irrelevant, TrainingOnly, read_flag, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias, own
@@ -64,11 +64,10 @@ def _expand_top_k(variant: VBLoRA, path: str, name: str, stored: Tensors) -> Ten
     indices, weights = stored[f"{name}_topk_indices"].to(torch.int64), stored[f"{name}_topk_weights"]
     fits = indices.shape[-1:] == (variant.topk,) and weights.shape == (*indices.shape[:-1], variant.topk - 1)
     if not fits or bool(((indices < 0) | (indices >= variant.num_vectors)).any()):
-        raise AdapterError(
+        raise shape_error(
             f"{name}_topk_indices {tuple(indices.shape)} and {name}_topk_weights {tuple(weights.shape)} at '{path}' do "
             f"not choose {variant.topk} of {variant.num_vectors} vectors",
             next_step="topk and num_vectors must be those of the training",
-            code="shape_mismatch",
         )
     weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
     # Infinite logits would count as a diverged training; the lowest finite logit has a weight of zero too.

@@ -1,4 +1,4 @@
-"""PEFT type VERA, and the base class of types with random projections.
+"""PEFT types VERA and PVERA, and their base class of types with random projections.
 
 Source: peft.tuners.vera of PEFT 0.21. A module has `vera_lambda_b` (out,) and `vera_lambda_d` (r,). All modules share
 `base_model.vera_A` (r, largest in) and `base_model.vera_B` (largest out, r). A file with save_projection=False omits
@@ -11,13 +11,12 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.formats._config_fields import Applied, Field, TrainingOnly, read_number, read_size
+from lorac.formats._config_fields import Applied, Field, Refused, TrainingOnly, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites.site import Site
-from lorac.variants._random_projections import RandomProjections, draw_projections
-from lorac.variants.vera import VeRA
+from lorac.variants.vera import PVeRA, RandomProjections, VeRA, draw_projections
 
 P = TypeVar("P", bound=RandomProjections)
 
@@ -61,3 +60,21 @@ class VeraType(ProjectionsType[VeRA]):
     fields = projection_fields("vera")
     shared = ("vera_A", "vera_B")
     suffixes = ("vera_lambda_b", "vera_lambda_d")
+
+
+class PveraType(ProjectionsType[PVeRA]):
+    """PVERA.
+
+    Source: peft.tuners.pvera of PEFT 0.21. A file is a VERA file with twice the rows in `pvera_A` (2r, largest in) and
+    `pvera_lambda_d` (2r,). PEFT draws noise in training, and in evaluation too with sample_at_inference.
+    """
+
+    peft_type = "PVERA"
+    variants = {PVeRA: {}}
+    fields = {
+        **projection_fields("pvera"),
+        "sample_at_inference": Refused(False, next_step="set it to false: the mean is then the adapter's output"),
+        "generator_seed": TrainingOnly(),
+    }
+    shared = ("pvera_A", "pvera_B")
+    suffixes = ("pvera_lambda_b", "pvera_lambda_d")

@@ -66,13 +66,11 @@ class XloraType(PeftType[XLoRA]):
         assert isinstance(variant, XLoRA)
         if variant.depth > 1 and not variant.activation:
             raise unsupported_error(
-                f"the classifier of adapter '{adapter.name}' has nothing between its layers, and PEFT's has ReLUs",
-                next_step="use format='native'",
+                f"the classifier of adapter '{adapter.name}' has nothing between its layers, and PEFT's has ReLUs"
             )
         return split_xlora(adapter, view, _layer_keys(variant.depth, variant.dropout_p))
 
 
 def _layer_keys(depth: int, dropout: float) -> list[str]:
     """Return the key of each classifier layer's weight, in order."""
-    stride = 3 if dropout > 0 else 2
-    return [f"{_CLASSIFIER}{stride * j}.weight" for j in range(depth)]
+    return [f"{_CLASSIFIER}{(3 if dropout > 0 else 2) * j}.weight" for j in range(depth)]

@@ -1,6 +1,7 @@
-"""Convolution kernels, grouped or factorized: (out, r), (r, r, taps), (r, in), where taps is the kernel's size.
+"""Shapes of layers: hyper-parameters that do not fit them, and convolution kernels.
 
-FedPara's proposition 3, arXiv 2108.06098; as in LyCORIS, arXiv 2309.14859, and PEFT's use_effective_conv2d.
+Kernels are grouped or factorized: (out, r), (r, r, taps), (r, in), where taps is the kernel's size; FedPara's
+proposition 3, arXiv 2108.06098; as in LyCORIS, arXiv 2309.14859, and PEFT's use_effective_conv2d.
 """
 
 import math
@@ -45,3 +46,25 @@ def multiply_factors(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
 def uniform_core(context: InitContext) -> Tensor:
     """Draw a core (r, r, taps) as a kernel: kaiming_uniform with a = √5 and fan_in = r·taps."""
     return uniform(1 / math.sqrt(math.prod(context.shape[1:])))(context)
+
+
+def require_divisor(site: Site, field: str, size: int, *, outputs: bool = False) -> None:
+    """Raise ``SiteError`` if a hyper-parameter does not divide a layer's inputs and outputs, or only its outputs."""
+    common = site.out_features if outputs else math.gcd(site.in_features, site.out_features)
+    if common % size:
+        sides = "the outputs" if outputs else "both sides"
+        raise SiteError(
+            f"{field}={size} does not divide {sides} of '{site.path}', {site.in_features} -> {site.out_features}",
+            nearest=f"{field}={max(d for d in range(1, min(size, common) + 1) if common % d == 0)}",
+            next_step=f"give another {field}, or exclude= the module",
+        )
+
+
+def require_at_most(site: Site, field: str, size: int, most: int) -> None:
+    """Raise ``SiteError`` if a hyper-parameter is larger than a layer admits."""
+    if size > most:
+        raise SiteError(
+            f"'{site.path}', {site.in_features} -> {site.out_features}, takes {field} up to {most}, not {size}",
+            nearest=f"{field}={most}",
+            next_step=f"give a smaller {field}, or exclude= the module",
+        )
