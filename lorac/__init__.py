@@ -17,7 +17,7 @@ __version__ = VERSION
 
 @functools.cache
 def _public_names() -> dict[str, tuple[str, str]]:
-    """Return where each public name comes from, as (module, name in the module), read from the stub file."""
+    """Return public name -> (module, name in the module), read from the stub file."""
     import ast
     from importlib import resources
 

@@ -1,7 +1,7 @@
 """Check values against type annotations: fields of dataclasses, arguments of public functions, settings in files.
 
-A field's limits stand next to its type: ``Annotated[int, Bounds(1)]``, ``Annotated[str, OneOf(NAMES)]``.
-NumPy's numbers count as numbers, lists count as tuples since files hold lists, and booleans do not count as numbers.
+A field's limits are next to its type: ``Annotated[int, Bounds(1)]``, ``Annotated[str, OneOf(NAMES)]``.
+NumPy's numbers count as numbers, lists count as tuples since files have lists, and booleans do not count as numbers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Annotated, TypeAlias, cast
 from lorac.errors import OptionError, WrongType, nearest_name, short
 
 JsonMapping: TypeAlias = Mapping[str, typing.Any]
-"""A JSON object that is only read, or values from one; ``strict_json`` has the type of one that is built."""
+"""A JSON object, or values from it, that is only read; ``strict_json.JsonObject`` is the type for building one."""
 Fields: TypeAlias = Mapping[str, typing.Any]
 """Values for a dataclass's fields by name, which the dataclass checks itself."""
 Operands: TypeAlias = tuple[typing.Any, ...]
@@ -38,18 +38,18 @@ class Limit(ABC):
         """Describe the admitted values, as the object of a sentence."""
 
     def nearest(self, value: object) -> str | None:
-        """Return the admitted value most like another, if one is."""
+        """Return the admitted value most like ``value``, or None."""
         return None
 
 
 @dataclass(frozen=True)
 class Bounds(Limit):
-    """A range of numbers; of a list, that of its items.
+    """A range of a number, or of every item of a list.
 
     Attributes:
         least: the smallest number.
-        most: the largest, or the name of the field that holds it; None for no end.
-        exclusive: leave out ``least`` itself.
+        most: the largest number, or the name of the field that gives it; None: no limit.
+        exclusive: exclude ``least`` itself.
     """
 
     least: float
@@ -58,7 +58,7 @@ class Bounds(Limit):
 
     def admits(self, value: object, fields: Mapping[str, object]) -> bool:
         items = value if isinstance(value, Sequence) else [value]
-        # They are compared as they are: a float holds no whole number above 2**53 exactly, and none above 1e308.
+        # Compared without a cast: as a float, an integer above 2**53 is inexact, and above 1e308 is an error.
         given = [cast(float, item) for item in items if isinstance(item, numbers.Real)]
         end = fields.get(self.most) if isinstance(self.most, str) else self.most
         most = cast(float, end) if isinstance(end, numbers.Real) else math.inf
@@ -72,7 +72,7 @@ class Bounds(Limit):
 
 @dataclass(frozen=True)
 class OneOf(Limit):
-    """Some names."""
+    """A choice among names."""
 
     names: Collection[str]
 
@@ -102,7 +102,7 @@ def field_types(cls: type) -> Mapping[str, object]:
 
 @functools.cache
 def field_limits(cls: type) -> Mapping[str, tuple[Limit, ...]]:
-    """Return the limits of those fields of a dataclass that have some."""
+    """Return field -> limits, for the fields of a dataclass that have limits."""
     found = {name: tuple(_iterate_limits(hint)) for name, hint in _read_hints(cls, limits=True).items()}
     return {name: limits for name, limits in found.items() if limits}
 
@@ -123,7 +123,7 @@ def _iterate_limits(annotation: object) -> Iterator[Limit]:
 
 
 def broken_limit(cls: type, name: str, value: object, fields: Mapping[str, object]) -> Limit | None:
-    """Return a limit of a field that does not admit a value, or None."""
+    """Return the first limit of a field that a value breaks, or None."""
     return next((limit for limit in field_limits(cls).get(name, ()) if not limit.admits(value, fields)), None)
 
 
@@ -132,11 +132,11 @@ def check_fields(value: object, owner: str | None = None) -> None:
 
     Args:
         value: the dataclass.
-        owner: the name of whatever takes the fields, for the message; default: the class.
+        owner: the name of the function or class that takes the fields, for the message; default: the class.
 
     Raises:
-        WrongType: naming the field, its type and its default.
-        OptionError: a value is outside the field's limits; naming these.
+        WrongType: a value has the wrong type; the message names the field, its type and its default.
+        OptionError: a value is outside the field's limits, which the message names.
     """
     cls: type = type(value)
     fields = {spec.name: getattr(value, spec.name) for spec in dataclasses.fields(cls)}
@@ -153,16 +153,16 @@ def check_fields(value: object, owner: str | None = None) -> None:
 
 
 def check_type(value: object, expected: type | tuple[type, ...], what: str, *, next_step: str) -> None:
-    """Check an argument.
+    """Check that an argument is an instance of the expected classes.
 
     Args:
         value: the argument.
         expected: the classes that it may be an instance of.
         what: the argument as the subject of a sentence: "the first argument of lorac.sites".
-        next_step: a step that mends it.
+        next_step: a step that corrects it.
 
     Raises:
-        WrongType: the argument is an instance of none of them.
+        WrongType: the argument is an instance of none of these classes.
     """
     if not isinstance(value, expected):
         raise WrongType(f"{what} is {describe_value(value)}", next_step=next_step)
@@ -194,7 +194,7 @@ def format_type(annotation: object) -> str:
 
 def matches_type(value: object, annotation: object) -> bool:
     """Return whether a value fits an annotation; an annotation that is not checkable fits everything."""
-    if annotation is str:  # thousands of names in a description
+    if annotation is str:  # the fast path, for thousands of names in a description
         return isinstance(value, str)
     return annotation is typing.Any or _matches_other(value, annotation)
 

@@ -9,9 +9,9 @@ V = TypeVar("V")
 
 
 def run_with_value(variable: ContextVar[V], value: V, work: Callable[[], T]) -> T:
-    """Run some work while a variable has another value, and return its result.
+    """Run some work with another value of a context variable, and return the work's result.
 
-    An interrupt may keep a ``with`` block from setting the variable back, but not the interpreter's ``Context.run``.
+    An interrupt may prevent a ``with`` block from restoring the variable, but not the interpreter's ``Context.run``.
     """
     context = copy_context()
     context.run(variable.set, value)

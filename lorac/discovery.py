@@ -1,4 +1,4 @@
-"""Discovery of things that register by existing: the modules of a package, and entry points of other packages."""
+"""Discovery without registration: the modules of a package, and the entry points of other packages."""
 
 import functools
 import importlib
@@ -38,7 +38,7 @@ def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
 
 @functools.lru_cache(maxsize=8)
 def _read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> Mapping[str, metadata.EntryPoint]:
-    """Read a file of every installed package, while ``folders``, the path of imports, are as they were."""
+    """Return a group's entry points by name; cached while ``folders``, the import path, have not changed."""
     return {found.name: found for found in metadata.entry_points(group=group)}
 
 

@@ -1,7 +1,8 @@
 """Errors that lorac raises on purpose.
 
 Every error is a ``LoracError`` with a message of one or two sentences, the nearest valid choice where there is one, the
-next step, and a stable ``code``. A class exists where a caller would catch it apart; the code tells its cases apart.
+next step, and a stable ``code``. Errors that callers catch separately have separate classes; the code distinguishes the
+cases of a class.
 
     LoracError
     ├── SiteError                 where an adapter goes: unknown, unsupported or never called
@@ -75,8 +76,8 @@ class LoracError(Exception):
     Args:
         what: the fault and its place, in one line.
         nearest: the nearest valid choice, if there is one.
-        next_step: a step that mends it; default: the usual next step of the code.
-        code: which case of the class it is; default: the class's ``usual_code``, or its own name in snake case.
+        next_step: a step that corrects it; default: the usual next step of the code.
+        code: the case within the class; default: the class's ``usual_code``, or the class's name in snake case.
 
     Attributes:
         code: stable across versions, to be compared by callers.
@@ -85,7 +86,7 @@ class LoracError(Exception):
     codes: ClassVar[Mapping[str, str]] = {}
     """The codes of the class, each with its meaning."""
     usual_code: ClassVar[str | None] = None
-    """The code of most of its errors."""
+    """The code of most errors of the class."""
     usual_steps: ClassVar[Mapping[str, str]] = {}
     """Code -> the next step of every such error, where it is always the same."""
 
@@ -105,7 +106,7 @@ class LoracError(Exception):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are copied by a call of their class with the message, and the classes take other arguments.
+        # An exception is copied by a call of its class with the message alone, which these classes do not take.
         return _restore_error, (type(self), self.args), self.__dict__
 
 
@@ -215,16 +216,16 @@ class InputMismatch(LoracError):
 
 
 class OverBudget(LoracError):
-    """There is no room for it now, and there may be later. Nothing was changed.
+    """The operation has no room now, and may have room later. Nothing was changed.
 
     Attributes:
-        permanent: whether there never will be: it alone takes more than the whole budget.
+        permanent: whether it will never have room: it alone takes more than the whole budget.
     """
 
     permanent = False
 
     def for_good(self) -> Self:
-        """Return the error as a permanent one."""
+        """Mark the error as permanent, and return it."""
         self.permanent = True
         return self
 
@@ -279,8 +280,8 @@ class MissingExtra(LoracError):
     """An optional library is not installed; the message gives the pip command.
 
     Args:
-        library: its name.
-        extra: the extra of lorac that installs it; default: that of ``EXTRAS``.
+        library: the library's name.
+        extra: the extra of lorac that installs it; default: the library's extra in ``EXTRAS``.
     """
 
     def __init__(self, library: str, extra: str | None = None) -> None:
@@ -304,7 +305,7 @@ def check_release(purpose: str, library: str, found: str, needed: str, *, otherw
 
 
 def find_untested() -> str | None:
-    """Return a next step for a fault that a library may cause which is newer than those that lorac was tested with."""
+    """Return the next step if a library is newer than the tested releases, and so may cause a fault; else None."""
     for library, tested in TESTED.items():
         found = str(getattr(sys.modules.get(library), "__version__", tested))
         if _is_older(tested, found):
@@ -318,7 +319,7 @@ def _is_older(version: str, other: str) -> bool:
 
 
 def not_one_of(problem: str, value: object, known: Iterable[str]) -> OptionError:
-    """Return the error for a value that is not one of those that exist.
+    """Return the error for a value that is not one of the known values.
 
     Args:
         problem: the sentence up to the value: "there is no mode".
@@ -360,20 +361,20 @@ def require_base(found: T | None, what: str, *, next_step: str = "pass model=") 
 
 
 def check_known(given: Iterable[str], known: Collection[str], problem: str) -> None:
-    """Raise ``not_one_of`` for the first of some names that does not exist."""
+    """Raise ``not_one_of`` for the first of some names that is not known."""
     for name in given:
         if name not in known:
             raise not_one_of(problem, name, known)
 
 
 def _abbreviates(given: str, word: str) -> bool:
-    """Return whether a word becomes the given one, of at least three letters, if later letters are left out."""
+    """Return whether ``given``, of at least three letters, is ``word`` without some letters after the first."""
     letters = iter(word)
     return len(given) >= 3 and given[0] == word[:1] and all(letter in letters for letter in given)
 
 
 class LoracWarning(UserWarning):
-    """Something that is not an error, and that whoever gets the result should know."""
+    """A fact that is not an error, but that the user of the result should know."""
 
 
 def warn(fact: str, *, next_step: str | None = None) -> None:
@@ -403,12 +404,12 @@ def translate_errors(
     Args:
         kind: the error to raise.
         problem: the sentence before the library's message.
-        next_step: a step that mends it.
-        unless: called after an exception; if it returns True, the exception passes.
+        next_step: a step that corrects it.
+        unless: called after an exception; if it returns True, the exception is raised unchanged.
     """
     try:
         yield
-    except Exception as error:  # others raise anything
+    except Exception as error:  # other libraries may raise any error
         if isinstance(error, LoracError) or unless():
             raise
         said = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
@@ -421,7 +422,7 @@ def translate_import_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        # transformers and TRL import their parts lazily, and raise an error without a name from that of the import.
+        # transformers and TRL import their parts lazily: their error has no name, but its cause has.
         names = (getattr(one, "name", None) or "" for one in (error, error.__cause__))
         missing = next((library for name in names if (library := name.partition(".")[0]) in EXTRAS), None)
         if missing is None:
@@ -448,10 +449,10 @@ def replace_in_errors(internal: str, known: str) -> Iterator[None]:
 
 
 def escape_controls(text: str) -> str:
-    """Escape the characters of a text that a terminal would not print, but for line breaks and tabs.
+    """Escape the characters of a text that a terminal does not print, except line breaks and tabs.
 
-    Names come from files, and a terminal obeys some characters. Every text for people goes through here: messages,
-    summaries, reports and the output of commands.
+    Names come from files, and some characters are commands to a terminal. Every text for people passes through this
+    function: messages, summaries, reports and the output of commands.
     """
     if text.isprintable():
         return text
@@ -459,7 +460,7 @@ def escape_controls(text: str) -> str:
 
 
 def drop_frames(error: BaseException) -> None:
-    """Make an error and its causes hold no frames, which would keep the memory of a failed call until a collector runs.
+    """Remove the frames of an error and its causes, which would keep a failed call's memory until a garbage collection.
 
     An error that is not lorac's keeps the text of its traceback as a note.
     """

@@ -31,7 +31,7 @@ class ReadBudget:
         bytes: memory, without the file's contents.
         operations: multiplications and additions of a call of a loaded eager artifact; None for a number that grows
             with its inputs and weights.
-        download: bytes that a name on the hub, in a store or on a web server may bring into a cache.
+        download: bytes that may be downloaded for a name on the hub, in a store or on a web server.
     """
 
     seconds: float = 2.0
@@ -68,13 +68,13 @@ def budget(
     """Change the limits for every file that is read inside the block, by this thread or task.
 
     Args:
-        seconds: processor time; default: unchanged, at first 2.
-        bytes: memory beyond the file; default: unchanged, at first 256 MiB. A call of a loaded eager artifact may take
-            so much too, by default as much as the machine has.
+        seconds: processor time; default: unchanged, initially 2.
+        bytes: memory beyond the file; default: unchanged, initially 256 MiB. It also limits the memory of a call of a
+            loaded eager artifact, whose default limit is the machine's memory.
         operations: multiplications and additions that a call of a loaded eager artifact may take; default: unchanged,
-            at first in proportion to its inputs and weights, far beyond those of a model.
-        download: bytes that a name on the hub, in a store or on a web server may bring; default: unchanged, at first
-            32 GiB.
+            initially in proportion to its inputs and weights, far more than a model takes.
+        download: bytes that may be downloaded for a name on the hub, in a store or on a web server; default: unchanged,
+            initially 32 GiB.
     """
     given: dict[str, Any] = {"seconds": seconds, "bytes": bytes, "operations": operations, "download": download}
     changed = replace(_budget.get(), **{name: value for name, value in given.items() if value is not None})
@@ -97,7 +97,7 @@ def get_chosen_operations() -> float | None:
 
 
 def read_trusted(is_trusted: bool, read: Callable[[], T]) -> T:
-    """Read a file that the caller trusts, or not."""
+    """Read a file while ``is_trusted`` returns whether the caller trusts it."""
     return run_with_value(_is_trusted, is_trusted, read)
 
 
@@ -107,7 +107,7 @@ def is_trusted() -> bool:
 
 
 def charge_reading(file: str | os.PathLike[str], read: Callable[[], T]) -> T:
-    """Open an account for a file and charge some work to it; files that are read inside are charged to the same."""
+    """Open an account for a file and charge a read to it; files that the read opens use the same account."""
     if _account.get() is not None:
         return read()
     return run_with_value(_account, _BudgetAccount(os.fspath(file), _budget.get(), time.thread_time()), read)
@@ -115,7 +115,7 @@ def charge_reading(file: str | os.PathLike[str], read: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def pause_clock() -> Iterator[None]:
-    """Stop counting time in the block, which takes as long as the tensors of the file or the model are large."""
+    """Stop counting time in the block, whose time grows with the sizes of the file's tensors or of the model."""
     account = _account.get()
     if account is None or account.is_paused:
         yield
@@ -129,10 +129,10 @@ def pause_clock() -> Iterator[None]:
 
 
 def check_time(step: int = 0) -> None:
-    """Check the time of the file that is being read; called in every turn of a loop over its contents.
+    """Check the time of the file that is being read; loops over its contents call it in every turn.
 
     Args:
-        step: the number of the turn, of which every 512th reads the clock; default: read it now.
+        step: the number of the turn; only every 512th turn reads the clock. Default: read the clock now.
 
     Raises:
         FormatError: the file has taken too long.
@@ -152,11 +152,11 @@ def check_download(size: int, origin: str) -> None:
     """Check the bytes of a download before they are written.
 
     Args:
-        size: bytes, of all its files.
-        origin: its name, for the message.
+        size: the bytes of all files of the download.
+        origin: the name that is downloaded, for the message.
 
     Raises:
-        FormatError: they are more than the budget admits.
+        FormatError: the bytes are more than the budget admits.
     """
     most = _budget.get().download
     if size > most:

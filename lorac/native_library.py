@@ -19,12 +19,12 @@ class NativeLibrary:
     """The library of lorac-native.
 
     Attributes:
-        path: its file.
+        path: the path of its file.
         kernels: the instruction set that it uses on this processor.
 
     Raises:
         OSError: the file does not load.
-        AttributeError: it lacks a function.
+        AttributeError: the library lacks a function.
     """
 
     def __init__(self, path: str) -> None:
@@ -41,8 +41,8 @@ class NativeLibrary:
         """Scatter values into contiguous tensors of the same dtype; nothing is checked.
 
         Args:
-            writes: each a tensor, distinct and ascending positions in it (int64), and their values. Those into one
-                tensor are next to each other, and a later one goes over an earlier one.
+            writes: triples of a tensor, distinct and ascending positions in it (int64), and the values for them. Writes
+                into the same tensor are adjacent, and a later write overwrites an earlier one.
             item_bytes: bytes of a value.
         """
         count = len(writes)
@@ -53,7 +53,8 @@ class NativeLibrary:
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write W + left·right to ``out``: float32 matrices (n, m), (n, R), (R, m); nothing is checked.
 
-        They are contiguous; so may be the factors' transposes. Sums have the same order whatever the number of threads.
+        All are contiguous; a factor may also be the transpose of a contiguous matrix. The order of sums does not
+        depend on the number of threads.
         """
         factors = [part for factor in (left, right) for part in (factor.data_ptr(), not factor.is_contiguous())]
         shape = (len(left), len(right), right.shape[1])

@@ -21,7 +21,7 @@ DELAY_SECONDS = 2.0
 
 
 class Progress:
-    """Named steps towards an end; shown once the work has taken ``DELAY_SECONDS``.
+    """A report of the named steps of some work; a bar shows it once the work has taken ``DELAY_SECONDS``.
 
     Args:
         title: name of the work.

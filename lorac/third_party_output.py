@@ -1,9 +1,9 @@
-"""Silence of the libraries that lorac drives, for the calling context alone.
+"""Suppression of the output of libraries that lorac calls, in the calling context only.
 
-While a model is captured and emitted, these libraries log and warn of their own deprecations and steps, on which a user
-cannot act. A failure is raised as lorac's own error, and a model's own warnings appear where it is called. Levels,
-filters and handlers of the process keep their meaning for every other thread: one filter of logs and one of warnings
-are added to them, and both let everything pass outside a silent context.
+While a model is captured and emitted, these libraries log and warn of their own deprecations and steps, which a user
+cannot change. A failure is raised as lorac's own error, and a model's own warnings appear where it is called. Levels,
+filters and handlers of the process keep their effect for all other threads: one filter of logs and one of warnings are
+added to them, and both let everything pass outside a silent context.
 """
 
 import logging
@@ -30,16 +30,16 @@ def suppress_third_party_output() -> Iterator[None]:
 
 
 class _LogFilter(logging.Filter):
-    """Drops the libraries' records in a silent context."""
+    """A filter that drops the libraries' records in a silent context."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is to be handled."""
+        """Return whether handlers should handle a record."""
         library, *_ = record.name.split(".")
         return not _suppressing.get() or library not in SUPPRESSED_LOGGERS or _has_own_level(record.name, library)
 
 
 def _has_own_level(name: str, library: str) -> bool:
-    """Return whether a logger below a library's has a level that somebody gave it."""
+    """Return whether a level was set at a logger below the library's own logger, or at one between the two."""
     logger: logging.Logger | None = logging.getLogger(name)
     while logger is not None and logger.name not in (library, "root"):  # a library may have no logger of its name
         if logger.level != logging.NOTSET:
@@ -64,7 +64,7 @@ def _add_log_filter() -> None:
 
 
 class _InSilentContext:
-    """Stands for the pattern of a warning filter, and matches any message in a silent context."""
+    """A stand-in for the pattern of a warning filter, which matches any message in a silent context."""
 
     def match(self, message: str) -> bool:
         """Return whether the filter applies."""
@@ -75,7 +75,7 @@ _WARNING_FILTER = ("ignore", _InSilentContext(), Warning, None, 0)
 
 
 def _add_warning_filter() -> None:
-    """Put the filter before all others. ``warnings.filterwarnings`` would take no object for a pattern."""
+    """Put the filter before all others. ``warnings.filterwarnings`` does not take an object as a pattern."""
     filters: list[object] = warnings.filters  # type: ignore[assignment]  # typed as a sequence of patterns
     if filters[:1] != [_WARNING_FILTER]:
         while _WARNING_FILTER in filters:
@@ -85,7 +85,7 @@ def _add_warning_filter() -> None:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hide transformers' progress bars in the whole process inside the block; only for programs that own theirs."""
+    """Hide transformers' progress bars in the whole process during the block; only for programs, not for libraries."""
     from transformers.utils import logging as bars
 
     enabled = bars.is_progress_bar_enabled()

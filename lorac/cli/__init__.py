@@ -60,12 +60,12 @@ def options(
 
 
 def main() -> None:
-    """Run the command line: errors are printed in words, and set the exit code.
+    """Run the command line; print an error as its message, and set the exit code.
 
     Raises:
         SystemExit: always.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a code page of Windows lacks letters that are printed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # code pages of Windows lack characters that are printed
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _run_app()
     try:

@@ -69,7 +69,7 @@ class Chat:
         print(f"{' ' if compiled.active else '*'} none")
 
     def _answer(self, line: str) -> None:
-        """Take one turn; the shown part of an interrupted answer stays in the conversation, a failed turn does not."""
+        """Answer one turn. The shown part of an interrupted answer stays in the conversation; a failed one does not."""
         turns = [*self._turns, {"role": "user", "content": line}]
         inputs = self._writer.encode_turns(turns)
         if self._writer.positions_left(inputs) == 0:

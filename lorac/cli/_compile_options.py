@@ -43,7 +43,7 @@ def parse_reserve(specs: Sequence[str]) -> Reserve | None:
 
 
 def parse_record(option: str, record: Callable[..., T], specs: Sequence[str], usage: str) -> T | None:
-    """Return the dataclass whose fields an option gives, each as FIELD=VALUE; None without any.
+    """Make a dataclass from an option's texts, each FIELD=VALUE; return None without texts.
 
     Raises:
         OptionError: there is no such field, or it does not take the value.
@@ -79,7 +79,7 @@ def parse_dynamic_shapes(
     """Return the ``dynamic_shapes`` given by ``--dynamic``, or None.
 
     Args:
-        specs: INPUT=AXES; the axes of inputs that are not named are those of the default.
+        specs: texts INPUT=AXES; inputs that are not named have their default axes.
         example_inputs: as in ``lorac.compile``.
 
     Raises:
@@ -109,7 +109,7 @@ def _parse_axis(name: str, text: str, count: int) -> int:
 
 
 def read_calibration(path: Path, tokenizer: object) -> list[dict[str, object]]:
-    """Return the calls of a model that read a file of text, some hundred tokens in each.
+    """Return calls of a model for its calibration: the tokens of a text file, in parts of some hundred.
 
     Raises:
         OptionError: the file has no text, or the model no tokenizer.

@@ -94,7 +94,7 @@ class TextWriter:
 
     @classmethod
     def of(cls, compiled: Compiled, new: int, temperature: float | None) -> TextWriter:
-        """Return a writer with the given settings; the others are the model's own.
+        """Return a writer with the given settings; other settings are the model's own.
 
         Raises:
             OptionError: the model has no tokenizer.
@@ -137,13 +137,13 @@ class TextWriter:
             ) from error
 
     def positions_left(self, inputs: Encoding) -> int | None:
-        """Return how many tokens the model can add to a text; None for any number."""
+        """Return how many tokens the model can add to a text; None: no limit."""
         cache = self.compiled.engine.cache_spec(MAIN_GRAPH)
         left = None if cache is None or cache.encodes else cache.after(int(inputs["input_ids"].shape[1]))
         return None if left is None else max(left, 0)
 
     def write(self, inputs: Encoding, streamer: TextStreamer) -> None:
-        """Continue a text, no further than the model has positions."""
+        """Continue a text, up to the model's last position."""
         known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         left = self.positions_left(inputs)
         new = self.max_new_tokens if left is None else min(self.max_new_tokens, max(left, 1))
@@ -168,13 +168,13 @@ def time_choices(
     *,
     settle: bool = False,
 ) -> dict[str | None, list[float]]:
-    """Return the medians of none, of each adapter and of all: of a swap to it in seconds, and of the measures.
+    """Time swaps and calls without adapters, with each adapter, and with an adapter per row; return medians by choice.
 
-    One more round runs first, to warm up.
+    The first median is of the swap in seconds, the others of the results of ``measure``. A warm-up round runs first.
 
     Args:
         measure: measures a call; it takes ``adapters=`` of the call.
-        own: an adapter for each row, which are then measured together too.
+        own: an adapter for each row of a further call, which is measured too; empty: no such call.
         settle: as ``Compiled.swap`` takes it.
     """
     times: dict[str | None, list[tuple[float, ...]]] = {choice: [] for choice in (None, *compiled.adapters)}
@@ -192,13 +192,13 @@ def time_choices(
 def time_generation(
     compiled: Compiled, prompt: int, new: int, rounds: int, rows: int, *, settle: bool
 ) -> list[dict[str, object]]:
-    """Time swaps and generation with each adapter and with none, one row of medians per choice.
+    """Time swaps and generation with each adapter and without; return a row of medians per choice.
 
     Args:
         prompt: the number of tokens of the prompt.
         new: the number of new tokens.
         rounds: the number of rounds.
-        rows: the number of prompts of a batch; several are also generated with the adapters by turns.
+        rows: the number of prompts of a batch; several are also generated with the adapters in turn, one per row.
         settle: as ``Compiled.swap`` takes it.
     """
     # Ids that every vocabulary has; the time of a call does not depend on them.
@@ -219,7 +219,7 @@ def time_generation(
 
 
 def _time_tokens(compiled: Compiled, ids: torch.Tensor, new: int, **choice: object) -> tuple[float, float]:
-    """Return the seconds to the first token of all rows, and for each of the others."""
+    """Return the seconds to the first token of all rows, and the seconds per further token."""
 
     def generate(tokens: int) -> float:
         settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, **choice}

@@ -109,7 +109,7 @@ def _nonempty_settings(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def format_contents(contents: Inspection) -> Iterator[Table | str]:
-    """Yield the report for people."""
+    """Yield a report's tables and lines for the terminal."""
     from lorac.report.terms import format_size
 
     yield from _format_folder(contents) if "graphs" in contents else _format_adapter(contents)
@@ -155,7 +155,7 @@ def _format_adapter(contents: Inspection) -> Iterator[Table | str]:
 
 
 def _format_range(values: Sequence[Any]) -> str:
-    """Return one value of all sites, or the least and the greatest; words in their order."""
+    """Format the values of several sites: the least and the greatest number, or the different words in order."""
     known = dict.fromkeys(value for value in values if value is not None)
     if any(isinstance(value, str) for value in known):
         return ", ".join(known)
@@ -167,7 +167,7 @@ def _format_settings(settings: Mapping[str, object]) -> str:
 
 
 def format_check(found: AdapterCheck) -> Iterator[str]:
-    """Yield the page about an adapter; faults that differ by their numbers alone are counted."""
+    """Yield the lines about a checked adapter; of faults that differ only in numbers, one is shown with a count."""
     yield f"{found.adapter}: {'fits' if found.fits else 'does not fit'}"
     yield from (f"  {subject}: {finding}" for subject, finding in found.facts.items())
     alike: dict[str, list[str]] = {}

@@ -60,7 +60,7 @@ def load_compiled(
         options: further arguments of ``lorac.compile``.
 
     Raises:
-        OptionError: adapters are given to a compiled folder, which holds its own, or trust to a model.
+        OptionError: adapters are given for a compiled folder, which has its own, or trust is given for a model.
         LoracError: loading or compiling fails.
     """
     import lorac
@@ -98,7 +98,7 @@ def load_found_model(spec: Path) -> tuple[nn.Module, object]:
     """Load a model from the place that ``find_source`` found, and its tokenizer, or None.
 
     Raises:
-        OptionError: neither a transformers folder nor a function that returns one, or loading it fails.
+        OptionError: it is neither a folder of transformers nor a function that returns a model, or loading fails.
         MissingExtra: the folder needs transformers.
     """
     if spec.is_dir():
@@ -133,10 +133,10 @@ def load_tokenizer(folder: Path) -> object:
 
 
 def load_image_processor(spec: Path, kind: str = "AutoImageProcessor") -> object:
-    """Load the image processor in a model's folder, or another kind of transformers'.
+    """Load the image processor in a model's folder, or the processor of another class of transformers (``kind``).
 
     Raises:
-        OptionError: it is missing, or cannot be read.
+        OptionError: the processor is missing, or cannot be read.
     """
     import transformers
 
@@ -158,10 +158,10 @@ def _format_exception(error: Exception) -> str:
 
 
 def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
-    """Return name -> path or name of adapters given as NAME=PATH, or as PATH, which is named after its folder.
+    """Return name -> path of adapters that are given as NAME=PATH, or as PATH, which gives the name too.
 
     Raises:
-        AdapterError: two have one name.
+        AdapterError: two adapters have the same name.
     """
     found: dict[str, str] = {}
     for spec in specs:

@@ -27,13 +27,13 @@ _CALLS = {
     "lorac.load_adapter(path, model, fix_names=True)": "`lorac convert ADAPTER OUT --model MODEL --fix-names`",
     "import its module": "give --import MODULE",
 }
-"""Next steps in Python -> those of the command line."""
+"""Next step in Python -> the same step on the command line."""
 _UNLIMITED_WIDTH = 1_000_000
 """Columns where the output is not a terminal, so that nothing is cut or wrapped."""
 
 
 def complete_names(module: str, attribute: str) -> Callable[[], list[str]]:
-    """Return a completion of the names in a table, or that a function returns; their module is imported on demand."""
+    """Return a completion of names, which a module's table or function gives; the module is imported on demand."""
 
     def complete() -> list[str]:
         found = getattr(importlib.import_module(module), attribute)
@@ -85,9 +85,9 @@ def name_options(step: str, words: Sequence[str], options: Mapping[str, Collecti
     """Return a next step with options in place of arguments of Python.
 
     Args:
-        step: as the error has it.
-        words: of the command line.
-        options: command -> its options; those of commands that the step names are meant too.
+        step: the next step of the error.
+        words: the words of the command line.
+        options: command -> its options; the options of the running command and of commands in ``step`` are used.
     """
     for call, instead in _CALLS.items():
         step = step.replace(call, instead)

@@ -45,7 +45,7 @@ def add_import_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def import_user_module(module: str) -> ModuleType:
-    """Import a module by its name, which may lie in the working folder, or from its file.
+    """Import a module by its name, also from the working folder, or from its file.
 
     Raises:
         OptionError: it does not exist, or its code raises.

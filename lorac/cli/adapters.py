@@ -72,7 +72,7 @@ def inspect(
 ) -> None:
     """Print the contents of a compiled folder or an adapter's file; with --model also the parts that do not fit it.
 
-    Sites that differ by numbers in their paths alone share a row, with the least and the greatest of each measure.
+    Sites whose paths differ only in numbers share a row, with the least and the greatest value of each measure.
     """
     with progress("inspect") as report:
         report.step("reading")
@@ -93,7 +93,7 @@ def check(
     engine: EngineOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Print the faults by which adapters do not fit a model or an engine, each with its remedy; then exit with 1."""
+    """Check that adapters fit a model, and an engine; print each fault with its remedy; a fault exits with 1."""
     import lorac
 
     with progress("check", total=len(adapters)) as report:
@@ -116,7 +116,7 @@ def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:
     except LoracError as error:
         if model is None:
             raise
-        # A file may be read without the model that it does not fit, for a list of everything that does not.
+        # Read the file without the model, to list everything in it that does not fit the model.
         adapter, refusal = lorac.load_adapter(path), error
     measures = lorac.inspect(adapter, model)
     if refusal is not None and not measures.mismatches:
@@ -189,7 +189,7 @@ def resize(
     tolerance: ToleranceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Give a LoRA another rank: the nearest of a lower one, or the same in a higher one."""
+    """Give a LoRA another rank: the nearest LoRA of a lower rank, or the same change in a higher rank."""
     import lorac
 
     with progress("resize") as report:
@@ -229,7 +229,7 @@ def diff(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two adapters site by site: norms, and how far they write to the same outputs and read the same inputs."""
+    """Compare two adapters site by site: their norms, and the overlap of their outputs' and of their inputs' spaces."""
     import lorac
 
     with progress("diff") as report:
@@ -256,7 +256,7 @@ def analyse(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the entanglement entropies of an adapter's changes; those of low rank have a valley at the centre."""
+    """Print the entanglement entropies of an adapter's changes; low-rank changes have a valley at the centre."""
     import lorac
     from lorac.analysis.entanglement import adapter_entanglement, draw_entanglement
 
@@ -317,11 +317,11 @@ def parse_dtype(name: str) -> torch.dtype:
 def save(
     adapter: Adapter, destination: Path, format: str, model: Model | None, *, dtype: str = "", as_json: bool
 ) -> None:
-    """Write an adapter, and print where, with the rank and the error of each site where it was approximated.
+    """Write an adapter, and print its path, and the rank and error of each site that was approximated.
 
     Args:
-        format: empty for peft for a LoRA, else native.
-        dtype: of its tensors; empty for their own.
+        format: the format; empty: peft for a LoRA, else native.
+        dtype: the dtype of its tensors; empty: their own.
     """
     import lorac
     from lorac.formats.engines import ENGINE, ENGINES

@@ -158,9 +158,9 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
     trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians.
+    """Time calls with --inputs, or else generation, with each adapter and without, and print the medians.
 
-    With --rows above 1, generation is also timed with an adapter of its own for each row: all of them by turns.
+    With --rows above 1, generation is also timed with the adapters in turn, one per row.
     """
     from lorac.cli._generation import time_generation
 
@@ -204,7 +204,7 @@ def export_web(
 def _time_calls(
     compiled: Compiled, arrays: Mapping[str, Array], rounds: int, *, settle: bool
 ) -> list[dict[str, object]]:
-    """Time swaps and calls with each adapter and with none; an untimed call precedes each timed one."""
+    """Time swaps and calls with each adapter and without; an untimed call precedes each timed call."""
 
     def measure() -> tuple[float]:
         _call_program(compiled, arrays)
@@ -222,7 +222,7 @@ def _time_calls(
 
 
 def _read_inputs(compiled: Compiled, path: Path) -> Mapping[str, Array]:
-    """Read the inputs of a call, as tensors where the model's own code is called, which takes no arrays."""
+    """Read the inputs of a call; for target eager as tensors, since the model's own code takes no arrays."""
     from lorac.ir.calls.call import convert_to_tensors
 
     arrays = read_inputs(path)

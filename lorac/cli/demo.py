@@ -119,7 +119,7 @@ def examples(tokenizer: Any, style: Any) -> dict[str, Tensor]:
 
 
 def question(text: str) -> str:
-    """Return a question as the model's chat format has it, without the system's turn that the template puts first."""
+    """Return a question in the model's chat format, without the system's turn that the template would add."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 

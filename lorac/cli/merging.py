@@ -30,7 +30,7 @@ _ADAPTER_HELP = (
 _OPTION_HELP = "KEY=VALUE, an option of the method, such as density=0.5; may be given several times."
 _DEQUANTIZE_HELP = "Merge into the float values of MODEL's weights where they are quantised; the result is in floats."
 _SUM = "cat"
-"""The way of the command if none is given: the weighted sum, which a model's weights hold of any adapters."""
+"""The command's default way: the weighted sum, which can go into a model's weights for adapters of any methods."""
 
 
 _METHODS = complete_names("lorac.merging.registry", "ways")
@@ -99,7 +99,7 @@ def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], 
     weights: dict[str, float] = {}
     for spec in adapters:
         rest, weight = spec, 1.0
-        if "=" in spec and not Path(spec).exists():  # a text that exists as a whole is a path
+        if "=" in spec and not Path(spec).exists():  # an existing path has no weight
             before, _, last = spec.rpartition("=")
             with contextlib.suppress(ValueError):
                 rest, weight = before, float(last)

@@ -54,7 +54,7 @@ def sites(
     targets: Annotated[str, typer.Option(help="Only sites that match a pattern.")] = "",
     json: JsonOption = False,
 ) -> None:
-    """Print every site of a model, the places that adapters can change."""
+    """Print the sites of a model: the places that adapters can change."""
     from lorac.frontend.model_view import ModelView
     from lorac.ir.sites.patterns import no_match_error, select_sites
 
@@ -208,7 +208,7 @@ def explain(
     trust: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Explain how each adapter runs at each site, and why nothing cheaper does."""
+    """Explain how each adapter runs at each site, and why not in a cheaper way."""
     with progress("explain") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, trust=trust, mode=mode, active=None)

@@ -17,17 +17,17 @@ from lorac.errors import OptionError
 from lorac.serving.settings import ServingSettings, StoreQuotas
 
 _NAMES = {"max_new_tokens": "--max-tokens", "base_name": "--name", "pinned": "--pin", "sources": "--allow-source"}
-"""Settings whose options are not called as they are."""
+"""Setting -> its option, where the names differ."""
 _LISTS = ("pinned", "sources")
 _SWITCH_SECONDS = 1e-4
-"""The longest that a thread waits for another that computes in Python. The scheduler's waits after each call of a
-library that lets others run, some forty times a step: by Python's own 5 ms a step takes seventy times as long so.
+"""The longest that a thread waits for another that runs Python code. The scheduler's thread may wait after each library
+call that releases the interpreter, some forty times a step: with Python's own 5 ms, a step takes seventy times as long.
 """
 _KEYS = 'write a JSON file: {"key": "tenant", ...}'
 
 
 def _read_texts(record: type) -> dict[str, str]:
-    """Return the texts on a dataclass's attributes by name."""
+    """Return attribute -> its text in the docstring of a dataclass."""
     about = re.split(r"\n    (\w+): ", inspect.getdoc(record) or "")
     return {name: " ".join(text.split()) for name, text in zip(about[1::2], about[2::2], strict=True)}
 
@@ -71,9 +71,9 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
 
 
 def tune_process() -> None:
-    """Let threads of this process take turns quickly, and its garbage collector skip everything loaded so far.
+    """Let threads of this process take turns quickly, and exempt all present objects from garbage collection.
 
-    The process of ``lorac serve`` is its own, so that these switches concern no other code.
+    ``lorac serve`` has a process of its own, so that these settings affect no other code.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
@@ -81,7 +81,7 @@ def tune_process() -> None:
 
 
 def _list_options() -> list[inspect.Parameter]:
-    """Return the fields of the settings as options, with the class's texts on them as help."""
+    """Return the fields of the settings as options, with their texts in the class's docstring as help."""
     texts = _read_texts(ServingSettings) | {"keys": "a JSON file of API key -> tenant; default: everybody may ask."}
     kinds = {**get_type_hints(ServingSettings), "keys": Path | None, **dict.fromkeys(_LISTS, list[str] | None)}
     found = []

@@ -95,7 +95,7 @@ def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Train an adapter of TARGET on the answers of SOURCE's adapter, without its data: Trans-LoRA."""
+    """Train an adapter of TARGET on the answers of SOURCE's adapter, without its training data: Trans-LoRA."""
     import lorac
     from lorac.trainer.factories import make_adapters
     from lorac.training.transfer import Task, TransferSettings

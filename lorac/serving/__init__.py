@@ -1,6 +1,6 @@
-"""A compiled model as a server with OpenAI's interface, whose adapters are its models.
+"""A server of a compiled model with OpenAI's interface: each adapter is a model of the API.
 
-The public names are imported when they are first used: the process that reads strangers' files imports no server.
+Public names are imported on first use, so that the process that reads uploads imports no server.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A request for text that is being answered."""
+"""A running request for text."""
 
 import time
 import uuid
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """A request that is being answered.
+    """A running request for text: its names, token counts and times.
 
     Attributes:
-        tenant: who asks.
+        tenant: the tenant that sent it.
         model: the adapters, as the request names them.
-        adapters: their names in the compiled model.
-        prompt_tokens: tokens of its prompts.
-        answers: how many it gets.
+        adapters: the adapters' names in the compiled model.
+        prompt_tokens: the number of tokens of all prompts.
+        answers: the number of answers.
         user: the client's own user, as the request's field ``user`` says.
-        completion_tokens: tokens of its answers so far.
-        reasons: why its answers ended.
+        completion_tokens: the number of tokens of all answers so far.
+        reasons: the finish reasons of the answers that have ended.
         first_token: seconds until the first token; None before it.
     """
 
@@ -36,7 +36,7 @@ class ActiveRequest:
 
     @property
     def usage(self) -> dict[str, int]:
-        """The numbers of tokens, in OpenAI's form."""
+        """The token counts, in OpenAI's form."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -45,17 +45,17 @@ class ActiveRequest:
 
     @property
     def log_fields(self) -> dict[str, object]:
-        """The fields of its line in the log."""
+        """The request's fields in the log line."""
         described = {"id": self.id, "model": self.model, "user": self.user, "finish_reasons": self.reasons}
         return {**described, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
 
     @property
     def seconds(self) -> float:
-        """How long it has taken."""
+        """Seconds since the request began."""
         return time.monotonic() - self.begun
 
     def describe(self) -> dict[str, object]:
-        """Return its state as JSON."""
+        """Return the request's state as JSON."""
         running = self.seconds - (self.first_token or 0)
         return {
             "id": self.id,

@@ -1,4 +1,4 @@
-"""The endpoints of adapters: loaded and unloaded as in vLLM; uploaded, listed and removed by a store's tenants."""
+"""Endpoints for adapters: load and unload, as in vLLM; upload, list and remove, with a store."""
 
 from typing import Annotated, TypeAlias
 
@@ -20,11 +20,11 @@ router = fastapi.APIRouter()
 
 
 class LoadFields(pydantic.BaseModel, extra="forbid", strict=True):
-    """An adapter to be loaded.
+    """Fields of a request to load an adapter.
 
     Attributes:
         lora_name: the tenant's name for it.
-        lora_path: where it lies in the store.
+        lora_path: a path below the tenant's folder in the store's ``incoming``, or a name such as ``hf:user/repo``.
     """
 
     lora_name: AdapterName
@@ -33,11 +33,11 @@ class LoadFields(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 class UnloadFields(pydantic.BaseModel, extra="forbid", strict=True):
-    """An adapter to be unloaded.
+    """Fields of a request to unload an adapter.
 
     Attributes:
         lora_name: the tenant's name for it.
-        lora_int_id: vLLM's number for it, which says nothing here.
+        lora_int_id: vLLM's number of the adapter; ignored.
     """
 
     lora_name: AdapterName
@@ -51,7 +51,7 @@ UnloadBody: TypeAlias = Annotated[UnloadFields, read_body(UnloadFields)]
 
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(fields: LoadBody, http: fastapi.Request) -> PlainTextResponse:
-    """Load an adapter from the store."""
+    """Load an adapter into the store, from a path or a name."""
     state, tenant = http.app.state, http.state.tenant
 
     def load() -> None:
@@ -65,7 +65,7 @@ async def load_adapter(fields: LoadBody, http: fastapi.Request) -> PlainTextResp
 
 @router.post("/v1/unload_lora_adapter")
 def unload_adapter(fields: UnloadBody, http: fastapi.Request) -> PlainTextResponse:
-    """Unload an adapter; requests at work keep it to their end."""
+    """Unload an adapter; running requests keep it until they end."""
     if fields.lora_name in http.app.state.settings.pinned:
         raise NotAllowed(f"'{fields.lora_name}' is pinned", next_step="start the server without pinning it")
     http.app.state.source.unload(http.state.tenant, fields.lora_name)
@@ -81,10 +81,10 @@ class UploadFields(pydantic.BaseModel, extra="forbid"):
 
 
 def add_store_endpoints(app: fastapi.FastAPI, store: AdapterStore) -> None:
-    """Let tenants bring adapters by HTTP.
+    """Add the endpoints by which tenants upload, list and remove adapters.
 
     Args:
-        app: the state of its requests says which tenant asks.
+        app: the app; ``state.tenant`` of a request is its tenant.
         store: keeps the adapters.
     """
 

@@ -1,4 +1,4 @@
-"""Where a server finds the adapters that requests name."""
+"""Sources in which a server finds the adapters that requests name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AdapterSource: TypeAlias = "AdapterStore | SharedAdapters"
 
 @final
 class SharedAdapters:
-    """The adapters of the compiled model itself, for every tenant; none can be loaded nor unloaded.
+    """The compiled model's own adapters, for every tenant; requests can neither load nor unload adapters.
 
     Args:
         compiled: the compiled model.

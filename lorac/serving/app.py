@@ -39,7 +39,7 @@ from lorac.version import VERSION
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 _PREPARING, _SENDING = 2, 40
-"""Threads that read requests and answers, where this process computes and where others do."""
+"""Threads that prepare requests and answers: if this process computes the model, and if workers do."""
 
 
 def build_app(
@@ -50,20 +50,20 @@ def build_app(
     scheduler: TextScheduler | None = None,
     rows: RowComputer | None = None,
 ) -> fastapi.FastAPI:
-    """Return a server's app, whose ``state.scheduler`` runs from its startup to its shutdown.
+    """Return a server's app; ``state.scheduler`` runs from the app's startup to its shutdown.
 
     Args:
         compiled: the model; a decoder is compiled with ``cache=True`` and has a tokenizer.
         settings: default: ``ServingSettings()``.
-        store: adapters that tenants bring; None: only those that the model has.
+        store: the adapters that requests may name; None: the model's own.
         scheduler: computes text; default: a ``lorac.Scheduler`` of the model. The app closes it.
-        rows: computes rows for embeddings and predictions; default: the model itself. The app closes it.
+        rows: computes rows of outputs for embeddings and predictions; default: the model itself. The app closes it.
 
     Raises:
-        AdapterError: an adapter that all tenants share has the name of the base, or one that is read as a mixture.
+        AdapterError: an adapter that all tenants share has the base's name, or a name that reads as a mixture.
         AdapterNotFound: a pinned adapter does not exist.
-        Unavailable: the model continues text and keeps no cache; it has no tokenizer, or one that cannot be read
-            token by token.
+        Unavailable: the model continues text without a cache, and ``predict`` is not set; or it has no tokenizer
+            that decodes token by token.
     """
     given = ServingSettings() if settings is None else settings
     lifespan = functools.partial(_run, scheduler=scheduler, rows=rows)
@@ -75,10 +75,10 @@ def build_app(
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name, app.state.source)
-    # A slow source of adapters holds up no uploads.
+    # Downloads have threads of their own, so that a slow source does not delay uploads.
     app.state.readers, app.state.downloads = TenantTurns(READERS), TenantTurns(READERS)
     app.state.image_turns = TenantTurns(READERS)
-    # Preparing a request holds the interpreter, for which the scheduler's thread waits; workers have their own.
+    # Preparing a request holds the interpreter lock, which the scheduler's thread needs; workers are other processes.
     app.state.turns = TenantTurns(_PREPARING) if scheduler is None else TenantTurns(_SENDING, _SENDING)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if decodes(compiled):
@@ -111,7 +111,7 @@ def build_app(
 
 @contextlib.asynccontextmanager
 async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowComputer | None) -> AsyncIterator[None]:
-    """Hold the pinned adapters, and run the scheduler and the rows; at the end, requests at work are finished."""
+    """Pin adapters, and run the scheduler and the row batches; at shutdown, finish running requests."""
     state, settings = app.state, app.state.settings
     async with contextlib.AsyncExitStack() as stack:
         if reads_images(state.compiled):
@@ -133,7 +133,7 @@ async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowC
 
 
 def _add_state(app: fastapi.FastAPI) -> None:
-    """Add the endpoints that tell a server's state."""
+    """Add the endpoints that report a server's state, metrics and models."""
     state, created = app.state, int(time.time())
 
     def answers() -> bool:

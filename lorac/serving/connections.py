@@ -1,4 +1,4 @@
-"""Connections of a uvicorn server that send no whole request, or are too many."""
+"""Limits on the connections of a uvicorn server: how long they may be idle, and how many there may be."""
 
 import time
 
@@ -7,14 +7,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def limit_connections(server: uvicorn.Server, seconds: float, most: int) -> None:
-    """Close connections that wait too long for a request, and the oldest of these if a server has too many.
+    """Close connections that are without a request for too long; if there are too many, those without one longest.
 
-    uvicorn itself waits for the headers of a request as long as some of them come. It has no documented way to its
-    connections: this reads ``Server.server_state.connections``, and of those that h11 parses ``cycle`` (the request
-    that is being answered, or was last) and ``transport``.
+    uvicorn itself sets no limit on the time of a request's headers, and has no documented access to its connections.
+    This reads ``Server.server_state.connections``, and of connections that h11 parses ``cycle`` (the current or the
+    last request) and ``transport``.
 
     Args:
-        seconds: the longest time without a request, first or next.
+        seconds: the longest time without a request, before the first and between requests.
         most: the most connections.
     """
     waiting: dict[H11Protocol, tuple[object, float]] = {}

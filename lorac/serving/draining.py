@@ -1,4 +1,4 @@
-"""The end of a server: new requests are sent elsewhere, and those at work are finished."""
+"""The end of a server: new requests are refused, and running requests are finished."""
 
 import time
 from types import FrameType
@@ -9,19 +9,19 @@ import uvicorn
 from fastapi.concurrency import run_in_threadpool
 
 _FLUSHING = 10
-"""Seconds to send the last events of requests that were cut."""
+"""Seconds to send the last events of requests that were cut off."""
 
 
 @final
 class DrainingServer(uvicorn.Server):
-    """A server that drains at the first signal to stop, and ends when its requests have, or some seconds later.
+    """A server that drains at the first stop signal, and exits when its requests have ended or ``grace`` is over.
 
-    Until then it listens: whoever sends requests may take a while to learn that it stops. The second signal ends it.
+    Until then it refuses new requests, since load balancers notice late that it stops. A second signal makes it exit.
 
     Args:
-        config: of uvicorn.
-        app: is served.
-        grace: the most seconds for requests at work.
+        config: uvicorn's configuration.
+        app: the app to serve; its state says whether it drains.
+        grace: the most seconds for running requests.
     """
 
     def __init__(self, config: uvicorn.Config, app: fastapi.FastAPI, grace: float) -> None:
@@ -31,14 +31,14 @@ class DrainingServer(uvicorn.Server):
         self._ends: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain, or exit if that has begun."""
+        """Begin to drain, or exit if draining has begun."""
         if self._ends is None:
             self._ends = time.monotonic() + self._grace
         else:
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether the server exits; called ten times a second."""
+        """Drain if a signal has come, and return whether the server exits; uvicorn calls it ten times a second."""
         state, ends = self._state, self._ends
         if ends is not None:
             is_late = time.monotonic() > ends

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: checked before the app reads a request."""
+"""Checks of a request's key, size and tenant, before the app reads the request."""
 
 import asyncio
 import collections
@@ -21,34 +21,34 @@ from lorac.serving.store import AdapterStore
 UPLOADS = "/v1/adapters"
 """The path to which adapters are uploaded."""
 CHATS = frozenset({"/v1/chat/completions", "/tokenize"})
-"""Paths that take conversations, in which there may be images."""
+"""Paths that take conversations, which may contain images."""
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
 NOBODY = "default"
 """The tenant of requests without a key."""
 _LEAST_RATE = 1 << 16
-"""Bytes of a body per second that are fast enough."""
+"""The least rate of a body, in bytes per second."""
 _FAILED, _REFUSALS = 400, 25
-"""The least status of a refusal, and how many of these a tenant gets at once, and then per second."""
+"""The least status of a refusal; and the refusals that a tenant gets at once, and per second after these."""
 _CLOSE = {"connection": "close"}
 _STOPPING = "the server is stopping; send the request again, and another one answers it"
 
 
 @final
 class Guard:
-    """Lets requests with a known key and a body of admitted size through to an app, so many of a tenant at a time.
+    """ASGI middleware that admits requests by their key, body size and number per tenant.
 
-    An app that drains, as its ``state.draining`` says, gets those alone that ask for its state. A body that comes too
-    slowly is refused. Room for the bytes of an upload is found before they are received. A tenant with many refusals
-    waits for them, since one that asks again at once takes the event loop's time from others.
+    While the app drains (``state.draining``), only requests for its state are admitted. A body that comes too slowly
+    is refused. Room for the bytes of uploads and images is reserved before they are received. The refusals of a tenant
+    that gets many are delayed, since immediate retries take the event loop's time from other tenants.
 
-    It is not one of Starlette's HTTP middlewares, behind which an app does not learn that a client has left.
+    It is not one of Starlette's HTTP middlewares, behind which an app does not notice that a client disconnects.
 
     Args:
-        app: the app behind it.
-        settings: the keys, and the most bytes.
-        store: takes the uploads; None: there are none.
-        images: the most bytes of the images in a conversation, as its body has them.
+        app: the app that gets the admitted requests.
+        settings: the keys and limits.
+        store: checks the quotas of uploads; None: the app takes no uploads.
+        images: the most bytes that the images of a conversation take in its body, in base64.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Guard:
             self._receiving[tenant] -= body.claimed
 
     def _claim(self, tenant: str, store: AdapterStore | None, nbytes: int) -> None:
-        """Find room for more bytes of a tenant's uploads, or its chats with images, of which it has at most half."""
+        """Reserve room for more bytes of a tenant's uploads and images; a tenant has at most half of the room."""
         own, most = self._receiving[tenant] + nbytes, self._settings.max_spool_bytes
         try:
             if store is not None:
@@ -113,7 +113,7 @@ class Guard:
         self._receiving[tenant] = own
 
     def _check(self, headers: Mapping[bytes, str], path: str, most: int) -> str | JSONResponse:
-        """Return who asks, or the refusal. Every key is compared, in constant time."""
+        """Return the tenant of a request, or its refusal. Every key is compared, in constant time."""
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         given = _digest(key.strip())
         found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, given)]
@@ -128,17 +128,17 @@ class Guard:
 
 @final
 class _Body:
-    """The body of a request as it comes, whatever its headers say: its bytes are counted, and its time is limited.
+    """The body of a request as it comes: bytes are counted, whatever the headers announce, and time is limited.
 
     Args:
-        receive: gives the messages of the request.
-        send: takes those of the answer.
+        receive: ASGI's ``receive`` of the request.
+        send: ASGI's ``send`` of the answer.
         most: the most bytes.
-        seconds: for the whole body, and as many more as its bytes take at ``_LEAST_RATE``.
+        seconds: the time for the whole body, plus the time of its bytes at ``_LEAST_RATE``.
 
     Attributes:
-        claim: finds room for more bytes; None: nothing needs room.
-        claimed: bytes that have room.
+        claim: reserves room for more bytes; None: no room is reserved.
+        claimed: bytes for which room is reserved.
     """
 
     claim: Callable[[int], None] | None = None
@@ -148,13 +148,13 @@ class _Body:
         self._read, self.claimed, self._begun, self._whole = 0, 0, False, False
 
     def announce(self, nbytes: int) -> None:
-        """Find room for the first bytes of the body."""
+        """Reserve room for the first ``nbytes`` bytes of the body."""
         if self.claim is not None and nbytes > self.claimed:
             self.claim(nbytes - self.claimed)
             self.claimed = nbytes
 
     async def receive(self) -> Message:
-        if self._whole or self._begun:  # then a message says that the client has left
+        if self._whole or self._begun:  # the next message can only be a disconnect
             return await self._receive()
         try:
             async with asyncio.timeout(self._ends + self._read / _LEAST_RATE - time.monotonic()):
@@ -174,10 +174,10 @@ class _Body:
 
 
 class _Refused(BaseException):
-    """A request is refused. No handler of the app's may answer it.
+    """A request is refused. It is no ``Exception``, so that no handler of the app answers it.
 
     Args:
-        answer: says why.
+        answer: the refusal to send.
     """
 
     def __init__(self, answer: JSONResponse) -> None:

@@ -1,4 +1,4 @@
-"""Images in conversations: data URLs, which hold them, decoded by other processes."""
+"""Images in conversations: data URLs, decoded in other processes."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _LONGEST = 40
 
 
 def reads_images(model: ServedModel) -> bool:
-    """Return whether a model has images in its prompts, and the processor that makes its inputs of them."""
+    """Return whether a model reads images in prompts, and has the image processor that makes inputs of them."""
     spec = model.engine.cache_spec(MAIN_GRAPH)
     return spec is not None and _IMAGES.main in spec.reads and hasattr(model.processor, "image_processor")
 
 
 @final
 class ImageReader:
-    """Decodes the images of conversations. Threads may share it.
+    """Decoder of the images in conversations. Threads may share it.
 
     Args:
-        settings: how many there may be, and how large.
+        settings: limits on the number, bytes and pixels of a request's images.
     """
 
     def __init__(self, settings: ServingSettings) -> None:
@@ -51,7 +51,7 @@ class ImageReader:
         """Return the images of a conversation in their order.
 
         Raises:
-            RefusedField: an address is not a data URL of an image, an image is damaged, or they are too many or large.
+            RefusedField: an address is not a data URL of an image, or images are damaged, too many or too large.
         """
         urls = [part.image_url.url for one in messages for part in one.parts if isinstance(part, ImagePart)]
         if not urls:
@@ -98,7 +98,7 @@ def _decode(url: str) -> tuple[str, bytes]:
 
 
 def _load(path: Path) -> Image:
-    """Return the image of pixels that another process wrote, which may be anything."""
+    """Return the image of the pixels in a file that a reading process wrote; the file is not trusted."""
     import numpy as np
     from PIL import Image
 

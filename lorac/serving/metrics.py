@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, by vLLM's names where they mean the same."""
+"""Metrics for Prometheus, under vLLM's names where vLLM has the same metric."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ MEDIA_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (*_FAST, 25, 50, 100, 250)
 _REASONS = {"cancelled": "abort", "deadline": "abort", "tool_calls": "stop"}
-"""Why an answer ended -> vLLM's word for it, where that is another."""
+"""Finish reason of an answer -> vLLM's word for it, where the two differ."""
 
 
 @final
 class ServerMetrics(Collector):
-    """The requests that a server is answering, and its metrics. Only the event loop's thread may change the requests.
+    """A server's running requests and its metrics. Only the event loop's thread may change the requests.
 
     Args:
         compiled: the model.
-        base_name: its name, as the label ``model_name``.
-        source: knows the adapters of all tenants, which alone are named.
+        base_name: the model's name, as the label ``model_name``.
+        source: its adapters for all tenants are the only adapters whose names metrics show.
 
     Attributes:
-        running: the requests that are being answered, by id.
-        scheduler: whose rows are reported; None: the model gives no text.
-        registry: of all metrics.
+        running: the running requests, by id.
+        scheduler: the scheduler whose rows are reported; None: the model generates no text.
+        registry: the registry of all metrics.
     """
 
     def __init__(self, compiled: ServedModel, base_name: str, source: AdapterSource) -> None:
@@ -43,7 +43,7 @@ class ServerMetrics(Collector):
         self.running: dict[str, ActiveRequest] = {}
         self.scheduler: TextScheduler | None = None
         self.registry = prometheus_client.CollectorRegistry()
-        self.registry.register(self)  # first, since it brings times of loads
+        self.registry.register(self)  # first, since ``collect`` adds load times to a metric below
         self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were read.")
         self._generated = self._counter("vllm:generation_tokens", "Tokens of answers.")
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Time until an answer's first token.", _SLOW)
@@ -59,19 +59,19 @@ class ServerMetrics(Collector):
         self._loads = self._new(prometheus_client.Histogram, "lorac_adapter_load_seconds", loads, "way", buckets=_SLOW)
 
     def count_response(self, status: int) -> None:
-        """Count an answer to a request."""
+        """Count an HTTP response by its status."""
         self._responses.labels(str(status)).inc()
 
     @contextlib.contextmanager
     def time_load(self, way: str) -> Iterator[None]:
-        """Count a load of an adapter, which a block does, unless it fails."""
+        """Record the time of the block, which loads an adapter; a load that fails is not recorded."""
         begun = time.monotonic()
         yield
         self._loads.labels(self._name, way).observe(time.monotonic() - begun)
 
     @contextlib.contextmanager
     def track(self, request: ActiveRequest) -> Iterator[None]:
-        """Hold a request among those that are being answered, for a block, and count it at its end."""
+        """List a request as running during the block, and count it at the block's end."""
         self.running[request.id] = request
         try:
             yield
@@ -86,7 +86,7 @@ class ServerMetrics(Collector):
         """Count a token of an answer.
 
         Args:
-            gap: seconds since the answer's last one; None for its first.
+            gap: seconds since the answer's previous token; None for its first.
         """
         request.completion_tokens += 1
         self._generated.inc()
@@ -102,7 +102,7 @@ class ServerMetrics(Collector):
         return prometheus_client.generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the gauges, which are read when Prometheus asks."""
+        """Yield the gauges, with their values at the time of the scrape."""
         reads = self._compiled.pool.read_seconds
         while reads:
             self._loads.labels(self._name, "use").observe(reads.popleft())
@@ -110,7 +110,7 @@ class ServerMetrics(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._name], value)
             yield gauge
-        # Inference gateways read from labels which adapters run and wait, and send requests where theirs are.
+        # Inference gateways read the running and waiting adapters from these labels, and route requests by them.
         shared, names = {*self._source.names("")}, {True: set[str](), False: set[str]()}  # no tenant has this name
         for request in [*self.running.values()]:
             names[request.first_token is not None].update(name for name in request.adapters if name in shared)
@@ -127,7 +127,7 @@ class ServerMetrics(Collector):
         """Yield the name, the text and the value of each gauge."""
         running, waiting = (0, 0) if scheduler is None else scheduler.load
         rows, memory, pool = 1 if scheduler is None else scheduler.rows, self._compiled.memory, self._compiled.pool
-        # Without a limit on memory, the places for rows may run out.
+        # Without a limit on memory, it is the places for rows that run out.
         share = running / rows if memory.limit is None else memory.used / max(memory.limit, 1)
         yield "vllm:num_requests_running", "Requests at work.", running
         yield "vllm:num_requests_waiting", "Requests that wait.", waiting

@@ -1,4 +1,4 @@
-"""Refusals as OpenAI's clients read them."""
+"""Refusals in the form of OpenAI's errors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ RETRY_AFTER = "1"
 """Seconds after which a client should ask again."""
 
 _UNION = re.compile(r"str|int|float|NamedTool|ActiveFields|\w+Part|\S+[\[(].*")
-"""The names of types, of which pydantic puts one behind a field that takes several."""
+"""Names of types; pydantic appends one to the location of an error in a field of several types."""
 
 
 class RefusedRequest(LoracError):
@@ -64,11 +64,11 @@ class DeadlinePassed(RefusedRequest):
 
 
 class RefusedField(RefusedRequest):
-    """A field of a request cannot be honoured.
+    """A field of a request is refused.
 
     Args:
-        field: its name.
-        fault: the rest of a sentence that begins with its name.
+        field: the field's name.
+        fault: the rest of a sentence that begins with the field's name.
         next_step: a remedy.
     """
 
@@ -109,7 +109,7 @@ def error_status(error: LoracError) -> int:
     """Return the status of the answer to a request that raises an error."""
     if isinstance(error, RefusedRequest):
         return error.status
-    # A file that takes too much to read always will, as will a request that is larger than the memory.
+    # A retry helps neither a file that takes too much to read nor a request that is larger than the memory.
     is_final = isinstance(error, FormatError) or (isinstance(error, OverBudget) and error.permanent)
     return 400 if is_final else _STATUS.get(error.code, 400)
 
@@ -131,7 +131,7 @@ def install_handlers(app: fastapi.FastAPI, form: type[pydantic.BaseModel]) -> No
     """Make an app answer errors in OpenAI's form.
 
     Args:
-        form: the fields of requests that are forms; ``read_body`` tells those of others.
+        form: the fields of form requests; for JSON, ``read_body`` puts the fields' class into the error's ``body``.
     """
 
     async def answer_error(request: fastapi.Request, error: Exception) -> JSONResponse:

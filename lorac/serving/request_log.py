@@ -19,13 +19,13 @@ _PROBED, _FAILED = ("/health", "/ready", "/metrics"), 400
 
 @final
 class RequestLog:
-    """Logs and counts the requests to an app. JSON escapes whatever names and paths hold.
+    """ASGI middleware that logs and counts requests. JSON escapes control characters in names and paths.
 
-    An answer has the ``x-request-id`` of its request, or a new one. Successful probes are not logged.
+    A response has the ``x-request-id`` of its request, or a new one. Successful probes are not logged.
 
     Args:
-        app: answers them.
-        metrics: counts the answers.
+        app: answers the requests.
+        metrics: counts the responses.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
@@ -49,7 +49,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, note_status)
         except Exception:
-            status = 500  # it is sent behind this
+            status = 500  # a middleware outside sends it
             raise
         finally:
             self._metrics.count_response(status)

@@ -1,4 +1,4 @@
-"""A compiled model, and those who compute for it, wherever they are: in this process, or in Ray's workers."""
+"""Types of a served model, its scheduler and its row batches, in this process or in Ray's workers."""
 
 from __future__ import annotations
 

@@ -30,20 +30,20 @@ def run(  # noqa: PLR0913  (a command's options)
     trust: bool = False,
     ready: Callable[[], object] | None = None,
 ) -> None:
-    """Serve a compiled folder until the process is interrupted; requests at work are then finished (``grace``).
+    """Serve a compiled folder until the process is interrupted; running requests are then finished (``grace``).
 
     Args:
-        adapters: a folder of further adapters, read when they are used.
-        store: a folder for the adapters that tenants bring; None: they may bring none.
+        adapters: a folder of further adapters, which are read on first use.
+        store: a folder for the adapters that tenants upload; None: no uploads.
         bases: names by which PEFT's configurations call the model (``AdapterStore``).
         prepacked: a folder for prepacked weights, as ``lorac.load`` takes it.
-        metrics_port: a further port, which gives ``/metrics`` to everybody and nothing else.
-        quotas: of each tenant of the store; default: ``StoreQuotas()``.
+        metrics_port: a further port, which serves ``/metrics`` without a key, and nothing else.
+        quotas: the quotas of each tenant in the store; default: ``StoreQuotas()``.
         trust: as for ``lorac.load``.
-        ready: is called before the first request, with everything loaded.
+        ready: called once everything is loaded, before the first request.
 
     Raises:
-        ArtifactError: the folder holds no compiled model, or a damaged one.
+        ArtifactError: the folder is not a compiled model, or is damaged.
         LoracError: as ``build_app``.
     """
     import prometheus_client

@@ -18,30 +18,30 @@ class ServingSettings:
     """The settings of a server.
 
     Attributes:
-        rows: the most requests at work.
+        rows: the most requests that run at once.
         waiting: the most requests that wait.
         chunk: the most tokens of each prompt per step; None: chosen by timing the model, as ``lorac.Scheduler`` does.
         base_name: the name of the model without adapters, in requests and in ``/v1/models``.
-        keys: API key -> tenant; without any, everybody may ask.
-        max_body_bytes: the most bytes of a request, but for uploads.
+        keys: API key -> tenant; without keys, every client may send requests.
+        max_body_bytes: the most bytes of a request, not counting uploads and images.
         max_images: the most images of a request.
         max_image_bytes: the most bytes of a request's images together.
         max_image_pixels: the most pixels of a request's images together.
         max_upload_bytes: the most bytes of an upload of an adapter.
-        max_spool_bytes: the most bytes of all uploads that are being received; a tenant's have at most half.
-        max_connections: the most connections; a tenant has requests on at most half.
-        header_timeout: seconds that a connection may be open without a whole request, first or next.
-        body_timeout: seconds in which a body must come, besides those that its bytes take at 64 KiB a second.
-        max_new_tokens: the most tokens of an answer, and the number for a chat that names none.
-        deadline: seconds after which a request ends, those of waiting included; None: never.
-        grace: seconds for which ``lorac serve`` goes on with requests at work when it is to stop.
+        max_spool_bytes: the most bytes of all uploads and images that are being received; one tenant gets at most half.
+        max_connections: the most connections; one tenant's requests get at most half.
+        header_timeout: seconds within which a connection must send its first, and each next, request.
+        body_timeout: seconds for a request's body, plus the time of its bytes at 64 KiB per second.
+        max_new_tokens: the most tokens of an answer, and the default for chats.
+        deadline: seconds after which a request ends, its waiting time included; None: no deadline.
+        grace: seconds that running requests get to finish when ``lorac serve`` is to stop.
         pinned: adapters that stay in memory and cannot be unloaded.
-        sources: places from which ``/v1/load_lora_adapter`` takes adapters by name, as ``hf:user/*`` or
-            ``s3://bucket/*``; by default none.
-        predict: whether ``/v1/predict`` gives the model's outputs; None: unless the model continues text.
-        max_output_bytes: the most bytes of outputs that ``/v1/predict`` gives.
+        sources: patterns of the places from which ``/v1/load_lora_adapter`` loads adapters by name, such as
+            ``hf:user/*`` or ``s3://bucket/*``; without patterns, it loads no names.
+        predict: whether ``/v1/predict`` returns the model's outputs; None: unless the model continues text.
+        max_output_bytes: the most bytes of outputs that ``/v1/predict`` returns.
         page: whether ``/`` is a page to chat on.
-        memory: the most bytes of adapters and caches (``compiled.memory.limit``); None: as many as they take.
+        memory: the most bytes of adapters and caches (``compiled.memory.limit``); None: no limit.
         pooling: an embedding is the mean of an encoder's last hidden states, or (``cls``) the first.
     """
 
@@ -79,13 +79,13 @@ class StoreQuotas:
     """The quotas of each tenant of a store.
 
     Attributes:
-        bytes: the most of all files together, with those being uploaded; equal files count once.
-        adapters: the most names.
+        bytes: the most bytes of all files, uploads in progress included; equal files count once.
+        adapters: the most names of adapters.
         rank: the largest rank of an adapter.
         sites: the most sites of an adapter.
-        uploads_per_minute: the most uploads, with refused ones.
-        seconds: the most processor time of reading an upload.
-        memory: the most bytes that reading an upload takes.
+        uploads_per_minute: the most uploads within a minute, refused uploads included.
+        seconds: the most processor time for reading an upload.
+        memory: the most bytes of memory for reading an upload.
     """
 
     bytes: Count = 1 << 30
@@ -103,7 +103,7 @@ class StoreQuotas:
         """Refuse an adapter that is too large.
 
         Raises:
-            AdapterError: it has more sites, or a larger rank, than an adapter may.
+            AdapterError: the adapter has more sites, or a larger rank, than the quotas allow.
         """
         rank = size.rank > self.rank
         if rank or size.sites > self.sites:

@@ -1,4 +1,4 @@
-"""Threads that work for tenants in turn."""
+"""Threads that tenants share."""
 
 import collections
 from collections.abc import Callable
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 @final
 class TenantTurns:
-    """Threads that work for tenants in turn: a tenant's requests never hold another's.
+    """Threads that tenants share; each tenant uses at most ``own`` of them at a time.
 
     Args:
-        threads: how many work at a time.
-        own: how many of these work for one tenant.
+        threads: the number of threads.
+        own: the most threads for one tenant.
     """
 
     def __init__(self, threads: int, own: int = 1) -> None:
@@ -24,6 +24,6 @@ class TenantTurns:
         self._own = collections.defaultdict[str, anyio.CapacityLimiter](lambda: anyio.CapacityLimiter(own))
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """Return the result of work for a tenant, which a thread does when it is the tenant's turn."""
+        """Run a tenant's work in a thread, as soon as the tenant may use one, and return the result."""
         async with self._own[tenant]:
             return await anyio.to_thread.run_sync(work, limiter=self._all)

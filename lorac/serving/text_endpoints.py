@@ -1,4 +1,4 @@
-"""The endpoints that give text."""
+"""The endpoints that generate text, and the endpoint that returns tokens."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from lorac.serving.text_service import SubmittedText
 
 FieldsT = TypeVar("FieldsT", bound=SamplingFields)
 _FEW = 4
-"""Tokens that the event loop itself describes."""
+"""The most tokens of a part that is formatted in the event loop."""
 ChatBody: TypeAlias = Annotated[ChatFields, read_body(ChatFields)]
 CompletionBody: TypeAlias = Annotated[CompletionFields, read_body(CompletionFields)]
 TokenizeBody: TypeAlias = Annotated[TokenizeFields, read_body(TokenizeFields)]
@@ -74,7 +74,7 @@ async def _answer(
         if found is None:
             return Response(status_code=CLIENT_LEFT)
         return await state.turns.run(tenant, lambda: JsonAnswer(shape.whole(found)))
-    # A failure before the first token still has a status of its own.
+    # An error before the first token still sets the response's status.
     first = await run_while_connected(anext(parts), http.receive)
     if first is None:
         await parts.aclose()
@@ -84,7 +84,7 @@ async def _answer(
 
 
 async def _write_chunk(shape: AnswerShape, part: AnswerPart) -> str:
-    """Return a part as an event, made in a thread if it has many tokens, each with its log-probabilities."""
+    """Return a part as an event, formatted in a thread if it has many tokens with log-probabilities."""
 
     def write() -> str:
         return format_event(json.dumps(shape.chunk(part)))
@@ -100,11 +100,11 @@ async def _collect(parts: AsyncGenerator[AnswerPart]) -> list[AnswerPart]:
 async def _events(
     shape: AnswerShape, opening: Sequence[str], parts: AsyncGenerator[AnswerPart], *, reports_usage: bool
 ) -> AsyncGenerator[str]:
-    """Yield the events of a stream; its status has been sent, so an error is an event too.
+    """Yield the events of a stream; its status has been sent, so an error becomes an event.
 
     Args:
         opening: the first events.
-        parts: the parts behind these.
+        parts: the parts after the first.
     """
     try:
         for chunk in opening:

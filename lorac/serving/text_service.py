@@ -1,4 +1,4 @@
-"""Requests for text, checked and submitted."""
+"""Checking of requests for text, and their submission to a scheduler."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer
 
 SubmittedText: TypeAlias = tuple[ActiveRequest, AsyncGenerator[AnswerPart]]
-"""A request whose answers are being computed, and their parts as they come."""
+"""A running request, and the parts of its answers as they come."""
 
 
 @final
 class TextService:
-    """Checks requests for text and submits them. Threads may share it.
+    """A service that checks requests for text, and submits them to a scheduler. Threads may share it.
 
     Args:
         compiled: the model.
         scheduler: computes the answers.
-        source: knows the adapters.
-        settings: limits of requests.
-        metrics: knows of requests while they are answered.
+        source: finds adapters by name.
+        settings: the limits of requests.
+        metrics: lists and counts the requests.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class TextService:
         self._defaults: JsonMapping = traits.generation or {}
         model_type = str(getattr(traits.config, "model_type", ""))
         self._template = find_response_template(self._tokenizer, model_type)
-        self._tokenizer("")  # no later call changes its padding and truncation, so that threads may share it
+        self._tokenizer("")  # sets padding and truncation: later calls change neither, so threads may share it
 
     def begin_chat(self, fields: ChatFields, tenant: str, images: Sequence[object] | None = None) -> SubmittedText:
         """Submit a chat request.
 
         Args:
-            images: of its messages; None: the server reads text alone.
+            images: the images of its messages; None: the server reads text alone.
 
         Raises:
-            RefusedField: a field cannot be honoured.
+            RefusedField: the server or the model does not support a field.
             LoracError: as ``Scheduler.submit``.
         """
         fields.check()
@@ -102,7 +102,7 @@ class TextService:
         """Return the tokens of a prompt or of a conversation with its images, in vLLM's form.
 
         Raises:
-            RefusedField: there is neither, or there are both.
+            RefusedField: the request has neither a prompt nor a conversation, or both.
         """
         if (fields.prompt is None) == (fields.messages is None):
             raise RefusedField("prompt", "or 'messages' is needed, and not both")
@@ -118,11 +118,11 @@ class TextService:
         new_parser: Callable[[], ChatParser | CallReader | None],
         inputs: Fields = MappingProxyType({}),
     ) -> SubmittedText:
-        """Submit all requests of all prompts, or none.
+        """Submit a request for each answer to each prompt: all of them, or none.
 
         Args:
-            new_parser: returns the parser of an answer.
-            inputs: of the model, with the images of its prompts.
+            new_parser: makes the parser of an answer.
+            inputs: further inputs of the model, for the prompts' images.
         """
         base_name = self._settings.base_name
         choices = read_choices(self._source, tenant, base_name, fields.model, fields.adapters, len(prompts))
@@ -131,7 +131,7 @@ class TextService:
         try:
             names = {name for choice in choices for name, _ in parse_choice(choice, self._compiled.pool)}
             streams = self._scheduler.submit_all(requests)
-        except AdapterNotFound as error:  # whose message may name adapters of other tenants
+        except AdapterNotFound as error:  # its message may name adapters of other tenants
             raise AdapterNotFound(
                 "an adapter of the request was unloaded meanwhile", next_step="load it again, or list those there are"
             ) from error
@@ -156,7 +156,7 @@ class TextService:
             processors.append(self._grammars.processor(schema, len(ids), field))
         more = {"logits_processor": processors} if processors else {}
         return TextRequest(
-            torch.from_numpy(np.array(ids, dtype=np.int64)),  # torch itself keeps the interpreter seven times as long
+            torch.from_numpy(np.array(ids, dtype=np.int64)),  # torch.tensor holds the interpreter seven times as long
             choice,
             seed=None if fields.seed is None else fields.seed + i,
             logprobs=fields.logprob_count,
@@ -185,7 +185,7 @@ class TextService:
     def _encode_chat(
         self, messages: Sequence[ChatMessage], images: Sequence[object] | None, tools: Sequence[JsonMapping] = ()
     ) -> tuple[Sequence[int], Fields]:
-        """Return the tokens of a conversation, and the inputs of the model with its images."""
+        """Return the tokens of a conversation, and the model's further inputs for its images."""
         shown = None if images is None else iter(images)
         turns = [message.for_template(shown) for message in messages]
         reader: Any = self._tokenizer if images is None else self._compiled.processor

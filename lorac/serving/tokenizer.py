@@ -1,4 +1,4 @@
-"""The tokenizers that a server needs."""
+"""Protocols of the tokenizers that a server uses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find_tokenizer(compiled: ServedModel) -> FastTokenizer:
     """Return a model's tokenizer.
 
     Raises:
-        Unavailable: there is none, or it does not decode token by token.
+        Unavailable: the model has no tokenizer, or one that does not decode token by token.
     """
     tokenizer = compiled.tokenizer
     if not hasattr(tokenizer, "backend_tokenizer"):

@@ -1,1 +1,1 @@
-"""``compile`` and ``load``: the only package that knows all the others."""
+"""``compile`` and ``load``: the only package that imports all the others."""

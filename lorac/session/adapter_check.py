@@ -1,4 +1,4 @@
-"""``check``: whether an adapter fits a model, by the code that compiles it, and how it is mended where it does not."""
+"""``check``: compile an adapter to see whether it fits a model, and list the faults with their remedies."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ _HARMLESS: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
 }
-"""Field of PEFT's -> values that leave an adapter a plain LoRA beside the base; vLLM's peft_helper lists the starts."""
+"""PEFT's field -> values with which an adapter is still a plain LoRA; vLLM's peft_helper lists the initialisations."""
 
 _LOST_SCALE = (
     "alpha / r, as LyCORIS reads it; it was trained with rs_lora, which files of LoKr and GLoRA do not keep: "
@@ -40,16 +40,16 @@ _LOST_SCALE = (
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """The fit of an adapter to a model.
+    """The result of ``lorac.check``: whether an adapter fits a model, and an engine.
 
     Attributes:
-        adapter: its path, or its name.
-        fits: whether ``lorac.compile`` takes it; without a model, whether it can be read.
-        faults: the reasons why not, of which ``lorac.compile`` gives the first.
-        repairs: steps that mend it.
-        facts: subject -> finding, where nothing is at fault.
-        objections: the fields and tensors that the engine refuses, ignores or reads otherwise; empty where its
-            outputs are those of lorac.
+        adapter: the adapter's path or name.
+        fits: whether ``lorac.compile`` accepts the adapter; without a model, whether it can be read.
+        faults: the reasons why the adapter does not fit; ``lorac.compile`` raises the first.
+        repairs: steps that make it fit.
+        facts: subject -> finding, for an adapter that fits.
+        objections: the parts of the adapter that the engine refuses, ignores or computes differently; empty where the
+            engine computes the same as lorac.
     """
 
     adapter: str
@@ -66,17 +66,17 @@ def check(
     *,
     for_: str | None = None,
 ) -> AdapterCheck:
-    """Check whether an adapter fits a model, and an engine, and list everything that does not.
+    """Check whether an adapter fits a model and an engine, and list all faults.
 
-    It fits exactly where ``lorac.compile`` takes it for target "eager", since that is tried.
+    The adapter is compiled for target "eager": it fits if ``lorac.compile`` accepts it.
 
     Args:
         adapter: its path or name, or the adapter; only read.
-        model: the base, or several by name; only read. Without it the adapter is read, and nothing is compared.
-        for_: an engine of ``lorac.convert``, whose rules are compared with the file.
+        model: the base, or several by name; only read. Without a model the adapter is read, and nothing is compared.
+        for_: an engine of ``lorac.convert``, whose rules are compared with the adapter.
 
     Raises:
-        CompileError: the model is not one that can be compiled.
+        CompileError: the model cannot be compiled.
         OptionError: there is no such engine.
         WrongType: ``adapter`` is neither a path nor an adapter.
     """
@@ -112,7 +112,7 @@ def check(
         with contextlib.suppress(LoracError):
             load_adapter(source, view, fix_names=True)
             repairs = [REPAIR]
-    with contextlib.suppress(LoracError):  # only with the model, or not at all, it can be read
+    with contextlib.suppress(LoracError):  # it may be readable only with the model, or not at all
         faults += [] if view is None else [error.what for error in list_faults(_read(source, None), view)]
     return AdapterCheck(name, False, tuple(dict.fromkeys(faults)), tuple(filter(None, repairs)))
 
@@ -147,7 +147,7 @@ def _find_facts(adapter: Adapter, place: str, view: ModelView | None) -> dict[st
     if tied:
         facts["tied weights"] = "; ".join(f"'{path}' alone, not {', '.join(apart)}" for path, apart in tied.items())
     rows = max((view.tensor(f"{path}.weight").shape[0] for path in embedding_modules(view.module)), default=0)
-    with contextlib.suppress(Exception):  # transformers raises anything where there is no tokenizer, or a damaged one
+    with contextlib.suppress(Exception):  # transformers may raise any error for a missing or damaged tokenizer
         tokens = len(read_tokenizer(Path(place))) if (Path(place) / "tokenizer_config.json").is_file() else 0
         if tokens > rows > 0:
             step = f"call model.resize_token_embeddings({tokens}) before the adapter is loaded"
@@ -156,7 +156,7 @@ def _find_facts(adapter: Adapter, place: str, view: ModelView | None) -> dict[st
 
 
 def _iter_objections(rules: EngineRules, adapter: Adapter, view: ModelView | None) -> Iterator[str]:
-    """Yield everything in an adapter's file that an engine does not compute as lorac does."""
+    """Yield a text for each part of an adapter that an engine does not compute as lorac does."""
     variant, config, format = adapter.variant, adapter.provenance.get("config"), adapter.provenance.get("format")
     settings = dict(config) if isinstance(config, dict) else {}
     settings |= {"use_dora": True} if variant.name == "dora" else {}

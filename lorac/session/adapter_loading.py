@@ -1,4 +1,4 @@
-"""Adapters for a session, from whatever compile() and add_adapter() take."""
+"""Make the adapters of a session from the arguments of compile() and add_adapter()."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,30 +26,30 @@ from lorac.variants.union import Union
 
 
 def make_adapter(session: Session, given: object, name: str | None) -> Adapter:
-    """Make an adapter of a session's own: read its file, create a variant's tensors, or copy the object.
+    """Make an adapter for a session: read its file, create a variant's tensors, or copy the object.
 
     Args:
-        session: gets the sites that the adapter touches.
+        session: the session, to which the sites that the adapter touches are added.
         given: a path, an Adapter, a fresh Variant, a configuration of PEFT's, or component -> a path or Adapter.
-        name: the adapter's name; None: its own.
+        name: the adapter's name; default: the name of its file, object or method.
 
     Raises:
-        AdapterError: the name is taken or not a name, or the adapter does not fit the model.
-        BaseNeeded: it needs base weights that the engine does not hold.
+        AdapterError: the name is taken or invalid, or the adapter does not fit the model.
+        BaseNeeded: the adapter needs base weights that the engine does not keep.
     """
     check_argument_order(given, name)
     _check_name(name)
     source = read_source(given, name)
     try:
         adapter = _read(session, source, name)
-    except NotImplementedError as error:  # the base weight is on the meta device, and the file holds a copy of it
+    except NotImplementedError as error:  # the file has a copy of a base weight, which is on the meta device
         raise _missing_base_weights(name or str(source)) from error
     _check_name(adapter.name)
     session.pool.check_name_free(adapter.name)
     if any(tensor.is_meta for tensor in adapter.parameters()):
         raise _missing_base_weights(adapter.name)
     add_sites(session, adapter)
-    if not session.backend.emits:  # a session that trains
+    if not session.backend.emits:  # sessions of the target eager train
         adapter = split_token_rows(adapter, session.view)
     return make_trainable(adapter, session.view)
 
@@ -60,7 +60,7 @@ def restore_adapter(session: Session, name: str, record: OpenFile, forms: OpenFi
     Args:
         name: the adapter's name.
         record: the adapter in lorac's own format.
-        forms: its normal forms. With these the class of its method is not needed.
+        forms: the adapter's normal forms, with which the class of its method is not needed.
 
     Raises:
         UnknownMethod: the class of the method is not imported, and there are no normal forms.
@@ -82,7 +82,7 @@ def _restore_record(session: Session, path: Path, name: str, *, has_forms: bool)
 
 
 def outline_adapter_forms(session: Session, adapter: Adapter) -> PreparedAdapter:
-    """Return an adapter's normal forms, which are right in shape only; no base weights are needed."""
+    """Return an adapter's normal forms with the right shapes and arbitrary values; base weights are not needed."""
     return Preparer(session.sites, SHAPES_ONLY).prepare(adapter)
 
 
@@ -107,10 +107,11 @@ def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
 
 
 def add_sites(session: Session, adapter: Adapter) -> None:
-    """Make a site of every module that an adapter names, and of every parameter that it replaces.
+    """Add a site for every module that an adapter names, and for every parameter that it replaces.
 
     Raises:
-        SiteError: an adapter's part at a layer would have two meanings (``check_layer``), and the model is in memory.
+        SiteError: a layer's own code changes the layer's input or output (``check_layer``); only checked while the
+            model is in memory.
     """
     if session.mode != "live":
         refuse_invocation(adapter, f"the weights of mode='{session.mode}' act on every token")
@@ -123,7 +124,7 @@ def add_sites(session: Session, adapter: Adapter) -> None:
 
 
 def _check_name(name: object) -> None:
-    """Raise ``AdapterError`` if a name is given that is not a non-empty string that files can hold."""
+    """Raise ``AdapterError`` for a name that is not a string, is empty, or cannot be encoded; None is accepted."""
     if name is None:
         return
     if not isinstance(name, str) or not name:
@@ -168,7 +169,7 @@ def join_components(parts: Mapping[str, Adapter], name: str) -> Adapter:
 
 
 def _locate(component: str, part: Adapter) -> Adapter:
-    """Return an adapter of a component with paths from the whole, and the paths of its sites as its targets."""
+    """Return a component's adapter with the component's name before all paths, and its sites as its targets."""
     tensors = {f"{component}.{path}": at for path, at in part.tensors.items()}
     replaced = {f"{component}.{name}": tensor for name, tensor in part.replaced.items()}
     rows = {f"{component}.{name}": own for name, own in part.provenance.get(TOKEN_ROWS, {}).items()}

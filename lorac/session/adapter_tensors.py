@@ -15,7 +15,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 
 _MARK = "~"
-"""Marks keys of lorac's own. No digit follows it, as one does in an escape."""
+"""Marks lorac's own keys. In an escape a digit follows it; after a mark no digit does."""
 _CONTAINER_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
 """Names that a container needs for its own attributes, such as ``items``."""
 
@@ -23,9 +23,9 @@ _CONTAINER_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
 class AdapterTensors(nn.Module):
     """An adapter's tensors under names that a state dict can hold, and the adapter's record.
 
-    A state dict holds tensors only, so the record is stored as the bytes of a JSON text. It gives for each key the
-    tensor's site and name, or, if the tensor has no site, the parameter that it replaces. A seal over it and the
-    tensors is compared where a file of them is read (``lorac.formats.checkpoint``).
+    A state dict contains only tensors, so the record is stored as the bytes of a JSON text. It gives for each key the
+    tensor's site and name, or, if the tensor has no site, the parameter that it replaces. A seal over the record and
+    the tensors is verified when a file with them is read (``lorac.formats.checkpoint``).
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -50,10 +50,10 @@ class AdapterTensors(nn.Module):
         self._own.append((self._parameters if isinstance(tensor, nn.Parameter) else self._buffers, key, tensor))
 
     def find_given(self) -> Adapter | None:
-        """Return the adapter over the tensors given in place of its own, as by torch.func.functional_call, or None.
+        """Return the adapter with the tensors that replace the module's, as in ``torch.func.functional_call``, or None.
 
         Raises:
-            Unavailable: FSDP holds the tensors.
+            Unavailable: FSDP has replaced the tensors.
         """
         if all(held.get(key) is own for held, key, own in self._own):
             return None
@@ -70,7 +70,7 @@ class AdapterTensors(nn.Module):
         return given
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "AdapterTensors":
-        """Move buffers in place, as modules move parameters: the adapter, and rules that train it, hold them too."""
+        """Move buffers in place, as modules move parameters: the adapter and its training rules share the tensors."""
         own = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, untyped
         for key, buffer in own.items():
@@ -84,7 +84,7 @@ class AdapterTensors(nn.Module):
         return {*self._parameters, *self._buffers} - {*self._places}
 
     def find_untrained(self, given: Collection[str]) -> list[tuple[str, str]]:
-        """Return the tensors that learn from an extra output alone that a model does not give, and that output.
+        """Return the tensors that learn only from an extra output that a model does not give, each with that output.
 
         Args:
             given: names of the extra outputs that the model gives.
@@ -99,7 +99,7 @@ class AdapterTensors(nn.Module):
         return sorted(found)
 
     def warn_of_untrained(self, given: Collection[str]) -> None:
-        """Warn once of each of ``find_untrained``."""
+        """Warn of the tensors of ``find_untrained``, once of each."""
         wanted = self.find_untrained(given)
         for name, output in (one for one in wanted if one not in self._warned):
             warn(
@@ -110,14 +110,14 @@ class AdapterTensors(nn.Module):
         self._warned.update(wanted)
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the record, sealed with the tensors as they are now."""
+        """Return the record, sealed together with the tensors' current values."""
         record = {"record": describe_adapter(self.adapter), "places": self._places}
         tensors = {key: getattr(self, key) for key in self._places}
         text = dump_json({**record, SEAL: hash_contents(dump_json(record), tensors)})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Warn if the loaded tensors belong to another method, or to other settings. Only tensors are loaded."""
+        """Warn if the loaded tensors are of another method or configuration. The loaded record is not kept."""
         what = "the record of an adapter in a state dict"
         text = bytes(state.tolist())
         loaded = parse_object(text, lambda why: FormatError(f"{what} {why}", code="corrupt_file")).get("record")
@@ -141,18 +141,18 @@ def _excluded_keys(module: nn.Module) -> set[str]:
 
 
 def drop_excluded_keys(module: nn.Module, state: dict[str, object], prefix: str, _: object) -> None:
-    """Remove the excluded keys from a state dict; a state dict hook of torch's."""
+    """Remove the excluded keys from a state dict. A hook for ``register_state_dict_post_hook``."""
     for key in _excluded_keys(module):
         state.pop(f"{prefix}{key}", None)
 
 
 def ignore_excluded_keys(module: nn.Module, keys: torch.nn.modules.module._IncompatibleKeys) -> None:
-    """Do not report the excluded keys as missing; a hook of torch's for loading a state dict."""
+    """Remove the excluded keys from the missing ones. A hook for ``register_load_state_dict_post_hook``."""
     excluded = _excluded_keys(module)
     missing = []
     for key in keys.missing_keys:
         own = key
-        while own and own not in excluded:  # without the name of one enclosing module after another
+        while own and own not in excluded:  # a wrapper around the module puts its name before the key
             own = own.partition(".")[2]
         if not own:
             missing.append(key)
@@ -162,8 +162,8 @@ def ignore_excluded_keys(module: nn.Module, keys: torch.nn.modules.module._Incom
 def state_dict_key(name: str) -> str:
     """Return a name as a part of a state dict's key; different names have different keys.
 
-    ``.`` becomes ``/``, ``/`` becomes ``~1`` and ``~`` becomes ``~0``. A name that torch's containers need for
-    themselves gets a ``~`` at its end.
+    ``.`` becomes ``/``, ``/`` becomes ``~1`` and ``~`` becomes ``~0``. A name that is an attribute of torch's
+    containers gets a ``~`` at its end.
     """
     key = _escape(name)
     return f"{key}{_MARK}" if key in _CONTAINER_ATTRIBUTES else key

@@ -61,24 +61,24 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     Args:
         model: an nn.Module; its weights, flags, hooks, mode and random state stay as they are. Or several models by
             name: paths of sites then begin with the name, and ``compiled[name](...)`` calls that model. A PeftModel
-            stands for its base and its adapters.
+            is split into its base and its adapters.
         adapters: paths, Adapters, fresh Variants (to train) or configurations of PEFT's, by name or as a list. The
-            adapters of a PeftModel come first, except those whose names are given here.
+            adapters of a PeftModel come first; an adapter given here replaces a PeftModel's adapter of its name.
         target: ``"eager"``, ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or any other of
             ``lorac.session.targets.targets()``.
-        example_inputs: tuple or dict of tensors or NumPy arrays, or a single tensor or array; of several models one
-            tuple or dict by name. Default: made from the model's main input and configuration.
+        example_inputs: tuple or dict of tensors or NumPy arrays, or a single tensor or array; for several models, a
+            dict of these by name. Default: made from the model's main input and configuration.
         mode: ``"live"``, ``"fused"``, ``"baked"`` or ``"auto"``.
         active: as for ``swap``; ``"auto"``: the only adapter at strength 1, or None if there are several.
         reserve: room for adapters that are added later; default: the sites of the given adapters.
-        dynamic_shapes: as torch.export takes them; of several models one by name. Default: batch, and length for
-            text. A size that the model's trace fixes nevertheless is named in a warning, and calls of another size
+        dynamic_shapes: as torch.export takes them; for several models, a dict of these by name. Default: batch, and
+            length for text. If the model's trace fixes such a size, a warning names it, and calls of another size
             are refused.
         dtype: a dtype or its name ("float16"); default: the model's. Floating-point example inputs are cast too, and
-            so are inputs of calls in the model's own dtype. A target that lacks the dtype computes and answers in
-            another one; a warning and ``explain()`` say so.
-        device: where the result runs; default: where the model is. Programs are emitted from a model on the CPU,
-            whatever they run on, so a model elsewhere is copied. Outputs are on the device of the inputs.
+            so are inputs of calls in the model's own dtype. A target that lacks the dtype computes in another dtype,
+            and so are its outputs; a warning and ``explain()`` say so.
+        device: the device on which the result runs; default: the model's. Programs are always emitted from a model on
+            the CPU, so a model on another device is copied. Outputs are on the device of the inputs.
         **options: fields of the target's options.
 
     Raises:

@@ -32,7 +32,7 @@ from lorac.variants.adapter import Adapter
 
 
 def open_session(source: ModelSource, request: CompileRequest) -> Session:
-    """Return a session with the model and its adapters, its sites planned."""
+    """Open a session for a model and its adapters, and plan its sites."""
     module = Components(source.model) if isinstance(source.model, Mapping) else source.model
     options, model_device = resolve_placement(request.backend, request.options, request.device, module)
     dialect = request.backend.dialect_for(options)
@@ -58,9 +58,9 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
 
 
 def _check_layers(session: Session) -> None:
-    """Refuse layers on which no adapter can act, and adapters on layers that a call with the example inputs only reads.
+    """Refuse layers that change their own input or output, and adapters on layers that calls read but never call.
 
-    Without example inputs the first whole call is observed, of a program that is emitted its capture.
+    A call with the example inputs is observed; without them, the first whole call; for an emitted program, its capture.
     """
     model, layers = session.host.module, [path for path, plan in session.plans.items() if plan.site.is_layer]
     adapted = {path for name in session.pool.adapters for path in session.pool[name].paths}
@@ -79,10 +79,10 @@ def _check_layers(session: Session) -> None:
 
 
 def resolve_active(session: Session, source: ModelSource, request: CompileRequest) -> Choice:
-    """Return the choice that is active first: the given one, that of a PeftModel, the only adapter, or none.
+    """Return the choice that is active first: the given choice, a PeftModel's, the only adapter, or no adapter.
 
     Raises:
-        AdapterNotFound, ChoiceError: the choice makes no sense, or mode "baked" needs one.
+        AdapterNotFound, ChoiceError: the choice is invalid, or missing for several adapters in mode "baked".
     """
     active: ChoiceSpec = request.active if request.active != "auto" or request.sources else source.active
     names = list(session.pool)
@@ -103,7 +103,7 @@ def build_engine(session: Session, choice: Choice, stored: Program | None = None
 
     Args:
         session: the model, adapters and backend.
-        choice: the adapters of a baked engine, which it holds for good.
+        choice: the adapters that become constants of a baked engine.
         stored: an artifact's program at level expanded; None: the model is captured if the target needs a program.
     """
     backend, options = session.backend, session.options
@@ -139,15 +139,15 @@ def make_build_request(session: Session, choice: Choice, program: Program | None
 
 
 def make_room(session: Session, adapters: Sequence[Adapter], reserve: Reserve | None) -> None:
-    """Widen the layers that adapters replace by ones of other sizes, in a copy of the session's model.
+    """Widen the layers that adapters replace by layers of other sizes, in a copy of the session's model.
 
     Args:
-        adapters: those of the session.
-        reserve: has the largest size of later adapters.
+        adapters: the session's adapters.
+        reserve: gives the largest sizes of layers of later adapters (``outputs``).
 
     Raises:
         SiteError: ``reserve`` names no layer that an adapter may replace.
-        AdapterError: an adapter changes a layer of which another has a larger or smaller one.
+        AdapterError: an adapter changes a layer that another adapter replaces by a layer of another size.
     """
     sites = session.sites
     layers, largest = {path: site for path, site in sites.items() if site.is_resizable}, dict[str, int]()

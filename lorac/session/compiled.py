@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 class Compiled:
     """The result of ``lorac.compile``. Every method may be called from any thread.
 
-    Calling it answers as the model does. ``adapters=`` in a call chooses adapters for that call only.
+    Call it like the model. ``adapters=`` in a call chooses adapters for that call only.
 
     Args:
         session: the model, its adapters and its backend.
@@ -64,13 +64,13 @@ class Compiled:
     Attributes:
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         plans: the slots of every touched site.
-        pool: the adapters, prepared.
+        pool: the prepared adapters.
         sites: every site of the model.
-        switch: the choice of adapters.
+        switch: activates choices of adapters.
         traits: graph name -> configuration, dtype and device of its model.
-        resized: paths of the layers that adapters replace by ones of other sizes.
+        resized: paths of the layers that adapters replace by layers of other sizes.
         input_dtypes: dtype of the original model -> dtype in which it was compiled, for inputs of calls.
-        prompt_caches: the caches that calls of ``generate`` were given, as long as somebody else holds them.
+        prompt_caches: weak references to the prompt caches that calls of ``generate`` were given.
     """
 
     def __init__(self, session: Session, engine: Engine) -> None:
@@ -84,11 +84,11 @@ class Compiled:
         self._last_call, self._tokenizer = threading.local(), None
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
+        """Call the model. Outputs have the model's own output type, in torch or NumPy like the inputs."""
         return self.call(MAIN_GRAPH, Call(args, kwargs), adapters)
 
     def call(self, graph: str, call: Call, adapters: Any = UNSET) -> Any:
-        """Run a graph once, with the active adapters or with a choice for this call, or one for each row."""
+        """Run a graph once, with the active adapters, a choice for this call, or a choice per row."""
         for name, value in call.kwargs.items():
             if name.endswith("attention_kwargs") and isinstance(value, Mapping) and "scale" in value:
                 raise strength_in_call(name)
@@ -97,7 +97,7 @@ class Compiled:
             check_component(graph, self.traits)
         else:
             call = interface.bind(call.args, call.kwargs)
-        if self.input_dtypes:  # timesteps are kept, which in half precision would be others
+        if self.input_dtypes:  # timesteps keep their dtype, since half precision would round them
             if interface is not None:
                 kept = [call.kwargs[name] for name in interface.row_numbers if name in call.kwargs]
             elif self.engine.module is not None:
@@ -125,7 +125,7 @@ class Compiled:
 
     @property
     def aux(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Extra outputs asked for with ``aux=``, of this thread's last call: name -> site path -> tensor."""
+        """Extra outputs (``aux=``) of this thread's last call: name -> site path -> tensor."""
         outputs: Mapping[str, Mapping[str, torch.Tensor]] = getattr(self._last_call, "aux", {})
         return outputs
 
@@ -146,18 +146,18 @@ class Compiled:
     ) -> Any:
         """Continue prompts as transformers' ``generate`` does, with the same result type.
 
-        It is one call: it keeps the adapters with which it began, and in fused mode a swap waits for its end. Rows may
-        be padded on either side. Each row gives the same as alone.
+        The call keeps the adapters with which it began; in fused mode, swaps wait for its end. Rows may be padded on
+        either side. Each row has the same result as in a call of its own.
 
         Args:
             inputs: token ids (rows, length), unless they are given as ``input_ids``; torch or NumPy.
             adapters: a choice for this call, or a list with one per row.
-            seed: of a generator for the call, or a list with one per row. Default: torch's own generator.
-            draft: a choice of adapters that proposes tokens ahead, which are then verified together: None for the
-                base, or an adapter cut to a lower rank. The result is that of the call's own choice. Default: none.
+            seed: seed of a random generator for the call, or a list with one per row. Default: torch's generator.
+            draft: a choice of adapters that drafts tokens, which the call's own choice verifies together: None for the
+                base, or an adapter cut to a lower rank. The result is the same as without it. Default: no draft.
             prompt_cache: a ``lorac.PromptCache`` that keeps prompts between calls, on targets with a cache.
-            component: which of several models.
-            **options: ``input_ids``, ``attention_mask`` and whatever else transformers' ``generate`` takes.
+            component: the name of the model to run, where there are several.
+            **options: ``input_ids``, ``attention_mask`` and the other arguments of transformers' ``generate``.
 
         Raises:
             Unavailable: the model does not generate, or the target keeps no cache.
@@ -188,7 +188,7 @@ class Compiled:
 
     @property
     def memory(self) -> MemoryBudget:
-        """The bytes that adapters and caches take, and the most that they may: ``memory.limit = 1 << 30``."""
+        """The bytes that adapters and caches take, and their limit: ``memory.limit = 1 << 30``."""
         return self.pool.budget
 
     def swap(self, adapters: ChoiceSpec, *, settle: bool = False) -> SwapReport:
@@ -197,42 +197,42 @@ class Compiled:
         Running calls end with the adapters they began with. A swap that fails changes nothing.
 
         Args:
-            settle: fused mode in ONNX Runtime: also make the weights constants of the session again, and return when
-                calls use these. Until then the bound weights serve.
+            settle: in fused mode on ONNX Runtime: also make the merged weights constants of the session, and return
+                when calls use the constants. Until then, calls use the weights that the swap bound.
 
         Raises:
-            AdapterNotFound, ChoiceError: the choice names an unknown adapter or makes no sense.
-            Unavailable: ``settle`` on a target or in a mode that binds no weights; in fused mode, from inside a call.
+            AdapterNotFound, ChoiceError: the choice names an unknown adapter or is invalid.
+            Unavailable: ``settle`` on a target or in a mode that binds no weights; in fused mode, a swap inside a call.
         """
         return self.switch.swap(adapters, settle=settle)
 
     def hold(self, adapters: ChoiceSpec = UNSET) -> AbstractContextManager[HeldChoice]:
-        """Hold a choice of adapters for a block, as a request needs it that takes many calls.
+        """Hold a choice of adapters for a block, for a request that takes several calls.
 
         Every call with ``adapters=held`` computes with the adapters as they were when the block began. In live mode
-        they may be swapped, trained and removed meanwhile; the memory of a removed adapter is free when the last block
-        ends that holds it. In fused mode the weights are held: swaps, removals and calls with other choices wait for
-        the block's end, and those of its own thread are refused.
+        they may be swapped, trained and removed meanwhile; a removed adapter's memory is freed when the last block
+        that holds it ends. In fused mode, swaps, removals and calls with other choices wait until the block ends; in
+        the block's own thread they are refused.
 
         Args:
             adapters: the choice; default: the active one.
 
         Raises:
             AdapterNotFound, ChoiceError: as for ``swap``.
-            Unavailable: fused mode, and another choice than the active one.
+            Unavailable: in fused mode, the choice is not the active one.
         """
         return self.switch.hold(adapters)
 
     def prefetch(self, adapters: ChoiceSpec) -> concurrent.futures.Future[None]:
         """Read and prepare a choice of adapters in a thread, so that the first call with it does not wait.
 
-        It is a hint: where the memory budget has no room, nothing is kept.
+        It is a hint: where the memory budget has no room, nothing is cached.
 
         Args:
             adapters: the choice.
 
         Returns:
-            A future that ends when the adapters are ready; its ``result()`` raises the error of reading them.
+            A future that is done when the adapters are ready; its ``result()`` raises the error of reading them.
 
         Raises:
             AdapterNotFound, ChoiceError: as for ``swap``.
@@ -244,7 +244,7 @@ class Compiled:
         self.switch.refuse_baked()
 
     def add_adapter(self, source: object, name: str | None = None) -> str:
-        """Add an adapter at run time, without a rebuild, and return its name. A failure leaves no trace.
+        """Add an adapter at run time, without a rebuild, and return its name. A failure changes nothing.
 
         Args:
             source: a path, an Adapter, a fresh Variant, or a configuration of PEFT's.
@@ -252,7 +252,7 @@ class Compiled:
 
         Raises:
             NeedsRecompile: it needs more sites, rank or kinds of slots than were reserved.
-            CompileError: it needs a merged weight at a quantised weight.
+            CompileError: the adapter needs a merged weight where the base weight is quantised.
             AdapterError: the name is taken.
         """
         self.refuse_baked()
@@ -280,9 +280,9 @@ class Compiled:
         return adapter.name
 
     def remove_adapter(self, name: str) -> None:
-        """Remove an adapter, and take it out of the active choice; if that fails, nothing changes.
+        """Remove an adapter, also from the active choice; a failure changes nothing.
 
-        Its memory is free when the last call ends that it is part of.
+        Its memory is freed when the last call that uses it ends.
         """
         self.switch.refuse_change()
         with self.switch.lock:
@@ -304,27 +304,28 @@ class Compiled:
     def register(self, folder: str | Path) -> list[str]:
         """Register every adapter in a folder, to be read when it is used; return the names.
 
-        The name of a file or folder is the adapter's, wherever an adapter's name is asked for. Thousands may be
-        registered: each takes less than a kilobyte of memory until it is used, and ``compiled.memory`` bounds the
-        memory of those in use. They are not part of ``compiled.adapters``, and ``save`` leaves them out with a warning.
+        An adapter has the name of its file or folder. Thousands may be registered: each takes less than a kilobyte of
+        memory until it is used, and ``compiled.memory`` limits the memory of adapters in use. Registered adapters are
+        not part of ``compiled.adapters``, and ``save`` omits them with a warning.
 
         Args:
-            folder: holds adapters, one file or folder each.
+            folder: a folder of adapters, one file or folder each.
 
         Raises:
-            FormatError, AdapterError, SiteError: there is none, or one does not fit the model; then none is registered.
-            NeedsRecompile: one needs more sites, rank or kinds of slots than were reserved.
+            FormatError, AdapterError, SiteError: the folder has no adapter, or an adapter does not fit the model; then
+                no adapter is registered.
+            NeedsRecompile: an adapter needs more sites, rank or kinds of slots than were reserved.
         """
         self.refuse_baked()
         with self._add_lock:
             return self._registry.register(folder)
 
     def register_file(self, path: Path, name: str, digest: str) -> AdapterSize:
-        """Register an adapter of one file under a name, for as long as its bytes have a digest; return its size.
+        """Register an adapter of one file under a name; return its size. The file is read only if it has the digest.
 
         Raises:
-            FormatError, AdapterError, SiteError, NeedsRecompile: as for ``register``; also, when it is used, if the
-                file was changed.
+            FormatError, AdapterError, SiteError, NeedsRecompile: as for ``register``. A use of the adapter raises
+                ``FormatError`` if the file was changed.
         """
         self.refuse_baked()
         with self._add_lock:
@@ -341,7 +342,7 @@ class Compiled:
         """Report how each adapter runs at each site, and why not in a cheaper way.
 
         Args:
-            target: also list the ops that this target would not compute.
+            target: another target; the report also lists the ops that it does not support.
         """
         if target is None:
             return explain(self.session, self.switch)
@@ -350,14 +351,14 @@ class Compiled:
         return explain(self.session, self.switch, target, list_missing_ops(self.session, target))
 
     def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Compiled:
-        """Compile the model again, with the adapters' present tensors and the active choice.
+        """Compile the model again, with the adapters' current tensors and the active choice.
 
         Args:
             mode: as for ``lorac.compile``.
-            **options: other arguments of ``lorac.compile``; default: those of this compilation.
+            **options: other arguments of ``lorac.compile``; default: the arguments of this compilation.
 
         Raises:
-            BaseNeeded: the model is gone.
+            BaseNeeded: the model no longer exists.
             Unavailable: modules or weights of ``compiled.host`` were replaced.
         """
         from lorac.session.request.compile_request import CompileRequest
@@ -370,18 +371,18 @@ class Compiled:
         return build_compiled(read_model(model), request)
 
     def export_program(self, component: str = MAIN_GRAPH) -> ExportedProgram:
-        """Return the model with its adapters as a program that torch's own tools take, without anything of lorac's.
+        """Return the model with its adapters as a program for torch's own tools, without code of lorac's.
 
-        It takes the model's arguments, and the tensors of all slots by name as ``lorac=``; in mode ``"baked"`` it has
-        no slots. It answers a dict by output name. The slots of its ``example_inputs`` hold the active choice, and
-        ``program_slots`` returns those of another one. Ranks and the number of rows vary as in other programs.
+        The program takes the model's arguments, and the tensors of all slots by name as ``lorac=``; in mode ``"baked"``
+        there are no slots. It returns a dict by output name. The slots in its ``example_inputs`` are the active
+        choice's; ``program_slots`` returns another choice's. Ranks and the number of rows are dynamic.
 
         Args:
-            component: which of several models.
+            component: the name of the model, where there are several.
 
         Raises:
             ChoiceError: there is no such component.
-            BaseNeeded: the model is gone.
+            BaseNeeded: the model no longer exists.
             CaptureError, ExampleInputsNeeded: the model cannot be captured.
         """
         from lorac.session.lowering.torch_program import export_program
@@ -408,20 +409,20 @@ class Compiled:
         return program_slots(self.session, program, choice)
 
     def save(self, folder: str | Path, tokenizer: object = None, *, onnx_adapters: bool = True) -> None:
-        """Write a folder from which ``lorac.load(folder)`` makes the compiled model again, anywhere.
+        """Save the compiled model in a folder, which ``lorac.load(folder)`` loads on any machine.
 
-        It replaces an older artifact in one step. Files that lorac did not write are never removed. Registered adapters
-        stay in their own folder, which is to be registered again after ``lorac.load``; a warning says how many.
+        An older artifact is replaced atomically. Files that lorac did not write are never removed. Registered adapters
+        stay in their own folder: register it again after ``lorac.load``. A warning gives their number.
 
         Args:
             folder: where to write.
             tokenizer: a tokenizer to save with it, or a processor; default: ``compiled.processor``, if there is one.
-            onnx_adapters: whether each adapter is also written as programs read it that run without lorac. It takes its
-                bytes a second time; ``save_choice`` writes such a file later.
+            onnx_adapters: also write each adapter for programs that run without lorac, which takes its bytes a second
+                time; ``save_choice`` writes such a file later.
 
         Raises:
-            ArtifactError: the folder holds something else, or other files next to an older artifact.
-            Unavailable: an active adapter is registered only, or modules or weights of ``compiled.host`` were replaced.
+            ArtifactError: the folder is not empty and no artifact, or has other files next to an older artifact.
+            Unavailable: an active adapter is only registered, or modules or weights of ``compiled.host`` were replaced.
         """
         from lorac.session.saving import save
 
@@ -437,7 +438,7 @@ class Compiled:
         the hashes of the files; an older card is replaced.
 
         Args:
-            repo: the user's name and the repository's, which is made if it does not exist.
+            repo: the repository, ``user/name``, which is created if it does not exist.
             base_model: the base's name on the hub.
             **options: as ``Adapter.push_to_hub`` takes them.
 
@@ -452,9 +453,9 @@ class Compiled:
             return push_folder(Path(made, "files"), repo, facts, snippet, {**options, "base_model": base_model})
 
     def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
-        """Write a choice to run without lorac: as an ``.onnx_adapter`` file, or as safetensors for other targets.
+        """Write a choice for programs that run without lorac: an ``.onnx_adapter``, or safetensors for other targets.
 
-        ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
+        ``save`` writes such a file for each adapter. This method writes it for a mixture, or for an adapter that was
         added later.
 
         Raises:
@@ -467,7 +468,7 @@ class Compiled:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that was set, or the artifact's, or that of the processor; None if there is none."""
+        """The tokenizer that was set, or the artifact's, or the processor's; None without a tokenizer."""
         return find_inner_tokenizer(self.processor)
 
     @tokenizer.setter
@@ -494,7 +495,7 @@ class Compiled:
     def __dir__(self) -> list[str]:
         return list(INTERFACE)
 
-    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+    if not TYPE_CHECKING:  # a type checker would assume that every attribute exists
 
         def __getattr__(self, name: str) -> NoReturn:
             raise unknown_attribute(self, name)
@@ -503,7 +504,7 @@ class Compiled:
 class CompiledModule(nn.Module, Compiled):
     """A compiled model that is an nn.Module: ``train``, ``parameters``, ``to``, hooks and ``Trainer`` work on it.
 
-    Of its parameters only adapter tensors need gradients. Attributes it lacks are looked up on the copy of the model.
+    Only adapter tensors require gradients. Attributes that it lacks are looked up on ``host``, the copy of the model.
 
     Its state dict holds every tensor that training may change, once: the adapters' tensors under
     ``adapter_tensors.<name>.`` with each adapter's record, and the model's buffers under ``host.``. A ``/`` in a key
@@ -511,7 +512,7 @@ class CompiledModule(nn.Module, Compiled):
     adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads the files of ``Trainer``.
     """
 
-    _hf_peft_config_loaded = True  # Trainer asks it whether a quantised model has adapters to train
+    _hf_peft_config_loaded = True  # Trainer reads it: whether a quantised model has adapters to train
 
     def __init__(self, session: Session, engine: Engine) -> None:
         assert engine.module is not None
@@ -529,7 +530,7 @@ class CompiledModule(nn.Module, Compiled):
         return self._call_or_trace(args, kwargs, adapters)
 
     def _call_or_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
-        """Call the model; torch.compile gets the whole call as one graph, or breaks it with a reason."""
+        """Call the model; under torch.compile, trace the call as one graph, or break the graph and say why."""
         if not torch.compiler.is_dynamo_compiling():
             return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
         from lorac.session import whole_call
@@ -546,7 +547,7 @@ class CompiledModule(nn.Module, Compiled):
             nn.Module.__setattr__(self, name, value)
 
     def train(self, mode: bool = True) -> CompiledModule:
-        """Switch to training or eval mode; in eval mode the slots hold the tensors as they were trained."""
+        """Switch to training or eval mode; a switch to eval mode updates the slots from the trained tensors."""
         nn.Module.train(self, mode)
         for module in self.adapter_tensors.values() if mode else ():
             if isinstance(module, AdapterTensors) and module.adapter.name in dict(self.choice):
@@ -556,7 +557,7 @@ class CompiledModule(nn.Module, Compiled):
         return self
 
     def _on_adapters_changed(self) -> None:
-        """Register the tensors of the pool's adapters as parameters and buffers, by name, and no others."""
+        """Register exactly the tensors of the pool's adapters as parameters and buffers, by name."""
         known = {held.adapter: held for held in self.adapter_tensors.values() if isinstance(held, AdapterTensors)}
         own = {name: known.get(adapter) or AdapterTensors(adapter) for name, adapter in sorted(self.adapters.items())}
         tensors = {state_dict_key(name): module for name, module in own.items()}
@@ -567,7 +568,7 @@ class CompiledModule(nn.Module, Compiled):
         self._trace_name = name_for_traces(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters as PEFT does: one into the folder, or each into a folder of its own; other files stay.
+        """Write the adapters in PEFT's form: one into the folder, or several into its subfolders; other files stay.
 
         Raises:
             FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any method in lorac's own format.
@@ -578,10 +579,10 @@ class CompiledModule(nn.Module, Compiled):
             save_adapter(adapters[name], path, model=self.session.view)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
-        """Move the parameters, behind ``to``, ``half`` and ``cuda``, and bind the moved tensors.
+        """Move the parameters, for ``to``, ``half`` and ``cuda``, and bind the moved tensors.
 
         Raises:
-            Unavailable: to another dtype; or to another device in fused mode, whose swaps write weights in place.
+            Unavailable: the dtype is another; or the device is, in fused mode, whose swaps write weights in place.
         """
         for tensor in self.parameters() if self.mode != "baked" else ():
             moved = fn(tensor.detach()[:0] if tensor.dim() else tensor.detach().clone())
@@ -595,7 +596,7 @@ class CompiledModule(nn.Module, Compiled):
         self.switch.rebind()
         return self
 
-    __repr__ = Compiled.__repr__  # in place of that of nn.Module
+    __repr__ = Compiled.__repr__  # instead of nn.Module's
 
     def __dir__(self) -> list[str]:
         inherited = (n for n, member in vars(nn.Module).items() if n[0] != "_" and callable(member))
@@ -635,10 +636,10 @@ def make_compiled(session: Session, engine: Engine, choice: Choice) -> Compiled:
 
 
 def _eager_class(module: nn.Module) -> type[CompiledModule]:
-    """Make a class for a model, whose ``forward`` has the signature of the model's own.
+    """Make a subclass of ``CompiledModule`` whose ``forward`` has the signature of the model's.
 
-    Trainers look at the signature of a class's ``forward``, and sometimes at the class's name: to choose the columns
-    of a data set, to find the labels, and to decide who averages the loss.
+    Trainers inspect the signature of a class's ``forward``, and sometimes the class's name: to choose the columns
+    of a data set, to find the labels, and to decide whether the model or the trainer averages the loss.
     """
 
     def forward(self: CompiledModule, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:

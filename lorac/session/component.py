@@ -34,14 +34,14 @@ class ComponentHost(Protocol):
 
 
 class Component:
-    """One of several models compiled together, in place of the original.
+    """One of several models that were compiled together, a replacement of the original.
 
-    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it, and
-    its modules by name, to be looked at. ``adapters=`` in a call chooses adapters for that call only.
+    Call it like the model. It has the model's ``config``, ``dtype`` and ``device``, so that a pipeline accepts it, and
+    its modules by name, for inspection. ``adapters=`` in a call chooses adapters for that call only.
 
     Args:
-        compiled: all of the models.
-        name: the name of this one.
+        compiled: all compiled models together.
+        name: the name of this model.
         traits: configuration, dtype and device of the original.
     """
 
@@ -50,7 +50,7 @@ class Component:
         self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        """Answer as the model does."""
+        """Call the model. Outputs have the model's own output type."""
         return self._compiled.call(self._name, Call(args, kwargs), adapters)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
@@ -75,7 +75,7 @@ class Component:
         return self
 
     def modules(self) -> Iterator[nn.Module]:
-        """Iterate over the modules of the model; those of an emitted program have shapes and no forward."""
+        """Iterate over the model's modules; the modules of an emitted program have shapes, but no forward."""
         return self._structure.modules()
 
     @functools.cached_property
@@ -90,7 +90,7 @@ class Component:
     def __repr__(self) -> str:
         return f"<component {self._name} of {self._compiled!r}>"
 
-    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+    if not TYPE_CHECKING:  # a type checker would assume that every attribute exists
 
         def __getattr__(self, name: str) -> nn.Module:
             children = {} if name.startswith("_") else dict(self._structure.named_children())

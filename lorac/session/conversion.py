@@ -1,7 +1,7 @@
 """Conversion of any adapter to the LoRA that an engine runs, by the table of ``lorac.formats.engines``.
 
-On given inputs a truncation keeps the parts of ΔW that change their outputs most: of ΔW·C^½, with C the mean of x·xᵀ
-over the inputs x of the site (ASVD, Yuan et al. 2023, arXiv 2312.05821; SVD-LLM, Wang et al. 2024, arXiv 2403.07378).
+With inputs, a truncation keeps the parts of ΔW that change the outputs most: it truncates ΔW·C^½, with C the sum of
+x·xᵀ over the site's inputs x (ASVD, Yuan et al. 2023, arXiv 2312.05821; SVD-LLM, Wang et al. 2024, arXiv 2403.07378).
 """
 
 import os
@@ -33,13 +33,13 @@ from lorac.variants.base import invocation_of
 from lorac.variants.lora import LoRA
 
 _RANK = 16
-"""The rank of the nearest LoRA of a change that is no product of factors, where none is given: vLLM's own default."""
+"""The default rank for a change that is not a product of factors; it is vLLM's default too."""
 _DAMP = 0.01
-"""Share of the mean of C's diagonal that is added to it, so that directions without inputs keep some weight."""
+"""Share of the mean of C's diagonal that is added to the diagonal, so that directions without inputs count a little."""
 _ROUNDING = 1e-6
-"""An error that is rounding (float32), and no reason to refuse."""
+"""The largest error that counts as rounding in float32, and is not refused."""
 _EXPERTS = ("gate_up_proj", "down_proj")
-"""Stacks of which every engine takes both or none."""
+"""Stacks of experts' weights: every engine takes LoRAs of both or of neither."""
 _WATCHED = 64
 """Layers whose C is in memory at once."""
 
@@ -55,26 +55,26 @@ def convert(
     tolerance: float | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """Return the LoRA of an adapter that an engine runs, exact where there is one, and write it as the engine reads it.
+    """Convert an adapter to a LoRA that an engine runs, exactly where possible, and write it in the engine's format.
 
-    Its scale is 1 everywhere. A replaced embedding, head or token row becomes the LoRA of its difference where the
-    engine takes one there. ``provenance["errors"]`` has ‖ΔW − B·A‖ / ‖ΔW‖ of each site, and on inputs
-    ``provenance["output_errors"]`` the same of ΔW·x, under "" that of the model's outputs.
+    Its scale is 1 everywhere. A replaced embedding, head or token row becomes the LoRA of its difference from the base
+    where the engine takes a LoRA there. ``provenance["errors"]`` has ‖ΔW − B·A‖ / ‖ΔW‖ of each site. With inputs,
+    ``provenance["output_errors"]`` has the relative error of ΔW·x of each site, and of the model's outputs under "".
 
     Args:
-        adapter: of a method that edits weights; only read.
-        path: where to write, in the format that the engine reads; None: nowhere. ``save_adapter`` writes it too.
+        adapter: an adapter whose method edits weights; only read.
+        path: where to write; None: nothing is written. ``save_adapter`` can write the result later.
         for_: "vllm", "sglang", "llama.cpp", "ollama", "genai", "diffusers", "mlx" or "olive".
         model: the base, or several by name.
         rank: the largest rank; default: the exact one, and 16 where no pair of factors is exact.
-        tolerance: the largest error, on inputs of the outputs. Without ``rank`` each site has the smallest rank that
-            keeps to it; with it, a site that cannot is refused.
-        inputs: arguments of a call, as tensors or arrays by name, whose outputs the truncation is to change least.
+        tolerance: the largest error of a site; with inputs, of its outputs. Without ``rank``, each site gets the
+            smallest rank within the tolerance; with ``rank``, a site beyond the tolerance is refused.
+        inputs: arguments of a call, as tensors or arrays by name; truncation changes the outputs for them least.
 
     Raises:
-        OptionError: there is no such engine, or a rank or tolerance that it takes.
-        SiteError: the engine takes no LoRA of a site that the adapter changes, or none of the model.
-        CompileError: the method is no change of a weight; or an error is above the tolerance at the largest rank.
+        OptionError: there is no such engine, or the rank or tolerance is out of range.
+        SiteError: the engine takes no LoRA at a site that the adapter changes, or no adapters on the model.
+        CompileError: the method does not change weights; or an error is above the tolerance at the largest rank.
         AdapterError, FormatError: as ``lorac.factors`` and ``save_adapter``.
     """
     engine = find_engine(for_)
@@ -175,7 +175,7 @@ class _Conversion:
         return Delta(compute_delta(change, self.view.base.weight(site)))
 
     def _truncate(self, path: str, change: LowRank | Delta, root: tuple[Tensor, Tensor] | None) -> Truncation:
-        """Return the nearest pair, as the inputs see it where C^½ and its inverse are given."""
+        """Return the nearest pair of factors; with ``root`` (C^½ and its inverse), nearest in the site's outputs."""
         limit, tolerance = self._limit(change), self.tolerance or 0.0
         is_exact = isinstance(change, LowRank) and not tolerance and (limit is None or change.rank <= limit)
         if root is None or is_exact:
@@ -193,7 +193,7 @@ class _Conversion:
         return cut
 
     def _limit(self, change: LowRank | Delta) -> int | None:
-        """Return the largest rank of a site's LoRA; None for any."""
+        """Return the largest rank of a site's LoRA; None: no limit."""
         largest = self.engine.ranks[-1] if self.engine.ranks else None
         if self.rank is not None or self.tolerance is not None or isinstance(change, LowRank):
             return self.rank or largest
@@ -203,7 +203,7 @@ class _Conversion:
         return max(own, 1) if own <= min(few, largest or few) else _RANK
 
     def _root_moments(self, sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return path -> C^½ and its inverse (in, in), of the layers that are called; empty without inputs."""
+        """Return path -> C^½ and its inverse (in, in) for the layers that are called; empty without inputs."""
         called = {site.path: site for site in sites if site.kind is SiteKind.LINEAR and site.within is None}
         if self.inputs is None or not called:
             return {}
@@ -222,7 +222,7 @@ class _Conversion:
         return roots
 
     def _fill_groups(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Return zeros for the layers without which the engine takes none of their group."""
+        """Return zero LoRAs for missing layers of a group that the engine takes only as a whole."""
         added = {}
         for (owner, _, leaf), at in ((path.rpartition("."), at) for path, at in tensors.items()):
             groups = (*self.engine.together, _EXPERTS) if at["lora_A"].ndim > 2 else self.engine.together
@@ -246,7 +246,7 @@ def _dense(change: LowRank | Delta) -> Tensor:
 
 
 def _measure_outputs(view: ModelView, adapter: Adapter, made: Adapter, inputs: Mapping[str, Tensor]) -> float:
-    """Return ‖y' − y‖ / ‖y − base‖ of a model's first output with the adapter, y, and with the LoRA of it, y'."""
+    """Return ‖y' − y‖ / ‖y − base‖ of a model's first output: y with the adapter, y' with its LoRA, base without."""
     compiled = compile(view.module, {"given": adapter, "made": made})
 
     def answer(name: str | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""TRL's fused head, within a call of the compiled model.
+"""TRL's fused head, inside a call of the compiled model.
 
-TRL's trainers assign another ``forward`` to the model they are given: with ``fused_lm_head=True`` it calls the model's
-body, and multiplies with the head's weight chunk by chunk. On a compiled model that would go past the call, and so past
-its adapters wherever a layer is recomputed.
+TRL's trainers assign another ``forward`` to their model. With ``fused_lm_head=True``, that forward calls the model's
+body, and multiplies by the head's weight chunk by chunk. On a compiled model it would bypass the call, and so the
+adapters of layers that are recomputed.
 """
 
 import functools
@@ -18,17 +18,17 @@ from lorac.ir.sites.site import factor_dtype
 from lorac.variants.adapter import Adapter
 
 _NO_CHANGE = 1e-5
-"""‖W' − W‖ / ‖W‖ that rounding may leave of an adapter that begins at the base, such as PiSSA's."""
+"""The most ‖W' − W‖ / ‖W‖ that is rounding, for an adapter that starts at the base, such as PiSSA's."""
 
 
 def install_fused_head(compiled: Any, forward: Any) -> bool:
-    """Run TRL's ``forward`` as that of a compiled model's host; return False for any other.
+    """Install TRL's ``forward`` on a compiled model's host; return False for any other function.
 
     Args:
-        forward: the function that was assigned to the compiled model. TRL's has the name and signature of the original.
+        forward: the assigned function. TRL's function has the name and signature of the original.
 
     Raises:
-        Unavailable: the trainer that assigns it loaded the base as its reference, and an adapter begins elsewhere.
+        Unavailable: the trainer loaded the base as its reference model, and an adapter does not start at the base.
     """
     fused: Any = getattr(forward, "__func__", None)
     code = getattr(fused, "__code__", None)
@@ -62,7 +62,7 @@ class _HostWithHead:
 
 
 def _with_adapted_head(compiled: Any) -> Any:
-    """Return the host of a compiled model, with its head as the adapters of the running call change it."""
+    """Return a compiled model's host, whose head has the weight and bias that the running call's adapters give it."""
     host = compiled.host
     head = host.get_output_embeddings()
     paths = [path for path, module in host.named_modules() if module is head and path in compiled.plans]
@@ -71,10 +71,10 @@ def _with_adapted_head(compiled: Any) -> Any:
 
 
 def _refuse_base_as_reference(compiled: Any) -> None:
-    """Raise ``Unavailable`` where a TRL trainer's reference is the base, and not the model as the training begins.
+    """Raise ``Unavailable`` where a TRL trainer's reference model is the base, and the training starts elsewhere.
 
-    TRL decides it in ``__init__`` of its trainers by whether the model is PEFT's, and loads the model's folder again
-    where it is not. Nothing but that function's frame tells a model so.
+    ``__init__`` of TRL's trainers loads the model's folder again as the reference, unless the model is PEFT's. A model
+    can learn this only from that function's frame.
     """
     frame = inspect.currentframe()
     while frame is not None and getattr(frame.f_locals.get("self"), "__dict__", {}).get("ref_model") is None:
@@ -98,7 +98,7 @@ def _refuse_base_as_reference(compiled: Any) -> None:
 
 @torch.no_grad()
 def _moves_base(preparer: Any, adapter: Adapter) -> bool:
-    """Return whether an adapter changes the model; of a branch its file alone tells that it was trained."""
+    """Return whether an adapter changes the model; a branch counts as trained if it was read from a file."""
     prepared = preparer.prepare(adapter)
     for path, change in prepared.changes.items():
         weight = preparer.base.weight(preparer.sites[path])

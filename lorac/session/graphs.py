@@ -22,10 +22,10 @@ from lorac.variants.adapter import Adapter
 def collect_graphs(session: Session, switch: ChoiceSwitch) -> GraphViews:
     """Return the graphs of a compiled model; target "eager" captures its model now, in eval mode.
 
-    Of a model that was loaded, only the program that its target runs exists.
+    A loaded model has only the program that its target runs.
 
     Raises:
-        Unavailable: it was loaded from a file, and its target runs no program.
+        Unavailable: the model was loaded from an artifact, and its target runs no program.
         CaptureError, ExampleInputsNeeded: the model cannot be captured.
     """
     history = session.history

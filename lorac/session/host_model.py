@@ -1,4 +1,4 @@
-"""The model of a session, for as long as an engine or its owner holds it; afterwards its skeleton."""
+"""A session's model, while the engine or the caller keeps it; afterwards its skeleton."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -14,18 +14,18 @@ GivenModel = nn.Module | Mapping[str, nn.Module]
 
 
 class HostModel:
-    """A model that is compiled.
+    """The model that a session compiles, or its skeleton.
 
-    An engine that runs the model holds it. An engine over an emitted program releases it after the build: adapters then
+    An engine that runs the model keeps it. An engine of an emitted program releases it after the build: adapters then
     find their sites on a skeleton (``lorac.frontend.skeleton``), and base weights come from the engine's own file.
 
     Args:
         module: the model in the dtype in which the target computes; None if only a skeleton exists.
         given: the model or models as the caller gave them, from which to compile again.
-        moved: compile()'s ``dtype`` and ``device``, which make ``module`` of ``given``.
+        moved: compile()'s ``dtype`` and ``device``, with which ``module`` was made from ``given``.
 
     Attributes:
-        packed: name of a weight that the engine holds quantised -> its format.
+        packed: name of a weight that the engine stores quantised -> its format.
         widened: name of a tensor -> the narrower dtype in which it was given.
     """
 
@@ -42,7 +42,7 @@ class HostModel:
 
     @classmethod
     def stored(cls, skeleton: Mapping[str, object], base: Mapping[str, Tensor]) -> "HostModel":
-        """Return an artifact's model: its skeleton as JSON, and its base weights by name."""
+        """Make the host of an artifact from its skeleton as JSON, and its base weights by name."""
         host = cls(None)
         host._skeleton, host._base = skeleton, base
         host.widened = read_widened(skeleton)
@@ -50,12 +50,12 @@ class HostModel:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the whole model is held, not only its skeleton."""
+        """Whether the whole model is in memory, not only its skeleton."""
         return self._module is not None
 
     @property
     def module(self) -> nn.Module:
-        """The model, or its skeleton, which lives only as long as the caller holds it."""
+        """The model, or its skeleton, which is built again once no caller references it."""
         if self._module is not None:
             return self._module
         built = self._built()
@@ -75,7 +75,7 @@ class HostModel:
         self._module = widen_layers(self._module, sizes)
 
     def release(self, base: Mapping[str, Tensor]) -> None:
-        """Replace the model by its skeleton; ``base`` are the base weights that are still needed, by name."""
+        """Replace the model by its skeleton; ``base`` has the base weights that are still needed, by name."""
         if self._module is not None:
             self._skeleton, self._module, self._own, self._base = self.skeleton, None, None, base
 
@@ -98,7 +98,7 @@ class HostModel:
 
 
 def _weak_reference(given: GivenModel | None) -> Callable[[], GivenModel | None]:
-    """Return a function that gives the model or models as long as others hold them."""
+    """Return a function that returns the model or models while others reference them, and then None."""
     if given is None:
         return lambda: None
     if isinstance(given, nn.Module):

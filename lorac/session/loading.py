@@ -42,21 +42,22 @@ def load(
 ) -> Compiled:
     """Load a compiled model from an artifact of ``compiled.save``, without the original model or its weights.
 
-    Every file is opened once, checked against the manifest's hash and held open, so the folder may be replaced or
-    removed afterwards. The result answers, swaps and takes further adapters, but does not train. The class of a method
-    of one's own is needed only to add further adapters of it. Nothing that the artifact names is run without ``trust``.
-    Output classes are those of transformers and diffusers alone: the package's own if it is imported already, else a
-    class with the same names. Other outputs come back as plain dicts or tuples.
+    Every file is opened once, checked against the manifest's hash and kept open, so the folder may be replaced or
+    removed afterwards. The result can be called, swapped and given further adapters, but not trained. The class of a
+    method of your own is needed only to add further adapters of it. Without ``trust``, no code that the artifact names
+    is run. Only output classes of transformers and diffusers are restored: the package's own class if it is imported
+    already, else a class with the same names. Other outputs are plain dicts or tuples.
 
     Args:
-        folder: its path, or a name, as ``lorac.load_adapter`` takes it.
-        target: default: the target it was saved from. An eager artifact can also be compiled for another target.
-        device: where it runs; default: where it ran when it was saved.
-        trust: whether you made the artifact, or trust whoever did. An eager one may then call ops that were not tried
-            on hostile operands, and take any number of operations. Otherwise it is refused, and its calls are bounded.
-            One for target aoti is machine code, and needs it always.
-        **options: the target's options that say how a program runs, such as ``threads`` and ``spinning`` of
-            onnxruntime; default: as it was saved. An eager artifact that is compiled for another target takes all.
+        folder: the artifact's path, or a name, as ``lorac.load_adapter`` takes it.
+        target: default: the target for which it was saved. An eager artifact can also be compiled for another target.
+        device: the device on which it runs; default: the device on which it ran when it was saved.
+        trust: whether you made the artifact, or trust its maker. A trusted eager artifact may call ops that were not
+            tested with hostile operands, and take any number of operations; without trust, an artifact with such ops is
+            refused, and the operations of calls are limited. An artifact for aoti is machine code, and always needs
+            trust.
+        **options: the target's options about the running of a program, such as ``threads`` and ``spinning`` of
+            onnxruntime; default: as saved. For an eager artifact and another target, any option of that target.
 
     Raises:
         ArtifactError: damaged, unsafe, of another version, or not an artifact.
@@ -141,7 +142,7 @@ def _load_manifest(
 
 
 def _check_running_options(backend: Backend[TargetOptions], options: Mapping[str, object]) -> None:
-    """Raise ``OptionError`` for an option that does not say how a program runs."""
+    """Raise ``OptionError`` for an option that a compiled program no longer takes."""
     known = backend.options.running
     for name in options:
         if name not in known:
@@ -196,7 +197,7 @@ def _compile_stored(
 
 
 def _planned_site(path: str, manifest: Manifest, view: ModelView) -> Site:
-    """Return the site of a stored plan; it may be a site that no adapter of the artifact names any more."""
+    """Return the site of a stored plan, even if no adapter of the artifact names it any more."""
     if path in view.sites:
         return view.sites[path]
     if path in view.callable_paths:

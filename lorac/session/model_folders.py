@@ -1,4 +1,4 @@
-"""Folders in which transformers or diffusers saved a model: which class reads them, and the model without weights."""
+"""Models in folders of transformers and diffusers: find their class, load them, or build them without weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIPELINE = "model_index.json"
 _LIBRARIES = {"_class_name": "diffusers", "architectures": "transformers"}
 """Entry of a configuration that names the model's class -> the library."""
 ModelClass: TypeAlias = Any
-"""A class of a library that has no types."""
+"""A class of a library without type annotations."""
 
 
 def read_model_config(folder: Path) -> JsonMapping:
@@ -57,7 +57,7 @@ def load_model_folder(folder: Path) -> nn.Module:
 
 
 def outline_model(folder: Path) -> nn.Module:
-    """Return the model of a folder as its configuration alone makes it, on the meta device.
+    """Return the model of a folder on the meta device, built from its configuration alone.
 
     Raises:
         OptionError, MissingExtra: as ``load_model_folder``.
@@ -70,7 +70,7 @@ def outline_model(folder: Path) -> nn.Module:
                 return cls.from_config(cls.load_config(folder))
             if hasattr(cls, "config_class"):
                 model = cls(cls.config_class.from_pretrained(folder))
-                model.tie_weights()  # transformers 5.0 ties none on the meta device by itself
+                model.tie_weights()  # transformers 5.0 does not tie weights on the meta device
                 return model
             configurations = importlib.import_module("transformers").AutoConfig
             return cls.from_config(configurations.from_pretrained(folder))

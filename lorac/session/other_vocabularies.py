@@ -1,7 +1,7 @@
 """The methods by which PEFT, transformers and diffusers manage adapters, each with its counterpart in lorac.
 
 A compiled model refuses them on every target. On target ``"eager"`` they would otherwise reach the copy of the model,
-and change it behind the engine's back.
+and change it without an update of the engine.
 """
 
 from collections.abc import Mapping
@@ -73,13 +73,13 @@ _COMPUTING_NAMES_BY_STEP: Mapping[str, str] = {
 COMPUTING_STEPS: Mapping[str, str] = {
     name: step for step, names in _COMPUTING_NAMES_BY_STEP.items() for name in names.split()
 }
-"""diffusers' method that says how a model computes, or where -> its counterpart in lorac.
+"""diffusers' method that sets how or where a model computes -> its counterpart in lorac.
 
-An eager model that is compiled alone passes them on to the model that it runs."""
+An eager model that is compiled alone forwards these methods to its copy of the model."""
 
 
 def strength_in_call(argument: str) -> ChoiceError:
-    """Return the error for a LoRA's strength where diffusers takes it, as in ``cross_attention_kwargs``."""
+    """Return the error for a LoRA's strength in an argument of diffusers, such as ``cross_attention_kwargs``."""
     return ChoiceError(
         f"{argument}={{'scale': ...}} is how diffusers sets the strength of a LoRA, and no adapter of lorac's",
         next_step="compiled.swap({'name': 0.7}) sets it",

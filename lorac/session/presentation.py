@@ -1,4 +1,4 @@
-"""How a compiled model presents itself: its summary, its explanation, and the names that it offers."""
+"""A compiled model's summary, explanation and public names."""
 
 from collections import Counter
 from dataclasses import replace
@@ -66,7 +66,7 @@ def unknown_attribute(compiled: object, name: str) -> AttributeError:
 def explain(
     session: Session, switch: ChoiceSwitch, other_target: str = "", unsupported_ops: tuple[str, ...] = ()
 ) -> Explanation:
-    """Return the explanation of a compiled model in its present state; the last two arguments are as there."""
+    """Return the explanation of a compiled model's state; the last two arguments are fields of ``Explanation``."""
     plans, snapshot = session.plans, switch.state.snapshot
     terms = describe_terms(switch.prepared_adapters, plans, mode=switch.mode, snapshot=snapshot)
     unused = {path for interface in switch.engine.interfaces.values() for path in interface.unused_sites}
@@ -99,7 +99,7 @@ def explain(
 
 
 def _describe_rows(session: Session, switch: ChoiceSwitch) -> str:
-    """Return how rows with choices of their own run; empty where all have the choice that is baked in."""
+    """Describe how rows with different choices run; empty in mode "baked", where all rows have the same choice."""
     if switch.mode != "live":
         return "" if switch.mode == "baked" else "a call for each choice, since weights hold one at a time"
     engine, graphs = switch.engine, [*session.traits]
@@ -112,7 +112,7 @@ def _describe_rows(session: Session, switch: ChoiceSwitch) -> str:
 
 
 def _why_apart(session: Session, switch: ChoiceSwitch) -> dict[str, str]:
-    """Return why rows with an adapter take a call of their own, by name; adapters whose rows share one are left out."""
+    """Return adapter name -> reason why its rows take a call of their own; empty if they share calls."""
     if switch.mode != "live" or switch.engine.why_apart(ComposedWeights(()), next(iter(session.traits))):
         return {}
     found = {}

@@ -1,8 +1,8 @@
 """Adapters that stay on disk: registered by their headers, and read when they are used.
 
-A registered adapter takes a few hundred bytes of memory. Its file is checked when it is registered, but for its values:
-its sites, shapes and configuration, and whether it fits the program. Files that say the same are checked once. When the
-adapter is used, its file is read and checked as any other, or its values alone where its headers were checked before
+A registered adapter takes a few hundred bytes of memory. Registration checks everything except values: sites, shapes
+and configuration, and whether the adapter fits the program. Files with equal headers are checked once. When the adapter
+is used, its file is read and checked like any other; if its headers were checked before, only its values are
 (``lorac.formats.AdapterOutline``).
 """
 
@@ -31,17 +31,17 @@ from lorac.storage.remote.names import find_source
 from lorac.variants.adapter import Adapter
 
 _MOST_CHECKED, _MOST_OUTLINES = 10_000, 32
-"""Different headers that are remembered, and outlines of adapters, each of some 100 kB."""
+"""The most headers to cache, and the most outlines of adapters; an outline takes some 100 kB."""
 
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """How much of a model an adapter touches.
+    """The size of an adapter in a model.
 
     Attributes:
         sites: the number of sites.
         rank: the largest rank of a low-rank change; 0 if it has none.
-        invocation: the token ids from which on it acts; empty: it acts on every token.
+        invocation: the token ids from which on the adapter acts (aLoRA); empty: it acts on every token.
     """
 
     sites: int
@@ -56,10 +56,10 @@ class AdapterSize:
 
 
 class AdapterRegistry:
-    """The adapters on disk of a compiled model.
+    """A compiled model's registered adapters, which are on disk.
 
     Args:
-        session: the model that they are for.
+        session: the session of the compiled model.
     """
 
     def __init__(self, session: Session) -> None:
@@ -70,7 +70,7 @@ class AdapterRegistry:
 
     @property
     def view(self) -> ModelView:
-        """The model with its sites, which is searched once for all adapters."""
+        """The model with its sites, which are found once for all adapters."""
         module = self._session.host.module if self._view is None else self._view.module
         if self._view is None or self._view.sites is not self._session.sites:
             self._view = dataclasses.replace(self._session.view, module=module)
@@ -80,8 +80,9 @@ class AdapterRegistry:
         """Register every adapter in a folder under the name of its file or folder; return the names, sorted.
 
         Raises:
-            FormatError, AdapterError, SiteError: there is none, or one does not fit the model; then none is registered.
-            NeedsRecompile: one does not fit the reserved room.
+            FormatError, AdapterError, SiteError: the folder has no adapter, or an adapter does not fit the model; then
+                no adapter is registered.
+            NeedsRecompile: an adapter does not fit the reserved slots.
         """
         path = find_source(folder, "what register reads", FormatError, "unreadable")
         with translate_os_errors(path, FormatError, "read", "unreadable"):
@@ -98,7 +99,7 @@ class AdapterRegistry:
         return list(stored)
 
     def register_file(self, path: Path, name: str, digest: str) -> AdapterSize:
-        """Register an adapter of one file, which is read only while its bytes have a digest (``OpenFile.digest``).
+        """Register an adapter of one file, which is read only if it has the digest (``OpenFile.digest``).
 
         Raises:
             FormatError, AdapterError, SiteError, NeedsRecompile: as for ``register``.
@@ -109,7 +110,7 @@ class AdapterRegistry:
         return size
 
     def _check(self, name: str, path: Path) -> tuple[AdapterSize, int]:
-        """Check an adapter but for its values, unless one of equal headers was checked before.
+        """Check everything of an adapter except its values, unless equal headers were checked before.
 
         Returns:
             Its size, and the bytes of its tensors.
@@ -129,7 +130,7 @@ class AdapterRegistry:
         return self._checked[headers], nbytes
 
     def read(self, path: Path, name: str) -> Adapter:
-        """Read a registered adapter: its values alone, if another with its headers was checked before.
+        """Read a registered adapter: only its values, if equal headers were checked before.
 
         Raises:
             FormatError, AdapterError, SiteError: as ``load_adapter``.
@@ -141,11 +142,11 @@ class StoredFile(StoredAdapter):
     """An adapter's file or folder.
 
     Args:
-        registry: reads it.
-        path: where it lies.
-        size: of it in the model.
-        nbytes: the size of its tensors.
-        digest: of the bytes of the file; None accepts any that fit the model.
+        registry: reads the adapter.
+        path: the path of the file or folder.
+        size: the adapter's size in the model.
+        nbytes: the bytes of its tensors.
+        digest: the digest that the file must have; None: any file that fits the model.
     """
 
     __slots__ = ("_digest", "_path", "_registry")
@@ -166,7 +167,7 @@ class StoredFile(StoredAdapter):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Path]:
-        """Give the path to the block; the registered file lies there and no other."""
+        """Yield a path at which the block reads the registered file, and no other."""
         if self._digest is None:
             yield Path(self._path)
             return
@@ -179,7 +180,7 @@ class StoredFile(StoredAdapter):
 
 
 def _with_zeros(adapter: Adapter) -> Adapter:
-    """Return an adapter with zeros in the place of values that were not read."""
+    """Return an adapter with zeros in place of values that were not read."""
 
     def filled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for name, t in tensors.items()}

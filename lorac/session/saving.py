@@ -26,14 +26,14 @@ def save(
     """Write a compiled model into a folder.
 
     Args:
-        switch: the compiled model's.
+        switch: the compiled model's switch.
         folder: a new or empty folder, or an older artifact, which is replaced.
         tokenizer: has ``save_pretrained(folder)``; None: no tokenizer is saved.
         onnx_adapters: whether adapters are also written for programs that run without lorac.
 
     Raises:
-        ArtifactError: the folder holds something else, or cannot be written.
-        Unavailable: an active adapter is registered only.
+        ArtifactError: the folder contains something else, or cannot be written.
+        Unavailable: an active adapter is only registered.
     """
     _check_registered(switch)
     folder = parse_path(folder, "where compiled.save writes to", ArtifactError)
@@ -64,7 +64,7 @@ def save(
 
 
 def _check_registered(switch: ChoiceSwitch) -> None:
-    """Refuse an active adapter that is registered only, and warn of the others, which stay in their folder."""
+    """Refuse an active adapter that is only registered; warn of other registered adapters, which are not saved."""
     registered = switch.pool.registered
     active = next((name for name, _ in switch.choice if name in registered), None)
     if active is not None:
@@ -78,7 +78,7 @@ def _check_registered(switch: ChoiceSwitch) -> None:
 
 
 def _store_program(session: Session, switch: ChoiceSwitch, staged: Path) -> object:
-    """Write the backend's files; an engine that runs the model itself captures it first."""
+    """Write the backend's files; for an engine that runs the model itself, capture the model first."""
     if switch.engine.files is not None:
         return session.backend.store(switch.engine, staged, None)
     from lorac.session.building import make_build_request

@@ -22,14 +22,14 @@ from lorac.target.backend import Backend, TargetOptions
 
 @dataclass(eq=False, kw_only=True)
 class Session:
-    """Everything that lives as long as a compiled model does, except the engine.
+    """The state of a compiled model, except its engine.
 
     Attributes:
-        host: the model, or the part that an engine or an artifact has left of it.
+        host: the model; or its skeleton, after a release or in an artifact.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         preparer: reduces the adapters' formulas; holds the sites and the base weights.
         pool: the adapters, prepared.
-        reads: the layers whose weights its calls have read.
+        reads: the layers whose weights the calls have read.
         plans: the slots of every touched site.
         traits: graph name -> configuration, dtype and device of its model.
         precision: the dtypes of the model and of the target.
@@ -56,7 +56,7 @@ class Session:
         base = BaseReader(lambda site: read_weight(site, host.module), lambda site: read_bias(site, host.module))
         preparer = Preparer(ModelView.of(host.module).sites, base)
         pool = AdapterPool(preparer, trains=not backend.emits)
-        # An adapter on disk is not read for this: it may be damaged, and the call be another's.
+        # Adapters on disk are not read for this: a damaged file must not fail another adapter's call.
         reads = LayerReads(lambda: {name: pool[name].paths for name in pool.adapters})
         return cls(host=host, backend=backend, options=options, mode=mode, preparer=preparer, pool=pool, reads=reads)
 
@@ -67,7 +67,7 @@ class Session:
 
     @property
     def view(self) -> ModelView:
-        """The model with these sites. It holds the model or its skeleton, so it is not to be stored."""
+        """The model with these sites. Do not store it: it references the model or its skeleton."""
         return ModelView(self.host.module, self.sites, widened=self.host.widened, resizes=True)
 
     @property
@@ -76,20 +76,20 @@ class Session:
         return self.preparer.base
 
     def quantise_sites(self) -> None:
-        """Mark the sites whose weights the engine will hold quantised."""
+        """Mark the sites whose weights the engine will store quantised."""
         sites = self.backend.mark_quantised(self.sites, self.options, self.mode)
         self.preparer.sites = sites
         self.host.packed = {site.weight: site.packed for site in sites.values() if site.weight and site.packed}
 
     def release_model(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """Keep only those base weights of the model that an emitted program's engine holds itself.
+        """Release the model, and keep only base weights that the engine of an emitted program stores itself.
 
         Args:
-            tensors: base weights by name; None if the program never needs any.
+            tensors: these base weights by name; None if the program needs no base weights.
         """
         self.host.release(tensors or {})
         self.read_base_from(tensors)
-        if self.host.packed:  # adapters were prepared for other weights than the quantised ones
+        if self.host.packed:  # adapters were prepared for the weights before their quantisation
             self.pool.invalidate()
 
     def read_base_from(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
@@ -101,4 +101,4 @@ SHAPES_ONLY = BaseReader(
     lambda site: torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype),
     lambda site: torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None,
 )
-"""Gives tensors of the right shape in place of base weights."""
+"""A reader that returns tensors of the right shapes in place of base weights."""

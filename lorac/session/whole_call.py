@@ -1,8 +1,8 @@
 """Calls of a compiled model inside torch.compile, as one graph.
 
-Dynamo cannot trace lorac's own code: its locks, caches and the state of a call. torch traces such a function as it runs
-instead (``torch._dynamo.nonstrict_trace``), and keeps the graph for other calls while the arguments that are no tensors
-stay equal. So these name all that it depends on: the model, its adapters, the choice, which modules train.
+Dynamo cannot trace lorac's own code: its locks, its caches and the state of a call. So torch traces a call while it
+runs (``torch._dynamo.nonstrict_trace``), and reuses the graph while all arguments besides tensors are equal. These
+arguments therefore name everything that the graph depends on: the model, its adapters, the choice, the training modes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BREAKS = (
     "lorac traces a call as one graph without adapters=, in live and baked mode, without extra outputs and listeners, "
     "and without branches that train: docs/modes.md"
 )
-"""The reason of a break, which Dynamo says where the graph must be whole."""
+"""The reason of a graph break, which Dynamo reports under ``fullgraph=True``."""
 _NONE = -6_214_881_570_239
 """The number that stands for None, which torch takes neither as an argument nor as an output of such a function."""
 
 
 def name_for_traces(module: nn.Module) -> str:
-    """Return a name by which a trace finds a model, and that no model had before."""
+    """Return a new name, by which a trace finds the model."""
     name = str(next(_NUMBERS))
     _MODELS[name] = module
     return name
@@ -44,13 +44,13 @@ def name_for_traces(module: nn.Module) -> str:
 def call_in_one_graph(
     model: str, state: str, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Call a model with tensors in the place of its own, which gradients reach.
+    """Call a model with the given tensors in place of its own, so that gradients reach them.
 
     Args:
-        model: its name, another one for other adapters.
-        state: the active adapters and which modules train, by which graphs differ.
+        model: the model's name, which changes with its adapters.
+        state: a key of the active adapters and the training modes; each key has a graph of its own.
         tensors: the parameters and buffers by name.
-        args, kwargs: of the call.
+        args, kwargs: the arguments of the call.
     """
     arguments = pytree.tree_map(lambda value: _NONE if value is None else value, (args, kwargs))
     return _restore_none(trace_call(model, state, tensors, arguments))
@@ -58,7 +58,7 @@ def call_in_one_graph(
 
 @torch._dynamo.nonstrict_trace
 def trace_call(model: str, state: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
-    """Call a model as ``call_in_one_graph`` does; torch traces it as it runs."""
+    """Call a model as ``call_in_one_graph`` does; torch traces the call while it runs."""
     args, kwargs = _restore_none(arguments)
     # Where Dynamo refuses an argument or the output, such as a cache of transformers', it runs this without a trace.
     with tracing_whole_call() if detect_fake_mode(list(tensors.values())) else nullcontext():

@@ -1,1 +1,1 @@
-"""Files and folders: plans and programs as JSON, tensors, and changes of a folder in one step."""
+"""Files and folders: plans and programs as JSON, tensors, and atomic changes of folders."""

@@ -8,15 +8,15 @@
     tokenizer/…                      the tokenizer as it writes itself, if there is one
     …                                the program and its weights, as the target stores them
 
-An adapter whose name is not portable as a file name has a number instead; the manifest says which.
+An adapter whose name is not portable as a file name has a number as its file's name; the manifest says which.
 
-The manifest holds the versions, target and mode, the plan of every site, the active choice, the reductions of the
+The manifest has the versions, target and mode, the plan of every site, the active choice, the reductions of the
 adapters' formulas, the model's skeleton, the target's own entries, size and hash of every other file, and last a hash
-over all this. It holds no time stamp, path or random name, and the folder no pickle: equal input gives equal
-bytes, and loading runs no code that the artifact names; a package of target aoti is code, and loaded on trust alone.
+over all this. It has no time stamp, path or random name, and the folder has no pickle: equal input gives equal
+bytes, and loading runs no code that the artifact names. Only a package of target aoti is code, which needs trust.
 
-A folder is written next to its target and takes the target's place in one step when it is complete; after a failure
-nothing is left of it. It replaces only an older artifact, and only files that the older manifest lists.
+A folder is written next to its target, and replaces the target atomically when it is complete; a failed write leaves
+nothing. It replaces only an older artifact, and only files that the older manifest lists.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ _FIELDS: dict[str, type] = {
 
 
 def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], JsonObject]) -> None:
-    """Write an artifact; unless everything succeeds, the folder stays as it was.
+    """Write an artifact; if anything fails, the folder stays as it was.
 
     Args:
         folder: a folder that does not exist yet, an empty folder, or an older artifact, which is replaced.
@@ -67,7 +67,7 @@ def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], JsonOb
             and files.
 
     Raises:
-        ArtifactError: the folder holds something else, or an artifact and other files.
+        ArtifactError: the folder contains something else, or an artifact and other files.
         OSError: it cannot be written.
     """
     target = Path(folder)
@@ -84,7 +84,7 @@ def write_manifest(file: Path, fields: JsonObject) -> None:
 
 
 def seal_manifest(manifest: JsonObject) -> dict[str, object]:
-    """Return a manifest with the hash of all its other fields."""
+    """Return a manifest with its seal, a hash of all other fields."""
     rest = {field: value for field, value in manifest.items() if field != _SEAL}
     return {**rest, _SEAL: hashlib.blake2b(dump_json(rest).encode(), digest_size=16).hexdigest()}
 
@@ -129,11 +129,11 @@ def describe_files(folder: Path) -> JsonObject:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An artifact's manifest, whose hash and files were checked.
+    """An artifact's manifest, whose seal and files were checked.
 
     Attributes:
         fields: the manifest's fields (``_FIELDS``).
-        files: the program's files by name, held open.
+        files: the program's files by name, open.
     """
 
     folder: Path
@@ -143,7 +143,7 @@ class Manifest:
     def adapters(self) -> Iterator[tuple[str, OpenFile, OpenFile | None]]:
         """Yield each adapter's name, its record, and its normal forms if the artifact has them.
 
-        Each file is opened and checked when it is reached, since there may be more than a process may hold open.
+        Each file is opened and checked when it is reached: there may be more files than a process can have open.
         """
         for name, entry in self.fields["adapters"].items():
             yield name, self.open_adapter(name), self.open_adapter(name, FORMS) if FORMS in entry else None
@@ -163,7 +163,7 @@ class Manifest:
 
 
 def open_artifact(folder: str | os.PathLike[str]) -> Manifest:
-    """Read the manifest of an artifact, and open its program's files and check them against it.
+    """Read the manifest of an artifact; open its program's files, and check them against the manifest.
 
     Adapters are opened one by one later. ``.onnx_adapter`` files are only checked.
 

@@ -1,17 +1,17 @@
-"""Files and folders that are replaced in one step, so that a reader sees the old or the new content.
+"""Atomic replacement of files and folders: a reader sees the old or the new content.
 
 A writer prepares the new content in a workshop, a hidden folder next to the target, flushes it to disk, and moves it
 into place by one system call: ``rename``, or Linux' ``renameat2`` with ``RENAME_EXCHANGE`` for a folder that replaces
-another. A writer that is killed leaves the old or the new content, and perhaps its workshop, whose name says which
-process made it. The next write to the same target removes that once the process has ended.
+another. A writer that is killed leaves the old or the new content, and may leave its workshop, whose name says which
+process made it. The next write to the same target removes the workshop once that process has ended.
 
 Where the system cannot exchange folders, three renames through the workshop do it. A writer that is killed between them
 leaves no target, and the old folder in its workshop. ``recover_folder``, which every reader and writer calls first,
 moves it back.
 
-Windows locks no folders, so two writers of one folder at a time may each keep a part of the other's files there. It
-refuses to replace or move files that are open or mapped, such as those of a loaded artifact: writing then fails, and
-the old content stays.
+Windows cannot lock folders, so two simultaneous writers of one folder may leave a mixture of their files. It refuses to
+replace or move files that are open or mapped, such as a loaded artifact's: writing then fails, and the old content
+stays.
 
 A writer states which files of a folder are its own. All others are kept: they are linked into the new folder before it
 takes the old one's place, and files that appeared or changed meanwhile are transferred afterwards.
@@ -47,18 +47,18 @@ _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 @contextlib.contextmanager
 def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterator[Path]:
-    """Give the block a path for a file or a new folder, which replaces the target when the block ends.
+    """Yield a path for a new file or folder, which replaces the target when the block ends.
 
     If the block or the move fails, nothing changes.
 
     Args:
-        target: the place, with links followed; missing folders above it are created.
-        owned: the writer's own files in an old folder: they are removed with it. All others are kept, unless the new
-            folder has a file of the same name.
+        target: the path to replace; links are followed, and missing folders above it are created.
+        owned: returns the writer's own files in the old folder, which are removed. All other files are kept, unless
+            the new folder has a file of the same name.
 
     Raises:
-        OSError: the disk fails; or the target is a mount point, which nothing can replace, or holds the folder that
-            this process works in, which would lie nowhere afterwards.
+        OSError: the disk fails; or the target is a mount point, or contains the process's working directory, neither
+            of which can be replaced.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):  # unlike Path.is_mount, it tolerates that a folder disappears meanwhile
@@ -85,7 +85,7 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
 
 
 def _contains_working_folder(target: Path) -> bool:
-    """Whether a folder is the process's working directory, or one above it."""
+    """Return whether a folder is the process's working directory, or contains it."""
     with contextlib.suppress(OSError):  # it was removed
         return target.is_dir() and Path(os.path.realpath(os.getcwd())).is_relative_to(target)
     return False
@@ -124,8 +124,8 @@ def _transfer(
     """Link the foreign files of one folder into another, and copy its folders' permissions.
 
     Args:
-        source: the one folder.
-        into: the other.
+        source: the folder with the files.
+        into: the folder that gets the links.
         through: a path in a workshop.
         without: names of the files in ``source`` that are not foreign.
         earlier: result of an earlier call; unchanged files are not linked again.
@@ -146,7 +146,7 @@ def _transfer(
 
 
 def _link(source: Path, place: Path, through: Path) -> None:
-    """Link a file to another place, or copy it where the file system or its owner allows no link."""
+    """Hard-link a file to another path; copy it where the file system or the file's owner does not allow links."""
     if _is_folder(source):
         place.mkdir(parents=True, exist_ok=True)
         return
@@ -185,7 +185,7 @@ def flush(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Exchange two folders, the first of which lies in a workshop."""
+    """Exchange two folders, the first of which is in a workshop."""
     if _exchange_in_one_step(one, other):
         return
     through = one.with_name(_OLD)
@@ -212,7 +212,7 @@ def _exchange_in_one_step(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Admit one process or thread at a time, where the file system has locks; the system unlocks for a killed one."""
+    """Lock a folder, where the file system has locks; the system releases the lock of a killed process."""
     with contextlib.ExitStack() as unlock:
         if sys.platform != "win32":
             import fcntl
@@ -229,9 +229,9 @@ def _mark(target: Path) -> str:
 
 
 def recover_folder(path: Path) -> None:
-    """Move a folder back that a killed writer left in its workshop.
+    """Move a folder back to its path if a killed writer left it in a workshop.
 
-    Every reader of a folder calls this first; it usually costs one look at the path.
+    Every reader of a folder calls this first; it usually costs one ``stat`` of the path.
     """
     if os.path.exists(path):
         return
@@ -243,7 +243,7 @@ def recover_folder(path: Path) -> None:
 
 
 def _move_back(target: Path) -> None:
-    """Move a folder back while the lock is held, so that no living writer is between its renames."""
+    """Move a folder back; the caller holds the lock, so that no running writer is between its renames."""
     if os.path.lexists(target):
         return
     for workshop in find_process_folders(target.parent, _mark(target)):
@@ -253,11 +253,11 @@ def _move_back(target: Path) -> None:
 
 
 def read_consistently(path: Path, read: Callable[[], T]) -> T:
-    """Read a file or folder, again if it was replaced during a read that failed.
+    """Read a file or folder; if a read fails and the path was replaced meanwhile, read again.
 
     Args:
         path: the file or folder.
-        read: fails if the parts that it reads do not belong together.
+        read: reads it, and raises if its parts do not belong together.
     """
     for _ in range(_TRIES):
         recover_folder(path)
@@ -274,7 +274,7 @@ def read_consistently(path: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(path: Path) -> _Stamp | None:
-    """Return a key that identifies this file or folder among all that are ever at its path."""
+    """Return a key that distinguishes this file or folder from earlier and later ones at its path."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return found.st_dev, found.st_ino, found.st_ctime_ns

@@ -1,9 +1,9 @@
-"""Running a stored program within bounds: its sizes are checked first, and its memory and operations computed.
+"""Runs of a stored program within limits: its memory and operations are computed before it runs.
 
-Ops that are modest by themselves may double each other's results until the system kills the process, and a few
-multiplications of matrices take hours. So before the first call with some shapes, the ops run on torch's meta device,
-which allocates and computes nothing, and where shapes that do not fit are errors, whatever a kernel checks. Where sizes
-depend on values, each op is measured so before it runs.
+A few small ops may double each other's results until the system kills the process, and a few matrix products may take
+hours. So before the first call with some input shapes, the ops run on torch's meta device, which allocates and computes
+nothing, and which refuses shapes that do not fit even where a kernel does not check them. Where sizes depend on values,
+each op is measured in this way before it runs.
 """
 
 import functools
@@ -25,15 +25,15 @@ from lorac.limits import get_chosen_memory, get_chosen_operations
 from lorac.storage.op_guards import GuardedOp
 
 _KEPT_SHAPES = 4096
-"""Number of input shapes whose peak is remembered; one more, and all are forgotten."""
+"""The most input shapes whose peaks are cached; one shape more clears the cache."""
 _META = torch.device("meta")
 _OPERATIONS, _FACTOR = 1 << 38, 1 << 10
-"""Operations that any call may take, and further ones for each pair of a value of the caller's and a value that the
-program reads. A linear layer takes 2 of a pair; attention to long inputs, and features of pictures, take more."""
+"""Operations that every call may take, and further operations for each pair of a value of the caller's and a value that
+the program reads. A linear layer takes 2 per pair; attention over long inputs, and features of images, take more."""
 _PER_OP = 1 << 17
-"""Operations in the time that it takes to call an op."""
+"""The number of operations that counts for the call of an op, since it takes as long."""
 _BY_VALUES = frozenset({"repeat_interleave", "one_hot"})
-"""Ops whose results have sizes that depend on values, beyond those of their operands."""
+"""Ops whose results have sizes that depend on the operands' values, not only on their shapes."""
 _OF_MATRICES = ("solve", "inv_", "inverse", "cholesky", "_lu", "qr", "svd", "eig", "det", "matrix_exp", "cdist")
 """Parts of names of ops that take more operations than they have values."""
 Call = Callable[[fx.Node, Operands, Fields], object]
@@ -45,16 +45,16 @@ _MACHINE_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if _H
 
 
 class BoundedRun:
-    """Runs a program of functional ops.
+    """A runner of a program of functional ops, with limits on memory and operations.
 
     Args:
         program: the program.
-        callers: which of its inputs are the caller's.
+        callers: for each input, whether the caller gives it.
         is_trusted: whether it may take any number of operations, and call ops that the meta device lacks.
 
     Attributes:
-        peaks: shapes of inputs -> the most bytes that results take at once, and the operations; None if they depend on
-            values.
+        peaks: shapes of inputs -> the most bytes that results take at once, and the number of operations; None if these
+            depend on values.
     """
 
     def __init__(self, program: fx.GraphModule, callers: Sequence[bool], is_trusted: bool) -> None:
@@ -69,12 +69,12 @@ class BoundedRun:
         """Return the program's outputs.
 
         Raises:
-            InputMismatch: its results would take more memory at once than the machine has, or than ``lorac.budget``
-                allows, or more operations.
-            Exception: shapes do not fit.
+            InputMismatch: its results would take more memory at once than the machine has or ``lorac.budget`` allows,
+                or it would take too many operations.
+            Exception: torch's own error, for shapes that do not fit.
         """
         shapes, limit = tuple([value.shape for value in values]), self._find_limit(values)
-        peaks = self.peaks  # which another thread may replace
+        peaks = self.peaks  # another thread may replace the attribute
         if shapes not in peaks:
             if len(peaks) >= _KEPT_SHAPES:
                 peaks = self.peaks = {}
@@ -114,7 +114,7 @@ class BoundedRun:
         return ledger.peak, counter.operations
 
     def _measure_result(self, node: fx.Node, args: Operands, kwargs: Fields, counter: "OperationCounter") -> int:
-        """Return the bytes that an op is about to allocate for its result, as far as they may exceed its operands'."""
+        """Return the bytes that an op will allocate for its result, as far as they are known before the call."""
         given = _to_meta((args, kwargs))
         try:
             with torch.inference_mode(False), counter:
@@ -132,13 +132,13 @@ class BoundedRun:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations of ops that run on the meta device, of which others are composed.
+    """A mode that counts the operations of ops on the meta device; composed ops count by their parts.
 
     Args:
-        limit: raises ``InputMismatch`` as soon as they are too many.
+        limit: the limit, beyond which an op raises ``InputMismatch``.
 
     Attributes:
-        operations: their number.
+        operations: the number of operations so far.
     """
 
     def __init__(self, limit: Limit) -> None:
@@ -157,7 +157,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def count_operations(op: torch._ops.OpOverload, args: Operands, kwargs: Fields, result: object) -> float:
-    """Return the operations of an op: those of products by torch's formulas, else at least one for each value."""
+    """Return the number of operations of an op: of a product by torch's formula, else at least one per value."""
     tensors = [*_list_tensors((args, kwargs, result))]
     # A kernel may run along an axis although another one is empty.
     values = sum(tensor.numel() or math.prod(max(size, 1) for size in tensor.shape) for tensor in tensors)
@@ -179,7 +179,7 @@ class _Ledger:
 
     Attributes:
         live: bytes of the results that are still used.
-        peak: the most that this was.
+        peak: the maximum of ``live`` so far.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
@@ -187,7 +187,7 @@ class _Ledger:
         self._users = Counter(address for address, _ in _list_storages(given))
 
     def count(self, result: object, users: int) -> None:
-        """Add users of a result's memory, or take them away."""
+        """Add a number of users of a result's memory; a negative number removes users."""
         for address, size in _list_storages(result):
             before = self._users[address]
             self._users[address] += users
@@ -212,7 +212,7 @@ def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger:
 
 
 def _call_on_meta(node: fx.Node, args: Operands, kwargs: Fields) -> object:
-    """Call an op with operands on the meta device, without a guard that reads values."""
+    """Call an op with operands on the meta device; skip a guard that reads values."""
     target: Any = node.target
     if isinstance(target, GuardedOp) and not target.reads_values:
         target.check_operands(args, kwargs)

@@ -1,4 +1,4 @@
-"""Tensors by name in an ``.onnx_adapter``, the file of adapters of ONNX Runtime.
+"""Tensors by name in an ``.onnx_adapter``, ONNX Runtime's file format for adapters.
 
 It is a flat buffer: https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/lora/adapter_format/adapter_schema.fbs.
 ONNX Runtime does not compare the length of a parameter with its shape, so the file is read here instead.
@@ -21,7 +21,7 @@ from lorac.storage.tensor_file import TensorPlace, read_tensors
 MAGIC = b"TORT"
 """Bytes 4 to 8 of every file."""
 _VERSION = 1
-"""Version of the adapter and of the model; ONNX Runtime requires numbers, and compares them with nothing."""
+"""Version of the adapter and of the model; ONNX Runtime requires both numbers, and does not compare them."""
 _MAX_BYTES = (1 << 31) - (1 << 20)
 """The most bytes of tensors in a file: less than 2 GiB, descriptions included."""
 _DTYPES = {
@@ -34,7 +34,7 @@ _DTYPES = {
     11: torch.float64,
     16: torch.bfloat16,
 }
-"""Number of ONNX -> dtype."""
+"""ONNX's number of a data type -> dtype."""
 _PARAMETERS = 3
 """Field of the root: the vector of parameters."""
 _NAME, _DIMS, _TYPE, _DATA = range(4)
@@ -46,7 +46,7 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as an ``.onnx_adapter``; equal tensors give equal bytes.
 
     Raises:
-        MissingExtra: ONNX Runtime, which writes such files, is not installed; to read them takes none.
+        MissingExtra: ONNX Runtime, which writes such files, is not installed; reading them does not need it.
         Unavailable: the tensors are too large for such a file.
     """
     with translate_import_errors():
@@ -74,13 +74,13 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_onnx_adapter(file: BufferedReader, refuse: Callable[[str], FormatError]) -> dict[str, Tensor]:
-    """Return the tensors of an ``.onnx_adapter`` in memory of their own.
+    """Read the tensors of an ``.onnx_adapter`` into memory.
 
     Args:
         refuse: makes the error from its reason.
 
     Raises:
-        FormatError: that of ``refuse``, where the file is damaged.
+        FormatError: made by ``refuse``, if the file is damaged.
     """
     length = os.fstat(file.fileno()).st_size
     try:
@@ -148,11 +148,11 @@ class _FlatBuffer:
         return self.file.read(count)
 
     def _follow(self, at: int) -> int:
-        """Return the place that the offset at a place leads to."""
+        """Read the offset at a byte, and return the byte to which it leads."""
         return at + int.from_bytes(self._read(at, 4), "little")
 
     def _vector(self, at: int, itemsize: int) -> tuple[int, int]:
-        """Return the place of the first item of a vector, whose offset is at a place, and the number of items."""
+        """Follow the offset at a byte to a vector; return the byte of its first item, and the number of items."""
         begin = self._follow(at)
         count = int.from_bytes(self._read(begin, 4), "little")
         if begin + 4 + count * itemsize > self.length:
@@ -160,7 +160,7 @@ class _FlatBuffer:
         return begin + 4, count
 
     def _field(self, table: int, number: int) -> int | None:
-        """Return the place of a field of a table; None where it has its default."""
+        """Return the byte of a field of a table; None if the field has its default."""
         layout = table - struct.unpack("<i", self._read(table, 4))[0]
         size = int.from_bytes(self._read(layout, 2), "little")
         if 4 + 2 * number + 2 > size:

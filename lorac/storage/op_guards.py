@@ -1,7 +1,7 @@
 """Checks before ops whose kernels do not check their operands.
 
-With wrong shapes or offsets these kernels read beyond a tensor, and the quotient of the smallest integer and -1 ends
-the process. A captured program has no such calls; a file that somebody wrote may. Seen on the CPU with torch 2.13.
+With wrong shapes or offsets these kernels read beyond a tensor, and dividing the smallest integer by -1 kills the
+process. A captured program has no such calls; an untrusted file may have. Observed on the CPU with torch 2.13.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class GuardedOp:
         """Check the operands and call the op.
 
         Raises:
-            ArtifactError: they do not fit together.
+            ArtifactError: the operands do not fit together.
         """
         # While a program is exported its operands are symbolic, and nothing is computed.
         if not torch.compiler.is_compiling():
@@ -39,10 +39,10 @@ class GuardedOp:
         return self.op(*args, **kwargs)
 
     def check_operands(self, args: Operands, kwargs: Fields) -> None:
-        """Check operands, whether they are given in order or by name.
+        """Check operands that are given in order or by name.
 
         Raises:
-            ArtifactError: they do not fit together.
+            ArtifactError: the operands do not fit together.
         """
         arguments = self.op._schema.arguments
         given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
@@ -51,7 +51,7 @@ class GuardedOp:
 
 
 def guard_op(op: torch._ops.OpOverload) -> Callable[..., object]:
-    """Return an op, guarded if its kernel believes its operands."""
+    """Return an op, with a guard if its kernel does not check its operands."""
     fits = find_check(op)
     return op if fits is None else GuardedOp(op, fits)
 
@@ -136,7 +136,7 @@ _CHECKS: Mapping[str, Callable[..., bool]] = {
     **dict.fromkeys(("floor_divide", "remainder", "fmod", "lcm", "gcd"), _fits_quotient),
 }
 _MOST_PADDING = 1 << 24
-"""Far below what wraps in 32 bits when it is multiplied."""
+"""Far below numbers whose products overflow 32 bits."""
 _READ_VALUES = (_fits_bags, _fits_classes, _fits_quotient, _fits_repeats)
 _MOST_REPEATS = 1 << 40
-"""Far below what wraps in 64 bits, which the kernel does not notice."""
+"""Far below sums that overflow 64 bits, which the kernel does not check."""

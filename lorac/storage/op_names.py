@@ -1,11 +1,11 @@
-"""The ops that a stored program may name: functional ones, whose kernels check their operands.
+"""The ops that a stored program may name: functional ops whose kernels check their operands.
 
-The file, which anybody may have written, decides which ops are called. Whatever writes into an argument, leaves memory
-uninitialised, skips checks or reads a file is never among them. Of the others a file may name those of core ATen, to
-which programs are decomposed, pointwise ones, those that captured programs of models contain (``captured_ops.txt``,
-written by ``campaigns.captured_ops``), some that formulas call, and those that are guarded
-(``lorac.storage.op_guards``). The campaign
-``campaigns.op_calls`` calls them with hostile operands. The rest is for files that the caller of ``lorac.load`` trusts.
+An untrusted file decides which ops are called. No file may name an op that writes into an argument, leaves memory
+uninitialised, skips checks or reads a file. Of the other ops, every file may name: ops of core ATen, into which
+programs are decomposed; pointwise ops; ops in captured programs of models (``captured_ops.txt``, written by
+``campaigns.captured_ops``); some ops that formulas call; and guarded ops (``lorac.storage.op_guards``). The campaign
+``campaigns.op_calls`` calls these ops with hostile operands. Only files that the caller of ``lorac.load`` trusts may
+name the remaining ops.
 """
 
 import functools
@@ -26,11 +26,11 @@ from lorac.storage.op_guards import find_check, guard_op
 
 _TAGS = frozenset({torch.Tag.core, torch.Tag.pointwise})
 _EXCLUDED = ("_backward", "empty", "_embedding_bag")
-"""Parts of names of ops that do not check their indices or shapes, or give memory as it is."""
+"""Parts of names of ops that do not check their indices or shapes, or return uninitialised memory."""
 _UNSAFE_ARGUMENTS = frozenset({"filename", "unsafe", "batch_sizes"})
 """Arguments of overloads that read files or skip the checks of their operands."""
 _CAPTURED = frozenset(Path(__file__).with_name("captured_ops.txt").read_text(encoding="ascii").split()[1::2])
-"""Names of ops that captured programs call, each behind the number of these programs in the file."""
+"""Names of ops that captured programs call; in the file, the number of these programs is before each name."""
 _COMPOSED_NAMES = """
     absolute adjoint arccos arccosh arcsin arcsinh arctan arctan2 arctanh atleast_1d atleast_2d atleast_3d block_diag
     broadcast_tensors broadcast_to column_stack concat conj cosine_similarity diag dot dsplit dstack fix fliplr flipud
@@ -49,7 +49,7 @@ _NUMBER_FUNCTIONS = frozenset(
     | {"sym_ite", "sym_sum"}
 )
 _BITS = 64
-"""Longest whole number that a program computes sizes with."""
+"""The most bits of an integer with which a program computes sizes."""
 
 
 def op_name(target: object) -> str | None:
@@ -66,7 +66,7 @@ def find_op(name: str) -> Callable[..., object]:
     """Return the op registered as ``<namespace>.<name>.<overload>``, or a function on numbers.
 
     Raises:
-        ArtifactError: it is not among those that a program may call, or that a trusted one may.
+        ArtifactError: no program may call it, or only a trusted program may.
     """
     namespace, _, rest = name.partition(".")
     if namespace in _MODULES and rest in _NUMBER_FUNCTIONS:
@@ -95,14 +95,14 @@ def _is_functional(op: torch._ops.OpOverload) -> bool:
 
 @functools.cache
 def is_checked(op: torch._ops.OpOverload) -> bool:
-    """Return whether an op may be called with whatever operands a file states."""
+    """Return whether an op may be called with any operands that a file states."""
     is_known = not _TAGS.isdisjoint(op.tags) and "polynomial" not in op._opname  # of any degree, at any cost
     is_known = is_known or op.namespace == ops.LINEAR.namespace or find_check(op) is not None
     return _is_functional(op) and (is_known or op._opname in _COMPOSED or op._opname in _CAPTURED)
 
 
 def _bound_number(function: Callable[..., object]) -> Callable[..., object]:
-    """Return a function on numbers that refuses other arguments, and results of more bits than a size has."""
+    """Wrap a function on numbers, to refuse other arguments, and results of more than ``_BITS`` bits."""
 
     @functools.wraps(function)
     def bounded(*values: object) -> object:

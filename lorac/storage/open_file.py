@@ -1,4 +1,4 @@
-"""Files that are opened once and stay open, so that the bytes that were checked are read.
+"""Files that are opened once and stay open, so that later reads get the bytes that were checked.
 
 A path may lead to another file the next time it is opened, when a folder has been replaced or removed. An open file is
 hashed and read through one handle. It is not copied into memory, and stays on disk until the handle is closed. A
@@ -27,14 +27,14 @@ _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOE
 
 
 def open_handle(where: str | os.PathLike[str], *, follows_links: bool = False, within: int | None = None) -> int:
-    """Open a file or folder of a stranger's, without waiting for a pipe, and return its handle.
+    """Open an untrusted file or folder, without waiting for a pipe, and return its handle.
 
-    On Windows, which cannot open a path only if it is no link, a link that is made at that moment is followed.
+    Windows cannot refuse links while it opens a path: a link that is made between the check and the call is followed.
 
     Args:
         where: the path.
-        follows_links: whether it may be a link.
-        within: the handle of the folder that the path begins in.
+        follows_links: whether the path may be a link.
+        within: the handle of the folder to which the path is relative.
     """
     if not (follows_links or _NO_LINK) and os.path.islink(where):
         raise OSError(errno.ELOOP, "it is a link", os.fspath(where))
@@ -93,7 +93,7 @@ class OpenFile:
 
     @contextlib.contextmanager
     def named(self) -> Iterator[Path]:
-        """Give ``path`` to the block; errors that mention it mention the path at which the file was opened."""
+        """Yield ``path``; errors of the block name the path at which the file was opened instead."""
         path = self.path
         with replace_in_errors(str(path), str(self.where)):
             yield path
@@ -103,7 +103,7 @@ class OpenFile:
         return self.path.read_bytes()
 
     def mapped(self) -> mmap.mmap:
-        """Map all bytes, once for all users; the mapping ends with the last of them.
+        """Map all bytes into memory, once for all users; the mapping ends with its last user.
 
         Writes to the mapping stay in this process. An empty file cannot be mapped.
         """
@@ -122,7 +122,7 @@ class OpenFile:
     def digest(self) -> str:
         """Return a hash of the bytes, 16 bytes as text: blake2b over the blake2b hashes of its pieces of 32 MiB.
 
-        As many threads as there are cores hash pieces at the same time, once.
+        As many threads as there are cores hash pieces in parallel; the result is cached.
         """
         if self._digest is None:
             self._digest = self._hash_pieces()
@@ -161,7 +161,7 @@ def open_files(folder: Path, names: Iterable[str]) -> dict[str, OpenFile]:
 
 @functools.cache
 def _has_handle_paths() -> bool:
-    """Whether the system has paths that lead to open files: Linux with /proc."""
+    """Return whether the system has paths that lead to open files, as Linux with /proc."""
     with contextlib.suppress(OSError), open(os.devnull, "rb") as file:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(f"/proc/self/fd/{file.fileno()}"))
     return False

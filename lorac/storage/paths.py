@@ -1,4 +1,4 @@
-"""Paths, as people give them and as files name them, and the system's errors about them as lorac's."""
+"""Paths that callers give and that files name, and the translation of ``OSError`` into lorac's errors."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from lorac.argument_types import check_type
 from lorac.errors import LoracError, short
 
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
-"""An address, also if a Path has shortened its slashes; a drive has one letter."""
+"""An address, even if ``Path`` has merged its slashes. A scheme has two letters or more, a drive of Windows has one."""
 HUB_NAME = re.compile(
     r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<at>refs/(pr|convert)/\w+|[^/@]+))?(/(?P<inner>[^@]*))?(@(?P<revision>[^@]+))?",
     re.ASCII,
 )
-"""A name on the hub: the revision stands behind the repository, as in hf:// of its library, or at the end."""
+"""A name on the hub. The revision is after the repository, as in huggingface_hub's hf://, or at the end."""
 _STEP = "give the path of a file or folder"
 _LOCAL_STEP = "give a path; names of models and adapters are user/repo, hf://, s3://, gs:// and https://"
 _DEVICE = r"(?i:con|prn|aux|nul|com\d|lpt\d)"
@@ -24,7 +24,7 @@ _PORTABLE_NAME = re.compile(rf"(?!{_DEVICE}$)[A-Za-z0-9][A-Za-z0-9_-]{{0,63}}", 
 
 
 def parse_path(given: object, subject: str, kind: type[LoracError], code: str | None = None) -> Path:
-    """Return a path with ``~`` as the home folder.
+    """Return a path, with ``~`` replaced by the home folder.
 
     Args:
         given: the path.
@@ -62,12 +62,12 @@ _FOREIGN = re.compile(rf"[\\:\x00-\x1f\x7f]|[. ](?:/|$)|(?:^|/){_DEVICE}(?:\.[^/
 
 
 def is_inner_name(name: str) -> bool:
-    """Return whether a name, relative and with slashes, leads nowhere else than into its folder, if by no link."""
+    """Return whether a name, relative and with slashes, stays inside its folder; links are not examined."""
     return not _FOREIGN.search(name) and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def find_inner_path(folder: Path, name: str) -> Path | None:
-    """Return the path of an entry that a file names, or None where that could lie outside the folder.
+    """Return the path for a name in a file, or None if the path could be outside the folder.
 
     Every path that lorac takes from a file goes through here. A name is relative and has slashes. It may not be
     absolute, have empty parts or dots for parts, or pass through a link.
@@ -87,8 +87,8 @@ def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) ->
     """Return the name of each adapter's files: the adapter's own if every system accepts it, else a number.
 
     Args:
-        names: of the adapters.
-        reserved: names that files of adapters do not have.
+        names: the adapters' names.
+        reserved: a pattern of names that files of adapters must not have.
     """
     stems: dict[str, str] = {}
     for index, name in enumerate(names):

@@ -24,7 +24,7 @@ from lorac.limits import check_time, claim_memory, pause_clock
 Refuse = Callable[[str], FormatError]
 """(fault) -> the error to raise."""
 MOST_STEPS = 1_000_000
-"""Steps of a pickle: 30 for each of 30 000 tensors. torch unpickles so many in under two seconds."""
+"""The most steps of a pickle: 30 for each of 30 000 tensors, which torch unpickles in under two seconds."""
 _PICKLE = "data.pkl"
 _NAMES = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"})
 """The names in a pickle of named tensors, apart from the types of storages."""
@@ -32,11 +32,11 @@ _ARRAYS = frozenset({"numpy ndarray", "numpy dtype", "_codecs encode"})
 _RECONSTRUCT = tuple(f"numpy.{core}.multiarray" for core in ("core", "_core"))
 """The names in a pickle of NumPy's arrays, and the modules of the function that makes them."""
 _PEEKED = 1 << 24
-"""Longest pickle that is read for its names alone."""
+"""The most bytes of a pickle that ``peek_names`` reads."""
 _TEXTS = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "UNICODE"})
 """Steps of a pickle that make a text."""
 _PER_MEMBER = 1024
-"""Most bytes that Python holds for every file in a zip file."""
+"""The most bytes that Python allocates for each file in a zip file."""
 _END, _END_64 = 22, 76
 """Length of the last record of a zip file, and of the long form before it with its locator."""
 
@@ -47,11 +47,11 @@ def load_pickle(path: Path, refuse: Refuse, *, arrays: bool = False) -> object:
     Args:
         path: the file.
         refuse: makes the error.
-        arrays: whether it may hold arrays of NumPy's whole numbers too.
+        arrays: whether NumPy's integer arrays are allowed too.
 
     Raises:
-        FormatError: that of ``refuse``, where it is not such a file, or names anything that a dictionary of tensors
-            does not need; or unpacked it is larger than a file may be, or has too many members.
+        FormatError: made by ``refuse``, if the file is not of this kind, or names a function that a dictionary of
+            tensors does not need; or the unpacked file is too large, or has too many members.
     """
     names = _NAMES | _ARRAYS | {f"{module} _reconstruct" for module in _RECONSTRUCT} if arrays else _NAMES
     check_archive(path, refuse, lambda archive: _check_names(archive, refuse, names))
@@ -60,7 +60,7 @@ def load_pickle(path: Path, refuse: Refuse, *, arrays: bool = False) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # and so may the unpickler
+    except Exception as error:  # the unpickler may raise any error for damaged bytes
         reason = str(error).strip().partition("\n")[0]
         raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
 
@@ -79,7 +79,7 @@ def _list_array_types() -> list[Any]:
 
 
 def peek_names(path: Path) -> frozenset[str]:
-    """Return the short texts in a `.bin` file's pickle, names of tensors among them; empty if it is something else."""
+    """Return the short texts in a `.bin` file's pickle, including the tensors' names; empty for other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.rpartition("/")[2] == _PICKLE]
@@ -87,20 +87,20 @@ def peek_names(path: Path) -> frozenset[str]:
                 return frozenset()
             steps = itertools.islice(pickletools.genops(archive.read(members[0])), MOST_STEPS)
         return frozenset(str(argument) for opcode, argument, _ in steps if opcode.name in _TEXTS)
-    except Exception:  # a reader of zip files, or of pickles, fed with garbage may raise anything
+    except Exception:  # readers of zip files and of pickles may raise any error for damaged bytes
         return frozenset()
 
 
 def check_archive(path: Path, refuse: Refuse, check: Callable[[zipfile.ZipFile], None] = lambda _: None) -> None:
-    """Check that an archive of torch.save does not unpack to more than a file may take.
+    """Check that an archive of torch.save unpacks to no more bytes than a file may take.
 
     Args:
         path: the file.
         refuse: makes the error.
-        check: a further check of it.
+        check: a further check of the archive.
 
     Raises:
-        FormatError: that of ``refuse``, or the file would take too much.
+        FormatError: made by ``refuse``, if torch.save did not write the file; or the file would take too much memory.
     """
     try:
         with path.open("rb") as file:
@@ -110,7 +110,7 @@ def check_archive(path: Path, refuse: Refuse, check: Callable[[zipfile.ZipFile],
             check(archive)
     except (LoracError, OSError):
         raise
-    except Exception as error:  # a reader of zip files, or of pickles, fed with garbage may raise anything
+    except Exception as error:  # readers of zip files and of pickles may raise any error for damaged bytes
         raise refuse(f"torch.load(weights_only=True) refuses it: torch.save did not write it ({error})") from error
 
 
@@ -128,7 +128,7 @@ def _count_members(file: BinaryIO) -> int:
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
-    """Refuse members of one name, or that unpack to much more than the size of the file."""
+    """Refuse two members of the same name, and members that unpack to much more than the size of the file."""
     members = archive.infolist()
     if len({member.filename for member in members}) < len(members):
         raise refuse("two of its members have one name")

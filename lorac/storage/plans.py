@@ -16,7 +16,7 @@ from lorac.storage.strict_json import JsonObject
 
 
 def plan_to_json(plan: SitePlan) -> JsonObject:
-    """Return a plan as JSON, without its site, which the skeleton describes but for its ``own_size``."""
+    """Return a plan as JSON; of its site only ``own_size``, since the skeleton describes the rest."""
     return {
         "room": dict(plan.room),
         "ranks": plan.ranks,
@@ -30,7 +30,7 @@ def plan_from_json(site: Site, stored: JsonObject) -> SitePlan:
     """Return the plan of a site.
 
     Raises:
-        ArtifactError: it has room for an unknown role.
+        ArtifactError: the plan has room for an unknown role.
     """
     unknown = [role for role in stored["room"] if role not in ROLES]
     if unknown:

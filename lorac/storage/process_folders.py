@@ -1,8 +1,8 @@
-"""Folders that belong to a process, by which later processes recognise and remove those of a killed one.
+"""Folders whose names say which process made them, so that later processes can remove a killed process's folders.
 
 Their names are ``<mark>lorac-<host>-<process>-<start>-<random>``. Process ids are reused, and machines may share a
-folder. So a folder counts as abandoned only where this host knows that the process has ended. Windows does not say, so
-there those of killed processes stay.
+folder. So a folder counts as abandoned only if this host knows that its process has ended. Windows does not report
+that, so the folders of killed processes stay there.
 """
 
 import os
@@ -29,14 +29,14 @@ def make_process_folder(parent: Path, mark: str) -> Path:
 
 
 def find_process_folders(parent: Path, mark: str) -> Iterator[Path]:
-    """Yield the folders with that mark, of any process."""
+    """Yield the folders with the mark, of any process."""
     for path in sorted(parent.iterdir()):
         if path.name.startswith(mark) and _NAME.fullmatch(path.name, len(mark)) and not path.is_symlink():
             yield path
 
 
 def remove_abandoned(parent: Path, mark: str) -> None:
-    """Remove the folders with that mark whose process has ended."""
+    """Remove the folders with the mark whose process has ended."""
     for path in find_process_folders(parent, mark):
         _, host, process, start, _ = path.name[len(mark) :].split("-")
         if host == _host() and _started(int(process)) != start:
@@ -44,7 +44,7 @@ def remove_abandoned(parent: Path, mark: str) -> None:
 
 
 def make_temporary_folder() -> Path:
-    """Create an empty folder for temporary files, and remove those of killed processes."""
+    """Create an empty folder for temporary files, and remove the temporary folders of killed processes."""
     parent = Path(tempfile.gettempdir())
     remove_abandoned(parent, "")
     return make_process_folder(parent, "")
@@ -78,6 +78,6 @@ def _started(process: int) -> str | None:
             os.kill(process, 0)
     except ProcessLookupError:
         return None
-    except OSError:  # another user's
+    except OSError:  # the process is another user's
         pass
     return _UNKNOWN

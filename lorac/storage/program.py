@@ -1,4 +1,4 @@
-"""A lowered program as JSON and tensors, which an artifact stores where there is no ONNX.
+"""A lowered program as JSON and tensors, for artifacts of targets without ONNX.
 
 ``torch.export.save`` is not used, since loading unpickles its file, and evaluates text to parse sizes. Here a program
 is a list of nodes: an op by its registered name, operands, and the names of tensors. Loading looks ops up among the
@@ -24,13 +24,13 @@ from lorac.storage.op_names import find_op, op_name
 from lorac.storage.strict_json import Json, JsonObject
 
 MOST_NODES = 100_000
-"""Nodes of a program: ten times those of the largest model that lorac was tried on."""
+"""The most nodes of a program: ten times as many as the largest tested model has."""
 _ROOM, _SLACK = 16, 1 << 26
-"""Limits of the sizes that a program names: so many times the values that it holds, and so many more."""
+"""The limit of a size that a program names: ``_ROOM`` times the number of values of its tensors, plus ``_SLACK``."""
 _NAMED: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _NODE = "node"
 _NO_END = 1 << 62
-"""Beyond this a number says that a slice has no end."""
+"""From this number on, the end of a slice means that the slice has no end."""
 
 
 def program_to_json(program: ExportedProgram) -> JsonObject:
@@ -128,7 +128,7 @@ class StoredProgram(nn.Module):
         self.bounded = BoundedRun(self.program, [tensor is None for _, tensor in self.inputs], is_trusted())
 
     def call_bounded(self, given: Mapping[str, Tensor]) -> Sequence[Any]:
-        """Return the outputs for some inputs; raise ``InputMismatch`` if memory for them lacks (``BoundedRun``)."""
+        """Return the outputs for some inputs; raises ``InputMismatch`` where a limit (``BoundedRun``) is exceeded."""
         return self.bounded(self._collect(given))
 
     def _collect(self, given: Mapping[str, Tensor]) -> list[Tensor]:
@@ -169,7 +169,7 @@ def _check_identifier(name: object) -> str:
 
 
 def check_sizes(graph: fx.Graph, most: int) -> None:
-    """Refuse a graph that names sizes beyond measure, before it allocates anything.
+    """Refuse a graph that names far too large sizes, before it allocates anything.
 
     Raises:
         ArtifactError: the numbers of an operand multiply to more than ``most``.
@@ -180,7 +180,7 @@ def check_sizes(graph: fx.Graph, most: int) -> None:
 
 
 def _named_sizes(node: fx.Node) -> Iterator[Sequence[object]]:
-    """Yield the operands that may be sizes: lists of numbers, and numbers that an op takes as whole ones."""
+    """Yield the operands that may be sizes: lists, and numbers for arguments that are integers."""
     op = node.target.op if isinstance(node.target, GuardedOp) else node.target
     arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
     kinds = {argument.name: str(argument.type) for argument in arguments}
@@ -188,7 +188,7 @@ def _named_sizes(node: fx.Node) -> Iterator[Sequence[object]]:
     numbers = [value for name, value in operands if type(value) is int and "int" in kinds.get(name, "").lower()]
     yield from (value for _, value in operands if isinstance(value, list | tuple))
     yield from ([number] for number in numbers if abs(number) < _NO_END)
-    if not node.all_input_nodes:  # a call that allocates by numbers alone
+    if not node.all_input_nodes:  # a call without tensors allocates by its numbers
         yield [value for _, value in operands if type(value) is int]
 
 
@@ -210,7 +210,7 @@ def _example_to_json(node: fx.Node) -> dict[str, object]:
 
 
 def _make_example(entry: JsonObject) -> Tensor:
-    """Make a value for an input: ones are valid as ids and as a mask, noise as anything else."""
+    """Make an example of an input: ones for integers, which are valid ids and masks, and noise for the rest."""
     dtype = _operand_from_json({"dtype": entry["dtype"]}, {})
     claim_memory(math.prod(entry["shape"]) * dtype.itemsize, "the example of an input")
     if not dtype.is_floating_point:

@@ -18,7 +18,7 @@ from lorac.storage.strict_json import JsonObject
 _FORMS = frozenset({LOW_RANK, SPARSE, DELTA, DENSE, BRANCH})
 _NAMES = ("params", "outputs", "shared", "reasons")
 _ROOM, _SLACK = 16, 1 << 16
-"""Limits of sizes in a reduction: so many times the values that it reads, and so many more."""
+"""The limit of a size in a reduction: ``_ROOM`` times the number of values that it reads, plus ``_SLACK``."""
 
 
 def reduction_to_json(reduction: Reduction) -> JsonObject | None:
@@ -36,7 +36,7 @@ def reduction_from_json(stored: JsonObject) -> Reduction:
     """Return the reduction that ``reduction_to_json`` wrote.
 
     Raises:
-        ArtifactError: its form is unknown, or it calls something other than an op that artifacts may name.
+        ArtifactError: the form is unknown, or the reduction calls something other than an op that artifacts may name.
     """
     if stored["form"] not in _FORMS:
         raise ArtifactError(f"a stored reduction has the unknown form {stored['form']!r}")
@@ -56,7 +56,7 @@ def check_sizes(reduction: Reduction, weight: tuple[int, int], tensors: Iterable
     """Refuse a reduction with sizes far beyond those of the values that it reads, before it allocates anything.
 
     Args:
-        reduction: as read.
+        reduction: the reduction, as it was read.
         weight: shape (out, in) of W.
         tensors: one example per parameter; only shapes are read.
 

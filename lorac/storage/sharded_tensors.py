@@ -14,7 +14,7 @@ from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.storage.tensor_file import TensorFile
 
 _NAMES = ("model", "diffusion_pytorch_model")
-"""How the libraries call a model's weights."""
+"""The stems of the libraries' names for files of weights."""
 _OTHERS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
 _SHARD = re.compile(r"-of-\d+\.safetensors$")
 _STEP = "download the whole folder again"
@@ -28,11 +28,11 @@ class ShardedTensors(Mapping[str, Tensor]):
 
     Attributes:
         shards: file name -> the open file.
-        index: the contents of the index by entry; None where one file holds all.
-        index_name: its name.
+        index: the contents of the index by entry; None if one file has all tensors.
+        index_name: the name of the index's file.
 
     Raises:
-        FormatError: there are no such files, one is missing, damaged, or lacks a tensor that the index names.
+        FormatError: there are no such files; or a file is missing, damaged, or lacks a tensor that the index names.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,12 +66,12 @@ class ShardedTensors(Mapping[str, Tensor]):
         return {name: tensor for file in self.shards.values() for name, tensor in file.outline().items()}
 
     def shard_of(self, name: str) -> str:
-        """Return the name of the file that holds a tensor."""
+        """Return the name of the file that stores a tensor."""
         return self._places[name]
 
 
 def _find_weights(folder: Path) -> tuple[str, str]:
-    """Return the names of the file that holds all weights and of the index of several, one of which exists."""
+    """Return the names of the single file of all weights and of the index of shards, one of which exists."""
     found = [names for names in map(_file_names, _NAMES) if any((folder / name).is_file() for name in names)]
     if not found:
         raise _no_weights(folder)
@@ -83,7 +83,7 @@ def _file_names(stem: str) -> tuple[str, str]:
 
 
 def _check_complete(folder: Path, index: str, names: Collection[str]) -> None:
-    """Refuse an index that leaves out a shard of its own series; those of another number are of an earlier model."""
+    """Refuse an index that omits a shard of its own series; shards of another series are of an earlier model."""
     endings = {found[0] for name in names if (found := _SHARD.search(name))}
     others = [path.name for path in folder.glob("*.safetensors") if path.name not in names]
     left_out = [name for name in sorted(others) if (found := _SHARD.search(name)) and found[0] in endings]
@@ -96,7 +96,7 @@ def _open_shard(path: Path) -> TensorFile:
         raise FormatError(f"'{path}' is missing, and the folder's index names it", next_step=_STEP, code="corrupt_file")
     try:
         with translate_os_errors(path, FormatError, "read", "unreadable"):
-            return TensorFile(OpenFile(path.resolve()))  # the hub's folders hold links to the files
+            return TensorFile(OpenFile(path.resolve()))  # folders of the hub's cache contain links
     except ArtifactError as error:
         raise FormatError(error.what, next_step=_STEP, code="corrupt_file") from error
 

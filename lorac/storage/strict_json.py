@@ -1,7 +1,7 @@
 """JSON without the extensions that Python's parser accepts, for files of lorac and of others.
 
-Refused are names given twice, NaN and infinity, integers of more than 64 bits, and nesting so deep that a recursive
-reader of the value would fail. A value that is refused in a file is never written either.
+It refuses duplicate names, NaN and infinity, integers of more than 64 bits, and nesting so deep that a recursive
+reader of the value would fail. A value that is refused on reading is not written either.
 """
 
 import collections
@@ -20,13 +20,13 @@ from lorac.storage.open_file import OpenFile
 MAX_DEPTH = 100
 """Depth of nesting; a model's skeleton, the deepest value that lorac writes, has a few dozen levels."""
 Json = Any
-"""A value of JSON; whoever reads it checks its type."""
+"""A value of JSON; its reader checks the type."""
 JsonObject = dict[str, Json]
 _SCALARS = (str, int, float, type(None))
 _VALUES = operator.methodcaller("values")
 _BITS = 64
 _PER_VALUE = 64
-"""Most bytes of a parsed value besides its text; every comma and bracket may begin one."""
+"""The most bytes of a parsed value besides its text; every comma and bracket may begin a value."""
 
 
 def read_json_text(path: Path) -> bytes:
@@ -77,7 +77,7 @@ def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> Json
 
 
 def dump_json(value: Json, indent: int | None = None) -> str:
-    """Return a value as JSON in ASCII, with names in their order; without ``indent`` as short as possible.
+    """Return a value as JSON in ASCII, with names in their given order; without ``indent``, without any spaces.
 
     Raises:
         ValueError: ``parse_json`` would refuse the text.

@@ -1,4 +1,4 @@
-"""YAML of recipes, which may come from anyone: without aliases, repeated names, deep nesting, and classes of Python."""
+"""YAML of untrusted recipes: aliases, duplicate names, deep nesting and classes of Python are refused."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
 
     Args:
         file: the recipe, of at most 32 KiB.
-        next_step: the way out for a file that is not one.
+        next_step: the next step in the error for a file that is not a recipe.
 
     Raises:
         OptionError: the file cannot be read, is not a mapping, has a name twice or an alias, or is too large or deep.
@@ -37,7 +37,7 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
 
     def read() -> Any:
         given = yaml.load(text, _strict_loader())
-        dump_json(given)  # refuses what is nested too deeply
+        dump_json(given)  # refuses deep nesting
         return given
 
     try:

@@ -71,7 +71,7 @@ def write_safetensors(
     As in the library, larger element types come first, so that every tensor is aligned.
 
     Args:
-        tensors: by name; each is read once, when its turn comes.
+        tensors: the tensors by name; each is read once, just before it is written.
         outline: tensors of the same names, shapes and dtypes on the meta device, for tensors that take long to make.
     """
     outline = tensors if outline is None else outline
@@ -88,7 +88,7 @@ def write_safetensors(
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
         written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name in names:
-            values = raw_bytes(tensors[name])  # may take as long to make as the tensor before takes to be written
+            values = raw_bytes(tensors[name])  # made while the tensor before it is written
             written.result()
             written = writer.submit(file.write, values)
         written.result()
@@ -107,7 +107,7 @@ class TensorPlace(NamedTuple):
         return _size_of(self.dtype, self.shape)
 
     def take(self, file: Tensor) -> Tensor:
-        """Return the tensor in the bytes of the file, which are not copied."""
+        """Return the tensor as a view of the file's bytes."""
         return file[self.begin : self.begin + self.size].view(self.dtype).view(tuple(self.shape))
 
     def outline(self) -> Tensor:
@@ -123,10 +123,10 @@ class TensorHeader(NamedTuple):
 
 
 def read_header_text(file: OpenFile, refuse: Refuse) -> bytes:
-    """Return the text of a safetensors header, which ends 8 bytes later in the file.
+    """Return the text of a safetensors header, which begins at byte 8 of the file.
 
     Raises:
-        LoracError: made by ``refuse``, if it is longer than the file.
+        LoracError: made by ``refuse``, if the header would be longer than the file.
     """
     with file.path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -141,10 +141,10 @@ def read_header_text(file: OpenFile, refuse: Refuse) -> bytes:
 
 
 def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse) -> TensorHeader:
-    """Return a header whose entries are checked.
+    """Check the entries of a header, and return it.
 
-    The library checks all but a few faults: names given twice, which ``parse_object`` refuses, further fields of an
-    entry, and long names.
+    The safetensors library finds all faults except duplicate names, which ``parse_object`` refuses, further fields of
+    an entry, and long names.
 
     Args:
         entries: the parsed text of the header.
@@ -174,16 +174,16 @@ def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse
 
 
 def _find_end(entries: JsonObject) -> int:
-    """Return where the last tensor of a header ends; 0 where its entries are no offsets."""
+    """Return where the last tensor of a header ends; 0 if the header has no valid offsets."""
     with contextlib.suppress(TypeError, LookupError, ValueError):
         return max(int(entry["data_offsets"][1]) for name, entry in entries.items() if name != _METADATA)
     return 0
 
 
 def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
-    """Return tensors by name, copied once from an open file. Each owns its bytes, and saving it leaves out the others.
+    """Return tensors by name, copied once from an open file. Each has a storage of its own, so it is saved alone.
 
-    All share one allocation, which takes half the time of one for each: NumPy asks for huge pages.
+    The storages share one allocation, which takes half the time of separate allocations: NumPy requests huge pages.
 
     Raises:
         EOFError: the file ends before a tensor does.
@@ -205,10 +205,10 @@ def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace
 
 
 def read_into(memory: memoryview, file: FileIO | BufferedReader, begin: int) -> None:
-    """Fill some memory from a byte of a file on.
+    """Fill some memory with the bytes of a file from ``begin`` on.
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: the file ends before the memory is full.
     """
     file.seek(begin)
     while memory:
@@ -255,14 +255,14 @@ class _ExternalTensor:
 
     @property
     def span(self) -> int:
-        """Bytes from the first to the last, those of other tensors between rows included."""
+        """Bytes from the tensor's first to its last, including other tensors' bytes between its rows."""
         if not self.row:
             return _size_of(self.dtype, self.shape)
         return (self.shape[0] - 1) * self.row + _size_of(self.dtype, self.shape[1:])
 
     @property
     def is_valid(self) -> bool:
-        """Whether its numbers are natural, the file is long enough, and its rows do not overlap."""
+        """Whether its numbers are non-negative integers, the file is long enough, and its rows do not overlap."""
         if not all(type(number) is int and number >= 0 for number in (self.offset, self.row, *self.shape)):
             return False
         separate = not self.row or (
@@ -281,7 +281,7 @@ class _ExternalTensor:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors of an open file by name; each is mapped when it is read, and nothing stays in memory.
+    """Tensors of an open file by name; each is mapped when it is read, and none is kept in memory.
 
     The metadata lists tensors with several names, which are stored once, matrices that are stored column by column, and
     tensors that are stored in another file of the program.
@@ -337,7 +337,7 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
     def outline(self) -> dict[str, Tensor]:
-        """Return the tensors that lie in the file itself, on the meta device: their shapes and dtypes."""
+        """Return the tensors that are stored in the file itself, on the meta device: their shapes and dtypes."""
         return {name: place.outline() for name, place in self._places.items()}
 
     def load_all(self) -> dict[str, Tensor]:
@@ -368,7 +368,7 @@ class TensorFile(Mapping[str, Tensor]):
         Args:
             transposed: matrices to write column by column, for a reader that needs contiguous transposes.
             notes: further entries of the metadata.
-            elsewhere: tensors that another file of the program holds.
+            elsewhere: name -> place of a tensor that another file of the program stores.
         """
         first: dict[object, str] = {}
         alias = {}
@@ -414,7 +414,7 @@ def make_file_base_reader(file: Mapping[str, Tensor]) -> BaseReader:
 
 
 def find_transposed_weights(plans: Iterable[SitePlan]) -> list[str]:
-    """Return the names of stored weights whose slots hold their transpose, in which layout a file should store them."""
+    """Return the names of stored weights whose slots take the transpose; a file should store them by columns."""
     linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
     return [str(site.weight) for site in linear if not site.transposed]
 
@@ -431,15 +431,15 @@ _KINDS = {
     b"\x1f\x8b": _ARCHIVE,
 }
 _UNFINISHED = (".part", ".partial", ".crdownload", ".download", ".incomplete", ".tmp")
-"""Suffixes that browsers and libraries take off once a file is whole."""
+"""Suffixes of unfinished downloads, which browsers and libraries remove at the end."""
 
 
 def describe_mistake(begin: bytes, suffix: str) -> str | None:
-    """Return the kind of a file that people give by mistake, and the next step.
+    """Describe a file that was given by mistake, with the next step; None for other files.
 
     Args:
-        begin: its first bytes, 512 where there are so many.
-        suffix: of its name.
+        begin: the first 512 bytes of the file, or all of a shorter one.
+        suffix: the suffix of its name.
     """
     if suffix in _UNFINISHED:
         return "an unfinished download: get it once more"

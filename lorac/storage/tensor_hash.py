@@ -15,11 +15,11 @@ from lorac.storage.tensor_file import DTYPE_NAMES, raw_bytes
 _FEW_BYTES = 4 << 20
 """Bytes that one thread hashes as fast as several."""
 _EARLIER_LENGTH = 32
-"""Characters of a hash as lorac made it before."""
+"""Characters of a hash of earlier versions of lorac."""
 
 
 def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Hash a description together with its tensors, so that neither is combined with another.
+    """Hash a description together with its tensors, so that neither can be exchanged alone.
 
     Args:
         text: the description.
@@ -34,11 +34,11 @@ def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_described(text: str, described: Sequence[bytes], values: Sequence[memoryview]) -> str:
-    """Return the hash of ``hash_contents``. As many threads as there are cores hash tensors at the same time.
+    """Return the hash of ``hash_contents``. As many threads as there are cores hash tensors in parallel.
 
     Args:
         described: name, dtype and shape of each tensor (``describe_tensor``), sorted by name.
-        values: the bytes of each.
+        values: the bytes of each tensor.
     """
     if sum(map(len, values)) <= _FEW_BYTES:
         hashes = _hash_each(values)
@@ -58,7 +58,7 @@ def _hash_each(values: Sequence[memoryview]) -> list[bytes]:
 
 
 def agrees_with_hash(hashed: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a hash is that of contents (``hash_contents``), also as lorac made it before, in one thread."""
+    """Return whether contents have a hash: that of ``hash_contents``, or that of earlier versions of lorac."""
     if isinstance(hashed, str) and len(hashed) == _EARLIER_LENGTH:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(dump_json([text, len(tensors)]).encode())

@@ -1,1 +1,1 @@
-"""Answers: tokens as text, parsed, streamed, and in the form that clients read."""
+"""Answers: tokens are decoded, parsed, streamed, and written in OpenAI's form."""

@@ -1,4 +1,4 @@
-"""The answers to a request: their tokens as text, as they come."""
+"""Answers to a request: tokens become text while they are generated."""
 
 import contextlib
 import time
@@ -23,8 +23,8 @@ class AnswerPart:
     """A part of an answer: the text and log-probabilities of some tokens.
 
     Attributes:
-        index: of the answer.
-        parsed: text, reasoning and calls of tools.
+        index: the answer's number in the request, from 0.
+        parsed: text, reasoning and tool calls.
         tokens: the tokens, if log-probabilities are reported.
         reason: why the answer ends: "stop", "length" or "tool_calls"; empty until then.
     """
@@ -37,18 +37,18 @@ class AnswerPart:
 
 @final
 class Answer:
-    """An answer that is being computed: its tokens become text, up to the strings that end it, and the text is parsed.
+    """An answer in progress: its tokens are decoded up to the first stop string, and the text is parsed.
 
-    Text that may yet become a stop string is held back.
+    Text that may be the beginning of a stop string is held back.
 
     Args:
-        stream: its tokens.
+        stream: the answer's tokens.
         tokenizer: decodes them.
-        stops: strings that end the answer, and are no part of it.
-        parser: divides the text, with special tokens, into content, reasoning and calls; None: all is content.
+        stops: stop strings, which are left out of the text.
+        parser: splits the text, special tokens included, into content, reasoning and calls; None: all is content.
 
     Attributes:
-        stopped: whether one of the strings has come.
+        stopped: whether a stop string has been found.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Answer:
         self._decoded = self._held = ""
 
     def add(self, token: int) -> ParsedText:
-        """Return the part of the answer that a token makes certain."""
+        """Add a token, and return the new text that cannot be part of a stop string, parsed."""
         self._ids.append(token)
         return self._parse(self._take(self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""))
 
     def end(self) -> ParsedText:
-        """Return the rest when no token follows: text that was held back, and incomplete characters."""
+        """Return the rest at the end of the tokens: text that was held back, and incomplete characters."""
         text = ""
         if not self.stopped:
             whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._parser is None)
@@ -80,7 +80,7 @@ class Answer:
         return rest if self._parser is None else rest.joined(self._parser.end())
 
     def _take(self, new: str) -> str:
-        """Add decoded text, and return the part that is certain."""
+        """Add decoded text, and return the text that cannot be part of a stop string."""
         self._decoded += new
         ends = [(stop.find(new), stop.begun) for stop in self._stops]
         found = [len(self._held) + end - length for end, length in ends if end is not None]
@@ -97,16 +97,16 @@ class Answer:
 async def read_answers(
     request: ActiveRequest, answers: Sequence[Answer], metrics: ServerMetrics, *, has_logprobs: bool
 ) -> AsyncGenerator[AnswerPart]:
-    """Yield the parts of the answers to a request as their tokens come. Leaving the loop ends the request.
+    """Yield the parts of a request's answers as tokens come. Closing the generator cancels the request.
 
     Args:
-        request: counts its tokens.
-        answers: are computed together.
-        metrics: knows of the request while it is read.
+        request: gets the token counts and finish reasons.
+        answers: the request's answers, which are computed together.
+        metrics: lists the request as running until the generator ends.
         has_logprobs: whether log-probabilities are reported.
 
     Raises:
-        DeadlinePassed: before an answer ended.
+        DeadlinePassed: the server's deadline passed before an answer ended.
         LoracError: an answer could not be computed.
     """
 

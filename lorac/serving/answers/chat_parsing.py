@@ -1,4 +1,4 @@
-"""Content, reasoning and tool calls in the text of a chat's answer, as transformers parses it."""
+"""Parse a chat's answer into content, reasoning and tool calls, by transformers' parser."""
 
 import json
 import uuid
@@ -12,15 +12,15 @@ from lorac.serving.tokenizer import FastTokenizer
 
 Event: TypeAlias = JsonMapping
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names of the same field in response templates."""
+"""Names that response templates give to the reasoning."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool.
+    """A tool call of the model.
 
     Attributes:
-        arguments: JSON.
+        arguments: the arguments as JSON text.
     """
 
     id: str
@@ -34,8 +34,8 @@ class ParsedText:
 
     Attributes:
         content: the text for the reader.
-        reasoning: the thoughts before it.
-        calls: the calls of tools.
+        reasoning: the model's reasoning before the content.
+        calls: the tool calls.
     """
 
     content: str = ""
@@ -46,16 +46,16 @@ class ParsedText:
         return bool(self.content or self.reasoning or self.calls)
 
     def joined(self, *others: "ParsedText") -> "ParsedText":
-        """Return this part and those behind it as one."""
+        """Concatenate this part and later parts."""
         parts = (self, *others)
         content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
         return ParsedText(content, reasoning, tuple(call for part in parts for call in part.calls))
 
 
 def find_response_template(tokenizer: FastTokenizer, model_type: str) -> JsonMapping | None:
-    """Return the response template of a model's tokenizer, or transformers' own for its kind; None without either.
+    """Return the tokenizer's response template, else transformers' default for the model type, else None.
 
-    Only transformers' server knows the kinds, in a function outside its documented interface.
+    The defaults are in transformers' server, behind an undocumented function.
     """
     from transformers.cli.serving import utils
 
@@ -66,13 +66,13 @@ def find_response_template(tokenizer: FastTokenizer, model_type: str) -> JsonMap
 
 @final
 class ChatParser:
-    """Divides the text of an answer, special tokens included, as it comes.
+    """Parser of an answer's text, special tokens included, as it comes.
 
     Args:
-        tokenizer: its response template describes answers.
-        template: replaces the tokenizer's own.
-        prompt: the text before the answer, which may have begun it.
-        tools: those that the answer may call.
+        tokenizer: makes transformers' parser.
+        template: the response template (``find_response_template``).
+        prompt: the text before the answer; it may end with the beginning of the answer's format.
+        tools: the tools that the answer may call.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ChatParser:
         self._unread, self._failed = "", False
 
     def add(self, text: str) -> ParsedText:
-        """Parse the next piece of the text; a call that cannot be read is content."""
+        """Parse the next piece of the text; a tool call that cannot be parsed becomes content."""
         if self._failed:
             return ParsedText(text)
         try:
@@ -92,7 +92,7 @@ class ChatParser:
             return ParsedText(self._unread + text)
 
     def end(self) -> ParsedText:
-        """Parse the end of the text."""
+        """Finish parsing at the end of the text."""
         if self._failed:
             return ParsedText()
         try:
@@ -125,18 +125,18 @@ def _read_event(event: Event) -> ParsedText:
 
 @final
 class CallReader:
-    """Reads the text of an answer that a grammar keeps to one call of a tool, as JSON."""
+    """Parser of an answer that a grammar restricts to one tool call in JSON."""
 
     def __init__(self) -> None:
         self._text = ""
 
     def add(self, text: str) -> ParsedText:
-        """Add a piece of the text, which is only read at its end."""
+        """Add a piece of the text; ``end`` parses the whole."""
         self._text += text
         return ParsedText()
 
     def end(self) -> ParsedText:
-        """Read the text; a call that is cut off is content."""
+        """Parse the text; a truncated call becomes content."""
         try:
             call, _ = json.JSONDecoder().raw_decode(self._text)
         except ValueError:

@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves."""
+"""Work that is cancelled when its client disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
@@ -9,14 +9,14 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 CLIENT_LEFT = 499
-"""The status in the log of a request whose client has left; nginx's number."""
+"""The status that the log has for a request whose client disconnected, as in nginx."""
 
 
 async def run_while_connected(work: Awaitable[T], receive: Receive) -> T | None:
-    """Return the result of some work; None, and the work is cancelled, if the client leaves before.
+    """Await some work and return its result; cancel it and return None if the client disconnects first.
 
     Args:
-        receive: gives messages of a request whose body has been read.
+        receive: ASGI's ``receive`` of a request whose body has been read.
     """
 
     async def wait_for_disconnect() -> None:
@@ -35,14 +35,14 @@ async def run_while_connected(work: Awaitable[T], receive: Receive) -> T | None:
 
 @final
 class EventStream(StreamingResponse):
-    """Server-sent events that end when the client leaves, even before one is sent.
+    """A response of server-sent events, which is cancelled when the client disconnects, even before the first event.
 
     Args:
-        events: as ``format_event`` writes them.
+        events: the events, as ``format_event`` returns them.
     """
 
     def __init__(self, events: AsyncGenerator[str]) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must pass each on at once
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not buffer events
         super().__init__(events, headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,12 +50,12 @@ class EventStream(StreamingResponse):
 
 
 def format_event(data: str) -> str:
-    """Return an event of a stream."""
+    """Return data in the form of a server-sent event."""
     return f"data: {data}\n\n"
 
 
 async def merge_streams(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T]:
-    """Yield the items of several streams as they come; when one fails, or the reader leaves, all are closed."""
+    """Yield the items of several streams as they come; if one raises, or the generator is closed, cancel all."""
     items: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
 
     async def pump(stream: AsyncIterator[T]) -> None:

@@ -9,9 +9,9 @@ from fastapi.responses import JSONResponse
 
 @final
 class JsonAnswer(JSONResponse):
-    """JSON that is made in a thread, where no other thread waits for more than a part of it.
+    """A JSON response, encoded piece by piece in Python so that other threads can run in between.
 
-    The encoder in C would keep the interpreter, and with it the event loop, to the end of the text.
+    The encoder in C would hold the interpreter lock, and so block the event loop, until the whole text is encoded.
     """
 
     def render(self, content: object) -> bytes:

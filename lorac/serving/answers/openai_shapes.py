@@ -13,16 +13,16 @@ from lorac.serving.tokenizer import FastTokenizer
 
 Json = dict[str, object]
 LEAST_LOGPROB = -9999.0
-"""OpenAI's number for tokens that cannot come."""
+"""OpenAI's log-probability of a token whose probability is 0."""
 
 
 class AnswerShape(ABC):
     """The form of the answers to a request.
 
     Args:
-        request: is answered.
+        request: the request.
         tokenizer: decodes tokens whose log-probabilities are reported.
-        has_logprobs: whether any are.
+        has_logprobs: whether log-probabilities are reported.
     """
 
     prefix: ClassVar[str]
@@ -52,7 +52,7 @@ class AnswerShape(ABC):
         return []
 
     def usage(self) -> Json:
-        """Return the numbers of tokens as the last event of a stream."""
+        """Return the token counts as the last event of a stream."""
         return {**self._head(self.chunk_kind), "choices": [], "usage": self._request.usage}
 
     def _head(self, kind: str) -> Json:
@@ -122,7 +122,7 @@ class ChatShape(AnswerShape):
 
 @final
 class CompletionShape(AnswerShape):
-    """The form of continued prompts."""
+    """The form of a completion's answers."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 

@@ -1,6 +1,6 @@
 """A server on a Ray cluster: replicas of a front answer clients, replicas of a worker compute.
 
-A request goes to a worker that has served its adapters before. If that worker dies, the request goes on at another one
+A request goes to a worker that has served its adapters before. If that worker dies, another worker continues the text
 after the tokens that came; the client sees a pause.
 """
 

@@ -19,17 +19,17 @@ from lorac.serving.store import AdapterStore
 
 
 class RayServer(pydantic.BaseModel, extra="forbid"):
-    """A server on Ray.
+    """The description of a server on Ray.
 
     Attributes:
         folder: the compiled model, at a path that every node has.
-        settings: of the server; ``rows`` and ``waiting`` are those of one worker.
-        workers: how many workers, or the fewest and the most; in between, one is added while requests wait.
-        store: a folder for the adapters that tenants bring, which all nodes share; empty: they may bring none. With it,
-            there is one front.
+        settings: the server's settings; ``rows`` and ``waiting`` count per worker.
+        workers: the number of workers, or (fewest, most): Ray adds workers while requests wait.
+        store: a folder for the adapters that tenants upload, which all nodes share; empty: no uploads. A server with a
+            store has one front.
         bases: names by which PEFT's configurations call the model (``AdapterStore``).
-        adapters_per_worker: how many choices of adapters a worker is kept to while others have room.
-        fronts: how many replicas answer clients.
+        adapters_per_worker: the most choices of adapters that Ray routes to one worker while others have room.
+        fronts: the number of replicas that answer clients.
         trust: as for ``lorac.load``, by every worker.
         worker_options: Ray's options of a worker's process, such as ``{"num_cpus": 4}``.
     """
@@ -72,7 +72,7 @@ def build_server(server: RayServer) -> serve.Application:
 
 
 def _scale(workers: int | tuple[int, int], rows: int) -> dict[str, object]:
-    """Return Ray's options for a number of workers. A worker with more requests than rows has some that wait."""
+    """Return Ray's options for the number of workers. Workers are added when a worker has more requests than rows."""
     if isinstance(workers, int):
         return {"num_replicas": workers}
     fewest, most = workers
@@ -81,10 +81,10 @@ def _scale(workers: int | tuple[int, int], rows: int) -> dict[str, object]:
 
 
 class Front:
-    """Answers clients.
+    """A replica that answers clients.
 
     Args:
-        workers: compute.
+        workers: the handle of the workers, which compute.
         server: the server's description.
     """
 

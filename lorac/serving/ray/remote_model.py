@@ -1,4 +1,4 @@
-"""A model that workers hold, as a front knows it."""
+"""The workers' model as a front sees it: without weights, adapters' tensors and caches."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lorac.runtime.traits import ModelTraits
 from lorac.target.kv_cache import CacheSpec
 
 Event: TypeAlias = "TextToken | str | LoracError | None"
-"""An answer of a worker: None when it has taken a request, its tokens, and why it ended or cannot go on."""
+"""An event of a request at a worker: None on acceptance, a token, the finish reason, or the error."""
 
 
 @dataclass(frozen=True)
 class SharedFile:
-    """An adapter that came while the server runs, where all workers can read it.
+    """The file of an adapter that was added while the server runs, on storage that all workers read.
 
     Attributes:
-        path: of its file.
-        digest: of its bytes.
+        path: the path of the file.
+        digest: the digest of its bytes (``OpenFile.digest``).
     """
 
     path: Path
@@ -36,11 +36,11 @@ class SharedFile:
 @final
 @dataclass(frozen=True)
 class RemoteAdapters(Collection[str]):
-    """The names of the workers' adapters. Each worker has its own in memory.
+    """The names of the workers' adapters. Workers differ in which adapters they have in memory.
 
     Attributes:
-        names: of the adapters in the model's folder.
-        files: name -> the file of an adapter that came while the server runs.
+        names: the names of the adapters in the model's folder.
+        files: name -> the file of an adapter that was added while the server runs.
     """
 
     names: tuple[str, ...]
@@ -57,16 +57,16 @@ class RemoteAdapters(Collection[str]):
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """None: a front has no adapters in memory."""
+        """Always empty, since a front has no adapters in memory."""
         return ()
 
     @property
     def read_seconds(self) -> deque[float]:
-        """None: a front reads no adapters."""
+        """Always empty, since a front reads no adapters."""
         return deque()
 
     def find_files(self, choices: Iterable[ChoiceSpec]) -> dict[str, SharedFile]:
-        """Return the files of those adapters of some choices that have one, by name.
+        """Return name -> file of the adapters in the choices that were added while the server runs.
 
         Raises:
             AdapterNotFound, ChoiceError: as for ``compiled.swap``.
@@ -79,16 +79,16 @@ class RemoteAdapters(Collection[str]):
 @final
 @dataclass(frozen=True)
 class RemoteModel:
-    """The model that workers hold, as a front knows it.
+    """The workers' model as a front sees it, with the attributes of ``Compiled`` that an app reads.
 
     Attributes:
-        tokenizer: of the model.
-        processor: that has the tokenizer, of a model that reads images; else the tokenizer.
+        tokenizer: the model's tokenizer.
+        processor: the processor of a model that reads images; else the tokenizer.
         traits: graph -> its attributes.
-        spec: the limits of its cache.
-        pool: its adapters.
-        limit: of memory; a front has no adapters nor caches.
-        used: memory.
+        spec: the limits of the model's cache; None: no cache.
+        pool: the names of the adapters.
+        limit: the limit on memory; None, since a front has neither adapters nor caches.
+        used: the bytes of memory in use; 0.
     """
 
     tokenizer: object
@@ -101,12 +101,12 @@ class RemoteModel:
 
     @property
     def engine(self) -> RemoteModel:
-        """Itself: it knows the limits of the cache."""
+        """This object, which has ``cache_spec``."""
         return self
 
     @property
     def memory(self) -> RemoteModel:
-        """Itself: it knows the use of memory."""
+        """This object, which has ``limit`` and ``used``."""
         return self
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
@@ -114,5 +114,5 @@ class RemoteModel:
         return self.spec if graph == MAIN_GRAPH else None
 
     def hold(self, choice: ChoiceSpec) -> contextlib.AbstractContextManager[object]:
-        """Do nothing: workers hold pinned adapters."""
+        """Do nothing: each worker pins its adapters itself."""
         return contextlib.nullcontext()

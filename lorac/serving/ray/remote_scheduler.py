@@ -1,4 +1,4 @@
-"""Requests that are computed by workers, and outlive them."""
+"""Requests that workers compute; a request moves to another worker if its worker dies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorac.serving.ray.remote_model import Event, RemoteModel, SharedFile
 from lorac.serving.ray.worker_calls import MOST_MOVES, WORKER_ENDED, all_full, moved_too_often
 
 PAUSE = 0.2
-"""Seconds between two looks whether a client has left, and before a full cluster is asked again."""
+"""Seconds between checks whether a client has disconnected, and before a full cluster is tried again."""
 
 
 @final
@@ -33,8 +33,8 @@ class RemoteScheduler:
 
     Args:
         compiled: the model.
-        workers: compute.
-        rows: the most requests at work, over all workers.
+        workers: the handle of the workers.
+        rows: the most running requests, over all workers.
         loop: runs the requests' tasks.
     """
 
@@ -81,20 +81,20 @@ class RemoteScheduler:
 
     @property
     def load(self) -> tuple[int, int]:
-        """The number of requests that get tokens, and of those that wait for their first."""
+        """The number of requests that have a token, and the number that wait for their first."""
         running = sum(each.running for each in self._requests)
         return running, len(self._requests) - running
 
     @property
     def works(self) -> bool:
-        """Whether a worker runs, as Ray's controller says; it takes a while, and no event loop may wait for it."""
+        """Whether Ray's controller reports a running worker. The call blocks, so no event loop may make it."""
         application = serve.status().applications.get(self._workers.app_name)
         if application is None:
             return False
         return bool(application.deployments[self._workers.deployment_name].replica_states.get("RUNNING"))
 
     def close(self) -> None:
-        """Return when the requests that were submitted have ended."""
+        """Wait until all submitted requests have ended."""
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
 
     async def _drain(self) -> None:
@@ -102,18 +102,18 @@ class RemoteScheduler:
 
 
 class _ClientLeft(Exception):
-    """Nobody reads the stream any more, or its deadline has passed."""
+    """The client has disconnected, or the request's deadline has passed."""
 
 
 @final
 class RemoteRequest:
-    """A request at a worker; it outlives the worker.
+    """A request at a worker; if the worker dies, the request moves to another.
 
     Args:
         request: the prompt and its options.
-        name: of its choice of adapters.
-        files: name -> file of those of its adapters that came while the server runs.
-        workers: compute.
+        name: the name of its choice of adapters, by which Ray routes it.
+        files: name -> file of its adapters that were added while the server runs.
+        workers: the handle of the workers.
 
     Attributes:
         stream: the tokens, as the app reads them.
@@ -122,7 +122,7 @@ class RemoteRequest:
     def __init__(
         self, request: TextRequest, name: str, files: Mapping[str, SharedFile], workers: DeploymentHandle
     ) -> None:
-        # Another worker can only go on with draws whose seed is known.
+        # Another worker can continue the draws only if it knows the seed.
         self._request = dataclasses.replace(
             request, seed=secrets.randbits(63) if request.seed is None else request.seed
         )
@@ -135,7 +135,7 @@ class RemoteRequest:
         """Submit the request to a worker.
 
         Raises:
-            LoracError: it refuses.
+            LoracError: the worker refuses the request, or no worker has room.
         """
         while True:
             try:
@@ -144,7 +144,7 @@ class RemoteRequest:
                 self._count_move(error)
 
     async def follow(self) -> None:
-        """Pass the workers' tokens on until the request ends."""
+        """Forward the workers' tokens to the stream until the request ends."""
         try:
             self.stream.end(await self._read_to_end())
         except _ClientLeft:
@@ -167,7 +167,7 @@ class RemoteRequest:
             await self._move()
 
     async def _read(self) -> str:
-        """Pass the tokens of one worker on; return why the text ends."""
+        """Forward one worker's tokens to the stream; return the finish reason."""
         while not isinstance(event := await self._next(), str):
             if isinstance(event, LoracError):
                 raise event
@@ -177,7 +177,7 @@ class RemoteRequest:
         return event
 
     async def _move(self) -> None:
-        """Have another worker take the request, as soon as one has room."""
+        """Submit the request to another worker, as soon as one has room."""
         while True:
             with contextlib.suppress(OverBudget):
                 return await self.begin()

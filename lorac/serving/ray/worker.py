@@ -1,4 +1,4 @@
-"""A replica that computes."""
+"""The replica of a server on Ray that holds the model and computes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _GAUGES = {
 
 
 class Worker:
-    """Holds the compiled model, and computes.
+    """A replica that holds the compiled model, and computes.
 
     Args:
         folder: the compiled model.
-        settings: of the server.
-        adapters: how many choices of adapters it is kept to.
-        grows: whether adapters come while it runs.
+        settings: the server's settings.
+        adapters: the most choices of adapters that Ray routes to it while other workers have room.
+        grows: whether adapters may be added while it runs.
         trust: as for ``lorac.load``.
     """
 
@@ -62,7 +62,7 @@ class Worker:
         for name in settings.pinned:
             self._held.enter_context(self._compiled.hold(name))
 
-        async def name_choice(name: str) -> str:  # the engine itself keeps adapters; Ray only learns who is where
+        async def name_choice(name: str) -> str:  # the engine loads adapters; Ray only learns which worker has which
             return name
 
         self._claim = serve.multiplexed(max_num_models_per_replica=adapters)(name_choice)
@@ -79,10 +79,10 @@ class Worker:
         )
 
     async def answer(self, request: TextRequest, files: Mapping[str, SharedFile]) -> AsyncIterator[Event]:
-        """Yield a request's events: that it is taken, its tokens, and its end.
+        """Yield a request's events: None on acceptance, its tokens, then the finish reason or the error.
 
         Args:
-            files: name -> file of those of its adapters that came while the server runs.
+            files: name -> file of its adapters that were added while the server runs.
         """
         await self._claim(serve.get_multiplexed_model_id())
         try:
@@ -96,7 +96,7 @@ class Worker:
                 yield event
 
     def _submit(self, request: TextRequest, files: Mapping[str, SharedFile]) -> TokenStream:
-        assert self._scheduler is not None  # no front asks a model for text that gives none
+        assert self._scheduler is not None  # fronts send text requests only to models that generate text
         self._files.add(files)
         processors = request.options.get("logits_processor", ())
         assert isinstance(processors, Sequence)
@@ -112,7 +112,7 @@ class Worker:
     async def compute(
         self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], files: Mapping[str, SharedFile], tenant: str
     ) -> Mapping[str, Tensor] | LoracError:
-        """Return rows of the model's outputs, or why there are none.
+        """Return rows of the model's outputs, or the error.
 
         Args:
             files: as for ``answer``.
@@ -124,14 +124,14 @@ class Worker:
             return error
 
     async def register(self, name: str, file: SharedFile) -> AdapterSize | LoracError:
-        """Register an adapter; return its size, or why it is refused."""
+        """Register an adapter; return its size, or the error."""
         try:
             return await asyncio.to_thread(self._files.register, name, file)
         except LoracError as error:
             return error
 
     def check_health(self) -> None:
-        """Report the load, and let go of adapters that are gone; Ray asks every two seconds."""
+        """Report the load, and remove adapters whose files are gone; Ray calls it every two seconds."""
         self._files.drop_missing()
         running, waiting = (0, 0) if self._scheduler is None else self._scheduler.load
         values = (running, waiting, self._compiled.memory.used, len(self._compiled.pool))
@@ -146,13 +146,13 @@ class Worker:
 
 
 class AdapterFiles:
-    """The adapters of a worker that came while it runs. Threads may share it.
+    """The adapters that were added to a worker while it runs. Threads may share it.
 
     Args:
         compiled: the worker's model.
 
     Attributes:
-        own: names of the adapters in the model's folder.
+        own: the names of the adapters in the model's folder.
     """
 
     def __init__(self, compiled: Compiled) -> None:
@@ -161,20 +161,20 @@ class AdapterFiles:
         self._lock = threading.Lock()
 
     def add(self, files: Mapping[str, SharedFile]) -> None:
-        """Register adapters that are not known yet; raises as ``Compiled.register_file``."""
+        """Register the adapters that are not registered yet; raises as ``Compiled.register_file``."""
         with self._lock:
             for name in files.keys() - self._known.keys():
                 self._register(name, files[name])
 
     def register(self, name: str, file: SharedFile) -> AdapterSize:
-        """Register an adapter, again if it is known; raises as ``Compiled.register_file``."""
+        """Register an adapter in place of an earlier one of its name; raises as ``Compiled.register_file``."""
         with self._lock:
             if name in self._known:
                 self._remove(name)
             return self._register(name, file)
 
     def drop_missing(self) -> None:
-        """Let go of adapters whose files are gone; requests at work keep them to their end."""
+        """Remove adapters whose files are gone; running requests keep them until they end."""
         with self._lock:
             for name in [name for name, file in self._known.items() if not file.path.exists()]:
                 self._remove(name)
@@ -190,7 +190,7 @@ class AdapterFiles:
 
 
 async def _read(tokens: AsyncIterator[TextToken], stream: TokenStream) -> AsyncIterator[Event]:
-    """Yield the tokens of a request, and why it ended or cannot go on."""
+    """Yield a request's tokens, then its finish reason or the error."""
     try:
         async for token in tokens:
             yield token

@@ -1,4 +1,4 @@
-"""Calls of workers that give one answer: rows of a model's outputs, and the registration of an adapter."""
+"""Calls of workers that return one result: rows of a model's outputs, or the size of a registered adapter."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 WORKER_ENDED = (RayActorError, TaskCancelledError)
 """Errors of calls to a worker that was killed, died with its node, or was scaled away."""
 MOST_MOVES = 5
-"""How often a request may go on at another worker."""
+"""How often a request may move to another worker."""
 
 
 def all_full() -> OverBudget:
-    """Return the error of a request that no worker has room for."""
+    """Return the error for a request for which no worker has room."""
     text = "every worker has as many requests as it may"
     return OverBudget(text, next_step="submit it again later", code="queue_full")
 
 
 def moved_too_often() -> Unavailable:
-    """Return the error of a request whose workers ended."""
+    """Return the error for a request that lost a worker too often."""
     text = f"{MOST_MOVES + 1} workers that computed this request ended before it did"
     return Unavailable(text, next_step="submit it again")
 
@@ -57,11 +57,11 @@ async def call_worker(workers: DeploymentHandle, method: str, *given: object) ->
 
 @final
 class RemoteRows:
-    """A computer of rows that calls workers.
+    """Computation of rows by calls of workers.
 
     Args:
-        pool: the model's adapters.
-        workers: compute.
+        pool: the names and files of the adapters.
+        workers: the handle of the workers.
     """
 
     def __init__(self, pool: RemoteAdapters, workers: DeploymentHandle) -> None:
@@ -80,14 +80,14 @@ class RemoteRows:
 
 @final
 class RemoteAdapterHolder:
-    """The model that workers hold, as a store of adapters sees it.
+    """The workers' model, as a store of adapters sees it.
 
-    An adapter is checked by one worker, and the others read it when a request needs it. A worker lets go of it when its
-    file is gone.
+    One worker checks an adapter; the others read it when a request needs it. A worker removes the adapter when its file
+    is gone.
 
     Args:
-        pool: the model's adapters.
-        workers: compute.
+        pool: the names and files of the adapters.
+        workers: the handle of the workers.
         loop: runs the calls; its own thread must not register adapters.
     """
 
@@ -95,7 +95,7 @@ class RemoteAdapterHolder:
         self.pool, self._workers, self._loop = pool, workers, loop
 
     def refuse_baked(self) -> None:
-        """Do nothing: workers do not start with a baked model and a store."""
+        """Do nothing: with a store, a worker of a baked model refuses to start."""
 
     def register_file(self, path: Path, name: str, digest: str) -> AdapterSize:
         """Register an adapter of one file; raises as ``Compiled.register_file``."""

@@ -1,1 +1,1 @@
-"""The fields of requests, and the adapters, options and forms of answers that they ask for."""
+"""The fields of requests: the adapters, the options of generation and the form of the answers."""

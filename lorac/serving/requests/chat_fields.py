@@ -19,18 +19,18 @@ ANY: JsonMapping = {"type": "object"}
 
 
 class TextPart(pydantic.BaseModel, extra="forbid", strict=True):
-    """A part of a message."""
+    """A part of a message that is text."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageAddress(pydantic.BaseModel, extra="forbid", strict=True):
-    """An image.
+    """The address of an image.
 
     Attributes:
-        url: a data URL, which holds it.
-        detail: the size at which it is read is the model's.
+        url: a data URL.
+        detail: the resolution; "auto" alone, since the model's processor decides.
     """
 
     url: str
@@ -59,7 +59,7 @@ class CalledFunction(pydantic.BaseModel, extra="forbid", strict=True):
     """A function that the model called.
 
     Attributes:
-        arguments: JSON.
+        arguments: the arguments as JSON text.
     """
 
     name: str
@@ -67,7 +67,7 @@ class CalledFunction(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 class ToolCallFields(pydantic.BaseModel, extra="forbid", strict=True):
-    """A call in an earlier turn."""
+    """A tool call in an earlier turn."""
 
     id: str
     type: Literal["function"] = "function"
@@ -87,18 +87,18 @@ class ChatMessage(pydantic.BaseModel, extra="forbid", strict=True):
 
     @property
     def parts(self) -> Sequence[TextPart | ImagePart]:
-        """The content by parts."""
+        """The content as a list of parts."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     def for_template(self, images: Iterator[object] | None = None) -> dict[str, object]:
         """Return the turn as chat templates take it.
 
         Args:
-            images: those of the conversation from this turn on, of which it takes its own; None: the template is for
-                text alone.
+            images: the images of the conversation from this turn on, from which the turn takes its own; None: the
+                template is for text alone.
 
         Raises:
-            RefusedField: it has images, and the template is for text alone.
+            RefusedField: the turn has images, and the template is for text alone.
         """
         texts = [part.text for part in self.parts if isinstance(part, TextPart)]
         content: object = "".join(texts)
@@ -130,7 +130,7 @@ class ToolFunction(pydantic.BaseModel, extra="forbid", strict=True):
     """A function that the model may call.
 
     Attributes:
-        strict: whether arguments must fit the schema, as those of a forced call do, strict or not.
+        strict: accepted and ignored: the arguments of a forced call always fit the schema.
     """
 
     name: Annotated[str, pydantic.Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -160,7 +160,7 @@ class NamedTool(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 class JsonSchema(pydantic.BaseModel, extra="forbid", strict=True):
-    """A schema that an answer must satisfy; it always does, strict or not."""
+    """A schema that every answer satisfies, whether ``strict`` is set or not."""
 
     name: str
     schema_: JsonMapping = pydantic.Field(alias="schema")
@@ -179,8 +179,8 @@ class ChatFields(SamplingFields):
     """The fields of a chat request.
 
     Attributes:
-        tools: the answer may call them, where the model's tokenizer says how calls look.
-        tool_choice: "required" or a tool: the answer is one call, as JSON that the schema of its arguments admits.
+        tools: tools that the answer may call; needs a tokenizer with a response template, or a forced call.
+        tool_choice: with "required" or a tool, the answer is one call, in JSON that fits the schema of its arguments.
     """
 
     messages: Annotated[Items[ChatMessage], pydantic.Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -242,10 +242,10 @@ class ChatFields(SamplingFields):
 
 
 class TokenizeFields(pydantic.BaseModel, extra="forbid", strict=True):
-    """The fields of a request for the tokens of a prompt or of a conversation, as vLLM's.
+    """The fields of a request for the tokens of a prompt or of a conversation, as in vLLM.
 
     Attributes:
-        model: is not used: all adapters have the base's tokenizer.
+        model: ignored: all adapters have the base's tokenizer.
     """
 
     model: str = ""
@@ -255,7 +255,7 @@ class TokenizeFields(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 def _call_schema(functions: Sequence[ToolFunction]) -> dict[str, object]:
-    """Return the schema of a call of one of some functions; references within their own schemas still lead there."""
+    """Return the schema of a call of one of the functions; a ``$ref`` in their own schemas is rewritten to fit."""
     calls, own = [], {}
     for function in functions:
         text = json.dumps(function.parameters or ANY)

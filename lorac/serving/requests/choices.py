@@ -15,18 +15,18 @@ from lorac.serving.requests.sampling_fields import ActiveFields, Strengths
 Spec: TypeAlias = "Strengths | None"
 _LISTED = "GET /v1/models lists them"
 _PART = re.compile(r"(?P<name>.+):(?P<strength>[-+0-9.e]+)")
-"""A part of a mixture that a model's name spells."""
+"""A part ``name:strength`` of a mixture in the field ``model``."""
 
 
 def check_shared_names(names: Iterable[str], base_name: str) -> None:
     """Check that the field ``model`` can name the adapters that all tenants share.
 
     Args:
-        names: of these adapters.
+        names: the names of these adapters.
         base_name: the name of the model without adapters.
 
     Raises:
-        AdapterError: it would name something else.
+        AdapterError: requests would read a name as the base or as a mixture.
     """
     for name in names:
         read = "the model without adapters" if name == base_name else "a mixture"
@@ -43,12 +43,12 @@ def read_choices(
     """Return the choice of adapters for each prompt of a request.
 
     Args:
-        source: knows the adapters.
-        tenant: who asks.
+        source: finds adapters by name.
+        tenant: the tenant of the request.
         base_name: the name of the model without adapters.
         model: the field ``model``.
         adapters: the field ``adapters``.
-        prompts: their number.
+        prompts: the number of prompts.
 
     Raises:
         AdapterNotFound: the tenant has no such adapter.
@@ -85,7 +85,7 @@ def read_choices(
 
 
 def _parse_model(model: str) -> Strengths:
-    """Return the adapter, or the mixture, that a model's name spells."""
+    """Parse the field ``model`` as an adapter's name or a mixture."""
     parts = [_PART.fullmatch(part) for part in model.split("+")]
     if not all(parts):
         return model

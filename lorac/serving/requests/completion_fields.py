@@ -10,11 +10,11 @@ from lorac.serving.requests.sampling_fields import SamplingFields
 
 Ids = Annotated[Items[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]], pydantic.Field(min_length=1)]
 USUAL_TOKENS = 16
-"""The most tokens of an answer to a request that does not say, as OpenAI's."""
+"""The default of ``max_tokens``, as in OpenAI's API."""
 
 
 def list_texts(given: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
-    """Return the texts of a field that holds one or several, as text or token ids."""
+    """Return a field's texts as a list; the field holds one text or several, each as text or token ids."""
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
@@ -26,7 +26,7 @@ class CompletionFields(SamplingFields):
     """The fields of a request that continues prompts.
 
     Attributes:
-        prompt: one or several, as text or token ids.
+        prompt: one prompt or several, as text or token ids.
     """
 
     prompt: str | Ids | Annotated[Items[str] | Items[Ids], pydantic.Field(min_length=1, max_length=64)]

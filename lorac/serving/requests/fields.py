@@ -1,4 +1,4 @@
-"""The fields of requests in general: null ones, and those whose value says how answers are anyway."""
+"""Fields of requests that change nothing: null fields, and fields that ask for the server's usual behaviour."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,13 +26,13 @@ USUAL: Mapping[str, Sequence[object] | None] = {
     "suffix": [""],
     "use_beam_search": [False],
 }
-"""Fields of OpenAI's and vLLM's clients that no request has here -> the values that change nothing; None: all do."""
+"""Field of OpenAI's or vLLM's clients that the server lacks -> the values that it ignores; None: any value."""
 
 
 def drop_usual(cls: type[pydantic.BaseModel], fields: object) -> object:
-    """Leave fields out that say nothing: null ones, and those with a value of ``USUAL``.
+    """Drop fields that change nothing: null fields, and fields with a value of ``USUAL``.
 
-    It validates a model before its fields: ``pydantic.model_validator(mode="before")(drop_usual)``.
+    Use it as a validator that runs before the fields': ``pydantic.model_validator(mode="before")(drop_usual)``.
     """
     if not isinstance(fields, dict):
         return fields

@@ -1,4 +1,4 @@
-"""Answers that must be JSON: scores of tokens that would break it are cut off."""
+"""Answers that must be JSON: the scores of tokens that would break the grammar become -inf."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @final
 class Grammars:
-    """Makes logits processors that keep answers to a form. Threads may share it.
+    """A factory of logits processors that restrict answers to a JSON schema. Threads may share it.
 
     Args:
-        tokenizer: of the model.
-        vocabulary: number of logits.
+        tokenizer: the model's tokenizer.
+        vocabulary: the number of logits.
         ends: tokens that end an answer.
 
     Raises:
-        RefusedField: the tokenizer is of a kind that the grammar cannot read.
+        RefusedField: llguidance cannot read this kind of tokenizer.
     """
 
     def __init__(self, tokenizer: FastTokenizer, vocabulary: int, ends: list[int]) -> None:
@@ -43,7 +43,7 @@ class Grammars:
 
     @classmethod
     def of(cls, model: ServedModel) -> Grammars:
-        """Return those of a decoder's tokenizer; raises as the class."""
+        """Make the factory for a decoder's tokenizer; raises as the class."""
         spec = model.engine.cache_spec(MAIN_GRAPH)
         assert spec is not None  # its scheduler has checked it
         ends = (model.traits[MAIN_GRAPH].generation or {}).get("eos_token_id", [])
@@ -53,8 +53,8 @@ class Grammars:
         """Return a logits processor for one answer.
 
         Args:
-            schema: of the answer, which is JSON.
-            prompt: tokens of the prompt.
+            schema: the JSON schema of the answer.
+            prompt: the number of tokens of the prompt.
             field: the field of the request that gives the schema.
 
         Raises:
@@ -74,7 +74,7 @@ class Grammars:
         return mask
 
     def bind(self, mask: GrammarMask) -> None:
-        """Let a mask know the tokens that it admits."""
+        """Give a mask its matcher, which reads this factory's tokenizer."""
         from llguidance import LLMatcher
 
         mask.matcher = LLMatcher(self._tokens, mask.grammar, log_level=0)
@@ -82,16 +82,16 @@ class Grammars:
 
 @final
 class GrammarMask:
-    """A logits processor that admits the tokens with which one answer stays within a grammar.
+    """A logits processor that admits only tokens that keep one answer within a grammar.
 
-    It is pickled before its first token, without its matcher, to which ``Grammars.bind`` binds it again.
+    Pickle it before its first token only. The matcher is not pickled; ``Grammars.bind`` gives it a new one.
 
     Args:
-        grammar: as llguidance writes it.
-        prompt: tokens of the prompt.
+        grammar: the grammar in llguidance's text form.
+        prompt: the number of tokens of the prompt.
 
     Attributes:
-        matcher: follows the answer.
+        matcher: llguidance's matcher, which has read the answer so far.
     """
 
     matcher: LLMatcher
@@ -103,7 +103,7 @@ class GrammarMask:
         return GrammarMask, (self.grammar, self._seen)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (1, vocabulary) after the text (1, length)."""
+        """Return the next token's scores (1, vocabulary) after a text (1, length), with -inf for other tokens."""
         new = input_ids[0, self._seen :].tolist()
         self._seen += len(new)
         self.matcher.consume_tokens(new)

@@ -1,4 +1,4 @@
-"""The JSON of a request, read in a thread: the event loop, on which all answers wait, never parses."""
+"""The JSON of a request, parsed in a thread so that parsing does not block the event loop."""
 
 import functools
 import json
@@ -12,14 +12,14 @@ from fastapi.exceptions import RequestValidationError
 T = TypeVar("T")
 FieldsT = TypeVar("FieldsT", bound=pydantic.BaseModel)
 Items: TypeAlias = Annotated[list[T], pydantic.Field(fail_fast=True)]
-"""A list that is checked up to its first fault: the faults of a megabyte take seconds to describe."""
+"""A list that is validated up to its first fault, since describing all faults of a megabyte takes seconds."""
 Name: TypeAlias = Annotated[str, pydantic.Field(max_length=256)]
 MOST_KEYS = 1024
 """The most keys of an object."""
 
 
 def read_body(fields: type[FieldsT]) -> Any:
-    """Return the mark of an endpoint's argument that is read from the body of a request, as by ``parse_fields``."""
+    """Return FastAPI's dependency that reads a request's body into fields (``parse_fields``)."""
 
     async def read(http: fastapi.Request) -> FieldsT:
         media, body = http.headers.get("content-type", "").partition(";")[0].strip().lower(), await http.body()
@@ -32,11 +32,11 @@ def read_body(fields: type[FieldsT]) -> Any:
 
 
 def parse_fields(fields: type[FieldsT], body: bytes) -> FieldsT:
-    """Return the fields that JSON holds.
+    """Parse JSON into fields.
 
     Raises:
-        RequestValidationError: it is not JSON, has an object of too many keys, or fields that do not fit; its body is
-            the model.
+        RequestValidationError: the body is not JSON, has an object of too many keys, or fields that do not fit. The
+            error's ``body`` is the class of the fields.
     """
     try:
         json.loads(body, object_pairs_hook=_check_keys)
@@ -44,7 +44,7 @@ def parse_fields(fields: type[FieldsT], body: bytes) -> FieldsT:
     except pydantic.ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
         of_first = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
-        # Of the errors of a union's types, the deepest that is not of the type itself says what to change.
+        # A union reports errors of each of its types. The deepest that is no type error says what to change.
         worst = max(of_first, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
         raise RequestValidationError([{**worst, "loc": ("body", *worst["loc"])}], body=fields) from None
     except (ValueError, RecursionError) as error:

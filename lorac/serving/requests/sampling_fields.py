@@ -1,4 +1,4 @@
-"""The fields that requests for text have in common, and the options of ``generate`` that they stand for."""
+"""The fields that requests for text share, and their translation into options of ``generate``."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated, TypeAlias
@@ -21,11 +21,11 @@ MOST_ROWS = 256
 """The most texts of a request for embeddings, and the most choices of adapters."""
 _DIGITS = 20
 _EXTENSIONS = ("min_p", "repetition_penalty")
-"""Fields that are options of ``generate``, and not OpenAI's."""
+"""Fields that OpenAI's API lacks; each is an option of ``generate``."""
 
 
 class ActiveFields(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
-    """How an adapter acts, as ``lorac.Active``."""
+    """The strength and rank of an adapter, as in ``lorac.Active``."""
 
     strength: float = 1.0
     rank: Amount | None = None
@@ -42,24 +42,24 @@ StopText: TypeAlias = Annotated[str, pydantic.Field(max_length=1024)]
 
 
 class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
-    """The reports of a stream besides the answers.
+    """The options of a stream.
 
     Attributes:
-        include_usage: the numbers of tokens, in a last event.
+        include_usage: send the token counts in a last event.
     """
 
     include_usage: bool = False
 
 
 class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow_inf_nan=False):
-    """The fields that requests for text have in common: OpenAI's, and some that vLLM's clients know.
+    """The fields that requests for text share: OpenAI's, and some of vLLM's.
 
     Attributes:
         model: an adapter, a mixture ``a:0.7+b:0.3``, or the base.
-        adapters: a choice of adapters as ``compiled.swap`` takes it, for the base; or a list with one per prompt.
-        seed: of the first answer; that of the i-th is larger by i.
-        user: is logged.
-        top_k: 0, and -1 as vLLM's clients say it, cut nothing off.
+        adapters: where ``model`` is the base: a choice as ``compiled.swap`` takes it, or a list with one per prompt.
+        seed: the seed of a prompt's first answer; its answer i, from 0, has seed + i.
+        user: the client's name for its user, which is logged.
+        top_k: the number of likeliest tokens to draw from; 0 or -1: all tokens.
     """
 
     model: ModelName
@@ -85,16 +85,16 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
     @property
     @abstractmethod
     def logprob_count(self) -> int | None:
-        """The number of the likeliest tokens that are reported with each; None for no log-probability at all."""
+        """The number of likeliest tokens to report with each token; None: report no log-probabilities."""
 
     @property
     @abstractmethod
     def new_tokens(self) -> int | None:
-        """The most tokens of an answer; None: as many as the server gives."""
+        """The most tokens of an answer; None: the server's limit."""
 
     @property
     def answer_schema(self) -> tuple[str, JsonMapping] | None:
-        """The field that wants answers of JSON, and their schema; None: any text."""
+        """The name of the field that asks for answers in JSON, and their schema; None: any text."""
         return None
 
     @property
@@ -104,7 +104,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
 
     @property
     def reports_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
@@ -145,19 +145,19 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
 
 
 class CountPenalty:
-    """A logits processor that lowers the scores of tokens by how often the answer holds them, as OpenAI's penalties do.
+    """A logits processor of OpenAI's penalties: it lowers the scores of tokens that the answer already has.
 
     Args:
-        prompt: tokens of the prompt, which do not count.
-        presence: is subtracted once from tokens that occur.
-        frequency: is subtracted each time that they do.
+        prompt: the number of tokens of the prompt, which do not count.
+        presence: subtracted once from the score of each token in the answer.
+        frequency: subtracted from a token's score for each time that the answer has it.
     """
 
     def __init__(self, prompt: int, presence: float, frequency: float) -> None:
         self._prompt, self._presence, self._frequency = prompt, presence, frequency
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (rows, vocabulary) after texts (rows, length)."""
+        """Return the next tokens' scores (rows, vocabulary) for texts (rows, length), less the penalties."""
         answer = input_ids[:, self._prompt :]
         counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)

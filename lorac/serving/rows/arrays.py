@@ -12,17 +12,17 @@ from lorac.ir.sites.site import cast_floating
 from lorac.serving.refusals import RefusedField
 
 _LARGE = 1 << 14
-"""The most numbers that become a list in one call."""
+"""The most numbers that one call of NumPy converts to a list."""
 
 
 def read_lists(inputs: Mapping[str, list[object]], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return nested lists as tensors.
 
     Args:
-        dtype: of fractions.
+        dtype: the dtype of floating-point tensors.
 
     Raises:
-        RefusedField: one is not an array of numbers.
+        RefusedField: a value is not an array of numbers.
     """
     tensors = {}
     for name, value in inputs.items():
@@ -40,10 +40,10 @@ def read_npz(body: bytes, most: int) -> dict[str, Tensor]:
     """Return the arrays of an npz file.
 
     Args:
-        most: the most bytes that they have together.
+        most: the most bytes of all arrays together.
 
     Raises:
-        RefusedField: it is damaged, too large, or holds objects.
+        RefusedField: the file is damaged, too large, or contains objects.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
@@ -66,7 +66,7 @@ def write_npz(outputs: Mapping[str, Tensor]) -> bytes:
 def write_lists(tensor: Tensor) -> list[object]:
     """Return a tensor as nested lists; infinities and NaN, for which JSON has no number, are null."""
     array = _to_numpy(tensor)
-    if array.ndim > 1 and array.size > _LARGE:  # NumPy keeps the interpreter for the time of a call
+    if array.ndim > 1 and array.size > _LARGE:  # NumPy holds the interpreter lock during a call
         return [write_lists(part) for part in tensor]
     objects = array.astype(object)
     if array.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""The classes of rows, of a model that classifies sequences."""
+"""The classes that a model for sequence classification gives to rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from lorac.session.compiled import Compiled
 def classify_rows(
     compiled: ServedModel, outputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], *, probabilities: bool
 ) -> list[object]:
-    """Return the class of each row as vLLM does: its index, label and probabilities.
+    """Return each row's index, label, probabilities and number of classes, in vLLM's form.
 
     Args:
-        outputs: of the model, with logits (rows, classes), −inf beyond the classes of a row.
-        choices: of adapters, one per row.
-        probabilities: whether to give these, or the logits.
+        outputs: the model's outputs, with logits (rows, classes), padded with −inf beyond the classes of a row.
+        choices: the choices of adapters, one per row.
+        probabilities: return probabilities; else logits.
 
     Raises:
         Unavailable: the model does not classify sequences.

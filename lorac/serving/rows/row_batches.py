@@ -1,4 +1,4 @@
-"""Rows of many requests, computed in as few calls as possible."""
+"""Batches of rows from many requests: rows of the same form share a call."""
 
 import asyncio
 import concurrent.futures
@@ -27,9 +27,9 @@ class _RowJob:
 
     Attributes:
         inputs: name -> (rows, …).
-        choices: of adapters, one per row.
-        tenant: who asks.
-        result: becomes the rows of every output.
+        choices: the choices of adapters, one per row.
+        tenant: the tenant of the request.
+        result: the future of the rows of every output.
     """
 
     inputs: Mapping[str, Tensor]
@@ -39,17 +39,17 @@ class _RowJob:
 
     @property
     def form(self) -> object:
-        """The names, sizes and dtypes of the rows: jobs of one form can be one call."""
+        """The names, sizes and dtypes of the rows: jobs of the same form can share a call."""
         return sorted((name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.inputs.items())
 
 
 @final
 class RowBatches:
-    """Computes rows in a thread of its own: waiting jobs of one form are one call.
+    """A thread that computes rows: waiting jobs of the same form share a call of the model.
 
     Args:
-        compiled: the model; each row of its inputs has one in its outputs.
-        rows: the most rows of a call of several requests.
+        compiled: the model; each output has one row per row of the inputs.
+        rows: the most rows of a call that several requests share.
         waiting: the most requests that wait.
     """
 
@@ -64,7 +64,7 @@ class RowBatches:
         """Return the rows of every output, by name.
 
         Raises:
-            OverBudget: as many requests of the tenant wait as may (code ``queue_full``).
+            OverBudget: no further request of the tenant may wait (code ``queue_full``).
             LoracError: as a call of the model.
         """
         job = _RowJob(inputs, choices, tenant)
@@ -75,10 +75,10 @@ class RowBatches:
         try:
             return await asyncio.wrap_future(job.result)
         finally:
-            del job  # an error holds this frame, and the job holds the error
+            del job  # else an error references this frame, and the job references the error: a cycle
 
     def close(self) -> None:
-        """Return when the waiting jobs have been computed."""
+        """Wait until the waiting jobs have been computed, and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -90,7 +90,7 @@ class RowBatches:
             del jobs  # else the last outputs stay in memory while no request comes
 
     def _gather(self) -> list[_RowJob]:
-        """Wait for jobs and return those of one call, the tenant first whose turn is longest ago; none at the end."""
+        """Wait for jobs and return those of the next call, longest unserved tenant first; an empty list at the end."""
         jobs, count = list[_RowJob](), 0
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closing)
@@ -104,7 +104,7 @@ class RowBatches:
         return jobs
 
     def _run(self, jobs: Sequence[_RowJob]) -> None:
-        """Compute some jobs in one call; if that fails, each in its own."""
+        """Compute some jobs in one call; if that fails, compute each job in a call of its own."""
         try:
             found = self._call(jobs) if jobs else []
         except Exception as error:
@@ -140,7 +140,7 @@ class RowBatches:
 
 
 def _name_outputs(output: object) -> dict[str, Tensor]:
-    """Return the tensors of a model's answer by name; those of a tuple by number."""
+    """Return a model's output tensors by name; the tensors of a tuple by number."""
     if isinstance(output, Tensor):
         return {"output": output}
     if isinstance(output, Mapping):

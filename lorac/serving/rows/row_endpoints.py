@@ -37,17 +37,17 @@ text_router, predict_router = fastapi.APIRouter(), fastapi.APIRouter()
 MOST_PREDICTED = 4096
 """The most rows of a request for outputs."""
 MOST_TOKENS = 1 << 18
-"""The most tokens of a request for embeddings, with those that fill its texts up to the longest."""
+"""The most tokens of a request for embeddings or classes, padding included."""
 
 
 class _TextFields(pydantic.BaseModel, ABC, extra="forbid", strict=True):
-    """The fields of a request that reads texts, which embeddings and classes have in common.
+    """The fields that requests for embeddings and for classes share.
 
     Attributes:
         model: an adapter, a mixture, or the base.
         input: one text or several, as text or token ids.
-        adapters: a choice of adapters for the base; or a list with one per text.
-        user: is not used.
+        adapters: where ``model`` is the base: a choice of adapters, or a list with one per text.
+        user: ignored.
     """
 
     model: ModelName
@@ -57,13 +57,13 @@ class _TextFields(pydantic.BaseModel, ABC, extra="forbid", strict=True):
 
     @abstractmethod
     def write(self, outputs: Outputs, mask: Tensor, choices: Sequence[ChoiceSpec], state: State) -> JsonObject:
-        """Return the entries of an answer.
+        """Return the response's fields for this kind of request.
 
         Args:
-            outputs: of the model, one row for each text.
-            mask: the texts' tokens (rows, length).
-            choices: of adapters, one for each text.
-            state: the app's.
+            outputs: the model's outputs, one row per text.
+            mask: the attention mask of the texts (rows, length).
+            choices: the choices of adapters, one per text.
+            state: the app's state.
         """
 
 
@@ -84,10 +84,10 @@ class EmbeddingFields(_TextFields):
 
 @final
 class ClassifyFields(_TextFields):
-    """The fields of a request for classes, as vLLM has them.
+    """The fields of a request for classes, as in vLLM.
 
     Attributes:
-        use_activation: give probabilities; else logits.
+        use_activation: return probabilities; else logits.
     """
 
     use_activation: bool = True
@@ -107,7 +107,7 @@ class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
     Attributes:
         model: an adapter, a mixture, or the base.
         inputs: name -> nested lists of numbers; the first axis is the rows.
-        adapters: a choice of adapters for the base; or a list with one per row.
+        adapters: where ``model`` is the base: a choice of adapters, or a list with one per row.
     """
 
     model: ModelName
@@ -117,7 +117,7 @@ class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
 
 @text_router.post("/v1/embeddings")
 async def embed(fields: EmbeddingBody, http: fastapi.Request) -> Response:
-    """Return an embedding of length 1 for each text."""
+    """Return an embedding of unit norm for each text."""
     return await _answer(fields, http)
 
 
@@ -129,7 +129,7 @@ async def classify(fields: ClassifyBody, http: fastapi.Request) -> Response:
 
 
 async def _answer(fields: _TextFields, http: fastapi.Request) -> Response:
-    """Compute the rows of a request's texts, and answer."""
+    """Compute a row for each text of a request, and return the response."""
     state, texts = http.app.state, list_texts(fields.input)
     most = getattr(state.compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
 
@@ -203,7 +203,7 @@ def _count_rows(inputs: Mapping[str, Tensor]) -> int:
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: int | None) -> dict[str, Tensor]:
-    """Return texts as rows that are padded on the right."""
+    """Return the token ids of texts and their mask (rows, length), padded on the right."""
     rows = [text if isinstance(text, list) else tokenizer(text)["input_ids"] for text in texts]
     for index, row in enumerate(rows):
         if not row or (most is not None and len(row) > most):
@@ -220,7 +220,7 @@ def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: in
 
 
 def _pool(outputs: Outputs, mask: Tensor, pooling: str) -> Tensor:
-    """Return vectors of length 1 (rows, width) of the last hidden states (rows, length, width)."""
+    """Pool the last hidden states (rows, length, width) into vectors of unit norm (rows, width)."""
     if "last_hidden_state" not in outputs:
         raise Unavailable(
             f"the model has no last_hidden_state, but {', '.join(outputs)}",

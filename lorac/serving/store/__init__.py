@@ -1,4 +1,4 @@
-"""Adapters that the tenants of a server bring while it runs. None is trusted."""
+"""Adapters that tenants upload while a server runs. No upload is trusted."""
 
 from lorac.serving.settings import StoreQuotas
 from lorac.serving.store.store import AdapterStore, TenantAdapter

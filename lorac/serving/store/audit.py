@@ -14,10 +14,10 @@ _LONGEST = 500
 
 
 class AuditLog:
-    """A file with a line of JSON, in ASCII, for each action; it may be moved away while the server runs.
+    """A log file with one line of JSON, in ASCII, per action; it may be rotated while the server runs.
 
     Args:
-        path: the file, which is appended to.
+        path: the file, to which lines are appended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,5 +52,5 @@ class AuditLog:
 
 
 def _cut(value: object) -> str:
-    """Return a name as far as a line should hold it, and the repr of anything else."""
+    """Return a name cut to ``_LONGEST`` characters, or the short repr of anything else."""
     return value[:_LONGEST] if isinstance(value, str) else short(value)

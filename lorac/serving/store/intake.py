@@ -1,4 +1,4 @@
-"""Taking in the files of an upload: which there may be, opened once, and copied before anything looks at them."""
+"""Intake of an upload: its files' names are checked, and each file is opened once and copied before it is parsed."""
 
 import contextlib
 import os
@@ -15,16 +15,16 @@ from lorac.storage.open_file import open_handle
 from lorac.storage.paths import find_inner_path
 
 NATIVE = "adapter.safetensors"
-"""The file of an upload in lorac's own format, whatever its name was."""
+"""The name under which an upload in lorac's own format is stored, whatever the client called it."""
 _ENDING = ".safetensors"
 _CHUNK = 1 << 20
 
 
 def name_files(names: list[str]) -> list[str]:
-    """Return the names that the files of an upload are stored by.
+    """Return the names under which the files of an upload are stored.
 
     Raises:
-        FormatError: they are not those of a format that strangers may bring.
+        FormatError: the names are not those of a format that may be uploaded.
     """
     if sorted(names) == [CONFIG, WEIGHTS]:
         return names
@@ -42,9 +42,9 @@ def copy_files(files: Mapping[str, BinaryIO], folder: Path, claim: QuotaClaim) -
     """Copy the files of an upload into a folder, and return their size.
 
     Args:
-        files: by name; a name is looked at, and never becomes a path.
+        files: the files by the client's names, which never become paths.
         folder: an empty folder of the server's.
-        claim: pays for every byte before it is written, whatever size was announced.
+        claim: takes quota for every byte before it is written, whatever size was announced.
 
     Raises:
         FormatError: as ``name_files``.
@@ -67,14 +67,15 @@ def _copy(source: BinaryIO, path: Path, claim: QuotaClaim) -> int:
 def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
     """Open the adapter at a path within a folder: a file, or the files of a PEFT folder.
 
-    Each part of the path is opened below the one before and never by a link, so that nothing that is moved meanwhile
-    leads elsewhere; on Windows, which cannot, a folder that becomes a link at that moment does.
+    Each part of the path is opened relative to the open folder above it, and no link is followed, so that folders that
+    are moved meanwhile cannot lead elsewhere. On Windows, which lacks such calls, a folder that becomes a link
+    meanwhile is followed.
 
     Args:
         path: relative, with slashes.
 
     Raises:
-        FormatError: it leads out of the folder, or nothing there is a file.
+        FormatError: the path leads out of the folder, or to something that is no file.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -87,7 +88,7 @@ def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
 def _open_parts(folder: Path, path: object, stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
     if not isinstance(path, str) or find_inner_path(folder, path) is None:
         raise _unreadable(path, "is not a path inside the store")
-    if sys.platform == "win32":  # it opens nothing below a folder that is open, and no folder at all
+    if sys.platform == "win32":  # Windows opens neither folders nor files relative to an open folder
         files = [f"{path}/{name}" for name in (CONFIG, WEIGHTS)] if (folder / path).is_dir() else [path]
         found = {file.rpartition("/")[2]: _open_handle(os.fspath(folder / file), None, stack) for file in files}
     else:

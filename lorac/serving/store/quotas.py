@@ -1,4 +1,4 @@
-"""The use of their quotas by tenants."""
+"""Tenants' use of their quotas."""
 
 import collections
 import contextlib
@@ -16,8 +16,8 @@ class TenantAccount:
     """A tenant's use of its quotas. Threads may share it.
 
     Args:
-        tenant: its name, for messages.
-        quotas: its quotas.
+        tenant: the tenant's name, for messages.
+        quotas: the tenant's quotas.
     """
 
     def __init__(self, tenant: str, quotas: StoreQuotas) -> None:
@@ -36,10 +36,10 @@ class TenantAccount:
             self._uploads.append(time.monotonic())
 
     def check_upload(self, nbytes: int = 0) -> None:
-        """Check that the tenant may upload now, and have so many more bytes.
+        """Check that the tenant may upload now, and has quota for ``nbytes`` more bytes.
 
         Raises:
-            OverBudget: it may not.
+            OverBudget: the tenant uploads too often, or has no such quota.
         """
         with self._lock:
             now, most = time.monotonic(), self._quotas.uploads_per_minute
@@ -55,16 +55,16 @@ class TenantAccount:
             self._check(nbytes, self.bytes, self._quotas.bytes, "bytes")
 
     def add(self, *, nbytes: int = 0, adapters: int = 0) -> None:
-        """Count bytes and adapters, whatever the quotas; negative numbers give them back."""
+        """Add to the used bytes and adapters without a check of the quotas; negative numbers give quota back."""
         with self._lock:
             self.bytes += nbytes
             self.adapters += adapters
 
     def take(self, *, nbytes: int = 0, adapters: int = 0) -> None:
-        """Take bytes and adapters.
+        """Take quota for bytes and adapters.
 
         Raises:
-            OverBudget: the tenant would have more than it may; then nothing is taken.
+            OverBudget: the tenant would exceed its quotas; then nothing is taken.
         """
         with self._lock:
             self._check(nbytes, self.bytes, self._quotas.bytes, "bytes")
@@ -91,22 +91,22 @@ class TenantAccount:
 
 
 class QuotaClaim:
-    """An upload's part of its tenant's quotas, until it is stored.
+    """The quota that is reserved for an upload until it is stored.
 
     Args:
-        account: the tenant's.
+        account: the account of the tenant.
     """
 
     def __init__(self, account: TenantAccount) -> None:
         self._account, self.nbytes, self.adapters = account, 0, 0
 
     def take(self, *, nbytes: int = 0, adapters: int = 0) -> None:
-        """Take more; raises as ``TenantAccount.take``."""
+        """Reserve more quota; raises as ``TenantAccount.take``."""
         self._account.take(nbytes=nbytes, adapters=adapters)
         self.nbytes += nbytes
         self.adapters += adapters
 
     def keep(self, nbytes: int) -> None:
-        """Leave the adapters that were taken to the account, and so many of the bytes."""
+        """Keep all reserved adapters and ``nbytes`` of the reserved bytes as used, so that they are not refunded."""
         self.nbytes -= nbytes
         self.adapters = 0

@@ -1,11 +1,12 @@
 """The process that reads strangers' uploads, started by ``ReadingProcess``.
 
-It reads requests, a line of JSON each, from its input. For each it forks a child, which limits itself, reads the
-adapter and writes it anew in lorac's own format, or writes why it does not. The answer is a line with the child's exit
-status. This process has one thread, and reads nothing else.
+It reads requests from its input, one line of JSON each. For each request it forks a child. The child limits its own
+resources, reads the adapter and rewrites it in lorac's own format, or writes a refusal. The answer is a line with the
+child's exit status. This process has one thread, and reads nothing else.
 
-Elsewhere than on Linux it reads one upload itself, and its own exit status is the answer: on macOS libraries do not
-survive a fork, and Windows has none. ``WEAKER`` says which limits those systems lack; time is limited by the clock.
+On other systems than Linux the process reads one upload itself, and its own exit status is the answer: on macOS
+libraries do not survive a fork, and Windows has no fork. ``WEAKER`` names the limits that those systems lack; the
+server's clock limits time there too.
 """
 
 import contextlib
@@ -30,16 +31,16 @@ from lorac.storage.strict_json import JsonObject
 from lorac.variants import variants
 
 REWRITTEN, REFUSAL = "rewritten.safetensors", "refusal.json"
-"""Files in the folder of an upload: the adapter as it was written anew, or why it was not."""
+"""Files in the folder of an upload: the rewritten adapter, and the refusal."""
 PICTURE = ".npy"
-"""Ending of the file of a decoded image behind its number: its pixels (height, width, 3) as bytes."""
+"""Ending of a decoded image's file, after its number. The file has the pixels (height, width, 3), as uint8."""
 BYTES_PER_PIXEL = 3
 REFUSED = 2
-"""Exit status of a child that has written why."""
+"""Exit status of a child that has written a refusal."""
 WEAKER = {"linux": "", "darwin": "on memory and the network"}.get(sys.platform, "on memory, files and the network")
-"""The limits that readers of uploads lack on this system; empty where they have all."""
+"""The limits that readers of uploads lack on this system; empty where readers have all limits."""
 FORKS = not WEAKER
-"""Whether a child reads each upload."""
+"""Whether each upload is read by a forked child."""
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _MOST_FILES = 64
 _NICE = 10  # the server's own work comes first
@@ -67,7 +68,7 @@ def main() -> None:
 def _serve(request: JsonObject) -> NoReturn:
     folder, status = Path(request["folder"]), 1
     try:
-        # Other uploads' requests and answers pass through the input and output of this process.
+        # The input and output of the process carry the requests and answers of other uploads.
         nothing = os.open(os.devnull, os.O_RDWR)
         for handle in (0, 1):
             os.dup2(nothing, handle)
@@ -85,12 +86,12 @@ def _serve(request: JsonObject) -> NoReturn:
 
 
 def _limit(seconds: float, memory: int, size: int) -> None:
-    """Bound this process's resources, and leave the network, where the system allows it.
+    """Limit this process's resources, and cut it off from the network, where the system allows it.
 
     Args:
-        seconds: processor time.
-        memory: bytes of address space beyond those in use.
-        size: bytes of a file.
+        seconds: the most processor time.
+        memory: the most bytes of address space beyond those in use.
+        size: the most bytes of a file that it writes.
     """
     if sys.platform == "win32":
         return
@@ -111,11 +112,11 @@ def rewrite(folder: Path, base: str | None) -> None:
     """Read the adapter in a folder, and write it into the same folder in lorac's own format.
 
     Args:
-        folder: holds NATIVE, or the files of a PEFT folder.
-        base: the hash of its base weights, where the adapter does not bring one.
+        folder: contains NATIVE, or the files of a PEFT folder.
+        base: the hash of the base weights, for an adapter that does not record it.
 
     Raises:
-        FormatError, AdapterError, SiteError: as ``lorac.load_adapter``; or the adapter brings another hash.
+        FormatError, AdapterError, SiteError: as ``lorac.load_adapter``; or the adapter records another hash.
     """
     is_native = (folder / NATIVE).is_file()
     path = folder / NATIVE if is_native else folder
@@ -145,13 +146,13 @@ def rewrite(folder: Path, base: str | None) -> None:
 
 
 def decode_images(folder: Path, pixels: int) -> None:
-    """Decode the files in a folder called by the number and the format of an image; write the pixels of each.
+    """Decode the images in a folder, files called ``<number>.<format>``, and write the pixels of each.
 
     Args:
-        pixels: the most that all have together.
+        pixels: the most pixels of all images together.
 
     Raises:
-        FormatError: an image is damaged, of another format, or animated; or they have more pixels.
+        FormatError: an image is damaged, of another format, or animated; or the images have too many pixels.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -171,7 +172,7 @@ def decode_images(folder: Path, pixels: int) -> None:
                 picture = ImageOps.exif_transpose(image).convert("RGB")
         except (MemoryError, LoracError):
             raise
-        except Exception as error:  # decoders raise anything for bytes that anybody may have written
+        except Exception as error:  # decoders may raise any error for untrusted bytes
             reason = str(error).replace(str(path), name) or type(error).__name__
             raise FormatError(f"{name} is not a whole {format} file: {reason}", code="corrupt_file") from error
         np.save(folder / f"{path.stem}{PICTURE}", np.asarray(picture), allow_pickle=False)
@@ -184,7 +185,7 @@ def decode_images(folder: Path, pixels: int) -> None:
 
 
 def over_budget_error(what: str) -> FormatError:
-    """Return the error for an upload whose reading takes more of something than it may."""
+    """Return the error for an upload whose reading exceeds a limit."""
     return FormatError(
         f"reading it takes more {what} than an upload may",
         next_step="send the adapter as PEFT or lorac wrote it",
@@ -193,7 +194,7 @@ def over_budget_error(what: str) -> FormatError:
 
 
 def _describe(error: Exception) -> dict[str, object]:
-    """Return an error for the server, which makes it again."""
+    """Return an error as JSON, from which the server makes it again."""
     if not isinstance(error, LoracError):
         error = over_budget_error("memory or space")
     fields = {"what": error.what, "nearest": error.nearest, "next_step": error.next_step, "code": error.code}

@@ -1,4 +1,4 @@
-"""Reading strangers' uploads in another process, so that a malicious one harms its reader and not the server."""
+"""Processes that read uploads, so that a malicious upload harms its reader and not the server."""
 
 import contextlib
 import os
@@ -25,20 +25,20 @@ from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_object
 
 READERS = 2
-"""Processes of a server that read uploads, so that one tenant's slow uploads do not hold another's."""
+"""The number of reading processes: one tenant's slow uploads do not block another's."""
 _WAIT = 4.0
 """Seconds to wait for each second of processor time that a reader may take: other work may slow it."""
 _STARTING = 60.0
-"""Seconds to wait for the first answer, before which the process imports its libraries."""
+"""Further seconds to wait for a process's first answer, since it imports its libraries first."""
 _PROGRAM = f"from {main.__module__} import main; main()"
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "SYSTEMROOT")
-"""Variables of the environment that a reader has; the last one Windows starts no process without."""
+"""Environment variables that a reader gets; Windows starts no process without the last one."""
 _HEADER = 1 << 12
 """The most bytes before the pixels in a file of an image."""
 _LONGEST_ANSWER, _LONGEST_REFUSAL = 100, 1 << 16
 _KILLED = -9
 _LIMITS = {-24: "time", _KILLED: "time or memory", -_KILLED: "time"}
-"""By minus the numbers of SIGXCPU and SIGKILL, and by the status that a killed process has on Windows."""
+"""Exit status -> the limit that was exceeded. Statuses: -SIGXCPU, -SIGKILL, and a killed process's on Windows."""
 
 
 class ReadingProcess:
@@ -54,11 +54,11 @@ class ReadingProcess:
         self._answered = False
 
     def rewrite(self, folder: Path, base: str | None, size: int) -> Path:
-        """Have the adapter in a folder read and written anew; return the new file, which nothing has checked yet.
+        """Rewrite the adapter in a folder in a reading process; return the new file, which is still unchecked.
 
         Args:
-            folder: holds the adapter's files; errors do not name it.
-            base: the hash of its base weights, where the adapter does not bring one.
+            folder: contains the adapter's files; errors do not name it.
+            base: the hash of the base weights, for an adapter that does not record it.
             size: the most bytes of the new file.
 
         Raises:
@@ -72,7 +72,7 @@ class ReadingProcess:
         """Decode the images in a folder in a reading process, as ``reading_main.decode_images`` does.
 
         Raises:
-            FormatError: as that; or the process crashed, or took more time or memory than it may.
+            FormatError: as that function; or the process crashed, or took more time or memory than it may.
         """
         self._read(folder, {"pixels": pixels, "size": BYTES_PER_PIXEL * pixels + _HEADER})
 
@@ -141,7 +141,7 @@ class ReadingProcess:
 
 
 class ReaderPool:
-    """Processes that read files and images of strangers, for threads that take turns with them.
+    """A pool of processes that read uploads and images; a thread reserves one at a time.
 
     Args:
         quotas: the limits of each reading.
@@ -155,7 +155,7 @@ class ReaderPool:
 
     @contextlib.contextmanager
     def take(self) -> Iterator[ReadingProcess]:
-        """Wait for a process that nobody uses, and have it for a block."""
+        """Wait for a free process, and reserve it for the block."""
         reader = self._free.get()
         try:
             yield reader
@@ -173,7 +173,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(OSError):  # it has ended
         if FORKS:
             os.killpg(process.pid, -_KILLED)
-        elif process.poll() is None:  # its number is not another's yet
+        elif process.poll() is None:  # its id does not belong to another process yet
             os.kill(process.pid, -_KILLED)
 
 
@@ -192,5 +192,5 @@ def _read_refusal(folder: Path) -> LoracError:
 
 
 def _without_folder(text: object, folder: Path) -> str | None:
-    """Return a text that does not say where the server keeps uploads."""
+    """Return a text without the folder in which the server keeps the upload; None for anything but text."""
     return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload") if isinstance(text, str) else None

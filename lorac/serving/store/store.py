@@ -1,4 +1,4 @@
-"""The store: adapters that tenants bring, load and unload while a compiled model serves them."""
+"""The store: adapters that tenants upload, load and unload while a server runs."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from lorac.session.compiled import Compiled
 
 _OVERHEAD = 1 << 20
-"""Bytes that an adapter may take more once it is written anew."""
+"""Bytes by which a rewritten adapter may be larger than the upload."""
 
 _Files = AbstractContextManager[Mapping[str, BinaryIO]]
-"""Opens the files of an adapter, by name, for a block."""
+"""A context manager that opens the files of an adapter, by name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 """A name that may become part of paths, log lines and requests."""
 
@@ -56,10 +56,10 @@ class TenantAdapter:
     """An adapter that a tenant may use.
 
     Attributes:
-        name: the tenant's name for it.
-        key: its name in the compiled model, which no tenant can ask for.
-        digest: of its stored file; empty for an adapter of the compiled model itself, which all tenants share.
-        nbytes: the size of its stored file.
+        name: the tenant's name for the adapter.
+        key: the adapter's name in the compiled model, which no tenant can request.
+        digest: the digest of the stored file; empty for the compiled model's own adapters, which all tenants share.
+        nbytes: the size of the stored file.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TenantAdapter:
 
 @dataclass(frozen=True)
 class _Tenant:
-    """The adapters of a tenant by name, and its account."""
+    """A tenant's adapters by name, and its account."""
 
     account: TenantAccount
     adapters: dict[str, TenantAdapter] = field(default_factory=dict)
@@ -80,20 +80,20 @@ class _Tenant:
 
 
 class AdapterStore(AbstractContextManager["AdapterStore"]):
-    """Adapters that the tenants of a server bring while it runs. Threads may share it; one process may use its folder.
+    """A store of adapters that tenants upload to a server. Threads may share it; only one process may use its folder.
 
-    An upload is PEFT's or lorac's own safetensors. Another process, with limits, reads it and writes it anew, and the
-    store keeps only the new file. It must be for the base weights of the compiled model. A tenant neither sees nor
-    reaches the adapters of another; those that the compiled model has when the store is made are for all tenants.
+    An upload is PEFT's files or one file in lorac's own format. Another process, with limits, rewrites it, and the
+    store keeps only the new file. An adapter must be for the base weights of the compiled model. A tenant neither sees
+    nor reaches another tenant's adapters. Adapters that the compiled model has when the store is made are for all.
 
     Args:
         compiled: the compiled model, with room for the adapters (``reserve=``).
-        folder: keeps the adapters; they are there again when a store is made over it later.
-        quotas: of each tenant; default: ``StoreQuotas()``.
+        folder: the folder of the adapters' files; a later store over it has the same adapters.
+        quotas: the quotas of each tenant; default: ``StoreQuotas()``.
         bases: names by which PEFT's configurations call the model, for files that do not record a hash of the base.
         reserved: names that no adapter may have, such as that of the model itself.
-        sources: patterns of the places that ``load`` may take adapters from by their names, such as ``hf:user/*`` or
-            ``s3://bucket/*``; by default none. Asterisks stand for any text.
+        sources: patterns of the places from which ``load`` may take adapters by name, such as ``hf:user/*`` or
+            ``s3://bucket/*``; default: no place. An asterisk matches any text.
 
     Raises:
         ArtifactError: another process uses the folder, or it cannot be written.
@@ -131,7 +131,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             self._restore(entry)
 
     def adapters(self, tenant: str) -> list[TenantAdapter]:
-        """Return the adapters that a tenant may use: its own by name, then those that all tenants share."""
+        """Return the adapters that a tenant may use: its own, sorted by name, then the ones that all tenants share."""
         own = self._tenants.get(tenant)
         found = {} if own is None else dict(own.adapters)
         return [*(found[name] for name in sorted(found)), *self._shared.values()]
@@ -161,11 +161,11 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         )
 
     def check_upload(self, tenant: str, nbytes: int) -> None:
-        """Check that a tenant may send so many bytes now, before they are received.
+        """Check that a tenant may upload ``nbytes`` bytes now, before they are received.
 
         Raises:
-            AdapterError: the tenant cannot have adapters.
-            OverBudget: it uploads too often, or has no room for them.
+            AdapterError: the tenant's name is not valid in the store.
+            OverBudget: the tenant uploads too often, or has no quota for the bytes.
         """
         self._open_account(tenant).account.check_upload(nbytes)
 
@@ -174,28 +174,29 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
     ) -> TenantAdapter:
         """Store an adapter and register it, wholly or not at all.
 
-        Uploading the same adapter again succeeds; another one under its name is refused.
+        Uploading the same adapter again succeeds; another adapter under its name is refused.
 
         Args:
-            tenant: whose it will be.
+            tenant: the tenant that will own it.
             name: the tenant's name for it.
             files: ``adapter_config.json`` and ``adapter_model.safetensors``, or one file in lorac's own format.
             base: the hash of the base weights, if the files do not record it.
 
         Raises:
-            AdapterError: the name is not one, or taken; the adapter has values that are not finite, is for other base
-                weights or does not say for which, or is larger than an adapter may be.
-            FormatError, SiteError, NeedsRecompile: as for ``compiled.add_adapter``; or reading it takes too much.
+            AdapterError: the name is invalid or taken; or the adapter has values that are not finite, is for other base
+                weights, does not record its base weights, or is larger than the quotas allow.
+            FormatError, SiteError, NeedsRecompile: as for ``compiled.add_adapter``; or reading exceeds a limit.
             OverBudget: the tenant has used up its quotas.
         """
         with self._audit.record("upload", tenant, name) as line:
             return self._add(tenant, name, contextlib.nullcontext(files), base, line)
 
     def load(self, tenant: str, name: str, path: str) -> TenantAdapter:
-        """Store the adapter at a path below ``incoming/<tenant>`` in the folder, or of a name, as ``upload`` does.
+        """Store an adapter as ``upload`` does, from a path below ``incoming/<tenant>`` or a name in an admitted source.
 
         Raises:
-            FormatError: also, the path leads elsewhere, or passes through a link; or the name is of no admitted source.
+            FormatError: the path leaves that folder or passes through a link, or no admitted source matches the name.
+            LoracError: as ``upload``.
         """
         with self._audit.record("load", tenant, name) as line:
             line["path"] = short(path)
@@ -204,7 +205,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
 
     @contextlib.contextmanager
     def _open(self, tenant: str, path: str) -> Iterator[dict[str, BinaryIO]]:
-        """Open the files of an adapter in the tenant's folder, or of one that has a name in an admitted source."""
+        """Open the files of an adapter, at a path in the tenant's folder or under a name in an admitted source."""
         place = parse_name(path) if self._sources and isinstance(path, str) else None
         if place is None or (self._folder.incoming(tenant) / path).exists():
             with open_files(self._folder.incoming(tenant), path) as files:
@@ -223,7 +224,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             raise FormatError(f"this server loads nothing from {short(origin)}", next_step=step, code="unreadable")
 
     def unload(self, tenant: str, name: str) -> None:
-        """Remove an adapter of a tenant; requests that have begun keep it to their end.
+        """Remove an adapter of a tenant; running requests keep it until they end.
 
         Raises:
             AdapterNotFound: the tenant has no such adapter of its own.
@@ -283,7 +284,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
     def _install(
         self, own: _Tenant, tenant: str, added: TenantAdapter, staged: Path, claim: QuotaClaim
     ) -> TenantAdapter:
-        """Put an adapter into the folder and the compiled model, and give it its name."""
+        """Move an adapter into the folder, register it in the compiled model, and store its name."""
         known = own.adapters.get(added.name)
         if known is not None and known.digest != added.digest:
             raise AdapterError(
@@ -291,7 +292,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             )
         if known is not None:
             return known
-        claim.take(adapters=1 - claim.adapters)  # 0, unless the name was given up since the upload began
+        claim.take(adapters=1 - claim.adapters)  # 0, unless the name was unloaded since the upload began
         is_new = not own.has_digest(added.digest)
         if is_new:
             self._folder.place(tenant, added.digest, staged)
@@ -308,7 +309,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         return added
 
     def _register(self, tenant: str, added: TenantAdapter) -> None:
-        """Register a stored file, if it is for the model and no larger than an adapter may be."""
+        """Register a stored file; refuse it if it is not for the model, or is larger than the quotas allow."""
         path = self._folder.file_of(tenant, added.digest)
         check_base_is_known(added.name, read_record(path), self._bases)
         with replace_in_errors(added.key, added.name):
@@ -321,7 +322,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         self._folder.discard(tenant, added.digest)
 
     def _restore(self, entry: StoredName) -> None:
-        """Register an adapter that the folder holds; a refused one stays there, and has no name in the store."""
+        """Register an adapter of the folder; the store omits a refused adapter, but its files stay."""
         path = self._folder.file_of(entry.tenant, entry.digest)
         try:
             own = self._open_account(entry.tenant)
@@ -343,12 +344,12 @@ def check_base_is_known(name: str, record: JsonMapping, bases: Collection[str]) 
     """Refuse an adapter that does not say which base weights it is for.
 
     Args:
-        name: of the adapter, for messages.
-        record: of its file; a hash in it is compared with the weights when the adapter is registered.
+        name: the adapter's name, for messages.
+        record: the record of its file; a hash in it is compared with the weights when the adapter is registered.
         bases: names by which PEFT's configurations may call the base instead.
 
     Raises:
-        AdapterError: it has no hash, and names no base of these.
+        AdapterError: the record has no hash, and names none of these bases.
     """
     named = record["provenance"].get("config", {}).get("base_model_name_or_path")
     if record["base"] or named in bases:
@@ -362,13 +363,13 @@ def check_base_is_known(name: str, record: JsonMapping, bases: Collection[str]) 
 
 
 def check_name(subject: str, name: object) -> str:
-    """Return a name, if it is one.
+    """Return a name if it is valid.
 
     Args:
-        subject: whose name it is: "an adapter".
+        subject: the owner of the name, for the message: "an adapter".
 
     Raises:
-        AdapterError: it is not text, too long, or has characters with a meaning elsewhere.
+        AdapterError: the name is not text, is too long, or has a character that paths or logs could misread.
     """
     if isinstance(name, str) and _NAME.fullmatch(name):
         return name

@@ -1,10 +1,11 @@
-"""The store's folder. Every change is one step, which a kill at any moment leaves done or not done.
+"""The store's folder. Every change is atomic: a kill at any moment leaves it done or not done.
 
     incoming/<tenant>/…                     files that a tenant may load by path; put there by the server's operator
     adapters/<tenant>/<digest>.safetensors  an adapter as the store rewrote it
     adapters/<tenant>/<name>@<digest>       an empty file: the adapter has that name
 
-An adapter is there when its name is. A file without a name was left by a writer that was killed, and is removed.
+An adapter exists if a file records its name. An adapter's file without a name was left by a killed writer, and is
+removed.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ _ONLY_OWNER = 0o700
 
 @dataclass(frozen=True)
 class StoredName:
-    """A name of a tenant's adapter in the folder."""
+    """A name that a tenant's adapter has in the folder."""
 
     tenant: str
     name: str
@@ -68,7 +69,7 @@ class StoreFolder:
 
     @contextlib.contextmanager
     def workshop(self) -> Iterator[Path]:
-        """Give the block an empty folder, which is removed afterwards."""
+        """Yield an empty folder, and remove it after the block."""
         folder = make_process_folder(self.path, _WORK)
         try:
             yield folder
@@ -76,11 +77,11 @@ class StoreFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def file_of(self, tenant: str, digest: str) -> Path:
-        """Return the path of an adapter."""
+        """Return the path of an adapter's file."""
         return _folder_of(self._adapters, tenant) / f"{digest}.safetensors"
 
     def place(self, tenant: str, digest: str, staged: Path) -> None:
-        """Move an adapter's file, which lies in a workshop, to its place."""
+        """Move an adapter's file from a workshop to its path in the folder."""
         target = self.file_of(tenant, digest)
         target.parent.mkdir(mode=_ONLY_OWNER, exist_ok=True)
         flush(self._adapters)
@@ -89,12 +90,12 @@ class StoreFolder:
         flush(target.parent)
 
     def discard(self, tenant: str, digest: str) -> None:
-        """Remove an adapter's file, which has no name; on Windows, one that is in use stays until the next start."""
+        """Remove an adapter's file that has no name; on Windows, a file in use stays until the next start."""
         with contextlib.suppress(PermissionError):
             self.file_of(tenant, digest).unlink(missing_ok=True)
 
     def add_name(self, entry: StoredName) -> None:
-        """Give an adapter a name, whatever had the name before."""
+        """Give an adapter a name, which the adapter that had it before loses."""
         folder = self._adapters / entry.tenant
         for other in _find_names(folder):
             if other.name == entry.name and other.digest != entry.digest:
@@ -103,7 +104,7 @@ class StoreFolder:
         flush(folder)
 
     def remove_name(self, entry: StoredName) -> None:
-        """Take an adapter its name."""
+        """Remove an adapter's name."""
         self._path_of(entry).unlink()
         flush(self._adapters / entry.tenant)
 
@@ -123,7 +124,7 @@ class StoreFolder:
 
 
 def _folder_of(parent: Path, tenant: str) -> Path:
-    """Return a tenant's folder, unless the file system takes another tenant's for it, as on Windows and macOS."""
+    """Return a tenant's folder; refuse a tenant whose folder is another's where the file system ignores case."""
     folder = parent / tenant
     if folder.exists() and tenant not in os.listdir(parent):
         fault = f"tenant '{tenant}' and another differ by case alone, which the file system of '{parent}' ignores"

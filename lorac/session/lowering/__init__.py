@@ -1,1 +1,1 @@
-"""From a session's model to the program of a target: capture, its check against the model, and the passes."""
+"""Lower a session's model to the program of a target: capture it, check it against the model, and run the passes."""

@@ -1,7 +1,7 @@
-"""Check a program with a cache against the one without: two parts of a sequence must give the same as the whole.
+"""Check a program with a cache against the program without: a sequence in two parts must give the whole's logits.
 
-A trace of a whole sequence does not show whether a token's output depends on earlier tokens by attention alone. A model
-that mixes tokens in another way, or counts positions itself, goes wrong as soon as a sequence comes in parts.
+A trace of a whole sequence does not show whether tokens depend on earlier tokens through attention alone. A model that
+mixes tokens in another way, or counts positions itself, gives wrong outputs when a sequence comes in parts.
 """
 
 import math
@@ -34,11 +34,11 @@ from lorac.ir.slots.composition import ComposedWeights, fill_slots
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 """The path of the outermost numbered module around another one."""
 _TOLERATED_ROUNDINGS = 100
-"""Allowed error in units of the dtype's rounding. Thirty layers leave about a dozen."""
+"""Allowed error in units of the dtype's epsilon. Thirty layers give about a dozen."""
 
 
 class CacheCheck:
-    """The logits of each row's last token without a cache, to compare those with a cache to.
+    """A check of a graph with a cache, against the logits of each row's last token without a cache.
 
     Args:
         graph: the captured graph, at level host, with its example inputs.
@@ -52,7 +52,7 @@ class CacheCheck:
         self._expected = run_graph(graph, self._inputs)[0][:, -1]
 
     def check(self, lowered: Sequence[Graph], base: BaseReader) -> None:
-        """Run the example in two parts of another length for each row, and compare the last logits.
+        """Run the example inputs in two parts, split at another token in each row, and compare the last logits.
 
         Args:
             lowered: the same graph with a cache, then the graph of its encoder, if it has one.
@@ -65,9 +65,9 @@ class CacheCheck:
         try:
             outputs = {name: value for encoder in encoders for name, value in self._encode(encoder, base).items()}
             last = self._decode_in_parts(graph, outputs, _idle_slots(graph, base))
-        except Exception as error:  # steps of the model's own may raise anything when they see a part of a sequence
+        except Exception as error:  # the model's own code may raise any error for a part of a sequence
             raise _cache_differs(graph, f"does not run ({str(error).partition(chr(10))[0]})") from error
-        if any(plan.site.own_size for plan in graph.plans.values()):  # outputs that the model's own layer lacks
+        if any(plan.site.own_size for plan in graph.plans.values()):  # -inf: the model's own layer lacks the output
             last = last.where(last != -math.inf, self._expected)
         # Mixing tokens besides attention may change little, so nothing but rounding is tolerated.
         tolerance = _TOLERATED_ROUNDINGS * torch.finfo(last.dtype).eps

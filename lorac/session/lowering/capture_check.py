@@ -40,9 +40,9 @@ def check_capture(graph: Graph, host: Host, *, tested: bool) -> None:
     """Compare a captured graph with its model, and warn callers of its limits.
 
     Args:
-        graph: as captured; its interface gets the sizes that it takes, and notes.
+        graph: the captured graph; the check adds the accepted sizes, and notes, to its interface.
         host: the model that it was captured from; left as it was.
-        tested: whether to run both. If not, torch's assumptions about small sizes are taken to be unnecessary.
+        tested: whether to run both. If not, torch's assumptions about small sizes are dropped without a check.
 
     Raises:
         CaptureError: the program's outputs differ, or the model does not run or writes its weights.
@@ -66,7 +66,7 @@ def check_capture(graph: Graph, host: Host, *, tested: bool) -> None:
 
 
 def check_runnable(host: Host, inputs: object) -> None:
-    """Raise the model's own error where torch.export's says less: run the model on its example inputs.
+    """Run the model on its example inputs, to raise its own error where torch.export's says less.
 
     Args:
         host: a model that could not be captured; left as it was.
@@ -111,7 +111,7 @@ def _written_weight(model: nn.Module, error: WeightWritten) -> CaptureError:
 
 
 def _accept_unchecked(graph: Graph, inputs: Inputs) -> None:
-    """Take the program to be right at the smallest sizes, because there is nothing to compare it with."""
+    """Accept the program at the smallest sizes without a comparison."""
     sizes = graph.interface.sizes
     _set_sizes(graph, sizes.find_smallest(sizes.measure(inputs)))
 
@@ -123,10 +123,10 @@ def _set_sizes(graph: Graph, right: Sequence[AxisSizes]) -> None:
 
 @dataclass(frozen=True)
 class _OutputDifference:
-    """How far an output of the program is off.
+    """The difference between an output of the program and the model's.
 
     Attributes:
-        error: its error relative to the model's output; infinite if the two cannot be compared.
+        error: the error relative to the model's output; infinite if the two cannot be compared.
         failure: the error that the program raised, if it did.
     """
 
@@ -154,7 +154,7 @@ class _ModelComparison:
 
     @property
     def runner(self) -> ModelRunner:
-        """A copy of the model: one for all runs, or a fresh one for each run if earlier runs change the answer."""
+        """The copy of the model to run: the same for all runs, or a fresh one if earlier runs change the outputs."""
         return ModelRunner(self.model) if self.stateful else self._runner
 
     def check(self) -> None:
@@ -227,10 +227,10 @@ class _ModelComparison:
         self.graph.interface = replace(self.graph.interface, rows=layout, sizes=sizes.forget_fixed(fixed))
 
     def _run_in_parts(self, rows: RowLayout, constants: Mapping[str, Tensor]) -> RowLayout | None:
-        """Return the rows of the outputs if one row more, in parts, gives the model's answer at once.
+        """Return the outputs' row layout if one row more, run in parts, gives the model's outputs for all rows at once.
 
         Args:
-            rows: the rows of the example.
+            rows: the row layout of the example inputs.
             constants: tensors that are constants of the program; they must be the same for every part.
         """
         structure = self.graph.interface.structure
@@ -259,7 +259,7 @@ class _ModelComparison:
         return layout
 
     def _difference(self, chosen: AxisSizes) -> _OutputDifference | None:
-        """Return where the outputs differ at some sizes; raises ``_ModelError`` if the model does not run there."""
+        """Return the largest difference of outputs at some sizes; raises ``_ModelError`` if the model fails there."""
         inputs = resize_inputs(self.inputs, chosen)
         expected = self._run_model(self.runner, inputs)  # first, since the program may fail where the model fails
         try:
@@ -288,7 +288,7 @@ class _ModelComparison:
     def _run_model(
         self, runner: ModelRunner, inputs: Inputs, constants: Mapping[str, Tensor] | None = None, seed: int = _SEED
     ) -> ModelRun:
-        """Run a copy of the model, with other constants than the program's if some are given."""
+        """Run a copy of the model; ``constants`` replace constants of the program."""
         interface = self.graph.interface
         args, kwargs = self.graph.exported.example_inputs or ((), {})
         exchanged = {id(value): inputs[name] for name, value in self.inputs.items()}

@@ -91,7 +91,7 @@ def list_missing_ops(session: Session, target: str) -> tuple[str, ...]:
 
 
 def retarget(session: Session, target: str) -> Session:
-    """Return a session for the same model and adapters on another target, whose passes have a history of their own."""
+    """Return a session for the same model and adapters on another target, with a new history of passes."""
     backend = find_backend(target)
     options = backend.parse_options({"self_test": False, "aux": session.options.aux})
     ranks_at = backend.dialect_for(options).ranks_at
@@ -103,7 +103,7 @@ def _capture_component(session: Session, name: str, host: Host, inputs: object, 
     model, sites, plans = session.host.module, session.sites, session.plans
     prefix = get_component_prefix(model, name)
     read = [path for path in (*plans, *list_tapped_modules(plans.values())) if path.startswith(prefix)]
-    # The exits of blocks are marked, and of modules that are only read.
+    # Mark the exits of blocks, and of modules that are no sites and whose values branches read.
     marked = [path for path in read if path not in sites or sites[path].kind is SiteKind.BLOCK]
     traits = session.traits.get(name)
     if session.options.uses_cache and traits and traits.rules and traits.settings.get("is_encoder_decoder"):

@@ -1,4 +1,4 @@
-"""How far the base of an emitted program is from a model whose weights another library has quantised."""
+"""The difference between an emitted program's base and a model whose weights another library has quantised."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ from lorac.session.session import Session
 
 
 def warn_of_quantised_products(session: Session, given: nn.Module) -> None:
-    """Warn where the library's products are not those of a program, which reads float inputs and dequantised weights.
+    """Warn where the library's matrix products differ from a program's, with float inputs and dequantised weights.
 
-    Both models run on the example inputs for the size of the difference, unless ``self_test`` is off.
+    Unless ``self_test`` is off, both models run on the example inputs to measure the difference.
 
     Args:
         session: holds the model with dequantised weights.
@@ -46,7 +46,7 @@ def warn_of_quantised_products(session: Session, given: nn.Module) -> None:
 
 
 def _compute_outputs(session: Session, given: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the outputs with dequantised weights and those of the given model; none where one of them does not run."""
+    """Return pairs of outputs: with dequantised weights, and of the given model; empty if either does not run."""
     found: list[tuple[Tensor, Tensor]] = []
     try:
         for name, component in list_components(session.host.module).items():

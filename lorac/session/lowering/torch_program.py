@@ -1,4 +1,4 @@
-"""A compiled model as a program that torch's own tools take, and the tensors of its slots."""
+"""A compiled model as a program for torch's own tools, and the tensors of its slots."""
 
 from collections.abc import Mapping
 

@@ -23,7 +23,7 @@ class CompileRequest:
         sources: the adapters' names, if given, and sources.
         mode, active, reserve, dynamic_shapes: as given.
         example_inputs: as given, arrays as tensors.
-        dtype, device: the ones asked for; None: the model's.
+        dtype, device: the requested dtype and device; None: the model's.
     """
 
     sources: tuple[NamedSource, ...]

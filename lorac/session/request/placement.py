@@ -33,7 +33,7 @@ def resolve_placement(
     CPU, so that torch's own build does not matter.
 
     Args:
-        device: the device asked for; None: the model's.
+        device: the requested device; None: the model's.
         model: the model; None if there is only a stored program.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The dtype of a model, the dtype asked for, and the dtype in which the target computes."""
+"""The dtype of a model, the requested dtype, and the dtype in which the target computes."""
 
 import copy
 import functools
@@ -29,9 +29,9 @@ class Precision:
     """The casts of a model and its inputs.
 
     Attributes:
-        cast: the dtype to which the model was cast; None: it was not.
+        cast: the dtype to which the model was cast; None: no cast.
         lost: (dtype of the model or of the request, dtype of the target), for dtypes that the target lacks.
-        inputs: dtype of the original model -> dtype of the compiled model, if another dtype was asked for.
+        inputs: dtype of the original model -> dtype of the compiled model, if another dtype was requested.
     """
 
     cast: torch.dtype | None = None
@@ -46,7 +46,7 @@ class Precision:
         return map_inputs(lambda value: cast_floating(value, dtype) if isinstance(value, Tensor) else value, inputs)
 
     def warn(self, target: str) -> None:
-        """Warn if the target computes in another dtype than was asked for."""
+        """Warn if the target computes in another dtype than the requested one."""
         if not self.lost:
             return
         lacking, computed = ", ".join(_dtype_name(before) for before, _ in self.lost), _dtype_name(self.lost[0][1])
@@ -77,7 +77,7 @@ def prepare_model(
 
     Args:
         model: left as it was.
-        dtype: the dtype asked for; None: the model's own.
+        dtype: the requested dtype; None: the model's own.
         device: the device of the copy; None: the model's own.
     """
     model = materialize_weights(model)
@@ -128,7 +128,7 @@ _METHODS = {Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16, Tensor.
 
 
 def redirect_casts(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
-    """Make a copy of a model cast to other dtypes than its forward says, by a subclass of its class.
+    """Redirect the casts in a model's forward to other dtypes, by a subclass of its class.
 
     Args:
         model: the copy, whose weights are cast already.
@@ -146,7 +146,7 @@ def redirect_casts(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) 
 
 
 class _RedirectedCasts(TorchFunctionMode):
-    """Replaces dtypes among the arguments of torch's functions."""
+    """A mode that replaces dtypes among the arguments of torch's functions."""
 
     def __init__(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Names of adapters and models that are elsewhere: on the Hugging Face hub, in a store, or on a web server.
+"""Names of remote adapters and models: on the Hugging Face hub, in a store, or on a web server.
 
 ``user/repo``, ``user/repo@revision``, ``user/repo/subfolder@revision``, ``hf://…``, ``s3://…``, ``gs://…``, ``https://…``.
-``find_source`` downloads the files of a name, and returns their path in a cache. A name never implies trust: its files
-are read as any other's.
+``find_source`` downloads the files of a name, and returns their path in a cache. A name never implies trust: the files
+are read like any other files.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _HUB_HOSTS = ("huggingface.co", "hf.co")
 _HUB_PAGE = re.compile(
     r"(?P<repo>[^/]+/[^/]+)(/(tree|blob|resolve)/(?P<at>[^/]+)(/(?P<inner>[^?]*))?)?(?P<revision>)(\?.*)?"
 )
-"""The path of a page of the hub's."""
+"""The path of a page on the hub."""
 _STORES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 """Scheme of an address -> the library with which fsspec reads it."""
 _UNREAD = [
@@ -46,9 +46,9 @@ _DOUBLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 """Weights that are not downloaded where there are safetensors."""
 _CHUNK, _TIMEOUT = 1 << 20, 30.0
 Refuse = Callable[..., LoracError]
-"""The error for what a name stands for, made of its text and next step."""
+"""(fault, nearest name, next step) -> the error to raise."""
 _RemoteFiles = dict[str, tuple[int | None, str, Callable[[], contextlib.AbstractContextManager[Any]]]]
-"""Name of a file -> its size, if its server says it; a text that changes with its content; and how it is opened."""
+"""Name of a file -> its size, if its server reports it; a text that changes with its content; a function to open it."""
 
 
 class HubName(NamedTuple):
@@ -57,7 +57,7 @@ class HubName(NamedTuple):
     Attributes:
         repo: the user's name and the repository's.
         revision: a branch, a tag or a commit; None: ``main``.
-        inner: a file or folder in the repository, or nothing.
+        inner: a file or folder in the repository; empty: the whole repository.
     """
 
     repo: str
@@ -72,14 +72,14 @@ Admit = Callable[[HubName], None]
 
 
 def parse_name(given: str | os.PathLike[str]) -> HubName | str | None:
-    """Return the name that a text is, an address as text; None where it is a path, or could be one.
+    """Parse a text as a name on the hub, or as an address, which is returned as text; None if it is, or may be, a path.
 
-    A path that exists wins. So does a relative path whose first folder exists: ``hf://`` names the hub's then.
+    An existing path wins over a name, and so does a relative path whose first folder exists: then write ``hf://``.
     """
     text = os.fspath(given)
     if not isinstance(text, str) or os.path.lexists(text):
         return None
-    address = ADDRESS.fullmatch(text)  # a Path has shortened the slashes
+    address = ADDRESS.fullmatch(text)  # even if Path has merged its slashes
     if address is None:
         return None if os.path.exists(text.partition("/")[0]) else _parse_hub_name(HUB_NAME.fullmatch(text))
     scheme, rest = address["scheme"].lower(), address["rest"]
@@ -113,19 +113,19 @@ def find_source(
     *,
     repo_type: str = "model",
 ) -> Path:
-    """Return the path of a file or folder that a path or name stands for, downloaded into a cache if it is elsewhere.
+    """Return the path of a file or folder that a path or name stands for; remote files are downloaded into a cache.
 
     Args:
         given: the path or name.
-        subject: it as the subject of a sentence, as ``parse_path`` takes it.
-        kind: the error for a name that stands for nothing that can be read, with `code`.
-        admit: raises for a repository that may not be read, by the name that it has on the hub now.
+        subject: the path as the subject of a sentence, as ``parse_path`` takes it.
+        kind: the error for a name that cannot be read, with `code`.
+        admit: raises for a repository that may not be read; it gets the repository's current name on the hub.
         repo_type: the kind of a repository on the hub: ``"model"``, which an adapter's is too, or ``"dataset"``.
 
     Raises:
         WrongType: it is neither text nor a path.
         MissingExtra: the library that reads such names is not installed.
-        FormatError: it is larger than ``lorac.budget`` admits.
+        FormatError: the download is larger than ``lorac.budget`` admits.
     """
     name = parse_name(given) if isinstance(given, str | os.PathLike) else None
     if name is None:
@@ -162,7 +162,7 @@ def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit, repo_type: str) ->
         near = _find_nearest(str(name.revision), lambda: [one.name for one in refs().branches + refs().tags])
         how = "give a branch, a tag or a whole commit hash"
         raise refuse(f"{where} has no revision '{name.revision}'", nearest=near, next_step=how) from error
-    except Exception as error:  # no network, a failing server, and whatever a client of HTTP raises
+    except Exception as error:  # no network, a failing server, or any error of the HTTP client
         reason = "HF_HUB_OFFLINE is set" if _is_offline() else f"asking for it fails, {type(error).__name__}: {error}"
         with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
             below = f"{glob.escape(name.inner)}/" if name.inner else ""
@@ -190,7 +190,7 @@ def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit, repo_type: str) ->
 
 
 def _copy_linked(folder: Path) -> Path:
-    """Return a copy of a compiled model without links, which the hub's cache has; any other folder or file itself."""
+    """Copy a compiled model out of the hub's cache, whose files are links; return other files and folders unchanged."""
     copy = _find_cache() / _hash(os.path.realpath(folder))
     if (folder / MANIFEST).is_file() and not copy.exists():
         with replace_atomically(copy) as staged:
@@ -206,14 +206,14 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _find_nearest(name: str, listed: Callable[[], list[str]]) -> str | None:
-    """Return the name that a server lists and that is most like another; None where it lists none."""
+    """Return the name most like a given one among those that a server lists, or None."""
     with contextlib.suppress(Exception):  # it is only for a message
         return nearest_name(name, listed(), alike=0.6)
     return None
 
 
 def _choose(names: Collection[str], inner: str, where: str, refuse: Refuse) -> list[str]:
-    """Return the files to download: those at a place in a folder that lorac may read."""
+    """Return the files to download: the files at or below ``inner`` that lorac may read."""
     unread = _UNREAD + _DOUBLES * any(one.endswith(".safetensors") for one in names)
     below = [one for one in names if not inner or one == inner or one.startswith(f"{inner}/")]
     unsafe = next((one for one in below if not is_inner_name(one)), None)
@@ -234,7 +234,7 @@ def _check_size(file: str, size: int, said: int | None, refuse: Refuse) -> None:
 
 
 def _find_at_address(address: str, refuse: Refuse) -> Path:
-    """Return the path of a copy in the cache; a copy is never changed, and another content is another copy."""
+    """Return the path of the address's copy in the cache. A copy is never changed: other content gets another copy."""
     place, where = _find_cache() / _hash(address), short(address)
     if _is_offline():
         kept = sorted(place.glob("*/*"), key=lambda path: path.parent.stat().st_mtime)
@@ -270,7 +270,7 @@ def _hash(text: str) -> str:
 
 
 def _list_store(address: str) -> _RemoteFiles:
-    """Return the files of a store at an address, by their paths from the folder above it."""
+    """Return the files at an address in a store, by their paths relative to the folder above the address."""
     with translate_import_errors():
         import fsspec
 
@@ -294,7 +294,7 @@ def _open_web(address: str, stack: contextlib.ExitStack) -> _RemoteFiles:
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows redirects within a host: whoever names an address names the host that is read."""
+    """A handler that follows redirects only within a host, so that the address names the host that is read."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url), urlsplit(newurl)

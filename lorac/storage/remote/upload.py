@@ -1,4 +1,4 @@
-"""Folders of adapters and compiled models on the Hugging Face hub, each with a card that describes it."""
+"""Upload of adapters and compiled models to the Hugging Face hub, each with a card that describes it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ _CARD_FIELDS = ("base_model", "license", "license_name", "license_link")
 
 
 def push_folder(folder: Path, place: str, facts: Mapping[str, object], snippet: str, options: Mapping[str, Any]) -> str:
-    """Upload a folder with a card to a repository, which is made if it does not exist; return the commit's address.
+    """Upload a folder with a card to a repository, which is created if it does not exist; return the commit's address.
 
     Args:
-        folder: the files; gets the card.
+        folder: the folder of the files, to which the card is added.
         place: the name of the folder in a repository, without its revision.
         facts: subject -> finding, for the card.
         snippet: Python that loads the folder, with ``{name!r}`` for its name.
-        options: of ``push_to_hub``; ``base_model`` is the name of the base on the hub, or None.
+        options: the options of ``push_to_hub``; ``base_model`` is the name of the base on the hub, or None.
 
     Raises:
         OptionError: there is no such option.
