@@ -31,7 +31,7 @@ class Limit(ABC):
 
     @abstractmethod
     def admits(self, value: object, fields: Mapping[str, object]) -> bool:
-        """Return whether a field may have this value next to the other fields of its dataclass."""
+        """Return whether a field may have this value, given the other fields of its dataclass."""
 
     @abstractmethod
     def describe(self, fields: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""Values that the code inside a call reads, and no other code."""
+"""Values of context variables that only the code inside a call reads."""
 
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context

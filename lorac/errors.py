@@ -26,7 +26,7 @@ cases of a class.
     ├── WrongType                 an argument of the wrong type (also a TypeError)
     └── MissingExtra              an optional library is not installed
 
-A ``LoracWarning`` is not an error, but must not pass in silence.
+A ``LoracWarning`` is not an error, but the caller should notice it.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class LoracError(Exception):
         code: the case within the class; default: the class's ``usual_code``, or the class's name in snake case.
 
     Attributes:
-        code: stable across versions, to be compared by callers.
+        code: a name of the case that callers can compare; it is stable across versions.
     """
 
     codes: ClassVar[Mapping[str, str]] = {}
@@ -150,7 +150,7 @@ class UnknownMethod(AdapterError):
 
 
 class BaseNeeded(AdapterError):
-    """The operation needs the base weights, and no model was given, or one without values."""
+    """The operation needs the base weights, and no model was given, or a model without values."""
 
 
 class FormatError(LoracError):
@@ -193,7 +193,7 @@ class CaptureError(CompileError):
 
 
 class ExampleInputsNeeded(CompileError):
-    """Example inputs cannot be made from the model, or the model cannot be called with those given.
+    """Example inputs cannot be made from the model, or the model cannot be called with the given inputs.
 
     The message names forward's arguments.
     """
@@ -349,12 +349,12 @@ def missing_site_error(what: str, *, next_step: str, nearest: str | None = None)
 
 
 def unmergeable_error(what: str, *, next_step: str) -> CompileError:
-    """Return the error for a change that no weight can hold."""
+    """Return the error for a change that cannot be merged into a weight."""
     return CompileError(what, next_step=next_step, code="not_mergeable")
 
 
 def require_base(found: T | None, what: str, *, next_step: str = "pass model=") -> T:
-    """Return what needs the base, such as a model; raise ``BaseNeeded`` for None."""
+    """Return ``found``, such as the base model; raise ``BaseNeeded`` if it is None."""
     if found is None:
         raise BaseNeeded(what, next_step=next_step)
     return found

@@ -167,7 +167,7 @@ def _format_settings(settings: Mapping[str, object]) -> str:
 
 
 def format_check(found: AdapterCheck) -> Iterator[str]:
-    """Yield the lines about a checked adapter; of faults that differ only in numbers, one is shown with a count."""
+    """Yield the lines about a checked adapter; faults that differ only in numbers share a line with their count."""
     yield f"{found.adapter}: {'fits' if found.fits else 'does not fit'}"
     yield from (f"  {subject}: {finding}" for subject, finding in found.facts.items())
     alike: dict[str, list[str]] = {}

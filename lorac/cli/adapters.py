@@ -93,7 +93,7 @@ def check(
     engine: EngineOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Check that adapters fit a model, and an engine; print each fault with its remedy; a fault exits with 1."""
+    """Check that adapters fit a model, and an engine; print faults with their remedies; the exit code of a misfit is 1."""
     import lorac
 
     with progress("check", total=len(adapters)) as report:
@@ -164,7 +164,7 @@ def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
 
 
 def _check_options(engine: str, format: str, model: str, inputs: Path | None, dtype: str) -> None:
-    """Refuse options that do not go with --for, or only with it."""
+    """Refuse options that contradict --for, and options that need it."""
     from lorac.formats.engines import find_engine
 
     if not engine:

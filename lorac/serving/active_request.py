@@ -15,7 +15,7 @@ class ActiveRequest:
         adapters: the adapters' names in the compiled model.
         prompt_tokens: the number of tokens of all prompts.
         answers: the number of answers.
-        user: the client's own user, as the request's field ``user`` says.
+        user: the client's name for its user, from the request's field ``user``.
         completion_tokens: the number of tokens of all answers so far.
         reasons: the finish reasons of the answers that have ended.
         first_token: seconds until the first token; None before it.

@@ -23,7 +23,7 @@ class LoadFields(pydantic.BaseModel, extra="forbid", strict=True):
     """Fields of a request to load an adapter.
 
     Attributes:
-        lora_name: the tenant's name for it.
+        lora_name: the tenant's name for the adapter.
         lora_path: a path below the tenant's folder in the store's ``incoming``, or a name such as ``hf:user/repo``.
     """
 
@@ -36,7 +36,7 @@ class UnloadFields(pydantic.BaseModel, extra="forbid", strict=True):
     """Fields of a request to unload an adapter.
 
     Attributes:
-        lora_name: the tenant's name for it.
+        lora_name: the tenant's name for the adapter.
         lora_int_id: vLLM's number of the adapter; ignored.
     """
 

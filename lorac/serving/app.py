@@ -39,7 +39,7 @@ from lorac.version import VERSION
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 _PREPARING, _SENDING = 2, 40
-"""Threads that prepare requests and answers: if this process computes the model, and if workers do."""
+"""The number of threads that prepare requests and answers, if this process computes the model and if workers do."""
 
 
 def build_app(

@@ -1,4 +1,4 @@
-"""Limits on the connections of a uvicorn server: how long they may be idle, and how many there may be."""
+"""Limits on the idle time and the number of a uvicorn server's connections."""
 
 import time
 
@@ -7,11 +7,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def limit_connections(server: uvicorn.Server, seconds: float, most: int) -> None:
-    """Close connections that are without a request for too long; if there are too many, those without one longest.
+    """Close connections that wait too long for a request, and the longest waiting if there are more than ``most``.
 
-    uvicorn itself sets no limit on the time of a request's headers, and has no documented access to its connections.
-    This reads ``Server.server_state.connections``, and of connections that h11 parses ``cycle`` (the current or the
-    last request) and ``transport``.
+    uvicorn itself sets no limit on the time of a request's headers, and does not document how to find its connections.
+    They are read from ``Server.server_state.connections``, with the attributes of h11's connections ``cycle`` (the
+    current or the last request) and ``transport``.
 
     Args:
         seconds: the longest time without a request, before the first and between requests.

@@ -23,13 +23,13 @@ UPLOADS = "/v1/adapters"
 CHATS = frozenset({"/v1/chat/completions", "/tokenize"})
 """Paths that take conversations, which may contain images."""
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
-"""Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
+"""Paths that need no key: load balancers check the health, and the page asks its user for the key."""
 NOBODY = "default"
 """The tenant of requests without a key."""
 _LEAST_RATE = 1 << 16
 """The least rate of a body, in bytes per second."""
 _FAILED, _REFUSALS = 400, 25
-"""The least status of a refusal; and the refusals that a tenant gets at once, and per second after these."""
+"""The least status of a refusal; the number of refusals that a tenant gets undelayed, and then gets per second."""
 _CLOSE = {"connection": "close"}
 _STOPPING = "the server is stopping; send the request again, and another one answers it"
 

@@ -124,7 +124,7 @@ class ServerMetrics(Collector):
         yield info
 
     def _read_state(self, scheduler: TextScheduler | None) -> Iterator[tuple[str, str, float]]:
-        """Yield the name, the text and the value of each gauge."""
+        """Yield the name, the help text and the value of each gauge."""
         running, waiting = (0, 0) if scheduler is None else scheduler.load
         rows, memory, pool = 1 if scheduler is None else scheduler.rows, self._compiled.memory, self._compiled.pool
         # Without a limit on memory, it is the places for rows that run out.

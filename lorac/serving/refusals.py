@@ -45,14 +45,14 @@ class RefusedRequest(LoracError):
     """A request is refused by the server, not by the model.
 
     Attributes:
-        status: of the answer.
+        status: the HTTP status of the answer.
     """
 
     status = 400
 
 
 class NotAllowed(RefusedRequest):
-    """The server does not do this, or not for this tenant."""
+    """The request is not allowed, on this server or for this tenant."""
 
     status = 403
 

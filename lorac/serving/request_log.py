@@ -1,4 +1,4 @@
-"""One line of JSON for each request."""
+"""The log of requests: one line of JSON for each."""
 
 import json
 import logging

@@ -30,7 +30,7 @@ class ServingSettings:
         max_upload_bytes: the most bytes of an upload of an adapter.
         max_spool_bytes: the most bytes of all uploads and images that are being received; one tenant gets at most half.
         max_connections: the most connections; one tenant's requests get at most half.
-        header_timeout: seconds within which a connection must send its first, and each next, request.
+        header_timeout: seconds within which a connection must send its first and every further request.
         body_timeout: seconds for a request's body, plus the time of its bytes at 64 KiB per second.
         max_new_tokens: the most tokens of an answer, and the default for chats.
         deadline: seconds after which a request ends, its waiting time included; None: no deadline.

@@ -1,4 +1,4 @@
-"""``check``: compile an adapter to see whether it fits a model, and list the faults with their remedies."""
+"""``check``: compile an adapter to find out whether it fits a model, and list faults and remedies."""
 
 import contextlib
 import os

@@ -154,7 +154,7 @@ class Compiled:
             adapters: a choice for this call, or a list with one per row.
             seed: seed of a random generator for the call, or a list with one per row. Default: torch's generator.
             draft: a choice of adapters that drafts tokens, which the call's own choice verifies together: None for the
-                base, or an adapter cut to a lower rank. The result is the same as without it. Default: no draft.
+                base, or an adapter cut to a lower rank. The call's own choice decides the result. Default: no draft.
             prompt_cache: a ``lorac.PromptCache`` that keeps prompts between calls, on targets with a cache.
             component: the name of the model to run, where there are several.
             **options: ``input_ids``, ``attention_mask`` and the other arguments of transformers' ``generate``.
@@ -248,10 +248,10 @@ class Compiled:
 
         Args:
             source: a path, an Adapter, a fresh Variant, or a configuration of PEFT's.
-            name: its name; default: the folder's, the adapter's own, or the variant's.
+            name: the adapter's name; default: the name of its folder, object or variant.
 
         Raises:
-            NeedsRecompile: it needs more sites, rank or kinds of slots than were reserved.
+            NeedsRecompile: the adapter needs more sites, rank or kinds of slots than were reserved.
             CompileError: the adapter needs a merged weight where the base weight is quantised.
             AdapterError: the name is taken.
         """
@@ -526,7 +526,7 @@ class CompiledModule(nn.Module, Compiled):
         self._on_adapters_changed()
 
     def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        """Run the model's forward, with the active adapters or those chosen for this call."""
+        """Run the model's forward, with the active adapters or a choice for this call."""
         return self._call_or_trace(args, kwargs, adapters)
 
     def _call_or_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
@@ -582,7 +582,7 @@ class CompiledModule(nn.Module, Compiled):
         """Move the parameters, for ``to``, ``half`` and ``cuda``, and bind the moved tensors.
 
         Raises:
-            Unavailable: the dtype is another; or the device is, in fused mode, whose swaps write weights in place.
+            Unavailable: the dtype would change; or, in fused mode, the device, since swaps write weights in place.
         """
         for tensor in self.parameters() if self.mode != "baked" else ():
             moved = fn(tensor.detach()[:0] if tensor.dim() else tensor.detach().clone())

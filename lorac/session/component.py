@@ -61,7 +61,7 @@ class Component:
         """Return the component, which keeps its dtype and device.
 
         Raises:
-            Unavailable: another dtype or device.
+            Unavailable: another dtype or device is requested.
         """
         for asked in (*args, *kwargs.values()):
             is_device = isinstance(asked, str | torch.device)

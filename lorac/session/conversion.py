@@ -66,7 +66,7 @@ def convert(
         path: where to write; None: nothing is written. ``save_adapter`` can write the result later.
         for_: "vllm", "sglang", "llama.cpp", "ollama", "genai", "diffusers", "mlx" or "olive".
         model: the base, or several by name.
-        rank: the largest rank; default: the exact one, and 16 where no pair of factors is exact.
+        rank: the largest rank; default: the exact rank, or 16 where no pair of factors is exact.
         tolerance: the largest error of a site; with inputs, of its outputs. Without ``rank``, each site gets the
             smallest rank within the tolerance; with ``rank``, a site beyond the tolerance is refused.
         inputs: arguments of a call, as tensors or arrays by name; truncation changes the outputs for them least.

@@ -18,7 +18,7 @@ from lorac.ir.sites.site import factor_dtype
 from lorac.variants.adapter import Adapter
 
 _NO_CHANGE = 1e-5
-"""The most ‖W' − W‖ / ‖W‖ that is rounding, for an adapter that starts at the base, such as PiSSA's."""
+"""The largest ‖W' − W‖ / ‖W‖ that counts as rounding, for an adapter that starts at the base, such as PiSSA's."""
 
 
 def install_fused_head(compiled: Any, forward: Any) -> bool:

@@ -32,7 +32,7 @@ def read_model_config(folder: Path) -> JsonMapping:
     """Return the configuration in a model's folder.
 
     Raises:
-        OptionError: there is none, or it is not JSON.
+        OptionError: the folder has no configuration, or it is not JSON.
     """
     config = folder / CONFIG
     if (folder / _PIPELINE).is_file():

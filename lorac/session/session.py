@@ -28,7 +28,7 @@ class Session:
         host: the model; or its skeleton, after a release or in an artifact.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         preparer: reduces the adapters' formulas; holds the sites and the base weights.
-        pool: the adapters, prepared.
+        pool: the prepared adapters.
         reads: the layers whose weights the calls have read.
         plans: the slots of every touched site.
         traits: graph name -> configuration, dtype and device of its model.
@@ -72,7 +72,7 @@ class Session:
 
     @property
     def base(self) -> BaseReader:
-        """Reads base weights."""
+        """The reader of base weights."""
         return self.preparer.base
 
     def quantise_sites(self) -> None:

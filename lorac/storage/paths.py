@@ -69,8 +69,8 @@ def is_inner_name(name: str) -> bool:
 def find_inner_path(folder: Path, name: str) -> Path | None:
     """Return the path for a name in a file, or None if the path could be outside the folder.
 
-    Every path that lorac takes from a file goes through here. A name is relative and has slashes. It may not be
-    absolute, have empty parts or dots for parts, or pass through a link.
+    Every path that lorac takes from a file passes through this function. A name is relative and has slashes. It may
+    not be absolute, have empty parts or dots for parts, or pass through a link.
 
     Args:
         folder: the folder that the name is relative to.

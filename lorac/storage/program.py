@@ -95,7 +95,7 @@ class StoredProgram(nn.Module):
     """A program that was read from an artifact. A call takes inputs by name, and returns the outputs in order.
 
     Args:
-        stored: as ``program_to_json`` wrote it.
+        stored: the program as ``program_to_json`` wrote it.
 
     Attributes:
         inputs: pairs of an input and the name of its tensor, or None for the caller's, in order.

@@ -341,7 +341,7 @@ class TensorFile(Mapping[str, Tensor]):
         return {name: place.outline() for name, place in self._places.items()}
 
     def load_all(self) -> dict[str, Tensor]:
-        """Copy all tensors into memory; those with several names are one tensor again."""
+        """Copy all tensors into memory; a tensor with several names is one tensor again."""
         copies = {name: self[name].clone() for name in self if name not in self._alias}
         return {name: copies[self._alias.get(name, name)] for name in self}
 

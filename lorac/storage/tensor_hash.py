@@ -13,7 +13,7 @@ from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import DTYPE_NAMES, raw_bytes
 
 _FEW_BYTES = 4 << 20
-"""Bytes that one thread hashes as fast as several."""
+"""The most bytes that one thread hashes as fast as several threads."""
 _EARLIER_LENGTH = 32
 """Characters of a hash of earlier versions of lorac."""
 
@@ -23,7 +23,7 @@ def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
 
     Args:
         text: the description.
-        tensors: by name; their order does not matter.
+        tensors: the tensors by name; their order does not matter.
 
     Returns:
         The sha256 hash of the text and of each tensor's name, dtype, shape and sha256 hash, 32 bytes as text.

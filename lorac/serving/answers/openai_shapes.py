@@ -116,7 +116,7 @@ class ChatShape(AnswerShape):
 
     def _describe_logprob(self, token: int, logprob: float | None) -> Json:
         text = self._decode(token)
-        encoded = None if "\ufffd" in text else list(text.encode())  # a part of a character
+        encoded = None if "\ufffd" in text else list(text.encode())  # the token is a part of a character
         return {"token": text, "logprob": _bounded(logprob), "bytes": encoded}
 
 

@@ -21,7 +21,7 @@ class StopString:
             self._borders.append(self._extend(self._borders[-1], char))
 
     def find(self, new: str) -> int | None:
-        """Read new text; return the number of its characters up to the string's end, or None without an end in it."""
+        """Read new text; return the position in it where the string ends, or None if the string does not end in it."""
         for place, char in enumerate(new, 1):
             self.begun = self._extend(self.begun, char)
             if self.begun == len(self._text):

@@ -37,7 +37,7 @@ def moved_too_often() -> Unavailable:
 
 
 async def call_worker(workers: DeploymentHandle, method: str, *given: object) -> object:
-    """Return the result of a worker's method, or of another worker's if that one dies.
+    """Call a method of a worker, and again of another worker if the first dies; return the result.
 
     Raises:
         LoracError: the method returned it, or no worker has room.

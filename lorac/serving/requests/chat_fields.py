@@ -19,7 +19,7 @@ ANY: JsonMapping = {"type": "object"}
 
 
 class TextPart(pydantic.BaseModel, extra="forbid", strict=True):
-    """A part of a message that is text."""
+    """Text in a message."""
 
     type: Literal["text"]
     text: str
@@ -30,7 +30,7 @@ class ImageAddress(pydantic.BaseModel, extra="forbid", strict=True):
 
     Attributes:
         url: a data URL.
-        detail: the resolution; "auto" alone, since the model's processor decides.
+        detail: the resolution; only "auto", since the model's processor decides.
     """
 
     url: str

@@ -111,7 +111,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         """Check the fields together.
 
         Raises:
-            RefusedField: two of them contradict each other, or one has a value that is not supported.
+            RefusedField: two fields contradict each other, or a field has a value that is not supported.
         """
         if self.stream_options is not None and not self.stream:
             raise RefusedField("stream_options", "is for streams", next_step="give 'stream': true, or leave it out")

@@ -48,7 +48,7 @@ def copy_files(files: Mapping[str, BinaryIO], folder: Path, claim: QuotaClaim) -
 
     Raises:
         FormatError: as ``name_files``.
-        OverBudget: the tenant may not have so many bytes.
+        OverBudget: the tenant has no quota for the bytes.
     """
     names = name_files([*files])
     return sum(_copy(source, folder / name, claim) for source, name in zip(files.values(), names, strict=True))
@@ -72,7 +72,7 @@ def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
     meanwhile is followed.
 
     Args:
-        path: relative, with slashes.
+        path: the path relative to the folder, with slashes.
 
     Raises:
         FormatError: the path leads out of the folder, or to something that is no file.

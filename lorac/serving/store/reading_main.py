@@ -1,4 +1,4 @@
-"""The process that reads strangers' uploads, started by ``ReadingProcess``.
+"""The process that reads untrusted uploads, started by ``ReadingProcess``.
 
 It reads requests from its input, one line of JSON each. For each request it forks a child. The child limits its own
 resources, reads the adapter and rewrites it in lorac's own format, or writes a refusal. The answer is a line with the

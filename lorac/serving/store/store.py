@@ -144,7 +144,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         """Return the name that an adapter of a tenant has in the compiled model.
 
         Raises:
-            AdapterNotFound: the tenant has no such adapter, even if another has.
+            AdapterNotFound: the tenant has no such adapter, even if another tenant has.
         """
         return self._find(tenant, name).key
 

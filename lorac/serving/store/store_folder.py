@@ -95,7 +95,7 @@ class StoreFolder:
             self.file_of(tenant, digest).unlink(missing_ok=True)
 
     def add_name(self, entry: StoredName) -> None:
-        """Give an adapter a name, which the adapter that had it before loses."""
+        """Give an adapter a name, and remove the name from any other adapter."""
         folder = self._adapters / entry.tenant
         for other in _find_names(folder):
             if other.name == entry.name and other.digest != entry.digest:
@@ -124,7 +124,7 @@ class StoreFolder:
 
 
 def _folder_of(parent: Path, tenant: str) -> Path:
-    """Return a tenant's folder; refuse a tenant whose folder is another's where the file system ignores case."""
+    """Return a tenant's folder; raise if a file system that ignores case takes it for another tenant's."""
     folder = parent / tenant
     if folder.exists() and tenant not in os.listdir(parent):
         fault = f"tenant '{tenant}' and another differ by case alone, which the file system of '{parent}' ignores"

@@ -329,7 +329,7 @@ class _ModelComparison:
         return max(differences, key=lambda difference: difference.error, default=None)
 
     def _varying_outputs(self, run: ModelRun) -> list[object]:
-        """Return the model's outputs without those that are constants of the program."""
+        """Return the model's outputs, except outputs that are constants of the program."""
         leaves, structure = pytree.tree_leaves(replace_dataclasses(run.output)), self.graph.interface.structure
         constants = {} if structure is None else structure.constants
         return [leaf for place, leaf in enumerate(leaves) if place not in constants]

@@ -57,7 +57,7 @@ class Precision:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return a dtype, given itself or its name.
+    """Return the dtype that a dtype or a name stands for.
 
     Raises:
         OptionError: it is not a floating-point dtype that a model can have.

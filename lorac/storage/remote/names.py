@@ -55,7 +55,7 @@ class HubName(NamedTuple):
     """A model or an adapter on the hub.
 
     Attributes:
-        repo: the user's name and the repository's.
+        repo: the repository, ``user/name``.
         revision: a branch, a tag or a commit; None: ``main``.
         inner: a file or folder in the repository; empty: the whole repository.
     """
@@ -120,7 +120,7 @@ def find_source(
         subject: the path as the subject of a sentence, as ``parse_path`` takes it.
         kind: the error for a name that cannot be read, with `code`.
         admit: raises for a repository that may not be read; it gets the repository's current name on the hub.
-        repo_type: the kind of a repository on the hub: ``"model"``, which an adapter's is too, or ``"dataset"``.
+        repo_type: the kind of a repository on the hub: ``"model"``, also for adapters, or ``"dataset"``.
 
     Raises:
         WrongType: it is neither text nor a path.
