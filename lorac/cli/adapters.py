@@ -93,7 +93,7 @@ def check(
     engine: EngineOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Check that adapters fit a model, and an engine; print faults with their remedies; the exit code of a misfit is 1."""
+    """Check that adapters fit a model, and an engine; print faults with remedies; a misfit exits with 1."""
     import lorac
 
     with progress("check", total=len(adapters)) as report:
