@@ -153,7 +153,7 @@ def check_fields(value: object, owner: str | None = None) -> None:
 
 
 def check_type(value: object, expected: type | tuple[type, ...], what: str, *, next_step: str) -> None:
-    """Check that an argument is an instance of the expected classes.
+    """Check that an argument is an instance of an expected class.
 
     Args:
         value: the argument.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 SUPPRESSED_LOGGERS = ("torch", "transformers", "onnxscript", "onnx_ir")
-"""Libraries whose messages are dropped; a logger below them with a level of its own (``TORCH_LOGS``) still speaks."""
+"""Libraries whose messages are dropped, except from a logger below them with its own level (``TORCH_LOGS``)."""
 _suppressing: ContextVar[bool] = ContextVar("suppressing", default=False)
 
 
@@ -39,7 +39,7 @@ class _LogFilter(logging.Filter):
 
 
 def _has_own_level(name: str, library: str) -> bool:
-    """Return whether a level was set at a logger below the library's own logger, or at one between the two."""
+    """Return whether a level was set at a logger, or at a logger between it and the library's."""
     logger: logging.Logger | None = logging.getLogger(name)
     while logger is not None and logger.name not in (library, "root"):  # a library may have no logger of its name
         if logger.level != logging.NOTSET:

@@ -42,7 +42,7 @@ class Guard:
     is refused. Room for the bytes of uploads and images is reserved before they are received. The refusals of a tenant
     that gets many are delayed, since immediate retries take the event loop's time from other tenants.
 
-    It is not one of Starlette's HTTP middlewares, behind which an app does not notice that a client disconnects.
+    It is not one of Starlette's HTTP middlewares, which hide from the app that a client has disconnected.
 
     Args:
         app: the app that gets the admitted requests.

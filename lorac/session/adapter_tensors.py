@@ -21,7 +21,7 @@ _CONTAINER_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
 
 
 class AdapterTensors(nn.Module):
-    """An adapter's tensors under names that a state dict can hold, and the adapter's record.
+    """An adapter's tensors under names that are valid in a state dict, and the adapter's record.
 
     A state dict contains only tensors, so the record is stored as the bytes of a JSON text. It gives for each key the
     tensor's site and name, or, if the tensor has no site, the parameter that it replaces. A seal over the record and

@@ -506,7 +506,7 @@ class CompiledModule(nn.Module, Compiled):
 
     Only adapter tensors require gradients. Attributes that it lacks are looked up on ``host``, the copy of the model.
 
-    Its state dict holds every tensor that training may change, once: the adapters' tensors under
+    Its state dict has every tensor that training may change, once: the adapters' tensors under
     ``adapter_tensors.<name>.`` with each adapter's record, and the model's buffers under ``host.``. A ``/`` in a key
     stands for a dot within a name (``state_dict_key``). The model's parameters are left out. A model with the same
     adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads the files of ``Trainer``.

@@ -85,7 +85,7 @@ def _load_folder(
         return compiled
     except (LoracError, Warning):  # warnings may be errors
         raise
-    except Exception as error:  # the hashes agree, so the file was made like this, and anything in it may be wrong
+    except Exception as error:  # the hashes agree: the files were written like this, and any content may be wrong
         reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
             f"the manifest of '{folder}', or a file of it, does not fit together: {type(error).__name__}: {reason}",

@@ -50,7 +50,7 @@ def load_model_folder(folder: Path) -> nn.Module:
     """Load the model of a folder, in eval mode.
 
     Raises:
-        OptionError: the folder does not hold a model, or loading it fails.
+        OptionError: the folder contains no model, or loading the model fails.
         MissingExtra: the library that saved it is not installed.
     """
     return _make_model(folder, lambda cls: cls.from_pretrained(folder))

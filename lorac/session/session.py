@@ -27,7 +27,7 @@ class Session:
     Attributes:
         host: the model; or its skeleton, after a release or in an artifact.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        preparer: reduces the adapters' formulas; holds the sites and the base weights.
+        preparer: reduces the adapters' formulas; has the sites and the reader of base weights.
         pool: the prepared adapters.
         reads: the layers whose weights the calls have read.
         plans: the slots of every touched site.

@@ -177,7 +177,7 @@ def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     if path.is_symlink() or not (path.is_file() or (path.is_dir() and sys.platform != "win32")):
         return
-    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows flushes what it may write
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows flushes writable files
     try:
         os.fsync(handle)
     finally:
@@ -217,7 +217,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         if sys.platform != "win32":
             import fcntl
 
-            with contextlib.suppress(OSError):  # the file system has none
+            with contextlib.suppress(OSError):  # the file system has no locks
                 handle = os.open(folder, os.O_RDONLY)
                 unlock.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX)
@@ -268,7 +268,7 @@ def read_consistently(path: Path, read: Callable[[], T]) -> T:
             failed = error
         if (
             before is not None and _identity(path) == before
-        ):  # where nothing was before, something may have appeared and gone
+        ):  # without a path before, one may have appeared and vanished
             raise failed
     return read()
 

@@ -31,7 +31,7 @@ _OPERATIONS, _FACTOR = 1 << 38, 1 << 10
 """Operations that every call may take, and further operations for each pair of a value of the caller's and a value that
 the program reads. A linear layer takes 2 per pair; attention over long inputs, and features of images, take more."""
 _PER_OP = 1 << 17
-"""The number of operations that counts for the call of an op, since it takes as long."""
+"""The number of operations that take as long as the call of an op, and that are counted for it."""
 _BY_VALUES = frozenset({"repeat_interleave", "one_hot"})
 """Ops whose results have sizes that depend on the operands' values, not only on their shapes."""
 _OF_MATRICES = ("solve", "inv_", "inverse", "cholesky", "_lu", "qr", "svd", "eig", "det", "matrix_exp", "cdist")

@@ -27,7 +27,7 @@ def write_normal_forms(path: Path, prepared: PreparedAdapter) -> None:
     tensors: dict[str, Tensor] = {}
     changes, branches = {}, {}
     for site, change in prepared.changes.items():
-        assert not isinstance(change, SparseSum)  # that is a sum of several adapters
+        assert not isinstance(change, SparseSum)  # only sums of several adapters are sparse sums
         form, parts = to_outputs(change)
         changes[site] = {"form": form, "letters": [*parts]}
         tensors |= {_letter(site, letter): part for letter, part in parts.items()}

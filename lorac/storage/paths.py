@@ -104,7 +104,7 @@ def translate_os_errors(
     """Turn an ``OSError`` inside the block into one of lorac's errors, with the path and the system's reason.
 
     Args:
-        path: the file that is read or written, for errors that name none.
+        path: the file that is read or written, for errors that name no path.
         kind: the error to raise, with `code`.
         verb: "read" or "written", for the text of the error.
     """

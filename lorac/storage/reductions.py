@@ -53,7 +53,7 @@ def reduction_from_json(stored: JsonObject) -> Reduction:
 
 
 def check_sizes(reduction: Reduction, weight: tuple[int, int], tensors: Iterable[Tensor]) -> None:
-    """Refuse a reduction with sizes far beyond those of the values that it reads, before it allocates anything.
+    """Refuse a reduction with sizes far larger than the values that it reads, before it allocates anything.
 
     Args:
         reduction: the reduction, as it was read.

@@ -71,7 +71,7 @@ class ShardedTensors(Mapping[str, Tensor]):
 
 
 def _find_weights(folder: Path) -> tuple[str, str]:
-    """Return the names of the single file of all weights and of the index of shards, one of which exists."""
+    """Return the names of the single file of all weights and of the index of shards; at least one file exists."""
     found = [names for names in map(_file_names, _NAMES) if any((folder / name).is_file() for name in names)]
     if not found:
         raise _no_weights(folder)

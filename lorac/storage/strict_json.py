@@ -77,7 +77,7 @@ def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> Json
 
 
 def dump_json(value: Json, indent: int | None = None) -> str:
-    """Return a value as JSON in ASCII, with names in their given order; without ``indent``, without any spaces.
+    """Return a value as JSON in ASCII, with names in their given order, and without spaces if ``indent`` is None.
 
     Raises:
         ValueError: ``parse_json`` would refuse the text.

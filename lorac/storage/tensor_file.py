@@ -88,7 +88,7 @@ def write_safetensors(
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
         written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name in names:
-            values = raw_bytes(tensors[name])  # made while the tensor before it is written
+            values = raw_bytes(tensors[name])  # computed while the previous tensor is written
             written.result()
             written = writer.submit(file.write, values)
         written.result()
@@ -181,7 +181,7 @@ def _find_end(entries: JsonObject) -> int:
 
 
 def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
-    """Return tensors by name, copied once from an open file. Each has a storage of its own, so it is saved alone.
+    """Return tensors by name, copied once from an open file. Each has its own storage, so it can be saved alone.
 
     The storages share one allocation, which takes half the time of separate allocations: NumPy requests huge pages.
 

@@ -58,7 +58,7 @@ def _hash_each(values: Sequence[memoryview]) -> list[bytes]:
 
 
 def agrees_with_hash(hashed: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether contents have a hash: that of ``hash_contents``, or that of earlier versions of lorac."""
+    """Return whether a hash is right for contents, by ``hash_contents`` or by the hash of earlier versions of lorac."""
     if isinstance(hashed, str) and len(hashed) == _EARLIER_LENGTH:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(dump_json([text, len(tensors)]).encode())

@@ -49,7 +49,7 @@ class RemoteScheduler:
         self._requests: dict[RemoteRequest, asyncio.Task[None]] = {}
 
     def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
-        """Submit several requests to workers, all or none. The event loop's own thread must not call it.
+        """Submit several requests to workers: all of them, or none. The event loop's own thread must not call it.
 
         Raises:
             LoracError: as ``Scheduler.submit_all``.

@@ -167,7 +167,7 @@ class AdapterFiles:
                 self._register(name, files[name])
 
     def register(self, name: str, file: SharedFile) -> AdapterSize:
-        """Register an adapter in place of an earlier one of its name; raises as ``Compiled.register_file``."""
+        """Register an adapter in place of an earlier adapter of its name; raises as ``Compiled.register_file``."""
         with self._lock:
             if name in self._known:
                 self._remove(name)

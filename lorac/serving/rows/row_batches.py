@@ -90,7 +90,7 @@ class RowBatches:
             del jobs  # else the last outputs stay in memory while no request comes
 
     def _gather(self) -> list[_RowJob]:
-        """Wait for jobs and return those of the next call, longest unserved tenant first; an empty list at the end."""
+        """Wait for jobs, and return the next call's jobs, longest unserved tenant first; an empty list at the end."""
         jobs, count = list[_RowJob](), 0
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closing)

@@ -24,7 +24,7 @@ def name_files(names: list[str]) -> list[str]:
     """Return the names under which the files of an upload are stored.
 
     Raises:
-        FormatError: the names are not those of a format that may be uploaded.
+        FormatError: the names do not match a format that may be uploaded.
     """
     if sorted(names) == [CONFIG, WEIGHTS]:
         return names

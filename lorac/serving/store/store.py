@@ -91,7 +91,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
         folder: the folder of the adapters' files; a later store over it has the same adapters.
         quotas: the quotas of each tenant; default: ``StoreQuotas()``.
         bases: names by which PEFT's configurations call the model, for files that do not record a hash of the base.
-        reserved: names that no adapter may have, such as that of the model itself.
+        reserved: names that no adapter may have, such as the model's own name.
         sources: patterns of the places from which ``load`` may take adapters by name, such as ``hf:user/*`` or
             ``s3://bucket/*``; default: no place. An asterisk matches any text.
 
@@ -131,7 +131,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             self._restore(entry)
 
     def adapters(self, tenant: str) -> list[TenantAdapter]:
-        """Return the adapters that a tenant may use: its own, sorted by name, then the ones that all tenants share."""
+        """Return the adapters that a tenant may use: its own, sorted by name, then the adapters that all share."""
         own = self._tenants.get(tenant)
         found = {} if own is None else dict(own.adapters)
         return [*(found[name] for name in sorted(found)), *self._shared.values()]

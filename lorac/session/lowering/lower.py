@@ -29,7 +29,7 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
     """Capture a session's model graph by graph, check each against the model, and lower it.
 
     Args:
-        session: holds the model.
+        session: the session of the model.
         aux: names of the extra outputs.
     """
     model, options = session.host.module, session.options

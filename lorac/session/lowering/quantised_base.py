@@ -24,7 +24,7 @@ def warn_of_quantised_products(session: Session, given: nn.Module) -> None:
     Unless ``self_test`` is off, both models run on the example inputs to measure the difference.
 
     Args:
-        session: holds the model with dequantised weights.
+        session: the session of the model with dequantised weights.
         given: the model with the library's weights and products; left as it was.
     """
     origins = dict(iter_quantised_origins(session.host.module))

@@ -57,7 +57,7 @@ class Precision:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype that a dtype or a name stands for.
+    """Return a dtype that is given as a dtype or by its name.
 
     Raises:
         OptionError: it is not a floating-point dtype that a model can have.

@@ -206,7 +206,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _find_nearest(name: str, listed: Callable[[], list[str]]) -> str | None:
-    """Return the name most like a given one among those that a server lists, or None."""
+    """Return the name most like ``name`` among the names that a server lists, or None."""
     with contextlib.suppress(Exception):  # it is only for a message
         return nearest_name(name, listed(), alike=0.6)
     return None
