@@ -229,7 +229,7 @@ def diff(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two adapters site by site: their norms, and the overlap of their outputs' and of their inputs' spaces."""
+    """Compare two adapters site by site: their norms, and the overlaps of their output spaces and input spaces."""
     import lorac
 
     with progress("diff") as report:

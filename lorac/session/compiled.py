@@ -626,7 +626,7 @@ def build_compiled(source: ModelSource, request: CompileRequest) -> Compiled:
 
 
 def make_compiled(session: Session, engine: Engine, choice: Choice) -> Compiled:
-    """Return the compiled model over an engine, with a choice active."""
+    """Return the compiled model over an engine, and activate a choice."""
     compiled = Compiled(session, engine) if engine.module is None else _eager_class(engine.module)(session, engine)
     if session.mode == "baked":
         compiled.switch.record_baked(choice)

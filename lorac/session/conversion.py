@@ -236,7 +236,7 @@ class _Conversion:
 
 
 def _owner(parameter: str) -> str:
-    """Return the last name of the module of a parameter."""
+    """Return the last part of the name of a parameter's module."""
     return parameter.rpartition(".")[0].rpartition(".")[2]
 
 

@@ -114,7 +114,7 @@ class OpenFile:
         return mapping
 
     def mapped_part(self, offset: int, size: int) -> memoryview:
-        """Map some of the bytes. Writes to the mapping stay with the caller."""
+        """Map some of the bytes into memory. Writes to the mapping do not reach the file."""
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._handle, offset - begin + size, access=mmap.ACCESS_COPY, offset=begin)
         return memoryview(mapped)[offset - begin :]

@@ -1,4 +1,4 @@
-"""Check a program with a cache against the program without: a sequence in two parts must give the whole's logits.
+"""Check a program with a cache against the program without: a sequence in two parts must give the same logits.
 
 A trace of a whole sequence does not show whether tokens depend on earlier tokens through attention alone. A model that
 mixes tokens in another way, or counts positions itself, gives wrong outputs when a sequence comes in parts.
