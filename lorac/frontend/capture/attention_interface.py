@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureError, Unavailable
-from lorac.frontend.capture.decoder_families import call_torch_attention, counts_by_padding, find_sequence
+from lorac.frontend.capture.decoder_families import (
+    call_torch_attention,
+    counts_by_padding,
+    find_sequence,
+    iter_token_selectors,
+)
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
@@ -67,6 +72,13 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
     ids = given[sequence.ids]
     if ids.shape[1] < 2:
         raise _unavailable(model, "needs an example of two tokens or more")
+    most = min((selector.index_topk for selector in iter_token_selectors(model)), default=ids.shape[1])
+    if ids.shape[1] > most:
+        raise Unavailable(
+            f"{type(model).__name__} chooses {most} (index_topk) of the example's {ids.shape[1]} tokens to attend to, "
+            "and a cache is for sequences of which it chooses all",
+            next_step=f"give example_inputs= of at most {most} tokens; target='eager' runs longer sequences",
+        )
     if IDS in others and _ENCODER_MASK in names:
         others.setdefault(_ENCODER_MASK, torch.ones_like(others[IDS]))
     # Positions that every sequence has, even a sequence of one token.

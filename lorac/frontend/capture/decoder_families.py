@@ -145,11 +145,11 @@ def get_longest_sequence(model: nn.Module) -> int | None:
     rotaries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     originals = [rotary.get(_ORIGINAL_LIMIT) for rotary in rotaries if rotary.get("rope_type") in CHANGING_ROTARY_KINDS]
     limits = [*originals, getattr(config, "max_position_embeddings", None)]
-    limits += [selector.index_topk for selector in _iter_token_selectors(model)]
+    limits += [selector.index_topk for selector in iter_token_selectors(model)]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-def _iter_token_selectors(model: nn.Module) -> Iterator[Any]:
+def iter_token_selectors(model: nn.Module) -> Iterator[Any]:
     """Yield the modules that choose, by keys of their own, the ``index_topk`` tokens that each token attends to."""
     found: Iterator[Any] = (m for m in model.modules() if isinstance(getattr(m, "index_topk", None), int))
     return (m for m in found if inspect.signature(m.forward).parameters.keys() >= _SELECTION_ARGUMENTS)
@@ -157,7 +157,7 @@ def _iter_token_selectors(model: nn.Module) -> Iterator[Any]:
 
 def attend_densely(host: nn.Module) -> None:
     """Leave out the choice of tokens to attend to in a copied model: it is all of a sequence that a program takes."""
-    for selector in _iter_token_selectors(host):
+    for selector in iter_token_selectors(host):
         selector.forward = lambda hidden_states, *_, **__: hidden_states
 
 
