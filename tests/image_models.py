@@ -68,6 +68,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], t
         {"image_token_index": IMAGE, "projection_dim": 16},
         (3, 8, 8),
     ),
+    "internvl": (
+        "InternVL",
+        {"model_type": "llama"},
+        {"image_size": [16, 16], "patch_size": [4, 4]},
+        {"image_token_id": IMAGE},
+        (3, 16, 16),
+    ),
+    "idefics3": (
+        "Idefics3",
+        {"model_type": "llama", "pad_token_id": 0},
+        {"image_size": 16, "patch_size": 4},
+        {"image_token_id": IMAGE, "pad_token_id": 0},
+        (1, 3, 16, 16),
+    ),
+    "glm4v": (
+        "Glm4v",
+        {"num_key_value_heads": 1, "rope_parameters": {**_ROPE, "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+        {**_PATCHES, "num_heads": 2, "image_size": 16},
+        {"image_token_id": IMAGE, "image_start_token_id": 62},
+        (16, 96),
+    ),
 }
 """Name -> the family's, fields of its text, its tower and the whole, and the shape of the images of a row."""
 TYPES = {"gemma3": lambda ids: ids.eq(IMAGE).long(), **dict.fromkeys(("paligemma", "paligemma2"), torch.zeros_like)}
@@ -142,8 +163,8 @@ _TURNS = """{% for turn in messages %}{{ turn['role'][0] }}{% for part in turn['
 {% else %}{{ part['text'] }}{% endif %}{% endfor %};{% endfor %}"""
 
 
-def make_processor() -> Any:
-    """A processor of qwen2_5_vl's: a token for each of some characters, and images of about 16 x 16 pixels."""
+def make_processor(family: str = "qwen2_5_vl") -> Any:
+    """A processor of a family's: a token for each of some characters, and images of about 16 x 16 pixels."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -152,9 +173,19 @@ def make_processor() -> Any:
     special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     inner = Tokenizer(models.BPE({word: place for place, word in enumerate([*words, *special])}, []))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    named = {"image_token": special[0], "boi_token": special[2], "eoi_token": special[3]}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=special
-    )
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=special, **(named if family == "gemma3" else {}),
+    )  # fmt: skip
+    if family == "gemma3":
+        pixels = {"size": {"height": 16, "width": 16}, "image_seq_length": FEATURES}
+        return transformers.Gemma3Processor(
+            image_processor=transformers.Gemma3ImageProcessor(**pixels),
+            tokenizer=tokenizer,
+            image_seq_length=FEATURES,
+            chat_template=_TURNS.replace("<|image_pad|><|vision_end|>", ""),
+        )
     sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"size": {"shortest_edge": 256, "longest_edge": 256}}
     return transformers.Qwen2_5_VLProcessor(
