@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
@@ -17,8 +18,10 @@ import torch
 from lorac.argument_types import JsonMapping
 from lorac.errors import InputMismatch, OptionError
 from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.calls.modalities import find_modality
 from lorac.progress import step
 from lorac.runtime.generation.prompt_cache import PromptCache
+from lorac.storage.paths import translate_os_errors
 
 if TYPE_CHECKING:
     from lorac.session.compiled import Compiled
@@ -35,7 +38,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
 
-    def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: object) -> Encoding: ...
+    def apply_chat_template(self, turns: Sequence[Mapping[str, object]], **options: object) -> Encoding: ...
 
 
 class TextStreamer:
@@ -121,20 +124,38 @@ class TextWriter:
         """Return a text as inputs of the model."""
         return dict(self.tokenizer(text, return_tensors="pt"))
 
-    def encode_turns(self, turns: Sequence[Mapping[str, str]]) -> Encoding:
+    def encode_images(self, text: str, paths: Sequence[Path]) -> Encoding:
+        """Return a text about images as inputs: as a turn, if the model's processor has a chat template.
+
+        Raises:
+            OptionError: the model reads no images, or a file cannot be read.
+            FormatError: a file is no image, or too large for a request of a server.
+            InputMismatch: the processor fails.
+        """
+        processor = self.compiled.processor
+        if getattr(processor, "image_processor", None) is None:
+            raise OptionError(
+                "the model has no processor for images",
+                next_step="save it into the same folder, or leave --image out",
+            )
+        images = _read_images(paths)
+        if not processor.chat_template:
+            return _translate_failure("processor", lambda: processor(images=images, text=text, return_tensors="pt"))
+        parts = [{"type": "image", "image": image} for image in images]
+        return self.encode_turns([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], processor)
+
+    def encode_turns(self, turns: Sequence[Mapping[str, object]], reader: Tokenizer | None = None) -> Encoding:
         """Return a conversation as inputs of the model, in its chat format.
+
+        Args:
+            reader: the model's processor, for turns with images.
 
         Raises:
             InputMismatch: the chat template fails.
         """
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        try:
-            return dict(self.tokenizer.apply_chat_template(list(turns), **options))
-        except Exception as error:  # a template is a program of the model's author, and may raise anything
-            raise InputMismatch(
-                f"the model's chat template fails: {str(error).strip().partition(chr(10))[0]}",
-                next_step='--prompt "TEXT" continues a text',
-            ) from error
+        options = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt", "return_dict": True}
+        apply = (reader or self.tokenizer).apply_chat_template
+        return _translate_failure("chat template", lambda: apply(list(turns), **options))
 
     def positions_left(self, inputs: Encoding) -> int | None:
         """Return how many tokens the model can add to a text; None: no limit."""
@@ -144,10 +165,39 @@ class TextWriter:
 
     def write(self, inputs: Encoding, streamer: TextStreamer) -> None:
         """Continue a text, up to the model's last position."""
-        known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        read = inputs if find_modality(inputs) else ("input_ids", "attention_mask")
+        known: dict[str, Any] = {name: inputs[name] for name in read if name in inputs}
         left = self.positions_left(inputs)
         new = self.max_new_tokens if left is None else min(self.max_new_tokens, max(left, 1))
         self.compiled.generate(**known, **self.settings, max_new_tokens=new, streamer=streamer)
+
+
+def _read_images(paths: Sequence[Path]) -> list[object]:
+    """Return the images in files, which are as many and as large as a request of a server may have."""
+    from lorac.serving.settings import ServingSettings
+    from lorac.serving.store.reading_main import IMAGE_FORMATS, read_images
+
+    most, nbytes = ServingSettings(), 0
+    for path in paths:
+        with translate_os_errors(path, OptionError, "read"):
+            nbytes += path.stat().st_size
+    if len(paths) > most.max_images or nbytes > most.max_image_bytes:
+        raise OptionError(
+            f"--image gives {len(paths)} files of together {nbytes} bytes, and a prompt has at most "
+            f"{most.max_images} of {most.max_image_bytes}",
+            next_step="give fewer or smaller ones",
+        )
+    return list(read_images([(path, f"'{path}'", [*IMAGE_FORMATS.values()]) for path in paths], most.max_image_pixels))
+
+
+def _translate_failure(program: str, encode: Callable[[], Encoding]) -> Encoding:
+    try:
+        return dict(encode())
+    except Exception as error:  # a program of the model's author may raise anything
+        raise InputMismatch(
+            f"the model's {program} fails: {str(error).strip().partition(chr(10))[0]}",
+            next_step='--prompt "TEXT" continues a text',
+        ) from error
 
 
 def replace_undecodable_text() -> None:

@@ -26,7 +26,7 @@ from lorac.progress import progress
 from lorac.storage.paths import translate_os_errors
 
 if TYPE_CHECKING:
-    from lorac.cli._generation import TextWriter
+    from lorac.cli._generation import Encoding, TextWriter
     from lorac.session.compiled import Compiled
 
 FolderArgument = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
@@ -38,6 +38,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     model: CompiledOrModel,
     inputs: InputsOption = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Continue this text.")] = None,
+    image: Annotated[list[Path], typer.Option(help="An image before the prompt; several: one option each.")] = [],  # noqa: B006  (as --adapter)
     adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     adapters: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; default: the active ones.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
@@ -52,6 +53,8 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     """Call a compiled model with --inputs, let it continue a --prompt, or chat with it: /adapter NAME, /adapters."""
     if inputs is not None and prompt is not None:
         raise typer.BadParameter("--inputs and --prompt are two ways to call a model; give one")
+    if image and prompt is None:
+        raise typer.BadParameter("--image goes with a --prompt about it")
     if out is not None and inputs is None:
         raise typer.BadParameter("--out writes the outputs of a call with --inputs")
     if json and inputs is None and prompt is None:
@@ -76,7 +79,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     if prompt is None:
         Chat(writer).run()
     else:
-        _print_continuation(writer, prompt, json)
+        _print_continuation(writer, writer.encode_images(prompt, image) if image else writer.encode(prompt), json)
 
 
 def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
@@ -99,14 +102,14 @@ def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> Non
     print_report(rows, make_table(("output", "shape", "dtype", "mean", "std"), cells), as_json=json)
 
 
-def _print_continuation(writer: TextWriter, prompt: str, json: bool) -> None:
+def _print_continuation(writer: TextWriter, prompt: Encoding, json: bool) -> None:
     """Continue a text: print it as it is written, or as JSON at its end."""
     from lorac.cli._generation import TextStreamer
 
     streamer = TextStreamer(
         writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True))
     )
-    writer.write(writer.encode(prompt), streamer)
+    writer.write(prompt, streamer)
     if json:
         print_report({"text": streamer.text, "tokens": streamer.tokens, "active": writer.compiled.active}, as_json=True)
     else:

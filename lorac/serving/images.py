@@ -16,14 +16,13 @@ from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.chat_fields import ChatMessage, ImagePart
 from lorac.serving.served_model import ServedModel
 from lorac.serving.settings import ServingSettings, StoreQuotas
-from lorac.serving.store.reading_main import PICTURE
+from lorac.serving.store.reading_main import IMAGE_FORMATS, PICTURE
 from lorac.serving.store.reading_process import ReaderPool
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _IMAGES, *_ = MODALITIES
-_FORMATS = {"image/gif": "GIF", "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 _URL = re.compile(r"data:([\w.+/-]{1,64});base64,", re.ASCII)
 _LONGEST = 40
 """The most characters of a wrong address in a message."""
@@ -88,9 +87,9 @@ def _decode(url: str) -> tuple[str, bytes]:
             f"is {short(url[:_LONGEST])}, and the server opens no addresses",
             next_step="send the image itself: data:image/png;base64,...",
         )
-    format = _FORMATS.get(found[1].lower())
+    format = IMAGE_FORMATS.get(found[1].lower())
     if format is None:
-        raise RefusedField("image_url", f"holds {found[1]}", next_step=f"send one of {', '.join(_FORMATS)}")
+        raise RefusedField("image_url", f"holds {found[1]}", next_step=f"send one of {', '.join(IMAGE_FORMATS)}")
     try:
         return format, base64.b64decode(url[found.end() :].encode(), validate=True)
     except ValueError as error:

@@ -254,6 +254,7 @@ def test_bench_times_generation(cli):
     [
         (["run", "mute", "--prompt", "hello"], 1, "lorac.OptionError: the model has no tokenizer"),
         (["run", "plain"], 1, "lorac.OptionError: the tokenizer has no chat template"),
+        (["run", "model", "--prompt", "hello", "--image", "x.png"], 1, "the model has no processor for images"),
         (["run", "model", "--prompt", "hello", "-i", "x.npz"], 2, "give one"),
         (["run", "model", "--prompt", "hello", "-o", "x.npz"], 2, "--out writes the outputs of a call with --inputs"),
         (["run", "model", "--json"], 2, "not for a chat"),

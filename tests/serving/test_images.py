@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import lorac
-from tests.image_models import FEATURES
+from tests.image_models import FEATURES, batch, made, make_processor
 from tests.serving.models import make_app, serve
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
@@ -121,6 +121,30 @@ def test_an_image_is_answered_as_generate_does(client: openai.OpenAI, compiled: 
         ask(client, parts("say ", encode(one))).choices[0].message.content
         != ask(client, parts("say ", encode(picture(9)))).choices[0].message.content
     )
+
+
+@pytest.mark.medium("test_an_image_is_answered_as_generate_does")
+def test_a_model_whose_images_see_later_tokens_is_served(tmp_path: Path) -> None:
+    """Gemma 3, whose processor gives types of tokens."""
+    whole = lorac.compile(
+        made("gemma3"), target="onnxruntime", active=None, cache=True, example_inputs=batch("gemma3", (3, 3), seed=7)
+    )
+    whole.save(tmp_path / "saved", tokenizer=make_processor("gemma3"))
+    gemma = lorac.load(tmp_path / "saved")
+    with serve(make_app(gemma)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        answers = []
+        for model, choice, contents in (
+            ("one", "one", ["say ", picture(1), " it"]),
+            ("two", "two", [picture(1), picture(2, (20, 20))]),
+            ("one", "one", ["say ", picture(9), " it"]),
+            ("base", None, ["say"]),
+        ):
+            text, count = expect(gemma, choice, *contents)
+            found = ask(client, parts(*[one if isinstance(one, str) else encode(one) for one in contents]), model)
+            assert (found.choices[0].message.content, found.usage.prompt_tokens) == (text, count), model
+            answers.append(text)
+        assert answers[0] != answers[2]
+        _refused(client, parts("<|vision_start|>", PNG), "messages", "do not fit the model's chat template")
 
 
 def test_streams_stop_strings_and_several_answers(client: openai.OpenAI, compiled: Any) -> None:

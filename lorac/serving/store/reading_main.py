@@ -15,8 +15,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -30,10 +31,15 @@ from lorac.serving.store.intake import NATIVE
 from lorac.storage.strict_json import JsonObject
 from lorac.variants import variants
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 REWRITTEN, REFUSAL = "rewritten.safetensors", "refusal.json"
 """Files in the folder of an upload: the rewritten adapter, and the refusal."""
 PICTURE = ".npy"
 """Ending of a decoded image's file, after its number. The file has the pixels (height, width, 3), as uint8."""
+IMAGE_FORMATS = {"image/gif": "GIF", "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
+"""Media type -> its name in Pillow."""
 BYTES_PER_PIXEL = 3
 REFUSED = 2
 """Exit status of a child that has written a refusal."""
@@ -148,40 +154,55 @@ def rewrite(folder: Path, base: str | None) -> None:
 def decode_images(folder: Path, pixels: int) -> None:
     """Decode the images in a folder, files called ``<number>.<format>``, and write the pixels of each.
 
+    Raises:
+        FormatError: as ``read_images``.
+    """
+    import numpy as np
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    paths = sorted(folder.iterdir(), key=lambda path: int(path.stem))
+    files = [(path, f"image {int(path.stem) + 1}", (path.suffix[1:],)) for path in paths]
+    for path, picture in zip(paths, read_images(files, pixels), strict=True):
+        np.save(folder / f"{path.stem}{PICTURE}", np.asarray(picture), allow_pickle=False)
+
+
+def read_images(files: Iterable[tuple[Path, str, Sequence[str]]], pixels: int) -> "Iterator[Image]":
+    """Yield the images in files, upright and in colours.
+
     Args:
+        files: path, name for errors, and allowed formats of each.
         pixels: the most pixels of all images together.
 
     Raises:
         FormatError: an image is damaged, of another format, or animated; or the images have too many pixels.
     """
-    import numpy as np
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS, left = None, pixels
-    for path in sorted(folder.iterdir(), key=lambda path: int(path.stem)):
-        name, format = f"image {int(path.stem) + 1}", path.suffix[1:]
+    left = pixels
+    for path, name, formats in files:
         try:
-            with Image.open(path, formats=[format]) as image:
+            with Image.open(path, formats=formats) as image:
                 width, height = image.size
                 left -= width * height
                 if left < 0:
-                    break
+                    raise FormatError(
+                        f"{name}, of {width} x {height} pixels, has more than the {pixels} that a request's images "
+                        "have together",
+                        next_step="give smaller ones",
+                        code="over_budget",
+                    )
                 if getattr(image, "is_animated", False):
-                    raise FormatError(f"{name} is animated", next_step="send one of its pictures", code="over_budget")
+                    raise FormatError(f"{name} is animated", next_step="give one of its pictures", code="over_budget")
                 # As transformers does for files.
                 picture = ImageOps.exif_transpose(image).convert("RGB")
         except (MemoryError, LoracError):
             raise
         except Exception as error:  # decoders may raise any error for untrusted bytes
             reason = str(error).replace(str(path), name) or type(error).__name__
-            raise FormatError(f"{name} is not a whole {format} file: {reason}", code="corrupt_file") from error
-        np.save(folder / f"{path.stem}{PICTURE}", np.asarray(picture), allow_pickle=False)
-    if left < 0:
-        raise FormatError(
-            f"{name}, of {width} x {height} pixels, has more than the {pixels} that a request's images have together",
-            next_step="send smaller ones",
-            code="over_budget",
-        )
+            whole = f"{name} is not a whole {' or '.join(formats)} file: {reason}"
+            raise FormatError(whole, code="corrupt_file") from error
+        yield picture
 
 
 def over_budget_error(what: str) -> FormatError:
