@@ -54,6 +54,27 @@ _GEMMA = {
     "max_position_embeddings": 64,
     "sliding_window": 4,
 }
+IMAGE, FEATURES, PIXELS = 96, 5, (3, 8, 8)
+"""The id of the placeholder, how many features each image has, and its shape."""
+_FLORENCE = {
+    "text_config": {**_BART, "model_type": "bart", "vocab_size": VOCABULARY},
+    "vision_config": {
+        "depths": [1, 1],
+        "patch_size": [3, 3],
+        "patch_stride": [2, 2],
+        "patch_padding": [1, 1],
+        "patch_prenorm": [False, True],
+        "embed_dim": [8, 16],
+        "num_heads": [2, 2],
+        "num_groups": [2, 4],
+        "window_size": 3,
+        "projection_dim": 32,
+        "max_temporal_embeddings": 5,
+        "max_position_embeddings": 8,
+    },
+    "image_token_id": IMAGE,
+}
+_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "bart": ("Bart", _BART, ["q_proj", "v_proj", "fc1"]),
     "t5": ("T5", _T5, ["q", "v", "wi"]),
@@ -77,9 +98,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"encoder": _GEMMA, "decoder": _GEMMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         ["q_proj", "down_proj"],
     ),
+    "t5gemma2": (
+        "T5Gemma2",
+        {
+            "encoder": {
+                "text_config": {**_GEMMA, **_TYPES, "vocab_size": VOCABULARY},
+                "vision_config": {
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 8,
+                    "patch_size": 4,
+                },
+            },
+            "decoder": {**_GEMMA, **_TYPES, "vocab_size": VOCABULARY},
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+        },
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+    ),
+    "florence2": ("Florence2", _FLORENCE, ["q_proj", "fc1", "qkv", "image_projection"]),
 }
 """Name -> the family's, its sizes, and what is adapted: positions that are learned, computed, or counted by tokens;
-biases by distance, sounds, windows and soft caps, attention that is written out."""
+biases by distance, sounds, windows and soft caps, attention that is written out, images next to the text."""
 LENGTHS = (9, 4, 7, 2)
 
 
@@ -92,15 +136,15 @@ def made(family: str) -> Any:
     config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **sizes)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
+        for path, parameter in model.named_parameters():
+            parameter.mul_(1 if parameter.dim() < 2 or "vision_tower" in path else 6)
     if family == "whisper":
         settings = {"no_timestamps_token_id": 90, "is_multilingual": False, "max_initial_timestamp_index": 3}
         for field, value in settings.items():
             setattr(model.generation_config, field, value)
     if family == "fsmt":  # over its own cache it counts padding within an answer
         model.generation_config.update(num_beams=1, suppress_tokens=[0])
-    if family == "t5gemma":
+    if family in {"t5gemma", "t5gemma2", "florence2"}:
         model.generation_config.decoder_start_token_id = 1
     return model
 
@@ -118,18 +162,35 @@ def adapted(family: str) -> Any:
     return wrapped
 
 
+def example(model: Any) -> dict[str, Tensor] | None:
+    """Example inputs of a model that lorac makes none for, as it finds no size of the images that it may read."""
+    family = model.config.model_type
+    if family not in {"florence2", "t5gemma2"}:
+        return None
+    two = {name: value[:2] for name, value in batches(family)[1].items()}
+    if family == "t5gemma2":  # transformers and ONNX part at padding whose whole window is padding
+        two["attention_mask"] = torch.ones_like(two["input_ids"])
+    return {**two, "decoder_input_ids": torch.tensor([[1, 5, 6, 7], [1, 8, 9, 10]])}
+
+
 def batches(family: str) -> list[dict[str, Tensor]]:
     """Four rows to encode: texts padded on either side, or sounds."""
     generator = torch.Generator().manual_seed(0)
     if family == "whisper":
         return [{"input_features": torch.randn(4, 8, 40, generator=generator)}]
-    rows = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+    seeing, images = family == "florence2", dict[str, Tensor]()
+    words = IMAGE if seeing else VOCABULARY
+    rows = [torch.randint(3, words, (length,), generator=generator) for length in LENGTHS]
+    if seeing:
+        rows = [torch.cat([torch.full((FEATURES,), IMAGE), row]) for row in rows]
+        images["pixel_values"] = torch.randn(4, *PIXELS, generator=generator)
     masks = [torch.ones_like(row) for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
     return [
         {
             "input_ids": pad(rows, batch_first=True, padding_side=side),
             "attention_mask": pad(masks, batch_first=True, padding_side=side),
+            **images,
         }
         for side in ("left", "right")
     ]

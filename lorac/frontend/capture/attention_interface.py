@@ -147,7 +147,7 @@ class AttentionInterface:
         padding, bidirectional = request["attention_mask"], request["mask_function"] is bidirectional_mask_function
         if bidirectional and padding is None:
             return None
-        full = {**request, "allow_is_bidirectional_skip": False}
+        full = {**request, "allow_is_bidirectional_skip": False, "use_vmap": False}  # a trace of vmap cannot run
         seen: Any = padding[:, None, None, :].to(torch.bool) if bidirectional else sdpa_mask(**full)
         added = torch.where(seen, like, torch.finfo(like.dtype).min).expand(rows, 1, *lengths)
         self.masks[id(added)] = added, seen

@@ -33,7 +33,7 @@ from lorac.ir.calls.modalities import (
     split_inputs,
 )
 from lorac.ir.calls.multimodal_positions import POSITION_IDS
-from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name
+from lorac.ir.graph.attention_ops import DECODER_IDS, IDS, LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name
 from lorac.ir.graph.interpreter import differs_beyond_rounding
 
 _MASK = "attention_mask"
@@ -43,7 +43,7 @@ Part = tuple[Host, Mapping[str, object]]
 
 
 def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
-    """Return the decoder and the tower of a model; None if its example inputs are only text.
+    """Return the decoder and the tower of a model; None if an encoder reads the images, or the example is only text.
 
     Args:
         host: the model; left unchanged.
@@ -59,7 +59,9 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
         return None
     model: Any = host.model
     modality = find_modality(given)
-    if modality is None or IDS not in given or not callable(getattr(model, modality.method, None)):
+    if modality is None or IDS not in given or DECODER_IDS in given:  # an encoder reads images with its text
+        return None
+    if not callable(getattr(model, modality.method, None)):
         return None
     if (token := modality.find_token(model.config.to_dict())) is None:
         return None

@@ -16,7 +16,7 @@ from torch import fx
 from lorac.argument_types import Operands
 from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, find_sequence
 from lorac.ir.graph import attention_ops
-from lorac.ir.graph.edit import add_constant, insert_call
+from lorac.ir.graph.edit import add_constant, inline, insert_call
 from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.interpreter import evaluate
 from lorac.ir.graph.nodes import find_module_path, find_sources, find_stored_tensors
@@ -60,8 +60,15 @@ class FoldWrittenAttention(Pass):
         for node in list(graph.find(attention_ops.ATTENTION)):  # a model may have put the mask into a bias
             args: Any = node.args
             q, k, v, bias, *others = args
-            bias, window = reader.read_bias(bias)
-            if window is not None:
+            joined = None if any((*others[:3], others[6])) else _find_joined(k, v, bias)
+            bias, window = reader.read_bias(joined[-1][0] if joined else bias)
+            if joined is not None and window is not None and bias is None:
+                (k, encoded_k), (v, encoded_v), (_, hidden) = joined
+                attend = functools.partial(_attend_to_both, float(others[3]), window, str(args[-1]))
+                made = inline(graph.exported, node, attend, [q, k, encoded_k, v, encoded_v, hidden])[1][0]
+                graph.replace_node(node, made)
+                changed = True
+            elif window is not None:
                 if bias is not None and (
                     bias.target is aten.expand.default or isinstance(bias.meta["val"].shape[-2], int)
                 ):
@@ -126,6 +133,46 @@ def _join_key_bias(
     )
     keys = insert(aten.cat.default, [k, insert(aten.transpose.int, by_key, 2, 3)], 3)
     return insert(aten.cat.default, [q, one], 3), keys, None
+
+
+def _find_joined(*operands: Any) -> list[tuple[Any, Any]] | None:
+    """Return keys, values and bias, each of the sequence and of the encoded tokens, that one softmax is over; or None.
+
+    T5Gemma 2's attention has them, its masks expanded by the length of the sequence.
+    """
+    cats = [operand for operand in operands if operand is not None and operand.target is aten.cat.default]
+    parts = [tuple(cat.args[0]) for cat in cats if len(cat.args[0]) == 2]
+    if len(parts) < len(operands) or parts[-1][0].target is not attention_ops.MASK:
+        return None
+    own, encoded = parts.pop()
+    return [*parts, (own, encoded.args[0] if encoded.target is aten.expand.default else encoded)]
+
+
+def _attend_to_both(  # noqa: PLR0913, PLR0917  (operands)
+    scale: float,
+    window: int,
+    module: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    encoded_k: torch.Tensor,
+    v: torch.Tensor,
+    encoded_v: torch.Tensor,
+    hidden: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """Attend to a sequence and to encoded tokens by one softmax, as attention to the sequence alone and a mean.
+
+    A sink stands for the encoded tokens: its score is the logarithm of their sum. A further feature subtracts it from
+    all scores of a query, so the sink is 0. A further feature of ones among the values gives the share of the sequence.
+    """
+    shared = q.shape[1] // encoded_k.shape[1]
+    encoded_k, encoded_v = (x.repeat_interleave(shared, 1) for x in (encoded_k, encoded_v))
+    scores = q @ encoded_k.transpose(2, 3) * scale + hidden
+    total, ones = scores.logsumexp(-1, keepdim=True), torch.ones_like(k[..., :1])
+    more = (torch.cat([x, y], -1) for x, y in ((q, total / -scale), (k, ones), (v, ones)))
+    sinks = torch.zeros_like(q[0, :, 0, 0])
+    y = torch.ops.lorac.attention(*more, None, None, sinks, None, scale, True, window, 0.0, module)
+    encoded = (torch.softmax(scores, -1) @ encoded_v).transpose(1, 2)
+    return (y[..., :-1] + (1 - y[..., -1:]) * encoded,)
 
 
 @dataclass

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterable
 
-from torch import SymInt, Tensor, fx
+import torch
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lorac.source_lines import is_user_code
+
+_SIZES = frozenset({torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int})
 
 
 def get_example(node: object) -> Tensor:
@@ -52,8 +55,7 @@ def find_dependents(nodes: Iterable[fx.Node], first: Iterable[fx.Node]) -> set[f
     """Return these nodes and all nodes computed from them; a path through a size does not count."""
     found = set(first)
     for node in nodes:
-        sized = isinstance(node.meta.get("val"), SymInt | int)
-        if node.op == "call_function" and not sized and not found.isdisjoint(node.all_input_nodes):
+        if node.op == "call_function" and node.target not in _SIZES and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

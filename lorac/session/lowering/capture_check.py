@@ -190,12 +190,14 @@ class _ModelComparison:
         """Compare at another batch and length, and at sizes that torch may have specialised on, such as 1."""
         sizes = self.graph.interface.sizes
         example = sizes.measure(self.inputs)
-        other = sizes.find_other(example)
+        other, runs = sizes.find_other(example), example
         with contextlib.suppress(_ModelError):  # the model does not run at this size, so the program need not
-            if other is not None and (worst := self._difference(other)) is not None:
-                raise self._differs(worst)
+            if other is not None:
+                if (worst := self._difference(other)) is not None:
+                    raise self._differs(worst)
+                runs = other
         right: list[AxisSizes] = []
-        for chosen in sizes.find_doubtful(other or example):
+        for chosen in sizes.find_doubtful(runs):
             with contextlib.suppress(_ModelError):
                 if self._difference(chosen) is None:
                     right.append(chosen)

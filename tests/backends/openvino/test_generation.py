@@ -102,7 +102,7 @@ def test_generates_with_states(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", encoder_decoders.FAMILIES)
 def test_generates_behind_an_encoder(family: str, tmp_path: Path) -> None:
     peft = encoder_decoders.adapted(family)
-    compiled = made(peft)
+    compiled = made(peft, example_inputs=encoder_decoders.example(peft))
     for batch in encoder_decoders.batches(family):
         for options in ({}, {"num_beams": 3}):
             told = {**batch, **GREEDY, **options}

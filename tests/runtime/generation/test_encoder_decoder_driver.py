@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import lorac
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 from lorac.testing import assert_close
-from tests.encoder_decoders import FAMILIES, VOCABULARY, adapted, batches, made
+from tests.encoder_decoders import FAMILIES, FEATURES, IMAGE, VOCABULARY, adapted, batches, example, made
+from tests.limits import LEAST_DIFFERENCE
 from tests.program_calls import note_calls
 from tests.refusing import refuses
 
@@ -23,10 +26,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_sample": True},
     {"repetition_penalty": 1.3},
 ]
-SOON = ("t5", "mvp", "fsmt", "whisper", "m2m_100")
+SOON = ("t5", "mvp", "fsmt", "whisper", "m2m_100", "t5gemma2")
 
 
 def _made(model: Any, mode: str = "live", **options: Any) -> Any:
+    options.setdefault("example_inputs", example(model))
     return lorac.compile(model, target="onnxruntime", mode=mode, cache=True, **options)
 
 
@@ -53,7 +57,7 @@ def _same(compiled: Any, peft: Any, family: str, asked: list[dict[str, Any]]) ->
 
 
 @pytest.mark.medium("test_tokens_are_those_of_the_host_with_adapters_by_row")
-@pytest.mark.slow("a T5, an MVP and an FSMT", keep=["t5", "mvp", "fsmt"])
+@pytest.mark.slow("a T5, an MVP, an FSMT and a T5Gemma 2", keep=["t5", "mvp", "fsmt", "t5gemma2"])
 @pytest.mark.parametrize("family", SOON)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Batches padded on either side; beams."""
@@ -68,6 +72,74 @@ def test_the_table_of_both_graphs_is_quantised_alike() -> None:
     codecs = [note for note in str(compiled.explain()).splitlines() if "stored as int8" in note]
     assert codecs, compiled.explain()
     compiled.generate(**batches("mvp")[-1], **GREEDY)
+
+
+@pytest.fixture(scope="module")
+def seeing() -> Any:
+    """A Florence-2 with a LoRA and a DoRA in its tower, its connector, its encoder and its decoder; and PEFT's."""
+    peft = adapted("florence2")
+    peft.add_adapter(
+        "dora", LoraConfig(r=2, target_modules=FAMILIES["florence2"][2], use_dora=True, init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if ".dora" in name:
+                parameter.mul_(1.2) if "magnitude" in name else parameter.normal_(0, 0.2)
+    return _made(peft), peft.eval()
+
+
+def _expect(peft: Any, batch: dict[str, torch.Tensor], adapter: str | None, row: int, **options: Any) -> Any:
+    """Return PEFT's answer for one row alone, with its padding, as its encoder numbers tokens with it."""
+    alone = {name: value[row : row + 1] for name, value in batch.items()}
+    told = {**GREEDY, **options, "return_dict_in_generate": True, "output_logits": True}
+    if adapter is None:
+        with peft.disable_adapter():
+            return peft.generate(**alone, **told)
+    peft.set_adapter(adapter)
+    return peft.generate(**alone, **told)
+
+
+@pytest.mark.medium("test_prompt_features.py, in front of a decoder")
+@pytest.mark.parametrize("adapters", [["dora"] * 4, ["default", "dora", None, "default"]], ids=["together", "by row"])
+def test_images_in_front_of_an_encoder_get_the_tokens_and_logits_of_peft(
+    adapters: list[str | None], seeing: Any, tmp_path: Path
+) -> None:
+    compiled, peft = seeing
+    choice = adapters[0] if len(set(adapters)) == 1 else adapters
+    compiled.save(tmp_path / "saved")
+    eager = lorac.compile(peft, active=None)
+    for engine, batch in itertools.product((compiled, lorac.load(tmp_path / "saved"), eager), batches("florence2")):
+        told = {**batch, **GREEDY, "adapters": choice, "return_dict_in_generate": True, "output_logits": True}
+        found = engine.generate(**told)
+        assert len(found.sequences.unique(dim=0)) > 1
+        for row, adapter in enumerate(adapters):
+            expected = _expect(peft, batch, adapter, row)
+            tokens = expected.sequences[0]
+            assert torch.equal(found.sequences[row, : len(tokens)], tokens)
+            for logits, others in zip(found.logits, expected.logits, strict=False):
+                assert_close(logits[row], others[0])
+    beams = compiled.generate(**batch, **GREEDY, adapters=choice, num_beams=3)
+    for row, adapter in enumerate(adapters):
+        tokens = _expect(peft, batch, adapter, row, num_beams=3).sequences[0]
+        assert torch.equal(beams[row, : len(tokens)], tokens)
+
+
+@pytest.mark.medium("test_images_in_front_of_an_encoder_get_the_tokens_and_logits_of_peft")
+def test_images_change_answers_and_must_fit_their_tokens(seeing: Any) -> None:
+    compiled, _ = seeing
+    batch = {name: value[:1] for name, value in batches("florence2")[1].items()}
+    options = {**GREEDY, "adapters": "dora", "return_dict_in_generate": True, "output_logits": True}
+    first = compiled.generate(**batch, **options).logits[0]
+    other = compiled.generate(**batch | {"pixel_values": -batch["pixel_values"]}, **options).logits[0]
+    assert (first - other).abs().max() > LEAST_DIFFERENCE * first.abs().max()
+    ids = batch["input_ids"].clone()
+    ids[0, FEATURES - 1] = IMAGE - 1
+    with refuses("input_mismatch", match="as the model checks at"):
+        compiled.generate(**batch | {"input_ids": ids}, **options)
+    with refuses("choice_error", match="needs the input 'pixel_values'"):
+        compiled.generate(**{name: value for name, value in batch.items() if name != "pixel_values"}, **options)
+    with refuses("input_mismatch", match="pixel_values"):
+        compiled.generate(**batch | {"pixel_values": batch["pixel_values"][..., :4]}, **options)
 
 
 @pytest.mark.slow
