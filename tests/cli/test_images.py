@@ -79,7 +79,7 @@ def test_a_prompt_about_images_is_answered_as_generate_does(
     assert len(answers) > 1
 
 
-@pytest.mark.medium("test_a_prompt_about_images_is_answered_as_generate_does")
+@pytest.mark.medium("test_text.py, and serving/test_images.py")
 def test_a_processor_without_turns_gets_the_prompt_as_it_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

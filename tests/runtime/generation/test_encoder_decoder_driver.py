@@ -124,7 +124,7 @@ def test_images_in_front_of_an_encoder_get_the_tokens_and_logits_of_peft(
         assert torch.equal(beams[row, : len(tokens)], tokens)
 
 
-@pytest.mark.medium("test_images_in_front_of_an_encoder_get_the_tokens_and_logits_of_peft")
+@pytest.mark.medium("test_prompt_features.py, in front of a decoder")
 def test_images_change_answers_and_must_fit_their_tokens(seeing: Any) -> None:
     compiled, _ = seeing
     batch = {name: value[:1] for name, value in batches("florence2")[1].items()}
