@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import lorac
-from lorac.backends.onnx.quantised.codec import Codec
 from lorac.testing import assert_close
 from tests.decoders import HYBRIDS
 from tests.runtime.generation.prompted import CONFIGS, continued, logits, save_prompt
+from tests.runtime.generation.stored_values import compile_quantised
 from tests.runtime.generation.test_hybrids import LENGTHS, NEAR, _adapted, _keeps_states, _logits
 from tests.runtime.generation.texts import padded, prompts
 
@@ -23,13 +22,14 @@ ROWS = prompts(lengths=LENGTHS)
 
 @pytest.mark.medium("other weights of test_quantised.py, other states of test_hybrids.py", cases=FEW)
 @pytest.mark.slow("other families of test_hybrids.py", keep=FEW)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_quantised_weights_answer_as_the_values_that_they_store(family: str, tmp_path: Path) -> None:
+def test_quantised_weights_answer_as_the_values_that_they_store(
+    family: str, weights: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     peft = _adapted(family, dora=False)
-    options: dict[str, Any] = {"weights": "int8", "block_size": 16, "accuracy_level": 1}
-    lorac.compile(peft, target="onnxruntime", cache=True, **options).save(tmp_path / "stored")
+    compile_quantised(peft, monkeypatch, weights=weights).save(tmp_path / "stored")
     loaded = lorac.load(tmp_path / "stored")
-    assert _store(peft.get_base_model()) > 2
     found, scores = _logits(loaded, padded(ROWS, "left"))
     for tokens, given, row in zip(found, scores, ROWS, strict=True):
         alone, expected = _logits(peft, padded([row], "left"), use_cache=_keeps_states(peft))
@@ -37,19 +37,6 @@ def test_quantised_weights_answer_as_the_values_that_they_store(family: str, tmp
         assert (given - expected[0]).abs().max() <= NEAR * (expected.max() - expected.min())
     mixed, _ = _logits(loaded, padded(ROWS, "left"), adapters=["default", None] * 2)
     assert torch.equal(mixed[::2], found[::2])
-
-
-def _store(model: Any) -> int:
-    """Give layers of a model what a program stores of their weights; return of how many."""
-    moved = 0
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding) or "lora_" in path:
-            continue
-        codec, weight = Codec(8, 16, True), module.weight.detach()
-        if not codec.why_not(weight.shape[1]):
-            module.weight.data = torch.from_numpy(codec.encode(weight.numpy()).decode().copy())
-            moved += 1
-    return moved
 
 
 @pytest.mark.medium("test_prompt_adapters.py and test_hybrids.py", cases=FEW)
