@@ -187,7 +187,7 @@ def _read_images(paths: Sequence[Path]) -> list[object]:
             f"{most.max_images} of {most.max_image_bytes}",
             next_step="give fewer or smaller ones",
         )
-    return list(read_images([(path, f"'{path}'", [*IMAGE_FORMATS.values()]) for path in paths], most.max_image_pixels))
+    return list(read_images([(path, f"'{path}'", (*IMAGE_FORMATS.values(),)) for path in paths], most.max_image_pixels))
 
 
 def _translate_failure(program: str, encode: Callable[[], Encoding]) -> Encoding:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -167,7 +167,7 @@ def decode_images(folder: Path, pixels: int) -> None:
         np.save(folder / f"{path.stem}{PICTURE}", np.asarray(picture), allow_pickle=False)
 
 
-def read_images(files: Iterable[tuple[Path, str, Sequence[str]]], pixels: int) -> "Iterator[Image]":
+def read_images(files: Iterable[tuple[Path, str, tuple[str, ...]]], pixels: int) -> "Iterator[Image]":
     """Yield the images in files, upright and in colours.
 
     Args:
