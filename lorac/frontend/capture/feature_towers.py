@@ -59,7 +59,7 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
         return None
     model: Any = host.model
     modality = find_modality(given)
-    if modality is None or IDS not in given or DECODER_IDS in given:  # an encoder reads images with its text
+    if modality is None or IDS not in given or DECODER_IDS in host.parameters:  # an encoder reads both
         return None
     if not callable(getattr(model, modality.method, None)):
         return None

@@ -120,7 +120,11 @@ def _convolve(
 
 @torch.library.custom_op("lorac::convolve_segments", mutates_args=())
 def _traced(x: Tensor, kernels: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    return _convolve(x, kernels, stride, padding, dilation)
+    count, channels = kernels.shape[1:3]
+    if not count or not channels:  # idle slots have rank 0, for which torch has no convolution
+        kept, more = [0, 0] * len(stride), [0, int(not channels)]
+        x, kernels = F.pad(x, [*kept, *more]), F.pad(kernels, [*kept, *more, 0, int(not count)])
+    return _convolve(x, kernels, stride, padding, dilation)[:, :, :count]
 
 
 @_traced.register_fake

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import lorac
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
@@ -30,7 +30,7 @@ SOON = ("t5", "mvp", "fsmt", "whisper", "m2m_100", "t5gemma2")
 
 
 def _made(model: Any, mode: str = "live", **options: Any) -> Any:
-    options.setdefault("example_inputs", example(model))
+    options = {"example_inputs": example(model), **options}
     return lorac.compile(model, target="onnxruntime", mode=mode, cache=True, **options)
 
 
@@ -63,6 +63,31 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     """Batches padded on either side; beams."""
     peft = adapted(family)
     assert _same(_made(peft, self_test=False), peft, family, [{}, {"num_beams": 3}])
+
+
+@pytest.mark.medium("test_tokens_are_those_of_the_host_with_adapters_by_row, with the encoder's convolutions")
+def test_an_encoder_with_adapters_on_convolutions_keeps_a_cache(tmp_path: Path) -> None:
+    """Their rank is 0 without adapters, which torch does not convolve with."""
+    host = made("whisper")
+    get_peft_model(host, LoraConfig(r=2, target_modules=["conv1", "q_proj"], init_lora_weights=False)).save_pretrained(
+        tmp_path / "peft"
+    )
+    host, batch = made("whisper"), batches("whisper")[0]
+    compiled = _made(host, adapters={"sound": tmp_path / "peft"}, active=None)
+    merged = PeftModel.from_pretrained(made("whisper"), tmp_path / "peft").merge_and_unload().eval()
+    expected = merged.generate(**batch, **GREEDY)
+    base = host.generate(**batch, **GREEDY)
+    mixed = compiled.generate(**batch, **GREEDY, adapters=["sound", None, "sound", None])
+    assert torch.equal(mixed[::2], expected[::2]) and not torch.equal(expected, base)
+    assert torch.equal(mixed[1::2], base[1::2])
+
+
+@pytest.mark.medium("test_prompt_features.py, in front of a decoder")
+def test_rejects_an_example_of_images_without_an_answer() -> None:
+    model = made("florence2")
+    given = {name: value for name, value in example(model).items() if name != "decoder_input_ids"}
+    with refuses("unavailable", match="needs the example input 'decoder_input_ids'"):
+        _made(model, example_inputs=given)
 
 
 @pytest.mark.medium("backends/onnxruntime/test_quantised_products.py: a table of several graphs")
