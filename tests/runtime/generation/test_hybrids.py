@@ -196,8 +196,10 @@ def test_generates_as_peft_does_for_each_row_alone(family: str, method: str, tmp
     _assert_alone(whole, peft, rows)
     right = _logits(made, padded(rows, "right"))
     assert torch.equal(right[0], whole[0])
-    chunks = _logits(made, batch, prefill_chunk_size=3)
-    assert torch.equal(chunks[0], whole[0])
+    for size in (1, 3, 16):  # shorter and longer than a convolution, than a chunk of a recurrence
+        chunks, in_chunks = _logits(made, batch, prefill_chunk_size=size)
+        assert torch.equal(chunks, whole[0])
+        assert (in_chunks - whole[1]).abs().max() <= NEAR * (whole[1].max() - whole[1].min())
     with peft.disable_adapter():
         _assert_alone(_logits(made, padded(rows[:2], "left"), adapters=None), peft, rows[:2])
     mixed, logits = _logits(made, batch, adapters=["default", None, "default", None])

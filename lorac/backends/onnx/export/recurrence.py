@@ -107,7 +107,10 @@ def _scan_chunks(state: ir.Value, *operands: ir.Value) -> list[ir.Value]:
     behind, y = _scan("chunk", compute, state, scanned)
     tokens = op.Transpose(y, perm=[0, 1, 3, 2, 4])
     joined = op.Reshape(tokens, op.Concat(op.Constant(value_ints=[0, -1]), op.Shape(tokens, start=3), axis=0))
-    return [op.Slice(joined, zero, length, op.Constant(value_ints=[1])), behind]
+    # A program may have the state's output in the place of its input: a scan of one chunk would write it there before
+    # the chunk's outputs are computed from the input. So the scan writes elsewhere, and a slice of all rows copies.
+    copied = op.Slice(behind, zero, op.Shape(behind, end=1), zero)
+    return [op.Slice(joined, zero, length, op.Constant(value_ints=[1])), copied]
 
 
 def _scan(name: str, body: Callable[..., list[ir.Value]], state: ir.Value, scanned: Sequence[ir.Value]) -> Any:
