@@ -298,8 +298,12 @@ def away_from_init(adapter: Any, seed: int) -> None:
                     tensor.normal_(0, 0.02, generator=generator)
 
 
-def plain_export(model: Any, path: Path) -> None:
-    """Return the model through transformers' own ONNX exporter, told the shapes: left to find them it takes longer."""
+def plain_export(model: Any, path: Path, inputs: Mapping[str, Any] | None = None) -> None:
+    """Export a model by transformers' own ONNX exporter.
+
+    Args:
+        inputs: of a call, whose sizes the program has alone; None: tokens of any number of rows and any length.
+    """
     import functools
     from unittest import mock
 
@@ -308,12 +312,14 @@ def plain_export(model: Any, path: Path) -> None:
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    tokens = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    # Told the shapes: left to find them it takes longer.
+    config = OnnxConfig(dynamic_shapes=dict.fromkeys(tokens, free)) if inputs is None else OnnxConfig()
     # torch prints its steps unless it is told not to, and transformers has no way to tell it.
     silent = functools.partial(torch.onnx.export, verbose=False)
     with mock.patch.object(torch.onnx, "export", silent):
-        program = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, free))).program
+        program = OnnxExporter().export(model, inputs or tokens, config).program
     onnx_ir.save(program, path, external_data=f"{path.name}.data")
 
 

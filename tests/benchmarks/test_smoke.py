@@ -92,6 +92,7 @@ ROWS = {
         ],
         ["the first of its layout", "the fifth of its layout", "evicted before"],
     ],
+    "hybrids": [["attention"] * 4 + ["lfm2"] * 4],
     "load": [
         ["bare session", "bare session, A/A", "lorac.load", "lorac.load, prepacked="],
         ["lorac.load", "lorac.load, prepacked="],
@@ -199,6 +200,7 @@ SLOW = (
     "compile",
     "diffusion",
     "hops",
+    "hybrids",
     "overhead",
     "peers",
     "quantised",
