@@ -42,7 +42,10 @@ def check_generation(model: Any, peft: Any) -> Record:
         peft: PEFT's model, with one adapter that is on.
     """
     prompts = _prompts(model)
-    peft.generation_config.update(max_length=None, forced_eos_token_id=None, forced_bos_token_id=None)
+    settings = peft.generation_config
+    settings.update(max_length=None, forced_eos_token_id=None, forced_bos_token_id=None)
+    if model.config.is_encoder_decoder and settings.decoder_start_token_id is None and settings.bos_token_id is None:
+        settings.decoder_start_token_id = 1  # LongT5 states none
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         right = _tried(lambda: _expect(peft, prompts))
