@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, OrtValue
 from torch import Tensor
 
 import lorac
@@ -182,6 +182,38 @@ def test_a_scan_computes_the_op(form: str, length: int) -> None:
     expected = torch.ops.lorac.recurrence(*given, None)
     assert_close(torch.cat(outputs, 1), expected[0])
     assert_close(state, expected[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 16, 40])
+def test_a_scan_may_write_its_state_in_the_place_of_the_old_one(length: int) -> None:
+    torch.manual_seed(0)
+    q, k = torch.nn.functional.normalize(torch.randn(2, 1, length, 3, 4), dim=-1)
+    given = {"q": q, "k": k, "v": torch.randn(1, length, 3, 6), "decay": -torch.rand(1, length, 3, 1, 1)}
+    given |= {"beta": torch.rand(1, length, 3), "state": torch.randn(1, 3, 4, 6)}
+
+    class Part(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> Any:
+            return torch.ops.lorac.recurrence(q, k, v, decay, None, beta, state)
+
+    tokens = {1: torch.export.Dim("tokens")}
+    wide = {name: torch.cat([value] * 3, 1) if name != "state" else value for name, value in given.items()}
+    shapes = {name: None if name == "state" else tokens for name in given}
+    program = torch.export.export(Part(), (), wide, dynamic_shapes=shapes)
+    session = InferenceSession(ir.to_proto(export(program, TRANSLATIONS)).SerializeToString())
+    binding = session.io_binding()
+    values = {name: OrtValue.ortvalue_from_numpy(value.numpy().copy()) for name, value in given.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    first, second = (output.name for output in session.get_outputs())
+    binding.bind_output(first)
+    binding.bind_ortvalue_output(second, values["state"])
+    session.run_with_iobinding(binding)
+    expected = torch.ops.lorac.recurrence(
+        *(given[name] for name in ("q", "k", "v", "decay")), None, given["beta"], given["state"]
+    )
+    assert_close(torch.from_numpy(binding.get_outputs()[0].numpy()), expected[0])
+    assert_close(torch.from_numpy(values["state"].numpy()), expected[1])
 
 
 @pytest.mark.medium("test_cache_attention.py and the tests above", cases=_EACH_OP)
