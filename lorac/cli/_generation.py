@@ -140,7 +140,10 @@ class TextWriter:
             )
         images = _read_images(paths)
         if not processor.chat_template:
-            return _translate_failure("processor", lambda: processor(images=images, text=text, return_tensors="pt"))
+            hint = "write the prompt as the processor takes it, with its token for each image"
+            return _translate_failure(
+                "processor", hint, lambda: processor(images=images, text=text, return_tensors="pt")
+            )
         parts = [{"type": "image", "image": image} for image in images]
         return self.encode_turns([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], processor)
 
@@ -155,7 +158,8 @@ class TextWriter:
         """
         options = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt", "return_dict": True}
         apply = (reader or self.tokenizer).apply_chat_template
-        return _translate_failure("chat template", lambda: apply(list(turns), **options))
+        hint = '--prompt "TEXT" continues a text' if reader is None else "give as many images as the template takes"
+        return _translate_failure("chat template", hint, lambda: apply(list(turns), **options))
 
     def positions_left(self, inputs: Encoding) -> int | None:
         """Return how many tokens the model can add to a text; None: no limit."""
@@ -190,13 +194,13 @@ def _read_images(paths: Sequence[Path]) -> list[object]:
     return list(read_images([(path, f"'{path}'", (*IMAGE_FORMATS.values(),)) for path in paths], most.max_image_pixels))
 
 
-def _translate_failure(program: str, encode: Callable[[], Encoding]) -> Encoding:
+def _translate_failure(program: str, next_step: str, encode: Callable[[], Encoding]) -> Encoding:
     try:
         return dict(encode())
     except Exception as error:  # a program of the model's author may raise anything
         raise InputMismatch(
             f"the model's {program} fails: {str(error).strip().partition(chr(10))[0]}",
-            next_step='--prompt "TEXT" continues a text',
+            next_step=next_step,
         ) from error
 
 

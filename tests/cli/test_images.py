@@ -89,7 +89,7 @@ def test_a_processor_without_turns_gets_the_prompt_as_it_is(
     given = compiled.processor(images=[Image.open(folder / "one.png")], text=text, return_tensors="pt")
     assert json.loads(out)["text"] == _expect(compiled, given)
     code, _, err = _run(folder, monkeypatch, capsys, "plain", "--image", "one.png", "-p", "say", *TOLD)
-    assert (code, "the image" in err or "processor fails" in err) == (1, True), err
+    assert (code, "processor fails" in err and "its token for each image" in err) == (1, True), err
 
 
 @pytest.mark.medium("test_text.py")
