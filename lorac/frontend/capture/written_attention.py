@@ -38,6 +38,8 @@ _AXES = 4
 """Number of axes of queries, keys and values: rows, heads, tokens, features."""
 _SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 _FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.masked_fill.Tensor, aten.where.self})
+_ADDED_MASKS = frozenset({aten.where.self, aten.where.ScalarOther})
+"""Ops by which ``AttentionInterface.mask`` makes the mask of an encoder from booleans."""
 _MAXIMA = frozenset({aten.maximum.default, aten.max.other})
 _HIDDEN = -1e4
 """Scores up to this value have no share of a softmax."""
@@ -63,9 +65,9 @@ class FoldWrittenAttention(Pass):
             joined = None if any((*others[:3], others[6])) else _find_joined(k, v, bias)
             bias, window = reader.read_bias(joined[-1][0] if joined else bias)
             if joined is not None and window is not None and bias is None:
-                (k, encoded_k), (v, encoded_v), (_, hidden) = joined
+                (k, encoded_k), (v, encoded_v), (_, seen) = joined
                 attend = functools.partial(_attend_to_both, float(others[3]), window, str(args[-1]))
-                made = inline(graph.exported, node, attend, [q, k, encoded_k, v, encoded_v, hidden])[1][0]
+                made = inline(graph.exported, node, attend, [q, k, encoded_k, v, encoded_v, seen])[1][0]
                 graph.replace_node(node, made)
                 changed = True
             elif window is not None:
@@ -136,16 +138,17 @@ def _join_key_bias(
 
 
 def _find_joined(*operands: Any) -> list[tuple[Any, Any]] | None:
-    """Return keys, values and bias, each of the sequence and of the encoded tokens, that one softmax is over; or None.
+    """Return keys, values and masks, each of the sequence and of the encoded tokens, that one softmax is over; or None.
 
-    T5Gemma 2's attention has them, its masks expanded by the length of the sequence.
+    T5Gemma 2's attention has them, its masks expanded by the length of the sequence. The last mask is of booleans.
     """
     cats = [operand for operand in operands if operand is not None and operand.target is aten.cat.default]
     parts = [tuple(cat.args[0]) for cat in cats if len(cat.args[0]) == 2]
     if len(parts) < len(operands) or parts[-1][0].target is not attention_ops.MASK:
         return None
     own, encoded = parts.pop()
-    return [*parts, (own, encoded.args[0] if encoded.target is aten.expand.default else encoded)]
+    mask = encoded.args[0] if encoded.target is aten.expand.default else encoded
+    return [*parts, (own, mask.args[0])] if mask.target in _ADDED_MASKS else None
 
 
 def _attend_to_both(  # noqa: PLR0913, PLR0917  (operands)
@@ -157,7 +160,7 @@ def _attend_to_both(  # noqa: PLR0913, PLR0917  (operands)
     encoded_k: torch.Tensor,
     v: torch.Tensor,
     encoded_v: torch.Tensor,
-    hidden: torch.Tensor,
+    seen: torch.Tensor,
 ) -> tuple[torch.Tensor]:
     """Attend to a sequence and to encoded tokens by one softmax, as attention to the sequence alone and a mean.
 
@@ -166,7 +169,7 @@ def _attend_to_both(  # noqa: PLR0913, PLR0917  (operands)
     """
     shared = q.shape[1] // encoded_k.shape[1]
     encoded_k, encoded_v = (x.repeat_interleave(shared, 1) for x in (encoded_k, encoded_v))
-    scores = q @ encoded_k.transpose(2, 3) * scale + hidden
+    scores = (q @ encoded_k.transpose(2, 3) * scale).masked_fill(~seen, torch.finfo(q.dtype).min)
     total, ones = scores.logsumexp(-1, keepdim=True), torch.ones_like(k[..., :1])
     more = (torch.cat([x, y], -1) for x, y in ((q, total / -scale), (k, ones), (v, ones)))
     sinks = torch.zeros_like(q[0, :, 0, 0])
