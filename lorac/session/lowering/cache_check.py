@@ -78,7 +78,7 @@ class CacheCheck:
         """Return the outputs of an encoder that its decoder reads."""
         inputs = {name: self._inputs[name] for name in encoder.interface.inputs}
         values = run_graph(encoder, inputs, _idle_slots(encoder, base))
-        outputs = zip(encoder.interface.outputs, values, strict=False)  # the model's checks come last
+        outputs = zip(encoder.interface.outputs, values, strict=True)
         return {name: value for name, value in outputs if is_encoder_output(name)}
 
     def _decode_in_parts(
