@@ -206,7 +206,7 @@ def read_nested(fields: Mapping[str, Field]) -> Callable[[object], dict[str, obj
     """Return a reader of a nested configuration; it reads null as an empty one."""
 
     def read(value: object) -> dict[str, object]:
-        given = _read_mapping(value)
+        given = read_mapping(value)
         if given.keys() - fields.keys():
             raise ValueError(f"expected the fields {', '.join(fields)}")
         return {name: field.read(given.get(name, field.default)) for name, field in fields.items()} if given else {}
@@ -261,17 +261,18 @@ def read_token_ids(value: object) -> tuple[int, ...]:
 
 def read_rank_pattern(value: object) -> dict[str, int]:
     """Return pattern -> rank in the file's order; null is empty."""
-    return {key: read_size(item) for key, item in _read_mapping(value).items()}
+    return {key: read_size(item) for key, item in read_mapping(value).items()}
 
 
 def read_number_pattern(value: object) -> dict[str, float]:
     """Return pattern -> number in the file's order; null is empty."""
-    return {key: read_number(item) for key, item in _read_mapping(value).items()}
+    return {key: read_number(item) for key, item in read_mapping(value).items()}
 
 
-def _read_mapping(value: object) -> dict[str, object]:
+def read_mapping(value: object) -> dict[str, object]:
+    """Return a mapping; null is an empty one."""
     if value is not None and not isinstance(value, dict):
-        raise ValueError("expected a mapping of patterns")
+        raise ValueError("expected a mapping")
     return value or {}
 
 

@@ -62,8 +62,12 @@ _FOREIGN = re.compile(rf"[\\:\x00-\x1f\x7f]|[. ](?:/|$)|(?:^|/){_DEVICE}(?:\.[^/
 
 
 def is_inner_name(name: str) -> bool:
-    """Return whether a name, relative and with slashes, stays inside its folder; links are not examined."""
-    return not _FOREIGN.search(name) and {"", ".", ".."}.isdisjoint(name.split("/"))
+    """Return whether a name, relative and with slashes, stays inside its folder; links are not examined.
+
+    Names of more than 255 bytes are none: no common system has longer names of files.
+    """
+    is_short = len(name.encode(errors="replace")) <= 255
+    return is_short and not _FOREIGN.search(name) and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def find_inner_path(folder: Path, name: str) -> Path | None:

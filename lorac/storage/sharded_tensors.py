@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping, matches_type
 from lorac.errors import ArtifactError, FormatError, list_some
 from lorac.storage.open_file import OpenFile
-from lorac.storage.paths import translate_os_errors
+from lorac.storage.paths import is_inner_name, translate_os_errors
 from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.storage.tensor_file import TensorFile
 
@@ -107,7 +107,7 @@ def _read_index(path: Path) -> JsonMapping:
     places = index.get("weight_map")
     if not matches_type(places, dict[str, str]) or not places:
         raise _damaged(path, "has no weight_map, which says of each tensor what file holds it")
-    outside = next((name for name in places.values() if PurePath(name).name != name or name in {"", ".."}), None)
+    outside = next((name for name in places.values() if "/" in name or not is_inner_name(name)), None)
     if outside is not None:
         raise _damaged(path, f"names the file {outside!r}, which is not one of its folder")
     return index

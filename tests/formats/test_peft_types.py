@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorac
@@ -459,6 +459,14 @@ DAMAGED = (
         alone=False,
     ),
 )
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_rejects_a_tensor_without_a_path(kind: str, copy_of: Copy) -> None:
+    folder = copy_of(kind)
+    save_file({**load_file(folder / WEIGHTS), "weight": torch.ones(2)}, folder / WEIGHTS)
+    with pytest.raises(FormatError, match="accounts for 1 tensors: 'weight'"):
+        load_adapter(folder, MODEL())
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=lambda damaged: damaged.id)

@@ -38,6 +38,8 @@ def test_inside(name: str, tmp_path: Path) -> None:
         "a /b",
         "a\0b",
         "a\nb",
+        "a" * 256,
+        "ü" * 128,
     ],
 )
 def test_outside(name: str, tmp_path: Path) -> None:

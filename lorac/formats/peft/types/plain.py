@@ -205,7 +205,7 @@ class LilyType(PlainType[Lily]):
         known: dict[tuple[object, ...], list[torch.Tensor]] = {}
         found = {}
         for key, tensor in tensors.items():
-            alike = known.setdefault((key.split(".")[-2], *tensor.shape), [])
+            alike = known.setdefault((key.split(".")[-2:][0], *tensor.shape), [])
             found[key] = next((other for other in alike if torch.equal(other, tensor)), tensor)
             alike.append(found[key])
         return found
