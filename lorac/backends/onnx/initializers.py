@@ -124,16 +124,14 @@ def _fill_slots(model: ir.Model, contents: Mapping[str, torch.Tensor]) -> list[i
     """Make slot inputs initializers as well, and return them."""
     filled = [value for value in model.graph.inputs if value.name in contents]
     for value in filled:
-        value.const_value = _lazy_tensor(str(value.name), contents[str(value.name)])
-        model.graph.initializers[str(value.name)] = value
+        name = str(value.name)
+        tensor = contents[name]
+
+        def compute(name: str = name, tensor: torch.Tensor = tensor) -> ir.TensorProtocol:
+            return TorchTensor(tensor.detach().contiguous(), name=name)
+
+        # Contiguous only when it is written, so that few transposed copies exist at a time.
+        dtype, shape = from_torch_dtype(tensor.dtype), ir.Shape(tensor.shape)
+        value.const_value = ir.LazyTensor(compute, dtype=dtype, shape=shape, name=name)
+        model.graph.initializers[name] = value
     return filled
-
-
-def _lazy_tensor(name: str, tensor: torch.Tensor) -> ir.LazyTensor:
-    """Return a tensor that becomes contiguous when it is written, so few transposed copies exist at a time."""
-
-    def compute() -> ir.TensorProtocol:
-        return TorchTensor(tensor.detach().contiguous(), name=name)
-
-    dtype = from_torch_dtype(tensor.dtype)
-    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(tensor.shape), name=name)

@@ -110,6 +110,18 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
             return False
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
+    elif node.target in _PRODUCTS:
+        x, matrix = node.args[:2]
+        if get_example(matrix).dim() != _MATRIX or get_example(x).dim() < _MATRIX:
+            return False
+        node.target, node.args = _PRODUCTS[node.target](*node.args)
+    elif node.target is aten.split.Tensor:
+        x, size, axis = (*node.args, 0)[:3]
+        parts = [part.shape[axis] for part in get_example(node)]
+        if not all(statically_known_true(part == parts[0]) for part in parts):
+            return False
+        # ONNX cannot derive the number of equal parts from an input's size.
+        node.target, node.args = ops.SPLIT, (x, [size] * len(parts), axis)
     elif node.target in ADAPTIVE_MEANS and {*node.args[1]} == {1}:  # type: ignore[misc]  # sizes
         axes = list(range(-1, -len(node.args[1]) - 1, -1))  # type: ignore[arg-type]  # sizes
         node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
@@ -120,20 +132,17 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
         assert isinstance(op, OpOverload)
         node.target = getattr(getattr(aten, op._schema.name.partition("::")[2].removesuffix("_")), op._overloadname)
     elif node.target in _REVERSED:
-        _legalize_reversed(graph, node)
+        # Write ``other - alpha·x`` as ``other + (-alpha)·x``: dtypes are promoted only if the tensor comes first.
+        x, other, alpha = (*node.args, 1)[:3]
+        assert isinstance(x, fx.Node)
+        factor = -node.kwargs.get("alpha", alpha)  # type: ignore[operator]  # a number
+        negated = insert_call(graph.exported, node, aten.mul.Tensor, x, factor)
+        node.target, node.args, node.kwargs = aten.add.Tensor, (negated, other), {}
     elif node.target in _ALIASES:
         node.target = _ALIASES[node.target]
     else:
         return False
     return True
-
-
-def _legalize_product(graph: Graph, node: fx.Node) -> bool:
-    x, matrix = node.args[:2]
-    plain = get_example(matrix).dim() == _MATRIX and get_example(x).dim() >= _MATRIX
-    if plain:
-        node.target, node.args = _PRODUCTS[node.target](*node.args)
-    return bool(plain)
 
 
 def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
@@ -146,28 +155,6 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
     return True
-
-
-def _legalize_split(graph: Graph, node: fx.Node) -> bool:
-    """List the sizes of the parts of an equal split; ONNX cannot derive their number from an input's size."""
-    x, size, axis = (*node.args, 0)[:3]
-    parts = [part.shape[axis] for part in get_example(node)]
-    equal = all(statically_known_true(part == parts[0]) for part in parts)
-    if equal:
-        node.target, node.args = ops.SPLIT, (x, [size] * len(parts), axis)
-    return equal
-
-
-def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
-    """Write ``other - alpha·x`` as ``other + (-alpha)·x``, since dtypes are promoted only if the tensor comes first."""
-    x, other, alpha = (*node.args, 1)[:3]
-    assert isinstance(x, fx.Node)
-    with graph.fx.inserting_before(node):
-        factor = -node.kwargs.get("alpha", alpha)  # type: ignore[operator]  # a number
-        negated = graph.fx.call_function(aten.mul.Tensor, (x, factor))
-    negated.meta["val"] = x.meta["val"] * factor
-    copy_provenance(negated, node)
-    node.target, node.args, node.kwargs = aten.add.Tensor, (negated, other), {}
 
 
 def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
@@ -248,10 +235,8 @@ _UNCHECKED_NOTE = (
 )
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _REWRITES: Mapping[object, Callable[[Graph, fx.Node], bool]] = {
-    **dict.fromkeys(_PRODUCTS, _legalize_product),
     **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), _legalize_cast),
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _legalize_squeeze),
-    aten.split.Tensor: _legalize_split,
     aten.unsqueeze.default: _legalize_unsqueeze,
 }
 """Op -> its rewrite, which returns whether it did anything."""

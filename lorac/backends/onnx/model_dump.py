@@ -97,7 +97,10 @@ class _ModelDumper:
             return name or "–"
         dtype = short_dtype(str(helper.tensor_dtype_to_np_dtype(tensor.data_type)))
         self.stored[name] = f"{dtype}{list(tensor.dims)}"
-        return _format_constant(tensor)
+        is_weight = _is_model_weight(tensor.name)
+        if math.prod(tensor.dims) <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not is_weight:
+            return str(numpy_helper.to_array(tensor).tolist())
+        return f"{parameter_label(tensor.name) if is_weight else 'constant'}{list(tensor.dims)}"
 
 
 def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
@@ -150,13 +153,6 @@ def _format_attributes(node: onnx.NodeProto) -> Iterator[str]:
         elif attribute.type != onnx.AttributeProto.TENSOR:
             value = helper.get_attribute_value(attribute)
             yield f"{attribute.name}={value.decode() if isinstance(value, bytes) else value}"
-
-
-def _format_constant(tensor: onnx.TensorProto) -> str:
-    """Format a small constant as its values, a weight as its name and shape."""
-    if math.prod(tensor.dims) <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not _is_model_weight(tensor.name):
-        return str(numpy_helper.to_array(tensor).tolist())
-    return f"{parameter_label(tensor.name) if _is_model_weight(tensor.name) else 'constant'}{list(tensor.dims)}"
 
 
 def _is_model_weight(name: str) -> bool:

@@ -102,10 +102,26 @@ def draw_noise(
     plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
 ) -> dict[str, SiteSlots]:
     """Draw seeded noise for every slot of every site, with about a third of the size of the site's output."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        path: _draw_site_noise(plan, idle[path], noise_scale(plan, base), generator) for path, plan in plans.items()
-    }
+    generator, drawn = torch.Generator().manual_seed(seed), dict[str, SiteSlots]()
+    for path, plan in plans.items():
+        scale, dtype = noise_scale(plan, base), factor_dtype(plan.site.dtype)
+        tensors, branches = dict[str, Tensor](), list[BranchFill]()
+        for role, room in plan.roles():
+            if role.ranked:
+                place = SlotSpec(layout=layout_of(plan.site), size=min(room, scale.rank))
+                tensors[role.name] = role.neutral(place)
+            else:
+                tensors[role.name] = idle[path].tensors[role.name].clone(memory_format=torch.contiguous_format)
+            role.noise(tensors[role.name], scale, generator)
+        for branch in plan.branches:
+            params = [
+                torch.randn(shape, generator=generator) * (shape[-1] if shape else 1) ** -0.5
+                for shape in branch.params.values()
+            ]
+            strength = torch.rand(1, generator=generator) + 0.5
+            branches.append(BranchFill(strength.to(dtype), tuple(param.to(dtype) for param in params)))
+        drawn[path] = SiteSlots(tensors, tuple(branches))
+    return drawn
 
 
 def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
@@ -114,26 +130,6 @@ def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
     if plan.site.weight is None or not rank:
         return NoiseScale(plan.site, 1.0, rank)
     return NoiseScale(plan.site, float(base.weight(plan.site)[:_SAMPLE_ROWS].float().square().mean().sqrt()), rank)
-
-
-def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, generator: torch.Generator) -> SiteSlots:
-    """Draw noise for the slots of a site, and for its branches' strengths and parameters, in the slots' dtypes."""
-    tensors, branches, dtype = {}, [], factor_dtype(plan.site.dtype)
-    for role, room in plan.roles():
-        if role.ranked:
-            place = SlotSpec(layout=layout_of(plan.site), size=min(room, around.rank))
-            tensors[role.name] = role.neutral(place)
-        else:
-            tensors[role.name] = idle.tensors[role.name].clone(memory_format=torch.contiguous_format)
-        role.noise(tensors[role.name], around, generator)
-    for branch in plan.branches:
-        drawn = [
-            torch.randn(shape, generator=generator) * (shape[-1] if shape else 1) ** -0.5
-            for shape in branch.params.values()
-        ]
-        strength = torch.rand(1, generator=generator) + 0.5
-        branches.append(BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn)))
-    return SiteSlots(tensors, tuple(branches))
 
 
 def holds_same_values(one: Tensor, other: Tensor) -> bool:

@@ -5,7 +5,6 @@ never produces. ONNX has no op for attention over a cache: each target replaces 
 the program is refused, since no target claims it.
 """
 
-import functools
 import math
 
 import onnx_ir as ir
@@ -26,12 +25,31 @@ _OPERANDS = {
     "blocks": _INDICES,
 }
 _OPTIONAL = ("sinks", "distances", "blocks")
-_RESULTS = ("y", "present_k", "present_v")
-_ATTRIBUTES = {
-    "scale": defs.OpSchema.AttrType.FLOAT,
-    "window": defs.OpSchema.AttrType.INT,
-    "softcap": defs.OpSchema.AttrType.FLOAT,
-}
+_PARAMETER, _OPTION = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
+_CACHED_ATTENTION = RecordedOp(
+    Opset(LORAC_DOMAIN, 1),
+    CACHED_ATTENTION_OP,
+    defs.OpSchema(
+        CACHED_ATTENTION_OP,
+        LORAC_DOMAIN,
+        1,
+        inputs=[
+            _PARAMETER(name, kind, param_option=_OPTION.Optional if name in _OPTIONAL else _OPTION.Single)
+            for name, kind in _OPERANDS.items()
+        ],
+        outputs=[_PARAMETER(name, _FLOATS) for name in ("y", "present_k", "present_v")],
+        type_constraints=[
+            (_FLOATS, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], ""),
+            (_LENGTHS, ["tensor(int32)"], ""),
+            (_INDICES, ["tensor(int64)"], ""),
+        ],
+        attributes=[
+            defs.OpSchema.Attribute("scale", defs.OpSchema.AttrType.FLOAT),
+            defs.OpSchema.Attribute("window", defs.OpSchema.AttrType.INT),
+            defs.OpSchema.Attribute("softcap", defs.OpSchema.AttrType.FLOAT),
+        ],
+    ),
+)
 
 
 def attention(
@@ -91,27 +109,4 @@ def _positions(rows: ir.Value) -> ir.Value:
 def cached_attention(*operands: object) -> Outputs:
     """Write ``lorac::cached_attention`` as an op of lorac's domain, without the path, which is in the metadata."""
     *tensors, scale, window, softcap, _ = operands
-    return _cached_attention_op()(*tensors, scale=scale, window=window, softcap=softcap)
-
-
-@functools.cache
-def _cached_attention_op() -> RecordedOp:
-    parameter, options = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
-    single, optional = options.Single, options.Optional
-    schema = defs.OpSchema(
-        CACHED_ATTENTION_OP,
-        LORAC_DOMAIN,
-        1,
-        inputs=[
-            parameter(name, kind, param_option=optional if name in _OPTIONAL else single)
-            for name, kind in _OPERANDS.items()
-        ],
-        outputs=[parameter(name, _FLOATS) for name in _RESULTS],
-        type_constraints=[
-            (_FLOATS, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], ""),
-            (_LENGTHS, ["tensor(int32)"], ""),
-            (_INDICES, ["tensor(int64)"], ""),
-        ],
-        attributes=[defs.OpSchema.Attribute(name, kind) for name, kind in _ATTRIBUTES.items()],
-    )
-    return RecordedOp(Opset(LORAC_DOMAIN, 1), CACHED_ATTENTION_OP, schema)
+    return _CACHED_ATTENTION(*tensors, scale=scale, window=window, softcap=softcap)

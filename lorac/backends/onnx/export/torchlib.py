@@ -362,16 +362,16 @@ def _rebind_value(value: object) -> object:
         case TracedOnnxFunction():
             return _rebind_value(value.func)
         case OnnxFunction():
-            return functools.partial(_record_call, value)
+
+            def record_call(*args: object, **kwargs: object) -> Outputs:
+                recorder = current_recorder()
+                assert isinstance(recorder, Recorder)
+                return recorder.record_call(value, *args, **kwargs)
+
+            return record_call
         case types.FunctionType() if value.__module__.startswith(_LIBRARIES):
             return rebind(value, _namespace_of(value.__globals__))
         case types.ModuleType() if value.__name__.startswith(_LIBRARIES):
             return types.SimpleNamespace(**_namespace_of(vars(value)))
         case _:
             return _Core() if value is _core else value
-
-
-def _record_call(function: AnyFunction, *args: object, **kwargs: object) -> Outputs:
-    recorder = current_recorder()
-    assert isinstance(recorder, Recorder)
-    return recorder.record_call(function, *args, **kwargs)

@@ -48,14 +48,13 @@ def slice_tensor(
     step: int | ir.Value = 1,
 ) -> Outputs:
     """Write ``Slice``; torch's translation casts and reshapes each number, which is slow to fold again."""
-    bounds = (0 if start is None else start, _INT64_MAX if end is None else end, dim, step)
-    return op.Slice(x, *map(_as_vector, bounds))
-
-
-def _as_vector(size: int | ir.Value) -> ir.Value:
-    if isinstance(size, int):
-        return op.Constant(value_ints=[size])
-    return op.Reshape(op.Cast(size, to=ir.DataType.INT64), op.Constant(value_ints=[-1]))
+    vectors = [
+        op.Constant(value_ints=[size])
+        if isinstance(size, int)
+        else op.Reshape(op.Cast(size, to=ir.DataType.INT64), op.Constant(value_ints=[-1]))
+        for size in (0 if start is None else start, _INT64_MAX if end is None else end, dim, step)
+    ]
+    return op.Slice(x, *vectors)
 
 
 def linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> Outputs:

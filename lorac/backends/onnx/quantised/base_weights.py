@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file
-from lorac.backends.onnx.quantised.codec import Array, Codec, EncodedMatrix
+from lorac.backends.onnx.quantised.codec import Codec, EncodedMatrix
 from lorac.backends.onnx.weight_locations import walk_stored_weights
 from lorac.errors import ArtifactError
 from lorac.frontend.quantised_weights import QUANTISATION_LEVELS
@@ -88,21 +88,16 @@ def _find_tensor(known: list[tuple[str, QuantisedProduct]], tensor: Tensor) -> Q
         return None
     for transposed, (graph, quantised) in itertools.product((False, True), known):
         rows = (tensor.t() if transposed else tensor).detach().cpu().numpy()
-        begin = _first_row(quantised, rows)
-        if begin is not None:
-            return QuantisedTensor(quantised.encoded.rows(begin, len(rows)), transposed, graph, begin, quantised.names)
+        count, columns = quantised.encoded.shape
+        if columns != rows.shape[1] or count < len(rows):
+            continue
+        original = quantised.original()
+        alike = (original[:, :_COMPARED_FIRST] == rows[0, :_COMPARED_FIRST]).all(1)
+        for begin in map(int, np.flatnonzero(alike)):
+            if np.array_equal(original[begin : begin + len(rows)], rows):
+                encoded = quantised.encoded.rows(begin, len(rows))
+                return QuantisedTensor(encoded, transposed, graph, begin, quantised.names)
     return None
-
-
-def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
-    """Return the row of a quantised matrix from which it contains the given rows; None if it does not."""
-    count, columns = quantised.encoded.shape
-    if columns != rows.shape[1] or count < len(rows):
-        return None
-    original = quantised.original()
-    alike = (original[:, :_COMPARED_FIRST] == rows[0, :_COMPARED_FIRST]).all(1)
-    begins = (int(begin) for begin in np.flatnonzero(alike) if begin + len(rows) <= count)
-    return next((begin for begin in begins if np.array_equal(original[begin : begin + len(rows)], rows)), None)
 
 
 def tensors_and_notes(quantised_tensors: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -63,8 +63,14 @@ class Calibration:
         ]
         nearest = min(paths, key=lambda path: self._distance(path, matrix), default=None)
         if nearest is not None and nearest not in self._moments:
-            neighbours = self._neighbours(nearest)
-            self._moments = dict.fromkeys(neighbours) | self._collect(neighbours)
+            # The layer and those after it, as many as fit into the memory limit.
+            order, chosen, size = list(self._layers), list[str](), 0
+            for path in order[order.index(nearest) :]:
+                size += 4 * self._layers[path].in_features ** 2
+                if chosen and size > _MOST_BYTES:
+                    break
+                chosen.append(path)
+            self._moments = dict.fromkeys(chosen) | self._collect(chosen)
         found = None if nearest is None else self._moments[nearest]
         if found is None:
             self.missed.append(nearest or around)
@@ -72,16 +78,6 @@ class Calibration:
 
     def _distance(self, path: str, matrix: Tensor) -> float:
         return float((self._base.weight(self._layers[path])[0].float() - matrix[0]).norm())
-
-    def _neighbours(self, path: str) -> list[str]:
-        """Return a layer and the layers after it, as many as fit into the memory limit."""
-        order, chosen, size = list(self._layers), list[str](), 0
-        for other in order[order.index(path) :]:
-            size += 4 * self._layers[other].in_features ** 2
-            if chosen and size > _MOST_BYTES:
-                break
-            chosen.append(other)
-        return chosen
 
     @torch.no_grad()
     def _collect(self, paths: Iterable[str]) -> dict[str, Tensor]:

@@ -86,7 +86,12 @@ class QuantiseWeights(OnnxPass):
         """Quantise in place; the details of the result are a ``QuantisationReport``."""
         quantised: dict[str, QuantisedProduct] = {}
         floats: dict[str, str] = {}
-        found = [(value, constant, _find_readers(value)) for value, constant in _iter_matrices(model)]
+        found = [
+            (value, constant, _find_readers(value))
+            for value in model.graph.initializers.values()
+            if (constant := value.const_value) is not None and not value.is_graph_input()
+            if len(constant.shape) > 1 and constant.dtype in _FLOATS
+        ]
         tables = {_shape_read(constant, readers) for _, constant, readers in found if _has_lookup(readers)}
         has_head = False
         coded: list[_CodedConstant] = []
@@ -144,14 +149,10 @@ class QuantiseWeights(OnnxPass):
         codec = (self.head if is_head else None) or self.codec
         if codec is None:
             return "float in the model"
-        return codec.why_not(matrix.shape[1]) or self._choose_codes(codec, matrix, readers)
-
-    def _choose_codes(self, codec: Codec, matrix: Array, readers: "Sequence[_MatrixReader]") -> EncodedMatrix:
-        """Return the codes that the algorithm chooses; a head with another codec is rounded to the nearest."""
-        if codec != self.codec:
-            return codec.encode(matrix)
-        product = next((reader.node for reader in readers if not reader.looks_up), None)
-        moments = None
+        why_not = codec.why_not(matrix.shape[1])
+        if why_not or codec != self.codec:  # a head with another codec is rounded to the nearest
+            return why_not or codec.encode(matrix)
+        product, moments = next((reader.node for reader in readers if not reader.looks_up), None), None
         if self.calibration is not None and product is not None:
             moments = self.calibration.find(modules_of(product.metadata_props) or (), torch.from_numpy(matrix))
         return encode(codec, matrix, self.algorithm, moments)
@@ -191,19 +192,6 @@ class _CodedConstant:
         return _read_matrix(self.constant, self.readers)
 
 
-def _iter_matrices(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """Yield the constants of a program that are float matrices or stacks of matrices."""
-    for value in list(model.graph.initializers.values()):
-        constant = value.const_value
-        if (
-            constant is not None
-            and not value.is_graph_input()
-            and len(constant.shape) > 1
-            and constant.dtype in _FLOATS
-        ):
-            yield value, constant
-
-
 def _has_lookup(readers: Sequence[_MatrixReader] | str) -> bool:
     return not isinstance(readers, str) and any(reader.looks_up for reader in readers)
 
@@ -226,22 +214,20 @@ def _find_readers(value: ir.Value, transposed: bool = False) -> list[_MatrixRead
     if value.is_graph_output():
         return "an output of the program"
     for node, index in value.uses():
-        readers = _classify_reader(node, index, transposed)
-        if isinstance(readers, str):
-            return readers
-        found += readers
+        own = node.domain == ""
+        if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]:
+            readers = _find_readers(node.outputs[0], not transposed)
+            if isinstance(readers, str):
+                return readers
+            found += readers
+        elif own and index == 1 and _multiplies_rows(node):
+            by_rows = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+            found.append(_MatrixReader(node, by_rows == transposed))
+        elif own and node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == 0:
+            found.append(_MatrixReader(node, transposed))
+        else:
+            return f"read by {node.op_type}"
     return found or "read by nothing"
-
-
-def _classify_reader(node: ir.Node, index: int, transposed: bool) -> list[_MatrixReader] | str:
-    if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]:
-        return _find_readers(node.outputs[0], not transposed)
-    if node.domain == "" and index == 1 and _multiplies_rows(node):
-        by_rows = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-        return [_MatrixReader(node, by_rows == transposed)]
-    if node.domain == "" and node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == 0:
-        return [_MatrixReader(node, transposed)]
-    return f"read by {node.op_type}"
 
 
 def _multiplies_rows(node: ir.Node) -> bool:
