@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
@@ -58,9 +58,16 @@ class LowerToTorch(Pass):
         first = next(node for node in graph.fx.nodes if node.op not in {"placeholder", "get_attr"})
         cuts = any(True for _ in graph.find(segment_ops.CUT))
         for name, node in find_user_inputs(program).items():
-            if name in slots:
-                if is_strength(slots[name].role):
-                    _gate_branches(graph, node)
+            if name in slots and is_strength(slots[name].role):
+                # Select 0 where a branch has strength 0, since zeros in an idle branch may become NaN.
+                for scaled in [user for user in node.users if user.target is aten.mul.Tensor]:
+                    users, after = list(scaled.users), scaled.next
+                    is_on = insert_call(program, after, aten.ne.Scalar, node, 0)
+                    selected = insert_call(program, after, aten.where.ScalarOther, is_on, scaled, 0.0)
+                    for user in users:
+                        user.replace_input_with(scaled, selected)
+            elif name in slots:
+                continue
             elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
                 copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
                 node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
@@ -71,25 +78,10 @@ class LowerToTorch(Pass):
         return PassResult(changed=True)
 
 
-def _gate_branches(graph: Graph, strength: fx.Node) -> None:
-    """Select 0 where a branch has strength 0, since zeros in an idle branch may become NaN."""
-    for scaled in [user for user in strength.users if user.target is aten.mul.Tensor]:
-        users, after = list(scaled.users), scaled.next
-        is_on = insert_call(graph.exported, after, aten.ne.Scalar, strength, 0)
-        selected = insert_call(graph.exported, after, aten.where.ScalarOther, is_on, scaled, 0.0)
-        for user in users:
-            user.replace_input_with(scaled, selected)
-
-
 def _cut_segments(x: Tensor, slot: Tensor, features: int) -> Tensor:
     """Cut as ``lorac.ir.slots.places.cut_segments`` does, without a check that one dynamic size divides another."""
     rows, rest = x.shape[: x.dim() - features], x.shape[x.dim() - features :]
     return _view(x, (slot.shape[0], math.prod(rows) // slot.shape[0], *rest))
-
-
-def _join_segments(y: Tensor, like: Tensor, features: int) -> Tensor:
-    """Join as ``lorac.ir.slots.places.join_segments`` does, without such a check."""
-    return _view(y, (*like.shape[: like.dim() - features], *y.shape[2:]))
 
 
 def _view(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -99,7 +91,8 @@ def _view(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 _DECOMPOSITIONS: dict[Any, Callable[..., object]] = {
     segment_ops.CUT: _cut_segments,
-    segment_ops.JOIN: _join_segments,
+    # As ``lorac.ir.slots.places.join_segments``, without such a check.
+    segment_ops.JOIN: lambda y, like, count: _view(y, (*like.shape[: like.dim() - count], *y.shape[2:])),
     **TIE_BREAKING_OPS,
 }
 

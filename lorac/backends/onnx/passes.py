@@ -16,7 +16,6 @@ from onnxscript.rewriter import pattern
 
 from lorac.backends.onnx.claims import modules_of
 from lorac.errors import CompileError
-from lorac.ir.graph.graph import Skip
 from lorac.ir.graph.passes import PassResult
 from lorac.target.dialect import Dialect
 
@@ -39,20 +38,6 @@ class OnnxPass(ABC):
     @abstractmethod
     def apply(self, model: ir.Model) -> PassResult:
         """Edit a program in place; report whether it changed, and the parts that were skipped."""
-
-
-@dataclass(frozen=True)
-class PatternPass(OnnxPass):
-    """A pass made of onnxscript's rewrite rules."""
-
-    @abstractmethod
-    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return the rules; a rule appends to ``skips`` the matches that it leaves alone."""
-
-    def apply(self, model: ir.Model) -> PassResult:
-        skips: list[Skip] = []
-        result = make_rewrite_pass(self.rules(skips))(model)
-        return PassResult(result.modified, tuple(dict.fromkeys(skips)))
 
 
 OnnxDialect = Dialect[OnnxPass]

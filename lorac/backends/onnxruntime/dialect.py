@@ -15,7 +15,7 @@ from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
 from lorac.backends.onnxruntime.devices.providers import ON_GPU
 from lorac.backends.onnxruntime.devices.widening import WidenHalfPrecision
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
-from lorac.backends.onnxruntime.fusions import FuseRmsNorms, FuseRotaryPositions, FuseTopK
+from lorac.backends.onnxruntime.fusions import FuseOps
 from lorac.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
 from lorac.backends.onnxruntime.packing import PackTokens
 from lorac.errors import Unavailable
@@ -61,12 +61,11 @@ def _kernels() -> ClaimedOps:
     return frozenset((kernel.domain, kernel.op_name) for kernel in library.get_all_opkernel_def())
 
 
-_FUSIONS = (FuseRmsNorms(), FuseRotaryPositions(), UseGroupQueryAttention())
 _ON_CPU: OnnxDialect = Dialect(
     name="onnxruntime",
     claims=_kernels() | _WITHOUT_KERNEL,
     passes=(Legalize(),),
-    early_rewrites=(*_FUSIONS, FuseTopK()),
+    early_rewrites=(FuseOps(top_k=True), UseGroupQueryAttention()),
     late_rewrites=(CheckRecurrentKernels(), PackTokens(), FlattenToRows(), CopyReshapeSizes()),
     gates=BranchGate.IF,
     rows=True,
@@ -74,7 +73,7 @@ _ON_CPU: OnnxDialect = Dialect(
 )
 _ON_CUDA = dataclasses.replace(
     _ON_CPU,
-    early_rewrites=_FUSIONS,  # CUDA's ``TopK`` does not specify the order of equal values
+    early_rewrites=(FuseOps(top_k=False), UseGroupQueryAttention()),
     late_rewrites=(*_ON_CPU.late_rewrites, WidenHalfPrecision()),
     dtypes=(*_ON_CPU.dtypes, torch.float16, torch.bfloat16),
 )

@@ -227,7 +227,16 @@ class OrtProgram(CachingProgram):
     ) -> None:
         loaded = self.engine.graphs[graph]
         session = loaded.session if self.settled is None else self.settled[graph]
-        binding = cache.binding(session, self.bindings, lambda: self._new_binding(loaded, session), _bind_buffers)
+
+        def bind(binding: ort.IOBinding, buffers: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> None:
+            for past, buffer in buffers.items():  # a session reads and writes them
+                value = as_ort_value(buffer)
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present_name(past), value)
+            for name, tensor in encoded.items():
+                binding.bind_ortvalue_input(name, as_ort_value(tensor))
+
+        binding = cache.binding(session, self.bindings, lambda: self._new_binding(loaded, session), bind)
         for name, tensor in inputs.items():
             binding.bind_ortvalue_input(name, as_ort_value(tensor))
         binding.bind_ortvalue_output(output, as_ort_value(logits))
@@ -240,16 +249,6 @@ class OrtProgram(CachingProgram):
             for name in loaded.slots.keys() & self.values.keys():
                 binding.bind_ortvalue_input(name, self.values[name])
         return binding
-
-
-def _bind_buffers(binding: ort.IOBinding, buffers: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> None:
-    """Bind the buffers of a cache, which a session reads and writes, and an encoder's outputs."""
-    for past, buffer in buffers.items():
-        value = as_ort_value(buffer)
-        binding.bind_ortvalue_input(past, value)
-        binding.bind_ortvalue_output(present_name(past), value)
-    for name, tensor in encoded.items():
-        binding.bind_ortvalue_input(name, as_ort_value(tensor))
 
 
 def _shapes_of(values: Iterable[ort.NodeArg]) -> dict[str, CacheInputShape]:

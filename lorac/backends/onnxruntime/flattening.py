@@ -114,7 +114,10 @@ class _Flattener:
             if node in self.segments.cuts:
                 return self._take_cut(node, first)
             if self.segments.joins(node):
-                return self._take_join(node, first)
+                value = node.outputs[0]
+                full = self.first.get(_RowMatrix(first, value).leading)
+                self._note(value, _RowMatrix(first, value if full is None else full))
+                return full is not None  # then it is joined again at its readers
         if node.op_type == "Reshape" and first in self.rows:
             copies = not node.attributes.get_int("allowzero", 0) and 0 in read_numbers(node.inputs[1])
             if not copies:  # a 0 copies a size of its input, which differs on rows
@@ -142,13 +145,6 @@ class _Flattener:
         if made is not None and made.op_type == "Reshape" and made.inputs[0] is not None:
             cut.replace_input_with(0, made.inputs[0])
         return False
-
-    def _take_join(self, join: ir.Node, segments: ir.Value) -> bool:
-        """Record the segments from which a value is joined; return whether it can be joined again at its readers."""
-        value = join.outputs[0]
-        full = self.first.get(_RowMatrix(segments, value).leading)
-        self._note(value, _RowMatrix(segments, value if full is None else full))
-        return full is not None
 
     def _note(self, value: ir.Value, rows: _RowMatrix) -> None:
         self.rows[value] = rows

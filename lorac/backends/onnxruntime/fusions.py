@@ -1,4 +1,4 @@
-"""Passes that replace several ops by one op of ONNX Runtime: RMS norms, rotary positions, and top-k masks.
+"""A pass that replaces several ops by one op of ONNX Runtime: RMS norms, rotary positions, and top-k masks.
 
 torch writes a rotary position as seven ops, and a Llama has two per layer. ONNX Runtime's own fusion of RMS norms
 expects a quotient, while torch writes a product with ``rsqrt``. A router's top-k mask is twelve ops in torch, whose
@@ -8,7 +8,7 @@ A residual sum and the norm after it stay two ops: on CPUs ONNX Runtime's op for
 times (``python -m benchmarks.forms``).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -20,8 +20,9 @@ from onnxscript.rewriter._basics import MatchContext
 from onnxscript.rewriter.ort_fusions.rms_normalization import RmsNormFusion
 from onnxscript.rewriter.pattern import MatchResult
 
-from lorac.backends.onnx.passes import PatternPass, module_around, read_numbers
+from lorac.backends.onnx.passes import OnnxPass, make_rewrite_pass, module_around, read_numbers
 from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 
 _Builder = pattern.OpsetPatternBuilder
 
@@ -33,36 +34,26 @@ class _Context(Protocol):
 
 
 @dataclass(frozen=True)
-class FuseRmsNorms(PatternPass):
-    """Replace RMS norms by ``SimplifiedLayerNormalization``."""
+class FuseOps(OnnxPass):
+    """Replace the ops of RMS norms, of rotary positions and of a router's top-k mask.
 
-    name: ClassVar[str] = "fuse-rms-norms"
+    Attributes:
+        top_k: whether masks (``lorac.variants._mixtures.top_k_mask``) become a scatter at the indices of ``TopK``; its
+            order of equal values is specified on the CPU alone.
+    """
 
-    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return one rule for each order of the norm and its scale."""
-        return [_RmsNormRule(skips, norm_first).as_rule() for norm_first in (True, False)]
+    name: ClassVar[str] = "fuse-ops"
+    top_k: bool
 
-
-@dataclass(frozen=True)
-class FuseRotaryPositions(PatternPass):
-    """Replace rotary positions by ``com.microsoft::RotaryEmbedding``."""
-
-    name: ClassVar[str] = "fuse-rotary-positions"
-
-    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return a single rule."""
-        return [_RotaryRule(skips).as_rule()]
-
-
-@dataclass(frozen=True)
-class FuseTopK(PatternPass):
-    """Replace a router's top-k mask (``lorac.variants._mixtures.top_k_mask``) by a scatter at ``TopK`` indices."""
-
-    name: ClassVar[str] = "fuse-top-k"
-
-    def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return a single rule."""
-        return [_TopKRule(skips).as_rule()]
+    def apply(self, model: ir.Model) -> PassResult:
+        """Replace the ops in place; report the matches that stay unchanged."""
+        skips: list[Skip] = []
+        rules: list[_ReportingRule] = [_RmsNormRule(skips, norm_first) for norm_first in (True, False)]
+        rules.append(_RotaryRule(skips))
+        if self.top_k:
+            rules.append(_TopKRule(skips))
+        result = make_rewrite_pass(rule.as_rule() for rule in rules)(model)
+        return PassResult(result.modified, tuple(dict.fromkeys(skips)))
 
 
 class _ReportingRule(pattern.RewriteRuleClassBase):
@@ -165,21 +156,16 @@ class _RotaryRule(_ReportingRule):
         flat = op.Constant(value_ints=[-1, half])
         tables = [op.Reshape(op.Slice(table, zero, last, two), flat) for table in (cos, sin)]
         if cos.shape is not None and cos.shape[0] == 1:
-            positions = self._shared_positions(op, x, cos)
+            key = (cos, str(x.shape and x.shape[0]))
+            if key not in self._shared:  # the rows' positions from 0 on, computed once for all heads and layers
+                length = op.Shape(cos, start=1, end=2)
+                numbers = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
+                self._shared[key] = op.Expand(numbers, op.Concat(op.Shape(x, start=0, end=1), length, axis=0))
+            positions = self._shared[key]
         else:  # each row of the batch has its own positions: rows of the flattened table
             shape, zero, one = op.Shape(cos, start=0, end=2), op.Constant(value_int=0), op.Constant(value_int=1)
             positions = op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
         return op.RotaryEmbedding(x, positions, *tables, interleaved=0, _domain="com.microsoft", _version=1)
-
-    def _shared_positions(self, op: _Context, x: ir.Value, table: ir.Value) -> ir.Value:
-        """Return positions (batch, length) from 0, equal in every row; computed once for all heads and layers."""
-        key = (table, str(x.shape and x.shape[0]))
-        if key not in self._shared:
-            zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-            length = op.Shape(table, start=1, end=2)
-            positions = op.Range(zero, op.Squeeze(length), one)
-            self._shared[key] = op.Expand(positions, op.Concat(op.Shape(x, start=0, end=1), length, axis=0))
-        return self._shared[key]
 
 
 class _TopKRule(_ReportingRule):

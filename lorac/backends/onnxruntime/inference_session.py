@@ -81,7 +81,22 @@ def create_session(
         ArtifactError: a weight is not at the offset that the model gives.
         Unavailable: an op has no kernel in the model's dtype.
     """
-    source = _read_source(files, graph, options, constants or {}, rounds)
+    model, weights = read_model_files(files, graph)
+    attributes = () if rounds else (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
+    for attribute in attributes:
+        if attribute.name == ACCURACY_ATTRIBUTE:
+            attribute.i = FLOAT32_LEVEL
+    library = options.native_library
+    layers = use_native_op(model, half=options.native == FLOAT16) if library is not None else 0
+    fixed = _make_constants(model, constants or {})
+    source = _SessionSource(
+        model=model,
+        weights={name: array for name, array in weights.items() if name not in fixed},
+        file=files.get(graph_file(graph, WEIGHTS_FILE)),
+        constants=fixed,
+        library=library if layers else None,
+        native_layers=layers,
+    )
     if options.prepacked is None or constants is not None or not rounds:
         return source.start(options)
     folder = Path(options.prepacked)
@@ -188,33 +203,9 @@ class _SessionSource:
         return session
 
 
-def _read_source(
-    files: ProgramFiles, graph: str, options: OnnxRuntimeOptions, constants: Mapping[str, Array], rounds: bool
-) -> _SessionSource:
-    """Read a graph's model, and insert this machine's custom ops."""
-    model, weights = read_model_files(files, graph)
-    attributes = () if rounds else (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
-    for attribute in attributes:
-        if attribute.name == ACCURACY_ATTRIBUTE:
-            attribute.i = FLOAT32_LEVEL
-    library = options.native_library
-    layers = use_native_op(model, half=options.native == FLOAT16) if library is not None else 0
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    fixed = _make_constants(model, stored, constants)
-    return _SessionSource(
-        model=model,
-        weights={name: array for name, array in weights.items() if name not in fixed},
-        file=files.get(graph_file(graph, WEIGHTS_FILE)),
-        constants=fixed,
-        library=library if layers else None,
-        native_layers=layers,
-    )
-
-
-def _make_constants(
-    model: onnx.ModelProto, stored: dict[str, onnx.TensorProto], constants: Mapping[str, Array]
-) -> dict[str, Array]:
+def _make_constants(model: onnx.ModelProto, constants: Mapping[str, Array]) -> dict[str, Array]:
     """Turn slot inputs into constants that are passed in memory; return those that the model has."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     fixed = {name: array for name, array in constants.items() if name in types}
     for name, array in fixed.items():

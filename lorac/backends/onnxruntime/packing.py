@@ -89,8 +89,17 @@ class _Packer:
             known = node.inputs and node.inputs[0] in self.computed and self._renames(node)
             if self._choose_tokens(node) or ((known or node in packs) and self._pack_node(node)):
                 continue
-            self._keep_padded(node)
-            if self._multiplies_padding(node):
+            # The op, and those of its nested graphs, read the padded form of values.
+            reads = [(one, place, v) for one in (node, *nested_nodes(node)) for place, v in enumerate(one.inputs)]
+            for reader, place, value in reads:
+                if value is not None and value in self.computed and not self._read_sizes(reader, value):
+                    assert reader.graph is not None
+                    reader.replace_input_with(place, self._pad(value, reader.graph))
+            if node.op_type not in ("MatMul", "Gemm") or node.outputs[0] not in self.dependent:
+                continue
+            constant = node.inputs[1] is not None and ir.convenience.get_const_tensor(node.inputs[1]) is not None
+            dims = dims_of(node.inputs[0])
+            if constant and (not dims or any(str(self.layouts.length) in str(dim).split("*") for dim in dims)):
                 yield Skip(
                     module_around(node),
                     "its operand is not known to be token by token, so padding is multiplied too",
@@ -165,15 +174,6 @@ class _Packer:
         return sizes
 
     # ── Padded ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    def _keep_padded(self, node: ir.Node) -> None:
-        """Make an op, and ops in its nested graphs, read the padded form of values."""
-        readers = [node, *nested_nodes(node)]
-        read = [(reader, place, value) for reader in readers for place, value in enumerate(reader.inputs)]
-        for reader, place, value in read:
-            if value is not None and value in self.computed and not self._read_sizes(reader, value):
-                assert reader.graph is not None
-                reader.replace_input_with(place, self._pad(value, reader.graph))
-
     def _read_sizes(self, node: ir.Node, value: ir.Value) -> bool:
         """Make readers of a value's ``Shape`` read the sizes of the ids; return whether the op is such a ``Shape``."""
         start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
@@ -181,14 +181,6 @@ class _Packer:
         if sizes is not None:
             node.outputs[0].replace_all_uses_with(sizes)
         return sizes is not None
-
-    def _multiplies_padding(self, node: ir.Node) -> bool:
-        """Return whether an op multiplies a constant with padding too."""
-        if node.op_type not in ("MatMul", "Gemm") or node.outputs[0] not in self.dependent:
-            return False
-        constant = node.inputs[1] is not None and ir.convenience.get_const_tensor(node.inputs[1]) is not None
-        dims = dims_of(node.inputs[0])
-        return constant and (not dims or any(str(self.layouts.length) in str(dim).split("*") for dim in dims))
 
     def _pad(self, value: ir.Value, reader: ir.Graph) -> ir.Value:
         """Return the padded form of a packed value, in the graph that reads it."""

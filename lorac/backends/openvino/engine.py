@@ -151,7 +151,11 @@ class OvProgram(CachingProgram):
             request = cache.binding(loaded, self.requests, lambda: self._new_request(loaded), bind)
             _set_inputs(loaded, request, inputs)
             rows, length = inputs[cache.layout.token_input].shape
-            presents = {past: _empty_present(cache.layout, past, rows, length) for past in cache.buffers}
+            presents = dict[str, Tensor]()  # the keys and values of the new tokens, or the state after them
+            for past in cache.buffers:
+                sizes, dtype = cache.layout.shapes[past]
+                sizes = (rows, *(length if size is None else size for size in sizes[1:]))
+                presents[past] = torch.empty(sizes, dtype=dtype)
             outputs = {output: logits, **{present_name(past): tensor for past, tensor in presents.items()}}
             for name, tensor in outputs.items():
                 request.set_output_tensor(loaded.outputs.index(name), as_ov_tensor(tensor))
@@ -179,14 +183,14 @@ def _shapes_of(names: Iterable[str], ports: Iterable[Any]) -> dict[str, CacheInp
 def _set_inputs(loaded: CompiledGraph, request: ov.InferRequest, inputs: Mapping[str, Tensor]) -> None:
     for name in inputs.keys() & loaded.places.keys():  # OpenVINO drops inputs that no op reads
         tensor = inputs[name]
-        _check_range(name, tensor)
+        if tensor.dtype == torch.int64 and tensor.numel():
+            least, most = torch.aminmax(tensor)
+            if least < _INT32.min or most > _INT32.max:
+                raise InputMismatch(
+                    f"input '{name}' has numbers beyond {_INT32.max}, and OpenVINO computes whole numbers in 32 bits",
+                    next_step="give smaller numbers; target='onnxruntime' and target='eager' take these",
+                )
         request.set_input_tensor(loaded.places[name], as_ov_tensor(tensor))
-
-
-def _empty_present(layout: CacheLayout, past: str, rows: int, length: int) -> Tensor:
-    """Allocate memory for an output of the new tokens: their keys or values, or the state after them."""
-    sizes, dtype = layout.shapes[past]
-    return torch.empty(rows, *(length if size is None else size for size in sizes[1:]), dtype=dtype)
 
 
 def _write_presents(cache: BufferedCache[Any], presents: Mapping[str, Tensor], begins: Tensor, counts: Tensor) -> None:
@@ -224,14 +228,3 @@ def as_torch_copy(value: ov.Tensor) -> Tensor:
     dtype = _TORCH_DTYPES[value.element_type.get_type_name()]
     assert dtype != torch.bfloat16, "models are float32"
     return torch.from_numpy(np.array(value.data))
-
-
-def _check_range(name: str, tensor: Tensor) -> None:
-    """Refuse integers beyond 32 bits, in which OpenVINO computes."""
-    if tensor.dtype == torch.int64 and tensor.numel():
-        least, most = torch.aminmax(tensor)
-        if least < _INT32.min or most > _INT32.max:
-            raise InputMismatch(
-                f"input '{name}' has numbers beyond {_INT32.max}, and OpenVINO computes whole numbers in 32 bits",
-                next_step="give smaller numbers; target='onnxruntime' and target='eager' take these",
-            )

@@ -4,9 +4,11 @@ If a provider cannot be created, ONNX Runtime falls back to the CPU and reports 
 the libraries that a provider needs before it compiles, and checks a session's providers after creating it.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
+import io
 import re
 import sys
 from collections import Counter
@@ -124,9 +126,15 @@ def _not_built(provider: str) -> Unavailable:
     )
 
 
+@functools.cache
 def _load_provider(provider: str) -> None:
-    """Load a provider's library; if that fails, name the missing library."""
-    _preload()
+    """Load a provider's library, and CUDA and cuDNN from pip's folders, which no loader searches.
+
+    Raises:
+        Unavailable: naming the library that is missing.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
     if sys.platform != "linux":
         return
     home = Path(ort.__file__).parent / "capi"
@@ -135,16 +143,6 @@ def _load_provider(provider: str) -> None:
         ctypes.CDLL(str(home / f"libonnxruntime_providers_{_LIBRARY_NAMES[provider]}.so"))
     except OSError as error:
         raise _unloadable(provider, error) from error
-
-
-@functools.cache
-def _preload() -> None:
-    """Load CUDA and cuDNN from pip's folders, which no loader searches; missing ones are reported later."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()
 
 
 def _unloadable(provider: str, error: Exception) -> Unavailable:

@@ -1,6 +1,5 @@
 """A pass for ops without a half-precision CUDA kernel: they compute in float32 in a half-precision program."""
 
-import functools
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -101,7 +100,10 @@ def _infer_dtypes(node: ir.Node) -> None:
     (domain, op), missing = op_key(node), [value for value in node.outputs if value.dtype is None]
     if not missing or not onnx.defs.has(op, domain):
         return
-    inputs, outputs, fixed = _schema_types(domain, op)
+    schema = onnx.defs.get_schema(op, domain=domain)
+    constraints = ((one.type_param_str, one.allowed_type_strs) for one in schema.type_constraints)
+    fixed = {variable: allowed[0] for variable, allowed in constraints if len(allowed) == 1}
+    inputs, outputs = ([value.type_str for value in values] for values in (schema.inputs, schema.outputs))
     read = {inputs[min(i, len(inputs) - 1)]: v.dtype for i, v in enumerate(node.inputs) if v is not None}
     for value in missing:
         variable = outputs[min(value.index() or 0, len(outputs) - 1)]
@@ -109,18 +111,6 @@ def _infer_dtypes(node: ir.Node) -> None:
         dtype = read.get(variable) or ir.DataType.__members__.get(kind)
         if dtype is not None:
             value.dtype = dtype
-
-
-@functools.cache
-def _schema_types(domain: str, op: str) -> tuple[list[str], list[str], Mapping[str, str]]:
-    """Return an op's types: of its inputs, of its outputs, and type variable -> its only allowed type."""
-    schema = onnx.defs.get_schema(op, domain=domain)
-    fixed = {
-        kind.type_param_str: kind.allowed_type_strs[0]
-        for kind in schema.type_constraints
-        if len(kind.allowed_type_strs) == 1
-    }
-    return [value.type_str for value in schema.inputs], [value.type_str for value in schema.outputs], fixed
 
 
 class _CastInserter:
