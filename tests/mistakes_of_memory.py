@@ -49,7 +49,7 @@ def _registered(w: World) -> Any:
 def _row(**options: Any) -> Any:
     from lorac.runtime.generation.row_sampler import RowSampler
 
-    return RowSampler.of(over(compiled("llama")), prompts()[0], max_new_tokens=2, **options)
+    return RowSampler(over(compiled("llama")), prompts()[0], max_new_tokens=2, **options)
 
 
 MEMORY = [

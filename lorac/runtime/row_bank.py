@@ -4,10 +4,8 @@ A step reads the places without a copy, so that it costs the same for any mixtur
 registered adapters.
 """
 
-import functools
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,7 +40,7 @@ class RowBank:
     def __init__(self, engine: Engine, base: ChoiceState, rows: int, graph: str, budget: MemoryBudget) -> None:
         self._engine, self._graph, self._budget, self._base = engine, graph, budget, base
         tensors = self._program(base).placed_tensors()
-        self._places = _RowPlaces.of({name: (rows, *tensor.shape[1:]) for name, tensor in tensors.items()}, tensors)
+        self._places = _RowPlaces({name: (rows, *tensor.shape[1:]) for name, tensor in tensors.items()}, tensors)
         self._charge = budget.charge(self._places.stacks)
         for name, place in self._places.by_slot.items():
             place.copy_(tensors[name].expand_as(place))
@@ -105,7 +103,7 @@ class RowBank:
         }
         if all(wider[name] == place.shape for name, place in before.items()):
             return
-        places = _RowPlaces.of(wider, before)
+        places = _RowPlaces(wider, before)
         self._charge = self._budget.charge(places.stacks)
         for name, place in places.by_slot.items():
             write_place(place, before[name][None])
@@ -113,40 +111,34 @@ class RowBank:
         self._copies.clear()
 
 
-@dataclass(frozen=True, eq=False)
 class _RowPlaces:
-    """The places of rows; places of slots with one shape and dtype are stacked.
+    """The places of rows, uninitialised; places of slots with one shape and dtype are stacked.
+
+    Args:
+        shapes: slot -> the shape of its places (rows, …).
+        tensors: slot -> a tensor of its dtype.
 
     Attributes:
         stacks: (slots, rows, …), one for each shape and dtype.
-        names: the slots of each stack, in its order.
+        by_slot: slot -> the places of all rows (rows, …).
     """
 
-    stacks: tuple[Tensor, ...]
-    names: tuple[tuple[str, ...], ...]
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> "_RowPlaces":
-        """Allocate uninitialised places of these shapes (rows, …), by slot, in the tensors' dtypes."""
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
         groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
         for name, shape in shapes.items():
             groups.setdefault((shape, tensors[name].dtype), []).append(name)
-        stacks = [StackShape(len(names), shape, dtype).new() for (shape, dtype), names in groups.items()]
-        return cls(tuple(stacks), tuple(map(tuple, groups.values())))
-
-    @functools.cached_property
-    def by_slot(self) -> Mapping[str, Tensor]:
-        """Slot -> the places of all rows (rows, …)."""
-        return {
+        self._names = list(groups.values())
+        self.stacks = tuple(StackShape(len(names), shape, dtype).new() for (shape, dtype), names in groups.items())
+        self.by_slot = {
             name: place
-            for stack, names in zip(self.stacks, self.names, strict=True)
+            for stack, names in zip(self.stacks, self._names, strict=True)
             for name, place in zip(names, stack.unbind(), strict=True)
         }
 
     def find_copies(self, tensors: Mapping[str, Tensor]) -> list[_PlaceCopy]:
         """Return the fewest copies that write a choice's tensors (1, …), by slot, into the places of a row."""
         copies = list[_PlaceCopy]()
-        for stack, names in zip(self.stacks, self.names, strict=True):
+        for stack, names in zip(self.stacks, self._names, strict=True):
             sources = find_stacks([tensors[name][0] for name in names])
             parts = stack.split([len(source) for source in sources])
             copies += zip(sources, parts, strict=True)

@@ -1,14 +1,13 @@
 """The engine of packages: a choice of adapters is a set of tensors that every call passes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lorac.backends.aoti.package import Package
-from lorac.backends.onnx.engine import OnnxEngine, OnnxProgram
+from lorac.backends.onnx.engine import OnnxEngine, SlotInputProgram
 from lorac.frontend.components import check_component
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
@@ -26,14 +25,18 @@ class PackagedGraph:
         self.package, self.interface, self.slots = package, interface, slots
         self.dtypes: Mapping[str, torch.dtype | None] = package.inputs
 
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the graph on inputs and slot tensors, given by name."""
+        return self.package.run([inputs[name] for name in self.package.inputs])
+
 
 class AotiEngine(OnnxEngine[PackagedGraph, TargetOptions]):
     """An engine of one package per graph."""
 
     target = "aoti"
 
-    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "AotiProgram":
-        return AotiProgram(self, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> SlotInputProgram:
+        return SlotInputProgram(self, {name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
     def dump(self) -> dict[str, Dump]:
         """Return nothing, since a package is machine code."""
@@ -49,14 +52,3 @@ class AotiEngine(OnnxEngine[PackagedGraph, TargetOptions]):
         plans = select_reached_plans(slots, self.plans)
         tensors = collect_slot_tensors(slots, plans, fill_slots(plans, snapshot, self.base))
         write_safetensors(path, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, {})
-
-
-@dataclass(frozen=True, eq=False)
-class AotiProgram(OnnxProgram):
-    """The packages with the tensors of one choice of adapters."""
-
-    engine: AotiEngine
-
-    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        package = self.engine.graphs[graph].package
-        return package.run([inputs[name] if name in inputs else self.tensors[name] for name in package.inputs])

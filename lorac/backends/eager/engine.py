@@ -330,7 +330,11 @@ class EagerEngine(Engine):
             twin = object.__new__(replace_super_forward(module, functools.partial(self._forward_site, path, module)))
             object.__setattr__(twin, "__dict__", vars(module))
             adapted = functools.partial(type(twin).forward, twin)
-            module.forward = functools.partial(self._forward_above, path, original, adapted)
+
+            def forward(*args: object, **kwargs: object) -> object:
+                return (adapted if path in self.current_slots().touched else original)(*args, **kwargs)
+
+            module.forward = forward
         if plan.site.is_layer:
             guard_hooks(module, path, lambda: path in self.current_slots().touched)
 
@@ -354,27 +358,20 @@ class EagerEngine(Engine):
         self.hidden = (*self.hidden, twin)
         return twin
 
-    def _forward_above(
-        self, path: str, original: Callable[..., T], adapted: Callable[..., T], *args: object, **kwargs: object
-    ) -> T:
-        return (adapted if path in self.current_slots().touched else original)(*args, **kwargs)
-
     def _forward_site(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
-        y, site = self._forward_layer(path, module, x), self.plans[path].site
+        site, original = self.plans[path].site, self._originals[path]
+        if path not in self.current_slots().touched:
+            y = original(x)
+        elif (adapted := self._compute_adapted(path, module, pad_conv_input(x, site.conv))) is not None:
+            y = adapted
+        else:
+            y, buffer = self._merged.get(path, original)(x), self.buffers.get(path)
+            if buffer is not None and buffer.bias is not None and adds_bias(module, buffer.site):
+                y = y + buffer.bias
         if not site.own_size:
             return y
         active = self._call().active
         return hide_beyond(y, x, site, [one.sizes.get(path, site.own_size) for one in active.places or (active,)])
-
-    def _forward_layer(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
-        if path not in self.current_slots().touched:
-            return self._originals[path](x)
-        adapted = self._compute_adapted(path, module, pad_conv_input(x, self.plans[path].site.conv))
-        if adapted is not None:
-            return adapted
-        y, buffer = self._merged.get(path, self._originals[path])(x), self.buffers.get(path)
-        shift = buffer.bias if buffer is not None and adds_bias(module, buffer.site) else None
-        return y if shift is None else y + shift
 
     def _forward_block(self, path: str, module: nn.Module, *args: object, **kwargs: object) -> object:
         output = self._originals[path](*args, **kwargs)
@@ -429,25 +426,22 @@ class EagerEngine(Engine):
         call = self._call()
         replaced: dict[str, Tensor] = {}
         for path in inside:
-            if path in call.active.touched:
-                replaced |= self._replacements(path, call)
-        if not replaced:
-            return self._originals[owner](*args, **kwargs)
-        names = {name.removeprefix(f"{owner}."): tensor for name, tensor in replaced.items()}
-        return shadow(module, names).forward(*args, **kwargs)
-
-    def _replacements(self, path: str, call: ForwardCall) -> dict[str, Tensor]:
-        """Return an adapted site's replacements of weight and bias by name; empty if the weights are already merged."""
-        site, slots, terms = self.plans[path].site, call.active.slots.get(path), self._branches.live_terms(path, call)
-        found: tuple[Tensor | None, Tensor | None]
-        if terms is not None:
-            found = combine_weights(site, terms, *self._weights[path])
-        elif slots is not None:
-            found = read_weight_slots(site, slots)
-        else:
-            return {}
-        names = zip((site.weight, site.bias), found, strict=True)
-        return {name: tensor for name, tensor in names if name is not None and tensor is not None}
+            if path not in call.active.touched:
+                continue
+            site, terms = self.plans[path].site, self._branches.live_terms(path, call)
+            found: tuple[Tensor | None, Tensor | None]
+            if terms is not None:
+                found = combine_weights(site, terms, *self._weights[path])
+            elif path in call.active.slots:
+                found = read_weight_slots(site, call.active.slots[path])
+            else:
+                continue  # the weights are already merged
+            for name, tensor in zip((site.weight, site.bias), found, strict=True):
+                if name is not None and tensor is not None:
+                    replaced[name.removeprefix(f"{owner}.")] = tensor
+        return (
+            shadow(module, replaced).forward(*args, **kwargs) if replaced else self._originals[owner](*args, **kwargs)
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,7 @@
 A module's tensors may be replaced: during a call by ``torch.func.functional_call``, or permanently by FSDP.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,25 +14,24 @@ from lorac.frontend.quantised_weights import dequantise
 from lorac.ir.sites.site import BaseReader, Site
 
 
-@dataclass(eq=False)
 class StoredTensor:
     """A parameter or buffer of a module.
 
+    Args:
+        model: the model.
+        name: the tensor's name in the model.
+
     Attributes:
-        module: the module.
-        leaf: its name in the module.
         base: the original model's tensor.
         first: the tensor that the module had initially; in fused mode a swap writes to it.
     """
 
-    module: nn.Module
-    leaf: str
-    base: Tensor
-    first: object = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: nn.Module, name: str) -> None:
+        owner, _, self.leaf = name.rpartition(".")
+        self.module, self.base = model.get_submodule(owner), read_stored_tensor(model, name)
+        self.first: object = None
         parameters, buffers = self.module._parameters, self.module._buffers
-        self._tensors: Mapping[str, Tensor | None] = parameters if self.leaf in parameters else buffers
+        self._tensors: dict[str, Any] = parameters if self.leaf in parameters else buffers
 
     @property
     def is_given(self) -> bool:
@@ -47,8 +45,7 @@ class StoredTensor:
 
     def restore(self) -> None:
         """Set the module's tensor back to the original model's."""
-        parameters: dict[str, Any] = self.module._parameters
-        (parameters if self.leaf in parameters else self.module._buffers)[self.leaf] = self.base
+        self._tensors[self.leaf] = self.base
 
     def read(self) -> Tensor:
         """Return the original model's tensor, or its replacement."""
@@ -70,7 +67,10 @@ class SiteTensors:
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[Site]) -> None:
-        self._stored = {site.path: tuple(_find(model, name) for name in (site.weight, site.bias)) for site in sites}
+        self._stored = {
+            site.path: tuple(None if name is None else StoredTensor(model, name) for name in (site.weight, site.bias))
+            for site in sites
+        }
         self._all = [stored for pair in self._stored.values() for stored in pair if stored is not None]
         self._written = frozenset[str]()
 
@@ -132,10 +132,3 @@ class SiteTensors:
             return site.present(dequantise(weight))
 
         return BaseReader(read_weight, lambda site: self[site.path][1])
-
-
-def _find(model: nn.Module, name: str | None) -> StoredTensor | None:
-    if name is None:
-        return None
-    owner, _, leaf = name.rpartition(".")
-    return StoredTensor(model.get_submodule(owner), leaf, read_stored_tensor(model, name))

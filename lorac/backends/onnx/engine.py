@@ -124,6 +124,15 @@ class OnnxProgram(PlacedProgram, ABC):
         return CallResult(output, group_aux_outputs(extra, self.tensors) if extra else {})
 
 
+@dataclass(frozen=True, eq=False)
+class SlotInputProgram(OnnxProgram):
+    """A program whose graphs take the slots as further inputs of each call."""
+
+    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        outputs: list[Tensor] = self.engine.graphs[graph].run({**self.tensors, **inputs})
+        return outputs
+
+
 def convert_inputs(graph: LoadedGraph, inputs: Mapping[str, object]) -> dict[str, Tensor]:
     """Convert inputs to contiguous tensors of the graph's dtypes."""
     converted: dict[str, Tensor] = {}

@@ -154,8 +154,8 @@ class OvProgram(CachingProgram):
             presents = dict[str, Tensor]()  # the keys and values of the new tokens, or the state after them
             for past in cache.buffers:
                 sizes, dtype = cache.layout.shapes[past]
-                sizes = (rows, *(length if size is None else size for size in sizes[1:]))
-                presents[past] = torch.empty(sizes, dtype=dtype)
+                known = (length if size is None else size for size in sizes[1:])
+                presents[past] = torch.empty(rows, *known, dtype=dtype)
             outputs = {output: logits, **{present_name(past): tensor for past, tensor in presents.items()}}
             for name, tensor in outputs.items():
                 request.set_output_tensor(loaded.outputs.index(name), as_ov_tensor(tensor))

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor, fx
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.emitted_program import EmittedProgram
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, SlotInputProgram
 from lorac.backends.onnx.model_files import (
     MODEL_FILE,
     Array,
@@ -106,18 +105,8 @@ class CpuEngine(OnnxEngine[CpuGraph, TensorRTOptions]):
 
     target = "tensorrt"
 
-    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "CpuProgram":
-        return CpuProgram(self, tensors)
-
-
-@dataclass(frozen=True, eq=False)
-class CpuProgram(OnnxProgram):
-    """The emitted files with the tensors of a choice of adapters."""
-
-    engine: CpuEngine
-
-    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        return self.engine.graphs[graph].run({**inputs, **self.tensors})
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> SlotInputProgram:
+        return SlotInputProgram(self, tensors)
 
 
 def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:

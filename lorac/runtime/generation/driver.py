@@ -82,6 +82,8 @@ class GenerationDriver(GenerationMixin, ABC):
 
     Attributes:
         state: the rows; None until their cache is allocated.
+        encoder_inputs: the inputs of the program's encoder, by name.
+        returns_cache: whether an output object has the cache.
     """
 
     main_input_name = "input_ids"
@@ -100,6 +102,8 @@ class GenerationDriver(GenerationMixin, ABC):
         )
         self.generation_config = GenerationConfig(**generation)
         self.state: DecodingState | None = None
+        self.encoder_inputs: dict[str, object] = {}
+        self.returns_cache = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self.forward(*args, **kwargs)
@@ -148,7 +152,7 @@ class GenerationDriver(GenerationMixin, ABC):
     ) -> bool:
         """Allocate a cache for rows that may grow to ``longest`` + 1 columns."""
         mask, spec = model_kwargs.get(self.mask_name), self.program.cache_spec
-        width = self._prompt_width(model_kwargs, generation_config)
+        width = self.prompt_width(model_kwargs, generation_config)
         count = width if mask is None else int(mask.sum(1).max())
         new, left = longest + 1 - width, spec.after(count)
         if left is not None and new > left:
@@ -158,7 +162,10 @@ class GenerationDriver(GenerationMixin, ABC):
                 next_step=f"give {fewer if left > 0 else f'a prompt of {spec.limit} tokens or less'}",
             )
         if model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = self._new_state(rows, DecodingState.initial_capacity(count, new))
+            empty = self.program.new_cache(rows, DecodingState.initial_capacity(count, new))
+            if self.program.encode is not None:
+                self.program.encode(empty, self.encoder_inputs)
+            model_kwargs["cache"] = DecodingState(empty)
         self.state = state = model_kwargs["cache"]
         state.blocks = (self.program.features or {}).get(encoder_output_name(BLOCKS))
         if self.program.features:
@@ -168,16 +175,8 @@ class GenerationDriver(GenerationMixin, ABC):
         state.chunk_size = generation_config.prefill_chunk_size
         return True
 
-    def _returned_cache(self, state: DecodingState) -> DecodingState | None:
-        """Return the cache for the output object."""
-        return state
-
-    def _new_state(self, rows: int, capacity: int) -> DecodingState:
-        """Return rows without tokens."""
-        return DecodingState(self.program.new_cache(rows, capacity))
-
     @abstractmethod
-    def _prompt_width(self, model_kwargs: Fields, generation_config: GenerationConfig) -> int:
+    def prompt_width(self, model_kwargs: Fields, generation_config: Any) -> int:
         """Return the number of columns of the prompts."""
 
     def _prefill(
@@ -236,7 +235,7 @@ class GenerationDriver(GenerationMixin, ABC):
             streamer.end()
         if not as_object:
             return input_ids
-        cache = self._returned_cache(state)
+        cache = state if self.returns_cache else None
         return self.output_class(sequences=input_ids, scores=kept_scores, logits=kept_logits, cache=cache)
 
     def _draw(self, scores: Tensor) -> Tensor:
@@ -253,7 +252,7 @@ class GenerationDriver(GenerationMixin, ABC):
 class DecoderDriver(GenerationDriver):
     """The driver of a program whose only input is the sequence."""
 
-    def _prompt_width(self, model_kwargs: Fields, generation_config: Any) -> int:
+    def prompt_width(self, model_kwargs: Fields, generation_config: Any) -> int:
         """Return the mask's width; without padding, transformers gives the width alone."""
         mask = model_kwargs.get(self.mask_name)
         return int(generation_config._mask_length if mask is None else mask.shape[1])

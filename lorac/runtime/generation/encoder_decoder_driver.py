@@ -22,7 +22,6 @@ from transformers.utils.generic import ModelOutput
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import Unavailable
-from lorac.runtime.generation.decoding_state import DecodingState
 from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver
 from lorac.runtime.generation.prompts import main_input
 from lorac.runtime.traits import CustomGeneration
@@ -58,8 +57,9 @@ class EncoderDecoderDriver(GenerationDriver):
             # Attributes that an artifact names must not replace the driver's own.
             vars(self).update({name: value for name, value in vars(modules).items() if not hasattr(self, name)})
         self.main_input_name = main_input(program.cache_spec.encodes)
-        self._encoder_inputs: dict[str, object] = {}
         self._columns = 0
+        # A model's own ``generate`` expects a cache of transformers'.
+        self.returns_cache = self.rules is None
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, object]) -> None:
         """Do nothing: the options were checked before."""
@@ -74,7 +74,7 @@ class EncoderDecoderDriver(GenerationDriver):
         """Record the encoder's inputs; return an empty encoder output for transformers to pass on."""
         given = {**model_kwargs, self.main_input_name: inputs_tensor}
         encodes = self.program.cache_spec.encodes
-        self._encoder_inputs = {name: given[name] for name in encodes if given.get(name) is not None}
+        self.encoder_inputs = {name: given[name] for name in encodes if given.get(name) is not None}
         empty = torch.empty(inputs_tensor.shape[0], 0, 0)
         return {**model_kwargs, "encoder_outputs": BaseModelOutput(last_hidden_state=empty)}
 
@@ -89,17 +89,7 @@ class EncoderDecoderDriver(GenerationDriver):
             return output
         return type(output)(**{name: value for name, value in output.items() if name != "cache"})
 
-    def _returned_cache(self, state: DecodingState) -> DecodingState | None:
-        """Return no cache where a model's own ``generate`` runs, which would expect a cache of transformers'."""
-        return None if self.rules is not None else state
-
-    def _new_state(self, rows: int, capacity: int) -> DecodingState:
-        cache = self.program.new_cache(rows, capacity)
-        assert self.program.encode is not None
-        self.program.encode(cache, self._encoder_inputs)
-        return DecodingState(cache)
-
-    def _prompt_width(self, model_kwargs: Mapping[str, object], generation_config: GenerationConfig) -> int:
+    def prompt_width(self, model_kwargs: Mapping[str, object], generation_config: object) -> int:
         return self._columns
 
 

@@ -23,7 +23,7 @@ from lorac.ir.slots.prefix import IDS, MASK
 from lorac.runtime.batching import check_rows
 from lorac.runtime.choice_switch import RowGroup
 from lorac.runtime.generation.eager_generation import generate_eagerly, refuse_prompt_cache
-from lorac.runtime.generation.output_merger import OutputMerger, select_rows
+from lorac.runtime.generation.output_merger import merge_outputs, select_rows
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.prompt_features import PromptFeatures
 from lorac.runtime.generation.prompts import CACHE, Prompts, main_input
@@ -233,8 +233,8 @@ class _GenerateCall:
                 seeds=[self.seeds[row] for row in group.rows] if isinstance(self.seeds, list) else self.seeds,
             )
             outputs.append(own._run(group))
-        merger = OutputMerger([group.rows for group in groups], self.request.fill_id, self.request.beams)
-        return merger.merge(outputs)
+        rows_of_groups = [group.rows for group in groups]
+        return merge_outputs(outputs, rows_of_groups, self.request.fill_id, self.request.beams)
 
     @property
     def _over_cache(self) -> bool:

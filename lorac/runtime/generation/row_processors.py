@@ -7,7 +7,6 @@ run once for all rows with equal settings; processors that read a row's text run
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ _NUMBERS = {
 }
 """transformers' class -> its attribute that may be a column (rows, 1), with a number for each row."""
 _COUNT = {"TopKLogitsWarper": "top_k"}
-"""transformers' class -> its attribute that is a number of tokens; ``_TopK`` replaces the class."""
+"""transformers' class -> its attribute that is a number of tokens, which lorac's own code keeps."""
 _OF_SCORES = ("EpsilonLogitsWarper", "EtaLogitsWarper", "TopKLogitsWarper", "TypicalLogitsWarper")
 """transformers' classes that read only the scores, not the text."""
 
@@ -40,7 +39,7 @@ class RowProcessors:
 
     def __init__(self, rows: Sequence[Iterable[Processor]]) -> None:
         left = [list(row) for row in rows]
-        stages: list[_Stage] = []
+        stages: list[tuple[list[int], Processor]] = []
         while any(left):
             kinds = {_class_name(row[0]): None for row in left if row}
             # A class that another row reaches later waits for that row, so that its rows run in one call.
@@ -60,46 +59,28 @@ class RowProcessors:
             scores: (rows, vocabulary).
         """
         self.failed = {}
-        for stage in self._stages:
-            run = self._run_alone if len(stage.rows) == 1 else self._run
-            scores = run(stage, texts, scores)
+        for rows, process in self._stages:
+            if len(rows) == 1 and rows[0] in self.failed:
+                continue
+            try:
+                scores = self._run(rows, process, texts, scores)
+            except Exception as error:
+                if len(rows) > 1:
+                    raise
+                self.failed[rows[0]] = error  # the other rows go on
         return scores
 
-    def _run_alone(self, stage: "_Stage", texts: Sequence[Tensor], scores: Tensor) -> Tensor:
-        """Run a processor of one row; record its error in ``failed``, so that the other rows go on."""
-        try:
-            return scores if stage.rows[0] in self.failed else self._run(stage, texts, scores)
-        except Exception as error:
-            self.failed[stage.rows[0]] = error
-            return scores
-
-    def _run(self, stage: "_Stage", texts: Sequence[Tensor], scores: Tensor) -> Tensor:
-        if len(stage.rows) == self._count:
-            return stage(texts, scores)
-        own = stage([texts[row] for row in stage.rows], scores[stage.rows])
-        return scores.index_copy(0, torch.tensor(stage.rows), own)
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A call of a processor on some rows.
-
-    Attributes:
-        rows: indices of the rows.
-        process: the processor.
-    """
-
-    rows: list[int]
-    process: Processor
-
-    def __call__(self, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
-        longest = max(len(text) for text in texts)
+    def _run(self, rows: list[int], process: Processor, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
+        """Run a processor on some rows."""
+        longest = max(len(texts[row]) for row in rows)
         # A row is padded with its first token: processors ask only whether a token occurs.
-        filled = [torch.cat([text[:1].expand(longest - len(text)), text]) for text in texts]
-        return self.process(torch.stack(filled), scores)
+        filled = [torch.cat([texts[row][:1].expand(longest - len(texts[row])), texts[row]]) for row in rows]
+        if len(rows) == self._count:
+            return process(torch.stack(filled), scores)
+        return scores.index_copy(0, torch.tensor(rows), process(torch.stack(filled), scores[rows]))
 
 
-def _join(name: str, heads: dict[int, Any]) -> list[_Stage]:
+def _join(name: str, heads: dict[int, Any]) -> list[tuple[list[int], Processor]]:
     """Group the rows' processors of one class into as few calls as possible."""
     number = _NUMBERS.get(name) or _COUNT.get(name)
     groups: dict[Hashable, list[int]] = {}
@@ -107,7 +88,7 @@ def _join(name: str, heads: dict[int, Any]) -> list[_Stage]:
         together = number is not None or name in _OF_SCORES
         settings = {key: value for key, value in vars(processor).items() if key != number} if together else {"row": row}
         groups.setdefault(tuple(sorted((key, repr(value)) for key, value in settings.items())), []).append(row)
-    return [_Stage(rows, _stack([heads[row] for row in rows], number, name)) for rows in groups.values()]
+    return [(rows, _stack([heads[row] for row in rows], number, name)) for rows in groups.values()]
 
 
 def _stack(processors: Sequence[Any], number: str | None, name: str) -> Processor:
@@ -117,28 +98,17 @@ def _stack(processors: Sequence[Any], number: str | None, name: str) -> Processo
     if len({*values}) < 2:
         return first
     if name in _COUNT:
-        return _TopK(torch.tensor(values)[:, None], first.filter_value)
+        every, fill = torch.tensor(values)[:, None], first.filter_value
+
+        def keep_top(texts: Tensor, scores: Tensor) -> Tensor:  # with a k for each row
+            counts = every.clamp(max=scores.shape[-1])
+            least = scores.topk(int(counts.max())).values.gather(1, counts - 1)
+            return scores.masked_fill(scores < least, fill)
+
+        return keep_top
     stacked = copy.copy(first)
     setattr(stacked, str(number), torch.tensor(values, dtype=torch.float64)[:, None].float())
     return stacked
-
-
-@dataclass(frozen=True, eq=False)
-class _TopK:
-    """transformers' ``TopKLogitsWarper`` with its own k for each row.
-
-    Attributes:
-        counts: k of each row (rows, 1).
-        fill: the score of all other tokens.
-    """
-
-    counts: Tensor
-    fill: float
-
-    def __call__(self, texts: Tensor, scores: Tensor) -> Tensor:
-        counts = self.counts.clamp(max=scores.shape[-1])
-        least = scores.topk(int(counts.max())).values.gather(1, counts - 1)
-        return scores.masked_fill(scores < least, self.fill)
 
 
 def _class_name(processor: object) -> str:

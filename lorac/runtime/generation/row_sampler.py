@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -23,9 +22,15 @@ if TYPE_CHECKING:
     from lorac.runtime.generation.generating_model import GeneratingModel
 
 
-@dataclass(frozen=True, eq=False)
 class RowSampler:
     """A row's sampling options: how its tokens are drawn, and when it ends.
+
+    Args:
+        model: the compiled model; its program has a cache.
+        ids: the prompt, and the tokens that were drawn before (length,).
+        seed: the seed of the row's generator; None: torch's own generator draws the seed.
+        drawn: the number of the last ids that were drawn before.
+        options: options of ``generate``.
 
     Attributes:
         processors: transformers' logits processors for the row's options.
@@ -33,36 +38,21 @@ class RowSampler:
         last: tokens that end the row.
         most: the most tokens of the row, its prompt included.
         generator: the row's random generator; None: it takes the likeliest token.
+
+    Raises:
+        Unavailable: the options ask for beams, drafts or several sequences, which take more than one row.
+        InputMismatch, OptionError: as for ``generate``.
     """
 
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    last: frozenset[int]
-    most: int
-    generator: torch.Generator | None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: GeneratingModel,
         ids: Tensor,
         seed: int | None = None,
         graph: str = MAIN_GRAPH,
         drawn: int = 0,
         **options: object,
-    ) -> RowSampler:
-        """Return the sampler of a row for options of ``generate``.
-
-        Args:
-            model: the compiled model; its program has a cache.
-            ids: the prompt, and the tokens that were drawn before (length,).
-            seed: the seed of the row's generator; None: torch's own generator draws the seed.
-            drawn: the number of the last ids that were drawn before.
-
-        Raises:
-            Unavailable: the options ask for beams, drafts or several sequences, which take more than one row.
-            InputMismatch, OptionError: as for ``generate``.
-        """
+    ) -> None:
         from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
         traits, spec = model.traits[graph], model.engine.cache_spec(graph)
@@ -92,21 +82,20 @@ class RowSampler:
         driver.width = len(ids) - drawn
         own = {name: value for name, value in request.options.items() if name not in spec.prompt_inputs}
         translate_errors(lambda: driver.generate(**{**own, IDS: ids[None, : driver.width]}))
-        config = driver.planned[2]
-        generator = torch.Generator() if config.do_sample else None
-        if generator is not None:
-            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        self.processors, criteria, config = driver.planned
+        self.generator = torch.Generator() if config.do_sample else None
+        if self.generator is not None:
+            self.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
             chances = torch.ones(spec.vocabulary)  # a draw consumes the same random numbers for any probabilities
             for _ in range(drawn):
-                torch.multinomial(chances, 1, generator=generator)
+                torch.multinomial(chances, 1, generator=self.generator)
         # ``ends`` compares two numbers instead: transformers' criteria take eight calls of torch for each token.
-        last, most, criteria = set[int](), int(config.max_length), StoppingCriteriaList()
-        for one in driver.planned[1]:
+        self.last, self.most, self.criteria = set[int](), int(config.max_length), StoppingCriteriaList()
+        for one in criteria:
             if type(one) is EosTokenCriteria:
-                last.update(one.eos_token_id.flatten().tolist())
-            elif type(one) is not MaxLengthCriteria or one.max_length < most:
-                criteria.append(one)
-        return cls(driver.planned[0], criteria, frozenset(last), most, generator)
+                self.last.update(one.eos_token_id.flatten().tolist())
+            elif type(one) is not MaxLengthCriteria or one.max_length < self.most:
+                self.criteria.append(one)
 
     def ends(self, text: Tensor) -> bool:
         """Return whether a row ends with the last token of its text (length,)."""
@@ -173,5 +162,5 @@ class _RowPlanner(GenerationDriver):
         self.planned = logits_processor, stopping_criteria, generation_config
         return input_ids
 
-    def _prompt_width(self, model_kwargs: Any, generation_config: Any) -> int:
+    def prompt_width(self, model_kwargs: object, generation_config: object) -> int:
         return self.width

@@ -60,7 +60,7 @@ class RunningRow:
     def __init__(self, model: GeneratingModel, request: TextRequest, graph: str) -> None:
         active = model.switch.choice if request.adapters is UNSET else parse_choice(request.adapters, model.switch.pool)
         self.request, self.choice = request, dict(active) or None
-        self.sampler = RowSampler.of(model, request.ids, request.seed, graph, request.drawn, **request.options)
+        self.sampler = RowSampler(model, request.ids, request.seed, graph, request.drawn, **request.options)
         spec = model.engine.cache_spec(graph)
         assert spec is not None  # else the sampler would have refused
         prompt = request.ids[None, : len(request.ids) - request.drawn]

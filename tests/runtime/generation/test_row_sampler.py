@@ -45,7 +45,7 @@ def test_rows_with_different_options_sample_as_alone(model: Any) -> None:
     options = [some_options(generator) for _ in range(ROWS)]
     texts = prompts(3, tuple(generator.randrange(1, 9) for _ in range(ROWS)))
     expected = [model.generate(ids[None], seed=row, **options[row])[0] for row, ids in enumerate(texts)]
-    rows = [RowSampler.of(model, ids, row, **options[row]) for row, ids in enumerate(texts)]
+    rows = [RowSampler(model, ids, row, **options[row]) for row, ids in enumerate(texts)]
     cache = model.engine.new_cache("main", ROWS, 32)
     ended: dict[int, torch.Tensor] = {}
     running, batch = list(range(ROWS)), BatchSampler(rows)
@@ -68,8 +68,8 @@ def test_rows_with_different_options_sample_as_alone(model: Any) -> None:
 
 def test_ends_as_transformers_criteria_do_without_calling_them(model: Any) -> None:
     shorter, (ids,) = MaxLengthCriteria(9), prompts(3, (6,))
-    plain = RowSampler.of(model, ids, max_new_tokens=5, eos_token_id=[20, 21])
-    custom = RowSampler.of(model, ids, max_new_tokens=5, eos_token_id=[20], stopping_criteria=[shorter])
+    plain = RowSampler(model, ids, max_new_tokens=5, eos_token_id=[20, 21])
+    custom = RowSampler(model, ids, max_new_tokens=5, eos_token_id=[20], stopping_criteria=[shorter])
     assert (list(plain.criteria), list(custom.criteria), plain.most, custom.most) == ([], [shorter], 11, 11)
     texts = [torch.full((length,), last) for length in (7, 8, 9, 10, 11) for last in (3, 20, 21)]
     ends = [(len(text) > 10 or text[-1] > 3, len(text) > 8 or text[-1] == 20) for text in texts]
@@ -85,7 +85,7 @@ def test_runs_processors_of_one_class_once_for_all_rows(model: Any) -> None:
         {**{n: generator.choice(v) for n, v in names.items()}, **SAMPLED, "repetition_penalty": 1.1 + row / 10}
         for row in range(ROWS)
     ]
-    rows = [RowSampler.of(model, text, **own).processors for text, own in zip(texts, options, strict=True)]
+    rows = [RowSampler(model, text, **own).processors for text, own in zip(texts, options, strict=True)]
     together = RowProcessors(rows)
     assert len(together._stages) == 4
     apart = [row(text[None], own[None])[0] for row, text, own in zip(rows, texts, scores, strict=True)]
@@ -100,7 +100,7 @@ def test_runs_custom_processors_per_row_in_order(model: Any) -> None:
         return scores + (ids.sum() % 7)
 
     texts = prompts(5, (3, 6))
-    rows = [RowSampler.of(model, text, logits_processor=[boost], top_k=4, **SAMPLED).processors for text in texts]
+    rows = [RowSampler(model, text, logits_processor=[boost], top_k=4, **SAMPLED).processors for text in texts]
     scores = torch.randn(2, 96)
     apart = [row(text[None], own[None])[0] for row, text, own in zip(rows, texts, scores, strict=True)]
     calls.clear()
@@ -121,12 +121,12 @@ def test_runs_custom_processors_per_row_in_order(model: Any) -> None:
 )
 def test_rejects_options_that_rows_do_not_support(model: Any, code: str, options: dict[str, Any]) -> None:
     with refuses(code):
-        RowSampler.of(model, prompts()[0], **{"max_new_tokens": 4, **options})
+        RowSampler(model, prompts()[0], **{"max_new_tokens": 4, **options})
 
 
 def test_rejects_more_tokens_than_positions() -> None:
     with refuses("input_mismatch", match="positions"):
-        RowSampler.of(over(compiled("llama"), limit=12), prompts()[0], max_new_tokens=8)
+        RowSampler(over(compiled("llama"), limit=12), prompts()[0], max_new_tokens=8)
 
 
 def test_the_likeliest_token_is_torchs() -> None:
