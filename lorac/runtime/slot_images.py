@@ -81,7 +81,12 @@ class SlotImages:
                 places.append(self._end)
                 self._end += layout.nbytes
             image = SlotImage(name, entry.serial, layout, places[-1])
-            _write_image(file, image, tensors)  # where the disk is full, the place stays free
+            parts = collections.deque[memoryview | bytes]()
+            for stack, names in layout.stacks:
+                for slot in names:
+                    values = raw_bytes(tensors[slot])
+                    parts += (values, bytes(stack.nbytes // stack.count - len(values)))  # zeros align the next slot
+            _write(file, parts, image.offset)  # where the disk is full, the place stays free
             self._images[name] = image
             places.pop()
 
@@ -115,15 +120,6 @@ class SlotImages:
         image = self._images.pop(name, None)
         if image is not None:
             self._free.setdefault(image.layout.nbytes, []).append(image.offset)
-
-
-def _write_image(file: int, image: SlotImage, tensors: Mapping[str, Tensor]) -> None:
-    parts = collections.deque[memoryview | bytes]()
-    for stack, names in image.layout.stacks:
-        for slot in names:
-            values = raw_bytes(tensors[slot])
-            parts += (values, bytes(stack.nbytes // stack.count - len(values)))  # zeros that align the next slot
-    _write(file, parts, image.offset)
 
 
 def _write(file: int, parts: collections.deque[memoryview | bytes], offset: int) -> None:

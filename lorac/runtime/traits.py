@@ -94,23 +94,22 @@ def traits_from_json(stored: JsonMapping) -> dict[str, ModelTraits]:
 
 def collect_traits(model: nn.Module) -> dict[str, ModelTraits]:
     """Return the traits of each graph's model."""
-    return {name: _component_traits(component) for name, component in list_components(model).items()}
-
-
-def _component_traits(model: nn.Module) -> ModelTraits:
-    tensors = [*model.parameters(), *model.buffers()]
-    can_generate, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
-    generation = None
-    if callable(can_generate) and can_generate() and config is not None:
-        entries = config.to_dict().items()
-        generation = {name: value for name, value in entries if value is not None and name != "transformers_version"}
-    return ModelTraits(
-        config=getattr(model, "config", None),
-        dtype=next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype()),
-        device=tensors[0].device if tensors else torch.device("cpu"),
-        generation=generation,
-        rules=None if generation is None else _custom_generation(model),
-    )
+    traits = dict[str, ModelTraits]()
+    for name, part in list_components(model).items():
+        tensors = [*part.parameters(), *part.buffers()]
+        can_generate, config = getattr(part, "can_generate", None), getattr(part, "generation_config", None)
+        generation = None
+        if callable(can_generate) and can_generate() and config is not None:
+            entries = config.to_dict().items()
+            generation = {key: value for key, value in entries if value is not None and key != "transformers_version"}
+        traits[name] = ModelTraits(
+            config=getattr(part, "config", None),
+            dtype=next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype()),
+            device=tensors[0].device if tensors else torch.device("cpu"),
+            generation=generation,
+            rules=None if generation is None else _custom_generation(part),
+        )
+    return traits
 
 
 def _config_entries(config: object) -> dict[str, object] | None:

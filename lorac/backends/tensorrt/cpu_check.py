@@ -166,10 +166,14 @@ def widen_graph(graph: Graph) -> Graph:
         return graph
     whole = copy.deepcopy(module.graph)
     given = [node for node in whole.nodes if node.op == "placeholder"]
+
+    def widen(value: T) -> T | torch.dtype:
+        return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
+
     for node, original in zip(whole.nodes, module.graph.nodes, strict=True):
         node.name = original.name
         if node.op == "call_function":
-            node.args, node.kwargs = (fx.node.map_aggregate(given, _widen_dtype) for given in (node.args, node.kwargs))
+            node.args, node.kwargs = (fx.node.map_aggregate(given, widen) for given in (node.args, node.kwargs))
     with whole.inserting_after(given[-1]):
         for node in [node for node in given if _is_half(node.meta.get("val"))]:
             cast = whole.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
@@ -200,10 +204,6 @@ def _output_dtypes(graph: Graph) -> list[torch.dtype | None]:
     assert isinstance(outputs, list | tuple)
     values = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in outputs)
     return [value.dtype if isinstance(value, Tensor) else None for value in values]
-
-
-def _widen_dtype(value: T) -> T | torch.dtype:
-    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
 def _is_half(value: object) -> bool:

@@ -17,7 +17,7 @@ import torch
 from lorac.backends.onnx.claims import describe_origin, read_metadata
 from lorac.backends.onnx.model_files import walk_nodes
 from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
-from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges
+from lorac.backends.tensorrt.profiles import SizeRanges
 from lorac.errors import CompileError, Unavailable, list_some
 from lorac.ir.graph.graph import Graph
 
@@ -106,11 +106,13 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
     found = {value.name: value for value in inputs}
     wanted = {name: parsed.library.dtype(dtype) for name, dtype in dtypes.items()}
     wrong = [*(found.keys() ^ wanted.keys())]
-    wrong += [
-        n
-        for n in found.keys() & wanted.keys()
-        if found[n].dtype != wanted[n] or not _matches_ranges(found[n], ranges[n])
-    ]
+    for name in found.keys() & wanted.keys():
+        sizes = [None if size == DYNAMIC else size for size in found[name].shape]
+        known = [(axis.least, axis.most) for axis in ranges[name]]  # a size is dynamic where a range varies
+        fits = len(sizes) == len(known) and all(
+            s is None or pair == (s, s) for s, pair in zip(sizes, known, strict=True)
+        )
+        wrong += [] if fits and found[name].dtype == wanted[name] else [name]
     if wrong:
         listed = list_some(wrong, 4)
         raise CompileError(
@@ -118,14 +120,6 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
             next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
             code="self_test_failed",
         )
-
-
-def _matches_ranges(value: tensorrt.ITensor, axes: Sequence[SizeRange]) -> bool:
-    """Return whether an input of a network has the sizes of ranges, with dynamic sizes where a range varies."""
-    sizes = tuple(value.shape)
-    if len(sizes) != len(axes):
-        return False
-    return all(size == DYNAMIC or axis.least == size == axis.most for size, axis in zip(sizes, axes, strict=True))
 
 
 def _parser_errors(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> list[str]:

@@ -78,7 +78,18 @@ class TensorRTOptions(TargetOptions):
         """Raise ``OptionError`` for unknown capabilities, sizes out of order, and numbers out of range."""
         self._check_library()
         for name, shapes in self.profiles.items():
-            _check_profile(name, shapes)
+            rows = [(size,) if isinstance(size, int) else tuple(size) for size in shapes]
+            three = len(rows) == len(_PROFILE_POINTS) and len({len(row) for row in rows}) == 1
+            if (
+                not three
+                or any(least < 1 for least in rows[0])
+                or any(list(axis) != sorted(axis) for axis in zip(*rows))
+            ):  # noqa: B905  (they are of one length by now)
+                raise OptionError(
+                    f"profiles= has {short(shapes)} for '{name}'",
+                    next_step=f"give ({', '.join(_PROFILE_POINTS)}), each a size from 1 on or a shape of them, in "
+                    "rising order",
+                )
         level = self.builder_optimization_level
         if level is not None and level not in OPTIMIZATION_LEVELS:
             raise OptionError(
@@ -105,14 +116,3 @@ class TensorRTOptions(TargetOptions):
                 f"{self.builder.name_and_version} takes no hardware_compatibility",
                 next_step=f"give target_capabilities= in its place, or library='{NVIDIA}'",
             )
-
-
-def _check_profile(name: str, shapes: ProfileShapes) -> None:
-    """Raise ``OptionError`` unless a profile is three sizes or shapes in ascending order."""
-    rows = [(size,) if isinstance(size, int) else tuple(size) for size in shapes]
-    three = len(rows) == len(_PROFILE_POINTS) and len({len(row) for row in rows}) == 1
-    if not three or any(least < 1 for least in rows[0]) or any(list(axis) != sorted(axis) for axis in zip(*rows)):  # noqa: B905  (they are of one length by now)
-        raise OptionError(
-            f"profiles= has {short(shapes)} for '{name}'",
-            next_step=f"give ({', '.join(_PROFILE_POINTS)}), each a size from 1 on or a shape of them, in rising order",
-        )

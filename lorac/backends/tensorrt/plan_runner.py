@@ -99,13 +99,25 @@ class ContextPool:
             Unavailable: TensorRT fails.
         """
         laid_out = slots if isinstance(slots, DeviceSlots) else self.hold(slots)
-        given = {name: self._read_input(name, tensor) for name, tensor in inputs.items() if name in self.io.inputs}
+        given = dict[str, Tensor]()
+        for name, tensor in inputs.items():
+            io_tensor = self.io.inputs.get(name)
+            if io_tensor is not None:
+                reads = is_readable(tensor, io_tensor, self.device)
+                # A copy is used once, since the caller may write to the input.
+                copied = None if reads else copy_to_engine(tensor, io_tensor, self.device, staged=True)
+                given[name] = tensor.detach() if copied is None else copied
         captured = None if self._graphs is None else self._graphs.find(given, laid_out)
         if captured is not None:
             found = captured.run(given, laid_out)
         else:
-            with self._reserve() as execution:
+            execution = self._take()
+            try:
                 found = execution.run(given, laid_out)
+            finally:
+                with self._changed:
+                    self._idle.append(execution)
+                    self._changed.notify()
         from_cpu = bool(inputs) and all(tensor.device.type == "cpu" for tensor in inputs.values())
         return {name: tensor.cpu() for name, tensor in found.items()} if from_cpu else found
 
@@ -119,25 +131,6 @@ class ContextPool:
         with self._changed:
             pooled = list(self._executions)
         return pooled if self._graphs is None else pooled + self._graphs.executions()
-
-    def _read_input(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an input in a form that the engine reads; a copy is used once, since the caller may write to it."""
-        io_tensor = self.io.inputs[name]
-        return (
-            tensor.detach()
-            if is_readable(tensor, io_tensor, self.device)
-            else copy_to_engine(tensor, io_tensor, self.device, staged=True)
-        )
-
-    @contextlib.contextmanager
-    def _reserve(self) -> Iterator[ExecutionSlot]:
-        execution = self._take()
-        try:
-            yield execution
-        finally:
-            with self._changed:
-                self._idle.append(execution)
-                self._changed.notify()
 
     def _take(self) -> ExecutionSlot:
         with self._changed:

@@ -4,7 +4,6 @@ Sizes of the model's inputs come from the example and from ``profiles=``, and sa
 program. Ranks of slots are between the dialect's minimum and the planned maximum.
 """
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -128,10 +127,17 @@ def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[s
     usual = {axis: requested[axis].usual if axis in requested else examples[axis[0]].shape[axis[1]] for axis in names}
     _check_conditions(sizes, usual, "opt")
     begin = usual | {axis: range_.least for axis, range_ in requested.items()}
+
+    def larger(axis: Axis, size: int) -> Iterable[int]:
+        name, number = axis
+        text = not examples[name].is_floating_point()
+        most = DEFAULT_MAX_ROWS if number == 0 else DEFAULT_MAX_LENGTH if text else size * _GROWTH
+        return range(most, size, -1)
+
     least = _extreme_sizes(sizes, begin, names, requested, lambda _, size: range(1, size))
     _check_conditions(sizes, least, "min")
     begin = usual | {axis: range_.most for axis, range_ in requested.items()}
-    most = _extreme_sizes(sizes, begin, names, requested, functools.partial(_larger_sizes, examples))
+    most = _extreme_sizes(sizes, begin, names, requested, larger)
     _check_conditions(sizes, most, "max")
     found = {axis: SizeRange(least[axis], usual[axis], most[axis]) for axis in names}
     return {
@@ -174,13 +180,6 @@ def _extreme_sizes(
         candidates = (found | dict.fromkeys(axes, size) for size in tries(axes[0], start[axes[0]]))
         found = next((tried for tried in candidates if sizes.admits(tried)), found)
     return found
-
-
-def _larger_sizes(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) -> Iterable[int]:
-    name, number = axis
-    text = not examples[name].is_floating_point()
-    most = DEFAULT_MAX_ROWS if number == 0 else DEFAULT_MAX_LENGTH if text else usual * _GROWTH
-    return range(most, usual, -1)
 
 
 def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> None:

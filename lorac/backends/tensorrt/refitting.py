@@ -66,7 +66,13 @@ class WeightRefitter:
                 next_step=_INSTEAD,
             )
         self.memory, self._library = memory, library
-        self._refitter = _create_refitter(engine, library) if refitter is None else refitter
+        if refitter is None:
+            with collect_errors() as messages:
+                try:
+                    refitter = library.module.Refitter(engine, library.logger)
+                except TypeError as error:  # the bindings raise it if a constructor returns nothing
+                    raise _refit_error("TensorRT lets no weight of the plan be replaced", messages) from error
+        self._refitter = refitter
         # Checking for NaN costs more than writing, and lorac refuses adapters with NaN when they are added.
         self._refitter.weights_validation = False
         self._changed: frozenset[str] = frozenset()
@@ -126,15 +132,6 @@ class WeightRefitter:
                 f"{tensor.dtype} are to be written",
                 next_step="this is a bug of lorac's, not of your model",
             )
-
-
-def _create_refitter(engine: CudaEngine, library: TensorRTLibrary) -> Refitter:
-    with collect_errors() as messages:
-        try:
-            made: Refitter = library.module.Refitter(engine, library.logger)
-        except TypeError as error:  # the bindings raise it if a constructor returns nothing
-            raise _refit_error("TensorRT lets no weight of the plan be replaced", messages) from error
-    return made
 
 
 def _refit_error(fault: str, messages: BuildMessages) -> Unavailable:

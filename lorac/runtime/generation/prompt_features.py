@@ -92,7 +92,11 @@ class PromptFeatures:
             )
         if positions is not None:
             rows = zip(positions.unbind(1), prompts.counts, strict=True)
-            tables[OFFSETS] = [_offsets(row[:, -n:]) for row, n in rows]
+            tables[OFFSETS] = []
+            for row, count in rows:  # from a row's token numbers to its positions; the last is for later tokens
+                own = row[:, -count:]
+                behind = (own.max() + 1 - count).expand(len(own))
+                tables[OFFSETS].append(torch.cat([(own - torch.arange(count)).T, behind[None]]))
         return PromptFeatures(modality, given, counts, marks, tables, range(len(counts)))
 
     def rows(self, rows: Sequence[int]) -> "PromptFeatures":
@@ -190,14 +194,3 @@ def _find_blocks(options: Fields, traits: ModelTraits, prompts: Prompts) -> list
         )
     arranged: Any = prompts.arrange(types)
     return [by_type.find(row[-count:]) for row, count in zip(arranged, prompts.counts, strict=True)]
-
-
-def _offsets(positions: Tensor) -> Tensor:
-    """Return the offsets from a row's token numbers to its positions (length + 1, axes); the last is for later tokens.
-
-    Args:
-        positions: (axes, length).
-    """
-    numbers = torch.arange(positions.shape[1])
-    behind = (positions.max() + 1 - positions.shape[1]).expand(positions.shape[0])
-    return torch.cat([(positions - numbers).T, behind[None]])

@@ -151,7 +151,13 @@ class GenerateRequest:
             if (value := self.option(name)) is not None and not (_is_whole_number(value) and value > 0):
                 raise _wrong_type(name, value, "a whole number from 1 on")
         for name in _TOKEN_ID_OPTIONS:
-            if (value := self.option(name)) is not None and not _are_token_ids(value):
+            value = self.option(name)
+            if isinstance(value, torch.Tensor):
+                are_ids = not (value.is_floating_point() or value.dtype == torch.bool)
+            else:
+                several = isinstance(value, list | tuple | set)
+                are_ids = all(map(_is_whole_number, value if several else [value]))
+            if value is not None and not are_ids:
                 raise _wrong_type(name, value, "a token id" + ", or several" * (name == "eos_token_id"))
         for name, (method, advice) in _OBJECT_OPTIONS.items():
             if (value := self.options.get(name)) is not None and not callable(getattr(value, method, None)):
@@ -206,13 +212,6 @@ def _as_sequence(value: object) -> Sequence[object]:
 
 def _is_whole_number(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _are_token_ids(value: object) -> bool:
-    """Return whether a value is a token id, or several token ids."""
-    if isinstance(value, torch.Tensor):
-        return not (value.is_floating_point() or value.dtype == torch.bool)
-    return all(map(_is_whole_number, value)) if isinstance(value, list | tuple | set) else _is_whole_number(value)
 
 
 def _wrong_type(name: str, value: object, advice: str) -> WrongType:

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -195,24 +195,15 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
                 at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
                 waiting = [(at_work[row.request.tenant], number) for number, row in self._queue.items()]
                 rows, number = min(waiting)
-                if self._keeps_row(at_work.keys(), rows, free) or not self._begin(number):
+                # The last rows are reserved for tenants that sent a request within the last minute.
+                recent = self._last_request.keys()
+                has_share = rows >= self.rows // 2 and len(recent | at_work.keys()) > 1
+                awaits = bool(rows and free == 1 and recent - at_work.keys())
+                reserved = self.rows >= _SHARED and not self._closing and (has_share or awaits)
+                if reserved or not self._begin(number):
                     break
             self._batch.is_shared = len(self._last_request.keys() | {r.request.tenant for r in self._batch.rows}) > 1
             return bool(self._queue or self._batch.rows or not self._closing)
-
-    def _keeps_row(self, at_work: Set[str], rows: int, free: int) -> bool:
-        """Return whether the next free row is reserved for tenants that sent a request within the last minute.
-
-        Args:
-            at_work: the tenants that have rows.
-            rows: the number of rows of the next request's tenant.
-            free: the number of free rows.
-        """
-        recent = self._last_request.keys()
-        has_share = rows >= self.rows // 2 and len(recent | at_work) > 1
-        return (
-            self.rows >= _SHARED and not self._closing and (has_share or bool(rows and free == 1 and recent - at_work))
-        )
 
     def _begin(self, number: int) -> bool:
         """Begin a request and return True; return False and leave it in line where memory must be freed first."""

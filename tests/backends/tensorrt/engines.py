@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorac.backends.tensorrt import library
-from lorac.backends.tensorrt.device.execution_slot import output_allocator
+from lorac.backends.tensorrt.device.execution_slot import allocator_class
 from lorac.backends.tensorrt.device.interfaces import IOTensor
 from tests.backends.tensorrt.tiny import CPU, LIBRARY, parsed
 
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 def allocator() -> Any:
     """Return the allocator of an output of two columns in float16."""
-    return output_allocator(LIBRARY, IOTensor(torch.float16, (-1, 2)), CPU)
+    return allocator_class(LIBRARY)(IOTensor(torch.float16, (-1, 2)), CPU)
 
 
 class OfNetwork:

@@ -6,7 +6,7 @@ import functools
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -75,7 +75,17 @@ class ExecutionSlot:
 
     def outputs(self) -> dict[str, Tensor | None]:
         """Allocate memory for every output; None for an output that is allocated while it is computed."""
-        return {name: self._output(name, io_tensor) for name, io_tensor in self.io.outputs.items()}
+        found: dict[str, Tensor | None] = {}
+        for name, io_tensor in self.io.outputs.items():
+            shape = tuple(self.context.get_tensor_shape(name))
+            if any(size < 0 for size in shape):
+                self._allocators[name] = allocator_class(self.library)(io_tensor, self.device)
+                self.context.set_output_allocator(name, self._allocators[name])
+                found[name] = None
+            else:
+                found[name] = made = allocate(shape, io_tensor, self.device)
+                self._set_address(name, made.data_ptr())
+        return found
 
     def queue(self, stream: int) -> None:
         """Queue the work on a stream, given by handle.
@@ -150,27 +160,13 @@ class ExecutionSlot:
                     next_step="give every input that the program takes",
                 )
 
-    def _output(self, name: str, io_tensor: IOTensor) -> Tensor | None:
-        shape = tuple(self.context.get_tensor_shape(name))
-        if any(size < 0 for size in shape):
-            self._allocators[name] = output_allocator(self.library, io_tensor, self.device)
-            self.context.set_output_allocator(name, self._allocators[name])
-            return None
-        made = allocate(shape, io_tensor, self.device)
-        self._set_address(name, made.data_ptr())
-        return made
 
-
-def output_allocator(library: TensorRTLibrary, io_tensor: IOTensor, device: torch.device) -> tensorrt.IOutputAllocator:
-    """Return an allocator for one output; its ``output()`` returns the output after the work was queued.
+@functools.cache
+def allocator_class(library: TensorRTLibrary) -> Any:
+    """Return the class of allocators for one output; their ``output()`` returns the output after the work was queued.
 
     The memory belongs to torch, on the stream that is current while the work is queued, and is new in every call.
     """
-    return _allocator_class(library)(io_tensor, device)
-
-
-@functools.cache
-def _allocator_class(library: TensorRTLibrary) -> type[tensorrt.IOutputAllocator]:
     base = library.module.IOutputAllocator
 
     class Allocator(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
