@@ -107,12 +107,11 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
     wanted = {name: parsed.library.dtype(dtype) for name, dtype in dtypes.items()}
     wrong = [*(found.keys() ^ wanted.keys())]
     for name in found.keys() & wanted.keys():
-        sizes = [None if size == DYNAMIC else size for size in found[name].shape]
-        known = [(axis.least, axis.most) for axis in ranges[name]]  # a size is dynamic where a range varies
-        fits = len(sizes) == len(known) and all(
-            s is None or pair == (s, s) for s, pair in zip(sizes, known, strict=True)
-        )
-        wrong += [] if fits and found[name].dtype == wanted[name] else [name]
+        sizes = tuple(found[name].shape)
+        pairs = zip(sizes, ranges[name], strict=False)  # a size is dynamic where its range varies
+        fits = all(size == DYNAMIC or axis.least == size == axis.most for size, axis in pairs)
+        if not fits or len(sizes) != len(ranges[name]) or found[name].dtype != wanted[name]:
+            wrong.append(name)
     if wrong:
         listed = list_some(wrong, 4)
         raise CompileError(

@@ -83,8 +83,8 @@ class TensorRTOptions(TargetOptions):
             if (
                 not three
                 or any(least < 1 for least in rows[0])
-                or any(list(axis) != sorted(axis) for axis in zip(*rows))
-            ):  # noqa: B905  (they are of one length by now)
+                or any(list(axis) != sorted(axis) for axis in zip(*rows, strict=True))
+            ):
                 raise OptionError(
                     f"profiles= has {short(shapes)} for '{name}'",
                     next_step=f"give ({', '.join(_PROFILE_POINTS)}), each a size from 1 on or a shape of them, in "
