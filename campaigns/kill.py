@@ -2,10 +2,10 @@
 
 python -m campaigns.kill [--moments N] [--seed N] [--json FILE]
 
-The writers: ``compiled.save`` over an older artifact, of eager mode and of OpenVINO, ``lorac swap --save``, a folder of
-PEFT's among files of somebody else, and a file of lorac's own. Every version bears a number in all its parts. Whatever
-is found afterwards must be one version, whole: the one from before or the one that was written. Once a writer has ended
-well, nothing else is left.
+The writers: ``compiled.save`` over an older artifact, of eager mode, OpenVINO and AOTInductor, ``lorac swap --save``,
+a folder of PEFT's among files of somebody else, and a file of lorac's own. Every version bears a number in all its
+parts. Whatever is found afterwards must be one version, whole: the one from before or the one that was written. Once a
+writer has ended well, nothing else is left.
 
 Writers are forked from this process, which has everything imported, and die by SIGKILL.
 """
@@ -19,6 +19,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -97,7 +98,7 @@ def _read_artifact(target: Path) -> int | None:
     folders.recover_folder(target)
     if not target.exists():
         return None
-    loaded = lorac.load(target)
+    loaded = lorac.load(target, trust=True)
     number, tensor = loaded.active["a"], loaded.adapters["a"].tensors["0"]["lora_B"]
     assert bool((tensor == number).all()) or bool((tensor == _FIRST).all()), "a mixture"
     return int(number)
@@ -110,7 +111,11 @@ def _swap_and_save(target: Path, number: int) -> None:
 
 def all_writers() -> list[Writer]:
     """Return the writers, each over an older version where it needs one."""
-    targets = ("eager", "openvino") if importlib.util.find_spec("openvino") else ("eager",)
+    targets = [
+        "eager",
+        *["openvino"] * bool(importlib.util.find_spec("openvino")),
+        *["aoti"] * bool(shutil.which("g++")),
+    ]
     return [
         *(_artifact(_compiled(target)) for target in targets),
         Writer("swap --save", _swap_and_save, _read_artifact),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ def test_the_campaign(tmp_path: Path) -> None:
     assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
     tallies = json.loads((tmp_path / "found.json").read_text())
     in_openvino = ["compiled.save, openvino"] if importlib.util.find_spec("openvino") else []
-    wanted = ["compiled.save", *in_openvino, "swap --save", "peft", "native"]
+    in_aoti = ["compiled.save, aoti"] if shutil.which("g++") else []
+    wanted = ["compiled.save", *in_openvino, *in_aoti, "swap --save", "peft", "native"]
     assert [tally["writer"] for tally in tallies] == wanted
     for tally in tallies:
         assert tally["moments"] == 20
