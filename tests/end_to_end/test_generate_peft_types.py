@@ -47,7 +47,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "GLORA": {"r": 2},
     "GRALORA": {"r": 4},
     "HIRA": {"r": 2},
-    "HRA": {"r": 16},
+    "HRA": {"r": 32},
     "IA3": {"feedforward_modules": []},
     "LN_TUNING": {"target_modules": ["input_layernorm"]},
     "LOHA": {"r": 2},

@@ -139,7 +139,8 @@ class CachedGeneration:
             fed=self.features.feed(self.prompts) if self.features is not None and self.prompts is not None else (),
         )
         driver = driver_class(self.traits.rules) if encodes else DecoderDriver
-        settings = {**self.traits.settings, "vocab_size": self.cache_spec.vocabulary}
+        # Of the program, whatever a stored configuration says.
+        settings = {**self.traits.settings, "vocab_size": self.cache_spec.vocabulary, "is_encoder_decoder": encodes}
         return driver(program, settings, self.traits.generation or {})
 
     def _find(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.runtime.traits import StoredConfig
 from lorac.storage.strict_json import parse_object
 from tests.runtime.artifacts import assert_same_folders
 from tests.runtime.generation.recompute import over
@@ -87,6 +89,16 @@ def test_a_loaded_artifact_keeps_the_generation_config(tmp_path: Path) -> None:
     served.traits = loaded.traits
     batch, options = padded(prompts(), "left"), {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(served.generate(**batch, **options), compiled("llama").generate(**batch, **options))
+
+
+def test_the_program_says_whether_it_has_an_encoder() -> None:
+    """An artifact's configuration may be damaged."""
+    served, row = over(compiled("llama")), prompts()[0][None]
+    expected = served.generate(row, max_new_tokens=3, do_sample=False)
+    ((name, traits),) = served.traits.items()
+    config = StoredConfig({**traits.settings, "is_encoder_decoder": True})
+    served.traits = {name: dataclasses.replace(traits, config=config)}
+    assert torch.equal(served.generate(row, max_new_tokens=3, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["eager", "cached"])
