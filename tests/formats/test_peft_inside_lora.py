@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file
 
 import lorac
 from lorac import BDLoRA, KaSA, load_adapter, save_adapter
 from tests.parity import assert_parity
-from tests.peft_files import CONFIG, WEIGHTS, configure, load_peft, make_peft
+from tests.peft_files import CONFIG, IS_OLDER, WEIGHTS, configure, load_peft, make_peft
 from tests.refusing import refuses
 from tests.zoo import ZOO
+
+if IS_OLDER:
+    pytest.skip("PEFT has KaSA from 0.21 on", allow_module_level=True)
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
 BLOCKS = BdLoraConfig(target_modules_bd_a=["down"], target_modules_bd_b=["up"], nblocks=2)
 CASES = {
