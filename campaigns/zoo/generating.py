@@ -43,7 +43,8 @@ def check_generation(model: Any, peft: Any) -> Record:
     """
     prompts = _prompts(model)
     settings = peft.generation_config
-    settings.update(max_length=None, forced_eos_token_id=None, forced_bos_token_id=None)
+    # The zoo's models are made without a cache, in which FSMT's own generate masks no later tokens.
+    settings.update(max_length=None, forced_eos_token_id=None, forced_bos_token_id=None, use_cache=True, num_beams=1)
     if model.config.is_encoder_decoder and settings.decoder_start_token_id is None and settings.bos_token_id is None:
         settings.decoder_start_token_id = 1  # LongT5 states none
     with warnings.catch_warnings():
