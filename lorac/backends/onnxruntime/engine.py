@@ -85,7 +85,13 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         Raises:
             Unavailable: a value is too large for a slot in float16.
         """
-        narrow = {name: _to_float16(name, tensor) for name, tensor in tensors.items() if name in self._narrow_slots}
+        narrow = {name: tensor.half() for name, tensor in tensors.items() if name in self._narrow_slots}
+        for name in [name for name, tensor in narrow.items() if tensor is not tensors[name]]:
+            if not narrow[name].isfinite().all():
+                raise Unavailable(
+                    f"'{name}' has values beyond {torch.finfo(torch.float16).max:.0f}, the largest of float16",
+                    next_step="native=True keeps factors in float32",
+                )
         program = OrtProgram(self, {**tensors, **narrow})
         if self.device_memory.copies:  # copy now, instead of in the first call
             _ = program.values
@@ -104,21 +110,19 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         if self.fused and graph.slots and self.options.place.type == "cpu" and self.options.settle == "asked":
             return (_BOUND_NOTE, *mapped)
         ops = ops_on_cpu(graph.session)
-        if not ops:
-            return (*self._native_notes(graph), *mapped)
-        listed = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in ops.items())
-        return (f"the CPU computes, inside each call on {graph.session.get_providers()[0]}: {listed}", *mapped)
-
-    def _native_notes(self, graph: GraphSession) -> tuple[str, ...]:
-        """Say whether the op of lorac-native adds low-rank adapters, if there may be any."""
+        if ops:
+            listed = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in ops.items())
+            return (f"the CPU computes, inside each call on {graph.session.get_providers()[0]}: {listed}", *mapped)
         pairs = sum(slot.role == operands.A for slot in graph.slots.values())
         if not pairs or not self.options.may_use_native:
-            return ()
+            return mapped
         library, layers = self.options.native_library, graph.session.lorac_native_layers
         if library is None:
-            return ('ONNX Runtime\'s own ops add adapters; pip install "lorac[native]" adds them by one op (faster)',)
-        factors = ", factors in float16" if self.options.native == FLOAT16 else ""
-        return (f"lorac-native adds the adapters of {layers} of {pairs} sites ({library.kernels}{factors})",)
+            note = 'ONNX Runtime\'s own ops add adapters; pip install "lorac[native]" adds them by one op (faster)'
+        else:
+            factors = ", factors in float16" if self.options.native == FLOAT16 else ""
+            note = f"lorac-native adds the adapters of {layers} of {pairs} sites ({library.kernels}{factors})"
+        return (note, *mapped)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
         """Record the choice that was written; settled sessions with its weights apply again."""
@@ -258,16 +262,3 @@ def _shapes_of(values: Iterable[ort.NodeArg]) -> dict[str, CacheInputShape]:
         for value in values
         if value.type in TORCH_DTYPES
     }
-
-
-def _to_float16(name: str, tensor: Tensor) -> Tensor:
-    """Convert a slot's tensor to float16."""
-    if tensor.dtype == torch.float16:
-        return tensor
-    narrow = tensor.half()
-    if not narrow.isfinite().all():
-        raise Unavailable(
-            f"'{name}' has values beyond {torch.finfo(torch.float16).max:.0f}, the largest of float16",
-            next_step="native=True keeps factors in float32",
-        )
-    return narrow

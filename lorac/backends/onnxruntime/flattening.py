@@ -52,10 +52,23 @@ class CopyReshapeSizes(OnnxPass):
     name: ClassVar[str] = "copy-reshape-sizes"
 
     def apply(self, model: ir.Model) -> PassResult:
-        reshapes = [node for node in model.graph.all_nodes() if node.op_type == "Reshape"]
-        changed = [_copy_dimensions(node, model.graph) for node in reshapes]
+        changed = False
+        for reshape in [node for node in model.graph.all_nodes() if node.op_type == "Reshape"]:
+            x, made, sizes = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
+            if x is None or x.shape is None or sizes is None or made is None or read_numbers(sizes):
+                continue
+            copied = set[int]()
+            for place, (size, other) in enumerate(zip(made, x.shape, strict=False)):
+                if isinstance(size, ir.SymbolicDim) and size.value is not None and size == other:
+                    copied.add(place)
+            numbers = [0 if place in copied else size for place, size in enumerate(made)]
+            known = [size for i, size in enumerate(numbers) if isinstance(size, int) and (size > 0 or i in copied)]
+            if len(known) == len(numbers):  # every size is a number or copied
+                reshape.attributes.pop("allowzero", None)
+                reshape.replace_input_with(1, _constant(model.graph, known))
+                changed = True
         RemoveUnusedNodesPass()(model)
-        return PassResult(any(changed))
+        return PassResult(changed)
 
 
 @dataclass(frozen=True)
@@ -337,24 +350,6 @@ def _rank(value: ir.Value | None) -> int | None:
         made = value.producer()
         return _rank(made.inputs[0]) if made is not None and made.op_type == "Transpose" else None
     return None if value is None or value.shape is None else len(value.shape)
-
-
-def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> bool:
-    """Make the shape of a ``Reshape`` constant if every size is a number or copied; return whether it did."""
-    x, made, sizes = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
-    if x is None or x.shape is None or sizes is None or made is None:
-        return False
-    copied = set[int]()
-    for place, (size, other) in enumerate(zip(made, x.shape, strict=False)):
-        if isinstance(size, ir.SymbolicDim) and size.value is not None and size == other:
-            copied.add(place)
-    numbers = [0 if place in copied else size for place, size in enumerate(made)]
-    known = [size for place, size in enumerate(numbers) if isinstance(size, int) and (size > 0 or place in copied)]
-    if len(known) < len(numbers) or read_numbers(sizes):
-        return False
-    reshape.attributes.pop("allowzero", None)
-    reshape.replace_input_with(1, _constant(graph, known))
-    return True
 
 
 def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:

@@ -199,7 +199,12 @@ class _SessionSource:
         session.lorac_constants = handed  # the session reads the arrays as long as it exists
         session.lorac_native_layers = self.native_layers
         session.lorac_prepacked = False
-        _release_pages(self.weights)
+        # Release the memory of mapped weights, which are prepacked now; pages that are read later are mapped again.
+        mapped: object = next(iter(self.weights.values()), None)
+        while mapped is not None and not isinstance(mapped, mmap.mmap):
+            mapped = mapped.obj if isinstance(mapped, memoryview) else getattr(mapped, "base", None)
+        if mapped is not None and sys.platform == "linux":
+            mapped.madvise(mmap.MADV_DONTNEED)
         return session
 
 
@@ -220,12 +225,3 @@ def _make_constants(model: onnx.ModelProto, constants: Mapping[str, Array]) -> d
         if model.graph.input[index].name in fixed:
             del model.graph.input[index]
     return fixed
-
-
-def _release_pages(weights: Mapping[str, Array]) -> None:
-    """Release the memory of mapped weights after they were prepacked; pages that are read later are mapped again."""
-    data: object = next(iter(weights.values()), None)
-    while data is not None and not isinstance(data, mmap.mmap):
-        data = data.obj if isinstance(data, memoryview) else getattr(data, "base", None)
-    if data is not None and sys.platform == "linux":
-        data.madvise(mmap.MADV_DONTNEED)

@@ -187,7 +187,14 @@ class _LayerFinder:
         x = self._take("MatMul", operands.A, self._take("Mul", operands.G, u, slots, nodes), slots, nodes)
         product = self._take("Mul", operands.C, base, slots, nodes)
         packed = any(_gathers(node, FROM_SEGMENTS) for node in nodes)
-        layer = _Layer(nodes[0].output[0], product, self._find_packed(x) if packed else x, slots, packed, nodes)
+        if packed:  # then x is cut into segments: the op reads its packed form
+            cut, x = self.index.makers.get(x), ""
+            if cut is not None and _gathers(cut, TO_SEGMENTS):
+                x = cut.input[0]
+            elif cut is not None and cut.op_type == "Reshape":
+                gathers = (node for node in self.index.readers[cut.input[0]] if _gathers(node, FROM_ROWS))
+                x = next((node.output[0] for node in gathers), "")
+        layer = _Layer(nodes[0].output[0], product, x, slots, packed, nodes)
         y_shape, base_shape, x_shape = (self.index.shapes.get(n, ()) for n in (layer.output, layer.base, layer.x))
         fits = _agree(y_shape, base_shape) and _agree(y_shape[:-1], x_shape[:-1])
         return layer if operands.A in slots and fits else None
@@ -215,14 +222,6 @@ class _LayerFinder:
             return value
         nodes.append(node)
         return node.input[0]
-
-    def _find_packed(self, segments: str) -> str:
-        """Return the packed form of segments of tokens; "" if the graph does not compute it."""
-        cut = self.index.makers.get(segments)
-        if cut is None or _gathers(cut, TO_SEGMENTS):
-            return "" if cut is None else cut.input[0]
-        gathers = (node for node in self.index.readers[cut.input[0]] if _gathers(node, FROM_ROWS))
-        return next((node.output[0] for node in gathers if cut.op_type == "Reshape"), "")
 
 
 def _gathers(node: NodeProto, indices: str) -> bool:

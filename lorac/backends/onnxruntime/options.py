@@ -105,7 +105,16 @@ class OnnxRuntimeOptions(QuantisationOptions):
         self.check_weights()
         self.check_among("accuracy_level", _ACCURACY_LEVELS)
         self._check_device()
-        self._check_native()
+        if self.native not in _NATIVE:
+            raise not_one_of("native cannot be", self.native, tuple(map(repr, _NATIVE)))
+        if self.native not in ("auto", False):
+            if self.chosen != (CPU,):
+                raise OptionError(
+                    f"native={self.native!r} asks for an op that runs on the CPU, and sessions run on {self.chosen[0]}",
+                    next_step="leave native= out, or give device='cpu'",
+                )
+            if find_native_library() is None:
+                raise MissingExtra("lorac-native")
         if self.prepacked is not None and self.chosen != (CPU,):
             raise OptionError(
                 f"prepacked= keeps weights for the CPU, and sessions run on {self.chosen[0]}",
@@ -144,17 +153,3 @@ class OnnxRuntimeOptions(QuantisationOptions):
     def may_use_native(self) -> bool:
         """Whether lorac-native's op is used if it is installed."""
         return bool(self.native) and self.chosen == (CPU,)
-
-    def _check_native(self) -> None:
-        """Raise an error if lorac-native's op is requested but cannot be used."""
-        if self.native not in _NATIVE:
-            raise not_one_of("native cannot be", self.native, tuple(map(repr, _NATIVE)))
-        if self.native in ("auto", False):
-            return
-        if self.chosen != (CPU,):
-            raise OptionError(
-                f"native={self.native!r} asks for an op that runs on the CPU, and sessions run on {self.chosen[0]}",
-                next_step="leave native= out, or give device='cpu'",
-            )
-        if find_native_library() is None:
-            raise MissingExtra("lorac-native")

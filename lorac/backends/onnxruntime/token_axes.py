@@ -126,33 +126,24 @@ def _multiplies_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
     x, other = layouts.of(node.inputs[0]), node.inputs[1]
     if x is None or x != layouts.of(node.outputs[0]):
         return False
+    if node.op_type == "Gemm":
+        plain = all(map(layouts.is_plain, node.inputs[1:])) and _is_one_along([*node.inputs, None][2], (-2,))
+        return plain and x.axes == (-2,) and not node.attributes.get_int("transA", 0)
     if layouts.is_plain(other):
         return len(dims_of(other)) == 2 and -1 not in x.axes
     return x.axes == (-3,) and layouts.of(other) == x
 
 
-def _is_gemm_of_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
-    x, others = layouts.of(node.inputs[0]), node.inputs[1:]
-    turned = node.attributes.get_int("transA", 0)
-    plain = all(layouts.is_plain(value) for value in others) and _is_one_along([*others, None][1], (-2,))
-    return x is not None and x.axes == (-2,) and not turned and plain and x == layouts.of(node.outputs[0])
-
-
-def _is_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether an op along an axis, or from it on, leaves the tokens' axes alone; all its operands must agree."""
-    axis = node.attributes.get_int("axis", _AXES[node.op_type])
+def _acts_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether an op along axes, or from one on, leaves those of tokens alone; its operands must agree."""
     count = _OPERANDS.get(node.op_type, 1)
     others = [] if count is None else node.inputs[count:]
+    axes: Sequence[int] = [node.attributes.get_int("axis", _AXES.get(node.op_type, 0))]
+    if node.op_type not in _AXES:
+        operand = [*node.inputs, None, None, None][_LISTED.get(node.op_type, 1)]
+        axes = node.attributes.get_ints("axes") or read_numbers(operand)
     same = len({layouts.of(value) for value in node.inputs[:count]}) == 1
-    return same and all(map(layouts.is_plain, others)) and _keeps_tokens(layouts, node, [axis])
-
-
-def _is_over_listed_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether an op over the axes listed in an operand leaves the tokens' axes alone."""
-    given = [*node.inputs, None, None, None][_LISTED.get(node.op_type, 1)]
-    listed = node.attributes.get_ints("axes") or read_numbers(given)
-    plain = all(map(layouts.is_plain, node.inputs[1:]))
-    return bool(listed) and plain and _keeps_tokens(layouts, node, list(listed or ()))
+    return bool(axes) and same and all(map(layouts.is_plain, others)) and _keeps_tokens(layouts, node, axes)
 
 
 def _keeps_tokens(layouts: TokenLayouts, node: ir.Node, axes: Sequence[int]) -> bool:
@@ -180,27 +171,22 @@ def _is_lookup(layouts: TokenLayouts, node: ir.Node) -> bool:
     return first and whole and same and found.repeats == made.repeats
 
 
-def _moves_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
-    before, after = layouts.of(node.inputs[0]), layouts.of(node.outputs[0])
-    order = node.attributes.get_ints("perm")
-    if before is None or after is None or not order or before.segments != after.segments:
+def _rearranges(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether an op that moves or repeats values keeps those of each token together."""
+    x, y = node.inputs[0], node.outputs[0]
+    before, after = layouts.of(x), layouts.of(y)
+    if before is None or after is None:
         return False
-    moved = [order.index(axis) for axis in before.places(len(order))]
-    return moved == after.places(len(order)) and before.repeats == after.repeats
-
-
-def _keeps_order(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether a ``Reshape`` keeps the numbers of each token together, and has no other unknown size."""
-    pair = [(layouts.of(value), dims_of(value)) for value in (node.inputs[0], node.outputs[0])]
-    if any(found is None or not found.leads(len(dims)) for found, dims in pair):
-        return False
-    return all(isinstance(dim, int) for found, dims in pair if found is not None for dim in dims[len(found.axes) :])
-
-
-def _repeats_features(layouts: TokenLayouts, node: ir.Node) -> bool:
-    before, after = layouts.of(node.inputs[0]), layouts.of(node.outputs[0])
-    dims = dims_of(node.outputs[0])
-    rest = [dim for axis, dim in enumerate(dims) if after is not None and axis - len(dims) not in after.axes]
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm")
+        same = before.segments == after.segments and before.repeats == after.repeats
+        return bool(order and same) and [order.index(i) for i in before.places(len(order))] == after.places(len(order))
+    if node.op_type == "Reshape":  # no other size is unknown
+        pairs = ((before, dims_of(x)), (after, dims_of(y)))
+        known = all(isinstance(dim, int) for found, dims in pairs for dim in dims[len(found.axes) :])
+        return known and all(found.leads(len(dims)) for found, dims in pairs)
+    dims = dims_of(y)
+    rest = [dim for axis, dim in enumerate(dims) if axis - len(dims) not in after.axes]
     return before == after and all(isinstance(dim, int) for dim in rest)
 
 
@@ -234,22 +220,19 @@ _OPERANDS = {"Concat": None, "ScatterElements": None, "GatherElements": 2}
 _LISTED = {"Slice": 3}
 """Op -> the operand that lists its axes, where it is not the second."""
 _REDUCTIONS = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")
+_OVER_LISTED_AXES = (*_REDUCTIONS, "ReduceSumSquare", "Slice", "Squeeze", "Unsqueeze", "CumSum")
 _OTHERS: dict[str, _Rule] = {
     "MatMul": _multiplies_rows,
-    "Gemm": _is_gemm_of_rows,
+    "Gemm": _multiplies_rows,
     "Gather": _is_lookup,
     "GatherND": _is_lookup,
-    "Transpose": _moves_axes,
-    "Reshape": _keeps_order,
-    "Expand": _repeats_features,
+    "Transpose": _rearranges,
+    "Reshape": _rearranges,
+    "Expand": _rearranges,
 }
 _RULES: dict[tuple[str, str], _Rule] = {
     **{("", op): _is_elementwise for op in _ELEMENTWISE},
-    **{("", op): _is_along_features for op in _AXES},
-    **{
-        ("", op): _is_over_listed_axes
-        for op in (*_REDUCTIONS, "ReduceSumSquare", "Slice", "Squeeze", "Unsqueeze", "CumSum")
-    },
+    **{("", op): _acts_along_features for op in (*_AXES, *_OVER_LISTED_AXES)},
     **{("", op): rule for op, rule in _OTHERS.items()},
     (_MICROSOFT, "RotaryEmbedding"): _rotates,
     **{(_MICROSOFT, op): _is_elementwise for op in ("Gelu", "QuickGelu", "FastGelu")},

@@ -38,12 +38,14 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     for axis, (before, after) in enumerate(zip(widths[:rank], widths[rank:], strict=True)):
         if before == after == 0:
             continue
-        ends = [(-before, _END)] * bool(before), [(0, after)] * bool(after)
-        first, last = ([_slice(graph, value, axis, *bounds) for bounds in each] for each in ends)
-        parts = [*(part.outputs[0] for part in first), value, *(part.outputs[0] for part in last)]
-        joined = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)])
-        added += [*first, *last, joined]
-        value = joined.outputs[0]
+        parts = [value]
+        for width, start, end in ((before, -before, _END), (after, 0, after)):
+            if width:  # the last values stand before all, and the first behind them
+                bounds = [shared_constant(graph, f"index_{n}", np.array([n])) for n in (start, end, axis)]
+                added.append(ir.Node("", "Slice", [value, *bounds]))
+                parts.insert(len(parts) if start == 0 else 0, added[-1].outputs[0])
+        added.append(ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)]))
+        value = added[-1].outputs[0]
     for each in added:
         each.metadata_props.update(node.metadata_props)
     assert value is not None
@@ -51,8 +53,3 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, added)
     node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-
-
-def _slice(graph: ir.Graph, value: ir.Value | None, axis: int, start: int, end: int) -> ir.Node:
-    bounds = [shared_constant(graph, f"index_{number}", np.array([number])) for number in (start, end, axis)]
-    return ir.Node("", "Slice", [value, *bounds])

@@ -131,7 +131,14 @@ def _widen_model(model: onnx.ModelProto) -> bool:
     graphs = (model.graph, *walk_subgraphs(model.graph))
     values = (value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info))
     attributes = (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
-    changed = [_widen_tensor(tensor) for tensor in walk_tensors(model)]
+    changed = []
+    for tensor in walk_tensors(model):
+        half = tensor.data_type in _HALF_TYPES
+        if half and tensor.data_location != onnx.TensorProto.EXTERNAL:  # the values of others are passed in memory
+            wide = _widen_array(onnx.numpy_helper.to_array(tensor))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+        changed.append(half)
+        _widen_field(tensor, "data_type")
     changed += [_widen_field(value.type.tensor_type, "elem_type") for value in values]
     changed += [_widen_field(attribute, "i") for attribute in attributes if attribute.name in _DTYPE_ATTRIBUTES]
     return any(changed)
@@ -141,16 +148,6 @@ def _widen_field(message: Message, field: str) -> bool:
     if getattr(message, field) not in _HALF_TYPES:
         return False
     setattr(message, field, onnx.TensorProto.FLOAT)
-    return True
-
-
-def _widen_tensor(tensor: onnx.TensorProto) -> bool:
-    """Widen a tensor in the model; for an external one, whose values are passed in memory, change only its dtype."""
-    if tensor.data_type not in _HALF_TYPES:
-        return False
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return _widen_field(tensor, "data_type")
-    tensor.CopyFrom(onnx.numpy_helper.from_array(_widen_array(onnx.numpy_helper.to_array(tensor)), tensor.name))
     return True
 
 

@@ -86,7 +86,12 @@ def parse_model(path: Path, library: TensorRTLibrary) -> ParsedNetwork:
                 f"{library.name_and_version} does not compute {'; nor '.join(strange)}", next_step=_NEXT_STEP
             )
         if not parser.parse_from_file(str(path)):
-            refused = "; nor ".join(_parser_errors(model, parser)) or f"the program: {messages.why()}"
+            named, found = {node.name: node for node in model.graph.node if node.name}, dict[str, None]()
+            for error in (parser.get_error(i) for i in range(parser.num_errors)):
+                origin = "" if (node := named.get(error.node_name())) is None else _origin(node)
+                reason = str(error.desc()).strip().partition("\n")[0]
+                found[f"{error.node_operator() or 'the program'}{origin} ({reason})"] = None
+            refused = "; nor ".join(found) or f"the program: {messages.why()}"
             raise Unavailable(f"tensorrt does not take {refused}", next_step=_NEXT_STEP)
     return ParsedNetwork(library, network, builder)
 
@@ -119,17 +124,6 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
             next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
             code="self_test_failed",
         )
-
-
-def _parser_errors(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> list[str]:
-    """List the ops that the parser refused, each with its module and the parser's reason."""
-    nodes = {node.name: node for node in model.graph.node if node.name}
-    found: dict[str, None] = {}
-    for error in (parser.get_error(i) for i in range(parser.num_errors)):
-        node = nodes.get(error.node_name())
-        reason = str(error.desc()).strip().partition("\n")[0]
-        found[f"{error.node_operator() or 'the program'}{'' if node is None else _origin(node)} ({reason})"] = None
-    return list(found)
 
 
 def _origin(node: onnx.NodeProto) -> str:

@@ -61,7 +61,14 @@ def check_providers(providers: Collection[str], place: torch.device) -> None:
         if provider in _PLUGINS:
             _register(provider)
         if provider not in _PLUGINS and provider not in ort.get_available_providers():
-            raise _not_built(provider)
+            otherwise = f"another build of ONNX Runtime has it; {_CPU_ADVICE}"
+            if provider == CUDA:
+                otherwise = (
+                    "pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]', "
+                    f"which fills the same folder; {_CPU_ADVICE}"
+                )
+            why = ": it is built for the CPU" if provider == CUDA else ""
+            raise Unavailable(f"the onnxruntime that is installed has no {provider}{why}", next_step=otherwise)
         if provider in _LIBRARY_NAMES:
             _load_provider(provider)
     if place.type == "cuda":
@@ -111,19 +118,6 @@ def ops_on_cpu(session: ort.InferenceSession) -> dict[str, int]:
         return {}
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
     return dict(sorted(Counter(node.op_type for part in parts for node in part.get_nodes()).items()))
-
-
-def _not_built(provider: str) -> Unavailable:
-    if provider != CUDA:
-        return Unavailable(
-            f"the onnxruntime that is installed has no {provider}",
-            next_step=f"another build of ONNX Runtime has it; {_CPU_ADVICE}",
-        )
-    return Unavailable(
-        f"the onnxruntime that is installed has no {CUDA}: it is built for the CPU",
-        next_step="pip uninstall onnxruntime, then pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]', which "
-        f"fills the same folder; {_CPU_ADVICE}",
-    )
 
 
 @functools.cache
