@@ -89,11 +89,21 @@ class BranchRunner:
         self, plan: SitePlan, call: ForwardCall, training: bool, emitted: dict[str, list[Tensor]] | None = None
     ) -> FormulaContext:
         """Return the context of the branches at a site."""
+        values: Mapping[str, Tensor] = {}
+        if plan.branches:
+            parsed = [(name, *parse_value_name(name)) for name in list_read_values([plan])]
+            names = {
+                name: str(self.sites[of].weight) if kind == WEIGHT else of
+                for name, kind, of in parsed
+                if kind in _STORED_KINDS
+            }
+            stored = {name: read_stored_tensor(self.module, fqn) for name, fqn in names.items()}
+            values = {**call.values, **present_weights(stored, self.sites)}
         return FormulaContext(
             plan.site,
             training=training,
             seed=functools.partial(self._seed, call if call.passing is None else call.passing.call),
-            values=self._values(plan, call),
+            values=values,
             emitted=emitted,
             attention=call.attention,
             passing="" if call.passing is None else call.passing.name,
@@ -196,19 +206,6 @@ class BranchRunner:
             return [term.branch for term in terms if term.branch is not None]
         filled = zip(self.plans[path].branches, call.active.slots[path].branches, strict=True)
         return [(slot, fill) for slot, fill in filled if fill is not None]
-
-    def _values(self, plan: SitePlan, call: ForwardCall) -> Mapping[str, Tensor]:
-        """Return the values that the branches of a plan may read now."""
-        if not plan.branches:
-            return {}
-        parsed = [(name, *parse_value_name(name)) for name in list_read_values([plan])]
-        names = {
-            name: str(self.sites[of].weight) if kind == WEIGHT else of
-            for name, kind, of in parsed
-            if kind in _STORED_KINDS
-        }
-        stored = {name: read_stored_tensor(self.module, fqn) for name, fqn in names.items()}
-        return {**call.values, **present_weights(stored, self.sites)}
 
     def draw_seed(self, call: ForwardCall) -> None:
         """Draw a training call's seed before the model runs, whose layers also draw from torch's generator."""

@@ -29,12 +29,15 @@ class ChildModules:
         """
         if self._now == self._first:  # compares identities, about 50 ns per module with children
             return
-        replaced = {
-            f"{path}.{name}".removeprefix("."): now.get(name)
-            for path, now, first in zip(self._paths, self._now, self._first, strict=True)
-            for name, child in first.items()
-            if child is not None and not _contains(now.get(name), child)
-        }
+        replaced: dict[str, nn.Module | None] = {}
+        for path, children, first in zip(self._paths, self._now, self._first, strict=True):
+            for name, child in first.items():
+                now = children.get(name)
+                if child is None or now is child:
+                    continue
+                wraps = now is not None and any(one is child for one in now.modules())
+                if now is None or not wraps or {*map(id, now.parameters())} != {*map(id, child.parameters())}:
+                    replaced[f"{path}.{name}".removeprefix(".")] = now
         if not replaced:
             self._first = [dict(children) for children in self._now]
             return
@@ -48,11 +51,3 @@ class ChildModules:
             next_step="change the original model and compile it again; for an adapter of PEFT's, give its folder or "
             "configuration in adapters=",
         )
-
-
-def _contains(module: nn.Module | None, inner: nn.Module) -> bool:
-    """Return whether a module is another one, or contains it without further parameters."""
-    if module is None or module is inner:
-        return module is inner
-    same = {*map(id, module.parameters())} == {*map(id, inner.parameters())}
-    return same and any(one is inner for one in module.modules())

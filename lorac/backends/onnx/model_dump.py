@@ -97,7 +97,7 @@ class _ModelDumper:
             return name or "–"
         dtype = short_dtype(str(helper.tensor_dtype_to_np_dtype(tensor.data_type)))
         self.stored[name] = f"{dtype}{list(tensor.dims)}"
-        is_weight = _is_model_weight(tensor.name)
+        is_weight = "." in tensor.name  # else a rewrite made it
         if math.prod(tensor.dims) <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not is_weight:
             return str(numpy_helper.to_array(tensor).tolist())
         return f"{parameter_label(tensor.name) if is_weight else 'constant'}{list(tensor.dims)}"
@@ -153,11 +153,6 @@ def _format_attributes(node: onnx.NodeProto) -> Iterator[str]:
         elif attribute.type != onnx.AttributeProto.TENSOR:
             value = helper.get_attribute_value(attribute)
             yield f"{attribute.name}={value.decode() if isinstance(value, bytes) else value}"
-
-
-def _is_model_weight(name: str) -> bool:
-    """Return whether a constant is a weight of the model, instead of one that a rewrite made."""
-    return "." in name
 
 
 def _format_type(value: onnx.ValueInfoProto) -> str:

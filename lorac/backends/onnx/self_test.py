@@ -6,6 +6,7 @@ with the captured program's, also for another batch and length; with the origina
 outputs bit by bit. Programs that draw random numbers cannot be tested.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -73,15 +74,15 @@ def run_self_test(
             if is_onnx:
                 from lorac.backends.onnx.slot_checks import check_slots  # it imports ONNX's libraries
 
-                check_slots(engine, graph, {k: v for k, v in old.items() if _is_distinctive(v, contents.idle(k))})
+                distinctive = {  # no constant can equal them by chance
+                    slot: tensor
+                    for slot, tensor in old.items()
+                    if tensor.is_floating_point() and tensor.numel() >= _MIN_ELEMENTS
+                    if not holds_same_values(tensor, contents.idle(slot)) and (tensor != tensor.flatten()[0]).any()
+                }
+                check_slots(engine, graph, distinctive)
             _ProgramComparison(engine, program, name, contents, computed).check()
         contents.leave()
-
-
-def _is_distinctive(tensor: Tensor, idle: Tensor) -> bool:
-    """Return whether no constant can equal a content by chance: it differs from the base's, and has several values."""
-    few = tensor.numel() < _MIN_ELEMENTS or not tensor.is_floating_point()
-    return not few and not holds_same_values(tensor, idle) and bool((tensor != tensor.flatten()[0]).any())
 
 
 class _ProgramComparison:
@@ -133,7 +134,13 @@ class _ProgramComparison:
         # Rounding may change a router's choice, but a defect also shows with other noise.
         if self._differs(noise) and self._differs(noise := contents.noise(1)):
             raise self._diagnosed(_tensors_of_graph(noise, self.graph))
-        if not self._agrees_elsewhere():  # if they do not agree, the separate checks find the defect
+        # Another batch and length, with different noise for each part; the model itself may not run at that size.
+        agrees = False
+        stacked = None if self.others is None else self._noise_by_places(self.others, 0)
+        if stacked is not None and self.others is not None:
+            with contextlib.suppress(Exception):
+                agrees = not self._differs(stacked, self.others)
+        if not agrees:  # the separate checks find the defect
             self._check_sizes(noise, lambda: contents.noise(2))
             self._check_places()
         after = self._run(contents.old())
@@ -157,16 +164,6 @@ class _ProgramComparison:
                 next_step="dynamic_shapes= that leave these sizes fixed make a program for the example's alone",
                 code="self_test_failed",
             )
-
-    def _agrees_elsewhere(self) -> bool:
-        """Return whether another batch and length, with different noise for each part of the batch, show no defect."""
-        stacked = None if self.others is None else self._noise_by_places(self.others, 0)
-        if stacked is None or self.others is None:
-            return False
-        try:
-            return not self._differs(stacked, self.others)
-        except Exception:  # the model itself does not run at that size
-            return False
 
     def _check_places(self) -> None:
         """Compare with different noise for each part of a batch, if slots have places."""

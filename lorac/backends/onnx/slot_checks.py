@@ -34,7 +34,16 @@ def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection
     stray = [s for s in known if s not in slots and s in inputs]
     if stray:
         raise self_test_failure(stray, "are inputs of a baked program still")
-    live = _live_values(model)
+    live: set[int] = set()
+    todo: list[ir.Value | None] = [*model.graph.outputs]
+    while todo:
+        value = todo.pop()
+        if value is None or id(value) in live:
+            continue
+        live.add(id(value))
+        producer = value.producer()
+        for node in () if producer is None else (producer, *nested_nodes(producer)):
+            todo.extend(node.inputs)
     dead = [s for s in slots if id(inputs[s]) not in live]
     if dead:
         raise self_test_failure(dead, "reach no output")
@@ -63,21 +72,6 @@ def check_slot_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> Non
 
 
 _FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-
-
-def _live_values(model: ir.Model) -> set[int]:
-    """Return the ids of values that reach an output; a node also reads the values that its subgraphs read."""
-    live: set[int] = set()
-    todo: list[ir.Value | None] = [*model.graph.outputs]
-    while todo:
-        value = todo.pop()
-        if value is None or id(value) in live:
-            continue
-        live.add(id(value))
-        producer = value.producer()
-        for node in () if producer is None else (producer, *nested_nodes(producer)):
-            todo.extend(node.inputs)
-    return live
 
 
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorac.errors import warn
-from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import DecodeStep
 
 if TYPE_CHECKING:
@@ -44,7 +43,15 @@ def choose_chunk(model: GeneratingModel, graph: str, rows: int, bank: RowBank | 
             def measure(tokens: int) -> float:
                 counts = [*running, tokens][-rows:] if tokens else running
                 program = held.program_of(engine) if bank is None else bank.bound(len(counts))
-                return _time_step(engine, graph, program, counts)
+                most, times = max(counts), list[float]()
+                ids, wanted = torch.zeros(len(counts), most, dtype=torch.long), torch.tensor(counts)[:, None] - 1
+                step = DecodeStep(ids=ids, counts=counts, wanted=wanted)
+                for _ in range(_REPEATS):
+                    cache = engine.new_cache(graph, len(counts), most)
+                    begun = time.perf_counter()
+                    program.decode(graph, cache, step).sum().item()  # waits for a device, whose calls return early
+                    times.append(time.perf_counter() - begun)
+                return min(times)
 
             return largest_chunk(measure, longest)
     except Exception as error:  # engines raise their libraries' errors, and requests report them
@@ -73,16 +80,3 @@ def large_chunk(chunk: int, prompts: int) -> int:
         prompts: the number of prompts being read.
     """
     return max(chunk, min(LARGE, LARGE_TOGETHER // prompts))
-
-
-def _time_step(engine: Engine, graph: str, program: BoundProgram, counts: Sequence[int]) -> float:
-    """Time an engine's call on new rows with these numbers of tokens; return the shortest time in seconds."""
-    rows, most = len(counts), max(counts)
-    ids, wanted = torch.zeros(rows, most, dtype=torch.long), torch.tensor(counts)[:, None] - 1
-    step, times = DecodeStep(ids=ids, counts=counts, wanted=wanted), []
-    for _ in range(_REPEATS):
-        cache = engine.new_cache(graph, rows, most)
-        begun = time.perf_counter()
-        program.decode(graph, cache, step).sum().item()  # waits for a device, whose calls return early
-        times.append(time.perf_counter() - begun)
-    return min(times)

@@ -58,7 +58,12 @@ def _encode_by_gptq(codec: Codec, matrix: Array, moments: Tensor) -> EncodedMatr
     blocks = -(-columns // codec.block)
     size = blocks * codec.block
     left = torch.nn.functional.pad(torch.from_numpy(np.ascontiguousarray(matrix)), (0, size - columns)).t().contiguous()
-    spread = _factor_inverse(torch.nn.functional.pad(moments, (0, size - columns, 0, size - columns)))
+    padded, identity = torch.nn.functional.pad(moments, (0, size - columns, 0, size - columns)), torch.eye(size)
+    damping, failed = _DAMPING * padded.diagonal().mean(), torch.tensor(1)
+    while failed:  # damp the moments until they have an inverse
+        lower, failed = torch.linalg.cholesky_ex(padded + damping * identity)
+        damping = damping * 10
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     whole = torch.empty(size, rows, dtype=torch.uint8)
     scales, zeros = torch.empty(blocks, rows), torch.empty(blocks, rows)
     for block in range(blocks):
@@ -76,16 +81,6 @@ def _encode_by_gptq(codec: Codec, matrix: Array, moments: Tensor) -> EncodedMatr
     return codec.pack(*(np.ascontiguousarray(part.t().numpy()) for part in parts))
 
 
-def _factor_inverse(moments: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of second moments; damp them until it exists."""
-    damping, identity = _DAMPING * moments.diagonal().mean(), torch.eye(len(moments))
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(moments + damping * identity)
-        if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        damping = damping * 10
-
-
 def _choose_scales(codec: Codec, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return each column's scale and zero point in a block, with the least weighted squared error.
 
@@ -93,9 +88,21 @@ def _choose_scales(codec: Codec, values: Tensor, weights: Tensor) -> tuple[Tenso
         values: (block, rows).
         weights: (block,).
     """
+    most, middle = 2**codec.bits - 1, 2.0 ** (codec.bits - 1)
+    candidates: list[tuple[Tensor, Tensor]] = []
+    if codec.symmetric:
+        # The end of the range with one more code is assigned to the largest value, or to the other side.
+        largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0] / -middle
+        for share in (*_SHRINKING, *(-share for share in _SHRINKING)):
+            candidates.append((_nonzero(largest * share), torch.full_like(largest, middle)))
+    else:
+        low, high = values.amin(0).clamp(max=0), values.amax(0).clamp(min=0)
+        for share in _SHRINKING:
+            scale = _nonzero((high - low) * share / most)
+            candidates.append((scale, (-low * share / scale).round().clamp(0, most)))
     best = None
-    for scale, zero in _candidates(codec, values):
-        rounded = ((values / scale).round_().add_(zero).clamp_(0, 2**codec.bits - 1) - zero) * scale
+    for scale, zero in candidates:
+        rounded = ((values / scale).round_().add_(zero).clamp_(0, most) - zero) * scale
         error = weights @ (rounded - values).square_()
         if best is None:
             best, least = (scale, zero), error
@@ -105,21 +112,6 @@ def _choose_scales(codec: Codec, values: Tensor, weights: Tensor) -> tuple[Tenso
         least = torch.where(better, error, least)
     assert best is not None
     return best
-
-
-def _candidates(codec: Codec, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return candidates of scales and zero points (rows,) for the columns of a block (block, rows)."""
-    most, middle = 2**codec.bits - 1, 2.0 ** (codec.bits - 1)
-    if codec.symmetric:
-        # The end of the range with one more code is assigned to the largest value, or to the other side.
-        largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0] / -middle
-        signed = [share * sign for sign in (1.0, -1.0) for share in _SHRINKING]
-        return [(_nonzero(largest * share), torch.full_like(largest, middle)) for share in signed]
-    low, high = values.amin(0).clamp(max=0), values.amax(0).clamp(min=0)
-    scales = [_nonzero((high - low) * share / most) for share in _SHRINKING]
-    return [
-        (scale, (-low * share / scale).round().clamp(0, most)) for scale, share in zip(scales, _SHRINKING, strict=True)
-    ]
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -265,7 +265,13 @@ def _replace(
     stored = shared_constant(graph, names["packed"], layout)
     scales = shared_constant(graph, names["scales"], encoded.scales.reshape(-1) if codec.table else encoded.scales)
     zeros = None if encoded.zeros is None else shared_constant(graph, names["zeros"], encoded.zeros)
-    looked_up = stored if alone or not tables else _as_table(model, stored)
+    looked_up = stored
+    if tables and not alone:  # lookups read a product's bytes in another shape; they are stored once
+        shape = shared_constant(graph, f"shape_{len(packed)}_-1", np.array([len(packed), -1], np.int64))
+        reshape = ir.Node("", "Reshape", [stored, shape], name=f"{stored.name}_rows")
+        reshape.outputs[0].name = f"{stored.name}_rows"
+        graph.insert_before(graph[0], reshape)
+        looked_up = reshape.outputs[0]
     for reader in readers:
         node = reader.node
         if reader.looks_up:
@@ -312,16 +318,6 @@ def _make_lookup(
     if encoded.columns % codec.block:
         bounds = [shared_constant(model.graph, f"bound_{n}", np.array([n], np.int64)) for n in (0, encoded.columns, -1)]
         yield ir.Node("", "Slice", [found.outputs[0], *bounds])
-
-
-def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
-    """Reshape the bytes of a product's matrix for lookups; the bytes are stored once."""
-    rows = packed.shape[0] if packed.shape is not None else 0
-    shape = shared_constant(model.graph, f"shape_{rows}_-1", np.array([rows, -1], np.int64))
-    reshape = ir.Node("", "Reshape", [packed, shape], name=f"{packed.name}_rows")
-    reshape.outputs[0].name = f"{packed.name}_rows"
-    model.graph.insert_before(model.graph[0], reshape)
-    return reshape.outputs[0]
 
 
 def _without_last_empty(inputs: list[ir.Value | None]) -> list[ir.Value | None]:

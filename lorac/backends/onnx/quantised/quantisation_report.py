@@ -1,7 +1,7 @@
 """The report of a program's quantisation: the quantised matrices, and the float ones with the reason for each."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -58,27 +58,25 @@ class QuantisationReport:
 
     def to_result(self) -> PassResult:
         """Return the result of the pass, with the report as its details."""
-        skipped = tuple(Skip(name, why) for name, why in self.floats.items())
-        return PassResult(bool(self.quantised), skipped, tuple(self._notes()), details=self)
-
-    def _notes(self) -> Iterator[str]:
-        encoded = [product.encoded for product in self.quantised.values()]
+        encoded, notes = [product.encoded for product in self.quantised.values()], list[str]()
         for codec in dict.fromkeys(one.codec for one in encoded):
             alike = [one for one in encoded if one.codec == codec]
             before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
             kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
-            yield (
+            notes.append(
                 f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
                 f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
             )
         if self.accuracy_level == INT8_LEVEL and any(not one.codec.table for one in encoded):
-            yield (
+            notes.append(
                 f"products with them round what they read to int8; accuracy_level={FLOAT32_LEVEL} rounds nothing, and "
                 "can be faster where a call has some hundred tokens or more"
             )
         if self.uncalibrated:
             layers = list_some(self.uncalibrated, _SHOWN_NAMES, quote="")
-            yield f"weights rounded to the nearest, since no call reaches them: {layers}"
+            notes.append(f"weights rounded to the nearest, since no call reaches them: {layers}")
         for reason in dict.fromkeys(self.floats.values()):
             names = [name for name, why in self.floats.items() if why == reason]
-            yield f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}"
+            notes.append(f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}")
+        skipped = tuple(Skip(name, why) for name, why in self.floats.items())
+        return PassResult(bool(self.quantised), skipped, tuple(notes), details=self)
