@@ -13,8 +13,7 @@ from torch.export import Dim
 
 from lorac.argument_types import JsonMapping
 from lorac.backends.eager.engine import EagerEngine
-from lorac.backends.eager.fastpath import disable_fast_path
-from lorac.backends.eager.linear_rounding import match_linear_rounding
+from lorac.backends.eager.layer_forwards import disable_fast_path, match_linear_rounding
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors

@@ -6,6 +6,7 @@ call: it uses that call's branches, random numbers and initial values.
 
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
@@ -20,7 +21,7 @@ from lorac.backends.eager.forward_call import (
     choose_attention,
     find_start_columns,
 )
-from lorac.backends.eager.random_seeds import SeedHistory
+from lorac.errors import Unavailable
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.calls.call import Call
 from lorac.ir.graph.attention_ops import DECODER_IDS, IDS
@@ -45,6 +46,46 @@ from lorac.ir.slots.program_values import (
     present_weights,
     program_value_name,
 )
+
+_MAX_SEED = (1 << 63) - 1
+_MAX_CALLS = 256
+"""Number of calls that are remembered, more than any training step recomputes."""
+
+
+@final
+class SeedHistory:
+    """The seeds of the random numbers that branches draw in an engine's training calls.
+
+    A call draws one seed from torch's generator before the model runs. So ``torch.manual_seed`` makes a call
+    reproducible, and a training checkpoint with torch's random state resumes it. If ``torch.utils.checkpoint``
+    recomputes a whole call, it restores that state; if it recomputes a layer, the call and its seed are known.
+    """
+
+    def __init__(self) -> None:
+        self._seeds: deque[int] = deque(maxlen=_MAX_CALLS)
+
+    def draw(self) -> int:
+        """Draw a seed for a call from torch's CPU generator.
+
+        Raises:
+            Unavailable: a backward pass recomputes a call, and no earlier call drew this seed.
+        """
+        seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
+        if is_in_backward() and seed not in self._seeds:
+            raise Unavailable(
+                "a checkpoint recomputes a call that draws random numbers, and no earlier call had this random state "
+                "of torch",
+                next_step="have torch.utils.checkpoint preserve the random state, which is its default, or checkpoint "
+                "the model's layers instead of the whole model",
+            )
+        self._seeds.append(seed)
+        return seed
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward pass is running, in which only checkpoints call the model."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
 
 FilledBranch = tuple[BranchSlot, BranchFill]
 _STORED_KINDS = (WEIGHT, PARAM)

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorac.backends.eager.branches import BranchRunner
-from lorac.backends.eager.child_modules import ChildModules
+from lorac.backends.eager.branches import BranchRunner, is_in_backward
 from lorac.backends.eager.forward_call import (
     NO_ADAPTERS,
     ActiveSlots,
@@ -27,13 +26,11 @@ from lorac.backends.eager.forward_call import (
     slots_from_snapshot,
     translate_errors,
 )
-from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
-from lorac.backends.eager.module_calls import OpaqueCall, shadow
+from lorac.backends.eager.module_calls import ChildModules, OpaqueCall, shadow
 from lorac.backends.eager.prefix_hooks import stand_before
-from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.row_slots import find_shared_slot, run_row_slots, run_row_terms, stack_choices
-from lorac.backends.eager.site_tensors import SiteTensors
+from lorac.backends.eager.site_tensors import SiteTensors, adds_bias, allocate_buffer
 from lorac.context_values import run_with_value
 from lorac.errors import Unavailable
 from lorac.frontend.components import get_component_prefix, list_components

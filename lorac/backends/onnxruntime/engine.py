@@ -16,7 +16,6 @@ from lorac.backends.onnx.caching_engine import CachingEngine, CachingProgram
 from lorac.backends.onnx.engine import LoadedProgram
 from lorac.backends.onnx.kv_cache import BufferedCache, CacheLayout
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
-from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_settled_session
@@ -26,10 +25,12 @@ from lorac.frontend.components import check_component
 from lorac.ir.algebra import operands
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.attention_ops import present_name
-from lorac.ir.graph.feeds import CacheInputShape, select_reached_plans
+from lorac.ir.graph.feeds import CacheInputShape, collect_slot_tensors, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.slots.buffers import FusedBuffer
-from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.sites.site import BaseReader
+from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.ir.slots.plans import SitePlan
 from lorac.storage.onnx_adapter import write_onnx_adapter
 from lorac.storage.tensor_file import write_safetensors
 
@@ -262,3 +263,30 @@ def _shapes_of(values: Iterable[ort.NodeArg]) -> dict[str, CacheInputShape]:
         for value in values
         if value.type in TORCH_DTYPES
     }
+
+
+def bound_tensors(
+    inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], base: BaseReader, snapshot: ComposedWeights
+) -> dict[str, Tensor]:
+    """Return the tensors that a choice binds to slots, where these differ from the slots' defaults, the base's content.
+
+    ONNX Runtime's adapter files contain them by the names of a model's inputs. Two files at once could set one input
+    twice, so a mixture is written as a single file.
+    """
+    changed = {name: slot for name, slot in inputs.items() if snapshot.composed.keys() & {slot.site, *slot.members}}
+    sites = {path: plans[path] for slot in changed.values() for path in (slot.site, *slot.members) if path in plans}
+    bound = collect_slot_tensors(changed, sites, fill_slots(sites, snapshot, base))
+    idle = collect_slot_tensors(changed, sites, fill_slots(sites, ComposedWeights(()), base))
+    return {name: tensor for name, tensor in bound.items() if not torch.equal(tensor, idle[name])}
+
+
+def merged_tensors(plans: Mapping[str, SitePlan], base: BaseReader, snapshot: ComposedWeights) -> dict[str, Tensor]:
+    """Return the weights that a choice changes, bit by bit as an engine's memory has them."""
+    changed: dict[str, Tensor] = {}
+    for path in snapshot.composed.keys() & plans.keys():  # one site at a time: copies of all weights would be large
+        buffers, memory = make_fused_buffers({path: plans[path]}, base)
+        before = {name: tensor.clone() for name, tensor in memory.items()}
+        for buffer in buffers.values():
+            buffer.write(snapshot.composed[path].change)
+        changed |= {name: tensor for name, tensor in memory.items() if not torch.equal(tensor, before[name])}
+    return changed

@@ -8,8 +8,7 @@ import onnxruntime
 import torch
 
 from lorac.backends.onnx.quantised.codec import FLOAT32_LEVEL, INT8_LEVEL
-from lorac.backends.onnx.quantised.options import QuantisationOptions
-from lorac.backends.onnx.thread_count import check_threads
+from lorac.backends.onnx.quantised.options import QuantisationOptions, check_threads
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
 from lorac.errors import MissingExtra, OptionError, check_release, nearest_name, not_one_of
 from lorac.native_library import NativeLibrary, find_native_library

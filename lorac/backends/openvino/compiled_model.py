@@ -8,7 +8,7 @@ import torch
 from openvino.preprocess import PrePostProcessor
 
 from lorac.backends.onnx.model_files import Array, read_model_files
-from lorac.backends.openvino.operand_checks import check_operands
+from lorac.backends.openvino.model_checks import check_operands, missing_op_error
 from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions
 from lorac.ir.graph.attention_ops import is_key_or_value
 from lorac.target.engine import ProgramFiles
@@ -91,8 +91,6 @@ def compile_model(
                 raise
             return core.compile_model(model, device, {**settings, **_UNFUSED}), metadata
     except RuntimeError as error:
-        from lorac.backends.openvino.missing_op import missing_op_error  # it imports libraries that only building needs
-
         raise missing_op_error(proto, str(error)) from error
 
 

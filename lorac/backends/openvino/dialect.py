@@ -1,19 +1,98 @@
-"""The ops that OpenVINO computes, and the form of programs that it accepts.
+"""The ops that OpenVINO computes, and passes that rewrite programs into the form that it accepts.
 
 OpenVINO publishes no list of its ops, so this module lists those that its ONNX reader cannot translate.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 
+from lorac.backends.onnx.export.recurrence import BY_CHUNKS
 from lorac.backends.onnx.legalize import Legalize
-from lorac.backends.onnx.passes import OnnxDialect
+from lorac.backends.onnx.passes import OnnxDialect, OnnxPass, read_numbers, shared_constant
 from lorac.backends.openvino.cached_attention import ExpandCachedAttention
-from lorac.backends.openvino.recurrence_chunks import ComputeByChunks
-from lorac.backends.openvino.wrapped_padding import JoinWrappedPadding
+from lorac.ir.graph.passes import PassResult
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import RankPolicy
 from lorac.target.dialect import BranchGate, Dialect
+
+_END = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class JoinWrappedPadding(OnnxPass):
+    """Replace each ``Pad`` of mode ``wrap`` by a concatenation of last, all and first values, axis by axis.
+
+    OpenVINO's ``Pad`` lacks that mode.
+    """
+
+    name: ClassVar[str] = "join-wrapped-padding"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Replace the nodes in place; those with computed widths stay, and OpenVINO refuses them."""
+        wrapped = [
+            node
+            for node in model.graph
+            if node.op_type == "Pad"
+            and node.attributes.get_string("mode", "") == "wrap"
+            and read_numbers(node.inputs[1])
+        ]
+        for node in wrapped:
+            _replace(model.graph, node)
+        return PassResult(changed=bool(wrapped))
+
+
+def _replace(graph: ir.Graph, node: ir.Node) -> None:
+    widths, value, added = read_numbers(node.inputs[1]), node.inputs[0], list[ir.Node]()
+    rank = len(widths) // 2
+    for axis, (before, after) in enumerate(zip(widths[:rank], widths[rank:], strict=True)):
+        if before == after == 0:
+            continue
+        parts = [value]
+        for width, start, end in ((before, -before, _END), (after, 0, after)):
+            if width:  # the last values stand before all, and the first behind them
+                bounds = [shared_constant(graph, f"index_{n}", np.array([n])) for n in (start, end, axis)]
+                added.append(ir.Node("", "Slice", [value, *bounds]))
+                parts.insert(len(parts) if start == 0 else 0, added[-1].outputs[0])
+        added.append(ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)]))
+        value = added[-1].outputs[0]
+    for each in added:
+        each.metadata_props.update(node.metadata_props)
+    assert value is not None
+    value.shape, value.type = node.outputs[0].shape, node.outputs[0].type
+    graph.insert_before(node, added)
+    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+@dataclass(frozen=True)
+class ComputeByChunks(OnnxPass):
+    """Replace each ``If`` on the number of a call's tokens by its graph for many tokens, which accepts any number.
+
+    OpenVINO computes conditional graphs wrongly.
+    """
+
+    name: ClassVar[str] = "compute-by-chunks"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Replace the nodes in place."""
+        found = [(node, node.attributes["else_branch"].as_graph()) for node in model.graph if node.op_type == "If"]
+        chunked = [(node, branch) for node, branch in found if branch.name == BY_CHUNKS]
+        for node, branch in chunked:
+            taken, outputs = list(branch), list(branch.outputs)
+            branch.outputs.clear()
+            branch.remove(taken)
+            for each in taken:
+                each.metadata_props.update(node.metadata_props)
+                for value in each.outputs:  # branches of other nodes have values of the same names
+                    value.name = f"{node.outputs[0].name}_{value.name}"
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], taken, node.outputs, outputs)
+        return PassResult(changed=bool(chunked))
+
 
 _UNTRANSLATED = """
 BitCast CausalConvWithState CumProd DeformConv Det ImageDecoder LinearAttention MaxUnpool MelWeightMatrix Optional

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.backends.onnx.quantised.options import QuantisationOptions
-from lorac.backends.onnx.thread_count import check_threads
+from lorac.backends.onnx.quantised.options import QuantisationOptions, check_threads
 from lorac.errors import OptionError, Unavailable, not_one_of, short
 
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

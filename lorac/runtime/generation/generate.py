@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -34,14 +34,29 @@ if TYPE_CHECKING:
     from transformers.utils.generic import ModelOutput
 
     from lorac.runtime.choice_states import ChoiceState
-    from lorac.runtime.generation.generating_model import GeneratingModel
-    from lorac.target.engine import BoundProgram
+    from lorac.runtime.choice_switch import ChoiceSwitch
+    from lorac.target.engine import BoundProgram, Engine
 
     Output = torch.Tensor | ModelOutput
     Run = Callable[[BoundProgram, ChoiceState, BoundProgram | None], Output]
 
 Seeds = int | list[int] | None
 """One seed for a run, or one for each of its rows."""
+
+
+class GeneratingModel(Protocol):
+    """The attributes of ``Compiled`` that generation and the scheduler read."""
+
+    engine: Engine
+    switch: ChoiceSwitch
+    traits: Mapping[str, ModelTraits]
+    input_dtypes: Mapping[torch.dtype, torch.dtype]
+
+    @property
+    def prompt_caches(self) -> MutableMapping[int, PromptCache]: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 def generate(

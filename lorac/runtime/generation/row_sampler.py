@@ -19,7 +19,7 @@ from lorac.runtime.generation.row_processors import RowProcessors
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    from lorac.runtime.generation.generating_model import GeneratingModel
+    from lorac.runtime.generation.generate import GeneratingModel
 
 
 class RowSampler:

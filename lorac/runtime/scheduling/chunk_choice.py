@@ -12,7 +12,7 @@ from lorac.errors import warn
 from lorac.target.kv_cache import DecodeStep
 
 if TYPE_CHECKING:
-    from lorac.runtime.generation.generating_model import GeneratingModel
+    from lorac.runtime.generation.generate import GeneratingModel
     from lorac.runtime.row_bank import RowBank
 
 SLOWER = 1.5

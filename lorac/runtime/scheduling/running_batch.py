@@ -20,7 +20,7 @@ from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 
 if TYPE_CHECKING:
-    from lorac.runtime.generation.generating_model import GeneratingModel
+    from lorac.runtime.generation.generate import GeneratingModel
 
 
 class RunningBatch:

@@ -27,7 +27,7 @@ from lorac.target.kv_cache import KeyValueCache
 
 if TYPE_CHECKING:
     from lorac.runtime.choice_states import ChoiceState
-    from lorac.runtime.generation.generating_model import GeneratingModel
+    from lorac.runtime.generation.generate import GeneratingModel
 
 
 class RunningRow:

@@ -23,7 +23,7 @@ from lorac.runtime.scheduling.shared_line import check_line
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
 
 if TYPE_CHECKING:
-    from lorac.runtime.generation.generating_model import GeneratingModel
+    from lorac.runtime.generation.generate import GeneratingModel
 
 _SHARED, _RECENT = 4, 60.0
 """The least number of rows at which rows are reserved for other tenants; the seconds for which a request counts."""

@@ -234,7 +234,7 @@ def test_rejects_whole_numbers_beyond_32_bits():
 def test_names_the_mode_of_an_op_that_shows_only_where_the_program_is_read():
     from onnx import TensorProto, helper, numpy_helper
 
-    from lorac.backends.openvino.missing_op import missing_op_error
+    from lorac.backends.openvino.model_checks import missing_op_error
 
     value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
     pads = numpy_helper.from_array(np.array([0, 0, 0, 1, 0, 0, 0, 1]), "pads")

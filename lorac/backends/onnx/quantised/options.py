@@ -118,3 +118,15 @@ class QuantisationOptions(TargetOptions):
                 f"{idle[0]}= says how weights are quantised, and none are",
                 next_step="give weights='int8' or weights='int4' with it",
             )
+
+
+MAX_THREADS = 1024
+"""More threads than a machine has cores for one operator; each takes memory of its own."""
+
+
+def check_threads(threads: int) -> None:
+    """Raise ``OptionError`` for an invalid number of threads; 0 lets the library choose."""
+    if not 0 <= threads <= MAX_THREADS:
+        raise OptionError(
+            f"threads cannot be {short(threads)}", next_step=f"give a number up to {MAX_THREADS}, or 0 for all"
+        )
