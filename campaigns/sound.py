@@ -56,7 +56,6 @@ CACHE = "cache"
 ARTEFACTS = (
     ("eager", "live"), ("onnxruntime", "fused"), ("onnxruntime", "live"), ("eager", "fused"), ("onnxruntime", "baked"),
     ("tensorrt", "live"), ("openvino", "live"), ("openvino", "fused"), ("openvino", CACHE), ("onnxruntime", CACHE),
-    ("aoti", "live"),
 )  # fmt: skip
 HUB = {
     "bottleneck": lorac.Bottleneck.preset("seq_bn"),
