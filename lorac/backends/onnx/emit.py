@@ -61,7 +61,14 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
     """Return the model, without a check that the target claims its ops."""
     model = export(graph.exported, TRANSLATIONS)
     drop_split_counts(model)
-    _name_slots(graph, model)
+    by_node = {slot.node: slot for slot in graph.slots.values()}
+    caches = {node: name for name, node in graph.cache_inputs.items()}
+    for value in model.graph.inputs:
+        slot = by_node.get(value.name or "")
+        if slot is not None:
+            value.name = slot.name
+            value.metadata_props[SITE_METADATA] = ", ".join(slot.members or (slot.site,))
+        value.name = caches.get(value.name or "", value.name)
     _name_outputs(model, graph.interface.outputs)
     with suppress_third_party_output():
         common_passes.InlinePass()(model)
@@ -106,17 +113,6 @@ _CLEAN_UP = ir.passes.Sequential(
     common_passes.OutputFixPass(),
     common_passes.NameFixPass(),
 )
-
-
-def _name_slots(graph: Graph, model: ir.Model) -> None:
-    by_node = {slot.node: slot for slot in graph.slots.values()}
-    caches = {node: name for name, node in graph.cache_inputs.items()}
-    for value in model.graph.inputs:
-        slot = by_node.get(value.name or "")
-        if slot is not None:
-            value.name = slot.name
-            value.metadata_props[SITE_METADATA] = ", ".join(slot.members or (slot.site,))
-        value.name = caches.get(value.name or "", value.name)
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:

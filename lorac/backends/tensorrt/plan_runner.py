@@ -178,9 +178,18 @@ class PlanRunner:
         self.library = library = find_library() if made_by is None else find_maker(made_by)
         check_plan(plan, library)
         self.device = resolve_cuda_device(device)
-        check_capability(capability_of(self.device), capabilities, torch.cuda.get_device_name(self.device), library)
+        gpu = torch.cuda.get_device_name(self.device)
+        check_capability(capability_of(self.device), capabilities, gpu, library)
         with torch.cuda.device(self.device):
-            self.engine: tensorrt.ICudaEngine = _deserialize_plan(plan, self.device, library)
+            with collect_errors() as messages:
+                runtime = library.module.Runtime(library.logger)
+                engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
+                if engine is None:
+                    raise ArtifactError(
+                        f"{library.name_and_version} does not load the plan on {gpu}: {messages.why()}",
+                        next_step="compile again from the model on this machine",
+                    )
+            self.engine = engine
             set_streaming_budget(self.engine, MAX_CONTEXTS + (MAX_GRAPHS if cuda_graphs else 0))
             self._config = _RuntimeConfig(self.engine, kernels, library) if library.is_rtx else None
         self.io, self._making = IOTensors.of(self.engine), threading.Lock()
@@ -260,20 +269,6 @@ class _RuntimeConfig:
                 self._kernels = None
         finally:
             self._lock.release()
-
-
-def _deserialize_plan(plan: Plan, device: torch.device, library: TensorRTLibrary) -> CudaEngine:
-    """Load a plan's engine on the current device."""
-    with collect_errors() as messages:
-        runtime = library.module.Runtime(library.logger)
-        engine: CudaEngine | None = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise ArtifactError(
-                f"{library.name_and_version} does not load the plan on {torch.cuda.get_device_name(device)}: "
-                f"{messages.why()}",
-                next_step="compile again from the model on this machine",
-            )
-    return engine
 
 
 def set_streaming_budget(engine: CudaEngine, contexts: int) -> None:

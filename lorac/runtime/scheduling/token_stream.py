@@ -146,14 +146,14 @@ def wake_readers(streams: Iterable[TokenStream]) -> None:
     for stream in streams:
         if (reader := stream._reader) is not None:
             readers[reader[0]][stream] = reader[1]
+
+    def set_all(events: Iterable[asyncio.Event]) -> None:
+        for event in events:
+            event.set()
+
     for loop, found in readers.items():
         try:
-            loop.call_soon_threadsafe(_set_all, found.values())
+            loop.call_soon_threadsafe(set_all, found.values())
         except RuntimeError:  # the event loop was closed
             for stream in found:
                 stream.cancel()
-
-
-def _set_all(events: Iterable[asyncio.Event]) -> None:
-    for event in events:
-        event.set()

@@ -213,11 +213,20 @@ def decompose_calls(
     program = copy_program(program)
     names = {call.name for call in calls}
     decompositions = _make_decompositions(translations)
+
+    def run(
+        function: Callable[..., object], node: fx.Node, operands: Sequence[fx.Node], *values: Argument
+    ) -> tuple[object, ...]:
+        known = dict(zip(operands, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        result = function(*args, **kwargs)
+        return tuple(result) if isinstance(result, tuple | list) else (result,)
+
     for node in [node for node in program.graph.nodes if node.name in names]:
         operands = node.all_input_nodes
         if node.users:
             rule = decompositions[node.target] if node.target in _UNROLLED else CELLS.get(node.target, node.target)
-            call = functools.partial(_run_call, rule, node, operands)
+            call = functools.partial(run, rule, node, operands)
             traced = trace_function(program, call, operands, decompositions)
             _restore_transforms(traced.graph)
             _, results = inline(program, node, traced, operands, traced)
@@ -287,15 +296,6 @@ def _restore_transforms(graph: fx.Graph) -> None:
 
 _UNROLLED = (torch.ops.aten.rnn_tanh.input, torch.ops.aten.rnn_relu.input)
 """Ops whose own parts write in place, and those of torch's decomposition do not."""
-
-
-def _run_call(
-    function: Callable[..., object], node: fx.Node, operands: Sequence[fx.Node], *values: Argument
-) -> tuple[object, ...]:
-    known = dict(zip(operands, values, strict=True))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-    result = function(*args, **kwargs)
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompositions:
