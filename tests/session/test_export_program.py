@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing import assert_close
+from lorac.testing import adapter_away, assert_close
 from tests.backends.aoti.hosts import make
 from tests.refusing import refuses
 
@@ -64,6 +64,21 @@ def test_takes_any_rank_and_as_many_places_as_rows() -> None:
         missing = [size - own for size, own in zip(one[name].shape, other[name].shape, strict=True)]
         rows[name] = torch.cat([one[name], nn.functional.pad(other[name], (0, missing[2], 0, missing[1]))])
     assert_close(run(x, lorac=rows)["answer"], compiled(x, adapters=["lora", "lora", None, None])["answer"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_takes_any_rows_after_an_example_of_few(count: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8)).eval(), torch.randn(count, 6)
+    methods = {"lora": lorac.LoRA(r=2, targets=["0", "2"]), "dora": lorac.DoRA(r=1, targets=["0"])}
+    adapters = [adapter_away(m, model, x, name=name, seed=3) for name, m in methods.items()]
+    compiled = lorac.compile(model, adapters, active=None, example_inputs=(x,))
+    program = compiled.export_program()
+    for choice in ("dora", None, {"lora": 0.5, "dora": -0.7}):
+        slots = compiled.program_slots(program, choice)
+        for given in (x, torch.randn(5, 6), torch.randn(1, 6)):
+            assert_close(*program.module()(given, lorac=slots).values(), compiled(given, adapters=choice))
 
 
 def test_is_of_torchs_own_ops_alone(program: Any) -> None:

@@ -71,6 +71,11 @@ class LowerToTorch(Pass):
             elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
                 copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
                 node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
+        # torch folds the rows of a linear layer wrongly where the example has one row a segment: cut its results.
+        for cut in graph.find(segment_ops.CUT):
+            for linear in [user for user in cut.users if user.target is aten.linear.default and user.args[0] is cut]:
+                whole = insert_call(program, linear, aten.linear.default, cut.args[0], *linear.args[1:])
+                linear.replace_all_uses_with(insert_call(program, linear, cut.target, whole, *cut.args[1:]))
         with torch.no_grad(), suppress_third_party_output():
             graph.exported = program.run_decompositions(_DECOMPOSITIONS)
         for check in graph.find(aten._assert_tensor_metadata.default):  # checks of the example's metadata
