@@ -24,7 +24,7 @@ A box is a package with the number of its modules; an arrow leads to a package t
 imports are not drawn. Modules that are found because they exist (backends, formats, PEFT types, methods) are imported
 by no name, so no arrow leads to them. The interface, `lorac/__init__.py`, imports from all packages on first use and is
 left out. The contracts in `pyproject.toml` say which imports are allowed
-([Architecture](architecture.md#where-things-are)).
+([Architecture](architecture.md)).
 """
 
 

@@ -86,7 +86,7 @@ def build_app(
     elif compiled.traits[MAIN_GRAPH].generation is not None and not given.predict:
         raise Unavailable(
             "the model keeps no cache, so it is not served as text",
-            next_step="compile it with cache=True (--cache), or serve its outputs alone: predict=True (--predict)",
+            next_step="compile it with cache=True, or serve its outputs alone with predict=True",
         )
     if decodes(compiled):
         app.include_router(text_endpoints.router)

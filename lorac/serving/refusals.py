@@ -32,6 +32,13 @@ _KINDS = {
     504: "server_error",
 }
 """Status -> OpenAI's name for such errors."""
+_OPTIONAL_PATHS = {
+    "/v1/predict": "--predict",
+    "/v1/adapters": "--store FOLDER",
+    "/v1/load_lora_adapter": "--store FOLDER",
+    "/v1/unload_lora_adapter": "--store FOLDER",
+}
+"""Path -> the option of `lorac serve` that it needs."""
 _LONGEST = 100
 """The most characters of a part of a field's name in a message."""
 RETRY_AFTER = "1"
@@ -127,6 +134,14 @@ def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
     return f"'{field}' is wrong: {problem['msg']}"
 
 
+def _describe_missing_path(request: fastapi.Request) -> str:
+    """Return what to do about a path that a server lacks: some need an option at its start."""
+    found = (option for start, option in _OPTIONAL_PATHS.items() if request.url.path.startswith(start))
+    if option := next(found, None):
+        return f"there is no such path on this server; start it with {option}"
+    return "there is no such path; docs/serving.md lists the paths, and GET /v1/models the models"
+
+
 def install_handlers(app: fastapi.FastAPI, form: type[pydantic.BaseModel]) -> None:
     """Make an app answer errors in OpenAI's form.
 
@@ -149,9 +164,11 @@ def install_handlers(app: fastapi.FastAPI, form: type[pydantic.BaseModel]) -> No
 
     async def answer_status(request: fastapi.Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 500)
-        message = {404: "there is no such path", 405: "the path has no such method"}.get(
-            status, getattr(error, "detail", "the request is not HTTP")
-        )
+        message = str(getattr(error, "detail", "the request is not HTTP"))
+        if status == 404:
+            message = _describe_missing_path(request)
+        elif status == 405:
+            message = "the path has no such method"
         return refusal(status, message, headers=getattr(error, "headers", None))
 
     async def answer_fault(request: fastapi.Request, error: Exception) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def run(  # noqa: PLR0913  (a command's options)
 
     Raises:
         ArtifactError: the folder is not a compiled model, or is damaged.
+        OptionError: another process listens at a port, or the address is not this machine's.
         LoracError: as ``build_app``.
     """
     import prometheus_client
@@ -51,6 +53,9 @@ def run(  # noqa: PLR0913  (a command's options)
 
     import lorac
 
+    for name, number in {"port": port, "metrics_port": metrics_port}.items():
+        if number is not None:
+            _require_free_port(host, name, number)
     LOGGER.addHandler(logging.StreamHandler())
     LOGGER.setLevel(logging.INFO)
     more: dict[str, Any] = {} if prepacked is None else {"prepacked": prepacked}
@@ -79,3 +84,15 @@ def run(  # noqa: PLR0913  (a command's options)
         if ready is not None:
             ready()
         server.run()
+
+
+def _require_free_port(host: str, name: str, port: int) -> None:
+    """Refuse a port that cannot be listened at, before the model is loaded; uvicorn would end the process."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise OptionError(f"no server can listen at {host}:{port}: {why}", next_step=f"give a free {name}=…") from error

@@ -106,7 +106,8 @@ def _refuse_other_contents(folder: Path, given: Path) -> None:
         raise ArtifactError(
             f"there is no compiled model at '{given}'",
             nearest=nearest_name(folder.name, [found.parent.name for found in folder.parent.glob(f"*/{MANIFEST}")]),
-            next_step=suggest_name(given) or "compiled.save(folder) writes one",
+            next_step=suggest_name(given)
+            or "`lorac compile MODEL -o FOLDER` writes one, and so does compiled.save(folder)",
         )
     if folder.is_file() and (folder.parent / MANIFEST).is_file():
         raise ArtifactError(
@@ -116,7 +117,7 @@ def _refuse_other_contents(folder: Path, given: Path) -> None:
     if (folder / "config.json").is_file():
         raise ArtifactError(
             f"'{given}' is a model, not a compiled one",
-            next_step="load it, as by transformers.AutoModelForCausalLM.from_pretrained(folder), and compile it",
+            next_step="`lorac compile MODEL -o FOLDER` compiles it; in Python, lorac.compile(model, adapters) does",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorac.argument_types import check_type
-from lorac.errors import LoracError, short
+from lorac.errors import LoracError, nearest_name, short
 
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
 """An address, even if ``Path`` has merged its slashes. A scheme has two letters or more, a drive of Windows has one."""
@@ -101,6 +101,13 @@ def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) ->
     return stems
 
 
+def _nearest_sibling(missing: Path) -> str | None:
+    """Return the name in a missing file's folder that is most like its own, or None."""
+    with contextlib.suppress(OSError):
+        return nearest_name(missing.name, os.listdir(missing.parent), alike=0.7)
+    return None
+
+
 @contextlib.contextmanager
 def translate_os_errors(
     path: str | os.PathLike[str], kind: type[LoracError], verb: str, code: str | None = None
@@ -119,6 +126,7 @@ def translate_os_errors(
         named = error.filename if is_named else os.fspath(path)
         raise kind(
             f"'{named}' cannot be {verb}: {error.strerror or error}",
+            nearest=_nearest_sibling(Path(named)) if isinstance(error, FileNotFoundError) else None,
             next_step="check that it exists, is of the kind that is expected, and what its permissions allow",
             code=code,
         ) from error

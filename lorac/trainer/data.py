@@ -161,7 +161,8 @@ def _load_source(source: Mapping[str, Any], task: str, tokenizer: Any, arguments
     text = getattr(tokenizer, "tokenizer", tokenizer)
     if not (getattr(tokenizer, needed, None) or getattr(text, needed)) and getattr(arguments, given, None) is None:
         what = f"the rows of '{data}' need the tokenizer's {needed}, and it has none"
-        raise OptionError(what, next_step="name one by chat_template:" if talks else "name one by eos_token:")
+        step = "one of TRL's or a file, as `chat_template: chatml`" if talks else "a token, as `eos_token: </s>`"
+        raise OptionError(what, next_step=f"give it in the recipe: {step}")
     if not talks:
         return rows
 

@@ -76,3 +76,10 @@ def test_search_finds_the_page_that_answers(tmp_path):
     command = ["node", "docs/search_words.mjs", str(tmp_path)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=name)
+def test_no_blank_line_splits_a_table(page):
+    blocks = FENCE.sub("", page.read_text(encoding="utf-8")).split("\n\n")
+    tables = [block.strip().splitlines() for block in blocks if block.lstrip().startswith("|")]
+    assert [lines[0] for lines in tables if len(lines) < 2 or not set(lines[1]) <= set("|-: ")] == []

@@ -57,14 +57,15 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (given["settings"], given["trust"]) == (ServingSettings(), False)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate Operation ID:UserWarning")
 def test_rejects_a_model_that_it_would_serve_nothing_of() -> None:
     host = DECODERS["llama"]()
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2, targets=["q_proj"])}, example_inputs={"input_ids": IDS})
     compiled.tokenizer = make_tokenizer()
-    with refuses("unavailable", match="--predict"):
+    with refuses("unavailable", match="predict=True"):
         build_app(compiled)
-    paths = {getattr(route, "path", "") for route in build_app(compiled, ServingSettings(predict=True)).routes}
-    assert "/v1/chat/completions" not in paths
+    paths = build_app(compiled, ServingSettings(predict=True)).openapi()["paths"]
+    assert ("/v1/predict" in paths, "/v1/chat/completions" in paths) == (True, False)
 
 
 def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_a_port_of_its_own_gives_metrics_without_a_key(llama_folder: Path, monke
     compiled.tokenizer = make_tokenizer()
     loaded = dict[str, Any]()
     monkeypatch.setattr(lorac, "load", lambda folder, **options: loaded.update(options) or compiled)
-    run(llama_folder, ServingSettings(keys={"k": "alice"}), metrics_port=port, trust=True)
+    run(llama_folder, ServingSettings(keys={"k": "alice"}), port=0, metrics_port=port, trust=True)
     assert loaded == {"trust": True}
     assert re.search(r"^vllm:num_requests_running", found[0], re.M)
 
@@ -93,8 +94,8 @@ def test_tunes_the_process_of_the_command_alone(llama_folder: Path, monkeypatch:
     compiled.tokenizer = make_tokenizer()
     monkeypatch.setattr(lorac, "load", lambda folder, **_: compiled)
     try:
-        run(llama_folder)
-        done = CliRunner().invoke(app, ["serve", str(llama_folder)])
+        run(llama_folder, port=0)
+        done = CliRunner().invoke(app, ["serve", str(llama_folder), "--port", "0"])
     finally:
         sys.setswitchinterval(interval)
     assert done.exit_code == 0, done.output
@@ -102,3 +103,11 @@ def test_tunes_the_process_of_the_command_alone(llama_folder: Path, monkeypatch:
     assert found[0][1] <= frozen, "objects that another test froze may die, and no more are frozen"
     assert found[1][0] < interval
     assert found[1][1] > frozen
+
+
+@pytest.mark.parametrize("name", ["port", "metrics_port"])
+def test_rejects_a_port_where_another_listens_before_it_loads(name: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = {"port": 0, name: other.getsockname()[1]}
+        with refuses("option_error", match=f"(?s)no server can listen at 127.0.0.1:{taken[name]}.*in use.*{name}="):
+            run(tmp_path / "no model is here", **taken)

@@ -75,7 +75,7 @@ def test_an_instruction_is_a_prompt_and_its_output_the_completion(tmp_path):
     asked = [row["prompt"][0]["content"] for row in found]
     assert asked == ["add\n\n1 and 1", "wave"]
     assert found[1]["completion"] == [{"role": "assistant", "content": "o/"}]
-    with pytest.raises(lorac.OptionError, match="tokenizer's chat_template"):
+    with pytest.raises(lorac.OptionError, match=r"(?s)tokenizer's chat_template.*as `chat_template: "):
         load_rows(str(tmp_path / "rows.jsonl"), "sft", tokenizer(None), SimpleNamespace())
 
 
