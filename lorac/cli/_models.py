@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorac.errors import AdapterError, ChoiceError, OptionError, nearest_name, warn
-from lorac.session.model_folders import CONFIG, MODEL_HELP, load_model_folder
+from lorac.session.model_folders import ANOTHER_MODEL, CONFIG, load_model_folder
 from lorac.storage.atomic_folders import MANIFEST
 from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
 
@@ -79,7 +79,7 @@ def load_compiled(
         raise OptionError(
             f"'{spec}' is neither a compiled folder nor a model",
             nearest=nearest_name(folder.name, folders),
-            next_step=COMPILED_HELP,
+            next_step=f"give another: {COMPILED_HELP}",
         )
     if trust:
         raise OptionError(f"'{spec}' is a model, and --trust is for compiled folders", next_step="leave it out")
@@ -107,15 +107,15 @@ def load_found_model(spec: Path) -> tuple[nn.Module, object]:
 
     module, separator, function = str(spec).partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
-        raise OptionError(f"'{spec}' is not a model", next_step=MODEL_HELP)
+        raise OptionError(f"'{spec}' is not a model", next_step=ANOTHER_MODEL)
     sys.path.insert(0, os.getcwd())
     try:
         returned = attrgetter(function)(importlib.import_module(module))()
     except Exception as error:  # user code may raise anything
-        raise OptionError(f"'{spec}' cannot be loaded: {_format_exception(error)}", next_step=MODEL_HELP) from error
+        raise OptionError(f"'{spec}' cannot be loaded: {_format_exception(error)}", next_step=ANOTHER_MODEL) from error
     model, tokenizer = (*returned, None)[:2] if isinstance(returned, tuple) and returned else (returned, None)
     if not isinstance(model, nn.Module):
-        raise OptionError(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
+        raise OptionError(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=ANOTHER_MODEL)
     return model.eval(), tokenizer if callable(getattr(tokenizer, "decode", None)) else None
 
 

@@ -26,6 +26,9 @@ _CALLS = {
     "lorac.to_lora(adapter, model)": "`lorac convert --model MODEL`",
     "lorac.load_adapter(path, model, fix_names=True)": "`lorac convert ADAPTER OUT --model MODEL --fix-names`",
     "import its module": "give --import MODULE",
+    "give it to compile in adapters=, or add it by add_adapter(source, name=...)": (
+        "`lorac inspect FOLDER` lists the adapters; `lorac compile MODEL -o FOLDER -a NAME=PATH` takes others"
+    ),
 }
 """Next step in Python -> the same step on the command line."""
 _UNLIMITED_WIDTH = 1_000_000

@@ -134,14 +134,6 @@ def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
     return f"'{field}' is wrong: {problem['msg']}"
 
 
-def _describe_missing_path(request: fastapi.Request) -> str:
-    """Return what to do about a path that a server lacks: some need an option at its start."""
-    found = (option for start, option in _OPTIONAL_PATHS.items() if request.url.path.startswith(start))
-    if option := next(found, None):
-        return f"there is no such path on this server; start it with {option}"
-    return "there is no such path; docs/serving.md lists the paths, and GET /v1/models the models"
-
-
 def install_handlers(app: fastapi.FastAPI, form: type[pydantic.BaseModel]) -> None:
     """Make an app answer errors in OpenAI's form.
 
@@ -166,7 +158,9 @@ def install_handlers(app: fastapi.FastAPI, form: type[pydantic.BaseModel]) -> No
         status = getattr(error, "status_code", 500)
         message = str(getattr(error, "detail", "the request is not HTTP"))
         if status == 404:
-            message = _describe_missing_path(request)
+            found = (option for start, option in _OPTIONAL_PATHS.items() if request.url.path.startswith(start))
+            step = next((f"start the server with {option}" for option in found), "docs/serving.md lists the paths")
+            message = f"there is no such path; {step}"
         elif status == 405:
             message = "the path has no such method"
         return refusal(status, message, headers=getattr(error, "headers", None))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MODEL_HELP = (
     f"A folder saved by transformers or diffusers, {NAME_FORMS}; or package.module:function returning an nn.Module."
 )
+ANOTHER_MODEL = f"give another: {MODEL_HELP}"
 CONFIG = "config.json"
 _PIPELINE = "model_index.json"
 _LIBRARIES = {"_class_name": "diffusers", "architectures": "transformers"}
@@ -41,7 +42,7 @@ def read_model_config(folder: Path) -> JsonMapping:
             f"'{folder}' is a pipeline of several models", next_step=f"give the folder of one: {', '.join(models)}"
         )
     if not config.is_file():
-        raise OptionError(f"'{folder}' has no {CONFIG}", next_step=MODEL_HELP)
+        raise OptionError(f"'{folder}' has no {CONFIG}", next_step=ANOTHER_MODEL)
     with translate_os_errors(config, OptionError, "read"):
         return parse_object(read_json_text(config), lambda reason: _refuse_config(folder, reason))
 
@@ -87,9 +88,9 @@ def _make_model(folder: Path, make: Callable[[ModelClass], object]) -> nn.Module
             model = make(cls)
     except Exception as error:  # a damaged folder may make the libraries raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise OptionError(f"'{folder}' cannot be loaded: {reason}", next_step=MODEL_HELP) from error
+        raise OptionError(f"'{folder}' cannot be loaded: {reason}", next_step=ANOTHER_MODEL) from error
     if not isinstance(model, nn.Module):
-        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
+        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=ANOTHER_MODEL)
     return model.eval()
 
 
@@ -113,4 +114,4 @@ def _find_model_class(folder: Path, config: JsonMapping) -> ModelClass:
 
 
 def _refuse_config(folder: Path, reason: str) -> OptionError:
-    return OptionError(f"'{folder / CONFIG}' {reason}", next_step=MODEL_HELP)
+    return OptionError(f"'{folder / CONFIG}' {reason}", next_step=ANOTHER_MODEL)

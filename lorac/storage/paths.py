@@ -101,13 +101,6 @@ def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) ->
     return stems
 
 
-def _nearest_sibling(missing: Path) -> str | None:
-    """Return the name in a missing file's folder that is most like its own, or None."""
-    with contextlib.suppress(OSError):
-        return nearest_name(missing.name, os.listdir(missing.parent), alike=0.7)
-    return None
-
-
 @contextlib.contextmanager
 def translate_os_errors(
     path: str | os.PathLike[str], kind: type[LoracError], verb: str, code: str | None = None
@@ -124,9 +117,10 @@ def translate_os_errors(
     except OSError as error:
         is_named = isinstance(error.filename, str) and error.filename2 is None  # of two, one is a temporary name
         named = error.filename if is_named else os.fspath(path)
+        missing, folder = isinstance(error, FileNotFoundError), Path(named).parent
         raise kind(
             f"'{named}' cannot be {verb}: {error.strerror or error}",
-            nearest=_nearest_sibling(Path(named)) if isinstance(error, FileNotFoundError) else None,
+            nearest=nearest_name(Path(named).name, os.listdir(folder)) if missing and folder.is_dir() else None,
             next_step="check that it exists, is of the kind that is expected, and what its permissions allow",
             code=code,
         ) from error

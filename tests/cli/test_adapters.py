@@ -204,6 +204,9 @@ def test_next_steps_name_options(cli):
         "give inputs=, or seed=3": "give --inputs, or seed=3",
         "inputs={'x': 1}": "inputs={'x': 1}",
         "cache=True": "cache=True",
+        "give it to compile in adapters=, or add it by add_adapter(source, name=...)": (
+            "`lorac inspect FOLDER` lists the adapters; `lorac compile MODEL -o FOLDER -a NAME=PATH` takes others"
+        ),
     }.items():
         assert name_options(step, ["run", "x"], options) == wanted
 

@@ -189,7 +189,7 @@ def test_compile_for_onnxruntime(cli, files):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sites", "nowhere"], "lorac.OptionError: 'nowhere' is not a model"),
+        (["sites", "nowhere"], "lorac.OptionError: 'nowhere' is not a model\n  give another: A folder"),
         (["sites", "sql"], "lorac.OptionError: 'sql' has no config.json"),
         (["sites", "no.such:thing"], "lorac.OptionError: 'no.such:thing' cannot be loaded"),
         (["sites", "model", "--targets", "q_prj"], "lorac.SiteError: "),

@@ -135,9 +135,9 @@ BODIES: list[tuple[str, bytes, int, str]] = [
     ("POST /v1/completions", json.dumps(dict.fromkeys(map(str, range(1100)))).encode(), 400, "an object has 1100 keys"),
     ("GET /v1/chat/completions", b"", 405, "method"),
     ("POST /v1/audio/speech", b"{}", 404, "path"),
-    ("POST /v1/adapters", b"{}", 404, "start it with --store"),
-    ("POST /v1/predict", b"{}", 404, "start it with --predict"),
-    ("GET /nothing-like-it", b"", 404, "GET /v1/models"),
+    ("POST /v1/adapters", b"{}", 404, "start the server with --store"),
+    ("POST /v1/predict", b"{}", 404, "start the server with --predict"),
+    ("GET /nothing-like-it", b"", 404, "docs/serving.md"),
     ("GET /docs", b"", 404, "path"),
 ]
 
