@@ -42,9 +42,10 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
 
 
-def count_odd(completions: list[str], **_: Any) -> list[float]:
-    """Return a reward: how many characters of each completion have an odd number."""
-    return [float(sum(ord(c) % 2 for c in text)) for text in completions]
+def count_odd(completions: list[Any], **_: Any) -> list[float]:
+    """Return a reward: how many characters of each completion, a text or a chat's turns, have an odd number."""
+    texts = [told if isinstance(told, str) else "".join(turn["content"] for turn in told) for told in completions]
+    return [float(sum(ord(c) % 2 for c in text)) for text in texts]
 
 
 def make_model(name: str, folder: Path) -> None:
