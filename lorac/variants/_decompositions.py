@@ -12,8 +12,9 @@ from lorac.variants.base import Site, Tensor
 def skew(upper: Tensor, size: int) -> Tensor:
     """Return skew-symmetric matrices (n, size, size) from their upper triangles (n, size·(size − 1)/2), row by row."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
-    empty = upper.new_zeros(upper.shape[0], size, size)
-    half = torch.index_put(empty, (torch.arange(len(upper), device=upper.device)[:, None], rows, columns), upper)
+    empty = upper.new_zeros(upper.shape[0], size * size)
+    # On a CPU this takes half of the time of index_put, backwards too.
+    half = torch.scatter(empty, 1, (rows * size + columns).expand_as(upper), upper).view(-1, size, size)
     return half - half.transpose(1, 2)
 
 
@@ -27,13 +28,13 @@ def neumann(q: Tensor, terms: int) -> Tensor:
     """Return I + 2Q + 2Q² + … + 2Q^{t−2} + Q^{t−1}, near (I + Q)·(I − Q)⁻¹; as in PEFT, three terms are four."""
     total = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms > 1:
-        total = total + 2 * q
+        total = torch.add(total, q, alpha=2)
     if terms > 2:
         power = q @ q
-        total = total + 2 * power
+        total = torch.add(total, power, alpha=2)
         for _ in range(3, terms - 1):
             power = power @ q
-            total = total + 2 * power
+            total = torch.add(total, power, alpha=2)
         total = total + power @ q
     return total
 
