@@ -116,7 +116,7 @@ class Recipe:
     out: str | None = None
     active: Mapping[str, float] | None = None
     task: Annotated[str, OneOf(TASKS)] = "sft"
-    data: DataSpec | Sequence[DataSpec] = "python-docs"
+    data: DataSpec | Sequence[DataSpec] = ()
     eval_data: DataSpec | Sequence[DataSpec] | None = None
     streaming: bool | None = None
     chat_template: str | None = None

@@ -79,6 +79,12 @@ def test_an_instruction_is_a_prompt_and_its_output_the_completion(tmp_path):
         load_rows(str(tmp_path / "rows.jsonl"), "sft", tokenizer(None), SimpleNamespace())
 
 
+def test_rejects_a_recipe_that_names_no_data():
+    recipe = lorac.trainer.Recipe(adapters={"mine": {"method": "lora"}})
+    with pytest.raises(lorac.OptionError, match=r"(?s)data names no rows.*python-docs"):
+        LOAD(recipe.data)
+
+
 def test_every_kind_of_file_is_read(tmp_path):
     rows = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     for name in ("a", "b", "c", "d", "e"):
