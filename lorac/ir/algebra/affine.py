@@ -119,10 +119,8 @@ def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphM
             return None
         build.values[node] = value
     result = build.values.get(output.args[0])
-    return _emit_output(build, result, w, b) if isinstance(result, Affine) else None
-
-
-def _emit_output(build: _AffineBuilder, result: Affine, w: fx.Node, b: fx.Node) -> fx.GraphModule | None:
+    if not isinstance(result, Affine):
+        return None
     from_y = None if result.q is None else w if result.q == "I" else build.apply(result.q, w)
     new_weight = build.add(result.p, from_y, "x")
     if new_weight is None:
@@ -131,8 +129,8 @@ def _emit_output(build: _AffineBuilder, result: Affine, w: fx.Node, b: fx.Node) 
     new_bias = build.add_vectors(from_b, result.k)
     if new_bias is None:
         new_bias = build.call(aten.zeros_like.default, b)
-    build.graph.output((build.matrix(new_weight, "x"), new_bias))
-    return fx.GraphModule(torch.nn.Module(), build.graph)
+    graph.output((build.matrix(new_weight, "x"), new_bias))
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _apply_linear(build: _AffineBuilder, node: fx.Node) -> Affine | None:

@@ -285,27 +285,21 @@ def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     a = torch.cat([v.a for _, v in terms], dim=-1)
     b = torch.cat([v.b * t for t, v in terms], dim=-2)
     e = _weighted_sum([(t, v.e) for t, v in terms])
-    if any(T in v.scales for _, v in terms):
-        return LowRank(a, b, {T: _sum_transforms(terms)}, e)
+    transforms = [v.scales[T] for _, v in terms if T in v.scales]
+    if transforms:  # 1 + Σ t·(diag(d)·T − 1)
+        number, size, _ = transforms[0].shape
+        total = one = identity_blocks(number * size, size, transforms[0].dtype, transforms[0].device)
+        for strength, change in terms:
+            transform = change.scales.get(T, one)
+            if D in change.scales:
+                transform = transform * change.scales[D].view(number, size, 1)
+            total = total + strength * (transform - one)
+        return LowRank(a, b, {T: total}, e)
     scales: dict[str, Tensor] = {}
     for name in (C, D):  # 1 + Σ t·(s − 1)
         difference = _weighted_sum([(t, v.scales[name] - 1) for t, v in terms if name in v.scales])
         scales |= {} if difference is None else {name: difference + 1}
     return LowRank(a, b, scales, e)
-
-
-def _sum_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
-    """Return 1 + Σ t·(diag(d)·T − 1)."""
-    first = next(v.scales[T] for _, v in terms if T in v.scales)
-    number, size, _ = first.shape
-    one = identity_blocks(number * size, size, first.dtype, first.device)
-    total = one
-    for strength, change in terms:
-        transform = change.scales.get(T, one)
-        if D in change.scales:
-            transform = transform * change.scales[D].view(number, size, 1)
-        total = total + strength * (transform - one)
-    return total
 
 
 def _weighted_sum(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:

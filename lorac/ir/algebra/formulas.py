@@ -122,10 +122,12 @@ class Formula:
         return found | {f"the value '{name}'": value for name, value in read.items()}
 
     def _check(self, result: object, like: Tensor) -> Tensor:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         if not isinstance(result, Tensor):
             raise self._error(f"returns {_describe_type(result)}, not a tensor")
         pairs = zip(result.shape, like.shape, strict=False)
-        if result.dim() != like.dim() or any(_surely_differ(a, b) for a, b in pairs):
+        if result.dim() != like.dim() or any(statically_known_true(a != b) for a, b in pairs):
             raise self._error(f"returns a tensor of shape {list(result.shape)}, not {list(like.shape)}")
         if not result.is_floating_point():
             raise self._error(f"returns a tensor of {result.dtype}, not of floating-point numbers")
@@ -206,13 +208,3 @@ class _MutationGuard(TorchDispatchMode):
 def _storage_key(tensor: Tensor) -> int:
     """Return a key that is equal for tensors with the same memory."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def _surely_differ(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    """Return whether two sizes differ for all values of their symbols."""
-    differs: bool | torch.SymBool = left != right
-    if isinstance(differs, bool):
-        return differs
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(differs)

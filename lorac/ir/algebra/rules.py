@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,26 +10,41 @@ from torch import fx
 
 from lorac.argument_types import Operands
 from lorac.ir.algebra.row_blocks import match_joined_blocks, match_row_block
-from lorac.ir.algebra.structure import IDENTITY, AlgebraRule, Analysis, Form, shape_of
+from lorac.ir.algebra.structure import IDENTITY, AlgebraRule, Analysis, Form, RuleFunction, shape_of
 
 aten = torch.ops.aten
+_rules: list[AlgebraRule] = []
 
 
+def _rule(name: str, *ops: object) -> Callable[[RuleFunction], RuleFunction]:
+    """Return a decorator that adds a rule for these ops; the rules of an op are tried in this file's order."""
+
+    def add(build: RuleFunction) -> RuleFunction:
+        _rules.append(AlgebraRule(name, ops, build))
+        return build
+
+    return add
+
+
+@_rule("copies", aten.clone.default, aten.alias.default, aten.contiguous.default)
 def _match_copy(found: Analysis, node: fx.Node) -> Form | None:
     """copy(X) = X."""
     return found.form(node.args[0])
 
 
+@_rule("identity", aten.eye.default)
 def _match_identity(found: Analysis, node: fx.Node) -> Form | None:
     """eye(n) = I."""
     return Form(base=IDENTITY)
 
 
+@_rule("zeros", aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 def _match_zeros(found: Analysis, node: fx.Node) -> Form | None:
     """zeros(n, m) is the empty sum."""
     return Form() if len(shape_of(node)) == 2 else None
 
 
+@_rule("blocks", aten.block_diag.default)
 def _match_block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
     """block_diag(M₁, M₂, …) = I·D, for square Mᵢ of one size."""
     parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]  # block_diag takes a list
@@ -53,19 +68,7 @@ def _stack_blocks(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
     return found.emit(aten.stack.default, list(parts))
 
 
-def _match_factor(found: Analysis, node: fx.Node) -> Form | None:
-    """B (n, r) · A (r, m) is low-rank where applying the factors costs less than the product's n·m."""
-    left, right = node.args
-    if found.form(left) is not None or found.form(right) is not None:
-        return None
-    (n, r), (_, m) = shape_of(left), shape_of(right)
-    if not found.pays(node, r, n, m):
-        return None
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
-    return Form(low=((left, right),))
-
-
+@_rule("product", aten.mm.default)
 def _match_product(found: Analysis, node: fx.Node) -> Form | None:
     """(c∘I + Σ P·Q)·Y = c∘Y + Σ P·(Q·Y); X·(Σ P·Q) = Σ (X·P)·Q; (c∘W + Σ P·Q)·D = c∘W·D + Σ P·(Q·D)."""
     left, right = node.args
@@ -87,6 +90,20 @@ def _match_product(found: Analysis, node: fx.Node) -> Form | None:
     return replace(scaled, low=scaled.low + low)
 
 
+@_rule("factor", aten.mm.default)
+def _match_factor(found: Analysis, node: fx.Node) -> Form | None:
+    """B (n, r) · A (r, m) is low-rank where applying the factors costs less than the product's n·m."""
+    left, right = node.args
+    if found.form(left) is not None or found.form(right) is not None:
+        return None
+    (n, r), (_, m) = shape_of(left), shape_of(right)
+    if not found.pays(node, r, n, m):
+        return None
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    return Form(low=((left, right),))
+
+
 def _multiply_by_blocks(found: Analysis, x: Form, matrix: object, blocks: fx.Node) -> Form | None:
     number, size, _ = shape_of(blocks)
     if x.sparse or (x.blocks is not None and shape_of(x.blocks) != shape_of(blocks)):
@@ -99,6 +116,7 @@ def _multiply_by_blocks(found: Analysis, x: Form, matrix: object, blocks: fx.Nod
     return Form(x.base, x.c, low=low, blocks=blocks if x.base else None)
 
 
+@_rule("sum", aten.add.Tensor, aten.sub.Tensor)
 def _match_sum(found: Analysis, node: fx.Node) -> Form | None:
     """X + α·Y has the terms of both; where both have a base, the scales of the base are added."""
     left, right = node.args[:2]
@@ -125,6 +143,7 @@ def _add_forms(found: Analysis, node: fx.Node, x: Form, y: Form) -> Form | None:
     return Form(x.base, c, None, low, sparse)
 
 
+@_rule("addmm", aten.addmm.default)
 def _match_addmm(found: Analysis, node: fx.Node) -> Form | None:
     """addmm(C, X, Y) = β·C + α·X·Y, with X·Y low-rank."""
     c, left, right = node.args
@@ -138,6 +157,7 @@ def _match_addmm(found: Analysis, node: fx.Node) -> Form | None:
     return _add_forms(found, node, form, _scale_by_number(found, node, Form(low=((left, right),)), alpha))
 
 
+@_rule("scale", aten.mul.Tensor)
 def _match_scale(found: Analysis, node: fx.Node) -> Form | None:
     """s·X, c∘X and X∘d scale every term."""
     left, right = node.args[:2]
@@ -165,6 +185,7 @@ def _scale_by(found: Analysis, node: fx.Node, matrix: object, form: Form, factor
     return None
 
 
+@_rule("hadamard", aten.mul.Tensor)
 def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
     """(Σ P·Q)∘(Σ R·S) = Σ (P∗R)·(Q∗S), where ∗ multiplies every column of P with every column of R."""
     x, y = (found.form(operand) for operand in node.args[:2])
@@ -191,6 +212,7 @@ def _pairwise_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int)
     return found.emit(aten.reshape.default, found.emit(aten.mul.Tensor, *wide), shape)
 
 
+@_rule("quotient", aten.div.Tensor, aten.neg.default)
 def _match_quotient(found: Analysis, node: fx.Node) -> Form | None:
     """X / s = X·(1/s), for a number, a column or a row; −X = X / −1."""
     arguments: Operands = node.args
@@ -240,6 +262,7 @@ def _scale_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, p
     return found.emit(aten.mul.Tensor, values, found.emit(aten.index_select.default, flat, 0, positions))
 
 
+@_rule("scatter", aten.index_put.default)
 def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
     """X with values added at (rows, cols)."""
     arguments: Operands = node.args
@@ -256,6 +279,7 @@ def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
     return replace(form, sparse=(*form.sparse, (rows, cols, values)))
 
 
+@_rule("transpose", aten.t.default)
 def _match_transpose(found: Analysis, node: fx.Node) -> Form | None:
     """(Σ B·A)ᵀ = Σ Aᵀ·Bᵀ and Dᵀ is block-diagonal; a form that contains W is not transposed."""
     form = found.form(node.args[0])
@@ -270,21 +294,9 @@ def _match_transpose(found: Analysis, node: fx.Node) -> Form | None:
 
 
 RULES: tuple[AlgebraRule, ...] = (
-    AlgebraRule("copies", (aten.clone.default, aten.alias.default, aten.contiguous.default), _match_copy),
-    AlgebraRule("identity", (aten.eye.default,), _match_identity),
-    AlgebraRule("zeros", (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), _match_zeros),
-    AlgebraRule("blocks", (aten.block_diag.default,), _match_block_diagonal),
-    AlgebraRule("product", (aten.mm.default,), _match_product),
-    AlgebraRule("factor", (aten.mm.default,), _match_factor),
-    AlgebraRule("addmm", (aten.addmm.default,), _match_addmm),
-    AlgebraRule("sum", (aten.add.Tensor, aten.sub.Tensor), _match_sum),
-    AlgebraRule("scale", (aten.mul.Tensor,), _match_scale),
-    AlgebraRule("hadamard", (aten.mul.Tensor,), _match_hadamard),
-    AlgebraRule("quotient", (aten.div.Tensor, aten.neg.default), _match_quotient),
-    AlgebraRule("transpose", (aten.t.default,), _match_transpose),
-    AlgebraRule("scatter", (aten.index_put.default,), _match_scatter),
+    *_rules,
     AlgebraRule("rows", (aten.view.default, aten._unsafe_view.default), match_row_block),
     AlgebraRule("joined", (aten.view.default,), match_joined_blocks),
 )
-"""All rules, tried in this order at each node. Functions of ``reduction`` take another list, so that tests can omit
+"""All rules, tried in this order at each node. Functions of ``reduction`` take another tuple, so that tests can omit
 rules."""

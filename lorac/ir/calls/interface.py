@@ -185,11 +185,28 @@ class Interface:
                 given[name] = self._make_input(name, given)
         for name in self.sizes.shapes:
             if isinstance(given[name], str | list | tuple):
-                _check_numbers(name, given[name])
+                try:
+                    reason = None if np.asarray(given[name]).dtype.kind in "biuf" else short(given[name])
+                except (TypeError, ValueError) as error:
+                    reason = str(error)
+                if reason is not None:
+                    raise not_numbers_error(name, reason)
         self.sizes.check(given)
-        for name, count in self.id_counts.items():
-            _check_ids(name, given[name], count)
+        self._check_ids(given)
         return {name: given[name] for name in self.inputs}
+
+    def _check_ids(self, given: Inputs) -> None:
+        """Raise ``ChoiceError`` for ids outside their embedding; other checks refuse values that are not integers."""
+        for name, count in self.id_counts.items():
+            value = given[name]
+            ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+            # Viewed as unsigned, a negative number is huge, so that one maximum finds both kinds of invalid ids.
+            if ids.dtype.kind in "iu" and ids.size and int(ids.view(f"u{ids.itemsize}").max()) >= count:
+                wrong = min(int(ids.min()), 0) or int(ids.max())
+                raise ChoiceError(
+                    f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {count - 1}",
+                    next_step="give ids of the model's own tokenizer, and mark padding in the mask",
+                )
 
     def _check_constant(self, name: str, value: object) -> None:
         """Refuse an argument that is neither an input nor has the value that is constant in the program."""
@@ -365,30 +382,6 @@ class Interface:
             sizes=SizeConstraints.from_json(stored["sizes"]),
             rows=None if stored["rows"] is None else RowLayout.from_json(stored["rows"]),
             checks=stored["checks"],
-        )
-
-
-def _check_numbers(name: str, value: object) -> None:
-    """Raise ``ChoiceError`` for text, and for sequences of values that are not numbers."""
-    try:
-        reason = None if np.asarray(value).dtype.kind in "biuf" else short(value)
-    except (TypeError, ValueError) as error:
-        reason = str(error)
-    if reason is not None:
-        raise not_numbers_error(name, reason)
-
-
-def _check_ids(name: str, value: object, count: int) -> None:
-    """Raise ``ChoiceError`` for ids outside 0 to ``count`` - 1; other checks refuse values that are not integers."""
-    ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
-    if ids.dtype.kind not in "iu" or not ids.size:
-        return
-    # Viewed as unsigned, a negative number is huge, so that one maximum finds both kinds of invalid ids.
-    if int(ids.view(f"u{ids.itemsize}").max()) >= count:
-        wrong = min(int(ids.min()), 0) or int(ids.max())
-        raise ChoiceError(
-            f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {count - 1}",
-            next_step="give ids of the model's own tokenizer, and mark padding in the mask",
         )
 
 

@@ -155,17 +155,18 @@ class DataclassFields:
         self.cls = type(instance)
         self.values = {f.name: replace_dataclasses(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
 
-
-def _rebuild_dataclass(values: Iterable[object], context: tuple[type, Sequence[str]]) -> object:
-    cls, names = context
-    instance: object = object.__new__(cls)
-    for name, value in zip(names, values, strict=True):
-        object.__setattr__(instance, name, value)  # skip __init__, which ran when the model made the original
-    return instance
+    @staticmethod
+    def unflatten(values: Iterable[object], context: tuple[type, Sequence[str]]) -> object:
+        """Make an instance of the dataclass from the values of its fields."""
+        cls, names = context
+        instance: object = object.__new__(cls)
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(instance, name, value)  # skip __init__, which ran when the model made the original
+        return instance
 
 
 pytree.register_pytree_node(
-    DataclassFields, lambda f: (list(f.values.values()), (f.cls, tuple(f.values))), _rebuild_dataclass
+    DataclassFields, lambda f: (list(f.values.values()), (f.cls, tuple(f.values))), DataclassFields.unflatten
 )
 
 

@@ -53,11 +53,27 @@ class RowLayout:
 
     def select(self, given: Mapping[str, object], rows: Sequence[int]) -> dict[str, Any]:
         """Select rows of a call, in this order; return the arguments."""
-        total = self.count_rows(given)
-        return {
-            name: _select_rows(name, value, self.axes[name], rows, total) if name in self.axes else value
-            for name, value in given.items()
-        }
+        total, selected = self.count_rows(given), dict(given)
+        for name, axis in self.axes.items():
+            if name not in given:
+                continue
+            value = given[name]
+            each, odd = divmod(count_along(value, axis), total)
+            if odd or not each:
+                raise InputMismatch(
+                    f"argument '{name}' has size {count_along(value, axis)} on axis {axis}, which does not divide into "
+                    f"{total} rows",
+                    next_step="give the same number of items for each row",
+                )
+            places = [row * each + i for row in rows for i in range(each)]
+            if isinstance(value, Tensor):
+                selected[name] = value.index_select(axis, torch.tensor(places, device=value.device))
+            elif isinstance(value, np.ndarray):
+                selected[name] = value.take(places, axis)
+            else:
+                assert isinstance(value, list | tuple)
+                selected[name] = [value[place] for place in places]
+        return selected
 
     def join(self, values: Sequence[Any], total: int, axis: int | None = 0) -> Any:
         """Concatenate one output of several calls, and drop padding rows.
@@ -108,20 +124,3 @@ def count_along(value: object, axis: int) -> int:
     if isinstance(value, Tensor | np.ndarray):
         return int(value.shape[axis]) if value.ndim > axis else 0
     return len(value) if isinstance(value, list | tuple) and axis == 0 else 0
-
-
-def _select_rows(name: str, value: object, axis: int, rows: Sequence[int], total: int) -> object:
-    each, odd = divmod(count_along(value, axis), total)
-    if odd or not each:
-        raise InputMismatch(
-            f"argument '{name}' has size {count_along(value, axis)} on axis {axis}, which does not divide into "
-            f"{total} rows",
-            next_step="give the same number of items for each row",
-        )
-    places = [row * each + i for row in rows for i in range(each)]
-    if isinstance(value, Tensor):
-        return value.index_select(axis, torch.tensor(places, device=value.device))
-    if isinstance(value, np.ndarray):
-        return value.take(places, axis)
-    assert isinstance(value, list | tuple)
-    return [value[place] for place in places]

@@ -79,8 +79,16 @@ class SizeConstraints:
             self._check_shape(name, shape, expected)
         sizes = self.measure(inputs)
         for condition in self.conditions:
-            if not _holds(condition, sizes):
-                raise _unmet_condition(condition, sizes)
+            if _holds(condition, sizes):
+                continue
+            axes = sorted(find_axes(condition) or ())
+            found = " and ".join(f"size {sizes[name, axis]} on axis {axis} of '{name}'" for name, axis in axes)
+            if _equal_axes(condition) is not None:
+                raise InputMismatch(f"the model joins inputs that differ: {found}", next_step="give both the same size")
+            raise InputMismatch(
+                f"the program was not captured for {found}: it needs {shorten_condition(condition)}",
+                next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
+            )
         if len(self._accepted) >= _MAX_CHECKED:
             self._accepted.clear()
         self._accepted.add(shapes)
@@ -149,10 +157,20 @@ class SizeConstraints:
         Args:
             sizes: the sizes of the axes that do not change.
         """
-        groups = self._group_axes(sizes)
-        single = [self._lower(sizes, group) for group in groups]
-        together = {axis: lowered[axis] for group, lowered in zip(groups, single, strict=True) for axis in group}
-        found = [*single, together] if together != sizes else list(self._shrink(sizes))
+        found, together = [], dict(sizes)
+        for group in self._group_axes(sizes):
+            most = min(sizes[axis] for axis in group)
+            tries = (dict(sizes) | dict.fromkeys(group, size) for size in range(1, most))
+            lowered = next(filter(self._meets_conditions, tries), dict(sizes))
+            together |= {axis: lowered[axis] for axis in group}
+            found.append(lowered)
+        found.append(together)
+        if together == sizes:  # axes cannot change separately: reduce all by one difference or one factor
+            most = min(sizes.values(), default=1)
+            by_difference = ({axis: size - step for axis, size in sizes.items()} for step in range(most - 1, 0, -1))
+            by_factor = ({axis: size * least // most for axis, size in sizes.items()} for least in range(1, most))
+            firsts = (next(filter(self._meets_conditions, tries), None) for tries in (by_difference, by_factor))
+            found = [tried for tried in firsts if tried is not None]
         return [
             tried
             for i, tried in enumerate(found)
@@ -173,20 +191,6 @@ class SizeConstraints:
             if all(_holds(text, tried) for tried in found) and len(found) < _MAX_PROBES:
                 found += [tried for tried in near if not _holds(text, tried)][:1]
         return found
-
-    def _lower(self, sizes: AxisSizes, group: Collection[Axis]) -> dict[Axis, int]:
-        """Return sizes with the smallest common size on these axes that meets the conditions, or unchanged sizes."""
-        most = min(sizes[axis] for axis in group)
-        tries = (dict(sizes) | dict.fromkeys(group, size) for size in range(1, most))
-        return next(filter(self._meets_conditions, tries), dict(sizes))
-
-    def _shrink(self, sizes: AxisSizes) -> Iterator[dict[Axis, int]]:
-        """Yield sizes with all axes reduced by one difference or one factor, if axes cannot change separately."""
-        most = min(sizes.values(), default=1)
-        by_difference = ({axis: size - step for axis, size in sizes.items()} for step in range(most - 1, 0, -1))
-        by_factor = ({axis: size * least // most for axis, size in sizes.items()} for least in range(1, most))
-        for tries in (by_difference, by_factor):
-            yield from filter(None, [next(filter(self._meets_conditions, tries), None)])
 
     def _meets_conditions(self, sizes: AxisSizes) -> bool:
         return all(_holds(condition, sizes) for condition in self.conditions)
@@ -275,17 +279,6 @@ def describe_axes(axes: Collection[Axis]) -> str:
     """Describe axes in words, grouped by number: ``axis 1 of 'ids' and 'mask'``."""
     numbers = dict.fromkeys(axis for _, axis in axes)
     return ", ".join(f"axis {n} of {' and '.join(repr(name) for name, axis in axes if axis == n)}" for n in numbers)
-
-
-def _unmet_condition(condition: str, sizes: AxisSizes) -> InputMismatch:
-    axes = sorted(find_axes(condition) or ())
-    found = " and ".join(f"size {sizes[name, axis]} on axis {axis} of '{name}'" for name, axis in axes)
-    if _equal_axes(condition) is not None:
-        return InputMismatch(f"the model joins inputs that differ: {found}", next_step="give both the same size")
-    return InputMismatch(
-        f"the program was not captured for {found}: it needs {shorten_condition(condition)}",
-        next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
-    )
 
 
 def shorten_condition(condition: str) -> str:

@@ -149,7 +149,13 @@ def compute_adapted(
         make_context: makes the context of its branches.
     """
     if plan.has_placed_branches:
-        return _compute_placed_branches(plan, call, sites, make_context)
+        base = y = call.op(*call.unadapted)
+        if not plan.without_branches.empty:
+            y = compute_adapted(plan.without_branches, without_branches(call), sites, make_context)
+        for index in range(len(plan.branches)):
+            operands = select_operands(plan, index, call)
+            y = compute_placed_branch(plan, index, (call.x, y, base), operands, sites, make_context)
+        return y
     ctx, tensors = _split_operands(plan, call.operands, sites, make_context)
     slots = SiteSlots.of_named(tensors, plan)
     if call.op is ops.BLOCK:
@@ -209,15 +215,3 @@ def _split_operands(
     values = {role.removeprefix(VALUE_PREFIX): v for role, v in operands.items() if role.startswith(VALUE_PREFIX)}
     tensors = {role: tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)}
     return make_context(plan.site, values=present_weights(values, sites)), tensors
-
-
-def _compute_placed_branches(
-    plan: SitePlan, call: AdaptedCall, sites: Mapping[str, Site], make_context: MakeContext
-) -> Tensor:
-    base = y = call.op(*call.unadapted)
-    if not plan.without_branches.empty:
-        y = compute_adapted(plan.without_branches, without_branches(call), sites, make_context)
-    for index in range(len(plan.branches)):
-        operands = select_operands(plan, index, call)
-        y = compute_placed_branch(plan, index, (call.x, y, base), operands, sites, make_context)
-    return y

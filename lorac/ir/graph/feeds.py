@@ -118,26 +118,23 @@ def cache_input_shapes(graph: Graph, holds: Callable[[str], bool] = is_past_inpu
     }
 
 
-def _blank_idle_rows(value: object, strengths: Tensor) -> object:
-    """Set an extra output to NaN, or 0 in integers, in the rows of places whose branch is off; return it."""
-    if bool(strengths.all()):
-        return value
-    rows = torch.as_tensor(value).clone()
-    idle = (strengths == 0).flatten().repeat_interleave(rows.shape[0] // strengths.shape[0])
-    rows[idle] = torch.nan if rows.is_floating_point() else 0
-    return rows if isinstance(value, Tensor) else rows.numpy()
-
-
 def group_aux_outputs(extra: Mapping[str, object], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     """Group the extra outputs of active branches by name and site."""
     aux: dict[str, dict[str, object]] = {}
     emitted: dict[str, dict[str, list[object]]] = {}
-    for key, value in extra.items():
+    for key, output in extra.items():
         name, _, place = key.partition(":")
         path, _, branch = place.rpartition(":")
         strengths = tensors[slot_name(path, strength_role(branch))]
-        if bool(strengths.any()):
-            emitted.setdefault(path, {}).setdefault(name, []).append(_blank_idle_rows(value, strengths))
+        if not strengths.any():
+            continue
+        value = output
+        if not strengths.all():  # NaN, or 0 in integers, in the rows of places whose branch is off
+            rows = torch.as_tensor(output).clone()
+            idle = (strengths == 0).flatten().repeat_interleave(rows.shape[0] // strengths.shape[0])
+            rows[idle] = torch.nan if rows.is_floating_point() else 0
+            value = rows if isinstance(output, Tensor) else rows.numpy()
+        emitted.setdefault(path, {}).setdefault(name, []).append(value)
     for path, found in emitted.items():
         record_extra_outputs(aux, path, found)
     return aux

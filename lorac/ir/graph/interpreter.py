@@ -153,12 +153,15 @@ def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool =
     return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
 
 
-def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    values, indices = torch.sort(x, dim=dim, descending=descending, stable=True)
-    return values, indices
-
-
-TIE_BREAKING_OPS: Mapping[object, Callable[..., object]] = {aten.topk.default: _topk, aten.sort.default: _sort}
+TIE_BREAKING_OPS: Mapping[object, Callable[..., object]] = {
+    aten.topk.default: _topk,
+    aten.sort.default: lambda x, dim=-1, descending=False: tuple(
+        torch.sort(x, dim=dim, descending=descending, stable=True)
+    ),
+}
+        torch.sort(x, dim=dim, descending=descending, stable=True)
+    ),
+}
 """Op whose order of ties torch leaves open -> function that breaks ties by the lowest index."""
 _FUNCTIONS: Mapping[object, Callable[..., object]] = {**TIE_BREAKING_OPS, **ops.OP_FUNCTIONS}
 """Op -> the function that computes it: ops that break ties, and lorac's ops."""

@@ -106,24 +106,19 @@ class FusedBuffer:
                 sparse.add(self.buffer, positions, values)
                 written += values.nbytes
         else:
-            written = self._write_whole(change)
+            target, base = self.matrix_of(self.buffer), self.base()
+            whole = change.folded() if isinstance(change, LowRank) else change
+            if whole is None:
+                target.copy_(base)
+            elif isinstance(whole, LowRank) and not whole.scales and whole.a.dtype == base.dtype:
+                write_product(base, whole.b.mT, whole.a.mT, out=target)
+            else:
+                target.copy_(whole.weight if isinstance(whole, Dense) else merge_weight(whole, base))
+            written = self.buffer.nbytes
         if self.bias is not None:
             bias = self.base_bias if change is None else merge_bias(change, self.base_bias)
             self.bias.copy_(bias) if bias is not None else self.bias.zero_()
         return written
-
-    def _write_whole(self, change: Change | None) -> int:
-        target, base = self.matrix_of(self.buffer), self.base()
-        change = change.folded() if isinstance(change, LowRank) else change
-        if change is None:
-            target.copy_(base)
-        elif isinstance(change, LowRank) and not change.scales and change.a.dtype == base.dtype:
-            write_product(base, change.b.mT, change.a.mT, out=target)
-        elif isinstance(change, Dense):
-            target.copy_(change.weight)
-        else:
-            target.copy_(merge_weight(change, base))
-        return self.buffer.nbytes
 
     def _find_patch(self, change: Sparse | SparseSum) -> tuple[Tensor, Tensor, Tensor]:
         """Return a change's positions in the buffer's memory, the base's values there, and the new values."""

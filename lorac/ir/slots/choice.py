@@ -61,7 +61,20 @@ def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
         if isinstance(spec, list | set) and spec and all(isinstance(name, str) for name in spec):  # as PEFT takes it
             step = f"give {dict.fromkeys(sorted(spec), 1.0)}; a list is one choice per row, as adapters= in a call"
         raise ChoiceError(f"a choice of adapters cannot be {short(spec)}", next_step=step)
-    active = {name: _parse_active(name, value, known) for name, value in spec.items()}
+    active: dict[str, Active] = {}
+    for name, value in spec.items():
+        require_adapter(name, known)
+        if isinstance(value, Active):
+            active[name] = value
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            active[name] = AS_TRAINED if value == 1 else Active(float(value))
+        else:
+            raise ChoiceError(f"the strength of '{name}' is {value!r}, which is not a number", next_step=_STRENGTH_HINT)
+        strength, rank = active[name].strength, active[name].rank
+        if not math.isfinite(strength):
+            raise ChoiceError(f"the strength {strength} of '{name}' is not finite", next_step=_STRENGTH_HINT)
+        if rank is not None and rank < 1:
+            raise ChoiceError(f"'{name}' cannot be truncated to rank {rank}", next_step="ranks start at 1")
     return tuple((name, active[name]) for name in sorted(active) if active[name].strength != 0)
 
 
@@ -85,18 +98,3 @@ def require_adapter(name: object, known: Collection[str]) -> None:
         nearest=nearest_name(str(name), names) or list_some(names, _LISTED, quote="") or None,
         next_step="give it to compile in adapters=, or add it by add_adapter(source, name=...)",
     )
-
-
-def _parse_active(name: str, value: object, known: Collection[str]) -> Active:
-    require_adapter(name, known)
-    if isinstance(value, Active):
-        active = value
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        active = AS_TRAINED if value == 1 else Active(float(value))
-    else:
-        raise ChoiceError(f"the strength of '{name}' is {value!r}, which is not a number", next_step=_STRENGTH_HINT)
-    if not math.isfinite(active.strength):
-        raise ChoiceError(f"the strength {active.strength} of '{name}' is not finite", next_step=_STRENGTH_HINT)
-    if active.rank is not None and active.rank < 1:
-        raise ChoiceError(f"'{name}' cannot be truncated to rank {active.rank}", next_step="ranks start at 1")
-    return active

@@ -48,13 +48,19 @@ class StackShape:
         return self.view(torch.empty(self.nbytes, dtype=torch.uint8))
 
 
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.untyped_storage().data_ptr()
+
+
 def find_stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return all tensors in order, as one strided view (count, …) per run of evenly spaced tensors."""
     runs: list[list[Tensor]] = []
     steps: list[int | None] = []
     for tensor in tensors:
-        step = _find_step(runs[-1][-1], tensor) if runs else None
-        if step is None or steps[-1] not in {None, step}:
+        step = None
+        if runs and _memory(runs[-1][-1]) == _memory(tensor):
+            step = int(tensor.storage_offset()) - int(runs[-1][-1].storage_offset())
+        if step is None or step < 0 or steps[-1] not in {None, step}:
             runs.append([tensor])
             steps.append(None)
         else:
@@ -64,13 +70,3 @@ def find_stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
         run[0].as_strided((len(run), *run[0].shape), (step or 0, *run[0].stride()), run[0].storage_offset())
         for run, step in zip(runs, steps, strict=True)
     ]
-
-
-def _find_step(before: Tensor, after: Tensor) -> int | None:
-    """Return the number of elements between two tensors of the same memory, shape and strides; None otherwise."""
-    if before.shape != after.shape or before.dtype != after.dtype or before.stride() != after.stride():
-        return None
-    if before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
-        return None
-    step = int(after.storage_offset()) - int(before.storage_offset())
-    return step if step >= 0 else None

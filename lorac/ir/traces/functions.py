@@ -49,6 +49,12 @@ def record_function(
         decompositions: ops that are recorded as other ops.
         pre_dispatch: record ops as they are called, before autograd and before torch decomposes them.
     """
+
+    @functools.wraps(function)
+    def keep_detach(*values: object) -> object:
+        with _DetachMode():
+            return function(*values)
+
     traced = _FunctionTracer(
         decompositions,
         tracing_mode="real",
@@ -57,7 +63,7 @@ def record_function(
         record_module_stack=False,
         _allow_fake_constant=False,
         _error_on_data_dependent_ops=True,
-    ).trace(function if pre_dispatch else _keep_detach(function), *values)
+    ).trace(function if pre_dispatch else keep_detach, *values)
     for node in traced.graph.find_nodes(op="call_function", target=torch.ops.lorac.detach.default):
         node.target = torch.ops.aten.detach.default
     traced.recompile()
@@ -79,15 +85,6 @@ class _DetachMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         return _detach(*args) if func in (Tensor.detach, torch.detach) else func(*args, **(kwargs or {}))
-
-
-def _keep_detach(function: Callable[..., object]) -> Callable[..., object]:
-    @functools.wraps(function)
-    def call(*values: object) -> object:
-        with _DetachMode():
-            return function(*values)
-
-    return call
 
 
 def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: Any) -> fx.Graph:
