@@ -49,7 +49,17 @@ def hold_changes(
     if dtype is not None:
         held = {path: {key: cast_floating(part, dtype) for key, part in parts.items()} for path, parts in held.items()}
     pairs = bool(held) and all({"a", "b"} <= parts.keys() <= {"a", "b", "e"} for parts in held.values())
-    made = (_make_lora if pairs else _make_edit)(name, held, like)
+    if pairs:
+        tensors = {
+            path: {"lora_A": p["a"].mT.contiguous(), "lora_B": p["b"].mT.contiguous()} for path, p in held.items()
+        }
+        if any("e" in parts for parts in held.values()):
+            for path, parts in held.items():
+                b = parts["b"]
+                tensors[path]["lora_bias"] = parts["e"] if "e" in parts else b.new_zeros(b.shape[-1])
+        made = replace_by_lora(Adapter(name, like), None, tensors)
+    else:
+        made = _make_edit(name, held, like)
     made.replaced |= replaced or {}
     return made
 
@@ -78,16 +88,6 @@ def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> 
     values = torch.cat([term.values if strength == 1 else strength * term.values for strength, term in terms])
     summed = {"indices": indices, "values": values.new_zeros(indices.shape[1]).index_add_(0, places, values)}
     return {**(summed if summed["values"].numel() else {}), **shift}
-
-
-def _make_lora(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:
-    tensors = {}
-    biased = any("e" in parts for parts in held.values())
-    for path, parts in held.items():
-        tensors[path] = {"lora_A": parts["a"].mT.contiguous(), "lora_B": parts["b"].mT.contiguous()}
-        if biased:
-            tensors[path]["lora_bias"] = parts["e"] if "e" in parts else parts["b"].new_zeros(parts["b"].shape[-1])
-    return replace_by_lora(Adapter(name, like), None, tensors)
 
 
 def _make_edit(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:

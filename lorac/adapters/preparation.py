@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
@@ -185,8 +184,11 @@ class Preparer:
         """Return the normal form of one term, computed in the factors' dtype."""
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
-        shape = (site.stack, site.out_features, site.in_features)
-        weight = self._weight(site).to(dtype) if reduction.reads_weight else _make_meta_weight(*shape, dtype)
+        if reduction.reads_weight:
+            weight = self._weight(site).to(dtype)
+        else:
+            shape = (*filter(None, (site.stack,)), site.out_features, site.in_features)
+            weight = torch.empty(shape, dtype=dtype, device="meta")
         parameters = [cast_floating(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         if site.stack:
@@ -322,12 +324,6 @@ def _fill_layer(adapter: Adapter, site: Site, tensor: Tensor) -> Tensor:
             "in adapters=",
         )
     return pad_rows(tensor, site.size, math.nan if site.kind is SiteKind.EMBEDDING else 0.0)
-
-
-@functools.lru_cache(maxsize=64)
-def _make_meta_weight(stack: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return a meta tensor as the weight for formulas that do not read it."""
-    return torch.empty((stack, rows, columns) if stack else (rows, columns), dtype=dtype, device="meta")
 
 
 def _describe(variant: Variant, site: Site, shapes: Shapes) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import make_branch_term, make_once_term
@@ -74,8 +73,12 @@ class AdapterTerms(TrainingTerms):
         if tensors is None:
             replaced = preparer.replaced_change(adapter, site)
             return None if replaced is None else LiveTerm(active.strength, replaced)
-        if adapter.name not in self._given:
-            _write_constrained(method, tensors)
+        projects = type(method).constrained is not Variant.constrained and torch.is_grad_enabled()
+        if adapter.name not in self._given and projects:  # tensors that violate their method's constraint
+            held = {name: tensor.detach() for name, tensor in tensors.items()}
+            for name, bounded in method.constrained(Params(**held)).items():
+                if tensors[name].requires_grad:
+                    held[name].copy_(bounded)
         reduction = preparer.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH or (isinstance(method, BranchVariant) and method.samples):
             return _branch_term(make_branch_term(adapter, site, detach=False), site, active, rate, place)
@@ -86,16 +89,6 @@ class AdapterTerms(TrainingTerms):
         dropped = preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
         invoked = adapter.name if invocation_of(adapter.variant) else ""
         return LiveTerm(active.strength, change, rate=rate, dropout=place, dropout_delta=dropped, invoked=invoked)
-
-
-def _write_constrained(method: Variant, tensors: Mapping[str, Tensor]) -> None:
-    """In training, project tensors that violate their method's constraint, and write them in place."""
-    if not torch.is_grad_enabled() or type(method).constrained is Variant.constrained:
-        return
-    held = {name: tensor.detach() for name, tensor in tensors.items()}
-    for name, bounded in method.constrained(Params(**held)).items():
-        if tensors[name].requires_grad:
-            held[name].copy_(bounded)
 
 
 def _branch_term(

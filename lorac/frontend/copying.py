@@ -124,17 +124,16 @@ class WeightCast(Exception):
 
 def refuse_casts(host: nn.Module) -> None:
     """Make the modules of a copy raise ``WeightCast`` if a forward casts their tensors to another dtype."""
+
+    def check(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
+            wanted = change(tensor).dtype
+            if wanted != tensor.dtype:
+                raise WeightCast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
+        return module
+
     for module in host.modules():
-        module._apply = functools.partial(_check_cast, module)  # type: ignore[method-assign]  # of a copy
-
-
-def _check_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Return a module that its own forward casts (``to``, ``float``); its tensors must have the dtype already."""
-    for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
-        wanted = change(tensor).dtype
-        if wanted != tensor.dtype:
-            raise WeightCast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
-    return module
+        module._apply = functools.partial(check, module)  # type: ignore[method-assign]  # of a copy
 
 
 def widen_layers(model: nn.Module, sizes: Mapping[str, int]) -> nn.Module:

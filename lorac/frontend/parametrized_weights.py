@@ -75,24 +75,19 @@ def materialize_weights(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         copied.get_parameter(name).requires_grad_(parameter.requires_grad)
     for module in list(copied.modules()):
-        _materialize(module)
+        found = [(computed, computed.evaluate()) for computed in _find_computed_tensors(module)]
+        if parametrize.is_parametrized(module):
+            del module._modules[_PARAMETRIZATIONS]
+            module.__class__ = type(module).__bases__[0]
+        for computed, value in found:
+            if computed.hook is not None:
+                del module._forward_pre_hooks[computed.hook]
+            for name in (*computed.sources, computed.leaf):
+                module.__dict__.pop(name, None)
+                module._parameters.pop(name, None)
+                module._buffers.pop(name, None)
+            module.register_parameter(computed.leaf, nn.Parameter(value, requires_grad=False))
     return copied
-
-
-def _materialize(module: nn.Module) -> None:
-    """Replace the computed tensors of a copy's module by parameters."""
-    found = [(computed, computed.evaluate()) for computed in _find_computed_tensors(module)]
-    if parametrize.is_parametrized(module):
-        del module._modules[_PARAMETRIZATIONS]
-        module.__class__ = type(module).__bases__[0]
-    for computed, value in found:
-        if computed.hook is not None:
-            del module._forward_pre_hooks[computed.hook]
-        for name in (*computed.sources, computed.leaf):
-            module.__dict__.pop(name, None)
-            module._parameters.pop(name, None)
-            module._buffers.pop(name, None)
-        module.register_parameter(computed.leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _find_computed_tensors(module: nn.Module) -> Iterator[_ComputedTensor]:

@@ -218,10 +218,12 @@ class _StreamRecorder(WatchingMode):
         operands = {key for found in sums for key in found.operands}
         stream, attentions, crossed = {self._inputs.get(block)}, self._attentions_before[block], False
         for found in sums:
-            pair = self._split_sum(found, block, stream)
-            if pair is None:
+            for added, residual in (found.operands, found.operands[::-1]):
+                modules = self._outermost_sources(added, block)
+                if modules and residual in stream and self._tensors[residual].since < self._entered_at[modules[0]]:
+                    break  # these modules return the added tensor
+            else:
                 continue
-            modules, residual = pair
             total = self._tensors[found.result]
             readers = [path for path in self._tensors[residual].taken_by if _is_inside(path, block)]
             norms = [path for path in total.taken_by if path in self._norm_outputs and _is_inside(path, block)]
@@ -231,16 +233,6 @@ class _StreamRecorder(WatchingMode):
             attentions, crossed = found.attentions, kind != "mlp"
             norm = None if goes_on else next(iter(norms), None)
             yield Sublayer(block, kind, modules, next(iter(readers), None), norm)
-
-    def _split_sum(
-        self, found: _RecordedSum, block: str, stream: set[_Key | None]
-    ) -> tuple[tuple[str, ...], _Key] | None:
-        """Return (modules that return the added tensor, residual); None if neither operand is the stream."""
-        for added, residual in (found.operands, found.operands[::-1]):
-            modules = self._outermost_sources(added, block)
-            if modules and residual in stream and self._tensors[residual].since < self._entered_at[modules[0]]:
-                return modules, residual
-        return None
 
     def _outermost_sources(self, key: _Key | None, block: str) -> tuple[str, ...]:
         """Return the paths of the outermost modules inside a block that return a tensor."""

@@ -127,7 +127,22 @@ class _BranchExaminer:
         Args:
             calls: the site's calls, whose input and output have the rows of the batch.
         """
-        return self._place_all(plan, lambda slot: self._place_branch(plan, slot, calls))
+
+        def place(slot: BranchSlot) -> BranchSlot:
+            with find_fake_mode(self.graph.exported):
+                values, axes = self._read(slot)
+            for call in calls:
+                rows = [get_example(call.args[0]), get_example(call)]
+                if not all(has_rows(value, self.batch) for value in rows):
+                    raise _NotByRowError("the rows of its input or output are not those of the batch")
+                key = (slot.key, slot.reads, *(describe_type(value) for value in (*rows, *values.values())))
+                if key not in self._examined:
+                    self._examined[key] = self._why_together(plan, replace(slot, axes=axes), rows, values)
+                if self._examined[key]:
+                    raise _NotByRowError(self._examined[key])
+            return replace(slot, axes=axes)
+
+        return self._place_all(plan, place)
 
     def _place_all(self, plan: SitePlan, place: Callable[[BranchSlot], BranchSlot]) -> tuple[SitePlan, str]:
         try:
@@ -135,20 +150,6 @@ class _BranchExaminer:
                 return replace(plan, branches=tuple(map(place, plan.branches))), ""
         except _NotByRowError as error:
             return plan, str(error)
-
-    def _place_branch(self, plan: SitePlan, slot: BranchSlot, calls: Sequence[fx.Node]) -> BranchSlot:
-        with find_fake_mode(self.graph.exported):
-            values, axes = self._read(slot)
-        for call in calls:
-            rows = [get_example(call.args[0]), get_example(call)]
-            if not all(has_rows(value, self.batch) for value in rows):
-                raise _NotByRowError("the rows of its input or output are not those of the batch")
-            key = (slot.key, slot.reads, *(describe_type(value) for value in (*rows, *values.values())))
-            if key not in self._examined:
-                self._examined[key] = self._why_together(plan, replace(slot, axes=axes), rows, values)
-            if self._examined[key]:
-                raise _NotByRowError(self._examined[key])
-        return replace(slot, axes=axes)
 
     def _why_together(
         self, plan: SitePlan, slot: BranchSlot, rows: Sequence[Tensor], values: Mapping[str, Tensor]

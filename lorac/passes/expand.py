@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, fx
@@ -53,7 +53,15 @@ class ExpandAdaptedCalls(Pass):
         for node in adapted:
             expander.expand(node)
         extra = expander.extra
-        _share_cuts(graph)
+        # Each value is cut once for all sites that read it, and one slot gives the number of places.
+        known: dict[object, fx.Node] = {}
+        for cut in list(graph.find(segment_ops.CUT)):
+            x, _, features = cut.args
+            first = known.setdefault((x, features), cut)
+            if first is cut:
+                cut.args = (x, next(iter(known.values())).args[1], features)
+            else:
+                graph.replace_node(cut, first)
         for cut in graph.find(segment_ops.CUT):
             graph.axes.setdefault(str(cut.meta["val"].shape[1]), f"segment_{len(graph.axes)}")
         lowered = ops.lower_sites(graph.exported.graph_module)
@@ -215,18 +223,6 @@ class _Expander:
         return y
 
 
-def _share_cuts(graph: Graph) -> None:
-    """Cut each value once for all sites that read it, and read the number of places from one slot."""
-    known: dict[object, fx.Node] = {}
-    for cut in graph.find(segment_ops.CUT):
-        x, _, features = cut.args
-        first = known.setdefault((x, features), cut)
-        if first is cut:
-            cut.args = (x, next(iter(known.values())).args[1], features)
-        else:
-            graph.replace_node(cut, first)
-
-
 def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:
     """Replace y' − y by m where a branch ends in y' = y + m, which saves two ops of y's size per site.
 
@@ -236,10 +232,17 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
     """
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for scaled in [user for index in strengths for user in places[index].users]:
-        found = map(_behind_segments, scaled.all_input_nodes)
-        moved = next((operand for operand in found if operand.target is aten.sub.Tensor), None)
-        summed = None if moved is None else moved.args[0]
-        if moved is None or not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor:
+        moved: Any = None
+        for operand in scaled.all_input_nodes:
+            moved = operand
+            while moved.target in {segment_ops.CUT, segment_ops.JOIN}:
+                moved = moved.args[0]
+            if moved.target is aten.sub.Tensor:
+                break
+        else:
+            continue
+        summed = moved.args[0]
+        if not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor:
             continue
         if moved.kwargs or summed.kwargs:
             continue
@@ -248,13 +251,6 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
             moved.replace_all_uses_with(others[0])
     traced.graph.eliminate_dead_code()
     return traced
-
-
-def _behind_segments(node: fx.Node) -> fx.Node:
-    """Return the node behind all cuts into segments and joins."""
-    while node.target in {segment_ops.CUT, segment_ops.JOIN}:
-        node = node.args[0]  # type: ignore[assignment]  # a node
-    return node
 
 
 def _describe_site(site: Site) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ base's.
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -63,22 +63,52 @@ class FuseProjections(Pass):
         calls = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
         calls = {path: nodes for path, nodes in calls.items() if path not in graph.projections}
         obstacles = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
-        groups = list(_group_fusable(graph, obstacles, _COMMON_ROLES if self.constant else ()))
-        projections = [self._describe_fusion(graph, paths) for paths in _select_constant_groups(groups)]
+        by_input = list(group_sites_by_input(graph).values())
+        groups: list[tuple[str, ...]] = []  # for each input, those of one module that may be fused, in call order
+        for paths in by_input:
+            alike: dict[object, list[str]] = {}
+            for path in (path for path in paths if path not in obstacles and path not in graph.projections):
+                plan, site, module = graph.plans.get(path), graph.sites[path], path.rpartition(".")[0]
+                room = plan.room if self.constant and plan is not None else ()
+                slots = tuple(role for role in _COMMON_ROLES if role in room)
+                alike.setdefault((module, site.dtype, site.packed, slots), []).append(path)
+            groups += map(tuple, alike.values())
 
-        known: KnownCalls = {}
+        projections, known = list[FusedProjection](), KnownCalls()
+        # A shared layer is called several times: each time next to other sites, or twice with one input.
+        for group in dict.fromkeys(groups):
+            members = set(group)
+            always_together = all(other == group for other in groups if members.intersection(other))
+            if len(members) == len(group) > 1 and always_together:
+                projections.append(self._describe_fusion(graph, group))
+
         for projection in projections:
-            _replace_calls(graph, projection, calls, known)
+            # Each site is called exactly once with each input: the calls with one input have the order of the sites.
+            calls_by_input: dict[object, list[fx.Node]] = {}
+            for call in (call for path in projection.sites for call in calls[path]):
+                calls_by_input.setdefault(call.args[0], []).append(call)
+            for site_calls in calls_by_input.values():
+                outputs = _insert_fused(graph, projection, site_calls, known)
+                for path, call, output in zip(projection.sites, site_calls, outputs, strict=True):
+                    output.meta = {**call.meta, "custom": {SLOTS_KEYWORD: path}}
+                    graph.replace_node(call, output)
         graph.projections.update({projection.plan.site.path: projection for projection in projections})
 
-        members = {path for projection in graph.projections.values() for path in projection.sites}
+        fused = {path for projection in graph.projections.values() for path in projection.sites}
         grouped = {path for group in groups if len(group) > 1 for path in group}
         single = {
             path: obstacles.get(path) or (_OTHERS_VARY if path in grouped else _NO_OTHERS)
             for path, plan in graph.plans.items()
-            if path in calls and path not in members and not plan.empty
+            if path in calls and path not in fused and not plan.empty
         }
-        graph.add_notes(*_single_notes(graph, single, obstacles))
+        with_neighbours = {path for paths in by_input if len(paths) > 1 for path in paths} & obstacles.keys()
+        by_reason: dict[str, list[str]] = {}
+        for path, why in single.items():
+            if path in with_neighbours and graph.sites[path].kind is SiteKind.LINEAR:
+                by_reason.setdefault(why, []).append(path)
+        for why, paths in by_reason.items():
+            named = list_some(paths, 1)
+            graph.add_notes(f"{named}: computed apart from layers that read the same input, since {why}")
         return PassResult(bool(projections), tuple(Skip(path, why) for path, why in single.items()))
 
     def _find_obstacle(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
@@ -130,65 +160,6 @@ def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) ->
     inputs = [call.args[0] for call in calls]
     written = any(x in find_written_operands(user) for x in inputs if isinstance(x, fx.Node) for user in x.users)
     return "its input is written to" if written else None
-
-
-def _group_fusable(
-    graph: Graph, obstacles: Mapping[str, str], common_roles: Sequence[str]
-) -> Iterator[tuple[str, ...]]:
-    """Yield, for each input, the groups of sites of one module that may be fused, in call order.
-
-    A site that is called several times is in one group per call.
-    """
-    for paths in group_sites_by_input(graph).values():
-        groups: dict[object, list[str]] = {}
-        for path in (path for path in paths if path not in obstacles and path not in graph.projections):
-            plan, site, module = graph.plans.get(path), graph.sites[path], path.rpartition(".")[0]
-            common_slots = () if plan is None else tuple(role for role in common_roles if role in plan.room)
-            groups.setdefault((module, site.dtype, site.packed, common_slots), []).append(path)
-        yield from map(tuple, groups.values())
-
-
-def _select_constant_groups(groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Yield each group of two or more sites that are together at every call, once.
-
-    A shared layer is called several times: each time next to other sites, or twice with one input.
-    """
-    for group in dict.fromkeys(groups):
-        members = set(group)
-        called_once_per_input = len(members) == len(group)
-        always_together = all(other == group for other in groups if members.intersection(other))
-        if len(group) > 1 and called_once_per_input and always_together:
-            yield group
-
-
-def _single_notes(graph: Graph, single: Mapping[str, str], obstacles: Mapping[str, str]) -> Iterator[str]:
-    """Yield a note for each reason why adapted linear layers are not fused with layers that read their input."""
-    with_neighbours = {path for paths in group_sites_by_input(graph).values() if len(paths) > 1 for path in paths}
-    by_reason: dict[str, list[str]] = {}
-    for path, why in single.items():
-        if path in obstacles and path in with_neighbours and graph.sites[path].kind is SiteKind.LINEAR:
-            by_reason.setdefault(why, []).append(path)
-    for why, paths in by_reason.items():
-        named = list_some(paths, 1)
-        yield f"{named}: computed apart from layers that read the same input, since {why}"
-
-
-def _replace_calls(
-    graph: Graph, projection: FusedProjection, calls: Mapping[str, Sequence[fx.Node]], known: KnownCalls
-) -> None:
-    """Replace the calls of a projection's sites by fused calls, one for each input.
-
-    Each site is called exactly once with each input, so that the calls with one input have the order of the sites.
-    """
-    by_input: dict[object, list[fx.Node]] = {}
-    for path in projection.sites:
-        for call in calls[path]:
-            by_input.setdefault(call.args[0], []).append(call)
-    for site_calls in by_input.values():
-        outputs = _insert_fused(graph, projection, site_calls, known)
-        for path, call, output in zip(projection.sites, site_calls, outputs, strict=True):
-            output.meta = {**call.meta, "custom": {SLOTS_KEYWORD: path}}
-            graph.replace_node(call, output)
 
 
 def _insert_fused(

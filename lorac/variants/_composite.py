@@ -38,8 +38,14 @@ class CompositeVariant(WeightVariant):
         return all(self.inner[prefix].starts_as_base(place) for prefix, place in self.inner_sites(site).items())
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
+
+        def initialise(context: InitContext, prefix: str, place: Site, init: Init) -> Tensor:
+            """Call an inner method's initialiser, which sees only its own tensors and weight."""
+            own = select_params(context.params, prefix)
+            return init(replace(context, site=place, params=own, weight=partial(self.inner_weight, prefix, context)))
+
         return {
-            prefix + key: replace(spec, init=self._inner_init(prefix, place, spec.init))
+            prefix + key: replace(spec, init=partial(initialise, prefix=prefix, place=place, init=spec.init))
             for prefix, place in self.inner_sites(site).items()
             for key, spec in self.inner[prefix].params(place).items()
         }
@@ -50,12 +56,3 @@ class CompositeVariant(WeightVariant):
             for prefix, method in self.inner.items()
             for key, tensor in method.constrained(select_params(p, prefix)).items()
         }
-
-    def _inner_init(self, prefix: str, place: Site, init: Init) -> Init:
-        """Return an inner method's initialiser, which sees only its own tensors and weight."""
-
-        def initialise(context: InitContext) -> Tensor:
-            own = select_params(context.params, prefix)
-            return init(replace(context, site=place, params=own, weight=partial(self.inner_weight, prefix, context)))
-
-        return initialise

@@ -52,7 +52,17 @@ class Chain(CompositeVariant):
             CompileError: an adapter's method does not edit a weight.
             ChoiceError: two adapters replace the same parameter.
         """
-        variant = cls(parts=tuple(map(_restrict_to_sites, adapters)), targets=_sites_pattern(*adapters))
+        parts: list[WeightVariant] = []
+        for adapter in adapters:
+            adapter.variant.require_class()
+            if not isinstance(adapter.variant, WeightVariant):
+                raise unmergeable_error(
+                    f"'{adapter.name}' ({adapter.variant.name}) does not edit a weight that the next method could use",
+                    next_step="a chain takes methods of the weight form; `lorac variants` lists them",
+                )
+            own = _sites_pattern(adapter)
+            parts.append(dataclasses.replace(adapter.variant, targets=own, exclude=(), layers=()))
+        variant = cls(parts=tuple(parts), targets=_sites_pattern(*adapters))
         chained = Adapter(name, variant)
         for prefix, adapter in zip(variant.inner, adapters, strict=True):
             for path, tensors in adapter.tensors.items():
@@ -105,16 +115,6 @@ def _acts(part: WeightVariant, site: Site) -> bool:
         layers_pattern=part.layers_pattern,
     )
     return bool(named) and part.adapts(site)
-
-
-def _restrict_to_sites(adapter: Adapter) -> WeightVariant:
-    adapter.variant.require_class()
-    if not isinstance(adapter.variant, WeightVariant):
-        raise unmergeable_error(
-            f"'{adapter.name}' ({adapter.variant.name}) does not edit a weight that the next method could use",
-            next_step="a chain takes methods of the weight form; `lorac variants` lists them",
-        )
-    return dataclasses.replace(adapter.variant, targets=_sites_pattern(adapter), exclude=(), layers=())
 
 
 def _sites_pattern(*adapters: Adapter) -> str:

@@ -228,7 +228,14 @@ class FlexMoRE(BranchVariant):
             expert = {names[name]: tensor.detach().clone() for name, tensor in given if name in names}
             if model is not None and rank != old[number - 1]:
                 layer = f"{path}.{getattr(variant, part)}.weight"
-                expert = _extract_expert(key, *_multiply_out(expert, key, model, layer), rank)
+                if key in expert:
+                    whole = expert[key]
+                    base = _get_matrix(model, layer, whole.shape)
+                else:
+                    a, b = expert[f"{key}_A"], expert[f"{key}_B"]
+                    base = _get_matrix(model, layer, torch.Size((len(b), a.shape[1])))
+                    whole = base + b @ a
+                expert = _extract_expert(key, whole, base, rank)
             tensors[path] |= expert
         return Adapter(name, variant, tensors)
 
@@ -267,15 +274,6 @@ def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
             next_step="give mixtures next to one public model",
         )
     return variants
-
-
-def _multiply_out(expert: Mapping[str, Tensor], name: str, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-    """Return an expert's whole matrix, and the public model's matrix."""
-    if name in expert:
-        return expert[name], _get_matrix(model, layer, expert[name].shape)
-    a, b = expert[f"{name}_A"], expert[f"{name}_B"]
-    base = _get_matrix(model, layer, torch.Size((len(b), a.shape[1])))
-    return base + b @ a, base
 
 
 def _get_matrix(model: nn.Module, layer: str, shape: torch.Size) -> Tensor:

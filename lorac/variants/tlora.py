@@ -113,7 +113,15 @@ class TLoRA(WeightVariant):
         ring = _cores(p, "ttv_core_")
         half = len(ring) // 2
         # tr(L·R) = Σ L[p, q]·R[q, p]: a matrix product over pairs of ring indices.
-        left, right = (self._chain(part) for part in (ring[:half], ring[half:]))
+        totals = []  # G¹[a₁] ⋯ Gᴰ[a_D] for every index a of a half: (n, R, R)
+        for first, *cores in (ring[:half], ring[half:]):
+            total = first
+            for core in cores:
+                grid = torch.einsum("apq,bqr->abpr", total, core)
+                ordered = grid if self.index_order == "big" else grid.transpose(0, 1)
+                total = ordered.reshape(-1, *core.shape[1:])
+            totals.append(total)
+        left, right = totals
         return transformed + (self.scale * left.flatten(1)) @ right.transpose(1, 2).flatten(1).t()
 
     def _ordered(self, cores: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -123,15 +131,6 @@ class TLoRA(WeightVariant):
         """
         rings = [core if core.dim() > 2 else core[:, :, None, None] for core in cores]
         return rings if self.index_order == "big" else [core.transpose(2, 3) for core in reversed(rings)]
-
-    def _chain(self, cores: Sequence[Tensor]) -> Tensor:
-        """Return G¹[a₁] ⋯ Gᴰ[a_D] for every index a: (n, R, R)."""
-        total = cores[0]
-        for core in cores[1:]:
-            grid = torch.einsum("apq,bqr->abpr", total, core)
-            ordered = grid if self.index_order == "big" else grid.transpose(0, 1)
-            total = ordered.reshape(-1, *core.shape[1:])
-        return total
 
 
 def _cores(p: Params, prefix: str) -> list[Tensor]:

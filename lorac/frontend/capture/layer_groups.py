@@ -7,7 +7,7 @@ same only while nothing reads it, which the caller has to check.
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -43,22 +43,18 @@ def find_layer_groups(model: nn.Module) -> list[LayerGroup]:
     shared = frozenset(key for key, modules in holders.items() if len(modules) > 1)  # tensors of several modules
     found: list[LayerGroup] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= _MIN_LAYERS:
-            found += _find_groups_in(path, module, shared)
-    return found
-
-
-def _find_groups_in(path: str, container: nn.Module, shared: frozenset[int]) -> Iterator[LayerGroup]:
-    groups: list[_OpenGroup] = []
-    for number, (name, layer) in enumerate(container.named_children()):
-        if next(layer.children(), None) is None or not shared.isdisjoint(map(id, named_tensors(layer).values())):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < _MIN_LAYERS:
             continue
-        inner = f"{path}.{name}".removeprefix(".")
-        if not any(group.takes(inner, layer, number) for group in groups):
-            groups.append(_OpenGroup(layer, number, [inner]))
-    for group in groups:
-        if len(group.paths) >= _MIN_LAYERS:
-            yield LayerGroup(tuple(group.paths), frozenset(group.numbered))
+        groups: list[_OpenGroup] = []
+        for number, (name, layer) in enumerate(module.named_children()):
+            if next(layer.children(), None) is None or not shared.isdisjoint(map(id, named_tensors(layer).values())):
+                continue
+            inner = f"{path}.{name}".removeprefix(".")
+            if not any(group.takes(inner, layer, number) for group in groups):
+                groups.append(_OpenGroup(layer, number, [inner]))
+        full = (group for group in groups if len(group.paths) >= _MIN_LAYERS)
+        found += [LayerGroup(tuple(group.paths), frozenset(group.numbered)) for group in full]
+    return found
 
 
 @dataclass
@@ -101,14 +97,13 @@ def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Mo
     if list(mine) != list(theirs):
         return None
     pairs = {path: (module, theirs[path]) for path, module in mine.items()}
-    return pairs if all(_same_kind(a, b) for a, b in pairs.values()) else None
-
-
-def _same_kind(one: nn.Module, other: nn.Module) -> bool:
-    if type(one) is not type(other) or one.training != other.training or vars(one).keys() != vars(other).keys():
-        return False
-    tensors = ((one._parameters, other._parameters), (one._buffers, other._buffers))
-    return all(a.keys() == b.keys() and all(_same_size(a[name], b[name]) for name in a) for a, b in tensors)
+    for a, b in pairs.values():
+        if type(a) is not type(b) or a.training != b.training or vars(a).keys() != vars(b).keys():
+            return None
+        for x, y in ((a._parameters, b._parameters), (a._buffers, b._buffers)):
+            if x.keys() != y.keys() or not all(_same_size(x[name], y[name]) for name in x):
+                return None
+    return pairs
 
 
 def _same_size(one: Tensor | None, other: Tensor | None) -> bool:

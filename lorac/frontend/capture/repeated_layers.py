@@ -64,7 +64,12 @@ def _repeat(layer: nn.Module, path: str, group: "_GroupTrace", state: "_LayerSta
 
     @functools.wraps(forward)
     def call(*args: object, **kwargs: object) -> object:
-        if get_proxy_mode() is None or not state.is_unchanged or _is_in_region():
+        mode = get_proxy_mode()
+        if mode is None or not state.is_unchanged or torch.is_grad_enabled():  # a trace has no gradients
+            return forward(*args, **kwargs)
+        graph: fx.Graph = mode.tracer.graph
+        begun, ended = (len(graph.find_nodes(op="call_function", target=target)) for target in _AUTOCAST)
+        if begun != ended:  # the region becomes a separate graph
             return forward(*args, **kwargs)
         arguments = _FlatValues.of((args, kwargs))
         first = next((first for first in group.traced_layers if first.stands_for(arguments, group.outputs)), None)
@@ -156,19 +161,17 @@ class _GroupTrace:
 
     def watch_index(self, layer: nn.Module, path: str) -> None:
         """Record reads of a layer's own index."""
+
+        def read(_: nn.Module, name: str, number: int) -> int:
+            self.reads.append(name)
+            return number
+
         for inner, name in self.numbered:
             module = layer.get_submodule(inner)
             kind, number = type(module), vars(module).pop(name)
             named = {key: vars(kind)[key] for key in ("__module__", "__qualname__") if key in vars(kind)}
-            layer_index = property(self._make_reader(f"{path}.{name}", number))
+            layer_index = property(functools.partial(read, name=f"{path}.{name}", number=number))
             module.__class__ = type(kind.__name__, (kind,), {**named, name: layer_index})
-
-    def _make_reader(self, what: str, number: int) -> Callable[[nn.Module], int]:
-        def read(_: nn.Module) -> int:
-            self.reads.append(what)
-            return number
-
-        return read
 
     def trace(self, forward: Forward, path: str, arguments: _FlatValues, state: _LayerState) -> object:
         """Trace a call; other layers may repeat it unless there is evidence that they might compute differently."""
@@ -198,13 +201,6 @@ def _nodes_after(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes of a graph after a node."""
     while (node := node.next).op != "root":
         yield node
-
-
-def _is_in_region() -> bool:
-    """Return whether the trace is inside a region that becomes a separate graph; a trace has no gradients."""
-    graph: fx.Graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]  # there is one
-    begun, ended = (len(graph.find_nodes(op="call_function", target=target)) for target in _AUTOCAST)
-    return begun != ended or torch.is_grad_enabled()
 
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)

@@ -92,8 +92,15 @@ def collect_constraints(
     known = {text: c for text, c in conditions.items() if (axes := find_axes(text)) is not None and axes <= varying}
     # An empty batch takes another path through most models, which no trace covers.
     least = tuple(f"{name}[{axis}] >= 1" for name, axis in sorted(varying))
-    assumed = tuple(text for text, condition in known.items() if _excludes_small_sizes(condition))
-    return SizeConstraints(shapes, (*least, *(text for text in known if text not in assumed)), assumed, fixed, lines)
+    assumed = []  # the conditions that only exclude sizes that are 0, 1 or equal to another size, as torch often does
+    for text, condition in known.items():
+        strict = isinstance(condition, sympy.StrictLessThan | sympy.StrictGreaterThan)
+        bounds = strict or isinstance(condition, sympy.Le | sympy.Ge)
+        small = bounds and condition.lts.is_Integer and condition.lts <= (1 if strict else 2)
+        if small or isinstance(condition, sympy.Ne):
+            assumed.append(text)
+    others = (text for text in known if text not in assumed)
+    return SizeConstraints(shapes, (*least, *others), tuple(assumed), fixed, lines)
 
 
 def _locate_symbols(inputs: Mapping[str, Tensor]) -> tuple[dict[sympy.Expr, sympy.Expr], list[sympy.Basic]]:
@@ -125,12 +132,3 @@ def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, tor
     for name, axis, size in sizes:
         if isinstance(size, torch.SymInt) and constant_size(size) is None:
             yield name, axis, size
-
-
-def _excludes_small_sizes(condition: sympy.Basic) -> bool:
-    """Return whether a condition only excludes sizes that are 0, 1 or equal to another size, as torch often does."""
-    if isinstance(condition, sympy.Ne):
-        return True
-    if isinstance(condition, sympy.StrictLessThan | sympy.StrictGreaterThan):
-        return condition.lts.is_Integer and condition.lts <= 1
-    return isinstance(condition, sympy.Le | sympy.Ge) and condition.lts.is_Integer and condition.lts <= 2

@@ -114,11 +114,6 @@ def _vectors(*names: str, items: Shape = ()) -> Callable[[JsonMapping], Shape | 
     return shape
 
 
-def _latents(config: JsonMapping) -> Shape | None:
-    channels = _size(config, ("latent_channels", "z_dim"))
-    return (_ROWS, channels, *_PATCHES) if channels else None
-
-
 def _positions(count: int) -> Callable[[JsonMapping], Shape | None]:
     def shape(config: JsonMapping) -> Shape | None:
         axes = config.get("axes_dims_rope")
@@ -137,7 +132,7 @@ def _text_and_time(config: JsonMapping) -> dict[str, Shape] | None:
 _SHAPES: Mapping[str, Callable[[JsonMapping], Shape | Mapping[str, Shape] | None]] = {
     "sample": _image,
     "hidden_states": _latents_or_patches,
-    "z": _latents,
+    "z": lambda config: (_ROWS, z, *_PATCHES) if (z := _size(config, ("latent_channels", "z_dim"))) else None,
     "timestep": lambda config: (_ROWS,),
     "encoder_hidden_states": _vectors(
         "joint_attention_dim", "cross_attention_dim", "caption_channels", "text_dim", items=(_TOKENS,)

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
@@ -117,8 +117,15 @@ class TransformersHost(Host):
         self.configure(TRACE_CONFIG)
         model, named, flags = utils.prepare_for_export(self.model, dict(inputs))
         exporter.register_cache_pytrees_for_model(model)
+        # The exporter's ``apply_patches`` imports every model for which it has a patch, which takes most of a second.
+        patches = []
+        for path, name, patch in utils._PATCHES["dynamo"]:
+            module, _, owner = path.rpartition(".")
+            found = sys.modules.get(path) or vars(sys.modules.get(module, object)).get(owner)
+            if found is not None:
+                patches.append((found, name, patch))
         with (
-            utils.patch_attributes(list(_list_patches(utils))),
+            utils.patch_attributes(patches),
             exporter.reset_model_state(model),
             exporter.patch_model_config(model, flags),
             exporter.patch_forward_signature(model, named),
@@ -209,15 +216,3 @@ def _import_exporter() -> tuple[Any, Any]:
     from transformers.exporters import exporter_dynamo, utils
 
     return utils, exporter_dynamo
-
-
-def _list_patches(utils: Any) -> Iterator[tuple[object, str, object]]:
-    """Yield the exporter's patches for imported modules and their classes.
-
-    The exporter's ``apply_patches`` imports every model for which it has a patch, which takes most of a second.
-    """
-    for path, name, patch in utils._PATCHES["dynamo"]:
-        module, _, owner = path.rpartition(".")
-        found = sys.modules.get(path) or vars(sys.modules.get(module, object)).get(owner)
-        if found is not None:
-            yield found, name, patch

@@ -37,7 +37,7 @@ def make_example_inputs(host: Host) -> dict[str, Any] | None:
         inputs |= {"input_ids": ids}
         inputs |= {"attention_mask": torch.ones_like(ids)} if "attention_mask" in names else {}
     shapes = {name: _image_shape(config, name) for name in _IMAGES if name in names}
-    shapes |= {name: shape(config) for name, shape in _SOUNDS.items() if name == main}
+    shapes |= {main: _sound_shape(config, main)} if main in _SOUNDS else {}
     inputs |= {name: host.make_wave(shape) for name, shape in shapes.items() if shape is not None}
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _make_ids(config, _DECODER_LENGTH, host.device)
@@ -86,7 +86,7 @@ def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:
 
 def describe_processor_call(host: Host) -> str:
     """Return code that makes example inputs with the processor of a transformers model."""
-    arguments = {"images": _IMAGES, "audio": tuple(_SOUNDS), "text": ("input_ids",)}
+    arguments = {"images": _IMAGES, "audio": _SOUNDS, "text": ("input_ids",)}
     kinds = [kind for kind, inputs in arguments.items() if not host.parameters.keys().isdisjoint(inputs)]
     path = getattr(host.model.config, "name_or_path", "") or "the model's name"
     values = ", ".join(f"{kind}=[..., ...]" for kind in kinds)
@@ -118,30 +118,23 @@ def _image_shape(config: object, name: str) -> tuple[int, ...] | None:
     return (_BATCH, *(() if frames is None else (frames,)), getattr(vision, "num_channels", 3), height, width)
 
 
-def _samples_shape(config: object) -> tuple[int, ...] | None:
-    """Return the shape of a sound: samples for a stack of convolutions, or a spectrogram of fixed size."""
+_SOUNDS = ("input_values", "input_features")
+"""Arguments that take sounds."""
+
+
+def _sound_shape(config: object, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a sound: samples for a stack of convolutions, or a spectrogram; None if it is not configured.
+
+    The last axis of ``input_features`` is time, with two frames per position of the encoder.
+    """
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
-    if kernels and strides:
+    if name == "input_values" and kernels and strides:
         count = _LENGTH
         for kernel, stride in reversed(list(zip(kernels, strides, strict=False))):
             count = (count - 1) * stride + kernel
         return (_BATCH, count)
-    return _configured_shape(config, "max_length", "num_mel_bins")
-
-
-def _spectrogram_shape(config: object) -> tuple[int, ...] | None:
-    """Return the shape of a spectrogram whose last axis is time, with two frames per position of the encoder."""
-    shape = _configured_shape(config, "num_mel_bins", "max_source_positions")
-    return None if shape is None else (*shape[:2], 2 * shape[2])
-
-
-def _configured_shape(config: object, *names: str) -> tuple[int, ...] | None:
-    sizes = [getattr(config, name, None) for name in names]
-    return None if None in sizes else (_BATCH, *(size for size in sizes if size is not None))
-
-
-_SOUNDS: Mapping[str, Callable[[object], tuple[int, ...] | None]] = {
-    "input_values": _samples_shape,
-    "input_features": _spectrogram_shape,
-}
-"""Arguments that take sounds -> functions for their shapes."""
+    fields = ("max_length", "num_mel_bins") if name == "input_values" else ("num_mel_bins", "max_source_positions")
+    first, last = (getattr(config, field, None) for field in fields)
+    if first is None or last is None:
+        return None
+    return (_BATCH, first, last if name == "input_values" else 2 * last)

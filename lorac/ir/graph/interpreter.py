@@ -159,9 +159,6 @@ TIE_BREAKING_OPS: Mapping[object, Callable[..., object]] = {
         torch.sort(x, dim=dim, descending=descending, stable=True)
     ),
 }
-        torch.sort(x, dim=dim, descending=descending, stable=True)
-    ),
-}
 """Op whose order of ties torch leaves open -> function that breaks ties by the lowest index."""
 _FUNCTIONS: Mapping[object, Callable[..., object]] = {**TIE_BREAKING_OPS, **ops.OP_FUNCTIONS}
 """Op -> the function that computes it: ops that break ties, and lorac's ops."""
