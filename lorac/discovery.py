@@ -33,18 +33,16 @@ def find_classes(package: ModuleType, base: type[T]) -> list[type[T]]:
 
 def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
     """Return the entry points of a group by name, without importing them."""
-    return _read_entry_points(group, tuple((folder, _last_change(folder)) for folder in sys.path))
+    changes = []
+    for folder in sys.path:
+        try:
+            changes.append((folder, os.stat(folder or ".").st_mtime_ns))  # changes when a package comes or goes
+        except OSError:
+            changes.append((folder, 0))
+    return _read_entry_points(group, tuple(changes))
 
 
 @functools.lru_cache(maxsize=8)
 def _read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> Mapping[str, metadata.EntryPoint]:
     """Return a group's entry points by name; cached while ``folders``, the import path, have not changed."""
     return {found.name: found for found in metadata.entry_points(group=group)}
-
-
-def _last_change(folder: str) -> int:
-    """Return when a package was last installed in a folder or removed, or 0 if there is no such folder."""
-    try:
-        return os.stat(folder or ".").st_mtime_ns
-    except OSError:
-        return 0

@@ -20,8 +20,20 @@ _suppressing: ContextVar[bool] = ContextVar("suppressing", default=False)
 @contextmanager
 def suppress_third_party_output() -> Iterator[None]:
     """Drop the logs and warnings of torch, transformers and the ONNX libraries in this context."""
-    _add_log_filter()
-    _add_warning_filter()
+    loggers = [logging.getLogger()]
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and logger.handlers and name.split(".")[0] in SUPPRESSED_LOGGERS:
+            loggers.append(logger)
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in filter(None, (*handlers, logging.lastResort)):
+        if _LOG_FILTER not in handler.filters:
+            handler.addFilter(_LOG_FILTER)
+    # Before all others: `warnings.filterwarnings` does not take an object as a pattern.
+    filters: list[object] = warnings.filters  # type: ignore[assignment]  # typed as a sequence of patterns
+    if filters[:1] != [_WARNING_FILTER]:
+        while _WARNING_FILTER in filters:
+            filters.remove(_WARNING_FILTER)
+        filters.insert(0, _WARNING_FILTER)
     token = _suppressing.set(True)
     try:
         yield
@@ -51,18 +63,6 @@ def _has_own_level(name: str, library: str) -> bool:
 _LOG_FILTER = _LogFilter()
 
 
-def _add_log_filter() -> None:
-    """Add the filter to every handler that records of the libraries reach, unless it is there."""
-    loggers = [logging.getLogger()]
-    for name, logger in list(logging.root.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger) and logger.handlers and name.split(".")[0] in SUPPRESSED_LOGGERS:
-            loggers.append(logger)
-    handlers = [handler for logger in loggers for handler in logger.handlers]
-    for handler in filter(None, (*handlers, logging.lastResort)):
-        if _LOG_FILTER not in handler.filters:
-            handler.addFilter(_LOG_FILTER)
-
-
 class _InSilentContext:
     """A stand-in for the pattern of a warning filter, which matches any message in a silent context."""
 
@@ -72,15 +72,6 @@ class _InSilentContext:
 
 
 _WARNING_FILTER = ("ignore", _InSilentContext(), Warning, None, 0)
-
-
-def _add_warning_filter() -> None:
-    """Put the filter before all others. ``warnings.filterwarnings`` does not take an object as a pattern."""
-    filters: list[object] = warnings.filters  # type: ignore[assignment]  # typed as a sequence of patterns
-    if filters[:1] != [_WARNING_FILTER]:
-        while _WARNING_FILTER in filters:
-            filters.remove(_WARNING_FILTER)
-        filters.insert(0, _WARNING_FILTER)
 
 
 @contextmanager

@@ -45,7 +45,12 @@ def compile(
         LoracError: a subclass, see ``lorac.errors``.
     """
     models = {name: widen(model) for name, model in _select(pipeline, parts).items()}
-    _check_dtype(models, options.get("dtype"))
+    found = [name for name, model in models.items() if upcasts(model)]  # a VAE whose pictures would be lost
+    if options.get("dtype") in (torch.float16, "float16") and found:
+        raise OptionError(
+            f"'{found[0]}' of the pipeline overflows in float16 (its configuration says force_upcast)",
+            next_step="give pipeline.to(torch.float16) and no dtype=: all but the VAE is compiled in float16 then",
+        )
     given = example_inputs or {}
     unknown = sorted(given.keys() - models.keys())
     if unknown:
@@ -58,16 +63,6 @@ def compile(
     made = {name: inputs for name, model in captured.items() if (inputs := make_part_inputs(model)) is not None}
     compiled = compile_models(captured, adapters, target, {**made, **given}, **options)
     return _place(pipeline, compiled, captured)
-
-
-def _check_dtype(models: Mapping[str, nn.Module], dtype: object) -> None:
-    """Refuse float16 for a VAE that overflows in it, before a picture is lost to that."""
-    found = [name for name, model in models.items() if upcasts(model)]
-    if dtype in (torch.float16, "float16") and found:
-        raise OptionError(
-            f"'{found[0]}' of the pipeline overflows in float16 (its configuration says force_upcast)",
-            next_step="give pipeline.to(torch.float16) and no dtype=: all but the VAE is compiled in float16 then",
-        )
 
 
 def place_parts(pipeline: Pipeline, compiled: Compiled) -> CompiledPipeline:

@@ -117,21 +117,17 @@ class CompiledPipeline:
         if revision is not None and parse_name(path) is not None:
             path = Path(f"{path}@{revision}")
         if hotswap and adapter_name in self.compiled.adapters:
-            self._replace_adapter(path, adapter_name)
+            old, active = self.compiled.adapters[adapter_name], self.compiled.choice
+            self.compiled.remove_adapter(adapter_name)
+            try:
+                self.compiled.add_adapter(path, adapter_name)
+            except BaseException:
+                self.compiled.add_adapter(old, adapter_name)
+                self.compiled.swap(dict(active))
+                raise
         else:
             adapter_name = self.compiled.add_adapter(path, adapter_name)
         self.compiled.swap(adapter_name)
-
-    def _replace_adapter(self, path: Path, name: str) -> None:
-        """Replace an adapter by one from a file; if that fails, the old one is there, as active as before."""
-        old, active = self.compiled.adapters[name], self.compiled.choice
-        self.compiled.remove_adapter(name)
-        try:
-            self.compiled.add_adapter(path, name)
-        except BaseException:
-            self.compiled.add_adapter(old, name)
-            self.compiled.swap(dict(active))
-            raise
 
     def unload_lora_weights(self) -> None:
         """Remove every adapter."""

@@ -270,7 +270,15 @@ class _GraphDumper:
 
     def _operand(self, value: object, refs: list[int]) -> str:
         if isinstance(value, fx.Node):
-            return self._node_operand(value, refs)
+            val = value.meta.get("val")
+            if value.op == "placeholder" and not self._is_input(value):
+                return self._state(value)
+            if is_size(val):
+                return self._size(val)
+            if value.op == "get_attr" and value not in self.index:
+                return str(value.target)
+            refs.append(self.index[value])
+            return REF
         if isinstance(value, list | tuple):
             return f"[{', '.join(self._operand(v, refs) for v in value)}]"
         if isinstance(value, torch.dtype):
@@ -278,17 +286,6 @@ class _GraphDumper:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63 - 1:
             return "end"
         return str(value)
-
-    def _node_operand(self, node: fx.Node, refs: list[int]) -> str:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and not self._is_input(node):
-            return self._state(node)
-        if is_size(value):
-            return self._size(value)
-        if node.op == "get_attr" and node not in self.index:
-            return str(node.target)
-        refs.append(self.index[node])
-        return REF
 
     def _state(self, node: fx.Node) -> str:
         """Return the label of a parameter, buffer, constant or slot, with its shape."""

@@ -153,6 +153,10 @@ def _describe_change_term(
     if isinstance(change, LowRank) and state == LIVE:
         tensors = tensors_by_role(change) | ({} if change.e is None else {operands.BIAS: change.e})
         flops = sum(ROLES[name].flops(site, tensor) for name, tensor in tensors.items())
+    roles = {operands.WEIGHT}
+    if isinstance(change, LowRank) and operands.WEIGHT not in filled.roles:
+        roles = set(tensors_by_role(change))
+    roles |= {operands.BIAS} if change.e is not None else set()
     return TermRow(
         site=site.path,
         kind=str(site.kind),
@@ -162,7 +166,7 @@ def _describe_change_term(
         parts=parts,
         state=state,
         strength=strength,
-        slots=() if mode == BAKED else _filled_roles(change, filled),
+        slots=() if mode == BAKED else tuple(role for role in filled.roles if role in roles),
         dtype=short_dtype(floating[0] if floating and state == LIVE else site.dtype),
         nbytes=sum(part.nbytes for part in parts),
         swap=_swap_cost(site, change, state),
@@ -213,15 +217,6 @@ def _term_state(filled: ComposedSite, mode: str, strength: float) -> str:
     if mode == FUSED:
         return FUSED
     return BOUND if operands.WEIGHT in filled.roles else LIVE
-
-
-def _filled_roles(change: Change, filled: ComposedSite) -> tuple[str, ...]:
-    """Return the filled slots to which a change contributes."""
-    roles = {operands.WEIGHT}
-    if isinstance(change, LowRank) and operands.WEIGHT not in filled.roles:
-        roles = set(tensors_by_role(change))
-    roles |= {operands.BIAS} if change.e is not None else set()
-    return tuple(role for role in filled.roles if role in roles)
 
 
 def _describe_change(change: Change, site: Site) -> tuple[str, tuple[TermTensor, ...]]:

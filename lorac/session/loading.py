@@ -29,7 +29,6 @@ from lorac.storage.atomic_folders import MANIFEST, read_consistently
 from lorac.storage.paths import suggest_name, translate_os_errors
 from lorac.storage.plans import choice_from_json, plan_from_json
 from lorac.storage.remote.names import find_source
-from lorac.target.backend import Backend, TargetOptions
 
 
 def load(
@@ -127,7 +126,16 @@ def _load_manifest(
     session = _open_stored(manifest)
     if target != manifest.fields["target"]:
         return _compile_stored(manifest, session, target, device, options)
-    _check_running_options(session.backend, options)
+    known = session.backend.options.running
+    for option in options:
+        if option not in known:
+            raise OptionError(
+                f"an artifact for {session.backend.dialect.name} is not loaded with '{option}='",
+                nearest=nearest_name(option, known),
+                next_step=f"it takes {', '.join(known)}; all else was fixed when it was compiled"
+                if known
+                else "leave it out: all options were fixed when it was compiled",
+            )
     if device is not None and not session.backend.emits:
         check_device(device)
     program = manifest.fields["program"]
@@ -140,20 +148,6 @@ def _load_manifest(
             f"the stored program has no graph '{absent[0]}'", next_step="save the artifact again with this version"
         )
     return make_compiled(session, engine, parse_choice(choice_from_json(manifest.fields["active"]), session.pool))
-
-
-def _check_running_options(backend: Backend[TargetOptions], options: Mapping[str, object]) -> None:
-    """Raise ``OptionError`` for an option that a compiled program no longer takes."""
-    known = backend.options.running
-    for name in options:
-        if name not in known:
-            raise OptionError(
-                f"an artifact for {backend.dialect.name} is not loaded with '{name}='",
-                nearest=nearest_name(name, known),
-                next_step=f"it takes {', '.join(known)}; all else was fixed when it was compiled"
-                if known
-                else "leave it out: all options were fixed when it was compiled",
-            )
 
 
 def _open_stored(manifest: Manifest) -> Session:

@@ -35,7 +35,16 @@ def save(
         ArtifactError: the folder contains something else, or cannot be written.
         Unavailable: an active adapter is only registered.
     """
-    _check_registered(switch)
+    registered = switch.pool.registered
+    active = next((name for name, _ in switch.choice if name in registered), None)
+    if active is not None:
+        raise Unavailable(
+            f"the active adapter '{active}' is registered, and a saved model holds no registered adapters",
+            next_step="compiled.swap(None) first, or remove_adapter it and add_adapter its file",
+        )
+    if registered:
+        count = "1 registered adapter is" if len(registered) == 1 else f"{len(registered)} registered adapters are"
+        warn(f"{count} not saved", next_step="after lorac.load(folder), register their folder again")
     folder = parse_path(folder, "where compiled.save writes to", ArtifactError)
     write_tokenizer, versions = tokenizer_writer(tokenizer), {"lorac": VERSION}
     for library in ("torch", switch.engine.target):
@@ -61,20 +70,6 @@ def save(
 
     with translate_os_errors(folder, ArtifactError, "written"):
         write_artifact(folder, fill)
-
-
-def _check_registered(switch: ChoiceSwitch) -> None:
-    """Refuse an active adapter that is only registered; warn of other registered adapters, which are not saved."""
-    registered = switch.pool.registered
-    active = next((name for name, _ in switch.choice if name in registered), None)
-    if active is not None:
-        raise Unavailable(
-            f"the active adapter '{active}' is registered, and a saved model holds no registered adapters",
-            next_step="compiled.swap(None) first, or remove_adapter it and add_adapter its file",
-        )
-    if registered:
-        count = "1 registered adapter is" if len(registered) == 1 else f"{len(registered)} registered adapters are"
-        warn(f"{count} not saved", next_step="after lorac.load(folder), register their folder again")
 
 
 def _store_program(session: Session, switch: ChoiceSwitch, staged: Path) -> object:

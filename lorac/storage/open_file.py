@@ -125,18 +125,15 @@ class OpenFile:
         As many threads as there are cores hash pieces in parallel; the result is cached.
         """
         if self._digest is None:
-            self._digest = self._hash_pieces()
+            starts = range(0, self.size, _PIECE)
+            threads = min(len(starts), os.cpu_count() or 1)
+            if threads < 2:
+                pieces = list(map(self._piece, starts))
+            else:
+                with ThreadPoolExecutor(threads) as pool:
+                    pieces = list(pool.map(self._piece, starts))
+            self._digest = hashlib.blake2b(b"".join(pieces), digest_size=16).hexdigest()
         return self._digest
-
-    def _hash_pieces(self) -> str:
-        starts = range(0, self.size, _PIECE)
-        threads = min(len(starts), os.cpu_count() or 1)
-        if threads < 2:
-            pieces = list(map(self._piece, starts))
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                pieces = list(pool.map(self._piece, starts))
-        return hashlib.blake2b(b"".join(pieces), digest_size=16).hexdigest()
 
     def _piece(self, start: int) -> bytes:
         digest = hashlib.blake2b()

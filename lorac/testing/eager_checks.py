@@ -19,7 +19,6 @@ from lorac.ir.algebra.rules import RULES
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.merging.merged_model import merge_into
 from lorac.session.api import compile
-from lorac.session.compiled import CompiledModule
 from lorac.testing.case import Case
 from lorac.testing.parity import assert_close, assert_parity
 from lorac.testing.samples import typical_size
@@ -101,7 +100,22 @@ def check_training(case: Case) -> None:
     assert {id(p) for p in parameters} == {id(named[key]) for key in trainable}, "other tensors train than in the specs"
     before = {key: t.detach().clone() for key, t in named.items()}
     base = {name: t.clone() for name, t in compiled.host.state_dict().items()}
-    _train(compiled, case.x, parameters, named, trainable)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    target = torch.zeros_like(_call(compiled, case.x))
+    for _ in range(2):
+        optimiser.zero_grad()
+        torch.nn.functional.mse_loss(compiled(case.x), target).backward()
+        missing = [named[key] for key in trainable if named[key].grad is None]
+        emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
+        if missing and emitted:
+            gradients = torch.autograd.grad([value.sum() for value in emitted], missing, allow_unused=True)
+            for parameter, found in zip(missing, gradients, strict=True):
+                parameter.grad = found
+        for key in trainable:
+            gradient = named[key].grad
+            # Weight decay alone would change it too.
+            assert gradient is not None and bool(gradient.any()), f"{key} gets no gradient"
+        optimiser.step()
     for key, tensor in named.items():
         same = torch.equal(before[key], tensor)
         assert same != (key in trainable), f"{key} {'did not train' if same else 'is frozen and changed'}"
@@ -279,35 +293,6 @@ def _call(compiled: Callable[..., Tensor], x: Tensor, *choice: ChoiceSpec) -> Te
     chosen = {"adapters": choice[0]} if choice else {}
     with torch.no_grad():
         return compiled(x, **chosen)
-
-
-def _train(
-    compiled: CompiledModule,
-    x: Tensor,
-    parameters: list[nn.Parameter],
-    named: Mapping[str, Tensor],
-    trainable: set[str],
-) -> None:
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-    target = torch.zeros_like(_call(compiled, x))
-    for _ in range(2):
-        optimiser.zero_grad()
-        torch.nn.functional.mse_loss(compiled(x), target).backward()
-        _add_emitted_gradients(compiled, [named[key] for key in trainable if named[key].grad is None])
-        for key in trainable:
-            gradient = named[key].grad
-            # Weight decay alone would change it too.
-            assert gradient is not None and bool(gradient.any()), f"{key} gets no gradient"
-        optimiser.step()
-
-
-def _add_emitted_gradients(compiled: CompiledModule, missing: list[Tensor]) -> None:
-    """Add gradients of the sum of extra outputs to tensors without one."""
-    emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
-    if missing and emitted:
-        gradients = torch.autograd.grad([value.sum() for value in emitted], missing, allow_unused=True)
-        for tensor, gradient in zip(missing, gradients, strict=True):
-            tensor.grad = gradient
 
 
 def _describe_model(model: nn.Module) -> object:

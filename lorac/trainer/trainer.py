@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,13 @@ class AdapterTrainer(Trainer):
         # Trainer itself would shard the adapters too.
         sharding = dict(arguments.fsdp_config or {}) if arguments.fsdp else None
         if sharding is not None:
-            self._check_sharding(arguments, sharding)
+            if hasattr(arguments, "num_generations") or getattr(arguments, "predict_with_generate", False):
+                what = "processes that generate call the model at different times, and a base in parts needs one time"
+                raise Unavailable(what, next_step="leave fsdp out, or predict_with_generate")
+            for name, value in sharding.items():
+                if name not in (_LAYERS, _RESHARD) and str(value).lower() not in ("false", "0", "none") and value != 2:
+                    what = f"fsdp_config takes no {name}={short(value)} over a compiled model"
+                    raise Unavailable(what, next_step=f"it takes {_LAYERS} and {_RESHARD}")
             arguments.fsdp, arguments.fsdp_plugin_args = False, None
         super().__init__(**settings)
         if reference is not None:
@@ -87,17 +93,6 @@ class AdapterTrainer(Trainer):
             layers, reshard = sharding.get(_LAYERS) or (), bool(sharding.get(_RESHARD, True))
             sharers = [self.model, *filter(None, [getattr(self, "ref_model", None)])]
             shard_base(*sharers, layers=layers, reshard_after_forward=reshard)
-
-    @staticmethod
-    def _check_sharding(arguments: Any, sharding: Mapping[str, Any]) -> None:
-        """Raise ``Unavailable`` for a setting of ``fsdp_config`` without effect here, and for a task that generates."""
-        if hasattr(arguments, "num_generations") or getattr(arguments, "predict_with_generate", False):
-            what = "processes that generate call the model at different times, and a base in parts needs one time"
-            raise Unavailable(what, next_step="leave fsdp out, or predict_with_generate")
-        for name, value in sharding.items():
-            if name not in (_LAYERS, _RESHARD) and str(value).lower() not in ("false", "0", "none") and value != 2:
-                what = f"fsdp_config takes no {name}={short(value)} over a compiled model"
-                raise Unavailable(what, next_step=f"it takes {_LAYERS} and {_RESHARD}")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the recipe's optimizer, or else that of the arguments, and attach the recipe's rules to it."""

@@ -42,7 +42,16 @@ def _name(compiled: nn.Module, optimizer: Optimizer, state: State) -> State:
 def _place(compiled: nn.Module, optimizer: Optimizer, state: State) -> State:
     groups = _list_names(compiled, optimizer)
     places = {name: index for index, name in enumerate(name for group in groups for name in group)}
-    _check_same(_describe(optimizer, [*places]), state)
+    described = _describe(optimizer, [*places])
+    if described[_OPTIMIZER] != state.get(_OPTIMIZER):
+        there = state.get(_OPTIMIZER, "tensors by position")
+        what = f"the state is of {there}, and the optimizer is {described[_OPTIMIZER]}"
+        raise ChoiceError(what, next_step=_STEP)
+    here, there = described[_TENSORS], state[_TENSORS]
+    name = next((name for name in sorted({*here, *there}) if here.get(name) != there.get(name)), None)
+    if name is not None:
+        shapes = f"'{name}' has the shape {there.get(name)} there, and {here.get(name)} here"
+        raise ChoiceError(f"the state is of other tensors: {shapes}", next_step=_STEP)
     if [{*group} for group in groups] != [{*group["params"]} for group in state["param_groups"]]:
         raise ChoiceError("the groups of the optimizer hold other tensors than those of the state", next_step=_STEP)
     placed = [
@@ -58,17 +67,6 @@ def _describe(optimizer: Optimizer, names: list[str]) -> State:
     tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
     shapes = {name: list(tensor.shape) for name, tensor in zip(names, tensors, strict=True)}
     return {_OPTIMIZER: type(optimizer).__name__, _TENSORS: shapes}
-
-
-def _check_same(own: State, state: State) -> None:
-    if own[_OPTIMIZER] != state.get(_OPTIMIZER):
-        what = f"the state is of {state.get(_OPTIMIZER, 'tensors by position')}, and the optimizer is {own[_OPTIMIZER]}"
-        raise ChoiceError(what, next_step=_STEP)
-    here, there = own[_TENSORS], state[_TENSORS]
-    name = next((name for name in sorted({*here, *there}) if here.get(name) != there.get(name)), None)
-    if name is not None:
-        shapes = f"'{name}' has the shape {there.get(name)} there, and {here.get(name)} here"
-        raise ChoiceError(f"the state is of other tensors: {shapes}", next_step=_STEP)
 
 
 def _list_names(compiled: nn.Module, optimizer: Optimizer) -> list[list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorac.errors import OptionError, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import find_layer_index, select_sites
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.training.initialisation.gradients import Loss, sum_gradients
 from lorac.training.loram.pruning_record import PruningRecord
 from lorac.training.loram.units import (
@@ -150,23 +150,20 @@ def mask(
             raise SiteError(
                 f"'{site.path}' is not a linear layer", next_step="narrow targets=", code="site_unsupported"
             )
-        masks[site.weight] = site.store(_layer_mask(site, view.base.weight(site), share, pattern))
+        weight = view.base.weight(site)
+        zeros, block = (int(weight.numel() * share), weight.numel()) if pattern is None else pattern
+        if not 0 <= zeros <= block or weight.numel() % block or (pattern and weight.shape[1] % block):
+            raise OptionError(
+                f"pattern={pattern} does not divide the {weight.shape[1]} columns of '{site.path}'",
+                next_step="give (n, m) with m a divisor of the columns and n at most m",
+            )
+        blocks = weight.abs().reshape(-1, block)
+        smallest = blocks.topk(zeros, dim=1, largest=False).indices
+        masks[site.weight] = site.store(torch.ones_like(blocks).scatter(1, smallest, 0).reshape(weight.shape))
     with torch.no_grad():
         for name, kept in masks.items():
             small.get_parameter(name).mul_(kept)
     return PrunedModel(small, {}, masks, _compare_sizes(model, small, masks))
-
-
-def _layer_mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
-    zeros, block = (int(weight.numel() * share), weight.numel()) if pattern is None else pattern
-    if not 0 <= zeros <= block or weight.numel() % block or (pattern and weight.shape[1] % block):
-        raise OptionError(
-            f"pattern={pattern} does not divide the {weight.shape[1]} columns of '{site.path}'",
-            next_step="give (n, m) with m a divisor of the columns and n at most m",
-        )
-    blocks = weight.abs().reshape(-1, block)
-    smallest = blocks.topk(zeros, dim=1, largest=False).indices
-    return torch.ones_like(blocks).scatter(1, smallest, 0).reshape(weight.shape)
 
 
 def _check_share(name: str, share: float) -> None:

@@ -109,7 +109,14 @@ class NestedRanks(Rule):
                 next_step="give ranks= some of these, or None for all",
             )
         self.ranks = chosen
-        self.weights = _check_weights(weights, self.ranks)
+        likely = torch.ones(len(self.ranks)) if weights is None else torch.tensor(weights, dtype=torch.float64)
+        total = float(likely.sum())
+        if len(likely) != len(self.ranks) or bool((likely < 0).any()) or not 0 < total < math.inf:
+            raise ChoiceError(
+                f"weights={list(likely.tolist())} is not a distribution over {len(self.ranks)} ranks",
+                next_step="give one number from 0 on for each, not all 0",
+            )
+        self.weights = likely
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.rank = self._draw()
         self._cut = {term.adapter for term in self.terms}
@@ -217,14 +224,3 @@ def _join_states(factor: _Factor, states: Sequence[State]) -> State:
         else:
             joined[key] = max(found)
     return joined
-
-
-def _check_weights(weights: Sequence[float] | None, ranks: Sequence[int]) -> Tensor:
-    likely = torch.ones(len(ranks)) if weights is None else torch.tensor(weights, dtype=torch.float64)
-    total = float(likely.sum())
-    if len(likely) != len(ranks) or bool((likely < 0).any()) or not 0 < total < math.inf:
-        raise ChoiceError(
-            f"weights={list(likely.tolist())} is not a distribution over {len(ranks)} ranks",
-            next_step="give one number from 0 on for each, not all 0",
-        )
-    return likely

@@ -6,7 +6,7 @@ into a second adapter.
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,14 @@ class ReLoRA(PairRule):
     def __init__(
         self, compiled: nn.Module, optimizer: Optimizer, *, into: str, every: int, prune: float = 0.99, seed: int = 0
     ) -> None:
-        target = _find_target_adapter(compiled, into)
+        adapters = getattr(unwrap_ddp(compiled), "adapters", {})
+        target = adapters.get(into)
+        if target is None or not isinstance(target.variant, LoRA | Full):
+            there = "there is none" if target is None else f"it is {target.variant.name}"
+            raise AdapterNotFound(
+                f"'{into}' must be a LoRA or Full to fold into, and {there}",
+                next_step="compile with one: {'a': lorac.LoRA(r=8), 'sum': lorac.Full()}",
+            )
         before = [(tensor, tensor.requires_grad) for tensor in target.parameters()]
         try:
             for tensor, _ in before:
@@ -202,16 +209,3 @@ def restart_schedule(
         return fall(step)
 
     return factor
-
-
-def _find_target_adapter(compiled: nn.Module, into: str) -> Any:
-    """Return the adapter that the factors are folded into."""
-    adapters = getattr(unwrap_ddp(compiled), "adapters", {})
-    found = adapters.get(into)
-    if found is None or not isinstance(found.variant, LoRA | Full):
-        there = "there is none" if found is None else f"it is {found.variant.name}"
-        raise AdapterNotFound(
-            f"'{into}' must be a LoRA or Full to fold into, and {there}",
-            next_step="compile with one: {'a': lorac.LoRA(r=8), 'sum': lorac.Full()}",
-        )
-    return found
