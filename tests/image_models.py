@@ -42,7 +42,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], t
     ),
     "qwen3_vl": (
         "Qwen3VL",
-        {"num_key_value_heads": 1, "head_dim": 8, "rope_scaling": _ROPE, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "rope_scaling": _ROPE,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.0125,
+        },
         {**_PATCHES, "num_heads": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         {"image_token_id": IMAGE, "vision_start_token_id": 62},
         (16, 96),
