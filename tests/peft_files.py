@@ -106,6 +106,8 @@ def save_small(folder: Path, kind: str, model: str = "plain_mlp", **settings: An
     skip_absent(*({kind} - PEFT_TYPE_TO_CONFIG_MAPPING.keys()))
     made, fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind], {"target_modules": ["up", "down"], **SMALL[kind], **settings}
     skip_absent(*sorted(fields.keys() - {field.name for field in dataclasses.fields(made)}))
+    if kind == "ADAMSS" and Version(peft.__version__) < Version("0.20"):
+        pytest.skip("PEFT 0.19 groups the rows of a weight in another way")
     with quiet():
         config = made(**fields)
     entry = ZOO[model]

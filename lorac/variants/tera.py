@@ -86,14 +86,7 @@ class TeRA(InputDropout, WeightVariant):
         sizes = self._modes(rows, columns)
         ranks = self._ranks(sizes)
         core = p.tera_G[tuple(slice(rank) for rank in ranks)]
-        scaled = []  # U_k·diag(d_k)
-        for k, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
-            diagonal = getattr(p, f"tera_d_{k}")
-            if self.factors == "identity":
-                scaled.append(torch.diag(diagonal))
-            else:
-                drawn = getattr(p, f"tera_U_{k}")
-                scaled.append(drawn[:size, :rank] * (diagonal * math.sqrt(drawn.shape[1] / rank)))
+        scaled = [self._factor(p, k, *shape) for k, shape in enumerate(zip(sizes, ranks, strict=True))]
         scale = columns**-0.5 if self.scale is None else self.scale
         left, right = scaled[: self.order], scaled[self.order :]
         if min(math.prod(ranks[: self.order]), math.prod(ranks[self.order :])) >= min(rows, columns):
@@ -109,6 +102,14 @@ class TeRA(InputDropout, WeightVariant):
     def _ranks(self, sizes: Sequence[int]) -> tuple[int, ...]:
         largest = None if self.factors == "identity" else self.r
         return tuple(size if largest is None else min(size, largest) for size in sizes)
+
+    def _factor(self, p: Params, k: int, size: int, rank: int) -> Tensor:
+        """Return U_k·diag(d_k)."""
+        diagonal = getattr(p, f"tera_d_{k}")
+        if self.factors == "identity":
+            return torch.diag(diagonal)
+        drawn = getattr(p, f"tera_U_{k}")
+        return drawn[:size, :rank] * (diagonal * math.sqrt(drawn.shape[1] / rank))
 
     def _draw(self, position: int) -> Init:
         """Return an initialiser that draws G ~ N(0, 1), then U_k ~ N(0, 1/R_k), and returns draw ``position``."""

@@ -18,6 +18,7 @@ from torch import nn
 import lorac
 from tests.limits import within_budget
 from tests.parity import assert_parity
+from tests.peft_files import of_peft_0_21
 from tests.refusing import refuses
 from tests.xlora_files import OTHER, adapter, authors, complete, folder, model, of_peft, turned_round
 
@@ -119,6 +120,7 @@ def test_rejects_an_x_lora_of_x_loras(tmp_path: Path) -> None:
 # --- what is read and written ---------------------------------------------------------------------------------------
 
 
+@of_peft_0_21
 def test_rejects_files_from_which_peft_dropped_tensors() -> None:
     of_peft()
     with refuses("corrupt_file", match=r"lacks 'base_model\.internal_xlora_classifier\.layers\.0\.weight'"):
