@@ -20,8 +20,8 @@ from lorac.variants.base import Variant
 from tests import zoo
 from tests.training.loops import TARGETS, data, host, plain_loop, trained
 
-UNTRAINED = {"decor", "decor_weight"}
-"""Methods that are computed from a prompt, and train nothing."""
+UNTRAINED = {"decor", "decor_weight", "prefix_tuning"}
+"""Methods that are computed from a prompt, and one that lorac reads and refuses to train."""
 BUILT_IN = {
     name: method
     for name, method in lorac.variants().items()
@@ -30,13 +30,18 @@ BUILT_IN = {
 HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""
 GIVEN: dict[str, dict[str, Any]] = {
+    "adaption_prompt": {"targets": ["o_proj"], "num_attention_heads": 4},
     "arrow": {"train_experts": True},
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
     "remix": {"experts": 3, "top_k": 3},
+    "frod": {"exclude": ["grouped"]},
+    "multitask_prompt_tuning": {"targets": ["embed_tokens"]},
+    "prompt_tuning": {"targets": ["embed_tokens"]},
     "qst": {"blocks": ("model.layers.0", "model.layers.1"), "heads": 2, "intermediate": 128, "r": 4},
     "residual": {"method": lorac.LoRA()},
     "flexmore": {"ranks": (2, 0)},
     "split": {"parts": {"first": lorac.LoRA()}, "among": ("first", "second")},
+    "supertuning": {"sparsity": 0.5},
     "trainable_tokens": {"token_indices": (1, 3)},
     "union": {
         "parts": (lorac.LoRA(r=4, targets=["q_proj"]), lorac.DoRA(r=4, targets=["v_proj"])),
@@ -44,8 +49,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     },
     "x_lora": {"hidden": "model.norm", "hidden_size": 64, "experts": 3},
 }
-"""Fields that have no default; of Arrow, of which else nothing is trained; and of ReMix, whose router learns from its
-draws alone, all experts at once."""
+"""Fields that have no default, or whose default fits no host; of Arrow, of which else nothing is trained; of ReMix,
+whose router learns from its draws alone, all experts at once; and of SuperTuning, which trains few values else."""
 STEPS, LR, FALL = 15, 3e-2, 0.95
 
 
