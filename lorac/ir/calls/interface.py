@@ -362,11 +362,13 @@ class Interface:
         mappings: JsonMapping = {name: stored[entry] for entry, name in _STORED_MAPPINGS.items()}
         structure, fixed, required = structure_from_json(stored["output"]), stored["fixed"], stored["told"]
         count = len(names["outputs"]) - len(names["extra_outputs"])
-        known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])
-        integers = all(type(size) is int for size in mappings["id_counts"].values())
-        texts = all(isinstance(name, str) for listed in (*names.values(), required) for name in listed)
-        fits = texts and known and integers and set(required) <= fixed.keys()
-        fits &= stored["checks"].keys() <= set(names["extra_outputs"])
+        fits = all(isinstance(name, str) for listed in (*names.values(), required) for name in listed)
+        fits &= all(isinstance(table, dict) for table in (*mappings.values(), fixed, stored["checks"]))
+        if fits:
+            known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])
+            integers = all(type(size) is int for size in mappings["id_counts"].values())
+            fits = known and integers and set(required) <= fixed.keys()
+            fits &= stored["checks"].keys() <= set(names["extra_outputs"])
         if not fits or (structure is not None and structure.tensor_count != count):
             raise ArtifactError(
                 f"the signature of a stored program does not fit together: its output has {count} tensors, and inputs "

@@ -21,6 +21,13 @@ def test_types_by_the_names_of_axes():
     assert Interface.from_json(interface.to_json()).types == interface.types
 
 
+@pytest.mark.parametrize("entry", ["below", "spelled", "types", "derived", "spread", "fixed", "checks"])
+def test_rejects_a_stored_table_that_is_a_list(entry):
+    stored = Interface(inputs=("x",), outputs=("y",)).to_json() | {entry: []}
+    with pytest.raises(lorac.ArtifactError, match="does not fit together"):
+        Interface.from_json(stored)
+
+
 @pytest.mark.parametrize(
     ("name", "captured", "said"),
     [
