@@ -107,6 +107,8 @@ def _read_index(path: Path) -> JsonMapping:
     places = index.get("weight_map")
     if not matches_type(places, dict[str, str]) or not places:
         raise _damaged(path, "has no weight_map, which says of each tensor what file holds it")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise _damaged(path, "has metadata that are no mapping")
     outside = next((name for name in places.values() if "/" in name or not is_inner_name(name)), None)
     if outside is not None:
         raise _damaged(path, f"names the file {outside!r}, which is not one of its folder")

@@ -252,6 +252,7 @@ WRONG = {
         lambda m: changed(m / INDEX, weight_map={**indexed(m / INDEX), "x": shard(m).name}),
     ),
     "index leads out": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": "../a/x.safetensors"})),
+    "metadata of another form": ("corrupt_file", lambda m: changed(m / INDEX, metadata=[1])),
     "index names a long file": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": "x" * 300})),
     "whole numbers": ("corrupt_file", lambda m: whole_numbers(shard(m))),
     "index is damaged": ("corrupt_file", lambda m: (m / INDEX).write_text("{")),
