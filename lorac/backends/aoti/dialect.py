@@ -96,7 +96,7 @@ def _view(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 _DECOMPOSITIONS: dict[Any, Callable[..., object]] = {
     segment_ops.CUT: _cut_segments,
-    # As ``lorac.ir.slots.places.join_segments``, without such a check.
+    # ``lorac.ir.slots.places.join_segments`` checks that one dynamic size divides another, which needs no check here.
     segment_ops.JOIN: lambda y, like, count: _view(y, (*like.shape[: like.dim() - count], *y.shape[2:])),
     **TIE_BREAKING_OPS,
 }
