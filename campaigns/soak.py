@@ -383,15 +383,15 @@ class Soak(Generic[M]):
 
 
 def prepare_process() -> None:
-    """Compute in one thread, and say nothing of interrupts where objects are let go."""
-    sys.unraisablehook = _unless_interrupted
+    """Compute in one thread, and drop an interrupt that comes while an object is let go, as Python does."""
+    before = sys.unraisablehook
+
+    def unless_interrupted(given: Any) -> None:
+        if not isinstance(given.exc_value, Interrupted):
+            before(given)
+
+    sys.unraisablehook = unless_interrupted
     torch.set_num_threads(1)
-
-
-def _unless_interrupted(given: Any) -> None:
-    """Python drops what is raised while an object is let go, and says so; of these interrupts it need not."""
-    if not isinstance(given.exc_value, Interrupted):
-        sys.__unraisablehook__(given)
 
 
 def resident() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ pytestmark = BETWEEN_OPEN_AND_WITH
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(soak, "ROUND", 60)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is pytest's again afterwards
     before, threads = signal.getsignal(signal.SIGALRM), torch.get_num_threads()
+    soak.prepare_process()  # pytest's hook would keep the interrupt's stack, and the adapters in use on it
     yield
     signal.signal(signal.SIGALRM, before)
     torch.set_num_threads(threads)
@@ -60,3 +64,19 @@ def test_detects_unwritten_weights_and_foreign_errors(tmp_path: Path, monkeypatc
 
 def _raise(*given: Any) -> None:
     raise KeyError("injected")
+
+
+@pytest.mark.usefixtures("small")
+def test_an_interrupt_in_a_finalizer_keeps_no_stack_alive() -> None:
+    class Owner: ...
+
+    def let_go() -> weakref.ref[Owner]:
+        owner, in_use = Owner(), Owner()
+        weakref.finalize(owner, interrupt)
+        del owner
+        return weakref.ref(in_use)
+
+    def interrupt() -> None:
+        raise soak.Interrupted
+
+    assert let_go()() is None
