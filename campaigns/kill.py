@@ -7,16 +7,19 @@ a folder of PEFT's among files of somebody else, and a file of lorac's own. Ever
 parts. Whatever is found afterwards must be one version, whole: the one from before or the one that was written. Once a
 writer has ended well, nothing else is left.
 
-Writers are forked from this process, which has everything imported, and die by SIGKILL.
+Writers are forked from this process, which has everything imported, and die by SIGKILL. It neither writes nor reads
+itself but in children: OpenVINO's threads do not live on in a child, and its destructors would wait for them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -28,6 +31,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +43,7 @@ from tests.storage import writers
 from tests.storage.kills import killed_at
 
 STEPS = ("rename", "replace", "link", "unlink", "rmdir", "mkdir")
+T = TypeVar("T")
 _FIRST = 1
 """The version that lies there first; ``swap --save`` leaves its adapters as they are."""
 
@@ -75,21 +80,26 @@ class Tally:
 
 
 # ── The writers ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def _compiled(target: str = "eager") -> lorac.Compiled:
+def _compiled(target: str) -> lorac.Compiled:
     torch.manual_seed(0)
     host = nn.Sequential(nn.Linear(10, 14), nn.Linear(14, 6))
     adapters = {"a": lorac.LoRA(r=2, targets=["0", "1"])}
     return lorac.compile(host, adapters, target, example_inputs=(torch.ones(2, 10),))
 
 
-def _artifact(compiled: lorac.Compiled) -> Writer:
+def _artifact(engine: str) -> Writer:
+    compile_once = functools.cache(lambda: _compiled(engine))
+    if engine != "openvino":  # AOTInductor takes half a minute
+        compile_once()
+
     def write(target: Path, number: int) -> None:
+        compiled = compile_once()
         compiled.swap({"a": float(number)})
         with torch.no_grad():
             compiled.adapters["a"].tensors["0"]["lora_B"].fill_(float(number))
         compiled.save(target)
 
-    where = "" if compiled.engine.target == "eager" else f", {compiled.engine.target}"
+    where = "" if engine == "eager" else f", {engine}"
     return Writer(f"compiled.save{where}", write, _read_artifact)
 
 
@@ -117,7 +127,7 @@ def all_writers() -> list[Writer]:
         *["aoti"] * bool(shutil.which("g++")),
     ]
     return [
-        *(_artifact(_compiled(target)) for target in targets),
+        *map(_artifact, targets),
         Writer("swap --save", _swap_and_save, _read_artifact),
         *(
             Writer(
@@ -143,6 +153,26 @@ def _forked(work: Callable[[], None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _apart(work: Callable[..., T], *given: Any) -> T:
+    """Do some work in a child and return its result; what it raises is raised here."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def send() -> None:
+        try:
+            sender.send((work(*given), None))
+        except BaseException as error:
+            sender.send((None, error))
+
+    child = _forked(send)
+    sender.close()
+    with receiver:
+        found, error = receiver.recv()
+    _ended(child)
+    if error is not None:
+        raise error
+    return found
 
 
 def _ended(child: int) -> int:
@@ -172,13 +202,13 @@ def at_every_step(writer: Writer, target: Path, tally: Tally, exchange: bool, st
     moment, ended = 0, -signal.SIGKILL
     while ended == -signal.SIGKILL:
         moment += stride
-        before, number = writer.read(target), 100 + moment
+        before, number = _apart(writer.read, target), 100 + moment
         ended = _ended(_forked(lambda: _until(writer, target, number, moment, exchange)))  # noqa: B023  (forked at once)
         if ended not in (0, -signal.SIGKILL):
             tally.wrong.append(f"step {moment}: the writer ended with {ended}")
         if exchange and not target.exists():
             tally.wrong.append(f"step {moment}: neither the old nor the new was there")
-        found = writer.read(target)
+        found = _apart(writer.read, target)
         if found not in (before, number):
             tally.wrong.append(f"step {moment}: found {found}, not {before} or {number}")
         tally.old, tally.new = tally.old + (found == before), tally.new + (found == number)
@@ -190,7 +220,7 @@ def at_random_moments(writer: Writer, target: Path, tally: Tally, moments: int, 
     """Kill one of two writers at random, again and again, while this process reads."""
     second = _forked(lambda: _on(writer, target, 1001))
     begun = time.monotonic()
-    writer.write(target, 1000)
+    _apart(writer.write, target, 1000)
     whole = time.monotonic() - begun
     try:
         for moment in range(moments):
@@ -201,7 +231,7 @@ def at_random_moments(writer: Writer, target: Path, tally: Tally, moments: int, 
             tally.moments += 1
     finally:
         _kill(second, tally)
-    writer.write(target, 7)
+    _apart(writer.write, target, 7)
     _check_left(writer, target, tally)
 
 
@@ -214,7 +244,7 @@ def _kill(child: int, tally: Tally) -> None:
 
 def _look(writer: Writer, target: Path, tally: Tally) -> None:
     try:
-        found = writer.read(target)
+        found = _apart(writer.read, target)
     except lorac.LoracError as error:  # it came too late twenty times, and says so
         tally.refused += 1
         tally.wrong.extend([] if str(target) in str(error) else [f"an error that does not name the target: {error}"])
@@ -239,7 +269,7 @@ def campaign(writer: Writer, moments: int, seed: int, folder: Path, stride: int 
     target, tally = folder / "it", Tally(writer.name)
     folder.mkdir()
     start = all_writers()[0] if writer.name == "swap --save" else writer
-    start.write(target, _FIRST)
+    _apart(start.write, target, _FIRST)
     for name, text in writers.FOREIGN.items() if writer.foreign else ():
         (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_text(text)
