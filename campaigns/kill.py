@@ -281,10 +281,10 @@ def campaign(writer: Writer, moments: int, seed: int, folder: Path, stride: int 
 
 def report(tallies: Sequence[Tally]) -> str:
     """Format a table of what was seen."""
-    lines = [f"{'writer':15}{'steps':>7}{'moments':>9}{'old':>6}{'new':>6}{'read':>7}{'refused':>9}{'wrong':>7}"]
+    lines = [f"{'writer':24}{'steps':>7}{'moments':>9}{'old':>6}{'new':>6}{'read':>7}{'refused':>9}{'wrong':>7}"]
     for t in tallies:
         numbers = f"{t.steps:7}{t.moments:9}{t.old:6}{t.new:6}{t.read:7}{t.refused:9}{len(t.wrong):7}"
-        lines.append(f"{t.writer:15}{numbers}")
+        lines.append(f"{t.writer:24}{numbers}")
         lines.extend(f"    {text}" for text in t.wrong[:10])
     return "\n".join(lines)
 
