@@ -74,7 +74,7 @@ def serve(folder: Path, *, first: bool = False) -> None:
     import lorac
     from lorac.cli.serving import tune_process
     from lorac.serving import ServingSettings, build_app
-    from lorac.serving.connections import limit_connections
+    from lorac.serving.draining import limit_connections
     from lorac.serving.store import AdapterStore
 
     if first:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from campaigns import special_files
-from lorac.formats._writing import EXPERTS, SEAL
+from lorac.formats._config_fields import EXPERTS, SEAL
 from lorac.storage import artifact
 from lorac.storage.tensor_file import DTYPES
 from lorac.storage.tensor_hash import hash_contents

@@ -19,11 +19,10 @@ from lorac.adapters.base_hash import compute_tensor_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, nearest_name, unused_error
-from lorac.formats._config_fields import Applied, Field, read_fields
+from lorac.formats._config_fields import Applied, Field, encode_config, read_fields, write_json
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._format import Format
 from lorac.formats._lora_pairs import check_read
-from lorac.formats._writing import encode_config, write_json
 from lorac.formats.reading import PICKLES, AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.storage.tensor_file import write_safetensors

@@ -16,9 +16,9 @@ from torch import Tensor
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import JsonMapping, matches_type
 from lorac.errors import FormatError, nearest_name, unused_error
+from lorac.formats._config_fields import encode_config
 from lorac.formats._errors import corrupt_error
 from lorac.formats._format import Evidence, Format
-from lorac.formats._writing import encode_config
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView

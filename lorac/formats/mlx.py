@@ -24,10 +24,13 @@ from lorac.formats._config_fields import (
     Field,
     Irrelevant,
     TrainingOnly,
+    encode_config,
     read_choice,
     read_fields,
     read_number,
     read_size,
+    write_json,
+    write_sealed,
 )
 from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
 from lorac.formats._format import Evidence, Format
@@ -42,7 +45,6 @@ from lorac.formats._lora_pairs import (
     settings_at,
     transpose_matrix,
 )
-from lorac.formats._writing import encode_config, write_json, write_sealed
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind

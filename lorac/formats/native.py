@@ -18,10 +18,10 @@ from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, check_values, sort_by_site
 from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
 from lorac.errors import UnknownMethod, short, unused_error
+from lorac.formats._config_fields import encode_config, write_sealed
 from lorac.formats._errors import corrupt_error, unknown_name_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
-from lorac.formats._writing import encode_config, write_sealed
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading

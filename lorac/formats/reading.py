@@ -23,6 +23,7 @@ from lorac.adapters.fit import check_adapter, check_finite
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, LoracError
 from lorac.formats._config_fields import (
+    SEAL,
     Applied,
     Field,
     Irrelevant,
@@ -37,7 +38,6 @@ from lorac.formats._config_fields import (
 )
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._lora_pairs import check_pair, check_read, group_by_layer, make_lora
-from lorac.formats._writing import SEAL
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
 from lorac.storage.open_file import OpenFile

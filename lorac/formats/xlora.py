@@ -11,10 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorac.adapters.fit import check_adapter
-from lorac.formats._config_fields import Applied, Field, Irrelevant, Refused, read_fields, read_flag, read_size
+from lorac.formats._config_fields import (
+    Applied,
+    Field,
+    Irrelevant,
+    Refused,
+    read_fields,
+    read_flag,
+    read_size,
+    write_json,
+    write_sealed,
+)
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._format import Evidence, Format
-from lorac.formats._writing import write_json, write_sealed
 from lorac.formats.peft.writer import seal_experts, seal_text, write_folder
 from lorac.formats.peft.xlora_folder import CLASSIFIER_FIELDS, XLoraFolder, read_expert_paths, split_xlora
 from lorac.formats.reading import AdapterFile

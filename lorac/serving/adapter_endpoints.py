@@ -7,11 +7,10 @@ import pydantic
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving.answers.connection import JsonAnswer
 from lorac.serving.guard import UPLOADS
 from lorac.serving.refusals import NotAllowed, RefusedField
-from lorac.serving.requests.fields import drop_usual
-from lorac.serving.requests.request_body import read_body
+from lorac.serving.requests.request_body import drop_usual, read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
 from lorac.storage.remote.names import parse_name
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TypeVar, final
 
+import anyio
+import anyio.to_thread
 import fastapi
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
@@ -16,30 +20,47 @@ from fastapi.responses import FileResponse, Response
 from lorac.errors import AdapterNotFound, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
-from lorac.serving import adapter_endpoints, text_endpoints
-from lorac.serving.adapter_source import AdapterSource, SharedAdapters
-from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving import adapter_endpoints, row_endpoints, text_endpoints
+from lorac.serving.answers.connection import JsonAnswer
 from lorac.serving.guard import NOBODY, Guard
 from lorac.serving.images import ImageReader, reads_images
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import NotAllowed, install_handlers
 from lorac.serving.request_log import RequestLog
 from lorac.serving.requests.choices import check_shared_names
-from lorac.serving.rows import row_endpoints
-from lorac.serving.rows.row_batches import RowBatches
-from lorac.serving.served_model import RowComputer, ServedModel, TextScheduler, decodes
+from lorac.serving.row_batches import RowBatches
+from lorac.serving.served_model import AdapterSource, RowComputer, ServedModel, SharedAdapters, TextScheduler, decodes
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
 from lorac.serving.store.reading_process import READERS
-from lorac.serving.tenant_turns import TenantTurns
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
 from lorac.session.compiled import Compiled
 from lorac.version import VERSION
 
+T = TypeVar("T")
 PAGE = Path(__file__).with_name("page") / "index.html"
 _PREPARING, _SENDING = 2, 40
 """The number of threads that prepare requests and answers, if this process computes the model and if workers do."""
+
+
+@final
+class TenantTurns:
+    """Threads that tenants share; each tenant uses at most ``own`` of them at a time.
+
+    Args:
+        threads: the number of threads.
+        own: the most threads for one tenant.
+    """
+
+    def __init__(self, threads: int, own: int = 1) -> None:
+        self._all = anyio.CapacityLimiter(threads)
+        self._own = collections.defaultdict[str, anyio.CapacityLimiter](lambda: anyio.CapacityLimiter(own))
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """Run a tenant's work in a thread, as soon as the tenant may use one, and return the result."""
+        async with self._own[tenant]:
+            return await anyio.to_thread.run_sync(work, limiter=self._all)
 
 
 def build_app(

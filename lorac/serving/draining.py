@@ -1,4 +1,4 @@
-"""The end of a server: new requests are refused, and running requests are finished."""
+"""The end of a server, whose running requests are finished, and the limits on its connections."""
 
 import time
 from types import FrameType
@@ -7,6 +7,7 @@ from typing import final
 import fastapi
 import uvicorn
 from fastapi.concurrency import run_in_threadpool
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _FLUSHING = 10
 """Seconds to send the last events of requests that were cut off."""
@@ -47,3 +48,34 @@ class DrainingServer(uvicorn.Server):
             state.draining = True
             self.should_exit |= is_late or not self.server_state.tasks
         return await super().on_tick(counter)
+
+
+def limit_connections(server: uvicorn.Server, seconds: float, most: int) -> None:
+    """Close connections that wait too long for a request, and the longest waiting if there are more than ``most``.
+
+    uvicorn itself sets no limit on the time of a request's headers, and does not document how to find its connections.
+    They are read from ``Server.server_state.connections``, with the attributes of h11's connections ``cycle`` (the
+    current or the last request) and ``transport``.
+
+    Args:
+        seconds: the longest time without a request, before the first and between requests.
+        most: the most connections.
+    """
+    waiting: dict[H11Protocol, tuple[object, float]] = {}
+
+    async def sweep() -> None:
+        nonlocal waiting
+        now, found = time.monotonic(), dict[H11Protocol, tuple[object, float]]()
+        connections = [one for one in server.server_state.connections if isinstance(one, H11Protocol)]
+        for connection in connections:
+            cycle = connection.cycle
+            if not cycle or cycle.response_complete:
+                known = waiting.get(connection)
+                found[connection] = known if known is not None and known[0] is cycle else (cycle, now)
+        excess = len(connections) - most
+        for place, connection in enumerate(sorted(found, key=lambda one: found[one][1])):
+            if place < excess or now - found[connection][1] > seconds:
+                connection.transport.close()
+        waiting = found
+
+    server.config.callback_notify, server.config.timeout_notify = sweep, 0

@@ -12,8 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorac.serving.active_request import ActiveRequest
-from lorac.serving.adapter_source import AdapterSource
-from lorac.serving.served_model import ServedModel, TextScheduler
+from lorac.serving.served_model import AdapterSource, ServedModel, TextScheduler
 
 T = TypeVar("T")
 MEDIA_TYPE = prometheus_client.CONTENT_TYPE_LATEST

@@ -9,8 +9,7 @@ from typing import Any
 
 from lorac.errors import OptionError
 from lorac.serving.app import build_app
-from lorac.serving.connections import limit_connections
-from lorac.serving.draining import DrainingServer
+from lorac.serving.draining import DrainingServer, limit_connections
 from lorac.serving.request_log import LOGGER
 from lorac.serving.settings import ServingSettings, StoreQuotas
 from lorac.serving.store import AdapterStore

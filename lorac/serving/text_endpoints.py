@@ -12,14 +12,12 @@ from fastapi.responses import Response
 
 from lorac.errors import LoracError
 from lorac.serving.answers.answers import AnswerPart
-from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_event, run_while_connected
-from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, JsonAnswer, format_event, run_while_connected
 from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape
 from lorac.serving.refusals import refuse
 from lorac.serving.requests.chat_fields import ChatFields, ChatMessage, TokenizeFields
-from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.request_body import read_body
-from lorac.serving.requests.sampling_fields import SamplingFields
+from lorac.serving.requests.sampling_fields import CompletionFields, SamplingFields
 from lorac.serving.text_service import SubmittedText
 
 FieldsT = TypeVar("FieldsT", bound=SamplingFields)

@@ -17,17 +17,15 @@ from lorac.ir.slots.choice import ChoiceSpec, parse_choice
 from lorac.ir.slots.prefix import IDS, MASK
 from lorac.runtime.scheduling.token_stream import TextRequest
 from lorac.serving.active_request import ActiveRequest
-from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.answers.answers import Answer, AnswerPart, read_answers
 from lorac.serving.answers.chat_parsing import CallReader, ChatParser, find_response_template
 from lorac.serving.metrics import ServerMetrics
 from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.chat_fields import ChatFields, ChatMessage, TokenizeFields
 from lorac.serving.requests.choices import read_choices
-from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.grammar import Grammars
-from lorac.serving.requests.sampling_fields import CountPenalty, SamplingFields
-from lorac.serving.served_model import ServedModel, TextScheduler
+from lorac.serving.requests.sampling_fields import CompletionFields, CountPenalty, SamplingFields
+from lorac.serving.served_model import AdapterSource, ServedModel, TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorac.adapters.fit import check_finite
 from lorac.formats import reading
-from lorac.formats._writing import write_json
+from lorac.formats._config_fields import write_json
 from lorac.formats.reading import AdapterFile
 from lorac.storage.tensor_file import DTYPES, write_safetensors
 from tests.refusing import refuses

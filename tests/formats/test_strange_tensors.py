@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lorac
 from campaigns import sound
-from lorac.formats._writing import EXPERTS, SEAL
+from lorac.formats._config_fields import EXPERTS, SEAL
 from tests.limits import within_budget
 
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

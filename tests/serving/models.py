@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import lorac
 from lorac.serving import ServingSettings, build_app
-from lorac.serving.connections import limit_connections
+from lorac.serving.draining import limit_connections
 from lorac.testing import adapter_away
 from tests.decoders import VOCABULARY
 

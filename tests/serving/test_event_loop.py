@@ -17,7 +17,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.serving.answers.connection import JsonAnswer
 from lorac.serving.text_service import TextService
 from tests.serving.models import make_app, serve
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lorac.serving.rows.row_batches import RowBatches
+from lorac.serving.row_batches import RowBatches
 from tests.decoders import VOCABULARY
 from tests.limits import ROWS
 from tests.refusing import refuses
@@ -119,7 +119,7 @@ def test_a_rejected_prediction_leaves_nothing_without_the_collector(address: str
 
 
 def test_rejects_outputs_and_texts_beyond_their_limits(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorac.serving.rows.row_endpoints.MOST_TOKENS", 10)
+    monkeypatch.setattr("lorac.serving.row_endpoints.MOST_TOKENS", 10)
     ids = torch.ones(2, 5, dtype=torch.long).tolist()
     outputs = {"model": "one", "inputs": {"input_ids": ids, "attention_mask": ids}}
     with serve(make_app(encoder, max_output_bytes=1000)) as url:

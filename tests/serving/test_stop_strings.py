@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lorac.serving.answers.stop_strings import StopString
+from lorac.serving.answers.answers import StopString
 
 
 @pytest.mark.parametrize("seed", range(4))

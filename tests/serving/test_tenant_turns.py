@@ -7,7 +7,7 @@ import time
 import anyio
 import pytest
 
-from lorac.serving.tenant_turns import TenantTurns
+from lorac.serving.app import TenantTurns
 
 
 @pytest.mark.parametrize(("threads", "own"), [(3, 1), (3, 2), (2, 5)])

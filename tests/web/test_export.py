@@ -45,7 +45,7 @@ def test_parts_have_the_size_and_hash_that_are_listed(artifact: Path, fake_modul
 
 
 def test_long_files_are_cut(tmp_path: Path) -> None:
-    from lorac.web.export import write_parts
+    from lorac.web import write_parts
 
     entries = write_parts(tmp_path, 10, b"abcdefgh", b"", memoryview(b"ijklmnopqrstuvwxyz"))
     assert [entry["bytes"] for entry in entries] == [10, 10, 6]

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorac.argument_types import Fields
-from lorac.formats._config_fields import read_fields
+from lorac.formats._config_fields import BASE_HASH, encode_config, read_fields
 from lorac.formats._errors import corrupt_error
-from lorac.formats._writing import BASE_HASH, encode_config
 from lorac.formats.peft.config import peft_types, variant_of, write_config
 from lorac.ir.sites.patterns import MAX_PATTERN_LENGTH
 from lorac.storage.strict_json import parse_object

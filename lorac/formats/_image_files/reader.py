@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, no_site_error, sort_by_site
 from lorac.errors import FormatError, SiteError, require_base, shape_error, short, unused_error
+from lorac.formats._config_fields import BASE_HASH
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._image_files.converters import convert_names
 from lorac.formats._image_files.layout import Method, StoredModule, unused_tensor
@@ -22,7 +23,6 @@ from lorac.formats._image_files.places import LAYERS, PipelineModel, choose_comp
 from lorac.formats._image_files.rows import split_rows
 from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName, parse_name
 from lorac.formats._site_layouts import LAYOUT, matrix_site, site_to_json
-from lorac.formats._writing import BASE_HASH
 from lorac.formats.engines import LOST_SCALE
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView

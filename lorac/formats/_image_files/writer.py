@@ -13,6 +13,7 @@ from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.errors import require_base
+from lorac.formats._config_fields import BASE_HASH, write_sealed
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._format import Format
 from lorac.formats._image_files.layout import Method
@@ -23,7 +24,6 @@ from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel, list_pipeline
 from lorac.formats._image_files.reader import read_file
 from lorac.formats._image_files.rows import join_rows
-from lorac.formats._writing import BASE_HASH, write_sealed
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter

@@ -10,9 +10,9 @@ from pathlib import Path
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.errors import require_base, warn
+from lorac.formats._config_fields import BASE_HASH, encode_config, write_json, write_sealed
 from lorac.formats._errors import unsupported_error
 from lorac.formats._format import Evidence, Format
-from lorac.formats._writing import BASE_HASH, encode_config, write_json, write_sealed
 from lorac.formats.adapterhub.bottlenecks import write_bottlenecks
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.config import VERSION, join_configs, read_config

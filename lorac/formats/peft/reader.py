@@ -8,10 +8,9 @@ from torch import Tensor
 from lorac.adapters.base_hash import compute_tensor_hash
 from lorac.adapters.fit import check_present, check_site, no_site_error, sort_by_site
 from lorac.errors import BaseNeeded
-from lorac.formats._config_fields import read_fields
+from lorac.formats._config_fields import BASE_HASH, read_fields
 from lorac.formats._errors import corrupt_error
 from lorac.formats._site_layouts import LAYOUT, site_to_json
-from lorac.formats._writing import BASE_HASH
 from lorac.formats.peft.checks import check_against_config, check_against_model, select_targets
 from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.keys import PeftFile, read_keys

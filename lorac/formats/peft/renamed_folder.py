@@ -6,8 +6,7 @@ from pathlib import Path
 
 from lorac.adapters.name_repair import WRAPPERS, find_own_names
 from lorac.errors import require_base, unused_error
-from lorac.formats._config_fields import ALL_LINEAR, read_fields
-from lorac.formats._writing import write_json
+from lorac.formats._config_fields import ALL_LINEAR, read_fields, write_json
 from lorac.formats.peft.config import peft_type_of
 from lorac.formats.peft.keys import PREFIX, WRAPPED, shared_name
 from lorac.formats.peft.reader import PICKLED, read_folder

@@ -14,9 +14,9 @@ from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import make_site_tensors
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded
+from lorac.formats._config_fields import BASE_HASH, EXPERTS, SEAL, encode_config, write_json, write_sealed
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._site_layouts import remembered_sites
-from lorac.formats._writing import BASE_HASH, EXPERTS, SEAL, encode_config, write_json, write_sealed
 from lorac.formats.engines import ENGINE, ENGINES, find_model_type
 from lorac.formats.peft.checks import saved_parameter_names, select_targets
 from lorac.formats.peft.config import peft_types, write_config

@@ -20,6 +20,8 @@ from lorac.adapters.router_freezing import freeze_router
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, SiteError, nearest_name, require_base, shape_error, unused_error
 from lorac.formats._config_fields import (
+    EXPERTS,
+    SEAL,
     Applied,
     Field,
     TrainingOnly,
@@ -29,7 +31,6 @@ from lorac.formats._config_fields import (
     read_size,
 )
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._writing import EXPERTS, SEAL
 from lorac.formats.peft.reader import read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.formats.reading import AdapterFile

@@ -1,10 +1,12 @@
-"""Work that is cancelled when its client disconnects."""
+"""Answers in JSON and in events, and work that is cancelled when its client disconnects."""
 
 import asyncio
+import io
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import TypeVar, final
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -81,3 +83,17 @@ async def merge_streams(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@final
+class JsonAnswer(JSONResponse):
+    """A JSON response, encoded piece by piece in Python so that other threads can run in between.
+
+    The encoder in C would hold the interpreter lock, and so block the event loop, until the whole text is encoded.
+    """
+
+    def render(self, content: object) -> bytes:
+        written = io.StringIO()
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        written.writelines(encoder.iterencode(content))
+        return written.getvalue().encode()

@@ -20,7 +20,7 @@ from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
 from lorac.serving.ray.remote_model import Event, RemoteAdapters, RemoteModel, SharedFile
 from lorac.serving.requests.grammar import GrammarMask, Grammars
-from lorac.serving.rows.row_batches import RowBatches
+from lorac.serving.row_batches import RowBatches
 from lorac.serving.served_model import decodes
 from lorac.serving.settings import ServingSettings
 from lorac.session.compiled import Compiled

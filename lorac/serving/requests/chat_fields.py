@@ -8,8 +8,7 @@ import pydantic
 
 from lorac.argument_types import JsonMapping
 from lorac.serving.refusals import RefusedField
-from lorac.serving.requests.fields import drop_usual
-from lorac.serving.requests.request_body import Items
+from lorac.serving.requests.request_body import Items, drop_usual
 from lorac.serving.requests.sampling_fields import Amount, SamplingFields
 
 MOST_MESSAGES = 4096

@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from lorac.errors import AdapterError, AdapterNotFound
 from lorac.ir.slots.choice import Active, ChoiceSpec
-from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.sampling_fields import ActiveFields, Strengths
+from lorac.serving.served_model import AdapterSource
 
 Spec: TypeAlias = "Strengths | None"
 _LISTED = "GET /v1/models lists them"

@@ -1,6 +1,7 @@
-"""The fields that requests for text share, and their translation into options of ``generate``."""
+"""The fields that requests for text share, their translation into options of ``generate``, and those of prompts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, TypeAlias
 
 import pydantic
@@ -10,8 +11,7 @@ from torch import Tensor
 from lorac.argument_types import JsonMapping
 from lorac.errors import short
 from lorac.serving.refusals import RefusedField
-from lorac.serving.requests.fields import drop_usual
-from lorac.serving.requests.request_body import Items, Name
+from lorac.serving.requests.request_body import Items, Name, drop_usual
 
 Amount: TypeAlias = Annotated[int, pydantic.Field(ge=1)]
 Penalty: TypeAlias = Annotated[float, pydantic.Field(ge=-2, le=2)]
@@ -161,3 +161,41 @@ class CountPenalty:
         answer = input_ids[:, self._prompt :]
         counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+Ids = Annotated[Items[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]], pydantic.Field(min_length=1)]
+USUAL_TOKENS = 16
+"""The default of ``max_tokens``, as in OpenAI's API."""
+
+
+def list_texts(given: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
+    """Return a field's texts as a list; the field holds one text or several, each as text or token ids."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [one for one in given if not isinstance(one, int)]
+
+
+class CompletionFields(SamplingFields):
+    """The fields of a request that continues prompts.
+
+    Attributes:
+        prompt: one prompt or several, as text or token ids.
+    """
+
+    prompt: str | Ids | Annotated[Items[str] | Items[Ids], pydantic.Field(min_length=1, max_length=64)]
+    logprobs: Annotated[int, pydantic.Field(ge=0, le=5)] | None = None
+
+    @property
+    def logprob_count(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens or USUAL_TOKENS
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, as text or token ids."""
+        return list_texts(self.prompt)

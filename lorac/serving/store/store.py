@@ -28,12 +28,11 @@ from lorac.formats.native import read_record
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.limits import budget
 from lorac.serving.settings import StoreQuotas
-from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
 from lorac.serving.store.quotas import QuotaClaim, TenantAccount
 from lorac.serving.store.reading_main import WEAKER
 from lorac.serving.store.reading_process import ReaderPool
-from lorac.serving.store.store_folder import StoredName, StoreFolder
+from lorac.serving.store.store_folder import AuditLog, StoredName, StoreFolder
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.storage.remote.names import HubName, find_source, parse_name

@@ -1,6 +1,7 @@
 """The endpoints that call a model once: embeddings, classes and predictions."""
 
 import base64
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -18,17 +19,17 @@ from torch.nn import functional
 
 from lorac.errors import Unavailable
 from lorac.frontend.components import MAIN_GRAPH
-from lorac.ir.slots.choice import ChoiceSpec
-from lorac.serving.answers.json_answer import JsonAnswer
+from lorac.ir.slots.choice import ChoiceSpec, parse_choice
+from lorac.serving.answers.connection import JsonAnswer
+from lorac.serving.arrays import read_lists, read_npz, write_lists, write_npz
 from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.choices import read_choices
-from lorac.serving.requests.completion_fields import Ids, list_texts
 from lorac.serving.requests.request_body import Items, Name, parse_fields, read_body
-from lorac.serving.requests.sampling_fields import MOST_ROWS, Choices, ModelName, UserName
-from lorac.serving.rows.arrays import read_lists, read_npz, write_lists, write_npz
-from lorac.serving.rows.classes import classify_rows
-from lorac.serving.rows.row_batches import Outputs
+from lorac.serving.requests.sampling_fields import MOST_ROWS, Choices, Ids, ModelName, UserName, list_texts
+from lorac.serving.row_batches import Outputs
+from lorac.serving.served_model import ServedModel
 from lorac.serving.tokenizer import FastTokenizer
+from lorac.session.compiled import Compiled
 from lorac.storage.strict_json import JsonObject
 
 NPZ = ("application/x-npz", "application/octet-stream")
@@ -230,3 +231,36 @@ def _pool(outputs: Outputs, mask: Tensor, pooling: str) -> Tensor:
     weights = mask[..., None].float()
     pooled = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
     return functional.normalize(pooled, dim=-1)
+
+
+def classify_rows(
+    compiled: ServedModel, outputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], *, probabilities: bool
+) -> list[object]:
+    """Return each row's index, label, probabilities and number of classes, in vLLM's form.
+
+    Args:
+        outputs: the model's outputs, with logits (rows, classes), padded with −inf beyond the classes of a row.
+        choices: the choices of adapters, one per row.
+        probabilities: return probabilities; else logits.
+
+    Raises:
+        Unavailable: the model does not classify sequences.
+    """
+    config, logits = compiled.traits[MAIN_GRAPH].config, outputs.get("logits")
+    if logits is None or logits.dim() != 2:
+        raise Unavailable(
+            f"the model gives no class for each text, but {', '.join(outputs)}",
+            next_step="serve a model for sequence classification; /v1/predict gives any model's outputs",
+        )
+    found, named = list[object](), getattr(config, "id2label", None) or {}
+    for index, (row, choice) in enumerate(zip(logits.float(), choices, strict=True)):
+        own = row[row > -math.inf]
+        known: list[Sequence[str]] = [[str(named[key]) for key in sorted(named, key=int)]]
+        if isinstance(compiled, Compiled):
+            known[:0] = [compiled.pool[name].labels for name, _ in parse_choice(choice, compiled.pool)]
+        best, usual = int(own.argmax()), [f"LABEL_{place}" for place in range(len(own))]
+        labels = next((labels for labels in known if len(labels) == len(own)), usual)
+        independent = len(own) == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
+        values = own if not probabilities else own.sigmoid() if independent else own.softmax(0)
+        found.append({"index": index, "label": labels[best], "probs": values.tolist(), "num_classes": len(own)})
+    return found
