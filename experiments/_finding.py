@@ -87,9 +87,16 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """ "shown" where all lines are, "contrary" where one that the paper states separates the other way."""
-        found = {self.judge(one) for one in self.expected}
+        """ "shown" where all lines of the paper are, "contrary" where one of them separates the other way.
+
+        Lines of ours decide where the paper states none.
+        """
+        found = {self.judge(one) for one in self.lines(ours=False) or self.expected}
         return CONTRARY if CONTRARY in found else SHOWN if found == {SHOWN} else NOT_SHOWN
+
+    def lines(self, ours: bool) -> list[Expected]:
+        """Return the lines that the paper states, or ours."""
+        return [one for one in self.expected if (one.stated_by == OURS) == ours]
 
     def judge(self, one: Expected) -> str:
         """Return the verdict on a line."""

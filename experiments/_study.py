@@ -176,7 +176,7 @@ def main(experiment: Experiment, name: str, text: str | None) -> None:
     parser.add_argument("--steps", type=int, default=experiment.steps, help="of each run (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="two seeds and two steps: seconds, and no figures")
     parser.add_argument("--fault", action="store_true", help="take a line of the method out first")
-    parser.add_argument("--json", type=Path, help="write the tables and the verdict to this file too")
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     given = parser.parse_args()
     given.first = experiment.first
     if given.smoke:
@@ -192,5 +192,5 @@ def main(experiment: Experiment, name: str, text: str | None) -> None:
     print(f"{given.seeds} seeds, {given.steps} steps, {seconds:.0f} s")
     if given.json is not None:
         tables = [dataclasses.asdict(table) for table in found.tables]
-        told = {"verdict": found.verdict, "seconds": round(seconds), "seeds": given.seeds, "steps": given.steps}
+        told = {"seconds": round(seconds), "seeds": given.seeds, "steps": given.steps}
         given.json.write_text(json.dumps({**told, "tables": tables}), encoding="utf-8")
