@@ -40,9 +40,9 @@ without such a bar. A line is *shown* where the 95 % interval of the paired diff
 is the difference that five seeds, spread as these, would tell from none four times out of five. A line that is shown
 *narrowly* may not be on another processor. The verdict is of the lines that the paper states. *Shown*: all of them are.
 *Not shown*: some are not. *Contrary*: one separates the other way. Lines of ours say how far the claim goes here; they
-are counted beside it, and decide only where the paper states none. The tasks are small, so that a claim that is not shown
-here may well hold where the paper says it does; unless its text says more, the rates, seeds and steps of its tables
-are all that was tried. Seconds are those of one run beside others.
+are counted beside it, and decide only where the paper states none. The tasks are small, so that a claim that is not
+shown here may well hold where the paper says it does; unless its text says more, the rates, seeds and steps of its
+tables are all that was tried. Seconds are those of one run beside others.
 
 `make experiments` runs them all and writes this page, and that of the [families of methods](taxonomy.md);
 `python -m experiments.<name>` runs one and prints its tables. `python -m experiments --faults` runs those that have a
