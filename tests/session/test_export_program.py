@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.testing import adapter_away, assert_close
-from tests.backends.aoti.hosts import make
+from tests.backends.aoti.hosts import make, make_convolution
 from tests.refusing import refuses
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own tree specs, as it saves them
@@ -64,6 +64,17 @@ def test_takes_any_rank_and_as_many_places_as_rows() -> None:
         missing = [size - own for size, own in zip(one[name].shape, other[name].shape, strict=True)]
         rows[name] = torch.cat([one[name], nn.functional.pad(other[name], (0, missing[2], 0, missing[1]))])
     assert_close(run(x, lorac=rows)["answer"], compiled(x, adapters=["lora", "lora", None, None])["answer"])
+
+
+@torch.no_grad()
+def test_keeps_the_rank_of_a_convolution_which_inductor_fixes() -> None:
+    model, adapter, x = make_convolution()
+    compiled = lorac.compile(model, [adapter], active=None, example_inputs=(x,))
+    program = compiled.export_program()
+    for choice in (None, "lora"):
+        slots = compiled.program_slots(program, choice)
+        assert slots["0:a"].shape[0] == slots["0:b"].shape[1] == 4
+        assert_close(*program.module()(x, lorac=slots).values(), compiled(x, adapters=choice))
 
 
 @torch.no_grad()

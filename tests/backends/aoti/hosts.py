@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac import ParamSpec, SiteKind
+from lorac.testing import adapter_away
 from lorac.variants import initialisers
 
 
@@ -51,3 +52,10 @@ def make() -> tuple[nn.Module, dict[str, lorac.Adapter], Tensor]:
         for tensor in adapter.parameters():
             tensor.data.normal_(0, 0.4)
     return model, adapters, x
+
+
+def make_convolution() -> tuple[nn.Module, lorac.Adapter, Tensor]:
+    """Return a convolution of three channels, an adapter of rank 4, and example inputs of free rows."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Tanh()).eval(), torch.randn(2, 3, 8, 8)
+    return model, adapter_away(lorac.LoRA(r=4, targets=["0"]), model, x, name="lora", seed=3), x

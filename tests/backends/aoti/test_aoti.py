@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.testing import assert_close
-from tests.backends.aoti.hosts import make
+from tests.backends.aoti.hosts import make, make_convolution
 from tests.docs.pages import ROOT, blocks
 
 MIX = {"lora": 0.5, "dora": -0.7, "branch": 1.5}
@@ -63,6 +63,17 @@ def test_swaps_mixes_and_runs_rows_as_eager_does(live: Any, eager: Any) -> None:
 def test_rejects_sizes_that_the_program_was_not_compiled_for(live: Any) -> None:
     with pytest.raises(lorac.InputMismatch):
         live(torch.randn(4, 2, 6))
+
+
+@torch.no_grad()
+@pytest.mark.medium("g++ takes ten seconds; test_export_program.py has the ranks that it is compiled with")
+def test_adapts_a_convolution() -> None:
+    model, adapter, x = make_convolution()
+    compiled = lorac.compile(model, [adapter], target="aoti", active="lora", example_inputs=(x,))
+    eager = lorac.compile(model, [adapter], active=None, example_inputs=(x,))
+    for choice in ("lora", None, {"lora": -0.5}):
+        for given in (x, x[:1], x.repeat(3, 1, 1, 1)):
+            assert_close(compiled(given, adapters=choice), eager(given, adapters=choice))
 
 
 @torch.no_grad()
