@@ -66,7 +66,7 @@ def test_rejects_sizes_that_the_program_was_not_compiled_for(live: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.medium("g++ takes ten seconds; test_export_program.py has the ranks that it is compiled with")
+@pytest.mark.medium("g++ takes ten seconds; test_export_program.py keeps the rank")
 def test_adapts_a_convolution() -> None:
     model, adapter, x = make_convolution()
     compiled = lorac.compile(model, [adapter], target="aoti", active="lora", example_inputs=(x,))
