@@ -67,33 +67,28 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # code pages of Windows lack characters that are printed
         sys.stdout.reconfigure(errors="backslashreplace")
-    code = _run_app()
+    try:
+        with _print_warnings(), translate_import_errors():
+            app(prog_name=NAME)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else REFUSED
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = REFUSED
+    except LoracError as error:
+        step = reword_step(error.next_step or "", typer.main.get_command(app))
+        code = _print_error(error, format_error(error).removesuffix(error.next_step or "") + step, REFUSED)
+    except Exception as error:
+        message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
+        code = _print_error(error, message, OUR_FAULT)
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # Python must not flush again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = REFUSED
     raise SystemExit(code)
-
-
-def _run_app() -> int:
-    """Run the command and return the exit code."""
-    try:
-        with _print_warnings(), translate_import_errors():
-            app(prog_name=NAME)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        return REFUSED
-    except LoracError as error:
-        step = reword_step(error.next_step or "", typer.main.get_command(app))
-        return _print_error(error, format_error(error).removesuffix(error.next_step or "") + step, REFUSED)
-    except Exception as error:
-        message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
-        return _print_error(error, message, OUR_FAULT)
-    return 0
 
 
 @contextlib.contextmanager

@@ -32,8 +32,11 @@ class Chat:
         """Take turns until the end of the input, or /exit."""
         if sys.stdin.isatty():
             print("\n".join(f"{name:10s} {meaning}" for name, (meaning, _) in self._commands.items()))
-        while (line := self._read_line()) != "/exit":
+        while True:
             try:
+                line = input(f"[{self._active}] > " if sys.stdin.isatty() else "").strip()
+                if line == "/exit":
+                    return
                 if line.startswith("/"):
                     name, *rest = line.split(maxsplit=1)
                     if name not in self._commands:
@@ -41,15 +44,10 @@ class Chat:
                     self._commands[name][1]("".join(rest))
                 elif line:
                     self._answer(line)
+            except EOFError:
+                return
             except LoracError as error:
                 print(format_error(error), file=sys.stderr)
-
-    def _read_line(self) -> str:
-        """Return the next line, or /exit at the end of the input."""
-        try:
-            return input(f"[{self._active}] > " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return "/exit"
 
     @property
     def _active(self) -> str:

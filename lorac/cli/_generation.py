@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import statistics
@@ -258,7 +257,20 @@ def time_generation(
     # Ids that every vocabulary has; the time of a call does not depend on them.
     ids = (torch.arange(prompt) % 8 + 1).repeat(rows, 1)
     names = list(itertools.islice(itertools.cycle(compiled.adapters), rows if rows > 1 else 0))
-    medians = time_choices(compiled, rounds, functools.partial(_time_tokens, compiled, ids, new), names, settle=settle)
+
+    def generate(tokens: int, choice: Mapping[str, object]) -> float:
+        settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, **choice}
+        begun = time.perf_counter()
+        compiled.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        return time.perf_counter() - begun
+
+    def measure(**choice: object) -> tuple[float, float]:
+        """Return the seconds to the first token of all rows, and the seconds per further token."""
+        first = generate(1, choice)
+        # On a busy machine, a tiny model's first token may take longer than all of its tokens.
+        return first, max(generate(new, choice) - first, 1e-9) / (new - 1)
+
+    medians = time_choices(compiled, rounds, measure, names, settle=settle)
     return [
         {
             "adapters": choice or "none",
@@ -270,17 +282,3 @@ def time_generation(
         }
         for choice, (swap, first, each) in medians.items()
     ]
-
-
-def _time_tokens(compiled: Compiled, ids: torch.Tensor, new: int, **choice: object) -> tuple[float, float]:
-    """Return the seconds to the first token of all rows, and the seconds per further token."""
-
-    def generate(tokens: int) -> float:
-        settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, **choice}
-        begun = time.perf_counter()
-        compiled.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        return time.perf_counter() - begun
-
-    first = generate(1)
-    # On a busy machine, a tiny model's first token may take longer than all of its tokens.
-    return first, max(generate(new) - first, 1e-9) / (new - 1)

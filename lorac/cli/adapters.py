@@ -144,9 +144,18 @@ def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
 ) -> None:
     """Write an adapter in another format, or as the LoRA that an engine runs; --rank and --tolerance make a LoRA."""
     import lorac
-    from lorac.formats.engines import ENGINES
+    from lorac.formats.engines import find_engine
 
-    _check_options(engine, format, model, inputs, dtype)
+    if inputs is not None and not engine:
+        raise OptionError("--inputs are those of --for", next_step="give --for ENGINE, or leave --inputs out")
+    if engine:
+        rules = find_engine(engine)
+        if format not in {"", rules.format}:
+            raise OptionError(f"--for {engine} writes the format '{rules.format}'", next_step="leave --to out")
+        if not model:
+            raise OptionError(f"which layers {rules.version} adapts depends on the base", next_step="give --model BASE")
+        if dtype and dtype not in rules.dtypes:
+            raise not_one_of(f"{rules.version} does not read tensors of --dtype", dtype, rules.dtypes)
     with progress("convert") as report:
         report.step("reading")
         host = load_model(model) if model else None
@@ -155,29 +164,12 @@ def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
             report.step("making a LoRA")
             given = read_inputs(inputs) if inputs else None
             adapter = lorac.convert(adapter, for_=engine, model=host, rank=rank, tolerance=tolerance, inputs=given)
-            format = ENGINES[engine].format
+            format = rules.format
         elif rank is not None or tolerance is not None:
             report.step("making a LoRA")
             adapter = lorac.to_lora(adapter, host, rank=rank, tolerance=tolerance)
         report.step("writing")
         save(adapter, destination, format or "peft", host, dtype=dtype, as_json=json)
-
-
-def _check_options(engine: str, format: str, model: str, inputs: Path | None, dtype: str) -> None:
-    """Refuse options that contradict --for, and options that need it."""
-    from lorac.formats.engines import find_engine
-
-    if not engine:
-        if inputs is not None:
-            raise OptionError("--inputs are those of --for", next_step="give --for ENGINE, or leave --inputs out")
-        return
-    rules = find_engine(engine)
-    if format not in {"", rules.format}:
-        raise OptionError(f"--for {engine} writes the format '{rules.format}'", next_step="leave --to out")
-    if not model:
-        raise OptionError(f"which layers {rules.version} adapts depends on the base", next_step="give --model BASE")
-    if dtype and dtype not in rules.dtypes:
-        raise not_one_of(f"{rules.version} does not read tensors of --dtype", dtype, rules.dtypes)
 
 
 def resize(

@@ -26,7 +26,6 @@ from lorac.progress import progress
 from lorac.storage.paths import translate_os_errors
 
 if TYPE_CHECKING:
-    from lorac.cli._generation import Encoding, TextWriter
     from lorac.session.compiled import Compiled
 
 FolderArgument = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
@@ -70,7 +69,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
         _print_outputs(outputs, out, json)
         return
     from lorac.cli._chat import Chat
-    from lorac.cli._generation import TextWriter, replace_undecodable_text
+    from lorac.cli._generation import TextStreamer, TextWriter, replace_undecodable_text
 
     if adapters:
         compiled.swap(parse_choice(adapters))
@@ -78,8 +77,16 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     replace_undecodable_text()
     if prompt is None:
         Chat(writer).run()
+        return
+    encoded = writer.encode_images(prompt, image) if image else writer.encode(prompt)
+    streamer = TextStreamer(
+        writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True))
+    )
+    writer.write(encoded, streamer)
+    if json:
+        print_report({"text": streamer.text, "tokens": streamer.tokens, "active": compiled.active}, as_json=True)
     else:
-        _print_continuation(writer, writer.encode_images(prompt, image) if image else writer.encode(prompt), json)
+        print()
 
 
 def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
@@ -100,20 +107,6 @@ def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> Non
     ]
     cells = [(*list(row.values())[:3], f"{row['mean']:.6g}", f"{row['std']:.6g}") for row in rows]
     print_report(rows, make_table(("output", "shape", "dtype", "mean", "std"), cells), as_json=json)
-
-
-def _print_continuation(writer: TextWriter, prompt: Encoding, json: bool) -> None:
-    """Continue a text: print it as it is written, or as JSON at its end."""
-    from lorac.cli._generation import TextStreamer
-
-    streamer = TextStreamer(
-        writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True))
-    )
-    writer.write(prompt, streamer)
-    if json:
-        print_report({"text": streamer.text, "tokens": streamer.tokens, "active": writer.compiled.active}, as_json=True)
-    else:
-        print()
 
 
 def swap(

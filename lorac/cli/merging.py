@@ -19,7 +19,6 @@ from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
 
 if TYPE_CHECKING:
     from lorac.frontend.model_view import Model
-    from lorac.merging.merged_checkpoint import MergedCheckpoint
     from lorac.merging.recipe import MergeRecipe
     from lorac.variants.adapter import Adapter
 
@@ -49,10 +48,18 @@ def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
     json: JsonOption = False,
 ) -> None:
     """Merge adapters into the weights of MODEL, and write its folder; without MODEL into one adapter."""
+    from lorac.merging.merged_checkpoint import merge_checkpoint
+    from lorac.merging.stored_model import StoredModel
+
     given = _read_request(adapter, method, option, recipe)
     with progress("merge") as report:
         if folder:
-            made = _merge_into_folder(folder, given, out, dequantize=dequantize)
+            if given.method == _SUM and not given.options:
+                made = merge_checkpoint(folder, given.adapters, out, given.weights, dequantize=dequantize)
+            else:
+                source = find_source(folder, "MODEL", OptionError)
+                merged = _merge_adapters(given, StoredModel.open(source, dequantize=dequantize).view)
+                made = merge_checkpoint(source, merged, out, dequantize=dequantize)
             mixed = ", ".join(f"{name}*{weight:g}" for name, weight in given.weights.items())
             contents = {"path": str(out), "method": given.method, "weights": given.weights, "merged": made.merged}
             rest = {"bytes": made.size, "left_out": made.left_out}
@@ -67,17 +74,6 @@ def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
         merged = _merge_adapters(given, host)
         report.step("writing")
         save(merged, out, format, host, as_json=json)
-
-
-def _merge_into_folder(folder: str, given: MergeRecipe, out: Path, *, dequantize: bool) -> MergedCheckpoint:
-    from lorac.merging.merged_checkpoint import merge_checkpoint
-    from lorac.merging.stored_model import StoredModel
-
-    if given.method == _SUM and not given.options:
-        return merge_checkpoint(folder, given.adapters, out, given.weights, dequantize=dequantize)
-    source = find_source(folder, "MODEL", OptionError)
-    merged = _merge_adapters(given, StoredModel.open(source, dequantize=dequantize).view)
-    return merge_checkpoint(source, merged, out, dequantize=dequantize)
 
 
 def _merge_adapters(given: MergeRecipe, model: Model | None) -> Adapter:

@@ -86,7 +86,22 @@ class AttentionBranch(BranchVariant):
                 next_step="take a U-Net, such as Stable Diffusion's or SDXL's; any pipeline of lorac.diffusion.compile "
                 "takes other adapters for each image, adapters=[...]",
             )
-        found = {site.path: self._count_heads(site, view) for site in self.named_sites(view)}
+        found = {}
+        for site in self.named_sites(view):
+            attention = view.module.get_submodule(attention_path(site.path))
+            heads = getattr(attention, "heads", None)
+            if not self._is_ours(attention) or not isinstance(heads, int):
+                raise SiteError(
+                    f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is not one",
+                    next_step=f"leave targets= at its default, {type(self).targets}",
+                )
+            if _NO_GRID in self.reads(site):
+                raise SiteError(
+                    f"'{site.path}' is in no transformer of a U-Net, whose input says how many rows and columns of "
+                    "pixels there are",
+                    next_step="take a U-Net, such as Stable Diffusion's or SDXL's",
+                )
+            found[site.path] = heads
         return replace(self, heads_pattern=found)
 
     @property
@@ -97,22 +112,6 @@ class AttentionBranch(BranchVariant):
         """Return whether a module is an attention of diffusers that this branch can act in."""
         joint = getattr(module, "add_k_proj", None) is not None
         return getattr(module, "is_cross_attention", None) is self.crosses and not joint
-
-    def _count_heads(self, site: Site, view: ModelView) -> int:
-        attention = view.module.get_submodule(attention_path(site.path))
-        heads = getattr(attention, "heads", None)
-        if not self._is_ours(attention) or not isinstance(heads, int):
-            raise SiteError(
-                f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is not one",
-                next_step=f"leave targets= at its default, {type(self).targets}",
-            )
-        if _NO_GRID in self.reads(site):
-            raise SiteError(
-                f"'{site.path}' is in no transformer of a U-Net, whose input says how many rows and columns of pixels "
-                "there are",
-                next_step="take a U-Net, such as Stable Diffusion's or SDXL's",
-            )
-        return heads
 
     def projections(self, site: Site) -> tuple[str, str, str]:
         """Return the names of the values q, k and v of the attention whose output projection a site is."""

@@ -131,29 +131,24 @@ class Retriever:
                 next_step=f"give the folder that Retriever.save wrote, which holds {FILE}",
                 code="unknown_format",
             )
-        encoder, pooling = _read_encoder(place / FILE)
+        try:
+            tensors = load_file(place / FILE)
+            with safe_open(place / FILE, framework="pt") as opened:
+                settings = json.loads(opened.metadata()["retriever"])
+            sizes = {path: (int(takes), int(gives)) for path, (takes, gives) in settings["sizes"].items()}
+            probes = settings.get("probes", 1)  # older files have one, and do not say so
+            encoder = WeightEncoder(sizes, settings["width"], layers=settings["layers"], probes=probes)
+            encoder.load_state_dict(tensors)
+            pooling = settings["pooling"]
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FormatError(
+                f"'{place / FILE}' was not written by a retriever: {error}",
+                next_step="train the retriever again, and save it",
+                code="corrupt_file",
+            ) from error
         text = AutoModel.from_pretrained(place / TEXT)
         text = getattr(text, "text_model", text) if pooling == "pooler" else text
         return cls(encoder.eval(), text.eval(), AutoTokenizer.from_pretrained(place / TEXT), pooling)
-
-
-def _read_encoder(file: Path) -> tuple[WeightEncoder, Pooling]:
-    """Return the encoder of adapters in a file, and how its text encoder is pooled."""
-    try:
-        tensors = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            settings = json.loads(opened.metadata()["retriever"])
-        sizes = {path: (int(takes), int(gives)) for path, (takes, gives) in settings["sizes"].items()}
-        probes = settings.get("probes", 1)  # older files have one, and do not say so
-        encoder = WeightEncoder(sizes, settings["width"], layers=settings["layers"], probes=probes)
-        encoder.load_state_dict(tensors)
-        return encoder, settings["pooling"]
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FormatError(
-            f"'{file}' was not written by a retriever: {error}",
-            next_step="train the retriever again, and save it",
-            code="corrupt_file",
-        ) from error
 
 
 def matching_loss(prompts: Tensor, adapters: Tensor) -> Tensor:

@@ -143,7 +143,17 @@ class AuthorsFormat(Format):
         if found is None:
             raise corrupt_error(f"'{file}' holds no file of tensors, or several")
         path = found.path
-        raw, values = self._read_settings(path)
+        settings_path = self.settings_path(path)
+        settings = AdapterFile(settings_path)
+        raw = settings.read_json() if settings.is_file else {}
+        lost = [name for name, field in self.settings.items() if field.default is REQUIRED and name not in raw]
+        if lost:
+            example = encode_config({**raw, **dict.fromkeys(lost, 1)})
+            raise unsupported_error(
+                f"'{path}' does not hold {', '.join(lost)} of its training, which the result depends on",
+                next_step=f"write them into '{settings_path}' as JSON, with the values of the training: {example}",
+            )
+        values = read_fields(raw, self.settings, settings_path)
         stored, rest = self._assign(self.read_tensors(found))
         if not stored:
             raise corrupt_error(f"'{path}' holds no tensor of {self.written_by}")
@@ -162,20 +172,6 @@ class AuthorsFormat(Format):
     def settings_path(self, file: Path) -> Path:
         """Return the path of the file of hyper-parameters."""
         return file.with_suffix(".json") if self.settings_file is None else file.with_name(self.settings_file)
-
-    def _read_settings(self, file: Path) -> tuple[JsonMapping, JsonMapping]:
-        """Return the stored hyper-parameters by the authors' names, and their values by lorac's names."""
-        path = self.settings_path(file)
-        settings = AdapterFile(path)
-        raw = settings.read_json() if settings.is_file else {}
-        missing = [name for name, field in self.settings.items() if field.default is REQUIRED and name not in raw]
-        if missing:
-            example = encode_config({**raw, **dict.fromkeys(missing, 1)})
-            raise unsupported_error(
-                f"'{file}' does not hold {', '.join(missing)} of its training, which the result depends on",
-                next_step=f"write them into '{path}' as JSON, with the values of the training: {example}",
-            )
-        return raw, read_fields(raw, self.settings, path)
 
     def _assign(self, tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Return the tensors of sites by path and parameter, and the tensors that fit no row of ``rows``."""

@@ -93,7 +93,19 @@ def _read_records(file: AdapterFile) -> tuple[Mapping[str, Tensor], dict[str, Re
         text = bytes(tensors[key].tolist())
         stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
         prefix = key.removesuffix(_RECORD)
-        _check_record(file, stored, tensors, prefix)
+        if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(stored.get("places"), Places):
+            raise corrupt_error(f"a record in '{file}' is not the record, the places and the seal of an adapter")
+        missing = next((one for one in stored["places"] if f"{prefix}.{one}" not in tensors), None)
+        if missing is not None:
+            raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{missing}', which its record promises")
+        own = {one: tensors[f"{prefix}.{one}"] for one in stored["places"]}
+        sealed = encode_config({name: stored[name] for name in ("record", "places")})
+        if not file.agrees_with_seal(stored.get(SEAL), sealed, own):  # older records have no seal
+            raise corrupt_error(
+                f"the record and the tensors of '{prefix}' in '{file}' do not belong together: they, or one of them, "
+                "were changed since the state dict was made",
+                next_step="copy the file again, or save the adapter itself: lorac.save_adapter(adapter, path)",
+            )
         parsed = parse_record(file.path, encode_config(stored["record"]))
         records[parsed["name"]] = (prefix, parsed, stored["places"])
     known = {f"{prefix}.{key}" for prefix, _, places in records.values() for key in places}
@@ -109,21 +121,3 @@ def _find_state(file: AdapterFile) -> AdapterFile:
 
 def _is_record(name: str) -> bool:
     return _PREFIX in name and name.endswith(_RECORD)
-
-
-def _check_record(file: AdapterFile, stored: JsonMapping, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Check the entries of a record, and its seal against the tensors; older records have no seal."""
-    places = stored.get("places")
-    if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(places, Places):
-        raise corrupt_error(f"a record in '{file}' is not the record, the places and the seal of an adapter")
-    missing = next((key for key in stored["places"] if f"{prefix}.{key}" not in tensors), None)
-    if missing is not None:
-        raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{missing}', which its record promises")
-    own = {key: tensors[f"{prefix}.{key}"] for key in stored["places"]}
-    text = encode_config({name: stored[name] for name in ("record", "places")})
-    if not file.agrees_with_seal(stored.get(SEAL), text, own):
-        raise corrupt_error(
-            f"the record and the tensors of '{prefix}' in '{file}' do not belong together: they, or one of them, were "
-            "changed since the state dict was made",
-            next_step="copy the file again, or save the adapter itself: lorac.save_adapter(adapter, path)",
-        )

@@ -133,6 +133,11 @@ def _program_lines(program: ProgramRow) -> Iterator[str]:
 
 def _site_lines(report: Explanation) -> Iterator[str]:
     """Yield the sites with their terms in columns; sites that differ only in the number of their layer are one."""
+
+    def without_adapter(row: TermRow) -> TermRow:  # rows of similar adapters are then equal
+        own = (replace(reason, adapter="") if reason.adapter == row.adapter else reason for reason in row.reasons)
+        return replace(row, adapter="", reasons=tuple(own))
+
     groups: dict[tuple[str, tuple[TermRow, ...]], int] = {}
     by_site: dict[str, list[TermRow]] = {}
     for row in report.terms:
@@ -141,7 +146,7 @@ def _site_lines(report: Explanation) -> Iterator[str]:
     for site, found in by_site.items():
         key = (_layer_pattern(site), tuple(found))
         groups[key] = groups.get(key, 0) + 1
-    shown = {key: list(_fold_rows(key[1], _without_adapter)) for key in groups}
+    shown = {key: list(_fold_rows(key[1], without_adapter)) for key in groups}
     columns = [_term_cells(row, names) for folded in shown.values() for row, names in folded]
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)] if columns else []
     for key, count in groups.items():
@@ -151,12 +156,6 @@ def _site_lines(report: Explanation) -> Iterator[str]:
             cells = [cell.ljust(width) for cell, width in zip(_term_cells(row, names), widths, strict=True)]
             yield ("  " + "  ".join(cells)).rstrip()
             yield from (f"      why: {format_reason(reason, names)}" for reason in row.reasons)
-
-
-def _without_adapter(row: TermRow) -> TermRow:
-    """Return a row without its adapter, by which rows of similar adapters are equal."""
-    own = (replace(reason, adapter="") if reason.adapter == row.adapter else reason for reason in row.reasons)
-    return replace(row, adapter="", reasons=tuple(own))
 
 
 def _fold_rows(rows: Sequence[_Row], key: Callable[[_Row], object]) -> Iterator[tuple[_Row, list[str]]]:

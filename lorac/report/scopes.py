@@ -41,7 +41,10 @@ class ModuleScopes:
         """Return the path of a node's module, all modules around it, and its source line."""
         stack = self._stacks[node]
         owner = _strip_call(stack[-1]) if stack else ""
-        return owner, stack, _source_line(node.meta.get("stack_trace") or "")
+        lines = [
+            (path, line) for path, line in _SOURCE.findall(node.meta.get("stack_trace") or "") if is_user_code(path)
+        ]
+        return owner, stack, format_location(*lines[-1]) if lines else ""  # the innermost line
 
     def blocks_of(self, modules: tuple[str, ...]) -> tuple[str, ...]:
         """Return the repeated blocks among the modules around a node."""
@@ -92,12 +95,6 @@ def _strip_call(entry: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _source_line(trace: str) -> str:
-    """Return ``file:line`` of the innermost line of user code."""
-    found = [(path, line) for path, line in _SOURCE.findall(trace) if is_user_code(path)]
-    return format_location(*found[-1]) if found else ""
-
-
 def node_site(node: fx.Node) -> str | None:
     """Return the site that a node calls, or that it was lowered from."""
     called = ops.site_of(node) if node.target in ops.SITE_CALLS else None

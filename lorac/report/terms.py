@@ -145,7 +145,11 @@ def _describe_change_term(
     name: str, site: Site, change: Change, filled: ComposedSite, mode: str, strength: float, reasons: list[Reason]
 ) -> TermRow:
     form, parts = _describe_change(change, site)
-    state, is_low_rank = _term_state(filled, mode, strength), isinstance(change, LowRank)
+    state, is_low_rank = BOUND if operands.WEIGHT in filled.roles else LIVE, isinstance(change, LowRank)
+    if mode == BAKED:
+        state = BAKED if strength else LEFT_OUT
+    elif mode == FUSED:
+        state = FUSED
     floating = [part.dtype for part in parts if part.dtype.is_floating_point]
     is_cheapest = state in (BAKED, LEFT_OUT) or (is_low_rank and state == LIVE)
     grouped = site.conv is not None and site.conv.groups > 1 and not isinstance(change, Sparse | SparseSum)
@@ -209,14 +213,6 @@ def _swap_cost(site: Site, change: Change, state: str) -> str:
     if state == FUSED and isinstance(change, Sparse | SparseSum):
         return f"restore and write of {format_size(sum(term.values.nbytes for term in _sparse_terms(change)))}"
     return f"one pass over {weight}" if state == FUSED else _REBINDING
-
-
-def _term_state(filled: ComposedSite, mode: str, strength: float) -> str:
-    if mode == BAKED:
-        return BAKED if strength else LEFT_OUT
-    if mode == FUSED:
-        return FUSED
-    return BOUND if operands.WEIGHT in filled.roles else LIVE
 
 
 def _describe_change(change: Change, site: Site) -> tuple[str, tuple[TermTensor, ...]]:

@@ -14,25 +14,20 @@ from lorac.storage.artifact import open_artifact, open_checked
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.version import VERSION
-from lorac.web.node_packages import PACKAGE, open_packages
+from lorac.web.node_packages import open_packages
 from lorac.web.texts import describe_tokenizer
 
 __all__ = ["export_web"]
 
-
 CONTENTS = "web.json"
 FORMAT = 1
 _PAGE = Path(__file__).parent / "page"
-_MODULE = ("lorac-web.js", "lorac-web.d.ts")
-_GENERATION = ("do_sample", "eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p")
-"""Settings of a model's generation that a page follows."""
-_WITHOUT_EFFECT = {
+_FOLLOWED = ("do_sample", "eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p")
+_WITHOUT_EFFECT = {  # on a page's tokens: each call sets the length
     *("bos_token_id", "cache_implementation", "decoder_start_token_id", "max_length", "max_new_tokens"),
     *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "pad_token_id"),
     *("return_dict_in_generate", "use_cache"),
 }
-"""Settings that do not change a page's tokens: each call sets the length."""
-
 _CHECKED_IDS, _CHECKED_LOGITS = 8, 512
 
 
@@ -87,8 +82,12 @@ def export_web(
             next_step="compiled.save(folder) writes those that can be; prompts and activated LoRAs run in Python alone",
         )
     check = _compute_check(artifact, tokenizer["samples"][0]["ids"])
-    with open_packages(None if modules is None else Path(modules)) as vendor:
-        _check_replaceable(target)
+    with open_packages(None if modules is None else Path(modules)) as copied:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not _own_files(target):
+            raise ArtifactError(
+                f"'{target}' exists and is not a page of export-web",
+                next_step="give a new folder, an empty one, or an older page",
+            )
         with translate_os_errors(target, ArtifactError, "written"), replace_atomically(target, _own_files) as staged:
             (staged / "files").mkdir(parents=True)
             write = functools.partial(write_parts, staged / "files", part_mib << 20)
@@ -106,8 +105,7 @@ def export_web(
                 "tokenizer": {**tokenizer, "json": write(manifest.files[tokenizer["json"]].read())},
             }
             size = sum(path.stat().st_size for path in (staged / "files").iterdir())
-            copied = {path.name: path for path in _PAGE.iterdir()} | {name: PACKAGE / name for name in _MODULE}
-            for name, source in {**copied, **vendor}.items():
+            for name, source in {**{path.name: path for path in _PAGE.iterdir()}, **copied}.items():
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, staged / name)
             written = [path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()]
@@ -119,29 +117,25 @@ def export_web(
 def _check_kind(fields: JsonMapping) -> None:
     """Refuse an artifact unless it is one graph of a causal language model for ONNX Runtime."""
     graphs, traits = fields["program"].get("graphs", {}), fields["components"].get(MAIN_GRAPH, {})
+    step = "compile a causal language model with target='onnxruntime' and cache=True"
     if fields["target"] != "onnxruntime":
-        reason = f"was compiled for {fields['target']}"
-    elif graphs.keys() != {MAIN_GRAPH}:
-        reason = f"has the graphs {list_some(sorted(graphs))}, and a page runs one"
-    elif traits.get("generation") is None or traits.get("rules") is not None:
-        reason = "does not write text as transformers' causal language models do"
-    else:
-        return
-    raise Unavailable(
-        f"the program {reason}", next_step="compile a causal language model with target='onnxruntime' and cache=True"
-    )
+        raise Unavailable(f"the program was compiled for {fields['target']}", next_step=step)
+    if graphs.keys() != {MAIN_GRAPH}:
+        raise Unavailable(f"the program has the graphs {list_some(sorted(graphs))}; a page runs one", next_step=step)
+    if traits.get("generation") is None or traits.get("rules") is not None:
+        raise Unavailable("the program does not write text as transformers' causal language models do", next_step=step)
 
 
 def _describe_generation(settings: JsonMapping) -> dict[str, object]:
     """Return the generation settings of a model that a page supports; warn of the others."""
-    ignored = {name: value for name, value in settings.items() if name not in {*_GENERATION, *_WITHOUT_EFFECT}}
-    named = [f"{name}={value!r}" for name, value in ignored.items() if not name.startswith("_")]
-    if named:
+    ignored = [name for name in settings if name[0] != "_" and name not in {*_FOLLOWED, *_WITHOUT_EFFECT}]
+    if ignored:
+        named = [f"{name}={settings[name]!r}" for name in ignored]
         warn(
             f"a page does not follow the model's generation settings {list_some(named, quote='')}",
             next_step="without them, compiled.generate writes as the page does",
         )
-    return {name: settings[name] for name in _GENERATION if name in settings}
+    return {name: settings[name] for name in _FOLLOWED if name in settings}
 
 
 def _compute_check(artifact: str | Path, ids: list[int]) -> dict[str, object]:
@@ -157,17 +151,6 @@ def _compute_check(artifact: str | Path, ids: list[int]) -> dict[str, object]:
     logits = compiled(input_ids=given, attention_mask=torch.ones_like(given)).logits[0, -1].float()
     stride = -(-len(logits) // _CHECKED_LOGITS)
     return {"ids": given[0].tolist(), "stride": stride, "logits": [round(x, 4) for x in logits[::stride].tolist()]}
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuse to overwrite anything except an older page; other files beside that page stay."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not _own_files(target):
-        raise ArtifactError(
-            f"'{target}' exists and is not a page of export-web",
-            next_step="give a new folder, an empty one, or an older page",
-        )
 
 
 def _own_files(folder: Path) -> frozenset[str]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from lorac.errors import Unavailable
 
-PACKAGE = Path(__file__).parent / "package"
-"""lorac-web, as npm publishes it."""
+PACKAGE = Path(__file__).parent / "package"  # lorac-web, as npm publishes it
 _FILES = {
     "onnxruntime-web": (
         "dist/ort.wasm.bundle.min.mjs",
@@ -26,7 +25,7 @@ _FILES = {
 
 @contextlib.contextmanager
 def open_packages(modules: Path | None) -> Iterator[dict[str, Path]]:
-    """Yield the files of the packages, by their names in a page's folder.
+    """Yield the files of the packages and of lorac-web, by their names in a page's folder.
 
     Args:
         modules: a ``node_modules`` folder with the packages; None: npm downloads them.
@@ -46,7 +45,8 @@ def open_packages(modules: Path | None) -> Iterator[dict[str, Path]]:
                     f"a page takes {name} {release}, and '{modules}' has {found}",
                     next_step=f"run npm install {name}@{release} there",
                 )
-        yield {f"vendor/{name}/{file}": modules / name / file for name, files in _FILES.items() for file in files}
+        vendor = {f"vendor/{name}/{file}": modules / name / file for name, files in _FILES.items() for file in files}
+        yield {name: PACKAGE / name for name in ("lorac-web.js", "lorac-web.d.ts")} | vendor
 
 
 def _install(folder: Path) -> None:

@@ -23,18 +23,13 @@ from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_
 from lorac.storage.open_file import OpenFile
 
 _MICROSOFT = "com.microsoft"
-_LARGEST_TENSOR = (1 << 31) - (1 << 16)
-"""The most bytes of an array in every browser."""
-_LARGEST_FILE = 1 << 30
-"""Bytes of weights that a page holds in one array, unless one tensor has more."""
+_LARGEST_TENSOR = (1 << 31) - (1 << 16)  # the most bytes of an array in every browser
+_LARGEST_FILE = 1 << 30  # bytes of weights that a page holds in one array, unless one tensor has more
 _ALIGNMENT = 64
-_OPERANDS = 16
-"""Number of operands that onnxruntime-web's attention over a cache takes."""
-_BLOCKED_OPSET = 21
-"""The first whose DequantizeLinear has blocks."""
-_CODES = {4: TensorProto.UINT4, 8: TensorProto.UINT8}
-_ZEROS = {4: b"\x88", 8: b"\x80"}
-"""Bits of a code -> bytes whose codes are the middle of the range, which a product without zero points takes."""
+_OPERANDS = 16  # the number that onnxruntime-web's attention over a cache takes
+_BLOCKED_OPSET = 21  # the first whose DequantizeLinear has blocks
+_CODES = {4: (TensorProto.UINT4, b"\x88"), 8: (TensorProto.UINT8, b"\x80")}
+"""Bits of a code -> its type, and bytes whose codes are the middle of the range: the zero points of most products."""
 _INPUT_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
 
 
@@ -73,11 +68,15 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
             rank = next((axis for axis, dim in enumerate(dims) if dim.dim_param.endswith(":rank")), -1)
             slots[value.name] = {"role": slot["role"], "sites": slot["members"] or [slot["site"]], "rank": rank}
     longest = {entry.key: entry.value for entry in model.metadata_props}.get(MAX_LENGTH_KEY)
-    codes = {"codes": model.SerializeToString()} if float_bytes else {}
-    graphs = {"float": floats.SerializeToString(), **codes}
-    limit = None if longest is None else int(longest)
-    made = {"graphs": graphs, "float_bytes": float_bytes, "weights": held}
-    return {**made, "neutral": neutral, "slots": slots, "limit": limit}
+    graphs = {"float": floats, "codes": model} if float_bytes else {"float": floats}
+    return {
+        "graphs": {name: graph.SerializeToString() for name, graph in graphs.items()},
+        "float_bytes": float_bytes,
+        "weights": held,
+        "neutral": neutral,
+        "slots": slots,
+        "limit": None if longest is None else int(longest),
+    }
 
 
 def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
@@ -103,8 +102,7 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
 
 def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots: Mapping[str, object]) -> bytes:
     """Remove the slots' default values from a graph, since browsers do not support them; return them as safetensors."""
-    inputs = {value.name for value in model.graph.input} & slots.keys()
-    found = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in inputs}
+    found = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in slots}
     values = {
         name: np.ascontiguousarray(weights.pop(name) if name in weights else onnx.numpy_helper.to_array(tensor))
         for name, tensor in found.items()
@@ -153,11 +151,8 @@ def _dequantise(model: onnx.ModelProto) -> int:
     def view(name: str, kind: str, dtype: int, *dims: int) -> str:
         """Return the name of a tensor that has the bytes of another one, and its own dims."""
         if (alias := f"{name}:{kind}") not in known:
-            known[alias] = TensorProto()
-            known[alias].CopyFrom(known[name])
-            known[alias].name, known[alias].data_type = alias, dtype
-            del known[alias].dims[:]
-            known[alias].dims.extend(dims)
+            known[alias] = tensor = copy.deepcopy(known[name])
+            tensor.name, tensor.data_type, tensor.dims[:] = alias, dtype, dims
         return alias
 
     for node in graph.node:
@@ -173,15 +168,12 @@ def _dequantise(model: onnx.ModelProto) -> int:
             nodes.append(node)
             continue
         if not zeros:
-            zeros = f"zeros:{bits}:{rows * blocks}"
-            data = _ZEROS[bits] * ((rows * blocks * bits + 7) // 8)
-            known.setdefault(
-                zeros, TensorProto(name=zeros, dims=[len(data)], data_type=TensorProto.UINT8, raw_data=data)
-            )
+            zeros, data = f"zeros:{bits}:{rows * blocks}", _CODES[bits][1] * ((rows * blocks * bits + 7) // 8)
+            known[zeros] = TensorProto(name=zeros, dims=[len(data)], data_type=TensorProto.UINT8, raw_data=data)
         read = [
-            view(codes, "codes", _CODES[bits], rows, width),
+            view(codes, "codes", _CODES[bits][0], rows, width),
             view(scales, "blocks", known[scales].data_type, rows, blocks),
-            view(zeros, f"{rows}:{blocks}", _CODES[bits], rows, blocks),
+            view(zeros, f"{rows}:{blocks}", _CODES[bits][0], rows, blocks),
         ]
         weight, output = f"{node.output[0]}:weight", f"{node.output[0]}:product" if bias else node.output[0]
         nodes += [

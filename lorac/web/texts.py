@@ -14,13 +14,8 @@ _SAMPLES = (
     "déjà vu — Straße, 你好 мир 🙂👍🏽 İi  ½",
     "",
 )
-_TURNS = (
-    {"role": "user", "content": "Who?"},
-    {"role": "assistant", "content": "I."},
-    {"role": "user", "content": "Why?"},
-)
-_CLOCK = "strftime_now"
-"""The function by which templates name the day."""
+_TURNS = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "I."), ("user", "Why?"))]
+_CLOCK = "strftime_now"  # the function by which templates name the day
 
 
 def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
@@ -39,14 +34,12 @@ def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
         )
     tokenizer: Any = found.load()
     config = files.get(f"{TOKENIZER_FOLDER}/tokenizer_config.json")
-    samples = []
-    for text in _SAMPLES:
-        ids = tokenizer(text)["input_ids"]
-        samples.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=True)})
+    encoded = {text: tokenizer(text)["input_ids"] for text in _SAMPLES}
+    decoded = {text: tokenizer.decode(ids, skip_special_tokens=True) for text, ids in encoded.items()}
     return {
         "json": name,
         "config": json.loads(config.read()) if config is not None else {},
-        "samples": samples,
+        "samples": [{"text": text, "ids": ids, "decoded": decoded[text]} for text, ids in encoded.items()],
         "tokens": {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         "chat": _describe_chat(tokenizer),
     }
@@ -54,13 +47,12 @@ def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
 
 def _describe_chat(tokenizer: Any) -> dict[str, Any] | None:
     """Return the chat template, and the text that it makes of an example; None without a template."""
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
+    found = tokenizer.chat_template
+    template = found.get("default") if isinstance(found, Mapping) else found
     if template is None:
         return None
     try:
-        text = tokenizer.apply_chat_template(list(_TURNS), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is the model author's code, and may raise any exception
         warn(f"the chat template fails and is left out: {error}", next_step="the page continues texts")
         return None

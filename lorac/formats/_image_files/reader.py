@@ -87,7 +87,16 @@ class _FileReader:
         adapter = Adapter(self.name, LNTuning())
         methods: dict[str, Variant] = {}
         configs = read_configs(self.metadata, self.path)
-        for module in self._list_modules():
+        modules: dict[tuple[str, str], _Module] = {}
+        for name, component in self._list_names():
+            at = (component.name, name.module)
+            if at not in modules:
+                modules[at] = _Module(component, component.find(name, self.name), name.component)
+            if name.leaf in modules[at].names:
+                other = modules[at].names[name.leaf].key
+                raise FormatError(f"'{self.path}' has both '{name.key}' and '{other}'", next_step=_AGAIN)
+            modules[at].names[name.leaf] = name
+        for module in modules.values():
             adapter.replaced |= self._read_differences(module)
             found = dict(self._read_methods(module, configs))
             for twice in found.keys() & methods.keys():
@@ -111,19 +120,6 @@ class _FileReader:
             adapter.provenance |= {LOST_SCALE: "rs_lora"} if lost else {}
         check_adapter(adapter, self.view)
         return adapter
-
-    def _list_modules(self) -> list[_Module]:
-        """Group the names of the file by module."""
-        modules: dict[tuple[str, str], _Module] = {}
-        for name, component in self._list_names():
-            at = (component.name, name.module)
-            if at not in modules:
-                modules[at] = _Module(component, component.find(name, self.name), name.component)
-            if name.leaf in modules[at].names:
-                other = modules[at].names[name.leaf].key
-                raise FormatError(f"'{self.path}' has both '{name.key}' and '{other}'", next_step=_AGAIN)
-            modules[at].names[name.leaf] = name
-        return list(modules.values())
 
     def _list_names(self) -> list[tuple[TensorName, PipelineModel]]:
         """Return each name of the file, parsed, with the model that it belongs to."""
@@ -206,7 +202,15 @@ class _FileReader:
         layout.check(own, f"'{self.path}'")
         config = configs.get(module.beginning.removesuffix("."))
         if config is not None and alpha is None:
-            own = self._configure(own, module, config)
+            here = config.at_path(module.name)
+            assert isinstance(here, ScaledRank)
+            rank = own.length("lora_down") if "lora_down" in own.tensors else here.r
+            if rank != here.r:
+                raise corrupt_error(
+                    f"'{module.key}' has rank {rank}, and the configuration in the metadata of '{self.path}' says "
+                    f"{short(here.r)}"
+                )
+            own = replace(own, alpha=find_alpha(here))
         method = add_magnitude(layout.read(own), stored)
         if len(sites) == 1 and not module.place.swapped:
             yield first.path, method
@@ -226,15 +230,3 @@ class _FileReader:
                 next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
             )
         return site
-
-    def _configure(self, stored: StoredModule, module: _Module, config: ScaledRank) -> StoredModule:
-        """Return a module with the alpha from its component's configuration."""
-        here = config.at_path(module.name)
-        assert isinstance(here, ScaledRank)
-        rank = stored.length("lora_down") if "lora_down" in stored.tensors else here.r
-        if rank != here.r:
-            raise corrupt_error(
-                f"'{module.key}' has rank {rank}, and the configuration in the metadata of '{self.path}' says "
-                f"{short(here.r)}"
-            )
-        return replace(stored, alpha=find_alpha(here))

@@ -81,7 +81,16 @@ class AdapterHubFormat(Format):
             f"AdapterHub's files name blocks by number, and the modules of adapter '{name}' depend on the model",
             next_step="load_adapter(path, model)",
         )
-        _check_neighbours(opened)
+        if opened.has(_INTERFACE):
+            raise unsupported_error(
+                f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
+                next_step="train it on a class that the library knows by itself",
+            )
+        if any(map(opened.has, _HEADS)):
+            warn(
+                f"'{folder}' holds a prediction head as well, which is not read: the model's own is used",
+                next_step="give a model that has that head",
+            )
         layout = ModelLayout.of(view, family)
         components = [config(layout, name) for config in configs]
         variants = [variant for component in components for variant in component.variants]
@@ -141,20 +150,6 @@ class AdapterHubFormat(Format):
 def _find_composition(folder: AdapterFile) -> str | None:
     """Return the file that marks a folder as a composition of several adapters; None if the folder has none."""
     return None if folder.has(CONFIG) else next(filter(folder.has, _COMPOSITIONS), None)
-
-
-def _check_neighbours(folder: AdapterFile) -> None:
-    """Refuse a file that changes the sites of an adapter; warn of a prediction head, which is not read."""
-    if folder.has(_INTERFACE):
-        raise unsupported_error(
-            f"'{folder}' has an {_INTERFACE}: a plug-in interface of its own says where its adapters sit",
-            next_step="train it on a class that the library knows by itself",
-        )
-    if any(map(folder.has, _HEADS)):
-        warn(
-            f"'{folder}' holds a prediction head as well, which is not read: the model's own is used",
-            next_step="give a model that has that head",
-        )
 
 
 def _write_components(adapter: Adapter, layout: ModelLayout) -> list[ComponentFile]:

@@ -76,7 +76,20 @@ def assign_tensors(
             if parameter in stored and not torch.equal(stored[parameter], tensor):
                 raise corrupt_error(f"'{key}' is one tensor under two names, and the two differ")
             stored[parameter] = tensor
-    _refuse_missing(adapter, patterns, assigned)
+    missing = [
+        (pattern, f"'{name}' at '{path}'")
+        for pattern in patterns
+        for path in pattern.paths
+        for name in sorted({*pattern.leaves.values()} - assigned[path].keys())
+    ]
+    if missing:
+        named = list_some([what for _, what in missing], 1, quote="")
+        raise corrupt_error(
+            f"the file of adapter '{adapter}' lacks {named}, which its configuration promises",
+            next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
+            if any(pattern.group == SHARED for pattern, _ in missing)
+            else "it is incomplete, or was made for a smaller model",
+        )
     return assigned
 
 
@@ -93,20 +106,3 @@ def name_tensors(name: str, prefix: str, patterns: Iterable[KeyPattern], tensors
         parameters = tensors[pattern.paths[0]]
         named |= {f"{stem}.{leaf}": parameters[parameter] for leaf, parameter in pattern.leaves.items()}
     return named
-
-
-def _refuse_missing(adapter: str, patterns: Iterable[KeyPattern], assigned: TensorsBySite) -> None:
-    missing = [
-        (pattern, f"'{name}' at '{path}'")
-        for pattern in patterns
-        for path in pattern.paths
-        for name in sorted({*pattern.leaves.values()} - assigned[path].keys())
-    ]
-    if missing:
-        named = list_some([what for _, what in missing], 1, quote="")
-        raise corrupt_error(
-            f"the file of adapter '{adapter}' lacks {named}, which its configuration promises",
-            next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
-            if any(pattern.group == SHARED for pattern, _ in missing)
-            else "it is incomplete, or was made for a smaller model",
-        )

@@ -39,7 +39,20 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
     Raises:
         FormatError: the library lacks the method, or cannot place it at exactly the adapter's sites.
     """
-    terms = {path: _convert_layer(adapter, path, layout) for path in adapter.tensors}
+    terms: dict[str, _LayerTerm] = {}
+    for path, stored in adapter.tensors.items():
+        layer = layout.layers.get(path)
+        if layer is None:
+            raise unsupported_error(
+                f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) "
+                "does"
+            )
+        site = layout.view.sites[path]
+        if layer.role == PACKED:
+            terms[path] = _convert_packed(adapter.name, adapter.variant.at(site), site, stored)
+        else:
+            method, written = _convert_method(adapter.name, adapter.variant.at(site), site, stored)
+            terms[path] = _LayerTerm(method, (layer.role,) if layer.role in LETTERS else (), written)
     groups = {term.fields for term in terms.values()}
     if len(groups) > 1:
         raise unsupported_error(
@@ -61,20 +74,6 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
     if fields.alpha.is_integer():
         config["alpha"] = int(fields.alpha)
     return ComponentFile(config, patterns, tensors)
-
-
-def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTerm:
-    layer, tensors = layout.layers.get(path), adapter.tensors[path]
-    if layer is None:
-        raise unsupported_error(
-            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) does"
-        )
-    site = layout.view.sites[path]
-    variant = adapter.variant.at(site)
-    if layer.role == PACKED:
-        return _convert_packed(adapter.name, variant, site, tensors)
-    fields, stored = _convert_method(adapter.name, variant, site, tensors)
-    return _LayerTerm(fields, (layer.role,) if layer.role in LETTERS else (), stored)
 
 
 def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str, Tensor]) -> _LayerTerm:

@@ -51,7 +51,14 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
     contents = file.contents
     named = view.named_tensors() if adapter.replaced or contents.embeddings or contents.copies else {}
     _refuse_computed_weights(adapter, set(named))
-    _refuse_incomplete(adapter, targets, view)
+    lacking = [path for path in targets if path not in adapter.tensors]
+    lacking += [name for name in saved_parameter_names(adapter.variant, view) if name not in adapter.replaced]
+    if lacking:
+        raise corrupt_error(
+            f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises for this model: "
+            f"{list_some(lacking)}",
+            next_step="it is incomplete, or was made for a smaller model",
+        )
     resizable = view.list_resizable({**adapter.replaced, **contents.embeddings, **contents.copies})
     for name, tensor in contents.embeddings.items():
         check_replaced(adapter.name, name, tensor, named, resizable)
@@ -164,19 +171,6 @@ def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:
                 next_step="after training, remove the parametrization (torch.nn.utils.parametrize."
                 "remove_parametrizations, remove_weight_norm) in the model that PEFT saves, and in this one",
             )
-
-
-def _refuse_incomplete(adapter: Adapter, targets: Iterable[str], view: ModelView) -> None:
-    """Refuse a file that lacks the tensors of a targeted site or of a saved module."""
-    lacking = [path for path in targets if path not in adapter.tensors]
-    lacking += [name for name in saved_parameter_names(adapter.variant, view) if name not in adapter.replaced]
-    if lacking:
-        listed = list_some(lacking)
-        raise corrupt_error(
-            f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises for this model: "
-            f"{listed}",
-            next_step="it is incomplete, or was made for a smaller model",
-        )
 
 
 def _is_same_value(tensor: Tensor, other: Tensor) -> bool:

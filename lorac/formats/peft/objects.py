@@ -17,7 +17,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, short
 from lorac.formats._config_fields import Irrelevant, read_fields
 from lorac.formats._errors import unsupported_error
@@ -25,7 +24,6 @@ from lorac.formats._registry import load_adapter
 from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.keys import PREFIX
-from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.frontend.host import Host
 from lorac.frontend.model_view import ModelView
@@ -72,26 +70,22 @@ def variant_from_config(config: PeftObject) -> Variant:
             f"'{path}' names no target_modules, and what PEFT then takes depends on the model",
             next_step="name them: target_modules=['q_proj', 'v_proj']",
         )
-    _refuse_training_fields(raw, peft_type, path)
-    variant = variant_of(values, peft_type, path)
-    heads = [name for name in _HEADS.get(str(raw.get("task_type")), ()) if name not in variant.modules_to_save]
-    return dataclasses.replace(variant, modules_to_save=(*variant.modules_to_save, *heads)) if heads else variant
-
-
-def _refuse_training_fields(raw: JsonMapping, peft_type: AnyPeftType, path: Path) -> None:
-    """Refuse fields that only change PEFT's training or initialisation, which a fresh adapter would not follow."""
-    selections = peft_type.variants.values()
     for name, field in peft_type.fields.items():
+        selections = peft_type.variants.values()
         selects = any(name in selection and selection[name] == raw.get(name) for selection in selections)
         is_known = (
             name in COMMON or selects or field.to is not None or isinstance(field, Irrelevant) or not field.written
         )
+        # A fresh adapter would not follow a field that changes PEFT's training or initialisation alone.
         if not is_known and raw.get(name, field.default) not in (field.default, None):
             raise unsupported_error(
                 f"'{path}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
                 "does it in its own way",
                 next_step="leave it out; or have get_peft_model make the adapter, and give the PeftModel",
             )
+    variant = variant_of(values, peft_type, path)
+    heads = [name for name in _HEADS.get(str(raw.get("task_type")), ()) if name not in variant.modules_to_save]
+    return dataclasses.replace(variant, modules_to_save=(*variant.modules_to_save, *heads)) if heads else variant
 
 
 @dataclass(frozen=True)

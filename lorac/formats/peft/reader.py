@@ -49,7 +49,13 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
         return adapter
     contents = read_keys(tensors, peft_type, values, view)
     file = PeftFile(name, peft_type, values, contents, view)
-    _copy_tied_sites(file)
+    for tied, source in peft_type.find_tied_sites(contents.sites, file.sites).items():
+        if tied in contents.sites and not contains_tensors(contents.sites[tied], contents.sites[source]):
+            raise corrupt_error(
+                f"adapter '{name}' has other tensors for '{tied}' than for '{source}', which it is tied to",
+                next_step="load the base model that the adapter was trained on",
+            )
+        contents.sites[tied], contents.tied[tied] = contents.sites[source], source
     matrices = take_matrices(file)
     variant = variant_of(values, peft_type, path)
     if peft_type.names_no_site and not contents.sites and contents.shared:
@@ -83,18 +89,6 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     adapter.tensors = sort_by_site(adapter.tensors, view)
     adapter.provenance[LAYOUT] = {path: site_to_json(sites[path]) for path in adapter.tensors}
     return peft_type.undo_start(adapter, values, view)
-
-
-def _copy_tied_sites(file: PeftFile) -> None:
-    """Give each tied site the tensors of the site of the file that it is tied to."""
-    stored = file.contents.sites
-    for path, source in file.peft_type.find_tied_sites(stored, file.sites).items():
-        if path in stored and not contains_tensors(stored[path], stored[source]):
-            raise corrupt_error(
-                f"adapter '{file.name}' has other tensors for '{path}' than for '{source}', which it is tied to",
-                next_step="load the base model that the adapter was trained on",
-            )
-        stored[path], file.contents.tied[path] = stored[source], source
 
 
 def _read_sites(

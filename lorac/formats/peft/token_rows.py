@@ -17,7 +17,7 @@ from lorac.formats._config_fields import read_rows
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.peft.keys import PeftFile
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.variants.adapter import TOKEN_ROWS, Adapter
 from lorac.variants.trainable_tokens import TrainableTokens, rows_of
 from lorac.variants.union import Union
@@ -87,8 +87,16 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
                 nearest=nearest_name(module, sites),
                 next_step="load the class of model that the adapter was trained on",
             )
-        own = find_numbers(module)
-        weight = _fill_weight(name, sites[module], tensor, own, view)
+        own, site = find_numbers(module), sites[module]
+        stored = view.tensor(str(site.weight)).detach()
+        plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
+        if not plain or tensor.shape != (len(own), stored.shape[1]) or max(own) >= len(stored):
+            raise shape_error(
+                f"adapter '{name}' has rows {tuple(tensor.shape)} of '{module}' for {len(own)} tokens up to number "
+                f"{max(own)}; its weight is {tuple(stored.shape)}",
+                next_step=f"call model.resize_token_embeddings({max(own) + 1}) if the vocabulary has grown",
+            )
+        weight = stored.index_copy(0, torch.tensor(own), tensor.to(stored))
         names = [str(sites[path].weight) for path in (module, *tied) if tied.get(path, module) == module]
         adapter.replaced |= dict.fromkeys(names, weight)
         numbers |= dict.fromkeys(names, own)
@@ -137,15 +145,3 @@ def untied_error(adapter: str, path: str, source: str) -> FormatError:
         f"PEFT changes '{path}' with '{source}', which it is tied to; adapter '{adapter}' does not",
         next_step="adapt both alike, or use format='native'",
     )
-
-
-def _fill_weight(name: str, site: Site, rows: Tensor, indices: tuple[int, ...], view: ModelView) -> Tensor:
-    weight = view.tensor(str(site.weight)).detach()
-    plain = site.kind in {SiteKind.EMBEDDING, SiteKind.LINEAR} and not site.transposed
-    if not plain or rows.shape != (len(indices), weight.shape[1]) or max(indices) >= len(weight):
-        raise shape_error(
-            f"adapter '{name}' has rows {tuple(rows.shape)} of '{site.path}' for {len(indices)} tokens up to number "
-            f"{max(indices)}; its weight is {tuple(weight.shape)}",
-            next_step=f"call model.resize_token_embeddings({max(indices) + 1}) if the vocabulary has grown",
-        )
-    return weight.index_copy(0, torch.tensor(indices), rows.to(weight))

@@ -59,7 +59,15 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
         check_adapter(adapter, view)
     adapter, rows = take_rows(adapter, view)
     adapter = _convert(adapter)
-    peft_type = _find_peft_type(adapter, of_fork)
+    original = (adapter.provenance.get("config") or {}).get("peft_type")
+    for peft_type in sorted(peft_types().values(), key=lambda one: one.peft_type != original):
+        if type(adapter.variant) in peft_type.variants and of_fork == (type(adapter.variant) in peft_type.read_only):
+            break
+    else:
+        raise unsupported_error(
+            f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
+            next_step=native_or_lora(adapter.variant),
+        )
     if rows and "trainable_token_indices" not in peft_type.fields:
         raise unsupported_error(
             f"PEFT's {peft_type.peft_type} has no place for the rows of '{min(rows)}' in adapter '{adapter.name}'"
@@ -98,18 +106,6 @@ def _convert(adapter: Adapter) -> Adapter:
         if converted is not None:
             return converted
     return adapter
-
-
-def _find_peft_type(adapter: Adapter, of_fork: bool) -> AnyPeftType:
-    original = (adapter.provenance.get("config") or {}).get("peft_type")
-    for peft_type in sorted(peft_types().values(), key=lambda one: one.peft_type != original):
-        written = peft_type.read_only if of_fork else peft_type.variants.keys() - peft_type.read_only
-        if type(adapter.variant) in written:
-            return peft_type
-    raise unsupported_error(
-        f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
-        next_step=native_or_lora(adapter.variant),
-    )
 
 
 def _write_files(

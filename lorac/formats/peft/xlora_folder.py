@@ -99,7 +99,19 @@ class XLoraFolder:
         view = require_base(
             view, f"the files of adapter '{name}' do not say which output of the model its classifier reads"
         )
-        hidden = self._find_hidden_state(name, view)
+        try:  # no file names the module whose output the classifier reads
+            hidden, width = find_last_hidden_state(view.module)
+        except SiteError as error:
+            raise BaseNeeded(
+                f"the classifier of adapter '{name}' reads the last hidden state, and {error.what}",
+                next_step="compile from a model of transformers, with the folder in adapters=",
+            ) from error
+        if width != self.fields["hidden_size"]:
+            raise shape_error(
+                f"adapter '{name}': its classifier reads {self.fields['hidden_size']} values of a token, and "
+                f"'{hidden}' gives {width}",
+                next_step="load the base model that the adapter was trained on",
+            )
         self._check_classifier(name)
         loras = self._read_experts(view)
         adapter = XLoRA.from_loras(loras, sites=list(view.sites), name=name, hidden=hidden, **self.fields)
@@ -114,23 +126,6 @@ class XLoraFolder:
         adapter.provenance |= {"source": str(self.folder)}
         check_adapter(adapter, view)
         return adapter
-
-    def _find_hidden_state(self, name: str, view: ModelView) -> str:
-        """Return the path of the module whose output the classifier reads; no file names it."""
-        try:
-            path, width = find_last_hidden_state(view.module)
-        except SiteError as error:
-            raise BaseNeeded(
-                f"the classifier of adapter '{name}' reads the last hidden state, and {error.what}",
-                next_step="compile from a model of transformers, with the folder in adapters=",
-            ) from error
-        if width != self.fields["hidden_size"]:
-            raise shape_error(
-                f"adapter '{name}': its classifier reads {self.fields['hidden_size']} values of a token, and '{path}' "
-                f"gives {width}",
-                next_step="load the base model that the adapter was trained on",
-            )
-        return path
 
     def _check_classifier(self, name: str) -> None:
         expected = [key for key in self.keys for key in ((key, _bias_key(key)) if self.biased else (key,))]
@@ -165,7 +160,17 @@ class XLoraFolder:
                 )
 
     def _read_experts(self, view: ModelView) -> list[Adapter]:
-        folders = {expert: self._find_expert(expert) for expert in self.experts}
+        folders: dict[str, AdapterFile] = {}
+        for expert, paths in self.experts.items():
+            places = map(self.folder.find_inside, paths)
+            found = next((place for place in places if place is not None and place.has(CONFIG)), None)
+            if found is None:
+                raise corrupt_error(
+                    f"'{self.folder}' mixes an expert {expert!r}, and no folder in it has that",
+                    next_step=f"put the expert's folder at '{self.folder.path / paths[-1]}'; paths that lead out of "
+                    "the folder are not followed",
+                )
+            folders[expert] = found
         if len({*folders.values()}) < len(folders):
             raise corrupt_error(f"two experts of '{self.folder}' are one folder", next_step="name each of them once")
         sealed = self.folder.inside(self.weights).peek_metadata().get(EXPERTS)
@@ -182,18 +187,6 @@ class XLoraFolder:
                     next_step="the experts of an X-LoRA are plain LoRAs",
                 )
         return [read_folder(folder, view, expert) for expert, folder in folders.items()]
-
-    def _find_expert(self, expert: str) -> AdapterFile:
-        """Return the folder of one LoRA within the folder of the classifier."""
-        places = [self.folder.find_inside(place) for place in self.experts[expert]]
-        found = next((place for place in places if place is not None and place.has(CONFIG)), None)
-        if found is None:
-            raise corrupt_error(
-                f"'{self.folder}' mixes an expert {expert!r}, and no folder in it has that",
-                next_step=f"put the expert's folder at '{self.folder.path / self.experts[expert][-1]}'; paths that "
-                "lead out of the folder are not followed",
-            )
-        return found
 
 
 def split_xlora(

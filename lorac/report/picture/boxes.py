@@ -159,22 +159,18 @@ class _BoxBuilder:
     def _key(self, section: Section) -> tuple[object, ...]:
         """Return the contents of a section, in names relative to it."""
         if id(section) not in self._keys:
-            self._keys[id(section)] = tuple(self._row_keys(section))
+            inside = {index: place for place, index in enumerate(section.rows())}
+            outside = {index: f"x{place}" for place, index in enumerate(self._reads(section))}
+            keys: list[tuple[object, ...]] = []
+            for index in inside:
+                row = self.rows[index]
+                refs = [inside.get(ref, outside.get(ref)) for ref in row.refs]
+                paths = (call.partition("@")[0] for call in row.modules)
+                modules = [path[len(section.path) :] for path in paths if path.startswith(section.path)]
+                keys.append((row.text, row.type, row.source, refs, modules, self.site_keys.get(row.site or "", "")))
+            here = (site for site in self.sites_without_rows if _contains_site(section.path, site))
+            self._keys[id(section)] = (*keys, *((site[len(section.path) :], self.site_keys[site]) for site in here))
         return self._keys[id(section)]
-
-    def _row_keys(self, section: Section) -> Iterator[tuple[object, ...]]:
-        """Yield the rows of a section, then its sites without rows."""
-        inside = {index: place for place, index in enumerate(section.rows())}
-        outside = {index: f"x{place}" for place, index in enumerate(self._reads(section))}
-        for index in inside:
-            row = self.rows[index]
-            refs = [inside.get(ref, outside.get(ref)) for ref in row.refs]
-            paths = (call.partition("@")[0] for call in row.modules)
-            modules = [path[len(section.path) :] for path in paths if path.startswith(section.path)]
-            yield row.text, row.type, row.source, refs, modules, self.site_keys.get(row.site or "", "")
-        for site in self.sites_without_rows:
-            if _contains_site(section.path, site):
-                yield site[len(section.path) :], self.site_keys[site]
 
     def _reads(self, section: Section) -> list[int]:
         """Return the rows outside that a section reads, in order of first use."""

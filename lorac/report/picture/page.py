@@ -16,7 +16,6 @@ from lorac.report.picture.boxes import build_boxes
 from lorac.report.picture.page_data import (
     LevelTable,
     PictureContext,
-    Record,
     describe_boxes,
     describe_sites,
     select_levels,
@@ -33,7 +32,14 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], context: PictureContext) -
         context: the facts shown next to the graphs.
     """
     sites, levels = describe_sites(context), LevelTable()
-    records = [_graph_record(stages, context, sites, levels) for stages in graphs.values()]
+    records = []
+    for stages in graphs.values():
+        dump = next(iter(stages.values()))
+        known, scope = dump.sites or sites, get_graph_scope(dump.name)
+        here = {path: site for path, site in sites.items() if path in known and path.startswith(scope)}
+        root = build_boxes(dump, {path: json.dumps(site, sort_keys=True) for path, site in here.items()})
+        rows = [levels.describe(title, stage, context.notes) for title, stage in select_levels(stages).items()]
+        records.append({"name": dump.name, "levels": rows, **describe_boxes(root, dump)})
     data = {"graphs": records, "sites": sites, "texts": levels.data()}
     first = [next(iter(stages.values())) for stages in graphs.values()]
     model = " + ".join(dump.classes.get("", dump.name) for dump in first)
@@ -55,18 +61,6 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], context: PictureContext) -
             for name in (escape(dump.name) for dump in first)
         ),
     )
-
-
-def _graph_record(
-    stages: Mapping[str, Dump], context: PictureContext, sites: Mapping[str, Record], levels: LevelTable
-) -> Record:
-    """Return the data of one graph: its boxes, and its rows at each level."""
-    dump = next(iter(stages.values()))
-    known = dump.sites or sites
-    here = {path: site for path, site in sites.items() if path in known and path.startswith(get_graph_scope(dump.name))}
-    root = build_boxes(dump, {path: json.dumps(site, sort_keys=True) for path, site in here.items()})
-    rows = [levels.describe(title, stage, context.notes) for title, stage in select_levels(stages).items()]
-    return {"name": dump.name, "levels": rows, **describe_boxes(root, dump)}
 
 
 def _summary_cards(context: PictureContext, dumps: Sequence[Dump]) -> Iterator[str]:

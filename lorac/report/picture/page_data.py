@@ -7,7 +7,7 @@ the graphs. Equal texts are stored once. ``page.js`` reads the keys of the recor
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -96,30 +96,28 @@ def describe_boxes(root: Box, dump: Dump) -> Record:
     """
     numbers: dict[Box | None, int] = {box: number for number, box in enumerate(root.all())}
     numbers[None] = -1  # a link that starts or ends outside
-    boxes = [_describe_box(box, dump, numbers) for box in root.all()]
+    boxes = []
+    for box in root.all():
+        rows = [dump.rows[index] for index in box.rows]
+        ops = Counter(row.text.partition(" ")[0] for row in rows if row.kind == "value")
+        sources = list(dict.fromkeys(row.source for row in rows if row.source))
+        record = {
+            "call": box.call,
+            "kind": box.kind,
+            "title": box.title,
+            "about": box.about,
+            "class": dump.classes.get(box.call.partition("@")[0], ""),
+            "sites": box.sites,
+            "copies": box.copies,
+            "ops": [f"{op} × {count}" if count > 1 else op for op, count in ops.items()],
+            "sources": sources[:_MAX_SOURCE_LINES] + (["…"] if len(sources) > _MAX_SOURCE_LINES else []),
+            "type": rows[0].type if box.kind in ("in", "out") else "",
+            "parts": [numbers[part] for part in box.parts],
+            "links": [(link.value, numbers[link.source], numbers[link.target]) for link in box.links],
+        }
+        boxes.append(record)
     types = {link.value: dump.rows[link.value].type for box in root.all() for link in box.links}
     return {"boxes": boxes, "types": types}
-
-
-def _describe_box(box: Box, dump: Dump, numbers: Mapping[Box | None, int]) -> Record:
-    """Return the record of one box; ``numbers`` has the number of each box."""
-    rows = [dump.rows[index] for index in box.rows]
-    ops = Counter(row.text.partition(" ")[0] for row in rows if row.kind == "value")
-    sources = list(dict.fromkeys(row.source for row in rows if row.source))
-    return {
-        "call": box.call,
-        "kind": box.kind,
-        "title": box.title,
-        "about": box.about,
-        "class": dump.classes.get(box.call.partition("@")[0], ""),
-        "sites": box.sites,
-        "copies": box.copies,
-        "ops": [f"{op} × {count}" if count > 1 else op for op, count in ops.items()],
-        "sources": sources[:_MAX_SOURCE_LINES] + (["…"] if len(sources) > _MAX_SOURCE_LINES else []),
-        "type": rows[0].type if box.kind in ("in", "out") else "",
-        "parts": [numbers[part] for part in box.parts],
-        "links": [(link.value, numbers[link.source], numbers[link.target]) for link in box.links],
-    }
 
 
 class LevelTable:
@@ -136,22 +134,19 @@ class LevelTable:
 
     def describe(self, title: str, dump: Dump, notes: AdapterNotes) -> Record:
         """Return the record of one level: its title, and its rows as a flat list: module, group, module, group, …."""
-        pairs = [number for pair in self._add_rows(dump, notes) for number in pair]
+        printer, sections = SectionPrinter(dump, notes), build_sections(dump).sections()
+        section_of = {item: section for section in sections for item in section.items if isinstance(item, int)}
+        innermost = (row.modules[-1] if row.modules else "" for row in dump.rows)
+        pairs: list[int] = []
+        for module, rows in itertools.groupby(enumerate(innermost), key=operator.itemgetter(1)):
+            lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], section_of[index]))
+            group = tuple(_number(self.lines, (line.left, line.type, line.note, line.role)) for line in lines)
+            pairs += _number(self.modules, module), _number(self.groups, group)
         return {"title": title, "level": dump.level, "pairs": pairs}
 
     def data(self) -> Record:
         """Return the values of each table, in the order of their numbers."""
         return {"lines": [*self.lines], "groups": [*self.groups], "modules": [*self.modules]}
-
-    def _add_rows(self, dump: Dump, notes: AdapterNotes) -> Iterator[tuple[int, int]]:
-        """Add a dump's rows to the tables; yield (number of the module, number of the group) for each run of rows."""
-        printer, sections = SectionPrinter(dump, notes), build_sections(dump).sections()
-        section_of = {item: section for section in sections for item in section.items if isinstance(item, int)}
-        innermost = (row.modules[-1] if row.modules else "" for row in dump.rows)
-        for module, rows in itertools.groupby(enumerate(innermost), key=operator.itemgetter(1)):
-            lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], section_of[index]))
-            group = tuple(_number(self.lines, (line.left, line.type, line.note, line.role)) for line in lines)
-            yield _number(self.modules, module), _number(self.groups, group)
 
 
 def _number(numbers: dict[Hashable, int], value: Hashable) -> int:

@@ -40,22 +40,19 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
                 "groups would share one factor",
                 next_step="train it with a LoHa or LoKr there, or without the layer",
             )
-        tensors = {"lora_A": self._read_down(module, rank), "lora_B": module.matrix("lora_up", site.out_features, rank)}
+        if "lora_mid" in module.tensors:  # A is a product, computed in at least float32
+            channels, *kernel = module.columns
+            first = module.matrix("lora_down", rank, channels)
+            core = module.matrix("lora_mid", rank, rank, *kernel).unflatten(1, (rank, -1))
+            wide = torch.promote_types(first.dtype, torch.float32)
+            down = torch.einsum("ijt,jq->iqt", core.to(wide), first.to(wide)).flatten(1)
+        else:
+            down = module.matrix("lora_down", rank, *module.columns)
+        tensors = {"lora_A": down, "lora_B": module.matrix("lora_up", site.out_features, rank)}
         if "lora_bias" in module.tensors:
             tensors["lora_bias"] = module.matrix("lora_bias", site.out_features).flatten()
         alpha = rank if module.alpha is None else module.alpha
         return LoRA(r=rank, alpha=alpha, lora_bias="lora_bias" in tensors), tensors
-
-    def _read_down(self, module: StoredModule, rank: int) -> Tensor:
-        """Return A (r, in); where it is stored as a product, multiply the tensors in at least float32."""
-        if "lora_mid" not in module.tensors:
-            return module.matrix("lora_down", rank, *module.columns)
-        channels, *kernel = module.columns
-        down = module.matrix("lora_down", rank, channels)
-        core = module.matrix("lora_mid", rank, rank, *kernel).unflatten(1, (rank, -1))
-        wide = torch.promote_types(down.dtype, torch.float32)
-        product: Tensor = torch.einsum("ijt,jq->iqt", core.to(wide), down.to(wide)).flatten(1)
-        return product
 
     def write(self, variant: LoRA | DoRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         down, up = tensors["lora_A"], tensors["lora_B"]
