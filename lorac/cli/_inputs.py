@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray | torch.Tensor"
 INPUTS_HELP = "An .npz, .json or .safetensors file: one array per input of the model."
 InputsOption = Annotated[Path | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
+_SUFFIXES = (".npz", ".json", ".safetensors")
 _FILE_HELP = 'numpy.savez(path, name=array, ...) writes one; in JSON it is {"name": [[1, 2], [3, 4]]}'
 
 
@@ -28,48 +29,32 @@ def read_inputs(path: Path) -> dict[str, Array]:
     Raises:
         OptionError: the file has another format, or is damaged.
     """
-    reader = _READERS.get(path.suffix)
-    if reader is None:
+    if path.suffix not in _SUFFIXES:
         raise OptionError(
-            f"'{path}' is not a file of inputs", nearest=nearest_name(path.suffix, _READERS), next_step=INPUTS_HELP
+            f"'{path}' is not a file of inputs", nearest=nearest_name(path.suffix, _SUFFIXES), next_step=INPUTS_HELP
         )
     try:
         with OpenFile(path, follows_links=True).named() as opened:
-            return dict(reader(opened))
+            return _read_arrays(opened)
     except LoracError:
         raise
     except Exception as error:  # a damaged file may make a reader raise anything
         raise OptionError(f"'{path}' cannot be read: {error}", next_step=_FILE_HELP) from error
 
 
-def _read_npz(path: Path) -> Mapping[str, Array]:
+def _read_arrays(path: Path) -> dict[str, Array]:
+    """Read a file of arrays; in JSON's nested lists whole numbers become int64, others float32, as in torch."""
     import numpy as np
-
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
-
-
-def _read_json(path: Path) -> Mapping[str, Array]:
-    """Read nested lists: whole numbers become int64, others float32, as in torch."""
     import torch
-
-    def refuse(reason: str) -> OptionError:
-        return OptionError(f"'{path}' {reason}", next_step=_FILE_HELP)
-
-    return {name: torch.tensor(value) for name, value in parse_object(read_json_text(path), refuse).items()}
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Array]:
     from safetensors.torch import load_file
 
-    return load_file(path)
-
-
-_READERS: Mapping[str, Callable[[Path], Mapping[str, Array]]] = {
-    ".npz": _read_npz,
-    ".json": _read_json,
-    ".safetensors": _read_safetensors,
-}
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    found = parse_object(read_json_text(path), lambda reason: OptionError(f"'{path}' {reason}", next_step=_FILE_HELP))
+    return {name: torch.tensor(value) for name, value in found.items()}
 
 
 def to_arrays(outputs: object) -> dict[str, np.ndarray]:

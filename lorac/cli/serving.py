@@ -62,7 +62,14 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     """Serve a compiled model with OpenAI's interface; its adapters are the models that clients name."""
     from lorac.serving import run
 
-    settings["keys"] = _read_keys(settings["keys"]) if settings["keys"] else {}
+    file, settings["keys"] = settings["keys"], {}
+    if file:
+        try:
+            settings["keys"] = keys = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OptionError(f"the keys in '{file}' cannot be read: {error}", next_step=_KEYS) from error
+        if not isinstance(keys, dict) or not keys or not all(isinstance(one, str) for one in keys.values()):
+            raise OptionError(f"'{file}' holds no API keys", next_step=_KEYS)
     given = ServingSettings(**{**settings, **{name: tuple(settings[name] or ()) for name in _LISTS}})
     shared = parse_record("--quota", StoreQuotas, quotas or (), "write FIELD=VALUE, such as rank=16")
     places = {"adapters": adapters, "store": store, "prepacked": prepacked, "metrics_port": metrics_port}
@@ -94,17 +101,6 @@ def _list_options() -> list[inspect.Parameter]:
         kind = kinds[one.name]
         found.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
     return found
-
-
-def _read_keys(path: Path) -> dict[str, str]:
-    """Read API keys."""
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"the keys in '{path}' cannot be read: {error}", next_step=_KEYS) from error
-    if not isinstance(keys, dict) or not keys or not all(isinstance(one, str) for one in keys.values()):
-        raise OptionError(f"'{path}' holds no API keys", next_step=_KEYS)
-    return keys
 
 
 _own = inspect.signature(serve)

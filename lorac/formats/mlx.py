@@ -27,6 +27,7 @@ from lorac.formats._config_fields import (
     encode_config,
     read_choice,
     read_fields,
+    read_mapping,
     read_number,
     read_size,
     write_json,
@@ -62,12 +63,6 @@ _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)")
 """The path of a module in a block -> its path within the block, by which mlx-lm names the layers to adapt."""
 
 
-def _read_lora_parameters(value: object) -> JsonMapping:
-    if not isinstance(value, dict):
-        raise ValueError("expected a mapping")
-    return value
-
-
 _OF_THE_RUN = (
     "batch_size clear_cache_threshold config data grad_accumulation_steps grad_checkpoint iters learning_rate "
     "lora_layers lr_schedule mask_prompt max_seq_length num_layers optimizer optimizer_config project_name report_to "
@@ -76,7 +71,7 @@ _OF_THE_RUN = (
 _OF_THE_COMMAND = "adapter_path model test test_batches train trust_remote_code wandb"
 _FIELDS: Mapping[str, Field] = {
     "fine_tune_type": Applied("lora", read=read_choice("lora", "dora", "full")),
-    "lora_parameters": Applied({}, read=_read_lora_parameters),
+    "lora_parameters": Applied({}, read=read_mapping),
     **dict.fromkeys(_OF_THE_RUN.split(), TrainingOnly()),
     **dict.fromkeys(_OF_THE_COMMAND.split(), Irrelevant()),
 }

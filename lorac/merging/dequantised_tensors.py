@@ -66,7 +66,19 @@ class DequantisedTensors(Mapping[str, Tensor]):
     def __init__(self, stored: ShardedTensors, folder: Path, settings: JsonMapping) -> None:
         self._stored, self._folder, self._settings = stored, folder, settings
         self._layers: dict[str, tuple[QuantisedLayout, dict[str, str]]] = {}
-        for layout in _choose_layouts(folder, settings):
+        method, bits = settings.get("quant_method"), settings.get("bits", settings.get("w_bit"))
+        reason = None
+        if method not in LAYOUTS:
+            reason = f"by {method}, whose layout lorac does not know"
+        elif method in {"gptq", "awq"} and bits not in {2, 4, 8}:
+            reason = f"by {method} to {bits} bits"
+        elif method == "awq" and (bits != 4 or str(settings.get("version", "gemm")).lower() != "gemm"):
+            reason = f"by awq to {bits} bits in the layout {settings.get('version')}"
+        if reason is not None:
+            raise unmergeable_error(
+                f"'{folder}' is quantised {reason}; known are {', '.join(LAYOUTS)}", next_step=_AS_BEFORE
+            )
+        for layout in LAYOUTS[str(method)]:
             self._layers |= self._find_layers(layout)
         used = {key for _, parts in self._layers.values() for key in parts.values()}
         self._outline = {name: one for name, one in stored.outline().items() if name not in used}
@@ -74,7 +86,7 @@ class DequantisedTensors(Mapping[str, Tensor]):
         if unknown or not self._layers:
             raise unmergeable_error(
                 f"'{folder}' holds {list_some(unknown) if unknown else 'no matrix'} in a layout of "
-                f"{settings.get('quant_method')} that lorac does not know",
+                f"{method} that lorac does not know",
                 next_step=_AS_BEFORE,
             )
         sizes: Counter[torch.dtype] = Counter()
@@ -168,22 +180,6 @@ class DequantisedShard:
     def outline(self) -> dict[str, Tensor]:
         """Return the tensors that are written to the file, on the meta device."""
         return {key: one for key, one in self.tensors.outline().items() if self.tensors.shard_of(key) == self.name}
-
-
-def _choose_layouts(folder: Path, settings: JsonMapping) -> tuple[QuantisedLayout, ...]:
-    method, bits = settings.get("quant_method"), settings.get("bits", settings.get("w_bit"))
-    reason = None
-    if method not in LAYOUTS:
-        reason = f"by {method}, whose layout lorac does not know"
-    elif method in {"gptq", "awq"} and bits not in {2, 4, 8}:
-        reason = f"by {method} to {bits} bits"
-    elif method == "awq" and (bits != 4 or str(settings.get("version", "gemm")).lower() != "gemm"):
-        reason = f"by awq to {bits} bits in the layout {settings.get('version')}"
-    if reason is not None:
-        raise unmergeable_error(
-            f"'{folder}' is quantised {reason}; known are {', '.join(LAYOUTS)}", next_step=_AS_BEFORE
-        )
-    return LAYOUTS[str(method)]
 
 
 def _shape_of_weight(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:

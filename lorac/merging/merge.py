@@ -4,7 +4,6 @@ import functools
 import heapq
 import itertools
 import math
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -135,7 +134,16 @@ def merge_sites(
     dtype = functools.reduce(torch.promote_types, [torch.float32 if t.itemsize == 1 else t.dtype for t in tensors])
     changes = {path: change for path, change in found.items() if path in adapted}
     replaced = {path: change for path, change in found.items() if path not in adapted}
-    whole = {} if view is None else _merged_parameters(view, replaced, dtype)
+    whole: dict[str, Tensor] = {}  # by name, the parameters that change at sites where no adapter has tensors
+    for path, change in replaced.items():
+        assert view is not None  # without a model, every path has tensors
+        site, bias = view.sites[path], merge_bias(change, view.base.bias(view.sites[path]))
+        if site.weight and not (isinstance(change, LowRank) and change.rank == 0):
+            weight = view.base.weight(site)
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            whole[site.weight] = site.store(merge_weight(change, wide)).to(dtype)
+        if site.bias and change.e is not None and bias is not None:
+            whole[site.bias] = bias.to(dtype)
     variants = [adapter.variant for adapter in adapters]
     like = LoRA(  # a method with the fields for all parameters that the methods train besides their tensors
         parameters=tuple(dict.fromkeys(path for one in variants for path in one.parameters)),
@@ -157,23 +165,20 @@ def _iter_terms(
     adapters: Sequence[Adapter], weights: Sequence[float], view: ModelView | None, generator: torch.Generator
 ) -> Iterator[SiteTerms]:
     """Yield the changes of each site, in the order of the sites' names; one change per adapter is in memory."""
-    streams = [_iter_changes(index, adapter, view) for index, adapter in enumerate(adapters)]
-    in_order = heapq.merge(*streams, key=operator.itemgetter(0, 1))
-    for path, group in itertools.groupby(in_order, operator.itemgetter(0)):
-        found = {index: change for _, index, change in group}
+    streams: list[Iterator[tuple[int, tuple[str, Change]]]] = []
+    for index, adapter in enumerate(adapters):
+        if view is None:
+            own: Iterable[tuple[str, Change]] = sorted(factors(adapter).items())
+        else:
+            own = iter_changes(sorted(touched_paths(adapter, view)), adapter, view)
+        streams.append(zip(itertools.repeat(index), own, strict=False))
+    in_order = heapq.merge(*streams, key=lambda one: (one[1][0], one[0]))
+    for path, group in itertools.groupby(in_order, lambda one: one[1][0]):
+        found = {index: change for index, (_, change) in group}
         changes = [found.get(index) for index in range(len(adapters))]
         _check_shapes(path, adapters, changes)
         reader = None if view is None else functools.partial(view.base.weight, view.sites[path])
         yield SiteTerms(path, adapters, weights, changes, reader, generator)
-
-
-def _iter_changes(index: int, adapter: Adapter, view: ModelView | None) -> Iterator[tuple[str, int, Change]]:
-    if view is None:
-        found: Iterable[tuple[str, Change]] = sorted(factors(adapter).items())
-    else:
-        found = iter_changes(sorted(touched_paths(adapter, view)), adapter, view)
-    for path, change in found:
-        yield path, index, change
 
 
 def _check_shapes(path: str, adapters: Sequence[Adapter], changes: Sequence[Change | None]) -> None:
@@ -185,17 +190,3 @@ def _check_shapes(path: str, adapters: Sequence[Adapter], changes: Sequence[Chan
             f"the adapters were made for different layers at '{path}': {listed}",
             next_step="merge adapters of one base model",
         )
-
-
-def _merged_parameters(view: ModelView, changes: Mapping[str, Change], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the parameters that changes replace at sites where no adapter has tensors, by name."""
-    found = {}
-    for path, change in changes.items():
-        site, bias = view.sites[path], merge_bias(change, view.base.bias(view.sites[path]))
-        if site.weight and not (isinstance(change, LowRank) and change.rank == 0):
-            weight = view.base.weight(site)
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            found[site.weight] = site.store(merge_weight(change, wide)).to(dtype)
-        if site.bias and change.e is not None and bias is not None:
-            found[site.bias] = bias.to(dtype)
-    return found

@@ -120,8 +120,22 @@ class _ActiveAdapter:
         known = view.named_tensors()
         self.changed: dict[str, Site] = {}
         for path in sorted(self.paths):
-            _check_mergeable(adapter, sites[path], known)
-            self.changed |= {name: sites[path] for name in self._find_changed(sites[path])}
+            site = sites[path]
+            stored = known.get(str(site.weight))
+            if stored is not None and (type(stored) not in {Tensor, nn.Parameter} or site.dtype.itemsize < 2):
+                raise unmergeable_error(
+                    f"nothing can be merged into the {site.packed or stored.dtype} weight of '{path}', which is "
+                    "quantised",
+                    next_step="dequantize=True merges into its float values; or give the model as it was before "
+                    "quantisation",
+                )
+            if site.weight is not None and stored is None:
+                raise unmergeable_error(
+                    f"the weight of '{path}', which adapter '{adapter.name}' changes, is computed at each call",
+                    next_step="make it a parameter: torch.nn.utils.parametrize.remove_parametrizations(module, "
+                    "'weight')",
+                )
+            self.changed |= {name: site for name in self._find_changed(site)}
 
     @torch.no_grad()
     def read(self, path: str) -> Change:
@@ -150,21 +164,6 @@ class _ActiveAdapter:
             yield site.weight
         if site.bias is not None and shifts:
             yield site.bias
-
-
-def _check_mergeable(adapter: Adapter, site: Site, known: Mapping[str, Tensor]) -> None:
-    """Refuse a site whose weight is not stored as plain numbers, such as a quantised weight."""
-    stored = known.get(str(site.weight))
-    if stored is not None and (type(stored) not in {Tensor, nn.Parameter} or site.dtype.itemsize < 2):
-        raise unmergeable_error(
-            f"nothing can be merged into the {site.packed or stored.dtype} weight of '{site.path}', which is quantised",
-            next_step="dequantize=True merges into its float values; or give the model as it was before quantisation",
-        )
-    if site.weight is not None and site.weight not in known:
-        raise unmergeable_error(
-            f"the weight of '{site.path}', which adapter '{adapter.name}' changes, is computed at each call",
-            next_step="make it a parameter: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
-        )
 
 
 def _not_mergeable(adapter: Adapter, site: Site, why: str) -> CompileError:

@@ -71,7 +71,20 @@ class StoredModel:
         _check_depth(folder, config, max(_MANY_LAYERS, len(as_stored)))
         model = outline_model(folder)
         keys, groups = find_stored_names(model, tensors)
-        outline, converted = _outline_tensors(folder, tensors, keys, groups)
+        stored = tensors.outline()
+        outline = {name: stored[key] for name, key in keys.items()}
+        converted: dict[str, ConvertedTensors] = {}
+        for group in groups:  # tensors of the model that are computed from several stored ones
+            try:
+                loaded = group.load(stored)
+            except (RuntimeError, ValueError, LookupError) as error:
+                raise corrupt_error(
+                    f"'{folder}': '{group.name}' cannot be made of '{next(iter(group.sources))}' and others: "
+                    f"{str(error).partition(chr(10))[0]}",
+                    next_step="download the whole folder again",
+                ) from error
+            outline |= loaded
+            converted |= dict.fromkeys(loaded, group)
         _check_shapes(folder, model, outline)
         for names in find_ties(model):
             first, *others = [name for name in names if name in keys] or names
@@ -81,8 +94,8 @@ class StoredModel:
             parameter.data = outline.get(name, parameter)
         reads = dict(keys)
         for names in find_ties(model):
-            stored = next((keys[name] for name in names if name in keys), None)
-            reads |= {} if stored is None else {name: stored for name in names if name not in keys}
+            key = next((keys[name] for name in names if name in keys), None)
+            reads |= {} if key is None else {name: key for name in names if name not in keys}
         return cls(
             folder,
             config,
@@ -126,27 +139,6 @@ def separate_names(model: nn.Module, names: Iterable[str]) -> None:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         module._parameters[leaf] = nn.Parameter(module.get_parameter(leaf).detach().clone(), requires_grad=False)
-
-
-def _outline_tensors(
-    folder: Path, tensors: Stored, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
-) -> tuple[dict[str, Tensor], dict[str, ConvertedTensors]]:
-    """Return the tensors by their names in the model, on the meta device, and the groups that compute some of them."""
-    stored = tensors.outline()
-    found = {name: stored[key] for name, key in keys.items()}
-    converted: dict[str, ConvertedTensors] = {}
-    for group in groups:
-        try:
-            loaded = group.load(stored)
-        except (RuntimeError, ValueError, LookupError) as error:
-            raise corrupt_error(
-                f"'{folder}': '{group.name}' cannot be made of '{next(iter(group.sources))}' and others: "
-                f"{str(error).partition(chr(10))[0]}",
-                next_step="download the whole folder again",
-            ) from error
-        found |= loaded
-        converted |= dict.fromkeys(loaded, group)
-    return found, converted
 
 
 def _check_depth(folder: Path, config: JsonMapping, most: int) -> None:

@@ -97,7 +97,15 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
     for before, after in report.casts:
         yield f"computed in {after}: {report.target} has no kernels for {before}"
     for program in report.programs:
-        yield from (f"{program.graph}{': ' if program.graph else ''}{line}" for line in _program_lines(program))
+        head = f"{program.graph}: " if program.graph else ""
+        for name, axis, size, line in program.fixed:
+            at = f", at {line}" if line else ""
+            yield f"{head}axis {axis} of '{name}' is fixed to {size} by the trace of the model{at}"
+        if program.sizes:
+            shown = [shorten_condition(text) for text in program.sizes[:_FOLD_LIMIT]]
+            more = len(program.sizes) - len(shown)
+            yield f"{head}sizes: {', '.join(shown)}" + (f" and {more} more conditions" if more else "")
+        yield from (f"{head}{note}" for note in program.notes)
     if report.other_target and not report.unsupported_ops:
         yield f"{report.other_target} claims every op of the program"
     yield from (f"{report.other_target} does not compute {op}" for op in report.unsupported_ops)
@@ -117,18 +125,6 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
     meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in slots]
     if meanings:
         yield f"slots: {', '.join(meanings)}"
-
-
-def _program_lines(program: ProgramRow) -> Iterator[str]:
-    """Yield the sizes and notes of a program, a line each."""
-    for name, axis, size, line in program.fixed:
-        at = f", at {line}" if line else ""
-        yield f"axis {axis} of '{name}' is fixed to {size} by the trace of the model{at}"
-    if program.sizes:
-        shown = [shorten_condition(text) for text in program.sizes[:_FOLD_LIMIT]]
-        more = len(program.sizes) - len(shown)
-        yield f"sizes: {', '.join(shown)}" + (f" and {more} more conditions" if more else "")
-    yield from program.notes
 
 
 def _site_lines(report: Explanation) -> Iterator[str]:

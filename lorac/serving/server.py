@@ -52,9 +52,18 @@ def run(  # noqa: PLR0913  (a command's options)
 
     import lorac
 
-    for name, number in {"port": port, "metrics_port": metrics_port}.items():
-        if number is not None:
-            _require_free_port(host, name, number)
+    given = {"port": port} if metrics_port is None else {"port": port, "metrics_port": metrics_port}
+    for name, number in given.items():  # before the model is loaded; uvicorn would end the process
+        try:
+            family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, number))
+        except (OSError, OverflowError) as error:
+            fault = (
+                f"no server can listen at {host}:{number}: {error.strerror if isinstance(error, OSError) else error}"
+            )
+            raise OptionError(fault, next_step=f"give a free {name}=…") from error
     LOGGER.addHandler(logging.StreamHandler())
     LOGGER.setLevel(logging.INFO)
     more: dict[str, Any] = {} if prepacked is None else {"prepacked": prepacked}
@@ -83,15 +92,3 @@ def run(  # noqa: PLR0913  (a command's options)
         if ready is not None:
             ready()
         server.run()
-
-
-def _require_free_port(host: str, name: str, port: int) -> None:
-    """Refuse a port that cannot be listened at, before the model is loaded; uvicorn would end the process."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise OptionError(f"no server can listen at {host}:{port}: {why}", next_step=f"give a free {name}=…") from error

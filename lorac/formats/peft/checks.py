@@ -136,7 +136,13 @@ def _refuse_untargeted(
     for path in adapter.tensors:
         if path in targets or path in adapter.provenance["tied"]:
             continue
-        source = _tie_to_embedding(adapter, path, file, sites) if ties else None
+        source = None
+        for other, embedding in adapter.tensors.items() if ties else ():  # a site tied to it shares its tensors
+            shared = file.peft_type.tied_tensors(embedding) if sites[other].kind is SiteKind.EMBEDDING else {}
+            if shared and file.peft_type.holds_tied(adapter.tensors[path], embedding):
+                source = other
+                adapter.tensors[path] |= shared
+                break
         if source and (not by_weight or path in sites[source].shares):
             adapter.provenance["tied"][path] = source
             continue
@@ -147,17 +153,6 @@ def _refuse_untargeted(
             "training"
             + ("; under ensure_weight_tying a tied site holds its embedding's tensors, transposed" if ties else ""),
         )
-
-
-def _tie_to_embedding(adapter: Adapter, path: str, file: PeftFile, sites: Mapping[str, Site]) -> str | None:
-    """Return the embedding that a site is tied to, and share its tensors with the site; None if there is none."""
-    tensors = adapter.tensors[path]
-    for other, embedding in adapter.tensors.items():
-        tied = file.peft_type.tied_tensors(embedding) if sites[other].kind is SiteKind.EMBEDDING else {}
-        if tied and file.peft_type.holds_tied(tensors, embedding):
-            tensors |= tied
-            return other
-    return None
 
 
 def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:

@@ -96,7 +96,15 @@ class _BoxBuilder:
             box = _innermost_box(graph, site)
             if box is not None:
                 box.sites = (*box.sites, site)
-        _connect_boxes(graph, self.rows, self.drawn_as)
+        chains: dict[int, tuple[Box, ...]] = {}
+        _collect_chains(graph, (graph,), chains)
+        found: dict[Box, dict[BoxLink, None]] = {}  # through the borders that a value crosses
+        reads = ((find_drawn(ref, self.drawn_as), to) for index, to in chains.items() for ref in self.rows[index].refs)
+        for value, readers in reads:
+            for inner, link in _link_path(value, chains[value], readers):
+                found.setdefault(inner, {})[link] = None
+        for inner, links in found.items():
+            inner.links = tuple(links)
         while _drop_unread(graph):
             pass
         return graph
@@ -224,19 +232,6 @@ def _innermost_box(box: Box, site: str) -> Box | None:
 
 def _contains_site(call: str, site: str) -> bool:
     return f"{site}.".startswith(f"{call.partition('@')[0]}.")
-
-
-def _connect_boxes(graph: Box, rows: Sequence[Row], drawn_as: Mapping[int, int]) -> None:
-    """Set the links of every box, through the borders that a value crosses."""
-    chains: dict[int, tuple[Box, ...]] = {}
-    _collect_chains(graph, (graph,), chains)
-    found: dict[Box, dict[BoxLink, None]] = {}
-    pairs = ((find_drawn(ref, drawn_as), readers) for index, readers in chains.items() for ref in rows[index].refs)
-    for value, readers in pairs:
-        for box, link in _link_path(value, chains[value], readers):
-            found.setdefault(box, {})[link] = None
-    for box, links in found.items():
-        box.links = tuple(links)
 
 
 def _drop_unread(box: Box) -> bool:

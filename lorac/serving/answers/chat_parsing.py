@@ -105,22 +105,16 @@ class ChatParser:
         for event in events:
             is_unread = event["type"] == "region_chunk" and event["dirty"]
             self._unread = self._unread + event["text"] if is_unread else ""
-            parsed = parsed.joined(_read_event(event))
+            if event["type"] == "region_chunk" and not event["dirty"]:
+                field, text = event["field"], event["text"]
+                content = text if field == "content" else ""
+                parsed = parsed.joined(ParsedText(reasoning=text) if field in REASONING_FIELDS else ParsedText(content))
+            elif event["type"] == "region_close" and event["field"] == "tool_calls":
+                values = event["value"] if isinstance(event["value"], list) else [event["value"]]
+                functions = [value["function"] for value in values]
+                calls = tuple(_make_call(function["name"], function["arguments"]) for function in functions)
+                parsed = parsed.joined(ParsedText(calls=calls))
         return parsed
-
-
-def _read_event(event: Event) -> ParsedText:
-    if event["type"] == "region_chunk" and not event["dirty"]:
-        field, text = event["field"], event["text"]
-        return (
-            ParsedText(reasoning=text) if field in REASONING_FIELDS else ParsedText(text if field == "content" else "")
-        )
-    calls = []
-    if event["type"] == "region_close" and event["field"] == "tool_calls":
-        for value in event["value"] if isinstance(event["value"], list) else [event["value"]]:
-            name, arguments = value["function"]["name"], value["function"]["arguments"]
-            calls.append(_make_call(name, arguments))
-    return ParsedText(calls=tuple(calls))
 
 
 @final

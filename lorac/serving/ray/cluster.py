@@ -93,17 +93,14 @@ class Front:
         self._store: AdapterStore | None = None
         self._model: RemoteModel = await workers.describe.remote()
         if server.store:
-            self._store = await asyncio.to_thread(self._open_store, asyncio.get_running_loop())
-
-    def _open_store(self, loop: asyncio.AbstractEventLoop) -> AdapterStore:
-        server, model = self._server, RemoteAdapterHolder(self._model.pool, self._workers, loop)
-        return AdapterStore(
-            model,
-            server.store,
-            bases=server.bases,
-            reserved=[server.settings.base_name],
-            sources=server.settings.sources,
-        )
+            self._store = await asyncio.to_thread(
+                AdapterStore,
+                RemoteAdapterHolder(self._model.pool, workers, asyncio.get_running_loop()),
+                server.store,
+                bases=server.bases,
+                reserved=[server.settings.base_name],
+                sources=server.settings.sources,
+            )
 
     def __serve_build_asgi_app__(self) -> object:
         settings, workers = self._server.settings, self._server.workers

@@ -95,10 +95,11 @@ class RemoteScheduler:
 
     def close(self) -> None:
         """Wait until all submitted requests have ended."""
-        asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
 
-    async def _drain(self) -> None:
-        await asyncio.gather(*self._requests.values(), return_exceptions=True)
+        async def drain() -> None:
+            await asyncio.gather(*self._requests.values(), return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(drain(), self._loop).result()
 
 
 class _ClientLeft(Exception):

@@ -109,20 +109,16 @@ class ChatMessage(pydantic.BaseModel, extra="forbid", strict=True):
             raise RefusedField("messages", "holds an image, and this server reads text alone", next_step=step)
         role = "system" if self.role == "developer" else self.role
         more = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
-        calls = [_call_for_template(call) for call in self.tool_calls]
+        calls = []
+        for call in self.tool_calls:  # templates write arguments, as an object, in the model's own form
+            name = call.function.name
+            try:
+                arguments = json.loads(call.function.arguments)
+            except ValueError as error:
+                raise RefusedField("messages", f"holds a call of '{name}' whose arguments are not JSON") from error
+            calls.append({"id": call.id, "type": call.type, "function": {"name": name, "arguments": arguments}})
         given = {**more, "tool_calls": calls}
         return {"role": role, "content": content, **{name: value for name, value in given.items() if value}}
-
-
-def _call_for_template(call: ToolCallFields) -> dict[str, object]:
-    """Return a call with its arguments as an object, which templates write in the model's own form."""
-    try:
-        arguments = json.loads(call.function.arguments)
-    except ValueError as error:
-        raise RefusedField(
-            "messages", f"holds a call of '{call.function.name}' whose arguments are not JSON"
-        ) from error
-    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class ToolFunction(pydantic.BaseModel, extra="forbid", strict=True):
@@ -216,7 +212,14 @@ class ChatFields(SamplingFields):
     @property
     def answer_schema(self) -> tuple[str, JsonMapping] | None:
         if self.forced_tools:
-            return "tools", _call_schema(self.forced_tools)
+            calls, own = [], {}
+            for function in self.forced_tools:  # a ``$ref`` in their own schemas is rewritten to fit
+                text = json.dumps(function.parameters or ANY)
+                own[function.name] = json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/{function.name}'))
+                fields = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{function.name}"}}
+                required = {"required": [*fields], "additionalProperties": False}
+                calls.append({"type": "object", "properties": fields, **required})
+            return "tools", {"anyOf": calls, "$defs": own, "x-guidance": {"whitespace_flexible": False}}
         schema = self.response_format.json_schema
         return None if self.response_format.type == "text" else ("response_format", schema.schema_ if schema else ANY)
 
@@ -251,14 +254,3 @@ class TokenizeFields(pydantic.BaseModel, extra="forbid", strict=True):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], pydantic.Field(min_length=1)] | None = None
     drop_usual = pydantic.model_validator(mode="before")(drop_usual)
-
-
-def _call_schema(functions: Sequence[ToolFunction]) -> dict[str, object]:
-    """Return the schema of a call of one of the functions; a ``$ref`` in their own schemas is rewritten to fit."""
-    calls, own = [], {}
-    for function in functions:
-        text = json.dumps(function.parameters or ANY)
-        own[function.name] = json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/{function.name}'))
-        fields = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{function.name}"}}
-        calls.append({"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False})
-    return {"anyOf": calls, "$defs": own, "x-guidance": {"whitespace_flexible": False}}

@@ -186,11 +186,10 @@ def _read_refusal(folder: Path) -> LoracError:
     kind = getattr(errors, str(found.get("kind")), None)
     if not (isinstance(kind, type) and issubclass(kind, LoracError) and kind.__init__ is LoracError.__init__):
         kind = FormatError
-    what, nearest, step = (_without_folder(found.get(key), folder) for key in ("what", "nearest", "next_step"))
+    texts = (found.get(key) for key in ("what", "nearest", "next_step"))
+    what, nearest, step = (  # without the folder in which the server keeps the upload
+        text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload") if isinstance(text, str) else None
+        for text in texts
+    )
     code = str(found.get("code"))
     return kind(what or "it cannot be read", nearest=nearest, next_step=step, code=code if code in kind.codes else None)
-
-
-def _without_folder(text: object, folder: Path) -> str | None:
-    """Return a text without the folder in which the server keeps the upload; None for anything but text."""
-    return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload") if isinstance(text, str) else None
