@@ -139,8 +139,8 @@ def merge_sites(
         assert view is not None  # without a model, every path has tensors
         site, bias = view.sites[path], merge_bias(change, view.base.bias(view.sites[path]))
         if site.weight and not (isinstance(change, LowRank) and change.rank == 0):
-            weight = view.base.weight(site)
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            stored = view.base.weight(site)
+            wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
             whole[site.weight] = site.store(merge_weight(change, wide)).to(dtype)
         if site.bias and change.e is not None and bias is not None:
             whole[site.bias] = bias.to(dtype)

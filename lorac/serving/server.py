@@ -60,10 +60,9 @@ def run(  # noqa: PLR0913  (a command's options)
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((host, number))
         except (OSError, OverflowError) as error:
-            fault = (
-                f"no server can listen at {host}:{number}: {error.strerror if isinstance(error, OSError) else error}"
-            )
-            raise OptionError(fault, next_step=f"give a free {name}=…") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            step = f"give a free {name}=…"
+            raise OptionError(f"no server can listen at {host}:{number}: {why}", next_step=step) from error
     LOGGER.addHandler(logging.StreamHandler())
     LOGGER.setLevel(logging.INFO)
     more: dict[str, Any] = {} if prepacked is None else {"prepacked": prepacked}
