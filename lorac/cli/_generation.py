@@ -8,13 +8,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, final
 
 import torch
 
-from lorac.argument_types import JsonMapping
 from lorac.errors import InputMismatch, OptionError
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.calls.modalities import find_modality
@@ -81,38 +79,31 @@ class TextStreamer:
             self._show(new)
 
 
-@dataclass(frozen=True, kw_only=True)
+@final
 class TextWriter:
-    """A model that writes text, with the settings of a command line.
+    """A model that writes text, with the settings of a command line; other settings are the model's own.
 
-    Attributes:
+    Args:
+        compiled: the model.
         max_new_tokens: the longest answer.
-        settings: further options of ``compiled.generate``.
+        temperature: 0 takes the best token; None: the model's own setting.
+
+    Raises:
+        OptionError: the model has no tokenizer.
     """
 
-    compiled: Compiled
-    max_new_tokens: int
-    settings: JsonMapping
-
-    @classmethod
-    def of(cls, compiled: Compiled, new: int, temperature: float | None) -> TextWriter:
-        """Return a writer with the given settings; other settings are the model's own.
-
-        Raises:
-            OptionError: the model has no tokenizer.
-        """
+    def __init__(self, compiled: Compiled, max_new_tokens: int, temperature: float | None) -> None:
         if compiled.tokenizer is None:
             raise OptionError(
                 "the model has no tokenizer",
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
             )
-        settings: dict[str, Any] = {}
+        self.compiled, self.max_new_tokens, self.settings = compiled, max_new_tokens, dict[str, Any]()
         cache = compiled.engine.cache_spec(MAIN_GRAPH)
         if cache is not None and not cache.encodes:
-            settings["prompt_cache"] = PromptCache()  # a turn of a chat need not read the turns before it again
+            self.settings["prompt_cache"] = PromptCache()  # a turn of a chat need not read the turns before it again
         if temperature is not None:
-            settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        return cls(compiled=compiled, max_new_tokens=new, settings=settings)
+            self.settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -73,7 +73,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
 
     if adapters:
         compiled.swap(parse_choice(adapters))
-    writer = TextWriter.of(compiled, max_new_tokens, temperature)
+    writer = TextWriter(compiled, max_new_tokens, temperature)
     replace_undecodable_text()
     if prompt is None:
         Chat(writer).run()

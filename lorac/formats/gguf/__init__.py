@@ -67,7 +67,7 @@ class GgufFormat(Format):
             f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
             next_step="load_adapter(path, model)",
         )
-        names = GgufNames.of(view, f"'{path}'")
+        names = GgufNames(view, f"'{path}'")
         stored_for = str(fields[_ARCHITECTURE])
         if stored_for != names.architecture:
             raise unsupported_error(
@@ -107,7 +107,7 @@ class GgufFormat(Format):
             f"llama.cpp's names of the layers of adapter '{adapter.name}' depend on the model",
             next_step="save_adapter(adapter, path, format='gguf', model=model)",
         )
-        names = GgufNames.of(view, "a GGUF file")
+        names = GgufNames(view, "a GGUF file")
         weights = {layer: weight for weight, layer in names.paths.items()}
         sites = find_layers(adapter, view, self.name, _KINDS)
         here = {layer: settings_at(variant, layer) for layer in sites}

@@ -6,8 +6,7 @@ the converter reorders the rows of both projections, and therefore the rows of a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
@@ -51,31 +50,24 @@ _NEIGHBOURS = frozenset({"arcee", "granite", "llama", "olmo", "smollm3"})
 """Architectures in which llama.cpp rotates neighbouring features, and transformers halves."""
 
 
-@dataclass(frozen=True)
+@final
 class GgufNames:
     """The layers of one model, by their names in GGUF.
+
+    Args:
+        view: the model.
+        subject: the file that needs the names, for the error.
 
     Attributes:
         architecture: the model's architecture in GGUF.
         paths: name of a weight in GGUF -> path of its site.
-        heads: the numbers of query heads and of key heads.
+
+    Raises:
+        FormatError: the model's architecture is not in the table.
+        MissingExtra: ``gguf`` is not installed.
     """
 
-    architecture: str
-    paths: Mapping[str, str]
-    heads: tuple[int, int]
-
-    @classmethod
-    def of(cls, view: ModelView, subject: str) -> "GgufNames":
-        """Return the names of a model's layers.
-
-        Args:
-            subject: the file that needs them, for the error.
-
-        Raises:
-            FormatError: the model's architecture is not in the table.
-            MissingExtra: ``gguf`` is not installed.
-        """
+    def __init__(self, view: ModelView, subject: str) -> None:
         with translate_import_errors():
             import gguf
         config: Any = getattr(view.module, "config", None)
@@ -91,15 +83,15 @@ class GgufNames:
             )
         number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-        paths: dict[str, str] = {}
+        self.architecture, self.paths = architecture, dict[str, str]()
         inner = f"{getattr(view.module, 'base_model_prefix', '')}."
         for path in view.sites:
             spellings = (path, _PREFIX + path, path.removeprefix(inner))
             name = next(filter(None, (table.get_name(f"{one}{WEIGHT}", (WEIGHT,)) for one in spellings)), None)
             if name is not None:
-                paths.setdefault(name, path)
-        heads = config.num_attention_heads
-        return cls(architecture, paths, (heads, getattr(config, "num_key_value_heads", None) or heads))
+                self.paths.setdefault(name, path)
+        heads = config.num_attention_heads  # of queries, and then of keys
+        self._heads = heads, getattr(config, "num_key_value_heads", None) or heads
 
     def to_file(self, name: str, b: Tensor) -> Tensor:
         """Permute the rows of B (out, r) from transformers' order to llama.cpp's."""
@@ -112,7 +104,7 @@ class GgufNames:
     def _reorder(self, name: str, b: Tensor, sizes: tuple[int, int]) -> Tensor:
         """Transpose the two axes into which a head's rows are split; return B unchanged where the rows do not fit."""
         ends = [end for end in _REORDERED if name.endswith(end)] if self.architecture in _NEIGHBOURS else []
-        heads = self.heads[_REORDERED.index(ends[0])] if ends else 1
+        heads = self._heads[_REORDERED.index(ends[0])] if ends else 1
         if not ends or b.shape[0] % (2 * heads):
             return b
         return b.unflatten(0, (heads, *sizes)).transpose(1, 2).reshape(b.shape)

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +87,10 @@ def variant_from_config(config: PeftObject) -> Variant:
     return dataclasses.replace(variant, modules_to_save=(*variant.modules_to_save, *heads)) if heads else variant
 
 
-@dataclass(frozen=True)
-class UnwrappedModel:
-    """The base and the adapters of a model with PEFT's layers.
+def unwrap_model(model: nn.Module) -> tuple[nn.Module, tuple[Adapter, ...], tuple[str, ...]] | None:
+    """Return the base, the adapters and the names of the active ones of a model; None if it has no layers of PEFT.
 
-    Attributes:
-        base: a copy of the model without PEFT's layers, which shares the weights.
-        adapters: the adapters, by PEFT's names.
-        active: the names of the active adapters.
-    """
-
-    base: nn.Module
-    adapters: tuple[Adapter, ...]
-    active: tuple[str, ...]
-
-
-def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
-    """Split a model with PEFT's layers into copies of base and adapters; return None if it has no such layers.
+    The base is a copy of the model without PEFT's layers, and shares the weights.
 
     The layers come from a ``PeftModel``, or from diffusers or transformers, which inject them into their own models.
 
@@ -148,7 +134,7 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
         view = ModelView.of(base)
         adapters = tuple(load_adapter(folder, view, name) for name, folder in folders.items())
     active = wrapped.active_adapters if is_wrapped else _injected_names(wrapped)
-    return UnwrappedModel(base, adapters, tuple(active() if callable(active) else active))
+    return base, adapters, tuple(active() if callable(active) else active)
 
 
 def _copy_base(wrapped: PeftObject, *, is_wrapped: bool) -> nn.Module:

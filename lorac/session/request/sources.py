@@ -56,8 +56,8 @@ def read_model(given: object) -> ModelSource:
     unwrapped = unwrap_model(model)
     if unwrapped is None:
         return ModelSource(model)
-    adapters = tuple((adapter.name, adapter) for adapter in unwrapped.adapters)
-    return ModelSource(unwrapped.base, adapters, dict.fromkeys(unwrapped.active, 1.0) or None)
+    base, adapters, active = unwrapped
+    return ModelSource(base, tuple((one.name, one) for one in adapters), dict.fromkeys(active, 1.0) or None)
 
 
 def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
@@ -66,18 +66,18 @@ def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
     if not wrapped:
         return ModelSource(models)
     adapters: dict[str, dict[str, Adapter]] = {}
-    for component, unwrapped in wrapped.items():
-        for adapter in unwrapped.adapters:
+    for component, (_, own, _) in wrapped.items():
+        for adapter in own:
             adapters.setdefault(adapter.name, {})[component] = adapter
     for name, parts in adapters.items():
-        is_active = {component: name in wrapped[component].active for component in parts}
+        is_active = {component: name in wrapped[component][2] for component in parts}
         if len({*is_active.values()}) > 1:
             raise CompileError(
                 f"adapter '{name}' is active in {', '.join(c for c, on in is_active.items() if on)} alone",
                 next_step="activate it in every model that has it, or in none",
             )
-    active = {name: 1.0 for unwrapped in wrapped.values() for name in unwrapped.active}
-    bases = {name: wrapped[name].base if name in wrapped else model for name, model in models.items()}
+    active = {name: 1.0 for _, _, names in wrapped.values() for name in names}
+    bases = {name: wrapped[name][0] if name in wrapped else model for name, model in models.items()}
     return ModelSource(bases, tuple(adapters.items()), active or None)
 
 
