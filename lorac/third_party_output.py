@@ -14,12 +14,13 @@ from contextvars import ContextVar
 
 SUPPRESSED_LOGGERS = ("torch", "transformers", "onnxscript", "onnx_ir")
 """Libraries whose messages are dropped, except from a logger below them with its own level (``TORCH_LOGS``)."""
-_suppressing: ContextVar[bool] = ContextVar("suppressing", default=False)
+_suppressing: ContextVar[str] = ContextVar("suppressing", default="")
+"""``"all"``, ``"logs"`` or nothing."""
 
 
 @contextmanager
-def suppress_third_party_output() -> Iterator[None]:
-    """Drop the logs and warnings of torch, transformers and the ONNX libraries in this context."""
+def suppress_third_party_output(*, with_warnings: bool = True) -> Iterator[None]:
+    """Drop the logs of torch, transformers and the ONNX libraries in this context, and by default all warnings."""
     loggers = [logging.getLogger()]
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and logger.handlers and name.split(".")[0] in SUPPRESSED_LOGGERS:
@@ -34,7 +35,7 @@ def suppress_third_party_output() -> Iterator[None]:
         while _WARNING_FILTER in filters:
             filters.remove(_WARNING_FILTER)
         filters.insert(0, _WARNING_FILTER)
-    token = _suppressing.set(True)
+    token = _suppressing.set("all" if with_warnings else "logs")
     try:
         yield
     finally:
@@ -68,7 +69,7 @@ class _InSilentContext:
 
     def match(self, message: str) -> bool:
         """Return whether the filter applies."""
-        return _suppressing.get()
+        return _suppressing.get() == "all"
 
 
 _WARNING_FILTER = ("ignore", _InSilentContext(), Warning, None, 0)

@@ -56,6 +56,12 @@ def test_nothing_is_seen_inside_and_everything_after(heard):
     assert heard == ["after"]
 
 
+def test_only_logs_are_dropped_without_warnings(heard):
+    with suppress_third_party_output(with_warnings=False), pytest.warns(FutureWarning, match="inside"):
+        speak("inside")
+    assert heard == []
+
+
 def test_blocks_may_be_nested_and_may_raise(heard):
     with suppress_third_party_output():
         with pytest.raises(ValueError, match="inside"), suppress_third_party_output():

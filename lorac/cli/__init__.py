@@ -16,12 +16,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 
 from lorac.cli import adapters, artifacts, demo, merging, models, serving, training
-from lorac.cli._output import format_error, reword_step
+from lorac.cli._output import SHOWS_ALL, format_error, reword_step
 from lorac.cli._user_modules import add_import_option
 from lorac.errors import LoracError, LoracWarning, translate_import_errors
 from lorac.version import VERSION
@@ -29,7 +30,6 @@ from lorac.version import VERSION
 NAME = "lorac"
 REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
 EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac), 130 (interrupted)."
-_TRACEBACK = "--traceback"
 
 app = typer.Typer(
     name=NAME,
@@ -51,7 +51,7 @@ def _print_version(is_given: bool) -> None:
 
 @app.callback()
 def options(
-    show: Annotated[bool, typer.Option(_TRACEBACK, help="Show where in the code an error comes from.")] = False,
+    show: Annotated[bool, typer.Option(SHOWS_ALL, help="Show an error's place, and libraries' warnings.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print lorac's version.")
     ] = False,
@@ -81,7 +81,7 @@ def main() -> None:
         step = reword_step(error.next_step or "", typer.main.get_command(app))
         code = _print_error(error, format_error(error).removesuffix(error.next_step or "") + step, REFUSED)
     except Exception as error:
-        message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
+        message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {SHOWS_ALL} …` shows where"
         code = _print_error(error, message, OUR_FAULT)
     try:
         sys.stdout.flush()
@@ -93,7 +93,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _print_warnings() -> Iterator[None]:
-    """Print lorac's warnings like its errors, instead of next to a line of lorac's own code."""
+    """Print lorac's warnings like its errors, and drop those of installed libraries, which a user cannot change."""
 
     def show(
         message: Warning | str,
@@ -105,7 +105,7 @@ def _print_warnings() -> Iterator[None]:
     ) -> None:
         if issubclass(category, LoracWarning):
             print(f"lorac.{category.__name__}: {message}", file=sys.stderr)
-        else:
+        elif SHOWS_ALL in sys.argv[1:] or not {"site-packages", "dist-packages"} & {*Path(filename).parts}:
             original(message, category, filename, lineno, file, line)
 
     original = warnings.showwarning
@@ -116,7 +116,7 @@ def _print_warnings() -> Iterator[None]:
 
 
 def _print_error(error: Exception, message: str, code: int) -> int:
-    if _TRACEBACK in sys.argv[1:]:
+    if SHOWS_ALL in sys.argv[1:]:
         traceback.print_exception(error)
     print(message, file=sys.stderr)
     return code

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
-from lorac.argument_types import Fields, field_types
+from lorac.argument_types import Fields, broken_limit, field_types
 from lorac.errors import OptionError, not_one_of
 from lorac.runtime.generation.tokenizers import find_inner_tokenizer
 
@@ -53,7 +53,10 @@ def parse_record(option: str, record: Callable[..., T], specs: Sequence[str], us
         types = field_types(record)
         if name not in types:
             raise not_one_of(f"{option} has no field", name, types)
-        parsed = _parse_value(f"{option} takes no {name}={value}", value, types[name])
+        fault = f"{option} takes no {name}={value}"
+        parsed = _parse_value(fault, value, types[name])
+        if (limit := broken_limit(record, name, parsed, found)) is not None:
+            raise OptionError(fault, next_step=f"it takes {limit.describe(found)}")
         found[name] = found.get(name, {}) | parsed if isinstance(parsed, dict) else parsed
     return record(**found) if found else None
 

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from lorac.errors import LoracError, escape_controls
 
+SHOWS_ALL = "--traceback"
+"""The option that shows where an error comes from, and the messages of libraries."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 _ARGUMENT = re.compile(r"\b([a-z_]+)=(?![\[{(])('[^']*'|\"[^\"]*\"|[\w.…]+)?")

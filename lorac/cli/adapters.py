@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +19,7 @@ from lorac.errors import FormatError, LoracError, OptionError, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.atomic_folders import MANIFEST
+from lorac.storage.paths import check_new
 from lorac.storage.remote.names import NAME_FORMS, find_source
 
 if TYPE_CHECKING:
@@ -40,7 +44,8 @@ MISFIT = 1
 _MEASURES = ("entanglement",)
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 SourceArgument = Annotated[Path, typer.Argument(help=f"An adapter's file or folder, {NAME_FORMS}.")]
-DestinationArgument = Annotated[Path, typer.Argument(help="Where to write.")]
+DestinationArgument = Annotated[Path, typer.Argument(help="Where to write: a new path.", callback=check_new)]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Where to write: a new path.", callback=check_new)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 FormatOption = Annotated[
     str,
@@ -101,11 +106,17 @@ def check(
         for path in adapters:
             report.step(str(path))
             one = lorac.check(path, host, for_=engine or None)
-            steps = tuple(reword_step(step, context.find_root().command) for step in one.repairs)
-            found.append(dataclasses.replace(one, repairs=steps))
+            steps = (reword_step(step, context.find_root().command) for step in one.repairs)
+            names = {"ADAPTER": str(path), **({"MODEL": model} if model else {})}
+            found.append(dataclasses.replace(one, repairs=tuple(_name_values(step, names) for step in steps)))
     print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
     if not all(one.fits and not one.objections for one in found):
         raise typer.Exit(MISFIT)
+
+
+def _name_values(step: str, values: Mapping[str, str]) -> str:
+    """Return a next step with values in place of the command line's words in capitals."""
+    return re.sub(r"\b[A-Z]+\b", lambda word: shlex.quote(values[word[0]]) if word[0] in values else word[0], step)
 
 
 def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:

@@ -12,7 +12,7 @@ import typer
 from lorac.argument_types import Fields
 from lorac.cli._models import load_model, parse_option
 from lorac.cli._output import JsonOption, complete_names, print_report
-from lorac.cli.adapters import FormatOption, ModelOption, save
+from lorac.cli.adapters import FormatOption, ModelOption, OutOption, save
 from lorac.errors import AdapterError, OptionError
 from lorac.progress import progress
 from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
@@ -36,7 +36,7 @@ _METHODS = complete_names("lorac.merging.registry", "ways")
 
 
 def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")],
+    out: OutOption,
     folder: Annotated[str, typer.Argument(help=_FOLDER_HELP, metavar="[MODEL]", show_default=False)] = "",
     adapter: Annotated[list[str], typer.Option("--adapter", "-a", help=_ADAPTER_HELP)] = [],  # noqa: B006  (typer's way to say "any number")
     method: Annotated[str, typer.Option(help="How; docs/ways.md lists the ways.", autocompletion=_METHODS)] = _SUM,
@@ -99,6 +99,8 @@ def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], 
             before, _, last = spec.rpartition("=")
             with contextlib.suppress(ValueError):
                 rest, weight = before, float(last)
+            if rest == spec and Path(before.rpartition("=")[2]).exists():
+                raise OptionError(f"-a {spec}: the weight '{last}' is not a number", next_step=f"write -a {before}=0.5")
         name, separator, path = rest.partition("=") if not Path(rest).exists() else ("", "", rest)
         if not separator:
             name, path = find_stem(rest), rest

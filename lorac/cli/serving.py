@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lorac.argument_types import broken_limit
 from lorac.cli._compile_options import parse_record
 from lorac.cli._models import PrepackedOption, TrustOption
 from lorac.errors import OptionError
@@ -70,6 +71,10 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
             raise OptionError(f"the keys in '{file}' cannot be read: {error}", next_step=_KEYS) from error
         if not isinstance(keys, dict) or not keys or not all(isinstance(one, str) for one in keys.values()):
             raise OptionError(f"'{file}' holds no API keys", next_step=_KEYS)
+    for name, value in settings.items():
+        if (limit := broken_limit(ServingSettings, name, value, settings)) is not None:
+            option = _NAMES.get(name, f"--{name.replace('_', '-')}")
+            raise OptionError(f"{option} cannot be {value}", next_step=f"it takes {limit.describe(settings)}")
     given = ServingSettings(**{**settings, **{name: tuple(settings[name] or ()) for name in _LISTS}})
     shared = parse_record("--quota", StoreQuotas, quotas or (), "write FIELD=VALUE, such as rank=16")
     places = {"adapters": adapters, "store": store, "prepacked": prepacked, "metrics_port": metrics_port}

@@ -10,13 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from lorac.cli._models import load_found_model, load_image_processor, load_with_tokenizer, parse_option
-from lorac.cli._output import JsonOption, format_number, make_table, print_report
+from lorac.cli._output import SHOWS_ALL, JsonOption, format_number, make_table, print_report
+from lorac.cli.adapters import OutOption
 from lorac.errors import OptionError
 from lorac.progress import progress
 from lorac.runtime.generation.tokenizers import find_inner_tokenizer
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.remote.names import find_source
 from lorac.storage.strict_json import parse_object
+from lorac.third_party_output import suppress_third_party_output
 
 _OVERRIDE_HELP = "KEY=VALUE in place of the recipe's, such as adapters.mine.r=8; may be given several times."
 _SWEEP_HELP = "KEY=[VALUE, ...]: a run for each value, or combination of several keys, and a table of their losses."
@@ -60,10 +62,11 @@ def train(
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     sys.path.append(os.getcwd())  # for reward_funcs
     rows = []
+    quiet = contextlib.nullcontext() if SHOWS_ALL in sys.argv else suppress_third_party_output(with_warnings=False)
     for point, one in zip(points, recipes, strict=True):
         place = Path(str(folder), ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "_"))
         going_on = resume and (place.exists() or not point)
-        with contextlib.redirect_stdout(sys.stderr):  # trainers print their log
+        with contextlib.redirect_stdout(sys.stderr), quiet:  # trainers print their log
             names = [*run(loaded, processing_class, one, str(place), resume=going_on).adapters]
         if not grid:
             continue
@@ -81,7 +84,7 @@ def train(
 def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)
     source: Annotated[str, typer.Argument(help=f"The model that has the adapter. {MODEL_HELP}")],
     target: Annotated[str, typer.Argument(help=f"The model that gets one. {MODEL_HELP}")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")],
+    out: OutOption,
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="SOURCE's adapter, a file or folder.")],
     discriminator: Annotated[Path, typer.Option(help="SOURCE's adapter that knows the task's prompts.")],
     task: Annotated[Path, typer.Option(help="The folder of transfer.json and seeds.jsonl: docs/initialisation.md.")],

@@ -22,7 +22,7 @@ from lorac.session.api import Adapters
 from lorac.session.model_folders import CONFIG
 from lorac.session.request.sources import read_sources
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
-from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.paths import check_new, parse_path, translate_os_errors
 from lorac.storage.remote.names import find_source
 from lorac.storage.sharded_tensors import ShardedTensors
 from lorac.storage.strict_json import dump_json
@@ -81,9 +81,7 @@ def merge_checkpoint(
         AdapterError, SiteError, ChoiceError: as ``merge_into``.
     """
     folder = find_source(folder, "the model's folder", OptionError)
-    destination = parse_path(destination, "where the merged model is written to", OptionError)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise OptionError(f"'{destination}' exists already", next_step="give the path of a new folder")
+    destination = check_new(parse_path(destination, "where the merged model is written to", OptionError))
     with progress("merge") as report:
         report.step("reading")
         source = StoredModel.open(folder, dequantize=dequantize)

@@ -1,5 +1,6 @@
 """Refusals in the form of OpenAI's errors."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterNotFound, FormatError, LoracError, OverBudget, escape_controls, nearest_name
+from lorac.serving.requests.fields import USUAL
 
 _STATUS = {
     "adapter_exists": 409,
@@ -123,8 +125,11 @@ def error_status(error: LoracError) -> int:
 
 def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
     if problem["type"] == "extra_forbidden":
+        if values := USUAL.get(field):
+            return f"'{field}' can only be {json.dumps(values[0])} on this server; leave it out"
         nearest = nearest_name(field, known, alike=0.7)
-        return f"'{field}' is not a field that this server knows" + (f"; nearest: '{nearest}'" if nearest else "")
+        near = f"; nearest: '{nearest}'" if nearest else "; leave it out"
+        return f"'{field}' is not a field that this server knows{near}"
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']}"
     if problem["type"] == "missing":

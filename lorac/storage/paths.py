@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorac.argument_types import check_type
-from lorac.errors import LoracError, nearest_name, short
+from lorac.errors import LoracError, OptionError, nearest_name, short
 
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
 """An address, even if ``Path`` has merged its slashes. A scheme has two letters or more, a drive of Windows has one."""
@@ -49,6 +49,17 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
     with contextlib.suppress(RuntimeError):  # there is no such user
         return path.expanduser()
     return path
+
+
+def check_new(destination: Path) -> Path:
+    """Return a path to write to.
+
+    Raises:
+        OptionError: a file, or a folder that is not empty, is there already.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise OptionError(f"'{destination}' exists already", next_step="give a new path, or remove it first")
+    return destination
 
 
 def suggest_name(path: Path) -> str | None:

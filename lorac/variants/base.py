@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import check_fields
-from lorac.errors import FormatError, SiteError, nearest_name, short
+from lorac.errors import FormatError, SiteError, WrongType, nearest_name, short
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.patterns import find_first_pattern, select_sites
@@ -147,8 +147,15 @@ class Variant(ABC):
         """Refuse positional values and unknown hyper-parameters; the error translates PEFT's names.
 
         Raises:
+            WrongType: the class lacks ``params`` or its formula.
             FormatError: a value is positional or unknown; the error names the hyper-parameter that was probably meant.
         """
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            signature = str(inspect.signature(getattr(cls, missing[0]))).replace("'", "")
+            raise WrongType(
+                f"the method {cls.__name__} does not define {', '.join(missing)}",
+                next_step=f"write `def {missing[0]}{signature}` in the class",
+            )
         known = dataclass_fields(cls)
         if values or not fields.keys() <= set(known):
             raise unknown_field_error(cls.__name__, known, _COMMON, values, fields)

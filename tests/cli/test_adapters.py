@@ -66,7 +66,7 @@ def test_convert_to_a_rank(cli, folder):
     assert json.loads(out)["errors"] == wanted.provenance["errors"]
     for path, tensors in wanted.tensors.items():
         assert all(torch.equal(made.tensors[path][name], tensor) for name, tensor in tensors.items())
-    assert "error" in cli("convert", "dora", "near", "--model", MODEL, "--rank", 1)[1]
+    assert "error" in cli("convert", "dora", "near-1", "--model", MODEL, "--rank", 1)[1]
 
 
 def test_convert_with_a_bound(cli, folder):
@@ -256,14 +256,22 @@ def test_convert_writes_the_names_of_the_model(cli, folder):
     save_file(wrapped, folder / "wrapped" / "adapter_model.safetensors")
     code, out, _ = cli("check", "wrapped", "--model", MODEL)
     assert code == 1
-    command = "`lorac convert ADAPTER OUT --model MODEL --fix-names`"
+    command = f"`lorac convert wrapped OUT --model {MODEL} --fix-names`"
     assert f"mend: {command} gives it the model's names" in out
     code, _, err = cli("convert", "wrapped", "unwrapped", "--model", MODEL)
     assert code == 1
-    assert command in err
+    assert "`lorac convert ADAPTER OUT --model MODEL --fix-names`" in err
     assert cli("convert", "wrapped", "unwrapped", "--model", MODEL, "--fix-names")[0] == 0
     assert cli("check", "unwrapped", "--model", MODEL)[0] == 0
     assert load_file(folder / "unwrapped" / "adapter_model.safetensors").keys() == tensors.keys()
+
+
+def test_rejects_an_output_that_exists(cli, folder):
+    before = (folder / "sql" / "adapter_config.json").read_bytes()
+    for words in ("convert conv sql", "resize conv sql --rank 1", "merge -a conv -o sql"):
+        code, _, err = cli(*words.split())
+        assert (code, "OptionError: 'sql' exists already\n  give a new path" in err) == (1, True), err
+    assert (folder / "sql" / "adapter_config.json").read_bytes() == before
 
 
 def test_check_exits_by_the_objections_of_an_engine(cli):
@@ -271,5 +279,5 @@ def test_check_exits_by_the_objections_of_an_engine(cli):
     code, out, _ = cli("check", "dora", "--model", MODEL, "--for", "vllm")
     assert code == 1
     assert "refuses use_dora=True" in out
-    assert "mend: `lorac convert ADAPTER OUT --for vllm --model MODEL`" in out
+    assert f"mend: `lorac convert dora OUT --for vllm --model {MODEL}`" in out
     assert "nearest: vllm" in cli("check", "dora", "--for", "vlm")[2]

@@ -62,6 +62,12 @@ def test_an_adapter_called_as_a_number_would_be(folder):
     assert code == 0 and json.loads(printed)["weights"] == {"a=2": 1.0}
 
 
+@pytest.mark.parametrize("spec", ["a=half", "one=a=x"])
+def test_rejects_a_weight_that_is_not_a_number(spec, folder):
+    with pytest.raises(lorac.OptionError, match=rf"-a {spec}: the weight '\w+' is not a number\n.*=0.5"):
+        run("model", "-a", spec, "-o", "out")
+
+
 def test_rejects_two_adapters_of_one_name(folder):
     with pytest.raises(lorac.AdapterError, match=r"two adapters are called 'a'\n.*NAME=PATH=WEIGHT"):
         run("model", "-a", "a", "-a", "a=2", "-o", "out")

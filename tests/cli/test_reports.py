@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -142,6 +143,23 @@ def test_a_warning_is_printed_in_words(folder, monkeypatch, capsys):
         main()
     expected = "lorac.LoracWarning: it computes in float32\n  dtype='float32' asks for that\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("words", [[], ["--traceback"]])
+def test_prints_warnings_of_libraries_only_on_request(words, folder, monkeypatch):
+    compiled = lorac.load(folder / "compiled")
+
+    def loaded(path, **options):
+        warnings.warn_explicit("it is deprecated", FutureWarning, "/lib/site-packages/transformers/args.py", 1)
+        warnings.warn_explicit("the model says so", UserWarning, "/home/model.py", 1)
+        return compiled
+
+    monkeypatch.setattr("lorac.load", loaded)
+    monkeypatch.setattr(sys, "argv", ["lorac", *words, "swap", "compiled", "sql"])
+    with pytest.raises(SystemExit), warnings.catch_warnings(record=True, action="always") as shown:
+        main()
+    expected = ["it is deprecated", "the model says so"] if words else ["the model says so"]
+    assert [str(one.message) for one in shown] == expected
 
 
 # --- spelling --------------------------------------------------------------------------------------------------------

@@ -57,6 +57,19 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (given["settings"], given["trust"]) == (ServingSettings(), False)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "0"], "--rows cannot be 0\n  it takes numbers from 1"),
+        (["--max-tokens", "-1"], "--max-tokens cannot be -1\n  it takes numbers from 1"),
+        (["--quota", "rank=0"], "--quota takes no rank=0\n  it takes numbers from 1"),
+    ],
+)
+def test_refuses_values_in_the_words_of_the_command_line(words: list[str], message: str, tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["serve", str(tmp_path), *words]).exception
+    assert (type(refused), str(refused)) == (lorac.OptionError, message)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate Operation ID:UserWarning")
 def test_rejects_a_model_that_it_would_serve_nothing_of() -> None:
     host = DECODERS["llama"]()

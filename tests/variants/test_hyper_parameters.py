@@ -13,7 +13,7 @@ import lorac
 from lorac.argument_types import field_types
 from lorac.testing import HOSTS, samples
 from lorac.variants import variants
-from lorac.variants.base import Variant
+from lorac.variants.base import Variant, WeightVariant
 from tests.refusing import refuses
 from tests.variants.routers import X, host, loras
 
@@ -49,6 +49,16 @@ def test_rejects_invalid_values_and_names_valid_ones(method, fields, takes):
     with refuses("option_error", match=f"{method.__name__} takes no {field}=") as refused:
         method(**fields)
     assert repr(value) in refused.value.what and f"it takes {takes}" in refused.value.next_step
+
+
+def test_names_the_formula_that_a_method_lacks():
+    class Unfinished(WeightVariant):
+        def params(self, site):
+            return {}
+
+    with refuses("wrong_type", match="the method Unfinished does not define weight") as refused:
+        Unfinished()
+    assert "def weight(self, W: Tensor, p: Params) -> Tensor" in refused.value.next_step
 
 
 def test_rejects_invalid_values_in_patterns():

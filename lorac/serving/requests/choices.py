@@ -13,7 +13,7 @@ from lorac.serving.requests.sampling_fields import ActiveFields, Strengths
 from lorac.serving.served_model import AdapterSource
 
 Spec: TypeAlias = "Strengths | None"
-_LISTED = "GET /v1/models lists them"
+_LISTED = "GET /v1/models lists the adapters"
 _PART = re.compile(r"(?P<name>.+):(?P<strength>[-+0-9.e]+)")
 """A part ``name:strength`` of a mixture in the field ``model``."""
 
@@ -59,7 +59,9 @@ def read_choices(
         try:
             return source.find(tenant, name)
         except AdapterNotFound as error:
-            raise AdapterNotFound(error.what, nearest=error.nearest, next_step=_LISTED) from error
+            adapter, separator, _ = name.rpartition(":")
+            step = f"a strength is a number, as in {adapter}:0.7; {_LISTED}" if separator else _LISTED
+            raise AdapterNotFound(error.what, nearest=error.nearest, next_step=step) from error
 
     def resolve(spec: Spec) -> ChoiceSpec:
         if spec is None:
@@ -94,7 +96,8 @@ def _parse_model(model: str) -> Strengths:
         try:
             mixture[part["name"]] = float(part["strength"])
         except ValueError as error:
-            raise RefusedField("model", f"has the strength {part['strength']}, which is not a number") from error
+            fault, step = f"has the strength '{part['strength']}', which is not a number", f"write {part['name']}:0.7"
+            raise RefusedField("model", fault, next_step=step) from error
     if len(mixture) < len(parts):
-        raise RefusedField("model", "names an adapter twice")
+        raise RefusedField("model", "names an adapter twice", next_step="give each adapter one strength")
     return mixture
