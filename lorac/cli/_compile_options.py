@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
@@ -42,7 +42,7 @@ def parse_reserve(specs: Sequence[str]) -> Reserve | None:
     return parse_record("--reserve", Reserve, specs, RESERVE_HELP)
 
 
-def parse_record(option: str, record: Callable[..., T], specs: Sequence[str], usage: str) -> T | None:
+def parse_record(option: str, record: type[T], specs: Sequence[str], usage: str) -> T | None:
     """Make a dataclass from an option's texts, each FIELD=VALUE; return None without texts.
 
     Raises:

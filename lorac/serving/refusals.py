@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterNotFound, FormatError, LoracError, OverBudget, escape_controls, nearest_name
-from lorac.serving.requests.fields import USUAL
+from lorac.serving.requests.request_body import USUAL
 
 _STATUS = {
     "adapter_exists": 409,
