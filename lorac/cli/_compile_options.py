@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
@@ -42,7 +42,7 @@ def parse_reserve(specs: Sequence[str]) -> Reserve | None:
     return parse_record("--reserve", Reserve, specs, RESERVE_HELP)
 
 
-def parse_record(option: str, record: type[T], specs: Sequence[str], usage: str) -> T | None:
+def parse_record(option: str, record: Callable[..., T], specs: Sequence[str], usage: str) -> T | None:
     """Make a dataclass from an option's texts, each FIELD=VALUE; return None without texts.
 
     Raises:
@@ -55,7 +55,7 @@ def parse_record(option: str, record: type[T], specs: Sequence[str], usage: str)
             raise not_one_of(f"{option} has no field", name, types)
         fault = f"{option} takes no {name}={value}"
         parsed = _parse_value(fault, value, types[name])
-        if (limit := broken_limit(record, name, parsed, found)) is not None:
+        if (limit := broken_limit(record, name, parsed, found)) is not None:  # type: ignore[arg-type]  # a class
             raise OptionError(fault, next_step=f"it takes {limit.describe(found)}")
         found[name] = found.get(name, {}) | parsed if isinstance(parsed, dict) else parsed
     return record(**found) if found else None
