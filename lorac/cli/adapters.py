@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,17 +105,14 @@ def check(
         for path in adapters:
             report.step(str(path))
             one = lorac.check(path, host, for_=engine or None)
-            steps = (reword_step(step, context.find_root().command) for step in one.repairs)
-            names = {"ADAPTER": str(path), **({"MODEL": model} if model else {})}
-            found.append(dataclasses.replace(one, repairs=tuple(_name_values(step, names) for step in steps)))
+            steps = tuple(reword_step(step, context.find_root().command) for step in one.repairs)
+            for word, value in {"ADAPTER": str(path), "MODEL": model or "MODEL"}.items():
+                quoted = shlex.quote(value).replace("\\", r"\\")
+                steps = tuple(re.sub(rf"\b{word}\b", quoted, step) for step in steps)
+            found.append(dataclasses.replace(one, repairs=steps))
     print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
     if not all(one.fits and not one.objections for one in found):
         raise typer.Exit(MISFIT)
-
-
-def _name_values(step: str, values: Mapping[str, str]) -> str:
-    """Return a next step with values in place of the command line's words in capitals."""
-    return re.sub(r"\b[A-Z]+\b", lambda word: shlex.quote(values[word[0]]) if word[0] in values else word[0], step)
 
 
 def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:
