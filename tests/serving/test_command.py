@@ -65,7 +65,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         (["--quota", "rank=0"], "--quota takes no rank=0\n  it takes numbers from 1"),
     ],
 )
-def test_refuses_values_in_the_words_of_the_command_line(words: list[str], message: str, tmp_path: Path) -> None:
+def test_rejects_values_in_the_words_of_the_command_line(words: list[str], message: str, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["serve", str(tmp_path), *words]).exception
     assert (type(refused), str(refused)) == (lorac.OptionError, message)
 
