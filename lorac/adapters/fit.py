@@ -311,7 +311,25 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
         expected = "torch.int64" if whole else "whole numbers"
         raise _wrong_dtype_error(adapter, f"{name} at '{site.path}'", tensor, expected)
     if spec.below and not tensor.is_meta:
-        _check_positions(adapter, f"{name} at '{site.path}'", tensor, spec.below)
+        with pause_clock():
+            limits = torch.tensor(spec.below, dtype=torch.int64, device=tensor.device)[:, None]
+            columns = tensor.to(torch.int64)
+            outside = ((columns < 0) | (columns >= limits)).any(dim=0)
+            twice = tensor.shape[1] - torch.unique(columns, dim=1).shape[1]
+        step = "load the base model that the adapter was trained on"
+        if bool(outside.any()):
+            first = tuple(columns[:, int(outside.nonzero()[0])].tolist())
+            raise AdapterError(
+                f"adapter '{adapter}': position {first} of {name} at '{site.path}' lies outside {spec.below}",
+                next_step=step,
+                code="wrong_index",
+            )
+        if twice:
+            raise AdapterError(
+                f"adapter '{adapter}': {twice} positions of {name} at '{site.path}' are given twice",
+                next_step=step,
+                code="wrong_index",
+            )
 
 
 def _wrong_dtype_error(adapter: str, subject: str, tensor: Tensor, expected: str) -> AdapterError:
@@ -320,25 +338,6 @@ def _wrong_dtype_error(adapter: str, subject: str, tensor: Tensor, expected: str
         next_step="save the adapter again in the dtype it was trained in",
         code="wrong_dtype",
     )
-
-
-def _check_positions(adapter: str, what: str, positions: Tensor, below: tuple[int, ...]) -> None:
-    """Check that positions (n, K) are inside the n axes and that no position is given twice."""
-    with pause_clock():
-        limits = torch.tensor(below, dtype=torch.int64, device=positions.device)[:, None]
-        columns = positions.to(torch.int64)
-        outside = ((columns < 0) | (columns >= limits)).any(dim=0)
-        twice = positions.shape[1] - torch.unique(columns, dim=1).shape[1]
-    step = "load the base model that the adapter was trained on"
-    if bool(outside.any()):
-        first = tuple(columns[:, int(outside.nonzero()[0])].tolist())
-        raise AdapterError(
-            f"adapter '{adapter}': position {first} of {what} lies outside {below}", next_step=step, code="wrong_index"
-        )
-    if twice:
-        raise AdapterError(
-            f"adapter '{adapter}': {twice} positions of {what} are given twice", next_step=step, code="wrong_index"
-        )
 
 
 def check_replaced(

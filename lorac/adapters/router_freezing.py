@@ -43,33 +43,29 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
     rows = _weights_by_site(adapter, weights)
     for path, parameters in adapter.tensors.items():
         variant = adapter.variant.at_path(path)
-        a, b = _frozen_factors(adapter, variant, path, parameters, rows[path])
+        row = rows[path]
+        if not isinstance(variant, RoutedVariant):
+            raise AdapterError(
+                f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to "
+                "freeze",
+                next_step="give an adapter of a method that routes; lorac.to_lora makes a LoRA of one that edits "
+                "weights",
+            )
+        if row.shape != (variant.routes,):
+            raise shape_error(
+                f"weights of shape {tuple(row.shape)} are given for the {variant.routes} experts at '{path}'",
+                next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
+            )
+        a, b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
+        scaled = row.to(b) * row.new_tensor(variant.scales).to(b) if variant.scales else row.to(b)
+        each = scaled.repeat_interleave(a.shape[0] // variant.routes)
+        scale = torch.as_tensor(variant.output_scale(Params(**parameters)), dtype=b.dtype).detach()
+        weighted = each != 0
+        if not weighted.any():
+            weighted[0] = True
+        a, b = a[weighted].clone(), (scale.unsqueeze(-1) * b * each)[:, weighted]
         tensors[path] = {"lora_A": a, "lora_B": b}
     return replace_by_lora(adapter, name, tensors)
-
-
-def _frozen_factors(
-    adapter: Adapter, variant: object, path: str, parameters: Mapping[str, Tensor], row: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return A (R, in) and B (out, R) of the experts with non-zero weights; without any, a zero pair of rank 1."""
-    if not isinstance(variant, RoutedVariant):
-        raise AdapterError(
-            f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to freeze",
-            next_step="give an adapter of a method that routes; lorac.to_lora makes a LoRA of one that edits weights",
-        )
-    if row.shape != (variant.routes,):
-        raise shape_error(
-            f"weights of shape {tuple(row.shape)} are given for the {variant.routes} experts at '{path}'",
-            next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
-        )
-    a, b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
-    scaled = row.to(b) * row.new_tensor(variant.scales).to(b) if variant.scales else row.to(b)
-    each = scaled.repeat_interleave(a.shape[0] // variant.routes)
-    scale = torch.as_tensor(variant.output_scale(Params(**parameters)), dtype=b.dtype).detach()
-    weighted = each != 0
-    if not weighted.any():
-        weighted[0] = True
-    return a[weighted].clone(), (scale.unsqueeze(-1) * b * each)[:, weighted]
 
 
 def _weights_by_site(adapter: Adapter, weights: Weights | Mapping[str, Weights]) -> dict[str, Tensor]:

@@ -76,7 +76,14 @@ class CacheAttention(Pass):
         mixers = list(iter_token_mixers(graph, ids))
         nodes = _add_inputs(graph, layers, mixers, ids)
         distances = RelativePositions(graph, ids, nodes[past_names(0)[0]]) if layers else None
-        positions = _offset_positions(graph, ids, nodes[PAST_LENGTHS])
+        first = next(node for node in graph.fx.nodes if node.op != "placeholder")
+        call = functools.partial(insert_call, graph.exported, first)
+        start = call(attention.POSITIONS, ids)
+        wide = call(aten.to.dtype, nodes[PAST_LENGTHS], torch.int64)
+        positions = call(aten.add.Tensor, start, call(aten.unsqueeze.default, wide, 1))
+        for node in graph.find(attention.POSITIONS):
+            if node is not start:
+                graph.replace_node(node, positions)
         blocks = _offset_blocks(graph, positions)
         presents: dict[str, fx.Node] = {}
         known: KnownCalls = {}
@@ -155,19 +162,6 @@ def _add_inputs(
     nodes = add_inputs(graph.exported, inputs)
     graph.cache_inputs |= {name: node.name for name, node in nodes.items()}
     return nodes
-
-
-def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
-    """Replace positions 0, 1, ... by the positions of the new tokens (batch, length); return these."""
-    first = next(node for node in graph.fx.nodes if node.op != "placeholder")
-    call = functools.partial(insert_call, graph.exported, first)
-    start = call(attention.POSITIONS, ids)
-    wide = call(aten.to.dtype, past, torch.int64)
-    positions = call(aten.add.Tensor, start, call(aten.unsqueeze.default, wide, 1))
-    for node in graph.find(attention.POSITIONS):
-        if node is not start:
-            graph.replace_node(node, positions)
-    return positions
 
 
 def _offset_blocks(graph: Graph, positions: fx.Node) -> dict[int, fx.Node]:

@@ -116,7 +116,15 @@ class _ValueSources:
             stored = self.graph.sites[of].weight if kind == WEIGHT else of
             return next(map(self.graph.node, find_inputs(self.graph, stored)), None)
         if kind == INPUT:
-            return self._find_input(of)
+            name = self.graph.interface.aliases.get(of, of)
+            if name in self.graph.interface.inputs:
+                return self.graph.node(name)
+            inputs = {node.name: node for node in self.graph.placeholders()}
+            sequence = find_sequence(inputs)
+            if of != sequence.mask or isinstance(select_attention(self.graph), FullAttention):
+                return None
+            first = next(node for node in self.graph.fx.nodes if node.op != "placeholder")
+            return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[sequence.ids])
         if kind == BASE:
             return self.base.get(of)
         if kind in {OWN, PASS}:
@@ -126,18 +134,6 @@ class _ValueSources:
             found = [AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0] for call in found]
         before: list[fx.Node] = [node for node in found if self.order[node] < self.order[reader]]
         return before[-1] if before else None
-
-    def _find_input(self, argument: str) -> fx.Node | None:
-        """Return an input node; for a growing sequence captured without a mask, insert a mask of ones."""
-        name = self.graph.interface.aliases.get(argument, argument)
-        if name in self.graph.interface.inputs:
-            return self.graph.node(name)
-        inputs = {node.name: node for node in self.graph.placeholders()}
-        sequence = find_sequence(inputs)
-        if argument != sequence.mask or isinstance(select_attention(self.graph), FullAttention):
-            return None
-        first = next(node for node in self.graph.fx.nodes if node.op != "placeholder")
-        return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[sequence.ids])
 
 
 def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:

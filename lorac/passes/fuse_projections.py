@@ -124,7 +124,17 @@ class FuseProjections(Pass):
             return "its input is changed before the product"
         if any(parse_value_name(name)[1] == path for name in list_read_values(graph.plans.values())):
             return "a branch reads what it computes, or its weight"
-        return _find_weight_obstacle(graph, site, calls)
+        weight, *others = {call.args[1] for call in calls}
+        if others or not isinstance(weight, fx.Node) or weight.op != "placeholder":
+            return "its weight is not as the model stores it"
+        tensor = graph.exported.state_dict.get(str(site.weight))
+        if type(tensor) not in {torch.Tensor, torch.nn.Parameter}:
+            return f"its weight is a {type(tensor).__name__}"
+        if site.shares or any(user not in calls for user in weight.users):
+            return "its weight is read elsewhere too"
+        inputs = [call.args[0] for call in calls]
+        written = any(x in find_written_operands(user) for x in inputs if isinstance(x, fx.Node) for user in x.users)
+        return "its input is written to" if written else None
 
     def _describe_fusion(self, graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
         """Return the site that computes the outputs of several sites; it has their slots if slots become constants."""
@@ -145,21 +155,6 @@ class FuseProjections(Pass):
         plan = graph.plans.get(paths[0])  # fused sites have slots of the same roles
         slots = plan.room if plan is not None and self.constant else {}
         return FusedProjection(paths, sizes, SitePlan(site, slots))
-
-
-def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
-    """Return why a site's weight cannot be concatenated with others; None if it can."""
-    weight, *others = {call.args[1] for call in calls}
-    if others or not isinstance(weight, fx.Node) or weight.op != "placeholder":
-        return "its weight is not as the model stores it"
-    tensor = graph.exported.state_dict.get(str(site.weight))
-    if type(tensor) not in {torch.Tensor, torch.nn.Parameter}:
-        return f"its weight is a {type(tensor).__name__}"
-    if site.shares or any(user not in calls for user in weight.users):
-        return "its weight is read elsewhere too"
-    inputs = [call.args[0] for call in calls]
-    written = any(x in find_written_operands(user) for x in inputs if isinstance(x, fx.Node) for user in x.users)
-    return "its input is written to" if written else None
 
 
 def _insert_fused(

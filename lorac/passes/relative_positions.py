@@ -67,7 +67,20 @@ class RelativePositions:
         parts = self._find_parts(bias)
         numberings = [node for node in parts if is_token_numbering(node, self.length)]
         if len(numberings) != 2 or get_example(bias).shape[0] != 1:  # one numbering of queries, one of keys
-            return self._tabulate(attention, bias)
+            rows, length = get_example(self.ids).shape
+            count = self.graph.longest or DEFAULT_POSITIONS
+            known = {**find_stored_tensors(self.graph.exported), self.ids: torch.zeros(1, count, dtype=torch.int64)}
+            try:
+                ((keys,),) = evaluate(bias, known, {str(rows): 1, str(length): count}).transpose(1, 2)
+            except Exception as error:  # an op may raise any error for sizes with which it was not traced
+                raise _unsupported_bias(attention) from error
+            first, last, self.longest = keys[:, :1], keys[:, -1:], keys.shape[1]
+            line = torch.lerp(first.float(), last.float(), torch.linspace(0, 1, keys.shape[1]))
+            if keys.shape[1] < 2 or not (keys - line).abs().max() <= _ROUNDING * keys.abs().max():
+                raise _unsupported_bias(attention)
+            # The end of the sequence with the smaller values has the smaller rounding error.
+            behind = first - keys if first.abs().max() <= last.abs().max() else keys.flip(1) - last
+            return add_constant(self.graph.exported, behind.to(get_example(attention.args[1]).dtype))
         program = self.graph.exported
         capacity = insert_call(program, attention, aten.sym_size.int, self.cache, 2)
         every, one = (insert_call(program, attention, aten.arange.default, count) for count in (capacity, 1))
@@ -78,23 +91,6 @@ class RelativePositions:
                 row = insert_call(program, attention, aten.select.int, repeated, 3, 0)
                 return insert_call(program, attention, aten.select.int, row, 0, 0)
         raise _unsupported_bias(attention)
-
-    def _tabulate(self, attention: fx.Node, bias: fx.Node) -> fx.Node:
-        """Return a table of a bias that is a key's index times a slope."""
-        rows, length = get_example(self.ids).shape
-        count = self.graph.longest or DEFAULT_POSITIONS
-        known = {**find_stored_tensors(self.graph.exported), self.ids: torch.zeros(1, count, dtype=torch.int64)}
-        try:
-            ((keys,),) = evaluate(bias, known, {str(rows): 1, str(length): count}).transpose(1, 2)
-        except Exception as error:  # an op may raise any error for sizes with which it was not traced
-            raise _unsupported_bias(attention) from error
-        first, last, self.longest = keys[:, :1], keys[:, -1:], keys.shape[1]
-        line = torch.lerp(first.float(), last.float(), torch.linspace(0, 1, keys.shape[1]))
-        if keys.shape[1] < 2 or not (keys - line).abs().max() <= _ROUNDING * keys.abs().max():
-            raise _unsupported_bias(attention)
-        # The end of the sequence with the smaller values has the smaller rounding error.
-        behind = first - keys if first.abs().max() <= last.abs().max() else keys.flip(1) - last
-        return add_constant(self.graph.exported, behind.to(get_example(attention.args[1]).dtype))
 
     def _find_parts(self, bias: fx.Node) -> list[fx.Node]:
         """Return the nodes from which a bias is computed and that depend on the sequence length, in order."""

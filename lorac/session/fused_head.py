@@ -42,7 +42,11 @@ def install_fused_head(compiled: Any, forward: Any) -> bool:
     def switched(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return plain(*args, **kwargs)
-        return fused(_with_adapted_head(compiled), *args, fused_lm_head=True, **kwargs)
+        head = host.get_output_embeddings()
+        paths = [path for path, module in host.named_modules() if module is head and path in compiled.plans]
+        adapted = next(filter(None, map(compiled.engine.adapted_weight, paths)), None)
+        adapted_host = host if adapted is None else _HostWithHead(host, *adapted)
+        return fused(adapted_host, *args, fused_lm_head=True, **kwargs)
 
     host.forward = switched
     return True
@@ -59,15 +63,6 @@ class _HostWithHead:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
-
-
-def _with_adapted_head(compiled: Any) -> Any:
-    """Return a compiled model's host, whose head has the weight and bias that the running call's adapters give it."""
-    host = compiled.host
-    head = host.get_output_embeddings()
-    paths = [path for path, module in host.named_modules() if module is head and path in compiled.plans]
-    adapted = next(filter(None, map(compiled.engine.adapted_weight, paths)), None)
-    return host if adapted is None else _HostWithHead(host, *adapted)
 
 
 def _refuse_base_as_reference(compiled: Any) -> None:

@@ -68,28 +68,22 @@ def load(
 
     def read() -> Compiled:
         _refuse_other_contents(real, path)
-        return _load_folder(real, target, parsed_device, options)
+        try:
+            manifest = open_artifact(real)
+            compiled = _load_manifest(manifest, target or manifest.fields["target"], parsed_device, options)
+            compiled.tokenizer = TokenizerFiles.among(manifest.files)
+            return compiled
+        except (LoracError, Warning):  # warnings may be errors
+            raise
+        except Exception as error:  # the hashes agree: the files were written like this, and any content may be wrong
+            reason = str(error).strip().partition("\n")[0]
+            raise ArtifactError(
+                f"the manifest of '{real}', or a file of it, does not fit together: {type(error).__name__}: {reason}",
+                next_step="save the artifact again with this version",
+            ) from error
 
     with translate_os_errors(path, ArtifactError, "read"):
         return read_trusted(trust, lambda: read_consistently(real, read))
-
-
-def _load_folder(
-    folder: Path, target: str | None, device: torch.device | None, options: Mapping[str, object]
-) -> Compiled:
-    try:
-        manifest = open_artifact(folder)
-        compiled = _load_manifest(manifest, target or manifest.fields["target"], device, options)
-        compiled.tokenizer = TokenizerFiles.among(manifest.files)
-        return compiled
-    except (LoracError, Warning):  # warnings may be errors
-        raise
-    except Exception as error:  # the hashes agree: the files were written like this, and any content may be wrong
-        reason = str(error).strip().partition("\n")[0]
-        raise ArtifactError(
-            f"the manifest of '{folder}', or a file of it, does not fit together: {type(error).__name__}: {reason}",
-            next_step="save the artifact again with this version",
-        ) from error
 
 
 def _refuse_other_contents(folder: Path, given: Path) -> None:

@@ -82,20 +82,7 @@ def outline_model(folder: Path) -> nn.Module:
 def _make_model(folder: Path, make: Callable[[ModelClass], object]) -> nn.Module:
     from torch import nn
 
-    cls = _find_model_class(folder, read_model_config(folder))
-    try:
-        with suppress_third_party_output(), hide_progress_bars():
-            model = make(cls)
-    except Exception as error:  # a damaged folder may make the libraries raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise OptionError(f"'{folder}' cannot be loaded: {reason}", next_step=ANOTHER_MODEL) from error
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=ANOTHER_MODEL)
-    return model.eval()
-
-
-def _find_model_class(folder: Path, config: JsonMapping) -> ModelClass:
-    """Return the class that a configuration names; default: transformers' "AutoModel"."""
+    config = read_model_config(folder)
     entry = next((entry for entry in _LIBRARIES if entry in config), "architectures")
     named, package = config.get(entry), _LIBRARIES[entry]
     listed = [named] if package == "diffusers" else named or ["AutoModel"]
@@ -110,7 +97,15 @@ def _find_model_class(folder: Path, config: JsonMapping) -> ModelClass:
             f"'{folder / CONFIG}' names the architecture {short(name)}, no model of {package} {library.__version__}",
             next_step=f"pip install -U {package}, or give package.module:function",
         )
-    return cls
+    try:
+        with suppress_third_party_output(), hide_progress_bars():
+            model = make(cls)
+    except Exception as error:  # a damaged folder may make the libraries raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise OptionError(f"'{folder}' cannot be loaded: {reason}", next_step=ANOTHER_MODEL) from error
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=ANOTHER_MODEL)
+    return model.eval()
 
 
 def _refuse_config(folder: Path, reason: str) -> OptionError:

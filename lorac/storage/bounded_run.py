@@ -73,7 +73,12 @@ class BoundedRun:
                 or it would take too many operations.
             Exception: torch's own error, for shapes that do not fit.
         """
-        shapes, limit = tuple([value.shape for value in values]), self._find_limit(values)
+        operations = math.inf if self._is_trusted else get_chosen_operations()
+        if operations is None:
+            sizes = [value.numel() for value in values]
+            callers = sum(size for size, is_callers in zip(sizes, self._callers, strict=True) if is_callers)
+            operations = _OPERATIONS + _FACTOR * float(callers) * sum(sizes)
+        shapes, limit = tuple([value.shape for value in values]), (get_chosen_memory() or _MACHINE_MEMORY, operations)
         peaks = self.peaks  # another thread may replace the attribute
         if shapes not in peaks:
             if len(peaks) >= _KEPT_SHAPES:
@@ -94,14 +99,6 @@ class BoundedRun:
 
         return _run(self._program.graph, values, self._last_uses, ledger, call)
 
-    def _find_limit(self, values: Sequence[Tensor]) -> Limit:
-        operations = math.inf if self._is_trusted else get_chosen_operations()
-        if operations is None:
-            sizes = [value.numel() for value in values]
-            callers = sum(size for size, is_callers in zip(sizes, self._callers, strict=True) if is_callers)
-            operations = _OPERATIONS + _FACTOR * float(callers) * sum(sizes)
-        return get_chosen_memory() or _MACHINE_MEMORY, operations
-
     def _measure(self, values: Sequence[Tensor], limit: Limit) -> tuple[int, float] | None:
         """Return the peak bytes and the operations for inputs of these shapes; None if they depend on values."""
         ledger = _Ledger(values)
@@ -121,7 +118,14 @@ class BoundedRun:
                 made = _call_on_meta(node, *given)
         except Exception as error:
             self._raise_misfit(error)
-            return _measure_by_values(node, [*_list_tensors((args, kwargs))])
+            tensors = [*_list_tensors((args, kwargs))]
+            name = getattr(getattr(node.target, "op", node.target), "_opname", "")
+            if name not in _BY_VALUES or not tensors or not tensors[-1].numel():
+                return 0
+            first, last = tensors[0], tensors[-1]
+            if name == "one_hot":
+                return last.numel() * (int(last.max()) + 1) * last.itemsize
+            return int(float(last.double().sum()) * first.numel() / last.numel() * first.itemsize)
         operands = {address for address, _ in _list_storages(given)}
         return sum(size for address, size in _list_storages(made) if address not in operands)
 
@@ -252,17 +256,6 @@ def _list_tensors(value: object) -> Iterator[Tensor]:
             yield from _list_tensors(item)
     elif isinstance(value, dict):
         yield from _list_tensors([*value.values()])
-
-
-def _measure_by_values(node: fx.Node, tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of a result whose size depends on its operands' values; 0 for other ops."""
-    name = getattr(getattr(node.target, "op", node.target), "_opname", "")
-    if name not in _BY_VALUES or not tensors or not tensors[-1].numel():
-        return 0
-    first, last = tensors[0], tensors[-1]
-    if name == "one_hot":
-        return last.numel() * (int(last.max()) + 1) * last.itemsize
-    return int(float(last.double().sum()) * first.numel() / last.numel() * first.itemsize)
 
 
 def _list_storages(value: object) -> Iterator[tuple[int, int]]:

@@ -74,7 +74,15 @@ def _find_weights(folder: Path) -> tuple[str, str]:
     """Return the names of the single file of all weights and of the index of shards; at least one file exists."""
     found = [names for names in map(_file_names, _NAMES) if any((folder / name).is_file() for name in names)]
     if not found:
-        raise _no_weights(folder)
+        others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
+        held = f", but {list_some(others, 3)}" if others else ""
+        raise FormatError(
+            f"'{folder}' has neither {_file_names(_NAMES[0])[0]} nor an index of several{held}",
+            next_step="load the model with its library and save it again, which writes safetensors"
+            if others
+            else "download the model's weights too",
+            code="unreadable",
+        )
     return found[0]
 
 
@@ -117,15 +125,3 @@ def _read_index(path: Path) -> JsonMapping:
 
 def _damaged(path: Path, reason: str) -> FormatError:
     return FormatError(f"'{path}' {reason}", next_step=_STEP, code="corrupt_file")
-
-
-def _no_weights(folder: Path) -> FormatError:
-    others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
-    held = f", but {list_some(others, 3)}" if others else ""
-    return FormatError(
-        f"'{folder}' has neither {_file_names(_NAMES[0])[0]} nor an index of several{held}",
-        next_step="load the model with its library and save it again, which writes safetensors"
-        if others
-        else "download the model's weights too",
-        code="unreadable",
-    )

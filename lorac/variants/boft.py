@@ -73,7 +73,17 @@ class BOFT(WeightVariant):
     def weight(self, W: Tensor, p: Params) -> Tensor:
         rows = W.t() if self.rotates_output else W
         for i, x in enumerate(p.boft_R):
-            rows = _times_factor(rows, cayley(0.5 * (x - x.transpose(1, 2))), 2**i)
+            blocks = cayley(0.5 * (x - x.transpose(1, 2)))
+            group = 2**i
+            number, size, _ = blocks.shape
+            count, width = rows.shape
+            groups = number // group
+            # Columns of a group: (parity, pair of units, position) outside, (pair, parity, position) inside.
+            units = rows.reshape(count, groups, 2, group, size // 2).transpose(2, 3) if group > 1 else rows
+            rotated = (units.reshape(count, number, size).transpose(0, 1) @ blocks.transpose(1, 2)).transpose(0, 1)
+            if group > 1:
+                rotated = rotated.reshape(count, groups, group, 2, size // 2).transpose(2, 3)
+            rows = rotated.reshape(count, width)
         return p.boft_s * (rows.t() if self.rotates_output else rows)
 
     def _width(self, site: Site) -> int:
@@ -84,16 +94,3 @@ class BOFT(WeightVariant):
         width = self._width(site)
         size = self.block_size or width // self.block_num
         return size, self.block_num or width // size
-
-
-def _times_factor(rows: Tensor, blocks: Tensor, group: int) -> Tensor:
-    """Return rows (n, width) · Fᵀ, where F has blocks (number, β, β), reordered in groups of ``group`` blocks."""
-    number, size, _ = blocks.shape
-    count, width = rows.shape
-    groups = number // group
-    # Columns of a group: (parity, pair of units, position) outside, (pair, parity, position) inside.
-    units = rows.reshape(count, groups, 2, group, size // 2).transpose(2, 3) if group > 1 else rows
-    rotated = (units.reshape(count, number, size).transpose(0, 1) @ blocks.transpose(1, 2)).transpose(0, 1)
-    if group > 1:
-        rotated = rotated.reshape(count, groups, group, 2, size // 2).transpose(2, 3)
-    return rotated.reshape(count, width)

@@ -91,23 +91,6 @@ FilledBranch = tuple[BranchSlot, BranchFill]
 _STORED_KINDS = (WEIGHT, PARAM)
 
 
-def _find_acting(call: ForwardCall, module: nn.Module, arguments: Mapping[str, object]) -> None:
-    """Determine the tokens of a forward on which adapters with invocation tokens act.
-
-    Raises:
-        Unavailable: the beginnings of the sequences are not known.
-    """
-    ids, mask, active = arguments.get(IDS), arguments.get("attention_mask"), call.active.invocations
-    decodes = DECODER_IDS not in inspect.signature(module.forward).parameters
-    places = call.attention.positions(ids[..., None]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
-    if not isinstance(ids, Tensor) or not decodes or places is None or not (call.starts or int(places[0]) == 0):
-        raise no_prompt_error(active)
-    whole = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
-    starts = call.starts or find_start_columns(active, ids, whole)
-    repeats = {name: len(ids) // len(own) for name, own in starts.items()}
-    call.acting = {name: places >= own.repeat_interleave(repeats[name])[:, None] for name, own in starts.items()}
-
-
 @final
 class BranchRunner:
     """A runner of the branches in a model's calls.
@@ -172,7 +155,17 @@ class BranchRunner:
         if call.active.branches:
             self.draw_seed(call)
         if call.active.invocations:
-            _find_acting(call, module, named)
+            ids, mask, active = named.get(IDS), named.get("attention_mask"), call.active.invocations
+            decodes = DECODER_IDS not in inspect.signature(module.forward).parameters
+            places = call.attention.positions(ids[..., None]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
+            if not isinstance(ids, Tensor) or not decodes or places is None or not (call.starts or int(places[0]) == 0):
+                raise no_prompt_error(active)
+            whole = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+            starts = call.starts or find_start_columns(active, ids, whole)
+            repeats = {name: len(ids) // len(own) for name, own in starts.items()}
+            call.acting = {
+                name: places >= own.repeat_interleave(repeats[name])[:, None] for name, own in starts.items()
+            }
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
 

@@ -237,26 +237,20 @@ class EagerEngine(Engine):
             output = reads.run(lambda: forward(*args, **kwargs))
             self._reads.note(graph, reads.read, reads.called | self._lent)
             self._unobserved.discard(graph)
-            return forward(*args, **kwargs) if self._restore_base(reads.read) else output
+            # Merged layers that other modules read: the merged weights move to copies, which calls of the layers use.
+            baked = [path for path in reads.read if path in self.buffers and path not in self._merged]
+            for path in baked:
+                module = self.module.get_submodule(path)
+                if self._find_written_module(self.plans[path].site) is not module:
+                    self._weights.restore(path)
+            self._weights.remember(self.buffers.keys() - self._merged)
+            return forward(*args, **kwargs) if baked else output
 
         try:
             with wrap_forward(self.components[graph], observe):
                 yield
         finally:
             self._observing.release()
-
-    def _restore_base(self, paths: Iterable[str]) -> bool:
-        """Undo merging in baked layers whose weights other modules read; return whether there are such layers.
-
-        The merged weights move to copies of the layers, which calls of the layers use.
-        """
-        baked = [path for path in paths if path in self.buffers and path not in self._merged]
-        for path in baked:
-            module = self.module.get_submodule(path)
-            if self._find_written_module(self.plans[path].site) is not module:
-                self._weights.restore(path)
-        self._weights.remember(self.buffers.keys() - self._merged)
-        return bool(baked)
 
     def announce(self, call: ForwardCall, output: object) -> None:
         """Register a call that recorded gradients with the backward pass, and pass its extra outputs to listeners."""

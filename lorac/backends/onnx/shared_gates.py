@@ -17,7 +17,14 @@ def gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collecti
     shared = _nodes_only_for_gates(graph, gates, within)
     if not any(node.op_type in _PRODUCTS for node in shared):
         return
-    _duplicate_layouts(shared, within, slots)
+    stored: set[ir.Node] = set()
+    for node in shared:
+        known = (v is None or v.name in slots or v.is_initializer() or v.producer() in stored for v in node.inputs)
+        if node.op_type not in _PRODUCTS and all(known):
+            stored.add(node)
+    for node in [node for node in shared if node in stored]:
+        for user in {user for output in node.outputs for user in output.consumers() if id(user.graph) in within}:
+            _copy_layouts_for(user, stored)
     _annotate_sizes(shared)
     readers: dict[ir.Node, frozenset[ir.Node]] = {}  # node -> the gates whose branches need it, directly or not
     for node in reversed(shared):
@@ -89,21 +96,6 @@ def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, froze
     left = set(shared).difference(*apart)
     common = [node for node in shared if node in left]
     return [part for part in (common, *apart) if part]
-
-
-def _duplicate_layouts(shared: Sequence[ir.Node], within: Mapping[int, ir.Node], slots: Collection[str]) -> None:
-    """Give each branch its own copies of layout ops on slots, such as transpositions.
-
-    Products fuse with such ops only if they are in the same graph.
-    """
-    stored: set[ir.Node] = set()
-    for node in shared:
-        known = (v is None or v.name in slots or v.is_initializer() or v.producer() in stored for v in node.inputs)
-        if node.op_type not in _PRODUCTS and all(known):
-            stored.add(node)
-    for node in [node for node in shared if node in stored]:
-        for user in {user for output in node.outputs for user in output.consumers() if id(user.graph) in within}:
-            _copy_layouts_for(user, stored)
 
 
 def _copy_layouts_for(user: ir.Node, stored: Collection[ir.Node]) -> None:

@@ -127,12 +127,21 @@ def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
     halves = _GraphHalves.of(graph.exported)
     if not halves.encoded:
         return (graph,)
-    crossing = {node.name: name for node, name in _name_crossing(halves).items()}
+    names: dict[fx.Node, str] = {}
+    nodes = (node for node in halves.ids.graph.nodes if node in halves.text)
+    attentions = (node for node in nodes if node.target is attention_ops.ATTENTION)
+    values, layer = halves.crossing(), 0
+    for node in attentions:
+        operands: Any = {"key": node.args[1], "value": node.args[2], "mask": node.args[4]}
+        found = {name: value for name, value in operands.items() if value in values and value not in names}
+        names |= {value: encoder_output_name(f"{layer}.{name}") for name, value in found.items()}
+        layer += operands["key"] in values
+    crossing = {node.name: names.get(node) or encoder_output_name(node.name) for node in values}
     rows = {str(node.meta["val"].shape[0]) for node in find_user_inputs(graph.exported).values()}
-    by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) in rows for node in halves.crossing()]
+    by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) in rows for node in values]
     if not crossing or not all(by_row):
-        values = "something of all rows at once" if crossing else "nothing"
-        raise Unavailable(f"the decoder of graph '{graph.name}' reads {values} of its encoder", next_step=WITHOUT_CACHE)
+        read = "something of all rows at once" if crossing else "nothing"
+        raise Unavailable(f"the decoder of graph '{graph.name}' reads {read} of its encoder", next_step=WITHOUT_CACHE)
     first, second = _decoder(graph, halves, crossing), _encoder(graph, halves, crossing)
     divide_sites(second, first)
     second.name = encoder
@@ -150,20 +159,6 @@ def divide_sites(encoder: Graph, decoder: Graph) -> None:
         paths.append(called | inside)
     encoder.plans, decoder.plans = _divide(decoder.plans, *paths)
     encoder.sites, decoder.sites = _divide(decoder.sites, *paths)
-
-
-def _name_crossing(halves: _GraphHalves) -> dict[fx.Node, str]:
-    """Return the encoder's values that the decoder reads -> their names: keys and values by layer, others by node."""
-    names: dict[fx.Node, str] = {}
-    nodes = (node for node in halves.ids.graph.nodes if node in halves.text)
-    attentions = (node for node in nodes if node.target is attention_ops.ATTENTION)
-    crossing, layer = halves.crossing(), 0
-    for node in attentions:
-        operands: Any = {"key": node.args[1], "value": node.args[2], "mask": node.args[4]}
-        found = {what: value for what, value in operands.items() if value in crossing and value not in names}
-        names |= {value: encoder_output_name(f"{layer}.{what}") for what, value in found.items()}
-        layer += operands["key"] in crossing
-    return {node: names.get(node) or encoder_output_name(node.name) for node in crossing}
 
 
 def _encoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) -> Graph:

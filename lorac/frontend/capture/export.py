@@ -50,7 +50,6 @@ from lorac.frontend.inputs.dynamic_shapes import (
     repeat_unit_axes_of_inputs,
     spread_row_numbers,
 )
-from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import preserve_random_state
 from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import replace_dataclasses
@@ -161,7 +160,26 @@ def _make_marked_copy(host: Host, marks: SiteMarks, arguments: CallArguments) ->
     mark_sites(model, marks)
     refuse_casts(model)
     trace_repeated_layers_once(model, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])
-    model.forward = _wrap_forward(model.forward, arguments)
+    forward, constants = model.forward, arguments.trace_constants
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with arguments.apply_in_trace():
+                return replace_dataclasses(forward(*args, **constants, **kwargs))
+        except GuardOnDataDependentSymNode as error:
+            raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
+
+    signature = inspect.signature(forward)
+    parameters = {name: parameter for name, parameter in signature.parameters.items() if name not in constants}
+    variadic = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    if variadic:  # torch.export needs a parameter for each input that has a dynamic shape
+        others = [name for name in arguments.inputs if name not in parameters]
+        keywords = parameters.pop(variadic[0])
+        parameters |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others}
+        parameters[variadic[0]] = keywords
+    call.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]  # functions take attributes
+    model.forward = call
     return copied
 
 
@@ -267,30 +285,6 @@ class _ValuesNeeded(Exception):
 
     torch.export prints the whole graph before it raises its own error, which cannot be disabled.
     """
-
-
-def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
-    """Wrap a forward for torch.export: dataclasses in the output become containers, constant arguments are bound."""
-    constants = arguments.trace_constants
-
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with arguments.apply_in_trace():
-                return replace_dataclasses(forward(*args, **constants, **kwargs))
-        except GuardOnDataDependentSymNode as error:
-            raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
-
-    signature = inspect.signature(forward)
-    parameters = {name: parameter for name, parameter in signature.parameters.items() if name not in constants}
-    variadic = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-    if variadic:  # torch.export needs a parameter for each input that has a dynamic shape
-        others = [name for name in arguments.inputs if name not in parameters]
-        keywords = parameters.pop(variadic[0])
-        parameters |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others}
-        parameters[variadic[0]] = keywords
-    call.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]  # functions take attributes
-    return call
 
 
 _FIXED = "your code specialized it to be a constant"

@@ -1,6 +1,6 @@
 """The interface of a captured program, derived from the program and from its model's signature."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.export import ExportedProgram
@@ -54,25 +54,6 @@ def describe_interface(
     assert structure is not None
     inputs = tuple(name for name in program.graph_signature.user_inputs if isinstance(name, str))
     positions = arguments.positions
-    return Interface(
-        inputs=inputs,
-        arguments=host.list_positional_arguments(),
-        outputs=structure.tensor_names(inputs),
-        structure=structure,
-        constants=arguments.fixed,
-        defaults=host.defaults(),
-        id_counts=_count_ids(program, inputs),
-        aliases={path: name for path, name in paths.items() if path != name},
-        row_numbers=find_row_numbers(host, find_input_examples(program)),
-        sizes=sizes,
-        derived={} if positions is None else {POSITION_IDS: positions.call},
-        positions=positions,
-        notes=tuple(arguments.notes),
-    )
-
-
-def _count_ids(program: ExportedProgram, inputs: Collection[str]) -> dict[str, int]:
-    """Return input of ids -> the number of rows of the smallest embedding that reads it."""
     found: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.target not in _EMBEDDINGS:
@@ -83,4 +64,18 @@ def _count_ids(program: ExportedProgram, inputs: Collection[str]) -> dict[str, i
             ids = ids.args[0]
         if ids.op == "placeholder" and ids.name in inputs and isinstance(size, int):
             found[ids.name] = min(size, found.get(ids.name, size))
-    return found
+    return Interface(
+        inputs=inputs,
+        arguments=host.list_positional_arguments(),
+        outputs=structure.tensor_names(inputs),
+        structure=structure,
+        constants=arguments.fixed,
+        defaults=host.defaults(),
+        id_counts=found,
+        aliases={path: name for path, name in paths.items() if path != name},
+        row_numbers=find_row_numbers(host, find_input_examples(program)),
+        sizes=sizes,
+        derived={} if positions is None else {POSITION_IDS: positions.call},
+        positions=positions,
+        notes=tuple(arguments.notes),
+    )

@@ -82,24 +82,19 @@ def _site_forward(module: nn.Module, path: str) -> Forward | None:
         padding = -1 if module.padding_idx is None else module.padding_idx
         return lambda input: torch.ops.lorac.embedding(input, module.weight, padding, path)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return _conv_forward(module, path)
+        conv = read_conv_geometry(module)
+        stride, pads, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
+
+        def forward(input: Tensor) -> Tensor:
+            x, bias, groups = pad_conv_input(input, conv), module.bias, conv.groups
+            result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, pads, dilation, groups, path)
+            return result
+
+        return forward
     if is_gpt2_conv1d(module):
         conv1d: Any = module  # GPT-2's: a linear layer that stores its weight as (in, out)
         return lambda x: torch.ops.lorac.linear(x, conv1d.weight.t(), conv1d.bias, path)
     return None
-
-
-def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
-    """Return a convolution's forward; padding that its op does not support is applied before it."""
-    conv = read_conv_geometry(module)
-    stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
-
-    def forward(input: Tensor) -> Tensor:
-        x, bias, groups = pad_conv_input(input, conv), module.bias, conv.groups
-        result: Tensor = torch.ops.lorac.conv(x, module.weight, bias, stride, padding, dilation, groups, path)
-        return result
-
-    return forward
 
 
 def _block_forward(original: Forward, path: str) -> Forward:

@@ -78,7 +78,16 @@ def _match_product(found: Analysis, node: fx.Node) -> Form | None:
             return None
         return Form(low=tuple((found.emit(aten.mm.default, left, p), q) for p, q in y.low))
     if y is not None and y == Form(IDENTITY, blocks=y.blocks) and y.blocks is not None:
-        return _multiply_by_blocks(found, x, right, y.blocks)
+        blocks = y.blocks
+        number, size, _ = shape_of(blocks)
+        if x.sparse or (x.blocks is not None and shape_of(x.blocks) != shape_of(blocks)):
+            return None
+        if x.blocks is not None:
+            blocks = found.emit(aten.bmm.default, x.blocks, blocks)
+        if x.d is not None:
+            blocks = found.emit(aten.mul.Tensor, found.emit(aten.view.default, x.d, [number, size, 1]), blocks)
+        low = tuple((p, found.emit(aten.mm.default, q, right)) for p, q in x.low)
+        return Form(x.base, x.c, low=low, blocks=blocks if x.base else None)
     if x.base not in {None, IDENTITY} or x.sparse or x.d is not None or x.blocks is not None:
         return None
     low = tuple((p, found.emit(aten.mm.default, q, right)) for p, q in x.low)
@@ -102,18 +111,6 @@ def _match_factor(found: Analysis, node: fx.Node) -> Form | None:
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
     return Form(low=((left, right),))
-
-
-def _multiply_by_blocks(found: Analysis, x: Form, matrix: object, blocks: fx.Node) -> Form | None:
-    number, size, _ = shape_of(blocks)
-    if x.sparse or (x.blocks is not None and shape_of(x.blocks) != shape_of(blocks)):
-        return None
-    if x.blocks is not None:
-        blocks = found.emit(aten.bmm.default, x.blocks, blocks)
-    if x.d is not None:
-        blocks = found.emit(aten.mul.Tensor, found.emit(aten.view.default, x.d, [number, size, 1]), blocks)
-    low = tuple((p, found.emit(aten.mm.default, q, matrix)) for p, q in x.low)
-    return Form(x.base, x.c, low=low, blocks=blocks if x.base else None)
 
 
 @_rule("sum", aten.add.Tensor, aten.sub.Tensor)

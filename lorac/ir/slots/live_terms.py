@@ -110,7 +110,10 @@ def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
         whole = not isinstance(alone, LowRank) or acts_at(alone, Stage.INPUT)
         drops = any(_active_rate(terms[0], ctx, place) for place in _DROPOUTS)
         if whole and terms[0].strength == 1 and not drops:
-            return _run_alone(alone, call)
+            if not isinstance(alone, LowRank) or not keeps_base_weight(call.layout, alone):
+                return _run_with_weight(alone, call)
+            slots = _lay_out(call.layout, alone.folded(), merge_bias(alone, call.bias))
+            return run_site(SitePlan(call.ctx.own_site), slots, call)
     y = base = call.base()
     earlier = list[BranchSlot]()
     for term in terms:
@@ -176,14 +179,6 @@ def _refuse_dropout(term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropou
             f"dropout is not defined for the method at '{ctx.own_site.path}', {why}",
             next_step="set the method's dropout to 0, or train in eval mode",
         )
-
-
-def _run_alone(change: Change, call: SiteCall) -> Tensor:
-    """Return y' of a single term."""
-    if not isinstance(change, LowRank) or not keeps_base_weight(call.layout, change):
-        return _run_with_weight(change, call)
-    slots = _lay_out(call.layout, change.folded(), merge_bias(change, call.bias))
-    return run_site(SitePlan(call.ctx.own_site), slots, call)
 
 
 def _lay_out(layout: SiteLayout, change: LowRank, bias: Tensor | None = None) -> SiteSlots:

@@ -66,7 +66,22 @@ class DecodingState:
         counts = [row.shape[0] for row in new]
         tokens = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
         try:
-            return self._decode_chunks(decode, tokens, counts, keep)
+            self._grow(counts)
+            size = self.chunk_size or 1
+            last, before = max(self.chunk_size or max(counts), keep), self.cache.lengths
+            early = self._leave_blocks(before, [max(count - last, 0) for count in counts], ahead=False)
+            done = [0] * len(counts)
+            while done != early:
+                ends = [min(begin + size, end) for begin, end in zip(done, early, strict=True)]
+                upto = self._leave_blocks(before, ends, ahead=True)
+                ids = _join_parts(tokens, done, upto)
+                chunk = [end - begin for begin, end in zip(done, upto, strict=True)]
+                decode(self.cache, DecodeStep(ids=ids, counts=chunk, wanted=torch.zeros_like(ids[:, :1])))
+                done = upto
+            rest = [count - done for count, done in zip(counts, early, strict=True)]
+            ids = _join_parts(tokens, early, counts)
+            wanted = torch.tensor(rest)[:, None] - keep + torch.arange(keep)
+            return decode(self.cache, DecodeStep(ids=ids, counts=rest, wanted=wanted.clamp(min=0)))
         except BaseException:
             self.cache.crop(lengths)
             raise
@@ -118,25 +133,6 @@ class DecodingState:
         before = [int(row.sum()) for row in is_token[:, : is_token.shape[1] - width]]
         given = [row[own] for row, own in zip(ids, is_token[:, -width:], strict=True)]
         return [row[length - early :] for row, length, early in zip(given, lengths, before, strict=True)]
-
-    def _decode_chunks(self, decode: DecodeTokens, tokens: Tensor, counts: list[int], keep: int) -> Tensor:
-        """Compute all new tokens chunk by chunk; return the logits of the last call."""
-        self._grow(counts)
-        size = self.chunk_size or 1
-        last, before = max(self.chunk_size or max(counts), keep), self.cache.lengths
-        early = self._leave_blocks(before, [max(count - last, 0) for count in counts], ahead=False)
-        done = [0] * len(counts)
-        while done != early:
-            ends = [min(begin + size, end) for begin, end in zip(done, early, strict=True)]
-            upto = self._leave_blocks(before, ends, ahead=True)
-            ids = _join_parts(tokens, done, upto)
-            chunk = [end - begin for begin, end in zip(done, upto, strict=True)]
-            decode(self.cache, DecodeStep(ids=ids, counts=chunk, wanted=torch.zeros_like(ids[:, :1])))
-            done = upto
-        rest = [count - done for count, done in zip(counts, early, strict=True)]
-        ids = _join_parts(tokens, early, counts)
-        wanted = torch.tensor(rest)[:, None] - keep + torch.arange(keep)
-        return decode(self.cache, DecodeStep(ids=ids, counts=rest, wanted=wanted.clamp(min=0)))
 
     def _leave_blocks(self, before: Sequence[int], places: list[int], *, ahead: bool) -> list[int]:
         """Move each row's place, counted in its new tokens, to the nearest that divides no block."""

@@ -82,24 +82,26 @@ def check_runnable(host: Host, inputs: object) -> None:
     except WeightWritten as error:
         raise _written_weight(host.model, error) from error
     except Exception as error:
-        if inputs is not None:
-            raise _rejected_inputs(host, inputs, error) from error
-
-
-def _rejected_inputs(host: Host, inputs: object, error: Exception) -> ExampleInputsNeeded:
-    parameters = list(host.parameters)
-    named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs)) if isinstance(inputs, tuple) else {}
-    shapes = {
-        n: f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for n, v in named.items() if isinstance(v, Tensor)
-    }
-    given = ", ".join(f"{name} {shapes.get(name) or short(value)}" for name, value in named.items()) or short(inputs)
-    unknown = [name for name in named if isinstance(name, str) and name not in parameters]
-    return ExampleInputsNeeded(
-        f"{type(host.model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
-        nearest=nearest_name(unknown[0], parameters) if unknown else None,
-        next_step=host.advise_names(named)
-        or f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
-    )
+        if inputs is None:
+            return
+        parameters = list(host.parameters)
+        named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs)) if isinstance(inputs, tuple) else {}
+        shapes = {
+            n: f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}"
+            for n, v in named.items()
+            if isinstance(v, Tensor)
+        }
+        given = ", ".join(f"{name} {shapes.get(name) or short(value)}" for name, value in named.items()) or short(
+            inputs
+        )
+        unknown = [name for name in named if isinstance(name, str) and name not in parameters]
+        raise ExampleInputsNeeded(
+            f"{type(host.model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: "
+            f"{error}",
+            nearest=nearest_name(unknown[0], parameters) if unknown else None,
+            next_step=host.advise_names(named)
+            or f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
+        ) from error
 
 
 def _written_weight(model: nn.Module, error: WeightWritten) -> CaptureError:

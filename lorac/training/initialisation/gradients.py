@@ -65,7 +65,14 @@ def sum_gradients(
     """
     owners: dict[str, list[str]] = {}
     for path, site in sites.items():
-        owners.setdefault(_trainable_weight_name(site, model), []).append(path)
+        assert site.weight is not None
+        if not isinstance(read_stored_tensor(model, site.weight), nn.Parameter):
+            raise SiteError(
+                f"the weight of '{site.path}' is not a parameter, so it has no gradient",
+                next_step="narrow targets=, or exclude= the module",
+                code="site_unsupported",
+            )
+        owners.setdefault(site.weight, []).append(path)
     sums: dict[str, Tensor] = {}
     count = 0
     with borrow_model(model, training=True), torch.enable_grad(), ExitStack() as hooks:
@@ -82,17 +89,6 @@ def sum_gradients(
     return SummedGradients(
         {path: _find_sum(path, name, sums) for name, paths in owners.items() for path in paths}, count
     )
-
-
-def _trainable_weight_name(site: Site, model: nn.Module) -> str:
-    assert site.weight is not None
-    if not isinstance(read_stored_tensor(model, site.weight), nn.Parameter):
-        raise SiteError(
-            f"the weight of '{site.path}' is not a parameter, so it has no gradient",
-            next_step="narrow targets=, or exclude= the module",
-            code="site_unsupported",
-        )
-    return site.weight
 
 
 def _accumulate_gradients(

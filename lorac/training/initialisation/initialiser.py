@@ -70,7 +70,24 @@ class Initialiser(ABC):
         view = ModelView.of(model)
         sites, begun = view.sites, self._check(adapter, view)
         for path in begun.tensors:
-            self._check_site(sites[path], begun.variant.at(sites[path]))
+            site = sites[path]
+            variant: Any = begun.variant.at(site)
+            variant.check(site)
+            if site.packed is not None:
+                raise SiteError(
+                    f"the weight of '{site.path}' is held as {site.packed}, which {type(self).__name__} cannot read",
+                    next_step="initialise over the model in float, and train over the quantised one",
+                    code="site_unsupported",
+                )
+            most = min(site.out_features, site.in_features) // self.vectors
+            if variant.r > most:
+                raise SiteError(
+                    f"{type(self).__name__} needs {self.vectors * variant.r} singular vectors at '{site.path}' "
+                    f"({site.in_features} -> {site.out_features})",
+                    nearest=f"r={most}",
+                    next_step="give a smaller r, or exclude= the module",
+                    code="site_unsupported",
+                )
         return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._require_batches(batches))
 
     @abstractmethod
@@ -96,24 +113,6 @@ class Initialiser(ABC):
             given = make_fresh_adapter(given, given.name, view)
         check_adapter(given, view)
         return given
-
-    def _check_site(self, site: Site, variant: Any) -> None:
-        variant.check(site)
-        if site.packed is not None:
-            raise SiteError(
-                f"the weight of '{site.path}' is held as {site.packed}, which {type(self).__name__} cannot read",
-                next_step="initialise over the model in float, and train over the quantised one",
-                code="site_unsupported",
-            )
-        most = min(site.out_features, site.in_features) // self.vectors
-        if variant.r > most:
-            raise SiteError(
-                f"{type(self).__name__} needs {self.vectors * variant.r} singular vectors at '{site.path}' "
-                f"({site.in_features} -> {site.out_features})",
-                nearest=f"r={most}",
-                next_step="give a smaller r, or exclude= the module",
-                code="site_unsupported",
-            )
 
     def _require_batches(self, batches: Batches | None) -> Batches:
         if not self.reads:

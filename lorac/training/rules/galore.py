@@ -150,7 +150,15 @@ class GaLore(Optimizer, ABC):
         gradient = tensor.grad
         if projected:
             if steps % group["update_proj_gap"] == 0:
-                state["projector"] = _compute_projector(gradient, group)
+                rows, columns = gradient.shape[-2:]
+                side = group["proj_type"]
+                if side in {"std", "reverse_std"}:
+                    side = "right" if (rows >= columns) == (side == "std") else "left"
+                wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                u, _, vh = torch.linalg.svd(wide, full_matrices=False)
+                found = {"left": u[..., : group["rank"]], "right": vh[..., : group["rank"], :]}
+                kept = found if side == "full" else {side: found[side]}
+                state["projector"] = {name: vectors.to(gradient.dtype).contiguous() for name, vectors in kept.items()}
             if "left" in state["projector"]:
                 gradient = state["projector"]["left"].mT @ gradient
             if "right" in state["projector"]:
@@ -273,16 +281,3 @@ def _check_group_settings(group: Group) -> None:
                 f"a gradient of shape {tuple(tensor.shape)} has no singular vectors",
                 next_step="leave it in a group without rank=, as galore_groups does",
             )
-
-
-def _compute_projector(gradient: Tensor, group: Group) -> dict[str, Tensor]:
-    """Return the first singular vectors of a gradient: ``left`` (m, r), ``right`` (r, n), or both."""
-    rows, columns = gradient.shape[-2:]
-    side = group["proj_type"]
-    if side in {"std", "reverse_std"}:
-        side = "right" if (rows >= columns) == (side == "std") else "left"
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    u, _, vh = torch.linalg.svd(wide, full_matrices=False)
-    found = {"left": u[..., : group["rank"]], "right": vh[..., : group["rank"], :]}
-    kept = found if side == "full" else {side: found[side]}
-    return {name: vectors.to(gradient.dtype).contiguous() for name, vectors in kept.items()}

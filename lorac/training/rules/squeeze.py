@@ -4,7 +4,7 @@ Vulić et al. 2026, arXiv 2602.10993.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -92,25 +92,15 @@ class Squeeze(Rule):
     def after(self) -> None:
         """Count the step, and reduce the LoRAs to the next stage's rank if a stage ends with it."""
         self.steps += 1
-        end = 0
-        for (_, steps), (next_rank, _) in pairwise(self.stages):
-            end += steps
-            if self.steps == end:
-                self._squeeze(next_rank)
-
-    def state(self) -> State:
-        return {"steps": self.steps}
-
-    def load_state(self, state: State) -> None:
-        self.steps = state["steps"]
-
-    def _squeeze(self, rank: int) -> None:
-        """Replace the adapters by adapters of a lower rank, in the compiled model and in the optimizer."""
+        ends = accumulate(steps for _, steps in self.stages)
+        next_rank = dict(zip(ends, [rank for rank, _ in self.stages[1:]], strict=False)).get(self.steps)
+        if next_rank is None:
+            return
         old_tensors = self._list_tensors()
         active = dict(self.compiled.choice)
         # Each reduction has another seed; a resumed run, which restores the count of steps, has the same seeds.
         reduced = {
-            name: reduce_rank(self.compiled.adapters[name], rank, seed=self.steps)
+            name: reduce_rank(self.compiled.adapters[name], next_rank, seed=self.steps)
             for name in dict.fromkeys(term.adapter for term in self.terms)
         }
         for name, adapter in reduced.items():
@@ -119,13 +109,18 @@ class Squeeze(Rule):
         self.compiled.swap(active)
         self.terms = trained_terms(self.compiled, self.methods, in_residuals=self.in_residuals)
         new_tensors = self._list_tensors()
-
         replacements: dict[Tensor, Tensor] = {}  # a tensor is hashed by its identity
         for key, old in old_tensors.items():
             replacements[old] = new_tensors[key].requires_grad_(old.requires_grad)
             self.optimizer.state.pop(old, None)
         for group in self.optimizer.param_groups:
             group["params"] = [replacements.get(tensor, tensor) for tensor in group["params"]]
+
+    def state(self) -> State:
+        return {"steps": self.steps}
+
+    def load_state(self, state: State) -> None:
+        self.steps = state["steps"]
 
     def _list_tensors(self) -> dict[tuple[str, str, str], Tensor]:
         """Return the tensors of the terms by adapter, path of the site, and parameter name."""

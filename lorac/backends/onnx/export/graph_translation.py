@@ -171,7 +171,19 @@ class _GraphTranslator:
         outputs = translation(*map(self._operand, node.args), **kwargs)
         nodes = self.recorder.take_nodes()
         self._keep_outputs(node, outputs)
-        metadata = _read_provenance(node)
+        modules = list((node.meta.get("nn_module_stack") or {}).values())
+        scopes = [
+            (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins."))
+            for path, kind in modules
+        ]
+        scopes.append((node.name, str(node.target)))
+        metadata = {
+            "namespace": "/".join([f"{path}: {kind}" for path, kind in scopes]),
+            "pkg.torch.onnx.class_hierarchy": repr([kind for _, kind in scopes]),
+            "pkg.torch.onnx.name_scopes": repr([path for path, _ in scopes]),
+            "pkg.torch.onnx.fx_node": str(node.format_node()),
+            "pkg.torch.onnx.stack_trace": node.meta.get("stack_trace", ""),
+        }
         for made in nodes:
             made.meta["node"] = node
             made.metadata_props.update(metadata)
@@ -227,23 +239,6 @@ _NUMBERS = (
     (torch.SymBool, ir.DataType.BOOL),
     ((float, torch.SymFloat), ir.DataType.FLOAT),
 )
-
-
-def _read_provenance(node: fx.Node) -> dict[str, str]:
-    """Return the modules and the source line of a node, under torch's metadata names."""
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    scopes = [
-        (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins."))
-        for path, kind in modules
-    ]
-    scopes.append((node.name, str(node.target)))
-    return {
-        "namespace": "/".join([f"{path}: {kind}" for path, kind in scopes]),
-        "pkg.torch.onnx.class_hierarchy": repr([kind for _, kind in scopes]),
-        "pkg.torch.onnx.name_scopes": repr([path for path, _ in scopes]),
-        "pkg.torch.onnx.fx_node": str(node.format_node()),
-        "pkg.torch.onnx.stack_trace": node.meta.get("stack_trace", ""),
-    }
 
 
 def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[str, Outputs]) -> None:

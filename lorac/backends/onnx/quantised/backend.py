@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import nn
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT
@@ -26,7 +25,6 @@ from lorac.target.engine import ProgramFiles
 if TYPE_CHECKING:
     from lorac.backends.onnx.emitted_program import EmittedProgram
     from lorac.backends.onnx.passes import OnnxPass
-    from lorac.backends.onnx.quantised.products import PrequantisedMatrix
     from lorac.backends.onnx.quantised.quantisation_report import QuantisationReport
 
 QuantOptionsT = TypeVar("QuantOptionsT", bound=QuantisationOptions)
@@ -63,11 +61,26 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
 
     def weight_passes(self, request: BuildRequest[QuantOptionsT]) -> Sequence[OnnxPass]:
         from lorac.backends.onnx.quantised.calibration import Calibration
-        from lorac.backends.onnx.quantised.products import QuantiseWeights
+        from lorac.backends.onnx.quantised.products import PrequantisedMatrix, QuantiseWeights
+        from lorac.frontend.quantised_weights import iter_quantised_origins
 
         options = request.options
-        prequantised = self._prequantised_matrices(request.model, options)
-        if options.codec is None and not prequantised:
+        found, refused = list[PrequantisedMatrix](), dict[str, str]()
+        for name, origin in iter_quantised_origins(request.model):
+            codec = None if origin.codes is None else Codec.of(origin.codes, options.block_size)
+            if origin.codes is None or codec is None or (codec.table and not self.takes_tables):
+                refused[name] = origin.kind
+            else:
+                found.append(PrequantisedMatrix(origin.codes.dequantised().numpy(), codec.take(origin.codes)))
+        if refused:
+            kinds = ", ".join(dict.fromkeys(refused.values()))
+            instead = f"quantised anew, as {options.weights}" if options.weights else "stored as float32"
+            warn(
+                f"{len(refused)} weights came as {kinds}, whose codes products of {self.dialect.name} do not take: "
+                f"they are {instead}",
+                next_step=None if options.weights else "weights='int8' or weights='int4' quantises them anew",
+            )
+        if options.codec is None and not found:
             return ()
         calibration = None
         if options.codec is not None and options.algorithm == GPTQ:
@@ -75,7 +88,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         passed = QuantiseWeights(
             options.codec,
             options.product_level,
-            prequantised,
+            tuple(found),
             options.head_codec,
             options.algorithm,
             calibration,
@@ -130,28 +143,6 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         return dequantised_weights(TensorFile(files[BASE_FILE], files)) if BASE_FILE in files else None
-
-    def _prequantised_matrices(self, model: nn.Module, options: QuantOptionsT) -> tuple[PrequantisedMatrix, ...]:
-        """Return the pre-quantised weights of a model that products support; warn of the others."""
-        from lorac.backends.onnx.quantised.products import PrequantisedMatrix
-        from lorac.frontend.quantised_weights import iter_quantised_origins
-
-        found, refused = list[PrequantisedMatrix](), dict[str, str]()
-        for name, origin in iter_quantised_origins(model):
-            codec = None if origin.codes is None else Codec.of(origin.codes, options.block_size)
-            if origin.codes is None or codec is None or (codec.table and not self.takes_tables):
-                refused[name] = origin.kind
-            else:
-                found.append(PrequantisedMatrix(origin.codes.dequantised().numpy(), codec.take(origin.codes)))
-        if refused:
-            kinds = ", ".join(dict.fromkeys(refused.values()))
-            instead = f"quantised anew, as {options.weights}" if options.weights else "stored as float32"
-            warn(
-                f"{len(refused)} weights came as {kinds}, whose codes products of {self.dialect.name} do not take: "
-                f"they are {instead}",
-                next_step=None if options.weights else "weights='int8' or weights='int4' quantises them anew",
-            )
-        return tuple(found)
 
 
 def _is_quantised(site: Site, codec: Codec) -> bool:
