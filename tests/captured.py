@@ -19,7 +19,7 @@ from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import run_graph
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.plans import SitePlan
 from lorac.passes.pipelines import lowering_passes

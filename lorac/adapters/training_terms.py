@@ -7,9 +7,8 @@ from types import MappingProxyType
 import torch
 
 from lorac.adapters.adapter_sites import get_once_path
-from lorac.adapters.branches import make_branch_term, make_once_term
 from lorac.adapters.pool import AdapterPool
-from lorac.adapters.preparation import Preparer
+from lorac.adapters.preparation import Preparer, make_branch_term, make_once_term
 from lorac.errors import Unavailable
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH, Params

@@ -17,7 +17,7 @@ import typer
 from lorac.errors import AdapterError, ChoiceError, OptionError, nearest_name, warn
 from lorac.session.model_folders import ANOTHER_MODEL, CONFIG, load_model_folder
 from lorac.storage.atomic_folders import MANIFEST
-from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
+from lorac.storage.remote import NAME_FORMS, find_source, find_stem
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,7 +19,7 @@ from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.atomic_folders import MANIFEST
 from lorac.storage.paths import check_new
-from lorac.storage.remote.names import NAME_FORMS, find_source
+from lorac.storage.remote import NAME_FORMS, find_source
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from lorac.cli._output import JsonOption, complete_names, print_report
 from lorac.cli.adapters import FormatOption, ModelOption, OutOption, save
 from lorac.errors import AdapterError, OptionError
 from lorac.progress import progress
-from lorac.storage.remote.names import NAME_FORMS, find_source, find_stem
+from lorac.storage.remote import NAME_FORMS, find_source, find_stem
 
 if TYPE_CHECKING:
     from lorac.frontend.model_view import Model

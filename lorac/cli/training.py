@@ -16,7 +16,7 @@ from lorac.errors import OptionError
 from lorac.progress import progress
 from lorac.runtime.generation.tokenizers import find_inner_tokenizer
 from lorac.session.model_folders import MODEL_HELP
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.storage.strict_json import parse_object
 from lorac.third_party_output import suppress_third_party_output
 

@@ -17,7 +17,7 @@ from lorac.errors import ChoiceError, OptionError, Unavailable
 from lorac.ir.slots.choice import UNSET, Choice
 from lorac.session.compiled import Compiled
 from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
-from lorac.storage.remote.names import parse_name
+from lorac.storage.remote import parse_name
 
 _STRENGTH = re.compile("lora_scale|.*attention_kwargs")
 """Arguments in which diffusers takes the strength of LoRAs."""

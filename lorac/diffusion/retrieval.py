@@ -30,7 +30,7 @@ from lorac.frontend.model_view import Model
 from lorac.progress import progress
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.variants.adapter import Adapter
 
 FILE, TEXT = "retriever.safetensors", "text_encoder"

@@ -24,7 +24,7 @@ from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
 from lorac.storage.paths import parse_path, suggest_name, translate_os_errors
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import invocation_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import CaptureError
-from lorac.ir.slots.layer_sizes import pad_rows
+from lorac.ir.slots.layouts import pad_rows
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)

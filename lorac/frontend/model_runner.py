@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import BaseNeeded
 from lorac.frontend.host import Host
-from lorac.ir.calls.call import Call
-from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
-from lorac.ir.traces.written_arguments import find_written_tensors
+from lorac.ir.calls.call import CAPTURE_CONFIG, Call
+from lorac.ir.traces.functions import find_written_tensors
 
 T = TypeVar("T")
 

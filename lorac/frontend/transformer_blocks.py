@@ -12,7 +12,7 @@ from lorac.frontend.components import get_component_prefix
 from lorac.frontend.host import Host
 from lorac.frontend.model_runner import WatchingMode, check_runs, preserve_random_state, seed_random_numbers
 from lorac.frontend.model_view import ModelView
-from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
+from lorac.ir.calls.call import CAPTURE_CONFIG
 from lorac.ir.sites.site import Site, SiteKind
 
 _WEIGHT_AXES = 4

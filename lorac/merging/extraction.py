@@ -19,7 +19,7 @@ from lorac.ir.algebra.changes import Change, Delta, LowRank
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.merging.stored_model import StoredModel
 from lorac.progress import progress
-from lorac.storage.remote.names import find_source, parse_name
+from lorac.storage.remote import find_source, parse_name
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 

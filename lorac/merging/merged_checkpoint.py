@@ -23,7 +23,7 @@ from lorac.session.model_folders import CONFIG
 from lorac.session.request.sources import read_sources
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
 from lorac.storage.paths import check_new, parse_path, translate_os_errors
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.storage.sharded_tensors import ShardedTensors
 from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import write_safetensors

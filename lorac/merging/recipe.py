@@ -22,7 +22,7 @@ from lorac.argument_types import describe_value, matches_type
 from lorac.errors import OptionError, WrongType, check_known, not_one_of
 from lorac.merging.registry import find_way, option_defaults
 from lorac.storage.paths import parse_path
-from lorac.storage.remote.names import find_stem
+from lorac.storage.remote import find_stem
 from lorac.storage.strict_json import Json, JsonObject
 from lorac.storage.strict_yaml import read_yaml
 

@@ -32,8 +32,8 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.edit import KnownCalls, add_dimension, add_inputs, inline, insert_call, insert_repeated_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.ops import RECURRENCE, STATE_OPERAND
 from lorac.ir.graph.passes import Pass, PassResult
-from lorac.ir.graph.recurrence_op import RECURRENCE, STATE_OPERAND
 from lorac.ir.traces.gate import tracing
 from lorac.passes.cache_states import TokenMixer, iter_token_mixers
 from lorac.passes.position_tables import tabulate

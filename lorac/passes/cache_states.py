@@ -15,7 +15,7 @@ from lorac.argument_types import Operands
 from lorac.ir.graph.edit import inline
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import get_example
-from lorac.ir.graph.recurrence_op import RECURRENCE, STATE_OPERAND
+from lorac.ir.graph.ops import RECURRENCE, STATE_OPERAND
 
 aten = torch.ops.aten
 

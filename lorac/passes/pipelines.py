@@ -1,18 +1,40 @@
 """The order of the passes that lower a captured graph, as data.
 
-``lorac.frontend.capture.pipeline`` has the order of the capturing passes, and ``lorac.ir.graph.pass_runner`` runs both.
+``lorac.frontend.capture.pipeline`` has the order of the capturing passes, and ``lorac.ir.graph.passes`` runs both.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 from lorac.discovery import list_entry_points
 from lorac.errors import CompileError
-from lorac.ir.graph.passes import Pass
+from lorac.ir.graph.edit import drop_unused_state, update_signature
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.passes.cache_attention import CacheAttention
-from lorac.passes.cleanup import Cleanup
 from lorac.passes.connect_values import ConnectValues
 from lorac.passes.expand import ExpandAdaptedCalls
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.insert import InsertAdaptedCalls
 from lorac.target.dialect import AnyDialect, Dialect
+
+
+@final
+@dataclass(frozen=True)
+class Cleanup(Pass):
+    """Remove dead nodes and unused state, and update the signature."""
+
+    name: ClassVar[str] = "cleanup"
+    reads: ClassVar[Level] = Level.EXPANDED
+    leaves: ClassVar[Level] = Level.EXPANDED
+
+    def apply(self, graph: Graph) -> PassResult:
+        before = len(graph.fx.nodes)
+        graph.fx.eliminate_dead_code()
+        dropped = drop_unused_state(graph.exported)
+        update_signature(graph.exported)
+        return PassResult(bool(dropped) or len(graph.fx.nodes) != before)
+
 
 GROUP = "lorac.passes"
 """The entry point group through which other packages add passes."""

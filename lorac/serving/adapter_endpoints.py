@@ -12,7 +12,7 @@ from lorac.serving.guard import UPLOADS
 from lorac.serving.refusals import NotAllowed, RefusedField
 from lorac.serving.requests.request_body import drop_usual, read_body
 from lorac.serving.store import AdapterStore, TenantAdapter
-from lorac.storage.remote.names import parse_name
+from lorac.storage.remote import parse_name
 
 AdapterName = Annotated[str, pydantic.Field(min_length=1, max_length=256)]
 router = fastapi.APIRouter()

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import InputMismatch, Unavailable, drop_frames
 from lorac.ir.slots.choice import ChoiceSpec
-from lorac.ir.slots.layer_sizes import drop_marked
-from lorac.runtime.scheduling.shared_line import check_line
+from lorac.ir.slots.layouts import drop_marked
+from lorac.runtime.scheduling.scheduler import check_line
 from lorac.session.compiled import Compiled
 
 Outputs: TypeAlias = Mapping[str, Tensor]

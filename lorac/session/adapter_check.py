@@ -21,7 +21,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.runtime.generation.tokenizers import read_tokenizer
 from lorac.session.api import compile
 from lorac.session.request.sources import read_model
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import invocation_of
 

@@ -22,7 +22,7 @@ from lorac.frontend.components import MAIN_GRAPH, check_component, list_componen
 from lorac.frontend.host import Host
 from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
-from lorac.ir.slots.layer_sizes import drop_marked
+from lorac.ir.slots.layouts import drop_marked
 from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.capacity import check_capacity
 from lorac.runtime.choice_switch import ChoiceSwitch, HeldChoice, RowGroup, SwapReport
@@ -38,7 +38,7 @@ from lorac.session.presentation import INTERFACE, describe_compiled, explain, un
 from lorac.session.registry import AdapterRegistry, AdapterSize
 from lorac.session.session import Session
 from lorac.storage.paths import file_stems, parse_path
-from lorac.storage.remote.upload import push_folder
+from lorac.storage.remote import push_folder
 from lorac.target.engine import CallResult, Engine
 from lorac.target.memory_budget import MemoryBudget
 from lorac.variants.adapter import Adapter
@@ -385,7 +385,7 @@ class Compiled:
             BaseNeeded: the model no longer exists.
             CaptureError, ExampleInputsNeeded: the model cannot be captured.
         """
-        from lorac.session.lowering.torch_program import export_program
+        from lorac.session.lowering.lower import export_program
 
         if not self.session.host.in_memory:
             return self.export(target="eager", mode=self.mode).export_program(component)
@@ -402,7 +402,7 @@ class Compiled:
         Raises:
             AdapterNotFound, ChoiceError, NeedsRecompile: as for ``swap``.
         """
-        from lorac.session.lowering.torch_program import program_slots
+        from lorac.session.lowering.lower import program_slots
 
         self.refuse_baked()
         choice = self.choice if adapters is UNSET else parse_choice(adapters, self.pool)

@@ -28,7 +28,7 @@ from lorac.storage.artifact import Manifest, open_artifact
 from lorac.storage.atomic_folders import MANIFEST, read_consistently
 from lorac.storage.paths import suggest_name, translate_os_errors
 from lorac.storage.plans import choice_from_json, plan_from_json
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 
 
 def load(

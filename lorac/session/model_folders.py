@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lorac.argument_types import JsonMapping
 from lorac.errors import OptionError, short, translate_import_errors
 from lorac.storage.paths import translate_os_errors
-from lorac.storage.remote.names import NAME_FORMS
+from lorac.storage.remote import NAME_FORMS
 from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 

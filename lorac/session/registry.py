@@ -27,7 +27,7 @@ from lorac.session.adapter_loading import add_sites, outline_adapter_forms
 from lorac.session.session import Session
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import translate_os_errors
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.variants.adapter import Adapter
 
 _MOST_CHECKED, _MOST_OUTLINES = 10_000, 32

@@ -21,7 +21,7 @@ from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Skip
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.layer_sizes import mark_beyond
+from lorac.ir.slots.layouts import mark_beyond
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.prefix import Prefix
 from lorac.ir.slots.weight_writes import SparseWrites

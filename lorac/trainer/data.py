@@ -17,7 +17,7 @@ from lorac.errors import (
     translate_errors,
     translate_import_errors,
 )
-from lorac.storage.remote.names import HubName, find_source, parse_name
+from lorac.storage.remote import HubName, find_source, parse_name
 from lorac.trainer.recipe import TASKS, DataSpec
 
 if TYPE_CHECKING:

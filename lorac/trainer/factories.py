@@ -15,7 +15,7 @@ from lorac import training
 from lorac.argument_types import Fields, matches_type
 from lorac.errors import OptionError, check_known, nearest_name, not_one_of, short, translate_errors
 from lorac.session.compiled import CompiledModule
-from lorac.storage.remote.names import find_source
+from lorac.storage.remote import find_source
 from lorac.trainer import losses
 from lorac.trainer.recipe import NamedSpec
 from lorac.training import initialisation

@@ -1,6 +1,8 @@
-"""An optimizer's state by the names of tensors, which torch keeps by the position of parameters."""
+"""An optimizer's state by the names of tensors, and an optimizer as one of its steps sees it."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -80,3 +82,51 @@ def _list_names(compiled: nn.Module, optimizer: Optimizer) -> list[list[str]]:
             next_step="give it tensors of compiled.parameters() alone, and other tensors an optimizer of their own",
         )
     return [[known[id(tensor)] for tensor in group] for group in groups]
+
+
+Group = dict[str, Any]
+
+
+class GroupView(Group):
+    """A parameter group as a step sees it; the step's writes into it also go into a store.
+
+    Args:
+        entries: of the group.
+        store: the optimizer's own group, or a mapping that the caller keeps for the next view.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], store: Group) -> None:
+        super().__init__(entries)
+        self._store = store
+
+    def __setitem__(self, name: str, value: object) -> None:
+        super().__setitem__(name, value)
+        self._store[name] = value
+
+
+def view_optimizer(optimizer: Optimizer, **members: object) -> Any:
+    """Return an optimizer that shares all attributes with another one, but for its ``param_groups`` or ``state``.
+
+    Args:
+        optimizer: the other one.
+        members: the attributes of the view's own.
+
+    Raises:
+        ChoiceError: the optimizer hands its step on to one inside it, which would not see the view.
+    """
+    inner = next((type(value) for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
+    if inner is not None:
+        raise ChoiceError(
+            f"{type(optimizer).__name__} hands its step on to {inner.__name__}, which keeps groups of its own",
+            next_step=f"attach the rule to that {inner.__name__}",
+        )
+    kind = type(optimizer)
+    # Properties of a class hide entries of the shared __dict__.
+    own = {name: property(functools.partial(_give, value)) for name, value in members.items()}
+    view: Any = object.__new__(type(kind.__name__, (kind,), own))
+    object.__setattr__(view, "__dict__", vars(optimizer))
+    return view
+
+
+def _give(value: object, view: object) -> object:
+    return value

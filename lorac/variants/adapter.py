@@ -10,8 +10,7 @@ import torch
 
 from lorac.errors import AdapterError, ChoiceError, OptionError, list_some
 from lorac.report.terms import describe_variant
-from lorac.storage.remote.names import HubName, parse_name
-from lorac.storage.remote.upload import push_folder
+from lorac.storage.remote import HubName, parse_name, push_folder
 from lorac.variants.base import Tensor, Variant
 
 TOKEN_ROWS = "rows"

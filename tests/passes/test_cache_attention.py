@@ -15,7 +15,7 @@ from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, present_name
 from lorac.ir.graph.feeds import cache_input_shapes, make_empty_cache
 from lorac.ir.graph.interpreter import run_graph
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.pipelines import lowering_passes
 from lorac.testing import assert_close

@@ -10,8 +10,7 @@ from lorac import ParamSpec
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall
 from lorac.ir.graph.graph import Skip
-from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import PassResult
+from lorac.ir.graph.passes import PassResult, run_pipeline
 from lorac.passes.connect_values import ConnectValues
 from lorac.passes.insert import InsertAdaptedCalls
 from lorac.testing import assert_close

@@ -16,7 +16,7 @@ from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, present_name
 from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.passes.pipelines import lowering_passes
 from lorac.testing import assert_close
 from tests.captured import graph_of

@@ -18,8 +18,7 @@ from lorac.backends.onnx.model_files import BASE_FILE, WEIGHTS_FILE
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Skip
 from lorac.ir.graph.interpreter import differs_beyond_rounding
-from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import PassResult
+from lorac.ir.graph.passes import PassResult, run_pipeline
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import lowering_passes
 from lorac.testing import adapter_away, assert_parity

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import Pass
+from lorac.ir.graph.passes import Pass, run_pipeline
 from lorac.passes.pipelines import lowering_passes
 from lorac.testing import assert_close
 from tests.captured import capture, interpret

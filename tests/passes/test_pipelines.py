@@ -9,14 +9,12 @@ import torch
 
 import lorac
 from lorac.ir.graph.graph import Graph, Level, Skip
-from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import Pass, PassResult, run_pipeline
 from lorac.ir.slots.plans import Reason
-from lorac.passes.cleanup import Cleanup
 from lorac.passes.expand import ExpandAdaptedCalls
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.insert import InsertAdaptedCalls
-from lorac.passes.pipelines import lowering_passes
+from lorac.passes.pipelines import Cleanup, lowering_passes
 from lorac.report.dump import dump
 from lorac.report.printer import diff_dumps, to_text
 from tests import goldens

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.places import stack_places
 from lorac.passes.pipelines import lowering_passes

@@ -12,7 +12,7 @@ import torch
 import lorac
 from lorac import Unavailable
 from lorac.ir.graph.graph import Level
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.report.dump import Dump, Row, dump
 from lorac.report.picture.boxes import build_boxes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.backends.tensorrt.dialect import DIALECT as TENSORRT
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.passes.pipelines import lowering_passes
 from tests.captured import captured_program, graph_of
 from tests.limits import LEAST_DIFFERENCE, ROWS

@@ -20,7 +20,7 @@ import lorac
 from lorac.cli import main
 from lorac.diffusion.pipeline import CompiledPipeline
 from lorac.serving import run
-from lorac.storage.remote.names import _SameHost, find_stem, parse_name
+from lorac.storage.remote import _SameHost, find_stem, parse_name
 from lorac.trainer.factories import make_adapters
 from tests.hub import Hub, child_environment, read_files, use_hub
 from tests.mistakes import Tiny, lora

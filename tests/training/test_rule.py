@@ -11,7 +11,7 @@ from torch import nn
 import lorac
 from lorac.testing import assert_close
 from lorac.training import AltLoRA, LoRAPro, NestedRanks
-from lorac.training.step_view import view_optimizer
+from lorac.training.optimizer_state import view_optimizer
 from tests.training.every_rule import RULES, tensors_of, through_a_file, train
 from tests.training.loops import trained
 from tests.training.rules import backward, drawn, pair

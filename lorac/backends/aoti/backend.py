@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorac.argument_types import JsonMapping
-from lorac.backends.aoti.engine import AotiEngine, PackagedGraph
-from lorac.backends.aoti.package import Package, check_compiler, compile_package
+from lorac.backends.aoti.package import AotiEngine, Package, PackagedGraph, check_compiler, compile_package
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.engine import AnyOnnxEngine

@@ -50,7 +50,7 @@ from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import SiteCall, read_weight_slots, run_site
-from lorac.ir.slots.layer_sizes import hide_beyond
+from lorac.ir.slots.layouts import hide_beyond
 from lorac.ir.slots.live_terms import combine_weights, run_terms
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (

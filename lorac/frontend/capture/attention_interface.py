@@ -34,7 +34,7 @@ from lorac.ir.calls.modalities import PLACED, find_blocks
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
 from lorac.ir.graph.nodes import find_module_path, find_source_line
-from lorac.ir.graph.recurrence_op import RECURRENCE
+from lorac.ir.graph.ops import RECURRENCE
 
 _INTERFACE = "lorac"
 """The name under which lorac's functions are registered in transformers."""

@@ -18,8 +18,7 @@ from lorac.errors import CaptureError, short
 from lorac.frontend.capture.trace_guards import find_running_model_line
 from lorac.frontend.host import Host
 from lorac.frontend.model_runner import ModelRunner
-from lorac.ir.calls.call import Call, Inputs
-from lorac.ir.calls.fixed_arguments import to_json_value
+from lorac.ir.calls.call import Call, Inputs, to_json_value
 from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
 from lorac.ir.traces.gate import outside_traces
 

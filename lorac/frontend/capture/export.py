@@ -55,7 +55,7 @@ from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.graph import ops as _ops  # noqa: F401  (registers the ops that a copy's sites call)
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.pass_runner import Observer, run_pipeline
+from lorac.ir.graph.passes import Observer, run_pipeline
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import select_once_plans

@@ -2,7 +2,7 @@
 
 Models without attention mix tokens by functions in their files: chunked forms, whose trace is valid for one length
 only. In a traced copy, the functions of ``MIXERS`` replace them: they express the model's terms by
-``lorac.ir.graph.recurrence_op``. A short convolution needs none: it is traced unchanged.
+``lorac.ir.graph.ops``. A short convolution needs none: it is traced unchanged.
 """
 
 import inspect

@@ -18,8 +18,7 @@ from lorac.errors import check_release
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.example_inputs import describe_processor_call, make_example_inputs
-from lorac.ir.calls.call import Inputs
-from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES
+from lorac.ir.calls.call import CAPTURE_CONFIG, OUTPUT_SWITCHES, Inputs
 from lorac.ir.calls.multimodal_positions import POSITION_IDS, ROPE_METHOD, MultimodalPositions
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import AdapterError, LoracError
+from lorac.ir.traces.functions import find_written_tensors
 from lorac.ir.traces.gate import tracing
-from lorac.ir.traces.written_arguments import find_written_tensors
 from lorac.source_lines import definition_line, innermost_user_line
 from lorac.third_party_output import suppress_third_party_output
 

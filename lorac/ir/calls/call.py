@@ -1,4 +1,4 @@
-"""The arguments of one call, and example inputs as tensors."""
+"""The arguments of one call, example inputs as tensors, and arguments that are constants of a program."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping
@@ -124,3 +124,18 @@ def _copy(value: object) -> object:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
+
+
+OUTPUT_SWITCHES = ("return_dict", "output_hidden_states", "output_attentions")
+"""Arguments of transformers models that are also fields of the configuration."""
+CAPTURE_CONFIG = {"use_cache": False}
+"""Fields that a capture sets in the configuration of a transformers model: its graph keeps no cache."""
+
+
+def to_json_value(value: object) -> object:
+    """Convert a value to JSON: tensors and arrays to lists of numbers, tuples to lists."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [to_json_value(inner) for inner in value]
+    return {key: to_json_value(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value

@@ -14,8 +14,14 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.ir.calls.call import Call, not_numbers_error, spread_over_rows
-from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
+from lorac.ir.calls.call import (
+    CAPTURE_CONFIG,
+    OUTPUT_SWITCHES,
+    Call,
+    not_numbers_error,
+    spread_over_rows,
+    to_json_value,
+)
 from lorac.ir.calls.multimodal_positions import POSITION_IDS, MultimodalPositions
 from lorac.ir.calls.output_structure import OutputStructure, structure_from_json, structure_to_json
 from lorac.ir.calls.row_layout import RowLayout

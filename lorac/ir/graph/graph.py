@@ -18,7 +18,7 @@ from lorac.ir.graph.symbolic_shapes import rename_symbols
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import is_parameter
-from lorac.ir.traces.written_arguments import find_aliased_arguments
+from lorac.ir.traces.functions import find_aliased_arguments
 
 
 class Level(enum.IntEnum):

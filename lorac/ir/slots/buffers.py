@@ -25,8 +25,7 @@ from lorac.ir.algebra.changes import (
     merge_weight,
 )
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
-from lorac.ir.slots.layer_sizes import mark_beyond
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.layouts import layout_of, mark_beyond
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name
 from lorac.ir.slots.weight_writes import SparseWrites, write_product

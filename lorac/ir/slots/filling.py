@@ -11,8 +11,7 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, Sparse, SparseSum, merge_bias, merge_weight
 from lorac.ir.algebra.operands import FOLDABLE
 from lorac.ir.sites.site import BaseReader, Site, SiteKind, factor_dtype
-from lorac.ir.slots.layer_sizes import mark_beyond
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.layouts import layout_of, mark_beyond
 from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, SlotSpec, tensors_by_role
 

@@ -3,13 +3,13 @@
 ``make_fx`` wraps methods of ``torch.nn.Module`` during a trace, though its wrappers only return the methods' results.
 After each change of that class Python visits all its subclasses, which takes 15 ms where diffusers and timm are
 imported, even for a function of three steps. torch has no public way to skip the wrapping, so its private classes are
-used here, and a test compares the graphs with ``make_fx``'s.
+used here, and a test compares the graphs with ``make_fx``'s. A trace also needs the arguments that ops write into.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,3 +94,21 @@ def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: An
     function, proxies = tracer.create_args_for_root(function, False, arguments)
     tracer.create_node("output", "output", (tracer.create_arg(function(*proxies)),), {})
     return tracer.graph
+
+
+@functools.lru_cache(maxsize=4096)
+def find_aliased_arguments(op: object, writes: bool) -> tuple[tuple[int, str], ...]:
+    """Return positions and names of the arguments that an op writes into; without ``writes``, returns views of."""
+    schema = getattr(op, "_schema", None)  # higher-order ops and Python functions have no schema
+    arguments = enumerate(schema.arguments if schema is not None else ())
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write is writes)
+
+
+def find_written_tensors(op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """Return the tensors into which a call of an op writes."""
+    places = find_aliased_arguments(op, writes=True)
+    if not places:
+        return []
+    values = [kwargs[name] if name in kwargs else args[i] for i, name in places if name in kwargs or i < len(args)]
+    flat = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
+    return [value for value in flat if isinstance(value, Tensor)]

@@ -18,13 +18,12 @@ from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.prefix import IDS, check_ids
 from lorac.runtime.choice_states import ChoiceState
 from lorac.runtime.generation.decoding_state import DecodingState
-from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.driver import DecoderDriver, DecodingProgram, GenerationDriver
 from lorac.runtime.generation.encoder_decoder_driver import driver_class
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
 from lorac.runtime.generation.prompt_features import PromptFeatures
 from lorac.runtime.generation.prompts import Prompts
-from lorac.runtime.generation.request import GenerateRequest
+from lorac.runtime.generation.request import DraftModel, GenerateRequest
 from lorac.runtime.invocation import InvokedProgram
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, Engine

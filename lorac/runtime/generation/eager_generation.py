@@ -17,9 +17,8 @@ from lorac.frontend.model_runner import preserve_random_state
 from lorac.ir.slots.prefix import IDS, MASK
 from lorac.ir.slots.program_values import BASE, INPUT, PASS, parse_value_name
 from lorac.runtime.choice_states import ChoiceState
-from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.prompts import CACHE
-from lorac.runtime.generation.request import GenerateRequest
+from lorac.runtime.generation.request import DraftModel, GenerateRequest
 from lorac.target.engine import BoundProgram
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.scheduling.running_batch import RunningBatch
 from lorac.runtime.scheduling.running_row import RunningRow
-from lorac.runtime.scheduling.shared_line import check_line
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
 
 if TYPE_CHECKING:
@@ -227,3 +226,27 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
 def _stopping() -> OverBudget:
     text = "the server is stopping, and takes no more requests"
     return OverBudget(text, next_step="send the request again, and another one answers it", code="stopping")
+
+
+def check_line(line: Sequence[str], tenant: str, count: int, most: int) -> None:
+    """Check that a line has room for ``count`` more requests of a tenant.
+
+    All tenants with waiting requests have equal shares of the line. A full line still takes a tenant up to its share,
+    and is then longer than ``most``: one tenant's requests never keep another tenant's out.
+
+    Args:
+        line: the tenant of each waiting request.
+        tenant: the tenant that sends the requests.
+        count: the number of requests.
+        most: the most requests that may wait.
+
+    Raises:
+        OverBudget: there is no room (code ``queue_full``).
+    """
+    own, share = line.count(tenant), -(-most // len({*line, tenant}))
+    if len(line) + count > most and own + count > share:
+        raise OverBudget(
+            f"{own} requests of the tenant wait, {count} more would, and its share of {most} places in line is {share}",
+            next_step="submit it again when one of them has begun",
+            code="queue_full",
+        )

@@ -35,7 +35,7 @@ from lorac.serving.store.reading_process import ReaderPool
 from lorac.serving.store.store_folder import AuditLog, StoredName, StoreFolder
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
-from lorac.storage.remote.names import HubName, find_source, parse_name
+from lorac.storage.remote import HubName, find_source, parse_name
 
 if TYPE_CHECKING:
     from lorac.serving.ray.worker_calls import RemoteAdapterHolder

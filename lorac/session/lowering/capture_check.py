@@ -18,8 +18,7 @@ from lorac.frontend.capture.export import isolate_tracing
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import find_row_layout
 from lorac.frontend.model_runner import ModelRun, ModelRunner, WeightWritten, seed_random_numbers
-from lorac.ir.calls.call import Call
-from lorac.ir.calls.fixed_arguments import to_json_value
+from lorac.ir.calls.call import Call, to_json_value
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.calls.row_layout import RowLayout
 from lorac.ir.calls.sizes import AxisSizes, describe_axes

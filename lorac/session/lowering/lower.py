@@ -1,20 +1,35 @@
-"""Lower a session's model, or a stored program, to the level that its target asks for."""
+"""Lower a session's model, or a stored program, to the level that its target, or torch's own tools, ask for."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from lorac.backends.aoti.dialect import make_plain_program
 from lorac.errors import ChoiceError, CompileError, Unavailable
 from lorac.frontend.capture.encoder_decoder import divide_sites, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.capture.feature_towers import split_tower
-from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
+from lorac.frontend.components import (
+    Components,
+    check_component,
+    get_component_prefix,
+    get_encoder_graph_name,
+    list_components,
+)
 from lorac.frontend.host import Host
 from lorac.frontend.weight_reads import find_graph_reads
 from lorac.ir.graph.attention_ops import IDS
-from lorac.ir.graph.graph import Graph, Program
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
+from lorac.ir.graph.graph import Graph, Program, SlotInput
+from lorac.ir.graph.nodes import SLOTS_KEYWORD
+from lorac.ir.graph.passes import run_pipeline
 from lorac.ir.sites.site import SiteKind
+from lorac.ir.slots.choice import Choice
+from lorac.ir.slots.composition import compose_choice, fill_slots
+from lorac.ir.slots.places import as_place
 from lorac.ir.slots.program_values import list_tapped_modules
 from lorac.passes.insert import check_adapters_reached
 from lorac.passes.pipelines import lowering_passes
@@ -146,3 +161,33 @@ def _run_passes(session: Session, graph: Graph, aux: tuple[str, ...]) -> None:
     passes = lowering_passes(dialect, aux, constant=session.mode == "baked", rows=rows)
     run_pipeline(graph, passes, session.history.record)
     session.history.skips[graph.name] = graph.skips
+
+
+_TARGET = "aoti"
+"""The target whose graphs torch's tools take."""
+
+
+def export_program(session: Session, choice: Choice, component: str) -> ExportedProgram:
+    """Return a graph of a session's model as a program of aten ops (``Compiled.export_program``)."""
+    other = retarget(session, _TARGET)
+    graphs = lower_model(other, session.options.aux).graphs
+    graph = graphs[check_component(component, graphs)]
+    filled = fill_slots(graph.plans, compose_choice(other.plans, session.pool, choice, session.base), session.base)
+    slots = collect_slot_tensors(graph.slots, graph.plans, filled)
+    return make_plain_program(graph, slots, constant=session.mode == "baked")
+
+
+def program_slots(session: Session, program: ExportedProgram, choice: Choice) -> dict[str, Tensor]:
+    """Return the tensors of a choice for the slots of an exported program (``Compiled.program_slots``)."""
+    _, named = program.example_inputs or ((), {})
+    examples: Mapping[str, Tensor] = {**named}.get(SLOTS_KEYWORD, {})
+    places = {name: name.rpartition(":") for name in examples}
+    slots = {name: SlotInput(name, path, role, node="") for name, (path, _, role) in places.items()}
+    plans = retarget(session, _TARGET).plans
+    reached = select_reached_plans(slots, plans)
+    filled = fill_slots(reached, compose_choice(plans, session.pool, choice, session.base), session.base)
+    tensors = collect_slot_tensors(slots, reached, filled)
+    return {
+        name: tensor if tensor.dim() == examples[name].dim() else as_place(tensor, by_token=slots[name].by_token)
+        for name, tensor in tensors.items()
+    }

@@ -1,14 +1,14 @@
-"""Inputs of sites, row by row, while batches run through the model."""
+"""Inputs of sites, row by row, while batches run through the model, which is restored afterwards."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.training.initialisation.model_state import borrow_model, call_model
 
 Visit = Callable[[str, Tensor], None]
 """(path of a site, rows (n, in) that it was called with)."""
@@ -81,3 +81,31 @@ def _counted_positions(batch: object) -> Tensor | None:
         if isinstance(labels, Tensor) and labels.ndim == 2:
             found = (labels != IGNORED) if found is None else found & (labels != IGNORED)
     return found
+
+
+@contextmanager
+def borrow_model(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run a model in a mode and restore its state afterwards, also when the run fails."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        try:
+            model.train(training)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag, grad in flags:
+                parameter.requires_grad_(flag).grad = grad
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def call_model(model: nn.Module, batch: object) -> Any:
+    """Call a model with a batch: a mapping of keywords, a tuple of arguments, or one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

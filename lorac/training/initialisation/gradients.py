@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites.site import Site, factor_dtype
-from lorac.training.initialisation.model_state import borrow_model, call_model
+from lorac.training.initialisation.activations import borrow_model, call_model
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the loss, a scalar."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import not_one_of
+from lorac.training.optimizer_state import Group
 from lorac.training.rule import State
 from lorac.training.rules.pairs import (
     BELOW_1,
@@ -25,7 +26,6 @@ from lorac.training.rules.pairs import (
     check_settings,
     copy_state,
 )
-from lorac.training.step_view import Group
 
 _EPS = 1e-6
 """ε, the released code's."""

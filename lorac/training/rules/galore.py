@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lorac.errors import ChoiceError, Unavailable, not_one_of
+from lorac.training.optimizer_state import Group
 from lorac.training.rule import State, spans_processes, trained_terms, unwrap_ddp
 from lorac.training.rules.eight_bit_moments import EightBitMoments, OptimizerMoment
 from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings, copy_state
-from lorac.training.step_view import Group
 from lorac.variants.full import Full
 
 _SIDES = ("std", "reverse_std", "left", "right", "full")

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
 from lorac.ir.sites.site import SiteKind
+from lorac.training.optimizer_state import Group, GroupView, view_optimizer
 from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import ABOVE_0, FROM_0, check_settings
-from lorac.training.step_view import Group, GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lorac.argument_types import Operands
 from lorac.errors import ChoiceError
+from lorac.training.optimizer_state import GroupView, view_optimizer
 from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import copy_state
-from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dylora import DyLoRA
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.host import Host
-from lorac.ir.calls.fixed_arguments import to_json_value
+from lorac.ir.calls.call import to_json_value
 from tests.refusing import refuses
 
 X = torch.zeros(2, 3)

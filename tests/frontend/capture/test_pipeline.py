@@ -15,8 +15,7 @@ from lorac.frontend.capture.written_attention import FoldWrittenAttention
 from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.graph.graph import Graph, Level, Skip
-from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import Pass, PassResult, run_pipeline
 from tests.captured import Stack
 from tests.decoders import DECODERS
 from tests.encoder_decoders import made

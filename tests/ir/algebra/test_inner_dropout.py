@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorac.ir.algebra.inner_dropout import insert_inner_dropout, run_with_dropout
+from lorac.ir.algebra.reduction import insert_inner_dropout, run_with_dropout
 from lorac.testing import assert_close
 
 IN, RANK, OUT = 5, 2, 4

@@ -9,7 +9,7 @@ import lorac
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, add_operands, group_sites_by_input
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.ir.graph.passes import run_pipeline
 from lorac.passes.insert import InsertAdaptedCalls
 from tests.captured import captured_stack, lower
 

@@ -11,8 +11,7 @@ from torch import fx
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import Pass, PassResult, run_pipeline
 from lorac.ir.graph.verify import verify
 from lorac.passes.pipelines import lowering_passes
 from tests.captured import capture, lower

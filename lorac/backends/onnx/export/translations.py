@@ -10,7 +10,7 @@ from lorac.backends.onnx.export.attention import attention, cached_attention
 from lorac.backends.onnx.export.opsets import Outputs, op
 from lorac.backends.onnx.export.recurrence import recurrence
 from lorac.ir.graph import attention_ops, ops, segment_ops
-from lorac.ir.graph.recurrence_op import RECURRENCE
+from lorac.ir.graph.ops import RECURRENCE
 from lorac.ir.slots.places import CONVOLVE_SEGMENTS
 
 aten = torch.ops.aten

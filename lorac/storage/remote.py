@@ -2,7 +2,7 @@
 
 ``user/repo``, ``user/repo@revision``, ``user/repo/subfolder@revision``, ``hf://…``, ``s3://…``, ``gs://…``, ``https://…``.
 ``find_source`` downloads the files of a name, and returns their path in a cache. A name never implies trust: the files
-are read like any other files.
+are read like any other files. ``push_folder`` uploads a folder to the hub, with a card that describes it.
 """
 
 import contextlib
@@ -15,13 +15,23 @@ import re
 import shutil
 import time
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from lorac.errors import LoracError, list_some, nearest_name, short, translate_errors, translate_import_errors, warn
+from lorac.errors import (
+    FormatError,
+    LoracError,
+    check_known,
+    list_some,
+    nearest_name,
+    short,
+    translate_errors,
+    translate_import_errors,
+    warn,
+)
 from lorac.limits import check_download
 from lorac.progress import step
 from lorac.storage.atomic_folders import MANIFEST, replace_atomically
@@ -301,3 +311,47 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         if new.netloc != old.netloc or new.scheme not in {"https", old.scheme}:
             raise ValueError(f"it leads to another host; if you trust that one, give {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_CARD_FIELDS = ("base_model", "license", "license_name", "license_link")
+
+
+def push_folder(folder: Path, place: str, facts: Mapping[str, object], snippet: str, options: Mapping[str, Any]) -> str:
+    """Upload a folder with a card to a repository, which is created if it does not exist; return the commit's address.
+
+    Args:
+        folder: the folder of the files, to which the card is added.
+        place: the name of the folder in a repository, without its revision.
+        facts: subject -> finding, for the card.
+        snippet: Python that loads the folder, with ``{name!r}`` for its name.
+        options: the options of ``push_to_hub``; ``base_model`` is the name of the base on the hub, or None.
+
+    Raises:
+        OptionError: there is no such option.
+        MissingExtra: huggingface_hub is not installed.
+        FormatError: the hub takes no files of that name from this user, or cannot be reached.
+    """
+    check_known(options, ("private", "revision", "token", "message", *_CARD_FIELDS), "push_to_hub has no argument")
+    with translate_import_errors():
+        import huggingface_hub as hub
+    api, revision, message = hub.HfApi(token=options.get("token")), options.get("revision"), options.get("message")
+    repo, code = "/".join(place.split("/")[:2]), snippet.format(name=f"{place}@{revision}" if revision else place)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[path.relative_to(folder).as_posix()] = f"SHA-256 `{digest}`"
+    own = {name: options[name] for name in _CARD_FIELDS if name in options}
+    header = hub.ModelCardData(library_name="lorac", tags=["lorac", "adapter"], **own).to_yaml()
+    first, last = ("\n".join(f"| {name} | {text} |" for name, text in rows.items()) for rows in (facts, hashes))
+    table = "| | |\n| --- | --- |\n"
+    card = f"---\n{header}\n---\n\n# {repo}\n\n{table}{first}\n\n```python\n{code}\n```\n\n{table}{last}\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    refuse, how = partial(FormatError, code="unreadable"), "check the name, and log in: hf auth login, or HF_TOKEN"
+    with translate_errors(refuse, f"'{repo}' cannot be written on the hub", next_step=how):
+        api.create_repo(repo, private=options.get("private"), exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        made = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=message)
+    return str(made.commit_url)

@@ -1,1 +1,0 @@
-"""Remote adapters and models: on the Hugging Face hub, in a store, or on a web server."""
