@@ -66,12 +66,16 @@ class AdapterTrainer(Trainer):
         sharding = dict(arguments.fsdp_config or {}) if arguments.fsdp else None
         if sharding is not None:
             if hasattr(arguments, "num_generations") or getattr(arguments, "predict_with_generate", False):
-                what = "processes that generate call the model at different times, and a base in parts needs one time"
-                raise Unavailable(what, next_step="leave fsdp out, or predict_with_generate")
+                raise Unavailable(
+                    "processes that generate call the model at different times, and a base in parts needs one time",
+                    next_step="leave fsdp out, or predict_with_generate",
+                )
             for name, value in sharding.items():
                 if name not in (_LAYERS, _RESHARD) and str(value).lower() not in ("false", "0", "none") and value != 2:
-                    what = f"fsdp_config takes no {name}={short(value)} over a compiled model"
-                    raise Unavailable(what, next_step=f"it takes {_LAYERS} and {_RESHARD}")
+                    raise Unavailable(
+                        f"fsdp_config takes no {name}={short(value)} over a compiled model",
+                        next_step=f"it takes {_LAYERS} and {_RESHARD}",
+                    )
             arguments.fsdp, arguments.fsdp_plugin_args = False, None
         super().__init__(**settings)
         if reference is not None:
@@ -81,10 +85,10 @@ class AdapterTrainer(Trainer):
             arguments.beta = self.beta = beta
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            what = (
-                "DeepSpeed and FSDP as accelerate has them keep adapters in parts, and a compiled model has whole ones"
+            raise Unavailable(
+                "DeepSpeed and FSDP as accelerate has them keep adapters in parts, and a compiled model has whole ones",
+                next_step="give fsdp: full_shard in place of deepspeed, and start by torchrun",
             )
-            raise Unavailable(what, next_step="give fsdp: full_shard in place of deepspeed, and start by torchrun")
         losses.check_learning(self.model, self.losses)
         if GATES in self.losses:
             self.data_collator = losses.collate_experts(self.data_collator)
@@ -157,12 +161,12 @@ class AdapterTrainer(Trainer):
         elif isinstance(found, str):
             found = checkpoints.open_checkpoint(found)
         if found is None:
-            what = f"{type(self).__name__} refuses the recipe"
-            refusals = translate_errors(self.recipe.refuse, what, unless=lambda: self.state.global_step > 0)
+            refusal = f"{type(self).__name__} refuses the recipe"
+            refusals = translate_errors(self.recipe.refuse, refusal, unless=lambda: self.state.global_step > 0)
         else:
             found.check_run(self._describe_run())
-            what = f"the run cannot go on from '{found.folder}'"
-            refusals = translate_errors(ArtifactError, what, unless=lambda: self.state.global_step > found.step)
+            refusal = f"the run cannot go on from '{found.folder}'"
+            refusals = translate_errors(ArtifactError, refusal, unless=lambda: self.state.global_step > found.step)
         if self.args.max_steps <= 0 >= self.args.num_train_epochs:
             raise OptionError(
                 f"a run of {self.args.num_train_epochs:g} epochs takes no step",

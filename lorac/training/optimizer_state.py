@@ -47,8 +47,7 @@ def _place(compiled: nn.Module, optimizer: Optimizer, state: State) -> State:
     described = _describe(optimizer, [*places])
     if described[_OPTIMIZER] != state.get(_OPTIMIZER):
         there = state.get(_OPTIMIZER, "tensors by position")
-        what = f"the state is of {there}, and the optimizer is {described[_OPTIMIZER]}"
-        raise ChoiceError(what, next_step=_STEP)
+        raise ChoiceError(f"the state is of {there}, and the optimizer is {described[_OPTIMIZER]}", next_step=_STEP)
     here, there = described[_TENSORS], state[_TENSORS]
     name = next((name for name in sorted({*here, *there}) if here.get(name) != there.get(name)), None)
     if name is not None:

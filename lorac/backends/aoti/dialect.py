@@ -54,33 +54,37 @@ class LowerToTorch(Pass):
     leaves: ClassVar[Level] = Level.TARGET
 
     def apply(self, graph: Graph) -> PassResult:
-        program, slots = graph.exported, {slot.node: slot for slot in graph.slots.values()}
-        first = next(node for node in graph.fx.nodes if node.op not in {"placeholder", "get_attr"})
-        cuts = any(True for _ in graph.find(segment_ops.CUT))
-        for name, node in find_user_inputs(program).items():
-            if name in slots and is_strength(slots[name].role):
-                # Select 0 where a branch has strength 0, since zeros in an idle branch may become NaN.
-                for scaled in [user for user in node.users if user.target is aten.mul.Tensor]:
-                    users, after = list(scaled.users), scaled.next
-                    is_on = insert_call(program, after, aten.ne.Scalar, node, 0)
-                    selected = insert_call(program, after, aten.where.ScalarOther, is_on, scaled, 0.0)
-                    for user in users:
-                        user.replace_input_with(scaled, selected)
-            elif name in slots:
-                continue
-            elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
-                copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
-                node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
+        _gate_and_copy_inputs(graph)
         # torch folds the rows of a linear layer wrongly where the example has one row a segment: cut its results.
         for cut in graph.find(segment_ops.CUT):
             for linear in [user for user in cut.users if user.target is aten.linear.default and user.args[0] is cut]:
-                whole = insert_call(program, linear, aten.linear.default, cut.args[0], *linear.args[1:])
-                linear.replace_all_uses_with(insert_call(program, linear, cut.target, whole, *cut.args[1:]))
+                whole = insert_call(graph.exported, linear, aten.linear.default, cut.args[0], *linear.args[1:])
+                linear.replace_all_uses_with(insert_call(graph.exported, linear, cut.target, whole, *cut.args[1:]))
         with torch.no_grad(), suppress_third_party_output():
-            graph.exported = program.run_decompositions(_DECOMPOSITIONS)
+            graph.exported = graph.exported.run_decompositions(_DECOMPOSITIONS)
         for check in graph.find(aten._assert_tensor_metadata.default):  # checks of the example's metadata
             graph.fx.erase_node(check)
         return PassResult(changed=True)
+
+
+def _gate_and_copy_inputs(graph: Graph) -> None:
+    """Select 0 where a branch has strength 0, since its zeros may become NaN; copy the inputs of a cut program."""
+    program, slots = graph.exported, {slot.node: slot for slot in graph.slots.values()}
+    first = next(node for node in graph.fx.nodes if node.op not in {"placeholder", "get_attr"})
+    cuts = any(True for _ in graph.find(segment_ops.CUT))
+    for name, node in find_user_inputs(program).items():
+        if name in slots and is_strength(slots[name].role):
+            for scaled in [user for user in node.users if user.target is aten.mul.Tensor]:
+                users, after = list(scaled.users), scaled.next
+                is_on = insert_call(program, after, aten.ne.Scalar, node, 0)
+                selected = insert_call(program, after, aten.where.ScalarOther, is_on, scaled, 0.0)
+                for user in users:
+                    user.replace_input_with(scaled, selected)
+        elif name in slots:
+            continue
+        elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
+            copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
+            node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
 
 
 def _cut_segments(x: Tensor, slot: Tensor, features: int) -> Tensor:

@@ -106,25 +106,28 @@ class CachingProgram(OnnxProgram):
     def run(self, graph: str, call: Call) -> CallResult:
         """Call a graph; one with a cache gets whole sequences, and its cache is discarded afterwards."""
         loaded = self.engine.graphs[graph]
-        if loaded.cache is None:
-            return super().run(graph, call)
-        layout, interface = loaded.cache, loaded.interface
-        tokens = layout.token_input
+        return super().run(graph, call) if loaded.cache is None else self._run_sequences(graph, loaded.cache, call)
+
+    def _run_sequences(self, graph: str, layout: CacheLayout, call: Call) -> CallResult:
+        loaded, tokens = self.engine.graphs[graph], layout.token_input
         encoded = Call(kwargs={name: call.kwargs[name] for name in layout.spec.encodes if name in call.kwargs})
         given, counts = split_padding({n: v for n, v in call.kwargs.items() if n not in encoded.kwargs}, tokens)
         ids = convert_input(tokens, given[tokens], loaded.dtypes[tokens])
         layout.check_length(max(counts, default=0) + self.virtual_tokens)
         step = full_sequence_step(ids, counts)
         positions = {LOGITS_TO_KEEP: step.wanted} if LOGITS_TO_KEEP in loaded.dtypes else {}
-        interface.check(Call(kwargs={**given, **positions}))
+        loaded.interface.check(Call(kwargs={**given, **positions}))
         cache = self.new_cache(graph, *ids.shape)
         answered = self._encode(graph, cache, encoded) if layout.spec.encodes else {}
         logits = self.decode(graph, cache, step)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
         as_numpy = isinstance(given[tokens], np.ndarray)
-        outputs: list[object] = [logits.numpy() if as_numpy else logits, *(None for _ in interface.extra_outputs)]
+        outputs: list[object] = [
+            logits.numpy() if as_numpy else logits,
+            *(None for _ in loaded.interface.extra_outputs),
+        ]
         answered_outputs = {name: value.numpy() if as_numpy else value for name, value in answered.items()}
-        output, _ = interface.with_values(answered_outputs).build_output(outputs, as_tuple=call.wants_tuple)
+        output, _ = loaded.interface.with_values(answered_outputs).build_output(outputs, as_tuple=call.wants_tuple)
         return CallResult(output)
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:

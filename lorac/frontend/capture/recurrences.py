@@ -18,24 +18,6 @@ _EPSILON = 1e-6
 """The epsilon that the delta rules add to the squared norms of queries and keys."""
 
 
-MIXERS: dict[str, Callable[..., object]] = {
-    "apply_mask_to_padding_states": lambda hidden_states, attention_mask: hidden_states,  # a program has no padding
-}
-"""Function or method that a mixer of transformers calls -> its replacement, which uses the op."""
-
-
-def _replaces(*names: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Return a decorator that makes a function the replacement of the mixers' functions of these names."""
-
-    def add(function: Callable[..., object]) -> Callable[..., object]:
-        MIXERS.update(dict.fromkeys(names, function))
-        return function
-
-    return add
-
-
-# Qwen3-Next, Qwen3.5 and OLMo hybrid; Kimi linear
-@_replaces("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 def _apply_delta_rule(
     query: Tensor,
     key: Tensor,
@@ -57,7 +39,6 @@ def _apply_delta_rule(
     return y.to(query.dtype), None
 
 
-@_replaces("mamba2_chunk_scan")  # Bamba, Nemotron-H, Falcon-H1, Granite hybrid, Mamba-2
 def _scan_heads(  # noqa: PLR0913  (as transformers calls it)
     hidden_states: Tensor,
     dt: Tensor,
@@ -80,7 +61,6 @@ def _scan_heads(  # noqa: PLR0913  (as transformers calls it)
     return y if D is None else y + x * D[:, None]
 
 
-@_replaces("mamba_selective_scan")  # Jamba, Mamba, Falcon-Mamba
 def _scan_channels(  # noqa: PLR0913  (as transformers calls it)
     hidden_states: Tensor,
     dt: Tensor,
@@ -103,7 +83,6 @@ def _scan_channels(  # noqa: PLR0913  (as transformers calls it)
     return y if z is None else y * F.silu(z)
 
 
-@_replaces("_rnn_scan")  # RecurrentGemma
 def _scan_gates(hidden_states: Tensor, recurrent_gate: Tensor, **_: object) -> tuple[Tensor, None]:
     """Scan as an RG-LRU does; the initial state is zero and needs no reset."""
     v = hidden_states.to(torch.float32)[:, :, None]
@@ -122,6 +101,17 @@ def _recur(
 ) -> Tensor:
     y: Tensor = torch.ops.lorac.recurrence(q, k, v, decay, rate, beta, None)[0]
     return y
+
+
+MIXERS: dict[str, Callable[..., object]] = {
+    "apply_mask_to_padding_states": lambda hidden_states, attention_mask: hidden_states,  # a program has no padding
+    "torch_chunk_gated_delta_rule": _apply_delta_rule,  # Qwen3-Next, Qwen3.5 and OLMo hybrid
+    "chunk_kimi_delta_attention": _apply_delta_rule,  # Kimi linear
+    "mamba2_chunk_scan": _scan_heads,  # Bamba, Nemotron-H, Falcon-H1, Granite hybrid, Mamba-2
+    "mamba_selective_scan": _scan_channels,  # Jamba, Mamba, Falcon-Mamba
+    "_rnn_scan": _scan_gates,  # RecurrentGemma
+}
+"""Function or method that a mixer of transformers calls -> its replacement, which uses the op."""
 
 
 def bind_mixers(model: nn.Module) -> None:

@@ -223,20 +223,22 @@ def decompose_calls(
         return tuple(result) if isinstance(result, tuple | list) else (result,)
 
     for node in [node for node in program.graph.nodes if node.name in names]:
+        if not node.users:
+            program.graph.erase_node(node)
+            continue
         operands = node.all_input_nodes
-        if node.users:
-            rule = decompositions[node.target] if node.target in _UNROLLED else CELLS.get(node.target, node.target)
-            call = functools.partial(run, rule, node, operands)
-            traced = trace_function(program, call, operands, decompositions)
-            _restore_transforms(traced.graph)
-            _, results = inline(program, node, traced, operands, traced)
-            if not isinstance(node.meta["val"], tuple | list):
-                node.replace_all_uses_with(results[0])
-            for part in list(node.users):  # of several outputs
-                index = part.args[1]
-                assert isinstance(index, int)
-                part.replace_all_uses_with(results[index])
-                part.graph.erase_node(part)
+        rule = decompositions[node.target] if node.target in _UNROLLED else CELLS.get(node.target, node.target)
+        call = functools.partial(run, rule, node, operands)
+        traced = trace_function(program, call, operands, decompositions)
+        _restore_transforms(traced.graph)
+        _, results = inline(program, node, traced, operands, traced)
+        if not isinstance(node.meta["val"], tuple | list):
+            node.replace_all_uses_with(results[0])
+        for part in list(node.users):  # of several outputs
+            index = part.args[1]
+            assert isinstance(index, int)
+            part.replace_all_uses_with(results[index])
+            part.graph.erase_node(part)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     update_signature(program)
