@@ -2,18 +2,13 @@
 
 A chunk computes its tokens' products as matrices (arXiv:2405.21060, section 6; arXiv:2412.06464, section 3.3), and
 reads and writes the state once. So a long prompt takes a fraction of the time of a scan over tokens.
-
-Torch's recurrent cells are functional ops here, since torch decomposes them into ops that write in place.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from lorac.backends.onnx.export.opsets import Outputs, op, record_with
 from lorac.backends.onnx.export.torchlib import Recorder
@@ -138,42 +133,3 @@ def _record_graph(name: str, write: Callable[[], Sequence[ir.Value]], inputs: Se
     for number, value in enumerate(value for node in nodes for value in node.outputs):
         value.name = f"{name}_{number}"
     return ir.Graph(inputs, outputs, nodes=nodes, name=name)
-
-
-Bias = Tensor | None
-
-
-def lstm_cell(
-    x: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None
-) -> tuple[Tensor, Tensor]:
-    """Return h (batch, hidden) and c (batch, hidden)."""
-    h, c = state
-    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, 1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
-
-
-def gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
-    """Return h (batch, hidden)."""
-    (xr, xz, xn), (hr, hz, hn) = F.linear(x, w_ih, b_ih).chunk(3, 1), F.linear(h, w_hh, b_hh).chunk(3, 1)
-    n = (xn + (xr + hr).sigmoid() * hn).tanh()
-    return (h - n) * (xz + hz).sigmoid() + n
-
-
-def rnn_tanh_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
-    """Return h (batch, hidden)."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
-
-
-def rnn_relu_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
-    """Return h (batch, hidden)."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
-
-
-CELLS: Mapping[object, Callable[..., object]] = {
-    torch.ops.aten.lstm_cell.default: lstm_cell,
-    torch.ops.aten.gru_cell.default: gru_cell,
-    torch.ops.aten.rnn_tanh_cell.default: rnn_tanh_cell,
-    torch.ops.aten.rnn_relu_cell.default: rnn_relu_cell,
-}
-"""Op -> its cell."""

@@ -43,7 +43,7 @@ from torch.onnx._internal.fx.passes.type_promotion import (
 )
 
 from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
-from lorac.backends.onnx.export.recurrence import CELLS
+from lorac.backends.onnx.export.cells import CELLS
 from lorac.ir.graph.edit import copy_program, inline, trace_function, update_signature
 from lorac.ir.traces.functions import Decompositions
 
