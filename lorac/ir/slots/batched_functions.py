@@ -18,14 +18,29 @@ class BatchedFunctions(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        return _in_other_functions.get(func, func)(*args, **(kwargs or {}))
 
 
+_in_other_functions: dict[object, Callable[..., object]] = {}
+
+
+def _replaces(*functions: object) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Return a decorator that puts a function in the place of these."""
+
+    def replace(function: Callable[..., object]) -> Callable[..., object]:
+        _in_other_functions.update(dict.fromkeys(functions, function))
+        return function
+
+    return replace
+
+
+@_replaces(F.linear)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = F.linear(x, weight)
     return y if bias is None else y + bias
 
 
+@_replaces(F.scaled_dot_product_attention)
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -47,6 +62,7 @@ def _attention(
     return torch.softmax(scores, -1) @ v
 
 
+@_replaces(F.layer_norm)
 def _layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -61,6 +77,7 @@ def _layer_norm(
     return y if bias is None else y + bias
 
 
+@_replaces(torch.cat)
 def _cat(tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         return torch.cat(tensors, dim)
@@ -68,11 +85,13 @@ def _cat(tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
     return torch.stack(tensors, axis).flatten(axis, axis + 1)
 
 
+@_replaces(torch.gather, Tensor.gather)
 def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
     chosen = _choose(x, dim, index)
     return torch.where(chosen, x.unsqueeze(-2), torch.zeros((), dtype=x.dtype)).sum(-1)
 
 
+@_replaces(torch.scatter, Tensor.scatter)
 def _scatter(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
     return torch.where(_choose(x, dim, index).any(-2), torch.full((), value, dtype=x.dtype), x)
 
@@ -82,16 +101,3 @@ def _choose(x: Tensor, dim: int, index: Tensor) -> Tensor:
     if dim % x.dim() != x.dim() - 1:
         raise RuntimeError("torch.vmap does not batch an index along another axis than the last")
     return index.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
-
-
-_FUNCTIONS: Mapping[object, Callable[..., object]] = {
-    F.linear: _linear,
-    F.scaled_dot_product_attention: _attention,
-    F.layer_norm: _layer_norm,
-    torch.cat: _cat,
-    torch.gather: _gather,
-    Tensor.gather: _gather,
-    torch.scatter: _scatter,
-    Tensor.scatter: _scatter,
-}
-"""Function of torch's -> the function in its place."""

@@ -42,8 +42,8 @@ from torch.onnx._internal.fx.passes.type_promotion import (
     get_type_promotion_rule,
 )
 
-from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
 from lorac.backends.onnx.export.cells import CELLS
+from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
 from lorac.ir.graph.edit import copy_program, inline, trace_function, update_signature
 from lorac.ir.traces.functions import Decompositions
 
