@@ -89,19 +89,7 @@ class CpuGraph:
     @functools.cached_property
     def session(self) -> ort.InferenceSession:
         """The session over the file."""
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = 1
-        settings.log_severity_level = 3
-        model, weights = read_model_files(self._files, self._name)
-        if not _widen_model(model):
-            path = str(self._files[graph_file(self._name, MODEL_FILE)].where)
-            return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        arrays = {name: _widen_array(array) for name, array in weights.items()}
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        settings.add_external_initializers(list(arrays), values)
-        session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-        session.lorac_constants = arrays  # the session reads them as long as it exists
-        return session
+        return _create_session(self._files, self._name)
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Run the graph on inputs and slot tensors, given by name."""
@@ -119,6 +107,23 @@ class CpuEngine(OnnxEngine[CpuGraph, TensorRTOptions]):
 
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> SlotInputProgram:
         return SlotInputProgram(self, tensors)
+
+
+def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
+    """Create a session over a model that computes half precision in float32."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.log_severity_level = 3
+    model, weights = read_model_files(files, graph)
+    if not _widen_model(model):
+        path = str(files[graph_file(graph, MODEL_FILE)].where)
+        return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    arrays = {name: _widen_array(array) for name, array in weights.items()}
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    settings.add_external_initializers(list(arrays), values)
+    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    session.lorac_constants = arrays  # the session reads them as long as it exists
+    return session
 
 
 def _widen_model(model: onnx.ModelProto) -> bool:
