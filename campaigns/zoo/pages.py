@@ -338,7 +338,8 @@ def _generation(records: Sequence[Record]) -> str:
 _ENGINES = """## OpenVINO and AOTInductor
 
 The same comparison in mode live on further targets, of models drawn by the hashes of their names from each family in
-turn: {drawn}. By `python -m campaigns.zoo run --engine "openvino live"`, with {versions}; {days}.
+turn: {drawn}. For AOTInductor, which compiles slowly, only models that ONNX Runtime has in ten seconds were drawn. By
+`python -m campaigns.zoo run --engine "openvino live"`, with {versions}; {days}.
 """
 
 

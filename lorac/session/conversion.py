@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
+from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.factors import iter_changes
 from lorac.adapters.fit import refuse_invocation
 from lorac.adapters.fresh import add_replaced_parameters
@@ -163,6 +164,8 @@ class _Conversion:
             made = made.to(torch.float32)
         errors = {path: cut.error for path, cut in cuts.items()}
         made.provenance = {**adapter.base_facts, ENGINE: self.name, "errors": errors}
+        if adapter.base_facts.get("base") and made.sites != adapter.sites:  # the hash covers the weights of all sites
+            made.provenance["base"] = compute_base_hash(self.view, made.sites)
         if self.inputs is not None:
             self.output_errors[""] = _measure_outputs(self.view, adapter, made, self.inputs)
             made.provenance["output_errors"] = self.output_errors

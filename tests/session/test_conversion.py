@@ -144,6 +144,16 @@ def test_sglang_gets_one_rank_and_whole_groups(llama):
     assert not made.variant.settings["rank_pattern"]
 
 
+def test_sites_that_complete_a_group_count_in_the_hash_of_the_base(llama, tmp_path):
+    lorac.save_adapter(trained(llama, lorac.LoRA(r=2, targets=["q_proj"])), tmp_path, model=llama)
+    inputs = {"input_ids": torch.arange(24).reshape(2, 12)}
+
+    made = lorac.convert(lorac.load_adapter(tmp_path, llama), for_="sglang", model=llama, rank=1, inputs=inputs)
+
+    assert set(made.provenance["output_errors"]) == {"", *(p for p in made.sites if p.endswith("q_proj"))}
+    lorac.compile(llama, {"made": made})
+
+
 def test_replaced_head_becomes_a_lora_or_stays_whole_where_the_engine_takes_it(llama, tmp_path):
     fields = {**SIZES, "num_labels": 5, "pad_token_id": 0}
     model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**fields)).eval()

@@ -44,6 +44,13 @@ def _parameter(graph: Graph) -> fx.Node:
     return next(node for node in graph.placeholders() if node.name in names and node.users)
 
 
+def test_accepts_a_check_of_values_which_returns_nothing() -> None:
+    graph = _at(Level.EXPANDED)
+    with graph.fx.inserting_after(graph.placeholders()[-1]):
+        graph.fx.call_function(aten._assert_scalar.default, (True, "holds"))
+    verify(graph, after="nothing")
+
+
 @pytest.mark.parametrize("level", [Level.HOST, Level.ADAPTED, Level.EXPANDED])
 def test_accepts_graphs_of_every_level(level: Level) -> None:
     verify(_at(level), after="nothing")
