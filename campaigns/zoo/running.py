@@ -21,6 +21,7 @@ from campaigns.zoo.checking import TIMEOUT, UNTYPED
 from campaigns.zoo.journal import Record
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a forked process waits for ever for processes of its parent
 PATIENCE = 5
 """How many times its processor's time a process may take by the clock: others use the machine too."""
 
@@ -51,7 +52,8 @@ def run(names: Sequence[str], asked: Asked, workers: int) -> Iterator[tuple[str,
     """
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["campaigns.zoo.preloading"])
+    compilers = ["torch._inductor.compile_fx"] if "aoti live" in asked.ways else []
+    context.set_forkserver_preload(["campaigns.zoo.preloading", *compilers])
     with ThreadPoolExecutor(workers) as pool:
         yield from zip(names, pool.map(lambda name: _run(context, name, asked), names), strict=True)
 
