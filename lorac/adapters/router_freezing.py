@@ -54,7 +54,8 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
         if row.shape != (variant.routes,):
             raise shape_error(
                 f"weights of shape {tuple(row.shape)} are given for the {variant.routes} experts at '{path}'",
-                next_step=f"give {variant.routes} numbers, for all sites or for each of {len(adapter.tensors)}",
+                next_step=f"give {variant.routes} numbers for all sites, or as many for each of {len(adapter.tensors)} "
+                "sites",
             )
         a, b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
         scaled = row.to(b) * row.new_tensor(variant.scales).to(b) if variant.scales else row.to(b)

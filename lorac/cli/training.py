@@ -42,7 +42,7 @@ def train(
     overrides, grid = dict(map(parse_option, override)), dict[str, Any](map(parse_option, sweep))
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise OptionError(f"--sweep {key} has no list of values", next_step="write --sweep 'seed=[1,2,3]'")
+            raise OptionError(f"--sweep {key} needs a list of values", next_step="write --sweep 'seed=[1,2,3]'")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     recipes = [read_recipe(config, {**overrides, **point}) for point in points]
     recipe = recipes[0]

@@ -235,4 +235,4 @@ def mix(content: Tensor, style: Tensor, *, how: Literal["mean", "concat"] = "mea
 
 def _check_alpha(alpha: float) -> None:
     if not 0 <= alpha <= 1:
-        raise ChoiceError(f"alpha={alpha} projects nothing", next_step="it is a number from 0 to 1")
+        raise ChoiceError(f"alpha={alpha} is out of range", next_step="give a number from 0 to 1")

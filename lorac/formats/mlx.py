@@ -200,8 +200,8 @@ def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: Mod
             adapter.tensors[site.path] = {"weight": _transpose_table(site, tensor)}
         else:
             raise unsupported_error(
-                f"'{folder}' holds '{key}', a weight of kind {site.kind}, which mlx-lm lays out in another order",
-                next_step="train it without that layer",
+                f"'{folder}' has a {site.kind} weight '{key}', and mlx-lm stores such weights in another order",
+                next_step="train the adapter without that layer",
             )
     if not tensors:
         raise corrupt_error(f"'{folder}' holds no tensors")

@@ -126,7 +126,7 @@ def read_record(path: Path) -> JsonMapping:
     def read() -> JsonMapping:
         text = AdapterFile(path).metadata.get(_ENTRY)
         if text is None:
-            raise corrupt_error(f"'{path}' has no description of an adapter in its metadata")
+            raise corrupt_error(f"'{path}' does not describe an adapter in its metadata")
         return parse_record(path, text)
 
     return charge_reading(path, read)

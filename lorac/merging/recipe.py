@@ -95,7 +95,7 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
 def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
     """Return name -> the recipe's entry, with its path."""
     if ("adapters" in given) == ("models" in given):
-        raise OptionError(f"'{file}' has one list of adapters, under adapters or models", next_step=_EXAMPLE)
+        raise OptionError(f"'{file}' needs one list of adapters, named 'adapters' or 'models'", next_step=_EXAMPLE)
     entries = given.get("adapters", given.get("models"))
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise WrongType(f"'{file}': the adapters are {describe_value(entries)}", next_step=f"{_EXAMPLE}, with a list")

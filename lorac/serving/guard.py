@@ -76,7 +76,7 @@ class Guard:
         scope.setdefault("state", {})["tenant"] = tenant
         counts = scope["path"] not in OPEN_PATHS
         if counts and self._running[tenant] >= -(-self._settings.max_connections // 2):
-            half = refusal(429, "the tenant has half of the requests that the server answers at a time", headers=_CLOSE)
+            half = refusal(429, "this tenant has half of the requests that the server answers at once", headers=_CLOSE)
             await half(scope, receive, send)
             return
 
@@ -109,7 +109,9 @@ class Guard:
         except LoracError as error:
             raise _Refused(refuse(error)) from error
         if own > most // 2 or self._receiving.total() + nbytes > most:
-            raise _Refused(refusal(429, f"{self._receiving.total()} bytes of uploads are being received"))
+            raise _Refused(
+                refusal(429, f"{self._receiving.total()} bytes of uploads are arriving, and there is no room for more")
+            )
         self._receiving[tenant] = own
 
     def _check(self, headers: Mapping[bytes, str], path: str, most: int) -> str | JSONResponse:

@@ -125,7 +125,7 @@ class AdapterTensors(nn.Module):
         differing = [f for f in ("variant", "config") if not isinstance(loaded, dict) or loaded.get(f) != own[f]]
         if differing:
             warn(
-                f"what is loaded into adapter '{self.adapter.name}' was saved of one with another {differing[0]}",
+                f"the state for adapter '{self.adapter.name}' was saved from an adapter with another {differing[0]}",
                 next_step="compile with the method and the hyper-parameters of the training",
             )
 

@@ -107,7 +107,7 @@ class Compiled:
         if self.engine.cache_spec(graph) is not None:
             check_plain_call(self.traits[graph])
         if self.resized and "labels" in call.kwargs:
-            what = f"labels= make a loss over the outputs of '{self.resized[0]}', and adapters have others"
+            what = f"labels= cannot be given, since adapters change the number of outputs of '{self.resized[0]}'"
             raise InputMismatch(what, next_step="leave labels= out, and compute the loss of the logits of the answer")
 
         def run(own: Call, group: RowGroup) -> CallResult:

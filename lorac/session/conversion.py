@@ -96,7 +96,7 @@ def convert(
         )
     if inputs is not None and isinstance(model, Mapping):
         raise OptionError(
-            "inputs= are those of one model", next_step="leave them out, or give the adapter of one model"
+            "inputs= cannot be given for several models", next_step="leave them out, or give the adapter of one model"
         )
     given = None if inputs is None else {name: torch.as_tensor(value) for name, value in inputs.items()}
     made = _Conversion(adapter, for_, engine, view, rank, tolerance, given).convert()

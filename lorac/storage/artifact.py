@@ -249,7 +249,7 @@ def open_checked(folder: Path, name: str, entry: JsonObject) -> OpenFile:
     if not path.is_file():
         raise ArtifactError(f"'{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "hash"}:
-        raise _damaged_manifest(folder, f"the entry of '{name}' is not bytes and hash")
+        raise _damaged_manifest(folder, f"the entry of '{name}' has other keys than 'bytes' and 'hash'")
     file = OpenFile(path)
     size = file.size
     if size != entry["bytes"]:

@@ -41,7 +41,7 @@ class RoutedVariant(BranchVariant):
 
     @abstractmethod
     def output_scale(self, p: Params) -> float | Tensor:
-        """Return s, a number or (out,)."""
+        """Return the scale s of the output, a number or a tensor (out,)."""
 
     def mix(self, hidden: Tensor, weights: Tensor, p: Params) -> Tensor:
         """Return Σ_i w_i·B_i·h_i (…, out) for h = A·x (…, L·k) and w (…, L); the experts' scales are folded into w."""

@@ -102,4 +102,4 @@ def test_sweeps_over_a_grid_with_a_table(texts, tmp_path, monkeypatch, capsys):
     assert len({one["loss"] for one in runs}) > 1
     assert (tmp_path / "run" / "adapters.mine.r=2,seed=1" / "mine" / "adapter_config.json").is_file()
     assert len(losses(tmp_path / "run" / "adapters.mine.r=2,seed=1" / "trainer_state.json")) == 2
-    assert "has no list of values" in call("--sweep", "seed=1")[2]
+    assert "needs a list of values" in call("--sweep", "seed=1")[2]

@@ -112,7 +112,7 @@ def test_warns_of_a_state_of_another_method(trained: tuple[Any, Path], tmp_path:
     state = load_file(folder / "checkpoint-2" / "model.safetensors")
     own = {key: tensor for key, tensor in state.items() if key.startswith("adapter_tensors.b.")}
     other = lorac.compile(host("tiny_bert"), {"b": lorac.VeRA(r=4, dropout=0.5, targets=["query", "key"])})
-    with pytest.warns(lorac.LoracWarning, match="into adapter 'b' was saved of one with another config"):
+    with pytest.warns(lorac.LoracWarning, match="for adapter 'b' was saved from an adapter with another config"):
         other.load_state_dict(own)
     file = tmp_path / "model.safetensors"
     record = "adapter_tensors.b._extra_state"

@@ -33,7 +33,7 @@ def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection
         raise self_test_failure(folded, "became constants")
     stray = [s for s in known if s not in slots and s in inputs]
     if stray:
-        raise self_test_failure(stray, "are inputs of a baked program still")
+        raise self_test_failure(stray, "are still inputs of a baked program")
     live: set[int] = set()
     todo: list[ir.Value | None] = [*model.graph.outputs]
     while todo:

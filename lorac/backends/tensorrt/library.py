@@ -97,7 +97,7 @@ class TensorRTLibrary:
             if known == dtype:
                 return self.module.DataType.__members__[name]
         raise Unavailable(
-            f"TensorRT has no tensors of {dtype}", next_step=f"it has {', '.join(map(str, _DTYPES.values()))}"
+            f"TensorRT has no tensors of {dtype}", next_step=f"use one of {', '.join(map(str, _DTYPES.values()))}"
         )
 
 
@@ -135,8 +135,8 @@ def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
     found = _DTYPES.get(dtype.name)
     if found is None:
         raise Unavailable(
-            f"torch has no tensors of TensorRT's {dtype.name}",
-            next_step=f"it has {', '.join(map(str, _DTYPES.values()))}",
+            f"torch has no dtype for TensorRT's {dtype.name}",
+            next_step=f"use one of {', '.join(map(str, _DTYPES.values()))}",
         )
     return found
 

@@ -270,7 +270,7 @@ class NamedOutput(OrderedDict[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._fields:
-            raise AttributeError(f"this output has no '{name}': it has {', '.join(self)}")
+            raise AttributeError(f"this output has no field '{name}', but {', '.join(self)}")
         return self.get(name)
 
     def __getitem__(self, key: Any) -> Any:

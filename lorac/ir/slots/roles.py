@@ -178,7 +178,7 @@ class SlotRole:
         return self.start(self, slot)
 
     def filled(self, slot: SlotSpec, tensor: Tensor | None) -> Tensor:
-        """Convert a change's tensor to a slot's, zero-padded to the slot's size; None becomes the neutral tensor."""
+        """Return a change's tensor in the slot's size, padded with zeros; for None the neutral tensor."""
         if tensor is None:
             return self.neutral(slot)
         axis = 0 if self.padded else self.rank_axis

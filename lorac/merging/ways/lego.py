@@ -96,7 +96,7 @@ class Lego(SiteWay):
         return torch.cat([rows, columns], 1)
 
     def _cluster(self, units: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """Return the scaled means (k, in + out) of clusters of ranks; the order of the ranks does not matter."""
+        """Cluster the ranks, in any order, and return the scaled mean of each cluster, (k, in + out)."""
         order = sort_points(units)
         units, weights = units[order], weights[order]
         points = units / _length(units) if self.feature == "normalized" else units

@@ -48,7 +48,10 @@ class RayServer(pydantic.BaseModel, extra="forbid"):
     def check_fronts(self) -> RayServer:
         """Check that a store has one front."""
         if self.store and self.fronts > 1:
-            raise OptionError(f"a store has one front, not {self.fronts}", next_step="leave out fronts or store")
+            raise OptionError(
+                f"a server with a store has one front, and fronts is {self.fronts}",
+                next_step="leave out fronts or store",
+            )
         return self
 
 

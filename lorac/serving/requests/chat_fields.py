@@ -230,17 +230,17 @@ class ChatFields(SamplingFields):
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise RefusedField("max_tokens", "contradicts 'max_completion_tokens'", next_step="leave one of them out")
         if (self.response_format.type == "json_schema") != (self.response_format.json_schema is not None):
-            raise RefusedField("response_format", "has a 'json_schema' if, and only if, that is its type")
+            raise RefusedField(
+                "response_format", "needs a 'json_schema' for the type 'json_schema', and takes none for others"
+            )
         if self.tool_choice not in ("auto", "none") and not self.forced_tools:
-            raise RefusedField("tool_choice", "wants a call of a tool that 'tools' does not hold")
+            raise RefusedField("tool_choice", "names a tool that is not in 'tools'")
         if self.offered_tools and not (self.parallel_tool_calls or self.forced_tools):
             raise RefusedField(
                 "parallel_tool_calls", "cannot be false", next_step="force one call: 'tool_choice': \"required\""
             )
         if self.offered_tools and self.response_format.type != "text":
-            raise RefusedField(
-                "response_format", "leaves no room for calls of 'tools'", next_step="leave one of them out"
-            )
+            raise RefusedField("response_format", "cannot be given with 'tools'", next_step="leave one of them out")
 
 
 class TokenizeFields(pydantic.BaseModel, extra="forbid", strict=True):

@@ -68,7 +68,9 @@ def visit_inputs(
             call_model(model, batch)
     for path in (path for path in sites if path not in reached):
         raise SiteError(
-            f"no batch reaches '{path}'", next_step="exclude= it, or give batches that reach it", code="site_unreached"
+            f"no batch reaches '{path}'",
+            next_step="exclude the layer (exclude=), or give batches that reach it",
+            code="site_unreached",
         )
 
 

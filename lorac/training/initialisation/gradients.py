@@ -118,7 +118,7 @@ def _find_sum(path: str, name: str, sums: Mapping[str, Tensor]) -> Tensor:
     if name not in sums:
         raise SiteError(
             f"no batch gives the weight of '{path}' a gradient",
-            next_step="exclude= it, or give batches that reach it",
+            next_step="exclude the layer (exclude=), or give batches that reach it",
             code="site_unreached",
         )
     if not sums[name].isfinite().all():

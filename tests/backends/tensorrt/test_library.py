@@ -52,7 +52,7 @@ def test_a_library_that_cannot_be_loaded_is_passed_over(monkeypatch: pytest.Monk
 def test_dtypes_are_the_same_both_ways() -> None:
     for name, kind in LIBRARY.module.DataType.__members__.items():
         if name in {"INT4", "FP4", "E8M0"}:
-            with pytest.raises(lorac.Unavailable, match=f"torch has no tensors of TensorRT's {name}"):
+            with pytest.raises(lorac.Unavailable, match=f"torch has no dtype for TensorRT's {name}"):
                 library.torch_dtype(kind)
         else:
             assert LIBRARY.dtype(library.torch_dtype(kind)) == kind

@@ -105,8 +105,8 @@ class DifferenceLayout(ModuleLayout[Edit]):
     def write(self, variant: Edit, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         if "delta" not in tensors or not tensors.keys() <= {*_PARTS.values()}:
             raise unsupported_error(
-                f"these files hold an edit of '{site.path}' as a difference alone, and not by {', '.join(tensors)}",
-                next_step="lorac.to_lora makes a LoRA of a pair; or use format='native'",
+                f"this format stores an edit of '{site.path}' as a difference of weights, not as {', '.join(tensors)}",
+                next_step="convert it by lorac.to_lora, or use format='native'",
             )
         written = {leaf: tensors[part] for leaf, part in _PARTS.items() if part in tensors}
         return {**written, "diff": written["diff"].reshape(site.kernel)}

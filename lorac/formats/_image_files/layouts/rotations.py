@@ -42,7 +42,7 @@ class RotationLayout(ModuleLayout[BOFT]):
     def write(self, variant: BOFT, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         if not variant.rotates_output:
             raise unsupported_error(
-                f"LyCORIS rotates outputs, and the adapter the input of '{site.path}'",
+                f"LyCORIS rotates the outputs of a layer, and this adapter the inputs of '{site.path}'",
                 next_step="use format='peft' or 'native'; lorac.BOFT(rotates_output=True) trains one for LyCORIS",
             )
         rotation, scale = tensors["boft_R"], tensors["boft_s"]

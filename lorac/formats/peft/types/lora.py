@@ -203,7 +203,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
             axes = {suffix: tensor.ndim for suffix, tensor in stored.items()}
             if axes != dict.fromkeys(MATRICES, 2):
                 raise mismatched_shapes(
-                    path, stored, "lora_A is (r, in/nblocks), lora_B (out, r/nblocks), or as a LoRA's"
+                    path, stored, "lora_A is (r, in/nblocks) and lora_B (out, r/nblocks), or both are a LoRA's"
                 )
             a, b = (stored[name] for name in MATRICES)
             columns = a.shape[1] * (variant.blocks_at(path)[0] or 1)
