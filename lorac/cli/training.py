@@ -62,10 +62,10 @@ def train(
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     sys.path.append(os.getcwd())  # for reward_funcs
     rows = []
-    quiet = contextlib.nullcontext() if SHOWS_ALL in sys.argv else suppress_third_party_output(with_warnings=False)
     for point, one in zip(points, recipes, strict=True):
         place = Path(str(folder), ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "_"))
         going_on = resume and (place.exists() or not point)
+        quiet = contextlib.nullcontext() if SHOWS_ALL in sys.argv else suppress_third_party_output(with_warnings=False)
         with contextlib.redirect_stdout(sys.stderr), quiet:  # trainers print their log
             names = [*run(loaded, processing_class, one, str(place), resume=going_on).adapters]
         if not grid:

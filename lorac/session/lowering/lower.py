@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lorac.backends.aoti.dialect import make_plain_program
 from lorac.errors import ChoiceError, CompileError, Unavailable
 from lorac.frontend.capture.encoder_decoder import divide_sites, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
@@ -169,6 +168,8 @@ _TARGET = "aoti"
 
 def export_program(session: Session, choice: Choice, component: str) -> ExportedProgram:
     """Return a graph of a session's model as a program of aten ops (``Compiled.export_program``)."""
+    from lorac.backends.aoti.dialect import make_plain_program
+
     other = retarget(session, _TARGET)
     graphs = lower_model(other, session.options.aux).graphs
     graph = graphs[check_component(component, graphs)]
