@@ -107,7 +107,7 @@ OF_MODELS = {
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-OTHER_LANGUAGES = ("lorac/report/", "lorac/trainer/run.py", "lorac/web/texts.py")
+OTHER_LANGUAGES = ("lorac/report/", "lorac/trainer/log.py", "lorac/web/texts.py")
 """Files whose texts are graphs, pages, pictures and samples for a tokenizer."""
 
 
