@@ -17,6 +17,7 @@ def gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collecti
     shared = _nodes_only_for_gates(graph, gates, within)
     if not any(node.op_type in _PRODUCTS for node in shared):
         return
+    # Products fuse with layout ops of slots, such as transpositions, only in one graph: each branch gets copies.
     stored: set[ir.Node] = set()
     for node in shared:
         known = (v is None or v.name in slots or v.is_initializer() or v.producer() in stored for v in node.inputs)
