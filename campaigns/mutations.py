@@ -334,7 +334,7 @@ def _node(graph: Any, random: random.Random) -> None:
         del node.input[place]
     elif change == "more":
         node.input.extend(random.choices(values, k=random.choice((1, 3, 40))))
-    elif change == "output":
+    elif change == "output" and node.output:
         del node.output[random.randrange(len(node.output)) :]
     else:
         graph.node.append(node)

@@ -313,12 +313,14 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
     if spec.below and not tensor.is_meta:
         with pause_clock():
             limits = torch.tensor(spec.below, dtype=torch.int64, device=tensor.device)[:, None]
-            columns = tensor.to(torch.int64)
-            outside = ((columns < 0) | (columns >= limits)).any(dim=0)
-            twice = tensor.shape[1] - torch.unique(columns, dim=1).shape[1]
+            outside = ((tensor < 0) | (tensor >= limits)).any(dim=0)
+            flat = tensor.new_zeros(())
+            for column, limit in zip(tensor, spec.below, strict=True):  # sorting numbers is faster than sorting columns
+                flat = flat * limit + column
+            twice = tensor.shape[1] - len(torch.unique(flat))
         step = "load the base model that the adapter was trained on"
         if bool(outside.any()):
-            first = tuple(columns[:, int(outside.nonzero()[0])].tolist())
+            first = tuple(tensor[:, int(outside.nonzero()[0])].tolist())
             raise AdapterError(
                 f"adapter '{adapter}': position {first} of {name} at '{site.path}' lies outside {spec.below}",
                 next_step=step,
@@ -364,7 +366,8 @@ def check_replaced(
             raise _wrong_dtype_error(adapter, f"the replacement of '{name}'", tensor, f"{original.dtype} there")
         return
     step = "load the base model that the adapter was trained on"
-    if original.shape[1:] == tensor.shape[1:] and (tensor.ndim == 2 or name.endswith(".bias")):
+    by_rows = tensor.ndim == 2 or (tensor.ndim == 1 and name.endswith(".bias"))
+    if by_rows and original.ndim == tensor.ndim and original.shape[1:] == tensor.shape[1:]:
         step = f"load the model with {len(tensor)} rows there, the num_labels of a classifier, or call "
         step += f"model.resize_token_embeddings({len(tensor)}); lorac.compile also takes a whole layer of another size"
     raise shape_error(

@@ -80,6 +80,11 @@ def _fits_windows(_: Tensor, *windows: Sequence[int]) -> bool:
     return all(abs(number) < _MOST_PADDING for window in windows for number in window)
 
 
+def _fits_bins(_: Tensor, sizes: Sequence[int]) -> bool:
+    # Beside an axis of no bins, the kernel would count to any length of another one.
+    return all(size > 0 for size in sizes)
+
+
 def _fits_repeats(*operands: object) -> bool:
     repeats = [operand for operand in operands[:2] if isinstance(operand, Tensor)][-1]
     return bool((repeats >= 0).all()) and float(repeats.double().sum()) < _MOST_REPEATS
@@ -125,6 +130,8 @@ _CHECKS: Mapping[str, Callable[..., bool]] = {
     "col2im": _fits_windows,
     "im2col": _fits_windows,
     **dict.fromkeys((f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)), _fits_windows),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _fits_bins),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d"), _fits_bins),
     "_pdist_forward": lambda x, _: x.dim() == 2 and x.numel() > 0,
     "one_hot": _fits_classes,
     "repeat_interleave.Tensor": _fits_repeats,

@@ -138,6 +138,12 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         "adapter 'mine' replaces 'norm.weight' by shape (5,), the model's has (4,)\n"
         "  load the base model that the adapter was trained on",
     ),
+    "a number for a bias": (
+        good(replaced={"norm.bias": torch.ones(())}),
+        lorac.AdapterError,
+        "adapter 'mine' replaces 'norm.bias' by shape (), the model's has (4,)\n"
+        "  load the base model that the adapter was trained on",
+    ),
     "another vocabulary of another width": (
         good(replaced={"table.weight": torch.ones(7, 3)}),
         lorac.AdapterError,

@@ -282,6 +282,15 @@ def test_hyper_parameters_are_compared_with_the_tensors(
             assert (kind, field) in TOLD_BY_TENSORS or model is None
 
 
+def test_millions_of_positions_are_checked_in_time(peft_files: Callable[[str], Path], tmp_path: Path) -> None:
+    """They are distinct and within their bounds, which sorting whole columns would take five seconds to tell."""
+    folder = copied(peft_files("UNILORA"), tmp_path / "it")
+    widths = sum(site.in_features + site.out_features for site in lorac.sites(MODEL()).values())
+    configure(folder, r=spending.ReadBudget().bytes // 32 // widths - 1)
+    with within_budget():
+        lorac.load_adapter(folder, MODEL())
+
+
 @pytest.fixture(scope="module")
 def peft_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that makes a checkpoint of a PEFT type, once."""

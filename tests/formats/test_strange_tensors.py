@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def change(path: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change all tensors of a file, and take lorac's seals off it."""
     with safe_open(path, "pt") as file:
-        metadata = {key: text for key, text in file.metadata().items() if key not in {SEAL, EXPERTS}}
+        metadata = {key: text for key, text in (file.metadata() or {}).items() if key not in {SEAL, EXPERTS}}
     save_file({name: how(tensor).contiguous().clone() for name, tensor in load_file(path).items()}, path, metadata)
 
 
@@ -66,6 +67,19 @@ def test_experts_of_eight_bits_are_mixed(format: str, tmp_path: Path) -> None:
     expected = values["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
     assert stacked.dtype is torch.float32
     assert torch.equal(stacked[: len(expected)], expected.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.medium("methods whose layout computes with the values", keep=["ia3"])
+@pytest.mark.parametrize("method", ["boft", "ia3", "loha"])
+def test_image_files_of_eight_bits_have_the_values_of_wider_ones(method: str, tmp_path: Path) -> None:
+    stored = next(one for one in sound._kohya(tmp_path) if one.what == method and one.host == "conv")
+    host, rounded = sound.model("conv"), tmp_path / "rounded.safetensors"
+    shutil.copyfile(tmp_path / stored.place, rounded)
+    change(tmp_path / stored.place, CHANGES["float8"])
+    change(rounded, lambda tensor: CHANGES["float8"](tensor).float())
+    read, expected = (lorac.load_adapter(path, host).tensors for path in (tmp_path / stored.place, rounded))
+    assert {path: [*held] for path, held in read.items()} == {path: [*held] for path, held in expected.items()}
+    assert all(torch.equal(read[path][name], expected[path][name]) for path in read for name in read[path])
 
 
 @pytest.mark.medium("one field", keep=["1e+308-reduction*"])

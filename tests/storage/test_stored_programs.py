@@ -285,6 +285,8 @@ CELLS = [torch.zeros(1, 2, 16)] * 2
             (_normal(1, 2, 4, 4), [1, 1, 3, 0]),
             (_normal(1, 2, 4, 4), [2**63 - 1, 2**63 - 1, 3, 0]),
         ),
+        ("aten._adaptive_avg_pool2d.default", (_normal(2, 3, 3), [2, 2]), (_normal(2, 3, 3), [2**31, 0])),
+        ("aten._adaptive_avg_pool3d.default", (_normal(2, 4, 3, 3), [2, 1, 2]), (_normal(2, 4, 3, 3), [2**31, 2, 0])),
         ("aten._pdist_forward.default", (_normal(3, 4), 2.0), (_normal(4, 8, 0, 4), 2.0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -34,6 +34,7 @@ from lorac.variants.low_rank import ScaledRank
 
 ALPHA = "alpha"
 _STABILISED = re.compile(r'"rs_lora":\s*"?true', re.IGNORECASE)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _AGAIN = "save it again from its trainer: it holds two adapters, or one in two spellings"
 
 
@@ -71,7 +72,9 @@ def read_file(file: AdapterFile, view: ModelView | None, name: str, format: str)
     )
     tensors, path = file.read_tensors(), file.path
     file.check_seal(seal_text(file.metadata), tensors)
-    return _FileReader(path, view, name, convert_names(path, tensors, view), file.metadata).read(format)
+    # Layouts compute with the values, and torch computes in no float of one byte.
+    wide = {key: tensor.float() if tensor.dtype in _FLOAT8 else tensor for key, tensor in tensors.items()}
+    return _FileReader(path, view, name, convert_names(path, wide, view), file.metadata).read(format)
 
 
 @dataclass(frozen=True)
