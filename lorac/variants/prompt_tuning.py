@@ -11,7 +11,7 @@ from typing import NoReturn, Self
 import torch
 
 from lorac.argument_types import Count
-from lorac.errors import AdapterError, BaseNeeded, SiteError
+from lorac.errors import AdapterError, BaseNeeded, OptionError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.slots.prefix import Prefix
 from lorac.variants.adapter import Adapter, split_tasks
@@ -143,6 +143,14 @@ class PrefixTuning(PromptVariant):
     acts_at_sites = False
     name = "prefix_tuning"
     paper = "Prefix-Tuning: Optimizing Continuous Prompts for Generation, arXiv 2101.00190"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token_dim % self.num_attention_heads:
+            raise OptionError(
+                f"num_attention_heads={self.num_attention_heads} does not divide token_dim={self.token_dim}",
+                next_step="give a token_dim that is a multiple of num_attention_heads",
+            )
 
     def for_model(self, view: ModelView, inputs: object = None) -> Variant:
         _refuse_training()

@@ -371,10 +371,12 @@ class Interface:
         fits = all(isinstance(name, str) for listed in (*names.values(), required) for name in listed)
         fits &= all(isinstance(table, dict) for table in (*mappings.values(), fixed, stored["checks"]))
         if fits:
-            known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])
-            integers = all(type(size) is int for size in mappings["id_counts"].values())
-            fits = known and integers and set(required) <= fixed.keys()
-            fits &= stored["checks"].keys() <= set(names["extra_outputs"])
+            kinds = {name: int if name == "id_counts" else str for name in mappings} | {"checks": str}
+            tables = {**mappings, "checks": stored["checks"]}
+            fits = all(type(value) is kinds[name] for name, table in tables.items() for value in table.values())
+        if fits:
+            fits = mappings["id_counts"].keys() | {*mappings["aliases"].values()} <= {*names["inputs"]}
+            fits &= {*required} <= fixed.keys() and stored["checks"].keys() <= {*names["extra_outputs"]}
         if not fits or (structure is not None and structure.tensor_count != count):
             raise ArtifactError(
                 f"the signature of a stored program does not fit together: its output has {count} tensors, and inputs "

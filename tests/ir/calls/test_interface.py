@@ -29,6 +29,16 @@ def test_rejects_a_stored_table_that_is_a_list(entry):
 
 
 @pytest.mark.parametrize(
+    ("entry", "value"),
+    [("below", "5"), ("spelled", ["x"]), ("types", 3), ("derived", None), ("spread", {"a": "x"}), ("checks", ["y"])],
+)
+def test_rejects_other_values_of_a_stored_table(entry, value):
+    stored = Interface(inputs=("x",), outputs=("y",), extra_outputs=("y",)).to_json() | {entry: {"x": value}}
+    with pytest.raises(lorac.ArtifactError, match="does not fit together"):
+        Interface.from_json(stored)
+
+
+@pytest.mark.parametrize(
     ("name", "captured", "said"),
     [
         ("use_cache", False, "a program keeps no cache, target='eager' runs the model with its own"),

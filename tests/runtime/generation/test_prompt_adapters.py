@@ -16,7 +16,7 @@ import transformers
 
 import lorac
 from lorac.testing import assert_close
-from tests.peft_files import quiet
+from tests.peft_files import configure, quiet
 from tests.refusing import refuses
 from tests.runtime.generation.prompted import CONFIGS, KEYS_VALUES, NEW, continued, gpt2, llama, logits, save_prompt
 
@@ -264,6 +264,13 @@ def test_rejects_prompts_that_have_no_place(tmp_path: Path, tmp_path_factory: py
     bare.add_adapter(known.folders["PREFIX_TUNING"], name="PREFIX_TUNING")
     expected = continued(known.peft["PREFIX_TUNING"], IDS)
     assert torch.equal(bare.generate(IDS, **GREEDY, adapters="PREFIX_TUNING"), expected)
+
+
+def test_rejects_heads_that_do_not_divide_the_width(tmp_path: Path) -> None:
+    save_prompt(llama(), CONFIGS["PREFIX_TUNING"](), tmp_path)
+    configure(tmp_path, num_attention_heads=5)
+    with pytest.raises(lorac.FormatError, match="num_attention_heads=5 does not divide token_dim=16"):
+        lorac.load_adapter(tmp_path, llama())
 
 
 def test_trains_as_peft(tmp_path: Path) -> None:
