@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from lorac.argument_types import Fields
+from lorac.backends.aoti.package import keep_sizes_of_one
 from lorac.backends.onnx.passes import OnnxDialect
 from lorac.ir.graph import segment_ops
 from lorac.ir.graph.edit import (
@@ -55,12 +56,7 @@ class LowerToTorch(Pass):
 
     def apply(self, graph: Graph) -> PassResult:
         _gate_and_copy_inputs(graph)
-        # torch folds the rows of a linear layer wrongly where the example has one row a segment: cut its results.
-        for cut in graph.find(segment_ops.CUT):
-            for linear in [user for user in cut.users if user.target is aten.linear.default and user.args[0] is cut]:
-                whole = insert_call(graph.exported, linear, aten.linear.default, cut.args[0], *linear.args[1:])
-                linear.replace_all_uses_with(insert_call(graph.exported, linear, cut.target, whole, *cut.args[1:]))
-        with torch.no_grad(), suppress_third_party_output():
+        with torch.no_grad(), suppress_third_party_output(), keep_sizes_of_one():
             graph.exported = graph.exported.run_decompositions(_DECOMPOSITIONS)
         for check in graph.find(aten._assert_tensor_metadata.default):  # checks of the example's metadata
             graph.fx.erase_node(check)

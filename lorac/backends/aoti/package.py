@@ -1,10 +1,12 @@
 """Packages of AOTInductor (``.pt2``): compilation and loading by torch, and the engine that calls them.
 
-Only this module calls torch's private functions for packages: the search for a compiler, and the loader.
+Only this module calls torch's private functions for packages: the search for a compiler, the loader, and how sizes are
+compared.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -25,6 +27,16 @@ from lorac.third_party_output import suppress_third_party_output
 
 _INPUTS = "lorac.inputs"
 """The key of a package's metadata for its inputs: pairs of a name and a dtype, in the order in which it takes them."""
+
+
+def keep_sizes_of_one() -> AbstractContextManager[object]:
+    """Return a context in which torch does not broadcast a variable size because it is 1 in the example.
+
+    A segment has one row where the example has as many rows as places.
+    """
+    from torch.fx.experimental import _config
+
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # torch adds the method when it is imported
 
 
 def check_compiler() -> None:
@@ -57,7 +69,7 @@ def compile_package(program: ExportedProgram, path: Path, inputs: Mapping[str, t
     named = [(name, str(dtype).removeprefix("torch.")) for name, dtype in inputs.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with torch.no_grad(), suppress_third_party_output():
+        with torch.no_grad(), suppress_third_party_output(), keep_sizes_of_one():
             aoti_compile_and_package(
                 program,
                 package_path=str(path),

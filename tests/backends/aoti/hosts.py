@@ -59,3 +59,11 @@ def make_convolution() -> tuple[nn.Module, lorac.Adapter, Tensor]:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Tanh()).eval(), torch.randn(2, 3, 8, 8)
     return model, adapter_away(lorac.LoRA(r=4, targets=["0"]), model, x, name="lora", seed=3), x
+
+
+def make_pooled() -> tuple[nn.Module, lorac.Adapter, Tensor]:
+    """Return an MLP on vectors, an adapter that scales what a linear layer takes, and an example of two rows."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8)).eval(), torch.randn(2, 6)
+    methods = lorac.IA3(targets=["0", "2"], feedforward=["2"])
+    return model, adapter_away(methods, model, x, name="ia3", seed=3), x

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.testing import assert_close
-from tests.backends.aoti.hosts import make, make_convolution
+from tests.backends.aoti.hosts import make, make_convolution, make_pooled
 from tests.docs.pages import ROOT, blocks
 
 MIX = {"lora": 0.5, "dora": -0.7, "branch": 1.5}
@@ -74,6 +74,18 @@ def test_adapts_a_convolution() -> None:
     for choice in ("lora", None, {"lora": -0.5}):
         for given in (x, x[:1], x.repeat(3, 1, 1, 1)):
             assert_close(compiled(given, adapters=choice), eager(given, adapters=choice))
+
+
+@torch.no_grad()
+@pytest.mark.medium("g++ takes ten seconds; no uncompiled program shows the fault")
+def test_takes_any_rows_after_an_example_of_one_row_for_each_place() -> None:
+    model, adapter, x = make_pooled()
+    compiled = lorac.compile(model, [adapter], target="aoti", active="ia3", example_inputs=(x,))
+    eager = lorac.compile(model, [adapter], active=None, example_inputs=(x,))
+    for given in (x, x[:1], torch.randn(6, 6)):
+        assert_close(compiled(given), eager(given, adapters="ia3"))
+    rows = ["ia3", "ia3", None, None, "ia3", "ia3"]
+    assert_close(compiled(given, adapters=rows), eager(given, adapters=rows))
 
 
 @torch.no_grad()
