@@ -161,8 +161,8 @@ def check_download(size: int, origin: str) -> None:
     most = _budget.get().download
     if size > most:
         raise FormatError(
-            f"the download of {origin} has at least {size} bytes, and a download may have {most}",
-            next_step=f"if you want it: with lorac.budget(download={size}):, or download it and give its path",
+            f"the download of {origin} has at least {size} bytes, and a download may have at most {most}",
+            next_step=f"load it within `with lorac.budget(download={size}):`, or download it and give its path",
             code="over_budget",
         )
 

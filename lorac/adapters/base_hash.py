@@ -102,8 +102,8 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
     found = compute_base_hash(view, paths, dtype=getattr(torch, recorded_dtype, None))
     if found != recorded:
         raise AdapterError(
-            f"adapter '{name}' was made for other base weights: it recorded {recorded}, "
-            f"this model has {found} at the {len(paths)} adapted sites",
+            f"adapter '{name}' was made for other base weights: it recorded {recorded}, this model has {found} at the "
+            f"{len(paths)} adapted sites",
             next_step="load the base model, and the revision of it, that the adapter was trained on",
             code="base_mismatch",
         )
@@ -121,7 +121,7 @@ def _parse_recorded_dtype(name: str, recorded: str) -> str:
     known = recorded_dtype == _MIXED or isinstance(getattr(torch, recorded_dtype, None), torch.dtype)
     if not known or not _FORM.fullmatch(digest):
         raise AdapterError(
-            f"adapter '{name}' recorded {recorded!r} of its base weights, which is not a hash that lorac writes",
+            f"adapter '{name}' records {recorded!r} as the hash of its base weights, and lorac writes no such hash",
             next_step="copy or download the file again: it was changed",
             code="base_mismatch",
         )

@@ -76,7 +76,7 @@ def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> 
     if isinstance(change, Dense):
         weight = require_base(
             weight,
-            f"what is added to the weight of '{path}' depends on it",
+            f"the change of the weight of '{path}' depends on that weight",
             next_step="pass model=, the base that the adapter was trained on",
         )
         base = weight(path)

@@ -57,9 +57,7 @@ def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype 
         SiteError, AdapterError, FormatError: the adapter does not fit the model, as ``load_adapter`` says.
         WrongType: ``adapter`` is not an adapter.
     """
-    check_type(
-        adapter, Adapter, "what lorac.factors takes apart", next_step="give an adapter: lorac.load_adapter(path)"
-    )
+    check_type(adapter, Adapter, "the adapter of lorac.factors", next_step="give an adapter: lorac.load_adapter(path)")
     view = None if model is None else ModelView.of(model)
     if view is None:
         return dict(_iter_changes_without_model(adapter, dtype))
@@ -98,17 +96,17 @@ def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> 
     """Yield the changes that the adapter's tensors determine without a model."""
     _require_edits(adapter)
     if adapter.replaced:
-        raise _base_needed(f"which site owns '{next(iter(adapter.replaced))}', which adapter '{adapter.name}' replaces")
+        raise _base_needed(f"the site of '{next(iter(adapter.replaced))}', a parameter that '{adapter.name}' replaces")
     check_values(adapter)
     sites = {path: _infer_site(adapter, path, dtype) for path in adapter.tensors}
 
     def weight(site: Site) -> Tensor:
-        raise _base_needed(f"what adapter '{adapter.name}' does to '{site.path}', which depends on its weight")
+        raise _base_needed(f"the change of '{site.path}' by adapter '{adapter.name}'")
 
     preparer = Preparer(sites, BaseReader(weight, lambda site: None), keep_factors=True)
     for path, tensors in adapter.tensors.items():
         if operands.BIAS in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
-            raise _base_needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")
+            raise _base_needed(f"the change of the bias of '{path}' by adapter '{adapter.name}'")
         yield path, _change(preparer, adapter, path)
 
 
@@ -152,7 +150,7 @@ def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
     except UnknownMethod:  # a model cannot replace the missing class
         raise
     except (LoracError, ValueError) as error:
-        raise _base_needed(f"the shape of '{path}', which the tensors of '{adapter.name}' do not determine") from error
+        raise _base_needed(f"the shape of '{path}', since the tensors of '{adapter.name}' fit several") from error
     return site
 
 

@@ -162,7 +162,7 @@ def refuse_invocation(adapter: Adapter, why: str) -> None:
     if invocation_of(adapter.variant):
         raise unmergeable_error(
             f"adapter '{adapter.name}' acts from its invocation tokens on, and {why}",
-            next_step="lorac.compile(model, [adapter]) and `lorac serve` run it next to the weights",
+            next_step="run it next to the weights, by lorac.compile(model, [adapter]) or `lorac serve`",
         )
 
 
@@ -267,7 +267,7 @@ def check_site(
     parameters = f"{variant.name} as configured has {', '.join(specs)} there"
     for name in tensors:
         if name not in specs:
-            what = f"adapter '{adapter}' has a tensor '{name}' at '{site.path}' too many"
+            what = f"adapter '{adapter}' has a tensor '{name}' at '{site.path}' that its method does not use"
             raise unused_error(what, nearest=nearest_name(name, specs), next_step=parameters)
     for name in specs:
         if name not in tensors:
@@ -299,8 +299,8 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
     if not spec.admits(found) if shapes else len(found) != len(spec.shape):
         raise shape_error(
             f"adapter '{adapter}': {name} at '{site.path}' has shape {found}, expected {spec.shape}",
-            next_step=f"the site is {site.kind} {site.in_features} -> {site.out_features}; "
-            "rank and base model must be those of the training",
+            next_step=f"use the rank and the base model of the training; the site is {site.kind} {site.in_features} "
+            f"-> {site.out_features}",
         )
     if spec.role is not Role.INDEX:
         if not tensor.is_floating_point():
@@ -322,7 +322,7 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
         if bool(outside.any()):
             first = tuple(tensor[:, int(outside.nonzero()[0])].tolist())
             raise AdapterError(
-                f"adapter '{adapter}': position {first} of {name} at '{site.path}' lies outside {spec.below}",
+                f"adapter '{adapter}': {name} at '{site.path}' holds {first}, outside the shape {spec.below}",
                 next_step=step,
                 code="wrong_index",
             )
@@ -371,7 +371,7 @@ def check_replaced(
         step = f"load the model with {len(tensor)} rows there, the num_labels of a classifier, or call "
         step += f"model.resize_token_embeddings({len(tensor)}); lorac.compile also takes a whole layer of another size"
     raise shape_error(
-        f"adapter '{adapter}' replaces '{name}' by shape {tuple(tensor.shape)}, the model's has "
+        f"adapter '{adapter}' replaces '{name}' by a tensor of shape {tuple(tensor.shape)}, and the model's has "
         f"{tuple(original.shape)}",
         next_step=step,
     )
@@ -396,7 +396,7 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
         module = view.module.get_submodule(path)
     except AttributeError:
         others = [site for site in view.sites if _NUMBER.sub("*", site) == _NUMBER.sub("*", path)]
-        fewer = f", which has only {len(others)} of its kind" if others else ""
+        fewer = f", where only {len(others)} have such names" if others else ""
         owner = next((name for name in view.components if f"{name}.{path}" in view.sites), None)
         step = "load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one"
         own = find_own_names([path], view)
@@ -407,8 +407,8 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
             next_step=step if owner is None else f"give it as the adapter of one component: {{'{owner}': path}}",
         )
     return SiteError(
-        f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} that is not a site as built here",
-        next_step="train the adapter with exclude_modules naming it",
+        f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} that lorac cannot adapt",
+        next_step="train the adapter with that layer in exclude_modules",
     )
 
 

@@ -60,8 +60,8 @@ def to_lora(
         if rank is None and tolerance is None and factors_of(change) is None:
             what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
             raise unmergeable_error(
-                f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
-                next_step="rank= makes the nearest LoRA of a rank, tolerance= the smallest with an error within it",
+                f"the change of '{path}' by '{adapter.name}' ({adapter.variant.name}) {what}, so no LoRA equals it",
+                next_step="give rank= for the nearest LoRA of a rank, or tolerance= for the smallest within an error",
             )
         found[path] = truncate_change(path, change, view, rank, tolerance or 0.0)
         if rank is not None and tolerance is not None:
@@ -123,7 +123,8 @@ def check_sizes(rank: int | None, tolerance: float | None) -> None:
         raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise OptionError(
-            f"tolerance={tolerance} is no share of a change's norm", next_step="give a number from 0 to 1, such as 0.1"
+            f"tolerance={tolerance} is out of range",
+            next_step="give a number from 0 to 1, such as 0.1",
         )
 
 
@@ -135,9 +136,9 @@ def check_error(name: str, path: str, rank: int, error: float, tolerance: float)
     """
     if error > tolerance:
         raise unmergeable_error(
-            f"the nearest LoRA of rank {rank} misses {error:.3g} of what '{name}' does to '{path}', more "
-            f"than tolerance={tolerance:g}",
-            next_step="give a larger rank= or tolerance=; tolerance= alone finds the ranks that it takes",
+            f"the nearest LoRA of rank {rank} leaves out {error:.3g} of the change of '{path}' by '{name}', more than "
+            f"tolerance={tolerance:g}",
+            next_step="give a larger rank= or tolerance=, or tolerance= alone, which finds the ranks",
         )
 
 

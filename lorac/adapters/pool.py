@@ -262,8 +262,8 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         if name in self.entries:
             raise AdapterError(
                 f"an adapter called '{name}' is already there",
-                next_step="name it otherwise, compile by adapters={name: ...} and add_adapter by name=, "
-                "or remove_adapter the other first",
+                next_step="give it another name (adapters={name: ...} in compile, name= in add_adapter), or remove "
+                "the other by remove_adapter",
                 code="adapter_exists",
             )
 

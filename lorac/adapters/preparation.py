@@ -327,8 +327,8 @@ def _fill_layer(adapter: Adapter, site: Site, tensor: Tensor) -> Tensor:
         raise NeedsRecompile(
             f"adapter '{adapter.name}' has {len(tensor)} rows for '{site.path}', and the program "
             f"{'at most ' if site.own_size else ''}{site.size}",
-            next_step=f"compile again with reserve=lorac.Reserve(outputs={{'{site.path}': {len(tensor)}}}), or with it "
-            "in adapters=",
+            next_step=f"compile again with reserve=lorac.Reserve(outputs={{'{site.path}': {len(tensor)}}}), or with "
+            "the adapter in adapters=",
         )
     return pad_rows(tensor, site.size, math.nan if site.kind is SiteKind.EMBEDDING else 0.0)
 

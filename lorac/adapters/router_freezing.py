@@ -36,7 +36,7 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
         WrongType: ``adapter`` is not an adapter, or the weights are not numbers.
     """
     check_type(
-        adapter, Adapter, "what lorac.freeze_router freezes", next_step="give an adapter: compiled.adapters[name]"
+        adapter, Adapter, "the adapter of lorac.freeze_router", next_step="give an adapter: compiled.adapters[name]"
     )
     check_values(adapter)
     tensors = {}
@@ -96,5 +96,5 @@ def _read_weights(weights: object) -> Tensor:
             f"weights of experts are numbers, not {type(weights).__name__}", next_step="give one for each expert"
         ) from error
     if not found.isfinite().all():
-        raise WrongType("weights of experts are finite numbers, and one of these is none", next_step="give others")
+        raise WrongType("weights of experts are finite numbers, and one of these is not", next_step="give others")
     return found

@@ -1,8 +1,8 @@
 """How large the queries and keys of a model are, against the threshold of fast attention.
 
 Hu et al. 2024, arXiv 2406.03136: while no entry of the adapted queries and keys exceeds o(√ln L), L being the length of
-the sequence, gradients of LoRA can be approximated in almost linear time; above, not below quadratic time (SETH). The
-scale β of the logits is taken half by the queries and half by the keys.
+the sequence, gradients of LoRA can be approximated in almost linear time; above that, not faster than in quadratic time
+(SETH). The scale β of the logits is taken half by the queries and half by the keys.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def draw_entanglement(profiles: Mapping[str, EntanglementProfile | None], path: 
     figure = Figure(figsize=(8, 8), layout="constrained")
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in formats:
-        raise not_one_of("matplotlib writes no pictures as", path.suffix[1:], formats)
+        raise not_one_of("matplotlib does not write pictures as", path.suffix[1:], formats)
     above, below = figure.subplots(2, 1)
     for name, profile in profiles.items():
         if profile is None:
@@ -168,7 +168,7 @@ def internal_entropy(
     if not bool(state.isfinite().all()):
         raise AdapterError(
             "the matrix holds infinities or NaN",
-            next_step="look for the step of training that made them",
+            next_step="look for the training step that made these values",
             code="non_finite",
         )
     if not bool(state.flatten(-2).any(-1).all()):
@@ -226,9 +226,10 @@ def _resolve_dims(size: int, dims: Sequence[int] | None, side: str) -> tuple[int
     found = prime_sites(size) if dims is None else tuple(dims)
     if math.prod(found) != size:
         raise AdapterError(
-            f"{side}_dims {' x '.join(map(str, found))} make {math.prod(found)}; the matrix has {size}",
+            f"{side}_dims {' x '.join(map(str, found))} make {math.prod(found)}, and that side of the matrix has "
+            f"{size}",
             nearest=" x ".join(map(str, prime_sites(size))),
-            next_step="give factors of it, or None for its primes",
+            next_step=f"give factors of {size}, or None for its primes",
             code="shape_mismatch",
         )
     return found
@@ -236,7 +237,7 @@ def _resolve_dims(size: int, dims: Sequence[int] | None, side: str) -> tuple[int
 
 def _is_interleaved(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> bool:
     if order not in _ORDERS:
-        raise not_one_of("sites come in no order", order, _ORDERS)
+        raise not_one_of("there is no order of sites", order, _ORDERS)
     if order == "interleaved" and len(out_dims) != len(in_dims):
         raise AdapterError(
             f"{len(out_dims)} output sites cannot be interleaved with {len(in_dims)} input sites",

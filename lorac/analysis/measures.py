@@ -65,7 +65,7 @@ class AdapterMeasures:
 
 @dataclass(frozen=True)
 class SiteDifference:
-    """The changes of one site by two adapters; a field is None where an adapter that does not touch the site lacks it.
+    """The changes of one site by two adapters; a field is None if it needs an adapter that does not touch the site.
 
     Attributes:
         first, second: ‖ΔW₁‖ and ‖ΔW₂‖.
@@ -115,13 +115,13 @@ def diff(
     """Compare two adapters at every site that either touches, at strength 1.
 
     Args:
-        first, second: adapters of methods that edit weights; only read. Of methods or ranks they may differ.
+        first, second: adapters of methods that edit weights; only read. Their methods and ranks may differ.
         model: the base, or several by name, needed where ``lorac.factors`` needs it.
-        rank: compare the spaces of so many of the largest singular values; default: of all but rounding.
+        rank: how many of the largest singular values span the compared spaces; default: all above rounding.
 
     Returns:
         Site path -> difference, in the order of the first adapter, then of the second; then replaced parameters by
-        name, whose own norms take the model.
+        name, whose own norms need the model.
 
     Raises:
         SiteError: they touch no site in common.

@@ -39,7 +39,7 @@ def orthogonality(first: Tensor, second: Tensor) -> Orthogonality:
     """
     if first.ndim != 2 or first.shape != second.shape:
         raise AdapterError(
-            f"updates of {list(first.shape)} and {list(second.shape)} are not of one weight",
+            f"updates of {list(first.shape)} and {list(second.shape)} do not belong to one weight",
             next_step="give two matrices (out, in)",
             code="shape_mismatch",
         )
@@ -63,7 +63,7 @@ def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> 
     if not common:
         raise SiteError(
             f"'{first.name}' and '{second.name}' adapt no site in common",
-            next_step="such adapters are orthogonal; give two that share a site to measure more",
+            next_step="give two adapters that share a site; without one they are orthogonal",
             code="site_not_found",
         )
     view = ModelView.of(model)

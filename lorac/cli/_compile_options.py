@@ -107,7 +107,7 @@ def parse_dynamic_shapes(
 
 def _parse_axis(name: str, text: str, count: int) -> int:
     if not text.isdecimal() or int(text) >= count:
-        raise OptionError(f"'{name}' has no axis '{text}'", next_step=f"its axes are 0 to {count - 1}")
+        raise OptionError(f"'{name}' has no axis '{text}'", next_step=f"give an axis from 0 to {count - 1}")
     return int(text)
 
 

@@ -177,9 +177,9 @@ def _read_images(paths: Sequence[Path]) -> list[object]:
             nbytes += path.stat().st_size
     if len(paths) > most.max_images or nbytes > most.max_image_bytes:
         raise OptionError(
-            f"--image gives {len(paths)} files of together {nbytes} bytes, and a prompt has at most "
-            f"{most.max_images} of {most.max_image_bytes}",
-            next_step="give fewer or smaller ones",
+            f"--image gives {len(paths)} files of {nbytes} bytes in all, and a prompt takes at most {most.max_images} "
+            f"files and {most.max_image_bytes} bytes",
+            next_step="give fewer or smaller files",
         )
     return list(read_images([(path, f"'{path}'", (*IMAGE_FORMATS.values(),)) for path in paths], most.max_image_pixels))
 

@@ -141,7 +141,7 @@ def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
     tolerance: ToleranceOption = None,
     inputs: Annotated[
         Path | None,
-        typer.Option("--inputs", "-i", help=f"With --for: change the outputs least on these. {INPUTS_HELP}"),
+        typer.Option("--inputs", "-i", help=f"With --for: inputs whose outputs should change least. {INPUTS_HELP}"),
     ] = None,
     dtype: DtypeOption = "",
     fix_names: Annotated[
@@ -154,13 +154,13 @@ def convert(  # noqa: PLR0913, PLR0917  (an argument per option)
     from lorac.formats.engines import find_engine
 
     if inputs is not None and not engine:
-        raise OptionError("--inputs are those of --for", next_step="give --for ENGINE, or leave --inputs out")
+        raise OptionError("--inputs needs --for", next_step="give --for ENGINE, or leave --inputs out")
     if engine:
         rules = find_engine(engine)
         if format not in {"", rules.format}:
             raise OptionError(f"--for {engine} writes the format '{rules.format}'", next_step="leave --to out")
         if not model:
-            raise OptionError(f"which layers {rules.version} adapts depends on the base", next_step="give --model BASE")
+            raise OptionError(f"{rules.version} chooses layers by the base", next_step="give --model BASE")
         if dtype and dtype not in rules.dtypes:
             raise not_one_of(f"{rules.version} does not read tensors of --dtype", dtype, rules.dtypes)
     with progress("convert") as report:
@@ -201,7 +201,7 @@ def resize(
 
 def extract(
     tuned: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
-    base: Annotated[str, typer.Argument(help="The model that it was tuned from, likewise.")],
+    base: Annotated[str, typer.Argument(help="The model that it was tuned from, in the same form.")],
     destination: DestinationArgument,
     format: FormatOption = "",
     rank: RankOption = None,
@@ -224,7 +224,7 @@ def diff(
     second: SourceArgument,
     model: ModelOption = "",
     rank: Annotated[
-        int | None, typer.Option("--rank", "-r", help="Compare the spaces of so many largest singular values.")
+        int | None, typer.Option("--rank", "-r", help="Compare the spaces of this many largest singular values.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

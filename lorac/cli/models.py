@@ -45,7 +45,7 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 ModeOption = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=_MODES)]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(help="float32, float64, bfloat16 or float16; the model's own.", autocompletion=lambda: list(DTYPES)),
+    typer.Option(help="float32, float64, bfloat16 or float16, else the model's.", autocompletion=lambda: list(DTYPES)),
 ]
 
 
@@ -135,7 +135,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     mode: ModeOption = "auto",
     active: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; auto: the only adapter.")] = "auto",
     dtype: DtypeOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; the model's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the model's own.")] = None,
     inputs: Annotated[Path | None, typer.Option("--inputs", "-i", help=f"Example inputs. {INPUTS_HELP}")] = None,
     reserve: Annotated[list[str], typer.Option(help=RESERVE_HELP)] = [],  # noqa: B006  (the same)
     dynamic: Annotated[list[str], typer.Option(help=DYNAMIC_HELP)] = [],  # noqa: B006  (the same)
@@ -143,18 +143,18 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
         bool, typer.Option("--cache", help="Keep keys and values, so that the model writes text.")
     ] = False,
     weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; onnxruntime, openvino.")] = None,
-    head: Annotated[str | None, typer.Option(help="int8 or int4: with --weights, of the output layer; int8.")] = None,
+    head: Annotated[str | None, typer.Option(help="With --weights: int8 (default) or int4 for the output.")] = None,
     mixed: Annotated[
         bool | None,
-        typer.Option("--mixed/--no-mixed", help="With --weights int4: 8 bits for the first and last layers; mixed."),
+        typer.Option("--mixed/--no-mixed", help="With --weights int4: first and last layers in 8 bits (default)."),
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="rtn, k_quant or gptq: with --weights, the choice of the codes; rtn.")
+        str | None, typer.Option(help="With --weights: how codes are chosen: rtn (default), k_quant, gptq.")
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="A text that gptq reads; default: texts that the model writes.")
     ] = None,
-    capabilities: Annotated[str, typer.Option(help="Of the GPUs to build for, as 8.6,8.9,12.0; for tensorrt.")] = "",
+    capabilities: Annotated[str, typer.Option(help="For tensorrt: the GPUs' capabilities, as 8.6,8.9,12.0.")] = "",
     json: JsonOption = False,
 ) -> None:
     """Compile a model and its adapters, and save the result with the model's tokenizer."""

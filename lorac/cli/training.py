@@ -88,13 +88,15 @@ def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="SOURCE's adapter, a file or folder.")],
     discriminator: Annotated[Path, typer.Option(help="SOURCE's adapter that knows the task's prompts.")],
     task: Annotated[Path, typer.Option(help="The folder of transfer.json and seeds.jsonl: docs/initialisation.md.")],
-    method: Annotated[str, typer.Option(help="Of the new adapter, one of `lorac variants`.")] = "lora",
+    method: Annotated[str, typer.Option(help="The new adapter's method, one of `lorac variants`.")] = "lora",
     option: Annotated[list[str], typer.Option("--set", "-s", help=_OPTION_HELP)] = [],  # noqa: B006  (typer's way to say "any number")
     count: Annotated[int, typer.Option(help="How many prompts to train on.")] = 250,
     tokens: Annotated[int, typer.Option(help="The most tokens of a prompt, and of an answer.")] = 48,
-    epochs: Annotated[int, typer.Option(help="How often each is learnt.")] = 20,
+    epochs: Annotated[int, typer.Option(help="How often each prompt is learnt.")] = 20,
     lr: Annotated[float, typer.Option(help="The first learning rate, which falls to 0.")] = 2e-4,
-    soft: Annotated[bool, typer.Option("--soft", help="Learn probabilities: SOURCE has TARGET's vocabulary.")] = False,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Learn probabilities; TARGET needs SOURCE's vocabulary.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -117,7 +119,7 @@ def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)
         done = run(teacher, student, described, settings=settings)
     lorac.save_adapter(done.adapter, out, format="peft" if method == "lora" else "native", model=model)
     contents = {"path": str(out), "prompts": len(done.pairs), "tried": done.tried}
-    line = f"{out}: learnt from {len(done.pairs)} prompts, which were taken of {done.tried}"
+    line = f"{out}: learnt from {len(done.pairs)} prompts, chosen from {done.tried}"
     print_report(contents, line, as_json=json)
 
 

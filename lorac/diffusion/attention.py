@@ -1,8 +1,8 @@
 """Branches at the attentions of diffusers' denoisers: their maps, region-aware cross-attention, isolation of regions.
 
-Each stands at the output projection of an attention and reads its queries, keys and values as they are in this pass,
-with other adapters. Regions are boxes, given as fractions of height and width, and become masks for the size that a
-call has.
+Each stands at the output projection of an attention and reads its queries, keys and values in this pass, where other
+adapters act, too. Regions are boxes, given as fractions of height and width, and become masks for the size that a call
+has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Role,
 from lorac.variants.initialisers import constant, zeros
 
 CROSS, SELF = "attn2.to_out.0", "attn1.to_out.0"
-"""How the output projections of cross- and self-attention end in diffusers' transformer blocks."""
+"""Ends of the paths of cross- and self-attention's output projections in diffusers' blocks."""
 BARRED = -1e6
 """The bias on the logits of keys that a query must not see."""
 _NO_GRID = "in:"
 """The name of the grid of a site outside all transformers of a U-Net."""
 _SLACK = 1e-4
-"""Of a box's edges, in cells of the grid: a fraction such as 0.3 of ten cells is three."""
+"""Tolerance of a box's edges, in cells of the grid: 0.3 of ten cells is exactly three."""
 
 
 def rasterise(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -61,7 +61,7 @@ class AttentionBranch(BranchVariant):
     """A branch at the output projection of attentions.
 
     Attributes:
-        heads: number of heads, where ``heads_pattern`` says no other; both are read off the model.
+        heads: number of heads where ``heads_pattern`` has none; ``for_model`` reads both off the model.
         heads_pattern: module path -> its number of heads.
     """
 
@@ -81,8 +81,8 @@ class AttentionBranch(BranchVariant):
         """
         if not any(map(self._is_ours, view.module.modules())):
             raise SiteError(
-                f"{self.name} acts in {self._kind}, of which a {type(view.module).__name__} has none; its paper "
-                "does not define it for the joint attention of Flux and SD3",
+                f"{self.name} acts in {self._kind}, and a {type(view.module).__name__} has none of these; the "
+                "method's paper does not define it for the joint attention of Flux and SD3",
                 next_step="take a U-Net, such as Stable Diffusion's or SDXL's; any pipeline of lorac.diffusion.compile "
                 "takes other adapters for each image, adapters=[...]",
             )
@@ -97,8 +97,8 @@ class AttentionBranch(BranchVariant):
                 )
             if _NO_GRID in self.reads(site):
                 raise SiteError(
-                    f"'{site.path}' is in no transformer of a U-Net, whose input says how many rows and columns of "
-                    "pixels there are",
+                    f"'{site.path}' is not in a transformer of a U-Net, whose input tells the rows and columns of "
+                    "pixels",
                     next_step="take a U-Net, such as Stable Diffusion's or SDXL's",
                 )
             found[site.path] = heads
@@ -261,7 +261,7 @@ def _project(x: Tensor, ctx: Context) -> Tensor:
 
 
 def select_maps(maps: Mapping[str, Tensor], grid: tuple[int, int], layers: Sequence[str] = ()) -> list[Tensor]:
-    """Return those of the maps of a call that are of one size.
+    """Return the maps of a call that have one size.
 
     Args:
         maps: site path -> maps (b, …, pixels, words), as in ``Compiled.aux``.
@@ -275,7 +275,7 @@ def select_maps(maps: Mapping[str, Tensor], grid: tuple[int, int], layers: Seque
     found = [one for one in named.values() if one.shape[-2] == grid[0] * grid[1]]
     if not found:
         raise InputMismatch(
-            f"no attention that counts has maps of {grid[0]} x {grid[1]}; there are maps of "
+            f"none of the attentions to count has maps of {grid[0]} x {grid[1]} pixels; their maps have "
             f"{', '.join(sorted({str(one.shape[-2]) for one in named.values()}, key=int)) or 'no'} pixels",
             next_step="make the composer with the stride= of one of the model's resolutions, and without layers=",
         )

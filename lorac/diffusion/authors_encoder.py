@@ -3,8 +3,8 @@
     encoder = read_authors_encoder("epoch-lora_encoder-19.safetensors")
     Retriever(encoder, text_encoder, tokenizer)     # FLUX's first text encoder, CLIP's, and its tokenizer
 
-Source: lzws/AutoLoRA, `retriever.py` and `train_retriever.py`. Sites have the names of FLUX's layers in DiffSynth, such
-as ``blocks.0.attn.a_to_qkv``, and so have those of the adapters that such an encoder reads.
+Source: lzws/AutoLoRA, `retriever.py` and `train_retriever.py`. The encoder and the adapters that it reads name sites as
+FLUX's layers in DiffSynth, such as ``blocks.0.attn.a_to_qkv``.
 """
 
 import re
@@ -26,7 +26,7 @@ _LAYERS = {
 """Kinds of blocks and the layers of each, in the order of the encoder's tokens, which a file has lost."""
 _PARTS = {"attn.to_q": "self_attn.q_proj", "attn.to_k": "self_attn.k_proj", "attn.to_v": "self_attn.v_proj"}
 _PARTS |= {"attn.to_out": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-"""Part of an encoder's block in a file -> the same of lorac's."""
+"""Part of an encoder's block in a file -> its name in lorac."""
 _PART = re.compile(r"(?<=^encoders\.\d\.)(attn\.to_\w+|fc\d)")
 
 
@@ -55,9 +55,9 @@ def read_authors_encoder(file: str | Path) -> WeightEncoder:
         encoder.load_state_dict(renamed | rest)
     except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise FormatError(
-            f"'{file}' is not an encoder of AutoLoRA's authors, of width 768 and with one input for each layer of FLUX",
-            next_step="give the file epoch-lora_encoder-<n>.safetensors of their train_retriever.py, or the folder of "
-            "Retriever.save to Retriever.load",
+            f"'{file}' is not an encoder of AutoLoRA's authors (width 768, one input for each layer of FLUX)",
+            next_step="give the file epoch-lora_encoder-<n>.safetensors that their train_retriever.py wrote; "
+            "Retriever.load takes a folder of Retriever.save",
             code="unknown_format",
         ) from error
     return encoder.eval()

@@ -8,8 +8,8 @@
     tuned = lorac.compile(unet, {"both": joined})
     learn_both(tuned, "both", content_loss, style_loss)
 
-arXiv 2403.19456 and ACM TOG 44(2), 2025. Halves that were trained against the same frozen bases join as they are; of
-others, whose bases their adapters' names seed, the joined adapter needs the second stage.
+arXiv 2403.19456 and ACM TOG 44(2), 2025. Halves that were trained against the same frozen bases join as they are. Other
+bases are seeded by the adapters' names, and a LoRA joined of those needs the second stage.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.plp import PLP
 
 Loss = Callable[[torch.Generator], Tensor]
-"""A generator, seeded alike for all losses of a step, -> the loss on some images at the noise and timestep it draws."""
+"""Generator, of one seed for all losses of a step -> the loss on some images at the noise and timestep it draws."""
 Half = Literal["content", "style"]
 _LEARNED = {"content": "down_learned", "style": "up_learned"}
 """Half -> the factor that its own data train; its partners' data train the other."""

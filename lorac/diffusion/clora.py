@@ -12,8 +12,8 @@ gradients in eager mode move the latents, so that maps of one concept agree and 
 LoRA's noise is taken where its words are attended to. Meral et al. 2024, arXiv 2403.19776.
 
 Defaults are those of the authors' function; their notebook has ``updates=50`` of 100 steps, ``refinements=21`` and
-``threshold=0.4``. Two defaults are others: maps are those of the prompts alone, and a step's noise is predicted after
-its last update. ``negative_maps=True, noise_first=True`` does both as their code does.
+``threshold=0.4``. Two defaults differ: maps are those of the prompts alone, and a step's noise is predicted after its
+last update. ``negative_maps=True, noise_first=True`` does both as their code does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +52,8 @@ class ConceptPass:
         negative: of the negative prompt.
         adapter: name of the LoRA that acts; None: none.
         strength: of the LoRA.
-        words: places of the words whose maps say where the pass's noise is taken; that of the first pass is taken
-            wherever no other is, too.
+        words: places of the words whose maps say where the pass's noise is taken; the first pass's noise is also taken
+            wherever no other is.
     """
 
     states: Embeddings
@@ -64,7 +64,7 @@ class ConceptPass:
 
 
 def contrast(maps: Tensor, concepts: Sequence[int], temperature: float = 0.5) -> Tensor:
-    """Return the NT-Xent loss (…,) of maps (…, n, pixels), each of the concept that ``concepts`` numbers.
+    """Return the NT-Xent loss (…,) of maps (…, n, pixels); ``concepts`` numbers the concept of each.
 
     Maps are scaled to values from 0 to 1 and compared by cosine. The mean is over ordered pairs of maps of one concept.
 
@@ -99,7 +99,7 @@ def subject_mask(maps: Tensor, threshold: float = 0.3, reduce: Reduction = "unio
 
 
 def add_background(masks: Tensor, first: Tensor | bool = False) -> Tensor:
-    """Return weights (…, n + 1, height, width) of masks (…, n, height, width): first of the part without a mask.
+    """Turn masks (…, n, height, width) into weights (…, n + 1, height, width); the part without a mask comes first.
 
     Args:
         masks: of the passes after the first.
@@ -253,7 +253,7 @@ class ContrastiveComposer:
         return loss.detach(), slope
 
     def maps(self, program: Compiled, latents: Tensor, passes: int, negative_maps: bool = False) -> Tensor:
-        """Return the attention in a program's last call, which was for these latents and so many passes.
+        """Return the attention in a program's last call, which had these latents and number of passes.
 
         Returns:
             (b, passes, height, width, words), the mean over heads and over the attentions that count, and with

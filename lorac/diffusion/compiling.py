@@ -38,7 +38,7 @@ def compile(
             compiled.
         adapters, target: as for ``lorac.compile``. LoRAs that the pipeline has loaded come along.
         parts: names of the models to compile; default: the denoiser, the VAE's decoder and the text encoders.
-        example_inputs: by model, for those whose configuration does not suffice to make them.
+        example_inputs: by model, for models whose configuration does not determine them.
         **options: of ``lorac.compile``, such as ``mode=``, ``active=`` and ``reserve=``.
 
     Raises:
@@ -49,7 +49,7 @@ def compile(
     if options.get("dtype") in (torch.float16, "float16") and found:
         raise OptionError(
             f"'{found[0]}' of the pipeline overflows in float16 (its configuration says force_upcast)",
-            next_step="give pipeline.to(torch.float16) and no dtype=: all but the VAE is compiled in float16 then",
+            next_step="give pipeline.to(torch.float16) without dtype=, which compiles all but the VAE in float16",
         )
     given = example_inputs or {}
     unknown = sorted(given.keys() - models.keys())
@@ -66,7 +66,7 @@ def compile(
 
 
 def place_parts(pipeline: Pipeline, compiled: Compiled) -> CompiledPipeline:
-    """Return a pipeline that runs models which are compiled already, such as those of an artifact.
+    """Return a pipeline that runs compiled models, such as those of an artifact.
 
     Args:
         pipeline: of diffusers; left as it was.

@@ -34,7 +34,7 @@ FIRST, LAST = 5, 25
 class Composer:
     """A denoiser with room for regions; each call makes latents.
 
-    A LoRA of the background is merged into the denoiser before (``lorac.merge_into``).
+    To use a LoRA for the background, merge it into the denoiser first (``lorac.merge_into``).
 
     Args:
         unet: a U-Net of diffusers; left as it was.

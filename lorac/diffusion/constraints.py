@@ -1,4 +1,4 @@
-"""LoRA-Composer's constraints: losses that move a latent until attention lies in boxes; and the latent's beginning.
+"""LoRA-Composer's constraints: losses that move a latent until attention lies in boxes, and the first latent.
 
 Maps have leading axes of their own, such as the rows of a batch. Sizes are those of the maps' grid.
 """

@@ -159,7 +159,7 @@ def write(adapter: Adapter, span: Tensor, alpha: float = 1.0, *, rows: Tensor | 
     if span.shape[1] > own["span"].shape[1]:
         raise ChoiceError(
             f"the span has {span.shape[1]} columns, and '{adapter.name}' was made for {own['span'].shape[1]}",
-            next_step="give unwanted_span max_rank=, or at_text_encoder a larger capacity=",
+            next_step="give max_rank= to unwanted_span, or a larger capacity= to at_text_encoder",
         )
     own["span"].zero_()
     own["span"][:, : span.shape[1]] = alpha**0.5 * span
@@ -179,7 +179,7 @@ def at_cross_attention(
 ) -> Adapter:
     """Return the projection merged into the layers that read the embeddings, in factors of the span's rank.
 
-    It projects all rows, also the first, and of all prompts alike: with it, guidance's empty prompt is projected too.
+    It projects all rows of all prompts, including the first row and guidance's empty prompt.
 
     Args:
         unet: the model that reads the embeddings.
@@ -197,7 +197,7 @@ def at_cross_attention(
         variant.check(site)
         if site.in_features != len(span):
             raise SiteError(
-                f"'{site.path}' reads {site.in_features} features, and the span is of embeddings of {len(span)}",
+                f"'{site.path}' reads {site.in_features} features, and the span has embeddings of {len(span)}",
                 next_step="give targets= the layers that read this text encoder's embeddings",
             )
     scaled = alpha**0.5 * span if span.shape[1] else span.new_zeros(len(span), 1)
@@ -205,9 +205,9 @@ def at_cross_attention(
 
 
 def chain_after(lora: Adapter, span: Tensor, unet: nn.Module, alpha: float = 1.0, *, name: str = "decor") -> Adapter:
-    """Return a LoRA whose layers, and all others that read the embeddings, read them projected.
+    """Return a LoRA with a projection before it; all layers that read the embeddings read them projected.
 
-    A sum of the two would leave the LoRA's own input as it is.
+    A sum of the two would not project the LoRA's own input.
 
     Args:
         lora: an adapter of a method that edits weights.
@@ -229,7 +229,7 @@ def mix(content: Tensor, style: Tensor, *, how: Literal["mean", "concat"] = "mea
         how: ``"mean"`` or ``"concat"``, along the length.
     """
     if how not in {"mean", "concat"}:
-        raise ChoiceError(f"contexts are not mixed by '{how}'", next_step="give mean or concat")
+        raise ChoiceError(f"how='{how}' is not a way to mix contexts", next_step="give mean or concat")
     return (content + style) / 2 if how == "mean" else torch.cat([content, style], dim=-2)
 
 

@@ -1,11 +1,11 @@
-"""The training of AutoLoRA's gates, which one layer's LoRAs share, whichever they are.
+"""The training of AutoLoRA's gates, one for each layer, whichever LoRAs act there.
 
     adapter = lorac.AutoLoRA.from_loras([*loras[:2], global_expert(*loras[:2])], base=False)
     compiled = lorac.compile(unet, {"gates": adapter})
     train_gates(compiled, "gates", loras, error)
     fused = lorac.AutoLoRA.from_loras(chosen, gates=read_gates(compiled.adapters["gates"]))
 
-arXiv 2508.02107, and its code lzws/AutoLoRA: each step fuses two of the LoRAs and a third of low rank that both give.
+arXiv 2508.02107, and its code lzws/AutoLoRA: each step fuses two of the LoRAs and a third of low rank made from both.
 """
 
 import functools
@@ -91,9 +91,9 @@ def write_loras(adapter: Adapter, loras: Sequence[Adapter]) -> None:
     assert isinstance(variant, AutoLoRA) and isinstance(given.variant, AutoLoRA)
     extra = next((path for path in given.tensors if path not in adapter.tensors), None)
     if extra is not None or given.variant.r > variant.r or len(loras) != variant.experts:
-        reason = f"one adapts '{extra}'" if extra is not None else f"they are {len(loras)} of rank {given.variant.r}"
+        reason = f"one adapts '{extra}'" if extra is not None else f"these are {len(loras)} of rank {given.variant.r}"
         raise AdapterError(
-            f"'{adapter.name}' fuses {variant.experts} LoRAs of rank {variant.r} on sites of its own, and {reason}",
+            f"'{adapter.name}' fuses {variant.experts} LoRAs of rank {variant.r} on its own sites, and {reason}",
             next_step="make another one with lorac.AutoLoRA.from_loras",
             code="shape_mismatch",
         )

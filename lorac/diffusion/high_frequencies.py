@@ -18,7 +18,7 @@ from torch import Tensor
 from lorac.argument_types import OneOf, check_fields
 
 CUTOFF = 60 / 512
-"""The lowest frequency that counts as high, of the highest: a radius of 30 at 512 pixels."""
+"""The lowest high frequency, as a share of the highest one: a radius of 30 at 512 pixels."""
 _LUMA = (0.299, 0.587, 0.114)
 _SCALES, _WINDOW = 3, 7
 _FLOOR = 1e-8
@@ -75,7 +75,7 @@ def structural_similarity(images: Tensor, targets: Tensor, *, span: float = 2.0)
 
 
 def structural_distance(images: Tensor, targets: Tensor) -> Tensor:
-    """Return L1, the mean over up to three halvings of the size, plus 1 − structural similarity."""
+    """Return L1, averaged over up to three halvings of the size, plus 1 − structural similarity."""
     total, scales = 1 - structural_similarity(images, targets), 0
     distance = images.new_zeros(())
     while scales < _SCALES and min(images.shape[-2:]) > 1:
@@ -95,8 +95,8 @@ class HighFrequencyLoss:
         by_maximum: as PromptFix has it: magnitudes, divided by each image's largest. It makes the parts blind to
             contrast.
         spatial: D, such as DISTS.
-        between: D' of the high-frequency parts. L1 pays for detail that is in another place, and so takes detail away
-            that noise does not determine; ``structural_distance`` does not.
+        between: D' of the high-frequency parts. L1 punishes misplaced detail, and so removes detail that noise does not
+            determine; ``structural_distance`` does not.
     """
 
     high: Annotated[str, OneOf(("both", "fourier", "edge", "none"))] = "both"
@@ -148,7 +148,7 @@ def radial_spectrum(images: Tensor, bands: int = 8) -> Tensor:
 
 
 def closed_gap(found: Tensor, base: Tensor, target: Tensor, *, bands: int = 4) -> float:
-    """Return how much of the power that is missing in the top ring an adapter brings: 0 like the base, 1 the target's.
+    """Return the share of the power missing in the top ring that an adapter adds: 0 like the base, 1 like the target.
 
     Args:
         found, base, target: images (b, c, h, w) of the adapter, of the base in one step and of the base in many.

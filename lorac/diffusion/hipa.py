@@ -1,4 +1,4 @@
-"""HiPA: a LoRA with which one step from pure noise has the high frequencies that otherwise take many.
+"""HiPA: a LoRA that gives one step from pure noise the high frequencies of many steps.
 
     step = OneStep.of(unet, scheduler, vae=vae)
     compiled = lorac.compile(step, {"hipa": RECIPE}, example_inputs=(noise, context))
@@ -58,7 +58,7 @@ class OneStep(nn.Module):
     ) -> None:
         super().__init__()
         if predicts not in _CLEAN:
-            raise ChoiceError(f"no way from '{predicts}' to an image", next_step=f"give {', '.join(_CLEAN)}")
+            raise ChoiceError(f"no rule turns '{predicts}' into images", next_step=f"give {', '.join(_CLEAN)}")
         self.unet, self.vae = fold_timestep(unet, timestep) if folds else unet, vae
         self.timestep, self.alpha_bar, self.predicts, self.scaling = timestep, alpha_bar, predicts, scaling
 
@@ -86,8 +86,8 @@ class OneStep(nn.Module):
         table = getattr(scheduler, "alphas_cumprod", None)
         if table is None:
             raise Unavailable(
-                f"{type(scheduler).__name__} has no alphas_cumprod, from which a step would be computed",
-                next_step="give OneStep timestep= and alpha_bar= yourself, or a scheduler such as DDIMScheduler",
+                f"{type(scheduler).__name__} has no alphas_cumprod, which a step is computed from",
+                next_step="give timestep= and alpha_bar= to OneStep yourself, or a scheduler such as DDIMScheduler",
             )
         at = len(table) - 1 if timestep is None else timestep
         scaling = 1.0 if vae is None else float(vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]  # of diffusers
@@ -107,10 +107,10 @@ class OneStep(nn.Module):
 
 
 class ConstantModule(nn.Module):
-    """A module that answers one value, whatever it is given.
+    """A module that returns one value for every input.
 
     Args:
-        value: its answer.
+        value: the value that it returns.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -127,7 +127,7 @@ def fold_timestep(unet: nn.Module, timestep: int) -> nn.Module:
     """Return a U-Net over the same weights with the values that depend on one timestep alone as constants.
 
     These are the timestep's embedding, and each block's projection of it where nothing else is added to the embedding,
-    as Stable Diffusion XL adds sizes and a pooled prompt. The layers that computed them are sites no more. A network
+    as Stable Diffusion XL adds sizes and a pooled prompt. The layers that computed them are no longer sites. A network
     without such an embedding is returned as it is.
 
     Args:

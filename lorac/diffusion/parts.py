@@ -33,7 +33,7 @@ def find_parts(components: Mapping[str, object]) -> dict[str, nn.Module]:
 
 
 def widen(model: nn.Module) -> nn.Module:
-    """Return a VAE that overflows in half precision (``force_upcast``) as a copy in float32, other models unchanged."""
+    """Copy a VAE that overflows in half precision (``force_upcast``) to float32; return other models unchanged."""
     halves = any(parameter.dtype in _HALVES for parameter in model.parameters())
     return copy.deepcopy(model).float() if upcasts(model) and halves else model
 
@@ -133,7 +133,7 @@ class PipelinePart:
             if name == "__module__":
                 raise UnknownAttribute(
                     f"'{self._name}' is compiled, and works in only one pipeline",
-                    next_step="make the other pipeline of the original's models, and place the compiled ones there: "
+                    next_step="make the other pipeline of the original models, and place the compiled ones there: "
                     "lorac.diffusion.place_parts(other, pipeline.compiled)",
                 )
             if name.startswith("__"):  # Python itself asks for those

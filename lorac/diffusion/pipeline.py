@@ -156,7 +156,7 @@ class CompiledPipeline:
         for name, weight in zip(names, each, strict=True):
             if isinstance(weight, Mapping):
                 raise ChoiceError(
-                    f"the strength of '{name}' is given per model, and an adapter has one for all",
+                    f"'{name}' is given a strength for each model, and an adapter has one for all",
                     next_step="give one strength; a model with another strength needs an adapter of its own",
                 )
         self.compiled.swap({name: 1.0 if w is None else w for name, w in zip(names, each, strict=True)})
@@ -197,8 +197,8 @@ class CompiledPipeline:
         """Raise ``Unavailable``: a compiled pipeline is written in two parts."""
         raise Unavailable(
             "a compiled pipeline cannot be saved in the form that diffusers reads",
-            next_step="save its models by compiled.save(folder), of pipeline.compiled, and put them into a pipeline "
-            "again by lorac.diffusion.place_parts; or save the pipeline that was compiled",
+            next_step="save pipeline.compiled by its save(folder), and put the loaded models into a pipeline by "
+            "lorac.diffusion.place_parts; or save the original pipeline",
         )
 
     def to(self, *args: object, **kwargs: object) -> CompiledPipeline:
@@ -220,7 +220,7 @@ class CompiledPipeline:
 
 @functools.cache
 def make_pipeline_class(cls: type) -> type[CompiledPipeline]:
-    """Make the class of compiled pipelines of a class, of its name, by which diffusers finds pipelines of other tasks.
+    """Make a pipeline class's compiled subclass; diffusers finds pipelines of other tasks by its name, which it keeps.
 
     Methods that work on models of diffusers are refused, and those that take the strength of LoRAs hold the adapters
     at that strength.

@@ -108,7 +108,7 @@ def _factors(change: Change, r: int, path: str) -> dict[str, Tensor]:
     """Return the factors of a change of an output projection."""
     folded = change.folded() if isinstance(change, LowRank) else None
     if folded is None or folded.scales or folded.e is not None or folded.rank > r:
-        what = "no factors alone" if folded is None or folded.rank <= r else f"rank {folded.rank}"
+        what = "more than two factors" if folded is None or folded.rank <= r else f"rank {folded.rank}"
         raise AdapterError(
             f"the concept's change of '{path}' has {what}, and the program takes factors of rank {r}",
             next_step=f"make the program with a larger r=, or convert the concept: lorac.to_lora(..., rank={r})",

@@ -94,7 +94,7 @@ class Retriever:
         """
         if not index or top < 1:
             raise ChoiceError(
-                f"of {len(index)} adapters the best {top} are asked for",
+                f"top={top} adapters cannot be chosen from {len(index)}",
                 next_step="give one adapter at least, and top= above 0",
             )
         scores = torch.stack(list(index.values())) @ self.embed_prompts([prompt])[0]

@@ -48,7 +48,7 @@ class RunningCall:
         times, rest = divmod(rows, len(each))
         if rest or not times:
             raise ChoiceError(
-                f"{len(self.held)} choices of adapters for {rows} rows of a model",
+                f"there are {len(self.held)} choices of adapters for {rows} rows of a model",
                 next_step="give one choice per prompt, or a single choice for all",
             )
         return each * times

@@ -1,4 +1,4 @@
-"""The calls of a U-Net that compositions make: prompts, and the schedulers of diffusers as far as they use them."""
+"""The calls of a U-Net that compositions make: their prompts, and the methods of diffusers' schedulers they use."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _ADDED = "added_cond_kwargs"
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """The embeddings of a prompt, where a U-Net takes more of it than its tokens' states.
+    """The embeddings of a prompt, for a U-Net that takes more than its tokens' states.
 
     Attributes:
         states: of its tokens (tokens, width).
@@ -90,8 +90,8 @@ def call_rows(
     for prompt in given:
         if prompt.added.keys() != wanted:
             raise InputMismatch(
-                f"of each prompt the U-Net takes its states and {', '.join(sorted(wanted)) or 'nothing else'}, and one "
-                f"has {', '.join(sorted(prompt.added)) or 'states alone'}",
+                f"for each prompt the U-Net takes its states and {', '.join(sorted(wanted)) or 'nothing else'}, and "
+                f"one has {', '.join(sorted(prompt.added)) or 'states alone'}",
                 next_step="give every prompt as lorac.diffusion.scheduling.Prompt(states, added={name: tensor})",
             )
     rows = scheduler.scale_model_input(latents, t).repeat(len(given), 1, 1, 1)

@@ -29,15 +29,15 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 class WeightEncoder(nn.Module):
     """``e = mean(LN(blocks(W_type(x_l·A_l·B_l) + position_l)))``: a token for each site l, two causal CLIP blocks.
 
-    x_l is a learned input of the site, or several, whose answers W reads side by side. Sites of one kind share W: those
-    whose paths are equal but for the numbers of blocks, and which have equally many outputs.
+    x_l is a learned input of the site, or several, and W reads their answers side by side. Sites share W if their paths
+    differ only in numbers of blocks and they have equally many outputs.
 
     Args:
         sizes: the sites, in the model's order.
         width: of the result, that of the text encoder's embeddings.
         layers: number of blocks.
-        probes: number of inputs of each site. The paper's one sees one direction of a change; more tell adapters apart
-            where few are there to learn from.
+        probes: number of inputs of each site. The paper's single one sees one direction of a change; with few adapters
+            to learn from, more inputs tell them apart better.
 
     Raises:
         OptionError: there are no probes.
@@ -87,8 +87,8 @@ class WeightEncoder(nn.Module):
         for path, (a, b) in pairs.items():
             if self.sizes.get(path) != (len(a), b.shape[-1]):
                 raise SiteError(
-                    f"'{name}' changes '{path}' ({len(a)} inputs, {b.shape[-1]} outputs), for which this encoder was "
-                    "not made",
+                    f"this encoder was not made for '{path}' ({len(a)} inputs, {b.shape[-1]} outputs), which '{name}' "
+                    "changes",
                     nearest=nearest_name(path, self.sizes),
                     next_step="train a retriever on adapters of this model",
                     code="site_not_found",

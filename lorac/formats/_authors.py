@@ -150,7 +150,7 @@ class AuthorsFormat(Format):
         if lost:
             example = encode_config({**raw, **dict.fromkeys(lost, 1)})
             raise unsupported_error(
-                f"'{path}' does not hold {', '.join(lost)} of its training, which the result depends on",
+                f"'{path}' does not hold {', '.join(lost)}, settings of its training that change the result",
                 next_step=f"write them into '{settings_path}' as JSON, with the values of the training: {example}",
             )
         values = read_fields(raw, self.settings, settings_path)
@@ -218,7 +218,7 @@ class AuthorsFormat(Format):
         settings = self.describe(adapter.variant)
         for name, tensor in adapter.replaced.items():
             if not self.is_trained(name, settings):
-                raise self._no_place(adapter, f"'{name}', which it replaces")
+                raise self._no_place(adapter, f"the replacement of '{name}'")
             tensors[name] = tensor
         tensors |= self._name_tensors(adapter)
         path.mkdir()
@@ -239,8 +239,8 @@ class AuthorsFormat(Format):
     def _no_place(self, adapter: Adapter, content: str) -> FormatError:
         places = dict.fromkeys(row.site.replace("*", "…") for row in self.rows)
         return unsupported_error(
-            f"the format '{self.name}' has no place for {content} of adapter '{adapter.name}'",
-            next_step=f"it has layers at {', '.join(places)}; format='native' holds every adapter",
+            f"the format '{self.name}' cannot store {content} of adapter '{adapter.name}'",
+            next_step=f"use format='native', which stores every adapter; this one has layers at {', '.join(places)}",
         )
 
 
@@ -268,12 +268,12 @@ def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: P
     sizes: dict[int, str] = {}
     for path, stored in tensors.items():
         if parameter not in stored or stored[parameter].ndim < max(axes, axis + 1):
-            raise corrupt_error(f"'{file}' lacks {parameter} at '{path}', or it has too few axes")
+            raise corrupt_error(f"'{file}' lacks {parameter} at '{path}', or that tensor has too few axes")
         sizes.setdefault(stored[parameter].shape[axis], path)
     if len(sizes) > 1:
         (first, here), (second, there), *_ = sizes.items()
         raise unsupported_error(
             f"{parameter} in '{file}' has the size {first} at '{here}' and {second} at '{there}'",
-            next_step="the authors' code has one for all; copy or download the file again",
+            next_step="copy or download the file again; the authors' code has one size for all",
         )
     return next(iter(sizes))

@@ -128,8 +128,8 @@ def refuse_unknown_fields(raw: JsonMapping, known: Iterable[str], path: Path) ->
                 f"'{path}' sets the unknown field '{name}' = {short(raw[name])}",
                 name,
                 names,
-                "it may change the result, so it is not ignored; if it is from a newer library, a newer lorac may know "
-                "it",
+                "the field may change the result, so it is not ignored; a newer lorac may know the field of a newer "
+                "library",
             )
 
 
@@ -233,7 +233,7 @@ def read_targets(value: object) -> str | tuple[str, ...] | None:
     """Return a pattern as ``read_pattern`` does, but None for null: PEFT then chooses by the architecture."""
     pattern = None if value is None else read_pattern(value)
     if isinstance(pattern, str) and pattern in set(TARGET_KEYWORDS) - {ALL_LINEAR}:
-        raise ValueError("that is a word of lorac's, which PEFT takes for a module's name")
+        raise ValueError("lorac reserves that word, and PEFT takes it for a module's name")
     return ALL_LINEAR if isinstance(pattern, str) and pattern.lower() == ALL_LINEAR else pattern
 
 

@@ -23,7 +23,7 @@ def unknown_name_error(fault: str, name: str, known: Iterable[str], next_step: s
 def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatError:
     """Return the error for an adapter whose method a format cannot store."""
     return unsupported_error(
-        f"the format '{format}' holds {methods}, and adapter '{adapter.name}' is of {adapter.variant.name}",
+        f"the format '{format}' stores {methods}, and adapter '{adapter.name}' is of {adapter.variant.name}",
         next_step=native_or_lora(adapter.variant),
     )
 

@@ -72,7 +72,7 @@ class Format(ABC):
     def read_renamed(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         """Return the adapter as ``read`` does, with the model's names in place of the file's where the two differ."""
         raise unsupported_error(
-            f"names are repaired in PEFT's folders, and '{file}' is of the format '{self.name}'",
+            f"lorac repairs names only in PEFT's folders, and '{file}' is of the format '{self.name}'",
             next_step="write it as one first: `lorac convert ADAPTER OUT --to peft`",
         )
 

@@ -114,7 +114,7 @@ def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
     fault = f"replaces '{next(iter(adapter.replaced))}' whole" if adapter.replaced else "has biases"
     if adapter.replaced or variant.lora_bias:
         raise unsupported_error(
-            f"adapter '{adapter.name}' {fault}, for which the format '{format}' has no place",
+            f"adapter '{adapter.name}' {fault}, and the format '{format}' cannot store that",
             next_step="use format='peft' or 'native'",
         )
     return variant
@@ -144,7 +144,7 @@ def find_layers(
     for path, site in sites.items():
         if site.kind not in kinds or site.stack or site.within is not None:
             raise SiteError(
-                f"the format '{format}' has no place for '{path}' of adapter '{adapter.name}', which is "
+                f"the format '{format}' cannot store '{path}' of adapter '{adapter.name}': "
                 f"{f'a weight within {site.within}' if site.within else f'of kind {site.kind}'}",
                 next_step="use format='native', or exclude= the module",
             )

@@ -123,7 +123,7 @@ def fill_adapter(path: str | os.PathLike[str], outlines: Mapping[bytes, AdapterO
 
 
 def _read(path: str | os.PathLike[str], read: Callable[[AdapterFile], T]) -> T:
-    path = find_source(path, "what lorac.load_adapter reads", FormatError, "unreadable")
+    path = find_source(path, "the path of lorac.load_adapter", FormatError, "unreadable")
     with translate_os_errors(path, FormatError, "read", "unreadable"):
         return read_consistently(path, lambda: charge_reading(path, lambda: read(AdapterFile(path))))
 
@@ -168,7 +168,7 @@ def save_adapter(
         WrongType: ``adapter`` is not an adapter.
         AdapterError, SiteError: the adapter does not fit the model.
     """
-    check_type(adapter, Adapter, "what lorac.save_adapter writes", next_step="give one of compiled.adapters.values()")
+    check_type(adapter, Adapter, "the adapter to save", next_step="give one of compiled.adapters.values()")
     writable = {name: found for name, found in formats().items() if found.writes}
     if format not in writable:
         raise FormatError(
@@ -179,10 +179,10 @@ def save_adapter(
         )
     if invocation_of(adapter.variant) and not writable[format].invocations:
         raise unsupported_error(
-            f"adapter '{adapter.name}' has invocation_tokens, for which the format '{format}' has no place",
+            f"adapter '{adapter.name}' has invocation_tokens, which the format '{format}' cannot store",
             next_step=f"save it as {' or '.join(name for name, one in writable.items() if one.invocations)}",
         )
-    target = parse_path(path, "where lorac.save_adapter writes to", FormatError, "unreadable")
+    target = parse_path(path, "the path of lorac.save_adapter", FormatError, "unreadable")
     view = None if model is None else ModelView.of(model, resizes=True)
     with translate_os_errors(target, FormatError, "written", "unreadable"), replace_atomically(target) as staged:
         writable[format].write(adapter, staged, view, target)
@@ -214,9 +214,9 @@ def _find_format(file: AdapterFile) -> Format:
         found = [one for one in matching if one.name not in {other.refines for other in matching}]
         if len(found) > 1:
             raise FormatError(
-                f"'{path}' is as much of the format '{found[0].name}' ({found[0].looks_for}) as of '{found[1].name}' "
+                f"'{path}' fits two formats: '{found[0].name}' ({found[0].looks_for}) and '{found[1].name}' "
                 f"({found[1].looks_for})",
-                next_step="put the files, or the tensors, of one of them into a folder of their own",
+                next_step="move the files or tensors of one of them into another folder",
                 code="unknown_format",
             )
         if found:
@@ -227,7 +227,7 @@ def _find_format(file: AdapterFile) -> Format:
     raise FormatError(
         f"'{path}' is {kind}"
         if separator
-        else f"'{path}' is an adapter of no known format; docs/formats.md says how these are recognised: "
+        else f"'{path}' is an adapter of no known format; docs/formats.md says how formats are recognised: "
         + ", ".join(formats()),
         next_step=step or _suggest_path(path),
         code="unknown_format",

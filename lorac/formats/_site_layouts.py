@@ -93,7 +93,7 @@ def remembered_sites(adapter: Adapter) -> dict[str, Site]:
     unknown = [path for path in adapter.tensors if path not in layouts]
     if unknown:
         raise BaseNeeded(
-            f"the layout of '{unknown[0]}' is not known: adapter '{adapter.name}' comes from no file",
+            f"the layout of '{unknown[0]}' is not known: adapter '{adapter.name}' was not read from a file",
             next_step="pass model=, or use format='native'",
         )
     return {path: site_from_json(path, layouts[path]) for path in adapter.tensors}

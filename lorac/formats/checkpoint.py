@@ -94,7 +94,7 @@ def _read_records(file: AdapterFile) -> tuple[Mapping[str, Tensor], dict[str, Re
         stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
         prefix = key.removesuffix(_RECORD)
         if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(stored.get("places"), Places):
-            raise corrupt_error(f"a record in '{file}' is not the record, the places and the seal of an adapter")
+            raise corrupt_error(f"a record in '{file}' does not consist of an adapter's record, places and seal")
         missing = next((one for one in stored["places"] if f"{prefix}.{one}" not in tensors), None)
         if missing is not None:
             raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{missing}', which its record promises")

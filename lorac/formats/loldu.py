@@ -65,14 +65,14 @@ class LoLduFormat(AuthorsFormat):
             own, expected = adapter.tensors[site], _factorise(adapter, site, view)
             if not all(torch.equal(own[name].to(expected[name]), expected[name]) for name in ("lora_A", "lora_B")):
                 raise unsupported_error(
-                    f"the factors of adapter '{adapter.name}' at '{site}' are not those of this model's weight here, "
-                    "and the format 'loldu' does not hold them"
+                    f"the factors of adapter '{adapter.name}' at '{site}' are not those that this model's weight "
+                    "gives here, and the format 'loldu' does not store factors"
                 )
         super().write(adapter, path, view, target)
 
 
 def _factorise(adapter: Adapter, path: str, view: ModelView | None) -> Tensors:
-    view = require_base(view, f"the factors of adapter '{adapter.name}' are those of the base's weights")
+    view = require_base(view, f"the factors of adapter '{adapter.name}' are computed from the base's weights")
     if path not in view.sites:
         raise no_site_error(adapter.name, path, view)
     return make_site_tensors(adapter.variant, adapter.name, view.sites[path], view.base)

@@ -77,7 +77,7 @@ _FIELDS: Mapping[str, Field] = {
 }
 _LORA_FIELDS: Mapping[str, Field] = {
     "rank": Applied(to="r", read=read_size),
-    "scale": Applied(read=read_number, next_step="mlx-lm refuses a file without it too; write the scale of the run"),
+    "scale": Applied(read=read_number, next_step="write the scale of the run into it; mlx-lm refuses the file, too"),
     "dropout": TrainingOnly(0.0, to="dropout", read=read_number),
     "keys": Irrelevant(),
     # Releases before 0.21 multiplied the scale by alpha / rank; later ones ignore alpha.
@@ -141,7 +141,7 @@ class MlxFormat(Format):
                 else f"is of {variant.name}"
             )
             raise unsupported_error(
-                f"adapter '{adapter.name}' {fault}, for which mlx-lm's files have no place",
+                f"adapter '{adapter.name}' {fault}, and mlx-lm's files cannot store that",
                 next_step=native_or_lora(variant),
             )
         path.mkdir()
@@ -171,7 +171,7 @@ def _read_factors(
         kind = SiteKind.LINEAR if view is None or layer not in view.sites else view.sites[layer].kind
         if _MAGNITUDE in stored and (kind is not SiteKind.LINEAR or stored[_MAGNITUDE].shape != stored[B].shape[:1]):
             raise unsupported_error(
-                f"'{folder}' has DoRA at '{layer}', an embedding, whose rows mlx-lm scales, and lorac its columns",
+                f"'{folder}' has DoRA at the embedding '{layer}': mlx-lm scales its rows, and lorac its columns",
                 next_step="train it without the embedding",
             )
         adapter.tensors[layer] = stored
@@ -187,7 +187,7 @@ def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: Mod
     """Read the weights of layers as parameters of ``Full``, and all other parameters as replacements."""
     view = require_base(
         view,
-        f"'{folder}' holds parameters by name, and which are weights of layers depends on the model",
+        f"'{folder}' holds parameters by name, and only the model tells which are weights of layers",
         next_step="load_adapter(path, model)",
     )
     adapter = Adapter(name, Full())

@@ -235,7 +235,7 @@ def parse_record(path: Path, text: str) -> JsonMapping:
             raise unknown_name_error(f"'{path}' has the unknown field '{field}'", field, _FIELDS, _OTHER_VERSION)
     for field, expected in _FIELDS.items():
         if field not in record or not matches_type(record[field], expected):
-            raise corrupt_error(f"{subject} lacks '{field}', or it is of another type")
+            raise corrupt_error(f"{subject} lacks '{field}', or has it with another type")
     provenance = record["provenance"]
     for entry, expected in _PROVENANCE_TYPES.items():
         if entry in provenance and not matches_type(provenance[entry], expected):

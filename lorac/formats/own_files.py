@@ -73,7 +73,7 @@ class BoneFormat(AuthorsFormat):
         if len(axes) > 1 or not axes.keys() <= {2, 3}:
             raise unsupported_error(
                 f"'{file}' has blocks of {' and '.join(map(str, sorted(axes)))} axes, one at '{min(axes.values())}'",
-                next_step="a block of 3 axes is of Bone's first version, and one of 2 of the later ones, MiSS",
+                next_step="give a file of one version: Bone's first has blocks of 3 axes, and MiSS has blocks of 2",
             )
         if 3 in axes:
             return BAT(r=find_size(tensors, _BLOCK, 1, file))
@@ -111,8 +111,8 @@ class BreakForMakeFormat(AuthorsFormat):
         own = adapter.tensors[path]
         if getattr(adapter.variant, "identity_init", False):
             raise unsupported_error(
-                f"adapter '{adapter.name}' leaves the product of its frozen halves out, which the format '{self.name}' "
-                "cannot say",
+                f"adapter '{adapter.name}' leaves out the product of its frozen halves, and the format '{self.name}' "
+                "cannot say so",
                 next_step="use format='native', or lorac.to_lora(adapter, model)",
             )
         return {

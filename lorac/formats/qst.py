@@ -61,7 +61,7 @@ class QstFormat(Format):
 
     def read(self, file: AdapterFile, view: ModelView | None, name: str | None) -> Adapter:
         path = file.path
-        view = require_base(view, f"'{path}' does not hold the number of attention heads, which is the model's")
+        view = require_base(view, f"'{path}' does not hold the number of attention heads, and the model does")
         stored: dict[str, tuple[str, Tensor]] = {}  # parameter -> its file and key, and its tensor
         for part_name in _TABLE:
             if not file.has(part_name):
@@ -102,7 +102,7 @@ class QstFormat(Format):
         if other is not None or adapter.replaced:
             misfit = next(iter(adapter.replaced)) if other is None else f"{other}={getattr(variant, other)!r}"
             raise unsupported_error(
-                f"the format '{self.name}' has no place for {misfit} of adapter '{adapter.name}'",
+                f"the format '{self.name}' cannot store {misfit} of adapter '{adapter.name}'",
                 next_step="use format='native', which holds every adapter",
             )
         [own] = adapter.tensors.values()
@@ -133,7 +133,7 @@ def _read_sizes(folder: Path, own: Mapping[str, Tensor], model: nn.Module) -> Js
     up, down = own.get("up_weight"), own.get("down_1_A")
     if up is None or down is None or up.ndim != 2 or down.ndim != 2 or not up.shape[1]:
         raise corrupt_error(
-            f"'{folder}' lacks 'weight' of the upsampler or '0.adapter_A.weight', or they are no matrices"
+            f"'{folder}' lacks 'weight' of the upsampler or '0.adapter_A.weight', or these are not matrices"
         )
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-6)
     return {"r": max(1, len(up) // up.shape[1]), "bottleneck": max(1, len(down)), "eps": eps}

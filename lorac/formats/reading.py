@@ -440,6 +440,6 @@ def mismatched_seal(path: Path) -> FormatError:
     return corrupt_error(
         f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
         "since lorac wrote both",
-        next_step=f"copy or download the file again; where the change is meant, remove '{SEAL}' from the tensors' "
+        next_step=f"copy or download the file again; if the change is intended, remove '{SEAL}' from the tensors' "
         "metadata",
     )

@@ -111,8 +111,8 @@ class XLoraFormat(Format):
             check_adapter(adapter, view)
         if variant.enable_softmax_topk:
             raise unsupported_error(
-                f"adapter '{adapter.name}' normalises what top-k leaves over each token, and the authors' code does "
-                "over the whole batch",
+                f"adapter '{adapter.name}' normalises its top-k weights over each token, and the authors' code over "
+                "the whole batch",
                 next_step="use format='peft' or 'native'",
             )
         tensors, loras = split_xlora(adapter, view, _layer_keys(variant.depth, variant.activation))

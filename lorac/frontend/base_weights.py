@@ -31,13 +31,13 @@ def _check_value(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         return
     if any("_hf_hook" in vars(module) for module in model.modules()):
         raise BaseNeeded(
-            f"'{name}' is offloaded: accelerate's hook gives it values for one call of its layer alone",
-            next_step="load the model without offload, or take the hooks of its cpu_offload or disk_offload off by "
-            "accelerate's remove_hook_from_module, with recurse on",
+            f"'{name}' is offloaded: accelerate loads its values only while its layer runs",
+            next_step="load the model without offload, or remove accelerate's hooks: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
         )
     raise BaseNeeded(
         f"'{name}' is on the meta device, and has no values",
-        next_step="load its weights first: from_pretrained does, and load_state_dict with assign on",
+        next_step="load its weights first, by from_pretrained or by load_state_dict(..., assign=True)",
     )
 
 

@@ -25,7 +25,7 @@ class Components(nn.ModuleDict):
             raise OptionError("there is no model to compile", next_step="give one, or several by name: {'unet': model}")
         for name, model in models.items():
             if not name.isidentifier():
-                raise OptionError(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
+                raise OptionError(f"'{name}' cannot name a component", next_step="use letters, digits and _ in names")
             check_type(model, nn.Module, f"the model '{name}'", next_step="give an nn.Module that is loaded")
         super().__init__({name: strip_wrappers(model) for name, model in models.items()})
 
@@ -76,7 +76,7 @@ def strip_wrappers(model: nn.Module) -> nn.Module:
         raise CompileError(f"the model is a {name}, which several processes share", next_step=_DISTRIBUTED[name])
     if isinstance(model, nn.Module) and any(map(is_in_parts, model.parameters())):
         what = "the model's weights lie in parts in several processes"
-        raise CompileError(what, next_step="within lorac.training.gather_base(compiled) it has whole ones")
+        raise CompileError(what, next_step="compile within lorac.training.gather_base(compiled)")
     inner = next((getattr(model, _WRAPPERS[name]) for name in names & _WRAPPERS.keys()), None)
     return model if inner is None else strip_wrappers(inner)
 

@@ -50,8 +50,8 @@ def check_layer(path: str, model: nn.Module) -> None:
 
 def _refuse_change(subject: str, step: str) -> SiteError:
     return SiteError(
-        f"{subject} changes what the layer takes or returns: PEFT runs it before the "
-        "adapter's part is added, and after it once that is merged",
+        f"{subject} changes inputs or outputs of the layer: PEFT runs it before it adds the adapter's part, but after "
+        "a merged part",
         next_step=step,
     )
 

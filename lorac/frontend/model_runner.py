@@ -102,7 +102,7 @@ def check_runs(model: nn.Module) -> None:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise BaseNeeded(
-            "only a run of the model tells which places the adapter names, and the model's folder alone is given",
+            "only a run of the model tells where the adapter acts, and the model's folder cannot be run",
             next_step="load the model, and save lorac.merge_into(model, adapters) by its save_pretrained",
         )
 

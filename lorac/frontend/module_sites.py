@@ -109,7 +109,7 @@ def _infer_widths_from_layers(layers: Collection[_LayerWidths]) -> tuple[int, in
 
 
 def _without_norms(layers: Iterable[_LayerWidths]) -> list[_LayerWidths]:
-    """Return the layers except norms and tables looked up after the first layer (of positions)."""
+    """Return the layers without norms, and without tables of positions after the first layer."""
     plain = [layer for layer in layers if not layer.norm]
     return [*plain[:1], *(layer for layer in plain[1:] if not layer.ids)]
 

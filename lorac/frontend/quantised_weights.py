@@ -229,7 +229,7 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
     if kind == _LINEAR_4_BIT:
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             raise CaptureError(
-                f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
+                f"a layer {kind} was called, which packed its weight for this processor with rounded scales",
                 next_step="load the model again, and compile it before it is called",
             )
         state = weight.quant_state

@@ -261,8 +261,8 @@ def find_stream_start(view: ModelView, stream: ResidualStream) -> str:
     known = _first_site([path for path in stream.embedding if _has_single_name(path, view.module)], view)
     if known is None:
         raise SiteError(
-            f"no module returns the input of the first block of {type(view.module).__name__}, is called for that alone "
-            f"and has a width that its structure tells; looked at {', '.join(stream.embedding) or 'no module'}",
+            f"no module of {type(view.module).__name__} returns the first block's input, does only that and shows its "
+            f"width; looked at {', '.join(stream.embedding) or 'no module'}",
             next_step="leave inv_adapter out, or name the module in embeddings=",
         )
     return known

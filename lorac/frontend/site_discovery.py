@@ -28,14 +28,14 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         WrongType: ``model`` is not a module, or contains a module that TorchScript compiled.
     """
     check_type(
-        model, nn.Module, "what lorac.sites lists", next_step="give the model itself, an nn.Module that is loaded"
+        model, nn.Module, "the model of lorac.sites", next_step="give the model itself, an nn.Module that is loaded"
     )
     model, found = strip_wrappers(model), dict[str, Site]()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"'{path}'" if path else "the model"
             raise WrongType(
-                f"{where} is a {type(module).__name__}: what TorchScript compiled has no layers to adapt or to capture",
+                f"{where} is a {type(module).__name__}: a module of TorchScript has no layers to adapt or to capture",
                 next_step="give the module that it was scripted or traced from",
             )
         if is_inside_parametrization(path, model):

@@ -1,4 +1,4 @@
-"""Which layers a call reaches: an adapter acts where its layer is called, as in PEFT, and on no other reader.
+"""Layers that a call reaches: as in PEFT, an adapter acts only where its layer is called.
 
 Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. Such reads
 are found by observing a whole call, whatever code makes them.
@@ -192,7 +192,7 @@ class LayerReads:
         if new:
             warn(
                 f"adapters have no effect at {describe_only_read(new)}",
-                next_step="exclude= these layers to train nothing in vain",
+                next_step="exclude these layers (exclude=), which train in vain",
             )
 
     def check(self, name: str, paths: Collection[str]) -> None:
@@ -215,7 +215,7 @@ class LayerReads:
 
 def describe_only_read(paths: Collection[str]) -> str:
     """Format the names of layers that are only read, for a message."""
-    return f"{list_some(sorted(paths), 3)}, whose weights are read and which are never called, as in PEFT"
+    return f"{list_some(sorted(paths), 3)}, whose weights the model only reads; PEFT has no effect there either"
 
 
 def find_graph_reads(graph: Graph, model: nn.Module) -> tuple[set[str], set[str]]:

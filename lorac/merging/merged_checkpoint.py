@@ -81,7 +81,7 @@ def merge_checkpoint(
         AdapterError, SiteError, ChoiceError: as ``merge_into``.
     """
     folder = find_source(folder, "the model's folder", OptionError)
-    destination = check_new(parse_path(destination, "where the merged model is written to", OptionError))
+    destination = check_new(parse_path(destination, "the folder of the merged model", OptionError))
     with progress("merge") as report:
         report.step("reading")
         source = StoredModel.open(folder, dequantize=dequantize)
@@ -119,9 +119,9 @@ def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, staged / name)
     if left_out:
-        warn(f"left out of '{source.folder}', since they hold weights without the adapters: {list_some(left_out)}")
+        warn(f"not copied from '{source.folder}', since they hold weights without the adapters: {list_some(left_out)}")
     if outside:
-        warn(f"left out of '{source.folder}', since they are links that lead out of it: {list_some(outside)}")
+        warn(f"not copied from '{source.folder}', since they are links that lead out of it: {list_some(outside)}")
     return (*left_out, *outside)
 
 

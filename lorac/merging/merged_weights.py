@@ -126,7 +126,7 @@ class _ActiveAdapter:
                 raise unmergeable_error(
                     f"nothing can be merged into the {site.packed or stored.dtype} weight of '{path}', which is "
                     "quantised",
-                    next_step="dequantize=True merges into its float values; or give the model as it was before "
+                    next_step="give dequantize=True to merge into its float values, or the model as it was before "
                     "quantisation",
                 )
             if site.weight is not None and stored is None:

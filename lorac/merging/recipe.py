@@ -122,7 +122,7 @@ def _read_parameters(file: Path, given: Json, method: str) -> dict[str, object]:
     for name, value in given.items():
         if isinstance(value, Mapping | list):
             raise OptionError(
-                f"'{file}': {name} differs by layer, which merging does not do",
+                f"'{file}': {name} differs by layer, and merging takes one value for all",
                 next_step="give one value for each adapter",
             )
     return {_RENAMED.get(name, name): value for name, value in given.items() if name not in _IRRELEVANT}

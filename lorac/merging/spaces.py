@@ -37,7 +37,7 @@ def merge_factors(combine: Combine, terms: SiteTerms) -> Change:
         raise ChoiceError(
             f"the factors at '{terms.path}' have the ranks {', '.join(map(str, ranks))}, and cannot be added one by "
             "one",
-            next_step="space='deltas' takes any ranks; lorac.to_lora(adapter, rank=…) changes one",
+            next_step="give space='deltas', which takes any ranks, or change one by lorac.to_lora(adapter, rank=…)",
         )
     first = next(pair for pair in pairs if pair is not None)
     strengths = first.a.new_tensor(

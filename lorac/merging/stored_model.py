@@ -60,7 +60,7 @@ class StoredModel:
         settings = config.get("quantization_config")
         if settings and not dequantize:
             raise unmergeable_error(
-                f"'{folder}' holds a quantised model, and changes of its weights can be neither added nor extracted",
+                f"'{folder}' holds a quantised model, whose weights lorac can neither change nor compare",
                 next_step="give the model as it was before"
                 + ("" if dequantize is None else ", or dequantize=True to merge into its float values"),
             )
@@ -148,7 +148,7 @@ def _check_depth(folder: Path, config: JsonMapping, most: int) -> None:
             _check_depth(folder, value, most)
         elif type(value) is int and value > most and ("layer" in name or "depth" in name):
             raise corrupt_error(
-                f"'{folder / CONFIG}' says {name}={value}, more than its weights can be of",
+                f"'{folder / CONFIG}' says {name}={value}, more than its weights allow",
                 next_step="give the configuration that the weights were saved with",
             )
 
@@ -166,7 +166,7 @@ def _check_shapes(folder: Path, model: nn.Module, outline: Mapping[str, Tensor])
     wrong = next((name for name in whole if not outline[name].is_floating_point()), None)
     if wrong is not None:
         raise corrupt_error(
-            f"'{folder}' holds '{wrong}' in {outline[wrong].dtype}, which is not a weight as it was trained",
+            f"'{folder}' holds '{wrong}' in {outline[wrong].dtype}, which is not a dtype of trained weights",
             next_step="give the model as it was before quantisation",
         )
 

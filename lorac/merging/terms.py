@@ -130,7 +130,7 @@ class SiteTerms:
         adapter = self.adapters[index]
         raise unmergeable_error(
             f"the change of '{self.path}' by '{adapter.name}' ({adapter.variant.name}) is not a product of two factors",
-            next_step="space='deltas' takes any change; lorac.to_lora(adapter, model, rank=…) makes factors",
+            next_step="give space='deltas', which takes any change, or factors: lorac.to_lora(adapter, model, rank=…)",
         )
 
 

@@ -165,14 +165,14 @@ def _missing_value(name: str, path: str) -> SiteError:
     if kind in {OUTPUT, IN}:
         return SiteError(
             f"the value '{name}' is not computed before '{path}', which reads it",
-            next_step=f"'base:{of}' reads it from a pass of the unadapted model",
+            next_step=f"read 'base:{of}', its value in a pass of the unadapted model",
             code="site_unreached",
         )
     if kind == OWN:
         name = of.rpartition(".")[2]
         return SiteError(
             f"'{path}' reads 'own:{name}', which `once` of its method does not compute",
-            next_step=f"have `once` answer a tensor called '{name}', or leave it out of `reads`",
+            next_step=f"have `once` return a tensor called '{name}', or leave it out of `reads`",
             code="site_not_found",
         )
     name = pass_value_name(pass_name_of(name).rpartition(".")[2], of) if kind == PASS else name

@@ -31,8 +31,8 @@ from lorac.ir.slots.program_values import list_read_values, parse_value_name
 from lorac.ir.slots.roles import Stage
 
 aten = torch.ops.aten
-_NO_OTHERS = "no other site of its module that may be fused with it reads its input"
-_OTHERS_VARY = "its calls do not all read an input together with the same sites"
+_NO_OTHERS = "no other site of its module reads its input and can be fused with it"
+_OTHERS_VARY = "its calls do not all share an input with the same sites"
 _COMMON_ROLES = (WEIGHT, BIAS)
 """Roles of which all sites that are fused together have a slot, or none has.
 

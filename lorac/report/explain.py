@@ -1,4 +1,4 @@
-"""``compiled.explain()``: how each adapter runs at each site, its cost, and why nothing cheaper does."""
+"""``compiled.explain()``: how each adapter runs at each site, its cost, and why it does not run more cheaply."""
 
 import re
 from collections import Counter

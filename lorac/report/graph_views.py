@@ -169,7 +169,7 @@ class GraphViews(dict[str, GraphView]):
         return "\n".join(view.to_dot() for view in self.values())
 
     def to_networkx(self) -> networkx.DiGraph:
-        """Return all graphs for networkx; of several, the names of nodes begin with that of their graph and a colon."""
+        """Return all graphs for networkx; with several, a node's name begins with that of its graph and a colon."""
         import networkx
 
         graphs = [view.to_networkx() for view in self.values()]

@@ -89,7 +89,7 @@ def find_runs(items: Sequence[object]) -> list[tuple[int, int]]:
 
 
 def find_drawn(index: int, drawn_as: Mapping[int, int]) -> int:
-    """Return the row that is drawn for a row, from row -> the row in its place, which another may replace in turn."""
+    """Follow a mapping of rows to the rows drawn in their place, from a row to the one that is drawn."""
     while index in drawn_as:
         index = drawn_as[index]
     return index

@@ -126,7 +126,7 @@ def describe_variant(variant: DescribedMethod) -> str:
 
 
 def format_reason(reason: Reason, names: Collection[str]) -> str:
-    """Return a reason for a line about some adapters, which need not be named again."""
+    """Return a reason for a line that has named its adapters already."""
     if reason.adapter is None or reason.adapter in names:
         return reason.why
     return f"active together with it, {reason}"

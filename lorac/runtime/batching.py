@@ -93,7 +93,7 @@ class _RowMerger:
             return first
         raise Unavailable(
             "an output has no row per input row, so rows cannot choose their own adapters",
-            next_step="call once per choice, or leave out what makes it (labels= make a loss of all rows)",
+            next_step="call once per choice, or leave out the argument for that output, such as labels= for a loss",
         )
 
     def merge_aux(self, parts: Sequence[AuxOutputs]) -> AuxOutputs:

@@ -278,7 +278,7 @@ class ChoiceStates:
 
     def save(self, choice: Choice, graph: str, path: str | Path) -> None:
         """Write a choice as a file in the engine's format, atomically; no state of the choice is computed."""
-        target = parse_path(path, "where save_choice writes to", FormatError, "unreadable")
+        target = parse_path(path, "the path of save_choice", FormatError, "unreadable")
         snapshot = compose_choice(self._plans, self._pool, choice, self._base)
         if snapshot.invocations:
             raise no_prompt_error(snapshot.invocations)
@@ -320,6 +320,7 @@ class ChoiceStates:
 
 def _prefix_error(choice: Choice) -> Unavailable:
     return Unavailable(
-        f"{describe_choice(choice)} puts virtual tokens before sequences, which no weight and no slot file holds",
+        f"{describe_choice(choice)} puts virtual tokens before sequences, and neither weights nor slot files hold "
+        "those",
         next_step="compile with mode='live' (or 'auto'), and call lorac's own program with the adapter",
     )

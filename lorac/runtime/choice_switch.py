@@ -260,7 +260,7 @@ class ChoiceSwitch:
         self.states.forget(name)
 
     def rebind(self) -> None:
-        """Drop all that was computed from the model's tensors, whose dtype or device changed, and bind anew."""
+        """Compute and bind the choice again, since the dtype or device of the model's tensors changed."""
         with self.lock:
             self.pool.invalidate()
             self.states.clear()
@@ -441,7 +441,7 @@ class ChoiceSwitch:
         keeps = self.mode == "live" and self.engine.cache_spec(graph) is not None
         if not keeps or self.engine.why_apart(base.snapshot, graph):
             raise Unavailable(
-                "this program keeps no adapters of a running batch's rows from call to call",
+                "this program cannot keep the adapters of a running batch from call to call",
                 next_step="compile with mode='live' for target='onnxruntime'",
             )
         return RowBank(self.engine, base, rows, graph, self.pool.budget)

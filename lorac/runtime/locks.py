@@ -49,8 +49,8 @@ class ReadWriteLock:
         lock: threading.RLock | None = getattr(self._local, "lock", None)
         if _is_owned(self._gate) or (lock is not None and _is_owned(lock)):
             raise Unavailable(
-                "a call of this thread runs on the weights that this would change",
-                next_step="change adapters when the call has returned; with mode='live' they may change at any time",
+                "a running call of this thread uses the weights that would change",
+                next_step="change adapters after the call, or at any time with mode='live'",
             )
 
     def writing(self, work: Callable[[], T]) -> T:

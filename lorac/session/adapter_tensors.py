@@ -59,7 +59,7 @@ class AdapterTensors(nn.Module):
             return None
         if "_is_fsdp_managed_module" in vars(self):
             raise Unavailable(
-                f"FSDP has taken the tensors of adapter '{self.adapter.name}', which would stay as they are",
+                f"FSDP trains copies of the tensors of adapter '{self.adapter.name}', not its own",
                 next_step="compile the model again, and train it in a DistributedDataParallel",
             )
         given = Adapter(self.adapter.name, self.adapter.variant, provenance=self.adapter.provenance)
@@ -84,7 +84,7 @@ class AdapterTensors(nn.Module):
         return {*self._parameters, *self._buffers} - {*self._places}
 
     def find_untrained(self, given: Collection[str]) -> list[tuple[str, str]]:
-        """Return the tensors that learn only from an extra output that a model does not give, each with that output.
+        """Return the tensors that learn only from a missing extra output, each with that output.
 
         Args:
             given: names of the extra outputs that the model gives.
@@ -103,8 +103,8 @@ class AdapterTensors(nn.Module):
         wanted = self.find_untrained(given)
         for name, output in (one for one in wanted if one not in self._warned):
             warn(
-                f"no loss of this model's outputs trains '{name}' of adapter '{self.adapter.name}', which learns from "
-                f"'{output}' alone",
+                f"'{name}' of adapter '{self.adapter.name}' learns only from the output '{output}', and no loss of "
+                "this model reads that",
                 next_step=f'compile with aux=["{output}"], and add a loss of it, such as `sampled_selection_loss`',
             )
         self._warned.update(wanted)

@@ -485,7 +485,7 @@ class Compiled:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise Unavailable(
             "a compiled model is neither copied nor pickled: its engine is bound to this process",
-            next_step="compiled.save(folder) and lorac.load(folder) make another one, in any process; to train a copy, "
+            next_step="make another one by compiled.save(folder) and lorac.load(folder), or one to train by "
             "compiled.export(target='eager')",
         )
 
@@ -573,7 +573,7 @@ class CompiledModule(nn.Module, Compiled):
         Raises:
             FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any method in lorac's own format.
         """
-        adapters, root = self.adapters, parse_path(folder, "where save_pretrained writes to", FormatError, "unreadable")
+        adapters, root = self.adapters, parse_path(folder, "the folder of save_pretrained", FormatError, "unreadable")
         for name, stem in file_stems(sorted(adapters)).items():
             path = root if len(adapters) == 1 else root / stem
             save_adapter(adapters[name], path, model=self.session.view)

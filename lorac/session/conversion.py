@@ -146,8 +146,7 @@ class _Conversion:
         if refused:
             listed = list_some([f"'{path}', {why}" for path, why in refused.items()], quote="")
             raise SiteError(
-                f"{engine.version} has no place for what adapter '{adapter.name}' does to {len(refused)} sites: "
-                f"{listed}",
+                f"{engine.version} cannot run adapter '{adapter.name}' at {len(refused)} sites: {listed}",
                 next_step=_MERGE,
                 code="site_unsupported",
             )

@@ -84,7 +84,7 @@ def _refuse_base_as_reference(compiled: Any) -> None:
         trainer = type(frame.f_locals["self"])
         given = "ref_model" in inspect.signature(trainer).parameters
         raise Unavailable(
-            f"{trainer.__name__} has loaded the base as its reference, and adapter '{moved}' begins elsewhere",
+            f"{trainer.__name__} loads the base as its reference, but adapter '{moved}' already changes it",
             next_step="give it ref_model=lorac.compile(model, dict(compiled.adapters)).eval()"
             if given
             else "save the base with the adapter merged into it (lorac.merge_into), and train a new adapter on that",

@@ -63,7 +63,7 @@ def load(
         OptionError: an option does not exist, or was fixed when the artifact was compiled.
         Unavailable: the artifact cannot be turned into the target.
     """
-    parsed_device, path = parse_device(device), find_source(folder, "what lorac.load reads", ArtifactError)
+    parsed_device, path = parse_device(device), find_source(folder, "the folder of lorac.load", ArtifactError)
     real = Path(os.path.realpath(path))
 
     def read() -> Compiled:
@@ -78,7 +78,7 @@ def load(
         except Exception as error:  # the hashes agree: the files were written like this, and any content may be wrong
             reason = str(error).strip().partition("\n")[0]
             raise ArtifactError(
-                f"the manifest of '{real}', or a file of it, does not fit together: {type(error).__name__}: {reason}",
+                f"the manifest of '{real}' contradicts itself or its files: {type(error).__name__}: {reason}",
                 next_step="save the artifact again with this version",
             ) from error
 
@@ -93,7 +93,7 @@ def _refuse_other_contents(folder: Path, given: Path) -> None:
     if is_adapter(folder):
         raise ArtifactError(
             f"'{folder}' is an adapter, not a compiled model",
-            next_step="lorac.compile(model, adapters) takes its path; lorac.load_adapter(path) reads it",
+            next_step="give its path to lorac.compile(model, adapters), or read it by lorac.load_adapter(path)",
         )
     if not folder.exists():
         raise ArtifactError(
@@ -110,7 +110,7 @@ def _refuse_other_contents(folder: Path, given: Path) -> None:
     if (folder / "config.json").is_file():
         raise ArtifactError(
             f"'{given}' is a model, not a compiled one",
-            next_step="`lorac compile MODEL -o FOLDER` compiles it; in Python, lorac.compile(model, adapters) does",
+            next_step="compile it: `lorac compile MODEL -o FOLDER`, or in Python lorac.compile(model, adapters)",
         )
 
 
@@ -124,7 +124,7 @@ def _load_manifest(
     for option in options:
         if option not in known:
             raise OptionError(
-                f"an artifact for {session.backend.dialect.name} is not loaded with '{option}='",
+                f"an artifact for {session.backend.dialect.name} takes no option '{option}='",
                 nearest=nearest_name(option, known),
                 next_step=f"it takes {', '.join(known)}; all else was fixed when it was compiled"
                 if known

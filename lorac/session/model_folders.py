@@ -88,13 +88,13 @@ def _make_model(folder: Path, make: Callable[[ModelClass], object]) -> nn.Module
     listed = [named] if package == "diffusers" else named or ["AutoModel"]
     name = listed[0] if isinstance(listed, list) else None
     if not isinstance(name, str):
-        raise _refuse_config(folder, f"names no architecture by {entry}={short(named)}")
+        raise _refuse_config(folder, f"names no known architecture by {entry}={short(named)}")
     with translate_import_errors():
         library = importlib.import_module(package)
     cls = getattr(library, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not callable(getattr(cls, "from_pretrained", None)):
         raise OptionError(
-            f"'{folder / CONFIG}' names the architecture {short(name)}, no model of {package} {library.__version__}",
+            f"'{folder / CONFIG}' names the architecture {short(name)}, unknown to {package} {library.__version__}",
             next_step=f"pip install -U {package}, or give package.module:function",
         )
     try:

@@ -28,8 +28,8 @@ _NAMES_BY_STEP: Mapping[str, str] = {
     "lorac.compile(..., mode='fused') merges the active adapters, and compiled.swap(None) takes them out again": (
         "fuse_lora fused_loras merge_adapter num_fused_loras unfuse_lora unmerge_adapter"
     ),
-    "to run merged weights, lorac.compile(..., mode='baked'); for a merged checkpoint, "
-    "lorac.merge_into(model, compiled.adapters, 'name').save_pretrained(folder)": "merge_and_unload",
+    "to run merged weights, lorac.compile(..., mode='baked'); for a merged checkpoint, lorac.merge_into(model, "
+    "compiled.adapters, 'name').save_pretrained(folder)": "merge_and_unload",
     "compiled.adapters['name'].numel() counts the values of an adapter, all of which lorac trains unless its method "
     "freezes them": "get_nb_trainable_parameters print_trainable_parameters",
     "compiled.adapters['name'].parameters() are its tensors": "set_requires_grad",
@@ -40,8 +40,8 @@ _NAMES_BY_STEP: Mapping[str, str] = {
         "set_output_embeddings tie_weights unfuse_qkv_projections"
     ),
     "lorac.save_adapter(compiled.adapters['name'], folder, model=model) writes an adapter": (
-        "create_or_update_model_card get_adapter_state_dict lora_state_dict save_attn_procs "
-        "save_lora_adapter save_lora_weights"
+        "create_or_update_model_card get_adapter_state_dict lora_state_dict save_attn_procs save_lora_adapter "
+        "save_lora_weights"
     ),
     "lorac.load(folder) loads what compiled.save(folder) writes": "from_pretrained",
     "lorac.compile(..., reserve=lorac.Reserve(rank=64)) makes room for adapters that are added later": (
@@ -81,6 +81,6 @@ An eager model that is compiled alone forwards these methods to its copy of the 
 def strength_in_call(argument: str) -> ChoiceError:
     """Return the error for a LoRA's strength in an argument of diffusers, such as ``cross_attention_kwargs``."""
     return ChoiceError(
-        f"{argument}={{'scale': ...}} is how diffusers sets the strength of a LoRA, and no adapter of lorac's",
+        f"{argument}={{'scale': ...}} sets the strength of diffusers' LoRAs, not of lorac's adapters",
         next_step="compiled.swap({'name': 0.7}) sets it",
     )

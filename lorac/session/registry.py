@@ -84,7 +84,7 @@ class AdapterRegistry:
                 no adapter is registered.
             NeedsRecompile: an adapter does not fit the reserved slots.
         """
-        path = find_source(folder, "what register reads", FormatError, "unreadable")
+        path = find_source(folder, "the folder of register", FormatError, "unreadable")
         with translate_os_errors(path, FormatError, "read", "unreadable"):
             adapters = filter(is_adapter, sorted(path.iterdir()))
             found = {inner.name if inner.is_dir() else inner.stem: inner for inner in adapters}

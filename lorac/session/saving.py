@@ -40,12 +40,12 @@ def save(
     if active is not None:
         raise Unavailable(
             f"the active adapter '{active}' is registered, and a saved model holds no registered adapters",
-            next_step="compiled.swap(None) first, or remove_adapter it and add_adapter its file",
+            next_step="call compiled.swap(None) first, or remove the adapter and add its file by add_adapter",
         )
     if registered:
         count = "1 registered adapter is" if len(registered) == 1 else f"{len(registered)} registered adapters are"
         warn(f"{count} not saved", next_step="after lorac.load(folder), register their folder again")
-    folder = parse_path(folder, "where compiled.save writes to", ArtifactError)
+    folder = parse_path(folder, "the folder of compiled.save", ArtifactError)
     write_tokenizer, versions = tokenizer_writer(tokenizer), {"lorac": VERSION}
     for library in ("torch", switch.engine.target):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -158,7 +158,7 @@ class Manifest:
         entry, files = self.fields["adapters"][name], self.fields["files"]
         file = entry.get(field) if isinstance(entry, dict) else None
         if not isinstance(file, str) or file not in files:
-            raise _damaged_manifest(self.folder, f"it names the file {file!r}, which it does not list")
+            raise _damaged_manifest(self.folder, f"it names the file {file!r}, which is not in its list of files")
         return open_checked(self.folder, file, files[file])
 
 
@@ -201,11 +201,11 @@ def _read_fields(folder: Path) -> JsonObject:
     if not isinstance(fields.get("lorac_artifact"), int):
         raise ArtifactError(
             f"'{folder}' is not a compiled model: its {MANIFEST} is not lorac's",
-            next_step="compiled.save(folder) writes one, to a folder of its own",
+            next_step="give a folder that compiled.save(folder) wrote",
         )
     if fields["lorac_artifact"] != FORMAT:
         raise ArtifactError(
-            f"'{folder}' is version {fields['lorac_artifact']} of the format, this lorac reads {FORMAT}",
+            f"'{folder}' is version {fields['lorac_artifact']} of the format, and this lorac reads {FORMAT}",
             next_step=f"it was saved by {fields.get('versions', 'an unknown version')}; save it again with this one",
         )
     check_manifest(folder, fields, _FIELDS)
@@ -260,7 +260,7 @@ def open_checked(folder: Path, name: str, entry: JsonObject) -> OpenFile:
     if digest != entry["hash"]:
         raise ArtifactError(
             f"'{path}' has the hash {digest}, the manifest says {entry['hash']}",
-            next_step="it was changed or damaged: copy the whole folder again",
+            next_step="copy the whole folder again: the file was changed or damaged",
         )
     return file
 

@@ -272,5 +272,5 @@ def _check(size: int, operations: float, limit: Limit) -> None:
         amount, name = f"{operations:.1e} operations, more than {limit[1]:.1e}", "operations"
     raise InputMismatch(
         f"with these inputs the stored program takes {amount}",
-        next_step=f"give fewer rows or a shorter sequence; around the call lorac.budget({name}=...) sets the limit",
+        next_step=f"give fewer rows or a shorter sequence, or raise the limit by lorac.budget({name}=...)",
     )

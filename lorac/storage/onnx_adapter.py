@@ -56,7 +56,7 @@ def write_onnx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if size > _MAX_BYTES:
         raise Unavailable(
             f"'{path.name}' would have {size} bytes, and an .onnx_adapter holds less than 2 GiB",
-            next_step="mode='live' binds factors instead of merged weights where the method has them",
+            next_step="compile with mode='live', which binds factors instead of merged weights",
         )
     kept = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
     values = {}
@@ -86,7 +86,7 @@ def read_onnx_adapter(file: BufferedReader, refuse: Callable[[str], FormatError]
     try:
         places = _FlatBuffer(file, length).parameters()
     except (struct.error, UnicodeDecodeError) as error:
-        raise refuse(f"it is no adapter of ONNX Runtime ({error})") from error
+        raise refuse(f"it is not an adapter of ONNX Runtime ({error})") from error
     except ValueError as error:
         raise refuse(str(error)) from error
     claim_memory(sum(place.size for place in places.values()) - length, "its tensors share bytes")
@@ -134,7 +134,7 @@ class _FlatBuffer:
         shape = struct.unpack(f"<{axes}q", self._read(first, 8 * axes))
         number = 0 if kind is None else struct.unpack("<i", self._read(kind, 4))[0]
         if number not in _DTYPES:
-            raise ValueError(f"'{text}' has the data type {number}, which is none of {', '.join(map(str, _DTYPES))}")
+            raise ValueError(f"'{text}' has the data type {number}, which is not one of {', '.join(map(str, _DTYPES))}")
         begin, size = self._vector(data, 1)
         place = TensorPlace(_DTYPES[number], shape, begin)
         if min(shape, default=0) < 0 or place.size != size:

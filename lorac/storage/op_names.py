@@ -75,11 +75,11 @@ def find_op(name: str) -> Callable[..., object]:
     is_op = namespace in {"aten", ops.LINEAR.namespace} and packet.isidentifier()
     found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None) if is_op else None
     if not isinstance(found, torch._ops.OpOverload) or not _is_functional(found):
-        raise ArtifactError(f"the program calls '{name}', which is not an op that an artifact may name")
+        raise ArtifactError(f"the program calls '{name}', an op that no artifact may call")
     if not is_checked(found) and not is_trusted():
         raise ArtifactError(
-            f"the program calls '{name}', which is not an op that an artifact may name unless you trust it",
-            next_step="if you made the artifact, or trust who did: trust=True",
+            f"the program calls '{name}', an op that lorac runs only from an artifact that you trust",
+            next_step="give trust=True if you made the artifact, or trust its maker",
         )
     return guard_op(found)
 
@@ -113,7 +113,7 @@ def _bound_number(function: Callable[..., object]) -> Callable[..., object]:
         is_refused = grows or any(isinstance(value, str | list | tuple | Tensor) for value in given)
         result = None if is_refused else function(*values)
         if is_refused or (type(result) is int and result.bit_length() > _BITS):
-            raise ArtifactError(f"the program calls '{function.__name__}' with what gives no size")
+            raise ArtifactError(f"the program calls '{function.__name__}' on arguments that are not sizes")
         return result
 
     # Under the name of an operator, torch.fx would write the operator itself into the code that it generates.

@@ -42,7 +42,7 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
     try:
         os.lstat(path)
     except ValueError as error:  # a NUL, or a lone surrogate
-        fault = f"{subject} is {short(text)}, which no file can be called"
+        fault = f"{subject} is {short(text)}, and no file can have that name"
         raise kind(fault, next_step=_STEP, code=code) from error
     except OSError:
         pass
@@ -132,6 +132,6 @@ def translate_os_errors(
         raise kind(
             f"'{named}' cannot be {verb}: {error.strerror or error}",
             nearest=nearest_name(Path(named).name, os.listdir(folder)) if missing and folder.is_dir() else None,
-            next_step="check that it exists, is of the kind that is expected, and what its permissions allow",
+            next_step="check that it exists, whether it is a file or a folder, and its permissions",
             code=code,
         ) from error

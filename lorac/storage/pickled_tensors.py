@@ -150,5 +150,5 @@ def _check_names(archive: zipfile.ZipFile, refuse: Refuse, names: frozenset[str]
         is_storage = module == "torch" and kind.endswith("Storage") and kind.isidentifier()
         if argument not in names and not is_storage:
             raise refuse(
-                f"torch.load(weights_only=True) is not called: it names {argument!r}, which dense tensors need not"
+                f"torch.load(weights_only=True) is not called: it names {argument!r}, and dense tensors need none"
             )

@@ -37,7 +37,7 @@ def plan_from_json(site: Site, stored: JsonObject) -> SitePlan:
         raise ArtifactError(
             f"the plan of '{site.path}' has room for '{unknown[0]}', which is not a role of a slot",
             nearest=nearest_name(unknown[0], ROLES),
-            next_step="save it again with this lorac",
+            next_step="save the artifact again with this version",
         )
     branches = tuple(branch_from_json(site.path, branch) for branch in stored["branches"])
     reasons = tuple(Reason(adapter, site.path, why) for adapter, why in stored["reasons"])

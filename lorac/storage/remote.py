@@ -180,7 +180,7 @@ def _find_on_hub(name: HubName, refuse: Refuse, admit: Admit, repo_type: str) ->
             folder = Path(download(allow_patterns=[f"{below}*"], ignore_patterns=ignore, local_files_only=True))
             if (folder / name.inner).exists():
                 if not _is_offline():
-                    warn(f"{where} is read as the cache has it: {reason}")
+                    warn(f"{where} is read from the cache, which may be older: {reason}")
                 return _copy_linked(folder / name.inner)
         kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
         how = (
@@ -295,7 +295,7 @@ def _list_store(address: str) -> _RemoteFiles:
 def _open_web(address: str, stack: contextlib.ExitStack) -> _RemoteFiles:
     """Return the file at an address. No credentials are sent."""
     if "@" in urlsplit(address).netloc:
-        raise ValueError("an address with somebody's name or password is not read")
+        raise ValueError("lorac reads no address with a user's name or password")
     answer = stack.enter_context(urllib.request.build_opener(_SameHost).open(address, timeout=_TIMEOUT))
     size, headers = answer.headers["content-length"], answer.headers
     tag = headers["etag"] or headers["last-modified"] or str(time.time_ns())

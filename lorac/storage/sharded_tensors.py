@@ -114,12 +114,12 @@ def _read_index(path: Path) -> JsonMapping:
         index = parse_object(read_json_text(path), lambda reason: _damaged(path, reason))
     places = index.get("weight_map")
     if not matches_type(places, dict[str, str]) or not places:
-        raise _damaged(path, "has no weight_map, which says of each tensor what file holds it")
+        raise _damaged(path, "has no weight_map, the files of the tensors by name")
     if not isinstance(index.get("metadata", {}), dict):
-        raise _damaged(path, "has metadata that are no mapping")
+        raise _damaged(path, "has metadata that are not a mapping")
     outside = next((name for name in places.values() if "/" in name or not is_inner_name(name)), None)
     if outside is not None:
-        raise _damaged(path, f"names the file {outside!r}, which is not one of its folder")
+        raise _damaged(path, f"names the file {outside!r}, which is not a file of its folder")
     return index
 
 

@@ -161,7 +161,7 @@ def check_header(file: OpenFile, entries: JsonObject, first: int, refuse: Refuse
             metadata = entries.pop(_METADATA, None) or {}  # MLX writes null
     except SafetensorError as error:
         lacking = _find_end(entries) + first - file.size
-        half = f"; it ends {lacking} bytes before its tensors do, as half a download does" if lacking > 0 else ""
+        half = f"; it ends {lacking} bytes early, as an unfinished download does" if lacking > 0 else ""
         raise refuse(f"the safetensors library refuses it: {str(error)[:_LONGEST_REASON]}{half}") from error
     places = {}
     for name, entry in entries.items():
@@ -325,7 +325,7 @@ class TensorFile(Mapping[str, Tensor]):
             found = None
         if found is not None and found.is_valid:
             return found
-        raise self._damaged(f"its metadata says that '{name}' lies where no file of the program has room for it")
+        raise self._damaged(f"its metadata puts '{name}' outside of the program's files")
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -401,7 +401,7 @@ def make_file_base_reader(file: Mapping[str, Tensor]) -> BaseReader:
     def tensor(name: str) -> Tensor:
         if name not in file:
             raise BaseNeeded(
-                f"the base weight '{name}' is not kept, since nothing could be replaced there",
+                f"the base weight '{name}' is not kept, since no adapter could act there",
                 next_step="compile from the model again, with the site in reserve= or an adapter on it",
             )
         return file[name]

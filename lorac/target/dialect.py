@@ -81,5 +81,5 @@ def refuse_unclaimed(dialect: AnyDialect, found: Sequence[str]) -> None:
     if found:
         raise Unavailable(
             f"{dialect.name} does not compute {'; nor '.join(found)}",
-            next_step="target='eager' runs it; another implementation of that part of the model may be exported",
+            next_step="use target='eager', or another implementation of that part of the model",
         )

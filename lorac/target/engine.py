@@ -199,7 +199,7 @@ class Engine(ABC):
         """
         raise Unavailable(
             f"target '{self.target}' in mode '{self.mode}' takes no adapters from files",
-            next_step="target='onnxruntime' does, in mode='live' and 'fused'",
+            next_step="compile with target='onnxruntime', in mode='live' or 'fused'",
         )
 
 
@@ -310,7 +310,7 @@ class BoundProgram(ABC):
             ChoiceError, InputMismatch: the tower does not accept these inputs.
         """
         raise Unavailable(
-            "adapters that act from their invocation tokens on are not computed for images or sounds in prompts",
+            "adapters with invocation tokens do not work for prompts with images or sounds",
             next_step="compile with target='eager', or swap to another adapter",
         )
 

@@ -265,8 +265,8 @@ class MemoryBudget:
             missing -= sum(block[1] for block in charge.blocks if dropped[block] == self._blocks[block])
         if missing > 0:
             raise OverBudget(
-                f"a budget of {limit} bytes is too small by {missing}: {self._used} are taken, {nbytes} more needed, "
-                "and calls, held choices and caches keep theirs",
+                f"a budget of {limit} bytes is too small by {missing}: {nbytes} more are needed, and calls, held "
+                f"choices and caches keep the {self._used} that are taken",
                 next_step="wait until one of these ends, or raise compiled.memory.limit",
             )
         return found

@@ -137,7 +137,7 @@ def translate_program_errors() -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         raise InputMismatch(
             f"the stored program cannot compute with these inputs: {type(error).__name__}: {reason}",
-            next_step="compare them with those it was compiled with; if they are alike, save the artifact again",
+            next_step="compare them with its example inputs; if they agree, save the artifact again",
         ) from error
 
 

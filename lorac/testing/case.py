@@ -174,7 +174,7 @@ class Case:
 
     @torch.no_grad()
     def complete(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the host's output with ``y`` as the site's, which ``observe`` returns in the shape that is wanted."""
+        """Return the host's output where ``y``, of the shape that ``observe`` returns, is the site's output."""
         calls: list[nn.Module] = []
 
         def put(module: nn.Module, *_: object) -> Tensor:

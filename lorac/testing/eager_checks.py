@@ -75,7 +75,7 @@ def check_strength(case: Case) -> None:
 
 
 def check_identity_at_init(case: Case) -> None:
-    """Check that a fresh adapter changes nothing if the method promises that, and else something."""
+    """Check that a fresh adapter changes nothing if the method promises that, and otherwise changes something."""
     base = case.base(case.x)
     fresh = _call(compile(case.model, {"a": case.variant}), case.x)
     if case.variant.at(case.site).starts_as_base(case.site):

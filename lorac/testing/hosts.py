@@ -97,7 +97,7 @@ class ConformanceHost:
         apply = self.apply or {SiteKind.LINEAR: _apply_linear, SiteKind.EMBEDDING: _apply_lookup}.get(self.kind)
         if apply is None:
             raise OptionError(
-                f"the host '{self.name}' does not say what its sites of kind {self.kind.value} compute",
+                f"the host '{self.name}' does not define the product of its sites of kind {self.kind.value}",
                 next_step="give apply=, a function of x, the weight (out, in) and the bias in NumPy",
             )
         return apply(x, weight, bias)

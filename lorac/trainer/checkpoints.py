@@ -63,7 +63,7 @@ class Checkpoint:
         """
         found, written = load_checkpoint(self.folder / FILE, model), sorted(self.run["adapters"])
         if sorted(found) != written:
-            raise ArtifactError(f"'{self.folder}' holds the adapters {short(sorted(found))}, and says {short(written)}")
+            raise ArtifactError(f"'{self.folder}' has adapters {short(sorted(found))}, its manifest {short(written)}")
         return found
 
     def check_run(self, run: JsonObject) -> None:

@@ -101,12 +101,12 @@ def load_rows(
 
 
 def _name_columns(rows: Any) -> list[str]:
-    """Return the columns of rows, of streamed ones those of the first."""
+    """Return the columns of rows; of streamed rows, those of the first."""
     return rows.column_names or list(next(iter(rows), ()))
 
 
 def _find_columns(names: Sequence[str], data: str, task: str, *, converted: bool = False) -> tuple[str, ...]:
-    """Return the columns of a task among those of some data; of ``converted`` rows, those that rows are made into."""
+    """Return the columns of a task in some data; with ``converted``, the columns after the conversion of rows."""
     sets = [found for found in TASKS[task].columns if not (converted and {*found} & {"instruction", "conversations"})]
     columns = next((found for found in sets if {*found} <= {*names}), None)
     if columns is None:
@@ -277,7 +277,7 @@ def _plain_turns(turns: Sequence[Any], number: int, *, images: bool = False) -> 
 
 
 def _encode(rows: Dataset, task: str, processor: Any) -> Dataset:
-    """Return rows as a classifier takes them, with the label's number; of seq2seq as its model does."""
+    """Return rows as a classifier takes them, with the label's number, or as a seq2seq model does."""
     from datasets import Value
 
     def encode(batch: Mapping[str, list[Any]]) -> Mapping[str, Any]:

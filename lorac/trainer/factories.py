@@ -35,7 +35,7 @@ GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 def make_adapters(
     given: Mapping[str, Fields], model: nn.Module, batches: Callable[[], Iterable[object]]
 ) -> dict[str, Adapter | Variant]:
-    """Make the adapters of a recipe: read from files, fresh, or begun on the model, with batches if a start reads some.
+    """Make the adapters of a recipe: read from files, fresh, or initialised on the model, perhaps from batches.
 
     Raises:
         OptionError: there is no such method, start or keyword.
@@ -86,7 +86,7 @@ def make_rewards(names: Sequence[str]) -> list[Any]:
     """Return the functions and models of rewards, by their names.
 
     Raises:
-        OptionError: a name is none of ``trl.rewards``, no function ``package.module:function``, and no model.
+        OptionError: a name is not in ``trl.rewards``, nor a function ``package.module:function`` or a model.
     """
     from trl import rewards
 
@@ -120,7 +120,7 @@ def read_chat_template(name: str) -> str:
         return _CHATML
     if not file.is_file():
         what, nearest = f"there is no chat_template {short(name)}", nearest_name(name, [*known, "chatml"], alike=0.6)
-        raise OptionError(what, nearest=nearest, next_step="give one of TRL's, such as qwen3; chatml; or a file")
+        raise OptionError(what, nearest=nearest, next_step="give 'chatml', a file, or one of TRL's, such as qwen3")
     return file.read_text(encoding="utf-8")
 
 
@@ -131,7 +131,7 @@ def _make_adapter(
         path = fields.pop("path")
         if fields:
             what = f"adapter '{name}' has a path, and also {', '.join(fields)}"
-            raise OptionError(what, next_step="leave these out: its file holds them")
+            raise OptionError(what, next_step="leave these fields out: its file holds them")
         return lorac.load_adapter(path, model, name)
     start, known = fields.pop("start", None), lorac.variants()
     spec = {"name": fields.pop("method", None), **fields}

@@ -44,7 +44,7 @@ def check_learning(compiled: Any, losses: Collection[str]) -> None:
     for module in compiled.adapter_tensors.values():
         for tensor, output in module.find_untrained(read):
             raise ChoiceError(
-                f"'{tensor}' of adapter '{module.adapter.name}' learns from '{output}' alone, and no loss reads it",
+                f"'{tensor}' of adapter '{module.adapter.name}' learns from '{output}' alone, and no loss reads that",
                 next_step=f"add loss: [{names.get(output, 'one that does')}]",
             )
     for name in {*read} - {*compiled.session.options.aux}:
@@ -108,7 +108,7 @@ def _row_losses(output: Any, labels: object, shifted: bool) -> Tensor:
         return -fused.sum(dim=-1)
     if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
         raise Unavailable(
-            f"{SAMPLED} compares the draws of a row by labels, one for each of the model's logits",
+            f"{SAMPLED} compares the draws of a row by labels, and needs one for each of the model's logits",
             next_step="train a language model on texts, or a classifier of rows or tokens",
         )
     if shifted:

@@ -29,7 +29,7 @@ class TrainerTask(NamedTuple):
         trainer: the trainer's class.
         config: the dataclass of the trainer's arguments.
         columns: the sets of columns that its rows may have.
-        defaults: arguments of which the task is another name.
+        defaults: the arguments that the task's name stands for.
     """
 
     library: str
@@ -101,7 +101,7 @@ class Recipe:
         start_batches: number of batches that a start sees.
         early_stopping_patience: evaluations without a better one after which the run stops.
         merge: a new folder for the base with the adapters merged into it, and its tokenizer.
-        push: a repository of the hub for the adapter; of several, each gets ``-<its name>`` behind the name.
+        push: a repository of the hub for the adapter; with several adapters, ``-<its name>`` is appended for each.
         recover: for LoRAM, where the model is a smaller copy: ``{"model": <folder of the large one>, "pruned": <a
             folder of pruned_idx files, or a file of write_pruning_record>}``. LoRAs are written for the large model.
         arguments: of the task's dataclass in ``TASKS``, by their own names. In YAML they are top-level fields.
@@ -157,9 +157,7 @@ class Recipe:
             raise ChoiceError("early_stopping_patience needs evaluations", next_step="add test_size, or eval_data")
         if self.recover is not None and self.recover.keys() != {"model", "pruned"}:
             what = f"recover has the fields {', '.join(self.recover) or 'none'}"
-            raise OptionError(
-                what, next_step="it takes model and pruned: the large model, and the record of its pruning"
-            )
+            raise OptionError(what, next_step="give model, the large model, and pruned, the record of its pruning")
         if self.merge is not None and (self.recover is not None or Path(self.merge).exists()):
             what = f"'{self.merge}' exists already" if self.recover is None else "recover's large model has no weights"
             raise ChoiceError(f"nothing can be merged: {what}", next_step="give merge a new folder, or leave it out")
@@ -179,7 +177,7 @@ class Recipe:
         return trainer, config
 
     def refuse(self, what: str, **_: object) -> OptionError:
-        """Return the refusal of a library, with the fields that its message names, or whose values it quotes."""
+        """Return the error for a library's refusal, with the fields that its message names or quotes."""
         said, given = what.partition(": ")[2].lower(), {"test_size": self.test_size, **self.arguments}
         words = re.sub(r"[_\W]+", "_", f" {said} ")
         known = [*given, *(name for name in field_types(self.load_classes()[1]) if "_" in name and name not in given)]

@@ -31,10 +31,10 @@ def train(
 
     Args:
         model: the base, left unchanged.
-        processing_class: the model's tokenizer; of images the processor. Left unchanged.
+        processing_class: the model's tokenizer, or its processor for images. Left unchanged.
         recipe: the run's settings.
-        out: a folder without a run; it gets each adapter, in PEFT's format or where it has no place there in lorac's,
-            the trainer's checkpoints, ``trainer_state.json`` with everything it logged, and ``loss.svg``.
+        out: a folder without a run; it gets each adapter, in PEFT's format or, if that cannot store it, in lorac's, the
+            trainer's checkpoints, ``trainer_state.json`` with everything it logged, and ``loss.svg``.
         resume: continue from the newest checkpoint in ``out``, bit for bit as if the run had not stopped.
 
     Returns:
@@ -50,7 +50,7 @@ def train(
     checkpoint = checkpoints.find_checkpoint(folder) if resume else None
     if not resume and (checkpoints.list_checkpoints(folder) or (folder / "trainer_state.json").exists()):
         raise ChoiceError(
-            f"'{folder}' holds a run already", next_step="resume=True continues it; or give another folder"
+            f"'{folder}' holds a run already", next_step="continue it by resume=True, or give another folder"
         )
     from lorac.trainer.log import draw_losses
 
@@ -183,7 +183,7 @@ class _Run:
 
 
 def leave_process_group() -> None:
-    """Leave torch's default process group, if there is one: left to the interpreter's end, it may abort or hang.
+    """Leave torch's default process group, if any; the interpreter's end with a group may abort or hang.
 
     Every process of the group has to call it.
     """

@@ -67,7 +67,7 @@ class AdapterTrainer(Trainer):
         if sharding is not None:
             if hasattr(arguments, "num_generations") or getattr(arguments, "predict_with_generate", False):
                 raise Unavailable(
-                    "processes that generate call the model at different times, and a base in parts needs one time",
+                    "processes that generate call the model one by one, and a base in parts needs all at once",
                     next_step="leave fsdp out, or predict_with_generate",
                 )
             for name, value in sharding.items():
@@ -86,7 +86,7 @@ class AdapterTrainer(Trainer):
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise Unavailable(
-                "DeepSpeed and FSDP as accelerate has them keep adapters in parts, and a compiled model has whole ones",
+                "accelerate's DeepSpeed and FSDP split adapters, and a compiled model needs whole ones",
                 next_step="give fsdp: full_shard in place of deepspeed, and start by torchrun",
             )
         losses.check_learning(self.model, self.losses)
@@ -202,7 +202,7 @@ class AdapterTrainer(Trainer):
         return digest.hexdigest()
 
     def create_model_card(self, *_: Any, **settings: Any) -> None:
-        """Write the README.md of the run's folder: which adapters it holds, of which methods and for which base."""
+        """Write the README.md of the run's folder, with its adapters, their methods and their base."""
         if not self.is_world_process_zero():
             return
         base = self.recipe.model or getattr(self.model.config, "_name_or_path", "") or "the model given"

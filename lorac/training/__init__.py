@@ -1,4 +1,4 @@
-"""Training rules: the work of some methods around an optimizer's step, on the hooks of any torch optimizer.
+"""Training rules: the work of some methods before and after a step, as hooks of any torch optimizer.
 
 optimizer = torch.optim.AdamW(p for p in compiled.parameters() if p.requires_grad)
 with NestedRanks(compiled, optimizer):

@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of tensors, and an optimizer as one of its steps sees it."""
+"""An optimizer's state by names of tensors, and views of an optimizer for single steps."""
 
 import functools
 from collections.abc import Mapping
@@ -47,12 +47,12 @@ def _place(compiled: nn.Module, optimizer: Optimizer, state: State) -> State:
     described = _describe(optimizer, [*places])
     if described[_OPTIMIZER] != state.get(_OPTIMIZER):
         there = state.get(_OPTIMIZER, "tensors by position")
-        raise ChoiceError(f"the state is of {there}, and the optimizer is {described[_OPTIMIZER]}", next_step=_STEP)
+        raise ChoiceError(f"the state belongs to {there}, the optimizer is {described[_OPTIMIZER]}", next_step=_STEP)
     here, there = described[_TENSORS], state[_TENSORS]
     name = next((name for name in sorted({*here, *there}) if here.get(name) != there.get(name)), None)
     if name is not None:
         shapes = f"'{name}' has the shape {there.get(name)} there, and {here.get(name)} here"
-        raise ChoiceError(f"the state is of other tensors: {shapes}", next_step=_STEP)
+        raise ChoiceError(f"the state belongs to other tensors: {shapes}", next_step=_STEP)
     if [{*group} for group in groups] != [{*group["params"]} for group in state["param_groups"]]:
         raise ChoiceError("the groups of the optimizer hold other tensors than those of the state", next_step=_STEP)
     placed = [
@@ -108,7 +108,7 @@ def view_optimizer(optimizer: Optimizer, **members: object) -> Any:
 
     Args:
         optimizer: the other one.
-        members: the attributes of the view's own.
+        members: the attributes that only the view has.
 
     Raises:
         ChoiceError: the optimizer hands its step on to one inside it, which would not see the view.

@@ -188,7 +188,7 @@ class Rule(ABC):
 
 
 def check_compatible(rules: Sequence[Rule]) -> None:
-    """Raise ``ChoiceError`` if two rules decide the same of a training for the same tensors."""
+    """Raise ``ChoiceError`` if two rules decide the same part of an update of the same tensors."""
     for one, other in combinations(rules, 2):
         own, shared = {id(term.tensors) for term in one.terms}, one.decides & other.decides
         met = next((term for term in other.terms if shared and id(term.tensors) in own), None)
@@ -206,7 +206,7 @@ def unwrap_ddp(compiled: nn.Module) -> Any:
 
 
 def require_trainable(compiled: nn.Module) -> Any:
-    """Return the compiled model in a wrapper or not; raises ``Unavailable`` if it is not one that trains."""
+    """Return the compiled model, out of its wrapper if it has one; raise ``Unavailable`` if it does not train."""
     model = unwrap_ddp(compiled)
     target = getattr(getattr(model, "engine", None), "target", None)
     if target != "eager":

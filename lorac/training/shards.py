@@ -25,7 +25,7 @@ from lorac.training.rule import require_trainable, spans_processes
 def shard_base(*compiled: nn.Module, layers: Collection[str] = (), reshard_after_forward: bool = True) -> None:
     """Leave in each process its share of the base's weights; a call gathers those of one layer at a time.
 
-    The model that was compiled is in parts then too (``gather_base``). Every process of the default group calls it.
+    The original model is in parts then, too (``gather_base``). Every process of the default group has to call this.
 
     Args:
         compiled: the result of ``lorac.compile(..., target="eager")``, in no wrapper yet; several, where these share
@@ -53,8 +53,8 @@ def shard_base(*compiled: nn.Module, layers: Collection[str] = (), reshard_after
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):
         raise Unavailable(
-            f"the base cannot lie in parts: {reason}",
-            next_step="leave it whole, without fsdp: DistributedDataParallel trains it so",
+            f"the base cannot be split between processes: {reason}",
+            next_step="leave out fsdp: DistributedDataParallel trains with a whole base",
         )
     found = {type(module).__name__ for module in model.host.modules()}
     check_known(layers, found, "the model has no layers of the class")
@@ -78,7 +78,7 @@ def shard_base(*compiled: nn.Module, layers: Collection[str] = (), reshard_after
 def gather_base(compiled: nn.Module) -> Iterator[None]:
     """Give the model that was compiled its whole weights within the block, to save adapters, merge or compile again.
 
-    Every process enters it. The compiled model itself goes on in parts.
+    Every process has to enter it. The compiled model stays in parts.
     """
     model = require_trainable(compiled)
     _hand_over(model, whole=True)

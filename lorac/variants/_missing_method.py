@@ -72,8 +72,8 @@ def unknown_method_error(name: str, modules: Mapping[str, str], known: Iterable[
         return UnknownMethod(
             f"no method is called '{name}'",
             nearest=nearest_name(name, known),
-            next_step="`lorac variants` lists the methods; one of your own is known once its class is imported, "
-            "on the command line by --import MODULE",
+            next_step="list the methods by `lorac variants`, or import the class of your own first, on the command "
+            "line by --import MODULE",
         )
     # A script's module is named __main__, which cannot be imported later.
     script = module == _SCRIPT

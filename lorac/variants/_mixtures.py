@@ -138,7 +138,7 @@ def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, metho
     if len(shapes) > 1:
         raise shape_error(
             f"the LoRAs at '{path}' are for layers (out, in) of {' and '.join(map(str, sorted(shapes)))}",
-            next_step=f"{method} takes LoRAs of one base model",
+            next_step=f"give {method} LoRAs of one base model",
         )
     a, b = present[0]
     empty = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))

@@ -120,7 +120,7 @@ class Adapter:
         if conflicts:
             raise ChoiceError(
                 f"'{other.name}' replaces '{min(conflicts)}', and so does an adapter before it",
-                next_step=f"only one adapter of a {self.variant.name} may replace a parameter",
+                next_step=f"let only one adapter of a {self.variant.name} replace a parameter",
             )
         self.replaced |= other.replaced
 
@@ -160,7 +160,7 @@ def split_tasks(adapter: Adapter, method: type[Variant], count: str) -> dict[str
     variant = adapter.variant
     if not isinstance(variant, method):
         raise OptionError(
-            f"adapter '{adapter.name}' is of {variant.name}, not of {method.name}, whose tasks are asked for",
+            f"adapter '{adapter.name}' is of {variant.name}, and only adapters of {method.name} have these tasks",
             next_step=f"give an adapter of lorac.{method.__name__}",
         )
     tasks = {f"{adapter.name}-{task}": task for task in range(getattr(variant, count))}

@@ -53,7 +53,7 @@ class AdaptionPrompt(BranchVariant):
         if site.path.rpartition(".")[2] not in _PROJECTIONS or site.in_features % self.num_attention_heads:
             raise SiteError(
                 f"'{site.path}' is not the output projection of an attention with {self.num_attention_heads} heads",
-                next_step="lorac.AdaptionPrompt.of(model) finds those of the model",
+                next_step="use lorac.AdaptionPrompt.of(model), which finds those of the model",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
@@ -108,7 +108,7 @@ class AdaptionPrompt(BranchVariant):
         found = [path for path in paths if path.endswith(f".{place}")]
         if len(found) < wanted:
             raise SiteError(
-                f"adaption prompts have {len(found)} places in {type(model).__name__}, and adapter_layers={wanted}",
+                f"{type(model).__name__} has {len(found)} places for adaption prompts, and adapter_layers={wanted}",
                 next_step=f"give a model of transformers of type {' or '.join(PLACES)}, with at least as many layers",
             )
         rotary, heads = next((path for path in paths if path.endswith("rotary_emb")), ""), config.num_attention_heads

@@ -265,8 +265,8 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         sizes = (inputs, narrow, site.out_features)
         if any(size % self.phm_dim for size in sizes):
             raise SiteError(
-                f"phm_dim={self.phm_dim} does not divide all sizes of the bottleneck at '{site.path}', "
-                f"{inputs} -> {narrow} -> {site.out_features}",
+                f"phm_dim={self.phm_dim} does not divide all sizes of the bottleneck at '{site.path}', {inputs} -> "
+                f"{narrow} -> {site.out_features}",
                 next_step="give another phm_dim or reduction_factor",
             )
         return self.hypercomplex_layer("down", inputs, narrow) | self.hypercomplex_layer(
@@ -321,7 +321,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         twice = [path for path in chosen if variant._couples(path)]
         if twice:
             raise SiteError(
-                f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, of which one is lost",
+                f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, and one would be lost",
                 next_step="name other modules in embeddings= and heads=, or narrow targets=",
             )
         unnamed = [path for path, sublayer in chosen.items() if sublayer.norm and path not in variant.residuals]

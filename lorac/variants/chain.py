@@ -58,7 +58,7 @@ class Chain(CompositeVariant):
             if not isinstance(adapter.variant, WeightVariant):
                 raise unmergeable_error(
                     f"'{adapter.name}' ({adapter.variant.name}) does not edit a weight that the next method could use",
-                    next_step="a chain takes methods of the weight form; `lorac variants` lists them",
+                    next_step="use methods of the weight form, which `lorac variants` lists",
                 )
             own = _sites_pattern(adapter)
             parts.append(dataclasses.replace(adapter.variant, targets=own, exclude=(), layers=()))

@@ -132,7 +132,7 @@ class FlexMoRE(BranchVariant):
         if len(kinds) != 1:
             raise SiteError(
                 f"FlexMoRE needs MLPs of one kind, and {type(view.module).__name__} has {len(kinds)} among its "
-                "targets; an MLP has three linear layers, of which the third reads act(gate) times up and has no bias",
+                "targets; an MLP has three linear layers, and the third has no bias and reads act(gate) times up",
                 next_step="name MLPs of one kind in targets=",
             )
         return dataclasses.replace(self, targets=self.targets or tuple(found), **vars(kinds.pop()))
@@ -262,7 +262,7 @@ def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
     """Check that adapters are mixtures at the same MLPs; return their variants."""
     variants = [adapter.variant for adapter in adapters if isinstance(adapter.variant, FlexMoRE)]
     if not variants or len(variants) < len(adapters):
-        raise AdapterNotFound("one of the adapters is not a FlexMoRE, or there is none", next_step="give FlexMoREs")
+        raise AdapterNotFound("one of the adapters, if any, is not a FlexMoRE", next_step="give FlexMoREs")
     places = [
         (adapter.tensors.keys(), variant.gate, variant.up, variant.down, variant.activation, variant.hidden)
         for adapter, variant in zip(adapters, variants, strict=True)
@@ -270,7 +270,7 @@ def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
     other = next((n for n, place in enumerate(places) if place != places[0]), None)
     if other is not None:
         raise shape_error(
-            f"'{adapters[other].name}' is of other MLPs than '{adapters[0].name}'",
+            f"'{adapters[other].name}' adapts other MLPs than '{adapters[0].name}'",
             next_step="give mixtures next to one public model",
         )
     return variants

@@ -37,7 +37,7 @@ class LoRA(RankStabilizedFields, WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         if self.invocation_tokens and (site.kind is not SiteKind.LINEAR or site.within is not None):
-            what = f"a LoRA with invocation_tokens adapts linear layers alone, and '{site.path}' is none"
+            what = f"a LoRA with invocation_tokens adapts only linear layers, and '{site.path}' is not linear"
             raise SiteError(what, next_step="narrow targets=, or exclude= the module")
 
     def weight(self, W: Tensor, p: Params) -> Tensor:

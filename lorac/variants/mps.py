@@ -51,7 +51,7 @@ class MPS(LowRankFields, WeightVariant):
         if len(dims) != 2 or math.prod(dims) != site.in_features:
             raise SiteError(
                 f"mps splits its input into {' x '.join(map(str, dims))}; '{site.path}' has {site.in_features}",
-                next_step="give two dims that multiply to it, or none for the most even split",
+                next_step="give two dims whose product is that, or none for the most even split",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

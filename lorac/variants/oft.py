@@ -57,8 +57,8 @@ class OFT(WeightVariant):
 
     name = "oft"
     paper = (
-        "Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; "
-        "Orthogonal Finetuning Made Scalable, arXiv 2506.19847"
+        "Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; Orthogonal Finetuning Made "
+        "Scalable, arXiv 2506.19847"
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class OFT(WeightVariant):
             raise SiteError(
                 f"OFT's blocks at '{site.path}' have size 1 and rotate nothing; {width} has "
                 + (f"the divisors {found}" if found else "no divisor above 1"),
-                next_step="give a block_size near one of them, or exclude= the module",
+                next_step="give a block_size near a divisor, or exclude= the module",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

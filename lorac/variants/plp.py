@@ -87,9 +87,9 @@ class PLP(WeightVariant):
         for adapter in (content, style):
             if not isinstance(adapter.variant, cls) or _settings_key(adapter.variant) != _settings_key(style.variant):
                 raise ChoiceError(
-                    f"'{adapter.name}' ({adapter.variant.name} {_settings_key(adapter.variant)}) "
-                    f"does not fit '{style.name}'",
-                    next_step="content and style are plp adapters of equal r, basis and identity_init",
+                    f"'{adapter.name}' ({adapter.variant.name} {_settings_key(adapter.variant)}) does not fit "
+                    f"'{style.name}'",
+                    next_step="give plp adapters of equal r, basis and identity_init",
                 )
         different = content.tensors.keys() ^ style.tensors.keys()
         if different:

@@ -48,7 +48,7 @@ class Poly(WeightVariant):
         super().__post_init__()
         if self.task >= self.n_tasks:
             raise OptionError(
-                f"task={self.task} does not exist, as n_tasks={self.n_tasks}",
+                f"task={self.task} does not exist, since n_tasks={self.n_tasks}",
                 next_step=f"give a task from 0 to {self.n_tasks - 1}",
             )
 

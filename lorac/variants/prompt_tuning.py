@@ -106,8 +106,8 @@ class MultitaskPromptTuning(EmbeddedPromptVariant):
         if task is None or not 0 <= task < self.num_tasks:
             raise AdapterError(
                 f"the file has prompts of {self.num_tasks} tasks, and the adapter takes task={task}",
-                next_step="lorac.MultitaskPromptTuning.by_task(lorac.load_adapter(folder, model)) makes an adapter of "
-                "each task; rows get theirs by adapters=",
+                next_step="make an adapter for each task by "
+                "lorac.MultitaskPromptTuning.by_task(lorac.load_adapter(folder, model)), and name tasks in adapters=",
             )
         rows: Tensor = p.prompt * (p.task_cols[task] @ p.task_rows[task])
         return rows

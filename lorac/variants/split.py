@@ -52,7 +52,7 @@ class Split(InputDropout, CompositeVariant):
                 raise OptionError(
                     f"there is no part '{part}'",
                     nearest=nearest_name(part, self.among) or ", ".join(self.among),
-                    next_step="among= names all parts in the order of their rows",
+                    next_step="give all parts in among=, in the order of their rows",
                 )
 
     def at_path(self, path: str) -> Variant:

@@ -60,7 +60,7 @@ def export_web(
     """
     if part_mib < 1:
         raise OptionError(f"part_mib cannot be {part_mib}", next_step="give 1 or more; 64 is the default")
-    target = parse_path(out, "where export_web writes to", ArtifactError)
+    target = parse_path(out, "the folder of export_web", ArtifactError)
     manifest = open_artifact(artifact)
     fields = manifest.fields
     _check_kind(fields)
@@ -78,8 +78,8 @@ def export_web(
     missing = sorted(fields["adapters"].keys() - adapters.keys()) if program["slots"] else []
     if missing:
         warn(
-            f"the page lacks {list_some(missing)}: the artifact has no file of theirs for programs without lorac",
-            next_step="compiled.save(folder) writes those that can be; prompts and activated LoRAs run in Python alone",
+            f"the page lacks {list_some(missing)}: the artifact has no file of them that runs without lorac",
+            next_step="write them by compiled.save(folder); prompts and activated LoRAs run in Python alone",
         )
     check = _compute_check(artifact, tokenizer["samples"][0]["ids"])
     with open_packages(None if modules is None else Path(modules)) as copied:
@@ -133,7 +133,7 @@ def _describe_generation(settings: JsonMapping) -> dict[str, object]:
         named = [f"{name}={settings[name]!r}" for name in ignored]
         warn(
             f"a page does not follow the model's generation settings {list_some(named, quote='')}",
-            next_step="without them, compiled.generate writes as the page does",
+            next_step="leave them out, and compiled.generate writes as the page does",
         )
     return {name: settings[name] for name in _FOLLOWED if name in settings}
 

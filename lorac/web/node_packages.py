@@ -61,5 +61,5 @@ def _install(folder: Path) -> None:
     reason = "npm is not installed" if npm is None else f"npm fails: {done.stderr.strip().rpartition(chr(10))[2]}"
     raise Unavailable(
         f"a page holds parts of npm packages, and {reason}",
-        next_step="install Node.js, or give modules= a node_modules folder that npm install lorac-web filled elsewhere",
+        next_step="install Node.js, or give modules= a node_modules folder, filled elsewhere by npm install lorac-web",
     )

@@ -135,7 +135,7 @@ def test_mixed_dtypes() -> None:
 
 @pytest.mark.parametrize("recorded", ["nonsense:" + 32 * "0", "float32:00", "Tensor:" + 32 * "0", "", "float32"])
 def test_rejects_text_that_is_not_a_hash(recorded: str) -> None:
-    with refuses("base_mismatch", match="not a hash that lorac writes"):
+    with refuses("base_mismatch", match="lorac writes no such hash"):
         check_base("x", recorded, ModelView.of(model()), PATHS)
-    with refuses("base_mismatch", match="not a hash that lorac writes"):
+    with refuses("base_mismatch", match="lorac writes no such hash"):
         check_copy("x", "up.weight", recorded, model().get_parameter("up.weight"))

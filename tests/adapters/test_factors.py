@@ -137,15 +137,15 @@ def test_returns_the_same_factors_without_the_model(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("variant", "what"),
     [
-        (lorac.DoRA(r=2, targets=["site"]), "what adapter 'a' does to 'site', which depends on its weight"),
-        (lorac.HiRA(r=2, targets=["site"]), "what adapter 'a' does to 'site', which depends on its weight"),
-        (lorac.LoRA(r=2, lora_bias=True, targets=["site"]), "what adapter 'a' does to the bias of 'site'"),
-        (lorac.IA3(targets=["site"]), "the shape of 'site', which the tensors of 'a' do not determine"),
-        (lorac.SHiRA(r=1, targets=["site"]), "the shape of 'site', which the tensors of 'a' do not determine"),
-        (lorac.PLP(r=2, targets=["site"]), "the shape of 'site', which the tensors of 'a' do not determine"),
+        (lorac.DoRA(r=2, targets=["site"]), "the change of 'site' by adapter 'a'"),
+        (lorac.HiRA(r=2, targets=["site"]), "the change of 'site' by adapter 'a'"),
+        (lorac.LoRA(r=2, lora_bias=True, targets=["site"]), "the change of the bias of 'site' by adapter 'a'"),
+        (lorac.IA3(targets=["site"]), "the shape of 'site', since the tensors of 'a' fit several"),
+        (lorac.SHiRA(r=1, targets=["site"]), "the shape of 'site', since the tensors of 'a' fit several"),
+        (lorac.PLP(r=2, targets=["site"]), "the shape of 'site', since the tensors of 'a' fit several"),
         (
             lorac.LoRA(r=2, targets=["site"], modules_to_save=["norm"]),
-            "which site owns 'norm.weight', which adapter 'a' replaces",
+            "the site of 'norm.weight', a parameter that 'a' replaces",
         ),
     ],
     ids=["dora", "hira", "bias", "ia3", "shira", "plp", "replaced"],

@@ -94,8 +94,8 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "no site": (
         good(tensors=at("ring")),
         lorac.SiteError,
-        "adapter 'mine' has tensors for 'ring', a ConvTranspose1d that is not a site as built here\n"
-        "  train the adapter with exclude_modules naming it",
+        "adapter 'mine' has tensors for 'ring', a ConvTranspose1d that lorac cannot adapt\n"
+        "  train the adapter with that layer in exclude_modules",
     ),
     "another kind": (
         good(variant=Listener(targets=["line"], of="up"), tensors={"line": {"factor": torch.ones(1)}}),
@@ -105,7 +105,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "one too many": (
         good(tensors=at("up", lora_AA=torch.ones(1))),
         lorac.FormatError,
-        "adapter 'mine' has a tensor 'lora_AA' at 'up' too many\n  nearest: lora_A\n"
+        "adapter 'mine' has a tensor 'lora_AA' at 'up' that its method does not use\n  nearest: lora_A\n"
         "  lora as configured has lora_A, lora_B there",
     ),
     "one too few": (
@@ -117,13 +117,13 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         good(tensors=at("up", lora_A=torch.ones(2, 5))),
         lorac.AdapterError,
         "adapter 'mine': lora_A at 'up' has shape (2, 5), expected (2, 4)\n"
-        "  the site is linear 4 -> 6; rank and base model must be those of the training",
+        "  use the rank and the base model of the training; the site is linear 4 -> 6",
     ),
     "no value to read": (
         good(variant=Listener(targets=["up"], of="base:dwn"), tensors={"up": {"factor": torch.ones(1)}}),
         lorac.SiteError,
         "'base:dwn' is not a value of the program\n  nearest: down\n"
-        "  values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, weight:<site>, param:<tensor>, "
+        "  name values <module>, in:<module>, base:<module>, pass:<name>:<module>, weight:<site>, param:<tensor>, "
         "input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
     ),
     "no parameter": (
@@ -135,7 +135,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "another parameter": (
         good(replaced={"norm.weight": torch.ones(5)}),
         lorac.AdapterError,
-        "adapter 'mine' replaces 'norm.weight' by shape (5,), the model's has (4,)\n"
+        "adapter 'mine' replaces 'norm.weight' by a tensor of shape (5,), and the model's has (4,)\n"
         "  load the base model that the adapter was trained on",
     ),
     "a number for a bias": (
@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "another vocabulary of another width": (
         good(replaced={"table.weight": torch.ones(7, 3)}),
         lorac.AdapterError,
-        "adapter 'mine' replaces 'table.weight' by shape (7, 3), the model's has (5, 4)\n"
+        "adapter 'mine' replaces 'table.weight' by a tensor of shape (7, 3), and the model's has (5, 4)\n"
         "  load the base model that the adapter was trained on",
     ),
     "a copy of no parameter": (
@@ -184,13 +184,13 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "a position outside": (
         shira(torch.stack([torch.arange(10) % 6, torch.arange(10) % 5])),
         lorac.AdapterError,
-        "adapter 'mine': position (4, 4) of indices at 'up' lies outside (6, 4)\n"
+        "adapter 'mine': indices at 'up' holds (4, 4), outside the shape (6, 4)\n"
         "  load the base model that the adapter was trained on",
     ),
     "a negative position": (
         shira(torch.stack([torch.arange(10) % 6 - 1, torch.arange(10) % 4])),
         lorac.AdapterError,
-        "adapter 'mine': position (-1, 0) of indices at 'up' lies outside (6, 4)\n"
+        "adapter 'mine': indices at 'up' holds (-1, 0), outside the shape (6, 4)\n"
         "  load the base model that the adapter was trained on",
     ),
     "a position twice": (
@@ -208,7 +208,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "no hash of a base": (
         good(provenance={"base": "flaot32:" + 32 * "0"}),
         lorac.AdapterError,
-        f"adapter 'mine' recorded 'flaot32:{32 * '0'}' of its base weights, which is not a hash that lorac writes\n"
+        f"adapter 'mine' records 'flaot32:{32 * '0'}' as the hash of its base weights, and lorac writes no such hash\n"
         "  copy or download the file again: it was changed",
     ),
     "another base": (
@@ -266,7 +266,7 @@ def test_rejects_another_vocabulary_where_nothing_is_compiled(tmp_path: Path) ->
     with pytest.raises(lorac.AdapterError) as raised:
         lorac.merge_into(model(), [adapter])
     assert str(raised.value) == (
-        "adapter 'mine' replaces 'table.weight' by shape (7, 4), the model's has (5, 4)\n"
+        "adapter 'mine' replaces 'table.weight' by a tensor of shape (7, 4), and the model's has (5, 4)\n"
         "  load the model with 7 rows there, the num_labels of a classifier, or call model.resize_token_embeddings(7); "
         "lorac.compile also takes a whole layer of another size"
     )

@@ -164,10 +164,10 @@ def test_moves_names_by_one_long_end(names, own):
 
 
 def test_rejects_files_without_certain_names(model, sound, tmp_path):
-    with pytest.raises(lorac.BaseNeeded, match="names of layers are repaired by those of a model"):
+    with pytest.raises(lorac.BaseNeeded, match="only the model tells the right names of layers"):
         lorac.load_adapter(sound, fix_names=True)
     lorac.save_adapter(lorac.load_adapter(sound, model), tmp_path / "a.safetensors", "native")
-    with refuses("unsupported_field", match="names are repaired in PEFT's folders") as error:
+    with refuses("unsupported_field", match="repairs names only in PEFT's folders") as error:
         lorac.load_adapter(tmp_path / "a.safetensors", model, fix_names=True)
     assert "lorac convert ADAPTER OUT --to peft" in error.value.next_step
     tensors = load_file(sound / "adapter_model.safetensors")

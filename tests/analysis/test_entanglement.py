@@ -165,12 +165,12 @@ def test_a_single_entry_has_no_cut():
 
 def test_refusals():
     M = gaussian(4, 6)
-    with refuses("shape_mismatch", match="in_dims 2 x 2 make 4; the matrix has 6") as error:
+    with refuses("shape_mismatch", match="in_dims 2 x 2 make 4, and that side of the matrix has 6") as error:
         internal_entropy(M, [2, 2], [2, 2])
     assert error.value.nearest == "3 x 2"
     with refuses("shape_mismatch", match="2 output sites cannot be interleaved with 1 input sites"):
         internal_entropy(M, [2, 2], [6], order="interleaved")
-    with pytest.raises(lorac.OptionError, match="no order 'row-major'") as unknown:
+    with pytest.raises(lorac.OptionError, match="no order of sites 'row-major'") as unknown:
         internal_entropy(M, order="row-major")
     assert unknown.value.nearest == "row_major"
     with refuses("non_finite"):
@@ -234,6 +234,6 @@ def test_a_picture(tmp_path):
     draw_entanglement({**profiles, "untouched": None}, tmp_path / "picture.svg")
     drawn = (tmp_path / "picture.svg").read_text(encoding="utf-8")
     assert "singular value" in drawn and "untouched" not in drawn  # labels are comments of the file
-    with pytest.raises(lorac.OptionError, match="writes no pictures as 'pgn'") as error:
+    with pytest.raises(lorac.OptionError, match="does not write pictures as 'pgn'") as error:
         draw_entanglement(profiles, tmp_path / "picture.pgn")
     assert error.value.nearest == "png"

@@ -166,7 +166,7 @@ MISTAKES = {
     "pointer": Mistake(replaced(WEIGHTS, POINTER), "a pointer of Git LFS(.|\n)*`git lfs pull`", again),
     "page": Mistake(replaced(WEIGHTS, b"<!DOCTYPE html>"), "a web page(.|\n)*/resolve/", again),
     "page-config": Mistake(replaced(CONFIG, b"<html>"), "a web page(.|\n)*/resolve/", again),
-    "half": Mistake(halved, "ends 64 bytes before its tensors do(.|\n)*download the file again", again),
+    "half": Mistake(halved, "ends 64 bytes early(.|\n)*download the file again", again),
     "a.zip": Mistake(zipped, "an archive(.|\n)*unpack it", unpack),
     "a.tar.gz": Mistake(tarred, "an archive(.|\n)*unpack it", unpack),
     "a.part": Mistake(lambda path: path.write_bytes(b"1"), "an unfinished download", again),

@@ -99,7 +99,7 @@ def test_rejects_images_that_a_prompt_cannot_have(folder: Path, monkeypatch: pyt
         (["missing.png"], "'missing.png' cannot be read"),
         (["moving.gif"], "'moving.gif' is animated"),
         (["large.png"], "'large.png', of 5000 x 4000 pixels, has more than the 16777216"),
-        (["heavy.png"], "--image gives 1 files of together 5242880 bytes, and a prompt has at most 8 of 4194304"),
+        (["heavy.png"], "--image gives 1 files of 5242880 bytes in all, and a prompt takes at most 8 files"),
         (["one.png"] * 9, "--image gives 9 files"),
     ):
         words = [word for name in names for word in ("--image", name)]

@@ -196,7 +196,7 @@ def test_dynamic_shapes():
             lambda: parse_dynamic_shapes(["idx=0"], Tiny(), INPUTS),
             "--dynamic: the model has no input 'idx'\n  nearest: ids\n",
         ),
-        (lambda: parse_dynamic_shapes(["ids=2"], Tiny(), INPUTS), "'ids' has no axis '2'\n  its axes are 0 to 1"),
+        (lambda: parse_dynamic_shapes(["ids=2"], Tiny(), INPUTS), "'ids' has no axis '2'\n  give an axis from 0 to 1"),
         (lambda: parse_dynamic_shapes(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),
     ],
 )

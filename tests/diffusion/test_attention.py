@@ -210,7 +210,7 @@ def test_regions_need_rows_and_columns_of_pixels() -> None:
         sample_size=4, num_layers=1, attention_head_dim=4, num_attention_heads=2, cross_attention_dim=8,
         norm_num_groups=1, caption_channels=8, use_additional_conditions=False,
     )  # fmt: skip
-    with refuses("site_unsupported", match="in no transformer of a U-Net"):
+    with refuses("site_unsupported", match="not in a transformer of a U-Net"):
         lorac.compile(model, {"a": RegionAttention()})
     assert lorac.compile(model, {"a": AttentionMaps()}).adapters
 

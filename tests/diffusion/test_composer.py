@@ -167,7 +167,7 @@ def test_rejects_regions_and_adapters_that_do_not_fit(unet: Any, composer: Compo
         composer.place([Region(LEFT, states(1), states(2), (1,), large)])
     with refuses("input_mismatch", match="nothing else, and one has text_embeds"):
         composer(inputs(1)["sample"], prompt_xl(1), states(2), [], steps=1)
-    with refuses("input_mismatch", match="no attention that counts has maps of 2 x 2"):
+    with refuses("input_mismatch", match="none of the attentions to count has maps of 2 x 2"):
         Composer(unet, scheduler(), tokens=TOKENS, stride=4)(
             inputs(1)["sample"], states(1), states(2), [Region(LEFT, states(1), states(2), (1,))], steps=1
         )

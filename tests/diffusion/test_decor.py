@@ -223,7 +223,7 @@ def test_the_merged_form_is_low_rank():
 def test_rejects_spans_and_models_that_do_not_fit():
     with refuses("site_not_found", match="names 0 modules of CLIPTextModel"):
         decor.at_text_encoder(pair()["text_encoder"], SPAN, targets=["ln_f"])
-    with refuses("site_unsupported", match="reads 16 features, and the span is of embeddings of 5"):
+    with refuses("site_unsupported", match="reads 16 features, and the span has embeddings of 5"):
         decor.at_cross_attention(pair()["unet"], torch.zeros(5, 1))
     with refuses("choice_error", match="config does not say how long a prompt may be"):
         decor.at_text_encoder(torch.nn.ModuleDict({"final_layer_norm": torch.nn.LayerNorm(16)}), SPAN)

@@ -98,7 +98,7 @@ def test_both_predictions_give_the_clean_latents():
         velocity = alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * clean
         assert_close(hipa.predict_clean(noisy, noise, alpha_bar, "epsilon"), clean)
         assert_close(hipa.predict_clean(noisy, velocity, alpha_bar, "v_prediction"), clean)
-    with refuses("choice_error", match="no way from 'noise' to an image"):
+    with refuses("choice_error", match="no rule turns 'noise' into images"):
         hipa.OneStep(torch.nn.Identity(), timestep=1, alpha_bar=0.5, predicts="noise")
 
 

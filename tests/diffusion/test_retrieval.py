@@ -161,7 +161,7 @@ def test_rejects_folders_without_a_retriever_or_adapters(retriever, folder, tmp_
         Retriever.load(tmp_path)
     with refuses("unknown_format", match="no adapters in"):
         find_adapters(retriever, "a red dress", tmp_path)
-    with refuses("choice_error", match="of 0 adapters the best 3"):
+    with refuses("choice_error", match="top=3 adapters cannot be chosen from 0"):
         retriever.rank("a red dress", {})
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     made = lorac.compile(model, {"d": lorac.SHiRA(r=1)}).adapters["d"]

@@ -227,7 +227,7 @@ def test_rejects_changes_of_the_computation_after_compiling(pipeline: Any) -> No
 def test_rejects_unsupported_methods_and_names_the_alternative(pipeline: Any, file: Path, tmp_path: Path) -> None:
     with refuses("unavailable", match="mode='fused'"):
         pipeline.fuse_lora()
-    with refuses("unavailable", match=r"compiled\.save\(folder\)"):
+    with refuses("unavailable", match=r"pipeline\.compiled by its save\(folder\)"):
         pipeline.save_pretrained(tmp_path)
     with refuses("option_error", match="save_file"):
         pipeline.load_lora_weights({"unet.x": torch.zeros(1)})
@@ -236,7 +236,7 @@ def test_rejects_unsupported_methods_and_names_the_alternative(pipeline: Any, fi
     pipeline.load_lora_weights(file)
     with refuses("choice_error", match="1 strengths for 2 adapters"):
         pipeline.set_adapters(["style", "style"], [1.0])
-    with refuses("choice_error", match="strength of 'style' is given per model"):
+    with refuses("choice_error", match="'style' is given a strength for each model"):
         pipeline.set_adapters("style", [{"unet": 0.5}])
     for other in ({"dtype": torch.float16}, {"device": "cuda"}):
         with refuses("unavailable", match="dtype= or device="):

@@ -246,7 +246,7 @@ def test_rejects_adapters_that_do_not_fit():
     with refuses("site_unsupported", match="meteora reads a layer's input and output; 'attn' has neither"):
         lorac.compile(model, {"a": lorac.MeteoRA(r=2, targets=("attn",))})
     other = Attending("apart", kdim=6)
-    with refuses("site_unsupported", match="'attn', a MultiheadAttention that is not a site as built here"):
+    with refuses("site_unsupported", match="'attn', a MultiheadAttention that lorac cannot adapt"):
         tensors = {"lora_A": torch.zeros(1, WIDTH), "lora_B": torch.zeros(3 * WIDTH, 1)}
         lorac.compile(other, {"a": lorac.Adapter("a", lorac.LoRA(r=1, targets=("attn",)), {"attn": tensors})})
 
@@ -302,7 +302,7 @@ def test_an_output_layer_that_peft_targets_by_itself(tmp_path, by_layers):
     config = LoraConfig(r=2, target_modules="all-linear")
     oracle = make_peft(model, tmp_path, config, inputs=dict(zip(("x", "other"), inputs, strict=True)))
     with pytest.warns(
-        lorac.LoracWarning, match="'attn.out_proj', whose weight 'attn' reads itself: PEFT runs them only"
+        lorac.LoracWarning, match="'attn.out_proj', and 'attn' reads that weight itself: PEFT runs them only"
     ):
         compiled = lorac.compile(model, {"a": tmp_path})
     assert_parity(compiled(*inputs), oracle.merge_and_unload()(*inputs), model(*inputs))

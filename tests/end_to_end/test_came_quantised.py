@@ -141,7 +141,7 @@ MADE = {
     "torchao, rows": lambda layer: in_torchao(layer, 8, layer.in_features, shifted=True),
     "bitsandbytes, 8 bits": in_bitsandbytes,
 }
-ROUNDED = ["products with 1 weights of the model round what they read ('site.weight')"]
+ROUNDED = ["products with 1 weights of the model round their inputs ('site.weight')"]
 """bitsandbytes multiplies by 8-bit weights what it has rounded to 8 bits, too."""
 X = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
 
@@ -171,7 +171,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
     said = [str(w.message) for w in recwarn if issubclass(w.category, LoracWarning)]
     assert [text.partition(",")[0] for text in said] == (ROUNDED if how.startswith("bitsandbytes") else [])
     assert_close(compiled(X), own(X))
-    assert "round what they read" not in str(compiled.explain()), "the model's own products do not"
+    assert "round their inputs" not in str(compiled.explain()), "the model's own products do not"
     assert len(products(compiled)) == 1, "what came in float stays in float"
     weight: Any = own.site.weight
     whole = (weight.qdata if how.startswith("torchao") else weight.data).numpy()
@@ -197,7 +197,7 @@ def test_warns_and_dequantises_codes_whose_blocks_span_rows(weights: str | None)
     own = model(lambda layer: InTable(layer, compressed=False))
     options = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
     says = "stored as float32\n.*weights='int8'" if weights is None else "quantised anew, as int8"
-    with pytest.warns(LoracWarning, match=f"1 weights came as Linear4bit, .*: they are {says}"):
+    with pytest.warns(LoracWarning, match=f"1 weights were stored as Linear4bit, .*: they are {says}"):
         compiled = lorac.compile(own, weights=weights, **options)
     assert len(products(compiled)) == (0 if weights is None else 2)
     if weights is None:
@@ -230,7 +230,7 @@ def test_other_numbers_of_8_bits_are_dequantised(scaled: bool) -> None:
             own, {"a": lorac.LoRA(r=2, targets=["site"])}, target="onnxruntime", example_inputs=(X,)
         )
     texts = "\n".join(str(one.message) for one in warned)
-    assert "1 weights came as Float8Tensor" in texts
+    assert "1 weights were stored as Float8Tensor" in texts
     assert ("outputs differ by" in texts) is scaled  # its own product ignores the scale
     assert_close(compiled(X), own.last(own.act(own.site(X if scale is None else X * scale))))
 
@@ -408,7 +408,7 @@ class Chained(nn.Module):
 def test_warns_where_4_bit_products_are_in_half_precision(part: dict[str, Any]) -> None:
     own = nn.Sequential(InTable(nn.Linear(128, 40)))
     vars(own[0]).update(part)
-    with pytest.warns(LoracWarning, match=r"products with 1 weights of the model round what they read \('0.weight'\)"):
+    with pytest.warns(LoracWarning, match=r"products with 1 weights of the model round their inputs \('0.weight'\)"):
         lorac.compile(own, target="onnxruntime", example_inputs=(torch.randn(3, 128),), self_test=False)
 
 
@@ -446,7 +446,7 @@ def test_warns_of_other_products_than_a_library_is_known_for() -> None:
     layer = InTable(nn.Linear(128, 40), compressed=False)
     layer.whole = layer.whole * 1.01
     text = compile_rounding(nn.Sequential(layer), torch.randn(5, 128))[1]
-    assert "products with 1 weights of the model are not those with its float values ('0.weight')" in text
+    assert "products with 1 weights of the model are not those with the float values ('0.weight')" in text
     assert re.search(r"outputs differ by \d\.\de-0\d of their norm on the example inputs", text)
 
 
@@ -463,7 +463,7 @@ def test_bitsandbytes_own_layer() -> None:
     own, x = nn.Sequential(layer.to("cpu"), nn.Tanh()), torch.randn(5, 128)
     expected = own(x)
     rounds = layer.support_avx512bf16_for_cpu
-    with pytest.warns(LoracWarning, match="round what they read") if rounds else contextlib.nullcontext():
+    with pytest.warns(LoracWarning, match="round their inputs") if rounds else contextlib.nullcontext():
         compiled = lorac.compile(own, {}, target="onnxruntime", example_inputs=(x,))
     found, _ = read_emitted(compiled)
     assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 1

@@ -164,7 +164,7 @@ def test_rejects_a_saved_layer_whose_weight_is_computed(how, tmp_path):
     config = LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head"])
     with torch.no_grad():
         make_peft(model, tmp_path, config, inputs={"x": x})
-    with refuses("unsupported_field", match=r"trains 'head\..*', from which 'head' computes its weight"):
+    with refuses("unsupported_field", match=r"trains 'head\..*', and 'head' computes its weight from it"):
         lorac.compile(model, {"a": tmp_path})
     fresh = lorac.compile(model, {"a": lorac.LoRA(targets=("conv",), modules_to_save=("head",))})
     assert sorted(fresh.adapters["a"].replaced) == ["head.bias", "head.weight"]

@@ -118,7 +118,7 @@ def test_warns_that_peft_pads_with_zeros_before_it_merges(mode, tmp_path):
     """Its A has no padding mode: lorac computes what PEFT merges, and says that the borders differ before."""
     model, x = made(2, 1, mode, kernel=(3, 3))
     oracle = make_peft(model, tmp_path, CONFIGS["lora"], inputs={"x": x})
-    with pytest.warns(lorac.LoracWarning, match=f"'site' pads by '{mode}', where PEFT's LORA pads with zeros"):
+    with pytest.warns(lorac.LoracWarning, match=f"'site' pads by '{mode}', and PEFT's LORA pads with zeros"):
         compiled = lorac.compile(model, {"a": tmp_path})
     inner = (..., slice(1, -1), slice(1, -1))
     assert_close(compiled(x)[inner], oracle(x)[inner])

@@ -153,5 +153,5 @@ def test_rejects_calls_that_take_another_branch_than_the_example(masked: bool):
         compiled = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs=call, active=None)
     x = torch.randn(3, 5, 6)
     assert_close(compiled(x, way[masked]), host(x, way[masked]).detach())
-    with pytest.raises(lorac.InputMismatch, match=r"as the model checks at .*: if mask\.bool\(\)\.all\(\)"):
+    with pytest.raises(lorac.InputMismatch, match=r"the model checks them at .*: if mask\.bool\(\)\.all\(\)"):
         compiled(x, way[not masked])

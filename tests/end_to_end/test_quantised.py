@@ -311,5 +311,5 @@ def test_quantises_a_table_of_positions_as_its_weight() -> None:
 def test_rejects_a_head_that_the_model_lacks() -> None:
     model = nn.Sequential(nn.Linear(64, 48)).eval()
     options = {"target": "onnxruntime", "weights": "int4", "example_inputs": (torch.ones(2, 64),)}
-    with pytest.raises(OptionError, match="none that is as large as an embedding"):
+    with pytest.raises(OptionError, match="no output layer as large as an embedding"):
         lorac.compile(model, head="int8", **options)

@@ -77,7 +77,7 @@ def test_values_that_the_model_checks_are_checked_in_every_part(program: Any):
     for wrong in (torch.tensor([2, 1]), torch.tensor([2, 2, 2, 1])):
         call = _call(len(wrong))
         with pytest.raises(
-            lorac.InputMismatch, match=r"as the model checks at .*test_rows\.py:\d+: torch\._check_tensor"
+            lorac.InputMismatch, match=r"the model checks them at .*test_rows\.py:\d+: torch\._check_tensor"
         ):
             program(**{**call, "heights": wrong})
 

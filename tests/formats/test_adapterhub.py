@@ -237,7 +237,7 @@ def test_rejects_saving_adapters_that_the_format_cannot_hold(tmp_path):
     vera = lorac.compile(host, {"a": lorac.VeRA(r=2, targets=["query"])}).adapters["a"]
     places = ["layer.0.attention.output.LayerNorm", "layer.1.output.LayerNorm"]
     one = lorac.compile(host, {"a": lorac.Bottleneck(targets=places)}).adapters["a"]
-    for adapter, match in ((vera, "has 'vera' at"), (one, "sits, or reads, elsewhere")):
+    for adapter, match in ((vera, "has 'vera' at"), (one, "acts, or reads, elsewhere")):
         with refuses("unsupported_field", match=match):
             lorac.save_adapter(adapter, tmp_path / "x", format="adapterhub", model=host)
     with pytest.raises(lorac.BaseNeeded):

@@ -267,7 +267,7 @@ def test_rejects_saving_methods_that_the_format_cannot_hold(tmp_path: Path) -> N
     def adapter(variant: lorac.Variant) -> lorac.Adapter:
         return lorac.compile(model, {"a": variant}, example_inputs=(x,)).adapters["a"]
 
-    with refuses("unsupported_field", match="holds hydra"):
+    with refuses("unsupported_field", match="stores hydra"):
         lorac.save_adapter(adapter(lorac.LoRA(r=1, targets=["fc2"])), tmp_path / "a", "hydra", model)
     with refuses("unsupported_field", match="'parallel_down' at 'head'"):
         lorac.save_adapter(adapter(lorac.Hydra(r=1, targets=["head"])), tmp_path / "a", "hydra", model)
@@ -293,7 +293,7 @@ def test_bone_of_two_axes_is_miss(tmp_path: Path) -> None:
 def test_rejects_a_factor_with_one_axis(tmp_path: Path) -> None:
     path = "unet.unet.blocks.0.attn.proj.lora"
     save_file({f"{path}.up.weight": draw(6, 2), f"{path}.down.weight": draw(2)}, tmp_path / "a.safetensors")
-    with refuses("corrupt_file", match="down at 'blocks.0.attn.proj', or it has too few axes"):
+    with refuses("corrupt_file", match="down at 'blocks.0.attn.proj', or that tensor has too few axes"):
         lorac.load_adapter(tmp_path / "a.safetensors", make_model())
 
 

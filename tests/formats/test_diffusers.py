@@ -153,7 +153,7 @@ def test_several_components_want_their_models(
     pair: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(lorac.BaseNeeded, match="only the model resolves"):
+    with pytest.raises(lorac.BaseNeeded, match="only the model tells which modules"):
         load_adapter(tmp_path / "a.safetensors")
     with pytest.raises(lorac.FormatError, match="several models of a pipeline, text_encoder and unet"):
         load_adapter(tmp_path / "a.safetensors", pair["unet"])

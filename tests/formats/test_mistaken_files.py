@@ -74,7 +74,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "e.safetensors": (lambda path: save_file({"emb_params": torch.ones(2, 3)}, path), "textual inversion"),
     "f": (_folder, "without adapter_config.json next to adapter_model.safetensors"),
     "g": (os.mkfifo, "neither a file nor a folder"),
-    "h.safetensors": (_half, "ends 8 bytes before its tensors do(.|\n)*download the file again"),
+    "h.safetensors": (_half, "ends 8 bytes early(.|\n)*download the file again"),
     "i.pt": (_lone, "without adapter_config.json next to i.pt(.|\n)*download the whole folder"),
     "i.safetensors": (_lone, "without adapter_config.json next to i.safetensors"),
     "j.pt": (_model, "the weights of a whole model(.|\n)*lorac extract"),

@@ -42,7 +42,7 @@ def test_fourierft_chooses_its_positions_by_a_seed(tmp_path: Path) -> None:
     parity.assert_parity(lorac.compile(model, {"a": native})(**inputs), oracle(**inputs), model(**inputs))
 
     adapter.tensors["up"]["indices"] = adapter.tensors["up"]["indices"].flip(-1)
-    with refuses("unsupported_field", match="'indices' at 'up' is not what PEFT makes of the configuration"):
+    with refuses("unsupported_field", match="'indices' at 'up' is not the one that PEFT computes"):
         save_adapter(adapter, tmp_path / "x", model=model)
 
 
@@ -86,7 +86,7 @@ def test_lokr_on_a_conv1d_with_an_unfactored_w2_is_pefts(tmp_path: Path) -> None
         save_adapter(adapter, tmp_path / "g", model=model)
         before, after = (load_file(tmp_path / folder / WEIGHTS) for folder in ("f", "g"))
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    with refuses("unsupported_field", match="which LyCORIS does not compute"):
+    with refuses("unsupported_field", match="LyCORIS does not compute PEFT's product"):
         save_adapter(adapter, tmp_path / "x.safetensors", format="kohya", model=model)
 
 

@@ -72,12 +72,12 @@ def test_every_task_is_written_back(base: Any, folder: Path, tmp_path: Path) -> 
 
 def test_rejects_to_split_an_adapter_without_tasks() -> None:
     lora = lorac.Adapter("a", lorac.LoRA())
-    with pytest.raises(lorac.OptionError, match=r"adapter 'a' is of lora, not of poly(.|\n)*lorac.Poly"):
+    with pytest.raises(lorac.OptionError, match=r"adapter 'a' is of lora, and only adapters of poly(.|\n)*lorac.Poly"):
         lorac.Poly.by_task(lora)
 
 
 def test_rejects_a_task_that_is_not_there() -> None:
-    with pytest.raises(lorac.OptionError, match="task=3 does not exist, as n_tasks=3"):
+    with pytest.raises(lorac.OptionError, match="task=3 does not exist, since n_tasks=3"):
         lorac.Poly(n_tasks=3, task=3)
 
 

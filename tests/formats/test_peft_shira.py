@@ -65,7 +65,7 @@ def test_positions_outside_the_weight(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"].clone()
     indices[1, 0] = 10
     change_tensors(folder, {"model.up.shira_indices": indices.int()})
-    with refuses("wrong_index", match=r"position \(\d+, 10\) of indices at 'up' lies outside \(14, 10\)"):
+    with refuses("wrong_index", match=r"indices at 'up' holds \(\d+, 10\), outside the shape \(14, 10\)"):
         load_adapter(folder, ZOO["plain_mlp"].model())
 
 
@@ -77,7 +77,7 @@ def test_fractional_and_negative_positions(folder: Path) -> None:
     twice[:, 3] = twice[:, 4]
     for wrong, match in (
         (indices.float() + 0.5, "not whole numbers"),
-        (one_below, r"position \(-1, \d+\) of indices at 'up' lies outside"),
+        (one_below, r"indices at 'up' holds \(-1, \d+\), outside"),
         (twice, "1 positions of indices at 'up' are given twice"),
     ):
         change_tensors(folder, {"model.up.shira_indices": wrong})

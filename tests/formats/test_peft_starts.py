@@ -142,5 +142,5 @@ def test_needs_the_base(tmp_path: Path, init: str) -> None:
 def test_rejects_initialisations_that_peft_lacks(tmp_path: Path) -> None:
     folder = peft_files.save_small(tmp_path / "f", "LORA", target_modules=["embed"])
     peft_files.configure(folder, init_lora_weights="pissa")
-    with refuses("unsupported_field", match="embedding"):
+    with refuses("unsupported_field", match="at linear layers only"):
         load_adapter(folder, ZOO["plain_mlp"].model())

@@ -348,8 +348,8 @@ class Damaged:
 
 DAMAGED = (
     Damaged("ADAMSS", r"adamss_A at '.*' has shape \(3, 2, 4\), expected \(3, 1", {"subspace_rank": 1}, alone=False),
-    Damaged("ADAMSS", "are not those of the file", {"num_subspaces": 4}, error=FormatError, alone=False),
-    Damaged("ADAMSS", "are not those of the file", {"r": 3}, error=FormatError, alone=False),
+    Damaged("ADAMSS", "gives other groups of rows than the file", {"num_subspaces": 4}, error=FormatError, alone=False),
+    Damaged("ADAMSS", "gives other groups of rows than the file", {"r": 3}, error=FormatError, alone=False),
     Damaged("ADAMSS", "'.*up' do not belong together", tensors={"model.up.adamss_A.1": None}, alone=False),
     Damaged("ADAMSS", "'up' do not belong together", tensors={"model.up.adamss_newB": None}, alone=False),
     Damaged(

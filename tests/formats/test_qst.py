@@ -117,7 +117,7 @@ def test_rejects_qst_folders_that_do_not_fit_a_llama(qst: tuple[nn.Module, SideN
     with refuses("corrupt_file", match=r"lacks lm_head_z_path\.pt"):
         lorac.load_adapter(tmp_path / "it", model)
     own = lorac.compile(model, {"a": lorac.QST.of(model, r=4)}).adapters["a"]
-    with refuses("unsupported_field", match="no place for own_first=True"):
+    with refuses("unsupported_field", match="cannot store own_first=True"):
         lorac.save_adapter(own, tmp_path / "own", "qst", model)
 
 

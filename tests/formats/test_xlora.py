@@ -28,7 +28,7 @@ from tests.xlora_files import OTHER, adapter, authors, complete, folder, model, 
     [
         ({"scaling_pass_value": None}, lorac.FormatError, "scaling_pass_value=None: expected a number"),
         ({"scaling_pass_value": "half"}, lorac.FormatError, "scaling_pass_value='half': expected a number"),
-        ({"adapters": {"x": "nowhere"}}, lorac.FormatError, "an expert 'x', and no folder in it has that"),
+        ({"adapters": {"x": "nowhere"}}, lorac.FormatError, "the expert 'x', and has no folder of it"),
         ({"adapters": {"a": "0", "b": "0"}}, lorac.FormatError, "two experts .* are one folder"),
         ({"hidden_size": 16}, lorac.AdapterError, "gives 32"),
         ({"xlora_depth": 1}, lorac.FormatError, "layers.3"),

@@ -38,7 +38,7 @@ HOSTS: dict[str, Callable[[Path], nn.Module]] = {
 def test_rejects_a_model_without_values(host: str, target: str, tmp_path: Path) -> None:
     """accelerate's hooks give a layer its values for one call: an adapter's part would be computed without them."""
     model, where = HOSTS[host](tmp_path), "2.weight" if host == "part" else "0.weight"
-    says = "is on the meta device" if host == "meta" else "is offloaded: accelerate's hook"
+    says = "is on the meta device" if host == "meta" else "is offloaded: accelerate loads its values"
     with pytest.raises(lorac.BaseNeeded, match=f"'{where}' {says}"):
         lorac.compile(model, LORA, target=target, example_inputs=(X,))
     assert lorac.sites(model).keys() == {"0", "2"}

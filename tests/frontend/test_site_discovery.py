@@ -243,5 +243,5 @@ def test_rejects_tensors_for_layers_that_are_not_sites():
     for path, name in (("0", "Bilinear"), ("1", "EmbeddingBag")):
         tensors = {"lora_A": torch.zeros(1, 4), "lora_B": torch.zeros(5, 1)}
         adapter = lorac.Adapter("a", lorac.LoRA(r=1, targets=(path,)), {path: tensors})
-        with refuses("site_unsupported", match=f"'{path}', a {name} that is not a site as built here"):
+        with refuses("site_unsupported", match=f"'{path}', a {name} that lorac cannot adapt"):
             lorac.compile(model, {"a": adapter})

@@ -94,7 +94,7 @@ def test_a_tolerance():
     adapter = lorac.extract(other, base, tolerance=0.5)
     assert all(0 < error <= 0.5 for error in adapter.provenance["errors"].values())
     assert_makes(lorac.extract(other, base, tolerance=0.0), base, other)
-    with refuses("not_mergeable", match=r"rank 1 misses 0\.\d+ of what 'the tuned model' does to"):
+    with refuses("not_mergeable", match=r"rank 1 leaves out 0\.\d+ of the change of"):
         lorac.extract(other, base, rank=1, tolerance=0.1)
 
 

@@ -100,7 +100,7 @@ def test_biases_are_averaged():
 
 def test_rejects_negative_weights():
     parts = [lora("a", 1, r=2), lora("b", 2, r=2)]
-    with refuses("choice_error", match="'lego' are shares of clusters"):
+    with refuses("choice_error", match="'lego' takes shares of clusters"):
         lorac.merge(parts, "lego", [1, -1])
 
 

@@ -190,7 +190,7 @@ def test_files_that_hold_other_weights_are_left_out_with_a_word(given):
     names = ("pytorch_model.bin", "adapter_config.json", "consolidated.safetensors", "onnx/model.onnx.data")
     for name in names:
         (model / name).write_bytes(b"old")
-    with pytest.warns(lorac.LoracWarning, match="left out.*'adapter_config.json', 'consolidated.safetensors', 'onn"):
+    with pytest.warns(lorac.LoracWarning, match="not copied.*'adapter_config.json', 'consolidated.safetensors', 'onn"):
         made = merge_checkpoint(model, adapter, out)
     assert made.left_out == tuple(sorted(names))
     assert not any((out / name).exists() for name in made.left_out)

@@ -101,7 +101,7 @@ def test_fuses_sites_that_read_the_same_input() -> None:
     assert _packs(graph) == [(f"{block}.query", f"{block}.key") for block in BLOCKS]
     assert [skip.where for skip in outcome.skipped] == [f"{block}.out" for block in BLOCKS]
     assert {skip.why for skip in outcome.skipped} == {
-        "no other site of its module that may be fused with it reads its input"
+        "no other site of its module reads its input and can be fused with it"
     }
     assert _run(graph) == PassResult(changed=False, skipped=outcome.skipped), "a second run finds nothing more"
 
@@ -173,7 +173,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("company", "its calls do not all read an input together with the same sites"),
+        ("company", "its calls do not all share an input with the same sites"),
         ("written", "its input is written to"),
         ("tied", "its weight is read elsewhere too"),
         ("read", "its weight is read elsewhere too"),

@@ -255,5 +255,5 @@ def test_skips_of_passes_are_recorded() -> None:
     options = {"target": "onnxruntime", "self_test": False, "example_inputs": (torch.randn(2, 5, 10),)}
     graph = lorac.compile(Stack(), adapters=adapters, active=None, **options).graph["main"]
     alone = {skip.where: skip.why for skip in graph.skipped["fuse_projections"]}
-    assert alone["body.layers.0.out"] == "no other site of its module that may be fused with it reads its input"
+    assert alone["body.layers.0.out"] == "no other site of its module reads its input and can be fused with it"
     assert graph.after("insert").skipped == graph.skipped

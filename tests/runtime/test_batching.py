@@ -156,7 +156,7 @@ def test_rejects_outputs_without_rows_that_differ():
             Call((rows, held)),
             _groups("x", "y", "x"),
         )
-    assert "labels= make a loss" in str(error.value)
+    assert "such as labels= for a loss" in str(error.value)
     assert (held.seen, held.layers) == (0, [rows])
     # Rows of one choice are one call, whatever it answers.
     assert (

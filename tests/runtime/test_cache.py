@@ -159,7 +159,7 @@ def test_rows_that_come_and_go_at_random_answer_as_they_would_alone(compiled):
 def test_a_cache_of_another_program_does_not_join(compiled):
     cache, _ = fed(compiled, [[3, 6]])
     other = lorac.compile(DECODERS["gpt2"](), target="onnxruntime", cache=True, self_test=False)
-    with refuses("input_mismatch", match="of another program"):
+    with refuses("input_mismatch", match="to another program"):
         cache.join(other.engine.new_cache("main", 1, 4))
     assert cache.lengths == (3, 6)
 
@@ -247,7 +247,7 @@ def test_saves_and_loads_a_program_with_a_cache(compiled, tmp_path):
         ({"attention_mask": [[0] * 4 + [1] * 6] * 2}, InputMismatch, "hides more than the ends of rows"),
         ({"attention_mask": [[1] * 9] * 2}, InputMismatch, "hides more than the ends of rows"),
         ({"position_ids": [[1] * 10] * 2}, ChoiceError, "no input 'position_ids'"),
-        ({"input_ids": None}, ChoiceError, "is called with input_ids and attention_mask"),
+        ({"input_ids": None}, ChoiceError, "takes input_ids and attention_mask alone"),
         ({"input_ids": [1, 2, 3]}, InputMismatch, r"takes \[batch, length\]"),
         ({"input_ids": [[1, VOCABULARY]]}, ChoiceError, f"the id {VOCABULARY}"),
     ],

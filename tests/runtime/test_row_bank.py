@@ -94,5 +94,5 @@ def test_admits_an_adapter_with_one_copy_per_shape(compiled: Any) -> None:
 
 
 def test_rejects_a_bank_for_eager() -> None:
-    with refuses("unavailable", match="keeps no adapters of a running batch"):
+    with refuses("unavailable", match="cannot keep the adapters of a running batch"):
         lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])).switch.new_row_bank(2)

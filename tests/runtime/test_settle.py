@@ -43,7 +43,7 @@ def test_does_not_settle_by_default(fused, expected):
 
 
 def test_explain_suggests_settle_for_fused_weights(fused):
-    assert "swap(..., settle=True) makes constants of a choice's" in str(fused.explain())
+    assert "swap(..., settle=True) makes constants of the choice's" in str(fused.explain())
     assert "settle=True" not in str(build(pair("lora", "shira"), "onnxruntime", "live").explain())
     fused.swap(None)
     times = time_choices(fused, 1, lambda **choice: (), settle=True)

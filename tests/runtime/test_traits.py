@@ -171,7 +171,7 @@ def test_a_single_model_has_no_components(models):
 
 
 def test_examples_are_by_component(models):
-    with pytest.raises(lorac.ChoiceError, match="example_inputs= is not by component") as error:
+    with pytest.raises(lorac.ChoiceError, match="example_inputs= is needed by component") as error:
         lorac.compile(models, {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=(X,))
     assert "unet, text_encoder" in str(error.value)
 

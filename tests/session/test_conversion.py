@@ -167,7 +167,7 @@ def test_replaced_head_becomes_a_lora_or_stays_whole_where_the_engine_takes_it(l
     keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert torch.equal(keys["base_model.model.score.weight"], adapter.replaced["score.weight"])
     assert made.tensors["lm_head"]["lora_A"].shape == (16, 32) and not made.replaced
-    with pytest.raises(lorac.SiteError, match=r"SGLang .* has no place for .* 'score', a layer that it does not know"):
+    with pytest.raises(lorac.SiteError, match=r"SGLang .* cannot run adapter .* 'score', a layer that it does not"):
         lorac.convert(adapter, for_="sglang", model=model)
 
 
@@ -175,7 +175,7 @@ def test_rejects_by_site_and_writes_nothing(llama, tmp_path):
     adapter = trained(llama, lorac.LNTuning(targets=["input_layernorm"]))
 
     with pytest.raises(
-        lorac.SiteError, match=r"does to 2 sites: 'model.layers.0.input_layernorm.weight', a weight within"
+        lorac.SiteError, match=r"at 2 sites: 'model.layers.0.input_layernorm.weight', a weight within"
     ) as caught:
         lorac.convert(adapter, tmp_path / "out", for_="vllm", model=llama)
 
@@ -251,7 +251,7 @@ def test_a_bias_at_one_site_gives_the_others_zeros(llama):
 
     assert all(tensors["lora_bias"].any() == ("layers.0.self_attn.q" in path) for path, tensors in made.tensors.items())
     assert_close(answer(llama, made), answer(llama, adapter))
-    with pytest.raises(lorac.SiteError, match=r"does to 1 sites: 'model.layers.0.self_attn.q_proj', its bias"):
+    with pytest.raises(lorac.SiteError, match=r"at 1 sites: 'model.layers.0.self_attn.q_proj', its bias"):
         lorac.convert(adapter, for_="vllm", model=llama)
 
 
@@ -382,7 +382,7 @@ def test_diffusers_has_no_place_for_it(make, variant, why, tmp_path):
     model = make()
     adapter = small_unet.noisy(lorac.compile(model, {"mine": variant}).adapters["mine"])
 
-    with pytest.raises(lorac.SiteError, match=f"diffusers .* has no place for .* sites: {why}"):
+    with pytest.raises(lorac.SiteError, match=f"diffusers .* cannot run adapter .* sites: {why}"):
         lorac.convert(adapter, tmp_path / "out", for_="diffusers", model=model)
 
     assert not (tmp_path / "out").exists()

@@ -75,7 +75,7 @@ def test_accepts_another_forward():
 def test_rejects_dropout_at_the_head(tmp_path):
     texts = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     compiled = lorac.compile(ZOO["tiny_llama"].fresh(), {"a": lorac.LoRA(r=2, targets=["lm_head"], dropout=0.1)})
-    with refuses("unavailable", match="'lm_head' change more than its weight"), warnings.catch_warnings():
+    with refuses("unavailable", match="only the weight of 'lm_head'"), warnings.catch_warnings():
         train(compiled, trl.SFTTrainer, trl.SFTConfig, texts, tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_rejects_the_base_as_reference_of_a_trained_adapter(task, saved, tmp_pat
     with torch.no_grad():
         for tensor in compiled.adapters["a"].parameters():
             tensor.add_(0.2)
-    with refuses("unavailable", match="loaded the base as its reference, and adapter 'a' begins elsewhere"):
+    with refuses("unavailable", match="loads the base as its reference, but adapter 'a' already changes it"):
         begin(compiled)
     reference = lorac.compile(model, dict(compiled.adapters)).eval()
     assert_close(begin(compiled, ref_model=reference), begun)

@@ -145,7 +145,7 @@ def test_reads_the_cache_where_there_is_no_network(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.warns(lorac.LoracWarning, match="is read as the cache has it: asking for it fails, Connect"):
+    with pytest.warns(lorac.LoracWarning, match="from the cache, which may be older: asking for it fails, Connect"):
         lorac.load_adapter("ann/sql")
     with refuses("unreadable", match="check the name, the network and HF_TOKEN"):
         lorac.load_adapter("ann/other")

@@ -183,5 +183,5 @@ def test_a_tensor_that_another_file_holds(change: dict[str, Any], tmp_path: Path
     entries = json.loads(metadata["elsewhere"])
     entries["a"] |= change
     write_safetensors(tmp_path / "damaged", stored, {**metadata, "elsewhere": json.dumps(entries)})
-    with pytest.raises(ArtifactError, match="no file of the program has room"):
+    with pytest.raises(ArtifactError, match="outside of the program's files"):
         TensorFile(open_files(tmp_path, ["damaged"])["damaged"], files)

@@ -49,7 +49,7 @@ REFUSED = """
 
 @pytest.mark.parametrize("op", REFUSED.split())
 def test_ops_that_a_program_may_not_name(op: str) -> None:
-    with pytest.raises(lorac.ArtifactError, match="not an op that an artifact may name"):
+    with pytest.raises(lorac.ArtifactError, match="', an op that "):
         nodes_from_json([X, _call(op, {"node": "x"})])
 
 
@@ -127,7 +127,7 @@ def test_sizes_are_bounded(node: dict[str, Any]) -> None:
 def test_numbers_are_bounded(calls: list[dict[str, Any]]) -> None:
     """They are computed when the program is called; fx must not write the operator itself into its code."""
     stored = _stored(*calls)
-    with within_budget(), pytest.raises(lorac.ArtifactError, match="gives no size"):
+    with within_budget(), pytest.raises(lorac.ArtifactError, match="not sizes"):
         stored(x=torch.ones(2, 3))
 
 
@@ -308,7 +308,7 @@ def test_guards_operands_that_are_given_by_name() -> None:
 
 
 def test_numbers_are_not_tensors() -> None:
-    with pytest.raises(lorac.ArtifactError, match="calls 'floordiv' with what gives no size"):
+    with pytest.raises(lorac.ArtifactError, match="calls 'floordiv' on arguments that are not sizes"):
         _stored(_call("operator.floordiv", {"node": "x"}, -1))(x=LEAST)
 
 
@@ -377,7 +377,7 @@ def test_further_ops_need_trust(tmp_path: Path) -> None:
     compiled.save(tmp_path / "a")
     with refuses(
         "artifact_error",
-        match=r"laguerre.*unless you trust it(?s:.)*if you made the artifact, or trust who did: trust=True$",
+        match=r"laguerre.*from an artifact that you trust(?s:.)*give trust=True if .* or trust its maker$",
     ):
         lorac.load(tmp_path / "a")
     assert torch.equal(lorac.load(tmp_path / "a", trust=True)(X_VALUE), compiled(X_VALUE))

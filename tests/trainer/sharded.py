@@ -60,7 +60,7 @@ def check(compiled: Any, folder: Path) -> None:
     ):
         with pytest.raises(lorac.CompileError, match="weights lie in parts"):
             refused()
-    with refuses("unavailable", match="cannot lie in parts: it is already"):
+    with refuses("unavailable", match="cannot be split between processes: it is already"):
         shard_base(compiled)
     with pytest.raises(lorac.Unavailable, match="was replaced by another"):
         compiled.export(target="onnxruntime")

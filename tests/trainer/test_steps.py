@@ -168,7 +168,7 @@ def test_rejects_a_model_in_parts(plugin: str, tmp_path: Path) -> None:
             super().create_accelerator_and_postprocess()
             setattr(self, f"is_{plugin}_enabled", True)
 
-    with refuses("unavailable", match="DeepSpeed and FSDP as accelerate has them keep adapters in parts"):
+    with refuses("unavailable", match="accelerate's DeepSpeed and FSDP split adapters"):
         trainer_of(compiled_of({"a": LORA}, PLAN), PLAN, tmp_path, base=Parted)
 
 

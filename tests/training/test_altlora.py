@@ -178,7 +178,7 @@ def test_the_state_has_the_documented_size(plus: bool, tensors: int) -> None:
 
 def test_rejects_unsupported_optimizers_and_settings() -> None:
     compiled, _, _, optimizer = pair(*start())
-    with pytest.raises(lorac.ChoiceError, match="AltLoRA keeps the moments itself, and AdamW"):
+    with pytest.raises(lorac.ChoiceError, match="AltLoRA computes the moments itself, and AdamW"):
         AltLoRA(compiled, torch.optim.AdamW(trained(compiled)))
     with pytest.raises(lorac.OptionError, match="no factor 'C'"):
         AlternatingFactors("C")

@@ -146,7 +146,7 @@ def test_rejects_unsupported_optimizers_and_adapters() -> None:
     compiled, a, _, optimizer = pair(drawn(R, N, seed=1), drawn(M, R, seed=2))
     for other in (torch.optim.AdamW(trained(compiled)), torch.optim.SGD(trained(compiled), lr=1, momentum=0.9)):
         LoRAPro(compiled, other).remove()
-        with pytest.raises(lorac.ChoiceError, match="keeps the moments itself") as error:
+        with pytest.raises(lorac.ChoiceError, match="computes the moments itself") as error:
             LoRAPro(compiled, other, full=True)
         assert error.value.nearest == "torch.optim.SGD(parameters, lr=lr)"
         assert not other._optimizer_step_pre_hooks, "the rule that was refused is on"

@@ -53,7 +53,7 @@ def test_rejects_a_state_of_other_tensors() -> None:
     smaller = ruled.compiled({"a": lorac.LoRA(r=2, targets=("first", "second"))})
     fewer = ruled.compiled({"a": lorac.LoRA(r=4, targets=("first",))})
     for other, made, what in (
-        (compiled, torch.optim.SGD(trained(compiled), lr=1.0), "is of AdamW, and the optimizer is SGD"),
+        (compiled, torch.optim.SGD(trained(compiled), lr=1.0), "belongs to AdamW, the optimizer is SGD"),
         (compiled, torch.optim.AdamW(trained(compiled)), "groups of the optimizer hold other tensors"),
         (
             smaller,
@@ -65,7 +65,7 @@ def test_rejects_a_state_of_other_tensors() -> None:
         with pytest.raises(lorac.ChoiceError, match=what):
             name_optimizer_state(other, made)
             made.load_state_dict(state)
-    with pytest.raises(lorac.ChoiceError, match="the state is of tensors by position"):
+    with pytest.raises(lorac.ChoiceError, match="the state belongs to tensors by position"):
         optimizer.load_state_dict(position)
     foreign = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=1.0)
     with pytest.raises(lorac.ChoiceError, match=r"a tensor of shape \(3,\) that no adapter has"):

@@ -211,7 +211,7 @@ def test_rejects_incomplete_optimizers_and_other_methods() -> None:
     optimizer = torch.optim.SGD(trained(compiled), lr=1)
     with pytest.raises(lorac.ChoiceError, match="does not hold lora_B of 'a' at 'site'"):
         Preconditioned(compiled, torch.optim.SGD([a], lr=1))
-    with pytest.raises(lorac.ChoiceError, match="reg=-1 regularises nothing"):
+    with pytest.raises(lorac.ChoiceError, match="reg=-1 is out of range"):
         Preconditioned(compiled, optimizer, reg=-1)
     dora = lorac.compile(model, {"b": lorac.DoRA(r=2, targets=("site",))})
     with pytest.raises(lorac.AdapterNotFound, match=r"of method plp or lora; there is 'b' \(dora\)"):

@@ -174,7 +174,7 @@ def test_rejects_invalid_targets_and_settings() -> None:
             ReLoRA(compiled, optimizer, into="sum", **wrong)
     assert all(tensor.requires_grad for tensor in compiled.adapters["sum"].parameters()), "half changed"
     small = compiled_with(lorac.LoRA(r=1, targets=("site",)))
-    with pytest.raises(lorac.ChoiceError, match="'sum' has less rank than one restart adds"):
+    with pytest.raises(lorac.ChoiceError, match="'sum' has a smaller rank than one restart adds"):
         ReLoRA(small, torch.optim.SGD(trained(small), lr=0.05), into="sum", every=2)
     dora = compiled_with(lorac.DoRA(r=2, targets=("site",)))
     with pytest.raises(lorac.AdapterNotFound, match="it is dora"):

@@ -187,11 +187,11 @@ def test_no_gradient_reaches_a_router_but_by_its_draws() -> None:
 
 def test_tries_that_cannot_be() -> None:
     x = drawn(2, 4, 6, seed=1)
-    with pytest.raises(lorac.ChoiceError, match="1 draws of 2 rows leave nobody"):
+    with pytest.raises(lorac.ChoiceError, match="1 draws of 2 rows leave nothing to compare"):
         sampled_selection_loss(drawing(), {"x": x}, lambda y: y.mean((1, 2)), draws=1)
     with pytest.raises(lorac.ChoiceError, match="are not one for each of 4 rows"):
         sampled_selection_loss(drawing(), {"x": x}, lambda y: y.mean())
-    with pytest.warns(lorac.LoracWarning, match="no loss of this model's outputs trains 'router'"):
+    with pytest.warns(lorac.LoracWarning, match="'router' of adapter 'd' learns only from"):
         silent = drawing(aux=())
     with pytest.raises(lorac.Unavailable, match="the call gave no 'log_prob'"):
         sampled_selection_loss(silent, {"x": x}, lambda y: y.mean((1, 2)))

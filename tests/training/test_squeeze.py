@@ -149,7 +149,7 @@ def test_rejects_other_methods_and_invalid_ranks() -> None:
             reduce_rank(made, **wrong)  # type: ignore[arg-type]
     compiled, optimizer = trainable()
     for stages in ((), ((4, 1), (8, 1)), ((4, 0),)):
-        with pytest.raises(lorac.ChoiceError, match="of falling ranks"):
+        with pytest.raises(lorac.ChoiceError, match="with falling ranks"):
             Squeeze(compiled, optimizer, stages=stages)
     for wrong_ranks in ((2, 4, 9), (4, 0, 9), (8, 2, 2)):
         with pytest.raises(lorac.ChoiceError):

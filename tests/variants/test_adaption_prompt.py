@@ -178,9 +178,9 @@ def test_starts_as_the_base_and_reads_its_fields_from_the_model() -> None:
     assert (variant.num_attention_heads, variant.rotary) == (4, "model.rotary_emb")
     compiled = lorac.compile(copy.deepcopy(model), {"a": variant})
     assert torch.equal(compiled(input_ids=IDS, adapters="a").logits, model(input_ids=IDS).logits)
-    with refuses("site_unsupported", match="0 places in BertModel, and adapter_layers=1"):
+    with refuses("site_unsupported", match="BertModel has 0 places for adaption prompts, and adapter_layers=1"):
         AdaptionPrompt.of(transformers.BertModel(transformers.BertConfig(num_hidden_layers=1)))
-    with refuses("site_unsupported", match="2 places in LlamaForCausalLM, and adapter_layers=3"):
+    with refuses("site_unsupported", match="LlamaForCausalLM has 2 places for adaption prompts, and adapter_layers=3"):
         AdaptionPrompt.of(model, adapter_layers=3)
     with refuses("site_unsupported", match=r"q_proj' is not the output projection"):
         lorac.compile(copy.deepcopy(model), {"a": dataclasses.replace(variant, targets=("q_proj",))})

@@ -203,7 +203,7 @@ def test_rejects_invalid_settings(fields, error, match):
 def test_an_embedding_that_two_stacks_share_cannot_be_inverted():
     model = ZOO["tiny_t5"].fresh()
     model.decoder.embed_tokens = model.encoder.embed_tokens
-    with refuses("site_unsupported", match="called for that alone"):
+    with refuses("site_unsupported", match="does only that and shows its width"):
         lorac.compile(model, {"a": lorac.Bottleneck.preset("seq_bn_inv")})
 
 

@@ -104,5 +104,5 @@ def test_rejects_invalid_parts():
         lorac.Edit(by_site={"0": {"pair": 0}})
     with pytest.raises(lorac.SiteError, match="blocks of size 5 do not divide the 6 inputs of '0'"):
         lorac.compile(nn.Sequential(nn.Linear(6, 4)), {"a": lorac.Edit(parts={"t": 5}, targets=["0"])})
-    with pytest.raises(lorac.BaseNeeded, match="depends on it"):
+    with pytest.raises(lorac.BaseNeeded, match="depends on that weight"):
         hold_changes("a", lorac.factors(made(lorac.HiRA(r=2, targets=BOTH))[2], made(lorac.HiRA(targets=BOTH))[0]))

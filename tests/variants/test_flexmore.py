@@ -197,7 +197,7 @@ def test_rejects_joining_other_adapters():
     with pytest.raises(lorac.AdapterError, match="2 ranks for 1 experts"):
         join([alone(1)], ranks=[2, 2], model=public())
     fewer = {path: router[:2] for path, router in routers().items() if path == MLPS[0]}
-    with refuses("shape_mismatch", match="'less' is of other MLPs than 'own1'"):
+    with refuses("shape_mismatch", match="'less' adapts other MLPs than 'own1'"):
         join([alone(1), lorac.FlexMoRE.from_experts(public(), [experts()[0]], fewer, ranks=[0], name="less")])
     wider = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**{**SIZES, "intermediate_size": 32}))
     for one in (alone(1), alone(1, 4)):

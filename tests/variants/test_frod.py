@@ -95,5 +95,5 @@ def test_rejects_files_without_bases(tmp_path):
         lorac.load_adapter(whole)
     adapter = lorac.load_adapter(whole, model)
     adapter.tensors["up"]["frod_U"] = 2 * adapter.tensors["up"]["frod_U"]
-    with refuses("unsupported_field", match="'frod_U' at 'up' is not what PEFT makes"):
+    with refuses("unsupported_field", match="'frod_U' at 'up' is not the one that PEFT computes"):
         lorac.save_adapter(adapter, tmp_path / "c", model=model)

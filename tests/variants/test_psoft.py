@@ -82,7 +82,7 @@ def test_files_are_made_for_one_base_alone(tmp_path):
     with refuses("base_needed", match="from the base's weight"):
         lorac.save_adapter(adapter, tmp_path / "b")
     adapter.tensors["up"]["psoft_A"] = 2 * adapter.tensors["up"]["psoft_A"]
-    with refuses("unsupported_field", match="'psoft_A' at 'up' is not what PEFT makes"):
+    with refuses("unsupported_field", match="'psoft_A' at 'up' is not the one that PEFT computes"):
         lorac.save_adapter(adapter, tmp_path / "b", model=model)
     lorac.save_adapter(adapter, tmp_path / "b.safetensors", model=model, format="native")
     assert lorac.load_adapter(tmp_path / "b.safetensors", model).variant == adapter.variant

@@ -61,5 +61,5 @@ def test_rejects_saving_a_part_of_the_sites(tmp_path):
     model = ZOO["plain_mlp"].model()
     adapter = lorac.load_adapter(save_small(tmp_path / "a", "UNILORA"), model)
     del adapter.tensors["up"]
-    with refuses("unsupported_field", match="'unilora_(places|scales)' at 'down' is not what PEFT makes"):
+    with refuses("unsupported_field", match="'unilora_(places|scales)' at 'down' is not the one that PEFT computes"):
         lorac.save_adapter(adapter, tmp_path / "b", model=model)

@@ -127,8 +127,8 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
         """Load the packages of an artifact, if the caller trusts its maker."""
         if not is_trusted():
             raise ArtifactError(
-                "an artifact for target 'aoti' is machine code, which loading runs",
-                next_step="if you made the artifact, or trust who did: trust=True",
+                "loading an artifact for target 'aoti' runs machine code",
+                next_step="give trust=True if you made the artifact, or trust its maker",
             )
         return super().restore(stored, files, plans, mode, device)
 

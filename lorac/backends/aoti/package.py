@@ -48,7 +48,7 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError, OSError) as error:
         raise Unavailable(
-            "target 'aoti' compiles C++, and this machine has no compiler of it that torch finds",
+            "target 'aoti' compiles C++, and torch finds no C++ compiler on this machine",
             next_step="install g++ (apt install g++), or name one in the environment variable CXX",
         ) from error
 
@@ -79,7 +79,7 @@ def compile_package(program: ExportedProgram, path: Path, inputs: Mapping[str, t
         reason = str(error).strip().partition("\n")[0]
         raise Unavailable(
             f"torch's compiler does not take the program: {type(error).__name__}: {reason}",
-            next_step="target='eager' runs it; TORCHINDUCTOR_CACHE_DIR names the folder that torch compiles in",
+            next_step="use target='eager', or look into torch's folder (TORCHINDUCTOR_CACHE_DIR)",
         ) from error
 
 
@@ -100,7 +100,7 @@ class Package:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ArtifactError(
-                f"'{path.name}' is not a package that torch {torch.__version__} loads here: {reason}",
+                f"torch {torch.__version__} cannot load the package '{path.name}' here: {reason}",
                 next_step="compile the model again on this machine, with this release of torch",
             ) from error
         self.inputs: Mapping[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in named}

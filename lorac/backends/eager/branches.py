@@ -73,8 +73,8 @@ class SeedHistory:
         seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
         if is_in_backward() and seed not in self._seeds:
             raise Unavailable(
-                "a checkpoint recomputes a call that draws random numbers, and no earlier call had this random state "
-                "of torch",
+                "a checkpoint recomputes a call that draws random numbers, and torch's random state is not that of an "
+                "earlier call",
                 next_step="have torch.utils.checkpoint preserve the random state, which is its default, or checkpoint "
                 "the model's layers instead of the whole model",
             )
@@ -218,7 +218,7 @@ class BranchRunner:
         return run_branch_alone(slot, fill.params, x, y, ctx)
 
     def _pass(self, passing: AdapterPass, read: Sequence[str]) -> ForwardCall:
-        """Return a pass in which one adapter acts alone, and which records the outputs of modules at these paths."""
+        """Return a pass with one adapter alone; it records the outputs of the modules at these paths."""
         call, branches = passing.call, dict[str, BranchSlot]()
         for path in call.active.touched:
             found = None if self.plans[path].site.kind is SiteKind.ONCE else self._of_adapter(path, passing)

@@ -293,7 +293,7 @@ class EagerEngine(Engine):
             or any(term.change is None or term.invoked or (term.rate and self.module.training) for term in terms)
         ):
             raise Unavailable(
-                f"the adapters at '{path}' change more than its weight, which is all that TRL's fused head reads",
+                f"TRL's fused head reads only the weight of '{path}', and the adapters there change more",
                 next_step=f"set the method's dropout to 0, or leave '{path}' out of the adapter's targets",
             )
         self._lent.add(path)
@@ -330,7 +330,7 @@ class EagerEngine(Engine):
             guard_hooks(module, path, lambda: path in self.current_slots().touched)
 
     def _find_written_module(self, site: Site) -> nn.Module:
-        """Return the module whose weight a swap writes: for a layer a copy of it, which adapted calls use.
+        """Return the module whose weight a swap writes; for a layer, the copy that adapted calls use.
 
         Other readers of the layer's weight get the base weight, in fused as in live mode. In a baked model the layers
         themselves have the merged weights, except layers whose weights others read.

@@ -169,7 +169,7 @@ def check_no_cache(attention: BranchAttention) -> None:
     """Refuse a call with a cache if it needs a pass before it, since that pass would fill the cache."""
     if not isinstance(attention, FullAttention):
         raise Unavailable(
-            "an active adapter needs a pass of the model before this call, which would fill the call's cache too",
+            "an active adapter needs a pass of the model before this call, and that pass would fill the call's cache",
             next_step="give the whole sequence and no cache, as generate does; with target='onnxruntime' and "
             "cache=True each pass has a cache of its own",
         )

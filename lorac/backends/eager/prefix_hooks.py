@@ -50,8 +50,8 @@ def stand_before(module: nn.Module, prefix: Prefix | None) -> Iterator[None]:
         if begins:
             if not cache_name or getattr(getattr(module, "config", None), "is_encoder_decoder", True):
                 raise Unavailable(
-                    f"{type(module).__name__} keeps no keys and values that an adapter's could precede",
-                    next_step="it takes prompt tuning, whose virtual tokens are embeddings",
+                    f"{type(module).__name__} keeps no keys and values, so an adapter cannot put its own before them",
+                    next_step="use prompt tuning, whose virtual tokens are embeddings",
                 )
             rows = next(len(value) for value in (given.get(IDS), given.get("inputs_embeds")) if value is not None)
             given[cache_name] = _fill(module, prefix, cache, rows)

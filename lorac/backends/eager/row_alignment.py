@@ -61,8 +61,8 @@ class RowAlignment:
             raise RowsApart
         if x.shape[0] != rows or rows % places:
             raise Unavailable(
-                f"rows cannot choose their own adapters: the input of '{path}' has {x.shape[0]} rows, the call {rows} "
-                f"in {places} parts",
+                f"rows cannot choose their own adapters: the input of '{path}' has {x.shape[0]} rows, and the call "
+                f"{rows} in {places} parts",
                 next_step="call once per choice",
             )
 

@@ -255,7 +255,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
     def _join_encoded(self, other: KeyValueCache) -> dict[str, Tensor]:
         """Concatenate the encoder outputs of both caches' rows."""
         if not isinstance(other, BufferedCache) or other.layout.shapes != self.layout.shapes:
-            raise InputMismatch("the other cache is of another program", next_step="join caches of one graph")
+            raise InputMismatch("the other cache belongs to another program", next_step="join caches of one graph")
         if not self.lengths or not other.lengths:
             return dict(self.encoder_outputs if self.lengths else other.encoder_outputs)
         if self.layout.spec.reads:
@@ -280,7 +280,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         """Drop all tokens of rows whose states include dropped tokens, or tokens of a failed call."""
         if any(self.prefixes[row] for row in rows):
             raise Unavailable(
-                "the state of a hybrid model does not go back to an adapter's virtual tokens",
+                "the state of a hybrid model cannot be set back to the end of an adapter's virtual tokens",
                 next_step="generate without prompt_cache= and draft=, or begin with a new cache",
             )
         self.lengths = tuple(0 if row in rows else length for row, length in enumerate(self.lengths))
@@ -451,9 +451,9 @@ def split_padding(arguments: Mapping[str, object], token_input: str = IDS) -> tu
     mask_input, given = mask_name(token_input), dict(arguments)
     if given.get(token_input) is None:
         raise ChoiceError(
-            f"a program that keeps a cache is called with {token_input} and {mask_input}",
-            next_step=f"give {token_input}=, and {mask_input}= where rows are padded; cache=False takes what the "
-            "model takes",
+            f"a program that keeps a cache takes {token_input} and {mask_input} alone",
+            next_step=f"give {token_input}=, and {mask_input}= where rows are padded; compiled with cache=False it "
+            "takes all inputs",
         )
     ids = convert_input(token_input, given[token_input], None)
     padding = given.pop(mask_input, None)
@@ -468,7 +468,7 @@ def split_padding(arguments: Mapping[str, object], token_input: str = IDS) -> tu
     counts = mask.bool().sum(-1) if mask.shape == ids.shape else None
     if counts is None or not torch.equal(mask.bool(), torch.arange(ids.shape[1]) < counts[:, None]):
         raise InputMismatch(
-            f"input '{mask_input}' of shape {list(mask.shape)} hides more than the ends of rows",
+            f"the mask '{mask_input}' of shape {list(mask.shape)} hides more than the ends of rows",
             next_step="pad rows on the right; compiled with cache=False it takes any mask",
         )
     return given, counts.tolist()

@@ -231,7 +231,7 @@ _CHECKS = (
 )
 """Ops that only raise."""
 _UNCHECKED_NOTE = (
-    "what the model checks of its inputs' values by itself, a program does not: it answers where that would raise"
+    "the program leaves out the model's own checks of input values: it answers where the model would raise"
 )
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _REWRITES: Mapping[object, Callable[[Graph, fx.Node], bool]] = {

@@ -126,7 +126,7 @@ class _ProgramComparison:
         if self.engine.mode == "baked":
             baked = self.computed(contents.old())
             if self._differs(baked):
-                raise self_test_failure(slots, "do not hold what was baked into them")
+                raise self_test_failure(slots, "do not hold the values that were baked into them")
             self._check_sizes(baked)
             return
         before = self._run(contents.old())
@@ -145,7 +145,7 @@ class _ProgramComparison:
             self._check_places()
         after = self._run(contents.old())
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            raise self_test_failure(slots, "keep traces of what was in them: the old tensors give other bits")
+            raise self_test_failure(slots, "depend on tensors that they held before: the first now give other bits")
 
     def _check_sizes(
         self, tensors: Mapping[str, Tensor], redraw: Callable[[], Mapping[str, Tensor]] | None = None
@@ -160,8 +160,8 @@ class _ProgramComparison:
         if wrong:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.others.items())
             raise CompileError(
-                f"what was emitted of graph '{self.graph.name}' is right on the example inputs, and wrong on {shapes}",
-                next_step="dynamic_shapes= that leave these sizes fixed make a program for the example's alone",
+                f"the program of graph '{self.graph.name}' is right on the example inputs, and wrong on {shapes}",
+                next_step="give dynamic_shapes= that fix these sizes, for a program of the example's sizes",
                 code="self_test_failed",
             )
 
@@ -171,7 +171,7 @@ class _ProgramComparison:
             stacked = self._noise_by_places(self.inputs, first)
             if stacked is None or not self._differs(stacked):
                 return
-        raise self_test_failure(self.placed, "give other answers where rows have adapters of their own")
+        raise self_test_failure(self.placed, "give wrong answers where rows have adapters of their own")
 
     def _noise_by_places(self, inputs: Mapping[str, Tensor], first: int) -> dict[str, Tensor] | None:
         """Return noise for two places, or for one place per row, with consecutive seeds; None for a single row."""
@@ -224,9 +224,9 @@ class _ProgramComparison:
         moves = [moved for _, moved in self._measure_errors(noise, self.inputs)]
         if min(moves, default=0.0) > _MAX_DISTANCE:
             return CompileError(
-                f"a rounding of the inputs changes an output of graph '{self.graph.name}' by {max(moves):.0%}, so that "
-                "no comparison tells whether what was emitted of it is right",
-                next_step="load trained weights, which amplify less, or give self_test=False to do without the check",
+                f"rounding the inputs changes an output of graph '{self.graph.name}' by {max(moves):.0%}, so that a "
+                "comparison cannot tell whether the program is right",
+                next_step="load trained weights, which amplify less, or give self_test=False to skip the check",
                 code="self_test_undecided",
             )
         mute = [name for name in noise if not self._matters(name, noise)]

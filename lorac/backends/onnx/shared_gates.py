@@ -63,7 +63,7 @@ def _annotate_sizes(nodes: Sequence[ir.Node]) -> None:
 def _leave_outside(
     graph: ir.Graph, shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]
 ) -> list[ir.Node]:
-    """Return the nodes without those of gates that read no shared product, such as sizes: these need not wait for one.
+    """Leave out gates' nodes that read no shared product, such as sizes: these need not wait for one.
 
     If a remaining node reads one of these, it is computed before the first gate that reads a product.
     """
@@ -81,7 +81,7 @@ def _leave_outside(
 
 
 def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]) -> list[list[ir.Node]]:
-    """Split nodes into ordered lists, none of which reads a later one: for all gates first, then for some of them.
+    """Split nodes into ordered lists that read no later list: first for all gates, then for some of them.
 
     Gates that need a common node belong to one list, and so do overlapping sets of gates, except sets that overlap with
     every other set. A list without a product is not worth a gate.

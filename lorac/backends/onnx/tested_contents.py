@@ -149,6 +149,6 @@ def self_test_failure(slots: Sequence[str], defect: str) -> CompileError:
     listed = list_some(slots, 4)
     return CompileError(
         f"after emission {len(slots)} slots {defect}: {listed}",
-        next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+        next_step="this is a bug of lorac's, not of your model: a swap would have a wrong effect",
         code="self_test_failed",
     )

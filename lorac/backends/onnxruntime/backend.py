@@ -51,7 +51,7 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
         if options.cache and options.place.type != "cpu":
             raise Unavailable(
                 f"programs that keep a cache do not run on {str(options.place)!r} yet: their buffers lie on the CPU",
-                next_step="device='cpu' keeps a cache; cache=False runs on a GPU, and target='eager' generates there",
+                next_step="give device='cpu' or cache=False, or generate on the GPU with target='eager'",
             )
         check_providers(options.chosen, options.place)
         return options

@@ -41,7 +41,7 @@ class CheckRecurrentKernels(OnnxPass):
             if node.op_type in _RECURRENT and ir.DataType.DOUBLE in {v.dtype for v in node.inputs if v is not None}:
                 raise Unavailable(
                     f"onnxruntime has no kernel for {node.op_type} in float64{describe_origin(node.metadata_props)}",
-                    next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",
+                    next_step="compile with dtype='float32', or with target='eager' in the model's own dtype",
                 )
         return PassResult(changed=False)
 

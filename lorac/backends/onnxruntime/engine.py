@@ -35,8 +35,8 @@ from lorac.storage.onnx_adapter import write_onnx_adapter
 from lorac.storage.tensor_file import write_safetensors
 
 _BOUND_NOTE = (
-    "merged weights are inputs, which ONNX Runtime does not prepack, and so slower token by token than constants: "
-    "swap(..., settle=True) makes constants of a choice's"
+    "merged weights are inputs, which ONNX Runtime does not prepack, so tokens take longer than with constants: "
+    "swap(..., settle=True) makes constants of the choice's weights"
 )
 
 
@@ -146,7 +146,8 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         snapshot = self._written_choice
         if not self.fused:
             raise Unavailable(
-                "only bound weights can settle, and this program binds none", next_step="compile with mode='fused'"
+                "only merged weights that are inputs can settle, and this program has none",
+                next_step="compile with mode='fused'",
             )
         if snapshot in self._settled:
             return

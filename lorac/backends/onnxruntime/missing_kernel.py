@@ -39,7 +39,7 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
     inner = "" if node is None or node.op_type == op else f" (part of {node.op_type})"
     return Unavailable(
         f"onnxruntime has no kernel for {op}{inner} in {dtype}{origin}",
-        next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",
+        next_step="compile with dtype='float32', or with target='eager' in the model's own dtype",
     )
 
 

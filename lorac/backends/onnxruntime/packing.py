@@ -42,7 +42,7 @@ class PackTokens(OnnxPass):
             return PassResult(changed=False)
         ids = inputs[find_token_input(inputs)]
         if len({dim for dim in dims_of(ids) if isinstance(dim, str)}) < 2:
-            why = "the model fixes the number of rows or of tokens, so all rows bring as many"
+            why = "the model fixes the number of rows or of tokens, so all rows have as many"
             return PassResult(changed=False, skipped=(Skip(str(model.graph.name), why),))
         ShapeInferencePass()(model)
         skipped = tuple(dict.fromkeys(_Packer(model.graph, ids, inputs[NEW_LENGTHS]).run()))

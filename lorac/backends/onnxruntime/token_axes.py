@@ -122,7 +122,7 @@ def _is_one_along(value: ir.Value | None, axes: Sequence[int]) -> bool:
 
 
 def _multiplies_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether each token is multiplied by one common matrix, or each token's matrix by its own other one."""
+    """Return whether one matrix multiplies all tokens, or each token's matrix another matrix of that token."""
     x, other = layouts.of(node.inputs[0]), node.inputs[1]
     if x is None or x != layouts.of(node.outputs[0]):
         return False
@@ -135,7 +135,7 @@ def _multiplies_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
 
 
 def _acts_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
-    """Return whether an op along axes, or from one on, leaves those of tokens alone; its operands must agree."""
+    """Return whether an op along some axes leaves the axes of tokens alone; its operands must agree."""
     count = _OPERANDS.get(node.op_type, 1)
     others = [] if count is None else node.inputs[count:]
     axes: Sequence[int] = [node.attributes.get_int("axis", _AXES.get(node.op_type, 0))]

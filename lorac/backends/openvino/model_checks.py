@@ -43,7 +43,7 @@ def check_operands(model: onnx.ModelProto, weights: Mapping[str, Array]) -> None
 def _wrong_model(reason: str) -> ArtifactError:
     return ArtifactError(
         f"the model of this artifact is not one that lorac writes: {reason}",
-        next_step="do not use this artifact; if you made it, or trust who did: trust=True",
+        next_step="do not use this artifact, or give trust=True if you made it or trust its maker",
     )
 
 

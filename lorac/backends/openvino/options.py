@@ -61,7 +61,7 @@ class OpenVINOOptions(QuantisationOptions):
             raise not_one_of("OpenVINO finds no device", self.device_name, core.available_devices)
         if self.threads and self.device_name != CPU:
             raise OptionError(
-                f"threads={self.threads} are the CPU's, and the program runs on {self.device_name}",
+                f"threads={self.threads} sets threads of the CPU, and the program runs on {self.device_name}",
                 next_step="leave threads= out, or give device_name='CPU'",
             )
         able = core.get_property(self.device_name, "OPTIMIZATION_CAPABILITIES")

@@ -75,8 +75,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             )
         if request.options.refit and capability is None:
             raise Unavailable(
-                "refit=True makes a plan whose constants can be replaced, which the library builds only where there "
-                "is an NVIDIA GPU",
+                "refit=True needs an NVIDIA GPU: the library builds plans with replaceable constants only there",
                 next_step="leave it out: mode='fused' takes merged weights as inputs, and builds anywhere",
             )
 

@@ -85,7 +85,7 @@ def _build_plan(
         if plan is None:
             raise Unavailable(
                 f"{library.name_and_version} built no plan of graph '{graph}': {messages.why()}",
-                next_step="target='onnxruntime' and target='eager' run it; profiles= of fewer sizes may be built",
+                next_step="give profiles= of fewer sizes, or use target='onnxruntime' or 'eager'",
             )
     if timings is not None:
         timings.write(memoryview(config.get_timing_cache().serialize()))

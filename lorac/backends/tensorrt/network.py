@@ -121,7 +121,7 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
         listed = list_some(wrong, 4)
         raise CompileError(
             f"{len(wrong)} inputs of the network are not those of the program: {listed}",
-            next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
+            next_step="this is a bug of lorac's, not of your model: a swap would have a wrong effect",
             code="self_test_failed",
         )
 

@@ -126,7 +126,7 @@ class PlanCache:
         except OSError as error:
             warn(
                 f"plan_cache='{self.folder}' is not used: {error.strerror or error}",
-                next_step="give a folder that nobody else can reach, as it is made where there is none",
+                next_step="give a folder that only you can open, or a new path, where lorac makes one",
             )
             return False
         return True

@@ -62,7 +62,7 @@ class WeightRefitter:
     ) -> None:
         if not engine.refittable:
             raise Unavailable(
-                "no weight of the plan can be replaced, since it was not built for that",
+                "no weight of the plan can be replaced, since the plan was not built for that",
                 next_step=_INSTEAD,
             )
         self.memory, self._library = memory, library

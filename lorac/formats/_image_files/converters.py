@@ -75,7 +75,7 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
             next_step="load the class of model that the adapter was trained on",
         ) from error
     if dropped:
-        raise unused_tensor(f"'{path}'", dropped[0], "and which diffusers' converter for the model leaves out")
+        raise unused_tensor(f"'{path}'", dropped[0], "and diffusers' converter for the model leaves it out")
     # Where the converter's names match no layers either, the file's own names are returned, for the error to quote.
     return tensors if _find_unknown(converted, view, pipeline) else converted
 

@@ -53,8 +53,8 @@ class StoredModule:
         if _strip_ones(tuple(tensor.shape)) != _strip_ones(shape):
             raise shape_error(
                 f"'{self.keys[leaf]}' has shape {tuple(tensor.shape)}, expected {shape}",
-                next_step=f"the site '{self.site.path}' is {self.site.kind} {self.site.in_features} -> "
-                f"{self.site.out_features}; rank and base model must be those of the training",
+                next_step=f"use the rank and the base model of the training; the site '{self.site.path}' is "
+                f"{self.site.kind} {self.site.in_features} -> {self.site.out_features}",
             )
         return tensor.reshape(shape)
 
@@ -166,6 +166,6 @@ AnyLayout = ModuleLayout[Any]
 def unused_tensor(owner: str, key: str, why: str) -> FormatError:
     """Return the error for a tensor that no method uses."""
     return unused_error(
-        f"{owner} has the tensor '{key}', which no method here uses {why}",
-        next_step="it may change the result, so it is not left out; save the adapter again from its trainer",
+        f"{owner} has the tensor '{key}', and no method here uses it {why}",
+        next_step="save the adapter again from its trainer; the tensor may change the result, so it is not left out",
     )

@@ -35,8 +35,8 @@ def add_magnitude(method: Method, module: StoredModule) -> Method:
     variant, tensors = method
     if len([other for other in MAGNITUDES if other in module.tensors]) > 1:
         raise unsupported_error(
-            f"'{module.keys[LYCORIS]}' and '{module.keys[PEFT]}' are of one module",
-            next_step="save it again from its trainer: it holds two adapters, or one in two spellings",
+            f"'{module.keys[LYCORIS]}' and '{module.keys[PEFT]}' are both the magnitude of one module",
+            next_step="save the adapter again from its trainer: the file holds two adapters, or one in two spellings",
         )
     scale = module.tensors[leaf]
     # Norms of the columns have a first axis of length 1, though the weight has more rows.

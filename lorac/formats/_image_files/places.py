@@ -98,8 +98,8 @@ class PipelineModel:
         if len(found) > 1:
             paths = " and ".join(sorted(f"'{place.paths[0]}'" for place in found))
             raise FormatError(
-                f"adapter '{adapter}' has the tensor '{name.key}', which may be of {paths}: without dots their names "
-                "are the same",
+                f"adapter '{adapter}' has the tensor '{name.key}', which may belong to {paths}: without dots their "
+                "names are the same",
                 next_step="save it from its trainer with dots in the names, as diffusers does",
             )
         return next(iter(found))

@@ -35,7 +35,7 @@ from lorac.variants.low_rank import ScaledRank
 ALPHA = "alpha"
 _STABILISED = re.compile(r'"rs_lora":\s*"?true', re.IGNORECASE)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_AGAIN = "save it again from its trainer: it holds two adapters, or one in two spellings"
+_AGAIN = "save the adapter again from its trainer: the file holds two adapters, or one in two spellings"
 
 
 @dataclass
@@ -67,7 +67,7 @@ def read_file(file: AdapterFile, view: ModelView | None, name: str, format: str)
     """
     view = require_base(
         view,
-        f"'{file}' names modules of image models in ways that only the model resolves",
+        f"'{file}' names modules of image models, and only the model tells which modules these are",
         next_step="load_adapter(path, model), with all models that it adapts: {'unet': unet, 'text_encoder': …}",
     )
     tensors, path = file.read_tensors(), file.path
@@ -104,7 +104,7 @@ class _FileReader:
             found = dict(self._read_methods(module, configs))
             for twice in found.keys() & methods.keys():
                 raise unused_error(
-                    f"'{self.path}' has '{module.key}', and another module that stands for '{twice}' as well",
+                    f"'{self.path}' has '{module.key}', and another module of the file also stands for '{twice}'",
                     next_step=_AGAIN,
                 )
             methods |= {path: method for path, (method, _) in found.items()}
@@ -161,7 +161,7 @@ class _FileReader:
             return {}
         if len(paths) > 1:
             raise unsupported_error(
-                f"'{next(iter(taken.values())).key}' is the difference of a layer that is {len(paths)} of the model's",
+                f"'{next(iter(taken.values())).key}' is the difference of one layer, which is {len(paths)} layers here",
                 next_step="save it from its trainer under the names of diffusers",
             )
         known, found = self.view.named_tensors(), {}
@@ -229,7 +229,7 @@ class _FileReader:
             raise no_site_error(self.name, path, self.view)
         if site.kind not in LAYERS or site.within is not None:
             raise SiteError(
-                f"adapter '{self.name}' has tensors for '{path}', of kind {site.kind}, which these files do not adapt",
+                f"adapter '{self.name}' has tensors for '{path}', and these files adapt no {site.kind}",
                 next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
             )
         return site

@@ -116,8 +116,8 @@ class _FileWriter:
                 full = component.prefix + name
                 if PARAMETERS.get(parameter) not in self.format.leaves:
                     raise unsupported_error(
-                        f"adapter '{self.adapter.name}' replaces '{full}' whole, for which files of the format "
-                        f"'{self.format.name}' have no place"
+                        f"files of the format '{self.format.name}' cannot store '{full}', which adapter "
+                        f"'{self.adapter.name}' replaces whole"
                     )
                 tensor, beginning = (
                     self.adapter.replaced[full],
@@ -157,7 +157,7 @@ class _FileWriter:
             method = join_rows([self._method_or_zero(path, paths) for path in paths], place)
         if method is None:
             raise unsupported_error(
-                f"'{beginning}' is {len(paths)} layers of the model, whose methods or scales differ",
+                f"the file has one layer '{beginning}' and the model {len(paths)}, and their methods or scales differ",
                 next_step=f"give {' and '.join(paths)} LoRAs of one scale, or use format='diffusers'",
             )
         variant, tensors, norms = take_magnitude(*method, site)
@@ -172,7 +172,7 @@ class _FileWriter:
         for leaf, tensor in leaves.items():
             if leaf not in self.format.leaves:
                 raise unsupported_error(
-                    f"files of the format '{self.format.name}' have no place for '{leaf}' at '{site.path}'",
+                    f"files of the format '{self.format.name}' cannot store '{leaf}' at '{site.path}'",
                     next_step="use format='native'" if leaf == "lora_bias" else "use format='kohya', or 'native'",
                 )
             yield f"{beginning}.{self.format.leaves[leaf]}", tensor
@@ -189,7 +189,7 @@ class _FileWriter:
 
     def _no_place(self, variant: Variant) -> Exception:
         return unsupported_error(
-            f"files of the format '{self.format.name}' hold no adapters of '{variant.name}', the method of adapter "
-            f"'{self.adapter.name}'",
+            f"files of the format '{self.format.name}' cannot store adapter '{self.adapter.name}', whose method is "
+            f"'{variant.name}'",
             next_step=native_or_lora(variant),
         )

@@ -67,7 +67,7 @@ class AdapterHubFormat(Format):
                 f"'{folder / composition}' is AdapterHub's and says {_COMPOSITIONS[composition]}; lorac reads adapters "
                 "one by one",
                 next_step="load each adapter's own folder; lorac.Chain puts methods of the weight form after one "
-                "another, and a weighted swap adds what several do",
+                "another, and a weighted swap adds the changes of several",
             )
         raw = opened.inside(CONFIG).read_json()
         weights = opened.choose(WEIGHTS, PICKLED)
@@ -108,8 +108,8 @@ class AdapterHubFormat(Format):
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         if adapter.replaced:
             raise unsupported_error(
-                f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, for which AdapterHub's "
-                "files have no place"
+                f"adapter '{adapter.name}' replaces '{next(iter(adapter.replaced))}' whole, and AdapterHub's files "
+                "cannot store that"
             )
         view = require_base(
             view,

@@ -182,7 +182,7 @@ def _placing_fields(adapter: Adapter, variant: Bottleneck, layout: ModelLayout, 
     targets = {*placed.targets} - {*placed.embeddings, *placed.heads}
     if targets != paths or not same or placed.embeddings != variant.embeddings:
         raise unsupported_error(
-            f"AdapterHub puts bottlenecks at all attentions, all MLPs or both of a block, and adapter '{adapter.name}' "
-            "sits, or reads, elsewhere"
+            f"AdapterHub puts bottlenecks at all attentions, all MLPs or both of a block, and adapter "
+            f"'{adapter.name}' acts, or reads, elsewhere"
         )
     return fields

@@ -67,7 +67,7 @@ def assign_tensors(
         matching = next((p for end in ends for p in table.get((group, end), ()) if leaf in p.leaves), None)
         if matching is None:
             raise unused_error(
-                f"the file of adapter '{adapter}' holds '{key}', for which its configuration or the model has no place",
+                f"the file of adapter '{adapter}' holds '{key}', which its configuration or the model lacks",
                 nearest=nearest_name(module, [pattern.module for pattern in patterns if pattern.module]),
                 next_step="load the model that it was trained on",
             )
@@ -86,7 +86,7 @@ def assign_tensors(
         named = list_some([what for _, what in missing], 1, quote="")
         raise corrupt_error(
             f"the file of adapter '{adapter}' lacks {named}, which its configuration promises",
-            next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
+            next_step="save it from a class with a head: from a bare model the library leaves out the shared tensors"
             if any(pattern.group == SHARED for pattern, _ in missing)
             else "it is incomplete, or was made for a smaller model",
         )

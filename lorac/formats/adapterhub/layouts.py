@@ -181,7 +181,7 @@ def family_of(model_type: object, where: str) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported_error(
-            f"{where} is for models of the type '{model_type}', whose places in AdapterHub lorac does not know",
+            f"{where} is for models of the type '{model_type}', and lorac does not know AdapterHub's names in them",
             nearest=nearest_name(str(model_type), FAMILIES),
             next_step=f"known are {', '.join(FAMILIES)}",
         )

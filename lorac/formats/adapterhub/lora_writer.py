@@ -44,8 +44,7 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
         layer = layout.layers.get(path)
         if layer is None:
             raise unsupported_error(
-                f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) "
-                "does"
+                f"AdapterHub does not adapt '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) does"
             )
         site = layout.view.sites[path]
         if layer.role == PACKED:
@@ -83,7 +82,7 @@ def _convert_packed(name: str, split: Variant, site: Site, tensors: Mapping[str,
     alike = len(shares) == 1 and all(method == methods[0] for method in methods)
     if not isinstance(split, Split) or split.groups > 1 or tuple(split.among) != LETTERS or not alike:
         raise unsupported_error(
-            f"AdapterHub adapts {', '.join(LETTERS)} of '{site.path}' each by itself and all alike, and adapter "
+            f"AdapterHub adapts {', '.join(LETTERS)} of '{site.path}' separately and by one method, and adapter "
             f"'{name}' does not",
             next_step=f"lorac.Split(parts={{'q': lorac.LoRA()}}) does; or {NATIVE}",
         )

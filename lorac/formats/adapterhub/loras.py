@@ -179,15 +179,15 @@ def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedCo
     for path, layer in layers.items():  # the library's result differs from lorac's there
         if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
             raise unsupported_error(
-                f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{path}', which packs {', '.join(LETTERS)}: the "
-                "library itself cannot run that",
+                f"'{path}' packs {', '.join(LETTERS)}, and adapter '{name}' has VeRA, DoRA or weighed tasks there: "
+                "the library cannot run that",
                 next_step="train a plain LoRA, or with PEFT",
             )
         site = layout.view.sites[path]
         if fields.use_dora and (site.bias is not None or site.transposed):
             raise unsupported_error(
-                f"adapter '{name}' has DoRA at '{path}': AdapterHub's scales the layer's bias as well, or a transposed "
-                "weight along its other side, and lorac's, as PEFT's, does not",
+                f"adapter '{name}' has DoRA at '{path}': AdapterHub's scales the bias too, or the other side of the "
+                "weight, and the DoRA of lorac and PEFT does not",
                 next_step="train it with PEFT, whose DoRA lorac reads",
             )
     patterns = [KeyPattern(LORAS, layer.name, layer_leaves(fields), (path,)) for path, layer in layers.items()]

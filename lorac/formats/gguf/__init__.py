@@ -64,7 +64,7 @@ class GgufFormat(Format):
         alpha = _read_fields(path, fields)
         view = require_base(
             view,
-            f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
+            f"'{path}' names layers as llama.cpp does, and only the model tells which modules they are",
             next_step="load_adapter(path, model)",
         )
         names = GgufNames(view, f"'{path}'")
@@ -134,12 +134,12 @@ def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
     for key, value in expected.items():
         if fields.get(key) != value:
             raise unsupported_error(
-                f"'{path}' says {key}={fields.get(key)!r}, and what lorac reads of GGUF is {key}={value!r}",
+                f"'{path}' says {key}={fields.get(key)!r}, and lorac reads GGUF files with {key}={value!r}",
                 next_step="give the adapter that convert_lora_to_gguf.py of llama.cpp wrote",
             )
     tokens = fields.get(_TOKENS, [0])
     if not isinstance(tokens, list) or not tokens or any(type(token) is not int or token < 0 for token in tokens):
-        raise corrupt_error(f"'{path}' sets {_TOKENS}={short(tokens)}, and these are token ids")
+        raise corrupt_error(f"'{path}' sets {_TOKENS}={short(tokens)}, which are not token ids")
     known = {*expected, _ARCHITECTURE, _ALPHA, _TOKENS, *_IRRELEVANT}
     unknown = next((key for key in fields if key not in known and not key.startswith(_GENERAL)), None)
     if unknown is not None:
@@ -147,7 +147,7 @@ def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
         raise unknown_name_error(f"'{path}' sets the unknown field '{unknown}'", unknown, known, step)
     alpha = fields.get(_ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise corrupt_error(f"'{path}' sets {_ALPHA}={alpha!r}, and it is a finite number")
+        raise corrupt_error(f"'{path}' sets {_ALPHA}={alpha!r}, which is not a finite number")
     if not isinstance(fields.get(_ARCHITECTURE), str):
         raise corrupt_error(f"'{path}' names no {_ARCHITECTURE}")
     return alpha

@@ -79,7 +79,7 @@ class GgufNames:
                 f"{subject} names layers as llama.cpp does, and its names for a model of type '{model_type}' are not "
                 "known here",
                 nearest=nearest_name(model_type, ARCHITECTURES),
-                next_step=f"models are of type {', '.join(ARCHITECTURES)}; format='peft' holds LoRAs of all",
+                next_step=f"use format='peft', which takes all models, or a model of type {', '.join(ARCHITECTURES)}",
             )
         number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         table = gguf.get_tensor_name_map(number, config.num_hidden_layers)

@@ -57,7 +57,7 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
         raise corrupt_error(
             f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises for this model: "
             f"{list_some(lacking)}",
-            next_step="it is incomplete, or was made for a smaller model",
+            next_step="give the whole file, or the model that it was made for",
         )
     resizable = view.list_resizable({**adapter.replaced, **contents.embeddings, **contents.copies})
     for name, tensor in contents.embeddings.items():
@@ -80,8 +80,8 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
             )
         if site.within not in {stored.within, path}:
             warn(
-                f"adapter '{adapter.name}' has tensors for '{path}', whose weight '{site.within}' reads itself: PEFT "
-                "runs them only once they are merged, and never trains them; lorac computes with the merged weight",
+                f"adapter '{adapter.name}' has tensors for '{path}', and '{site.within}' reads that weight itself: "
+                "PEFT runs them only merged and never trains them, and lorac computes with the merged weight",
                 next_step=f"target '{site.within}' in PEFT, which adapts all of it",
             )
         file.peft_type.check_site(site, adapter.tensors[path])
@@ -161,8 +161,8 @@ def _refuse_computed_weights(adapter: Adapter, names: set[str]) -> None:
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         if f"{owner}.weight" in names - adapter.replaced.keys():
             raise unsupported_error(
-                f"adapter '{adapter.name}' trains '{name}', from which '{owner}' computes its weight at each call; the "
-                "model as compiled has that weight alone",
+                f"adapter '{adapter.name}' trains '{name}', and '{owner}' computes its weight from it at each call; a "
+                "compiled model has only the weight",
                 next_step="after training, remove the parametrization (torch.nn.utils.parametrize."
                 "remove_parametrizations, remove_weight_norm) in the model that PEFT saves, and in this one",
             )

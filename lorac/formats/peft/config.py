@@ -85,12 +85,12 @@ def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Varia
             selected = ", ".join(f"{n}={v!r}" for n, v in selection.items())
             raise unsupported_error(
                 f"'{path}' sets {name}={short(values[name])} together with {selected}",
-                next_step="PEFT does not combine them either",
+                next_step="leave one of them out: PEFT does not combine them either",
             )
     if isinstance(values["target_modules"], str) and values.get("layers_to_transform"):
         raise unsupported_error(
             f"'{path}' sets layers_to_transform together with a pattern of target_modules",
-            next_step="PEFT wants a list of names with it",
+            next_step="write target_modules as a list of names, as PEFT wants",
         )
     settings["targets"] = values["target_modules"] or ()
     settings["bias"] = rename_bias(values.get("bias", "none"), cls.name)

@@ -168,7 +168,7 @@ class _KeyReader:
                 nearest=nearest_name(
                     keys[0], [f"{PREFIX}{at}.{end}" for at in self.contents.sites for end in suffixes]
                 ),
-                next_step="keys are base_model.model.<module path>.<"
+                next_step="name keys base_model.model.<module path>.<"
                 f"{'|'.join(suffixes)}>; where DDP, torch.compile or a second prefix added names, {REPAIR}",
             )
         return self.contents

@@ -61,12 +61,12 @@ def variant_from_config(config: PeftObject) -> Variant:
     values = read_fields(raw, peft_type.fields, path)
     if "target_modules" not in peft_type.fields:
         raise unsupported_error(
-            f"'{path}' is of peft_type {peft_type.peft_type}, which PEFT alone begins",
+            f"'{path}' is of peft_type {peft_type.peft_type}, and only PEFT can initialise that",
             next_step="have get_peft_model make the adapter, and give the PeftModel",
         )
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise unsupported_error(
-            f"'{path}' names no target_modules, and what PEFT then takes depends on the model",
+            f"'{path}' names no target_modules, and PEFT's choice of them depends on the model",
             next_step="name them: target_modules=['q_proj', 'v_proj']",
         )
     for name, field in peft_type.fields.items():
@@ -78,8 +78,7 @@ def variant_from_config(config: PeftObject) -> Variant:
         # A fresh adapter would not follow a field that changes PEFT's training or initialisation alone.
         if not is_known and raw.get(name, field.default) not in (field.default, None):
             raise unsupported_error(
-                f"'{path}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "
-                "does it in its own way",
+                f"'{path}' sets {name}={short(raw[name])}, which only PEFT's own initialisation and training read",
                 next_step="leave it out; or have get_peft_model make the adapter, and give the PeftModel",
             )
     variant = variant_of(values, peft_type, path)

@@ -241,8 +241,8 @@ def warn_of_padding(peft_type: str, site: Site) -> None:
     if site.conv is None or not site.conv.before or site.conv.mode == "zeros":
         return
     warn(
-        f"'{site.path}' pads by '{site.conv.mode}', where PEFT's {peft_type} pads with zeros until it is merged: "
-        "what is computed here is the merged weight's, everywhere",
+        f"'{site.path}' pads by '{site.conv.mode}', and PEFT's {peft_type} pads with zeros until it is merged: lorac "
+        "computes with the merged weight, at the borders too",
         next_step="exclude= the module where its borders must be those of PEFT's unmerged adapter",
     )
 

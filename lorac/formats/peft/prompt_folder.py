@@ -78,7 +78,7 @@ class PlacedType(PeftType[V], Generic[V]):
         ):
             raise unused_error(
                 f"the file of adapter '{name}' holds {list_some(sorted(tensors))}, and {self.peft_type} has "
-                f"{list_some(sorted(keys))} at this model, and modules of modules_to_save",
+                f"{list_some(sorted(keys))} at this model, besides modules of modules_to_save",
                 next_step="load the base model that it was trained on, or save the adapter again with PEFT",
             )
         adapter = Adapter(name, variant, replaced=saved, provenance={"source": str(folder)})
@@ -133,6 +133,6 @@ def find_input_embedding(view: ModelView, *, looks_up: bool) -> Site:
     if site is None or fault:
         raise SiteError(
             f"virtual tokens have no place in {type(view.module).__name__}, which {fault}",
-            next_step="they precede the tokens of a model of transformers with one stack; adapt layers, as LoRA does",
+            next_step="adapt layers, as LoRA does, or give a model of transformers with one stack",
         )
     return site

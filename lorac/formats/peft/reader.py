@@ -52,7 +52,7 @@ def read_folder(folder: AdapterFile, view: ModelView | None, name: str | None) -
     for tied, source in peft_type.find_tied_sites(contents.sites, file.sites).items():
         if tied in contents.sites and not contains_tensors(contents.sites[tied], contents.sites[source]):
             raise corrupt_error(
-                f"adapter '{name}' has other tensors for '{tied}' than for '{source}', which it is tied to",
+                f"adapter '{name}' has different tensors for '{tied}' and '{source}', which are tied",
                 next_step="load the base model that the adapter was trained on",
             )
         contents.sites[tied], contents.tied[tied] = contents.sites[source], source

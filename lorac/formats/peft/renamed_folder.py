@@ -31,7 +31,7 @@ def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) 
         FormatError: the model's name of a module is ambiguous; or as for ``read_folder``.
         BaseNeeded: no model is given.
     """
-    view = require_base(view, "names of layers are repaired by those of a model")
+    view = require_base(view, "only the model tells the right names of layers")
     config, tensors = dict(folder.inside(CONFIG).read_json()), folder.choose(WEIGHTS, PICKLED).read_tensors()
     peft_type = peft_type_of(config, folder.inside(CONFIG).path)
     read_fields(config, peft_type.fields, folder.inside(CONFIG).path)  # so that errors name this file
@@ -42,14 +42,14 @@ def read_renamed(folder: AdapterFile, view: ModelView | None, name: str | None) 
     own = find_own_names(sorted(set(paths.values())), view)
     if own is None:
         raise unused_error(
-            f"no single change of prefixes makes '{min(paths.values())}' and others in '{folder}' names of the model",
+            f"no single change of prefixes makes '{min(paths.values())}' and others in '{folder}' the model's names",
             next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the names of one",
         )
     keys = {key: PREFIX + own[paths[key]] + one.removeprefix(paths[key]) for key, one in inner.items()}
     if keys.items() <= {key: key for key in tensors}.items():
         return read_folder(folder, view, name)
     if len({*keys.values()}) < len(keys):
-        raise folder.damaged("two of its tensors have one name once wrappers are left out")
+        raise folder.damaged("without wrappers, two of its tensors have one name")
     if isinstance(config.get("target_modules"), str) and config["target_modules"] != ALL_LINEAR:
         adapted = (path for key, path in paths.items() if inner[key] != path)
         config |= {"target_modules": sorted({own[path] for path in adapted}), "exclude_modules": None}

@@ -77,12 +77,12 @@ def write_matrices(
     paths = [path for path in sites if path in matrices]
     view = require_base(
         view,
-        f"what PEFT calls the tensors of '{paths[0]}' depends on the other parameters of its module",
+        f"PEFT's names for the tensors of '{paths[0]}' depend on the other parameters of its module",
         next_step="pass model=, or use format='native'",
     )
     if getattr(adapter.variant, "dropout", 0):
         raise unsupported_error(
-            f"PEFT has no dropout at '{paths[0]}', which its module multiplies by itself, and adapter "
+            f"PEFT has no dropout at '{paths[0]}', since its module multiplies by that weight itself, and adapter "
             f"'{adapter.name}' has one",
             next_step="set dropout=0.0 before saving, or use format='native'",
         )

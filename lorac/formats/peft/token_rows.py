@@ -53,7 +53,7 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
     if adapted:
         raise unsupported_error(
             f"adapter '{name}' trains rows of '{adapted[0]}' and adapts it",
-            next_step="PEFT does not combine them either: exclude_modules the layer",
+            next_step="put the layer into exclude_modules: PEFT does not combine them either",
         )
     indices: TokenIndices = file.values.get("trainable_token_indices") or {}
 
@@ -72,7 +72,7 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
         raise corrupt_error(
             f"the file of adapter '{name}' lacks the rows of '{missing[0] if missing else 'the embedding'}' that its "
             "trainable_token_indices name",
-            next_step="it is incomplete: save the adapter again",
+            next_step="save the adapter again: the file is incomplete",
         )
     if not rows:
         return
@@ -93,7 +93,7 @@ def fill_rows(adapter: Adapter, file: PeftFile) -> None:
         if not plain or tensor.shape != (len(own), stored.shape[1]) or max(own) >= len(stored):
             raise shape_error(
                 f"adapter '{name}' has rows {tuple(tensor.shape)} of '{module}' for {len(own)} tokens up to number "
-                f"{max(own)}; its weight is {tuple(stored.shape)}",
+                f"{max(own)}; its weight has shape {tuple(stored.shape)}",
                 next_step=f"call model.resize_token_embeddings({max(own) + 1}) if the vocabulary has grown",
             )
         weight = stored.index_copy(0, torch.tensor(own), tensor.to(stored))
@@ -142,6 +142,6 @@ def take_rows(adapter: Adapter, view: ModelView | None) -> tuple[Adapter, dict[s
 def untied_error(adapter: str, path: str, source: str) -> FormatError:
     """Return the error for a tied layer that PEFT would change together with its embedding."""
     return unsupported_error(
-        f"PEFT changes '{path}' with '{source}', which it is tied to; adapter '{adapter}' does not",
+        f"'{path}' is tied to '{source}', and PEFT changes both; adapter '{adapter}' does not",
         next_step="adapt both alike, or use format='native'",
     )

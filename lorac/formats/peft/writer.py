@@ -70,7 +70,7 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
         )
     if rows and "trainable_token_indices" not in peft_type.fields:
         raise unsupported_error(
-            f"PEFT's {peft_type.peft_type} has no place for the rows of '{min(rows)}' in adapter '{adapter.name}'"
+            f"PEFT's {peft_type.peft_type} cannot store the rows of '{min(rows)}' in adapter '{adapter.name}'"
         )
     contents = peft_type.write_folder(adapter, view)
     folder.mkdir()
@@ -174,7 +174,7 @@ class _FolderWriter:
                 key = (SHARED_PREFIX if shared else f"{PREFIX}{_wrapped_path(sites[path])}.") + suffix
                 if not torch.equal(tensors.setdefault(key, tensor), tensor):
                     raise unsupported_error(
-                        f"sites of adapter '{adapter.name}' have different '{suffix}', of which PEFT has one"
+                        f"sites of adapter '{adapter.name}' have different '{suffix}', and PEFT has one for all"
                     )
         written = write_matrices(adapter, matrices, self.sites, self.view)
         tensors |= {PREFIX + key: tensor for key, tensor in {**written, **self.experts}.items()}
@@ -221,8 +221,8 @@ class _FolderWriter:
             slack = 1e-3 * float(other.abs().max()) if own.is_floating_point() else 0.0
             if not torch.allclose(own.double(), other.double(), rtol=0, atol=slack):
                 raise unsupported_error(
-                    f"'{name}' at '{site.path}' is not what PEFT makes of the configuration and the base, and its "
-                    "files lack it"
+                    f"'{name}' at '{site.path}' is not the one that PEFT computes from the configuration and the "
+                    "base, and its files do not store it"
                 )
 
     def _refuse_split_embeddings(self) -> None:
@@ -234,8 +234,8 @@ class _FolderWriter:
             other = seen.setdefault(id(named.get(name, name)), name)
             if not torch.equal(adapter.replaced[name], adapter.replaced[other]):
                 raise unsupported_error(
-                    f"adapter '{adapter.name}' replaces '{other}' and '{name}', which are one tensor in the model, by "
-                    "two",
+                    f"adapter '{adapter.name}' replaces '{other}' and '{name}' by two tensors, and they are one in "
+                    "the model",
                     next_step="name their modules in modules_to_save, or use format='native'",
                 )
 
@@ -274,7 +274,7 @@ class _FolderWriter:
         if module not in adapted and (module.rpartition(".")[2] in EMBEDDING_NAMES or module in known):
             return name
         raise unsupported_error(
-            f"PEFT has no place for '{name}', which adapter '{self.adapter.name}' replaces",
+            f"PEFT cannot store '{name}', which adapter '{self.adapter.name}' replaces",
             next_step="name its module in modules_to_save, or use format='native'",
         )
 

@@ -144,9 +144,9 @@ class XLoraFolder:
         unexpected = [key for key in self.classifier if key not in expected]
         if unexpected:
             raise unused_error(
-                f"'{self.folder}' holds a tensor '{unexpected[0]}' that its classifier has no place for",
+                f"'{self.folder}' holds a tensor '{unexpected[0]}' that its classifier does not have",
                 nearest=nearest_name(unexpected[0], expected),
-                next_step=f"by its configuration it has {', '.join(expected)}",
+                next_step=f"keep the tensors of its configuration: {', '.join(expected)}",
             )
         # The configuration's widths are checked against the file's, before a classifier with these widths is allocated.
         hidden, size, depth = (int(self.fields[field]) for field in ("hidden_size", "size", "depth"))
@@ -166,7 +166,7 @@ class XLoraFolder:
             found = next((place for place in places if place is not None and place.has(CONFIG)), None)
             if found is None:
                 raise corrupt_error(
-                    f"'{self.folder}' mixes an expert {expert!r}, and no folder in it has that",
+                    f"'{self.folder}' mixes the expert {expert!r}, and has no folder of it",
                     next_step=f"put the expert's folder at '{self.folder.path / paths[-1]}'; paths that lead out of "
                     "the folder are not followed",
                 )
@@ -184,7 +184,7 @@ class XLoraFolder:
             if folder.inside(CONFIG).read_json().get("peft_type") == "XLORA":
                 raise unsupported_error(
                     f"'{folder}', an expert of '{self.folder}', is an X-LoRA itself",
-                    next_step="the experts of an X-LoRA are plain LoRAs",
+                    next_step="give plain LoRAs as the experts of an X-LoRA",
                 )
         return [read_folder(folder, view, expert) for expert, folder in folders.items()]
 

@@ -67,7 +67,7 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
     if not others.keys() <= PLACED and sequence.ids == IDS:
         raise Unavailable(
             f"{type(model).__name__} is given '{min(others)}', but a cache holds token ids only",
-            next_step="target='eager' generates from it; example_inputs= without it give a cache for text",
+            next_step="use target='eager', or example_inputs= without that input for a cache of text",
         )
     ids = given[sequence.ids]
     if ids.shape[1] < 2:
@@ -75,8 +75,8 @@ def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
     most = min((selector.index_topk for selector in iter_token_selectors(model)), default=ids.shape[1])
     if ids.shape[1] > most:
         raise Unavailable(
-            f"{type(model).__name__} chooses {most} (index_topk) of the example's {ids.shape[1]} tokens to attend to, "
-            "and a cache is for sequences of which it chooses all",
+            f"{type(model).__name__} attends to only {most} (index_topk) of the example's {ids.shape[1]} tokens, and "
+            "with a cache it has to attend to all",
             next_step=f"give example_inputs= of at most {most} tokens; target='eager' runs longer sequences",
         )
     if IDS in others and _ENCODER_MASK in names:

@@ -168,7 +168,7 @@ def _holds_tensors(name: str, value: object) -> bool:
     others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]
     if tensors and others:
         raise CaptureError(
-            f"the argument '{name}' holds tensors and {short(others[0])}: inputs and constants of a program in one",
+            f"the argument '{name}' holds tensors and {short(others[0])}, and a program needs these apart",
             next_step="give them as separate arguments; target='eager' takes them together",
         )
     return bool(tensors)

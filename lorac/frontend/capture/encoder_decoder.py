@@ -246,7 +246,8 @@ def _read_size(graph: Graph, node: fx.Node, left: Sequence[fx.Node]) -> Any:
         if axes:
             return insert_call(program, first, aten.sym_size.int, source, axes[0])
     raise Unavailable(
-        f"the halves of graph '{graph.name}' share a size that is not an input's: {graph.axes.get(size, size)}",
+        f"encoder and decoder of graph '{graph.name}' share a size that is not an input's: "
+        f"{graph.axes.get(size, size)}",
         next_step=WITHOUT_CACHE,
     )
 

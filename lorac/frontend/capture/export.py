@@ -305,8 +305,8 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
     line, module = find_failing_model_line(error), find_failing_module(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (
-        "make this line independent of the values of tensors (torch.where), give forward what it computes there "
-        "(position_ids for one), or compile a part without it (model.backbone); target='eager' runs the model itself"
+        "make this line independent of the values of tensors (torch.where), give forward the value that it computes "
+        "there (such as position_ids), compile a part without it (model.backbone), or use target='eager'"
     )
     if line is None and guards:
         line, module = guards[0].line, guards[0].module
@@ -320,7 +320,7 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
             "give dynamic_shapes= with Dim.AUTO or without these axes, which fixes them; target='eager' takes any size"
         )
     elif isinstance(error, WeightCast):
-        step = "call the model once before compiling: then its weights are cast; target='eager' runs it without that"
+        step = "call the model once before compiling, which casts its weights; target='eager' needs no such call"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = find_untested() or "target='eager' runs the model itself"
     path = next((path for path, other in host.named_modules() if other is module), "")

@@ -95,8 +95,8 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
             found = decoder.model.eval()(**text).logits
         if differs_beyond_rounding(found, expected):
             raise Unavailable(
-                f"{type(model).__name__} keeps no cache: it reads {modality.name}s in another way than in the place of "
-                "embeddings, such as by tokens that see later ones in a way of its own",
+                f"{type(model).__name__} keeps no cache: it does more with {modality.name}s than put their features "
+                "in the place of embeddings",
                 next_step=WITHOUT_CACHE,
             )
     if BLOCKS in text:  # a row is processed in parts, and the last part has a token after all blocks

@@ -111,7 +111,7 @@ def _select(program: ExportedProgram, node: fx.Node, values: Sequence[Any], exam
     condition: Any = node.args[0]
     if not isinstance(condition, fx.Node) or not isinstance(condition.meta["val"], torch.Tensor):
         raise CaptureError(
-            "forward branches by torch.cond on a size, which a program cannot",
+            "forward branches by torch.cond on a size, and a program cannot do so",
             next_step="branch on it in Python, or on a tensor",
         )
     if condition.meta["val"].dim():

@@ -70,8 +70,8 @@ class CheckTrace(Pass):
                 reads.add(node)
         if any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads):
             raise CaptureError(
-                f"forward decides by the outputs of layers, which adapters change, at {', at '.join(self.branches)}",
-                next_step="make forward decide by its inputs alone; target='eager' runs the model itself",
+                f"forward branches on outputs of layers, and adapters change these, at {', at '.join(self.branches)}",
+                next_step="make forward branch on its inputs alone; target='eager' runs the model itself",
             )
         for spec in graph.exported.graph_signature.input_specs:
             if spec.kind is InputKind.CUSTOM_OBJ:

@@ -56,7 +56,7 @@ class SizesTooComplex(Exception):
     """
 
     def __init__(self, guard: TraceGuard) -> None:
-        super().__init__("the sizes that it computes from the free sizes grow beyond what can be computed with")
+        super().__init__("it computes sizes from the free sizes that are too large to compute with")
         self.guard = guard
 
 

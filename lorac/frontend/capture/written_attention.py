@@ -138,7 +138,7 @@ def _join_key_bias(
 
 
 def _find_joined(*operands: Any) -> list[tuple[Any, Any]] | None:
-    """Return keys, values and masks, each of the sequence and of the encoded tokens, that one softmax is over; or None.
+    """Return keys, values and masks of the sequence and of the encoded tokens under one softmax; or None.
 
     T5Gemma 2's attention has them, its masks expanded by the length of the sequence. The last mask is of booleans.
     """

@@ -209,7 +209,7 @@ def merge_weight(change: Change, weight: Tensor) -> Tensor:
     for name in sorted(change.scales.keys() - MERGEABLE):
         raise CompileError(
             f"a change with the operand '{name}' cannot be merged into a weight",
-            next_step="mode='live' runs it next to the weight, alone and at strength 1",
+            next_step="run it next to the weight with mode='live', alone and at strength 1",
             code="not_mergeable",
         )
     scaled, scales = weight.to(wide), {name: scale.to(wide) for name, scale in change.scales.items()}

@@ -313,8 +313,8 @@ class Interface:
         for line, holds in zip(self.checks.values(), values[count:], strict=True):
             if not bool(holds):
                 raise InputMismatch(
-                    f"the inputs hold values that the program is not for, as the model checks at {line}",
-                    next_step="give the values that this line wants; target='eager' runs the model itself",
+                    f"the program was captured for other values of the inputs, and the model checks them at {line}",
+                    next_step="give values that pass this check; target='eager' runs the model itself",
                 )
         return values[:count]
 

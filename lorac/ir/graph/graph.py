@@ -58,7 +58,7 @@ class SlotInput:
 
     @property
     def by_token(self) -> bool:
-        """Whether its tensor is applied to each token of a segment, which no parameter of a branch is."""
+        """Whether its tensor is applied to each token of a segment; parameters of branches are not."""
         return not is_parameter(self.role)
 
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class BatchedFunctions(TorchFunctionMode):
-    """A mode that replaces functions that ``torch.vmap`` cannot batch for symbolic sizes by functions that it can."""
+    """A mode that replaces functions that ``torch.vmap`` cannot batch for symbolic sizes."""
 
     def __torch_function__(
         self,

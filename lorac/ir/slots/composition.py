@@ -82,8 +82,8 @@ def compose_choice(
     if len(prompts) > 1 or any(t != 1 for _, t, _ in prompts) or (prompts and invocations):
         listed = ", ".join([*(f"'{name}' (strength {t:g})" for name, t, _ in prompts), *map(repr, invocations)])
         raise ChoiceError(
-            "one prompt at strength 1 stands before a row, since virtual tokens are not a sum, and next to it adapters "
-            f"that act on every token: {listed}",
+            "virtual tokens cannot be added up: a row takes one prompt, at strength 1, besides adapters that act on "
+            f"every token; active are {listed}",
             next_step="activate one of these adapters as it is, or give each row of a batch its own: adapters=[...]",
         )
     composed = {}

@@ -319,7 +319,7 @@ def _bind_params(slot: BranchSlot, tensors: Sequence[Tensor]) -> Params:
 
 
 def _compute_dtype(tensors: Sequence[Tensor], base: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a branch computes: its parameters', or for none that of factors over the base."""
+    """Return the dtype in which a branch computes: its parameters', or without parameters that of factors."""
     return next((t.dtype for t in tensors if t.is_floating_point()), factor_dtype(base))
 
 

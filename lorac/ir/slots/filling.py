@@ -88,7 +88,7 @@ def find_misfit(plan: SitePlan, change: Change) -> str | None:
     if not missing or not plan.bound:
         return missing
     if leaves_blocks(plan.site, change):
-        return "is a grouped convolution, whose kernel cannot hold a weight that is not block-diagonal"
+        return "is a grouped convolution, and its kernel holds only block-diagonal weights"
     return "has no slot for a bias" if change.e is not None and operands.BIAS not in plan.room else None
 
 

@@ -51,7 +51,7 @@ class Prefix:
         """
         if self.attends:
             raise Unavailable(
-                "keys and values of virtual tokens stand in a cache, and this program keeps none",
+                "the adapter puts keys and values of virtual tokens into a cache, and this program keeps no cache",
                 next_step="compile with cache=True for target='onnxruntime', or with target='eager'",
             )
         sizes = {name: tuple(getattr(given.get(name), "shape", ())) for name in (IDS, *_SEQUENCES)}
@@ -104,7 +104,7 @@ def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
         if not 0 <= found < vocabulary:
             raise InputMismatch(
                 f"{name} holds {found}, which is not a token id",
-                next_step=f"the model's ids go from 0 to {vocabulary - 1}",
+                next_step=f"give ids of the model, which go from 0 to {vocabulary - 1}",
             )
 
 

@@ -138,9 +138,8 @@ class ReadableValues:
                 raise SiteError(
                     f"'{name}' is not a value of the program",
                     nearest=nearest_name(rest, known.get(kind, ())),
-                    next_step="values are named <module>, in:<module>, base:<module>, pass:<name>:<module>, "
-                    "weight:<site>, param:<tensor>, input:<argument> or own:<what once computes>; "
-                    "lorac.sites(model) lists the sites",
+                    next_step="name values <module>, in:<module>, base:<module>, pass:<name>:<module>, weight:<site>, "
+                    "param:<tensor>, input:<argument> or own:<what once computes>; lorac.sites(model) lists the sites",
                     code="site_not_found",
                 )
 

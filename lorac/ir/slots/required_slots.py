@@ -100,7 +100,7 @@ def plan_sites(
         raise OptionError(
             f"there is no mode {short(mode)}",
             nearest=nearest_name(str(mode), MODES, alike=0.6),
-            next_step="it is 'auto', 'live' (unfused), 'fused' (merged by each swap) or 'baked' (merged for good)",
+            next_step="give 'auto', 'live' (unfused), 'fused' (merged by each swap) or 'baked' (merged for good)",
         )
     needs: dict[str, _SiteNeeds] = {}
     terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
@@ -162,7 +162,7 @@ def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: s
     if bound and leaves_blocks(site, change):
         raise CompileError(
             f"the weight that '{name}' gives '{site.path}' is not block-diagonal, as its grouped convolution needs",
-            next_step="mode='live' (or 'auto') runs a low-rank adapter next to it",
+            next_step="use mode='live' (or 'auto'), which runs a low-rank adapter next to it",
             code="not_mergeable",
         )
     if change.e is not None:

@@ -67,7 +67,7 @@ class Lego(SiteWay):
         """Combine the pairs of the adapters that change a site, of any ranks, with their weights, into one pair."""
         if min(weights) <= 0:
             raise ChoiceError(
-                f"a weight is {min(weights):g}, and those of method 'lego' are shares of clusters",
+                f"a weight is {min(weights):g}, and method 'lego' takes shares of clusters",
                 next_step="give weights above 0, or leave the adapter out",
             )
         if pairs[0].b.dim() > 2:

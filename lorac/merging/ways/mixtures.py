@@ -55,7 +55,7 @@ class BreakForMake(AdaptersWay):
     def assemble(self, adapters: Sequence[Adapter], weights: Numbers, name: str, view: ModelView | None) -> Adapter:
         if {*weights, self.scale} != {1.0} or self.rank is not None or self.tolerance is not None:
             raise ChoiceError(
-                "halves of factors are joined as they are, without weights, scale= and rank=",
+                "this method joins halves of factors as they are, and takes no weights, scale= or rank=",
                 next_step="leave these out",
             )
         content, style = adapters

@@ -149,7 +149,7 @@ class CachedGeneration:
         tokens: Sequence[torch.Tensor],
         bound: BoundProgram,
     ) -> KeyValueCache | None:
-        """Return a cache with the tokens of all rows that the prompt cache has; None where it has none of them."""
+        """Return a cache with those tokens of all rows that the prompt cache has; None if it has none."""
         found = {key: prompt_cache.find(self.engine, key, [tokens[row] for row in rows]) for key, rows in keyed.items()}
         if not any(found.values()):
             return None
@@ -201,7 +201,7 @@ def compute_features(features: PromptFeatures, bound: BoundProgram, graph: str) 
     """
     if features.tables and (bound.virtual_tokens or isinstance(bound, InvokedProgram)):
         raise Unavailable(
-            "virtual tokens and invoked adapters do not go with positions of several axes, nor with tokens that see "
+            "virtual tokens and invoked adapters do not work with positions of several axes, or with tokens that see "
             "later ones",
             next_step="swap to another adapter, or give text alone",
         )
@@ -224,9 +224,7 @@ def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:
             next_step="give the whole sequences, each longer than what the cache holds of it",
         )
     if cache.engine is not None and cache.engine() is not engine:
-        raise InputMismatch(
-            "the cache holds what another model computed", next_step="give it to the model that returned it"
-        )
+        raise InputMismatch("the cache belongs to another model", next_step="give it to the model that returned it")
     pairs = zip(cache.rows or (), prompts.tokens(), strict=False)
     other = next((i for i, (cached, row) in enumerate(pairs) if not torch.equal(row[: len(cached)], cached)), None)
     if other is not None:

@@ -70,8 +70,8 @@ def refuse_prompt_cache(prompt_cache: object, why: str) -> None:
     if prompt_cache is not None:
         raise Unavailable(
             why,
-            next_step="leave prompt_cache= out; target='onnxruntime' with cache=True has it for decoders without an "
-            "encoder",
+            next_step="leave prompt_cache= out, or compile a decoder without an encoder for target='onnxruntime' with "
+            "cache=True",
         )
 
 

@@ -113,7 +113,7 @@ def load_rules_class(rules: CustomGeneration) -> type:
     if not isinstance(found, type) or not issubclass(found, GenerationMixin) or issubclass(found, nn.Module):
         raise Unavailable(
             f"the model generates by rules of its own ({name}), which only the model itself runs",
-            next_step="compile with target='eager'; with cache=False a plain call, compiled(**inputs), answers logits",
+            next_step="compile with target='eager', or with cache=False for plain calls that return logits",
         )
     return found
 

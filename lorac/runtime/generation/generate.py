@@ -83,7 +83,7 @@ def generate(
     if traits.generation is None and not callable(getattr(host, "generate", None)):
         raise Unavailable(
             "the model does not generate",
-            next_step="transformers' models whose can_generate() is true do, such as those of AutoModelForCausalLM",
+            next_step="load a model whose can_generate() is true, such as one of AutoModelForCausalLM",
         )
     if traits.generation is not None:
         with translate_import_errors():
@@ -203,7 +203,7 @@ class _GenerateCall:
         rows = count_rows(self.request.options.values())
         if self.features is not None and self.request.drafts:
             raise Unavailable(
-                f"{self.features.modality.main}= is read by the model that answers, and a draft has none of it",
+                f"{self.features.modality.main}= is for the model that answers, and a draft cannot read it",
                 next_step="leave draft= and assistants out",
             )
         call = replace(self, seeds=_parse_seeds(seed, rows))
@@ -235,7 +235,7 @@ class _GenerateCall:
         for name in ("streamer", CACHE):
             if self.request.options.get(name) is not None:
                 raise Unavailable(
-                    f"{name}= is for one run, and these rows take {len(groups)}",
+                    f"{name}= is for one run, and these rows need {len(groups)} runs",
                     next_step="call once per choice of adapters, or leave it out",
                 )
         outputs = []

@@ -117,8 +117,8 @@ class PromptFeatures:
         features = torch.cat(list(runs)) if runs else torch.zeros(0, 1)
         if len(features) != sum(self.counts):
             raise InputMismatch(
-                f"the prompts have {sum(self.counts)} tokens for {self.modality.name}s, and "
-                f"{self.modality.main}= gives {len(features)} features",
+                f"the prompts have {sum(self.counts)} tokens for {self.modality.name}s, and {self.modality.main}= "
+                f"gives {len(features)} features",
                 next_step="give prompts and inputs that the model's processor made together",
             )
         parts = features.split(list(self.counts))
@@ -170,7 +170,7 @@ def check_plain_call(traits: ModelTraits) -> None:
 
 def _types_missing(by_type: TokenBlocks) -> InputMismatch:
     return InputMismatch(
-        f"prompts of the model say by {by_type.argument} which tokens see later ones, and the call has none",
+        f"the model needs {by_type.argument}, which says which tokens see later ones, and the call has none",
         next_step="call generate with what the model's processor makes",
     )
 

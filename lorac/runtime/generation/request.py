@@ -237,7 +237,7 @@ def translate_errors(run: Callable[[], T]) -> T:
         refuses = (last.line or "").startswith("raise")
         how = "refuses this call" if refuses else f"fails at {last.filename}:{last.lineno} in this call"
         raise InputMismatch(
-            f"transformers {how}: {reason}", next_step="its documentation of generation lists the options"
+            f"transformers {how}: {reason}", next_step="see transformers' list of generation options"
         ) from error
 
 

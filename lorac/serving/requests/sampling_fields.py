@@ -139,7 +139,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         for token in self.logit_bias:
             if not (token.isascii() and token.isdecimal() and len(token) < _DIGITS and int(token) < vocabulary):
                 what = f"has the key {short(token)}, which is not a token id"
-                raise RefusedField("logit_bias", what, next_step=f"the model's ids go from 0 to {vocabulary - 1}")
+                raise RefusedField("logit_bias", what, next_step=f"give ids from 0 to {vocabulary - 1}")
         biases = {(int(token),): bias for token, bias in self.logit_bias.items() if bias}
         return {**drawn, **more, **({"sequence_bias": biases} if biases else {})}
 

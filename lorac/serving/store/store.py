@@ -232,7 +232,7 @@ class AdapterStore(AbstractContextManager["AdapterStore"]):
             found = self._find(tenant, name)
             if not found.digest:
                 raise AdapterError(
-                    f"adapter '{name}' is for all tenants", next_step="only who runs the server can remove it"
+                    f"adapter '{name}' is for all tenants", next_step="ask the server's operator to remove it"
                 )
             line["digest"] = found.digest
             own = self._tenants[tenant]
@@ -374,5 +374,5 @@ def check_name(subject: str, name: object) -> str:
         return name
     raise AdapterError(
         f"{subject} cannot be called {short(name)}",
-        next_step="a name has 1 to 64 letters, digits, '.', '_' and '-', and begins with a letter or digit",
+        next_step="give 1 to 64 letters, digits, '.', '_' and '-', with a letter or digit first",
     )

@@ -119,7 +119,7 @@ def _cache_differs(graph: Graph, how: str) -> CaptureError:
     where = "" if layer is None else f" (as '{layer}' may, which has no attention)"
     return CaptureError(
         f"the graph '{graph.name}' {how} where its text comes in parts: something besides attention mixes tokens"
-        f"{where}, or positions are counted by the model itself",
+        f"{where}, or the model counts positions itself",
         next_step=WITHOUT_CACHE,
         code="capture_differs",
     )

@@ -106,8 +106,8 @@ def check_runnable(host: Host, inputs: object) -> None:
 def _written_weight(model: nn.Module, error: WeightWritten) -> CaptureError:
     return CaptureError(
         f"forward of {type(model).__name__} writes into its own weight '{error.name}'",
-        next_step="call the model once in eval mode before compiling, if only its first call writes; "
-        "a weight that every call writes cannot be a constant of a program",
+        next_step="call the model once in eval mode before compiling, if only its first call writes; a weight that "
+        "every call writes cannot be a constant of a program",
     )
 
 
@@ -351,10 +351,10 @@ class _ModelComparison:
 
     def _differs(self, worst: _OutputDifference) -> CaptureError:
         step = (
-            "something that tracing does not see decides what forward does, such as the values of its inputs, or "
-            "arguments that it was not given: example_inputs= should have all that the model's own processor makes"
+            "forward depends on something that tracing does not see, such as values of its inputs or missing "
+            "arguments: give example_inputs= all that the model's own processor makes"
             if worst.inputs is self.inputs
-            else "dynamic_shapes= that leave these sizes fixed make a program for the example's alone"
+            else "give dynamic_shapes= that fix these sizes, for a program of the example's sizes"
         )
         return CaptureError(
             f"torch.export gave another program than {type(self.model).__name__}: {worst}",

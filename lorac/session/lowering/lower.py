@@ -149,7 +149,8 @@ def find_component_example(session: Session, argument: str, name: str) -> object
         return given
     if not isinstance(given, Mapping) or not given.keys() <= set(model):
         raise ChoiceError(
-            f"{argument}= is not by component", next_step=f"give {argument}={{...}} with {', '.join(model)} as its keys"
+            f"{argument}= is needed by component",
+            next_step=f"give {argument}={{...}} with {', '.join(model)} as its keys",
         )
     return given.get(name)
 

@@ -35,13 +35,13 @@ def warn_of_quantised_products(session: Session, given: nn.Module) -> None:
     if not rounding and not any(differs_beyond_rounding(*pair) for pair in pairs):
         return
     name, *others = rounding or origins
-    does = "round what they read" if rounding else "are not those with its float values"
+    does = "round their inputs" if rounding else "are not those with the float values"
     error = max((relative_error(*pair) for pair in pairs), default=None)
     by = "that rounding" if error is None else f"{error:.1e} of their norm on the example inputs"
     warn(
         f"products with {1 + len(others)} weights of the model {does} ('{name}'), and those of the program "
         f"{'do not' if rounding else 'are'}: outputs differ by {by}",
-        next_step="target='eager' runs the model's own products",
+        next_step="use target='eager' for the model's own products",
     )
 
 

@@ -52,7 +52,7 @@ class Precision:
         lacking, computed = ", ".join(_dtype_name(before) for before, _ in self.lost), _dtype_name(self.lost[0][1])
         warn(
             f"{target} has no kernels for {lacking}: it computes in {computed}, and its outputs are in {computed}",
-            next_step=f"dtype='{computed}' asks for that; compiled.explain() says it too",
+            next_step=f"give dtype='{computed}' if you want that",
         )
 
 

@@ -86,7 +86,7 @@ def _require_module(given: object, subject: str) -> nn.Module:
     if isinstance(getattr(given, "switch", None), ChoiceSwitch):
         raise CompileError(
             f"{subject} is compiled already",
-            next_step="compiled.export(target=...) compiles it again, with its adapters as they are now",
+            next_step="compile it again, with its present adapters, by compiled.export(target=...)",
         )
     if isinstance(given, nn.Module):
         inner = strip_wrappers(given)
@@ -161,7 +161,7 @@ def read_source(given: object, name: str | None = None) -> AdapterSource:
         raise AdapterError(f"{subject} is a dict, which does not name its method", next_step=_TENSORS_ADVICE)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str):
         raise AdapterError(f"{subject} is a pair", next_step=f"give a dict: adapters={{{given[0]!r}: ...}}")
-    raise AdapterError(f"{subject} is {short(given)}, which cannot be one", next_step=_ACCEPTED_SOURCES)
+    raise AdapterError(f"{subject} cannot be {short(given)}", next_step=_ACCEPTED_SOURCES)
 
 
 def _read_part(given: object, subject: str) -> str | Path | Adapter:

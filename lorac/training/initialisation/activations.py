@@ -1,4 +1,4 @@
-"""Inputs of sites, row by row, while batches run through the model, which is restored afterwards."""
+"""Reading the inputs of sites while batches run through the model, which is restored afterwards."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from lorac.ir.sites.site import Site, SiteKind
 Visit = Callable[[str, Tensor], None]
 """(path of a site, rows (n, in) that it was called with)."""
 IGNORED = -100
-"""The label of positions that have none, in transformers' models."""
+"""The label of positions that transformers' models leave out of the loss."""
 
 
 @torch.no_grad()

@@ -28,10 +28,10 @@ _DAMP, _INEXACT = 0.01, 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class CorDA(PairInitialiser):
-    """Components of W as its inputs see it: W·C = U·Σ·Vᵀ with C = XᵀX, B = U·√(Σ/s), A = √(Σ/s)·Vᵀ·C⁻¹.
+    """A and B from W·C = U·Σ·Vᵀ, with C = XᵀX of the inputs: B = U·√(Σ/s), A = √(Σ/s)·Vᵀ·C⁻¹.
 
-    The base keeps W − s·B·A. As in PEFT, XᵀX is the mean over calls, of rows divided by the call's largest entry; its
-    scale decides how large B is next to A.
+    The base keeps W − s·B·A. As in PEFT, XᵀX is a mean over calls, and a call's rows are divided by its largest entry;
+    this scale decides how large B is next to A.
 
     Attributes:
         mode: PEFT's corda_method: ``"ipm"`` trains the first r components, with data of the task to learn;
@@ -72,7 +72,7 @@ class CorDA(PairInitialiser):
 
 @dataclass(frozen=True, kw_only=True)
 class EVA(Initialiser):
-    """A from the principal components of each layer's inputs, ranks where these explain most; B = 0.
+    """A from the principal components of a layer's inputs, more rank where they explain more; B = 0.
 
     The sum of the layers' ranks stays. A layer that gets rank 0 is left out. The components are those of all rows
     together; PEFT's come from an incremental decomposition that stops early.
@@ -95,7 +95,7 @@ class EVA(Initialiser):
 
     def __post_init__(self) -> None:
         if not self.rho >= 1:
-            raise OptionError(f"rho={self.rho} leaves layers without their rank", next_step="give 1 or more")
+            raise OptionError(f"rho={self.rho} is below 1", next_step="give 1 or more")
 
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
         moments: dict[str, _InputMoments] = {path: _InputMoments() for path in sites}

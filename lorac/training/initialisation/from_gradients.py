@@ -167,4 +167,4 @@ class LoRASB(Initialiser):
 
 def _check_gamma(gamma: float) -> None:
     if not gamma > 0:
-        raise OptionError(f"gamma={gamma} scales nothing", next_step="give a number above 0")
+        raise OptionError(f"gamma={gamma} is out of range", next_step="give a number above 0")

@@ -58,8 +58,8 @@ class SizeComparison:
     def __str__(self) -> str:
         (large, small), (before, after) = self.parameters, self.bytes
         return (
-            f"parameters {large:,} -> {small:,} ({large / small:.2f}x fewer) · "
-            f"memory {before / 2**20:.1f} -> {after / 2**20:.1f} MiB ({before / after:.2f}x less)"
+            f"parameters {large:,} -> {small:,} ({large / small:.2f}x fewer) · memory {before / 2**20:.1f} -> "
+            f"{after / 2**20:.1f} MiB ({before / after:.2f}x less)"
         )
 
 
@@ -178,7 +178,7 @@ def _score_weights(
 ) -> dict[str, Tensor]:
     """Score every weight, by path of its layer."""
     if by not in SCORES:
-        raise not_one_of("nothing is pruned by", by, SCORES)
+        raise not_one_of("there is no way of pruning by", by, SCORES)
     weights = {path: model.get_parameter(f"{path}.weight") for path in paths}
     if by == "magnitude":
         return {path: weight.detach().float().square() for path, weight in weights.items()}
@@ -191,7 +191,7 @@ def _score_weights(
 
 
 def make_pruning_records(model: nn.Module, left: list[tuple[UnitGroup, Tensor]]) -> dict[str, PruningRecord]:
-    """Return the rows and columns that each layer keeps, from the numbers of the units that are left of some groups."""
+    """Return the rows and columns that each layer keeps, from the numbers of the units that stay."""
     found: dict[str, PruningRecord] = {}
     for group, units in left:
         for path, width in group.rows.items():

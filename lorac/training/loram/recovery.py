@@ -42,7 +42,7 @@ def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Modul
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(
             f"'{adapter.name}' is {adapter.variant.name}, and lorac recovers LoRAs alone",
-            next_step="lorac.to_lora makes one of it, on the smaller model",
+            next_step="make a LoRA of it on the smaller model: lorac.to_lora",
         )
     if fill not in FILLS:
         raise not_one_of("there is no fill", fill, FILLS)
@@ -72,7 +72,7 @@ def _scatter_factors(
     if (b.shape[0], a.shape[1]) != kept.small:
         raise AdapterError(
             f"'{adapter.name}' has [{b.shape[0]}, {a.shape[1]}] at '{path}', and the smaller model {list(kept.small)}",
-            next_step="give the adapter that was trained on that model, or the kept= of the other",
+            next_step="give the adapter of that smaller model, or the kept= of the adapter's model",
             code="shape_mismatch",
         )
     (out, columns), r = kept.shape, len(a)
@@ -96,7 +96,7 @@ def align(
 ) -> None:
     """Train all of a smaller model, but its head, to make up for the loss by pruning; masked weights stay 0.
 
-    AdamW with a linear warm-up and a cosine to 0, the paper's. Without it an adapter recovers too, less well.
+    AdamW with a linear warm-up and a cosine to 0, the paper's. Recovery also works without it, less well.
 
     Args:
         smaller: its model is trained in place.
@@ -107,7 +107,7 @@ def align(
         each: called after every step with its number and loss.
 
     Raises:
-        AdapterError: there are none, or none with a loss.
+        AdapterError: there are no batches, or none with a loss.
     """
     model, rising = smaller.model, min(_WARMUP, steps // 10)
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,4 +1,4 @@
-"""LoRAM's own files: of each module that was pruned, the rows of one layer that were removed.
+"""LoRAM's own files: for each pruned module, the rows that were removed from one of its layers.
 
 Source: junzhang-zj/LoRAM. A folder holds ``model.layers.<n>.mlp.gate_proj.pt`` with hidden units, or
 ``model.layers.<n>.self_attn.k_proj.pt`` with the rows of heads of keys; a file is ``{"pruned_idx": positions}``, which
@@ -24,10 +24,10 @@ _WHOLE = {torch.int16, torch.int32, torch.int64}
 
 
 def read_removed_units(folder: str | Path, model: nn.Module) -> dict[str, PruningRecord]:
-    """Read a folder of LoRAM's authors, as ``PrunedModel.kept`` has it.
+    """Read a folder of LoRAM's authors into the form of ``PrunedModel.kept``.
 
     Args:
-        folder: of their files; where heads and hidden units lie in two, join the two results.
+        folder: holds their files; if heads and hidden units lie in two folders, join the two results.
         model: the large model, which tells sizes and the layers that are pruned together.
 
     Raises:
@@ -46,7 +46,7 @@ def read_removed_units(folder: str | Path, model: nn.Module) -> dict[str, Prunin
     for file in files:
         if file.stem not in groups or file.stem in kept:
             raise FormatError(
-                f"'{file}' is named after no layer of the model that units are rows of, or after another of one module",
+                f"'{file}' is not named after a layer whose rows are units, or is the second file for one module",
                 nearest=nearest_name(file.stem, groups.keys() - kept.keys()),
                 next_step="give the large model that was pruned, and one file for each module",
                 code="corrupt_file",
@@ -88,9 +88,7 @@ def _read_kept_units(file: Path, group: UnitGroup) -> Tensor:
     whole = units[:, None] * width + torch.arange(width)
     is_left = torch.ones(group.count, dtype=torch.bool)
     if not torch.equal(whole.flatten(), removed) or not ((units >= 0) & (units < group.count)).all():
-        raise refuse(
-            f"its positions are not whole units, of {width} rows each, of the {group.count} that the layer has"
-        )
+        raise refuse(f"its positions are not whole units: the layer has {group.count} of {width} rows each")
     is_left[units] = False
     if not is_left.any():
         raise refuse("it removes all units")

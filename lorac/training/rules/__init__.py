@@ -1,1 +1,1 @@
-"""One file per training rule: the work of a method around an optimizer's step, on the optimizer's own hooks."""
+"""One file per training rule, which acts before or after an optimizer's steps through its hooks."""

@@ -61,8 +61,8 @@ class ALLoRA(PairRule):
             site = self.compiled.sites[pair.term.site]
             if site.within is not None:
                 raise SiteError(
-                    f"ALLoRA reads the input of a layer, and '{site.path}' has none: '{site.within}' computes with its "
-                    "weight itself",
+                    f"ALLoRA reads the input of a layer, and '{site.path}' has none, since '{site.within}' computes "
+                    "with its weight itself",
                     next_step="narrow targets=, or exclude= the module",
                     code="site_unsupported",
                 )

@@ -65,7 +65,7 @@ _DEFAULT_TURNS = AlternatingFactors()
 
 
 class AltLoRA(PairRule):
-    """Each step moves A alone or B alone, in turn, along M; the optimizer is plain SGD, which has rate and decay.
+    """Each step moves A alone or B alone, in turn, along M; plain SGD applies the rate and the decay.
 
     On A's turn, with s = alpha/r and B' the B of A's turn before:
 
@@ -74,8 +74,8 @@ class AltLoRA(PairRule):
     and on B's turn the same from the other side. The path of W does not depend on how B·A is factored. AltLoRA+
     (``plus``) divides M by √V + ε, V ← β₂·V + (1 − β₂)·∇∘∇; then it does.
 
-    The factor whose turn it is not has no gradient in the step, and none that clipping measures. State: two tensors of
-    the factors' size each, three with ``plus``.
+    The other factor has no gradient in the step, so clipping does not measure it. State: two tensors of the factors'
+    size each, three with ``plus``.
 
     Args:
         compiled: as ``Rule``'s.
@@ -85,7 +85,7 @@ class AltLoRA(PairRule):
         betas: (β₁, β₂); default (0.9, 0.999), or (0.999, 0.98) with ``released``.
         reg: default 1e-6, or 1e-3 with ``released``.
         correct_bias: divide M by 1 − β₁ᵗ (and V by 1 − β₂ᵗ, not with ``released``), t the factor's own count of steps;
-            default: as the paper, not; with ``released`` so.
+            default: only with ``released``.
         released: the authors' optimizers: both factors move in each step, B by the A that has just moved, no 1/s²,
             decay after the update, M kept as it was before it is carried over (``plus``).
 

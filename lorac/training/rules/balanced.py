@@ -28,7 +28,7 @@ class Balanced(Rule):
 
     Args:
         compiled: as ``Rule``'s.
-        optimizer: as ``Rule``'s; it says when a step is.
+        optimizer: as ``Rule``'s; its steps are those of the rule.
         rate: u; the paper's 1e-3.
         bias: name of the buffer d (n,).
 

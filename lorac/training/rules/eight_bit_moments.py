@@ -1,6 +1,6 @@
 """Moments in 8 bits, block by block, by bitsandbytes' codec: Dettmers et al. 2022, arXiv 2110.02861.
 
-bitsandbytes is asked for its two codes and for the coding of a tensor alone, which it has for the CPU, too.
+Only bitsandbytes' two codes and its coding of a tensor are used, which it also has for the CPU.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 @dataclass(frozen=True, eq=False)
 class OptimizerMoment:
-    """A moment while it is worked on.
+    """An optimizer's moment, decoded for a step.
 
     Attributes:
         values: to be written into.

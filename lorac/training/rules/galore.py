@@ -134,7 +134,7 @@ class GaLore(Optimizer, ABC):
 
     @abstractmethod
     def direction(self, gradient: Tensor, state: State, group: Group) -> Tensor:
-        """Return the update, rate included, before it is projected back; of the (projected) gradient's shape.
+        """Return the update, rate included, in the shape of the (projected) gradient.
 
         Args:
             gradient: projected, where the group is.

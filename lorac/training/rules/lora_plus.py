@@ -31,7 +31,7 @@ class LoRAPlus(Rule):
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s, of any kind whose groups have a rate ``lr``.
-        ratio: λ = η_B/η_A; the paper recommends 16 (2⁴), and PEFT asks for it by name.
+        ratio: λ = η_B/η_A; the paper recommends 16 (2⁴), and PEFT has no default.
         embedding_lr: the rate of both factors at embeddings, whose roles are reversed; None: their group's.
 
     Raises:
@@ -52,8 +52,8 @@ class LoRAPlus(Rule):
         check_settings(name, ratio=(ratio, ABOVE_0), embedding_lr=(embedding_lr or 0.0, FROM_0))
         if any(group.get("lr") is None for group in self.optimizer.param_groups):
             raise ChoiceError(
-                f"{name} multiplies the rate of a group, and {type(self.optimizer).__name__} has a group without one",
-                next_step="give the optimizer lr=, and transformers' Adafactor no relative step",
+                f"{name} multiplies the rate of a group, and {type(self.optimizer).__name__} has one without",
+                next_step="give lr= to the optimizer, and relative_step=False to transformers' Adafactor",
             )
         self.ratio, self.embedding_lr = ratio, embedding_lr
         self._roles: dict[int, str] = {}

@@ -24,7 +24,7 @@ from lorac.training.rules.pairs import (
 
 
 class LoRAPro(PairRule):
-    """Before every step (g_A, g_B) becomes the pair that moves W nearest to −∂L/∂W, of all such the one nearest to it.
+    """Gradients (g_A, g_B), replaced before a step by the nearest of the pairs that move W nearest to −∂L/∂W.
 
     With s = alpha/r (alpha/√r under rsLoRA), P the projector on the columns of B, and δ the damping of both Grams:
 

@@ -1,4 +1,4 @@
-"""DyLoRA's rule: every step trains at one rank, drawn for all layers, so that components come to be ordered.
+"""DyLoRA's rule: every step trains at one rank, drawn for all layers, so that components get an order.
 
 Valipour et al. 2022, arXiv 2210.07558.
 """
@@ -128,7 +128,7 @@ class NestedRanks(Rule):
         self.attach(*self._hooks())
 
     def view(self, optimizer: Optimizer) -> Optimizer:
-        """Give the step the components that move in place of the tensors they are parts of."""
+        """Return a view that has the moving components in place of whole tensors."""
         self._stepping = []
         if not self.exact_skip:
             return optimizer

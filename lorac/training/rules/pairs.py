@@ -68,7 +68,9 @@ class PairRule(Rule):
             assert isinstance(term.variant, LoRA)
             self.pairs += [Pair(term, a, b, term.variant.scale)] if a.requires_grad else []
         if not self.pairs:
-            raise ChoiceError(f"no factor that {name} moves trains", next_step="turn requires_grad on for an adapter's")
+            raise ChoiceError(
+                f"no factor of {name} is trained", next_step="turn requires_grad on for an adapter's factors"
+            )
 
 
 def check_plain_sgd(optimizer: Optimizer, rule: str) -> None:
@@ -83,9 +85,9 @@ def check_plain_sgd(optimizer: Optimizer, rule: str) -> None:
     )
     if not plain:
         raise ChoiceError(
-            f"{rule} keeps the moments itself, and {type(optimizer).__name__} with its own would take them twice",
+            f"{rule} computes the moments itself, and {type(optimizer).__name__} would add its own",
             nearest="torch.optim.SGD(parameters, lr=lr)",
-            next_step="give it the weight decay where there is one, and no momentum",
+            next_step="give it the weight decay, if any, and no momentum",
         )
 
 
@@ -118,7 +120,7 @@ def check_settings(rule: str, **settings: tuple[float, SettingRange]) -> None:
     """
     for name, (value, allowed) in settings.items():
         if not (math.isfinite(value) and allowed.admits(value)):
-            raise ChoiceError(f"{rule} does not take {name}={value}", next_step=f"it is a finite number {allowed.text}")
+            raise ChoiceError(f"{rule} does not take {name}={value}", next_step=f"give a finite number {allowed.text}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,8 @@ class Preconditioned(Rule):
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s; one optimizer holds both factors.
-        reg: added to the diagonals; 0, the paper's, needs factors of full rank, which one that starts at 0 lacks after
-            a first step on fewer tokens than r.
+        reg: added to the diagonals; the paper's 0 needs factors of full rank, and a factor that starts at 0 is not
+            after a first step on fewer tokens than r.
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``; in a step, Unavailable where a Gram matrix has no inverse.
@@ -47,7 +47,7 @@ class Preconditioned(Rule):
     def __init__(self, compiled: nn.Module, optimizer: Optimizer, *, reg: float = 0.0) -> None:
         super().__init__(compiled, optimizer)
         if not 0 <= reg < math.inf:
-            raise ChoiceError(f"reg={reg} regularises nothing", next_step="it is a finite number from 0 on")
+            raise ChoiceError(f"reg={reg} is out of range", next_step="give a finite number from 0 on")
         self.reg = reg
         self.attach()
 

@@ -34,7 +34,7 @@ def soft_threshold(g: Tensor, xi: float) -> Tensor:
 def sora_code_threshold(g: Tensor, xi: float) -> Tensor:
     """Apply the released code's threshold: entries beyond ξ shrink by ξ, then entries below ξ become 0.
 
-    So entries below 2ξ close, but those of exactly ±ξ, which neither step touches.
+    So entries below 2ξ close, except those of exactly ±ξ, which neither step touches.
     """
     shrunk = torch.where(g.abs() > xi, g - xi * g.sign(), g)
     return torch.where(shrunk.abs() < xi, torch.zeros_like(g), shrunk)
@@ -50,7 +50,7 @@ _SPACINGS: Mapping[str, Callable[[float, float, int], Any]] = {
 
 
 class ProximalGates(Rule):
-    """After every step each gate that took it goes through the proximal map: small ones become exactly 0.
+    """A proximal map of the gates that moved, after every step: small ones become exactly 0.
 
     A closed gate still has a gradient, and opens again when one step carries it beyond the threshold; its rows and
     columns of A and B have none while it is closed. The gates belong in a parameter group without weight decay; the
@@ -89,7 +89,7 @@ class ProximalGates(Rule):
     @threshold.setter
     def threshold(self, xi: float) -> None:
         if not 0 <= xi < math.inf:
-            raise ChoiceError(f"a threshold of {xi} closes no gates", next_step="it is a finite number from 0 on")
+            raise ChoiceError(f"a threshold of {xi} closes no gates", next_step="give a finite number from 0 on")
         self._threshold = xi
 
     def after(self) -> None:
@@ -135,11 +135,11 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
     space = _look_up(spacing, _SPACINGS, "spacing")
     if count < 1 or not 0 <= first <= last < math.inf:
         raise ChoiceError(
-            f"no {count} thresholds go from {first:g} to {last:g}", next_step="0 <= first <= last, and count from 1 on"
+            f"no {count} thresholds go from {first:g} to {last:g}", next_step="give 0 <= first <= last and count >= 1"
         )
     if spacing == "exp_linear" and first == 0:
         raise ChoiceError(
-            "no geometric spacing begins at 0", nearest="log_linear", next_step="or give first= a value above 0"
+            "no geometric spacing begins at 0", nearest="log_linear", next_step="give that, or first= a value above 0"
         )
     return tuple(float(xi) for xi in space(first, last, count))
 

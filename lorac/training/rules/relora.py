@@ -142,14 +142,14 @@ class ReLoRA(PairRule):
             own = target.tensors.get(pair.term.site)
             if own is None:
                 raise ChoiceError(
-                    f"'{target.name}' does not adapt '{pair.term.site}', which '{pair.term.adapter}' does",
-                    next_step=f"give both the same targets=: {target.variant.name} of all sites",
+                    f"'{target.name}' does not adapt '{pair.term.site}', and '{pair.term.adapter}' does",
+                    next_step="give both adapters the same targets=",
                 )
             if "lora_A" in own:
                 room = min(room, own["lora_A"].shape[-2] // pair.a.shape[-2])
         if room < 1:
             raise ChoiceError(
-                f"'{target.name}' has less rank than one restart adds",
+                f"'{target.name}' has a smaller rank than one restart adds",
                 next_step="give it r= (number of restarts) times that, or compile with lorac.Full",
             )
         return room

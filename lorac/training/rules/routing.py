@@ -60,7 +60,7 @@ def _cross_entropy(logits: Tensor, experts: Tensor, shifted: bool, ignore: int) 
         raise ChoiceError(
             f"there is no expert {int(counted.max())}" if int(counted.max()) > 0 else "an expert is below 0",
             nearest=f"0 to {logits.shape[-1] - 1}",
-            next_step=f"{ignore} marks a token that does not count",
+            next_step=f"label tokens that do not count with {ignore}",
         )
     if shifted and logits.dim() > 2:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
@@ -83,7 +83,7 @@ def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
     """Return the REINFORCE loss of M sampled selections, each with the others as baseline, for ``backward()``.
 
     Its value is the mean loss; its gradient that of the mean loss, plus Σ_m (L_m − L̄)/(M − 1)·∇log Q(selection m),
-    which is without bias the gradient of the expected loss for the policy.
+    an unbiased estimate of the policy's gradient of the expected loss.
 
     Args:
         losses: (M, …), one for each draw; further axes are samples, each with a baseline of its own.
@@ -140,7 +140,7 @@ def sampled_selection_loss(
     rows = _count_rows(inputs)
     if draws < 2 or not rows:
         raise ChoiceError(
-            f"{draws} draws of {rows} rows leave nobody to compare with", next_step="give two draws or more of a batch"
+            f"{draws} draws of {rows} rows leave nothing to compare with", next_step="give two draws or more of a batch"
         )
     losses = loss_of(model(**repeat_rows(inputs, draws)))
     found = model.aux.get("log_prob", {})

@@ -33,7 +33,7 @@ def rank_stages(first: int, last: int, steps: int) -> tuple[tuple[int, int], ...
     """
     if not 0 < last <= first:
         raise ChoiceError(
-            f"no ranks fall from {first} to {last}", next_step="first= is the larger of two whole numbers"
+            f"ranks cannot fall from {first} to {last}", next_step="give two whole numbers, the larger as first="
         )
     ranks = [first]
     while ranks[-1] > last:
@@ -77,12 +77,12 @@ class Squeeze(Rule):
         falling = all(a > b for a, b in pairwise(ranks))
         if not stages or not falling or min(steps) < 1 or min(ranks) < 1:
             raise ChoiceError(
-                f"stages={list(stages)} are not (rank, steps) of falling ranks",
-                next_step="the ranks halve in those of rank_stages",
+                f"stages={list(stages)} are not pairs (rank, steps) with falling ranks",
+                next_step="rank_stages makes such pairs",
             )
         if spans_processes():
             raise Unavailable(
-                "Squeeze exchanges tensors that several processes' wrapper holds",
+                "Squeeze replaces tensors, and the wrapper for several processes keeps the old ones",
                 next_step="train a stage, compile again with the adapter that `reduce_rank` returns, and wrap that",
             )
         self.stages = tuple(stages)

@@ -78,7 +78,7 @@ def compare_answers(compiled: Any, prompts: Sequence[str], first: str, second: s
     one, other = (tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (first, second))
     if one == other:
         raise Unavailable(
-            f"{first!r} and {second!r} begin with one token", next_step="give answers that begin differently"
+            f"{first!r} and {second!r} begin with the same token", next_step="give answers that begin differently"
         )
     found: list[bool] = []
     for start in range(0, len(prompts), _ROWS):

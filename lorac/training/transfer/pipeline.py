@@ -208,7 +208,7 @@ def transfer(
         accept: filters them; default: the discriminator.
 
     Raises:
-        Unavailable: a model has no tokenizer, or for ``soft`` the two have other ones.
+        Unavailable: a model has no tokenizer, or with ``soft`` the two have different ones.
         AdapterNotFound: one of these adapters is missing.
         AdapterError: as ``synthesise_prompts``; or the source answers no prompt.
     """
@@ -231,7 +231,7 @@ def _make_teacher(source: Any, target: Any, adapters: str) -> Callable[[dict[str
     """Return a function from a batch to the source's logits of it."""
     if require_tokenizer(source).get_vocab() != require_tokenizer(target).get_vocab():
         raise Unavailable(
-            "the source and the target have other vocabularies, so that one's probabilities say nothing to the other",
+            "the target has another vocabulary than the source, and cannot learn its probabilities",
             next_step="leave out soft=True, and the target learns the source's answers as text",
         )
 

@@ -148,7 +148,7 @@ def test_leaves_a_model_with_a_fixed_number_of_rows() -> None:
     result = PackTokens().apply(model)
     assert not result.changed
     assert [skip.why for skip in result.skipped] == [
-        "the model fixes the number of rows or of tokens, so all rows bring as many"
+        "the model fixes the number of rows or of tokens, so all rows have as many"
     ]
 
 

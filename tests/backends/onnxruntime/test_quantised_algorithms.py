@@ -113,7 +113,7 @@ def test_a_model_that_writes_no_text_needs_calls():
 
 @pytest.mark.parametrize("given", [{"head": "int8"}, {"algorithm": GPTQ}], ids=str)
 def test_options_about_codes_need_weights_to_choose_them_for(given):
-    with pytest.raises(OptionError, match=f"{next(iter(given))}= says how weights are quantised, and none are"):
+    with pytest.raises(OptionError, match=f"{next(iter(given))}= sets how weights are quantised, and no weights are"):
         OnnxRuntimeOptions(**given)
 
 

@@ -92,7 +92,7 @@ def test_merges_before_it_quantises() -> None:
         ({"weights": "int2"}, "weights cannot be stored as"),
         ({"weights": "int8", "mixed": True}, "mixed=True"),
         ({"weights": "int4", "block_size": 48}, "block_size cannot be 48"),
-        ({"symmetric": False}, "symmetric= says how weights are quantised, and none are"),
+        ({"symmetric": False}, "symmetric= sets how weights are quantised, and no weights are"),
         ({"weights": "int4", "accuracy_level": 4}, "target 'openvino' has no option 'accuracy_level'"),
     ],
 )

@@ -210,7 +210,7 @@ def test_the_times_of_kernels_are_measured_once():
 
 @pytest.mark.skipif(library.local_capability() is not None, reason="there is a GPU here")
 def test_rejects_refitting_without_a_gpu():
-    with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
+    with pytest.raises(lorac.Unavailable, match="needs an NVIDIA GPU") as error:
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, mode="fused", refit=True)
     assert "mode='fused'" in str(error.value)
     with pytest.raises(lorac.OptionError, match="which a program in mode 'live' lacks"):

@@ -156,7 +156,7 @@ def test_rejects_a_cache_of_another_text_or_model(model: Any) -> None:
     other[0, 3] = 3 if told[0, 3] != 3 else 4
     with pytest.raises(lorac.InputMismatch, match="row 0 does not begin with the tokens that the cache holds of it"):
         model.generate(other, **GREEDY, cache=answer.cache)
-    with pytest.raises(lorac.InputMismatch, match="what another model computed"):
+    with pytest.raises(lorac.InputMismatch, match="the cache belongs to another model"):
         over(compiled("llama")).generate(told, **GREEDY, cache=answer.cache)
     assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), model.generate(told, **GREEDY))
 
@@ -224,7 +224,7 @@ def test_fused_weights_do_not_change_from_within_a_call(own: dict[str, Any], cac
         lambda: made.add_adapter(lorac.LoRA(r=1, targets=["q_proj"]), "more"),
         lambda: made(input_ids=row, adapters={"default": 0.5}),
     ):
-        with pytest.raises(lorac.Unavailable, match="a call of this thread runs on the weights"):
+        with pytest.raises(lorac.Unavailable, match="a running call of this thread uses the weights"):
             made.generate(row, **GREEDY, **own, stopping_criteria=[_from_within(change)])
     assert made.active == active
     assert list(made.adapters) == ["default"]
@@ -243,7 +243,7 @@ def test_live_adapters_change_from_within_a_call_and_the_call_does_not() -> None
 def test_a_hook_does_not_change_fused_weights() -> None:
     made = lorac.compile(adapted("llama"), mode="fused")
     handle = made.host.register_forward_hook(lambda *_: made.swap(None))
-    with pytest.raises(lorac.Unavailable, match="a call of this thread runs on the weights"):
+    with pytest.raises(lorac.Unavailable, match="a running call of this thread uses the weights"):
         made(input_ids=prompts()[0][None])
     handle.remove()
     assert made.active == {"default": 1.0}

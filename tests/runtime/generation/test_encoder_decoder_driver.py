@@ -159,7 +159,7 @@ def test_images_change_answers_and_must_fit_their_tokens(seeing: Any) -> None:
     assert (first - other).abs().max() > LEAST_DIFFERENCE * first.abs().max()
     ids = batch["input_ids"].clone()
     ids[0, FEATURES - 1] = IMAGE - 1
-    with refuses("input_mismatch", match="as the model checks at"):
+    with refuses("input_mismatch", match="the model checks them at"):
         compiled.generate(**batch | {"input_ids": ids}, **options)
     with refuses("choice_error", match="needs the input 'pixel_values'"):
         compiled.generate(**{name: value for name, value in batch.items() if name != "pixel_values"}, **options)

@@ -112,7 +112,7 @@ def test_a_row_that_loses_tokens_begins_anew() -> None:
     assert (cache.lengths, _states(cache)) == ((2, 0), [1, 0])
     cache.hold_prefix(None)
     cache.lengths = (1, 0)
-    with refuses("unavailable", match="does not go back"):
+    with refuses("unavailable", match="cannot be set back"):
         cache.crop([0, 0])
 
 

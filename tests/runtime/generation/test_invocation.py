@@ -325,7 +325,7 @@ def test_rejects_to_merge(tmp_path: Path) -> None:
         lorac.merge_into(base_model(), [adapter])
     with refuses("unavailable", match="does not look for these"):
         compiled("llama", "onnxruntime").save_choice(tmp_path / "one.onnx_adapter", "default")
-    with refuses("unsupported_field", match="for which the format 'mlx' has no place"):
+    with refuses("unsupported_field", match="which the format 'mlx' cannot store"):
         lorac.save_adapter(adapter, tmp_path / "mlx", "mlx")
     assert not list(tmp_path.iterdir())
     assert lorac.to_lora(adapter).variant.invocation_tokens == (7, 8)
@@ -333,7 +333,7 @@ def test_rejects_to_merge(tmp_path: Path) -> None:
 
 def test_rejects_replaced_tensors_and_parts_with_tokens() -> None:
     host = base_model()
-    with refuses("site_unsupported", match="adapts linear layers alone"):
+    with refuses("site_unsupported", match="adapts only linear layers"):
         lorac.compile(host, lorac.LoRA(targets=["embed_tokens"], invocation_tokens=[7]))
     with refuses("unsupported_field", match="and 'lm_head.weight' of it acts on every token"):
         lorac.compile(host, lorac.LoRA(targets=["q_proj"], modules_to_save=["lm_head"], invocation_tokens=[7]))

@@ -106,7 +106,7 @@ def test_a_choice_of_tokens_bounds_the_sequence() -> None:
 
 def test_rejects_an_example_of_which_tokens_are_chosen() -> None:
     host, ids = ONE_ROW_EACH["deepseek_v32"](), torch.full((2, 49), 5)
-    with refuses("unavailable", match=r"chooses 48 \(index_topk\) of the example's 49 tokens"):
+    with refuses("unavailable", match=r"attends to only 48 \(index_topk\) of the example's 49 tokens"):
         lorac.compile(host, target="onnxruntime", cache=True, example_inputs={"input_ids": ids})
 
 

@@ -238,7 +238,7 @@ def test_a_classifier_has_virtual_tokens_and_its_own_head(way: str, tmp_path: Pa
 
 def test_rejects_prompts_that_have_no_place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     known, compiled = made("llama", "cached", tmp_path_factory)
-    with pytest.raises(lorac.ChoiceError, match=r"one prompt at strength 1(.|\n)*'CPT' \(strength 0.5\)"):
+    with pytest.raises(lorac.ChoiceError, match=r"one prompt, at strength 1(.|\n)*'CPT' \(strength 0.5\)"):
         compiled.generate(IDS, adapters={"CPT": 0.5})
     with pytest.raises(lorac.ChoiceError, match=r"'CPT' .*'P_TUNING'"):
         compiled.generate(IDS, adapters={"CPT": 1.0, "P_TUNING": 1.0})
@@ -251,10 +251,10 @@ def test_rejects_prompts_that_have_no_place(tmp_path: Path, tmp_path_factory: py
             wide.generate(IDS, adapters="a", **GREEDY)
     with pytest.raises(lorac.SiteError, match="virtual tokens have no place in Linear"):
         lorac.compile(torch.nn.Linear(4, 4), {"a": known.folders["CPT"]})
-    with refuses("unavailable", match="no weight and no slot file holds"):
+    with refuses("unavailable", match="neither weights nor slot files hold"):
         compiled.save_choice(tmp_path / "choice.onnx_adapter", "CARTRIDGE")
     fused = known.compile("eager", mode="fused")
-    with refuses("unavailable", match="no weight and no slot file holds"):
+    with refuses("unavailable", match="neither weights nor slot files hold"):
         fused.swap("CPT")
     bare = lorac.compile(
         copy.deepcopy(known.model), {"LORA": known.folders["LORA"]}, **TARGETS["cached"], self_test=False

@@ -177,7 +177,7 @@ def test_types_decide_which_tokens_see_later_ones(both: tuple[str, Any, Any]) ->
 
 def test_rejects_a_draft(both: tuple[str, Any, Any]) -> None:
     family, _, compiled = both
-    with refuses("unavailable", match="= is read by the model that answers"):
+    with refuses("unavailable", match="= is for the model that answers"):
         compiled.generate(**batch(family), adapters="one", draft=None, **OPTIONS)
 
 
@@ -222,5 +222,5 @@ def test_rejects_pictures_beyond_the_bounds_of_the_tower() -> None:
     compiled = lorac.compile(host, target="onnxruntime", cache=True, example_inputs=batch("llava", (3, 3), seed=7))
     given = batch("llava")
     compiled.generate(**given, **OPTIONS)
-    with refuses("input_mismatch", match=r"as the model checks at .*test_prompt_features\.py"):
+    with refuses("input_mismatch", match=r"the model checks them at .*test_prompt_features\.py"):
         compiled.generate(**{**given, PIXELS: given[PIXELS] * 1e4}, **OPTIONS)

@@ -91,7 +91,7 @@ def _translation_error(error: BaseException, node: fx.Node | None) -> Unavailabl
         (f"ONNX has no op for {op}" if missing else f"ONNX cannot hold {op}")
         + (f", which {asks}" if line else "")
         + ("" if missing else f": {reason}"),
-        next_step="target='eager' runs it; another implementation of that part of the model may be exported",
+        next_step="use target='eager', or another implementation of that part of the model",
     )
 
 

@@ -76,8 +76,8 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
             kinds = ", ".join(dict.fromkeys(refused.values()))
             instead = f"quantised anew, as {options.weights}" if options.weights else "stored as float32"
             warn(
-                f"{len(refused)} weights came as {kinds}, whose codes products of {self.dialect.name} do not take: "
-                f"they are {instead}",
+                f"{len(refused)} weights were stored as {kinds}, which {self.dialect.name} cannot multiply with: they "
+                f"are {instead}",
                 next_step=None if options.weights else "weights='int8' or weights='int4' quantises them anew",
             )
         if options.codec is None and not found:
@@ -106,8 +106,8 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         options, reports = emitted.request.options, quantisation_reports(emitted).values()
         if options.head is not None and not any(report.has_head for report in reports):
             raise OptionError(
-                f"head={options.head!r} says how an output layer is stored, and the model has none that is as large as "
-                "an embedding",
+                f"head={options.head!r} sets how an output layer is stored, and the model has no output layer as "
+                "large as an embedding",
                 next_step="leave head= out",
             )
         if options.codec is None or any(report.quantised for report in reports):
@@ -115,7 +115,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
         reasons = {f"'{name}' is {why}" for report in reports for name, why in report.floats.items()}
         raise Unavailable(
             f"no weight of the model can be stored as {options.weights}: {min(reasons, default='it has no matrices')}",
-            next_step="leave weights= out; dtype='float32' has a model of another precision quantised",
+            next_step="leave weights= out, or give dtype='float32' where the model has another precision",
         )
 
     def write_base_weights(self, emitted: EmittedProgram[QuantOptionsT]) -> None:

@@ -187,7 +187,7 @@ class DequantisedWeights(Mapping[str, Tensor]):
         except (LookupError, TypeError, ValueError, ZeroDivisionError):
             fits = False
         if not fits:
-            raise self._damaged(f"describes '{name}' otherwise than its parts")
+            raise self._damaged(f"contradicts the parts of '{name}'")
 
     def _damaged(self, reason: str) -> ArtifactError:
         return ArtifactError(

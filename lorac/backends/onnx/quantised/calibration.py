@@ -111,7 +111,7 @@ class Calibration:
         config, generate = getattr(model, "config", None), getattr(model, "generate", None)
         if not callable(generate) or getattr(config, "is_encoder_decoder", True):
             raise OptionError(
-                "algorithm='gptq' needs calls of the model, which writes no text by itself",
+                "algorithm='gptq' needs calls of the model, and this model cannot write texts for them",
                 next_step="give some: calibration=[{'input_ids': ids}, ...]",
             )
         first = getattr(config, "bos_token_id", None) or 0

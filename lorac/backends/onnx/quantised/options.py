@@ -81,7 +81,7 @@ class QuantisationOptions(TargetOptions):
         self._refuse_idle(_CODE_OPTIONS)
         if self.mixed and self.weights != "int4":
             raise OptionError(
-                f"mixed=True stores some of the weights in 8 bits, as weights='{self.weights}' stores all",
+                f"mixed=True stores some weights in 8 bits, and weights='{self.weights}' stores all of them so",
                 next_step="leave mixed= out, or give weights='int4'",
             )
         if self.algorithm not in ALGORITHMS:
@@ -93,7 +93,7 @@ class QuantisationOptions(TargetOptions):
             )
         if self.calibration and self.algorithm != GPTQ:
             raise OptionError(
-                f"calibration= is not read by algorithm={self.algorithm!r}",
+                f"algorithm={self.algorithm!r} does not read calibration=",
                 next_step="give algorithm='gptq' with it, or leave it out",
             )
         self.check_among("block_size", BLOCK_SIZES)
@@ -115,7 +115,7 @@ class QuantisationOptions(TargetOptions):
         idle = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if self.weights is None and idle:
             raise OptionError(
-                f"{idle[0]}= says how weights are quantised, and none are",
+                f"{idle[0]}= sets how weights are quantised, and no weights are quantised",
                 next_step="give weights='int8' or weights='int4' with it",
             )
 

@@ -190,7 +190,7 @@ def _register(provider: str) -> None:
     except ModuleNotFoundError as error:
         raise Unavailable(
             f"{provider} comes with the package {package}, which is not installed",
-            next_step=f"pip install {package}; device='cuda' alone takes {CUDA}",
+            next_step=f"pip install {package}, or give device='cuda' alone for {CUDA}",
         ) from error
     try:
         ort.register_execution_provider_library(provider, library)

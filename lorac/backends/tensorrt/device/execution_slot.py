@@ -97,7 +97,7 @@ class ExecutionSlot:
             if not self.context.execute_async_v3(stream):
                 raise Unavailable(
                     f"TensorRT cannot run the plan: {messages.why()}",
-                    next_step="where the GPU's memory is full, free some of it or give smaller batches",
+                    next_step="if the GPU's memory is full, free some of it or give smaller batches",
                 )
 
     def run(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> dict[str, Tensor]:
@@ -127,8 +127,8 @@ class ExecutionSlot:
             if not self.context.set_input_shape(name, shape):
                 raise InputMismatch(
                     f"TensorRT does not take '{name}' of shape {shape}: {messages.why()}",
-                    next_step=f"the plan was built for shapes like {self.io.inputs[name].shape}; compile with "
-                    "dynamic_shapes= and example_inputs= that admit this one",
+                    next_step=f"compile with dynamic_shapes= and example_inputs= that admit this shape; the plan was "
+                    f"built for shapes like {self.io.inputs[name].shape}",
                 )
         self._shapes[name] = shape
 

@@ -133,8 +133,8 @@ def find_maker(made_by: str) -> TensorRTLibrary:
         library = find_library()
     if library.name_and_version != made_by:
         raise ArtifactError(
-            f"the plan was made by {made_by}, and here is {library.name_and_version}: "
-            f"a plan runs in the version that made it",
+            f"the plan was made by {made_by}, and {library.name_and_version} is installed: a plan runs only in its "
+            "own version",
             next_step=f"pip install {name}=={version}, or compile again from the model",
         )
     return library

@@ -36,8 +36,8 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
         site, rank = module.site, module.length("lora_down")
         if site.conv is not None and site.conv.groups > 1:
             raise unsupported_error(
-                f"'{module.keys['lora_down']}' is of '{site.path}', a convolution of {site.conv.groups} groups, whose "
-                "groups would share one factor",
+                f"'{module.keys['lora_down']}' is one factor for '{site.path}', a convolution of {site.conv.groups} "
+                "groups that would have to share it",
                 next_step="train it with a LoHa or LoKr there, or without the layer",
             )
         if "lora_mid" in module.tensors:  # A is a product, computed in at least float32
@@ -59,8 +59,8 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
         if site.conv is not None:
             if site.conv.groups > 1:
                 raise unsupported_error(
-                    f"'{site.path}' is a convolution of {site.conv.groups} groups, for whose factors these files have "
-                    "no place",
+                    f"these files cannot store the factors of '{site.path}', a convolution of {site.conv.groups} "
+                    "groups",
                     next_step="use format='native', or exclude= the module",
                 )
             down, up = down.reshape(-1, *site.kernel[1:]), up.reshape(*up.shape, *(1,) * len(site.conv.kernel))
@@ -96,7 +96,7 @@ class DifferenceLayout(ModuleLayout[Edit]):
         if "diff_b" in module.tensors:
             if module.site.bias is None:
                 raise SiteError(
-                    f"'{module.keys['diff_b']}' is of '{module.site.path}', which has no bias",
+                    f"'{module.keys['diff_b']}' belongs to '{module.site.path}', which has no bias",
                     next_step="load the base model that the adapter was trained on",
                 )
             tensors["e"] = module.matrix("diff_b", module.site.out_features).flatten()

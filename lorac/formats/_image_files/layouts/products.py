@@ -43,7 +43,8 @@ class LohaLayout(ModuleLayout[LoHa]):
         rank, core = module.length("hada_w1_b"), _CORES[0] in module.tensors
         if core != (_CORES[1] in module.tensors):
             raise unsupported_error(
-                f"'{module.keys[_FACTORS[0]]}' has one core of two", next_step="save the adapter again from LyCORIS"
+                f"'{module.keys[_FACTORS[0]]}' has only one of two cores",
+                next_step="save the adapter again from LyCORIS",
             )
         a, b = ((rank, out), (rank, channels)) if core else ((out, rank), (rank, channels * prod(kernel)))
         tensors = {name: module.matrix(name, *(a if name.endswith("a") else b)) for name in _FACTORS}
@@ -96,8 +97,8 @@ class LokrLayout(ModuleLayout[LoKr]):
         )
         if variant.params(module.site).keys() != tensors.keys():
             raise unsupported_error(
-                f"'{module.keys[first[0]]}' is of a LoKr whose matrices of '{module.site.path}' are divided, or in "
-                f"factors, as no rank {rank} gives",
+                f"'{module.keys[first[0]]}' belongs to a LoKr that divides or factors '{module.site.path}' in a way "
+                f"that rank {rank} does not give",
                 next_step="train it without full_matrix and unbalanced_factorization",
             )
         return variant, tensors
@@ -108,7 +109,7 @@ class LokrLayout(ModuleLayout[LoKr]):
             written["lokr_t2"] = _as_kernel(site, written["lokr_t2"])
         if "lokr_w2" in written and written["lokr_w2"].ndim == 3:
             raise unsupported_error(
-                f"'{site.path}' is a Conv1d with PEFT's product of a whole lokr_w2, which LyCORIS does not compute",
+                f"LyCORIS does not compute PEFT's product with a whole lokr_w2 at '{site.path}', a Conv1d",
                 next_step="use format='peft', or 'native'",
             )
         if "lokr_w2" in written and site.conv is not None:
@@ -125,9 +126,9 @@ class LokrLayout(ModuleLayout[LoKr]):
             second = ("lokr_t2", *second)
         if {*first, *second} != set(module.tensors) or {"lokr_w2", "lokr_t2"} <= {*second}:
             raise unsupported_error(
-                f"'{next(iter(module.keys.values()))}' is of a LoKr with the tensors {', '.join(module.tensors)}",
-                next_step="it has lokr_w1, or lokr_w1_a and lokr_w1_b; and the same of lokr_w2, with or without "
-                "lokr_t2; save it again from LyCORIS",
+                f"the LoKr of '{next(iter(module.keys.values()))}' has only the tensors {', '.join(module.tensors)}",
+                next_step="save it again from LyCORIS, with lokr_w1 or lokr_w1_a and lokr_w1_b, and the same of "
+                "lokr_w2",
             )
         return first, second
 

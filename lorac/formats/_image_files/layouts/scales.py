@@ -37,7 +37,7 @@ class ScaleLayout(ModuleLayout[IA3]):
         on_input = variant.scales_input(site.path)
         if variant.scales_bias and not on_input and site.bias is not None:
             raise unsupported_error(
-                f"LyCORIS's (IA)^3 leaves the bias of '{site.path}', which the adapter scales",
+                f"LyCORIS's (IA)^3 does not scale the bias of '{site.path}', and this adapter does",
                 next_step="use format='peft' or 'native'; lorac.IA3(scales_bias=False) trains one for LyCORIS",
             )
         axes = (1, -1, *(1,) * len(site.conv.kernel)) if site.conv is not None else (-1,)

@@ -97,8 +97,8 @@ class AdamssType(PeftType[AdaMSS]):
         whole = super().complete_site(variant, site, tensors, base)
         if not torch.equal(torch.bincount(whole[_GROUPS][0], minlength=len(sizes)), sizes):
             raise corrupt_error(
-                f"the groups of rows that the base's weight has at '{site.path}' are not those of the file, which does "
-                "not name its rows",
+                f"the base's weight at '{site.path}' gives other groups of rows than the file, which does not name "
+                "its rows",
                 next_step="load the base model that the adapter was trained on",
             )
         return whole

@@ -55,7 +55,7 @@ class FrodType(PeftType[FRoD]):
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         raise unsupported_error(
-            "the file lacks frod_V, and PEFT's decomposition of the base gives another on another machine",
+            "the file lacks frod_V, and PEFT's decomposition of the base gives another matrix on another machine",
             next_step="save the adapter with PEFT again, with save_projection=True",
         )
 

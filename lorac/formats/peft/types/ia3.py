@@ -51,7 +51,7 @@ class Ia3Type(PeftType[IA3]):
         shape = (1, size) if variant.scales_input(path) else (size, 1)
         flat = scale.ndim == len(shape)
         if scale.shape != (shape if flat else (1, size, *(1,) * (scale.ndim - 2))) or not 2 <= scale.ndim <= 5:
-            expected = f"{SCALE} is {shape} there, says feedforward_modules; at convolutions (1, C, 1, 1)"
+            expected = f"by feedforward_modules {SCALE} is {shape} there, and (1, C, 1, 1) at convolutions"
             raise mismatched_shapes(path, stored, expected)
         site = matrix_site(path, size, size) if flat else conv_site(path, size, size, (1,) * (scale.ndim - 2), 1)
         return site, {SCALE: scale.reshape(shape)}

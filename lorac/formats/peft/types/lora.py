@@ -163,7 +163,7 @@ FIELDS: Mapping[str, Field] = {
     "arrow_config": Applied(read=lambda value: read_mapping(value or None)),
     "kasa_config": Applied(read=read_nested(_PENALTIES), nested=_PENALTIES),
     "merge_weights": Irrelevant(False, written=False),
-    "enable_lora": Refused(next_step="it is of PEFT before 0.3; train the adapter again", written=False),
+    "enable_lora": Refused(next_step="train the adapter again: the file is of PEFT before 0.3", written=False),
     # Fields of FlyLoRA's fork.
     "top_k": Applied(to="top_k", read=read_optional_size, written=False),
     "bias_u": TrainingOnly(written=False),
@@ -254,7 +254,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
                 groups = site.conv.groups
                 if (getattr(variant.at(site), "peft_groups", groups) or 1) != groups:
                     raise unsupported_error(
-                        f"'{site.path}' is a convolution of {groups} groups, of which PEFT takes other norms",
+                        f"'{site.path}' is a convolution of {groups} groups, and PEFT computes other norms for it",
                         next_step="train with peft_groups_pattern, use format='native', or exclude= the module",
                     )
                 magnitude = magnitude.reshape(1, -1, *(1,) * len(site.conv.kernel))
@@ -344,14 +344,14 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
             weight = None if view is None else view.base.weight(view.sites[path])
             if view is None or weight is None or weight.is_meta:
                 raise BaseNeeded(
-                    f"adapter '{adapter.name}' was initialised by {start}, which subtracted from the base a value "
-                    "that is computed from it",
+                    f"adapter '{adapter.name}' was initialised by {start}, which changed the base by a value computed "
+                    "from the base itself",
                     next_step="pass model=, the base before PEFT rewrote it",
                 )
             site = view.sites[path]
             if site.kind is not SiteKind.LINEAR or site.within is not None:
                 raise unsupported_error(
-                    f"adapter '{adapter.name}' was initialised by {start} at '{path}', a {site.kind}",
+                    f"lorac undoes {start} at linear layers only, and adapter '{adapter.name}' has it at '{path}'",
                     next_step=_CONVERT,
                 )
             variant = adapter.variant.at_path(path)
@@ -387,9 +387,7 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
     rows, columns = b.shape[0] // groups, b.shape[1] // groups
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     if not torch.equal(_block_diagonal(blocks), b):
-        raise unsupported_error(
-            f"lora_B at '{site.path}' mixes the groups of a grouped convolution, which PEFT's cannot"
-        )
+        raise unsupported_error(f"lora_B at '{site.path}' mixes the groups of a grouped convolution, and PEFT's cannot")
     return torch.cat(blocks)
 
 

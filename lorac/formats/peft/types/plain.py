@@ -215,7 +215,7 @@ class LilyType(PlainType[Lily]):
             for name, owner in zip(("lily_A", "lily_B"), owners, strict=True):
                 if not torch.equal(stored[path][name], stored[owner][name]):
                     raise unsupported_error(
-                        f"PEFT's LILY gives '{path}' the {name} of '{owner}', and the adapter's differ"
+                        f"PEFT's LILY uses one {name} for '{path}' and '{owner}', and the adapter has two"
                     )
 
 
@@ -246,7 +246,7 @@ class PolyType(PlainType[Poly]):
         if variant.n_tasks > 1:
             warn(
                 f"the file has {variant.n_tasks} tasks, which PEFT chooses by task_ids, and the adapter acts as task 0",
-                next_step="lorac.Poly.by_task(adapter) makes an adapter of each task; rows get theirs by adapters=",
+                next_step="make an adapter for each task by lorac.Poly.by_task(adapter), and name tasks in adapters=",
             )
         return variant
 

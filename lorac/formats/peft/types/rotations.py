@@ -85,7 +85,9 @@ def read_series(value: object) -> str:
     """Return the last version of PEFT that changed the computation; refuse files from before it."""
     numbers = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
     if numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 18):
-        raise ValueError("OFT of PEFT before 0.18 rotates by another series; load it there and train it again")
+        raise ValueError(
+            "OFT of PEFT before 0.18 rotates by another series; load it there, and train the adapter again"
+        )
     return _SERIES
 
 

@@ -54,7 +54,7 @@ class ShiraType(PeftType[SHiRA]):
         if count % variant.r or count // variant.r <= rows:
             raise shape_error(
                 f"{count} values at '{path}' are not r·(out + in) for r = {variant.r}",
-                next_step="r must be that of the training",
+                next_step="set r to that of the training",
             )
         return matrix_site(path, rows, count // variant.r - rows), {"indices": positions, "values": values}
 

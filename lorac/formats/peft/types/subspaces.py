@@ -54,7 +54,7 @@ class DeftType(PeftType[DEFT]):
 
     def read_site(self, variant: DEFT, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         axes = dict.fromkeys(self.suffixes[: 1 if variant.para else 2], 2)
-        tensors = take_tensors(path, stored, axes, "deft_P is (out, r), deft_R (r, in), which para has not")
+        tensors = take_tensors(path, stored, axes, "deft_P is (out, r), and deft_R, which para lacks, (r, in)")
         return matrix_site(path, len(tensors["deft_P"]), 1 if variant.para else tensors["deft_R"].shape[1]), tensors
 
 

@@ -67,7 +67,7 @@ def _expand_top_k(variant: VBLoRA, path: str, name: str, stored: Tensors) -> Ten
         raise shape_error(
             f"{name}_topk_indices {tuple(indices.shape)} and {name}_topk_weights {tuple(weights.shape)} at '{path}' do "
             f"not choose {variant.topk} of {variant.num_vectors} vectors",
-            next_step="topk and num_vectors must be those of the training",
+            next_step="set topk and num_vectors to those of the training",
         )
     weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
     # Infinite logits would count as a diverged training; the lowest finite logit has a weight of zero too.
