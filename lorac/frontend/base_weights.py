@@ -32,12 +32,12 @@ def _check_value(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     if any("_hf_hook" in vars(module) for module in model.modules()):
         raise BaseNeeded(
             f"'{name}' is offloaded: accelerate loads its values only while its layer runs",
-            next_step="load the model without offload, or remove accelerate's hooks: "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
+            next_step="load the model without offload, or remove accelerate's hooks by its remove_hook_from_module, "
+            "with recurse on",
         )
     raise BaseNeeded(
         f"'{name}' is on the meta device, and has no values",
-        next_step="load its weights first, by from_pretrained or by load_state_dict(..., assign=True)",
+        next_step="load its weights first, by from_pretrained or by load_state_dict with assign on",
     )
 
 

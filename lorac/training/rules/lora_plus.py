@@ -53,7 +53,7 @@ class LoRAPlus(Rule):
         if any(group.get("lr") is None for group in self.optimizer.param_groups):
             raise ChoiceError(
                 f"{name} multiplies the rate of a group, and {type(self.optimizer).__name__} has one without",
-                next_step="give lr= to the optimizer, and relative_step=False to transformers' Adafactor",
+                next_step="give lr= to the optimizer, and no relative step to transformers' Adafactor",
             )
         self.ratio, self.embedding_lr = ratio, embedding_lr
         self._roles: dict[int, str] = {}
