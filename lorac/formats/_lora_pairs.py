@@ -146,6 +146,6 @@ def find_layers(
             raise SiteError(
                 f"the format '{format}' cannot store '{path}' of adapter '{adapter.name}': "
                 f"{f'a weight within {site.within}' if site.within else f'of kind {site.kind}'}",
-                next_step="use format='native', or exclude= the module",
+                next_step="use format='native', or add the module to exclude=",
             )
     return sites

@@ -162,8 +162,8 @@ def _read_factors(
         stored = {part: _turn(part, tensors[key]) for part, key in keys.items()}
         if stored.keys() != expected:
             raise corrupt_error(
-                f"'{folder}' has {', '.join(sorted(keys.values()))} at '{layer}', and {variant.name} has "
-                f"{', '.join(sorted(layer + suffix for suffix, part in _SUFFIXES.items() if part in expected))} there"
+                f"'{folder}' has the tensors {', '.join(sorted(keys.values()))} at '{layer}'; {variant.name} needs "
+                f"{', '.join(sorted(layer + suffix for suffix, part in _SUFFIXES.items() if part in expected))}"
             )
         rank = check_pair(folder, layer, stored)
         if rank != r:

@@ -44,7 +44,7 @@ def check_layer(path: str, model: nn.Module) -> None:
     if not _is_ordinary(module) and not _adds_changes(module, inside):
         raise _refuse_change(
             f"the forward of '{path}', a {type(module).__name__},",
-            "move the change into a module around the layer, or exclude= the layer",
+            "move the change into a module around the layer, or add the layer to exclude=",
         )
 
 
@@ -181,7 +181,7 @@ def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], 
         name = getattr(hook, "__qualname__", type(hook).__name__)
         raise _refuse_change(
             f"the forward hook {name} of '{path}'",
-            "register it on a module around the layer, or remove it and exclude= the layer",
+            "register it on a module around the layer, or remove it and add the layer to exclude=",
         )
     return result
 

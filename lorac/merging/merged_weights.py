@@ -154,7 +154,7 @@ class _ActiveAdapter:
         if site.path in adapter.tensors:
             reduction = self._preparer.reduction(adapter.variant, site, adapter.tensors[site.path])
             if reduction.form == BRANCH:
-                raise _not_mergeable(adapter, site, "computes a branch that no weight can")
+                raise _not_mergeable(adapter, site, "runs a branch that no weight can replace")
             shifts |= BIAS in reduction.outputs
         if site.bias is None and shifts:
             shift = self.read(site.path).e

@@ -55,7 +55,7 @@ class FuseProjections(Pass):
     constant: bool = False
 
     def apply(self, graph: Graph) -> PassResult:
-        """Fuse the sites; report each adapted site that the graph calls and that is not fused as skipped.
+        """Fuse the sites; report each adapted site that the graph calls and does not fuse as skipped.
 
         Add a note to the graph for each such site that has linear neighbours, with the reason.
         """

@@ -167,7 +167,7 @@ class StoredFile(StoredAdapter):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Path]:
-        """Yield a path at which the block reads the registered file, and no other."""
+        """Yield a path at which the block reads only the registered file."""
         if self._digest is None:
             yield Path(self._path)
             return

@@ -47,7 +47,7 @@ def require_rank(method: str, rank: int, site: Site) -> None:
             f"the weight of '{site.path}' ({site.in_features} -> {site.out_features}) has fewer than the {rank} "
             f"singular vectors that {method} needs",
             nearest=f"r={most}",
-            next_step="give a smaller r, or exclude= the module",
+            next_step="give a smaller r, or add the module to exclude=",
         )
 
 

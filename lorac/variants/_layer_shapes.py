@@ -25,7 +25,7 @@ def require_one_group(method: str, site: Site) -> None:
     if site.conv is not None and site.conv.groups > 1:
         raise SiteError(
             f"{method} makes one full matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
-            next_step="exclude= the module",
+            next_step="add the module to exclude=",
         )
 
 
@@ -56,7 +56,7 @@ def require_divisor(site: Site, field: str, size: int, *, outputs: bool = False)
         raise SiteError(
             f"{field}={size} does not divide {sides} of '{site.path}', {site.in_features} -> {site.out_features}",
             nearest=f"{field}={max(d for d in range(1, min(size, common) + 1) if common % d == 0)}",
-            next_step=f"give another {field}, or exclude= the module",
+            next_step=f"give another {field}, or add the module to exclude=",
         )
 
 
@@ -66,5 +66,5 @@ def require_at_most(site: Site, field: str, size: int, most: int) -> None:
         raise SiteError(
             f"'{site.path}', {site.in_features} -> {site.out_features}, takes {field} up to {most}, not {size}",
             nearest=f"{field}={most}",
-            next_step=f"give a smaller {field}, or exclude= the module",
+            next_step=f"give a smaller {field}, or add the module to exclude=",
         )

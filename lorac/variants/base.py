@@ -280,13 +280,13 @@ class Variant(ABC):
         if site.kind not in self.kinds:
             raise SiteError(
                 f"{self.name} adapts {', '.join(sorted(self.kinds))} sites; '{site.path}' is a {site.kind}",
-                next_step="narrow targets=, or exclude= the module",
+                next_step="narrow targets=, or add the module to exclude=",
             )
         if site.within is not None and isinstance(self, BranchVariant):
             raise SiteError(
                 f"{self.name} reads a layer's input and output; '{site.path}' has neither, since "
                 f"'{site.within}' reads its weight in its own forward",
-                next_step="narrow targets=, or exclude= the module",
+                next_step="narrow targets=, or add the module to exclude=",
             )
 
 

@@ -60,7 +60,7 @@ class BOFT(WeightVariant):
         raise SiteError(
             f"BOFT cannot cut the {'output' if self.rotates_output else 'input'} of '{site.path}': {problem} {width} "
             "features",
-            next_step="give another block_size or block_num, or exclude= the module",
+            next_step="give another block_size or block_num, or add the module to exclude=",
         )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

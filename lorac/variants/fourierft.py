@@ -48,7 +48,7 @@ class TransformedVariant(WeightVariant):
             raise SiteError(
                 f"the spectrum of '{site.path}' has {size} values, and n_frequency is {self.n_frequency}",
                 nearest=f"n_frequency={size}",
-                next_step="give another n_frequency, or exclude= the module",
+                next_step="give another n_frequency, or add the module to exclude=",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -38,7 +38,7 @@ class LoRA(RankStabilizedFields, WeightVariant):
         super().check(site)
         if self.invocation_tokens and (site.kind is not SiteKind.LINEAR or site.within is not None):
             what = f"a LoRA with invocation_tokens adapts only linear layers, and '{site.path}' is not linear"
-            raise SiteError(what, next_step="narrow targets=, or exclude= the module")
+            raise SiteError(what, next_step="narrow targets=, or add the module to exclude=")
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return W + self.scale * (p.lora_B @ p.lora_A)

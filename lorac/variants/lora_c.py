@@ -39,7 +39,7 @@ class LoRAC(LowRankFields, WeightVariant):
         if site.conv is not None and len(set(site.conv.kernel)) > 1:
             raise SiteError(
                 f"lora_c needs a square kernel; that of '{site.path}' is {' x '.join(map(str, site.conv.kernel))}",
-                next_step="use LoRA or CPLoRA there, or exclude= the module",
+                next_step="use LoRA or CPLoRA there, or add the module to exclude=",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

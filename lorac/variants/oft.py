@@ -82,7 +82,7 @@ class OFT(WeightVariant):
             raise SiteError(
                 f"OFT's blocks at '{site.path}' have size 1 and rotate nothing; {width} has "
                 + (f"the divisors {found}" if found else "no divisor above 1"),
-                next_step="give a block_size near a divisor, or exclude= the module",
+                next_step="give a block_size near a divisor, or add the module to exclude=",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -45,7 +45,7 @@ class OSF(WeightVariant):
         if not self.kept(site.out_features, site.in_features):
             raise SiteError(
                 f"effective_rank={self.effective_rank} keeps no singular direction of '{site.path}'",
-                next_step="give a larger one, or exclude= the module",
+                next_step="give a larger one, or add the module to exclude=",
             )
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:

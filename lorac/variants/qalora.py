@@ -31,7 +31,7 @@ class QALoRA(RankStabilizedFields, WeightVariant):
         if site.in_features % self.group_size:
             raise SiteError(
                 f"group_size={self.group_size} does not divide the {site.in_features} inputs of '{site.path}'",
-                next_step="give a group_size= that divides them, or exclude= the module",
+                next_step="give a group_size= that divides them, or add the module to exclude=",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -100,7 +100,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "another kind": (
         good(variant=Listener(targets=["line"], of="up"), tensors={"line": {"factor": torch.ones(1)}}),
         lorac.SiteError,
-        "test-listener adapts linear sites; 'line' is a conv1d\n  narrow targets=, or exclude= the module",
+        "test-listener adapts linear sites; 'line' is a conv1d\n  narrow targets=, or add the module to exclude=",
     ),
     "one too many": (
         good(tensors=at("up", lora_AA=torch.ones(1))),
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
     "a number for a bias": (
         good(replaced={"norm.bias": torch.ones(())}),
         lorac.AdapterError,
-        "adapter 'mine' replaces 'norm.bias' by shape (), the model's has (4,)\n"
+        "adapter 'mine' replaces 'norm.bias' by a tensor of shape (), and the model's has (4,)\n"
         "  load the base model that the adapter was trained on",
     ),
     "another vocabulary of another width": (

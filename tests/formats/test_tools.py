@@ -78,7 +78,7 @@ def _mlx(tmp_path: Path, name: str = "mlx_lora", **fields: object) -> Path:
         ({"lora_parameters": {"rank": 4, "scale": 1.0}}, "corrupt_file", "the rank 3"),
         ({"lora_parameters": {"rank": 3, "alpha": 6}}, "unsupported_field", "scale"),
         ({"lora_parameters": {"rank": 3, "scale": 1.0, "gates": 2}}, "unknown_field", "gates"),
-        ({"fine_tune_type": "dora"}, "corrupt_file", "and dora has"),
+        ({"fine_tune_type": "dora"}, "corrupt_file", "dora needs"),
         ({"fine_tune_type": "loha"}, "unsupported_field", "fine_tune_type"),
         ({"sharpness": 2}, "unknown_field", "sharpness"),
     ],

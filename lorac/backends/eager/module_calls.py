@@ -96,8 +96,8 @@ class ChildModules:
             for child in replaced.values()
         }
         raise Unavailable(
-            f"{list_some(sorted(replaced), 3)} of a compiled model became {', '.join(sorted(kinds))}, and "
-            "its adapters, exports and artifacts keep the old layers",
+            f"{list_some(sorted(replaced), 3)} of a compiled model became {', '.join(sorted(kinds))}, but its "
+            "adapters, exports and artifacts still use the old layers",
             next_step="change the original model and compile it again; for an adapter of PEFT's, give its folder or "
             "configuration in adapters=",
         )

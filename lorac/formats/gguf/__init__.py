@@ -120,7 +120,7 @@ class GgufFormat(Format):
                 fault = f"shares its weight with '{min(site.shares)}'" if site.shares else "has no name in llama.cpp"
                 raise SiteError(
                     f"'{layer}' of adapter '{adapter.name}' {fault}, and llama.cpp does not adapt it",
-                    next_step="exclude= the module, or use format='peft'",
+                    next_step="add the module to exclude=, or use format='peft'",
                 )
             a, b = adapter.tensors[layer][A], adapter.tensors[layer][B]
             b = names.to_file(weight, b if alpha else here[layer].scale * b)

@@ -143,7 +143,7 @@ class PeftType(ABC, Generic[V]):
             what = "GPT-2's Conv1D"
         raise SiteError(
             f"PEFT's {self.peft_type} does not adapt '{site.path}', which is {what}",
-            next_step="use format='native', or exclude= the module",
+            next_step="use format='native', or add the module to exclude=",
         )
 
     def complete_site(self, variant: V, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
@@ -171,7 +171,7 @@ class PeftType(ABC, Generic[V]):
         return {}
 
     def check_copies(self, config: JsonMapping, sites: Iterable[Site], stored: Mapping[str, Tensors]) -> None:
-        """Refuse parameters that PEFT would take for copies of another site's by the configuration, but that differ.
+        """Refuse parameters that differ from another site's if the configuration makes PEFT take the two for copies.
 
         Raises:
             FormatError: naming the two sites.
@@ -243,7 +243,7 @@ def warn_of_padding(peft_type: str, site: Site) -> None:
     warn(
         f"'{site.path}' pads by '{site.conv.mode}', and PEFT's {peft_type} pads with zeros until it is merged: lorac "
         "computes with the merged weight, at the borders too",
-        next_step="exclude= the module where its borders must be those of PEFT's unmerged adapter",
+        next_step="add the module to exclude= where its borders must be those of PEFT's unmerged adapter",
     )
 
 

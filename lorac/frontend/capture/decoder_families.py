@@ -138,7 +138,7 @@ _SELECTION_ARGUMENTS = frozenset({"hidden_states", "position_embeddings", "atten
 
 
 def get_longest_sequence(model: nn.Module) -> int | None:
-    """Return the longest sequence of which a model attends to all, by its original rotary angles; None for any."""
+    """Return the length up to which a model attends to the whole sequence, by its original angles; None for any."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]  # of transformers
     parameters = getattr(config, "rope_parameters", None) or {}
     # The parameters apply to all layers, or are a dict by type of layer.

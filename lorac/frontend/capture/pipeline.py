@@ -70,7 +70,8 @@ class CheckTrace(Pass):
                 reads.add(node)
         if any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads):
             raise CaptureError(
-                f"forward branches on outputs of layers, and adapters change these, at {', at '.join(self.branches)}",
+                f"forward branches on outputs of layers (at {', at '.join(self.branches)}), and adapters change these "
+                "outputs",
                 next_step="make forward branch on its inputs alone; target='eager' runs the model itself",
             )
         for spec in graph.exported.graph_signature.input_specs:

@@ -208,7 +208,7 @@ def find_written_operands(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
-    """Return the operands into which an op writes; without ``writes``, the operands of which it returns views."""
+    """Return the operands that an op writes into; without ``writes``, the operands that its results are views of."""
     if node.op != "call_function":
         return []
     places = [place for place, _ in find_aliased_arguments(node.target, writes) if place < len(node.args)]

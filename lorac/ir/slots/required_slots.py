@@ -169,7 +169,7 @@ def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: s
         if site.within is not None and site.bias is None:
             raise SiteError(
                 f"adapter '{name}' has a bias for '{site.path}', and its module '{site.within}' has none",
-                next_step="exclude= the module, or train the adapter without a bias",
+                next_step="add the module to exclude=, or train the adapter without a bias",
             )
         need.require(operands.BIAS)
     if mode in _MERGING_MODES:

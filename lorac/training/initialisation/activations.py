@@ -37,7 +37,7 @@ def visit_inputs(
         if site.kind is not SiteKind.LINEAR or site.within is not None:
             raise SiteError(
                 f"'{site.path}' is a {site.kind}; initialising from activations needs linear layers that are called",
-                next_step="narrow targets=, or exclude= the module",
+                next_step="narrow targets=, or add the module to exclude=",
                 code="site_unsupported",
             )
     reached: set[str] = set()

@@ -69,7 +69,7 @@ def sum_gradients(
         if not isinstance(read_stored_tensor(model, site.weight), nn.Parameter):
             raise SiteError(
                 f"the weight of '{site.path}' is not a parameter, so it has no gradient",
-                next_step="narrow targets=, or exclude= the module",
+                next_step="narrow targets=, or add the module to exclude=",
                 code="site_unsupported",
             )
         owners.setdefault(site.weight, []).append(path)

@@ -85,7 +85,7 @@ class Initialiser(ABC):
                     f"{type(self).__name__} needs {self.vectors * variant.r} singular vectors at '{site.path}' "
                     f"({site.in_features} -> {site.out_features})",
                     nearest=f"r={most}",
-                    next_step="give a smaller r, or exclude= the module",
+                    next_step="give a smaller r, or add the module to exclude=",
                     code="site_unsupported",
                 )
         return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._require_batches(batches))

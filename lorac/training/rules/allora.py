@@ -63,7 +63,7 @@ class ALLoRA(PairRule):
                 raise SiteError(
                     f"ALLoRA reads the input of a layer, and '{site.path}' has none, since '{site.within}' computes "
                     "with its weight itself",
-                    next_step="narrow targets=, or exclude= the module",
+                    next_step="narrow targets=, or add the module to exclude=",
                     code="site_unsupported",
                 )
         self._gathered: dict[int, Tensor] = {}

@@ -38,7 +38,7 @@ class _Factor:
         return self.tensor.shape[self.dim]
 
     def component(self, index: int, of: Tensor) -> Tensor:
-        """View of one component, of the tensor or of one shaped like it; both axes stay."""
+        """View one component of the tensor, or of a tensor of its shape; both axes stay."""
         return of.narrow(self.dim, index, 1)
 
     def share(self, index: int, value: Any) -> Any:

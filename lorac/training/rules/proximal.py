@@ -139,7 +139,7 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
         )
     if spacing == "exp_linear" and first == 0:
         raise ChoiceError(
-            "no geometric spacing begins at 0", nearest="log_linear", next_step="give that, or first= a value above 0"
+            "no geometric spacing begins at 0", nearest="log_linear", next_step="take that spacing, or first= above 0"
         )
     return tuple(float(xi) for xi in space(first, last, count))
 

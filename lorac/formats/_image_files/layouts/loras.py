@@ -61,7 +61,7 @@ class LoraLayout(ModuleLayout[LoRA | DoRA]):
                 raise unsupported_error(
                     f"these files cannot store the factors of '{site.path}', a convolution of {site.conv.groups} "
                     "groups",
-                    next_step="use format='native', or exclude= the module",
+                    next_step="use format='native', or add the module to exclude=",
                 )
             down, up = down.reshape(-1, *site.kernel[1:]), up.reshape(*up.shape, *(1,) * len(site.conv.kernel))
         written = {"lora_down": down, "lora_up": up}

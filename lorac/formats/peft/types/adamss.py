@@ -85,7 +85,7 @@ class AdamssType(PeftType[AdaMSS]):
             raise SiteError(
                 f"all rows of '{site.path}' are equally near to each other in {rank} singular vectors, and rounding "
                 "decides how PEFT groups them",
-                next_step=f"train with r below {rows} or num_subspaces={rows}, or exclude= the module",
+                next_step=f"train with r below {rows} or num_subspaces={rows}, or add the module to exclude=",
             )
 
     def complete_site(self, variant: AdaMSS, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:

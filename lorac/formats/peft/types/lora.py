@@ -234,7 +234,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         if site.kind is SiteKind.EMBEDDING and "lora_bias" in tensors:
             raise SiteError(
                 f"PEFT has no lora_bias on embeddings, and '{site.path}' is one",
-                next_step="use format='native', or exclude= the embedding",
+                next_step="use format='native', or add the embedding to exclude=",
             )
         if site.conv is not None:
             b = _split_groups(site, b)
@@ -244,7 +244,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         if isinstance(variant, BDLoRA | KaSA) and site.transposed:
             raise SiteError(
                 f"PEFT's {variant.name} does not adapt '{site.path}', which is GPT-2's Conv1D",
-                next_step="use format='native', or exclude= the module",
+                next_step="use format='native', or add the module to exclude=",
             )
         plain = {LATENT: "lora_latent", "lora_B.bias": "lora_bias", "lora_diag": "lora_diag"}
         written |= {suffix: tensors[name] for suffix, name in plain.items() if name in tensors}
@@ -255,7 +255,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
                 if (getattr(variant.at(site), "peft_groups", groups) or 1) != groups:
                     raise unsupported_error(
                         f"'{site.path}' is a convolution of {groups} groups, and PEFT computes other norms for it",
-                        next_step="train with peft_groups_pattern, use format='native', or exclude= the module",
+                        next_step="train with peft_groups_pattern, use format='native', or add the module to exclude=",
                     )
                 magnitude = magnitude.reshape(1, -1, *(1,) * len(site.conv.kernel))
             written["lora_magnitude_vector"] = magnitude
@@ -268,12 +268,12 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         if any(step > 1 and taps > 1 for step, taps in steps):
             raise SiteError(
                 f"'{site.path}' is a dilated convolution, and PEFT's lora_A does not dilate",
-                next_step="use format='native', or exclude= the module",
+                next_step="use format='native', or add the module to exclude=",
             )
         if site.within is not None and tensors.keys() - {"lora_A", "lora_B"}:
             raise SiteError(
                 f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
-                next_step="use format='native', or exclude= the module",
+                next_step="use format='native', or add the module to exclude=",
             )
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
