@@ -165,7 +165,7 @@ def _add_inputs(
 
 
 def _offset_blocks(graph: Graph, positions: fx.Node) -> dict[int, fx.Node]:
-    """Return number of columns -> positions of the new tokens' blocks: first and last (2), or only last (1)."""
+    """Return number of columns -> positions of each new token's block: first and last (2), or only last (1)."""
     name = graph.cache_inputs.get(encoder_output_name(BLOCKS))
     terms = next((node for node in graph.find(attention.ROWS) if getattr(node.args[0], "name", None) == name), None)
     if name is None or terms is None:

@@ -323,7 +323,7 @@ class BoundProgram(ABC):
         raise NotImplementedError
 
     def with_places(self, places: Mapping[str, torch.Tensor]) -> BoundProgram:
-        """Bind tensors (places, …) to the placed slots, and this program's to the others, where later writes apply.
+        """Bind tensors (places, …) to slots with places; other slots keep this program's tensors, with later writes.
 
         Raises:
             NotImplementedError: as ``placed_tensors``.

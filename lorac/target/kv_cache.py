@@ -101,7 +101,7 @@ class KeyValueCache(ABC):
 
     @abstractmethod
     def hold_prefix(self, keys_values: Tensor | None) -> None:
-        """Make keys and values (2·layers, heads, length, size) the prefix of every row; None: the tokens that it has.
+        """Make keys and values (2·layers, heads, length, size) the prefix of every row; for None, the present tokens.
 
         Raises:
             AdapterError: the program has other numbers of layers or heads.

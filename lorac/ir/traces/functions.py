@@ -98,7 +98,7 @@ def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: An
 
 @functools.lru_cache(maxsize=4096)
 def find_aliased_arguments(op: object, writes: bool) -> tuple[tuple[int, str], ...]:
-    """Return positions and names of the arguments that an op writes into; without ``writes``, returns views of."""
+    """Return positions and names of arguments that an op writes into, or without ``writes`` returns views of."""
     schema = getattr(op, "_schema", None)  # higher-order ops and Python functions have no schema
     arguments = enumerate(schema.arguments if schema is not None else ())
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write is writes)

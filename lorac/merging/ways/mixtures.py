@@ -45,7 +45,7 @@ class LearnedWeights(AdaptersWay):
 
 
 class BreakForMake(AdaptersWay):
-    """A `PLP` with the second adapter's factors (style), except the trained part of the first's down factor."""
+    """A `PLP` with the second adapter's factors (style) and the trained part of the first's down factor (content)."""
 
     name = "break_for_make"
     paper = PLP.paper

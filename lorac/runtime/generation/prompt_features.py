@@ -158,7 +158,7 @@ class PromptFeatures:
 
 
 def check_plain_call(traits: ModelTraits) -> None:
-    """Refuse a plain call of a model that needs types of tokens to know which tokens attend to later ones.
+    """Refuse a plain call of a model whose tokens attend to later ones by their types.
 
     Raises:
         InputMismatch: the model is of this kind, and a plain call has no types of tokens.
