@@ -114,8 +114,8 @@ def _check_branches(graph: Graph) -> None:
         mixing = next((branch for branch in plan.branches if branch.mixes), None)
         if mixing is not None:
             raise Unavailable(
-                f"{mixing.formula.method} at '{path}' mixes tokens by itself, and the program's cache has no place for "
-                "what it computes from earlier tokens",
+                f"{mixing.formula.method} at '{path}' mixes tokens by itself, and the program's cache cannot store "
+                "its results for earlier tokens",
                 next_step="compile with target='eager', which generates without a cache while such an adapter is on, "
                 "or with cache=False, to run the program on whole sequences",
             )

@@ -218,7 +218,7 @@ class _Packer:
         return nodes[-1].outputs[0]
 
     def _choose_tokens(self, node: ir.Node) -> bool:
-        """Make an op that gathers some tokens of each row read the packed form; return whether it is such an op."""
+        """Redirect an op that gathers tokens of each row to the packed form; return whether it is such an op."""
         value = node.inputs[0] if _chooses(node) else None
         if value is None or value not in self.computed or self.layouts.of(value) != _pair(value):
             return False

@@ -40,8 +40,8 @@ def split_rows(
         rows = ("delta",)
     if rows is None:
         raise unsupported_error(
-            f"'{key}' is of {variant.name} at one layer, the model has {len(widths)} layers in its place, and the "
-            "rows cannot be split",
+            f"'{key}' is of {variant.name} at one layer, which is {len(widths)} layers here, and its rows cannot be "
+            "split",
             next_step="save it from its trainer under the names of diffusers",
         )
     by_rows = {name for name in tensors if _PART.sub("", name) in (*rows, _MAGNITUDE)}

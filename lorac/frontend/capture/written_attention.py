@@ -370,7 +370,7 @@ class _ScoreReader:
             return None
 
     def _find_heads(self, before: fx.Node, node: fx.Node) -> fx.Node | None:
-        """Return a value with separate axes of rows and heads, given that value or one with both as one axis."""
+        """Split the joint axis of rows and heads of a value into two; return a value with separate axes unchanged."""
         inner = node
         while inner.meta["val"].dim() != _AXES and inner.target in _PASSING:
             inner = inner.all_input_nodes[0]

@@ -74,7 +74,7 @@ class Grammars:
         return mask
 
     def bind(self, mask: GrammarMask) -> None:
-        """Give a mask its matcher, which reads this factory's tokenizer."""
+        """Set the matcher of a mask, made with this factory's tokens."""
         from llguidance import LLMatcher
 
         mask.matcher = LLMatcher(self._tokens, mask.grammar, log_level=0)
