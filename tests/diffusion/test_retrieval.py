@@ -108,7 +108,7 @@ def test_sites_that_an_adapter_lacks_count_as_unchanged():
     assert not pairs[PATHS[0]][0].any() and pairs[PATHS[1]][0].any()
     assert find_sizes([adapter(0, 0)]) == dict(sorted(SIZES.items()))
     elsewhere = WeightEncoder({"blocks.0.up": (6, 5)}, 32)
-    with refuses("site_not_found", match="changes 'blocks.0.down' .5 inputs, 6 outputs"):
+    with refuses("site_not_found", match="not made for 'blocks.0.down' .5 inputs, 6 outputs"):
         elsewhere.stack_pairs([adapter(0, 0)])
 
 
