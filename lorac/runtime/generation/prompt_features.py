@@ -170,7 +170,7 @@ def check_plain_call(traits: ModelTraits) -> None:
 
 def _types_missing(by_type: TokenBlocks) -> InputMismatch:
     return InputMismatch(
-        f"the model needs {by_type.argument}, which says which tokens see later ones, and the call has none",
+        f"the model needs {by_type.argument} to know which tokens see later ones, and the call has none",
         next_step="call generate with what the model's processor makes",
     )
 

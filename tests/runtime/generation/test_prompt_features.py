@@ -105,7 +105,7 @@ def test_text_alone_gets_the_tokens_of_peft(both: tuple[str, Any, Any]) -> None:
     assert_close(output.logits[0], expected.logits[0])  # later ones of a row that ended are of its padding
     if family.startswith("paligemma"):
         del given["token_type_ids"]
-        with refuses("input_mismatch", match="say by token_type_ids which tokens see later ones"):
+        with refuses("input_mismatch", match="needs token_type_ids to know which tokens see later"):
             compiled.generate(**given, adapters="one", **OPTIONS)
 
 
@@ -185,7 +185,7 @@ def test_plain_calls_take_text_whose_ids_are_checked(both: tuple[str, Any, Any])
     family, peft, compiled = both
     ids = torch.tensor([[7, 8, 9]])
     if family.startswith("paligemma"):
-        with refuses("input_mismatch", match="say by token_type_ids which tokens see later ones"):
+        with refuses("input_mismatch", match="needs token_type_ids to know which tokens see later"):
             compiled(input_ids=ids, adapters="one")
         return
     peft.set_adapter("one")
