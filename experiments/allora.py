@@ -16,13 +16,14 @@ import json
 import pydoc_data.topics
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import lorac
 from experiments._finding import Expected, Finding
-from experiments._study import Experiment, Losses, Question, answer, last, main, trained
+from experiments._study import Experiment, Fault, Losses, Question, answer, last, main, trained
 from lorac.training import ALLoRA
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -109,6 +110,12 @@ QUESTION = Question(
     at=0.5,
 )
 
+
+def keep_rate(rule: ALLoRA, pair: Any) -> Tensor:
+    """Return the rates of rows that learn alike."""
+    return torch.ones(len(pair.b))
+
+
 EXPECTED = [
     Expected("SGD, at one rate", "ALLoRA, η² = 2", "LoRA", "section 4"),
     Expected("SGD", "ALLoRA, η² = 2", "LoRA"),
@@ -119,6 +126,7 @@ EXPERIMENT = Experiment(
     find=lambda given: Finding(answer([QUESTION], given), EXPECTED),
     steps=50,
     fails_by="a falling rate that gains no more than a higher rate of LoRA's",
+    fault=Fault("gradients are left as they are", lambda: patch.object(ALLoRA, "rates", keep_rate)),
 )
 
 if __name__ == "__main__":

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Sequence
+from unittest.mock import patch
+
+from torch import Tensor
 
 from experiments._compositions import measure, prepare
 from experiments._denoising import tables
 from experiments._finding import Expected, Finding
-from experiments._study import Experiment, main
+from experiments._study import Experiment, Fault, main
+from lorac.diffusion.clora import contrast
 
 SUM, STILL, MOVED = "the sum of both", "CLoRA, no updates", "CLoRA"
 OVERLAP, SHOWN = "overlap", "both shown"
@@ -33,6 +38,11 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding(tables("of attention, or of pictures", kept), EXPECTED)
 
 
+def attract(maps: Tensor, concepts: Sequence[int], temperature: float = 0.5) -> Tensor:
+    """Return the contrast of maps that are all of one concept, so that none of them repels another."""
+    return contrast(maps, [0] * len(concepts), temperature)
+
+
 EXPECTED = [
     Expected(OVERLAP, MOVED, SUM, "section 4"),
     Expected(OVERLAP, MOVED, STILL, "section 4"),
@@ -45,6 +55,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=300,
     fails_by="maps that overlap as before, or pictures that still show one object",
+    fault=Fault("maps of two concepts do not repel", lambda: patch("lorac.diffusion.clora.contrast", attract)),
 )
 
 if __name__ == "__main__":

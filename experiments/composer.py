@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from examples import compositions, denoiser
 from experiments._compositions import measure, prepare
 from experiments._denoising import tables
 from experiments._finding import Expected, Finding, Table
-from experiments._study import Experiment, main
+from experiments._study import Experiment, Fault, main
 from lorac.diffusion.attention import rasterise, select_maps
 from lorac.diffusion.composer import LEAKS
 
@@ -74,6 +75,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=300,
     fails_by="attention that stays out of its box or crosses into another, or pictures without both objects",
+    fault=Fault("the latents are not updated", lambda: patch("lorac.diffusion.composer.update_rate", return_value=0.0)),
 )
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import functools
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import lorac
 from experiments._finding import Expected, Finding, Table
 from experiments._reader import TARGETS, held_loss, host, learn, side, tasks
-from experiments._study import Experiment, Question, answer, last, main
+from experiments._study import Experiment, Fault, Question, answer, last, main
 from lorac.training import NestedRanks
 
 R, RANKS, RATES = 8, (1, 2, 4, 8), (0.001, 0.003, 0.01, 0.03)
@@ -77,6 +78,9 @@ EXPERIMENT = Experiment(
     find=find,
     steps=240,
     fails_by="a first rank that is no better than the first of a whole LoRA's",
+    fault=Fault(
+        "every step has the whole rank", lambda: patch.object(NestedRanks, "_draw", lambda rule: max(rule.ranks))
+    ),
 )
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,19 @@ import lorac
 from experiments._char_lm import SIZES, held_loss, host, learn, pieces, split, texts
 from experiments._finding import Expected, Finding, Table
 from experiments._reader import tasks
-from experiments._study import CHOOSERS, CHOOSING, Experiment, Losses, Question, answer, deciding, fewer, last, main
+from experiments._study import (
+    CHOOSERS,
+    CHOOSING,
+    Experiment,
+    Fault,
+    Losses,
+    Question,
+    answer,
+    deciding,
+    fewer,
+    last,
+    main,
+)
 
 RANKS, RATES, HOSTS = (4, 16, 32), (3e-3, 1e-2, 3e-2), 2
 PUBLIC, ALONE, WHOLE, NEAR = "public model", "its own expert alone", "joined, whole", "a tenth of the gain above whole"
@@ -114,6 +127,17 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([chosen, Table(LOSS, what, losses), Table(VALUES, "of all three experts", counts)], EXPECTED)
 
 
+JOIN = lorac.FlexMoRE.join
+
+
+def join_without_rows(*args: Any, **options: Any) -> lorac.Adapter:
+    """Return the joined experts, whose router has only zeros."""
+    joined = JOIN(*args, **options)
+    for tensors in joined.tensors.values():
+        tensors["router"].zero_()
+    return joined
+
+
 EXPECTED = [
     Expected(LOSS, WHOLE, PUBLIC, "the abstract: experts trained apart serve together"),
     Expected(LOSS, OWN, PUBLIC, "the abstract: low ranks do so too"),
@@ -128,6 +152,10 @@ EXPERIMENT = Experiment(
     seeds=5,
     first=100,
     fails_by="routers that send a text to another text's expert, or differences that no low rank holds",
+    fault=Fault(
+        "the routers' rows are not joined",
+        lambda: patch.object(lorac.FlexMoRE, "join", staticmethod(join_without_rows)),
+    ),
 )
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import functools
 import math
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import lorac
 from experiments._finding import Expected, Finding, Table
 from experiments._reader import ALPHABET, CONTEXT, HIDDEN, held_loss, tasks
-from experiments._study import Experiment, Losses, Question, adamw, answer, last, main, trained
+from experiments._study import Experiment, Fault, Losses, Question, adamw, answer, last, main, trained
 from lorac.training import GaLoreAdamW, galore_groups
 
 R, GAP, BETWEEN, ENDS = HIDDEN // 4, 50, ["2", "4", "6"], ["0", "8"]
@@ -121,6 +122,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=400,
     fails_by="projected gradients that learn no better than a LoRA, or state as large as Adam's",
+    fault=Fault("the projection is never renewed", lambda: patch.dict(globals(), GAP=10**6)),
 )
 
 if __name__ == "__main__":

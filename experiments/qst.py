@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -26,8 +27,10 @@ import lorac
 from benchmarks.side import kept
 from experiments._finding import Expected, Finding, Table
 from experiments._reader import ALPHABET, tasks
-from experiments._study import Experiment, Losses, Question, adamw, answer, last, main, trained
+from experiments._study import Experiment, Fault, Losses, Question, adamw, answer, last, main, trained
 from lorac.frontend.quantised_weights import NF4, QUANTISATION_LEVELS
+from lorac.variants.base import ParamSpec
+from lorac.variants.initialisers import zeros
 
 WIDTH, LENGTH, ROWS, BLOCK = 64, 32, 8, 64
 RATES = (0.003, 0.01, 0.03)
@@ -125,6 +128,14 @@ def find(given: argparse.Namespace) -> Finding:
     )
 
 
+SPECS = lorac.QST.params
+
+
+def begin_alone(method: lorac.QST, site: Any) -> dict[str, ParamSpec]:
+    """Return the tensors of a side network that is read alone at first: a starts at 0."""
+    return SPECS(method, site) | {"alpha": ParamSpec((1,), zeros, decay=False)}
+
+
 EXPECTED = [
     Expected(KEPT, QST, 0.6),
     Expected(START, QST, 1e-6),
@@ -138,6 +149,9 @@ EXPERIMENT = Experiment(
     find=find,
     steps=120,
     fails_by="a side network that keeps as much for the backward pass, starts off the model, or learns less",
+    fault=Fault(
+        "the blend does not start at the model's own output", lambda: patch.object(lorac.QST, "params", begin_alone)
+    ),
 )
 
 if __name__ == "__main__":

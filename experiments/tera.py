@@ -12,6 +12,7 @@ is of no use on a target without structure.
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 from unittest.mock import patch
 
@@ -74,10 +75,11 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([*tables, Table(RANK, "of 64, at the best rate", ranks)], EXPECTED)
 
 
-def average(tera: lorac.TeRA, p: Any, k: int, size: int, rank: int) -> Tensor:
-    """Return U_k times the mean of its vector."""
-    factor: Tensor = getattr(p, f"tera_U_{k}")[:size, :rank] * getattr(p, f"tera_d_{k}").mean()
-    return factor
+def uncouple(tera: lorac.TeRA, W: Tensor, p: Any) -> Tensor:
+    """Return a square weight with the change of a network whose core is 1 everywhere: a product of its factors."""
+    factors = [tera._factor(p, k, *getattr(p, f"tera_U_{k}").shape).sum(1) for k in range(2 * tera.order)]
+    up, down = (functools.reduce(torch.kron, part) for part in (factors[: tera.order], factors[tera.order :]))
+    return W + len(W) ** -0.5 * torch.outer(up, down)
 
 
 EXPECTED = [
@@ -93,7 +95,7 @@ EXPERIMENT = Experiment(
     steps=300,
     first=100,
     fails_by="diagonals that leave the change at a low rank, or that reach nothing of their own family",
-    fault=Fault("each vector acts by its mean", lambda: patch.object(lorac.TeRA, "_factor", average)),
+    fault=Fault("the network has no core that couples its modes", lambda: patch.object(lorac.TeRA, "weight", uncouple)),
 )
 
 if __name__ == "__main__":
