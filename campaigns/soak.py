@@ -2,8 +2,8 @@
 
 python -m campaigns.soak [--operations N] [--seed N] [--processes N] [--json FILE]
 
-Ten methods on one small host, some of whose layers have a forward of their own or are read by others, in eager and in
-ONNX Runtime, live and fused. One thread swaps, and is interrupted by signals and by failures injected into what it
+Ten methods on one small host, some of whose layers have a forward of their own or are read by others, in eager, in ONNX
+Runtime and, where it is installed, in OpenVINO, live and fused. One thread swaps, and is interrupted by signals and by failures injected into what it
 calls; another adds and removes adapters, and fails at it; others call, with the active choice, with one of their own,
 or with one for each row. Now and then the model is saved and loaded. Every answer is held against the bits of a fresh
 model of that choice: a mismatch belongs to another choice than the one that was active for certain, or to none. Errors
@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import faulthandler
 import gc
+import importlib.util
 import json
 import multiprocessing
 import random
@@ -40,7 +41,8 @@ import lorac
 from campaigns.tally import report, wrong
 from lorac.testing import adapter_away
 
-ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
+TARGETS = ("eager", "onnxruntime", *["openvino"] * (importlib.util.find_spec("openvino") is not None))
+ENGINES = [(target, mode) for target in TARGETS for mode in ("live", "fused")]
 WHERE = ("up", "down", "head")
 EVERYWHERE = (*WHERE, "embed", "mix")
 METHODS: dict[str, lorac.WeightVariant | lorac.BranchVariant] = {
@@ -170,7 +172,7 @@ class Model:
         self.compiled.save(folder / "start")
         self.stored = {str(choice): bits(self._loaded(choice)(tokens=X)) for choice in choices}
         # An emitted program answers as it does when stored; eager runs the host, and a stored program rounds otherwise.
-        anew = {} if target == "onnxruntime" else {str(c): bits(self.fresh(c)(tokens=X)) for c in choices}
+        anew = {str(c): bits(self.fresh(c)(tokens=X)) for c in choices} if target == "eager" else {}
         self.expected = {**self.stored, **anew}
         self.known = frozenset(self.expected.values())
         draw = random.Random(len(choices))
@@ -200,7 +202,7 @@ class Model:
 def compile_host(target: str, mode: str, adapters: Any, **rest: Any) -> lorac.Compiled:
     """Compile the host, which has the same weights each time."""
     torch.manual_seed(0)
-    more = {"threads": 1, "self_test": False} if target == "onnxruntime" else {}
+    more = {} if target == "eager" else {"threads": 1, "self_test": False}
     return lorac.compile(Host().eval(), adapters, target, {"tokens": X}, mode, **more, **rest)
 
 

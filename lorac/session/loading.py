@@ -137,9 +137,11 @@ def _load_manifest(
         kept = {name: value for name, value in program["options"].items() if name not in session.backend.options.local}
         program = {**program, "options": {**kept, **options}}
     engine = session.backend.restore(program, manifest.files, session.plans, manifest.fields["mode"], device)
-    if absent := sorted(session.traits.keys() - engine.interfaces.keys()):
+    if not session.traits or session.traits.keys() - engine.interfaces.keys():
         raise ArtifactError(
-            f"the stored program has no graph '{absent[0]}'", next_step="save the artifact again with this version"
+            f"the artifact has the components {sorted(session.traits)}, and its program the graphs "
+            f"{sorted(engine.interfaces)}",
+            next_step="save the artifact again with this version",
         )
     return make_compiled(session, engine, parse_choice(choice_from_json(manifest.fields["active"]), session.pool))
 

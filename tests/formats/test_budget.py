@@ -282,6 +282,14 @@ def test_hyper_parameters_are_compared_with_the_tensors(
             assert (kind, field) in TOLD_BY_TENSORS or model is None
 
 
+def test_a_factor_without_values_is_refused_in_time(peft_files: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(peft_files("LOKR"), tmp_path / "it")
+    change_tensors(folder, {"model.up.lokr_w2_a": torch.zeros(7, 0), "model.up.lokr_w2_b": torch.zeros(0, 1 << 40)})
+    configure(folder, decompose_factor=1)
+    with within_budget(), refuses("over_budget", match="processor time"):
+        lorac.load_adapter(folder)
+
+
 def test_millions_of_positions_are_checked_in_time(peft_files: Callable[[str], Path], tmp_path: Path) -> None:
     """They are distinct and within their bounds, which sorting whole columns would take five seconds to tell."""
     folder = copied(peft_files("UNILORA"), tmp_path / "it")

@@ -145,8 +145,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "graph of another name": (
         _manifest(lambda m: m["program"].update(graphs={"other": m["program"]["graphs"]["main"]})),
-        "has no graph 'main'|contradicts itself",
+        "its program the graphs|contradicts itself",
     ),
+    "no component": (_manifest(lambda m: m.update(components={})), "has the components"),
     "manifest of gigabytes of nothing": (lambda folder: os.truncate(folder / "manifest.json", 3 << 30), "its JSON"),
 }
 

@@ -9,7 +9,7 @@ from openvino.preprocess import PrePostProcessor
 
 from lorac.backends.onnx.model_files import Array, read_model_files
 from lorac.backends.openvino.model_checks import check_operands, missing_op_error
-from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions
+from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions, get_core
 from lorac.ir.graph.attention_ops import is_key_or_value
 from lorac.target.engine import ProgramFiles
 
@@ -61,7 +61,7 @@ def compile_model(
         tensor.ClearField("external_data")
         for key, value in {"location": IN_MEMORY, "offset": array.ctypes.data, "length": array.nbytes}.items():
             tensor.external_data.add(key=key, value=str(value))
-    core = ov.Core()
+    core = get_core()
     device = options.device_name
     # Always set the precision and the quantisation of operands: OpenVINO's defaults round both if the CPU can.
     settings: dict[str, object] = {

@@ -1,12 +1,16 @@
 """Options of the openvino target."""
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from lorac.backends.onnx.quantised.options import QuantisationOptions, check_threads
 from lorac.errors import OptionError, Unavailable, not_one_of, short
+
+if TYPE_CHECKING:
+    import openvino
 
 PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 """OpenVINO's name of a dtype that products are computed in -> torch's."""
@@ -15,6 +19,18 @@ _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 MAX_STREAMS = 256
 """More calls at once than a machine has cores for; each has memory of its own."""
 CPU = "CPU"
+
+
+@functools.cache
+def get_core() -> "openvino.Core":
+    """Return the core of this process.
+
+    It is never freed: where a processor has AMX, OpenVINO 2026.4 has the thread handle signals on a stack of the core,
+    which it unmaps with the core, so that the next signal would end the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +70,7 @@ class OpenVINOOptions(QuantisationOptions):
             raise OptionError(
                 f"streams cannot be {short(self.streams)}", next_step=f"give a number from 1 to {MAX_STREAMS}"
             )
-        import openvino
-
-        core = openvino.Core()
+        core = get_core()
         if self.device_name not in core.available_devices:
             raise not_one_of("OpenVINO finds no device", self.device_name, core.available_devices)
         if self.threads and self.device_name != CPU:

@@ -148,6 +148,25 @@ assert not {"transformers", "onnxruntime", "onnxscript", "onnx_ir"} & {*sys.modu
     )
 
 
+def test_a_process_handles_signals_after_its_programs_are_freed():
+    """On a processor with AMX the handler's stack would be gone."""
+    script = """
+import gc, signal, time, torch, lorac
+host = torch.nn.Sequential(torch.nn.Linear(4, 3))
+adapters = {"a": lorac.LoRA(r=1, targets=["0"])}
+programs = [lorac.compile(host, adapters, "openvino", torch.ones(2, 4), self_test=False) for _ in range(2)]
+while programs:
+    del programs[0]
+    gc.collect()
+handled = []
+signal.signal(signal.SIGALRM, lambda *given: handled.append(given))
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+time.sleep(0.5)
+assert handled
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": ":".join([str(ROOT), *sys.path])})
+
+
 def test_computes_in_float32_by_default():
     settings = live().engine.graphs["main"].model
     assert settings.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32

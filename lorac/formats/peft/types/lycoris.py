@@ -12,6 +12,7 @@ from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import LYCORIS
 from lorac.formats.peft.peft_type import PeftType, Tensors, core_shape, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import Site, SiteKind
+from lorac.limits import check_time
 from lorac.variants.base import Variant
 from lorac.variants.lokr import LoHa, LoKr, factors
 
@@ -156,9 +157,10 @@ def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[st
 
 def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: int) -> tuple[int, tuple[int, ...]]:
     """Return (n, kernel) of a flat w2_b (r, n·taps); assume a linear layer where its sizes fit."""
-    for taps in (taps for taps in range(1, columns + 1) if columns % taps == 0):
-        n = columns // taps
-        if factors(m * n, read_factor(variant.decompose_factor)) == (m, n):
+    for taps in range(1, columns + 1):
+        check_time(taps)  # a tensor without values may have any number of columns
+        n, rest = divmod(columns, taps)
+        if not rest and factors(m * n, read_factor(variant.decompose_factor)) == (m, n):
             return n, (taps, 1) if taps > 1 else ()
     expected = f"no layer is so divided by decompose_factor={variant.decompose_factor}"
     raise mismatched_shapes(path, stored, expected)
