@@ -3,11 +3,11 @@
 python -m campaigns.soak [--operations N] [--seed N] [--processes N] [--json FILE]
 
 Ten methods on one small host, some of whose layers have a forward of their own or are read by others, in eager, in ONNX
-Runtime and, where it is installed, in OpenVINO, live and fused. One thread swaps, and is interrupted by signals and by failures injected into what it
-calls; another adds and removes adapters, and fails at it; others call, with the active choice, with one of their own,
-or with one for each row. Now and then the model is saved and loaded. Every answer is held against the bits of a fresh
-model of that choice: a mismatch belongs to another choice than the one that was active for certain, or to none. Errors
-are counted where they are none of lorac's.
+Runtime and, where it is installed, in OpenVINO, live and fused. One thread swaps, and is interrupted by signals and by
+failures injected into what it calls; another adds and removes adapters, and fails at it; others call, with the active
+choice, with one of their own, or with one for each row. Now and then the model is saved and loaded. Every answer is
+held against the bits of a fresh model of that choice: a mismatch belongs to another choice than the one that was active
+for certain, or to none. Errors are counted where they are none of lorac's.
 """
 
 from __future__ import annotations

@@ -149,7 +149,9 @@ def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[st
     second = (CORE, *second) if CORE in stored else second
     axes = {W2: (2, 3, 4), CORE: (4,)}
     both = W2 in second and CORE in second
-    if both or set(stored) != {*first, *second} or any(t.ndim not in axes.get(n, (2,)) for n, t in stored.items()):
+    # A tensor without values may have any number of columns, which the search for a kernel would go through.
+    odd = (t.ndim not in axes.get(n, (2,)) or not t.numel() for n, t in stored.items())
+    if both or set(stored) != {*first, *second} or any(odd):
         expected = f"{W1} is (l, m), {W2} (k, n), with out = l·k and in = m·n; or each in two factors"
         raise mismatched_shapes(path, stored, expected)
     return first, second
@@ -158,7 +160,7 @@ def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[st
 def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: int) -> tuple[int, tuple[int, ...]]:
     """Return (n, kernel) of a flat w2_b (r, n·taps); assume a linear layer where its sizes fit."""
     for taps in range(1, columns + 1):
-        check_time(taps)  # a tensor without values may have any number of columns
+        check_time(taps)
         n, rest = divmod(columns, taps)
         if not rest and factors(m * n, read_factor(variant.decompose_factor)) == (m, n):
             return n, (taps, 1) if taps > 1 else ()
