@@ -182,11 +182,10 @@ class AdapterTrainer(Trainer):
             return super().train(None if found is None else str(found.folder), *args, **settings)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if (name := self.args.metric_for_best_model) is not None:
-            wanted = f"eval_{name.removeprefix('eval_')}"
-            if wanted not in metrics:
-                known = [key.removeprefix("eval_") for key in metrics]
-                raise not_one_of("no evaluation gives the metric_for_best_model", name, known)
+        name = self.args.metric_for_best_model
+        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            known = [key.removeprefix("eval_") for key in metrics]
+            raise not_one_of("no evaluation gives the metric_for_best_model", name, known)
         return super()._determine_best_metric(metrics, trial)
 
     @functools.cached_property
