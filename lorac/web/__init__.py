@@ -20,7 +20,6 @@ from lorac.web.texts import describe_tokenizer
 __all__ = ["export_web"]
 
 CONTENTS = "web.json"
-FORMAT = 1
 _PAGE = Path(__file__).parent / "page"
 _FOLLOWED = ("do_sample", "eos_token_id", "repetition_penalty", "temperature", "top_k", "top_p")
 _WITHOUT_EFFECT = {  # on a page's tokens: each call sets the length
@@ -69,12 +68,11 @@ def export_web(
     program = read_program(manifest.files, fields["program"]["graphs"][MAIN_GRAPH]["slots"])
     tokenizer = describe_tokenizer(manifest.files)
     generation = _describe_generation(fields["components"][MAIN_GRAPH]["generation"])
-    adapters: dict[str, Any] = {}
-    for name, entry in fields["adapters"].items():
-        file = entry["portable"].get(MAIN_GRAPH)
-        if file is not None:
-            content = open_checked(manifest.folder, file, fields["files"][file]).read()
-            adapters[name] = {"method": entry["variant"], "content": content}
+    adapters = {
+        name: {"method": entry["variant"], "content": open_checked(manifest.folder, file, fields["files"][file]).read()}
+        for name, entry in fields["adapters"].items()
+        if (file := entry["portable"].get(MAIN_GRAPH)) is not None
+    }
     missing = sorted(fields["adapters"].keys() - adapters.keys()) if program["slots"] else []
     if missing:
         warn(
@@ -93,7 +91,7 @@ def export_web(
             write = functools.partial(write_parts, staged / "files", part_mib << 20)
             contents: dict[str, Any] = {
                 **program,
-                "lorac_web": FORMAT,
+                "lorac_web": 1,  # the form of this file
                 "lorac": VERSION,
                 "graphs": {name: write(graph) for name, graph in program["graphs"].items()},
                 "weights": {name: write(*pieces) for name, pieces in program["weights"].items()},
@@ -130,9 +128,9 @@ def _describe_generation(settings: JsonMapping) -> dict[str, object]:
     """Return the generation settings of a model that a page supports; warn of the others."""
     ignored = [name for name in settings if name[0] != "_" and name not in {*_FOLLOWED, *_WITHOUT_EFFECT}]
     if ignored:
-        named = [f"{name}={settings[name]!r}" for name in ignored]
+        named = list_some([f"{name}={settings[name]!r}" for name in ignored], quote="")
         warn(
-            f"a page does not follow the model's generation settings {list_some(named, quote='')}",
+            f"a page does not follow the model's generation settings {named}",
             next_step="leave them out, and compiled.generate writes as the page does",
         )
     return {name: settings[name] for name in _FOLLOWED if name in settings}

@@ -13,10 +13,8 @@ from lorac.errors import Unavailable
 PACKAGE = Path(__file__).parent / "package"  # lorac-web, as npm publishes it
 _FILES = {
     "onnxruntime-web": (
-        "dist/ort.wasm.bundle.min.mjs",
-        "dist/ort-wasm-simd-threaded.wasm",
-        "dist/ort.webgpu.bundle.min.mjs",
-        "dist/ort-wasm-simd-threaded.asyncify.wasm",
+        *(f"dist/ort.{device}.bundle.min.mjs" for device in ("wasm", "webgpu")),
+        *(f"dist/ort-wasm-simd-threaded{form}.wasm" for form in ("", ".asyncify")),
     ),
     "@huggingface/tokenizers": ("dist/tokenizers.min.mjs", "LICENSE"),
     "@huggingface/jinja": ("dist/index.js", "LICENSE"),

@@ -56,8 +56,6 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
     for node in walk_nodes(model.graph):
         if node.op_type == "GroupQueryAttention":
             del node.input[_OPERANDS:]
-            while not node.input[-1]:
-                del node.input[-1]
     held = _place_weights(model, weights)
     floats = copy.deepcopy(model)
     float_bytes = _dequantise(floats)
@@ -67,7 +65,6 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
             slot, dims = known[value.name], value.type.tensor_type.shape.dim
             rank = next((axis for axis, dim in enumerate(dims) if dim.dim_param.endswith(":rank")), -1)
             slots[value.name] = {"role": slot["role"], "sites": slot["members"] or [slot["site"]], "rank": rank}
-    longest = {entry.key: entry.value for entry in model.metadata_props}.get(MAX_LENGTH_KEY)
     graphs = {"float": floats, "codes": model} if float_bytes else {"float": floats}
     return {
         "graphs": {name: graph.SerializeToString() for name, graph in graphs.items()},
@@ -75,7 +72,7 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
         "weights": held,
         "neutral": neutral,
         "slots": slots,
-        "limit": None if longest is None else int(longest),
+        "limit": next((int(entry.value) for entry in model.metadata_props if entry.key == MAX_LENGTH_KEY), None),
     }
 
 
@@ -84,11 +81,10 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
     inputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     if PAST_LENGTHS not in inputs:
         raise Unavailable(
-            "the program keeps no cache, over which a page generates", next_step="compile the model with cache=True"
+            "the program keeps no cache, over which a page generates", next_step="compile with cache=True"
         )
-    own = {IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, *slots}
     for name, dtype in inputs.items():
-        if name not in own and not is_past_input(name):
+        if name not in {IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, *slots} and not is_past_input(name):
             raise Unavailable(
                 f"the program also takes '{name}', and a page gives tokens alone",
                 next_step="export a model that reads text alone",
@@ -100,16 +96,13 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
             )
 
 
-def _take_defaults(model: onnx.ModelProto, weights: dict[str, np.ndarray], slots: Mapping[str, object]) -> bytes:
+def _take_defaults(model: onnx.ModelProto, weights: Mapping[str, np.ndarray], slots: Mapping[str, object]) -> bytes:
     """Remove the slots' default values from a graph, since browsers do not support them; return them as safetensors."""
-    found = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in slots}
-    values = {
-        name: np.ascontiguousarray(weights.pop(name) if name in weights else onnx.numpy_helper.to_array(tensor))
-        for name, tensor in found.items()
-    }
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in found]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    values = {}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in slots]:
+        value = weights[tensor.name] if tensor.name in weights else onnx.numpy_helper.to_array(tensor)
+        values[tensor.name] = np.ascontiguousarray(value)
+        model.graph.initializer.remove(tensor)
     return save(values)
 
 
@@ -118,9 +111,7 @@ def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
     files: dict[str, list[bytes | memoryview]] = {}
     places: dict[tuple[int, int], tuple[str, int]] = {}
     size = _LARGEST_FILE  # a full file, so that the first weight starts a new one
-    for tensor in model.graph.initializer:
-        if (values := weights.get(tensor.name)) is None:
-            continue
+    for tensor, values in [(t, weights[t.name]) for t in model.graph.initializer if t.name in weights]:
         if values.nbytes > _LARGEST_TENSOR:
             raise Unavailable(
                 f"the weight '{tensor.name}' has {values.nbytes} bytes, and arrays of browsers less than 2 GiB",
@@ -136,9 +127,8 @@ def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
             files[name] += [np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, bytes(padding)]
             places[key] = (name, size)
             size += values.nbytes + padding
-        location, offset = places[key]
         del tensor.external_data[:]
-        for entry, value in {"location": location, "offset": offset, "length": values.nbytes}.items():
+        for entry, value in zip(("location", "offset", "length"), (*places[key], values.nbytes), strict=True):
             tensor.external_data.add(key=entry, value=str(value))
     return files
 

@@ -15,7 +15,6 @@ _SAMPLES = (
     "",
 )
 _TURNS = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "I."), ("user", "Why?"))]
-_CLOCK = "strftime_now"  # the function by which templates name the day
 
 
 def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
@@ -47,13 +46,13 @@ def describe_tokenizer(files: Mapping[str, OpenFile]) -> dict[str, Any]:
 
 def _describe_chat(tokenizer: Any) -> dict[str, Any] | None:
     """Return the chat template, and the text that it makes of an example; None without a template."""
-    found = tokenizer.chat_template
-    template = found.get("default") if isinstance(found, Mapping) else found
-    if template is None:
+    if tokenizer.chat_template is None:
         return None
     try:
+        template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is the model author's code, and may raise any exception
         warn(f"the chat template fails and is left out: {error}", next_step="the page continues texts")
         return None
-    return {"template": template, "turns": _TURNS, "text": None if _CLOCK in template else text}
+    # A template that names the day by this function makes another text tomorrow.
+    return {"template": template, "turns": _TURNS, "text": None if "strftime_now" in template else text}
