@@ -80,9 +80,7 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
     """Refuse a program without a cache, or with inputs that a text page cannot provide."""
     inputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     if PAST_LENGTHS not in inputs:
-        raise Unavailable(
-            "the program keeps no cache, over which a page generates", next_step="compile with cache=True"
-        )
+        raise Unavailable("the program keeps no cache, which a page needs", next_step="compile with cache=True")
     for name, dtype in inputs.items():
         if name not in {IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, *slots} and not is_past_input(name):
             raise Unavailable(
