@@ -16,10 +16,10 @@ from lorac.adapters.lora_conversion import check_error, check_sizes, replace_by_
 from lorac.adapters.truncation import compute_product_svd, find_rank, tail_errors
 from lorac.errors import AdapterError, AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
+from lorac.variants.adaptive_rank import SoRA
 from lorac.variants.base import BranchVariant
 from lorac.variants.lora import LoRA
 from lorac.variants.low_rank import ScaledRank
-from lorac.variants.sora import SoRA
 
 
 @torch.no_grad()

@@ -50,8 +50,8 @@ from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
+from lorac.variants.base_parameters import Full
 from lorac.variants.dora import DoRA
-from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"

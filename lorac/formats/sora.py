@@ -10,8 +10,8 @@ from pathlib import Path
 from lorac.argument_types import JsonMapping
 from lorac.formats._authors import AuthorsFormat, KeyRow, Tensors, required
 from lorac.formats._config_fields import Applied, Field, Irrelevant, TrainingOnly, read_names, read_number, read_size
+from lorac.variants.adaptive_rank import SoRA
 from lorac.variants.base import Variant
-from lorac.variants.sora import SoRA
 
 _DELTAS = "deltas"
 """OpenDelta's word for the parameters that it adds to a model."""

@@ -21,7 +21,7 @@ from lorac.storage.normal_forms import read_normal_forms
 from lorac.storage.open_file import OpenFile
 from lorac.variants.adapter import TOKEN_ROWS, Adapter
 from lorac.variants.base import Variant
-from lorac.variants.full import Full
+from lorac.variants.base_parameters import Full
 from lorac.variants.union import Union
 
 

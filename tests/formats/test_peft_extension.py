@@ -22,7 +22,7 @@ from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, take_tensors
 from lorac.ir.sites.site import SiteKind
-from lorac.variants.ia3 import IA3
+from lorac.variants.entrywise import IA3
 
 
 class GateType(PeftType[IA3]):

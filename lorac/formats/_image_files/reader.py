@@ -29,7 +29,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
-from lorac.variants.ln_tuning import LNTuning
+from lorac.variants.base_parameters import LNTuning
 from lorac.variants.low_rank import ScaledRank
 
 ALPHA = "alpha"

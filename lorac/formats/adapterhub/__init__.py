@@ -25,7 +25,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
 from lorac.variants.dora import DoRA
-from lorac.variants.ia3 import IA3
+from lorac.variants.entrywise import IA3
 from lorac.variants.lora import LoRA
 from lorac.variants.split import Split
 from lorac.variants.union import Union

@@ -16,7 +16,7 @@ from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
-from lorac.variants.ia3 import IA3
+from lorac.variants.entrywise import IA3
 from lorac.variants.lora import LoRA
 from lorac.variants.split import Split
 

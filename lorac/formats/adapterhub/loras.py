@@ -37,7 +37,7 @@ from lorac.ir.sites.site import Site
 from lorac.variants import initialisers
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.dora import DoRA
-from lorac.variants.ia3 import IA3
+from lorac.variants.entrywise import IA3
 from lorac.variants.lora import LoRA
 from lorac.variants.params import ParamSpec
 from lorac.variants.split import Split

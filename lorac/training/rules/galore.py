@@ -25,7 +25,7 @@ from lorac.training.optimizer_state import Group
 from lorac.training.rule import State, spans_processes, trained_terms, unwrap_ddp
 from lorac.training.rules.eight_bit_moments import EightBitMoments, OptimizerMoment
 from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings, copy_state
-from lorac.variants.full import Full
+from lorac.variants.base_parameters import Full
 
 _SIDES = ("std", "reverse_std", "left", "right", "full")
 _PROJECTED = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}

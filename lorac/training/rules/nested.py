@@ -22,8 +22,8 @@ from lorac.errors import ChoiceError
 from lorac.training.optimizer_state import GroupView, view_optimizer
 from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import copy_state
+from lorac.variants.adaptive_rank import DyLoRA
 from lorac.variants.base import Variant
-from lorac.variants.dylora import DyLoRA
 
 
 @dataclass(frozen=True, eq=False)

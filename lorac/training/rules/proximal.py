@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, not_one_of
 from lorac.training.rule import Rule, trained_terms, unwrap_ddp
+from lorac.variants.adaptive_rank import SoRA
 from lorac.variants.base import Variant
-from lorac.variants.sora import SoRA
 
 ChoiceT = TypeVar("ChoiceT")
 

@@ -16,7 +16,7 @@ from lorac.errors import AdapterNotFound, ChoiceError
 from lorac.training.rule import State, unwrap_ddp
 from lorac.training.rules.pairs import FROM_1, SHARE, Pair, PairRule, SettingRange, check_settings
 from lorac.variants.adapter import Adapter
-from lorac.variants.full import Full
+from lorac.variants.base_parameters import Full
 from lorac.variants.lora import LoRA
 
 _ROUNDING = 1e-9

@@ -12,8 +12,8 @@ from torch import Tensor
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
 from lorac.ir.sites.site import Site
+from lorac.variants.entrywise import IA3
 from lorac.variants.glora import GLoRA
-from lorac.variants.ia3 import IA3
 
 _EXCHANGED = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
 

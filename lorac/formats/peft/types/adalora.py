@@ -22,7 +22,7 @@ from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.formats.peft.types.lora import FIELDS as LORA_FIELDS
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.variants.adalora import AdaLoRA
+from lorac.variants.adaptive_rank import AdaLoRA
 
 _NEVER = "train the adapter again without it: PEFT's AdaLoRA refuses it, too"
 

@@ -21,7 +21,7 @@ from lorac.formats.peft.fields import COMMON, STARTED
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, read_factors, write_factors
 from lorac.ir.sites.site import Site
 from lorac.variants.base import MATRIX_KINDS
-from lorac.variants.hira import HiRA
+from lorac.variants.entrywise import HiRA
 
 MATRICES = ("hira_A", "hira_B")
 EMBEDDING = ("hira_embedding_A", "hira_embedding_B")

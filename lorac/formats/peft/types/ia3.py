@@ -15,7 +15,7 @@ from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import COMMON, EXCLUDE
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.variants.ia3 import IA3
+from lorac.variants.entrywise import IA3
 
 SCALE = "ia3_l"
 

@@ -25,7 +25,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import COMMON, EXCLUDE, LAYERS, PATTERNS, STARTED, WITHOUT_FAN, bias, own
 from lorac.formats.peft.peft_type import PlainType, Tensors
 from lorac.ir.sites.site import Site
-from lorac.variants.beft import BEFT
+from lorac.variants.base_parameters import BEFT
 from lorac.variants.c3a import C3A
 from lorac.variants.delora import DeLoRA
 from lorac.variants.glora import GLoRAHadamard

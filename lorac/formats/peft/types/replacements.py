@@ -12,7 +12,7 @@ from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
 from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
-from lorac.variants.ln_tuning import LNTuning
+from lorac.variants.base_parameters import LNTuning
 from lorac.variants.trainable_tokens import TrainableTokens, rows_of
 
 

@@ -1,15 +1,19 @@
-"""(IA)³: trained vectors that scale activations.
+"""Methods that multiply the entries of a weight: by vectors, or by a low-rank matrix.
 
-Liu et al. 2022, arXiv 2205.05638; the scaled side of a layer as in PEFT.
+(IA)³: Liu et al. 2022, arXiv 2205.05638; the scaled side of a layer as in PEFT.
+HiRA: Huang et al., ICLR 2025, OpenReview TwJrTz9cRS (not on arXiv); names and initialisation as in PEFT's HIRA.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+from lorac.argument_types import Count
 from lorac.ir.sites.patterns import match_pattern
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones
+from lorac.variants.low_rank import InputDropout, peft_factor_specs
 
 _ALL = ".*"
 
@@ -56,3 +60,26 @@ class IA3(WeightVariant):
 
     def new_bias(self, b: Tensor, p: Params) -> Tensor:
         return b if self.feedforward or not self.scales_bias else b * p.ia3_l[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiRA(InputDropout, WeightVariant):
+    """``W' = W∘(1 + B·A)``: proportional to W, and so of high rank. There is no scale.
+
+    Attributes:
+        r: rank of B·A.
+        rank_pattern: module pattern -> r of these modules.
+    """
+
+    r: Count = 32
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    name = "hira"
+    paper = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, OpenReview TwJrTz9cRS"
+    patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return peft_factor_specs(site, self.r, "hira")
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        return W * (1 + p.hira_B @ p.hira_A)

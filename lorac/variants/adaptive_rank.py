@@ -1,6 +1,7 @@
-"""AdaLoRA: low-rank factors with singular values between them; training prunes the less important values.
+"""Low-rank methods whose rank changes in training or after it.
 
-Zhang et al. 2023, arXiv 2303.10512; shapes, initialisation and scale as in PEFT's ADALORA.
+AdaLoRA: Zhang et al. 2023, arXiv 2303.10512; shapes, initialisation and scale as in PEFT's ADALORA.
+SoRA: Ding et al., EMNLP 2023, arXiv 2311.11696. DyLoRA: Valipour et al. 2022, arXiv 2210.07558.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from lorac.argument_types import Count
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, zeros
-from lorac.variants.low_rank import InputDropout
+from lorac.variants.low_rank import InputDropout, LowRankFields, factor_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +51,46 @@ class AdaLoRA(InputDropout, WeightVariant):
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return W + self.scale * (p.lora_B @ (p.lora_E * p.lora_A))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoRA(LowRankFields, WeightVariant):
+    """``W' = W + (alpha/r)·B·diag(g)·A``; the scale keeps the initial r, however many gates g (r,) become 0.
+
+    Attributes:
+        r: largest rank, the paper's r_max.
+    """
+
+    alpha: float = 16
+
+    name = "sora"
+    paper = "Sparse Low-rank Adaptation of Pre-trained Language Models, arXiv 2311.11696"
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return factor_specs(site, self.r) | {"gate": ParamSpec((self.r,), normal(1.0), decay=False)}
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        return W + self.scale * ((p.lora_B * p.gate) @ p.lora_A)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyLoRA(LowRankFields, WeightVariant):
+    """``W' = W + (alpha/b)·B[:, :b]·A[:b]`` at rank b, from 1 to r; ``Active(rank=b)`` chooses it, r is the default.
+
+    Attributes:
+        r: largest rank.
+        alpha: the scale at rank b is alpha/b.
+    """
+
+    name = "dylora"
+    paper = (
+        "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation, "
+        "arXiv 2210.07558"
+    )
+    truncatable = 1.0
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return factor_specs(site, self.r)
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        return W + self.scale * (p.lora_B @ p.lora_A)
