@@ -42,28 +42,46 @@ TAGS = {
     "adding.md": "plugin, entry point, custom backend, new pass",
     "aoti.md": "AOTInductor, torch.export, pt2, ExportedProgram, ExecuTorch, torch.compile",
     "benchmarks.md": "speed, performance, latency, throughput, tokens per second",
-    "capacity.md": "multi-LoRA, hot swap, batch, memory, RAM, threads, concurrency, LRU cache",
+    "capacity.md": "multi-LoRA, hot swap, batch, memory, RAM, OOM, out of memory, threads, concurrency, LRU cache",
     "convert.md": "export, conversion, GGUF, Ollama, SVD, rank reduction, SGLang, kohya",
-    "diffusion.md": "Stable Diffusion, SDXL, Flux, text-to-image, ControlNet, video",
+    "diffusion.md": "Stable Diffusion, SDXL, Flux, text-to-image, ControlNet, img2img, inpainting, video",
     "files.md": "safetensors, checkpoint, download, hub, Hugging Face, S3, push_to_hub, offline",
-    "from-peft.md": "migrate, get_peft_model, PeftModel, merge_and_unload, set_adapter, load_adapter, aLoRA",
-    "generate.md": "LLM, chat, inference, KV cache, streaming, beam search, sampling, speculative decoding",
-    "images.md": "vision, ViT, ResNet, timm, torchvision, detector, segmentation, dynamic_shapes, dynamic sizes",
+    "from-peft.md": (
+        "migrate, get_peft_model, PeftModel, merge_and_unload, set_adapter, load_adapter, delete_adapter, "
+        "unload adapter, aLoRA"
+    ),
+    "generate.md": (
+        "LLM, chat, inference, KV cache, streaming, beam search, sampling, speculative decoding, prompt tuning, "
+        "prefix tuning, VLM, multimodal, Mamba"
+    ),
+    "images.md": (
+        "vision, ViT, ResNet, CNN, timm, torchvision, detector, object detection, YOLO, segmentation, dynamic_shapes, "
+        "dynamic sizes"
+    ),
     "initialisation.md": "PiSSA, LoRA-GA, EVA, init_lora_weights, first values",
-    "install.md": "install, pip, CUDA, wheel, requirements, Windows, macOS, GPU",
+    "install.md": "install, pip, CUDA, wheel, requirements, Windows, macOS, Apple Silicon, M1, Python version, GPU",
     "merging.md": "merge, TIES, DARE, SLERP, mergekit, model soup, task arithmetic, federated",
     "mixing.md": "LoRA scale, weighted adapters, blend, strength, router, mixture of experts, combine adapters",
-    "modes.md": "fp16, bf16, half precision, quantize, quantization, int8, int4, 4-bit, bitsandbytes, NF4, GPU",
+    "modes.md": (
+        "fp16, bf16, half precision, quantize, quantization, int8, int4, 4-bit, bitsandbytes, NF4, GPTQ, AWQ, GPU, "
+        "ROCm, AMD"
+    ),
     "openvino.md": "OpenVINO, Intel, NPU",
     "own-method.md": "custom method, new method, formula, research",
     "rules.md": "optimizer, LoRA+, GaLore, ReLoRA",
-    "serving.md": "OpenAI, API server, REST, Kubernetes, k8s, Prometheus, metrics, multi-tenant, embeddings, Ray",
+    "serving.md": (
+        "OpenAI, API server, REST, Kubernetes, k8s, Prometheus, metrics, multi-tenant, embeddings, Ray, tool calling, "
+        "function calling, structured output, JSON mode"
+    ),
     "tensorrt.md": "NVIDIA, TensorRT, TRT, refit",
     "tour.md": "tutorial, notebook, example, quickstart, getting started",
-    "training.md": "fine-tune, fine-tuning, SFT, DPO, GRPO, TRL, Trainer, QLoRA, FSDP, accelerate",
+    "training.md": (
+        "fine-tune, fine-tuning, SFT, DPO, GRPO, TRL, Trainer, QLoRA, FSDP, DDP, torchrun, multi GPU, accelerate, "
+        "wandb, TensorBoard, resume training, dataset, hyperparameters"
+    ),
     "troubleshooting.md": "error message, exception, traceback",
     "which.md": "alternatives, comparison, versus, vLLM, llama.cpp, OpenVINO GenAI",
-    "without-lorac.md": "docker, Dockerfile, ONNX, browser, JavaScript, C++, C#, Java, deploy, edge",
+    "without-lorac.md": "docker, Dockerfile, ONNX, browser, JavaScript, npm, C++, C#, Java, Rust, Go, deploy, edge",
 }
 """Page -> words that people search for. The site's search finds them before titles and text, and shows them."""
 LISTS: dict[str, Callable[[], list[str]]] = {"compiled": _compiled, "method": _methods, "error": _errors}

@@ -72,15 +72,16 @@ class Bounds(Limit):
 
 @dataclass(frozen=True)
 class OneOf(Limit):
-    """A choice among names."""
+    """A choice among names; ``also`` describes the admitted values that are not names."""
 
     names: Collection[str]
+    also: str = ""
 
     def admits(self, value: object, fields: Mapping[str, object]) -> bool:
         return not isinstance(value, str) or value in self.names
 
     def describe(self, fields: Mapping[str, object]) -> str:
-        return ", ".join(self.names)
+        return ", ".join(self.names) + self.also
 
     def nearest(self, value: object) -> str | None:
         return nearest_name(str(value), self.names)
@@ -187,6 +188,7 @@ def format_type(annotation: object) -> str:
     if annotation is type(None):
         return "None"
     name = getattr(typing.get_origin(annotation) or annotation, "__name__", str(annotation))
+    name = {"Mapping": "dict", "Sequence": "list"}.get(name, name)
     return (
         f"{name}[{', '.join('...' if one is Ellipsis else format_type(one) for one in inner)}]" if inner else str(name)
     )

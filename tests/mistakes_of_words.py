@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import copy
 
+from torch.export import Dim
+
 import lorac
 from tests.mistakes import Mistake, lora, sites
 
 WORDS = [
     Mistake("another target's name", lambda w: w.compile(target="onnx"), lambda w, said: w.compile(target="eager")),
     Mistake("a target that does not exist", lambda w: w.compile(target="coreml")),
-    Mistake("a device as the target", lambda w: w.compile(target="cuda")),
+    Mistake(
+        "a device as the target",
+        lambda w: w.compile(target="cuda"),
+        lambda w, said: w.again(target="onnxruntime", device="cpu", example_inputs=w.inputs, self_test=False),
+    ),
     Mistake("another mode's name", lambda w: w.compile(mode="merged")),
-    Mistake("an option that the target lacks", lambda w: w.compile(quantize=True)),
+    Mistake("an option that the target lacks", lambda w: w.compile(quantize=True), lambda w, said: w.quantised()),
+    Mistake(
+        "another library's option",
+        lambda w: w.again(target="onnxruntime", load_in_4bit=True),
+        lambda w, said: w.quantised(),
+    ),
+    Mistake("a cache in eager mode", lambda w: w.compile(cache=True), lambda w, said: w.compile(target="eager")),
+    Mistake(
+        "an axis that is a text",
+        lambda w: w.captured(example_inputs=w.inputs, dynamic_shapes={name: {0: "rows"} for name in w.inputs}),
+        lambda w, said: w.captured(
+            example_inputs=w.inputs, dynamic_shapes={name: {0: Dim("rows")} for name in w.inputs}
+        ),
+    ),
     Mistake("an option as text", lambda w: w.compile(self_test="no")),
     Mistake("a name of another family's layers", lambda w: w.compile({"a": lora(targets=["c_attn"])}), sites),
     Mistake(

@@ -78,7 +78,7 @@ def resize(adapter: Adapter, rank: int | None = None, *, tolerance: float | None
         CompileError: an error exceeds ``tolerance`` at this rank.
     """
     if rank is None and tolerance is None:
-        raise OptionError("rank= or tolerance= is needed", next_step="give one of them, or both")
+        raise OptionError("a resize needs rank= or tolerance=", next_step="give one of them, or both")
     check_sizes(rank, tolerance)
 
     def choose(s: Tensor) -> int:

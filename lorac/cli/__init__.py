@@ -22,7 +22,7 @@ from typing import Annotated, TextIO
 import typer
 
 from lorac.cli import adapters, artifacts, demo, merging, models, serving, training
-from lorac.cli._output import SHOWS_ALL, format_error, reword_step
+from lorac.cli._output import SHOWS_ALL, format_error, reword
 from lorac.cli._user_modules import add_import_option
 from lorac.errors import LoracError, LoracWarning, translate_import_errors
 from lorac.version import VERSION
@@ -78,8 +78,7 @@ def main() -> None:
     except BrokenPipeError:
         code = REFUSED
     except LoracError as error:
-        step = reword_step(error.next_step or "", typer.main.get_command(app))
-        code = _print_error(error, format_error(error).removesuffix(error.next_step or "") + step, REFUSED)
+        code = _print_error(error, reword(format_error(error), typer.main.get_command(app)), REFUSED)
     except Exception as error:
         message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {SHOWS_ALL} …` shows where"
         code = _print_error(error, message, OUR_FAULT)

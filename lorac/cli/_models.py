@@ -75,11 +75,10 @@ def load_compiled(
             )
         return lorac.load(folder, trust=trust, **more)
     if ":" not in spec and not folder.exists():
-        folders = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
         raise OptionError(
             f"'{spec}' is neither a compiled folder nor a model",
-            nearest=nearest_name(folder.name, folders),
-            next_step=f"give another: {COMPILED_HELP}",
+            nearest=_nearest_folder(folder, MANIFEST, CONFIG),
+            next_step=f"give a{COMPILED_HELP[1:]}",
         )
     if trust:
         raise OptionError(f"'{spec}' is a model, and --trust is for compiled folders", next_step="leave it out")
@@ -87,6 +86,11 @@ def load_compiled(
     compiled = lorac.compile(model, parse_adapters(adapters), **more, **options)
     compiled.tokenizer = tokenizer
     return compiled
+
+
+def _nearest_folder(meant: Path, *files: str) -> str | None:
+    """Return the folder next to a missing one that has the most similar name and one of these files."""
+    return nearest_name(meant.name, [found.parent.name for name in files for found in meant.parent.glob(f"*/{name}")])
 
 
 def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
@@ -107,7 +111,7 @@ def load_found_model(spec: Path) -> tuple[nn.Module, object]:
 
     module, separator, function = str(spec).partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
-        raise OptionError(f"'{spec}' is not a model", next_step=ANOTHER_MODEL)
+        raise OptionError(f"'{spec}' is not a model", nearest=_nearest_folder(spec, CONFIG), next_step=ANOTHER_MODEL)
     sys.path.insert(0, os.getcwd())
     try:
         returned = attrgetter(function)(importlib.import_module(module))()

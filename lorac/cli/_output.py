@@ -28,11 +28,17 @@ _CALLS = {
     "lorac.to_lora(adapter, model)": "`lorac convert --model MODEL`",
     "lorac.load_adapter(path, model, fix_names=True)": "`lorac convert ADAPTER OUT --model MODEL --fix-names`",
     "import its module": "give --import MODULE",
-    "give it to compile in adapters=, or add it by add_adapter(source, name=...)": (
+    "give it in adapters=, or add it by add_adapter(source, name=...)": (
         "`lorac inspect FOLDER` lists the adapters; `lorac compile MODEL -o FOLDER -a NAME=PATH` takes others"
     ),
+    "give its path to lorac.compile(model, adapters), or read it by lorac.load_adapter(path)": (
+        "`lorac inspect ADAPTER` reads it; `lorac compile MODEL -a ADAPTER -o FOLDER` makes a folder with it"
+    ),
+    "lorac.load(folder) runs it, with its adapters in it": "`lorac inspect FOLDER` shows it, with its adapters",
+    "write the module names out, as a list": "write the names of modules, as q_proj,v_proj",
+    "adapter '(command line)' targets": "--targets is",
 }
-"""Next step in Python -> the same step on the command line."""
+"""Words of an error in Python -> the same on the command line."""
 _UNLIMITED_WIDTH = 1_000_000
 """Columns where the output is not a terminal, so that nothing is cut or wrapped."""
 
@@ -87,10 +93,10 @@ def format_error(error: LoracError) -> str:
 
 
 def name_options(step: str, words: Sequence[str], options: Mapping[str, Collection[str]]) -> str:
-    """Return a next step with options in place of arguments of Python.
+    """Return an error's text with options in place of arguments of Python.
 
     Args:
-        step: the next step of the error.
+        step: the text, or its next step.
         words: the words of the command line.
         options: command -> its options; the options of the running command and of commands in ``step`` are used.
     """
@@ -106,10 +112,10 @@ def name_options(step: str, words: Sequence[str], options: Mapping[str, Collecti
     return _ARGUMENT.sub(name_option, step)
 
 
-def reword_step(step: str, group: Any) -> str:
-    """Return a next step in the words of the command line that runs, one of a group's commands."""
+def reword(message: str, group: Any) -> str:
+    """Return an error's message in the words of the command line that runs, one of a group's commands."""
     options = {name: {text for one in command.params for text in one.opts} for name, command in group.commands.items()}
-    return name_options(step, sys.argv[1:], options)
+    return name_options(message, sys.argv[1:], options)
 
 
 def _to_json(value: object) -> object:

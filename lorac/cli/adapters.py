@@ -13,7 +13,7 @@ import typer
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_check, format_contents
 from lorac.cli._models import load_found_model, load_model
-from lorac.cli._output import JsonOption, complete_names, format_number, make_table, print_report, reword_step
+from lorac.cli._output import JsonOption, complete_names, format_number, make_table, print_report, reword
 from lorac.errors import FormatError, LoracError, OptionError, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
@@ -105,7 +105,7 @@ def check(
         for path in adapters:
             report.step(str(path))
             one = lorac.check(path, host, for_=engine or None)
-            steps = tuple(reword_step(step, context.find_root().command) for step in one.repairs)
+            steps = tuple(reword(step, context.find_root().command) for step in one.repairs)
             for word, value in {"ADAPTER": str(path), "MODEL": model or "MODEL"}.items():
                 quoted = shlex.quote(value).replace("\\", r"\\")
                 steps = tuple(re.sub(rf"\b{word}\b", quoted, step) for step in steps)

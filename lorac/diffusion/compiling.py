@@ -115,7 +115,7 @@ def _select(pipeline: Pipeline, parts: Collection[str] | None) -> dict[str, nn.M
 def _check_pipeline(pipeline: object) -> None:
     if isinstance(pipeline, CompiledPipeline):
         raise CompileError(
-            "the pipeline is compiled already", next_step="compile the pipeline that it was made of, which is unchanged"
+            "the pipeline is compiled already", next_step="compile the original pipeline, which is unchanged"
         )
     if not isinstance(getattr(pipeline, "components", None), Mapping):
         raise CompileError(

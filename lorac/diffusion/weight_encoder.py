@@ -46,7 +46,7 @@ class WeightEncoder(nn.Module):
     def __init__(self, sizes: Sizes, width: int, *, layers: int = 2, probes: int = 1) -> None:
         super().__init__()
         if probes < 1:
-            raise OptionError(f"probes={probes} would read nothing of an adapter", next_step="give 1 or more")
+            raise OptionError(f"an encoder with probes={probes} reads nothing", next_step="give 1 or more")
         self.sizes, self.width, self.probes = dict(sizes), width, probes
         sites = nn.ModuleDict({submodule_name(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
         kinds = {projection_name(path, gives): probes * gives for path, (_, gives) in sizes.items()}

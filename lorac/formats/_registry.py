@@ -19,7 +19,7 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._outlines import AdapterOutline
 from lorac.formats.checkpoint import CheckpointFormat
-from lorac.formats.reading import AdapterFile
+from lorac.formats.reading import PICKLES, AdapterFile
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
@@ -229,7 +229,7 @@ def _find_format(file: AdapterFile) -> Format:
         if separator
         else f"'{path}' is an adapter of no known format; docs/formats.md says how formats are recognised: "
         + ", ".join(formats()),
-        next_step=step or _suggest_path(path),
+        next_step=step or "give the folder that PEFT wrote, or a file of lorac's own",
         code="unknown_format",
     )
 
@@ -244,22 +244,19 @@ def _describe_other(file: AdapterFile) -> str | None:
         return f"without adapter_config.json next to {(lone or [file.path.name])[0]}: download the whole folder"
     if _INVERSION & names or any(name.startswith("<") and name.endswith(">") for name in names):
         return "an embedding of textual inversion, not an adapter: load_textual_inversion of a pipeline loads it"
-    kind = (
-        "an empty folder: give the one that PEFT wrote" if file.path.is_dir() and not any(file.path.iterdir()) else None
-    )
-    if any(name.endswith("norm.weight") for name in names):
-        kind = "the weights of a whole model: `lorac extract TUNED BASE OUT` makes an adapter of the folders of two"
-    return kind or file.describe_mistake()
-
-
-def _suggest_path(path: Path) -> str:
-    """Return the next step for a path that is not an adapter, such as the path that was probably meant."""
+    path = file.path
+    inner = sorted(path.iterdir()) if path.is_dir() else [path]
+    if not inner:
+        return "an empty folder: give the one that PEFT wrote"
     if path.name == MANIFEST or (path / MANIFEST).is_file():
-        return "it is a compiled model: lorac.load(folder) runs it, with its adapters in it"
+        return "a compiled model, not an adapter: lorac.load(folder) runs it, with its adapters in it"
     # PEFT writes an adapter that is not named 'default' into a subfolder with the adapter's name.
-    nested = [inner for inner in sorted(path.iterdir()) if is_adapter(inner)] if path.is_dir() else []
-    if nested:
-        return f"did you mean {', '.join(repr(str(inner)) for inner in nested[:3])}?"
+    if nested := [one for one in inner if one != path and is_adapter(one)]:
+        return f"a folder of adapters: did you mean {', '.join(repr(str(one)) for one in nested[:3])}?"
     if (path / "config.json").is_file():
-        return "it is a model: give the folder that PEFT wrote of the adapter, or a file of lorac's own"
-    return "give the folder that PEFT wrote, or a file of lorac's own"
+        return "a model, not an adapter: give the folder that PEFT wrote of the adapter, or a file of lorac's own"
+    if any(name.endswith("norm.weight") for name in names):
+        return "the weights of a whole model: `lorac extract TUNED BASE OUT` makes an adapter of the folders of two"
+    is_pickle = file.suffix in PICKLES and path.is_file()
+    other = "a pickle of no known adapter: give the folder that PEFT wrote, or a file of lorac's own"
+    return file.describe_mistake() or (other if is_pickle else None)

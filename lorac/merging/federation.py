@@ -69,7 +69,7 @@ class FederatedStack:
         given = dict.fromkeys(adapters, 1.0) if weights is None else weights
         if given.keys() != adapters.keys() or not adapters or min(given.values()) <= 0:
             raise ChoiceError(
-                f"the clients of a round are {', '.join(adapters) or 'none'}, and their weights {dict(given)}",
+                f"the round has the clients {', '.join(adapters) or 'none'} and the weights {dict(given)}",
                 next_step="give each client a weight above 0, such as the number of its samples",
             )
         contributions = {client: Contribution(adapter, float(given[client])) for client, adapter in adapters.items()}

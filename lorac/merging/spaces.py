@@ -35,8 +35,7 @@ def merge_factors(combine: Combine, terms: SiteTerms) -> Change:
     ranks = sorted({pair.a.shape[-2] for pair in pairs if pair is not None})
     if len(ranks) > 1:
         raise ChoiceError(
-            f"the factors at '{terms.path}' have the ranks {', '.join(map(str, ranks))}, and cannot be added one by "
-            "one",
+            f"the factors at '{terms.path}' have different ranks, {', '.join(map(str, ranks))}, and cannot be added",
             next_step="give space='deltas', which takes any ranks, or change one by lorac.to_lora(adapter, rank=…)",
         )
     first = next(pair for pair in pairs if pair is not None)

@@ -98,7 +98,7 @@ class Replay:
         """Copy a node, with the copies of its operands; an adapted op becomes its form in the pass."""
         if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             raise CompileError(
-                f"an adapter's own pass before the call cannot repeat {node.target}, which writes in place",
+                f"an adapter needs a first pass of its own, which cannot repeat {node.target}: that op writes in place",
                 next_step="switch the model's in-place operations (inplace=True) off",
             )
         with self.graph.fx.inserting_before(self.before):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODEL_HELP = (
     f"A folder saved by transformers or diffusers, {NAME_FORMS}; or package.module:function returning an nn.Module."
 )
-ANOTHER_MODEL = f"give another: {MODEL_HELP}"
+ANOTHER_MODEL = f"give a{MODEL_HELP[1:]}"
 CONFIG = "config.json"
 _PIPELINE = "model_index.json"
 _LIBRARIES = {"_class_name": "diffusers", "architectures": "transformers"}

@@ -54,7 +54,7 @@ def unknown_attribute(compiled: object, name: str) -> AttributeError:
     if not name.startswith("_") and hasattr(nn.Module, name):
         return EagerOnly(
             f"a {cls} has no '{name}': it is not an nn.Module",
-            next_step="compile with target='eager' to train or move it",
+            next_step="compile with target='eager' to train it, or with device= or dtype= to move or cast it",
         )
     return UnknownAttribute(
         f"a {cls} has no '{name}'",
@@ -107,8 +107,8 @@ def _describe_rows(session: Session, switch: ChoiceSwitch) -> str:
     if why is not None:
         return f"a call for each choice, since {why}"
     most = min((places for graph in graphs if (places := engine.most_places(graph)) is not None), default=None)
-    said = f"one call for any choices, in D places of each slot; D is 1 to {most or 'the number of rows'}"
-    return f"{said}: neighbours with one choice share a place where their groups are multiples of one size"
+    limit = f", up to {most} choices" if most else ""
+    return f"one call for any mix of adapters{limit}; it reads less memory if rows with one adapter are neighbours"
 
 
 def _why_apart(session: Session, switch: ChoiceSwitch) -> dict[str, str]:

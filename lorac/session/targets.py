@@ -4,17 +4,22 @@ Another package offers a target by an entry point of the group ``lorac.backends`
 ``module:object`` of its ``lorac.target.backend.Backend``.
 """
 
+import contextlib
+import dataclasses
 import functools
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorac import backends
 from lorac.discovery import list_entry_points, list_modules
-from lorac.errors import EXTRAS, MissingExtra, not_one_of
+from lorac.errors import EXTRAS, MissingExtra, OptionError, not_one_of
 from lorac.target.backend import Backend, TargetOptions
 
 GROUP = "lorac.backends"
 _ATTRIBUTE = "BACKEND"
+_MEANT = dict.fromkeys(("quantize", "quantization", "load_in_4bit", "load_in_8bit"), "weights")
+"""Names of other libraries -> lorac's option."""
 
 
 def targets() -> tuple[str, ...]:
@@ -30,6 +35,9 @@ def find_backend(target: str) -> Backend[TargetOptions]:
         MissingExtra: a library that it needs is not installed.
     """
     known = targets()
+    if target.partition(":")[0] in {"cpu", "cuda", "gpu"}:
+        step = "name both: target='onnxruntime', device='cuda'; target='eager' runs on the model's own device"
+        raise OptionError(f"'{target}' is a device, not a target", next_step=step)
     if target not in known:
         raise not_one_of("there is no target", target, known)
     try:
@@ -41,6 +49,31 @@ def find_backend(target: str) -> Backend[TargetOptions]:
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or target, target if target in EXTRAS.values() else None) from error
     return backend
+
+
+def parse_options(target: str, options: Mapping[str, object]) -> TargetOptions:
+    """Parse those keyword arguments of ``compile`` that are a target's options.
+
+    Raises:
+        OptionError: the target has no such option; the message names another target that has it.
+    """
+    backend = find_backend(target)
+    for name in options.keys() - _names(target):
+        meant = _MEANT.get(name, name)
+        others = (other for other in _built_in_targets() if meant in _names(other))
+        found = target if meant in _names(target) else next(others, None)
+        if found is not None:
+            step = f"give {meant}=" if found == target else f"leave it out, or compile with target='{found}'"
+            nearest = None if meant == name else meant
+            raise OptionError(f"target '{target}' has no option '{name}'", nearest=nearest, next_step=step)
+    return backend.parse_options(options)
+
+
+def _names(target: str) -> set[str]:
+    """Return the names of a target's options; none where its library is not installed."""
+    with contextlib.suppress(MissingExtra):
+        return {spec.name for spec in dataclasses.fields(find_backend(target).options)}
+    return set()
 
 
 @functools.cache

@@ -44,6 +44,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("text", "instruction", "output"), (str,)),
 }
 """Column -> the types of its values."""
+_WORDS: Mapping[type, str] = {str: "a text", list: "a list", bool: "true or false", int: "a whole number"}
 _TALKS = (*_ANSWERS, "chosen", "rejected", "messages")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _SOURCE_FILES = 200
@@ -137,9 +138,9 @@ def _load_source(source: Mapping[str, Any], task: str, tokenizer: Any, arguments
     def check(row: Row, number: int) -> Row:
         for name, kind in kinds.items():
             if not isinstance(row[name], kind):
-                wanted = " or ".join(one.__name__ for one in kind)
+                wanted = " or ".join(_WORDS.get(one, one.__name__) for one in kind)
                 what = f"row {number + 1} of '{data}' has the {name} {short(row[name])}"
-                raise OptionError(what, next_step=f"give it a value of Python's type {wanted}, or leave the row out")
+                raise OptionError(what, next_step=f"give it {wanted}, or leave the row out")
         return row
 
     if streaming:
@@ -225,7 +226,9 @@ def _read(source: Mapping[str, Any], streaming: bool) -> tuple[Any, Path]:
             nearest=nearest_name(data, BUNDLED, alike=0.6),
             next_step=f"give {', '.join(READERS)}, a folder of one kind, or {', '.join(BUNDLED)}",
         )
-    with translate_errors(OptionError, f"'{data}' cannot be read", next_step="give every row the same fields"):
+    with translate_errors(
+        OptionError, f"'{data}' cannot be read", next_step="mend the file; its rows need the same fields"
+    ):
         if is_saved:
             rows = datasets.load_from_disk(str(path))
         elif has_splits:  # as the folder's card and the names of its files say

@@ -44,7 +44,7 @@ def check_learning(compiled: Any, losses: Collection[str]) -> None:
     for module in compiled.adapter_tensors.values():
         for tensor, output in module.find_untrained(read):
             raise ChoiceError(
-                f"'{tensor}' of adapter '{module.adapter.name}' learns from '{output}' alone, and no loss reads that",
+                f"'{tensor}' of adapter '{module.adapter.name}' learns only from '{output}', which no loss reads",
                 next_step=f"add loss: [{names.get(output, 'one that does')}]",
             )
     for name in {*read} - {*compiled.session.options.aux}:

@@ -31,7 +31,7 @@ class Full(WeightVariant):
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuning(Variant):
-    """Every parameter of the targeted modules replaces the base's: there is no formula and no other tensor.
+    """The adapter's parameters of the targeted modules replace the base's; there is no formula.
 
     Attributes:
         targets: any modules; the default matches the usual names of normalisation layers.

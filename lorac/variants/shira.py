@@ -39,7 +39,9 @@ class SHiRA(WeightVariant):
 
     r: Count = 32
     ratio: Annotated[float | None, Bounds(0, 1, exclusive=True)] = None
-    mask: Annotated[str | MaskMaker, OneOf(NAMED_MASKS)] = "random"
+    mask: Annotated[str | MaskMaker, OneOf(tuple(NAMED_MASKS), ", or a mask such as shira.snip_mask(…) makes")] = (
+        "random"
+    )
 
     name = "shira"
     paper = "Sparse High Rank Adapters, arXiv 2406.13175"

@@ -84,8 +84,8 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
     for name, dtype in inputs.items():
         if name not in {IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, *slots} and not is_past_input(name):
             raise Unavailable(
-                f"the program also takes '{name}', and a page gives tokens alone",
-                next_step="export a model that reads text alone",
+                f"the program also takes '{name}', but a page gives only tokens",
+                next_step="export a model that reads only text",
             )
         if dtype not in _INPUT_TYPES:
             raise Unavailable(

@@ -68,7 +68,7 @@ def test_keeps_a_change_of_zero():
 def test_refusals():
     with refuses("not_mergeable", match=r"rank 1 leaves out 0.\d+ of the change of 'a' by 'x', more than"):
         lorac.resize(lora(), 1, tolerance=0.01)
-    with pytest.raises(lorac.OptionError, match="rank= or tolerance= is needed"):
+    with pytest.raises(lorac.OptionError, match="a resize needs rank= or tolerance="):
         lorac.resize(lora())
     with refuses("adapter_error", match="which is not LoRA"):
         lorac.resize(lorac.Adapter("x", lorac.Edit()), 1)

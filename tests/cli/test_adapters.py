@@ -72,7 +72,7 @@ def test_convert_to_a_rank(cli, folder):
 def test_convert_with_a_bound(cli, folder):
     code, out, err = cli("convert", "dora", "bounded", "-m", MODEL, "--rank", 1, "--tolerance", 0.01)
     assert (code, out) == (1, "")
-    assert "more than tolerance=0.01" in err
+    assert "more than --tolerance 0.01" in err
     assert not (folder / "bounded").exists()
 
 
@@ -204,7 +204,7 @@ def test_next_steps_name_options(cli):
         "give inputs=, or seed=3": "give --inputs, or seed=3",
         "inputs={'x': 1}": "inputs={'x': 1}",
         "cache=True": "cache=True",
-        "give it to compile in adapters=, or add it by add_adapter(source, name=...)": (
+        "give it in adapters=, or add it by add_adapter(source, name=...)": (
             "`lorac inspect FOLDER` lists the adapters; `lorac compile MODEL -o FOLDER -a NAME=PATH` takes others"
         ),
     }.items():

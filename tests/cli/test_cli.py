@@ -189,7 +189,7 @@ def test_compile_for_onnxruntime(cli, files):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sites", "nowhere"], "lorac.OptionError: 'nowhere' is not a model\n  give another: A folder"),
+        (["sites", "nowhere"], "lorac.OptionError: 'nowhere' is not a model\n  give a folder"),
         (["sites", "sql"], "lorac.OptionError: 'sql' has no config.json"),
         (["sites", "no.such:thing"], "lorac.OptionError: 'no.such:thing' cannot be loaded"),
         (["sites", "model", "--targets", "q_prj"], "lorac.SiteError: "),
@@ -200,7 +200,7 @@ def test_compile_for_onnxruntime(cli, files):
             ["compile", "model", "-a", "sql", "-o", "x", "--target", "eager", "--mode", "l"],
             "lorac.OptionError: there",
         ),
-        (["compile", "model", "-o", "x", "--dtype", "flaot16"], "lorac.OptionError: dtype= cannot be 'flaot16'"),
+        (["compile", "model", "-o", "x", "--dtype", "flaot16"], "lorac.OptionError: --dtype cannot be 'flaot16'"),
         (
             ["compile", "model", "-a", "sql", "-o", "x", "--active", "slq"],
             "lorac.AdapterNotFound: no adapter is called",

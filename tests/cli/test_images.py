@@ -98,7 +98,7 @@ def test_rejects_images_that_a_prompt_cannot_have(folder: Path, monkeypatch: pyt
         (["broken.png"], "'broken.png' is not a whole GIF or JPEG or PNG or WEBP file"),
         (["missing.png"], "'missing.png' cannot be read"),
         (["moving.gif"], "'moving.gif' is animated"),
-        (["large.png"], "'large.png', of 5000 x 4000 pixels, has more than the 16777216"),
+        (["large.png"], "'large.png' has 5000 x 4000 pixels, and all images of a request together may have 16777216"),
         (["heavy.png"], "--image gives 1 files of 5242880 bytes in all, and a prompt takes at most 8 files"),
         (["one.png"] * 9, "--image gives 9 files"),
     ):

@@ -130,7 +130,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     @property
     def emits(self) -> bool:
-        """True; known without loading the dialect, whose passes import libraries that only building needs."""
+        """True. Asking this does not import the dialect and the libraries that it needs."""
         return True
 
     @functools.cached_property

@@ -119,7 +119,7 @@ class CacheLayout:
         return tuple(room if size is None else size for size in self.shapes[name][0][1:])
 
     def without_features(self, rows: int) -> dict[str, Tensor]:
-        """Return the inputs that text-only rows have in place of a tower's features."""
+        """Return zeros as the encoder's features, for rows without images or sounds."""
         sizes = self.encoder_outputs.items() if self.spec.reads else ()
         return {name: torch.zeros(rows, 1, size or 1, dtype=dtype) for name, ((*_, size), dtype) in sizes}
 

@@ -73,9 +73,9 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
         return GraphSession(create_session(files, name, options), interface, slots)
 
     def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
-        """Test the engine with products that do not round their operands.
+        """Test the engine with products whose inputs are not rounded to eight bits.
 
-        Rounding changes the outputs of a deep model, which would say nothing about slots.
+        That rounding changes the outputs of a deep model, and would hide a wrong slot.
         """
         reports, options = quantisation_reports(emitted), emitted.request.options
         if options.product_level > FLOAT32_LEVEL and any(report.quantised for report in reports.values()):
@@ -100,7 +100,7 @@ class OnnxRuntime(QuantisingBackend[OnnxRuntimeOptions, GraphSession]):
         if dtypes and options.place.type == "cpu":
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise Unavailable(
-                f"this program is in {names}, in which ONNX Runtime does not compute on the CPU",
+                f"this program computes in {names}, which ONNX Runtime cannot do on the CPU",
                 next_step="load it with device='cuda', or compile it from the model with device='cpu'",
             )
         return options

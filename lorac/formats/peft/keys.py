@@ -107,7 +107,7 @@ def read_keys(
 
 
 def shared_name(peft_type: AnyPeftType, key: str) -> str | None:
-    """Return the name of a tensor that sites share, with the number of its part, if any; None for other keys."""
+    """Return the name of the shared tensor that a key names, such as ``vera_A`` or ``bank.0``; None for other keys."""
     name = key.removeprefix(SHARED_PREFIX)
     return name if name != key and name.partition(".")[0] in peft_type.shared else None
 

@@ -320,7 +320,7 @@ class PlainType(PeftType[V]):
 
     @abstractmethod
     def measure(self, variant: V, stored: Tensors) -> tuple[int, int]:
-        """Return the output and input features that a layer's tensors show; 1 where they show none."""
+        """Return a layer's output and input features by its tensors; 1 where these do not tell."""
 
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         smallest, here = matrix_site(path, 1, 1), variant.at_path(path)

@@ -7,6 +7,7 @@ call their ops, and the copy's ``Host`` traces it.
 import contextlib
 import functools
 import inspect
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
 
-from lorac.errors import CaptureError, LoracError, find_untested
+from lorac.errors import CaptureError, LoracError, OptionError, check_known, find_untested
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
     derive_decoder_arguments,
@@ -111,6 +113,7 @@ def _export_arguments(
             freeze_dynamic_rotary(copied.model)
             attend_densely(copied.model)
             stack.enter_context(capture_attention(copied, arguments.inputs))
+        _check_shapes(host, inputs, dynamic_shapes)
         if dynamic_shapes is None:
             # Constants for each row contradict a batch that is widened from one row to two.
             attempts: Iterable[tuple[object, object]] = _attempts(host, inputs, widen=not arguments.read)
@@ -123,6 +126,15 @@ def _export_arguments(
             attempts = [(values, shapes), (values, let_narrow(shapes))]
         program, guards = _first_trace(copied, attempts, narrows=dynamic_shapes is None)
     return program, guards, arguments
+
+
+def _check_shapes(host: Host, inputs: object, shapes: object) -> None:
+    """Raise ``OptionError`` for shapes of unknown inputs, and for axes that are texts."""
+    if isinstance(shapes, Mapping):
+        check_known(shapes, list(_bind_inputs(host, inputs)), "dynamic_shapes= has the name of no example input,")
+    if text := next((axis for axis in pytree.tree_leaves(shapes) if isinstance(axis, str)), None):
+        step = f"write torch.export.Dim('{text}'), or Dim.AUTO for the sizes that the model admits"
+        raise OptionError(f"dynamic_shapes= has the text '{text}' for an axis", next_step=step)
 
 
 def _bind_inputs(host: Host, example: object) -> dict[str, Any]:
@@ -303,7 +315,7 @@ def _is_about_shapes(error: BaseException) -> bool:
 
 def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:
     line, module = find_failing_model_line(error), find_failing_module(error)
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    reason = textwrap.shorten(str(error).strip().partition("\n")[0], 240, placeholder=" …") or type(error).__name__
     step = (
         "make this line independent of the values of tensors (torch.where), give forward the value that it computes "
         "there (such as position_ids), compile a part without it (model.backbone), or use target='eager'"

@@ -94,7 +94,7 @@ def not_numbers_error(name: str, reason: object) -> ChoiceError:
     """Return the error for an input that is not an array of numbers."""
     return ChoiceError(
         f"input '{name}' is not an array of numbers: {reason}",
-        next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
+        next_step="give tensors of torch or arrays of NumPy, as in compiled(**tokenizer(text, return_tensors='pt'))",
     )
 
 

@@ -190,7 +190,7 @@ class Interface:
             if name not in given:
                 given[name] = self._make_input(name, given)
         for name in self.sizes.shapes:
-            if isinstance(given[name], str | list | tuple):
+            if isinstance(given[name], str | list | tuple | Mapping):
                 try:
                     reason = None if np.asarray(given[name]).dtype.kind in "biuf" else short(given[name])
                 except (TypeError, ValueError) as error:

@@ -115,7 +115,7 @@ class RowLayout:
         count, axes, outputs = stored["count"], dict(stored["axes"]), dict(stored["outputs"])
         least = [(count, 1), *((axis, 0) for axis in axes.values()), *((axis, LIST_AXIS) for axis in outputs.values())]
         if not axes or not all(type(number) is int and number >= low for number, low in least):
-            raise ArtifactError(f"a stored program takes {count!r} rows along {axes!r}, which is not a layout of rows")
+            raise ArtifactError(f"the stored layout of rows is damaged: {count!r} rows along the axes {axes!r}")
         return cls(count, axes, outputs)
 
 

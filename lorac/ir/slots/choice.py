@@ -96,5 +96,5 @@ def require_adapter(name: object, known: Collection[str]) -> None:
     raise AdapterNotFound(
         f"no adapter is called {short(name)}",
         nearest=nearest_name(str(name), names) or list_some(names, _LISTED, quote="") or None,
-        next_step="give it to compile in adapters=, or add it by add_adapter(source, name=...)",
+        next_step="give it in adapters=, or add it by add_adapter(source, name=...)",
     )

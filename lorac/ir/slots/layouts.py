@@ -260,7 +260,7 @@ def mark_beyond(tensor: Tensor | None, site: Site, size: int = 0) -> None:
 
 
 def hide_beyond(y: Tensor, x: Tensor, site: Site, sizes: Sequence[int]) -> Tensor:
-    """Return a layer's output, with padding beyond the layer's size marked.
+    """Return a layer's output with −inf, or NaN for embeddings, where a row's layer is narrower than the output.
 
     Args:
         y, x: output and input of the site; the first axis is the rows.

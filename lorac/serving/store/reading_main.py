@@ -187,8 +187,7 @@ def read_images(files: Iterable[tuple[Path, str, tuple[str, ...]]], pixels: int)
                 left -= width * height
                 if left < 0:
                     raise FormatError(
-                        f"{name}, of {width} x {height} pixels, has more than the {pixels} that a request's images "
-                        "have together",
+                        f"{name} has {width} x {height} pixels, and all images of a request together may have {pixels}",
                         next_step="give smaller ones",
                         code="over_budget",
                     )

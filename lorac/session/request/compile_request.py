@@ -11,7 +11,7 @@ from lorac.ir.slots.required_slots import Reserve
 from lorac.session.request.placement import parse_device
 from lorac.session.request.precision import parse_dtype
 from lorac.session.request.sources import NamedSource, read_sources
-from lorac.session.targets import find_backend
+from lorac.session.targets import find_backend, parse_options
 from lorac.target.backend import Backend, TargetOptions
 
 
@@ -63,7 +63,7 @@ class CompileRequest:
         return cls(
             sources=tuple(read_sources(adapters)),
             backend=backend,
-            options=backend.parse_options(options),
+            options=parse_options(target, options),
             mode=mode,
             active=active,
             reserve=reserve,

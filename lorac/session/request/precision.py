@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lorac.errors import Unavailable, not_one_of, warn
+from lorac.errors import OptionError, Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
 from lorac.frontend.host import Host
 from lorac.frontend.parametrized_weights import materialize_weights
@@ -65,6 +65,9 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _FLOATING_DTYPES.values()):
         return dtype
     name = str(dtype).removeprefix("torch.")
+    if "int" in name:
+        step = "give a dtype of floats; weights='int8' quantises a program for ONNX Runtime or OpenVINO"
+        raise OptionError(f"dtype= cannot be '{name}'", next_step=step)
     if name not in _FLOATING_DTYPES:
         raise not_one_of("dtype= cannot be", name, _USUAL)
     return _FLOATING_DTYPES[name]

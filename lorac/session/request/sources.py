@@ -73,7 +73,7 @@ def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
         is_active = {component: name in wrapped[component][2] for component in parts}
         if len({*is_active.values()}) > 1:
             raise CompileError(
-                f"adapter '{name}' is active in {', '.join(c for c, on in is_active.items() if on)} alone",
+                f"adapter '{name}' is active only in {', '.join(c for c, on in is_active.items() if on)}",
                 next_step="activate it in every model that has it, or in none",
             )
     active = {name: 1.0 for _, _, names in wrapped.values() for name in names}

@@ -122,7 +122,7 @@ class Initialiser(ABC):
         if not first:
             raise AdapterError(
                 f"{type(self).__name__} reads {self.reads}, and there are no batches",
-                next_step="pass batches=, each of them arguments of a call",
+                next_step="pass batches=, a list with the arguments of one call each",
                 code="batches_needed",
             )
         return chain(first, listed)

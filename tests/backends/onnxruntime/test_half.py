@@ -154,7 +154,7 @@ def test_rejects_a_half_precision_artifact_on_the_cpu(tmp_path: Path) -> None:
     assert_close(compiled(**given), bound)
     compiled.save(tmp_path / "it")
     for device in (None, "cpu"):
-        with pytest.raises(lorac.Unavailable, match="is in float16, in which ONNX Runtime does not compute on the CPU"):
+        with pytest.raises(lorac.Unavailable, match="computes in float16, which ONNX Runtime cannot do on the CPU"):
             lorac.load(tmp_path / "it", device=device)
 
 
