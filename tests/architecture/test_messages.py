@@ -258,7 +258,12 @@ def test_arguments():
 
 
 def test_values():
-    known = {"target": targets(), "mode": MODES, "format": formats(), "dtype": ("float32", "float64", "float16", "…")}
+    known = {
+        "target": (*targets(), "…"),
+        "mode": MODES,
+        "format": formats(),
+        "dtype": ("float32", "float64", "float16", "…"),
+    }
     assert [(found, where) for found, where in _all(VALUE) if found[1] not in known[found[0]]] == []
 
 
