@@ -5,8 +5,8 @@
 
 Results are kept in experiments/results until the code that computes them changes (`experiments._kept`), so that a run
 that was stopped goes on; --again runs it anew, --page only writes the page from what is there. With names the page
-stays as it is. --faults runs each experiment with a line of its method taken out, on three seeds: a set-up that still
-shows its claim shows nothing of the method.
+stays as it is. --faults runs each experiment with a line of its method taken out, on three seeds, or on all where three
+do not show the claim without the fault either: a set-up that still shows its claim shows nothing of the method.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def run(name: str, folder: Path = RESULTS) -> bool:
     part = path.with_suffix(".part")
     command = [sys.executable, "-m", f"experiments.{name}", "--json", part]
     if folder == FAULTS:
-        command += ["--fault", "--seeds", str(FAULT_SEEDS)]
+        command += ["--fault", "--seeds", str(_fault_seeds(name))]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     print(f"\n── {name} ──\n{done.stdout}", flush=True)
     if done.returncode:
@@ -89,6 +89,22 @@ def run(name: str, folder: Path = RESULTS) -> bool:
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.unlink()
     return True
+
+
+def _fault_seeds(name: str) -> int:
+    """Return how many seeds a fault is tried on: few, unless so few do not show the claim without the fault."""
+    whole = kept(name)
+    if whole is None or "intervals" in whole or find(name, first_seeds(whole, FAULT_SEEDS)).verdict == SHOWN:
+        return FAULT_SEEDS
+    return whole["seeds"]
+
+
+def first_seeds(result: Mapping[str, Any], seeds: int) -> dict[str, Any]:
+    """Return the result of so many seeds."""
+    tables = [
+        {**table, "scores": {side: own[:seeds] for side, own in table["scores"].items()}} for table in result["tables"]
+    ]
+    return {**result, "tables": tables}
 
 
 def find(name: str, result: Mapping[str, Any]) -> Finding:
@@ -143,11 +159,7 @@ def _describe_fault(name: str, text: str) -> str:
     )
     if whole is None or "intervals" in whole:
         return f"{found}."
-    few = [
-        {**table, "scores": {side: own[: result["seeds"]] for side, own in table["scores"].items()}}
-        for table in whole["tables"]
-    ]
-    return f"{found}, and on as many without the fault {find(name, {**whole, 'tables': few}).verdict}."
+    return f"{found}, and on as many without the fault {find(name, first_seeds(whole, result['seeds'])).verdict}."
 
 
 def _question(name: str) -> str:

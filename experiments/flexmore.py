@@ -7,7 +7,8 @@ its MLPs get a second, whole expert each, trained on that text alone, with a row
 the manual. Then nothing is trained: the experts are joined by their rows, whole or as truncated differences from the
 public model. As in the paper, each expert may have the rank that serves its own text best, which is found on two other
 seeds. "As well" is taken as giving back at most a tenth of what whole experts gain. The rate is chosen on code. (Rows
-that see their own text alone were tried first: joined, they send nearly all characters to one expert.)
+that see their own text alone were tried first: joined, they send nearly all characters to one expert. Rows of zeros
+were the first fault that was put in, and the claim was shown with it: a mean of the experts is below the public model.)
 """
 
 from __future__ import annotations
@@ -60,10 +61,14 @@ def train(name: str, rate: float, seed: int, steps: int) -> tuple[lorac.Adapter,
         logits = mixture(input_ids=both).logits[: len(ids), :-1]
         gates = torch.stack([*mixture.aux["router"].values()])
         whose = (torch.arange(len(both)) < len(ids)).long()[None, :, None].expand(gates.shape[:-1])
-        routed = F.cross_entropy(gates.flatten(0, -2), whose.flatten())
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + routed
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + tell_apart(gates, whose)
 
     return compiled.adapters[name], learn(compiled, texts()[name], rate, seed, steps, loss)
+
+
+def tell_apart(gates: Tensor, whose: Tensor) -> Tensor:
+    """Return the loss of rows that tell which characters are whose expert's."""
+    return F.cross_entropy(gates.flatten(0, -2), whose.flatten())
 
 
 def mean_loss(models: Sequence[Any]) -> float:
@@ -127,15 +132,9 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([chosen, Table(LOSS, what, losses), Table(VALUES, "of all three experts", counts)], EXPECTED)
 
 
-JOIN = lorac.FlexMoRE.join
-
-
-def join_without_rows(*args: Any, **options: Any) -> lorac.Adapter:
-    """Return the joined experts, whose router has only zeros."""
-    joined = JOIN(*args, **options)
-    for tensors in joined.tensors.values():
-        tensors["router"].zero_()
-    return joined
+def tell_nothing(gates: Tensor, whose: Tensor) -> Tensor:
+    """Return no loss."""
+    return gates.new_zeros(())
 
 
 EXPECTED = [
@@ -152,10 +151,7 @@ EXPERIMENT = Experiment(
     seeds=5,
     first=100,
     fails_by="routers that send a text to another text's expert, or differences that no low rank holds",
-    fault=Fault(
-        "the routers' rows are not joined",
-        lambda: patch.object(lorac.FlexMoRE, "join", staticmethod(join_without_rows)),
-    ),
+    fault=Fault("rows see their own text alone", lambda: patch.dict(globals(), tell_apart=tell_nothing)),
 )
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 import lorac
 from examples.models import package_folder
 from experiments._finding import Expected, Finding, Table
-from experiments._study import Experiment, main
+from experiments._study import Experiment, Fault, main
 from lorac.training import gate_loss
 
 KINDS = ("prose", "code", "digits")
@@ -183,6 +184,11 @@ def find(given: argparse.Namespace) -> Finding:
     )
 
 
+def open_all(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Return a weight of 1 for every expert."""
+    return 0 * logits + 1
+
+
 RIGHT, LOSS = "right", "loss on held-out text"
 EXPECTED = [Expected(RIGHT, 0.8, "all"), Expected(LOSS, "routed", "base", "section 4")]
 EXPERIMENT = Experiment(
@@ -192,6 +198,10 @@ EXPERIMENT = Experiment(
     steps=STEPS,
     seeds=3,
     fails_by="gates that send tokens to the LoRA of another kind",
+    fault=Fault(
+        "every expert acts whole, and no gate weighs it",
+        lambda: patch("lorac.variants.meteora.top_k_softmax", open_all),
+    ),
 )
 
 if __name__ == "__main__":
