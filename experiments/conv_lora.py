@@ -6,7 +6,8 @@ A small U-Net knows how to segment bright discs on a smooth texture, and is to s
 bright, on a rough one, from 30 pictures; the score is on 200 others. (The paper's is one of bleedings, from large to
 thin ones; nothing here is medical.) LoRA on a convolution (convLoRA), LoRA-C, CP-LoRA and DoRA-C change all 3 x 3
 convolutions but the first, with about as many values each, and CP-LoRA with a third of them. Against them stands tuning
-the decoder whole, with more values. "As good as" is taken as at most a twentieth more of the overlap missed.
+the decoder whole, with more values. "As good as" is taken as at most a twentieth more of the overlap missed. (Without
+its factors of rows and columns, the first fault that was put in, CP-LoRA still is below the decoder.)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -158,9 +160,12 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([found, Table(VALUES, "by each side", counts)], EXPECTED)
 
 
-def spread_evenly(method: lorac.CPLoRA, W: Tensor, p: Any) -> Tensor:
-    """Return kernels whose change is the same at all their places, as without factors of rows and columns."""
-    return W + method.scale * p.cp_out @ p.cp_in.t().repeat_interleave(W.shape[1] // len(p.cp_in), dim=1)
+def take_one(method: lorac.CPLoRA, W: Tensor, p: Any) -> Tensor:
+    """Return kernels whose change is the first of the outer products."""
+    return WEIGHT(method, W, SimpleNamespace(**{name: getattr(p, name)[:, :1] for name in FACTORS}))
+
+
+WEIGHT, FACTORS = lorac.CPLoRA.weight, ("cp_out", "cp_in", "cp_h", "cp_w")
 
 
 EXPECTED = [
@@ -174,9 +179,7 @@ EXPERIMENT = Experiment(
     find=find,
     steps=60,
     fails_by="adapters that segment no better than a tuned decoder, or far worse than a LoRA of as many values",
-    fault=Fault(
-        "CP-LoRA has no factors of rows and columns", lambda: patch.object(lorac.CPLoRA, "weight", spread_evenly)
-    ),
+    fault=Fault("CP-LoRA has one outer product, not all", lambda: patch.object(lorac.CPLoRA, "weight", take_one)),
 )
 
 if __name__ == "__main__":

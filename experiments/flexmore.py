@@ -41,6 +41,7 @@ from experiments._study import (
     last,
     main,
 )
+from lorac.variants.flexmore import _extract_expert
 
 RANKS, RATES, HOSTS = (4, 16, 32), (3e-3, 1e-2, 3e-2), 2
 PUBLIC, ALONE, WHOLE, NEAR = "public model", "its own expert alone", "joined, whole", "a tenth of the gain above whole"
@@ -61,14 +62,10 @@ def train(name: str, rate: float, seed: int, steps: int) -> tuple[lorac.Adapter,
         logits = mixture(input_ids=both).logits[: len(ids), :-1]
         gates = torch.stack([*mixture.aux["router"].values()])
         whose = (torch.arange(len(both)) < len(ids)).long()[None, :, None].expand(gates.shape[:-1])
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + tell_apart(gates, whose)
+        routed = F.cross_entropy(gates.flatten(0, -2), whose.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + routed
 
     return compiled.adapters[name], learn(compiled, texts()[name], rate, seed, steps, loss)
-
-
-def tell_apart(gates: Tensor, whose: Tensor) -> Tensor:
-    """Return the loss of rows that tell which characters are whose expert's."""
-    return F.cross_entropy(gates.flatten(0, -2), whose.flatten())
 
 
 def mean_loss(models: Sequence[Any]) -> float:
@@ -132,11 +129,12 @@ def find(given: argparse.Namespace) -> Finding:
     return Finding([chosen, Table(LOSS, what, losses), Table(VALUES, "of all three experts", counts)], EXPECTED)
 
 
-def tell_nothing(gates: Tensor, whose: Tensor) -> Tensor:
-    """Return no loss."""
-    return gates.new_zeros(())
+def extract_whole(name: str, own: Tensor, base: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return an expert's matrix, or the factors of all of it."""
+    return EXTRACT(name, own, torch.zeros_like(base), rank)
 
 
+EXTRACT = _extract_expert
 EXPECTED = [
     Expected(LOSS, WHOLE, PUBLIC, "the abstract: experts trained apart serve together"),
     Expected(LOSS, OWN, PUBLIC, "the abstract: low ranks do so too"),
@@ -151,7 +149,10 @@ EXPERIMENT = Experiment(
     seeds=5,
     first=100,
     fails_by="routers that send a text to another text's expert, or differences that no low rank holds",
-    fault=Fault("rows see their own text alone", lambda: patch.dict(globals(), tell_apart=tell_nothing)),
+    fault=Fault(
+        "low ranks are of the experts' matrices, not of their differences from the public model's",
+        lambda: patch("lorac.variants.flexmore._extract_expert", extract_whole),
+    ),
 )
 
 if __name__ == "__main__":

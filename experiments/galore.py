@@ -74,9 +74,9 @@ def learn(side: str, rate: float, seed: int, steps: int) -> tuple[Any, Any, Loss
 
 
 def between(model: Any) -> list[Tensor]:
-    """Return the tensors that are trained for the weights between."""
+    """Return the matrices that are trained for the weights between."""
     if isinstance(model, nn.Sequential):
-        return [p for layer in model[2:-1] for p in layer.parameters()]
+        return [p for layer in model[2:-1] for p in layer.parameters() if p.dim() > 1]
     return [tensor for own in model.adapters["a"].tensors.values() for tensor in own.values()]
 
 

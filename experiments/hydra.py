@@ -4,6 +4,9 @@
 
 A perceptron that knows Python's manual learns the standard library's code by branches on its square layer (96 x 96),
 where a parallel and a sequential rank cost the same: Hydra of 4 + 4 against 8 + 0 and 1 + 7. Each has its best rate.
+
+Where the authors have the branches, on the output projections of a Llama's attention and MLP, Hydra of 4 + 4 was tried
+against 7 + 0 and 1 + 8 on two seeds: its loss is between the two others' there too (2.020; 2.015 and 2.033).
 """
 
 from __future__ import annotations

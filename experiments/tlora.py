@@ -3,8 +3,11 @@
     python -m experiments.tlora [--seeds 5] [--steps 150] [--smoke]
 
 A perceptron that reads printed digits learns to read them turned by an eighth, by adapters on both layers: LoRA, or a
-transform in Kronecker form with a tensor ring or a LoRA beside. Each TLoRA trains fewer values than the LoRA that it is
-compared with, and each side has its best rate.
+transform in Kronecker form with a tensor ring or a LoRA beside. A transform with a ring trains fewer values than the
+LoRA that it is compared with. A transform with a LoRA, TLoRA*, is compared with a LoRA of the same rank, as in the
+paper's table, where it has 18 percent more values; here it has 13. Lines of ours hold it against LoRA of about as many
+values: one of a rank more than its own, and, with fewer values than these, itself at a rank less. Each side has its
+best rate.
 
 Where the change of a weight of such a perceptron is fitted itself, by squared distance, LoRA comes nearer at equal
 values: the transform helps the task, not the fit.
@@ -38,12 +41,15 @@ def transform(rank: int, residual: str) -> lorac.TLoRA:
     return lorac.TLoRA(r=rank, alpha=rank, rslora=False, residual=residual, targets=TARGETS)
 
 
+STAR = "TLoRA*, LoRA of rank 4"
 METHODS = {
     "LoRA, r = 1": lora(1),
     "TLoRA, ring of rank 1": transform(1, "ttv"),
     "LoRA, r = 2": lora(2),
     "TLoRA, ring of rank 2": transform(2, "ttv"),
     "LoRA, r = 4": lora(4),
+    STAR: transform(4, "lora"),
+    "LoRA, r = 5": lora(5),
     "TLoRA*, LoRA of rank 3": transform(3, "lora"),
 }
 TASK, VALUES = "turned digits", "values trained"
@@ -86,14 +92,19 @@ def find(given: argparse.Namespace) -> Finding:
 
 
 EXPECTED = [
-    Expected(TASK, own, other, "the abstract") for other, own in zip([*METHODS][::2], [*METHODS][1::2], strict=True)
+    Expected(TASK, "TLoRA, ring of rank 1", "LoRA, r = 1", "the abstract"),
+    Expected(TASK, "TLoRA, ring of rank 2", "LoRA, r = 2", "the abstract"),
+    Expected(TASK, STAR, "LoRA, r = 4", "the table of controllable generation"),
+    Expected(TASK, STAR, "LoRA, r = 5"),
+    Expected(TASK, "TLoRA*, LoRA of rank 3", "LoRA, r = 4"),
 ]
 EXPERIMENT = Experiment(
-    claim="A tensor-form transform of the input with a low-rank or tensor-ring rest learns better than LoRA of as many "
-    "values, with few values above all.",
+    claim="A tensor-form transform of the input with a tensor-ring rest learns better than LoRA of more values, and "
+    "with a low-rank rest better than LoRA of that rank.",
     source="Tao et al., TLoRA, arXiv 2501.08727, abstract and its table of controllable generation",
     find=find,
     steps=150,
+    first=100,
     fails_by="a transform that learns no more than the values it costs would in a LoRA",
 )
 
