@@ -81,9 +81,9 @@ def between(model: Any) -> list[Tensor]:
 
 
 def count_bytes(state: Any) -> int:
-    """Return the bytes of all tensors in a state."""
+    """Return the bytes of all tensors in a state but counters."""
     if isinstance(state, Tensor):
-        return state.nbytes
+        return state.nbytes if state.dim() else 0
     return sum(map(count_bytes, state.values())) if isinstance(state, dict) else 0
 
 
