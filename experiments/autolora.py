@@ -6,8 +6,9 @@ Each LoRA repaints one object of the tiny denoiser in a new colour: asked for a 
 Its name for retrieval says what it draws ("a yellow square"), in a sentence encoder's words (all-MiniLM-L6-v2). Several
 LoRAs of a concept differ in their seeds; one of each is held out, and asked for in a wording of its own. The gates are
 trained on half of the concepts, and tried on triples of the other half: the error of the pictures of one LoRA under its
-prompt while all three are on, gated and as a plain sum. The authors train gates for 8 000 steps. On one and two seeds 1 600
-and 400 steps were tried: the error of the gated ones is as far from the sum's as with 75.
+prompt while all three are on, gated and as a plain sum. The authors train gates for 8 000 steps.
+
+With 400 and 1 600 steps, on two seeds and on one, the error of the gated ones came no further below that of the sum.
 """
 
 from __future__ import annotations
