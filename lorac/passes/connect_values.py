@@ -165,7 +165,7 @@ def _missing_value(name: str, path: str) -> SiteError:
     if kind in {OUTPUT, IN}:
         return SiteError(
             f"the value '{name}' is not computed before '{path}', which reads it",
-            next_step=f"read 'base:{of}', its value in a pass of the unadapted model",
+            next_step=f"adapt later layers, or read 'base:{of}', its value in a pass of the unadapted model",
             code="site_unreached",
         )
     if kind == OWN:
