@@ -80,7 +80,7 @@ class FormulaContext:
         found, path = self.values.get(program_value_name(self._owner, name)), self.own_site.path
         if found is None:
             what = f"the value '{name}' is not computed before '{path}', which reads it"
-            step = "list it in `reads`; adapt later layers, or read 'in:<module>', its input, or 'base:<module>', the base's"
+            step = "list it in `reads`; or adapt later layers, or read 'in:<module>' or 'base:<module>'"
             if self.passing:
                 what = f"the formula at '{path}' reads the value '{name}', which does not exist in the pass "
                 what += f"'{self.passing}'"
