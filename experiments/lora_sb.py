@@ -30,20 +30,23 @@ from lorac.training.initialisation import LoRASB
 
 ALPHAS = (0.25, 1.0, 4.0, 16.0)
 """Of the sweep, as multiples of the rank: the scales s."""
-WARMUP = 0.02
+WARMUP, SLOW = 0.02, 0.1
+"""Of all steps, by AdamW and by SGD; LoRA-XS diverges by SGD that warms up as fast."""
 RANK, RATE = 8, 1e-2
 STEPS, MOST = (1, 2, 5, 10, 20, 50), 100
 FLAT = 1e-4
 """The spread over alpha that float32's rounding of a training may come to."""
 
 
-def begun(method: str, model: nn.Module, task: Task, seed: int, scale: float, given: argparse.Namespace) -> Any:
+def begun(
+    method: str, model: nn.Module, task: Task, seed: int, scale: float, warmup: float, given: argparse.Namespace
+) -> Any:
     """Return a compiled model with a LoRA-XS at its own start, or at LoRA-SB's."""
     variant = lorac.LoRAXS(r=RANK, alpha=scale * RANK, targets=TARGETS)
     if method == "xs":
         return lorac.compile(model, {"a": variant})
     start = LoRASB(
-        lr=RATE, warmup=WARMUP, steps=given.steps, loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])
+        lr=RATE, warmup=warmup, steps=given.steps, loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])
     )
     return lorac.compile(model, {"a": start(variant, model, task.batches(20, seed + 1000))})
 
@@ -60,10 +63,11 @@ def curve(
     all_steps: bool = False,
 ) -> Tensor:
     """Return the loss after the last step; with ``all_steps`` that before each step too."""
-    compiled = begun(method, model, task, seed, scale, given)
+    warmup = SLOW if sgd else WARMUP
+    compiled = begun(method, model, task, seed, scale, warmup, given)
     cores = [p for p in compiled.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.SGD(cores, lr=0.5) if sgd else torch.optim.AdamW(cores, lr=RATE, weight_decay=0)
-    warm = max(WARMUP * given.steps, 1)
+    warm = max(warmup * given.steps, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm))
     losses = []
     for x, labels in task.batches(given.steps, seed + 2000):
