@@ -103,7 +103,7 @@ docs: $(STAMP) ## Write the pages that are made from the code, and build the sit
 	for page in $(PAGES); do $(BIN)/python -m docs.make_$$page > docs/$$page.md || exit 1; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-search: docs ## Look up 40 words in the search of the built site (needs Node)
+search: docs ## Look up a hundred words in the search of the built site (needs Node)
 	node docs/search_words.mjs build/site
 
 tutorials: $(STAMP) ## Run the notebooks of examples/tutorials, and write them as pages

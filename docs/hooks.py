@@ -42,46 +42,65 @@ TAGS = {
     "adding.md": "plugin, entry point, custom backend, new pass",
     "aoti.md": "AOTInductor, torch.export, pt2, ExportedProgram, ExecuTorch, torch.compile",
     "benchmarks.md": "speed, performance, latency, throughput, tokens per second",
-    "capacity.md": "multi-LoRA, hot swap, batch, memory, RAM, OOM, out of memory, threads, concurrency, LRU cache",
-    "convert.md": "export, conversion, GGUF, Ollama, SVD, rank reduction, SGLang, kohya",
+    "capacity.md": (
+        "multi-LoRA, hot swap, batch, memory, RAM, OOM, out of memory, threads, concurrency, LRU cache, rank, "
+        "max_loras, tenant"
+    ),
+    "convert.md": "export, conversion, GGUF, Ollama, SVD, rank reduction, SGLang, kohya, compress adapter",
     "diffusion.md": "Stable Diffusion, SDXL, Flux, text-to-image, ControlNet, img2img, inpainting, video",
-    "files.md": "safetensors, checkpoint, download, hub, Hugging Face, S3, push_to_hub, offline",
+    "files.md": (
+        "safetensors, checkpoint, download, hub, Hugging Face, S3, push_to_hub, offline, adapter_config.json, "
+        "civitai, token, load adapter"
+    ),
     "from-peft.md": (
-        "migrate, get_peft_model, PeftModel, merge_and_unload, set_adapter, load_adapter, delete_adapter, "
-        "unload adapter, aLoRA"
+        "migrate, get_peft_model, PeftModel, merge_and_unload, set_adapter, load_adapter, delete_adapter, unload "
+        "adapter, aLoRA, LoraConfig, lora_alpha"
     ),
     "generate.md": (
         "LLM, chat, inference, KV cache, streaming, beam search, sampling, speculative decoding, prompt tuning, "
-        "prefix tuning, VLM, multimodal, Mamba"
+        "prefix tuning, VLM, multimodal, Mamba, temperature, top_p, Whisper, T5"
     ),
     "images.md": (
-        "vision, ViT, ResNet, CNN, timm, torchvision, detector, object detection, YOLO, segmentation, dynamic_shapes, "
-        "dynamic sizes"
+        "vision, ViT, ResNet, CNN, timm, torchvision, detector, object detection, YOLO, segmentation, "
+        "dynamic_shapes, dynamic sizes, convolution, Conv2d, conv LoRA"
     ),
     "initialisation.md": "PiSSA, LoRA-GA, EVA, init_lora_weights, first values",
-    "install.md": "install, pip, CUDA, wheel, requirements, Windows, macOS, Apple Silicon, M1, Python version, GPU",
+    "install.md": (
+        "install, pip, CUDA, wheel, requirements, Windows, macOS, Apple Silicon, M1, Python version, GPU, conda, "
+        "uv, disk size, ARM"
+    ),
     "merging.md": "merge, TIES, DARE, SLERP, mergekit, model soup, task arithmetic, federated",
-    "mixing.md": "LoRA scale, weighted adapters, blend, strength, router, mixture of experts, combine adapters",
+    "methods.md": "list of methods, supported methods, VeRA, OFT, LoKr",
+    "mixing.md": (
+        "LoRA scale, weighted adapters, blend, strength, router, mixture of experts, combine adapters, LoRA weight, MoE"
+    ),
+    "models.md": "supported models, Llama, Qwen, Mistral, Gemma, Phi",
     "modes.md": (
         "fp16, bf16, half precision, quantize, quantization, int8, int4, 4-bit, bitsandbytes, NF4, GPTQ, AWQ, GPU, "
         "ROCm, AMD"
     ),
-    "openvino.md": "OpenVINO, Intel, NPU",
-    "own-method.md": "custom method, new method, formula, research",
+    "openvino.md": "OpenVINO, Intel, NPU, Intel GPU, Arc",
+    "own-method.md": "custom method, new method, formula, research, custom layer, custom adapter",
     "rules.md": "optimizer, LoRA+, GaLore, ReLoRA",
     "serving.md": (
-        "OpenAI, API server, REST, Kubernetes, k8s, Prometheus, metrics, multi-tenant, embeddings, Ray, tool calling, "
-        "function calling, structured output, JSON mode"
+        "OpenAI, API server, REST, Kubernetes, k8s, Prometheus, metrics, multi-tenant, embeddings, Ray, tool "
+        "calling, function calling, structured output, JSON mode, upload adapter, Triton, FastAPI, KServe, rate "
+        "limit, LangChain"
     ),
-    "tensorrt.md": "NVIDIA, TensorRT, TRT, refit",
+    "tensorrt.md": "NVIDIA, TensorRT, TRT, refit, RTX, Jetson",
     "tour.md": "tutorial, notebook, example, quickstart, getting started",
+    "trainers.md": "Axolotl, LLaMA-Factory, Unsloth",
     "training.md": (
         "fine-tune, fine-tuning, SFT, DPO, GRPO, TRL, Trainer, QLoRA, FSDP, DDP, torchrun, multi GPU, accelerate, "
-        "wandb, TensorBoard, resume training, dataset, hyperparameters"
+        "wandb, TensorBoard, resume training, dataset, hyperparameters, learning rate, RLHF, gradient "
+        "checkpointing"
     ),
     "troubleshooting.md": "error message, exception, traceback",
     "which.md": "alternatives, comparison, versus, vLLM, llama.cpp, OpenVINO GenAI",
-    "without-lorac.md": "docker, Dockerfile, ONNX, browser, JavaScript, npm, C++, C#, Java, Rust, Go, deploy, edge",
+    "without-lorac.md": (
+        "docker, Dockerfile, ONNX, browser, JavaScript, npm, C++, C#, Java, Rust, Go, deploy, edge, WebAssembly, "
+        "Android, mobile, .NET"
+    ),
 }
 """Page -> words that people search for. The site's search finds them before titles and text, and shows them."""
 LISTS: dict[str, Callable[[], list[str]]] = {"compiled": _compiled, "method": _methods, "error": _errors}

@@ -1,5 +1,5 @@
 // Look up words that people type, as the search of the built site does: node docs/search_words.mjs build/site
-// Prints the first page of each, and fails where fewer than 38 of the 40 are the page that answers.
+// Prints the first two pages of each, and fails where the page that answers is not there for more than one in twenty.
 import { readFileSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { createRequire } from "node:module";
@@ -15,6 +15,23 @@ const ASKED = {
   ONNX: "without-lorac", browser: "without-lorac", "dynamic_shapes": "images", DPO: "training", "fine-tune": "training",
   SFT: "training from-peft", safetensors: "files", "Stable Diffusion": "diffusion", "KV cache": "generate",
   "get_peft_model": "from-peft", "custom method": "own-method",
+  ollama: "which convert", OOM: "capacity modes troubleshooting", checkpoint: "files training merging",
+  QLoRA: "training", bitsandbytes: "modes", Mac: "install", "Apple Silicon": "install", ROCm: "install modes",
+  npm: "without-lorac", Rust: "without-lorac", wandb: "training trainers", "multi GPU": "training",
+  "resume training": "training", "tool calling": "serving", "structured output": "serving", "api key": "serving",
+  "batch size": "capacity training images", DoRA: "methods reference/methods from-peft",
+  target_modules: "from-peft own-method reference/adapters peft", modules_to_save: "from-peft peft capacity files",
+  Whisper: "generate", ComfyUI: "diffusion files images formats", load_lora_weights: "diffusion images",
+  YOLO: "images", classifier: "capacity images training", "speculative decoding": "generate",
+  "unload adapter": "from-peft capacity reference/compiled", latency: "benchmarks", "prompt tuning": "generate",
+  "push to hub": "files", "beam search": "generate", "rank 64": "capacity methods", AWQ: "modes merging",
+  "cpu threads": "capacity modes generate", "vision transformer": "images", "stop string": "generate serving",
+  TensorBoard: "training", "llama.cpp": "which convert engines", "image generation": "diffusion",
+  "swap adapters": "capacity tour mixing", DDP: "training", proxy: "serving install without-lorac",
+  "conv LoRA": "images reference/methods methods experiments", embedding: "serving capacity",
+  "error out of room": "troubleshooting capacity", LoHa: "methods reference/methods images",
+  "export onnx": "without-lorac convert tour reference/compiled", SVD: "convert merging",
+  "upload adapter": "serving files", Triton: "serving which", "resize rank": "convert",
 };
 
 const site = process.argv[2];
@@ -40,9 +57,10 @@ await send({ type: 0, data: { ...index, options: { suggest: false } } });
 let right = 0;
 for (const [words, pages] of Object.entries(ASKED)) {
   const { data } = await send({ type: 2, data: words });
-  const first = data.items[0]?.[0].location.replace(/\.html.*/, "") ?? "nothing";
-  right += pages.split(" ").includes(first);
-  console.log(`${pages.split(" ").includes(first) ? "right" : "WRONG"}  ${words.padEnd(18)} ${first}`);
+  const found = [...new Set(data.items.map((item) => item[0].location.replace(/\.html.*/, "")))].slice(0, 2);
+  const isRight = found.some((page) => pages.split(" ").includes(page));
+  right += isRight;
+  console.log(`${isRight ? "right" : "WRONG"}  ${words.padEnd(20)} ${found.join(", ") || "nothing"}`);
 }
 console.log(`${right} of ${Object.keys(ASKED).length}`);
-process.exitCode = right >= 38 ? 0 : 1;
+process.exitCode = right >= 0.95 * Object.keys(ASKED).length ? 0 : 1;
