@@ -28,9 +28,9 @@ ADAPTERS = {
 COLUMNS, LINE, SIZE, MARGIN = 76, 22, 15, 20
 """Letters of a line; its height, the letters' and the margin's in pixels."""
 SECONDS, PAUSE, REST = 0.9, 0.6, 4.0
-"""A line appears after so many seconds, an answer after a pause; the whole rests before it starts again."""
+"""A line appears after so many seconds, an answer after a pause; the picture begins with the rest, all lines shown."""
 STYLE = """
-  text { font: %dpx ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; opacity: 0; white-space: pre }
+  text { font: %dpx ui-monospace, Menlo, Consolas, monospace; fill: #1f2328; white-space: pre }
   .call { fill: #0550ae } .asked { fill: #656d76 } rect { fill: #f6f8fa; stroke: #d0d7de }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 } .call { fill: #79c0ff } .asked { fill: #9198a1 } rect { fill: #161b22; stroke: #30363d }
@@ -80,7 +80,7 @@ def draw() -> str:
             f"  @keyframes l{number} {{ 0%, {shown:.2f}% {{ opacity: 0 }} {shown + 0.8:.2f}%, 100% {{ opacity: 1 }} }}"
         )
         height = MARGIN + LINE * number + SIZE
-        animation = f"animation: l{number} {whole:.1f}s infinite"
+        animation = f"animation: l{number} {whole:.1f}s {REST - whole:.1f}s infinite"
         texts.append(f'  <text class="{kind}" x="{MARGIN}" y="{height}" style="{animation}">{html.escape(line)}</text>')
     width, height = 2 * MARGIN + round(0.605 * SIZE * COLUMNS), 2 * MARGIN + LINE * len(drawn)
     frame = f'  <rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8"/>'
