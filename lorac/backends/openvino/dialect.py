@@ -3,6 +3,7 @@
 OpenVINO publishes no list of its ops, so this module lists those that its ONNX reader cannot translate.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.tape import Tape
 
 from lorac.backends.onnx.export.recurrence import BY_CHUNKS
 from lorac.backends.onnx.legalize import Legalize
@@ -94,6 +96,57 @@ class ComputeByChunks(OnnxPass):
         return PassResult(changed=bool(chunked))
 
 
+@dataclass(frozen=True)
+class MultiplyPatches(OnnxPass):
+    """Replace each loop that convolves segments, each with its own kernel, by products of kernels and patches.
+
+    Behind such a loop, OpenVINO 2026.4 answers wrongly once a call needs more memory than those before it. It has no
+    convolution with a kernel of dynamic shape.
+    """
+
+    name: ClassVar[str] = "multiply-patches"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Replace the nodes in place."""
+        bodies = [(node, [*node.attributes["body"].as_graph()]) for node in model.graph if node.op_type == "Scan"]
+        loops = [(node, body[0]) for node, body in bodies if [each.op_type for each in body] == ["Conv"]]
+        for node, convolution in loops:
+            tape = Tape()
+            y = _multiply_patches(model.graph, tape, node, convolution)
+            for each in tape.nodes:
+                each.metadata_props.update(node.metadata_props)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [y])
+        return PassResult(changed=bool(loops))
+
+
+def _multiply_patches(graph: ir.Graph, tape: Tape, node: ir.Node, convolution: ir.Node) -> ir.Value:
+    """Write the product for segments (places, rows, C, …) and kernels (places, N, C, …).
+
+    A convolution by channel, whose constant kernels are one at one position each, copies the patches; a kernel of one
+    position reads the values as they are.
+    """
+    x, kernels = node.inputs
+    assert x is not None and x.shape is not None and kernels is not None and kernels.shape is not None
+    channels, *window = (size for size in kernels.shape[2:] if isinstance(size, int))
+    positions = math.prod(window)
+    one_hot = np.tile(np.eye(positions, dtype=np.float32), (channels, 1)).reshape(-1, 1, *window)
+    name = "_".join(map(str, ["patches", channels, *window]))
+    infer, features = (shared_constant(graph, f"size_{n}", np.array([n])) for n in (-1, channels * positions))
+
+    def sizes(value: ir.Value, start: int, end: int | None = None) -> ir.Value:
+        return tape.op("Shape", [value], {"start": start} if end is None else {"start": start, "end": end})
+
+    flat = tape.op("Reshape", [x, tape.op("Concat", [infer, sizes(x, 2)], {"axis": 0})])
+    settings = {**convolution.attributes, "group": ir.AttrInt64("group", channels)}
+    strides, pads = (convolution.attributes.get_ints(key) for key in ("strides", "pads"))
+    copies = positions > 1 or max(strides) > 1 or any(pads)
+    patches = tape.op("Conv", [flat, shared_constant(graph, name, one_hot)], settings) if copies else flat
+    columns = tape.op("Reshape", [patches, tape.op("Concat", [sizes(x, 0, 2), features, infer], {"axis": 0})])
+    shape = shared_constant(graph, f"{name}_shape", np.array([0, 1, -1, channels * positions]))
+    product = tape.op("MatMul", [tape.op("Reshape", [kernels, shape]), columns])
+    return tape.op("Reshape", [product, tape.op("Concat", [sizes(product, 0, 3), sizes(patches, 2)], {"axis": 0})])
+
+
 _UNTRANSLATED = """
 BitCast CausalConvWithState CumProd DeformConv Det ImageDecoder LinearAttention MaxUnpool MelWeightMatrix Optional
 OptionalGetElement OptionalHasElement RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase
@@ -117,7 +170,7 @@ DIALECT: OnnxDialect = Dialect(
     ),
     passes=(Legalize(),),
     early_rewrites=(ExpandCachedAttention(),),
-    late_rewrites=(ComputeByChunks(), JoinWrappedPadding()),
+    late_rewrites=(ComputeByChunks(), JoinWrappedPadding(), MultiplyPatches()),
     gates=BranchGate.WHERE,  # OpenVINO computes ``If`` wrongly
     # The CPU has no convolution with a kernel of dynamic shape; products accept rank 0.
     ranks=dict.fromkeys((SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D), RankPolicy.FIXED),

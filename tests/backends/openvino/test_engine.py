@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
@@ -84,6 +85,45 @@ def test_answers_as_eager_does_for_every_choice(choice):
 def test_answers_a_larger_batch_than_the_example_s_from_the_first_call_on():
     x = torch.randn(11, 6, 9, 7)
     assert_close(compiled(names="c")(x, adapters=None), expected(None, x))
+
+
+class PatchesAndTokens(nn.Module):
+    """Three convolutions of an image of one size, and attention of tokens of any number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.mix = nn.Conv2d(3, 32, 8, stride=8), nn.Conv2d(32, 32, 3, padding=1)
+        self.down = nn.Conv2d(32, 32, 1, stride=2)
+        self.qkv, self.words = nn.Linear(32, 96), nn.Embedding(50, 32)
+
+    def attend(self, x: Tensor) -> Tensor:
+        heads = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        mixed = self.mix(self.patch(image))
+        image = self.attend(mixed.flatten(2).transpose(1, 2)).mean(1, keepdim=True)
+        return self.attend(self.words(tokens) + image + self.down(mixed).mean((2, 3))[:, None])
+
+
+def test_convolutions_with_adapters_answer_rightly_after_calls_that_need_more_memory():
+    torch.manual_seed(0)
+    host, generator = PatchesAndTokens().eval(), torch.Generator().manual_seed(1)
+    eager = lorac.compile(host, {"a": lorac.LoRA(r=4, targets=["patch", "mix", "down"])})
+    for parameter in (p for p in eager.parameters() if p.requires_grad):
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+
+    def call(tokens: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(2, 3, 32, 32, generator=generator), torch.randint(50, (2, tokens), generator=generator)
+
+    free = torch.export.Dim.DYNAMIC
+    live = lorac.compile(
+        host, eager.adapters, target="openvino", example_inputs=call(11), dynamic_shapes=({0: free}, {0: free, 1: free})
+    )
+    with torch.no_grad():
+        for tokens in (11, 40, 11, 200, 300, 17):
+            inputs = call(tokens)
+            assert_close(live(*inputs), eager(*inputs))
 
 
 def test_returns_the_same_bits_after_swaps():
