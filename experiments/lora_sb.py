@@ -16,6 +16,7 @@ the gradient, and moves the weight by s times the rate. Ponkshe, Singhal et al. 
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -30,23 +31,20 @@ from lorac.training.initialisation import LoRASB
 
 ALPHAS = (0.25, 1.0, 4.0, 16.0)
 """Of the sweep, as multiples of the rank: the scales s."""
-WARMUP, SLOW = 0.02, 0.1
-"""Of all steps, by AdamW and by SGD; LoRA-XS diverges by SGD that warms up as fast."""
+WARMUP = 0.02
 RANK, RATE = 8, 1e-2
 STEPS, MOST = (1, 2, 5, 10, 20, 50), 100
 FLAT = 1e-4
 """The spread over alpha that float32's rounding of a training may come to."""
 
 
-def begun(
-    method: str, model: nn.Module, task: Task, seed: int, scale: float, warmup: float, given: argparse.Namespace
-) -> Any:
+def begun(method: str, model: nn.Module, task: Task, seed: int, scale: float, given: argparse.Namespace) -> Any:
     """Return a compiled model with a LoRA-XS at its own start, or at LoRA-SB's."""
     variant = lorac.LoRAXS(r=RANK, alpha=scale * RANK, targets=TARGETS)
     if method == "xs":
         return lorac.compile(model, {"a": variant})
     start = LoRASB(
-        lr=RATE, warmup=warmup, steps=given.steps, loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])
+        lr=RATE, warmup=WARMUP, steps=given.steps, loss=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])
     )
     return lorac.compile(model, {"a": start(variant, model, task.batches(20, seed + 1000))})
 
@@ -62,12 +60,11 @@ def curve(
     sgd: bool = False,
     all_steps: bool = False,
 ) -> Tensor:
-    """Return the loss after the last step; with ``all_steps`` that before each step too."""
-    warmup = SLOW if sgd else WARMUP
-    compiled = begun(method, model, task, seed, scale, warmup, given)
+    """Return the loss after the last step; with ``all_steps`` that before each step too. What diverges ends in infinity."""
+    compiled = begun(method, model, task, seed, scale, given)
     cores = [p for p in compiled.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.SGD(cores, lr=0.5) if sgd else torch.optim.AdamW(cores, lr=RATE, weight_decay=0)
-    warm = max(warmup * given.steps, 1)
+    warm = max(WARMUP * given.steps, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm))
     losses = []
     for x, labels in task.batches(given.steps, seed + 2000):
@@ -79,6 +76,9 @@ def curve(
                 core.grad /= scale**2
         optimizer.step()
         schedule.step()
+        if not all(core.isfinite().all() for core in cores):
+            left = given.steps + 1 - len(losses) if all_steps else 1
+            return torch.tensor([*losses, *[math.inf] * left])
     return torch.tensor([*losses, held_loss(compiled, task)])
 
 
@@ -124,7 +124,7 @@ def find(given: argparse.Namespace) -> Finding:
 def spread(ends: list[Tensor]) -> list[float]:
     """Return how far the last losses of each seed lie apart, relative to the smallest."""
     losses = torch.stack(ends)
-    return ((losses.amax(0) - losses.amin(0)) / losses.amin(0)).tolist()
+    return ((losses.amax(0) - losses.amin(0)) / losses.amin(0)).nan_to_num(math.inf).tolist()
 
 
 ALPHA = "alpha from r/4 to 16 r"
