@@ -60,7 +60,7 @@ def curve(
     sgd: bool = False,
     all_steps: bool = False,
 ) -> Tensor:
-    """Return the loss after the last step; with ``all_steps`` that before each step too. What diverges ends in infinity."""
+    """Return the loss after the last step, infinity if it diverged; with ``all_steps`` that before each step too."""
     compiled = begun(method, model, task, seed, scale, given)
     cores = [p for p in compiled.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.SGD(cores, lr=0.5) if sgd else torch.optim.AdamW(cores, lr=RATE, weight_decay=0)
