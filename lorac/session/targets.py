@@ -35,10 +35,10 @@ def find_backend(target: str) -> Backend[TargetOptions]:
         MissingExtra: a library that it needs is not installed.
     """
     known = targets()
-    if target.partition(":")[0] in {"cpu", "cuda", "gpu"}:
-        step = "name both: target='onnxruntime', device='cuda'; target='eager' runs on the model's own device"
-        raise OptionError(f"'{target}' is a device, not a target", next_step=step)
     if target not in known:
+        if target.partition(":")[0] in {"cpu", "cuda", "gpu"}:
+            step = "name both: target='onnxruntime', device='cuda'; target='eager' runs on the model's own device"
+            raise OptionError(f"'{target}' is a device, not a target", next_step=step)
         raise not_one_of("there is no target", target, known)
     try:
         backend: Backend[TargetOptions]
@@ -51,17 +51,17 @@ def find_backend(target: str) -> Backend[TargetOptions]:
     return backend
 
 
-def parse_options(target: str, options: Mapping[str, object]) -> TargetOptions:
-    """Parse those keyword arguments of ``compile`` that are a target's options.
+def parse_options(target: str, backend: Backend[TargetOptions], options: Mapping[str, object]) -> TargetOptions:
+    """Parse those keyword arguments of ``compile`` that are options of a target, whose backend is given.
 
     Raises:
         OptionError: the target has no such option; the message names another target that has it.
     """
-    backend = find_backend(target)
-    for name in options.keys() - _names(target):
+    own = {spec.name for spec in dataclasses.fields(backend.options)}
+    for name in options.keys() - own:
         meant = _MEANT.get(name, name)
         others = (other for other in _built_in_targets() if meant in _names(other))
-        found = target if meant in _names(target) else next(others, None)
+        found = target if meant in own else next(others, None)
         if found is not None:
             step = f"give {meant}=" if found == target else f"leave it out, or compile with target='{found}'"
             nearest = None if meant == name else meant

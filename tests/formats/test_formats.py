@@ -44,11 +44,12 @@ def test_rejects_a_missing_path(tmp_path: Path, folder: Path) -> None:
 
 def test_no_format(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
-    for path in (tmp_path / "a.txt", tmp_path):
-        with refuses("unknown_format") as error:
-            load_adapter(path)
-        assert "docs/formats.md" in str(error.value)
-        assert all(name in str(error.value) for name in formats())
+    with refuses("unknown_format") as error:
+        load_adapter(tmp_path / "a.txt")
+    assert "docs/formats.md" in str(error.value)
+    assert all(name in str(error.value) for name in formats())
+    with refuses("unknown_format", match="is a folder of adapters") as error:
+        load_adapter(tmp_path)
     assert error.value.next_step == f"did you mean '{folder}'?"
 
 

@@ -118,7 +118,7 @@ def test_rejects_invalid_parts():
         lorac.Split(parts={"query": lorac.LoRA()})
     with pytest.raises(lorac.OptionError, match=r"part 'q' has dropout=0\.1"):
         lorac.Split(parts={"q": lorac.LoRA(dropout=0.1)})
-    with pytest.raises(lorac.WrongType, match=r"it takes Mapping\[str, WeightVariant\]"):
+    with pytest.raises(lorac.WrongType, match=r"it takes dict\[str, WeightVariant\]"):
         lorac.Split(parts={"q": lorac.MeteoRA()})
     model, _ = packed()
     with refuses("site_unsupported", match="the 18 rows of 'qkv' do not divide into 4 groups of q: 1, k: 1, v: 1"):

@@ -63,7 +63,7 @@ class CompileRequest:
         return cls(
             sources=tuple(read_sources(adapters)),
             backend=backend,
-            options=parse_options(target, options),
+            options=parse_options(target, backend, options),
             mode=mode,
             active=active,
             reserve=reserve,

@@ -57,5 +57,5 @@ def test_the_axis_that_grows_with_the_rows():
 def test_round_trips_and_rejects_an_invalid_layout():
     rows = RowLayout(2, {"x": 0}, {"features": LIST_AXIS, "logits": 0})
     assert RowLayout.from_json(rows.to_json()) == rows
-    with pytest.raises(lorac.ArtifactError, match="is not a layout of rows"):
+    with pytest.raises(lorac.ArtifactError, match="layout of rows is damaged"):
         RowLayout.from_json({**rows.to_json(), "count": 0})
