@@ -6,30 +6,25 @@ nothing must not change the result.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from lorac.ir.traces.modes import FunctionMode
 
 T = TypeVar("T")
 FUSED_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
-class NoFastPath(TorchFunctionMode):
+class NoFastPath(FunctionMode):
     """A mode without effect; torch does not use fused kernels while a mode is active, in this thread only."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., T],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> T:
-        return func(*args, **(kwargs or {}))
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
 
 def disable_fast_path(model: nn.Module) -> AbstractContextManager[object]:

@@ -2,22 +2,21 @@
 
 import pickle
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import BaseNeeded
 from lorac.frontend.host import Host
 from lorac.ir.calls.call import CAPTURE_CONFIG, Call
 from lorac.ir.traces.functions import find_written_tensors
+from lorac.ir.traces.modes import DispatchMode
 
 T = TypeVar("T")
 
@@ -162,7 +161,7 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
             generator.set_state(state)
 
 
-class WatchingMode(TorchDispatchMode, ABC):
+class WatchingMode(DispatchMode):
     """A dispatch mode that observes every op and lets ``torch.cond`` compile its branches.
 
     Under any other mode torch compiles nothing, and leaves the same code uncompiled for the rest of the process.
@@ -175,10 +174,6 @@ class WatchingMode(TorchDispatchMode, ABC):
         """Return True, so that torch does not disable its compiler."""
         return True
 
-    @abstractmethod
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        """Return the result of an op."""
-
 
 class _WeightWriteDetector(WatchingMode):
     """A mode that refuses ops that would write into weights.
@@ -188,18 +183,17 @@ class _WeightWriteDetector(WatchingMode):
     """
 
     def __init__(self, weights: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self._weights = weights
         self._name: str | None = None
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        given = kwargs or {}
-        for tensor in find_written_tensors(func, args, given):
+    def handle(self, op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        for tensor in find_written_tensors(op, args, kwargs):
             name = self._weights.get(_get_storage_address(tensor) or 0)
             if name is not None:
                 self._name = self._name or name
                 self.raise_if_refused()
-        return func(*args, **given)
+        return op(*args, **kwargs)
 
     def raise_if_refused(self) -> None:
         """Raise ``WeightWritten`` if an op was refused."""

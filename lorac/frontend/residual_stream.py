@@ -13,7 +13,7 @@ added; names do not matter. Within a block, the sum of the stream and a module's
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ class _StreamRecorder(WatchingMode):
     """
 
     def __init__(self, blocks: set[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self._blocks = blocks
         self._held: list[Tensor] = []
         self._time, self._attentions = 0, 0
@@ -175,9 +175,9 @@ class _StreamRecorder(WatchingMode):
 
         return record
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        result = func(*args, **(kwargs or {}))
-        name = str(func)
+    def handle(self, op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        result = op(*args, **kwargs)
+        name = str(op)
         self._attentions += is_attention_op(name, args)
         if name.startswith("aten.add.") and self._open_blocks and all(isinstance(arg, Tensor) for arg in args[:2]):
             first, second, total = (self._hold(tensor) for tensor in (*args[:2], result))

@@ -1,11 +1,11 @@
 """Parts of a transformer found by one run of a copy: its blocks, and its last hidden state."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import SiteError
 from lorac.frontend.components import get_component_prefix
@@ -83,12 +83,12 @@ class _AttentionCounter(WatchingMode):
     """A mode that counts attentions."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        self.count += is_attention_op(str(func), args)
-        return func(*args, **(kwargs or {}))
+    def handle(self, op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.count += is_attention_op(str(op), args)
+        return op(*args, **kwargs)
 
 
 def is_attention_op(name: str, args: Sequence[object]) -> bool:
@@ -103,7 +103,7 @@ def copy_for_hooks(model: nn.Module) -> nn.Module:
     return Host.of(model).copy().configure(CAPTURE_CONFIG).model.eval()
 
 
-def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object, mode: TorchDispatchMode) -> None:
+def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object, mode: WatchingMode) -> None:
     """Run a copy of a model on example inputs under a dispatch mode, and preserve the random states.
 
     Args:

@@ -44,7 +44,7 @@ class WeightReads(WatchingMode):
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self.called, self.read = set[str](), set[str]()
         self._paths = {model.get_submodule(path): path for path in layers}
         spans = {module: list(_iterate_spans(module)) for module in model.modules()}
@@ -78,17 +78,17 @@ class WeightReads(WatchingMode):
         finally:
             self._running.subtract(self._own[module])
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
+    def handle(self, op: Any, /, *args: Any, **kwargs: Any) -> Any:
         found: set[_Span] = set()
-        for tensor in _iterate_tensors((*args, *(kwargs or {}).values())):
+        for tensor in _iterate_tensors((*args, *kwargs.values())):
             parts = self._parts.get(_find_storage(tensor))
             own = _find_span(tensor) if parts else None
             if parts and own:
                 found.update(span for begin, end, span in parts if own[1] < end and begin < own[2])
-        result = func(*args, **(kwargs or {}))
-        if not found or not isinstance(func, OpOverload):  # torch.cond and similar ops call layers inside
+        result = op(*args, **kwargs)
+        if not found or not isinstance(op, OpOverload):  # torch.cond and similar ops call layers inside
             return result
-        if func.is_view:  # a view reads no value, but a fake tensor's view may have another storage
+        if op.is_view:  # a view reads no value, but a fake tensor's view may have another storage
             for view in _iterate_tensors([result]):
                 own = _find_span(view)
                 if own is not None and own[0] not in self._parts:

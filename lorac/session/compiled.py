@@ -527,10 +527,7 @@ class CompiledModule(nn.Module, Compiled):
 
     def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Run the model's forward, with the active adapters or a choice for this call."""
-        return self._call_or_trace(args, kwargs, adapters)
-
-    def _call_or_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
-        """Call the model; under torch.compile, trace the call as one graph, or break the graph and say why."""
+        # Under torch.compile, trace the call as one graph, or break the graph and say why.
         if not torch.compiler.is_dynamo_compiling():
             return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
         from lorac.session import whole_call
@@ -540,7 +537,8 @@ class CompiledModule(nn.Module, Compiled):
             return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         training = "".join("1" if module.training else "0" for module in self.modules())
-        return whole_call.call_in_one_graph(self._trace_name, self.engine.trace_key + training, tensors, args, kwargs)
+        state = self.engine.trace_key + training
+        return whole_call.call_in_one_graph(self._trace_name, state, tensors, (args, kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "forward" and install_fused_head(self, value)):
@@ -643,7 +641,7 @@ def _eager_class(module: nn.Module) -> type[CompiledModule]:
     """
 
     def forward(self: CompiledModule, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        return self._call_or_trace(args, kwargs, adapters)
+        return CompiledModule.forward(self, *args, adapters=adapters, **kwargs)
 
     forward.__doc__ = CompiledModule.forward.__doc__
     forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]  # functions take attributes

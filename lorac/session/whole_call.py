@@ -41,18 +41,16 @@ def name_for_traces(module: nn.Module) -> str:
     return name
 
 
-def call_in_one_graph(
-    model: str, state: str, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def call_in_one_graph(model: str, state: str, tensors: Mapping[str, Tensor], arguments: Any) -> Any:
     """Call a model with the given tensors in place of its own, so that gradients reach them.
 
     Args:
         model: the model's name, which changes with its adapters.
         state: a key of the active adapters and the training modes; each key has a graph of its own.
         tensors: the parameters and buffers by name.
-        args, kwargs: the arguments of the call.
+        arguments: the positional arguments of the call, and those by name.
     """
-    arguments = pytree.tree_map(lambda value: _NONE if value is None else value, (args, kwargs))
+    arguments = pytree.tree_map(lambda value: _NONE if value is None else value, arguments)
     return _restore_none(trace_call(model, state, tensors, arguments))
 
 

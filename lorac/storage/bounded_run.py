@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lorac.argument_types import Fields, Operands
 from lorac.errors import InputMismatch, LoracError
+from lorac.ir.calls.call import Call
+from lorac.ir.traces.modes import DispatchMode
 from lorac.limits import get_chosen_memory, get_chosen_operations
 from lorac.storage.op_guards import GuardedOp
 
@@ -36,7 +36,8 @@ _BY_VALUES = frozenset({"repeat_interleave", "one_hot"})
 """Ops whose results have sizes that depend on the operands' values, not only on their shapes."""
 _OF_MATRICES = ("solve", "inv_", "inverse", "cholesky", "_lu", "qr", "svd", "eig", "det", "matrix_exp", "cdist")
 """Parts of names of ops that take more operations than they have values."""
-Call = Callable[[fx.Node, Operands, Fields], object]
+RunNode = Callable[[fx.Node, Call], object]
+"""A function that computes a node from its operands."""
 Limit = tuple[float, float]
 """The limits of a call: bytes at once, and operations."""
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
@@ -91,13 +92,13 @@ class BoundedRun:
             return outputs
         ledger, counter = _Ledger(values), OperationCounter(limit)
 
-        def call(node: fx.Node, args: Operands, kwargs: Fields) -> object:
-            _check(ledger.live + self._measure_result(node, args, kwargs, counter), counter.operations, limit)
-            result = node.target(*args, **kwargs)  # type: ignore[operator]  # a stored program calls functions alone
+        def run(node: fx.Node, call: Call) -> object:
+            _check(ledger.live + self._measure_result(node, call, counter), counter.operations, limit)
+            result = node.target(*call.args, **call.kwargs)  # type: ignore[operator]  # a stored program calls functions alone
             _check(ledger.live + sum(size for _, size in _list_storages(result)), counter.operations, limit)
             return result
 
-        return _run(self._program.graph, values, self._last_uses, ledger, call)
+        return _run(self._program.graph, values, self._last_uses, ledger, run)
 
     def _measure(self, values: Sequence[Tensor], limit: Limit) -> tuple[int, float] | None:
         """Return the peak bytes and the operations for inputs of these shapes; None if they depend on values."""
@@ -110,15 +111,15 @@ class BoundedRun:
             return None
         return ledger.peak, counter.operations
 
-    def _measure_result(self, node: fx.Node, args: Operands, kwargs: Fields, counter: "OperationCounter") -> int:
+    def _measure_result(self, node: fx.Node, call: Call, counter: "OperationCounter") -> int:
         """Return the bytes that an op will allocate for its result, as far as they are known before the call."""
-        given = _to_meta((args, kwargs))
+        given = _to_meta((call.args, call.kwargs))
         try:
             with torch.inference_mode(False), counter:
-                made = _call_on_meta(node, *given)
+                made = _call_on_meta(node, Call(*given))
         except Exception as error:
             self._raise_misfit(error)
-            tensors = [*_list_tensors((args, kwargs))]
+            tensors = [*_list_tensors((call.args, call.kwargs))]
             name = getattr(getattr(node.target, "op", node.target), "_opname", "")
             if name not in _BY_VALUES or not tensors or not tensors[-1].numel():
                 return 0
@@ -135,7 +136,7 @@ class BoundedRun:
             raise error
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(DispatchMode):
     """A mode that counts the operations of ops on the meta device; composed ops count by their parts.
 
     Args:
@@ -146,30 +147,28 @@ class OperationCounter(TorchDispatchMode):
     """
 
     def __init__(self, limit: Limit) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
+        super().__init__()
         self.operations, self._limit = 0.0, limit
 
-    def __torch_dispatch__(
-        self, op: torch._ops.OpOverload, types: object, args: Operands = (), kwargs: Fields | None = None
-    ) -> object:
+    def handle(self, op: Any, /, *args: Any, **kwargs: Any) -> Any:
         if torch.Tag.data_dependent_output in op.tags:
             raise NotImplementedError(f"{op} needs values")
-        result = op(*args, **(kwargs or {}))
-        self.operations += _PER_OP + count_operations(op, args, kwargs or {}, result)
+        result = op(*args, **kwargs)
+        self.operations += _PER_OP + count_operations(op, Call(args, kwargs), result)
         _check(0, self.operations, self._limit)
         return result
 
 
-def count_operations(op: torch._ops.OpOverload, args: Operands, kwargs: Fields, result: object) -> float:
+def count_operations(op: torch._ops.OpOverload, call: Call, result: object) -> float:
     """Return the number of operations of an op: of a product by torch's formula, else at least one per value."""
-    tensors = [*_list_tensors((args, kwargs, result))]
+    tensors = [*_list_tensors((call.args, call.kwargs, result))]
     # A kernel may run along an axis although another one is empty.
     values = sum(tensor.numel() or math.prod(max(size, 1) for size in tensor.shape) for tensor in tensors)
     formula = flop_registry.get(op._overloadpacket)
     if formula is not None:
-        return float(values + formula(*args, **kwargs, out_val=result))
-    if "pool" in op._opname and isinstance(args[1], Sequence):  # each result reads a window
-        return float(values) * math.prod(args[1])
+        return float(values + formula(*call.args, **call.kwargs, out_val=result))
+    if "pool" in op._opname and isinstance(window := call.args[1], Sequence):  # each result reads a window
+        return float(values) * math.prod(window)
     if any(part in op._opname for part in _OF_MATRICES):  # each result reads a row
         return float(values) * max((size for tensor in tensors for size in tensor.shape[-2:]), default=1)
     return float(values)
@@ -200,14 +199,14 @@ class _Ledger:
         self.peak = max(self.peak, self.live)
 
 
-def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger: _Ledger, call: Call) -> list[object]:
+def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger: _Ledger, run: RunNode) -> list[object]:
     """Run a graph node by node, and drop each result after its last use; return the outputs."""
     given, results = iter(values), dict[fx.Node, Any]()
     for node in graph.nodes:
         if node.op == "output":
             break
-        args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
-        results[node] = next(given) if node.op == "placeholder" else call(node, args, kwargs)
+        call = Call(*fx.map_arg((node.args, node.kwargs), results.__getitem__))
+        results[node] = next(given) if node.op == "placeholder" else run(node, call)
         ledger.count(results[node], 1)
         for used in last_uses[node]:
             ledger.count(results.pop(used), -1)
@@ -215,14 +214,14 @@ def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger:
     return list(fx.map_arg(outputs, results.__getitem__))
 
 
-def _call_on_meta(node: fx.Node, args: Operands, kwargs: Fields) -> object:
+def _call_on_meta(node: fx.Node, call: Call) -> object:
     """Call an op with operands on the meta device; skip a guard that reads values."""
     target: Any = node.target
     if isinstance(target, GuardedOp) and not target.reads_values:
-        target.check_operands(args, kwargs)
+        target.check_operands(call)
     op = target.op if isinstance(target, GuardedOp) else target
     op = torch.ops.aten.reshape.default if op is torch.ops.aten.view.default else op  # strides may differ there
-    args, kwargs = _to_meta((args, kwargs))
+    args, kwargs = _to_meta((call.args, call.kwargs))
     try:
         return op(*args, **({"device": _META, **kwargs} if _takes_device(op) else kwargs))
     except RuntimeError as error:

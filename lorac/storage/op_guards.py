@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorac.argument_types import Fields, Operands
 from lorac.errors import ArtifactError
+from lorac.ir.calls.call import Call
 
 
 class GuardedOp:
@@ -35,17 +35,17 @@ class GuardedOp:
         """
         # While a program is exported its operands are symbolic, and nothing is computed.
         if not torch.compiler.is_compiling():
-            self.check_operands(args, kwargs)
+            self.check_operands(Call(args, kwargs))
         return self.op(*args, **kwargs)
 
-    def check_operands(self, args: Operands, kwargs: Fields) -> None:
+    def check_operands(self, call: Call) -> None:
         """Check operands that are given in order or by name.
 
         Raises:
             ArtifactError: the operands do not fit together.
         """
         arguments = self.op._schema.arguments
-        given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+        given = {**dict(zip((argument.name for argument in arguments), call.args, strict=False)), **call.kwargs}
         if not self.fits(*(given.get(argument.name, argument.default_value) for argument in arguments)):
             raise ArtifactError(f"the program calls '{self.op}' with operands that do not fit together")
 

@@ -8,10 +8,10 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lorac.errors import CaptureError, short
@@ -21,6 +21,7 @@ from lorac.frontend.model_runner import ModelRunner
 from lorac.ir.calls.call import Call, Inputs, to_json_value
 from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
 from lorac.ir.traces.gate import outside_traces
+from lorac.ir.traces.modes import FunctionMode
 
 
 @dataclass(frozen=True)
@@ -108,37 +109,36 @@ class CallArguments:
         return cls({**inputs, POSITION_IDS: computed}, fixed, read, positions)
 
 
-class _ConstantEvaluation(TorchFunctionMode):
+class _ConstantEvaluation(FunctionMode):
     """A mode that computes results of constants instead of tracing them, so that Python can read their values."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        given = kwargs or {}
-        leaves = pytree.tree_leaves((args, given))
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         symbols = any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves)
-        known = all(type(tensor) is Tensor for tensor in tensors) if tensors else func in _MAKERS
+        known = all(type(tensor) is Tensor for tensor in tensors) if tensors else function in _MAKERS
         if symbols or not known:
-            return func(*args, **given)
+            return function(*args, **kwargs)
         with outside_traces():
-            return func(*args, **given)
+            return function(*args, **kwargs)
 
 
-class _TruthRecorder(TorchFunctionMode):
+class _TruthRecorder(FunctionMode):
     """A mode that records the truth values that each line reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, list[bool]] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        answer = func(*args, **(kwargs or {}))
-        line = find_running_model_line() if func is Tensor.__bool__ else None
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        answer = function(*args, **kwargs)
+        line = find_running_model_line() if function is Tensor.__bool__ else None
         if line is not None:
             self.found.setdefault(line, []).append(answer)
         return answer
 
 
-class _TruthReplay(TorchFunctionMode):
+class _TruthReplay(FunctionMode):
     """A mode that replays recorded truth values at each line of a trace, and adds checks of them to the program.
 
     Args:
@@ -149,10 +149,10 @@ class _TruthReplay(TorchFunctionMode):
         super().__init__()
         self._left = {line: list(found) for line, found in truths.items()}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        line = find_running_model_line() if func is Tensor.__bool__ else None
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        line = find_running_model_line() if function is Tensor.__bool__ else None
         if line is None or not self._left.get(line):
-            return func(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         found = self._left[line].pop(0)
         torch._check_tensor_all(args[0].bool() if found else ~args[0].bool())
         return found

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lorac.errors import Unavailable
 from lorac.frontend.host import Host
@@ -35,6 +34,7 @@ from lorac.ir.calls.modalities import (
 from lorac.ir.calls.multimodal_positions import POSITION_IDS
 from lorac.ir.graph.attention_ops import DECODER_IDS, IDS, LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name
 from lorac.ir.graph.interpreter import differs_beyond_rounding
+from lorac.ir.traces.modes import FunctionMode
 
 _MASK = "attention_mask"
 
@@ -127,7 +127,7 @@ def _tower_forward(modality: Modality, inputs: Inputs) -> Any:
     return forward
 
 
-class _WholeFeatures(TorchFunctionMode):
+class _WholeFeatures(FunctionMode):
     """A mode that keeps features whole where the model's method splits them by image, which a trace cannot follow.
 
     Inside modules that the method calls, splits are unchanged.
@@ -154,11 +154,11 @@ class _WholeFeatures(TorchFunctionMode):
     def _move(self, levels: int) -> None:
         self._depth += levels
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        if not self._depth and func in _WHOLE:
-            return _WHOLE[func](args[0])
-        selects = func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool
-        return args[0] if selects and not self._depth else func(*args, **(kwargs or {}))
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not self._depth and function in _WHOLE:
+            return _WHOLE[function](args[0])
+        selects = function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool
+        return args[0] if selects and not self._depth else function(*args, **kwargs)
 
 
 _WHOLE: Mapping[object, Callable[[Tensor], object]] = {

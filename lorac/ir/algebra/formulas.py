@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import AdapterError, LoracError
 from lorac.ir.traces.functions import find_written_tensors
 from lorac.ir.traces.gate import tracing
+from lorac.ir.traces.modes import DispatchMode
 from lorac.source_lines import definition_line, innermost_user_line
 from lorac.third_party_output import suppress_third_party_output
 
@@ -185,24 +185,21 @@ def _is_constant(size: torch.SymInt) -> bool:
     return size.node.maybe_as_int() is not None
 
 
-class _MutationGuard(TorchDispatchMode):
+class _MutationGuard(DispatchMode):
     """A mode that refuses ops that write into the memory of given tensors, or read the value of a fake tensor."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self._names = {_storage_key(tensor): name for name, tensor in tensors.items()}
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
-    ) -> object:
-        named = dict(kwargs or {})
-        for tensor in find_written_tensors(func, args, named):
+    def handle(self, op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        for tensor in find_written_tensors(op, args, kwargs):
             name = self._names.get(_storage_key(tensor))
             if name is not None:
-                raise _ArgumentMutated(name, str(func._schema.name).replace("::", "."))
-        if func is _READS_VALUE and getattr(args[0], "constant", None) is None:
-            raise DataDependentOutputException(func)
-        return func(*args, **named)
+                raise _ArgumentMutated(name, str(op._schema.name).replace("::", "."))
+        if op is _READS_VALUE and getattr(args[0], "constant", None) is None:
+            raise DataDependentOutputException(op)
+        return op(*args, **kwargs)
 
 
 def _storage_key(tensor: Tensor) -> int:

@@ -1,24 +1,20 @@
 """Functions in forms that ``torch.vmap`` batches for symbolic sizes; torch's own forms specialise to example sizes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from lorac.ir.traces.modes import FunctionMode
 
 
-class BatchedFunctions(TorchFunctionMode):
+class BatchedFunctions(FunctionMode):
     """A mode that replaces functions that ``torch.vmap`` cannot batch for symbolic sizes."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        return _in_other_functions.get(func, func)(*args, **(kwargs or {}))
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return _in_other_functions.get(function, function)(*args, **kwargs)
 
 
 _in_other_functions: dict[object, Callable[..., object]] = {}

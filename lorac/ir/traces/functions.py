@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
-from torch.overrides import TorchFunctionMode
+
+from lorac.ir.traces.modes import FunctionMode
 
 if TYPE_CHECKING:
     from torch.fx.experimental.proxy_tensor import _GraphAppendingTracerEx
@@ -80,11 +81,11 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-class _DetachMode(TorchFunctionMode):
+class _DetachMode(FunctionMode):
     """A mode that records detach as an op; torch 2.15 records an alias instead, through which gradients flow."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        return _detach(*args) if func in (Tensor.detach, torch.detach) else func(*args, **(kwargs or {}))
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return _detach(*args) if function in (Tensor.detach, torch.detach) else function(*args, **kwargs)
 
 
 def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: Any) -> fx.Graph:

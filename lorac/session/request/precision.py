@@ -5,10 +5,10 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lorac.errors import OptionError, Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
@@ -17,6 +17,7 @@ from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
 from lorac.ir.calls.call import map_inputs
 from lorac.ir.sites.site import cast_floating
+from lorac.ir.traces.modes import FunctionMode
 from lorac.target.dialect import AnyDialect
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -148,18 +149,18 @@ def redirect_casts(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) 
     model.__class__ = type(cls.__name__, (cls,), {**names, "forward": forward})
 
 
-class _RedirectedCasts(TorchFunctionMode):
+class _RedirectedCasts(FunctionMode):
     """A mode that replaces dtypes among the arguments of torch's functions."""
 
     def __init__(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
         super().__init__()
         self._dtypes = dtypes
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
-        target = self._dtypes.get(_METHODS[func]) if func in _METHODS else None
+    def handle(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        target = self._dtypes.get(_METHODS[function]) if function in _METHODS else None
         if target is not None:
             return args[0].to(target)
-        return func(*map(self._replace, args), **{name: self._replace(v) for name, v in (kwargs or {}).items()})
+        return function(*map(self._replace, args), **{name: self._replace(v) for name, v in kwargs.items()})
 
     def _replace(self, value: object) -> object:
         return self._dtypes.get(value, value) if isinstance(value, torch.dtype) else value
