@@ -30,6 +30,7 @@ A ``LoracWarning`` is not an error, but the caller should notice it.
 """
 
 import contextlib
+import copyreg
 import difflib
 import re
 import sys
@@ -107,11 +108,7 @@ class LoracError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # An exception is copied by a call of its class with the message alone, which these classes do not take.
-        return _restore_error, (type(self), self.args), self.__dict__
-
-
-def _restore_error(kind: type[LoracError], args: tuple[object, ...]) -> LoracError:
-    return kind.__new__(kind, *args)
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]  # pickle's own
 
 
 class SiteError(LoracError):

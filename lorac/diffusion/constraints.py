@@ -74,23 +74,19 @@ def begin_in_boxes(latents: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
     moved = latents.clone()
     for old, new, row in zip(latents, moved, maps, strict=True):
         for attention, mask in zip(row, masks, strict=True):
-            _copy_best_window(old, new, attention, mask)
+            # Copy the window with the most attention into the box of the mask.
+            stride, sides = old.shape[-1] // mask.shape[-1], (mask.any(1), mask.any(0))
+            size = tuple(int(side.sum()) for side in sides)
+            if 0 in size:
+                continue
+            sums = F.avg_pool2d(attention[None, None], size, stride=1)[0, 0]
+            best = divmod(int(sums.argmax()), sums.shape[1])
+            goal = tuple(int(side.int().argmax()) for side in sides)
+            new[:, *_window(goal, size, stride)] = old[:, *_window(best, size, stride)]
     axes = tuple(range(1, latents.dim()))
     old_std, old_mean = torch.std_mean(latents, axes, keepdim=True)
     std, mean = torch.std_mean(moved, axes, keepdim=True)
     return (moved - mean) / std * old_std + old_mean
-
-
-def _copy_best_window(old: Tensor, new: Tensor, attention: Tensor, mask: Tensor) -> None:
-    """Copy the window of latents (channels, H, W) with the most attention (height, width) into the box of a mask."""
-    stride, sides = old.shape[-1] // mask.shape[-1], (mask.any(1), mask.any(0))
-    size = tuple(int(side.sum()) for side in sides)
-    if 0 in size:
-        return
-    sums = F.avg_pool2d(attention[None, None], size, stride=1)[0, 0]
-    best = divmod(int(sums.argmax()), sums.shape[1])
-    goal = tuple(int(side.int().argmax()) for side in sides)
-    new[:, *_window(goal, size, stride)] = old[:, *_window(best, size, stride)]
 
 
 def _window(corner: Sequence[int], size: Sequence[int], stride: int) -> tuple[slice, ...]:

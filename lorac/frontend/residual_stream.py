@@ -11,7 +11,7 @@ added; names do not matter. Within a block, the sum of the stream and a module's
    operand of another sum nor the block's output.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ from lorac.frontend.transformer_blocks import (
     run_under_dispatch_mode,
 )
 from lorac.ir.sites.patterns import find_outermost_blocks
-from lorac.ir.sites.site import Site
 
 SublayerKind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]
@@ -85,24 +84,22 @@ def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStr
         ExampleInputsNeeded: no inputs were given, and none can be made.
         CaptureError: the model cannot be copied.
     """
-    parts = [_trace_component(*part) for part in iter_components(view, inputs)]
+    parts = list[ResidualStream]()
+    for model, prefix, sites, given in iter_components(view, inputs):
+        copied = copy_for_hooks(model)
+        recorder = _StreamRecorder({f"{prefix}{path}" for path in find_outermost_blocks(sites)})
+        for path, module in copied.named_modules():
+            if path:
+                module.register_forward_pre_hook(recorder.enter(prefix + path), with_kwargs=True)
+                module.register_forward_hook(recorder.leave(prefix + path, is_norm=isinstance(module, nn.LayerNorm)))
+        run_under_dispatch_mode(copied, model, given, recorder)
+        parts.append(recorder.summarize(next((prefix + path for path in find_output_layers(model)), None)))
     return ResidualStream(
         tuple(path for part in parts for path in part.blocks),
         tuple(sublayer for part in parts for sublayer in part.sublayers),
         tuple(path for part in parts for path in part.embedding),
         next((part.head for part in parts if part.head is not None), None),
     )
-
-
-def _trace_component(model: nn.Module, prefix: str, sites: Mapping[str, Site], inputs: object) -> ResidualStream:
-    copied = copy_for_hooks(model)
-    recorder = _StreamRecorder({f"{prefix}{path}" for path in find_outermost_blocks(sites)})
-    for path, module in copied.named_modules():
-        if path:
-            module.register_forward_pre_hook(recorder.enter(prefix + path), with_kwargs=True)
-            module.register_forward_hook(recorder.leave(prefix + path, is_norm=isinstance(module, nn.LayerNorm)))
-    run_under_dispatch_mode(copied, model, inputs, recorder)
-    return recorder.summarize(next((prefix + path for path in find_output_layers(model)), None))
 
 
 @dataclass

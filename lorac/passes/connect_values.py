@@ -6,7 +6,7 @@ depend (``lorac.passes.replay``).
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -73,10 +73,23 @@ class ConnectValues(Pass):
             for node, names in reads.items()
             if not {VALUE_PREFIX + name for name in names} <= AdaptedCall.of(node).operands.keys()
         }
-        if readers:
-            _connect(graph, readers)
         done = [ops.site_of(node) for node in reads if node not in readers]
-        return PassResult(bool(readers), tuple(Skip(path, "it has its values already") for path in done))
+        skipped = tuple(Skip(path, "it has its values already") for path in done)
+        if not readers:
+            return PassResult(changed=False, skipped=skipped)
+        parsed = [(name, *parse_value_name(name)) for names in readers.values() for name in names]
+        once_paths = dict.fromkeys(once_path_of(name) for name, kind, _ in parsed if kind == OWN)
+        once = {path: graph.plans[path] for path in once_paths}
+        parsed += [(name, *parse_value_name(name)) for name in list_read_values(once.values())]
+        first, sources = next(iter(readers)), _ValueSources(graph)
+        replay = Replay(graph, first, sources.order, sources.find_all)
+        base_paths = [path for _, kind, path in parsed if kind == BASE]
+        sources.base.update(_replay_modules(replay, sources.calls, base_paths, IsolatedPass()))
+        _compute_once(sources, once, first, replay)
+        for reader, names in readers.items():
+            values = sources.find_all(names, reader)
+            add_operands(reader, {VALUE_PREFIX + name: node for name, node in values.items()})
+        return PassResult(changed=True, skipped=skipped)
 
 
 @final
@@ -134,21 +147,6 @@ class _ValueSources:
             found = [AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0] for call in found]
         before: list[fx.Node] = [node for node in found if self.order[node] < self.order[reader]]
         return before[-1] if before else None
-
-
-def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
-    parsed = [(name, *parse_value_name(name)) for names in readers.values() for name in names]
-    once_paths = dict.fromkeys(once_path_of(name) for name, kind, _ in parsed if kind == OWN)
-    once = {path: graph.plans[path] for path in once_paths}
-    parsed += [(name, *parse_value_name(name)) for name in list_read_values(once.values())]
-    first, sources = next(iter(readers)), _ValueSources(graph)
-    replay = Replay(graph, first, sources.order, sources.find_all)
-    base_paths = [path for _, kind, path in parsed if kind == BASE]
-    sources.base.update(_replay_modules(replay, sources.calls, base_paths, IsolatedPass()))
-    _compute_once(sources, once, first, replay)
-    for reader, names in readers.items():
-        found = sources.find_all(names, reader)
-        add_operands(reader, {VALUE_PREFIX + name: node for name, node in found.items()})
 
 
 def _replay_modules(

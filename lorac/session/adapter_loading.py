@@ -66,19 +66,14 @@ def restore_adapter(session: Session, name: str, record: OpenFile, forms: OpenFi
         UnknownMethod: the class of the method is not imported, and there are no normal forms.
     """
     with record.named() as path:
-        adapter = _restore_record(session, path, name, has_forms=forms is not None)
+        try:
+            adapter = make_adapter(session, path, name)
+        except UnknownMethod:
+            if forms is None:
+                raise
+            adapter = load_record(path, name)
+            add_sites(session, adapter)
     session.pool.add(adapter, None if forms is None else read_normal_forms(forms))
-
-
-def _restore_record(session: Session, path: Path, name: str, *, has_forms: bool) -> Adapter:
-    try:
-        return make_adapter(session, path, name)
-    except UnknownMethod:
-        if not has_forms:
-            raise
-    adapter = load_record(path, name)
-    add_sites(session, adapter)
-    return adapter
 
 
 def outline_adapter_forms(session: Session, adapter: Adapter) -> PreparedAdapter:

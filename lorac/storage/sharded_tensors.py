@@ -1,7 +1,7 @@
 """A model's weights as transformers and diffusers save them: one safetensors file, or several with an index."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -44,7 +44,6 @@ class ShardedTensors(Mapping[str, Tensor]):
         else:
             self.index = _read_index(folder / self.index_name)
             names = {*self.index["weight_map"].values()}
-            _check_complete(folder, self.index_name, names)
             self.shards = {name: _open_shard(folder / name) for name in sorted(names)}
         self._places = {name: shard for shard, file in self.shards.items() for name in file}
         named: Mapping[str, str] = self._places if self.index is None else self.index["weight_map"]
@@ -90,15 +89,6 @@ def _file_names(stem: str) -> tuple[str, str]:
     return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
 
 
-def _check_complete(folder: Path, index: str, names: Collection[str]) -> None:
-    """Refuse an index that omits a shard of its own series; shards of another series are of an earlier model."""
-    endings = {found[0] for name in names if (found := _SHARD.search(name))}
-    others = [path.name for path in folder.glob("*.safetensors") if path.name not in names]
-    left_out = [name for name in sorted(others) if (found := _SHARD.search(name)) and found[0] in endings]
-    if left_out:
-        raise _damaged(folder / index, f"does not name {list_some(left_out)}, which is part of the model")
-
-
 def _open_shard(path: Path) -> TensorFile:
     if not path.is_file():
         raise FormatError(f"'{path}' is missing, and the folder's index names it", next_step=_STEP, code="corrupt_file")
@@ -120,6 +110,13 @@ def _read_index(path: Path) -> JsonMapping:
     outside = next((name for name in places.values() if "/" in name or not is_inner_name(name)), None)
     if outside is not None:
         raise _damaged(path, f"names the file {outside!r}, which is not a file of its folder")
+    # An index must not omit a shard of its own series; shards of another series are of an earlier model.
+    names = {*places.values()}
+    endings = {found[0] for name in names if (found := _SHARD.search(name))}
+    others = [one.name for one in path.parent.glob("*.safetensors") if one.name not in names]
+    left_out = [name for name in sorted(others) if (found := _SHARD.search(name)) and found[0] in endings]
+    if left_out:
+        raise _damaged(path, f"does not name {list_some(left_out)}, which is part of the model")
     return index
 
 

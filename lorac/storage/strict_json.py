@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ MAX_DEPTH = 100
 Json = Any
 """A value of JSON; its reader checks the type."""
 JsonObject = dict[str, Json]
-_SCALARS = (str, int, float, type(None))
 _VALUES = operator.methodcaller("values")
 _BITS = 64
 _PER_VALUE = 64
@@ -103,26 +102,20 @@ def _check(value: Json) -> None:
         parts: list[Iterable[Json]] = []
         for kind in {*map(type, level)}:
             items: list[Json] = [item for item in level if type(item) is kind]
-            if issubclass(kind, _SCALARS):
-                _check_scalars(kind, items)
-            elif issubclass(kind, Mapping):
+            if issubclass(kind, Mapping):
                 parts += (*items, *map(_VALUES, items))
             elif issubclass(kind, list | tuple):
                 parts += items
+            elif issubclass(kind, str):
+                "".join(items).encode("utf-8")  # half of a surrogate pair could neither be printed nor written
+            elif issubclass(kind, float):
+                if bad := [item for item in items if not math.isfinite(item)]:
+                    raise ValueError(f"{bad[0]} is not a finite number")
+            elif issubclass(kind, int):
+                bits = max(max(items).bit_length(), min(items).bit_length())
+                if bits > _BITS:
+                    raise ValueError(f"it holds an integer of {bits} bits, more than {_BITS}")
         level = [*itertools.chain.from_iterable(parts)]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} values")
-
-
-def _check_scalars(kind: type, items: Sequence[Json]) -> None:
-    """Check values of one type."""
-    if issubclass(kind, str):
-        "".join(items).encode("utf-8")  # half of a surrogate pair could neither be printed nor written
-    elif issubclass(kind, float):
-        if bad := [item for item in items if not math.isfinite(item)]:
-            raise ValueError(f"{bad[0]} is not a finite number")
-    elif issubclass(kind, int):
-        bits = max(max(items).bit_length(), min(items).bit_length())
-        if bits > _BITS:
-            raise ValueError(f"it holds an integer of {bits} bits, more than {_BITS}")

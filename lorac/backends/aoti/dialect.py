@@ -55,38 +55,28 @@ class LowerToTorch(Pass):
     leaves: ClassVar[Level] = Level.TARGET
 
     def apply(self, graph: Graph) -> PassResult:
-        _gate_and_copy_inputs(graph)
+        # Select 0 where a branch has strength 0, since its zeros may become NaN; copy the inputs of a cut program.
+        program, slots = graph.exported, {slot.node: slot for slot in graph.slots.values()}
+        first = next(node for node in graph.fx.nodes if node.op not in {"placeholder", "get_attr"})
+        cuts = any(True for _ in graph.find(segment_ops.CUT))
+        for name, node in find_user_inputs(program).items():
+            if name in slots and is_strength(slots[name].role):
+                for scaled in [user for user in node.users if user.target is aten.mul.Tensor]:
+                    users, after = list(scaled.users), scaled.next
+                    is_on = insert_call(program, after, aten.ne.Scalar, node, 0)
+                    selected = insert_call(program, after, aten.where.ScalarOther, is_on, scaled, 0.0)
+                    for user in users:
+                        user.replace_input_with(scaled, selected)
+            elif name in slots:
+                continue
+            elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
+                copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
+                node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
         with torch.no_grad(), suppress_third_party_output(), keep_sizes_of_one():
             graph.exported = graph.exported.run_decompositions(_DECOMPOSITIONS)
         for check in graph.find(aten._assert_tensor_metadata.default):  # checks of the example's metadata
             graph.fx.erase_node(check)
         return PassResult(changed=True)
-
-
-def _gate_and_copy_inputs(graph: Graph) -> None:
-    """Select 0 where a branch has strength 0, since its zeros may become NaN; copy the inputs of a cut program."""
-    program, slots = graph.exported, {slot.node: slot for slot in graph.slots.values()}
-    first = next(node for node in graph.fx.nodes if node.op not in {"placeholder", "get_attr"})
-    cuts = any(True for _ in graph.find(segment_ops.CUT))
-    for name, node in find_user_inputs(program).items():
-        if name in slots and is_strength(slots[name].role):
-            for scaled in [user for user in node.users if user.target is aten.mul.Tensor]:
-                users, after = list(scaled.users), scaled.next
-                is_on = insert_call(program, after, aten.ne.Scalar, node, 0)
-                selected = insert_call(program, after, aten.where.ScalarOther, is_on, scaled, 0.0)
-                for user in users:
-                    user.replace_input_with(scaled, selected)
-        elif name in slots:
-            continue
-        elif cuts and node.users and isinstance(value := node.meta["val"], Tensor) and value.dim() > 1:
-            copied = insert_call(program, first, aten.clone.default, node, memory_format=torch.contiguous_format)
-            node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)  # type: ignore[misc]  # the default binds the loop's value
-
-
-def _cut_segments(x: Tensor, slot: Tensor, features: int) -> Tensor:
-    """Cut as ``lorac.ir.slots.places.cut_segments`` does, without a check that one dynamic size divides another."""
-    rows, rest = x.shape[: x.dim() - features], x.shape[x.dim() - features :]
-    return _view(x, (slot.shape[0], math.prod(rows) // slot.shape[0], *rest))
 
 
 def _view(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -95,8 +85,10 @@ def _view(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 _DECOMPOSITIONS: dict[Any, Callable[..., object]] = {
-    segment_ops.CUT: _cut_segments,
-    # ``lorac.ir.slots.places.join_segments`` checks that one dynamic size divides another, which needs no check here.
+    # ``lorac.ir.slots.places`` checks that one dynamic size divides another, which needs no check here.
+    segment_ops.CUT: lambda x, slot, count: _view(
+        x, (slot.shape[0], math.prod(x.shape[: x.dim() - count]) // slot.shape[0], *x.shape[x.dim() - count :])
+    ),
     segment_ops.JOIN: lambda y, like, count: _view(y, (*like.shape[: like.dim() - count], *y.shape[2:])),
     **TIE_BREAKING_OPS,
 }

@@ -162,27 +162,22 @@ def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelP
         raise ArtifactError(
             f"'{path}' is not an ONNX model: {error}", next_step="copy the whole folder again"
         ) from error
-    for tensor in walk_tensors(model):
-        if _is_external(tensor):
-            _check_location(path, tensor, size)
+    for tensor in filter(_is_external, walk_tensors(model)):
+        entries = _external_data(tensor)
+        if entries.get("location") != WEIGHTS_FILE or len(entries) < len(tensor.external_data):
+            raise ArtifactError(
+                f"'{path}' stores the weight '{tensor.name}' in '{entries.get('location')}', not in '{WEIGHTS_FILE}'",
+                next_step="do not use this artifact: lorac does not write such models",
+            )
+        numbers = {key: entries.get(key, "0") for key in ("offset", "length")}
+        are_natural = all(_NATURAL_NUMBER.fullmatch(number) for number in numbers.values())
+        if not are_natural or sum(map(int, numbers.values())) > size:
+            raise ArtifactError(
+                f"'{path}' says that the weight '{tensor.name}' has {short(numbers['length'])} bytes from "
+                f"{short(numbers['offset'])} on in '{WEIGHTS_FILE}', which has {size}",
+                next_step="copy the whole folder again",
+            )
     return model
-
-
-def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
-    entries = _external_data(tensor)
-    if entries.get("location") != WEIGHTS_FILE or len(entries) < len(tensor.external_data):
-        raise ArtifactError(
-            f"'{path}' stores the weight '{tensor.name}' in '{entries.get('location')}', not in '{WEIGHTS_FILE}'",
-            next_step="do not use this artifact: lorac does not write such models",
-        )
-    numbers = {key: entries.get(key, "0") for key in ("offset", "length")}
-    are_natural = all(_NATURAL_NUMBER.fullmatch(number) for number in numbers.values())
-    if not are_natural or sum(map(int, numbers.values())) > size:
-        raise ArtifactError(
-            f"'{path}' says that the weight '{tensor.name}' has {short(numbers['length'])} bytes from "
-            f"{short(numbers['offset'])} on in '{WEIGHTS_FILE}', which has {size}",
-            next_step="copy the whole folder again",
-        )
 
 
 def walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:

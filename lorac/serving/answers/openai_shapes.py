@@ -38,13 +38,13 @@ class AnswerShape(ABC):
         for index in range(self._request.answers):
             own = [part for part in parts if part.index == index]
             parsed = ParsedText().joined(*(part.parsed for part in own))
-            head = {"index": index, **self._message(parsed), "finish_reason": own[-1].reason}
+            head = {"index": index, **self.message(parsed), "finish_reason": own[-1].reason}
             choices.append(head | self._logprobs([token for part in own for token in part.tokens]))
         return {**self._head(self.kind), "choices": choices, "usage": self._request.usage}
 
     def chunk(self, part: AnswerPart) -> Json:
         """Return a part as an event of a stream."""
-        choice = {"index": part.index, **self._delta(part), "finish_reason": part.reason or None}
+        choice = {"index": part.index, **self.delta(part), "finish_reason": part.reason or None}
         return {**self._head(self.chunk_kind), "choices": [choice | self._logprobs(part.tokens)]}
 
     def opening(self) -> list[Json]:
@@ -60,18 +60,18 @@ class AnswerShape(ABC):
         return {"id": f"{self.prefix}-{request.id}", "object": kind, "created": request.created, "model": request.model}
 
     def _logprobs(self, tokens: Sequence[TextToken]) -> Json:
-        return {"logprobs": self._describe_tokens(tokens) if self._has_logprobs else None}
+        return {"logprobs": self.describe_tokens(tokens) if self._has_logprobs else None}
 
     @abstractmethod
-    def _message(self, parsed: ParsedText) -> Json:
+    def message(self, parsed: ParsedText) -> Json:
         """Return a whole answer as fields of a choice."""
 
     @abstractmethod
-    def _delta(self, part: AnswerPart) -> Json:
+    def delta(self, part: AnswerPart) -> Json:
         """Return a part of an answer as fields of a choice."""
 
     @abstractmethod
-    def _describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
+    def describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
         """Return tokens with their log-probabilities."""
 
     def _decode(self, token: int) -> str:
@@ -93,13 +93,13 @@ class ChatShape(AnswerShape):
         head = self._head(self.chunk_kind)
         return [{**head, "choices": [{"index": index, **choice}]} for index in range(self._request.answers)]
 
-    def _message(self, parsed: ParsedText) -> Json:
+    def message(self, parsed: ParsedText) -> Json:
         calls = [_describe_call(call) for call in parsed.calls]
         more: Mapping[str, object] = {"reasoning_content": parsed.reasoning, "tool_calls": calls}
         content = parsed.content if parsed.content or not calls else None
         return {"message": {"role": "assistant", "content": content, **{k: v for k, v in more.items() if v}}}
 
-    def _delta(self, part: AnswerPart) -> Json:
+    def delta(self, part: AnswerPart) -> Json:
         first = self._calls.get(part.index, 0)
         calls = [{"index": i, **_describe_call(call)} for i, call in enumerate(part.parsed.calls, first)]
         self._calls[part.index] = first + len(calls)
@@ -107,7 +107,7 @@ class ChatShape(AnswerShape):
         delta = {"content": parsed.content, "reasoning_content": parsed.reasoning, "tool_calls": calls}
         return {"delta": {name: value for name, value in delta.items() if value}}
 
-    def _describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
+    def describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
         return {"content": [self._describe_token(token) for token in tokens]}
 
     def _describe_token(self, token: TextToken) -> Json:
@@ -126,13 +126,13 @@ class CompletionShape(AnswerShape):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def _message(self, parsed: ParsedText) -> Json:
+    def message(self, parsed: ParsedText) -> Json:
         return {"text": parsed.content}
 
-    def _delta(self, part: AnswerPart) -> Json:
+    def delta(self, part: AnswerPart) -> Json:
         return {"text": part.parsed.content}
 
-    def _describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
+    def describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
         texts = [self._decode(token.id) for token in tokens]
         likeliest = [{self._decode(id): _bounded(logprob) for id, logprob in token.likeliest} for token in tokens]
         return {

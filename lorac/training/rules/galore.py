@@ -77,7 +77,21 @@ class GaLore(Optimizer, ABC):
         """Add a group as torch does, with the paper's defaults for missing settings of a projected group."""
         if "rank" in param_group:
             param_group = {**_PROJECTED, **param_group}
-            _check_group_settings(param_group)
+            check_settings(
+                "GaLore",
+                rank=(param_group["rank"], FROM_1),
+                update_proj_gap=(param_group["update_proj_gap"], FROM_1),
+                scale=(param_group["scale"], FROM_0),
+            )
+            if param_group["proj_type"] not in _SIDES:
+                raise not_one_of("there is no proj_type", param_group["proj_type"], _SIDES)
+            tensors = param_group["params"]
+            for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
+                if tensor.dim() < 2:
+                    raise ChoiceError(
+                        f"a gradient of shape {tuple(tensor.shape)} has no singular vectors",
+                        next_step="leave it in a group without rank=, as galore_groups does",
+                    )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -263,21 +277,3 @@ class GaLoreSGD(GaLore):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         moment: Tensor = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         return moment * group["lr"]
-
-
-def _check_group_settings(group: Group) -> None:
-    check_settings(
-        "GaLore",
-        rank=(group["rank"], FROM_1),
-        update_proj_gap=(group["update_proj_gap"], FROM_1),
-        scale=(group["scale"], FROM_0),
-    )
-    if group["proj_type"] not in _SIDES:
-        raise not_one_of("there is no proj_type", group["proj_type"], _SIDES)
-    tensors = group["params"]
-    for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
-        if tensor.dim() < 2:
-            raise ChoiceError(
-                f"a gradient of shape {tuple(tensor.shape)} has no singular vectors",
-                next_step="leave it in a group without rank=, as galore_groups does",
-            )
