@@ -48,17 +48,15 @@ class _LogFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether handlers should handle a record."""
         library, *_ = record.name.split(".")
-        return not _suppressing.get() or library not in SUPPRESSED_LOGGERS or _has_own_level(record.name, library)
-
-
-def _has_own_level(name: str, library: str) -> bool:
-    """Return whether a level was set at a logger, or at a logger between it and the library's."""
-    logger: logging.Logger | None = logging.getLogger(name)
-    while logger is not None and logger.name not in (library, "root"):  # a library may have no logger of its name
-        if logger.level != logging.NOTSET:
+        if not _suppressing.get() or library not in SUPPRESSED_LOGGERS:
             return True
-        logger = logger.parent
-    return False
+        # A record is also handled where a level was set at its logger, or between that and the library's.
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None and logger.name not in (library, "root"):  # a library may have no logger of its name
+            if logger.level != logging.NOTSET:
+                return True
+            logger = logger.parent
+        return False
 
 
 _LOG_FILTER = _LogFilter()

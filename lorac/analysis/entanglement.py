@@ -6,7 +6,7 @@ first sites count the outputs and the others the inputs. Every cut of the chain 
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,19 +77,15 @@ def adapter_entanglement(adapter: Adapter, model: Model | None = None) -> dict[s
     """
     check_type(adapter, Adapter, "the adapter to analyse", next_step="give an adapter: lorac.load_adapter(path)")
     view = None if model is None else add_adapted_modules(adapter, ModelView.of(model))
-    return {name: _make_profile(delta) for path in adapter.tensors for name, delta in _read_deltas(adapter, path, view)}
-
-
-def _read_deltas(adapter: Adapter, path: str, view: ModelView | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield ΔW (out, in) of a site, or of each matrix of a stack."""
-    change = read_change(adapter, path, view)
-    assert change is not None
-    b, a = require_parts(path, change, None if view is None else view.base.weight(view.sites[path]).double())
-    delta = b if a is None else b @ a
-    if delta.ndim == 2:
-        yield path, delta
-    else:
-        yield from ((f"{path}[{index}]", one) for index, one in enumerate(delta))
+    found: dict[str, EntanglementProfile | None] = {}
+    for path in adapter.tensors:
+        change = read_change(adapter, path, view)
+        assert change is not None
+        b, a = require_parts(path, change, None if view is None else view.base.weight(view.sites[path]).double())
+        delta = b if a is None else b @ a  # (out, in), or a stack of them
+        matrices = {path: delta} if delta.ndim == 2 else {f"{path}[{i}]": one for i, one in enumerate(delta)}
+        found |= {name: _make_profile(one) for name, one in matrices.items()}
+    return found
 
 
 def _make_profile(delta: Tensor) -> EntanglementProfile | None:

@@ -212,7 +212,14 @@ def _compare(
     difference, inner = _subtract(first, second)
     size = norms[0] * norms[1]
     cosine = inner / size if size else 0.0
-    outputs, inputs = _find_cosines(first, second, rank)
+    spaces = []
+    for b, a in (first, second):
+        cut = truncate_matrix(b, rank) if a is None else truncate_product(b, a, rank)
+        width = cut.rank if bool(cut.b.any()) else 0
+        spaces.append((torch.linalg.qr(cut.b[..., :width])[0], torch.linalg.qr(cut.a[..., :width, :].mT)[0]))
+    # The cosines of the principal angles between the outputs of the changes, and between their inputs.
+    found = (torch.linalg.svdvals(x.mT @ y) for x, y in zip(*spaces, strict=True))
+    outputs, inputs = (tuple(cosines.reshape(-1).clamp(max=1).tolist()) for cosines in found)
     shifts = [change.e for change in (one, other) if change is not None and change.e is not None]
     bias = shifts[0] - shifts[1] if len(shifts) == 2 else next(iter(shifts), torch.zeros(()))
     return SiteDifference(
@@ -259,17 +266,3 @@ def _subtract(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor 
         return joined, float(((b1.mT @ b2) * (a1 @ a2.mT)).sum())
     whole = [b if a is None else b @ a for b, a in (first, second)]
     return float(torch.linalg.vector_norm(whole[0] - whole[1])), float((whole[0] * whole[1]).sum())
-
-
-def _find_cosines(
-    first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None], rank: int | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the cosines of the principal angles between the outputs of two changes, and between their inputs."""
-    spaces = []
-    for b, a in (first, second):
-        cut = truncate_matrix(b, rank) if a is None else truncate_product(b, a, rank)
-        width = cut.rank if bool(cut.b.any()) else 0
-        spaces.append((torch.linalg.qr(cut.b[..., :width])[0], torch.linalg.qr(cut.a[..., :width, :].mT)[0]))
-    found = (torch.linalg.svdvals(one.mT @ other) for one, other in zip(*spaces, strict=True))
-    outputs, inputs = (tuple(cosines.reshape(-1).clamp(max=1).tolist()) for cosines in found)
-    return outputs, inputs

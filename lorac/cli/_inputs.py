@@ -33,28 +33,25 @@ def read_inputs(path: Path) -> dict[str, Array]:
         raise OptionError(
             f"'{path}' is not a file of inputs", nearest=nearest_name(path.suffix, _SUFFIXES), next_step=INPUTS_HELP
         )
-    try:
-        with OpenFile(path, follows_links=True).named() as opened:
-            return _read_arrays(opened, path.suffix)
-    except LoracError:
-        raise
-    except Exception as error:  # a damaged file may make a reader raise anything
-        raise OptionError(f"'{path}' cannot be read: {error}", next_step=_FILE_HELP) from error
-
-
-def _read_arrays(path: Path, suffix: str) -> dict[str, Array]:
-    """Read a file of arrays; in JSON's nested lists whole numbers become int64, others float32, as in torch."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
 
-    if suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    if suffix == ".safetensors":
-        return dict(load_file(path))
-    found = parse_object(read_json_text(path), lambda reason: OptionError(f"'{path}' {reason}", next_step=_FILE_HELP))
-    return {name: torch.tensor(value) for name, value in found.items()}
+    try:
+        with OpenFile(path, follows_links=True).named() as opened:
+            if path.suffix == ".npz":
+                with np.load(opened, allow_pickle=False) as archive:
+                    return dict(archive)
+            if path.suffix == ".safetensors":
+                return dict(load_file(opened))
+            text = read_json_text(opened)
+        found = parse_object(text, lambda reason: OptionError(f"'{path}' {reason}", next_step=_FILE_HELP))
+        # As in torch, nested lists of whole numbers become int64, and others float32.
+        return {name: torch.tensor(value) for name, value in found.items()}
+    except LoracError:
+        raise
+    except Exception as error:  # a damaged file may make a reader raise anything
+        raise OptionError(f"'{path}' cannot be read: {error}", next_step=_FILE_HELP) from error
 
 
 def to_arrays(outputs: object) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -42,7 +41,17 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             continue
         site = _projection_site(path, module, model) or _layer_site(path, module) or _block_site(path, module, model)
         found |= find_matrix_sites(path, module) if site is None else {path: site}
-    return dict(_add_shared_paths(found, model))
+    readers: dict[int, list[str]] = defaultdict(list)
+    identities = {}
+    for path, site in found.items():
+        if site.weight is not None:
+            owner, _, leaf = site.weight.rpartition(".")
+            identities[path] = get_tensor_identity(model.get_submodule(owner), leaf)
+            readers[identities[path]].append(path)
+    for path, identity in identities.items():  # the paths of other sites that read the same weight
+        others = tuple(other for other in readers[identity] if other != path)
+        found[path] = dataclasses.replace(found[path], shares=others)
+    return found
 
 
 def _layer_site(path: str, module: nn.Module) -> Site | None:
@@ -184,17 +193,3 @@ def _linear_layers(module: nn.Module) -> list[nn.Module]:
 def _count_similar_children(module: nn.Module, container: nn.Module) -> int:
     """Count the elements that have the module's class and contain a linear layer."""
     return sum(type(child) is type(module) and bool(_linear_layers(child)) for child in container.children())
-
-
-def _add_shared_paths(sites: Mapping[str, Site], model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Yield the sites, with the paths of other sites that read the same weight."""
-    readers: dict[int, list[str]] = defaultdict(list)
-    identities = {}
-    for path, site in sites.items():
-        if site.weight is not None:
-            owner, _, leaf = site.weight.rpartition(".")
-            identities[path] = get_tensor_identity(model.get_submodule(owner), leaf)
-            readers[identities[path]].append(path)
-    for path, site in sites.items():
-        others = tuple(p for p in readers[identities[path]] if p != path) if path in identities else ()
-        yield path, dataclasses.replace(site, shares=others) if path in identities else site

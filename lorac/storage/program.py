@@ -39,11 +39,22 @@ def program_to_json(program: ExportedProgram) -> JsonObject:
     Raises:
         Unavailable: the program has a nested graph, or a value without a JSON form.
     """
+    from lorac.ir.graph.symbolic_shapes import constant_size
+
     signature = {getattr(spec.arg, "name", ""): spec for spec in program.graph_signature.input_specs}
 
     def describe_input(node: fx.Node) -> JsonObject:
         spec = signature[node.name]
-        return _example_to_json(node) if spec.kind is InputKind.USER_INPUT else {"tensor": spec.target}
+        if spec.kind is not InputKind.USER_INPUT:
+            return {"tensor": spec.target}
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            raise _unstorable(f"a program whose input '{node.name}' is a {type(value).__name__}")
+        return {
+            "shape": [size if isinstance(size, int) else int(size.node.hint) for size in value.shape],
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "dynamic": [axis for axis, size in enumerate(value.shape) if constant_size(size) is None],
+        }
 
     return {"nodes": nodes_to_json(program.graph, describe_input)}
 
@@ -194,19 +205,6 @@ def _named_sizes(node: fx.Node) -> Iterator[Sequence[object]]:
 
 def _product(sizes: Iterable[object]) -> int:
     return math.prod(max(abs(size), 1) for size in sizes if type(size) is int)
-
-
-def _example_to_json(node: fx.Node) -> dict[str, object]:
-    from lorac.ir.graph.symbolic_shapes import constant_size
-
-    value = node.meta["val"]
-    if not isinstance(value, Tensor):
-        raise _unstorable(f"a program whose input '{node.name}' is a {type(value).__name__}")
-    return {
-        "shape": [size if isinstance(size, int) else int(size.node.hint) for size in value.shape],
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "dynamic": [axis for axis, size in enumerate(value.shape) if constant_size(size) is None],
-    }
 
 
 def _make_example(entry: JsonObject) -> Tensor:

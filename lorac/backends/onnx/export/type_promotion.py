@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
 
 from lorac.backends.onnx.export.torchlib import (
-    TypePromotionSnapshot,
     TypePromotionTable,
     find_compatible_op_overload,
     get_type_promotion_rule,
@@ -49,28 +48,23 @@ def insert_casts(graph: fx.Graph, mode: FakeTensorMode) -> None:
         for node, rule in [(node, rule) for node, rule in rules if rule is not None]:
             # A rule stores state while it is applied, so each thread applies a copy.
             promotion = copy.copy(rule).preview_type_promotion(_examples(node.args), _examples(node.kwargs))
-            _promote(node, promotion)
+            args = tuple(_cast(node, arg, promotion.args_dtypes.get(i)) for i, arg in enumerate(node.args))
+            kwargs = {name: _cast(node, arg, promotion.kwargs_dtypes.get(name)) for name, arg in node.kwargs.items()}
+            if args == node.args and kwargs == node.kwargs:
+                continue
+            assert isinstance(node.target, OpOverload)
+            node.args, node.kwargs = args, kwargs
+            packet = node.target.overloadpacket
+            node.target = find_compatible_op_overload(packet, _examples(args), _examples(kwargs))
+            if _compute(node).dtype == promotion.out_dtype:
+                continue
+            with node.graph.inserting_after(node):
+                restored = node.graph.call_function(_CAST, (node,), {"dtype": promotion.out_dtype})
+            _compute(restored, node)
+            node.replace_all_uses_with(restored, delete_user_cb=lambda user, own=restored: user is not own)
 
 
 _promotion_table = functools.cache(TypePromotionTable)
-
-
-def _promote(node: fx.Node, promotion: TypePromotionSnapshot) -> None:
-    """Cast a node's operands by its promotion rule, and cast its result back to the former dtype."""
-    args = tuple(_cast(node, arg, promotion.args_dtypes.get(i)) for i, arg in enumerate(node.args))
-    kwargs = {name: _cast(node, arg, promotion.kwargs_dtypes.get(name)) for name, arg in node.kwargs.items()}
-    if args == node.args and kwargs == node.kwargs:
-        return
-    assert isinstance(node.target, OpOverload)
-    node.args, node.kwargs = args, kwargs
-    packet = node.target.overloadpacket
-    node.target = find_compatible_op_overload(packet, _examples(args), _examples(kwargs))
-    if _compute(node).dtype == promotion.out_dtype:
-        return
-    with node.graph.inserting_after(node):
-        restored = node.graph.call_function(_CAST, (node,), {"dtype": promotion.out_dtype})
-    _compute(restored, node)
-    node.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
 
 
 def _cast(node: fx.Node, operand: Argument, dtype: torch.dtype | None) -> Argument:
