@@ -13,7 +13,7 @@ model:
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def make_module_site(path: str, view: ModelView) -> Site:
 def infer_module_site(path: str, view: ModelView) -> Site | None:
     """Return the site for a module; None if its widths cannot be inferred from its structure."""
     layers = list(_iter_layers(path, view))
-    widths = _infer_widths_from_layers(layers) or _infer_widths_from_norms(path, layers, view.module)
+    widths = _infer_widths(path, layers, view.module)
     if widths is None:
         return None
     takes, returns = widths
@@ -95,31 +95,20 @@ def _norm_width(module: nn.Module) -> int | None:
     return len(weight) if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
 
 
-def _infer_widths_from_layers(layers: Collection[_LayerWidths]) -> tuple[int, int] | None:
-    """Return (input width, output width) inferred from the layers of a module, or None."""
-    plain = _without_norms(layers)
-    for counted in (plain, list(layers)):
+def _infer_widths(path: str, layers: Sequence[_LayerWidths], model: nn.Module) -> tuple[int, int] | None:
+    """Return (input width, output width) inferred from a module's layers or from the norms next to it, or None."""
+    plain = [layer for layer in layers if not layer.norm]
+    plain = [*plain[:1], *(layer for layer in plain[1:] if not layer.ids)]  # without tables of positions
+    for counted in (plain, layers):
         if counted and counted[0].takes == counted[-1].returns:
             return counted[0].takes, counted[-1].returns
-    if plain and plain[0].ids:
-        return plain[0].takes, list(layers)[-1].returns
-    if plain and all(before.returns == layer.takes for before, layer in itertools.pairwise(plain)):
-        return plain[0].takes, plain[-1].returns
-    return None
-
-
-def _without_norms(layers: Iterable[_LayerWidths]) -> list[_LayerWidths]:
-    """Return the layers without norms, and without tables of positions after the first layer."""
-    plain = [layer for layer in layers if not layer.norm]
-    return [*plain[:1], *(layer for layer in plain[1:] if not layer.ids)]
-
-
-def _infer_widths_from_norms(path: str, layers: Collection[_LayerWidths], model: nn.Module) -> tuple[int, int] | None:
-    """Return (input width, output width) inferred from the norms next to a module, or None."""
-    parent = model.get_submodule(path.rpartition(".")[0])
-    widths = {width for module in parent.children() if (width := _norm_width(module)) is not None}
-    plain = _without_norms(layers)
-    if len(widths) != 1 or not plain:
+    if not plain:
         return None
-    (width,) = widths
-    return (width, width) if width in {plain[0].takes, plain[-1].returns} else None
+    if plain[0].ids:
+        return plain[0].takes, layers[-1].returns
+    if all(before.returns == layer.takes for before, layer in itertools.pairwise(plain)):
+        return plain[0].takes, plain[-1].returns
+    parent = model.get_submodule(path.rpartition(".")[0])
+    around = {width for module in parent.children() if (width := _norm_width(module)) is not None}
+    alike = len(around) == 1 and around <= {plain[0].takes, plain[-1].returns}
+    return (min(around), min(around)) if alike else None
