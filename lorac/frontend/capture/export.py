@@ -88,7 +88,9 @@ def export_model(
     """
     by_name = example_inputs is None or isinstance(example_inputs, Mapping) or host.by_name
     failures: list[CaptureError] = []
-    for arguments in CallArguments.of(host, _bind_inputs(host, example_inputs)).iter_alternatives(host.model):
+    bound = _bind_inputs(host, example_inputs)
+    _check_shapes(bound, dynamic_shapes)
+    for arguments in CallArguments.of(host, bound).iter_alternatives(host.model):
         try:
             inputs = arguments.inputs if by_name or arguments.fixed else example_inputs
             return _export_arguments(arguments, host, inputs, dynamic_shapes, marks)
@@ -113,7 +115,6 @@ def _export_arguments(
             freeze_dynamic_rotary(copied.model)
             attend_densely(copied.model)
             stack.enter_context(capture_attention(copied, arguments.inputs))
-        _check_shapes(host, inputs, dynamic_shapes)
         if dynamic_shapes is None:
             # Constants for each row contradict a batch that is widened from one row to two.
             attempts: Iterable[tuple[object, object]] = _attempts(host, inputs, widen=not arguments.read)
@@ -128,10 +129,10 @@ def _export_arguments(
     return program, guards, arguments
 
 
-def _check_shapes(host: Host, inputs: object, shapes: object) -> None:
+def _check_shapes(inputs: Mapping[str, Any], shapes: object) -> None:
     """Raise ``OptionError`` for shapes of unknown inputs, and for axes that are texts."""
     if isinstance(shapes, Mapping):
-        check_known(shapes, list(_bind_inputs(host, inputs)), "dynamic_shapes= has the name of no example input,")
+        check_known(shapes, inputs, "dynamic_shapes= has the name of no example input,")
     if text := next((axis for axis in pytree.tree_leaves(shapes) if isinstance(axis, str)), None):
         step = f"write torch.export.Dim('{text}'), or Dim.AUTO for the sizes that the model admits"
         raise OptionError(f"dynamic_shapes= has the text '{text}' for an axis", next_step=step)

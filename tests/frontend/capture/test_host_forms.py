@@ -194,6 +194,18 @@ def test_dynamic_shapes_reach_into_dicts_and_lists() -> None:
     assert_close(compiled(**more), _Containers()(**more).detach())
 
 
+class _Scaled(_Host):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.up(x) * scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_dynamic_shapes_name_a_constant_as_torch_export_demands(scale: float) -> None:
+    inputs, more = {"x": torch.rand(3, 6), "scale": scale}, torch.rand(7, 6)
+    compiled = _compiled(_Scaled(), inputs, dynamic_shapes={"x": {0: Dim("rows")}, "scale": None})
+    assert_close(compiled(x=more, scale=scale), _Scaled()(more, scale).detach())
+
+
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_a_vector_is_no_batch(mode: str) -> None:
     host, x = nn.Sequential(nn.Linear(6, 6)).eval(), torch.rand(6)
