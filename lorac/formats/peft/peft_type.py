@@ -100,9 +100,8 @@ class PeftType(ABC, Generic[V]):
     def peft_type(self) -> str:
         """The type's name in the configuration; abstract in a base class of several types."""
 
-    @abstractmethod
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return the site that its tensors in a file imply, and the parameters as matrices.
+        """Return the site that its tensors in a file imply, and the parameters as matrices; by default, refuse them.
 
         Args:
             stored: the site's tensors by suffix, and the shared tensors by name.
@@ -110,6 +109,7 @@ class PeftType(ABC, Generic[V]):
         Raises:
             AdapterError: the tensors do not fit each other.
         """
+        raise mismatched_shapes(path, stored, f"{self.peft_type} has no tensors at single layers")
 
     def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         """Convert the parameters of a site to a file's tensors: by suffix, and shared tensors by name.
@@ -313,19 +313,29 @@ def core_shape(site: Site, core: Tensor) -> Sequence[int]:
 
 
 class PlainType(PeftType[V]):
-    """A type whose parameters are a file's tensors unchanged, named by their suffixes with underscores for dots.
+    """A type whose parameters are a file's tensors unchanged, besides those of ``derived``.
 
     Where a file has a tensor for the bias, the layer has a bias.
+
+    Attributes:
+        names: suffix -> parameter, where that is not the suffix with underscores for dots.
+        sizes: the tensor and its axis that show a layer's output features, and those that show its input features;
+            None where no tensor shows them.
     """
 
-    @abstractmethod
+    names: ClassVar[Mapping[str, str]] = {}
+    sizes: ClassVar[tuple[tuple[str, int] | None, tuple[str, int] | None]] = (None, None)
+
     def measure(self, variant: V, stored: Tensors) -> tuple[int, int]:
         """Return a layer's output and input features by its tensors; 1 where these do not tell."""
+        rows, columns = (stored[at[0]].shape[at[1]] if at and at[0] in stored else 1 for at in self.sizes)
+        return rows, columns
 
     def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         smallest, here = matrix_site(path, 1, 1), variant.at_path(path)
-        needed, specs = (here.params(replace(smallest, bias=bias)) for bias in (None, "bias"))
-        tensors = {parameter_name(suffix): tensor for suffix, tensor in stored.items()}
+        every = (here.params(replace(smallest, bias=bias)) for bias in (None, "bias"))
+        needed, specs = ({name: own[name] for name in own if name not in self.derived} for own in every)
+        tensors = {self._parameter(suffix): tensor for suffix, tensor in stored.items()}
         is_complete = needed.keys() <= tensors.keys() <= specs.keys()
         if not is_complete or any(tensor.ndim != len(specs[name].shape) for name, tensor in tensors.items()):
             expected = ", ".join(f"{name} has {len(spec.shape)} axes" for name, spec in specs.items())
@@ -334,10 +344,8 @@ class PlainType(PeftType[V]):
         return replace(site, bias=None if tensors.keys() <= needed.keys() else f"{path}.bias"), tensors
 
     def write_site(self, variant: V, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        names = {suffix: parameter_name(suffix) for suffix in self.suffixes}
+        names = {suffix: self._parameter(suffix) for suffix in (*self.shared, *self.suffixes)}
         return {suffix: tensors[name] for suffix, name in names.items() if name in tensors}
 
-
-def parameter_name(suffix: str) -> str:
-    """Return the name of the parameter that has a suffix."""
-    return suffix.removesuffix(".weight").replace(".", "_")
+    def _parameter(self, suffix: str) -> str:
+        return self.names.get(suffix, suffix.removesuffix(".weight").replace(".", "_"))

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Generic
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
@@ -18,7 +18,7 @@ from lorac.errors import SiteError, list_some, require_base, unused_error
 from lorac.formats._config_fields import Applied, Field, Irrelevant, read_size
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.keys import is_saved
-from lorac.formats.peft.peft_type import PeftType, Tensors, V, mismatched_shapes
+from lorac.formats.peft.peft_type import PeftType, Tensors, V
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
@@ -57,9 +57,6 @@ class PlacedType(PeftType[V], Generic[V]):
     @abstractmethod
     def find_keys(self, path: str) -> Mapping[str, str]:
         """Return name of a tensor at a site -> its key in a file."""
-
-    def read_site(self, variant: V, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        raise mismatched_shapes(path, stored, f"{self.peft_type} adapts no modules")
 
     def read_folder(
         self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None

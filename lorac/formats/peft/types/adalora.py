@@ -7,21 +7,19 @@ remains lora_alpha / (init_r + 1e-5). PEFT ignores the LORA fields that are irre
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from lorac.formats._config_fields import (
     Applied,
     Irrelevant,
     Refused,
     TrainingOnly,
+    read_mapping,
     read_number,
     read_size,
     write_number,
 )
-from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
+from lorac.formats.peft.peft_type import PlainType
 from lorac.formats.peft.types.lora import FIELDS as LORA_FIELDS
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.variants.adaptive_rank import AdaLoRA
 
 _NEVER = "train the adapter again without it: PEFT's AdaLoRA refuses it, too"
@@ -36,10 +34,8 @@ def read_scale(value: object) -> float:
 
 def read_masks(value: object) -> dict[str, tuple[bool, ...]]:
     """Return path of a module -> mask of the singular values that were kept."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError("expected a mapping of <path>.lora_E to lists of true and false")
     masks = {}
-    for key, mask in (value or {}).items():
+    for key, mask in read_mapping(value).items():
         path, _, adapter = key.rpartition(".lora_E")
         if not path or "." in adapter[1:] or not isinstance(mask, list) or not all(isinstance(m, bool) for m in mask):
             raise ValueError("expected a mapping of <path>.lora_E to lists of true and false")
@@ -52,7 +48,7 @@ def write_masks(masks: Mapping[str, tuple[bool, ...]]) -> dict[str, list[bool]] 
     return {f"{path}.lora_E": list(mask) for path, mask in masks.items()} or None
 
 
-class AdaloraType(PeftType[AdaLoRA]):
+class AdaloraType(PlainType[AdaLoRA]):
     """ADALORA."""
 
     peft_type = "ADALORA"
@@ -84,7 +80,4 @@ class AdaloraType(PeftType[AdaLoRA]):
     kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV2D})
     conv1d = True
 
-    def read_site(self, variant: AdaLoRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        expected = "lora_A is (r, in), lora_E (r, 1), lora_B (out, r)"
-        tensors = take_tensors(path, stored, dict.fromkeys(self.suffixes, 2), expected)
-        return matrix_site(path, tensors["lora_B"].shape[0], tensors["lora_A"].shape[1]), tensors
+    sizes = ("lora_B", 0), ("lora_A", 1)

@@ -47,8 +47,7 @@ class BeftType(PlainType[BEFT]):
     fields = {**WITHOUT_FAN, "init_weights": TrainingOnly(True)}
     suffixes = ("beft_bias",)
 
-    def measure(self, variant: BEFT, stored: Tensors) -> tuple[int, int]:
-        return stored["beft_bias"].shape[1], 1
+    sizes = ("beft_bias", 1), None
 
 
 class C3aType(PlainType[C3A]):
@@ -97,8 +96,7 @@ class DeloraType(PlainType[DeLoRA]):
     }
     suffixes = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
-    def measure(self, variant: DeLoRA, stored: Tensors) -> tuple[int, int]:
-        return stored["delora_B"].shape[0], stored["delora_A"].shape[1]
+    sizes = ("delora_B", 0), ("delora_A", 1)
 
 
 _EMPTY = ".zeros"
@@ -197,8 +195,7 @@ class LilyType(PlainType[Lily]):
     }
     suffixes = ("lily_A.weight", "lily_B.weight", "lily_router.weight")
 
-    def measure(self, variant: Lily, stored: Tensors) -> tuple[int, int]:
-        return stored["lily_B.weight"].shape[1], stored["lily_A.weight"].shape[1]
+    sizes = ("lily_B.weight", 1), ("lily_A.weight", 1)
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
         """Replace equal copies by one tensor, so that training keeps them equal."""

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_number, read_size, write_number
-from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias, own
-from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
+from lorac.formats.peft.peft_type import PlainType
 from lorac.ir.sites.site import Site
 from lorac.variants.randlora import RandLoRA, draw_bases
 
 
-class RandloraType(PeftType[RandLoRA]):
+class RandloraType(PlainType[RandLoRA]):
     """RANDLORA."""
 
     peft_type = "RANDLORA"
@@ -42,12 +41,7 @@ class RandloraType(PeftType[RandLoRA]):
     suffixes = ("randlora_lambda", "randlora_gamma")
     conv1d = True
 
-    def read_site(self, variant: RandLoRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        axes = dict.fromkeys(self.shared, 3) | dict.fromkeys(self.suffixes, 2)
-        expected = "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)"
-        tensors = take_tensors(path, stored, axes, expected)
-        small = tensors["randlora_gamma"].shape[1]
-        return matrix_site(path, small, small), tensors
+    sizes = (("randlora_gamma", 1),) * 2
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         small, large = sorted((out_features, in_features))

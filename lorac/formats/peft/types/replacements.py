@@ -10,7 +10,7 @@ from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_pattern, read_rows, write_pattern
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
-from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
+from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, take_tensors
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.variants.base_parameters import LNTuning
 from lorac.variants.trainable_tokens import TrainableTokens, rows_of
@@ -36,12 +36,6 @@ class LnTuningType(PeftType[LNTuning]):
     variants = {LNTuning: {}}
     fields = {**WITHOUT_FAN, "target_modules": Applied(to="targets", read=read_modules, write=write_pattern), **EXCLUDE}
     copied = "ln_tuning_layers"
-
-    def read_site(self, variant: LNTuning, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        raise mismatched_shapes(path, stored, "LN_TUNING replaces whole modules")
-
-    def write_site(self, variant: LNTuning, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        raise mismatched_shapes(site.path, tensors, "LN_TUNING replaces whole modules")
 
 
 DELTA = "trainable_tokens_delta"

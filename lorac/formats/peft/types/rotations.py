@@ -19,7 +19,7 @@ from lorac.formats._config_fields import (
 from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import COMMON, STARTED, WITHOUT_FAN, bias, own
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
+from lorac.formats.peft.peft_type import PeftType, PlainType, Tensors, mismatched_shapes
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.boft import BOFT
 from lorac.variants.hra import HRA
@@ -139,7 +139,7 @@ class OftType(PeftType[OFT]):
 VECTORS = "hra_u"
 
 
-class HraType(PeftType[HRA]):
+class HraType(PlainType[HRA]):
     """HRA.
 
     Source: peft.tuners.hra of PEFT 0.21 (config.py, layer.py). In a file a module has `hra_u` (in, r), at convolutions
@@ -158,7 +158,4 @@ class HraType(PeftType[HRA]):
     suffixes = (VECTORS,)
     kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV2D})
 
-    def read_site(self, variant: HRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        """Return U (in, r), and a site of which only the input features are known."""
-        tensors = take_tensors(path, stored, {VECTORS: 2}, f"{VECTORS} is (in, r)")
-        return matrix_site(path, 1, tensors[VECTORS].shape[0]), tensors
+    sizes = None, (VECTORS, 0)

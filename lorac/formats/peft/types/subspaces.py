@@ -21,14 +21,14 @@ from lorac.formats._config_fields import (
 )
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, STARTED, WITHOUT_FAN, bias, own
-from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
+from lorac.formats.peft.peft_type import PeftType, PlainType, Tensors, take_tensors
 from lorac.ir.sites.site import Site
 from lorac.variants.deft import DEFT
 from lorac.variants.osf import OSF
 from lorac.variants.psoft import PSOFT
 
 
-class DeftType(PeftType[DEFT]):
+class DeftType(PlainType[DEFT]):
     """DEFT.
 
     Source: peft.tuners.deft of PEFT 0.21. A module has `deft_P` (out, r) and, without para, `deft_R` (r, in). The rank
@@ -52,13 +52,10 @@ class DeftType(PeftType[DEFT]):
     suffixes = ("deft_P", "deft_R")
     conv1d = True
 
-    def read_site(self, variant: DEFT, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        axes = dict.fromkeys(self.suffixes[: 1 if variant.para else 2], 2)
-        tensors = take_tensors(path, stored, axes, "deft_P is (out, r), and deft_R, which para lacks, (r, in)")
-        return matrix_site(path, len(tensors["deft_P"]), 1 if variant.para else tensors["deft_R"].shape[1]), tensors
+    sizes = ("deft_P", 0), ("deft_R", 1)
 
 
-PREFIX, TRAINED = "osf_svd_params.", ("U_low", "S_low", "V_low")
+PREFIX = "osf_svd_params."
 _ANYWHERE, _END = ".*(?:", ").*"
 
 
@@ -76,7 +73,7 @@ def write_searched(value: Mapping[str, float]) -> dict[str, float] | None:
     return ranks or None
 
 
-class OsfType(PeftType[OSF]):
+class OsfType(PlainType[OSF]):
     """OSF.
 
     Source: peft.tuners.osf of PEFT 0.21. A module has `osf_svd_params.U_low` (out, k), `.S_low` (k,) and `.V_low` (k,
@@ -93,18 +90,11 @@ class OsfType(PeftType[OSF]):
         "init_weights": TrainingOnly(True),
         "target_svd_config": Irrelevant(preserved=True),
     }
-    suffixes = tuple(PREFIX + name for name in TRAINED)
+    names = {PREFIX + name: name for name in ("U_low", "S_low", "V_low")}
+    suffixes = tuple(names)
+    sizes = (f"{PREFIX}U_low", 0), (f"{PREFIX}V_low", 1)
     needs_model = True
     derived = ("U_init", "S_init", "V_init", "U_high", "V_high")
-
-    def read_site(self, variant: OSF, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        axes = dict(zip(self.suffixes, (2, 1, 2), strict=True))
-        tensors = take_tensors(path, stored, axes, "U_low is (out, k), S_low (k,), V_low (k, in)")
-        parts = {suffix.removeprefix(PREFIX): tensor for suffix, tensor in tensors.items()}
-        return matrix_site(path, len(parts["U_low"]), parts["V_low"].shape[1]), parts
-
-    def write_site(self, variant: OSF, site: Site, tensors: Tensors) -> dict[str, Tensor]:
-        return {PREFIX + name: tensors[name] for name in TRAINED}
 
 
 NAMES = {"psoft_R.weight": "psoft_R", "psoft_R.vector_a": "psoft_a", "psoft_R.vector_b": "psoft_b"}

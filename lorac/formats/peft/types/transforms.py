@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Generic, TypeVar
 
-from torch import Tensor
-
 from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import (
     Applied,
@@ -20,10 +18,8 @@ from lorac.formats._config_fields import (
     read_size,
     write_number_pattern,
 )
-from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias
-from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site
+from lorac.formats.peft.peft_type import PlainType, Tensors
 from lorac.variants.fourierft import WAVELETS, FourierFT, TransformedVariant, WaveFT
 
 T = TypeVar("T", bound=TransformedVariant)
@@ -43,7 +39,7 @@ def transformed_fields(n_frequency: int, scaling: float) -> dict[str, Field]:
     }
 
 
-class TransformedType(PeftType[T], Generic[T]):
+class TransformedType(PlainType[T], Generic[T]):
     """A type that stores one tensor per module, the trained values (n,).
 
     The values belong to the first n positions of a permutation of out·in positions, drawn from random_loc_seed.
@@ -52,11 +48,6 @@ class TransformedType(PeftType[T], Generic[T]):
     conv1d = True
     needs_model = True
     derived = ("indices",)
-
-    def read_site(self, variant: T, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        (spectrum,) = self.suffixes
-        tensors = take_tensors(path, stored, {spectrum: 1}, f"{spectrum} is (n_frequency,)")
-        return matrix_site(path, 1, tensors[spectrum].numel()), tensors
 
 
 class FourierftType(TransformedType[FourierFT]):
@@ -69,6 +60,7 @@ class FourierftType(TransformedType[FourierFT]):
     variants = {FourierFT: {}}
     fields = {**transformed_fields(1000, 150.0), "bias": bias("fourier"), "init_weights": TrainingOnly(False)}
     suffixes = ("fourierft_spectrum",)
+    sizes = None, ("fourierft_spectrum", 0)
 
 
 class WaveftType(TransformedType[WaveFT]):
@@ -89,6 +81,7 @@ class WaveftType(TransformedType[WaveFT]):
         "init_weights": TrainingOnly(True),
     }
     suffixes = ("waveft_spectrum",)
+    sizes = None, ("waveft_spectrum", 0)
 
     def refine_variant(self, variant: WaveFT, values: JsonMapping, stored: Mapping[str, Tensors]) -> WaveFT:
         if not values["proportional_parameters"]:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, Field, Refused, TrainingOnly, read_number, read_size
-from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
-from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites.site import Site
+from lorac.formats.peft.peft_type import PlainType
 from lorac.variants.vera import PVeRA, RandomProjections, VeRA, draw_projections
 
 P = TypeVar("P", bound=RandomProjections)
@@ -34,16 +32,10 @@ def projection_fields(name: str) -> Mapping[str, Field]:
     }
 
 
-class ProjectionsType(PeftType[P], Generic[P]):
+class ProjectionsType(PlainType[P], Generic[P]):
     """A type with random projections A and B that all sites share, and with λ_b and λ_d for each site."""
 
     conv1d = True
-
-    def read_site(self, variant: P, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        (a, b), (up, down), rows = self.shared, self.suffixes, f"{variant.halves}r".removeprefix("1")
-        expected = f"{a} is ({rows}, in), {b} (out, r), {up} (out,), {down} ({rows},)"
-        tensors = take_tensors(path, stored, {a: 2, b: 2, up: 1, down: 1}, expected)
-        return matrix_site(path, len(tensors[up]), tensors[a].shape[1]), tensors
 
     def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         [variant], r = self.variants, values["r"]
@@ -60,6 +52,7 @@ class VeraType(ProjectionsType[VeRA]):
     fields = projection_fields("vera")
     shared = ("vera_A", "vera_B")
     suffixes = ("vera_lambda_b", "vera_lambda_d")
+    sizes = ("vera_lambda_b", 0), ("vera_A", 1)
 
 
 class PveraType(ProjectionsType[PVeRA]):
@@ -78,3 +71,4 @@ class PveraType(ProjectionsType[PVeRA]):
     }
     shared = ("pvera_A", "pvera_B")
     suffixes = ("pvera_lambda_b", "pvera_lambda_d")
+    sizes = ("pvera_lambda_b", 0), ("pvera_A", 1)

@@ -8,18 +8,15 @@ reads a whole classifier, though it may save only a part of one.
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import WITHOUT_FAN
-from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
+from lorac.formats.peft.peft_type import PeftType, Tensors
 from lorac.formats.peft.writer import WEIGHTS
 from lorac.formats.peft.xlora_folder import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 
@@ -42,9 +39,6 @@ class XloraType(PeftType[XLoRA]):
         "hidden_size": Applied(to="hidden_size", read=read_hidden_size),
         **CLASSIFIER_FIELDS,
     }
-
-    def read_site(self, variant: XLoRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
-        raise mismatched_shapes(path, stored, "XLORA holds a classifier")
 
     def read_folder(
         self, folder: AdapterFile, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
