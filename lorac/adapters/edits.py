@@ -59,7 +59,18 @@ def hold_changes(
                 tensors[path]["lora_bias"] = parts["e"] if "e" in parts else b.new_zeros(b.shape[-1])
         made = replace_by_lora(Adapter(name, like), None, tensors)
     else:
-        made = _make_edit(name, held, like)
+        sizes = {path: _measure_parts(parts) for path, parts in held.items()}
+        [(usual, _)] = Counter(tuple(parts.items()) for parts in sizes.values()).most_common(1) or [((), 0)]
+        variant = Edit(
+            parts=dict(usual),
+            by_site={path: parts for path, parts in sizes.items() if tuple(parts.items()) != usual},
+            targets=tuple(held),
+            parameters=like.parameters,
+            modules_to_save=like.modules_to_save,
+            bias="all" if like.bias == "all" else "none",
+        )
+        tensors = {path: {key: part.contiguous() for key, part in parts.items()} for path, parts in held.items()}
+        made = Adapter(name, variant, tensors)
     made.replaced |= replaced or {}
     return made
 
@@ -88,21 +99,6 @@ def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> 
     values = torch.cat([term.values if strength == 1 else strength * term.values for strength, term in terms])
     summed = {"indices": indices, "values": values.new_zeros(indices.shape[1]).index_add_(0, places, values)}
     return {**(summed if summed["values"].numel() else {}), **shift}
-
-
-def _make_edit(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:
-    sizes = {path: _measure_parts(parts) for path, parts in held.items()}
-    [(usual, _)] = Counter(tuple(parts.items()) for parts in sizes.values()).most_common(1) or [((), 0)]
-    variant = Edit(
-        parts=dict(usual),
-        by_site={path: parts for path, parts in sizes.items() if tuple(parts.items()) != usual},
-        targets=tuple(held),
-        parameters=like.parameters,
-        modules_to_save=like.modules_to_save,
-        bias="all" if like.bias == "all" else "none",
-    )
-    tensors = {path: {key: part.contiguous() for key, part in parts.items()} for path, parts in held.items()}
-    return Adapter(name, variant, tensors)
 
 
 def _measure_parts(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -59,9 +59,7 @@ def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype 
     """
     check_type(adapter, Adapter, "the adapter of lorac.factors", next_step="give an adapter: lorac.load_adapter(path)")
     view = None if model is None else ModelView.of(model)
-    if view is None:
-        return dict(_iter_changes_without_model(adapter, dtype))
-    return dict(iter_changes(None, adapter, view, dtype))
+    return dict(_iter_own_changes(adapter, dtype) if view is None else iter_changes(None, adapter, view, dtype))
 
 
 @torch.no_grad()
@@ -92,7 +90,7 @@ def touched_paths(adapter: Adapter, view: ModelView) -> list[str]:
 
 
 @torch.no_grad()
-def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
+def _iter_own_changes(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
     """Yield the changes that the adapter's tensors determine without a model."""
     _require_edits(adapter)
     if adapter.replaced:

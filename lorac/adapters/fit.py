@@ -39,8 +39,8 @@ _SUMMED_IN_ONE = 1 << 14
 _SUMMED_BY_NUMPY = frozenset({torch.float32, torch.float64})
 
 
-def check_adapter(adapter: Adapter, view: ModelView) -> None:
-    """Check an adapter against its model, before anything is computed from it.
+def check_adapter(adapter: Adapter, view: ModelView | None) -> None:
+    """Check an adapter against its model, before anything is computed from it; without a model, check nothing.
 
     This is the only check: files, compiling and adding at run time all call it, so that each fault has one error and
     one text everywhere. A field that an adapter's file could not store (``provenance["left_out"]``) may have decided
@@ -57,7 +57,7 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
         AdapterError: a parameter is missing or has another shape or dtype; a position is outside the weight or is given
             twice; a tensor or a hyper-parameter is NaN or infinite; the recorded base hash differs or is invalid.
     """
-    for check in _iter_checks(adapter, view):
+    for check in () if view is None else _iter_checks(adapter, view):
         check()
 
 
@@ -318,20 +318,13 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
             for column, limit in zip(tensor, spec.below, strict=True):  # sorting numbers is faster than sorting columns
                 flat = flat * limit + column
             twice = tensor.shape[1] - len(torch.unique(flat))
-        step = "load the base model that the adapter was trained on"
+        fault = f"{twice} positions of {name} at '{site.path}' are given twice" if twice else ""
         if bool(outside.any()):
             first = tuple(tensor[:, int(outside.nonzero()[0])].tolist())
-            raise AdapterError(
-                f"adapter '{adapter}': {name} at '{site.path}' holds {first}, outside the shape {spec.below}",
-                next_step=step,
-                code="wrong_index",
-            )
-        if twice:
-            raise AdapterError(
-                f"adapter '{adapter}': {twice} positions of {name} at '{site.path}' are given twice",
-                next_step=step,
-                code="wrong_index",
-            )
+            fault = f"{name} at '{site.path}' holds {first}, outside the shape {spec.below}"
+        if fault:
+            step = "load the base model that the adapter was trained on"
+            raise AdapterError(f"adapter '{adapter}': {fault}", next_step=step, code="wrong_index")
 
 
 def _wrong_dtype_error(adapter: str, subject: str, tensor: Tensor, expected: str) -> AdapterError:

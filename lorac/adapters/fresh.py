@@ -56,7 +56,16 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     shared = _SharedTensors(shapes, {}, groups)
     for site in chosen:
         adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, shared)
-    _add_replaced(adapter, view, [site.path for site in chosen])
+    saved = variant.modules_to_save
+    for path, module in model.named_modules():
+        if path in saved or path.rpartition(".")[2] in saved or path in replaced:
+            own = ((fqn, view.in_own_size(fqn, parameter)) for fqn, parameter in module.named_parameters(path))
+            adapter.replaced |= {fqn: parameter.detach().clone() for fqn, parameter in own}
+    for fqn, parameter in model.named_parameters():
+        owner, _, leaf = fqn.rpartition(".")
+        trains = variant.bias == "all" or (variant.bias != "none" and owner in adapter.tensors)
+        if leaf.endswith("bias") and trains:
+            adapter.replaced.setdefault(fqn, view.in_own_size(fqn, parameter).detach().clone())
     if not adapter.tensors and not adapter.replaced:
         raise no_match_error(name, variant.all_targets, sites)
     return adapter
@@ -185,17 +194,3 @@ def _fold_seed(*names: str) -> int:
     # "0" was a default seed; without it fresh adapters would start at other values.
     digest = hashlib.blake2b("\0".join(("0", *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _add_replaced(adapter: Adapter, view: ModelView, adapted: list[str]) -> None:
-    variant, model = adapter.variant, view.module
-    saved = variant.modules_to_save
-    for path, module in model.named_modules():
-        leaf = path.rpartition(".")[2]
-        if path in saved or leaf in saved or variant.replaces_module(path):
-            own = ((fqn, view.in_own_size(fqn, parameter)) for fqn, parameter in module.named_parameters(path))
-            adapter.replaced |= {fqn: parameter.detach().clone() for fqn, parameter in own}
-    for fqn, parameter in model.named_parameters():
-        owner, _, leaf = fqn.rpartition(".")
-        if leaf.endswith("bias") and (variant.bias == "all" or (variant.bias != "none" and owner in adapted)):
-            adapter.replaced.setdefault(fqn, view.in_own_size(fqn, parameter).detach().clone())

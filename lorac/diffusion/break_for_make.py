@@ -121,19 +121,16 @@ def learn_half(
         torch.optim.AdamW(tensors, lr=rate, weight_decay=given.decay)
         for tensors, rate in ((mine, given.rate), (theirs, given.partner_rate))
     ]
-    chosen, losses = random.Random(given.seed), []
-    compiled.swap(name)
-    compiled.train()
-    with progress(kind, total=given.steps) as report:
-        for _ in range(given.steps):
-            draw = chosen.getrandbits(32)
-            losses.append(_step(own(_make_generator(draw)), mine, optimizers[0], given.clip))
-            drawn = chosen.sample(list(partners), given.partners)
-            mean = torch.stack([loss(_make_generator(draw)) for loss in drawn]).mean()
-            _step(mean, theirs, optimizers[1], given.clip)
-            report.step(f"loss {losses[-1]:.3f}")
-    compiled.eval()
-    return losses
+
+    def take_step(chosen: random.Random) -> float:
+        draw = chosen.getrandbits(32)
+        found = _step(own(_make_generator(draw)), mine, optimizers[0], given.clip)
+        drawn = chosen.sample(list(partners), given.partners)
+        mean = torch.stack([loss(_make_generator(draw)) for loss in drawn]).mean()
+        _step(mean, theirs, optimizers[1], given.clip)
+        return found
+
+    return _learn(compiled, name, kind, given, take_step)
 
 
 def learn_both(
@@ -163,19 +160,29 @@ def learn_both(
     tensors = _find_learned(compiled, name, *_LEARNED.values())
     optimizer = torch.optim.AdamW(tensors, lr=given.rate, weight_decay=given.decay)
     rule = Preconditioned(compiled, optimizer, reg=reg) if preconditioned else None
+
+    def take_step(chosen: random.Random) -> float:
+        draw = chosen.getrandbits(32)
+        both = content(_make_generator(draw)) + style(_make_generator(draw))
+        return _step(both, tensors, optimizer, given.clip)
+
+    losses = _learn(compiled, name, "content and style", given, take_step)
+    if rule is not None:
+        rule.remove()
+    return losses
+
+
+def _learn(
+    compiled: CompiledModule, name: str, title: str, given: HalfSettings, take_step: Callable[[random.Random], float]
+) -> list[float]:
     chosen, losses = random.Random(given.seed), []
     compiled.swap(name)
     compiled.train()
-    with progress("content and style", total=given.steps) as report:
+    with progress(title, total=given.steps) as report:
         for _ in range(given.steps):
-            draw = chosen.getrandbits(32)
-            losses.append(
-                _step(content(_make_generator(draw)) + style(_make_generator(draw)), tensors, optimizer, given.clip)
-            )
+            losses.append(take_step(chosen))
             report.step(f"loss {losses[-1]:.3f}")
     compiled.eval()
-    if rule is not None:
-        rule.remove()
     return losses
 
 

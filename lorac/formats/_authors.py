@@ -212,8 +212,7 @@ class AuthorsFormat(Format):
         """
         if type(adapter.variant) not in self.methods:
             raise wrong_method_error(adapter, self.name, " or ".join(method.name for method in self.methods))
-        if view is not None:
-            check_adapter(adapter, view)
+        check_adapter(adapter, view)
         tensors: dict[str, Tensor] = {}
         settings = self.describe(adapter.variant)
         for name, tensor in adapter.replaced.items():

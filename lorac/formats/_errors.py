@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lorac.errors import FormatError, nearest_name
+from lorac.errors import FormatError, SiteError, nearest_name
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
@@ -26,6 +26,11 @@ def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatErr
         f"the format '{format}' stores {methods}, and adapter '{adapter.name}' is of {adapter.variant.name}",
         next_step=native_or_lora(adapter.variant),
     )
+
+
+def unadapted_error(fault: str) -> SiteError:
+    """Return the error for a site that a format cannot store."""
+    return SiteError(fault, next_step="use format='native', or add the module to exclude=")
 
 
 def native_or_lora(variant: Variant) -> str:

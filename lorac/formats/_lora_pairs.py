@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, check_numbers, sort_by_site
 from lorac.adapters.lora_conversion import replace_by_lora
-from lorac.errors import FormatError, SiteError, nearest_name, unused_error
-from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
+from lorac.errors import FormatError, nearest_name, unused_error
+from lorac.formats._errors import corrupt_error, unadapted_error, unsupported_error, wrong_method_error
 from lorac.formats._site_layouts import LAYOUT, remembered_sites, site_to_json
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, SiteKind
@@ -137,15 +137,11 @@ def find_layers(
         SiteError: a site is of another kind, or lies in a module that reads its weight itself.
         AdapterError, FormatError: the adapter does not fit the model.
     """
-    if view is not None:
-        check_adapter(adapter, view)
+    check_adapter(adapter, view)
     known = remembered_sites(adapter) if view is None else view.sites
     sites = {path: known[path] for path in adapter.tensors}
     for path, site in sites.items():
         if site.kind not in kinds or site.stack or site.within is not None:
-            raise SiteError(
-                f"the format '{format}' cannot store '{path}' of adapter '{adapter.name}': "
-                f"{f'a weight within {site.within}' if site.within else f'of kind {site.kind}'}",
-                next_step="use format='native', or add the module to exclude=",
-            )
+            kind = f"a weight within {site.within}" if site.within else f"of kind {site.kind}"
+            raise unadapted_error(f"the format '{format}' cannot store '{path}' of adapter '{adapter.name}': {kind}")
     return sites

@@ -78,8 +78,7 @@ class CheckpointFormat(Format):
         adapter = assemble_adapter(file, stored, build_variant(file, stored), own, name)
         adapter.provenance["format"] = self.name
         adapter.tensors = sort_by_site(adapter.tensors, view)
-        if view is not None:
-            check_adapter(adapter, view)
+        check_adapter(adapter, view)
         return adapter
 
 

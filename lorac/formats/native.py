@@ -76,13 +76,11 @@ class NativeFormat(Format):
         stored, record = _read_file(file)
         adapter = assemble_adapter(file.path, record, build_variant(file.path, record), stored, name)
         adapter.tensors = sort_by_site(adapter.tensors, view)
-        if view is not None:
-            check_adapter(adapter, view)
+        check_adapter(adapter, view)
         return adapter
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        if view is not None:
-            check_adapter(adapter, view)
+        check_adapter(adapter, view)
         tensors, shared = _name_tensors(adapter)
         base = compute_base_hash(view, adapter.tensors) if view else adapter.provenance.get("base")
         # Names are not sorted here: the order of patterns matters, and the record's order is fixed.

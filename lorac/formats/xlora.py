@@ -107,8 +107,7 @@ class XLoraFormat(Format):
             raise unsupported_error(
                 f"adapter '{adapter.name}' {fault}, and the format '{self.name}' holds an X-LoRA and nothing else"
             )
-        if view is not None:
-            check_adapter(adapter, view)
+        check_adapter(adapter, view)
         if variant.enable_softmax_topk:
             raise unsupported_error(
                 f"adapter '{adapter.name}' normalises its top-k weights over each token, and the authors' code over "

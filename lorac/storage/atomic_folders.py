@@ -63,7 +63,10 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):  # unlike Path.is_mount, it tolerates that a folder disappears meanwhile
         raise OSError(errno.EBUSY, "nothing can take the place of a mount point, give a path below it", str(target))
-    if _contains_working_folder(target):
+    here = Path("/")
+    with contextlib.suppress(OSError):  # the process's folder was removed
+        here = Path(os.path.realpath(os.getcwd()))
+    if target.is_dir() and here.is_relative_to(target):
         raise OSError(errno.EBUSY, "this process works in that folder, give a path below it", str(target))
     missing = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +85,6 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
             _install(staged, target, owned)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _contains_working_folder(target: Path) -> bool:
-    """Return whether a folder is the process's working directory, or contains it."""
-    with contextlib.suppress(OSError):  # it was removed
-        return target.is_dir() and Path(os.path.realpath(os.getcwd())).is_relative_to(target)
-    return False
 
 
 def list_foreign(folder: Path, owned: Collection[str]) -> list[str]:

@@ -166,8 +166,12 @@ class Rule(ABC):
         if self._skipped:
             return args, kwargs
         with torch.no_grad():
-            if self.before_gradients:
-                _unscale_gradients(optimizer)
+            if self.before_gradients and (scale := getattr(optimizer, "grad_scale", None)) is not None:
+                # Divide gradients by the GradScaler's factor, which a fused step would do within itself.
+                for tensor in (one for group in optimizer.param_groups for one in group["params"]):
+                    if tensor.grad is not None:
+                        tensor.grad.div_(scale.to(tensor.grad.device))
+                setattr(optimizer, "grad_scale", None)  # noqa: B010  (an attribute that only GradScaler knows)
             self.before()
             return (self.view(args[0]), *args[1:]), kwargs
 
@@ -259,15 +263,3 @@ def spans_processes() -> bool:
     """Return whether several processes train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _unscale_gradients(optimizer: Optimizer) -> None:
-    """Divide gradients by the GradScaler's factor, which a fused step would do within itself."""
-    scale = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            if tensor.grad is not None:
-                tensor.grad.div_(scale.to(tensor.grad.device))
-    setattr(optimizer, "grad_scale", None)  # noqa: B010  (an attribute that only GradScaler knows)

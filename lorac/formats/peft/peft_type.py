@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lorac.adapters.fresh import make_site_tensors
 from lorac.argument_types import JsonMapping
-from lorac.errors import AdapterError, SiteError, shape_error, warn
+from lorac.errors import AdapterError, shape_error, warn
 from lorac.formats._config_fields import Field
+from lorac.formats._errors import unadapted_error
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
@@ -141,10 +142,7 @@ class PeftType(ABC, Generic[V]):
             what = f"a weight within '{site.within}'"
         elif site.transposed:
             what = "GPT-2's Conv1D"
-        raise SiteError(
-            f"PEFT's {self.peft_type} does not adapt '{site.path}', which is {what}",
-            next_step="use format='native', or add the module to exclude=",
-        )
+        raise unadapted_error(f"PEFT's {self.peft_type} does not adapt '{site.path}', which is {what}")
 
     def complete_site(self, variant: V, site: Site, tensors: Parameters, base: BaseReader) -> Parameters:
         """Add the parameters that no file has (``derived``), which a fresh adapter has with the same values."""

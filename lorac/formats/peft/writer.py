@@ -55,8 +55,7 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_f
         FormatError: PEFT has no type for the method, or cannot store a tensor.
         BaseNeeded: the adapter was not read from a file, and no model is given.
     """
-    if view is not None:
-        check_adapter(adapter, view)
+    check_adapter(adapter, view)
     adapter, rows = take_rows(adapter, view)
     adapter = _convert(adapter)
     original = (adapter.provenance.get("config") or {}).get("peft_type")

@@ -52,7 +52,19 @@ def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
     Raises:
         FormatError: the file cannot be read or was changed, or positions are missing or outside the layer.
     """
-    stored = _read_tensors(Path(path))
+    path = Path(path)
+
+    def read() -> tuple[Mapping[str, str], dict[str, Tensor]]:
+        file = TensorFile(OpenFile(path))
+        return file.notes, file.load_all()
+
+    try:
+        with translate_os_errors(path, FormatError, "read", "unreadable"):
+            notes, stored = charge_reading(path, read)
+    except ArtifactError as error:
+        raise FormatError(error.what, code="corrupt_file") from error
+    if _SEAL in notes and not agrees_with_hash(notes[_SEAL], "", stored):
+        raise FormatError(f"'{path}' was changed since lorac wrote it", code="corrupt_file")
     names = list(dict.fromkeys(key.rpartition(":")[0] for key in stored))
     found = {}
     for name in names:
@@ -69,23 +81,6 @@ def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
             )
         found[name] = one
     return found
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of the file, compared with the hash that lorac wrote over them."""
-
-    def read() -> tuple[Mapping[str, str], dict[str, Tensor]]:
-        file = TensorFile(OpenFile(path))
-        return file.notes, file.load_all()
-
-    try:
-        with translate_os_errors(path, FormatError, "read", "unreadable"):
-            notes, stored = charge_reading(path, read)
-    except ArtifactError as error:
-        raise FormatError(error.what, code="corrupt_file") from error
-    if _SEAL in notes and not agrees_with_hash(notes[_SEAL], "", stored):
-        raise FormatError(f"'{path}' was changed since lorac wrote it", code="corrupt_file")
-    return stored
 
 
 def _are_valid_positions(positions: Tensor, size: int) -> bool:

@@ -122,7 +122,11 @@ class NestedRanks(Rule):
         self._cut = {term.adapter for term in self.terms}
         pairs = [(term.tensors[name], dim) for term in self.terms for dim, name in enumerate(self.governed)]
         self._factors = [_Factor(tensor, dim) for tensor, dim in pairs if tensor.requires_grad]
-        self._states = [self._split_state(factor) for factor in self._factors]
+        known = self.optimizer.state
+        self._states: list[list[State]] = [
+            [{key: one.share(i, value) for key, value in known.get(one.tensor, {}).items()} for i in range(one.rank)]
+            for one in self._factors
+        ]
         self._stepping: list[tuple[int, int, nn.Parameter]] = []
         self._seen_states: dict[Tensor, State] = {}
         self.attach(*self._hooks())
@@ -182,11 +186,6 @@ class NestedRanks(Rule):
             self._seen_states[part] = self._states[index][component]
             self._stepping.append((index, component, part))
             yield part
-
-    def _split_state(self, factor: _Factor) -> list[State]:
-        """Split the optimizer's state of a tensor by component."""
-        whole: State = self.optimizer.state.get(factor.tensor, {})
-        return [{key: factor.share(i, value) for key, value in whole.items()} for i in range(factor.rank)]
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         yield self.compiled.register_forward_pre_hook(self._choose, with_kwargs=True)

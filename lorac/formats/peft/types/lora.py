@@ -31,7 +31,7 @@ from torch import Tensor
 from lorac.adapters.lora_conversion import to_lora
 from lorac.adapters.residual_base import FACTOR_RULES, subtract_factors
 from lorac.argument_types import JsonMapping
-from lorac.errors import BaseNeeded, SiteError, nearest_name, warn
+from lorac.errors import BaseNeeded, nearest_name, warn
 from lorac.formats._config_fields import (
     Applied,
     Field,
@@ -49,7 +49,7 @@ from lorac.formats._config_fields import (
     write_list,
     write_number,
 )
-from lorac.formats._errors import unsupported_error
+from lorac.formats._errors import unadapted_error, unsupported_error
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.arrow_folder import read_router
 from lorac.formats.peft.fields import COMMON, FILTERS, PATTERNS, bias
@@ -232,20 +232,14 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         """
         a, b = tensors["lora_A"], tensors["lora_B"]
         if site.kind is SiteKind.EMBEDDING and "lora_bias" in tensors:
-            raise SiteError(
-                f"PEFT has no lora_bias on embeddings, and '{site.path}' is one",
-                next_step="use format='native', or add the embedding to exclude=",
-            )
+            raise unadapted_error(f"PEFT has no lora_bias on embeddings, and '{site.path}' is one")
         if site.conv is not None:
             b = _split_groups(site, b)
         elif site.within not in {None, site.path}:
             b = b / 2  # the inverse of read_inner
         written = write_factors(site, a, b, MATRICES, EMBEDDING)
         if isinstance(variant, BDLoRA | KaSA) and site.transposed:
-            raise SiteError(
-                f"PEFT's {variant.name} does not adapt '{site.path}', which is GPT-2's Conv1D",
-                next_step="use format='native', or add the module to exclude=",
-            )
+            raise unadapted_error(f"PEFT's {variant.name} does not adapt '{site.path}', which is GPT-2's Conv1D")
         plain = {LATENT: "lora_latent", "lora_B.bias": "lora_bias", "lora_diag": "lora_diag"}
         written |= {suffix: tensors[name] for suffix, name in plain.items() if name in tensors}
         if "magnitude" in tensors:
@@ -266,15 +260,9 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS | BDLoRA | KaSA | QALoRA]
         warn_of_padding("LORA", site)
         steps = zip(site.conv.dilation, site.conv.kernel, strict=True) if site.conv is not None else ()
         if any(step > 1 and taps > 1 for step, taps in steps):
-            raise SiteError(
-                f"'{site.path}' is a dilated convolution, and PEFT's lora_A does not dilate",
-                next_step="use format='native', or add the module to exclude=",
-            )
+            raise unadapted_error(f"'{site.path}' is a dilated convolution, and PEFT's lora_A does not dilate")
         if site.within is not None and tensors.keys() - {"lora_A", "lora_B"}:
-            raise SiteError(
-                f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
-                next_step="use format='native', or add the module to exclude=",
-            )
+            raise unadapted_error(f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'")
 
     def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return A and 2·B of an attention's output layer, since PEFT adds s·B·A to its weight twice."""
@@ -380,10 +368,7 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
     if groups == 1:
         return b
     if b.shape[1] % groups:
-        raise SiteError(
-            f"PEFT needs a rank that {groups} groups divide, and '{site.path}' has {b.shape[1]}",
-            next_step="use format='native'",
-        )
+        raise unadapted_error(f"PEFT needs a rank that {groups} groups divide, and '{site.path}' has {b.shape[1]}")
     rows, columns = b.shape[0] // groups, b.shape[1] // groups
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
     if not torch.equal(_block_diagonal(blocks), b):
