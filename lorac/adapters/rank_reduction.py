@@ -111,25 +111,17 @@ def _change_ranks(
         more = max(0, width - s.shape[-1])
         errors[path] = 0.0 if more else float(tail_errors(s)[width])
         u, s, vh = F.pad(u, (0, more)), F.pad(s, (0, more)), F.pad(vh, (0, 0, 0, more))
-        b, a = _balanced_factors(u[..., :width], s[..., :width], vh[..., :width, :], variant.scale, generator)
+        u, s, vh = u[..., :width], s[..., :width], vh[..., :width, :]
+        empty = (s <= s.shape[-1] * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)).unsqueeze(-1)
+        random = torch.randn(vh.shape, generator=generator).to(vh)
+        random = random / torch.linalg.vector_norm(random, dim=-1, keepdim=True)
+        root = (s / (abs(variant.scale) or 1.0)).sqrt()
+        a = torch.where(empty, random, root.unsqueeze(-1) * vh).contiguous()
+        b = torch.where(empty.mT, 0, math.copysign(1.0, variant.scale) * u * root.unsqueeze(-2)).contiguous()
         rest = {key: value.detach().clone() for key, value in parameters.items() if key not in {"lora_A", "lora_B"}}
         tensors[path] = {"lora_A": a.to(parameters["lora_A"].dtype), "lora_B": b.to(parameters["lora_B"].dtype), **rest}
         alphas[path] = variant.scale * width
     return replace_by_lora(adapter, name, tensors, alphas, {**adapter.base_facts, "errors": errors})
-
-
-def _balanced_factors(
-    u: Tensor, s: Tensor, vh: Tensor, scale: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return B' and A'."""
-    root = (s / (abs(scale) or 1.0)).sqrt()
-    noise = s.shape[-1] * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
-    empty = (s <= noise).unsqueeze(-1)
-    random = torch.randn(vh.shape, generator=generator).to(vh)
-    random = random / torch.linalg.vector_norm(random, dim=-1, keepdim=True)
-    a = torch.where(empty, random, root.unsqueeze(-1) * vh)
-    b = math.copysign(1.0, scale) * u * root.unsqueeze(-2)
-    return torch.where(empty.mT, 0, b).contiguous(), a.contiguous()
 
 
 def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:

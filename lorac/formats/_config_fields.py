@@ -196,13 +196,14 @@ def read_optional_number(value: object) -> float | None:
     return None if value is None else read_number(value)
 
 
-def read_choice(*names: str) -> Callable[[object], str]:
-    """Return a reader that accepts only the given names."""
+def read_choice(*choices: object) -> Callable[[object], object]:
+    """Return a reader that accepts only the given names, and true or false."""
 
-    def read(value: object) -> str:
-        if value not in names:
-            raise ValueError(f"expected {', '.join(names[:-1])} or {names[-1]}")
-        return str(value)
+    def read(value: object) -> object:
+        if value not in choices:
+            *names, last = (str(one).lower() if isinstance(one, bool) else str(one) for one in choices)
+            raise ValueError(f"expected {', '.join(names)} or {last}")
+        return value
 
     return read
 

@@ -8,7 +8,7 @@ functional ones (``lorac.storage.op_names``), and runs nothing.
 import inspect
 import keyword
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,21 +186,17 @@ def check_sizes(graph: fx.Graph, most: int) -> None:
         ArtifactError: the numbers of an operand multiply to more than ``most``.
     """
     for node in graph.nodes:
-        if any(_product(sizes) > most for sizes in _named_sizes(node)):
+        op = node.target.op if isinstance(node.target, GuardedOp) else node.target
+        arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
+        kinds = {argument.name: str(argument.type) for argument in arguments}
+        operands = [*zip(kinds, node.args, strict=False), *node.kwargs.items()]
+        numbers = [value for name, value in operands if type(value) is int and "int" in kinds.get(name, "").lower()]
+        sizes = [value for _, value in operands if isinstance(value, list | tuple)]
+        sizes += [[number] for number in numbers if abs(number) < _NO_END]
+        if not node.all_input_nodes:  # a call without tensors allocates by its numbers
+            sizes.append([value for _, value in operands if type(value) is int])
+        if any(_product(one) > most for one in sizes):
             raise ArtifactError(f"a stored program asks {node.target} for sizes that are far too large")
-
-
-def _named_sizes(node: fx.Node) -> Iterator[Sequence[object]]:
-    """Yield the operands that may be sizes: lists, and numbers for arguments that are integers."""
-    op = node.target.op if isinstance(node.target, GuardedOp) else node.target
-    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
-    kinds = {argument.name: str(argument.type) for argument in arguments}
-    operands = [*zip(kinds, node.args, strict=False), *node.kwargs.items()]
-    numbers = [value for name, value in operands if type(value) is int and "int" in kinds.get(name, "").lower()]
-    yield from (value for _, value in operands if isinstance(value, list | tuple))
-    yield from ([number] for number in numbers if abs(number) < _NO_END)
-    if not node.all_input_nodes:  # a call without tensors allocates by its numbers
-        yield [value for _, value in operands if type(value) is int]
 
 
 def _product(sizes: Iterable[object]) -> int:

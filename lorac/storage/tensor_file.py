@@ -106,10 +106,6 @@ class TensorPlace(NamedTuple):
         """Length in bytes."""
         return _size_of(self.dtype, self.shape)
 
-    def take(self, file: Tensor) -> Tensor:
-        """Return the tensor as a view of the file's bytes."""
-        return file[self.begin : self.begin + self.size].view(self.dtype).view(tuple(self.shape))
-
     def outline(self) -> Tensor:
         """Return a tensor of this dtype and shape on the meta device."""
         return torch.empty(tuple(self.shape), dtype=self.dtype, device="meta")
@@ -318,13 +314,11 @@ class TensorFile(Mapping[str, Tensor]):
         return found.t() if stored in self._transposed else found
 
     def _locate(self, name: str, entry: Json) -> _ExternalTensor:
-        try:
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
             file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
             found = _ExternalTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), row)
-        except (LookupError, TypeError, AttributeError):
-            found = None
-        if found is not None and found.is_valid:
-            return found
+            if found.is_valid:
+                return found
         raise self._damaged(f"its metadata puts '{name}' outside of the program's files")
 
     def __contains__(self, name: object) -> bool:

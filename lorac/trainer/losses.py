@@ -93,28 +93,25 @@ def policy_term(compiled: Any, draws: int, loss: Tensor, output: Any, labels: ob
     Raises:
         Unavailable: there is not one label for each of the logits.
     """
-    rows = _row_losses(output, labels, shifted).detach().view(draws, -1)
-    share = loss.detach() / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
-    chances = training.sum_by_row(compiled.aux[LOSSES[SAMPLED][0]]).view(draws, -1).to(rows.dtype)
-    drawn = training.leave_one_out(share * rows.numel() * rows, chances)
-    return drawn - drawn.detach()
-
-
-def _row_losses(output: Any, labels: object, shifted: bool) -> Tensor:
-    """Return the summed cross-entropy of each row (rows,)."""
     found = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
     logits, fused = found.get("logits"), found.get("log_probs")
     if isinstance(labels, Tensor) and isinstance(fused, Tensor):
-        return -fused.sum(dim=-1)
-    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+        rows = -fused.sum(dim=-1)
+    elif isinstance(labels, Tensor) and isinstance(logits, Tensor) and logits.shape[:-1] == labels.shape:
+        if shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        flat = logits.flatten(0, -2).float(), labels.flatten()
+        rows = F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view(len(labels), -1).sum(1)
+    else:
         raise Unavailable(
             f"{SAMPLED} compares the draws of a row by labels, and needs one for each of the model's logits",
             next_step="train a language model on texts, or a classifier of rows or tokens",
         )
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    flat = logits.flatten(0, -2).float(), labels.flatten()
-    return F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view(len(labels), -1).sum(1)
+    rows = rows.detach().view(draws, -1)
+    share = loss.detach() / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
+    chances = training.sum_by_row(compiled.aux[LOSSES[SAMPLED][0]]).view(draws, -1).to(rows.dtype)
+    drawn = training.leave_one_out(share * rows.numel() * rows, chances)
+    return drawn - drawn.detach()
 
 
 def collate_experts(collate: Callable[[list[Row]], Row]) -> Callable[..., Row]:

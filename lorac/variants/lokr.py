@@ -54,9 +54,19 @@ class LoKr(ScaledRank, WeightVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         channels, taps = kernel_columns(site)
-        left, small = self._divide(site.out_features, 0)
-        middle, columns = self._divide(channels, 1)
-        return {**self._first(left, middle), **self._second(site, small, columns, taps)}
+        r, (l, k), (m, n) = self.r, self._divide(site.out_features, 0), self._divide(channels, 1)
+        specs = {"lokr_w1": ParamSpec((l, m), zeros)}  # w1 starts at zero, and so does the product
+        if self.decompose_both and r < max(l, m) / 2:
+            specs = {"lokr_w1_a": ParamSpec((l, r), zeros), "lokr_w1_b": ParamSpec((r, m), kaiming_uniform)}
+        if r >= max(k, n) / 2:
+            apart = self.conv1d_of_peft and site.kind is SiteKind.CONV1D
+            return specs | {"lokr_w2": ParamSpec((k, n, taps) if apart else (k, n * taps), kaiming_uniform)}
+        core = self.effective_conv2d and taps > 1
+        specs |= {"lokr_t2": ParamSpec((r, r, taps), uniform_core)} if core else {}
+        return specs | {
+            "lokr_w2_a": ParamSpec((r, k) if core else (k, r), kaiming_uniform),
+            "lokr_w2_b": ParamSpec((r, n if core else n * taps), kaiming_uniform),
+        }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         w1 = p.lokr_w1 if hasattr(p, "lokr_w1") else _product(p, "lokr_w1", "")
@@ -70,32 +80,6 @@ class LoKr(ScaledRank, WeightVariant):
         """Return the two factors of a side of the weight."""
         factor = self.decompose_factor
         return factors(number, factor) if isinstance(factor, int) else (factor[side], number // factor[side])
-
-    def _first(self, rows: int, columns: int) -> dict[str, ParamSpec]:
-        """Return the specs of w1, whose product starts at zero."""
-        if not (self.decompose_both and self.r < max(rows, columns) / 2):
-            return {"lokr_w1": ParamSpec((rows, columns), zeros)}
-        return {
-            "lokr_w1_a": ParamSpec((rows, self.r), zeros),
-            "lokr_w1_b": ParamSpec((self.r, columns), kaiming_uniform),
-        }
-
-    def _second(self, site: Site, rows: int, columns: int, taps: int) -> dict[str, ParamSpec]:
-        """Return the specs of w2."""
-        r = self.r
-        if r >= max(rows, columns) / 2:
-            apart = self.conv1d_of_peft and site.kind is SiteKind.CONV1D
-            return {"lokr_w2": ParamSpec((rows, columns, taps) if apart else (rows, columns * taps), kaiming_uniform)}
-        if not (self.effective_conv2d and taps > 1):
-            return {
-                "lokr_w2_a": ParamSpec((rows, r), kaiming_uniform),
-                "lokr_w2_b": ParamSpec((r, columns * taps), kaiming_uniform),
-            }
-        return {
-            "lokr_t2": ParamSpec((r, r, taps), uniform_core),
-            "lokr_w2_a": ParamSpec((r, rows), kaiming_uniform),
-            "lokr_w2_b": ParamSpec((r, columns), kaiming_uniform),
-        }
 
 
 def factors(number: int, factor: int) -> tuple[int, int]:

@@ -132,17 +132,9 @@ def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False
         check_field_type(LoraFields, name, value, header.file)
     values: Fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     fields = LoraFields(**values)
-    for refused, what, step in _refusals(fields):
-        if refused:
-            raise unsupported_error(f"'{header.file}' sets {what}", next_step=step)
-    return functools.partial(_place_loras, fields)
-
-
-def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
-    """Return (whether the value is refused, the value, the next step) for every possible refusal."""
     scale, again = fields.alpha / max(fields.r, 1), "the library itself refuses it; save the adapter again"
-    unknown = sorted({*fields.attn_matrices} - {*LETTERS})
-    return [
+    unknown = {*fields.attn_matrices} - {*LETTERS}
+    refusals = [
         (
             fields.use_gating,
             "use_gating=True: a mean over each sequence weighs what is added, and no method does that at layers",
@@ -167,6 +159,10 @@ def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
             f"train it with task_specific_matrix_type={TASK_FIELDS['task_specific_matrix_type']!r}",
         ),
     ]
+    for refused, what, step in refusals:
+        if refused:
+            raise unsupported_error(f"'{header.file}' sets {what}", next_step=step)
+    return functools.partial(_place_loras, fields)
 
 
 def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedComponent:

@@ -24,6 +24,12 @@ from lorac.formats._config_fields import (
     write_pattern,
 )
 
+
+def trained(**defaults: object) -> dict[str, Field]:
+    """Return fields that only training reads and that are written back, by name and PEFT's default."""
+    return {name: TrainingOnly(default, preserved=True) for name, default in defaults.items()}
+
+
 WITHOUT_FAN: dict[str, Field] = {
     "peft_type": Applied(),
     "task_type": Irrelevant(preserved=True),
@@ -67,8 +73,7 @@ LYCORIS: dict[str, Field] = {
     "alpha": Applied(8, to="alpha", read=read_number, write=write_number),
     "use_effective_conv2d": Applied(False, to="effective_conv2d", read=read_flag),
     # PEFT drops rows of the update, or the whole update.
-    "rank_dropout": TrainingOnly(0.0, preserved=True),
-    "module_dropout": TrainingOnly(0.0, preserved=True),
+    **trained(rank_dropout=0.0, module_dropout=0.0),
     "init_weights": TrainingOnly(True),
 }
 """Fields of LOHA, all of which LOKR has as well."""

@@ -31,6 +31,7 @@ from lorac.formats._config_fields import (
     read_size,
 )
 from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats.peft.fields import own
 from lorac.formats.peft.reader import read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.formats.reading import AdapterFile
@@ -51,17 +52,13 @@ def read_expert_paths(value: object) -> dict[str, str]:
 
 CLASSIFIER_FIELDS: Mapping[str, Field] = {
     "adapters": Applied(read=read_expert_paths),
-    "enable_softmax": Applied(True, to="enable_softmax", read=read_flag),
-    "enable_softmax_topk": Applied(False, to="enable_softmax_topk", read=read_flag),
-    "layerwise_scalings": Applied(False, to="layerwise_scalings", read=read_flag),
+    **own(read_flag, enable_softmax=True, enable_softmax_topk=False, layerwise_scalings=False),
+    **own(read_number, softmax_temperature=1.0, scaling_pass_value=0.0, global_scaling_weight=1.0),
     "xlora_depth": Applied(1, to="depth", read=read_size),
     "xlora_size": Applied(2048, to="size", read=read_size),
     "xlora_dropout_p": TrainingOnly(0.2, to="dropout_p", read=read_number),
     "use_trainable_adapters": TrainingOnly(False, to="use_trainable_adapters", read=read_flag),
-    "softmax_temperature": Applied(1.0, to="softmax_temperature", read=read_number),
     "top_k_lora": Applied(to="top_k_lora", read=read_optional_size),
-    "scaling_pass_value": Applied(0.0, to="scaling_pass_value", read=read_number),
-    "global_scaling_weight": Applied(1.0, to="global_scaling_weight", read=read_number),
 }
 """Fields that the configurations of PEFT and of the authors have in common."""
 

@@ -63,8 +63,20 @@ class CorDA(PairInitialiser):
         return {path: total / calls[path] for path, total in sums.items()}
 
     def pair(self, place: InitialisationSite) -> FactorPair:
-        """Return A and B from XᵀX (in, in)."""
-        damped, inverse = _invert_damped(place.read.to(place.weight.dtype))
+        """Return A and B from XᵀX (in, in), damped on its diagonal until it has an inverse."""
+        covariance = place.read.to(place.weight.dtype)
+        identity = torch.eye(len(covariance)).to(covariance)
+        damp = _DAMP
+        while True:
+            damped = covariance + damp * covariance.diagonal().mean() * identity
+            inverse, failed = torch.linalg.inv_ex(damped)
+            if not failed and torch.dist(damped @ inverse, identity) < _INEXACT:
+                break
+            if damp > 1e6:
+                raise AdapterError(
+                    "the inputs of a layer are all 0", next_step="give other batches", code="batches_needed"
+                )
+            damp *= 2
         u, s, vh = torch.linalg.svd(place.weight @ damped, full_matrices=False)
         part = slice(None, place.variant.r) if self.mode == "ipm" else slice(-place.variant.r, None)
         return balance_factors(u[:, part], s[part], (vh @ inverse)[part], place.variant.scale)
@@ -161,17 +173,3 @@ def distribute_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int
     for index in order.tolist():
         ranks[owners[index]] += 1
     return {path: rank for path, rank in ranks.items() if rank}
-
-
-def _invert_damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the covariance, damped on its diagonal until it has an inverse, and the inverse."""
-    identity = torch.eye(len(covariance)).to(covariance)
-    damp = _DAMP
-    while True:
-        damped = covariance + damp * covariance.diagonal().mean() * identity
-        inverse, failed = torch.linalg.inv_ex(damped)
-        if not failed and torch.dist(damped @ inverse, identity) < _INEXACT:
-            return damped, inverse
-        if damp > 1e6:
-            raise AdapterError("the inputs of a layer are all 0", next_step="give other batches", code="batches_needed")
-        damp *= 2

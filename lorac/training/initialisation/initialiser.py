@@ -88,7 +88,15 @@ class Initialiser(ABC):
                     next_step="give a smaller r, or add the module to exclude=",
                     code="site_unsupported",
                 )
-        return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._require_batches(batches))
+        listed = iter(batches if self.reads and batches is not None else ())
+        first = list(islice(listed, 1))
+        if self.reads and not first:
+            raise AdapterError(
+                f"{type(self).__name__} reads {self.reads}, and there are no batches",
+                next_step="pass batches=, a list with the arguments of one call each",
+                code="batches_needed",
+            )
+        return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, chain(first, listed))
 
     @abstractmethod
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
@@ -113,19 +121,6 @@ class Initialiser(ABC):
             given = make_fresh_adapter(given, given.name, view)
         check_adapter(given, view)
         return given
-
-    def _require_batches(self, batches: Batches | None) -> Batches:
-        if not self.reads:
-            return ()
-        listed = iter(()) if batches is None else iter(batches)
-        first = list(islice(listed, 1))
-        if not first:
-            raise AdapterError(
-                f"{type(self).__name__} reads {self.reads}, and there are no batches",
-                next_step="pass batches=, a list with the arguments of one call each",
-                code="batches_needed",
-            )
-        return chain(first, listed)
 
 
 class PairInitialiser(Initialiser):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.errors import AdapterError, AdapterNotFound, not_one_of
@@ -57,32 +57,26 @@ def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Modul
                 next_step="give the large model that the smaller one was pruned from",
                 code="shape_mismatch",
             )
-        tensors[path] = (
-            dict(own) if one is None else _scatter_factors(adapter, path, own, one, fill == "normal", generator)
-        )
+        tensors[path] = dict(own)
+        if one is None:
+            continue
+        a, b = own["lora_A"].detach(), own["lora_B"].detach()
+        if (held := (b.shape[0], a.shape[1])) != one.small:
+            raise AdapterError(
+                f"'{adapter.name}' has {list(held)} at '{path}', and the smaller model {list(one.small)}",
+                next_step="give the adapter of that smaller model, or the kept= of the adapter's model",
+                code="shape_mismatch",
+            )
+        (out, columns), r = one.shape, len(a)
+        wide = a.new_zeros(r, columns) if fill == "zeros" else torch.randn(r, columns, generator=generator).to(a) / r
+        wide[:, one.columns] = a
+        tensors[path] = {"lora_A": wide, "lora_B": b.new_zeros(out, r).index_copy(0, one.rows, b)}
+        if "lora_bias" in own:
+            bias = own["lora_bias"].detach()
+            tensors[path]["lora_bias"] = bias.new_zeros(out).index_copy(0, one.rows, bias)
     recovered = Adapter(adapter.name, adapter.variant, tensors, dict(adapter.replaced))
     check_adapter(recovered, view)
     return recovered
-
-
-def _scatter_factors(
-    adapter: Adapter, path: str, own: Mapping[str, Tensor], kept: PruningRecord, drawn: bool, generator: torch.Generator
-) -> dict[str, Tensor]:
-    a, b = own["lora_A"].detach(), own["lora_B"].detach()
-    if (b.shape[0], a.shape[1]) != kept.small:
-        raise AdapterError(
-            f"'{adapter.name}' has [{b.shape[0]}, {a.shape[1]}] at '{path}', and the smaller model {list(kept.small)}",
-            next_step="give the adapter of that smaller model, or the kept= of the adapter's model",
-            code="shape_mismatch",
-        )
-    (out, columns), r = kept.shape, len(a)
-    wide = torch.randn(r, columns, generator=generator).to(a) / r if drawn else a.new_zeros(r, columns)
-    wide[:, kept.columns] = a
-    found = {"lora_A": wide, "lora_B": b.new_zeros(out, r).index_copy(0, kept.rows, b)}
-    if "lora_bias" in own:
-        bias = own["lora_bias"].detach()
-        found["lora_bias"] = bias.new_zeros(out).index_copy(0, kept.rows, bias)
-    return found
 
 
 def align(

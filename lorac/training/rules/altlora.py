@@ -175,14 +175,6 @@ class AltLoRA(PairRule):
         gram = Gram.of(other.mT, self.reg)
         scale = 1 if self.released else side.pair.scale
         projected = gram.inverse @ side.oriented(side.gradient) / scale**2
-        direction = side.oriented_back(self._make_direction(side, projected, gram, other))
-        if self.released:  # its decay acts on the updated factor
-            direction = direction * (1 - group["lr"] * group["weight_decay"])
-        side.own.grad = direction.to(side.own.dtype)
-        return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
-
-    def _make_direction(self, side: "_FactorSide", projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
-        """M, divided by √V + ε with ``plus``, as if the factor were A; the state goes on."""
         state = side.prepare_state(projected, other, self.plus)
         beta1, beta2 = self.betas
         state["step"] += 1
@@ -192,13 +184,15 @@ class AltLoRA(PairRule):
         state.update(mean=kept.clone(), old=other.clone())
         if self.correct_bias:
             direction = direction / (1 - beta1 ** state["step"])
-        if not self.plus:
-            return direction
-        state["square"].mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
-        square = state["square"]
-        if self.correct_bias and not self.released:
-            square = square / (1 - beta2 ** state["step"])
-        return direction / (square.sqrt() + _EPS)
+        if self.plus:
+            state["square"].mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
+            debias = 1 - beta2 ** state["step"] if self.correct_bias and not self.released else 1
+            direction = direction / ((state["square"] / debias).sqrt() + _EPS)
+        direction = side.oriented_back(direction)
+        if self.released:  # its decay acts on the updated factor
+            direction = direction * (1 - group["lr"] * group["weight_decay"])
+        side.own.grad = direction.to(side.own.dtype)
+        return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
 
     def _only_in_turn(self, letter: str, grad: Tensor) -> Tensor:
         """Return the gradient on the factor's turn, otherwise 0, so that clipping measures no other."""

@@ -212,7 +212,17 @@ def transfer(
         AdapterNotFound: one of these adapters is missing.
         AdapterError: as ``synthesise_prompts``; or the source answers no prompt.
     """
-    teacher = _make_teacher(source, target, _SOURCE) if settings.soft else None
+    if settings.soft and require_tokenizer(source).get_vocab() != require_tokenizer(target).get_vocab():
+        raise Unavailable(
+            "the target has another vocabulary than the source, and cannot learn its probabilities",
+            next_step="leave out soft=True, and the target learns the source's answers as text",
+        )
+
+    @torch.no_grad()
+    def teach(batch: dict[str, Tensor]) -> Tensor:
+        logits = source(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapters=_SOURCE).logits
+        return torch.as_tensor(logits)
+
     draw = draw or make_prompt_source(target, task, max_new_tokens=settings.max_new_tokens)
     accept = accept or make_prompt_filter(source, task, adapters=_DISCRIMINATOR)
     found = synthesise_prompts(
@@ -223,21 +233,5 @@ def transfer(
     batches = make_training_batches(
         require_tokenizer(target), pairs, rows=settings.rows, epochs=settings.epochs, seed=settings.seed
     )
-    fit(target, batches, adapters=_TARGET, lr=settings.lr, teacher=teacher)
+    fit(target, batches, adapters=_TARGET, lr=settings.lr, teacher=teach if settings.soft else None)
     return TransferResult(target.adapters[_TARGET], tuple(pairs), found.tried)
-
-
-def _make_teacher(source: Any, target: Any, adapters: str) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Return a function from a batch to the source's logits of it."""
-    if require_tokenizer(source).get_vocab() != require_tokenizer(target).get_vocab():
-        raise Unavailable(
-            "the target has another vocabulary than the source, and cannot learn its probabilities",
-            next_step="leave out soft=True, and the target learns the source's answers as text",
-        )
-
-    @torch.no_grad()
-    def teach(batch: dict[str, Tensor]) -> Tensor:
-        logits = source(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapters=adapters).logits
-        return torch.as_tensor(logits)
-
-    return teach

@@ -17,6 +17,7 @@ from lorac.formats._config_fields import (
     read_size,
     write_number,
 )
+from lorac.formats.peft.fields import trained
 from lorac.formats.peft.peft_type import PlainType
 from lorac.formats.peft.types.lora import FIELDS as LORA_FIELDS
 from lorac.ir.sites.site import SiteKind
@@ -66,13 +67,7 @@ class AdaloraType(PlainType[AdaLoRA]):
         "alora_invocation_tokens": Refused(next_step="train the adapter again without it: AdaLoRA acts on every token"),
         "use_qalora": Refused(False, next_step=_NEVER),
         "loftq_config": Refused({}, next_step=_NEVER),
-        "target_r": TrainingOnly(8, preserved=True),
-        "tinit": TrainingOnly(0, preserved=True),
-        "tfinal": TrainingOnly(0, preserved=True),
-        "deltaT": TrainingOnly(1, preserved=True),
-        "beta1": TrainingOnly(0.85, preserved=True),
-        "beta2": TrainingOnly(0.85, preserved=True),
-        "orth_reg_weight": TrainingOnly(0.5, preserved=True),
+        **trained(target_r=8, tinit=0, tfinal=0, deltaT=1, beta1=0.85, beta2=0.85, orth_reg_weight=0.5),
         # PEFT refuses a configuration without a number of steps.
         "total_step": TrainingOnly(preserved=True, write=lambda steps: steps or 1),
     }

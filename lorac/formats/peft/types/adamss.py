@@ -17,7 +17,7 @@ from lorac.errors import SiteError
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_int, read_number, read_size
 from lorac.formats._errors import corrupt_error
 from lorac.formats._site_layouts import matrix_site
-from lorac.formats.peft.fields import LAYERS, WITHOUT_FAN, own
+from lorac.formats.peft.fields import LAYERS, WITHOUT_FAN, own, trained
 from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
 from lorac.ir.sites.site import BaseReader, Site
 from lorac.variants.adamss import AdaMSS
@@ -43,10 +43,7 @@ class AdamssType(PeftType[AdaMSS]):
         "random_seed": Applied(0, to="random_seed", read=read_int),
         "init_weights": TrainingOnly("orthogonal"),
         # PEFT freezes groups during training.
-        **{
-            n: TrainingOnly(default, preserved=True)
-            for n, default in {"use_asa": False, **_SCHEDULE, **_AVERAGES}.items()
-        },
+        **trained(use_asa=False, **_SCHEDULE, **_AVERAGES),
     }
     suffixes = ("adamss_newB", "adamss_A", "adamss_B", _SIZES)
     needs_model = True

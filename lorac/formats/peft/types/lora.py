@@ -143,12 +143,10 @@ FIELDS: Mapping[str, Field] = {
     "ensure_weight_tying": Applied(False, read=read_flag),
     "init_lora_weights": TrainingOnly(True, read=read_initialisation, next_step=_CONVERT),
     "loftq_config": TrainingOnly({}),
-    "eva_config": TrainingOnly(),
-    "corda_config": TrainingOnly(),
-    "lora_ga_config": TrainingOnly(),
-    # They change the backward pass, or add noise in training only: the forward pass is LoRA's.
-    "velora_config": TrainingOnly(),
-    "monteclora_config": TrainingOnly(),
+    # The last two change the backward pass, or add noise in training only: the forward pass is LoRA's.
+    **dict.fromkeys(
+        ("eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"), TrainingOnly()
+    ),
     "megatron_core": Irrelevant("megatron.core"),
     # It has an effect only with use_qalora.
     "qalora_group_size": Irrelevant(16, to="group_size", read=read_size),

@@ -117,7 +117,15 @@ class LokrType(PeftType[LoKr]):
             k, n, kernel = stored[f"{W2}_a"].shape[1], stored[f"{W2}_b"].shape[1], tuple(stored[CORE].shape[2:])
         else:
             k, columns = stored[f"{W2}_a"].shape[0], stored[f"{W2}_b"].shape[1]
-            n, kernel = _guess_kernel(variant, path, stored, m, columns)
+            for taps in range(1, columns + 1):  # a linear layer, where its sizes fit
+                check_time(taps)
+                n, rest = divmod(columns, taps)
+                if not rest and factors(m * n, read_factor(variant.decompose_factor)) == (m, n):
+                    break
+            else:
+                expected = f"no layer is so divided by decompose_factor={variant.decompose_factor}"
+                raise mismatched_shapes(path, stored, expected)
+            kernel = (taps, 1) if taps > 1 else ()
         site = conv_site(path, l * k, m * n, kernel, 1) if kernel else matrix_site(path, l * k, m * n)
         axes = {CORE: 2, W2: 2 if w2 is not None and w2.ndim == 3 else 1}
         return site, {name: stored[name].flatten(axes.get(name, 1)) for name in (*first, *second)}
@@ -155,14 +163,3 @@ def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[st
         expected = f"{W1} is (l, m), {W2} (k, n), with out = l·k and in = m·n; or each in two factors"
         raise mismatched_shapes(path, stored, expected)
     return first, second
-
-
-def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: int) -> tuple[int, tuple[int, ...]]:
-    """Return (n, kernel) of a flat w2_b (r, n·taps); assume a linear layer where its sizes fit."""
-    for taps in range(1, columns + 1):
-        check_time(taps)
-        n, rest = divmod(columns, taps)
-        if not rest and factors(m * n, read_factor(variant.decompose_factor)) == (m, n):
-            return n, (taps, 1) if taps > 1 else ()
-    expected = f"no layer is so divided by decompose_factor={variant.decompose_factor}"
-    raise mismatched_shapes(path, stored, expected)

@@ -7,19 +7,13 @@ prompt in training; a file stores the computed prompt (``lorac.formats.peft.prom
 from collections.abc import Mapping
 
 from lorac.argument_types import JsonMapping
-from lorac.formats._config_fields import Applied, Field, Irrelevant, TrainingOnly, read_size
-from lorac.formats.peft.fields import WITHOUT_FAN, own
+from lorac.formats._config_fields import Applied, Irrelevant, read_size
+from lorac.formats.peft.fields import WITHOUT_FAN, own, trained
 from lorac.formats.peft.keys import PREFIX
 from lorac.formats.peft.prompt_folder import FIELDS, KEYS_VALUES, PROMPT, PlacedType, PromptType
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adaption_prompt import AdaptionPrompt
 from lorac.variants.prompt_tuning import MultitaskPromptTuning, PrefixTuning, PromptTuning
-
-
-def _trained(**defaults: object) -> dict[str, Field]:
-    """Return fields that only the encoder reads in training, by name and PEFT's default."""
-    return {name: TrainingOnly(default, preserved=True) for name, default in defaults.items()}
-
 
 _STARTS = {"prompt_tuning_init_text": None, "tokenizer_name_or_path": None, "tokenizer_kwargs": None}
 _PROJECTIONS = {"opt_projection_epsilon": 0.1, "opt_projection_format_epsilon": 0.1}
@@ -35,7 +29,7 @@ class PromptTuningType(PromptType):
     """PROMPT_TUNING."""
 
     peft_type, keys, variants = "PROMPT_TUNING", PROMPT, {PromptTuning: {}}
-    fields = {**FIELDS, **_trained(prompt_tuning_init="RANDOM", **_STARTS)}
+    fields = {**FIELDS, **trained(prompt_tuning_init="RANDOM", **_STARTS)}
 
 
 class MultitaskPromptTuningType(PromptType):
@@ -46,8 +40,8 @@ class MultitaskPromptTuningType(PromptType):
     fields = {
         **FIELDS,
         **{name: Applied(1, to=name, read=read_size) for name in ("num_tasks", "num_ranks")},
-        **_trained(prompt_tuning_init="RANDOM", prompt_tuning_init_task=0, **_STARTS),
-        **_trained(prompt_tuning_init_state_dict_path=None),
+        **trained(prompt_tuning_init="RANDOM", prompt_tuning_init_task=0, **_STARTS),
+        **trained(prompt_tuning_init_state_dict_path=None),
     }
 
 
@@ -55,28 +49,28 @@ class PTuningType(PromptType):
     """P_TUNING."""
 
     peft_type, keys, variants = "P_TUNING", PROMPT, {PromptTuning: {}}
-    fields = {**FIELDS, **_trained(encoder_dropout=0.0, **_ENCODER)}
+    fields = {**FIELDS, **trained(encoder_dropout=0.0, **_ENCODER)}
 
 
 class CptType(PromptType):
     """CPT."""
 
     peft_type, keys, variants = "CPT", PROMPT, {PromptTuning: {}}
-    fields = {**FIELDS, **_trained(opt_weighted_loss_type="none", opt_loss_decay_factor=1.0, **_PROJECTIONS, **_MASKS)}
+    fields = {**FIELDS, **trained(opt_weighted_loss_type="none", opt_loss_decay_factor=1.0, **_PROJECTIONS, **_MASKS)}
 
 
 class PrefixTuningType(PromptType):
     """PREFIX_TUNING."""
 
     peft_type, keys, variants = "PREFIX_TUNING", KEYS_VALUES, {PrefixTuning: {}}
-    fields = {**_KEYS_VALUES, **_trained(init_weights=None, encoder_hidden_size=None, prefix_projection=False)}
+    fields = {**_KEYS_VALUES, **trained(init_weights=None, encoder_hidden_size=None, prefix_projection=False)}
 
 
 class CartridgeType(PromptType):
     """CARTRIDGE."""
 
     peft_type, keys, variants = "CARTRIDGE", KEYS_VALUES, {PrefixTuning: {}}
-    fields = {**_KEYS_VALUES, **_trained(num_frozen_tokens=1)}
+    fields = {**_KEYS_VALUES, **trained(num_frozen_tokens=1)}
 
 
 _SIZES = ("adapter_len", "adapter_layers")

@@ -98,7 +98,6 @@ class OsfType(PlainType[OSF]):
 
 
 NAMES = {"psoft_R.weight": "psoft_R", "psoft_R.vector_a": "psoft_a", "psoft_R.vector_b": "psoft_b"}
-FLAGS = ("psoft_orth", "psoft_mag_a", "psoft_mag_b")
 
 
 class PsoftType(PeftType[PSOFT]):
@@ -121,8 +120,7 @@ class PsoftType(PeftType[PSOFT]):
         "psoft_svd": Applied("full", to="psoft_svd", read=read_choice("full", "lowrank")),
         "psoft_svd_lowrank_niter": Applied(10, to="psoft_svd_lowrank_niter", read=read_count),
         "random_seed": Applied(0, to="random_seed", read=read_int),
-        **{flag: Applied(True, to=flag, read=read_flag) for flag in FLAGS},
-        "use_cayley_neumann": Applied(False, to="use_cayley_neumann", read=read_flag),
+        **own(read_flag, psoft_orth=True, psoft_mag_a=True, psoft_mag_b=True, use_cayley_neumann=False),
         "cayley_neumann_eps": Applied(None, to="cayley_neumann_eps", read=read_optional_number),
     }
     suffixes = tuple(NAMES)

@@ -8,7 +8,7 @@ and the core is between them; lorac stores the transposes, since its table is (d
 
 from torch import Tensor
 
-from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_int, read_number, read_size
+from lorac.formats._config_fields import Applied, TrainingOnly, read_choice, read_flag, read_int, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, bias, own
 from lorac.formats.peft.peft_type import Parameters, PeftType, Tensors, mismatched_shapes, take_tensors
@@ -16,12 +16,6 @@ from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.variants.tinylora import TinyLoRA
 
 VECTOR = "tinylora_v"
-
-
-def _read_init(value: object) -> object:
-    if value not in (True, False, "uniform"):
-        raise ValueError("expected true, false or uniform")
-    return value
 
 
 class TinyloraType(PeftType[TinyLoRA]):
@@ -39,7 +33,7 @@ class TinyloraType(PeftType[TinyLoRA]):
         "save_projection": Applied(True, read=read_flag),
         "tinylora_dropout": TrainingOnly(0.0, to="dropout", read=read_number),
         "init_v_bound": TrainingOnly(0.02, preserved=True, read=read_number),
-        "init_weights": TrainingOnly(True, read=_read_init),
+        "init_weights": TrainingOnly(True, read=read_choice(True, False, "uniform")),
         "bias": bias("tinylora"),
     }
     shared = (VECTOR,)
