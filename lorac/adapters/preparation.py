@@ -144,11 +144,8 @@ class Preparer:
         known = self._by_site.get(site.path)
         # Training calls this in every step, where a description of the structure would take longest.
         if known is None or known[1] != shapes or not (known[0] is variant or known[0] == variant):
-            known = self._by_site[site.path] = (
-                variant,
-                shapes,
-                self._find_reduction(variant.at(site), site, shapes, tensors),
-            )
+            found = self._find_reduction(variant.at(site), site, shapes, tensors)
+            known = self._by_site[site.path] = variant, shapes, found
         return known[2]
 
     def _find_reduction(self, variant: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:

@@ -20,8 +20,25 @@ def cluster(points: Tensor, weights: Tensor, k: int, generator: torch.Generator,
     """
     if k >= len(points):
         return torch.arange(len(points))
-    found = [_try_once(points, weights, k, generator, steps) for _ in range(tries)]
-    return min(found, key=lambda one: float(one[1]))[0]
+    found: list[tuple[float, Tensor]] = []
+    for _ in range(tries):
+        chosen = [int(torch.multinomial(weights, 1, generator=generator))]
+        distances = _distances(points, points[chosen])[:, 0]
+        while len(chosen) < k:
+            chances = weights * distances
+            chosen.append(int(torch.multinomial(chances if chances.any() else weights, 1, generator=generator)))
+            distances = torch.minimum(distances, _distances(points, points[chosen[-1:]])[:, 0])
+        labels, nearest = _assign(points, points[chosen])
+        for _ in range(steps):
+            centres = average(points, weights, labels, k)
+            for empty in (_count(weights, labels, k) == 0).nonzero().flatten().tolist():
+                centres[empty] = points[int((weights * nearest).argmax())]
+                nearest = torch.minimum(nearest, _distances(points, centres[empty : empty + 1])[:, 0])
+            before, (labels, nearest) = labels, _assign(points, centres)
+            if torch.equal(before, labels):
+                break
+        found.append((float((weights * nearest).sum()), labels))
+    return min(found, key=lambda one: one[0])[1]
 
 
 def sort_points(points: Tensor) -> Tensor:
@@ -38,26 +55,6 @@ def average(points: Tensor, weights: Tensor, labels: Tensor, k: int) -> Tensor:
 
 def _count(weights: Tensor, labels: Tensor, k: int) -> Tensor:
     return weights.new_zeros(k).index_add_(0, labels, weights)
-
-
-def _try_once(points: Tensor, weights: Tensor, k: int, generator: torch.Generator, steps: int) -> tuple[Tensor, Tensor]:
-    """Run k-means once from random initial centres; return the clusters and Σ w·‖u − μ‖²."""
-    chosen = [int(torch.multinomial(weights, 1, generator=generator))]
-    distances = _distances(points, points[chosen])[:, 0]
-    while len(chosen) < k:
-        chances = weights * distances
-        chosen.append(int(torch.multinomial(chances if chances.any() else weights, 1, generator=generator)))
-        distances = torch.minimum(distances, _distances(points, points[chosen[-1:]])[:, 0])
-    labels, nearest = _assign(points, points[chosen])
-    for _ in range(steps):
-        centres = average(points, weights, labels, k)
-        for empty in (_count(weights, labels, k) == 0).nonzero().flatten().tolist():
-            centres[empty] = points[int((weights * nearest).argmax())]
-            nearest = torch.minimum(nearest, _distances(points, centres[empty : empty + 1])[:, 0])
-        before, (labels, nearest) = labels, _assign(points, centres)
-        if torch.equal(before, labels):
-            break
-    return labels, (weights * nearest).sum()
 
 
 def _assign(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

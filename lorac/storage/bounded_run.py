@@ -6,7 +6,6 @@ nothing, and which refuses shapes that do not fit even where a kernel does not c
 each op is measured in this way before it runs.
 """
 
-import functools
 import math
 import os
 import sys
@@ -222,18 +221,15 @@ def _call_on_meta(node: fx.Node, call: Call) -> object:
     op = target.op if isinstance(target, GuardedOp) else target
     op = torch.ops.aten.reshape.default if op is torch.ops.aten.view.default else op  # strides may differ there
     args, kwargs = _to_meta((call.args, call.kwargs))
+    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
+    if any(argument.kwarg_only and argument.name == "device" for argument in arguments):
+        kwargs = {"device": _META, **kwargs}
     try:
-        return op(*args, **({"device": _META, **kwargs} if _takes_device(op) else kwargs))
+        return op(*args, **kwargs)
     except RuntimeError as error:
         if op._opname not in _BY_VALUES:
             raise
         raise NotImplementedError(f"{op} needs values") from error
-
-
-@functools.cache
-def _takes_device(op: object) -> bool:
-    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
-    return any(argument.kwarg_only and argument.name == "device" for argument in arguments)
 
 
 def _to_meta(value: Any) -> Any:

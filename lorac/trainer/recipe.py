@@ -162,7 +162,22 @@ class Recipe:
             what = f"'{self.merge}' exists already" if self.recover is None else "recover's large model has no weights"
             raise ChoiceError(f"nothing can be merged: {what}", next_step="give merge a new folder, or leave it out")
         for name, value in self.arguments.items():
-            self._check_argument(name, value)
+            config = self.load_classes()[1]
+            types = field_types(config)
+            if name in _ELSEWHERE or name not in types:
+                longer = (known for known in types if known.endswith(f"_{name}"))
+                nearest = _ELSEWHERE.get(name) or next(longer, nearest_name(name, [*_OWN, *types], alike=0.6))
+                what = f"a recipe of the task {self.task} has no field {short(name)}"
+                raise OptionError(what, nearest=nearest, next_step=_EXAMPLE)
+            what = f"{config.__name__} takes no {name}={short(value)}"
+            if not matches_type(value, types[name]) and not (name == "fsdp" and value is True):
+                raise WrongType(what, next_step=f"it takes {format_type(types[name])}")
+            is_default = value == getattr(config, name, None)
+            if isinstance(value, int | float) and value < _LEAST.get(name, value) and not is_default:
+                raise ChoiceError(what, next_step=f"it takes numbers from {_LEAST[name]:g}")
+            if self.optimizer is not None and name in _OPTIMIZER:
+                what = f"{name} is of the trainer's own optimizer, and the recipe names another"
+                raise OptionError(what, next_step="give it as a keyword of optimizer:, or leave optimizer: out")
 
     @property
     def evaluates(self) -> bool:
@@ -187,24 +202,6 @@ class Recipe:
         named = [name for name in found if name in given] or quoted or found
         step = f"change {' or '.join(named[:3])}" if named else "change the rows, or a field that the message names"
         return OptionError(what, next_step=step)
-
-    def _check_argument(self, name: str, value: object) -> None:
-        config = self.load_classes()[1]
-        types = field_types(config)
-        if name in _ELSEWHERE or name not in types:
-            longer = (known for known in types if known.endswith(f"_{name}"))
-            nearest = _ELSEWHERE.get(name) or next(longer, nearest_name(name, [*_OWN, *types], alike=0.6))
-            what = f"a recipe of the task {self.task} has no field {short(name)}"
-            raise OptionError(what, nearest=nearest, next_step=_EXAMPLE)
-        what = f"{config.__name__} takes no {name}={short(value)}"
-        if not matches_type(value, types[name]) and not (name == "fsdp" and value is True):
-            raise WrongType(what, next_step=f"it takes {format_type(types[name])}")
-        is_default = value == getattr(config, name, None)
-        if isinstance(value, int | float) and value < _LEAST.get(name, value) and not is_default:
-            raise ChoiceError(what, next_step=f"it takes numbers from {_LEAST[name]:g}")
-        if self.optimizer is not None and name in _OPTIMIZER:
-            what = f"{name} is of the trainer's own optimizer, and the recipe names another"
-            raise OptionError(what, next_step="give it as a keyword of optimizer:, or leave optimizer: out")
 
 
 _OWN = frozenset(one.name for one in dataclasses.fields(Recipe)) - {"arguments"}

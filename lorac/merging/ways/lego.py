@@ -77,8 +77,15 @@ class Lego(SiteWay):
         units = torch.cat([self._units(pair) for pair in pairs]).double()
         shares = torch.cat([units.new_full((pair.a.shape[0],), w) for pair, w in zip(pairs, weights, strict=True)])
         largest = max(pair.a.shape[0] for pair in pairs)
-        ranks = self._cluster(units, shares, min(self.rank or largest, len(units)), generator)
-        ranks = ranks.to(pairs[0].a.dtype)
+        order = sort_points(units)
+        units, shares, k = units[order], shares[order], min(self.rank or largest, len(units))
+        points = units / _length(units) if self.feature == "normalized" else units
+        labels = cluster(points, shares, k, generator, self.n_init, self.max_iter)
+        means = average(units, shares, labels, k)
+        sizes, norms = (torch.linalg.vector_norm(t, ord=_NORMS[self.norm], dim=1, keepdim=True) for t in (units, means))
+        scales = average(sizes, shares, labels, k) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        is_zero = torch.linalg.vector_norm(means, dim=1, keepdim=True) < 1e-12
+        ranks = torch.where(is_zero, means, means * scales).to(pairs[0].a.dtype)
         factor = math.sqrt(largest / len(ranks)) if self.reweight_output else 1.0
         width = pairs[0].a.shape[1]
         return ScaledPair(factor * ranks[:, width:].mT, ranks[:, :width])
@@ -94,18 +101,6 @@ class Lego(SiteWay):
             signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
             rows, columns = rows * signs, columns * signs
         return torch.cat([rows, columns], 1)
-
-    def _cluster(self, units: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        """Cluster the ranks, in any order, and return the scaled mean of each cluster, (k, in + out)."""
-        order = sort_points(units)
-        units, weights = units[order], weights[order]
-        points = units / _length(units) if self.feature == "normalized" else units
-        labels = cluster(points, weights, k, generator, self.n_init, self.max_iter)
-        means = average(units, weights, labels, k)
-        sizes = torch.linalg.vector_norm(units, ord=_NORMS[self.norm], dim=1, keepdim=True)
-        norms = torch.linalg.vector_norm(means, ord=_NORMS[self.norm], dim=1, keepdim=True)
-        scales = average(sizes, weights, labels, k) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        return torch.where(torch.linalg.vector_norm(means, dim=1, keepdim=True) < 1e-12, means, means * scales)
 
 
 def _shares(weights: Sequence[float]) -> list[float]:

@@ -86,9 +86,20 @@ def sum_gradients(
         raise AdapterError(
             "there are no batches to take gradients of", next_step="give at least one batch", code="batches_needed"
         )
-    return SummedGradients(
-        {path: _find_sum(path, name, sums) for name, paths in owners.items() for path in paths}, count
-    )
+    for name, (path, *_) in owners.items():
+        if name not in sums:
+            raise SiteError(
+                f"no batch gives the weight of '{path}' a gradient",
+                next_step="exclude the layer (exclude=), or give batches that reach it",
+                code="site_unreached",
+            )
+        if not sums[name].isfinite().all():
+            raise AdapterError(
+                f"the gradient of the weight of '{path}' is not finite",
+                next_step="look for NaN in the batches, or compute in float32",
+                code="non_finite",
+            )
+    return SummedGradients({path: sums[name] for name, paths in owners.items() for path in paths}, count)
 
 
 def _accumulate_gradients(
@@ -112,19 +123,3 @@ def _accumulate_gradients(
         weight = read_stored_tensor(model, name)
         weight.requires_grad_(True)
         hooks.enter_context(weight.register_post_accumulate_grad_hook(adding(name, site)))
-
-
-def _find_sum(path: str, name: str, sums: Mapping[str, Tensor]) -> Tensor:
-    if name not in sums:
-        raise SiteError(
-            f"no batch gives the weight of '{path}' a gradient",
-            next_step="exclude the layer (exclude=), or give batches that reach it",
-            code="site_unreached",
-        )
-    if not sums[name].isfinite().all():
-        raise AdapterError(
-            f"the gradient of the weight of '{path}' is not finite",
-            next_step="look for NaN in the batches, or compute in float32",
-            code="non_finite",
-        )
-    return sums[name]
