@@ -23,6 +23,7 @@ from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.places import stack_places
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, branch_name, slot_name, strength_role
+from lorac.target.backend import OptionsT
 from lorac.target.engine import BoundProgram, Engine, ProgramFiles
 
 
@@ -46,15 +47,28 @@ class ProgramGraph(Protocol):
 GraphT = TypeVar("GraphT", bound=ProgramGraph)
 
 
-class PlacedEngine(Engine, Generic[GraphT]):
-    """An engine for a program whose slots are inputs.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedProgram(Generic[GraphT, OptionsT]):
+    """A stored program with its graphs loaded, and everything else that an engine needs.
 
-    Args:
-        graphs: the program's graphs by name.
+    Attributes:
+        graphs: name -> the loaded graph.
         plans: the slots of every site.
         base: a reader of base weights that does not need the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        files: the open files of the program.
+        files: the open files of the program and the base weights.
+    """
+
+    graphs: Mapping[str, GraphT]
+    plans: Mapping[str, SitePlan]
+    base: BaseReader
+    mode: str
+    files: ProgramFiles
+    options: OptionsT
+
+
+class PlacedEngine(Engine, Generic[GraphT]):
+    """An engine for a program whose slots are inputs.
 
     Attributes:
         slots: the slot inputs of all graphs, by public name.
@@ -65,23 +79,16 @@ class PlacedEngine(Engine, Generic[GraphT]):
 
     files: ProgramFiles
 
-    def __init__(
-        self,
-        graphs: Mapping[str, GraphT],
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        mode: str,
-        files: ProgramFiles,
-    ) -> None:
-        self.graphs, self.base, self.mode, self.files = graphs, base, mode, files
-        self.fused = mode == "fused"
-        self.interfaces = {name: graph.interface for name, graph in graphs.items()}
-        self.slots = {name: slot for graph in graphs.values() for name, slot in graph.slots.items()}
+    def __init__(self, program: LoadedProgram[GraphT, Any]) -> None:
+        self.graphs, self.base, self.mode, self.files = program.graphs, program.base, program.mode, program.files
+        self.fused = self.mode == "fused"
+        self.interfaces = {name: graph.interface for name, graph in self.graphs.items()}
+        self.slots = {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
         self.shared_slots = {
             name: frozenset(slot.name for slot in graph.slots.values() if not slot.placed)
-            for name, graph in graphs.items()
+            for name, graph in self.graphs.items()
         }
-        self.plans = select_reached_plans(self.slots, plans)
+        self.plans = select_reached_plans(self.slots, program.plans)
         self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:

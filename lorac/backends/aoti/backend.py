@@ -20,13 +20,14 @@ from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Program, SlotInput
 from lorac.ir.graph.nodes import find_input_examples
+from lorac.ir.graph.passes import PassResult
 from lorac.ir.slots.composition import fill_slots
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.traces.gate import tracing
 from lorac.limits import is_trusted
 from lorac.progress import step
 from lorac.storage.tensor_file import TensorFile
-from lorac.target.backend import BuildRequest, StoredState, TargetOptions
+from lorac.target.backend import BuildRequest, TargetOptions
 from lorac.target.dialect import refuse_unclaimed
 from lorac.target.engine import ProgramFiles
 
@@ -72,12 +73,12 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
         """Refuse ops of other libraries, which a package would need on every machine."""
         refuse_unclaimed(self.dialect, self.list_unsupported(program))
 
-    def emit(self, request: BuildRequest[AotiOptions], folder: Path) -> EmittedProgram[AotiOptions]:
+    def write_graphs(
+        self, request: BuildRequest[AotiOptions], program: Program, folder: Path
+    ) -> Mapping[str, Mapping[str, PassResult]]:
+        """Compile a program's graphs into packages."""
         from lorac.backends.aoti.dialect import make_plain_program
 
-        program = request.program
-        assert program is not None
-        self.check_program(program, request)
         step("C++")
         constant = request.mode == "baked"
         contents = fill_slots(request.plans, request.snapshot, request.base) if constant else {}
@@ -89,16 +90,10 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
                 examples = find_input_examples(plain).items()
                 inputs = {public.get(node, node): value.dtype for node, value in examples}
                 compile_package(plain, folder / graph_file(name, PACKAGE_FILE), inputs)
-        emitted = EmittedProgram(
-            request=request,
-            program=program,
-            folder=folder,
-            file_names=tuple(self.list_files(program.graphs)),
-            results={},
-        )
-        if not constant:
-            TensorFile.write(folder / BASE_FILE, emitted.base_tensors())
-        return emitted
+        return {}
+
+    def write_base_weights(self, emitted: EmittedProgram[AotiOptions]) -> None:
+        TensorFile.write(emitted.folder / BASE_FILE, emitted.base_tensors())
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[AotiOptions]) -> None:
         from lorac.backends.onnx.self_test import run_self_test
@@ -114,23 +109,12 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
         stored: JsonMapping,
         options: AotiOptions,
     ) -> PackagedGraph:
-        return PackagedGraph(Package(files[graph_file(name, PACKAGE_FILE)].path), interface, slots)
-
-    def restore(
-        self,
-        stored: StoredState,
-        files: ProgramFiles,
-        plans: Mapping[str, SitePlan],
-        mode: str,
-        device: str | torch.device | None,
-    ) -> AnyOnnxEngine:
-        """Load the packages of an artifact, if the caller trusts its maker."""
-        if not is_trusted():
+        if stored and not is_trusted():
             raise ArtifactError(
                 "loading an artifact for target 'aoti' runs machine code",
                 next_step="give trust=True if you made the artifact, or trust its maker",
             )
-        return super().restore(stored, files, plans, mode, device)
+        return PackagedGraph(Package(files[graph_file(name, PACKAGE_FILE)].path), interface, slots)
 
     def restore_options(
         self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None

@@ -22,7 +22,7 @@ from lorac.frontend.host import Host
 from lorac.frontend.quantised_weights import is_bitsandbytes_layer
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph, Level, Program, SlotInput
-from lorac.ir.sites.site import BaseReader, Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.places import as_place
 from lorac.ir.slots.plans import SitePlan, list_layers
@@ -35,7 +35,7 @@ from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
 from lorac.target.dialect import AnyDialect, BranchGate, Dialect
 from lorac.target.engine import Engine, ProgramFiles
-from lorac.target.placed_engine import ProgramGraph
+from lorac.target.placed_engine import LoadedProgram, ProgramGraph
 
 _PROGRAM, _WEIGHTS = "program.json", "weights.safetensors"
 
@@ -114,7 +114,8 @@ class EagerBackend(Backend[EagerOptions]):
             part.program.to(target_device)
         base = make_file_base_reader(file)
         own = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
-        return StoredProgramEngine(parts, plans, base, mode, own, target_device)
+        program = LoadedProgram(graphs=parts, plans=plans, base=base, mode=mode, files=own, options=EagerOptions())
+        return StoredProgramEngine(program, target_device)
 
     def read_base_weights(self, files: ProgramFiles) -> TensorFile:
         return TensorFile(files[_WEIGHTS])
@@ -123,8 +124,25 @@ class EagerBackend(Backend[EagerOptions]):
         self, stored: StoredState, files: ProgramFiles, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
         file = self.read_base_weights(files)
-        base, parts = make_file_base_reader(file), _load_graphs(stored, files, file)
-        return Program({name: _export_graph(name, part, sites, plans, base) for name, part in parts.items()})
+        base, found = make_file_base_reader(file), dict[str, Graph]()
+        for name, part in _load_graphs(stored, files, file).items():
+            own = {slot.site for slot in part.slots.values()}
+            planned = {path: plan for path, plan in plans.items() if path in own}
+            # All rows of a call share their slots, which have no axis of places.
+            shared = {key: replace(slot, placed=False) for key, slot in part.slots.items()}
+            neutral = collect_slot_tensors(shared, planned, fill_slots(planned, ComposedWeights(()), base))
+            placed = {slot.node: slot for slot in part.slots.values() if slot.placed}
+            examples, shapes = dict(part.program.examples), dict(part.program.dynamic)
+            for node, slot in placed.items():
+                more = examples[node].dim() - neutral[slot.name].dim()
+                examples[node] = examples[node][(0,) * more].clone()
+                shapes[node] = tuple(axis - more for axis in shapes[node] if axis >= more)
+            dynamic = {node: dict.fromkeys(axes, Dim.AUTO) for node, axes in shapes.items()}
+            with tracing(), torch.no_grad():
+                program = _OnePlace(part.program, placed)
+                exported = torch.export.export(program, (), examples, dynamic_shapes=dynamic)
+            found[name] = Graph(name, exported, sites, planned, part.interface, level=Level.EXPANDED, slots=shared)
+        return Program(found)
 
 
 BACKEND = EagerBackend()
@@ -132,27 +150,6 @@ BACKEND = EagerBackend()
 
 def _graphs_to_json(graphs: Mapping[str, ProgramGraph]) -> dict[str, JsonMapping]:
     return {name: graph_to_json(graph.interface, graph.slots.values()) for name, graph in graphs.items()}
-
-
-def _export_graph(
-    name: str, part: StoredGraph, sites: Mapping[str, Site], plans: Mapping[str, SitePlan], base: BaseReader
-) -> Graph:
-    """Convert a stored program to a graph for other targets, in which all rows of a call share their slots."""
-    own = {slot.site for slot in part.slots.values()}
-    planned = {path: plan for path, plan in plans.items() if path in own}
-    shared = {slot: replace(own, placed=False) for slot, own in part.slots.items()}
-    neutral = collect_slot_tensors(shared, planned, fill_slots(planned, ComposedWeights(()), base))
-    placed = {own.node: (own, neutral[slot].dim()) for slot, own in part.slots.items() if own.placed}
-    examples, shapes = dict(part.program.examples), dict(part.program.dynamic)
-    for node, (_, dims) in placed.items():
-        more = examples[node].dim() - dims
-        examples[node] = examples[node][(0,) * more].clone()
-        shapes[node] = tuple(axis - more for axis in shapes[node] if axis >= more)
-    dynamic = {node: dict.fromkeys(axes, Dim.AUTO) for node, axes in shapes.items()}
-    program = _OnePlace(part.program, {node: own for node, (own, _) in placed.items()})
-    with tracing(), torch.no_grad():
-        exported = torch.export.export(program, (), examples, dynamic_shapes=dynamic)
-    return Graph(name, exported, sites, planned, part.interface, level=Level.EXPANDED, slots=shared)
 
 
 class _OnePlace(nn.Module):

@@ -196,8 +196,15 @@ class BranchRunner:
         for i, (slot, fill) in enumerate(self._branches(path, call)):
             owner = owner_prefix(path, i)
             for name, read in modules_by_pass(slot.reads).items():
-                passed = self._pass(AdapterPass(name, owner, call), read)
-                run(passed)
+                passing, slots = AdapterPass(name, owner, call), dict[str, BranchSlot]()
+                for site in call.active.touched:
+                    branch = self._of_adapter(site, passing)
+                    slots |= {} if branch is None or self.plans[site].site.kind is SiteKind.ONCE else {site: branch[0]}
+                names = {value for each in slots.values() for value in each.reads}
+                names = {value for value in names if parse_value_name(value)[0] in {OUTPUT, IN}}
+                acting = ActiveSlots(touched=frozenset(slots), read=frozenset({*read, *names}))
+                passed = ForwardCall(acting, values=dict(call.values), attention=call.attention, passing=passing)
+                run(passed)  # it records the outputs of the modules that the adapter reads
                 found = {of: passed.values[of] for of in read if of in passed.values}
                 call.values.update(
                     {program_value_name(owner, pass_value_name(name, of)): value for of, value in found.items()}
@@ -216,16 +223,6 @@ class BranchRunner:
         assert branch is not None
         slot, fill = branch
         return run_branch_alone(slot, fill.params, x, y, ctx)
-
-    def _pass(self, passing: AdapterPass, read: Sequence[str]) -> ForwardCall:
-        """Return a pass with one adapter alone; it records the outputs of the modules at these paths."""
-        call, branches = passing.call, dict[str, BranchSlot]()
-        for path in call.active.touched:
-            found = None if self.plans[path].site.kind is SiteKind.ONCE else self._of_adapter(path, passing)
-            branches |= {} if found is None else {path: found[0]}
-        names = {name for slot in branches.values() for name in slot.reads if parse_value_name(name)[0] in {OUTPUT, IN}}
-        filled = ActiveSlots(touched=frozenset(branches), read=frozenset({*read, *names}))
-        return ForwardCall(filled, values=dict(call.values), attention=call.attention, passing=passing)
 
     def _of_adapter(self, path: str, passing: AdapterPass) -> FilledBranch | None:
         """Return the branch of a pass's adapter at a site; None if the adapter has none there."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +12,9 @@ from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import group_aux_outputs
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.sites.site import BaseReader
-from lorac.ir.slots.plans import SitePlan
 from lorac.storage.program import StoredProgram
-from lorac.target.engine import CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine, PlacedProgram, translate_program_errors
+from lorac.target.engine import CallResult
+from lorac.target.placed_engine import LoadedProgram, PlacedEngine, PlacedProgram, translate_program_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,22 +30,13 @@ class StoredProgramEngine(PlacedEngine[StoredGraph]):
     """An engine for a stored program whose slots are inputs.
 
     Args:
-        graphs, plans, base, mode, files: as for ``PlacedEngine``.
         device: the device of the program, to which slots' tensors are moved; the adapters are not moved.
     """
 
     target = "eager"
 
-    def __init__(
-        self,
-        graphs: Mapping[str, StoredGraph],
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        mode: str,
-        files: ProgramFiles,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(graphs, plans, base, mode, files)
+    def __init__(self, program: LoadedProgram[StoredGraph, Any], device: torch.device | None = None) -> None:
+        super().__init__(program)
         self.device = device
 
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "StoredBoundProgram":

@@ -14,10 +14,11 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.emitted_program import EmittedProgram
-from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
+from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Program, SlotInput
+from lorac.ir.graph.passes import PassResult
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
@@ -26,6 +27,7 @@ from lorac.storage.process_folders import make_temporary_folder, remove_with_own
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, OptionsT, StoredState
 from lorac.target.engine import Engine, ProgramFiles
+from lorac.target.placed_engine import LoadedProgram
 
 if TYPE_CHECKING:
     from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
@@ -109,24 +111,30 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         Raises:
             Unavailable: the target does not compute an op.
         """
-        from lorac.backends.onnx.build import write_models
-
         program = request.program
         assert program is not None
         self.check_program(program, request)
         step("emission")
-        dialect, passes = self.dialect_for(request.options), self.weight_passes(request)
         emitted = EmittedProgram(
             request=request,
             program=program,
             folder=folder,
             file_names=tuple(self.list_files(program.graphs)),
-            results=write_models(request, program, folder, dialect, passes, self.slot_storage(request)),
+            results=self.write_graphs(request, program, folder),
         )
         self.check_emitted(emitted)
         if request.mode != "baked":
             self.write_base_weights(emitted)
         return emitted
+
+    def write_graphs(
+        self, request: BuildRequest[OptionsT], program: Program, folder: Path
+    ) -> Mapping[str, Mapping[str, PassResult]]:
+        """Write a program's models; return graph -> pass over the emitted program -> its result."""
+        from lorac.backends.onnx.build import write_models
+
+        dialect, passes = self.dialect_for(request.options), self.weight_passes(request)
+        return write_models(request, program, folder, dialect, passes, self.slot_storage(request))
 
     @property
     def emits(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorac.backends.onnx.engine import LoadedGraph, LoadedProgram, OnnxEngine, OnnxProgram, OptionsT, convert_inputs
+from lorac.backends.onnx.engine import LoadedGraph, OnnxEngine, OnnxProgram, convert_inputs
 from lorac.backends.onnx.kv_cache import (
     BufferedCache,
     CacheLayout,
@@ -25,9 +25,10 @@ from lorac.frontend.components import check_component, get_encoder_graph_name
 from lorac.ir.calls.call import Call
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
 from lorac.ir.graph.feeds import convert_input, make_empty_cache
+from lorac.target.backend import OptionsT
 from lorac.target.engine import CallResult
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
-from lorac.target.placed_engine import translate_program_errors
+from lorac.target.placed_engine import LoadedProgram, translate_program_errors
 
 
 class CachingGraph(LoadedGraph, Protocol):
@@ -106,10 +107,10 @@ class CachingProgram(OnnxProgram):
     def run(self, graph: str, call: Call) -> CallResult:
         """Call a graph; one with a cache gets whole sequences, and its cache is discarded afterwards."""
         loaded = self.engine.graphs[graph]
-        return super().run(graph, call) if loaded.cache is None else self._run_sequences(graph, loaded.cache, call)
-
-    def _run_sequences(self, graph: str, layout: CacheLayout, call: Call) -> CallResult:
-        loaded, tokens = self.engine.graphs[graph], layout.token_input
+        layout = loaded.cache
+        if layout is None:
+            return super().run(graph, call)
+        tokens = layout.token_input
         encoded = Call(kwargs={name: call.kwargs[name] for name in layout.spec.encodes if name in call.kwargs})
         given, counts = split_padding({n: v for n, v in call.kwargs.items() if n not in encoded.kwargs}, tokens)
         ids = convert_input(tokens, given[tokens], loaded.dtypes[tokens])

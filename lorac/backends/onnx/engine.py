@@ -13,13 +13,17 @@ from torch import Tensor
 
 from lorac.ir.calls.call import Call
 from lorac.ir.graph.feeds import convert_input, group_aux_outputs
-from lorac.ir.sites.site import BaseReader
-from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.prefix import IDS
 from lorac.report.dump import Dump
-from lorac.target.backend import TargetOptions
-from lorac.target.engine import CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine, PlacedProgram, ProgramGraph, translate_program_errors
+from lorac.target.backend import OptionsT
+from lorac.target.engine import CallResult
+from lorac.target.placed_engine import (
+    LoadedProgram,
+    PlacedEngine,
+    PlacedProgram,
+    ProgramGraph,
+    translate_program_errors,
+)
 
 
 class LoadedGraph(ProgramGraph, Protocol):
@@ -34,27 +38,6 @@ class LoadedGraph(ProgramGraph, Protocol):
 
 
 GraphT = TypeVar("GraphT", bound=LoadedGraph)
-OptionsT = TypeVar("OptionsT", bound=TargetOptions)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LoadedProgram(Generic[GraphT, OptionsT]):
-    """An emitted program with its graphs loaded, and everything else that an engine needs.
-
-    Attributes:
-        graphs: name -> the loaded graph.
-        plans: the slots of every site.
-        base: a reader of base weights that does not need the model.
-        mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        files: the open files of the emitted program and the base weights.
-    """
-
-    graphs: Mapping[str, GraphT]
-    plans: Mapping[str, SitePlan]
-    base: BaseReader
-    mode: str
-    files: ProgramFiles
-    options: OptionsT
 
 
 class OnnxEngine(PlacedEngine[GraphT], Generic[GraphT, OptionsT]):
@@ -65,7 +48,7 @@ class OnnxEngine(PlacedEngine[GraphT], Generic[GraphT, OptionsT]):
 
     def __init__(self, program: LoadedProgram[GraphT, OptionsT]) -> None:
         self.program, self.options = program, program.options
-        super().__init__(program.graphs, program.plans, program.base, program.mode, program.files)
+        super().__init__(program)
         self.interfaces = {
             name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in self.graphs.items()
         }

@@ -233,8 +233,21 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
 
     def join(self, other: KeyValueCache) -> None:
         first = len(self.lengths)
-        encoded = self._join_encoded(other)
-        assert isinstance(other, BufferedCache)
+        if not isinstance(other, BufferedCache) or other.layout.shapes != self.layout.shapes:
+            raise InputMismatch("the other cache belongs to another program", next_step="join caches of one graph")
+        own, added = self.encoder_outputs, other.encoder_outputs
+        sizes = [{name: value.shape[1:] for name, value in outputs.items()} for outputs in (own, added)]
+        if not self.lengths or not other.lengths:
+            outputs = dict(own if self.lengths else added)
+        elif self.layout.spec.reads:
+            outputs = {name: pad_rows([*value, *added[name]]) for name, value in own.items()}
+        elif sizes[0] == sizes[1]:
+            outputs = {name: torch.cat([value, added[name]]) for name, value in own.items()}
+        else:
+            raise InputMismatch(
+                "the rows of the other cache hold encoder outputs of another length",
+                next_step="pad the encoder's inputs of all rows to one length",
+            )
         rows, longest = first + len(other.lengths), max(other.filled, default=0)
         self.capacity = max(self.capacity, other.capacity)
         places = next(iter(self._memory.values())).shape[0]
@@ -245,29 +258,12 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
             part = self.layout.entries(name, longest)
             memory[first:rows, :, part] = other.buffers[name][:, :, part]
         self._note_used(range(first, rows), longest)
-        self._set_encoded(encoded)
+        self._set_encoded(outputs)
         self.prefixes += other.prefixes
         behind = max(self._encoded_rows, default=-1) + 1
         self._set_rows(
             (*self.lengths, *other.lengths), (*self._encoded_rows, *(behind + row for row in other._encoded_rows))
         )
-
-    def _join_encoded(self, other: KeyValueCache) -> dict[str, Tensor]:
-        """Concatenate the encoder outputs of both caches' rows."""
-        if not isinstance(other, BufferedCache) or other.layout.shapes != self.layout.shapes:
-            raise InputMismatch("the other cache belongs to another program", next_step="join caches of one graph")
-        if not self.lengths or not other.lengths:
-            return dict(self.encoder_outputs if self.lengths else other.encoder_outputs)
-        if self.layout.spec.reads:
-            pairs = ((n, value, other.encoder_outputs[n]) for n, value in self.encoder_outputs.items())
-            return {name: pad_rows([*value, *added]) for name, value, added in pairs}
-        sizes = [{name: value.shape[1:] for name, value in one.encoder_outputs.items()} for one in (self, other)]
-        if sizes[0] != sizes[1]:
-            raise InputMismatch(
-                "the rows of the other cache hold encoder outputs of another length",
-                next_step="pad the encoder's inputs of all rows to one length",
-            )
-        return {n: torch.cat([value, other.encoder_outputs[n]]) for n, value in self.encoder_outputs.items()}
 
     def crop(self, lengths: Sequence[int]) -> None:
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))

@@ -152,20 +152,9 @@ class _RulesByOp:
         # `remove_nodes` to find out whether any rule keeps the nodes it matched; then such a rule has to answer.
         self._options_of = next((rule for rule in rules if not rule.remove_nodes), rules[0])
 
-    @property
-    def name(self) -> str | None:
-        """Return the name of the rule that was applied last."""
-        return self._options_of.name
-
-    @property
-    def remove_nodes(self) -> bool:
-        """Return whether the rule that was applied last removes the nodes it matched."""
-        return self._options_of.remove_nodes
-
-    @property
-    def as_function(self) -> bool:
-        """Return whether the rule that was applied last makes a function."""
-        return self._options_of.as_function
+    def __getattr__(self, name: str) -> object:
+        """Return an option of the rule that was applied last."""
+        return getattr(self._options_of, name)
 
     def graph_pre_visitor(self) -> None:
         """Set every rule up for a graph."""

@@ -1,6 +1,5 @@
 """Contents to try in the slots of an engine: a choice's contents and seeded noise; and the self-test's error."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,28 +18,8 @@ _NOISE_RANK = 3
 _SAMPLE_ROWS = 8
 
 
-class TestedContents(ABC):
-    """Contents to try in the slots of an engine."""
-
-    @abstractmethod
-    def idle(self, name: str) -> Tensor:
-        """Return the content of a slot while no adapter is active."""
-
-    @abstractmethod
-    def old(self) -> Mapping[str, Tensor]:
-        """Return the initial contents of the slots."""
-
-    @abstractmethod
-    def noise(self, seed: int) -> Mapping[str, Tensor]:
-        """Return seeded noise for every slot."""
-
-    @abstractmethod
-    def leave(self) -> None:
-        """Undo all writes."""
-
-
-class BoundContents(TestedContents):
-    """Slots that are bound at each call, so any tensors can be tried."""
+class BoundContents:
+    """Contents to try in slots that are bound at each call."""
 
     def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
         self.engine = engine
@@ -49,12 +28,15 @@ class BoundContents(TestedContents):
         self._old = self._named(fill_slots(engine.plans, snapshot, engine.base, dict(self._slots)))
 
     def idle(self, name: str) -> Tensor:
+        """Return the content of a slot while no adapter is active."""
         return self._idle[name]
 
     def old(self) -> Mapping[str, Tensor]:
+        """Return the initial contents of the slots."""
         return self._old
 
     def noise(self, seed: int) -> Mapping[str, Tensor]:
+        """Return seeded noise for every slot."""
         return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base, seed))
 
     def leave(self) -> None:
@@ -64,8 +46,8 @@ class BoundContents(TestedContents):
         return collect_slot_tensors(self.engine.slots, self.engine.plans, slots)
 
 
-class WrittenContents(TestedContents):
-    """Weights that are written into the engine's memory, since a second copy of all weights would be too large."""
+class WrittenContents:
+    """Contents to try in the engine's memory, since a second copy of all weights would be too large."""
 
     def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
         self.engine, self._snapshot = engine, snapshot
@@ -95,7 +77,12 @@ class WrittenContents(TestedContents):
         return {name: tensor.cpu() for name, tensor in self.engine.memory.items()}
 
     def leave(self) -> None:
+        """Undo all writes."""
         self.engine.write(ComposedWeights(()))
+
+
+TestedContents = BoundContents | WrittenContents
+"""Contents to try in the slots of an engine."""
 
 
 def draw_noise(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lorac.backends.onnx.caching_engine import CachingEngine, CachingProgram
-from lorac.backends.onnx.engine import LoadedProgram
 from lorac.backends.onnx.kv_cache import BufferedCache, CacheLayout
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
@@ -33,6 +32,7 @@ from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.onnx_adapter import write_onnx_adapter
 from lorac.storage.tensor_file import write_safetensors
+from lorac.target.placed_engine import LoadedProgram
 
 _BOUND_NOTE = (
     "merged weights are inputs, which ONNX Runtime does not prepack, so tokens take longer than with constants: "

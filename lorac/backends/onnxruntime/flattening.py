@@ -108,7 +108,7 @@ class _Flattener:
         self.rows: dict[ir.Value, _RowMatrix] = {}
         self.first: dict[str, ir.Value] = {}
         self.sizes: dict[str, ir.Value] = {}
-        self.shapes: dict[tuple[str, int], ir.Value] = {}
+        self.shapes: dict[tuple[str, object], ir.Value] = {}
         self.changed = False
 
     def run(self) -> bool:
@@ -124,8 +124,17 @@ class _Flattener:
         """Add a copy of a node on rows if it acts on each row alone; return whether it was added."""
         first = node.inputs[0] if node.inputs else None
         if self.segments is not None and first is not None and node.op_type == "Reshape":
-            if node in self.segments.cuts:
-                return self._take_cut(node, first)
+            if node in self.segments.cuts:  # its segments are recorded, or those that the value already has are used
+                segments = node.outputs[0]
+                if first in self.rows:
+                    segments.replace_all_uses_with(self.rows[first].matrix)
+                    return True
+                if first.shape is not None and segments.shape is not None and first.shape[-1] == segments.shape[-1]:
+                    self._note(first, _RowMatrix(segments, first))
+                made = first.producer()
+                if made is not None and made.op_type == "Reshape" and made.inputs[0] is not None:
+                    node.replace_input_with(0, made.inputs[0])
+                return False
             if self.segments.joins(node):
                 value = node.outputs[0]
                 full = self.first.get(_RowMatrix(first, value).leading)
@@ -146,18 +155,6 @@ class _Flattener:
             return False
         self._add_twin(node, found)
         return True
-
-    def _take_cut(self, cut: ir.Node, x: ir.Value) -> bool:
-        """Record the segments of a value, or use those that it already has; return whether the cut is unnecessary."""
-        if x in self.rows:
-            cut.outputs[0].replace_all_uses_with(self.rows[x].matrix)
-            return True
-        if x.shape is not None and cut.outputs[0].shape is not None and x.shape[-1] == cut.outputs[0].shape[-1]:
-            self._note(x, _RowMatrix(cut.outputs[0], x))
-        made = x.producer()
-        if made is not None and made.op_type == "Reshape" and made.inputs[0] is not None:
-            cut.replace_input_with(0, made.inputs[0])
-        return False
 
     def _note(self, value: ir.Value, rows: _RowMatrix) -> None:
         self.rows[value] = rows
@@ -217,32 +214,23 @@ class _Flattener:
         """Give remaining readers of a moved value the full shape, at the position of the op that computed it."""
         rows, moved = self.rows[value], value.producer()
         assert moved is not None
-        shape, read = self._full_shape(rows, value)
-        reshape = ir.Node("", "Reshape", [rows.matrix, shape])
+        features, read = None if value.shape is None else value.shape[-1], list[ir.Node]()
+        leading, axis = self._leading_sizes(rows), [ir.AttrInt64("axis", 0)]
+        key = (rows.leading, features)
+        if not isinstance(features, int):
+            last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", -1)])
+            read = [last, ir.Node("", "Concat", [leading, last.outputs[0]], axis)]
+        elif key not in self.shapes:  # computed once for all values that have it
+            whole = ir.Node("", "Concat", [leading, _constant(self.graph, [features])], axis)
+            self._insert(leading, whole)
+            self.shapes[key] = whole.outputs[0]
+        reshape = ir.Node("", "Reshape", [rows.matrix, read[-1].outputs[0] if read else self.shapes[key]])
         # Not directly after the matrix, which may precede the value whose sizes are read.
         self.graph.insert_before(moved, [*read, reshape])
         restored = reshape.outputs[0]
         restored.shape, restored.type, restored.name = value.shape, value.type, value.name
         value.name = None
         value.replace_all_uses_with(restored, replace_graph_outputs=True)
-
-    def _full_shape(self, rows: _RowMatrix, value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-        """Return the full shape of a value on rows, and the nodes to insert that compute it from the matrix.
-
-        A shape with known features is computed once for all values that have it, and is already in the graph.
-        """
-        features = value.shape[-1] if value.shape is not None else None
-        if not isinstance(features, int):
-            last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", -1)])
-            shape = ir.Node("", "Concat", [self._leading_sizes(rows), last.outputs[0]], [ir.AttrInt64("axis", 0)])
-            return shape.outputs[0], [last, shape]
-        key = (rows.leading, features)
-        if key not in self.shapes:
-            leading = self._leading_sizes(rows)
-            shape = ir.Node("", "Concat", [leading, _constant(self.graph, [features])], [ir.AttrInt64("axis", 0)])
-            self._insert(leading, shape)
-            self.shapes[key] = shape.outputs[0]
-        return self.shapes[key], []
 
     def _leading_sizes(self, rows: _RowMatrix) -> ir.Value:
         """Return all sizes except the last, read from the value in which they first occur."""

@@ -95,10 +95,10 @@ class _Region:
         self.nodes, self.values = set[int](), set[str]()
         self.entries, self.exits = list[NodeProto](), list[NodeProto]()
         self.leading: Shape = ()
-        self.fits = self._grow(start) and self._find_leading()
+        self.fits = self._grow(start)
 
     def _grow(self, start: NodeProto) -> bool:
-        """Add all nodes that are connected with an op; return whether every op among them accepts any leading axes."""
+        """Add all nodes that are connected with an op, and find their leading axes; return whether these fit."""
         todo = [start]
         while todo:
             node = todo.pop()
@@ -116,7 +116,15 @@ class _Region:
                 for reader in self.index.readers[name]:
                     is_exit = reader.op_type == "Reshape" and reader.input[0] == name
                     (self.exits if is_exit else todo).append(reader)
-        return True
+        shapes = self.index.shapes
+        sources = [(shapes.get(node.input[0], ()), shapes.get(node.output[0], ())) for node in self.entries]
+        self.leading = next((full[:-1] for full, rows in sources if full[-1:] == rows[-1:]), ())
+        count = len(self.leading)
+        same = all(full[:count] == self.leading and _size(full[count:]) == _size(rows[-1:]) for full, rows in sources)
+        known = all(self.leading) and all(rows and isinstance(rows[-1], int) for _, rows in sources)
+        read = (self.index.stored.get(node.input[1]) for node in self.exits)
+        copies = any(sizes is not None and 0 in numpy_helper.to_array(sizes) for sizes in read)
+        return bool(count and same and known) and not copies
 
     def _operands(self, node: NodeProto) -> list[str]:
         """Return the inputs of an op that have leading axes; an empty list if the op does not accept any."""
@@ -131,17 +139,6 @@ class _Region:
         if node.op_type not in ELEMENTWISE:
             return []
         return [name for name in names if name not in shapes or len(shapes[name]) > 1]  # others are broadcast
-
-    def _find_leading(self) -> bool:
-        shapes = self.index.shapes
-        sources = [(shapes.get(node.input[0], ()), shapes.get(node.output[0], ())) for node in self.entries]
-        self.leading = next((full[:-1] for full, rows in sources if full[-1:] == rows[-1:]), ())
-        count = len(self.leading)
-        same = all(full[:count] == self.leading and _size(full[count:]) == _size(rows[-1:]) for full, rows in sources)
-        known = all(self.leading) and all(rows and isinstance(rows[-1], int) for _, rows in sources)
-        read = (self.index.stored.get(node.input[1]) for node in self.exits)
-        copies = any(sizes is not None and 0 in numpy_helper.to_array(sizes) for sizes in read)
-        return bool(count and same and known) and not copies
 
     def edit(self, graph: onnx.GraphProto) -> dict[str, str]:
         """Give values their leading axes; return unnecessary value -> its replacement."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lorac.backends.onnx.caching_engine import CachingEngine, CachingProgram
-from lorac.backends.onnx.engine import LoadedProgram
 from lorac.backends.onnx.kv_cache import BufferedCache, CacheLayout
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.openvino.compiled_model import OV_TYPES
@@ -24,6 +23,7 @@ from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_past_inpu
 from lorac.ir.graph.feeds import CacheInputShape
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.target.placed_engine import LoadedProgram
 
 _TORCH_DTYPES = {kind.get_type_name(): dtype for dtype, kind in OV_TYPES.items()}
 _WAITING = 2
@@ -160,7 +160,18 @@ class OvProgram(CachingProgram):
             for name, tensor in outputs.items():
                 request.set_output_tensor(loaded.outputs.index(name), as_ov_tensor(tensor))
             request.infer()
-        _write_presents(cache, presents, inputs[PAST_LENGTHS], inputs[NEW_LENGTHS])
+        begins, counts = inputs[PAST_LENGTHS], inputs[NEW_LENGTHS]
+        of_rows, tokens = (torch.arange(length) < counts[:, None]).nonzero(as_tuple=True)
+        places, begin = begins[of_rows] + tokens, int(begins[0])
+        together = len(of_rows) == rows * length and bool((begins == begin).all())
+        for past, new in presents.items():
+            buffer = cache.buffers[past]
+            if past in cache.layout.states:
+                buffer.copy_(new)
+            elif together:
+                buffer[:, :, begin : begin + length] = new
+            else:
+                buffer[of_rows, :, places] = new[of_rows, :, tokens]
 
     def _new_request(self, loaded: CompiledGraph) -> ov.InferRequest:
         request = loaded.model.create_infer_request()
@@ -191,27 +202,6 @@ def _set_inputs(loaded: CompiledGraph, request: ov.InferRequest, inputs: Mapping
                     next_step="give smaller numbers; target='onnxruntime' and target='eager' take these",
                 )
         request.set_input_tensor(loaded.places[name], as_ov_tensor(tensor))
-
-
-def _write_presents(cache: BufferedCache[Any], presents: Mapping[str, Tensor], begins: Tensor, counts: Tensor) -> None:
-    """Write the new keys, values and states of a step into the buffers.
-
-    Args:
-        begins: (rows,): the numbers of tokens in rows before the step.
-        counts: (rows,): the numbers of new tokens.
-    """
-    length = int(counts.max())
-    rows, tokens = (torch.arange(length) < counts[:, None]).nonzero(as_tuple=True)
-    places, begin = begins[rows] + tokens, int(begins[0])
-    together = len(rows) == len(counts) * length and bool((begins == begin).all())
-    for past, new in presents.items():
-        buffer = cache.buffers[past]
-        if past in cache.layout.states:
-            buffer.copy_(new)
-        elif together:
-            buffer[:, :, begin : begin + length] = new
-        else:
-            buffer[rows, :, places] = new[rows, :, tokens]
 
 
 def as_ov_tensor(tensor: Tensor) -> ov.Tensor:

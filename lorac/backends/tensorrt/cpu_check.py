@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.emitted_program import EmittedProgram
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, SlotInputProgram
+from lorac.backends.onnx.engine import OnnxEngine, SlotInputProgram
 from lorac.backends.onnx.model_files import (
     MODEL_FILE,
     Array,
@@ -39,6 +39,7 @@ from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.target.engine import ProgramFiles
+from lorac.target.placed_engine import LoadedProgram
 
 T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
@@ -175,24 +176,19 @@ def widen_graph(graph: Graph) -> Graph:
         for node in [node for node in given if _is_half(node.meta.get("val"))]:
             cast = whole.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
             node.replace_all_uses_with(cast, delete_user_cb=functools.partial(operator.is_not, cast))
-    _restore_output_dtypes(whole)
+    last = whole.output_node()
+
+    def restore(node: fx.Node) -> fx.Node:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not _is_half(value):
+            return node
+        with whole.inserting_before(last):
+            return whole.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": value.dtype})
+
+    last.args = fx.node.map_arg(last.args, restore)
     exported = copy.copy(graph.exported)
     exported._graph_module = fx.GraphModule(module, whole)
     return dataclasses.replace(graph, exported=exported)
-
-
-def _restore_output_dtypes(graph: fx.Graph) -> None:
-    """Cast a graph's outputs to their original dtypes."""
-    last = graph.output_node()
-
-    def cast(node: fx.Node) -> fx.Node:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype not in _HALF:
-            return node
-        with graph.inserting_before(last):
-            return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": value.dtype})
-
-    last.args = fx.node.map_arg(last.args, cast)
 
 
 def _output_dtypes(graph: Graph) -> list[torch.dtype | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
+from lorac.backends.onnx.engine import OnnxEngine, OnnxProgram
 from lorac.backends.tensorrt.device.cuda_graphs import GRAPHS_NOTE
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.device.requirements import (
@@ -35,6 +35,7 @@ from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffe
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.places import ADAPTERS_AXIS
 from lorac.storage.open_file import OpenFile
+from lorac.target.placed_engine import LoadedProgram
 
 PLAN_FILE = "engine.plan"
 """The name of a graph's plan, next to the model that it was built from."""

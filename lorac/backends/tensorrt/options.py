@@ -75,8 +75,20 @@ class TensorRTOptions(TargetOptions):
         )
 
     def check(self) -> None:
-        """Raise ``OptionError`` for unknown capabilities, sizes out of order, and numbers out of range."""
-        self._check_library()
+        """Raise ``OptionError`` for libraries and values that do not exist, and options that the library lacks."""
+        level = self.hardware_compatibility
+        for name, value, known in (
+            ("library", self.library, (NVIDIA, RTX)),
+            ("hardware_compatibility", level, COMPATIBILITY_LEVELS),
+        ):
+            if value is not None and value not in known:
+                raise not_one_of(f"{name} cannot be", value, known)
+        check_capabilities(self.target_capabilities, self.builder)
+        if level is not None and self.builder.is_rtx:
+            raise OptionError(
+                f"{self.builder.name_and_version} takes no hardware_compatibility",
+                next_step=f"give target_capabilities= in its place, or library='{NVIDIA}'",
+            )
         for name, shapes in self.profiles.items():
             rows = [(size,) if isinstance(size, int) else tuple(size) for size in shapes]
             three = len(rows) == len(_PROFILE_POINTS) and len({len(row) for row in rows}) == 1
@@ -90,29 +102,13 @@ class TensorRTOptions(TargetOptions):
                     next_step=f"give ({', '.join(_PROFILE_POINTS)}), each a size from 1 on or a shape of them, in "
                     "rising order",
                 )
-        level = self.builder_optimization_level
-        if level is not None and level not in OPTIMIZATION_LEVELS:
+        effort = self.builder_optimization_level
+        if effort is not None and effort not in OPTIMIZATION_LEVELS:
             raise OptionError(
-                f"builder_optimization_level cannot be {short(level)}",
+                f"builder_optimization_level cannot be {short(effort)}",
                 next_step=f"give a number from {OPTIMIZATION_LEVELS.start} to {OPTIMIZATION_LEVELS.stop - 1}, or None",
             )
         if self.workspace is not None and self.workspace < 1:
             raise OptionError(
                 f"workspace cannot be {short(self.workspace)} MiB", next_step="give a number of MiB, or None"
-            )
-
-    def _check_library(self) -> None:
-        """Raise ``OptionError`` for a library that does not exist, or that lacks an option."""
-        level = self.hardware_compatibility
-        for name, value, known in (
-            ("library", self.library, (NVIDIA, RTX)),
-            ("hardware_compatibility", level, COMPATIBILITY_LEVELS),
-        ):
-            if value is not None and value not in known:
-                raise not_one_of(f"{name} cannot be", value, known)
-        check_capabilities(self.target_capabilities, self.builder)
-        if level is not None and self.builder.is_rtx:
-            raise OptionError(
-                f"{self.builder.name_and_version} takes no hardware_compatibility",
-                next_step=f"give target_capabilities= in its place, or library='{NVIDIA}'",
             )

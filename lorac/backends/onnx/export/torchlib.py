@@ -245,54 +245,38 @@ def decompose_calls(
     return program
 
 
-@torch.library.custom_op("lorac::fourier_transform", mutates_args=())
-def _transform(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
-    """Stand in for a Fourier transform in a trace, since torch's own shape rules fix sizes to those of the example."""
-    return cast(torch.Tensor, torch.ops.aten._fft_c2c(x, dim, normalization, forward))
+def _change_last_size(x: torch.Tensor, dim: Sequence[int], size: int) -> list[int]:
+    """Return the sizes of x with another size on the last of the transformed axes."""
+    return [size if axis == dim[-1] % x.dim() else old for axis, old in enumerate(x.shape)]
 
 
-@_transform.register_fake
-def _(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("lorac::fourier_transform_of_real", mutates_args=())
-def _transform_real(x: torch.Tensor, dim: list[int], normalization: int, onesided: bool) -> torch.Tensor:
-    """Stand in for a Fourier transform of real numbers."""
-    return cast(torch.Tensor, torch.ops.aten._fft_r2c(x, dim, normalization, onesided))
-
-
-@_transform_real.register_fake
-def _(x: torch.Tensor, dim: list[int], normalization: int, onesided: bool) -> torch.Tensor:
-    sizes = list(x.shape)
-    sizes[dim[-1]] = sizes[dim[-1]] // 2 + 1 if onesided else sizes[dim[-1]]
-    return x.new_empty(sizes, dtype=x.dtype.to_complex())
-
-
-@torch.library.custom_op("lorac::fourier_transform_to_real", mutates_args=())
-def _transform_back(x: torch.Tensor, dim: list[int], normalization: int, last_dim_size: int) -> torch.Tensor:
-    """Stand in for a Fourier transform with a real result."""
-    return cast(torch.Tensor, torch.ops.aten._fft_c2r(x, dim, normalization, last_dim_size))
-
-
-@_transform_back.register_fake
-def _(x: torch.Tensor, dim: list[int], normalization: int, last_dim_size: int) -> torch.Tensor:
-    sizes = list(x.shape)
-    sizes[dim[-1]] = last_dim_size
-    return x.new_empty(sizes, dtype=x.dtype.to_real())
-
-
-_TRANSFORMS: Mapping[Any, OpOverload] = {
-    _transform: torch.ops.aten._fft_c2c.default,
-    _transform_real: torch.ops.aten._fft_r2c.default,
-    _transform_back: torch.ops.aten._fft_c2r.default,
+_TRANSFORMS: Mapping[OpOverload, Callable[..., torch.Tensor]] = {
+    torch.ops.aten._fft_c2c.default: lambda x, dim, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    torch.ops.aten._fft_r2c.default: lambda x, dim, _, onesided: x.new_empty(
+        _change_last_size(x, dim, x.shape[dim[-1]] // 2 + 1 if onesided else x.shape[dim[-1]]),
+        dtype=x.dtype.to_complex(),
+    ),
+    torch.ops.aten._fft_c2r.default: lambda x, dim, _, last: x.new_empty(
+        _change_last_size(x, dim, last), dtype=x.dtype.to_real()
+    ),
 }
-"""Stand-in -> its op."""
+"""Fourier transform -> a function that makes its result without values; torch's own fixes sizes to the example's."""
+
+
+def _define_stand_in(transform: OpOverload) -> OpOverload:
+    """Define an op that stands in for a Fourier transform in traces."""
+    name = f"lorac::stands_for{transform._schema.name.partition('::')[2]}"
+    torch.library.define(name, "(" + str(transform._schema).partition("(")[2])
+    torch.library.register_fake(name, _TRANSFORMS[transform])
+    return getattr(torch.ops.lorac, name.partition("::")[2]).default
+
+
+_STAND_INS = {transform: _define_stand_in(transform) for transform in _TRANSFORMS}
 
 
 def _restore_transforms(graph: fx.Graph) -> None:
-    for stand_in, transform in _TRANSFORMS.items():
-        for node in graph.find_nodes(op="call_function", target=stand_in._opoverload):
+    for transform, stand_in in _STAND_INS.items():
+        for node in graph.find_nodes(op="call_function", target=stand_in):
             node.target = transform
 
 
@@ -304,8 +288,7 @@ def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompos
     """Return the decompositions of the ops that have no translation."""
     targets = [meta.fx_target for meta in get_torchlib_ops()]
     targets += filter(None, map(_registration._get_overload, default_registry))
-    transforms = {op: stand_in for stand_in, op in _TRANSFORMS.items()}
-    return {**_decomp.create_onnx_friendly_decomposition_table({*targets, *translations}), **transforms}
+    return {**_decomp.create_onnx_friendly_decomposition_table({*targets, *translations}), **_STAND_INS}
 
 
 @functools.cache

@@ -172,10 +172,24 @@ class CudaGraphCache:
             return room and self._calls >= self._postponed and not self._refused
 
     def _capture(self, key: GraphKey, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
+        """Capture a call; if memory is short, postpone captures, and stop them if the plan cannot be captured."""
         try:
             made = CapturedCall(self._new_execution(), inputs, slots, self._record)
         except (Unavailable, RuntimeError) as error:
-            self._decline(error)
+            reason = error.what if isinstance(error, LoracError) else str(error)
+            # torch, TensorRT or CUDA may report the lack of memory.
+            if isinstance(error, torch.OutOfMemoryError | Unavailable) or "out of memory" in str(error):
+                self._postponed = self._calls + RETRY_CALLS
+                warn(
+                    f"there is no memory for another CUDA graph, and calls run without: {reason}",
+                    next_step="free some of the GPU's memory, or compile for smaller sizes",
+                )
+            else:
+                self._refused = True
+                warn(
+                    f"no CUDA graph can be made of the plan, which runs without: {reason}",
+                    next_step="compile without CUDA graphs, and nothing changes but this warning",
+                )
             return None
         with self._lock:
             self._known[key], made.last_call = made, self._calls
@@ -183,22 +197,6 @@ class CudaGraphCache:
         for old in dropped:
             old.drop()
         return made
-
-    def _decline(self, error: Exception) -> None:
-        """Postpone captures if memory is short; otherwise stop capturing, since the plan cannot be captured."""
-        # torch, TensorRT or CUDA may report the lack of memory.
-        if isinstance(error, torch.OutOfMemoryError | Unavailable) or "out of memory" in str(error):
-            self._postponed = self._calls + RETRY_CALLS
-            warn(
-                f"there is no memory for another CUDA graph, and calls run without: {_reason(error)}",
-                next_step="free some of the GPU's memory, or compile for smaller sizes",
-            )
-            return
-        self._refused = True
-        warn(
-            f"no CUDA graph can be made of the plan, which runs without: {_reason(error)}",
-            next_step="compile without CUDA graphs, and nothing changes but this warning",
-        )
 
 
 def record_on_cuda(work: QueueWork) -> Callable[[], None]:
@@ -213,7 +211,3 @@ def record_on_cuda(work: QueueWork) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work(stream.cuda_stream)
     return graph.replay
-
-
-def _reason(error: Exception) -> str:
-    return error.what if isinstance(error, LoracError) else str(error)

@@ -69,7 +69,19 @@ class ExecutionSlot:
             self._slots = weakref.ref(slots)
         self._bind(inputs.items())
         if self._new_shapes or any(io_tensor.on_host for io_tensor in self.io.inputs.values()):
-            self._infer()
+            with collect_errors() as messages:
+                try:
+                    lacking = self.context.infer_shapes()
+                except RuntimeError as error:
+                    raise InputMismatch(
+                        f"TensorRT finds no sizes for the outputs: {messages.why() if messages.errors else error}",
+                        next_step="give inputs whose sizes go together, as the model takes them",
+                    ) from error
+                if lacking:
+                    raise InputMismatch(
+                        f"the plan reads {', '.join(lacking)}, and the call gives no such input",
+                        next_step="give every input that the program takes",
+                    )
         self.shape_changes += self._new_shapes
         self._new_shapes = False
 
@@ -114,23 +126,21 @@ class ExecutionSlot:
 
     def _bind(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
-            if name in self.io.inputs:
-                self._set_shape(name, tuple(tensor.shape))
-                self._set_address(name, tensor.data_ptr())
-
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if self._shapes.get(name) == shape:
-            return
-        self._shapes.pop(name, None)
-        self._new_shapes = True
-        with collect_errors() as messages:
-            if not self.context.set_input_shape(name, shape):
-                raise InputMismatch(
-                    f"TensorRT does not take '{name}' of shape {shape}: {messages.why()}",
-                    next_step=f"compile with dynamic_shapes= and example_inputs= that admit this shape; the plan was "
-                    f"built for shapes like {self.io.inputs[name].shape}",
-                )
-        self._shapes[name] = shape
+            if name not in self.io.inputs:
+                continue
+            shape = tuple(tensor.shape)
+            if self._shapes.get(name) != shape:
+                self._shapes.pop(name, None)
+                self._new_shapes = True
+                with collect_errors() as messages:
+                    if not self.context.set_input_shape(name, shape):
+                        raise InputMismatch(
+                            f"TensorRT does not take '{name}' of shape {shape}: {messages.why()}",
+                            next_step="compile with dynamic_shapes= and example_inputs= that admit this shape; the "
+                            f"plan was built for shapes like {self.io.inputs[name].shape}",
+                        )
+                self._shapes[name] = shape
+            self._set_address(name, tensor.data_ptr())
 
     def _set_address(self, name: str, address: int) -> None:
         address = address or self._nothing.data_ptr()
@@ -144,21 +154,6 @@ class ExecutionSlot:
                     next_step="this is a bug of lorac's, not of your model",
                 )
         self._addresses[name] = address
-
-    def _infer(self) -> None:
-        with collect_errors() as messages:
-            try:
-                lacking = self.context.infer_shapes()
-            except RuntimeError as error:
-                raise InputMismatch(
-                    f"TensorRT finds no sizes for the outputs: {messages.why() if messages.errors else error}",
-                    next_step="give inputs whose sizes go together, as the model takes them",
-                ) from error
-            if lacking:
-                raise InputMismatch(
-                    f"the plan reads {', '.join(lacking)}, and the call gives no such input",
-                    next_step="give every input that the program takes",
-                )
 
 
 @functools.cache
