@@ -15,7 +15,7 @@ from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, Skip, SlotInput
 from lorac.ir.graph.nodes import find_module_path, get_example
 from lorac.ir.graph.passes import Pass, PassResult
-from lorac.ir.sites.site import SiteKind, factor_dtype
+from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.places import ADAPTERS_AXIS, placed_shape
 from lorac.ir.slots.plans import RankPolicy, SitePlan
@@ -55,7 +55,16 @@ class InsertAdaptedCalls(Pass):
         """
         used = find_used_nodes(graph)
         calls = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
-        planned, unused = _select_plans(graph, calls, used)
+        # Slots of ``once`` are added where its values are read.
+        planned = {path: p for path, p in graph.plans.items() if not p.empty and p.site.kind is not SiteKind.ONCE}
+        projections = {path: graph.projections[path].plan for path in calls if path in graph.projections}
+        projections = {path: plan for path, plan in projections.items() if not plan.empty}
+        fused = {member for path in projections for member in graph.projections[path].sites}
+        unused = [path for path, p in planned.items() if path not in fused and not _is_used(graph, p.site, calls, used)]
+        if unused and len(unused) == len(planned):
+            raise _unreached(f"'{unused[0]}' ({len(unused)} sites) is adapted", graph)
+        graph.plans = {path: plan for path, plan in graph.plans.items() if path not in unused}
+        planned = {path: p for path, p in planned.items() if path not in fused and path not in unused} | projections
         if self.rows:
             planned = add_places(graph, planned, calls, self.why_shared, self.why_branches_shared)
         nodes = add_slots(graph, planned)
@@ -148,27 +157,10 @@ def find_inputs(graph: Graph, fqn: str | None) -> list[str]:
     return [name for name, target in stored.items() if target == fqn or (own is not None and held.get(target) is own)]
 
 
-def _select_plans(
-    graph: Graph, calls: Mapping[str, Sequence[fx.Node]], used: Collection[fx.Node]
-) -> tuple[dict[str, SitePlan], list[str]]:
-    """Return the plans of the sites and fused projections that the graph uses, and the paths of unused sites.
-
-    The graph keeps no plan of an unused site.
-    """
-    # Slots of ``once`` are added where its values are read.
-    planned = {path: p for path, p in graph.plans.items() if not p.empty and p.site.kind is not SiteKind.ONCE}
-    projections = {path: each for path, each in graph.projections.items() if path in calls}
-    fused = {member for each in projections.values() if not each.plan.empty for member in each.sites}
-    uncalled = [path for path in planned if path not in calls and path not in fused]
-    # A module may read a weight in its own forward, some weights only in training.
-    weights = {path: planned[path].site.weight for path in uncalled if planned[path].site.within is not None}
-    read = {path for path, weight in weights.items() if any(graph.node(n) in used for n in find_inputs(graph, weight))}
-    unused = [path for path in uncalled if path not in read]
-    if unused and len(unused) == len(planned):
-        raise _unreached(f"'{unused[0]}' ({len(unused)} sites) is adapted", graph)
-    graph.plans = {path: plan for path, plan in graph.plans.items() if path not in unused}
-    single = {path: plan for path, plan in planned.items() if path not in fused and path not in unused}
-    return single | {path: each.plan for path, each in projections.items() if not each.plan.empty}, unused
+def _is_used(graph: Graph, site: Site, calls: Collection[str], used: Collection[fx.Node]) -> bool:
+    """Return whether a graph calls a site, or a module reads its weight in its own forward, some only in training."""
+    reads = [] if site.within is None else find_inputs(graph, site.weight)
+    return site.path in calls or any(graph.node(name) in used for name in reads)
 
 
 def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:

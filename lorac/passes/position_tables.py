@@ -28,7 +28,17 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
         The longest sequence that these tables and the model's tables admit; None if there are no tables.
     """
     stored = find_stored_tensors(graph.exported)
-    dependent = _find_dependent(graph, positions, stored)
+    dependent: dict[fx.Node, None] = {positions: None}  # nodes that read only positions, constants and sizes
+    constant = set(stored)
+    for node in graph.fx.nodes:
+        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), torch.Tensor)]
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or not operands:
+            continue
+        if constant.issuperset(operands):
+            constant.add(node)
+        elif all(operand in constant or operand in dependent for operand in operands):
+            dependent[node] = None
+    del dependent[positions]
     # Values per token that a node of another kind reads; assertions, which have no value, do not count.
     users = {node: [user for user in node.users if user.meta.get("val") is not None] for node in dependent}
     exits = [
@@ -42,25 +52,9 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
         limits.append(min([*limits, graph.longest or DEFAULT_POSITIONS]))
     tables = {node: _evaluate(node, positions, stored, min(limits)) for node in exits}
     for node, table in tables.items():
-        constant = add_constant(graph.exported, table)
-        node.replace_all_uses_with(insert_call(graph.exported, node, aten.embedding.default, constant, positions))
+        weight = add_constant(graph.exported, table)
+        node.replace_all_uses_with(insert_call(graph.exported, node, aten.embedding.default, weight, positions))
     return min(limits, default=None)
-
-
-def _find_dependent(graph: Graph, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, None]:
-    """Return the nodes that depend on positions, and besides only on constants and sizes, in order."""
-    dependent: dict[fx.Node, None] = {positions: None}
-    constant = set(stored)
-    for node in graph.fx.nodes:
-        operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), torch.Tensor)]
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or not operands:
-            continue
-        if all(operand in constant for operand in operands):
-            constant.add(node)
-        elif all(operand in constant or operand in dependent for operand in operands):
-            dependent[node] = None
-    del dependent[positions]
-    return dependent
 
 
 def _is_token_value(node: fx.Node) -> bool:

@@ -64,7 +64,12 @@ class RelativePositions:
         return self._found[bias]
 
     def _compute(self, attention: fx.Node, bias: fx.Node) -> fx.Node:
-        parts = self._find_parts(bias)
+        found, dependent = find_sources([bias]), dict[fx.Node, None]()  # the sources that depend on the sequence length
+        for node in self.graph.fx.nodes:
+            read = node in found and not dependent.keys().isdisjoint(node.all_input_nodes)
+            if read or (node in found and is_token_numbering(node, self.length)):
+                dependent[node] = None
+        parts = list(dependent)
         numberings = [node for node in parts if is_token_numbering(node, self.length)]
         if len(numberings) != 2 or get_example(bias).shape[0] != 1:  # one numbering of queries, one of keys
             rows, length = get_example(self.ids).shape
@@ -91,16 +96,6 @@ class RelativePositions:
                 row = insert_call(program, attention, aten.select.int, repeated, 3, 0)
                 return insert_call(program, attention, aten.select.int, row, 0, 0)
         raise _unsupported_bias(attention)
-
-    def _find_parts(self, bias: fx.Node) -> list[fx.Node]:
-        """Return the nodes from which a bias is computed and that depend on the sequence length, in order."""
-        found = find_sources([bias])
-        parts: dict[fx.Node, None] = {}
-        for node in self.graph.fx.nodes:
-            numbers = node in found and is_token_numbering(node, self.length)
-            if numbers or (node in found and not parts.keys().isdisjoint(node.all_input_nodes)):
-                parts[node] = None
-        return list(parts)
 
     def _repeat(self, attention: fx.Node, parts: list[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         for node in (node for node in parts if node not in copies):

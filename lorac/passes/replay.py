@@ -4,7 +4,6 @@ Nodes that depend on no adapted op are not copied. In a pass of the base the mod
 pass of an adapter, the adapter's branches are added, and their formulas get the pass's name.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -108,28 +107,22 @@ class Replay:
             plain = self.graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
         plain.meta = {**node.meta}
         index = self._find_branch(node, isolated)
-        return plain if index is None else self._insert_branch(node, plain, index, copies, isolated)
-
-    def _insert_branch(
-        self, node: fx.Node, plain: fx.Node, index: int, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass
-    ) -> fx.Node:
-        """Insert a branch at an adapted op's site; the branch acts on the base's output ``plain``."""
-        call, slot = AdaptedCall.of(node), self._slot(node, index)
+        if index is None:
+            return plain
+        slot = self._slot(node, index)
         read = self.read(_values_of_pass(slot), node)
         _, *names = branch_roles(index, len(slot.params))
         operands = [call.x, *(call.operands[name] for name in names), *read.values()]
         x, *others = (copies.get(value, value) for value in operands)
-        plan = self.graph.plan_of(call.site)
-        context = functools.partial(
-            FormulaContext, plan.site, attention=select_attention(self.graph), passing=isolated.name
-        )
-        count, sites = len(names), self.graph.sites
+        site, attention, sites = self.graph.plan_of(call.site).site, select_attention(self.graph), self.graph.sites
 
         def function(x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor]:
-            ctx = context(values=present_weights(dict(zip(read, tensors[count:], strict=True)), sites))
+            params, found = tensors[: len(names)], dict(zip(read, tensors[len(names) :], strict=True))
+            values = present_weights(found, sites)
+            ctx = FormulaContext(site, values=values, attention=attention, passing=isolated.name)
             if slot.axes is None:
-                return (run_branch_alone(slot, tensors[:count], x, y, ctx),)
-            return (run_branch_alone_in_places(slot, tensors[:count], x, y, ctx, segment_ops.SEGMENTS),)
+                return (run_branch_alone(slot, params, x, y, ctx),)
+            return (run_branch_alone_in_places(slot, params, x, y, ctx, segment_ops.SEGMENTS),)
 
         given, in_places = [x, plain, *others], slot.axes is not None
         return inline(self.graph.exported, self.before, function, given, origin=plain, in_places=in_places)[1][0]

@@ -245,31 +245,26 @@ class MemoryBudget:
             self._settle()
             for key in [key for key, kept in self._kept.items() if kept.charge() is None]:
                 del self._kept[key]
-            victims = self._victims(nbytes, limit)
+            missing = 0 if limit is None else self._used + nbytes - limit
+            victims, dropped = list[tuple[Hashable, _Kept]](), collections.Counter[Block]()
+            for key, kept in sorted(self._kept.items(), key=lambda item: item[1].turn):
+                charge = kept.charge()
+                if missing <= 0:
+                    break
+                if charge is None or kept.in_use():
+                    continue
+                victims.append((key, kept))
+                dropped.update(charge.blocks)
+                missing -= sum(block[1] for block in charge.blocks if dropped[block] == self._blocks[block])
+            if missing > 0:
+                raise OverBudget(
+                    f"a budget of {limit} bytes is too small by {missing}: {nbytes} more are needed, and calls, held "
+                    f"choices and caches keep the {self._used} that are taken",
+                    next_step="wait until one of these ends, or raise compiled.memory.limit",
+                )
         for key, kept in victims:  # without the lock, since owners have locks of their own
             kept.drop()
             self.forget(key, kept)
-
-    def _victims(self, nbytes: int, limit: int | None) -> list[tuple[Hashable, _Kept]]:
-        """Return the entries to evict so that ``nbytes`` more bytes fit."""
-        missing = 0 if limit is None else self._used + nbytes - limit
-        found, dropped = list[tuple[Hashable, _Kept]](), collections.Counter[Block]()
-        for key, kept in sorted(self._kept.items(), key=lambda item: item[1].turn):
-            charge = kept.charge()
-            if missing <= 0:
-                break
-            if charge is None or kept.in_use():
-                continue
-            found.append((key, kept))
-            dropped.update(charge.blocks)
-            missing -= sum(block[1] for block in charge.blocks if dropped[block] == self._blocks[block])
-        if missing > 0:
-            raise OverBudget(
-                f"a budget of {limit} bytes is too small by {missing}: {nbytes} more are needed, and calls, held "
-                f"choices and caches keep the {self._used} that are taken",
-                next_step="wait until one of these ends, or raise compiled.memory.limit",
-            )
-        return found
 
     def _add(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
