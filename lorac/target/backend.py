@@ -55,8 +55,8 @@ class TargetOptions(ABC):
 
     @property
     def uses_cache(self) -> bool:
-        """Whether the program gets a cache of keys and values."""
-        return False
+        """Whether the program gets a cache of keys and values: the option ``cache`` of targets that have one."""
+        return getattr(self, "cache", False)
 
     @abstractmethod
     def check(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorac.argument_types import JsonMapping
-from lorac.backends.aoti.package import AotiEngine, Package, PackagedGraph, check_compiler, compile_package
+from lorac.backends.aoti.package import AotiEngine, PackagedGraph, check_compiler, compile_package
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.emitted_program import EmittedProgram
 from lorac.backends.onnx.engine import AnyOnnxEngine
@@ -114,7 +114,7 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
                 "loading an artifact for target 'aoti' runs machine code",
                 next_step="give trust=True if you made the artifact, or trust its maker",
             )
-        return PackagedGraph(Package(files[graph_file(name, PACKAGE_FILE)].path), interface, slots)
+        return PackagedGraph(files[graph_file(name, PACKAGE_FILE)].path, interface, slots)
 
     def restore_options(
         self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None

@@ -5,7 +5,7 @@ compared.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -83,17 +83,23 @@ def compile_package(program: ExportedProgram, path: Path, inputs: Mapping[str, t
         ) from error
 
 
-class Package:
-    """A loaded package; it runs machine code, so only load packages from trusted makers.
+class PackagedGraph:
+    """One graph of the program: a loaded package; it runs machine code, so only load packages from trusted makers.
+
+    Args:
+        path: the path of the package.
+        interface: its inputs and outputs.
+        slots: its slot inputs, by public name.
 
     Attributes:
-        inputs: the name and dtype of each input, in the package's order.
+        dtypes: the dtype of each input by name, in the package's order.
 
     Raises:
         ArtifactError: the file is not a package, or was made for another machine or release of torch.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, interface: Interface, slots: Mapping[str, SlotInput]) -> None:
+        self.interface, self.slots = interface, slots
         try:
             self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
             named = json.loads(self._loader.get_metadata()[_INPUTS])
@@ -103,24 +109,12 @@ class Package:
                 f"torch {torch.__version__} cannot load the package '{path.name}' here: {reason}",
                 next_step="compile the model again on this machine, with this release of torch",
             ) from error
-        self.inputs: Mapping[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in named}
-
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the outputs for contiguous tensors in the order of ``inputs``; sizes and dtypes are not checked."""
-        outputs: list[Tensor] = self._loader.boxed_run(list(tensors))
-        return outputs
-
-
-class PackagedGraph:
-    """One graph of the program: its package, its interface, and its slot inputs by public name."""
-
-    def __init__(self, package: Package, interface: Interface, slots: Mapping[str, SlotInput]) -> None:
-        self.package, self.interface, self.slots = package, interface, slots
-        self.dtypes: Mapping[str, torch.dtype | None] = package.inputs
+        self.dtypes: Mapping[str, torch.dtype | None] = {name: getattr(torch, dtype) for name, dtype in named}
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the graph on inputs and slot tensors, given by name."""
-        return self.package.run([inputs[name] for name in self.package.inputs])
+        """Run the graph on contiguous inputs and slot tensors, given by name; sizes and dtypes are not checked."""
+        outputs: list[Tensor] = self._loader.boxed_run([inputs[name] for name in self.dtypes])
+        return outputs
 
 
 class AotiEngine(OnnxEngine[PackagedGraph, TargetOptions]):

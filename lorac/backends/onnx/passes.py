@@ -7,10 +7,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 
@@ -97,6 +99,38 @@ def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
     return graph.initializers[name]
+
+
+def number_constant(graph: ir.Graph, numbers: float | Sequence[int], dtype: npt.DTypeLike = np.int64) -> ir.Value:
+    """Return a graph's constant of some numbers, which all ops that read equal numbers share."""
+    array = np.array(numbers, dtype)
+    return shared_constant(graph, "_".join(map(str, (array.dtype, array.ndim, *array.reshape(-1)))), array)
+
+
+class OpWriter:
+    """A writer of ops with one output each, and of constants that they read.
+
+    Args:
+        graph: the graph that gets the constants.
+
+    Attributes:
+        tape: the ops that were written, which are not in the graph yet.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph, self.tape = graph, Tape()
+
+    def op(self, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Write an op."""
+        return self.tape.op(name, inputs, attributes)
+
+    def numbers(self, *values: int) -> ir.Value:
+        """Return a constant vector of integers."""
+        return number_constant(self.graph, values)
+
+    def number(self, value: float, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        """Return a constant number."""
+        return number_constant(self.graph, value, dtype.numpy())
 
 
 def read_numbers(value: ir.Value | None) -> list[int]:

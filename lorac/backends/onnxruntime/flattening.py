@@ -10,12 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.model_files import PACKED_KEY
-from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, read_numbers, shared_constant
+from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, number_constant, read_numbers
 from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
 from lorac.ir.graph.graph import Skip
 from lorac.ir.graph.passes import PassResult
@@ -65,7 +64,7 @@ class CopyReshapeSizes(OnnxPass):
             known = [size for i, size in enumerate(numbers) if isinstance(size, int) and (size > 0 or i in copied)]
             if len(known) == len(numbers):  # every size is a number or copied
                 reshape.attributes.pop("allowzero", None)
-                reshape.replace_input_with(1, _constant(model.graph, known))
+                reshape.replace_input_with(1, number_constant(model.graph, known))
                 changed = True
         RemoveUnusedNodesPass()(model)
         return PassResult(changed)
@@ -186,7 +185,7 @@ class _Flattener:
             return None
         producer = value.producer()
         reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
-        flat = _constant(self.graph, [-1, features])
+        flat = number_constant(self.graph, [-1, features])
         shape = flat if self.segments is None else self.segments.shape(flat)
         reshape = ir.Node("", "Reshape", [reshaped or value, shape])
         self._insert(value, reshape)
@@ -221,7 +220,7 @@ class _Flattener:
             last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", -1)])
             read = [last, ir.Node("", "Concat", [leading, last.outputs[0]], axis)]
         elif key not in self.shapes:  # computed once for all values that have it
-            whole = ir.Node("", "Concat", [leading, _constant(self.graph, [features])], axis)
+            whole = ir.Node("", "Concat", [leading, number_constant(self.graph, [features])], axis)
             self._insert(leading, whole)
             self.shapes[key] = whole.outputs[0]
         reshape = ir.Node("", "Reshape", [rows.matrix, read[-1].outputs[0] if read else self.shapes[key]])
@@ -273,7 +272,7 @@ class _Segments:
             made = cut.outputs[0].shape
             features = None if made is None else made[-1]
             assert isinstance(features, int)
-            cut.replace_input_with(1, self.shape(_constant(graph, [-1, features])))
+            cut.replace_input_with(1, self.shape(number_constant(graph, [-1, features])))
 
     @classmethod
     def of(cls, graph: ir.Graph) -> "_Segments | None":
@@ -338,7 +337,3 @@ def _rank(value: ir.Value | None) -> int | None:
         made = value.producer()
         return _rank(made.inputs[0]) if made is not None and made.op_type == "Transpose" else None
     return None if value is None or value.shape is None else len(value.shape)
-
-
-def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    return shared_constant(graph, "_".join(map(str, ("shape", *numbers))), np.array(numbers, np.int64))

@@ -8,16 +8,14 @@ The op is causal. If new tokens may see later ones, as an image's tokens do, an 
 ops, over the keys and values that the op has written.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
 from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
-from lorac.backends.onnx.passes import OnnxPass, module_around, shared_constant
+from lorac.backends.onnx.passes import OnnxPass, OpWriter, module_around, number_constant
 from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Skip
 from lorac.ir.graph.passes import PassResult
@@ -66,7 +64,7 @@ class _SequenceLengths:
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         past, self.new = first.inputs[5], first.inputs[6]
-        zero, one = (shared_constant(graph, f"{n}_int32", np.array(n, np.int32)) for n in (0, 1))
+        zero, one = (number_constant(graph, n, np.int32) for n in (0, 1))
         total = ir.Node("", "Add", [past, self.new])
         last = ir.Node("", "Sub", [total.outputs[0], one])
         known = ir.Node("", "Max", [last.outputs[0], zero])  # the op cannot express a row that is empty and stays empty
@@ -80,36 +78,32 @@ class _SequenceLengths:
         """Return the bias of each score (batch, heads or 1, length, longest) by distance or by chunk, or None."""
         chunk, positions = max(-node.attributes["window"].as_int(), 0), node.inputs[7]
         if (distances, chunk) not in self._biases and (distances is not None or chunk):
-            tape, dtype = Tape(), _dtype(node.outputs[0]).numpy()
-            zero, one, size = (shared_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1, chunk))
-            axes = [shared_constant(graph, f"axis_{axis}", np.array([axis])) for axis in (1, 2)]
-            keys = tape.op("Range", [zero, tape.op("Cast", [self.longest], {"to": ir.DataType.INT64}), one])
+            write, dtype = OpWriter(graph), _dtype(node.outputs[0])
+            op, zero, axis = write.op, write.number(0), write.numbers(2)
+            keys = op("Range", zero, op("Cast", self.longest, to=ir.DataType.INT64), write.number(1))
             bias = None
             if distances is not None:
-                apart = tape.op("Sub", [tape.op("Unsqueeze", [positions, axes[1]]), keys])
-                found = tape.op("Gather", [distances, tape.op("Max", [apart, zero])], {"axis": 1})
-                bias = tape.op("Transpose", [found], {"perm": [1, 0, 2, 3]})
+                apart = op("Sub", op("Unsqueeze", positions, axis), keys)
+                found = op("Gather", distances, op("Max", apart, zero), axis=1)
+                bias = op("Transpose", found, perm=[1, 0, 2, 3])
             if chunk:
-                begin = tape.op("Sub", [positions, tape.op("Mod", [positions, size])])
-                hides = tape.op("Less", [keys, tape.op("Unsqueeze", [begin, axes[1]])])
-                scores = [
-                    shared_constant(graph, f"score_{i}", np.array(n, dtype))
-                    for i, n in enumerate((np.finfo(dtype).min, 0))
-                ]
-                hidden = tape.op("Unsqueeze", [tape.op("Where", [hides, *scores]), axes[0]])
-                bias = hidden if bias is None else tape.op("Add", [bias, hidden])
-            graph.insert_before(node, list(tape.nodes))
+                begin = op("Sub", positions, op("Mod", positions, write.number(chunk)))
+                hides = op("Less", keys, op("Unsqueeze", begin, axis))
+                scores = [write.number(score, dtype) for score in (_lowest(dtype), 0)]
+                hidden = op("Unsqueeze", op("Where", hides, *scores), write.numbers(1))
+                bias = hidden if bias is None else op("Add", bias, hidden)
+            graph.insert_before(node, list(write.tape.nodes))
             self._biases[distances, chunk] = bias
         return self._biases.get((distances, chunk))
 
     def any_block(self, graph: ir.Graph, node: ir.Node, blocks: ir.Value) -> ir.Value:
         """Return whether any new token sees tokens after it."""
         if blocks not in self._any_block:
-            tape, axis = Tape(), shared_constant(graph, "axis_2", np.array([2]))
-            other = tape.op("Sub", [blocks, tape.op("Unsqueeze", [node.inputs[7], axis])])
-            most = tape.op("ReduceMax", [tape.op("Abs", [other])], {"keepdims": 0})
-            self._any_block[blocks] = tape.op("Cast", [most], {"to": ir.DataType.BOOL})
-            graph.insert_before(node, list(tape.nodes))
+            write = OpWriter(graph)
+            other = write.op("Sub", blocks, write.op("Unsqueeze", node.inputs[7], write.numbers(2)))
+            most = write.op("ReduceMax", write.op("Abs", other), keepdims=0)
+            self._any_block[blocks] = write.op("Cast", most, to=ir.DataType.BOOL)
+            graph.insert_before(node, list(write.tape.nodes))
         return self._any_block[blocks]
 
 
@@ -127,11 +121,11 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, skips: l
     shape = attention.outputs[0].shape = ir.Shape([batch, length, _number(heads) * _number(size)])
     y = attention.outputs[0]
     if len(node.inputs) > _BLOCKS and (blocks := node.inputs[_BLOCKS]) is not None:
-        any_block, tapes = lengths.any_block(graph, node, blocks), (Tape(), Tape())
-        outputs = [_attend_to_blocks(tapes[0], graph, node, attention, lengths.longest), tapes[1].op("Identity", [y])]
+        any_block, writers = lengths.any_block(graph, node, blocks), (OpWriter(graph), OpWriter(graph))
+        outputs = [_attend_to_blocks(writers[0], node, attention, lengths.longest), writers[1].op("Identity", y)]
         branches = [
-            ir.AttrGraph(name, ir.Graph([], [output], nodes=tape.nodes, name=f"{node.name}_{name}"))
-            for name, output, tape in zip(("then_branch", "else_branch"), outputs, tapes, strict=True)
+            ir.AttrGraph(name, ir.Graph([], [output], nodes=write.tape.nodes, name=f"{node.name}_{name}"))
+            for name, output, write in zip(("then_branch", "else_branch"), outputs, writers, strict=True)
         ]
         choice = ir.Node("", "If", [any_block], branches)
         graph.insert_before(node, choice)
@@ -145,32 +139,23 @@ def _replace(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, skips: l
     graph.remove(node, safe=True)
 
 
-def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.Node, longest: ir.Value) -> ir.Value:
+def _attend_to_blocks(write: OpWriter, node: ir.Node, attention: ir.Node, longest: ir.Value) -> ir.Value:
     """Write an attention whose tokens also see their blocks, over the keys and values that another attention wrote."""
-
-    def numbers(*values: int) -> ir.Value:
-        return shared_constant(graph, "numbers_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def scalar(value: float, dtype: ir.DataType) -> ir.Value:
-        return shared_constant(graph, f"{value}_{dtype.name}", np.array(value, dtype.numpy()))
 
     def copy(value: ir.Value) -> ir.Value:  # a copy inside the graph
         source = value.producer()
         if source is None or source.op_type not in {"RotaryEmbedding", "Transpose"}:
             return value
         operands = [copy(operand) if operand and index == 0 else operand for index, operand in enumerate(source.inputs)]
-        copied: ir.Value = tape.op(source.op_type, operands, source.attributes, domain=source.domain)
+        copied: ir.Value = write.tape.op(source.op_type, operands, source.attributes, domain=source.domain)
         return copied
 
-    def op(name: str, *operands: ir.Value | None, **attributes: int | Sequence[int]) -> ir.Value:
-        found: ir.Value = tape.op(name, operands, attributes)
-        return found
-
+    op, numbers, scalar = write.op, write.numbers, write.number
     rotated, key, blocks = node.inputs[0], node.inputs[1], node.inputs[_BLOCKS]
     assert rotated is not None and key is not None and blocks is not None
     (_, heads, _, size), kv_heads = _dims(rotated), _number(_dims(key)[1])
-    dtype, whole = _dtype(node.outputs[0]), ir.DataType.INT64
-    count = op("Cast", longest, to=whole)
+    dtype = _dtype(node.outputs[0])
+    count = op("Cast", longest, to=ir.DataType.INT64)
     ends = op("Reshape", count, numbers(-1))
     k, v = (op("Slice", present, numbers(0), ends, numbers(2)) for present in attention.outputs[1:])
     q = op("Reshape", copy(rotated), numbers(0, kv_heads, _number(heads) // kv_heads, -1, _number(size)))
@@ -180,7 +165,7 @@ def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.
         cap = scalar(softcap, dtype)
         scores = op("Mul", op("Tanh", op("Div", scores, cap)), cap)
     own = op("Unsqueeze", node.inputs[7], numbers(2))
-    keys = op("Range", scalar(0, whole), count, scalar(1, whole))
+    keys = op("Range", scalar(0), count, scalar(1))
     seen = op("LessOrEqual", keys, own)
     if (window := node.attributes["window"].as_int()) > 0:
         seen = op("And", seen, op("Greater", keys, op("Sub", own, numbers(window))))
@@ -189,7 +174,7 @@ def _attend_to_blocks(tape: Tape, graph: ir.Graph, node: ir.Node, attention: ir.
         first, last = (op("Slice", blocks, numbers(begin), numbers(begin + 1), numbers(2)) for begin in (0, 1))
     block = op("And", op("GreaterOrEqual", keys, first), op("LessOrEqual", keys, last))
     seen = op("Unsqueeze", op("Or", seen, block), numbers(1, 2))
-    scores = op("Where", seen, scores, scalar(float(np.finfo(dtype.numpy()).min), dtype))
+    scores = op("Where", seen, scores, scalar(_lowest(dtype), dtype))
     y = op("MatMul", op("Softmax", scores, axis=-1), op("Unsqueeze", v, numbers(2)))
     y = op("Transpose", op("Reshape", y, numbers(0, _number(heads), -1, _number(size))), perm=_HEADS_LAST)
     return op("Reshape", y, numbers(0, 0, -1))
@@ -270,7 +255,7 @@ def _flatten_heads(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Valu
     whole = split.inputs[0] if split is not None and split.op_type == "Reshape" else None
     if whole is not None and whole.shape is not None and len(whole.shape) == 3 and whole.shape[2] == features:
         return whole
-    joined = ir.Node("", "Reshape", [apart, shared_constant(graph, f"joined_{features}", np.array([0, 0, features]))])
+    joined = ir.Node("", "Reshape", [apart, number_constant(graph, [0, 0, features])])
     graph.insert_before(before, joined)
     joined.outputs[0].shape, joined.outputs[0].dtype = ir.Shape([batch, length, features]), _dtype(value)
     return joined.outputs[0]
@@ -283,8 +268,7 @@ def _replace_uses(graph: ir.Graph, node: ir.Node, y: ir.Value) -> None:
         joined = user.outputs[0]
         if user.op_type == "Reshape" and joined.shape is not None and joined.shape.dims[2:] == _dims(y)[2:]:
             joined.replace_all_uses_with(y, replace_graph_outputs=True)
-    sizes = np.array([0, 0, *_dims(old)[2:]])
-    apart = ir.Node("", "Reshape", [y, shared_constant(graph, "apart_" + "_".join(map(str, sizes)), sizes)])
+    apart = ir.Node("", "Reshape", [y, number_constant(graph, [0, 0, *map(_number, _dims(old)[2:])])])
     graph.insert_before(node, apart)
     apart.outputs[0].shape, apart.outputs[0].dtype = old.shape, _dtype(old)
     old.replace_all_uses_with(apart.outputs[0], replace_graph_outputs=True)
@@ -306,3 +290,8 @@ def _number(size: int | ir.SymbolicDim) -> int:
     """Return a static size as a number."""
     assert isinstance(size, int)
     return size
+
+
+def _lowest(dtype: ir.DataType) -> float:
+    """Return the least finite number of a dtype."""
+    return float(np.finfo(dtype.numpy()).min)

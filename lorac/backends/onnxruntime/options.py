@@ -92,10 +92,6 @@ class OnnxRuntimeOptions(QuantisationOptions):
         best = (_PROVIDERS[self.place.type],) if self.providers is None else self.providers
         return tuple(dict.fromkeys((*best, CPU)))
 
-    @property
-    def uses_cache(self) -> bool:
-        return self.cache
-
     def check(self) -> None:
         check_threads(self.threads)
         if self.cache:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
-from lorac.backends.onnx.passes import shared_constant
+from lorac.backends.onnx.passes import number_constant
 from lorac.backends.onnxruntime.native_op import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, dims_of
 
@@ -65,8 +64,7 @@ class TokenIndices:
 
     def constant(self, numbers: int | Sequence[int]) -> ir.Value:
         """Return a constant of the graph."""
-        array = np.array(numbers, np.int64)
-        return shared_constant(self.graph, "_".join(map(str, ("packing", array.ndim, *array.reshape(-1)))), array)
+        return number_constant(self.graph, numbers)
 
     def make(self, op: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
         """Insert an op at the beginning of the graph; return its result."""

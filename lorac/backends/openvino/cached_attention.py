@@ -5,18 +5,16 @@ read in place, and a call returns only the keys and values of its new tokens. Sc
 share a head · length, keys): no key is repeated for the query heads that share it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
 from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN, fixed_size
-from lorac.backends.onnx.passes import OnnxPass, shared_constant
+from lorac.backends.onnx.passes import OnnxPass, OpWriter
 from lorac.ir.graph.passes import PassResult
 
+_FLOAT = ir.DataType.FLOAT
 _HIDDEN = -3e38
 """Added to scores that do not count; bfloat16 has it too."""
 _Masks = tuple[ir.Value, ir.Value]
@@ -39,7 +37,7 @@ class ExpandCachedAttention(OnnxPass):
         return PassResult(changed=bool(nodes))
 
 
-class _Expansion:
+class _Expansion(OpWriter):
     """The ops of one attention, which are inserted before it.
 
     Args:
@@ -48,24 +46,13 @@ class _Expansion:
     """
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self.graph, self.node, self.tape = graph, node, Tape()
+        super().__init__(graph)
+        self.node = node
         given = [value for value in node.inputs[:8] if value is not None]
         self.q, self.k, self.v, self.past_k, self.past_v, self.past, _, self.places = given
         self.sinks, self.distances, self.blocks = [*node.inputs[8:], None, None, None][:3]  # all are optional
         self.heads, self.key_heads = fixed_size(self.q, 1), fixed_size(self.k, 1)
         self.shared = self.heads // self.key_heads
-
-    def op(self, name: str, *inputs: ir.Value | None, **attributes: int | Sequence[int]) -> ir.Value:
-        """Write an op with one output."""
-        return self.tape.op(name, inputs, attributes)
-
-    def constant(self, *numbers: int) -> ir.Value:
-        """Return a constant vector of integers."""
-        return shared_constant(self.graph, "numbers_" + "_".join(map(str, numbers)), np.array(numbers))
-
-    def number(self, number: float) -> ir.Value:
-        """Return a constant number."""
-        return shared_constant(self.graph, f"number_{number}", np.array(number, np.float32))
 
     def replace(self, masks: dict[_MaskKey, _Masks]) -> None:
         """Insert the ops in place of the attention.
@@ -75,8 +62,10 @@ class _Expansion:
         """
         node = self.node
         window, softcap = node.attributes["window"].as_int(), node.attributes["softcap"].as_float()
-        grouped = self.constant(0, self.key_heads, -1, fixed_size(self.q, 3))
-        q = self.op("Reshape", self.op("Mul", self.q, self.number(node.attributes["scale"].as_float())), grouped)
+        grouped = self.numbers(0, self.key_heads, -1, fixed_size(self.q, 3))
+        q = self.op(
+            "Reshape", self.op("Mul", self.q, self.number(node.attributes["scale"].as_float(), _FLOAT)), grouped
+        )
         key = (window, self.shared, self.distances, self.blocks)
         if key not in masks:
             masks[key] = self.masks(window)
@@ -84,7 +73,7 @@ class _Expansion:
         for keys, mask in zip((self.past_k, self.k), masks[key], strict=True):
             scores = self.op("MatMul", q, self.op("Transpose", keys, perm=[0, 1, 3, 2]))
             if softcap:
-                soft = self.number(softcap)
+                soft = self.number(softcap, _FLOAT)
                 scores = self.op("Mul", self.op("Tanh", self.op("Div", scores, soft)), soft)
             parts.append(self.op("Add", scores, mask))
         if self.sinks is not None:
@@ -93,33 +82,31 @@ class _Expansion:
         shares = self.op("Softmax", self.op("Concat", *parts, axis=3), axis=-1)
         past, new, *_ = self.tape.op_multi_out("Split", [shares, sizes], {"axis": 3}, num_outputs=len(parts))
         y = self.op("Add", self.op("MatMul", past, self.past_v), self.op("MatMul", new, self.v))
-        apart = self.op("Reshape", y, self.constant(0, self.heads, -1, fixed_size(self.v, 3)))
+        apart = self.op("Reshape", y, self.numbers(0, self.heads, -1, fixed_size(self.v, 3)))
         self.finish(self.op("Transpose", apart, perm=[0, 2, 1, 3]))
 
     def masks(self, window: int) -> _Masks:
         """Write the visibility of past and new tokens, and biases by distance, as numbers to add to scores."""
-        zero, one = (shared_constant(self.graph, f"scalar_{n}", np.array(n)) for n in (0, 1))
+        zero, one = self.number(0), self.number(1)
         room, length = (
             self.op("Range", zero, self.op("Squeeze", self.op("Shape", keys, start=2, end=3)), one)
             for keys in (self.past_k, self.k)
         )
         # Positions beyond the model's last one are all equal, so use indices among the new tokens instead.
-        before = self.op("Unsqueeze", self.op("Cast", self.past, to=ir.DataType.INT64), self.constant(1, 2))
-        queries = self.op("Unsqueeze", length, self.constant(0, 2))
+        before = self.op("Unsqueeze", self.op("Cast", self.past, to=ir.DataType.INT64), self.numbers(1, 2))
+        queries = self.op("Unsqueeze", length, self.numbers(0, 2))
         seen = [self.op("Less", room, before), self.op("LessOrEqual", length, queries)]
         keys = [room, self.op("Add", before, length)]
         if window > 0:
-            limit = shared_constant(self.graph, f"scalar_{window}", np.array(window))
-            first = self.op("Sub", self.op("Add", before, queries), limit)
+            first = self.op("Sub", self.op("Add", before, queries), self.number(window))
         elif window:
-            places = self.op("Unsqueeze", self.places, self.constant(2))
-            size = shared_constant(self.graph, f"scalar_{-window}", np.array(-window))
-            first = self.op("Sub", self.op("Sub", places, self.op("Mod", places, size)), one)
+            places = self.op("Unsqueeze", self.places, self.numbers(2))
+            first = self.op("Sub", self.op("Sub", places, self.op("Mod", places, self.number(-window))), one)
         if window:
             seen = [self.op("And", see, self.op("Greater", key, first)) for see, key in zip(seen, keys, strict=True)]
         if self.blocks is not None:
-            axis, columns = self.constant(2), range(fixed_size(self.blocks, 2))
-            ends = [self.op("Slice", self.blocks, self.constant(n), self.constant(n + 1), axis) for n in columns]
+            axis, columns = self.numbers(2), range(fixed_size(self.blocks, 2))
+            ends = [self.op("Slice", self.blocks, self.numbers(n), self.numbers(n + 1), axis) for n in columns]
             first = ends[0] if len(ends) > 1 else self.op("Add", before, queries)
             inside = [
                 self.op("And", self.op("GreaterOrEqual", key, first), self.op("LessOrEqual", key, ends[-1]))
@@ -129,9 +116,8 @@ class _Expansion:
             seen = [self.op("Or", see, block) for see, block in zip(seen, inside, strict=True)]
         found = []
         for see, key in zip(seen, keys, strict=True):
-            hidden = self.op(
-                "Where", self.op("Unsqueeze", see, self.constant(1)), self.number(0.0), self.number(_HIDDEN)
-            )
+            scores = [self.number(score, _FLOAT) for score in (0, _HIDDEN)]
+            hidden = self.op("Where", self.op("Unsqueeze", see, self.numbers(1)), *scores)
             if self.distances is not None:
                 apart = self.op("Sub", self.op("Add", before, queries), key)
                 last = self.op("Sub", self.op("Squeeze", self.op("Shape", self.distances, start=1)), one)
@@ -147,17 +133,17 @@ class _Expansion:
         if self.shared == 1:
             return mask
         if self.distances is None:
-            return self.op("Tile", mask, self.constant(1, 1, self.shared, 1))
-        sizes = self.op("Concat", self.constant(0, self.key_heads, -1), self.op("Shape", mask, start=3), axis=0)
+            return self.op("Tile", mask, self.numbers(1, 1, self.shared, 1))
+        sizes = self.op("Concat", self.numbers(0, self.key_heads, -1), self.op("Shape", mask, start=3), axis=0)
         return self.op("Reshape", mask, sizes)
 
     def sink_scores(self, q: ir.Value) -> ir.Value:
         """Write each head's additional score (sink), once per query."""
-        each = self.op("Reshape", self.sinks, self.constant(1, self.key_heads, self.shared, 1))
+        each = self.op("Reshape", self.sinks, self.numbers(1, self.key_heads, self.shared, 1))
         length = self.op("Shape", self.k, start=2, end=3)
-        sizes = [self.op("Shape", q, start=0, end=1), self.constant(self.key_heads, self.shared), length]
+        sizes = [self.op("Shape", q, start=0, end=1), self.numbers(self.key_heads, self.shared), length]
         wide = self.op("Expand", each, self.op("Concat", *sizes, axis=0))
-        return self.op("Reshape", wide, self.constant(0, self.key_heads, -1, 1))
+        return self.op("Reshape", wide, self.numbers(0, self.key_heads, -1, 1))
 
     def finish(self, y: ir.Value) -> None:
         """Replace the attention by the ops, with the new keys and values in place of the updated caches."""

@@ -11,18 +11,24 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.tape import Tape
 
 from lorac.backends.onnx.export.recurrence import BY_CHUNKS
 from lorac.backends.onnx.legalize import Legalize
-from lorac.backends.onnx.passes import OnnxDialect, OnnxPass, read_numbers, shared_constant
+from lorac.backends.onnx.passes import (
+    OnnxDialect,
+    OnnxPass,
+    OpWriter,
+    number_constant,
+    read_numbers,
+    shared_constant,
+)
 from lorac.backends.openvino.cached_attention import ExpandCachedAttention
 from lorac.ir.graph.passes import PassResult
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import RankPolicy
 from lorac.target.dialect import BranchGate, Dialect
 
-_END = np.iinfo(np.int64).max
+_END = int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         parts = [value]
         for width, start, end in ((before, -before, _END), (after, 0, after)):
             if width:  # the last values stand before all, and the first behind them
-                bounds = [shared_constant(graph, f"index_{n}", np.array([n])) for n in (start, end, axis)]
+                bounds = [number_constant(graph, [n]) for n in (start, end, axis)]
                 added.append(ir.Node("", "Slice", [value, *bounds]))
                 parts.insert(len(parts) if start == 0 else 0, added[-1].outputs[0])
         added.append(ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)]))
@@ -111,15 +117,15 @@ class MultiplyPatches(OnnxPass):
         bodies = [(node, [*node.attributes["body"].as_graph()]) for node in model.graph if node.op_type == "Scan"]
         loops = [(node, body[0]) for node, body in bodies if [each.op_type for each in body] == ["Conv"]]
         for node, convolution in loops:
-            tape = Tape()
-            y = _multiply_patches(model.graph, tape, node, convolution)
-            for each in tape.nodes:
+            write = OpWriter(model.graph)
+            y = _multiply_patches(write, node, convolution)
+            for each in write.tape.nodes:
                 each.metadata_props.update(node.metadata_props)
-            ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [y])
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], write.tape.nodes, node.outputs, [y])
         return PassResult(changed=bool(loops))
 
 
-def _multiply_patches(graph: ir.Graph, tape: Tape, node: ir.Node, convolution: ir.Node) -> ir.Value:
+def _multiply_patches(write: OpWriter, node: ir.Node, convolution: ir.Node) -> ir.Value:
     """Write the product for segments (places, rows, C, …) and kernels (places, N, C, …).
 
     A convolution by channel, whose constant kernels are one at one position each, copies the patches; a kernel of one
@@ -128,23 +134,18 @@ def _multiply_patches(graph: ir.Graph, tape: Tape, node: ir.Node, convolution: i
     x, kernels = node.inputs
     assert x is not None and x.shape is not None and kernels is not None and kernels.shape is not None
     channels, *window = (size for size in kernels.shape[2:] if isinstance(size, int))
-    positions = math.prod(window)
-    one_hot = np.tile(np.eye(positions, dtype=np.float32), (channels, 1)).reshape(-1, 1, *window)
-    name = "_".join(map(str, ["patches", channels, *window]))
-    infer, features = (shared_constant(graph, f"size_{n}", np.array([n])) for n in (-1, channels * positions))
-
-    def sizes(value: ir.Value, start: int, end: int | None = None) -> ir.Value:
-        return tape.op("Shape", [value], {"start": start} if end is None else {"start": start, "end": end})
-
-    flat = tape.op("Reshape", [x, tape.op("Concat", [infer, sizes(x, 2)], {"axis": 0})])
-    settings = {**convolution.attributes, "group": ir.AttrInt64("group", channels)}
+    positions, op = math.prod(window), write.op
+    infer, features = write.numbers(-1), write.numbers(channels * positions)
+    patches = op("Reshape", x, op("Concat", infer, op("Shape", x, start=2), axis=0))
     strides, pads = (convolution.attributes.get_ints(key) for key in ("strides", "pads"))
-    copies = positions > 1 or max(strides) > 1 or any(pads)
-    patches = tape.op("Conv", [flat, shared_constant(graph, name, one_hot)], settings) if copies else flat
-    columns = tape.op("Reshape", [patches, tape.op("Concat", [sizes(x, 0, 2), features, infer], {"axis": 0})])
-    shape = shared_constant(graph, f"{name}_shape", np.array([0, 1, -1, channels * positions]))
-    product = tape.op("MatMul", [tape.op("Reshape", [kernels, shape]), columns])
-    return tape.op("Reshape", [product, tape.op("Concat", [sizes(product, 0, 3), sizes(patches, 2)], {"axis": 0})])
+    if positions > 1 or max(strides) > 1 or any(pads):
+        one_hot = np.tile(np.eye(positions, dtype=np.float32), (channels, 1)).reshape(-1, 1, *window)
+        copies = shared_constant(write.graph, "_".join(map(str, ["patches", channels, *window])), one_hot)
+        patches = op("Conv", patches, copies, **{**convolution.attributes, "group": ir.AttrInt64("group", channels)})
+    columns = op("Reshape", patches, op("Concat", op("Shape", x, start=0, end=2), features, infer, axis=0))
+    product = op("MatMul", op("Reshape", kernels, write.numbers(0, 1, -1, channels * positions)), columns)
+    sizes = op("Shape", product, start=0, end=3), op("Shape", patches, start=2)
+    return op("Reshape", product, op("Concat", *sizes, axis=0))
 
 
 _UNTRANSLATED = """

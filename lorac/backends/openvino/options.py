@@ -56,10 +56,6 @@ class OpenVINOOptions(QuantisationOptions):
     device_name: str = CPU
     cache: bool = False
 
-    @property
-    def uses_cache(self) -> bool:
-        return self.cache
-
     def check(self) -> None:
         """Raise ``OptionError`` for unknown values, and ``Unavailable`` if the device lacks the precision."""
         check_threads(self.threads)

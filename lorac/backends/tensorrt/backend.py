@@ -136,13 +136,17 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         """
         find_maker(stored["made_by"])
         facts = PlanFacts.from_json(stored)
-        with current_device(options.device):
-            capability = local_capability()
-            if capability is not None:
-                gpu = torch.cuda.get_device_name()
-                check_capability(capability, facts.capabilities, gpu, find_maker(facts.made_by))
+        _check_gpu(facts, options.device)
         return GraphPlan(file=files[graph_file(name, PLAN_FILE)], interface=interface, slots=slots, facts=facts)
 
 
 BACKEND = TensorRT()
 find_library()  # report a missing library when the target is chosen, instead of at the first build
+
+
+def _check_gpu(facts: PlanFacts, device: str | None) -> None:
+    """Refuse a plan for other GPUs, if this machine has a GPU."""
+    with current_device(device):
+        capability = local_capability()
+        if capability is not None:
+            check_capability(capability, facts.capabilities, torch.cuda.get_device_name(), find_maker(facts.made_by))

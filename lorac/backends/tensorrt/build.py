@@ -101,11 +101,7 @@ def _builder_config(
     config = parsed.builder.create_builder_config()
     profile = parsed.builder.create_optimization_profile()
     for value in (network.get_input(i) for i in range(network.num_inputs)):
-        if value.is_shape_tensor:  # a plan would be built only for some of its values
-            raise Unavailable(
-                f"the model computes sizes from the values of input '{value.name}', which a plan does not support",
-                next_step="give it as a plain number in example_inputs=, so that it is a constant of the program",
-            )
+        _refuse_shape_tensor(value)
         if DYNAMIC in tuple(value.shape):
             least, usual, most = zip(*((axis.least, axis.usual, axis.most) for axis in ranges[value.name]), strict=True)
             profile.set_shape(value.name, least, usual, most)
@@ -132,3 +128,12 @@ def _builder_config(
         for index, capability in enumerate(capabilities):
             config.set_compute_capability(capability_member(library, capability), index)
     return config
+
+
+def _refuse_shape_tensor(value: tensorrt.ITensor) -> None:
+    """Refuse an input whose values are sizes, since a plan would be built only for some of the values."""
+    if value.is_shape_tensor:
+        raise Unavailable(
+            f"the model computes sizes from the values of input '{value.name}', which a plan does not support",
+            next_step="give it as a plain number in example_inputs=, so that it is a constant of the program",
+        )

@@ -39,15 +39,18 @@ def export(program: ExportedProgram, translations: Translations) -> ir.Model:
     Raises:
         Unavailable: an op has no translation.
     """
+    is_tested = torch.__version__.startswith(TESTED_RELEASES)
     with tracing(), suppress_third_party_output(), torch.no_grad():
-        if torch.__version__.startswith(TESTED_RELEASES):
-            return _translate(program, translations)
-        try:
-            exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, custom_translation_table=dict(translations)
-            )
-        except OnnxExporterError as error:
-            raise _translation_error(error, _find_failing_node(error)) from error
+        return (_translate if is_tested else _export_with_torch)(program, translations)
+
+
+def _export_with_torch(program: ExportedProgram, translations: Translations) -> ir.Model:
+    try:
+        exported = torch.onnx.export(
+            program, dynamo=True, optimize=False, verbose=False, custom_translation_table=dict(translations)
+        )
+    except OnnxExporterError as error:
+        raise _translation_error(error, _find_failing_node(error)) from error
     assert exported is not None
     return exported.model
 

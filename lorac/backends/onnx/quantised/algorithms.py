@@ -32,10 +32,8 @@ def encode(codec: Codec, matrix: Array, algorithm: str, moments: Tensor | None) 
     """
     if algorithm == GPTQ and moments is not None:
         return _encode_by_gptq(codec, matrix, moments)
-    return _encode_by_k_quants(codec, matrix) if algorithm == K_QUANT else codec.encode(matrix)
-
-
-def _encode_by_k_quants(codec: Codec, matrix: Array) -> EncodedMatrix:
+    if algorithm != K_QUANT:
+        return codec.encode(matrix)
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
     rows, columns = matrix.shape

@@ -1,5 +1,6 @@
 """Calibration: second moments of the inputs of a model's linear layers, collected in calls of the model."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -82,19 +83,29 @@ class Calibration:
     @torch.no_grad()
     def _collect(self, paths: Iterable[str]) -> dict[str, Tensor]:
         """Call the model, and return the second moments of the inputs of these layers."""
-        collector = _MomentCollector()
-        handles = [collector.watch(path, self._model.get_submodule(path)) for path in paths]
+        moments, latest = dict[str, Tensor](), list[tuple[Tensor, Tensor]]()
+
+        def add(path: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0]
+            if not latest or latest[0][0] is not x:  # layers that read the same tensor share its moments
+                rows = x.flatten(0, -2).float()
+                found = moments[path] if path in moments else torch.zeros(rows.shape[1], rows.shape[1])
+                latest[:] = [(x, found.addmm_(rows.t(), rows))]
+            moments[path] = latest[0][1]
+
+        modules = {path: self._model.get_submodule(path) for path in paths}
+        handles = [module.register_forward_pre_hook(functools.partial(add, path)) for path, module in modules.items()]
         try:
             reporting = progress("calibration", total=len(self._calls))
             with seed_random_numbers(self._model, 0), disable_fast_path(self._model), reporting as report:
                 for number, call in enumerate(self._calls):
                     report.step(f"call {number + 1} of {len(self._calls)}")
                     self._call(number, call)
-                    collector.latest = None
+                    latest.clear()
         finally:
             for handle in handles:
                 handle.remove()
-        return collector.moments
+        return moments
 
     def _call(self, number: int, call: Call) -> None:
         try:
@@ -123,22 +134,3 @@ class Calibration:
             settings = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}
             texts: Tensor = generate(begun, **settings)
         return [{"input_ids": text[None]} for text in texts]
-
-
-class _MomentCollector:
-    """A collector of second moments; layers that read the same tensor share them."""
-
-    def __init__(self) -> None:
-        self.moments: dict[str, Tensor] = {}
-        self.latest: tuple[Tensor, Tensor] | None = None
-
-    def watch(self, path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return layer.register_forward_pre_hook(lambda _, given: self._add(path, given[0]))
-
-    def _add(self, path: str, x: Tensor) -> None:
-        if self.latest is None or self.latest[0] is not x:
-            rows = x.flatten(0, -2).float()
-            known = self.moments.get(path)
-            found = torch.zeros(rows.shape[1], rows.shape[1]) if known is None else known
-            self.latest = (x, found.addmm_(rows.t(), rows))
-        self.moments[path] = self.latest[1]

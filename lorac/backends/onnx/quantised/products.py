@@ -15,7 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
-from lorac.backends.onnx.passes import OnnxPass, shared_constant
+from lorac.backends.onnx.passes import OnnxPass, number_constant, shared_constant
 from lorac.backends.onnx.quantised.algorithms import RTN, encode
 from lorac.backends.onnx.quantised.calibration import Calibration
 from lorac.backends.onnx.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
@@ -267,7 +267,7 @@ def _replace(
     zeros = None if encoded.zeros is None else shared_constant(graph, names["zeros"], encoded.zeros)
     looked_up = stored
     if tables and not alone:  # lookups read a product's bytes in another shape; they are stored once
-        shape = shared_constant(graph, f"shape_{len(packed)}_-1", np.array([len(packed), -1], np.int64))
+        shape = number_constant(graph, [len(packed), -1])
         reshape = ir.Node("", "Reshape", [stored, shape], name=f"{stored.name}_rows")
         reshape.outputs[0].name = f"{stored.name}_rows"
         graph.insert_before(graph[0], reshape)
@@ -316,7 +316,7 @@ def _make_lookup(
     found = ir.node("GatherBlockQuantized", inputs, settings, domain=_DOMAIN, name=node.name)
     yield found
     if encoded.columns % codec.block:
-        bounds = [shared_constant(model.graph, f"bound_{n}", np.array([n], np.int64)) for n in (0, encoded.columns, -1)]
+        bounds = [number_constant(model.graph, [n]) for n in (0, encoded.columns, -1)]
         yield ir.Node("", "Slice", [found.outputs[0], *bounds])
 
 
