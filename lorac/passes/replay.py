@@ -79,19 +79,17 @@ class Replay:
     def _operands(self, node: fx.Node, isolated: IsolatedPass) -> Sequence[fx.Node]:
         if node.target is not ops.adapted:
             return node.all_input_nodes
-        call, index = AdaptedCall.of(node), self._find_branch(node, isolated)
-        if index is None:
+        call, (_, slot) = AdaptedCall.of(node), self._find_branch(node, isolated)
+        if slot is None:
             return call.tensors
-        read = self.read(_values_of_pass(self._slot(node, index)), node)
+        read = self.read(_values_of_pass(slot), node)
         return [*call.tensors, *(value for name, value in read.items() if parse_value_name(name)[0] in {OUTPUT, IN})]
 
-    def _find_branch(self, node: fx.Node, isolated: IsolatedPass) -> int | None:
-        """Return the index of the adapted op's branch that acts in a pass; None if no branch does."""
-        plan = self.graph.plan_of(ops.site_of(node))
-        return find_branch(plan.branches, isolated.owner) if isolated.owner else None
-
-    def _slot(self, node: fx.Node, index: int) -> BranchSlot:
-        return self.graph.plan_of(ops.site_of(node)).branches[index]
+    def _find_branch(self, node: fx.Node, isolated: IsolatedPass) -> tuple[int, BranchSlot | None]:
+        """Return the adapted op's branch that acts in a pass, with its index; None if no branch does."""
+        branches = self.graph.plan_of(ops.site_of(node)).branches
+        index = find_branch(branches, isolated.owner) if isolated.owner else None
+        return (0, None) if index is None else (index, branches[index])
 
     def _copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node], isolated: IsolatedPass) -> fx.Node:
         """Copy a node, with the copies of its operands; an adapted op becomes its form in the pass."""
@@ -106,10 +104,9 @@ class Replay:
             call = AdaptedCall.of(node)
             plain = self.graph.fx.call_function(call.op, fx.map_arg(call.unadapted, lambda n: copies.get(n, n)))
         plain.meta = {**node.meta}
-        index = self._find_branch(node, isolated)
-        if index is None:
+        index, slot = self._find_branch(node, isolated)
+        if slot is None:
             return plain
-        slot = self._slot(node, index)
         read = self.read(_values_of_pass(slot), node)
         _, *names = branch_roles(index, len(slot.params))
         operands = [call.x, *(call.operands[name] for name in names), *read.values()]

@@ -124,10 +124,7 @@ class ConformanceHost:
         variant.check(site)
         reads = variant.reads(site) if isinstance(variant, BranchVariant) else ()
         if self.read and not reads:
-            raise SiteError(
-                f"'{self.name}' is only for methods that read values",
-                next_step="test it on other hosts",
-            )
+            raise SiteError(f"'{self.name}' is only for methods that read values", next_step="test it on other hosts")
         if isinstance(variant, BranchVariant) and reads:
             variant.params(site)
             self._view.readable_values.check(reads, owns=variant.has_once)

@@ -52,7 +52,12 @@ def read_program(files: Mapping[str, OpenFile], described: Sequence[JsonMapping]
     model, weights = read_model_files(files, MAIN_GRAPH)
     known = {str(slot["name"]): slot for slot in described}
     _check_inputs(model, known)
-    neutral = files[NEUTRAL_FILE].read() if NEUTRAL_FILE in files else _take_defaults(model, weights, known)
+    defaults = {}  # browsers do not support them
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in known]:
+        value = weights[tensor.name] if tensor.name in weights else onnx.numpy_helper.to_array(tensor)
+        defaults[tensor.name] = np.ascontiguousarray(value)
+        model.graph.initializer.remove(tensor)
+    neutral = files[NEUTRAL_FILE].read() if NEUTRAL_FILE in files else save(defaults)
     for node in walk_nodes(model.graph):
         if node.op_type == "GroupQueryAttention":
             del node.input[_OPERANDS:]
@@ -92,16 +97,6 @@ def _check_inputs(model: onnx.ModelProto, slots: Mapping[str, object]) -> None:
                 f"'{name}' is {TensorProto.DataType.Name(dtype).lower()}, which browsers do not compute in",
                 next_step="compile the model with dtype='float32'",
             )
-
-
-def _take_defaults(model: onnx.ModelProto, weights: Mapping[str, np.ndarray], slots: Mapping[str, object]) -> bytes:
-    """Remove the slots' default values from a graph, since browsers do not support them; return them as safetensors."""
-    values = {}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in slots]:
-        value = weights[tensor.name] if tensor.name in weights else onnx.numpy_helper.to_array(tensor)
-        values[tensor.name] = np.ascontiguousarray(value)
-        model.graph.initializer.remove(tensor)
-    return save(values)
 
 
 def _place_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> dict[str, list[bytes | memoryview]]:

@@ -52,36 +52,6 @@ _MAX_CALLS = 256
 """Number of calls that are remembered, more than any training step recomputes."""
 
 
-@final
-class SeedHistory:
-    """The seeds of the random numbers that branches draw in an engine's training calls.
-
-    A call draws one seed from torch's generator before the model runs. So ``torch.manual_seed`` makes a call
-    reproducible, and a training checkpoint with torch's random state resumes it. If ``torch.utils.checkpoint``
-    recomputes a whole call, it restores that state; if it recomputes a layer, the call and its seed are known.
-    """
-
-    def __init__(self) -> None:
-        self._seeds: deque[int] = deque(maxlen=_MAX_CALLS)
-
-    def draw(self) -> int:
-        """Draw a seed for a call from torch's CPU generator.
-
-        Raises:
-            Unavailable: a backward pass recomputes a call, and no earlier call drew this seed.
-        """
-        seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
-        if is_in_backward() and seed not in self._seeds:
-            raise Unavailable(
-                "a checkpoint recomputes a call that draws random numbers, and torch's random state is not that of an "
-                "earlier call",
-                next_step="have torch.utils.checkpoint preserve the random state, which is its default, or checkpoint "
-                "the model's layers instead of the whole model",
-            )
-        self._seeds.append(seed)
-        return seed
-
-
 def is_in_backward() -> bool:
     """Return whether a backward pass is running, in which only checkpoints call the model."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -103,7 +73,7 @@ class BranchRunner:
 
     def __init__(self, module: nn.Module, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]) -> None:
         self.module, self.plans, self.sites = module, plans, sites
-        self._seeds = SeedHistory()
+        self._seeds: deque[int] = deque(maxlen=_MAX_CALLS)
 
     def live_terms(self, path: str, call: ForwardCall) -> Sequence[LiveTerm] | None:
         """Return the terms from the adapters' tensors if the call computes them; else None."""
@@ -240,10 +210,31 @@ class BranchRunner:
 
     def draw_seed(self, call: ForwardCall) -> None:
         """Draw a training call's seed before the model runs, whose layers also draw from torch's generator."""
-        call.seed = self._seeds.draw() if self.module.training else None
+        call.seed = self._draw() if self.module.training else None
+
+    def _draw(self) -> int:
+        """Draw the seed of a call's random numbers from torch's CPU generator.
+
+        So ``torch.manual_seed`` makes a call reproducible, and a training checkpoint with torch's random state resumes
+        it. If ``torch.utils.checkpoint`` recomputes a whole call, it restores that state; if it recomputes a layer, the
+        call and its seed are known.
+
+        Raises:
+            Unavailable: a backward pass recomputes a call, and no earlier call drew this seed.
+        """
+        seed = int(torch.randint(_MAX_SEED, (), dtype=torch.int64, device="cpu"))
+        if is_in_backward() and seed not in self._seeds:
+            raise Unavailable(
+                "a checkpoint recomputes a call that draws random numbers, and torch's random state is not that of an "
+                "earlier call",
+                next_step="have torch.utils.checkpoint preserve the random state, which is its default, or checkpoint "
+                "the model's layers instead of the whole model",
+            )
+        self._seeds.append(seed)
+        return seed
 
     def _seed(self, call: ForwardCall) -> int:
         """Return the seed that all sites of a call share; draw it now if the call has none yet."""
         if call.seed is None:
-            call.seed = self._seeds.draw()
+            call.seed = self._draw()
         return call.seed

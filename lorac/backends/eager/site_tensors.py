@@ -157,12 +157,7 @@ def allocate_buffer(owner: nn.Module, plan: SitePlan, base: BaseReader) -> Fused
         if not adds_bias(owner, site):
             owner._parameters[_bias_name(site)] = bias
     return FusedBuffer(
-        site,
-        weight,
-        site.present,
-        lambda: base.weight(site),
-        None if bias is None else bias.detach(),
-        base.bias(site),
+        site, weight, site.present, lambda: base.weight(site), None if bias is None else bias.detach(), base.bias(site)
     )
 
 

@@ -169,12 +169,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         base = self.base_reader(files) or request.base
         engine = self.engine(
             LoadedProgram(
-                graphs=graphs,
-                plans=request.plans,
-                base=base,
-                mode=request.mode,
-                files=files,
-                options=request.options,
+                graphs=graphs, plans=request.plans, base=base, mode=request.mode, files=files, options=request.options
             )
         )
         engine.skipped = emitted.skipped

@@ -148,7 +148,12 @@ def _insert_where(graph: ir.Graph, end: _BranchEnd) -> ir.Node:
 def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value]) -> ir.Node:
     """Move a branch into an ``If``, with the extra outputs that only it computes; return the ``If``."""
     strength, add, passed = end.strength, end.node, end.passed
-    updated = _find_cache_updates(graph, add, passed)
+    # The cache outputs that the branch writes -> the cache inputs that they extend.
+    pasts = {present_name(str(value.name)): value for value in graph.inputs if is_past_input(str(value.name))}
+    presents = [value for value in graph.outputs if value.name in pasts]
+    reads = [value for value in add.inputs if value is not None and presents]
+    branch = {node for value in reads for node in list_ancestors(value)}.difference(list_ancestors(passed))
+    updated = {value: pasts[str(value.name)] for value in presents if value.producer() in branch}
     cone = _branch_nodes(add, passed, [*emitted, *updated])
     old, extra = add.outputs[0], [value for value in (*emitted, *updated) if value.producer() in cone]
     taken = [node for node in graph if node in cone]
@@ -176,18 +181,6 @@ def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value])
     ]
     fill_branches(gate, f"{old.name}", [old, *extra], taken, idle)
     return gate
-
-
-def _find_cache_updates(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict[ir.Value, ir.Value]:
-    """Return each cache output that a branch writes -> the cache input that it extends."""
-    pasts = {present_name(str(value.name)): value for value in graph.inputs if is_past_input(str(value.name))}
-    presents = [value for value in graph.outputs if value.name in pasts]
-    if not presents:
-        return {}
-    branch = {node for value in add.inputs if value is not None for node in list_ancestors(value)} - set(
-        list_ancestors(passed)
-    )
-    return {value: pasts[str(value.name)] for value in presents if value.producer() in branch}
 
 
 def _identity_nodes(value: ir.Value, like: ir.Value) -> list[ir.Node]:

@@ -101,8 +101,7 @@ class _Packer:
             dims = dims_of(node.inputs[0])
             if constant and (not dims or any(str(self.layouts.length) in str(dim).split("*") for dim in dims)):
                 yield Skip(
-                    module_around(node),
-                    "its operand is not known to be token by token, so padding is multiplied too",
+                    module_around(node), "its operand is not known to be token by token, so padding is multiplied too"
                 )
         for place, value in enumerate(self.graph.outputs):
             if value in self.computed:

@@ -100,10 +100,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         files, program = emitted.open_files(), emitted.program
         graphs = {
             name: GraphPlan(
-                file=files[graph_file(name, PLAN_FILE)],
-                interface=graph.interface,
-                slots=graph.slots,
-                facts=facts[name],
+                file=files[graph_file(name, PLAN_FILE)], interface=graph.interface, slots=graph.slots, facts=facts[name]
             )
             for name, graph in program.graphs.items()
         }

@@ -46,10 +46,7 @@ SizeRanges = Mapping[str, tuple[SizeRange, ...]]
 
 
 def compute_ranges(
-    graph: Graph,
-    profiles: Mapping[str, ProfileShapes],
-    snapshot: ComposedWeights,
-    slots: Mapping[str, SlotInput],
+    graph: Graph, profiles: Mapping[str, ProfileShapes], snapshot: ComposedWeights, slots: Mapping[str, SlotInput]
 ) -> dict[str, tuple[SizeRange, ...]]:
     """Return the sizes of every input for which a graph's plan is built.
 

@@ -62,8 +62,7 @@ class WeightRefitter:
     ) -> None:
         if not engine.refittable:
             raise Unavailable(
-                "no weight of the plan can be replaced, since the plan was not built for that",
-                next_step=_INSTEAD,
+                "no weight of the plan can be replaced, since the plan was not built for that", next_step=_INSTEAD
             )
         self.memory, self._library = memory, library
         if refitter is None:

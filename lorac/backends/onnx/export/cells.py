@@ -3,6 +3,7 @@
 The equations are those of the documentation of ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell``.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -29,20 +30,23 @@ def gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None
     return (h - n) * (xz + hz).sigmoid() + n
 
 
-def rnn_tanh_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
+def rnn_cell(
+    activation: Callable[[Tensor], Tensor],
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Bias = None,
+    b_hh: Bias = None,
+) -> Tensor:
     """Return h (batch, hidden)."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
-
-
-def rnn_relu_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Bias = None, b_hh: Bias = None) -> Tensor:
-    """Return h (batch, hidden)."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
+    return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
 
 
 CELLS: Mapping[object, Callable[..., object]] = {
     torch.ops.aten.lstm_cell.default: lstm_cell,
     torch.ops.aten.gru_cell.default: gru_cell,
-    torch.ops.aten.rnn_tanh_cell.default: rnn_tanh_cell,
-    torch.ops.aten.rnn_relu_cell.default: rnn_relu_cell,
+    torch.ops.aten.rnn_tanh_cell.default: functools.partial(rnn_cell, torch.tanh),
+    torch.ops.aten.rnn_relu_cell.default: functools.partial(rnn_cell, torch.relu),
 }
 """Op -> its cell."""

@@ -102,8 +102,7 @@ class QuantisationOptions(TargetOptions):
         """Raise ``OptionError`` if an option's value is not among the known numbers."""
         if getattr(self, name) not in known:
             raise OptionError(
-                f"{name} cannot be {short(getattr(self, name))}",
-                next_step=f"it is one of {', '.join(map(str, known))}",
+                f"{name} cannot be {short(getattr(self, name))}", next_step=f"it is one of {', '.join(map(str, known))}"
             )
 
     def check_quantisation(self) -> None:
