@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import ChoiceError, SiteError
+from lorac.errors import ChoiceError, SiteError, missing_site_error
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.patterns import is_named
 from lorac.variants.adapter import Adapter
@@ -127,10 +127,9 @@ def at_text_encoder(
     view = ModelView.of(text_encoder)
     paths = [path for path in view.callable_paths if is_named(targets, path)]
     if len(paths) != 1:
-        raise SiteError(
+        raise missing_site_error(
             f"targets={targets!r} names {len(paths)} modules of {type(text_encoder).__name__}, not only its last norm",
             next_step="give targets= the path of one norm",
-            code="site_not_found",
         )
     config = getattr(text_encoder, "config", None)
     length = getattr(config, "max_position_embeddings", None) or (None if rows is None else len(rows))

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorac.adapters.rank_reduction import reduce_rank
 from lorac.argument_types import Bounds, Count, Positive, check_fields
 from lorac.diffusion._steps import take_steps
-from lorac.errors import AdapterError, ChoiceError
+from lorac.errors import ChoiceError, shape_error
 from lorac.session.compiled import CompiledModule
 from lorac.variants.adapter import Adapter
 from lorac.variants.autolora import AutoLoRA
@@ -92,10 +92,9 @@ def write_loras(adapter: Adapter, loras: Sequence[Adapter]) -> None:
     extra = next((path for path in given.tensors if path not in adapter.tensors), None)
     if extra is not None or given.variant.r > variant.r or len(loras) != variant.experts:
         reason = f"one adapts '{extra}'" if extra is not None else f"these are {len(loras)} of rank {given.variant.r}"
-        raise AdapterError(
+        raise shape_error(
             f"'{adapter.name}' fuses {variant.experts} LoRAs of rank {variant.r} on its own sites, and {reason}",
             next_step="make another one with lorac.AutoLoRA.from_loras",
-            code="shape_mismatch",
         )
     for path, own in adapter.tensors.items():
         for key in ("lora_A", "lora_B"):

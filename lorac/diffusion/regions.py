@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorac.adapters.factors import iter_changes
 from lorac.diffusion.attention import RegionAttention, attention_path
-from lorac.errors import AdapterError, InputMismatch
+from lorac.errors import InputMismatch, shape_error
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_weight
 from lorac.session.compiled import Compiled
@@ -109,9 +109,8 @@ def _factors(change: Change, r: int, path: str) -> dict[str, Tensor]:
     folded = change.folded() if isinstance(change, LowRank) else None
     if folded is None or folded.scales or folded.e is not None or folded.rank > r:
         what = "more than two factors" if folded is None or folded.rank <= r else f"rank {folded.rank}"
-        raise AdapterError(
+        raise shape_error(
             f"the concept's change of '{path}' has {what}, and the program takes factors of rank {r}",
             next_step=f"make the program with a larger r=, or convert the concept: lorac.to_lora(..., rank={r})",
-            code="shape_mismatch",
         )
     return {"out_A": folded.a.mT, "out_B": folded.b.mT}

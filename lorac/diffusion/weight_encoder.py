@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorac.adapters.factors import factors
-from lorac.errors import AdapterError, OptionError, SiteError, nearest_name
+from lorac.errors import AdapterError, OptionError, missing_site_error, nearest_name
 from lorac.frontend.model_view import Model
 from lorac.ir.algebra.changes import LowRank
 from lorac.variants.adapter import Adapter
@@ -86,12 +86,11 @@ class WeightEncoder(nn.Module):
     def _check(self, name: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         for path, (a, b) in pairs.items():
             if self.sizes.get(path) != (len(a), b.shape[-1]):
-                raise SiteError(
+                raise missing_site_error(
                     f"this encoder was not made for '{path}' ({len(a)} inputs, {b.shape[-1]} outputs), which '{name}' "
                     "changes",
                     nearest=nearest_name(path, self.sizes),
                     next_step="train a retriever on adapters of this model",
-                    code="site_not_found",
                 )
 
 

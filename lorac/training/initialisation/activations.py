@@ -38,7 +38,6 @@ def visit_inputs(
             raise SiteError(
                 f"'{site.path}' is a {site.kind}; initialising from activations needs linear layers that are called",
                 next_step="narrow targets=, or add the module to exclude=",
-                code="site_unsupported",
             )
     reached: set[str] = set()
     counted: Tensor | None = None

@@ -70,7 +70,6 @@ def sum_gradients(
             raise SiteError(
                 f"the weight of '{site.path}' is not a parameter, so it has no gradient",
                 next_step="narrow targets=, or add the module to exclude=",
-                code="site_unsupported",
             )
         owners.setdefault(site.weight, []).append(path)
     sums: dict[str, Tensor] = {}

@@ -77,7 +77,6 @@ class Initialiser(ABC):
                 raise SiteError(
                     f"the weight of '{site.path}' is held as {site.packed}, which {type(self).__name__} cannot read",
                     next_step="initialise over the model in float, and train over the quantised one",
-                    code="site_unsupported",
                 )
             most = min(site.out_features, site.in_features) // self.vectors
             if variant.r > most:
@@ -86,7 +85,6 @@ class Initialiser(ABC):
                     f"({site.in_features} -> {site.out_features})",
                     nearest=f"r={most}",
                     next_step="give a smaller r, or add the module to exclude=",
-                    code="site_unsupported",
                 )
         listed = iter(batches if self.reads and batches is not None else ())
         first = list(islice(listed, 1))

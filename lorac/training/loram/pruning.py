@@ -108,7 +108,6 @@ def prune(
         raise SiteError(
             f"'{quantised[0]}' is quantised ({sites[quantised[0]].packed}), and rows of its weight cannot be removed",
             next_step="prune the model before it is quantised",
-            code="site_unsupported",
         )
     scores = _score_weights(
         model, [path for group in groups for path in (*group.rows, *group.columns)], by, batches, loss, seed
@@ -147,9 +146,7 @@ def mask(
     small, masks = copy.deepcopy(model), {}
     for site in select_sites(view.sites, targets, heads=view.output_layers):
         if site.kind is not SiteKind.LINEAR or site.weight is None:
-            raise SiteError(
-                f"'{site.path}' is not a linear layer", next_step="narrow targets=", code="site_unsupported"
-            )
+            raise SiteError(f"'{site.path}' is not a linear layer", next_step="narrow targets=")
         weight = view.base.weight(site)
         zeros, block = (int(weight.numel() * share), weight.numel()) if pattern is None else pattern
         if not 0 <= zeros <= block or weight.numel() % block or (pattern and weight.shape[1] % block):

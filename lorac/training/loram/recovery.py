@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.fit import check_adapter
-from lorac.errors import AdapterError, AdapterNotFound, not_one_of
+from lorac.errors import AdapterError, AdapterNotFound, not_one_of, shape_error
 from lorac.frontend.model_view import ModelView
 from lorac.training.initialisation.gradients import Loss, compute_loss
 from lorac.training.loram.pruning import PrunedModel
@@ -51,21 +51,19 @@ def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Modul
     for path, own in adapter.tensors.items():
         one = kept.get(path)
         if one is not None and path in sites and one.shape != (sites[path].out_features, sites[path].in_features):
-            raise AdapterError(
+            raise shape_error(
                 f"'{path}' was pruned from a weight of {list(one.shape)}, and the model's is "
                 f"[{sites[path].out_features}, {sites[path].in_features}]",
                 next_step="give the large model that the smaller one was pruned from",
-                code="shape_mismatch",
             )
         tensors[path] = dict(own)
         if one is None:
             continue
         a, b = own["lora_A"].detach(), own["lora_B"].detach()
         if (held := (b.shape[0], a.shape[1])) != one.small:
-            raise AdapterError(
+            raise shape_error(
                 f"'{adapter.name}' has {list(held)} at '{path}', and the smaller model {list(one.small)}",
                 next_step="give the adapter of that smaller model, or the kept= of the adapter's model",
-                code="shape_mismatch",
             )
         (out, columns), r = one.shape, len(a)
         wide = a.new_zeros(r, columns) if fill == "zeros" else torch.randn(r, columns, generator=generator).to(a) / r

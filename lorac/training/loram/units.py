@@ -62,7 +62,6 @@ def find_unit_groups(model: nn.Module) -> list[UnitGroup]:
             f"{type(model).__name__} has no attention of q_proj, k_proj, v_proj and o_proj, and no perceptron of "
             "gate_proj, up_proj and down_proj, whose heads and units could be pruned",
             next_step="set single weights to 0 instead, by `loram.mask`",
-            code="site_unsupported",
         )
     return found
 

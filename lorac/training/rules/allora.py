@@ -64,7 +64,6 @@ class ALLoRA(PairRule):
                     f"ALLoRA reads the input of a layer, and '{site.path}' has none, since '{site.within}' computes "
                     "with its weight itself",
                     next_step="narrow targets=, or add the module to exclude=",
-                    code="site_unsupported",
                 )
         self._gathered: dict[int, Tensor] = {}
         self._rates: dict[int, tuple[tuple[int, int], Tensor]] = {}
