@@ -118,7 +118,14 @@ class StoredProgram(nn.Module):
         super().__init__()
         graph, self.inputs = nodes_from_json(stored["nodes"])
         callers = {entry["input"]: entry for entry in stored["nodes"] if "shape" in entry}
-        self.examples = {name: _make_example(entry) for name, entry in callers.items()}
+        self.examples: dict[str, Tensor] = {}
+        for name, entry in callers.items():  # ones for integers, which are valid ids and masks, and noise for the rest
+            dtype, shape = _operand_from_json({"dtype": entry["dtype"]}, {}), entry["shape"]
+            claim_memory(math.prod(shape) * dtype.itemsize, "the example of an input")
+            if dtype.is_floating_point:
+                self.examples[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            else:
+                self.examples[name] = torch.ones(shape, dtype=dtype)
         self.dynamic = {name: tuple(entry["dynamic"]) for name, entry in callers.items()}
         self.program = fx.GraphModule(nn.Module(), graph)
         for name in dict.fromkeys(tensor for _, tensor in self.inputs if tensor is not None):
@@ -201,15 +208,6 @@ def check_sizes(graph: fx.Graph, most: int) -> None:
 
 def _product(sizes: Iterable[object]) -> int:
     return math.prod(max(abs(size), 1) for size in sizes if type(size) is int)
-
-
-def _make_example(entry: JsonObject) -> Tensor:
-    """Make an example of an input: ones for integers, which are valid ids and masks, and noise for the rest."""
-    dtype = _operand_from_json({"dtype": entry["dtype"]}, {})
-    claim_memory(math.prod(entry["shape"]) * dtype.itemsize, "the example of an input")
-    if not dtype.is_floating_point:
-        return torch.ones(entry["shape"], dtype=dtype)
-    return torch.randn(entry["shape"], generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _operand_to_json(value: object) -> Json:

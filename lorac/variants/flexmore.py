@@ -324,18 +324,13 @@ def _identify_layers(module: nn.Module, linears: Mapping[str, nn.Linear]) -> _Ga
         if first.weight.shape != second.weight.shape or first.weight.shape != last.weight.shape[::-1]:
             continue
         z = torch.randn(_ROWS, first.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(_SEED))
-        found = _identify_activation(copied, z.to(first.weight.device), gate, up, down)
-        if found is not None and last.bias is None:
+        z = z.to(first.weight.device)
+        try:
+            answer = copied(z)
+        except Exception:  # a module that needs more than one tensor is not an MLP, whatever it raises
+            continue
+        one, two, three = (copied.get_submodule(name) for name in (gate, up, down))
+        matching = (n for n, act in ACTIVATIONS.items() if torch.allclose(three(act(one(z)) * two(z)), answer))
+        if (found := next(matching, None)) is not None and last.bias is None:
             return _GatedLayers(gate, up, down, found, first.out_features)
     return None
-
-
-@torch.no_grad()
-def _identify_activation(module: nn.Module, z: Tensor, gate: str, up: str, down: str) -> str | None:
-    try:
-        answer = module(z)
-    except Exception:  # a module that needs more than one tensor is not an MLP, whatever it raises
-        return None
-    first, second, last = (module.get_submodule(name) for name in (gate, up, down))
-    matching = (n for n, act in ACTIVATIONS.items() if torch.allclose(last(act(first(z)) * second(z)), answer))
-    return next(matching, None)

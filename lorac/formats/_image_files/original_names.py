@@ -57,7 +57,7 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 _EMBEDDERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 # Class of the model -> the authors' name of a layer -> the paths of the layers that diffusers splits its rows into.
 # "#" stands for the number of a block, which is the same in both.
-_TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "FluxTransformer2DModel": {
         "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{part}" for part in "qkv"),
         "double_blocks.#.txt_attn.qkv": tuple(f"transformer_blocks.#.attn.add_{part}_proj" for part in "qkv"),
@@ -108,8 +108,8 @@ _TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # Names in XLabs' files for Flux, which name a LoRA instead of its layer.
 _XLABS: Mapping[str, tuple[str, ...]] = {
-    "double_blocks.#.qkv_lora1": _TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.img_attn.qkv"],
-    "double_blocks.#.qkv_lora2": _TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.txt_attn.qkv"],
+    "double_blocks.#.qkv_lora1": TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.img_attn.qkv"],
+    "double_blocks.#.qkv_lora2": TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.txt_attn.qkv"],
     "double_blocks.#.proj_lora1": ("transformer_blocks.#.attn.to_out.0",),
     "double_blocks.#.proj_lora2": ("transformer_blocks.#.attn.to_add_out",),
     "single_blocks.#.qkv_lora": tuple(f"single_transformer_blocks.#.attn.to_{part}" for part in "qkv"),
@@ -124,19 +124,13 @@ def find_original_names(model: nn.Module) -> dict[str, Place]:
     modules = dict(model.named_modules())
     if "UNet2DConditionModel" in {cls.__name__ for cls in type(model).__mro__}:
         return dict(_list_unet_names(modules))
-    return _list_template_names(_TEMPLATES.get(type(model).__name__, {}), modules)
+    return _list_template_names(TEMPLATES.get(type(model).__name__, {}), modules)
 
 
 def find_other_names(model: nn.Module) -> dict[str, Place]:
     """Return further names that lorac reads from files but never writes (those of XLabs) -> their places."""
     is_flux = type(model).__name__ == "FluxTransformer2DModel"
     return _list_template_names(_XLABS, dict(model.named_modules())) if is_flux else {}
-
-
-def prefers_original_names(model: nn.Module) -> bool:
-    """Return whether sd-scripts writes original names for a model: it does for SDXL, Flux and SD3."""
-    config = getattr(model, "config", {})
-    return type(model).__name__ in _TEMPLATES or getattr(config, "addition_embed_type", None) == "text_time"
 
 
 def _list_template_names(

@@ -9,10 +9,10 @@ from torch import nn
 
 from lorac.errors import FormatError, missing_site_error, nearest_name
 from lorac.formats._image_files.original_names import (
+    TEMPLATES,
     Place,
     find_original_names,
     find_other_names,
-    prefers_original_names,
 )
 from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName
 from lorac.frontend.components import MAIN_GRAPH
@@ -49,8 +49,9 @@ class PipelineModel:
 
     @functools.cached_property
     def uses_original_names(self) -> bool:
-        """Whether sd-scripts writes the names of the authors' code."""
-        return prefers_original_names(self.model)
+        """Whether sd-scripts writes the names of the authors' code: it does for SDXL, Flux and SD3."""
+        config = getattr(self.model, "config", {})
+        return type(self.model).__name__ in TEMPLATES or getattr(config, "addition_embed_type", None) == "text_time"
 
     @functools.cached_property
     def _modules(self) -> frozenset[str]:

@@ -175,7 +175,10 @@ class AltLoRA(PairRule):
         gram = Gram.of(other.mT, self.reg)
         scale = 1 if self.released else side.pair.scale
         projected = gram.inverse @ side.oriented(side.gradient) / scale**2
-        state = side.prepare_state(projected, other, self.plus)
+        state = side.state
+        if not state:  # it begins without momentum
+            state.update(step=0, mean=torch.zeros_like(projected), old=other.clone())
+            state |= {"square": torch.zeros_like(projected)} if self.plus else {}
         beta1, beta2 = self.betas
         state["step"] += 1
         carried = gram.inverse @ (other.mT @ (state["old"] @ state["mean"]))
@@ -188,7 +191,7 @@ class AltLoRA(PairRule):
             state["square"].mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
             debias = 1 - beta2 ** state["step"] if self.correct_bias and not self.released else 1
             direction = direction / ((state["square"] / debias).sqrt() + _EPS)
-        direction = side.oriented_back(direction)
+        direction = direction.mT.contiguous() if side.is_b else direction
         if self.released:  # its decay acts on the updated factor
             direction = direction * (1 - group["lr"] * group["weight_decay"])
         side.own.grad = direction.to(side.own.dtype)
@@ -222,15 +225,3 @@ class _FactorSide:
         """Return a tensor of the factor's shape, transposed for B, in float32 at least."""
         wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
         return wide.mT if self.is_b else wide
-
-    def oriented_back(self, tensor: Tensor) -> Tensor:
-        """Undo ``oriented``."""
-        return tensor.mT.contiguous() if self.is_b else tensor
-
-    def prepare_state(self, like: Tensor, other: Tensor, plus: bool) -> State:
-        """Return the state, created without momentum on first use."""
-        if not self.state:
-            self.state = {"step": 0, "mean": torch.zeros_like(like), "old": other.clone()}
-            if plus:
-                self.state["square"] = torch.zeros_like(like)
-        return self.state
