@@ -16,6 +16,11 @@ IGNORED = -100
 """The label of positions that transformers' models leave out of the loss."""
 
 
+def batches_error(what: str, *, next_step: str = "give at least one batch") -> AdapterError:
+    """Return the error for an operation that needs batches of data, with a loss or enough of them."""
+    return AdapterError(what, next_step=next_step, code="batches_needed")
+
+
 @torch.no_grad()
 def visit_inputs(
     model: nn.Module, sites: Mapping[str, Site], batches: Iterable[object], visit: Visit, *, labelled: bool

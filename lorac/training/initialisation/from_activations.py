@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.adapters.residual_base import FactorPair, balance_factors
-from lorac.errors import AdapterError, OptionError, not_one_of
+from lorac.errors import OptionError, not_one_of
 from lorac.ir.sites.site import Site, factor_dtype
-from lorac.training.initialisation.activations import visit_inputs
+from lorac.training.initialisation.activations import batches_error, visit_inputs
 from lorac.training.initialisation.initialiser import Batches, InitialisationSite, Initialiser, PairInitialiser
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -73,9 +73,7 @@ class CorDA(PairInitialiser):
             if not failed and torch.dist(damped @ inverse, identity) < _INEXACT:
                 break
             if damp > 1e6:
-                raise AdapterError(
-                    "the inputs of a layer are all 0", next_step="give other batches", code="batches_needed"
-                )
+                raise batches_error("the inputs of a layer are all 0", next_step="give other batches")
             damp *= 2
         u, s, vh = torch.linalg.svd(place.weight @ damped, full_matrices=False)
         part = slice(None, place.variant.r) if self.mode == "ipm" else slice(-place.variant.r, None)
@@ -152,10 +150,9 @@ class _InputMoments:
             AdapterError: there are fewer rows than ``least``.
         """
         if self.count < least:
-            raise AdapterError(
+            raise batches_error(
                 f"{self.count} positions reach '{path}', fewer than its {least} principal components",
                 next_step="give more batches, or a smaller r",
-                code="batches_needed",
             )
         centred = self.second - torch.outer(self.first, self.first) / self.count
         values, vectors = torch.linalg.eigh(centred)

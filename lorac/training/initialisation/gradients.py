@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites.site import Site, factor_dtype
-from lorac.training.initialisation.activations import borrow_model, call_model
+from lorac.training.initialisation.activations import batches_error, borrow_model, call_model
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the loss, a scalar."""
@@ -39,10 +39,9 @@ def compute_loss(model: nn.Module, batch: object) -> Tensor:
     answer = call_model(model, batch)
     loss = answer.get("loss") if isinstance(answer, Mapping) else getattr(answer, "loss", None)
     if not isinstance(loss, Tensor):
-        raise AdapterError(
+        raise batches_error(
             f"the model's output for a batch, {type(answer).__name__}, has no loss",
             next_step="give batches with labels, or a loss: loss=lambda model, batch: …, a scalar",
-            code="batches_needed",
         )
     return loss
 
@@ -82,9 +81,7 @@ def sum_gradients(
                 found.backward()
             count += 1
     if not count:
-        raise AdapterError(
-            "there are no batches to take gradients of", next_step="give at least one batch", code="batches_needed"
-        )
+        raise batches_error("there are no batches to take gradients of")
     for name, (path, *_) in owners.items():
         if name not in sums:
             raise SiteError(

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import make_fresh_adapter
 from lorac.adapters.residual_base import FactorPair, subtract_factors
-from lorac.errors import AdapterError, AdapterNotFound, SiteError
+from lorac.errors import AdapterNotFound, SiteError
 from lorac.frontend.base_weights import make_base_reader
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites.site import Site, factor_dtype
+from lorac.training.initialisation.activations import batches_error
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
@@ -89,10 +90,9 @@ class Initialiser(ABC):
         listed = iter(batches if self.reads and batches is not None else ())
         first = list(islice(listed, 1))
         if self.reads and not first:
-            raise AdapterError(
+            raise batches_error(
                 f"{type(self).__name__} reads {self.reads}, and there are no batches",
                 next_step="pass batches=, a list with the arguments of one call each",
-                code="batches_needed",
             )
         return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, chain(first, listed))
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lorac.adapters.fit import check_adapter
-from lorac.errors import AdapterError, AdapterNotFound, not_one_of, shape_error
+from lorac.errors import AdapterNotFound, not_one_of, shape_error
 from lorac.frontend.model_view import ModelView
+from lorac.training.initialisation.activations import batches_error
 from lorac.training.initialisation.gradients import Loss, compute_loss
 from lorac.training.loram.pruning import PrunedModel
 from lorac.training.loram.pruning_record import PruningRecord
@@ -127,6 +128,4 @@ def align(
             each(step, float(found.detach()))
     model.train(mode)
     if step < 0:
-        raise AdapterError(
-            "there are no batches to align with", next_step="give at least one batch", code="batches_needed"
-        )
+        raise batches_error("there are no batches to align with")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorac.errors import AdapterError, Unavailable
-from lorac.training.initialisation.activations import IGNORED
+from lorac.errors import Unavailable
+from lorac.training.initialisation.activations import IGNORED, batches_error
 
 PromptAnswer = tuple[str, str]
 """A prompt, and the text that is to come after it."""
@@ -107,9 +107,7 @@ def make_training_batches(
         AdapterError: there are no pairs.
     """
     if not pairs:
-        raise AdapterError(
-            "there are no pairs to teach", next_step="give at least one prompt with its answer", code="batches_needed"
-        )
+        raise batches_error("there are no pairs to teach", next_step="give at least one prompt with its answer")
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(epochs):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.errors import AdapterError, Unavailable
+from lorac.errors import Unavailable
+from lorac.training.initialisation.activations import batches_error
 from lorac.training.transfer.generation import (
     PromptAnswer,
     compare_answers,
@@ -172,10 +173,9 @@ def synthesise_prompts(
         passed = [prompt for prompt, yes in zip(filled, accept(filled) if filled else (), strict=True) if yes]
         found += [prompt for prompt in dict.fromkeys(passed) if prompt not in found] if dedupe else passed
     if len(found) < count:
-        raise AdapterError(
+        raise batches_error(
             f"{len(found)} of {tried} generated prompts belong to the task, and {count} are needed",
             next_step="raise tries=, give the task more seeds, or train the discriminator longer",
-            code="batches_needed",
         )
     return SyntheticPrompts(tuple(found[:count]), tried)
 
