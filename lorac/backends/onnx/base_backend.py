@@ -239,7 +239,9 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
     ) -> OptionsT:
         """Return the options of an artifact; set the device if one is given."""
         options = self.options(**stored)
-        return options if device is None else dataclasses.replace(options, device=str(device))  # type: ignore[call-arg]  # of targets with devices
+        if device is None or hasattr(options, "device"):
+            return options if device is None else dataclasses.replace(options, device=str(device))  # type: ignore[call-arg]  # of targets with devices
+        return self.place_options(options, torch.device(device))
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None

@@ -213,6 +213,14 @@ def test_computes_in_float32_by_default():
     assert settings.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
 
+def test_loads_on_the_cpu_and_no_other_device(tmp_path):
+    program = compiled()
+    program.save(tmp_path / "program")
+    assert torch.equal(lorac.load(tmp_path / "program", device="cpu")(X), program(X))
+    with pytest.raises(lorac.OptionError, match="target 'openvino' does not run on device 'cuda'"):
+        lorac.load(tmp_path / "program", device="cuda")
+
+
 @needs_bf16
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_holds_slots_in_the_precision_of_products(mode, tmp_path):
