@@ -198,10 +198,6 @@ def matches_type(value: object, annotation: object) -> bool:
     """Return whether a value fits an annotation; an annotation that is not checkable fits everything."""
     if annotation is str:  # the fast path, for thousands of names in a description
         return isinstance(value, str)
-    return annotation is typing.Any or _matches_other(value, annotation)
-
-
-def _matches_other(value: object, annotation: object) -> bool:
     origin, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(matches_type(value, one) for one in inner)

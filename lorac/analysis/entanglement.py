@@ -84,20 +84,14 @@ def adapter_entanglement(adapter: Adapter, model: Model | None = None) -> dict[s
         b, a = require_parts(path, change, None if view is None else view.base.weight(view.sites[path]).double())
         delta = b if a is None else b @ a  # (out, in), or a stack of them
         matrices = {path: delta} if delta.ndim == 2 else {f"{path}[{i}]": one for i, one in enumerate(delta)}
-        found |= {name: _make_profile(one) for name, one in matrices.items()}
+        for name, one in matrices.items():
+            found[name] = None
+            if bool(one.any()):
+                values = torch.linalg.svdvals(one)
+                rank, (out_dims, in_dims) = find_rank(values, 0.0), map(prime_sites, one.shape)
+                spreads = internal_entropy(one), rank_bound(rank, out_dims, in_dims), values[:rank]
+                found[name] = EntanglementProfile(out_dims, in_dims, *(tuple(spread.tolist()) for spread in spreads))
     return found
-
-
-def _make_profile(delta: Tensor) -> EntanglementProfile | None:
-    if not bool(delta.any()):
-        return None
-    values = torch.linalg.svdvals(delta)
-    rank = find_rank(values, 0.0)
-    out_dims, in_dims = map(prime_sites, delta.shape)
-    entropies, bounds = internal_entropy(delta), rank_bound(rank, out_dims, in_dims)
-    return EntanglementProfile(
-        out_dims, in_dims, tuple(entropies.tolist()), tuple(bounds.tolist()), tuple(values[:rank].tolist())
-    )
 
 
 def draw_entanglement(profiles: Mapping[str, EntanglementProfile | None], path: Path) -> None:

@@ -195,11 +195,6 @@ def _factors_of(change: Change, weight: Tensor | None) -> tuple[Tensor, Tensor |
     return (change.delta, None) if isinstance(change, Delta) else None
 
 
-def _product_norm(b: Tensor, a: Tensor) -> float:
-    """Return ‖B·A‖ without the product."""
-    return float(torch.linalg.vector_norm(torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT))
-
-
 def _compare(
     path: str, one: Change | None, other: Change | None, weight: Tensor | None, rank: int | None
 ) -> SiteDifference:
@@ -255,14 +250,15 @@ def require_parts(path: str, change: Change, weight: Tensor | None) -> tuple[Ten
 
 
 def _norm(b: Tensor, a: Tensor | None) -> float:
-    return float(torch.linalg.vector_norm(b)) if a is None else _product_norm(b, a)
+    """Return ‖B·A‖ without the product, or ‖B‖."""
+    return float(torch.linalg.vector_norm(b if a is None else torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT))
 
 
 def _subtract(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]) -> tuple[float, float]:
     """Return ‖ΔW₁ − ΔW₂‖ and ⟨ΔW₁, ΔW₂⟩."""
     (b1, a1), (b2, a2) = first, second
     if a1 is not None and a2 is not None:
-        joined = _product_norm(torch.cat([b1, -b2], dim=-1), torch.cat([a1, a2], dim=-2))
+        joined = _norm(torch.cat([b1, -b2], dim=-1), torch.cat([a1, a2], dim=-2))
         return joined, float(((b1.mT @ b2) * (a1 @ a2.mT)).sum())
     whole = [b if a is None else b @ a for b, a in (first, second)]
     return float(torch.linalg.vector_norm(whole[0] - whole[1])), float((whole[0] * whole[1]).sum())

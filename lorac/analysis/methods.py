@@ -89,7 +89,30 @@ def describe_methods(
         reduce: reduces a term to its normal form.
         files: method -> formats that can store it.
     """
-    return tuple(_describe_method(variant, reduce, tuple(files.get(variant, ()))) for variant in known)
+    rows = []
+    for variant in known:
+        found = _find_example_site(variant)
+        specs: Mapping[str, ParamSpec] = found[0].params(found[1]) if found else {}
+        form, merges = _describe_form(*found, specs, reduce) if found else ("", issubclass(variant, WeightVariant))
+        trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
+        own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
+        formula = _FORMULA.search(inspect.getdoc(variant) or "")
+        kinds, convolutions = set[str](variant.kinds), set(CONVOLUTION_KINDS.values())
+        row = MethodRow(
+            name=variant.name,
+            title=variant.__name__,
+            formula=" ".join(formula.group(1).split()) if formula else "",
+            adapts=tuple(sorted({*(kinds - convolutions), "conv"} if convolutions <= kinds else kinds)),
+            form=form,
+            merges=merges,
+            shared=tuple(name for name, spec in specs.items() if spec.shared),
+            own=own,
+            common=common,
+            paper=variant.paper,
+            files=tuple(files.get(variant, ())),
+        )
+        rows.append(row)
+    return tuple(rows)
 
 
 def row_cells(row: MethodRow) -> tuple[str, ...]:
@@ -128,31 +151,6 @@ def render_markdown(rows: Sequence[MethodRow]) -> str:
         table.append(f"| {' | '.join((name, f'`lorac.{title}`', coded, *middle, linked, files))} |")
     roles = [f"- {role.name}: {role.meaning}" for role in ROLES.values() if role.optional]
     return _PAGE.format(width=WIDTH, roles="\n".join(roles), table="\n".join(table))
-
-
-def _describe_method(variant: type[Variant], reduce: Reduce, files: tuple[str, ...]) -> MethodRow:
-    found = _find_example_site(variant)
-    specs: Mapping[str, ParamSpec] = found[0].params(found[1]) if found else {}
-    form, merges = _describe_form(*found, specs, reduce) if found else ("", issubclass(variant, WeightVariant))
-    trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
-    own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
-    formula = _FORMULA.search(inspect.getdoc(variant) or "")
-    kinds, convolutions = set[str](variant.kinds), set(CONVOLUTION_KINDS.values())
-    if convolutions <= kinds:
-        kinds = {*(kinds - convolutions), "conv"}
-    return MethodRow(
-        name=variant.name,
-        title=variant.__name__,
-        formula=" ".join(formula.group(1).split()) if formula else "",
-        adapts=tuple(sorted(kinds)),
-        form=form,
-        merges=merges,
-        shared=tuple(name for name, spec in specs.items() if spec.shared),
-        own=own,
-        common=common,
-        paper=variant.paper,
-        files=files,
-    )
 
 
 def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:

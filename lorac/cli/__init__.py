@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -94,18 +94,11 @@ def main() -> None:
 def _print_warnings() -> Iterator[None]:
     """Print lorac's warnings like its errors, and drop those of installed libraries, which a user cannot change."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, *place: Any, **more: Any) -> None:
         if issubclass(category, LoracWarning):
             print(f"lorac.{category.__name__}: {message}", file=sys.stderr)
         elif SHOWS_ALL in sys.argv[1:] or not {"site-packages", "dist-packages"} & {*Path(filename).parts}:
-            original(message, category, filename, lineno, file, line)
+            original(message, category, filename, *place, **more)
 
     original = warnings.showwarning
     with warnings.catch_warnings():

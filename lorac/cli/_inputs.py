@@ -58,17 +58,14 @@ def to_arrays(outputs: object) -> dict[str, np.ndarray]:
     """Return a model's outputs as NumPy arrays, by name or else by number."""
     values = outputs if isinstance(outputs, tuple) else (outputs,)
     items = outputs.items() if isinstance(outputs, Mapping) else enumerate(values)
-    return {str(name): _to_numpy(value) for name, value in items if hasattr(value, "shape")}
-
-
-def _to_numpy(value: object) -> np.ndarray:
     import numpy as np
     import torch
 
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
-    return np.asarray(value)
+    from lorac.ir.calls.call import to_numpy
+
+    return {
+        str(n): to_numpy(v) if isinstance(v, torch.Tensor) else np.asarray(v) for n, v in items if hasattr(v, "shape")
+    }
 
 
 def format_inputs(inputs: Mapping[str, Array]) -> str:

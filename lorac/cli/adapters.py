@@ -78,13 +78,26 @@ def inspect(
 
     Sites whose paths differ only in numbers share a row, with the least and the greatest value of each measure.
     """
+    import lorac
+
     with progress("inspect") as report:
         report.step("reading")
         path = find_source(path, "the path", FormatError, "unreadable")
         if (path / MANIFEST).is_file():
             contents = describe_folder(path)
         else:
-            contents = _inspect_adapter(path, load_model(model) if model else None)
+            host, refusal = load_model(model) if model else None, None
+            try:
+                adapter = lorac.load_adapter(path, host)
+            except LoracError as error:
+                if host is None:
+                    raise
+                # Read the file without the model, to list everything in it that does not fit the model.
+                adapter, refusal = lorac.load_adapter(path), error
+            measures = lorac.inspect(adapter, host)
+            if refusal is not None and not measures.mismatches:
+                raise refusal
+            contents = describe_adapter_file(adapter, path, measures)
     print_report(contents, *format_contents(contents), as_json=json)
     if contents.get("mismatches"):
         raise typer.Exit(MISFIT)
@@ -113,22 +126,6 @@ def check(
     print_report(found, *(line for one in found for line in format_check(one)), as_json=json)
     if not all(one.fits and not one.objections for one in found):
         raise typer.Exit(MISFIT)
-
-
-def _inspect_adapter(path: Path, model: Model | None) -> dict[str, object]:
-    import lorac
-
-    try:
-        adapter, refusal = lorac.load_adapter(path, model), None
-    except LoracError as error:
-        if model is None:
-            raise
-        # Read the file without the model, to list everything in it that does not fit the model.
-        adapter, refusal = lorac.load_adapter(path), error
-    measures = lorac.inspect(adapter, model)
-    if refusal is not None and not measures.mismatches:
-        raise refusal
-    return dict(describe_adapter_file(adapter, path, measures))
 
 
 def convert(  # noqa: PLR0913, PLR0917  (an argument per option)

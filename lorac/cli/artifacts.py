@@ -158,7 +158,7 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
 
     With --rows above 1, generation is also timed with the adapters in turn, one per row.
     """
-    from lorac.cli._generation import time_generation
+    from lorac.cli._generation import time_choices, time_generation
 
     if inputs is not None and rows > 1:
         raise typer.BadParameter("--rows is for generation; with --inputs, a batch has the rows of its arrays")
@@ -168,7 +168,20 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
         if inputs is None:
             times = time_generation(compiled, prompt_tokens, new_tokens, rounds, rows, settle=settle)
         else:
-            times = _time_calls(compiled, _read_inputs(compiled, inputs), rounds, settle=settle)
+            arrays = _read_inputs(compiled, inputs)
+
+            def measure() -> tuple[float]:
+                _call_program(compiled, arrays)  # an untimed call precedes each timed call
+                begun = time.perf_counter()
+                compiled(**arrays)
+                return (time.perf_counter() - begun,)
+
+            medians = time_choices(compiled, rounds, measure, settle=settle)
+            base = medians[None][1]
+            times = [
+                {"adapters": choice or "none", "swap_ms": swap * 1e3, "call_ms": call * 1e3, "ratio": call / base}
+                for choice, (swap, call) in medians.items()
+            ]
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
     cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in times]
     print_report(times, make_table(headers, cells), as_json=json)
@@ -195,26 +208,6 @@ def export_web(
         f"python -m http.server -d {shlex.quote(str(out))} serves it here"
     )
     print_report(report, line, as_json=json)
-
-
-def _time_calls(
-    compiled: Compiled, arrays: Mapping[str, Array], rounds: int, *, settle: bool
-) -> list[dict[str, object]]:
-    """Time swaps and calls with each adapter and without; an untimed call precedes each timed call."""
-
-    def measure() -> tuple[float]:
-        _call_program(compiled, arrays)
-        begun = time.perf_counter()
-        compiled(**arrays)
-        return (time.perf_counter() - begun,)
-
-    from lorac.cli._generation import time_choices
-
-    medians = time_choices(compiled, rounds, measure, settle=settle)
-    return [
-        {"adapters": choice or "none", "swap_ms": swap * 1e3, "call_ms": call * 1e3, "ratio": call / medians[None][1]}
-        for choice, (swap, call) in medians.items()
-    ]
 
 
 def _read_inputs(compiled: Compiled, path: Path) -> Mapping[str, Array]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import CaptureError
+from lorac.errors import CaptureError, translate_errors
 from lorac.ir.slots.layouts import pad_rows
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -41,13 +41,10 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
     memo = {id(value): value for value in shared}
     for parameter in model.parameters():
         memo.setdefault(id(parameter), _copy_parameter(parameter))
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # attributes of a model may raise any error when they are copied
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied: {error}",
-            next_step="find the attribute that copy.deepcopy(model) fails on, and store it outside of the model",
-        ) from error
+    step = "find the attribute that copy.deepcopy(model) fails on, and store it outside of the model"
+    with translate_errors(CaptureError, f"{type(model).__name__} cannot be copied", next_step=step):
+        copied = copy.deepcopy(model, memo)
+    return copied
 
 
 def _copy_parameter(parameter: nn.Parameter) -> Tensor:

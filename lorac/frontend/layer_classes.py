@@ -125,7 +125,15 @@ def _adds_changes(module: nn.Module, inside: bool) -> bool:
         product = convolve(layer, x, layer.weight, layer.bias) if convolve else base.forward(layer, x)
         return times * product
 
-    x = _draw_input(module, weight)
+    if isinstance(module, nn.Embedding):
+        x = torch.tensor([[0, 1], [1, 0]], device=weight.device) % module.num_embeddings
+    else:
+        sizes: list[int] = []
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # for two positions of a kernel, three if it pads
+            geometry = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+            sizes = [dilation * (kernel - 1) + 2 * stride for kernel, stride, dilation in geometry]
+        width: Any = module.in_channels if sizes else module.nx if is_gpt2_conv1d(module) else module.in_features
+        x = torch.randn(3, width, *sizes, generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         found, expected = layer(x), multiply(x)
         if inside:
@@ -136,19 +144,6 @@ def _adds_changes(module: nn.Module, inside: bool) -> bool:
     except Exception:  # PEFT's layer does not support more arguments or results than one tensor either
         return inside
     return bool(difference <= max(1e-3, 8 * torch.finfo(weight.dtype).eps) * expected.abs().max())
-
-
-def _draw_input(module: nn.Module, weight: Tensor) -> Tensor:
-    """Make an input of a layer: ids, or random numbers for two positions of a kernel, three if it pads."""
-    layer: Any = module
-    if isinstance(module, nn.Embedding):
-        return torch.tensor([[0, 1], [1, 0]], device=weight.device) % module.num_embeddings
-    sizes: list[int] = []
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        geometry = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        sizes = [dilation * (kernel - 1) + 2 * stride for kernel, stride, dilation in geometry]
-    features = layer.in_channels if sizes else layer.nx if is_gpt2_conv1d(module) else layer.in_features
-    return torch.randn(3, features, *sizes, generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = lambda: True) -> None:

@@ -238,7 +238,9 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
             library = importlib.import_module("bitsandbytes.functional")
             scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset
         codes = _read_nf4_matrix(weight.data, state, scale.float())
-        value = _decode_4_bits(weight.data, state, scale.float()) if codes is None else codes.dequantised()
+        if codes is None:
+            values = decode_4_bits(weight.data, state.code.to(weight.device), scale.float(), state.blocksize)
+        value = values[: state.shape.numel()].view(*state.shape) if codes is None else codes.dequantised()
         halves = getattr(module, "compute_dtype", None) in {torch.bfloat16, torch.float16}
         repacks = getattr(module, "support_avx512bf16_for_cpu", False) and weight.device.type == "cpu"  # as bfloat16
         return QuantisedOrigin(kind, codes, halves or repacks), value
@@ -252,15 +254,6 @@ def decode_4_bits(packed: Tensor, table: Tensor, scale: Tensor, block: int) -> T
     halves = packed.flatten().view(torch.uint8)
     values = table.float()[torch.stack([halves >> 4, halves & 15], -1).flatten().long()]
     return values * scale.float().repeat_interleave(block)[: len(values)]
-
-
-def _decode_4_bits(data: Tensor, state: Any, scale: Tensor) -> Tensor:
-    """Return the values of a 4-bit matrix (out, in).
-
-    The library's CPU function returns other values if a block spans two rows (0.50).
-    """
-    values = decode_4_bits(data, state.code.to(data.device), scale, state.blocksize)
-    return values[: state.shape.numel()].view(*state.shape)
 
 
 def _read_nf4_matrix(data: Tensor, state: Any, scale: Tensor) -> QuantisedMatrix | None:
@@ -280,21 +273,14 @@ def _read_quantised_tensor(weight: Tensor) -> tuple[QuantisedOrigin, Tensor] | N
     kind, parts = type(weight).__name__, vars(weight)
     rounds = any(parts.get(name) is not None for name in _INPUT_ROUNDING)
     if isinstance(parts.get("qdata"), Tensor) and isinstance(parts.get("scale"), Tensor) and weight.dim() == 2:
-        codes = _read_torchao_matrix(parts)
-        if codes is not None:
+        whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
+        by_rows = scale.dim() == 2 and len(scale) == len(whole) and whole.shape[1] % scale.shape[1] == 0
+        if whole.dtype == torch.int8 and by_rows and parts.get(_INPUT_SCALE) is None:  # a layout of torchao's
+            bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8
+            codes = QuantisedMatrix(bits, whole, scale, None if zero is None or not zero.any() else zero)
             return QuantisedOrigin(kind, codes, rounds), codes.dequantised()
     try:
         value, scale = weight.dequantize().float(), parts.get(_INPUT_SCALE)
         return QuantisedOrigin(kind, None, rounds), value if scale is None else value * scale
     except (RuntimeError, NotImplementedError, TypeError):  # torch's dequantize supports only torch's quantised tensors
         return None
-
-
-def _read_torchao_matrix(parts: Fields) -> QuantisedMatrix | None:
-    """Return the integers in a torchao tensor, from its attributes; None for other layouts."""
-    whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
-    bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8
-    by_rows = scale.dim() == 2 and len(scale) == len(whole) and whole.shape[1] % scale.shape[1] == 0
-    if whole.dtype != torch.int8 or not by_rows or parts.get(_INPUT_SCALE) is not None:
-        return None
-    return QuantisedMatrix(bits, whole, scale, None if zero is None or not zero.any() else zero)

@@ -33,6 +33,18 @@ _EMBEDDINGS = {"input": "get_input_embeddings", "output": "get_output_embeddings
 """``"input"`` or ``"output"`` -> the method of transformers models that returns this embedding."""
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation")
+_FIELDS: dict[str, dict[str, str]] = {
+    "linear": {"in": "in_features", "out": "out_features"},
+    "gpt2": {"in": "nx", "out": "nf"},
+    "embedding": {"in": "num_embeddings", "out": "embedding_dim", "padding": "padding_idx"},
+    "attention": {"width": "embed_dim"},
+    **dict.fromkeys(
+        _CONVOLUTIONS,
+        {"in": "in_channels", "out": "out_channels", "groups": "groups", "mode": "padding_mode"}
+        | {name: name for name in _GEOMETRY},
+    ),
+}
+"""Kind of a module -> the entries of its description, each with the attribute that it stores."""
 
 
 class SkeletonConv1D(nn.Module):
@@ -94,9 +106,19 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
     for path, entry in described["modules"].items():
         owner, _, leaf = path.rpartition(".")
         _module_at(root, owner).add_module(leaf, _make_module(entry))
-    tensors: dict[str, Tensor] = {}
+    tensors, known = dict[str, Tensor](), values or {}
     for name, entry in described["tensors"].items():
-        tensor = tensors[name] = tensors[entry["is"]] if "is" in entry else _make_tensor(name, entry, values or {})
+        if "is" in entry:
+            tensor = tensors[entry["is"]]
+        else:
+            empty = functools.partial(torch.empty, entry["shape"], dtype=_dtype(entry["dtype"]), device="meta")
+            tensor = known[name] if name in known else empty()
+        if "is" not in entry and not entry.get("buffer"):
+            # The class of a quantised weight's stand-in has the quantised class's name, which sites report.
+            packed = entry.get("packed")
+            stand_in: Callable[..., Tensor] = type(packed, (nn.Parameter,), {}) if packed else nn.Parameter
+            tensor = stand_in(tensor, requires_grad=False)
+        tensors[name] = tensor
         owner, _, leaf = name.rpartition(".")
         if entry.get("buffer"):
             _module_at(root, owner).register_buffer(leaf, tensor)
@@ -113,22 +135,13 @@ def read_widened(described: JsonMapping) -> dict[str, torch.dtype]:
 def _describe_module(module: Any) -> dict[str, object]:
     kind = next((kind for kind, cls in _KINDS.items() if isinstance(module, cls)), None)
     if is_gpt2_conv1d(module):
-        return {"kind": "gpt2", "in": int(module.nx), "out": int(module.nf)}
+        kind = "gpt2"
     if kind is None:
         holds = find_matrix_sites("", module)
         kept = {"kind": "matrices", "transposed": stores_transposed(module)} if holds else {}
         return kept | _describe_class(module)
-    if kind in _CONTAINERS or kind == "attention":
-        return {"kind": kind} | ({"width": module.embed_dim} if kind == "attention" else {})
-    if kind in _CONVOLUTIONS:
-        values = {name: getattr(module, name) for name in _GEOMETRY}
-        geometry = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        channels = {"in": module.in_channels, "out": module.out_channels}
-        return {"kind": kind, **channels, "groups": module.groups, "mode": module.padding_mode, **geometry}
-    if kind == "embedding":
-        sizes = {"in": module.num_embeddings, "out": module.embedding_dim}
-        return {"kind": kind, **sizes, "padding": module.padding_idx}
-    return {"kind": kind, "in": module.in_features, "out": module.out_features}
+    values = {entry: getattr(module, name) for entry, name in _FIELDS.get(kind, {}).items()}
+    return {"kind": kind} | {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _describe_class(module: nn.Module) -> dict[str, object]:
@@ -183,18 +196,6 @@ def _module_at(root: nn.Module, path: str) -> nn.Module:
             here.add_module(part, child)
         here = child
     return here
-
-
-def _make_tensor(name: str, entry: JsonMapping, values: Mapping[str, Tensor]) -> Tensor:
-    value = values.get(name)
-    if value is None:
-        value = torch.empty(tuple(entry["shape"]), dtype=_dtype(entry["dtype"]), device="meta")
-    if entry.get("buffer"):
-        return value
-    # The class of a quantised weight's stand-in has the quantised class's name, which sites report.
-    packed = entry.get("packed")
-    cls: Callable[..., nn.Parameter] = nn.Parameter if packed is None else type(packed, (nn.Parameter,), {})
-    return cls(value, requires_grad=False)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -68,13 +68,9 @@ def to_text(dump: Dump, notes: AdapterNotes | None = None) -> str:
     head = f"graph {dump.name} @{dump.level}"
     if notes.adapters:
         head += "  {" + " · ".join(f"{name}: {text}" for name, text in notes.adapters.items()) + "}"
-    lines = [head, *align_columns(format_lines(dump, notes)), format_summary(dump, notes)]
+    rows = [line.indent() for line in SectionPrinter(dump, notes).format_section(build_sections(dump))]
+    lines = [head, *align_columns(rows), format_summary(dump, notes)]
     return escape_controls("\n".join(lines) + "\n")
-
-
-def format_lines(dump: Dump, notes: AdapterNotes) -> list[PrintedLine]:
-    """Return the lines of a dump, with identical blocks collapsed."""
-    return [line.indent() for line in SectionPrinter(dump, notes).format_section(build_sections(dump))]
 
 
 def align_columns(rows: Sequence[PrintedLine]) -> list[str]:

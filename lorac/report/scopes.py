@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import fx
@@ -35,7 +35,22 @@ class ModuleScopes:
         self.containers = {_strip_call(entry) for entry in parents | owners if entry in parents}
         self._blocks: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.classes = {path: name for _, classes in dict.fromkeys(entries.values()) for path, name in classes}
-        self.results = self._find_results(owners)
+        # The results of leaf modules' calls: of a site the last value that is read outside, of another module the only
+        # value that it does not read itself.
+        visible: dict[str, list[fx.Node]] = defaultdict(list)
+        results: dict[str, list[fx.Node]] = defaultdict(list)
+        owner_of = {node: stack[-1] if stack else "" for node, stack in self._stacks.items()}
+        sites = {owner for node, owner in owner_of.items() if node_site(node)}
+        for node, owner in owner_of.items():
+            readers = set(map(owner_of.get, node.users))
+            if is_size(node.meta.get("val")) or readers <= {owner}:
+                continue
+            visible[owner].append(node)
+            if owner not in readers:
+                results[owner].append(node)
+        leaves = {owner for owner in owners if _strip_call(owner) not in self.containers}
+        self.results = {found[-1] for owner, found in visible.items() if owner in leaves & sites}
+        self.results |= {n for owner, (n, *more) in results.items() if owner in leaves - sites and not more}
 
     def locate(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
         """Return the path of a node's module, all modules around it, and its source line."""
@@ -51,27 +66,6 @@ class ModuleScopes:
         if modules not in self._blocks:
             self._blocks[modules] = repeated_blocks(modules, self.containers)
         return self._blocks[modules]
-
-    def _find_results(self, owners: Iterable[str]) -> set[fx.Node]:
-        """Find the results of leaf modules' calls.
-
-        The result of a site is the last node that other modules read, since parts of a shared x·A come before it. The
-        result of another module is its only such node.
-        """
-        visible: dict[str, list[fx.Node]] = defaultdict(list)
-        results: dict[str, list[fx.Node]] = defaultdict(list)
-        owner_of = {node: stack[-1] if stack else "" for node, stack in self._stacks.items()}
-        sites = {owner for node, owner in owner_of.items() if node_site(node)}
-        for node, owner in owner_of.items():
-            readers = set(map(owner_of.get, node.users))
-            if is_size(node.meta.get("val")) or readers <= {owner}:
-                continue
-            visible[owner].append(node)
-            if owner not in readers:
-                results[owner].append(node)
-        leaves = {owner for owner in owners if _strip_call(owner) not in self.containers}
-        found = {nodes[-1] for owner, nodes in visible.items() if owner in leaves & sites}
-        return found | {nodes[0] for owner, nodes in results.items() if owner in leaves - sites and len(nodes) == 1}
 
 
 def repeated_blocks(modules: Sequence[str], containers: Container[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +13,7 @@ from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.choice import choice_strengths
 from lorac.ir.slots.composition import ComposedSite, ComposedWeights, place_change
-from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, Reason, SitePlan
+from lorac.ir.slots.plans import PreparedAdapter, Reason, SitePlan
 from lorac.ir.slots.roles import ROLES, tensors_by_role
 from lorac.report.dump import short_dtype
 
@@ -112,7 +112,23 @@ def describe_terms(
         branches = {path: branch for path, branch in adapter.branches.items() if path in plans}
         for path, branch in branches.items():
             why = reasons.get(path, [])
-            found[path].append(_describe_branch_term(name, plans[path].site, branch, strength, why))
+            unfusable = "y' is not affine in x"
+            found[path].append(
+                _make_row(
+                    plans[path].site,
+                    adapter=name,
+                    form=BRANCH,
+                    parts=_describe_tensors(zip(branch.slot.params, branch.params, strict=True)),
+                    state=LIVE,
+                    strength=strength,
+                    slots=tuple(branch.slot.params),
+                    swap=_REBINDING,
+                    reasons=tuple(dict.fromkeys(why)) or (Reason(name, path, unfusable),),
+                    unfusable=unfusable,
+                    # each matrix is applied once
+                    flops=sum(math.prod(shape) * min(len(shape), 2) for shape in branch.slot.params.values()),
+                )
+            )
     return {path: tuple(terms) for path, terms in found.items() if terms}
 
 
@@ -150,7 +166,6 @@ def _describe_change_term(
         state = BAKED if strength else LEFT_OUT
     elif mode == FUSED:
         state = FUSED
-    floating = [part.dtype for part in parts if part.dtype.is_floating_point]
     is_cheapest = state in (BAKED, LEFT_OUT) or (is_low_rank and state == LIVE)
     grouped = site.conv is not None and site.conv.groups > 1 and not isinstance(change, Sparse | SparseSum)
     flops = 0
@@ -161,18 +176,14 @@ def _describe_change_term(
     if isinstance(change, LowRank) and operands.WEIGHT not in filled.roles:
         roles = set(tensors_by_role(change))
     roles |= {operands.BIAS} if change.e is not None else set()
-    return TermRow(
-        site=site.path,
-        kind=str(site.kind),
-        shape=(site.in_features, site.out_features),
+    return _make_row(
+        site,
         adapter=name,
         form=form,
         parts=parts,
         state=state,
         strength=strength,
         slots=() if mode == BAKED else tuple(role for role in filled.roles if role in roles),
-        dtype=short_dtype(floating[0] if floating and state == LIVE else site.dtype),
-        nbytes=sum(part.nbytes for part in parts),
         swap=_swap_cost(site, change, state),
         reasons=() if is_cheapest else tuple(dict.fromkeys(reasons)),
         unfusable="it may leave the blocks of a grouped convolution" if grouped else None,
@@ -180,27 +191,13 @@ def _describe_change_term(
     )
 
 
-def _describe_branch_term(name: str, site: Site, branch: BranchTerm, strength: float, reasons: list[Reason]) -> TermRow:
-    parts = _describe_tensors(zip(branch.slot.params, branch.params, strict=True))
+def _make_row(site: Site, *, parts: tuple[TermTensor, ...], state: str, **fields: Any) -> TermRow:
+    """Return a row of a site; the other fields are given."""
     floating = [part.dtype for part in parts if part.dtype.is_floating_point]
-    unfusable = "y' is not affine in x"
-    return TermRow(
-        site=site.path,
-        kind=str(site.kind),
-        shape=(site.in_features, site.out_features),
-        adapter=name,
-        form=BRANCH,
-        parts=parts,
-        state=LIVE,
-        strength=strength,
-        slots=tuple(branch.slot.params),
-        dtype=short_dtype(floating[0] if floating else site.dtype),
-        nbytes=sum(part.nbytes for part in parts),
-        swap=_REBINDING,
-        reasons=tuple(dict.fromkeys(reasons)) or (Reason(name, site.path, unfusable),),
-        unfusable=unfusable,
-        flops=count_branch_flops(branch.slot),
-    )
+    dtype = short_dtype(floating[0] if floating and state == LIVE else site.dtype)
+    nbytes, shape = sum(part.nbytes for part in parts), (site.in_features, site.out_features)
+    own: dict[str, Any] = {"site": site.path, "kind": str(site.kind), "shape": shape, "dtype": dtype, "nbytes": nbytes}
+    return TermRow(parts=parts, state=state, **own, **fields)
 
 
 def _swap_cost(site: Site, change: Change, state: str) -> str:
@@ -238,8 +235,3 @@ def _sparse_terms(change: Sparse | SparseSum) -> tuple[Sparse, ...]:
 
 def _describe_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[TermTensor, ...]:
     return tuple(TermTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes) for name, tensor in tensors)
-
-
-def count_branch_flops(slot: BranchSlot) -> int:
-    """Return the multiplications and additions per token of a branch that applies each matrix once."""
-    return sum(2 * math.prod(shape) if len(shape) > 1 else math.prod(shape) for shape in slot.params.values())

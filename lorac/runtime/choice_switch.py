@@ -338,7 +338,14 @@ class ChoiceSwitch:
     def _with_written(self, adapters: ChoiceSpec, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         if adapters is UNSET:
             while True:
-                self._rewrite()
+                current = self.engine.computes_terms or self._is_current(self.state)
+                if not (self._holds_active and current):  # its adapters were trained, or a write was interrupted
+                    self._call_lock.refuse_within()
+                    with self.lock:
+                        if not self._holds_active:
+                            self.restore(self.state)
+                        elif not self._is_current(self.state):
+                            self._write(self.states.of(self.state.choice))
                 with self._call_lock.reading():
                     if self._holds_active:
                         return work(self.engine.written_program, self.state)
@@ -356,17 +363,6 @@ class ChoiceSwitch:
         self._call_lock.refuse_within()
         with self.lock:
             return self._call_lock.writing(run)
-
-    def _rewrite(self) -> None:
-        """Write the active choice again if its adapters were trained since, or if a write was interrupted."""
-        if self._holds_active and (self.engine.computes_terms or self._is_current(self.state)):
-            return
-        self._call_lock.refuse_within()
-        with self.lock:
-            if not self._holds_active:
-                self.restore(self.state)
-            elif not self._is_current(self.state):
-                self._write(self.states.of(self.state.choice))
 
     @property
     def _holds_active(self) -> bool:

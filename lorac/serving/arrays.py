@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from lorac.ir.calls.call import to_numpy
 from lorac.ir.sites.site import cast_floating
 from lorac.serving.refusals import RefusedField
 
@@ -59,13 +60,13 @@ def read_npz(body: bytes, most: int) -> dict[str, Tensor]:
 def write_npz(outputs: Mapping[str, Tensor]) -> bytes:
     """Return tensors as an npz file."""
     file = io.BytesIO()
-    numpy.savez(file, **{name: _to_numpy(tensor) for name, tensor in outputs.items()})  # type: ignore[arg-type]  # a name
+    numpy.savez(file, **{name: to_numpy(tensor) for name, tensor in outputs.items()})  # type: ignore[arg-type]  # a name
     return file.getvalue()
 
 
 def write_lists(tensor: Tensor) -> list[object]:
     """Return a tensor as nested lists; infinities and NaN, for which JSON has no number, are null."""
-    array = _to_numpy(tensor)
+    array = to_numpy(tensor)
     if array.ndim > 1 and array.size > _LARGE:  # NumPy holds the interpreter lock during a call
         return [write_lists(part) for part in tensor]
     objects = array.astype(object)
@@ -73,8 +74,3 @@ def write_lists(tensor: Tensor) -> list[object]:
         objects[~numpy.isfinite(array)] = None
     found: list[object] = objects.tolist()
     return found
-
-
-def _to_numpy(tensor: Tensor) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.generic]]:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

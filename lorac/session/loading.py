@@ -90,28 +90,24 @@ def _refuse_other_contents(folder: Path, given: Path) -> None:
     """Raise ``ArtifactError`` for a folder or file that is not a compiled model, and name its kind."""
     if (folder / MANIFEST).is_file():
         return
+    nearest = None
     if is_adapter(folder):
-        raise ArtifactError(
-            f"'{folder}' is an adapter, not a compiled model",
-            next_step="give its path to lorac.compile(model, adapters), or read it by lorac.load_adapter(path)",
-        )
-    if not folder.exists():
-        raise ArtifactError(
-            f"there is no compiled model at '{given}'",
-            nearest=nearest_name(folder.name, [found.parent.name for found in folder.parent.glob(f"*/{MANIFEST}")]),
-            next_step=suggest_name(given)
-            or "`lorac compile MODEL -o FOLDER` writes one, and so does compiled.save(folder)",
-        )
-    if folder.is_file() and (folder.parent / MANIFEST).is_file():
-        raise ArtifactError(
-            f"'{given}' is one file of a compiled model",
-            next_step=f"give its folder: lorac.load({str(given.parent)!r})",
-        )
-    if (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"'{given}' is a model, not a compiled one",
-            next_step="compile it: `lorac compile MODEL -o FOLDER`, or in Python lorac.compile(model, adapters)",
-        )
+        what = f"'{folder}' is an adapter, not a compiled model"
+        step = "give its path to lorac.compile(model, adapters), or read it by lorac.load_adapter(path)"
+    elif not folder.exists():
+        what, known = f"there is no compiled model at '{given}'", folder.parent.glob(f"*/{MANIFEST}")
+        nearest = nearest_name(folder.name, [found.parent.name for found in known])
+        step = "`lorac compile MODEL -o FOLDER` writes one, and so does compiled.save(folder)"
+        step = suggest_name(given) or step
+    elif folder.is_file() and (folder.parent / MANIFEST).is_file():
+        what = f"'{given}' is one file of a compiled model"
+        step = f"give its folder: lorac.load({str(given.parent)!r})"
+    elif (folder / "config.json").is_file():
+        what = f"'{given}' is a model, not a compiled one"
+        step = "compile it: `lorac compile MODEL -o FOLDER`, or in Python lorac.compile(model, adapters)"
+    else:
+        return
+    raise ArtifactError(what, nearest=nearest, next_step=step)
 
 
 def _load_manifest(

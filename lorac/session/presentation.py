@@ -7,7 +7,6 @@ from torch import nn
 
 from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_name
 from lorac.frontend.components import MAIN_GRAPH
-from lorac.ir.calls.interface import Interface
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT
 from lorac.ir.slots.choice import Active, choice_strengths, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice
@@ -91,7 +90,10 @@ def explain(
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in session.precision.lost),
-        programs=tuple(_program_row(name, interface) for name, interface in switch.engine.interfaces.items()),
+        programs=tuple(
+            ProgramRow("" if name == MAIN_GRAPH else name, one.sizes.list_fixed(), one.sizes.notable, one.notes)
+            for name, one in switch.engine.interfaces.items()
+        ),
         other_target=other_target,
         unsupported_ops=unsupported_ops,
         rows=_describe_rows(session, switch),
@@ -120,13 +122,3 @@ def _why_apart(session: Session, switch: ChoiceSwitch) -> dict[str, str]:
         snapshot = compose_choice(session.plans, {name: prepared}, ((name, Active()),), session.base)
         found[name] = next(filter(None, (switch.engine.why_apart(snapshot, graph) for graph in session.traits)), "")
     return found
-
-
-def _program_row(name: str, interface: Interface) -> ProgramRow:
-    sizes = interface.sizes
-    return ProgramRow(
-        graph="" if name == MAIN_GRAPH else name,
-        fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
-        sizes=sizes.notable,
-        notes=interface.notes,
-    )

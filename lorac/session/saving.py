@@ -55,6 +55,12 @@ def save(
         if write_tokenizer is not None:
             (staged / TOKENIZER_FOLDER).mkdir()
             write_tokenizer(staged / TOKENIZER_FOLDER)
+        request = None
+        if switch.engine.files is None:  # an engine that runs the model itself: capture the model first
+            from lorac.session.building import make_build_request
+            from lorac.session.lowering.lower import lower_model
+
+            request = make_build_request(session, switch.choice, lower_model(session, session.options.aux))
         return {
             "versions": versions,
             "target": switch.engine.target,
@@ -63,24 +69,13 @@ def save(
             "adapters": _save_adapters(switch, staged / ADAPTERS, onnx_adapters=onnx_adapters),
             "plans": {path: plan_to_json(plan) for path, plan in session.plans.items()},
             "reductions": session.preparer.stored_reductions(switch.pool.adapters.values()),
-            "program": _store_program(session, switch, staged),
+            "program": session.backend.store(switch.engine, staged, request),
             "components": {name: traits.to_json() for name, traits in session.traits.items()},
             "host": session.host.skeleton,
         }
 
     with translate_os_errors(folder, ArtifactError, "written"):
         write_artifact(folder, fill)
-
-
-def _store_program(session: Session, switch: ChoiceSwitch, staged: Path) -> object:
-    """Write the backend's files; for an engine that runs the model itself, capture the model first."""
-    if switch.engine.files is not None:
-        return session.backend.store(switch.engine, staged, None)
-    from lorac.session.building import make_build_request
-    from lorac.session.lowering.lower import lower_model
-
-    program = lower_model(session, session.options.aux)
-    return session.backend.store(switch.engine, staged, make_build_request(session, switch.choice, program))
 
 
 def _save_adapters(switch: ChoiceSwitch, folder: Path, *, onnx_adapters: bool) -> dict[str, dict[str, object]]:
@@ -100,20 +95,16 @@ def _save_adapters(switch: ChoiceSwitch, folder: Path, *, onnx_adapters: bool) -
             forms = folder / f"{stem}.forms.safetensors"
             write_normal_forms(forms, switch.pool[name])
             entry |= {FORMS: f"{folder.name}/{forms.name}", "modules": modules}
-        portable = _save_portable(switch, name, folder / stem) if onnx_adapters else {}
+        # For programs that run without lorac: graph -> file, where the engine has such files.
+        suffix = switch.engine.choice_suffix
+        graphs = switch.engine.interfaces if onnx_adapters and suffix is not None else ()
+        files = {graph: f"{stem}{'' if graph == MAIN_GRAPH else f'.{graph}'}{suffix}" for graph in graphs}
+        try:
+            for graph, file in files.items():
+                switch.states.save(((name, AS_TRAINED),), graph, folder / file)
+        except Unavailable as error:
+            warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
+            files = {}
+        portable = {graph: f"{folder.name}/{file}" for graph, file in files.items()}
         entries[name] = {**entry, "portable": portable}
     return entries
-
-
-def _save_portable(switch: ChoiceSwitch, name: str, stem: Path) -> dict[str, str]:
-    """Write an adapter for programs that run without lorac; returns graph -> file name, empty if that is impossible."""
-    suffix = switch.engine.choice_suffix
-    graphs = switch.engine.interfaces if suffix is not None else ()
-    files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}{suffix}" for graph in graphs}
-    try:
-        for graph, file in files.items():
-            switch.states.save(((name, AS_TRAINED),), graph, stem.with_name(file))
-    except Unavailable as error:
-        warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
-        return {}
-    return {graph: f"{stem.parent.name}/{file}" for graph, file in files.items()}

@@ -52,23 +52,6 @@ def find_sequence(names: Container[str]) -> SequenceArguments:
     return next((sequence for sequence in SEQUENCES if sequence.ids in names), SEQUENCES[-1])
 
 
-@dataclass(frozen=True)
-class Numbering:
-    """A way to number the tokens of a sequence: equal in all rows of a batch, or dependent on each row's padding.
-
-    Attributes:
-        name: the model's computation of the numbers, in words.
-        models: examples of families that use it.
-        first: number of the first token.
-        matches: function (program, node, ids) -> whether the node computes these numbers.
-    """
-
-    name: str
-    models: str
-    first: int
-    matches: Callable[[ExportedProgram, fx.Node, fx.Node], bool]
-
-
 def is_token_numbering(node: fx.Node, length: str) -> bool:
     """Return whether a node is an integer ``arange(length)``; ``length`` is the text of its size in the trace."""
     ranges = {aten.arange.default, aten.arange.start, aten.arange.start_step}
@@ -105,16 +88,13 @@ def _is_token_count(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> bo
     return summand.target is aten.ne.Scalar and summand.args[0] is ids
 
 
-NUMBERINGS = (
-    Numbering(
-        "arange",
-        "BART, Marian, Whisper",
-        0,
-        lambda _, node, ids: is_token_numbering(node, str(ids.meta["val"].shape[1])),
-    ),
-    Numbering("a slice of a stored range", "BERT as a decoder", 0, _is_stored_range),
-    Numbering("a count of tokens that are not padding", "M2M100, NLLB", 1, _is_token_count),
+NUMBERINGS: tuple[tuple[int, Callable[[ExportedProgram, fx.Node, fx.Node], bool]], ...] = (
+    (0, lambda _, node, ids: is_token_numbering(node, str(ids.meta["val"].shape[1]))),  # BART, Marian, Whisper
+    (0, _is_stored_range),  # BERT as a decoder
+    (1, _is_token_count),  # M2M100, NLLB
 )
+"""Ways to number the tokens of a sequence, equal in all rows of a batch or dependent on each row's padding: the number
+of the first token, and the function (program, node, node of the ids) -> whether the node is such numbers."""
 
 
 _COUNTING_METHOD = "create_position_ids_from_input_ids"

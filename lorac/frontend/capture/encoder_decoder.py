@@ -21,9 +21,9 @@ from lorac.ir.calls.output_structure import OutputStructure, name_outputs
 from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
 from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_call, set_outputs
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import find_dependents, find_user_inputs
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import PassResult, TracePass
 
 aten = torch.ops.aten
 T = TypeVar("T")
@@ -32,7 +32,7 @@ _ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.
 
 @final
 @dataclass(frozen=True)
-class CheckAttention(Pass):
+class CheckAttention(TracePass):
     """Drop attention biases that are zeros, and dead nodes; refuse attention that cannot use a cache.
 
     Attributes:
@@ -40,8 +40,6 @@ class CheckAttention(Pass):
     """
 
     name: ClassVar[str] = "check_attention"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
     model: str = "the model"
 
     def apply(self, graph: Graph) -> PassResult:

@@ -37,6 +37,7 @@ from lorac.ir.graph.interpreter import differs_beyond_rounding
 from lorac.ir.traces.modes import FunctionMode
 
 _MASK = "attention_mask"
+_SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 Part = tuple[Host, Mapping[str, object]]
 """A model with another forward, and example inputs for this forward."""
@@ -61,9 +62,8 @@ def split_tower(host: Host, example: object) -> tuple[Part, Part] | None:
     modality = find_modality(given)
     if modality is None or IDS not in given or DECODER_IDS in host.parameters:  # an encoder reads both
         return None
-    if not callable(getattr(model, modality.method, None)):
-        return None
-    if (token := modality.find_token(model.config.to_dict())) is None:
+    token = modality.find_token(model.config.to_dict())
+    if token is None or not callable(getattr(model, modality.method, None)):
         return None
     others = {IDS, POSITION_IDS, LOGITS_TO_KEEP, *TOKEN_ARGUMENTS}
     inputs = {name: value for name, value in given.items() if name not in others}
@@ -123,7 +123,7 @@ def _tower_forward(modality: Modality, inputs: Inputs) -> Any:
         return {encoder_output_name(FEATURES): flat[0] if len(flat) == 1 else torch.cat(flat, -1)}
 
     named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs]
-    forward.__signature__ = _signature(forward, named)  # type: ignore[attr-defined]  # functions take attributes
+    forward.__signature__ = inspect.Signature([_SELF, *named])  # type: ignore[attr-defined]  # functions take attributes
     return forward
 
 
@@ -201,10 +201,5 @@ def _decoder_forward(
     own = [p for p in host.parameters.values() if p.kind is not p.VAR_KEYWORD]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [*own, *(inspect.Parameter(name, kind, default=None) for name in sorted(PLACED & {*names}))]
-    forward.__signature__ = _signature(forward, parameters)  # type: ignore[attr-defined]  # functions take attributes
+    forward.__signature__ = inspect.Signature([_SELF, *parameters])  # type: ignore[attr-defined]  # functions take attributes
     return forward
-
-
-def _signature(forward: Any, parameters: list[inspect.Parameter]) -> inspect.Signature:
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Signature([first, *parameters])

@@ -17,9 +17,9 @@ from torch.export import ExportedProgram
 from lorac.errors import CaptureError
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import add_constant, insert_call
-from lorac.ir.graph.graph import Graph, Level, Skip
+from lorac.ir.graph.graph import Graph, Skip
 from lorac.ir.graph.nodes import find_source_line
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import PassResult, TracePass
 
 aten = torch.ops.aten
 _COND = torch.ops.higher_order.cond
@@ -27,12 +27,10 @@ _COND = torch.ops.higher_order.cond
 
 @final
 @dataclass(frozen=True)
-class InlineHigherOrderOps(Pass):
+class InlineHigherOrderOps(TracePass):
     """Replace calls of higher-order ops by the nodes of their bodies."""
 
     name: ClassVar[str] = "inline"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
         """Replace the calls; skip ops without calls of layers, such as loops.

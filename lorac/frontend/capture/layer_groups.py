@@ -68,27 +68,19 @@ class _OpenGroup:
 
     def takes(self, path: str, layer: nn.Module, number: int) -> bool:
         """Add a layer if it equals the first; return whether it was added."""
-        found = _numbered_alike(self.layer, layer, self.number, number)
-        if found is not None:
-            self.paths.append(path)
-            self.numbered |= found
-        return found is not None
-
-
-def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) -> set[tuple[str, str]] | None:
-    """Return the attributes that store the indices of two equal layers; None if the layers differ."""
-    pairs = _pairs(one, other)
-    if pairs is None:
-        return None
-    numbered: set[tuple[str, str]] = set()
-    named = ((path, name) for path, (module, _) in pairs.items() for name in vars(module).keys() - _MODULE_ATTRIBUTES)
-    for path, name in named:
-        mine, theirs = (vars(module)[name] for module in pairs[path])
-        if type(mine) is type(theirs) is int and (mine, theirs) == (number, others):
-            numbered.add((path, name))
-        elif not _same(mine, theirs, one, other):
-            return None
-    return numbered
+        pairs, numbered = _pairs(self.layer, layer), set[tuple[str, str]]()
+        if pairs is None:
+            return False
+        names = ((inner, name) for inner, (own, _) in pairs.items() for name in vars(own).keys() - _MODULE_ATTRIBUTES)
+        for inner, name in names:
+            mine, theirs = (vars(module)[name] for module in pairs[inner])
+            if type(mine) is type(theirs) is int and (mine, theirs) == (self.number, number):
+                numbered.add((inner, name))
+            elif not _same(mine, theirs, self.layer, layer):
+                return False
+        self.paths.append(path)
+        self.numbered |= numbered
+        return True
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]] | None:

@@ -17,7 +17,7 @@ from lorac.frontend.capture.repeated_layers import ExpandRepeatedLayers
 from lorac.frontend.capture.written_attention import FoldWrittenAttention
 from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import Pass, PassResult, TracePass
 
 
 def capture_passes(
@@ -44,7 +44,7 @@ def capture_passes(
 
 @final
 @dataclass(frozen=True)
-class CheckTrace(Pass):
+class CheckTrace(TracePass):
     """Refuse traces whose programs would be wrong.
 
     Attributes:
@@ -52,8 +52,6 @@ class CheckTrace(Pass):
     """
 
     name: ClassVar[str] = "check_trace"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
     branches: tuple[str, ...] = ()
 
     def apply(self, graph: Graph) -> PassResult:
@@ -86,12 +84,10 @@ class CheckTrace(Pass):
 
 @final
 @dataclass(frozen=True)
-class KeepTensorOutputs(Pass):
+class KeepTensorOutputs(TracePass):
     """Make tensors the only outputs, and record the structure that rebuilds the model's output."""
 
     name: ClassVar[str] = "outputs"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
         if graph.interface.structure is not None:

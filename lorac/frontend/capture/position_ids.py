@@ -18,7 +18,7 @@ from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, NUMBERING
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import add_constant, insert_call
-from lorac.ir.graph.graph import Graph, Level, Skip, find_origins
+from lorac.ir.graph.graph import Graph, Skip, find_origins
 from lorac.ir.graph.interpreter import evaluate
 from lorac.ir.graph.nodes import (
     find_dependents,
@@ -28,7 +28,7 @@ from lorac.ir.graph.nodes import (
     find_user_inputs,
 )
 from lorac.ir.graph.ops import SITE_CALLS
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import PassResult, TracePass
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})
@@ -37,12 +37,10 @@ _SPREADING = frozenset({aten.expand.default, aten.repeat.default})
 
 @final
 @dataclass(frozen=True)
-class MakePositionsPerRow(Pass):
+class MakePositionsPerRow(TracePass):
     """Give each row separate positions if the model numbers its tokens itself; attention must be ops already."""
 
     name: ClassVar[str] = "positions"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
         """Replace the numberings; skip numberings from which attention biases are computed.
@@ -55,18 +53,18 @@ class MakePositionsPerRow(Pass):
         biases = (node.args[attention_ops.BIAS_OPERAND] for node in graph.find(attention_ops.ATTENTION))
         biased, skips = find_sources(biases), list[Skip]()
         found = [
-            (node, numbering)
+            (node, first)
             for node in graph.fx.nodes
-            for numbering in NUMBERINGS
-            if numbering.matches(program, node, ids) and node in used
+            for first, matches in NUMBERINGS
+            if matches(program, node, ids) and node in used
         ]
-        for node, numbering in found:
+        for node, first in found:
             if node in biased:
                 skips.append(Skip(node.name, "biases of attention are computed from it"))
                 continue
             by_row = insert_call(program, node, attention_ops.POSITIONS, ids)
-            if numbering.first:
-                counted = insert_call(program, node, aten.add.Tensor, by_row, numbering.first)
+            if first:
+                counted = insert_call(program, node, aten.add.Tensor, by_row, first)
                 node.replace_all_uses_with(insert_call(program, node, aten.to.dtype, counted, node.meta["val"].dtype))
             else:
                 try:

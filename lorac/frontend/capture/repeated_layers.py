@@ -29,8 +29,8 @@ from lorac.argument_types import Operands
 from lorac.frontend.capture.layer_groups import IndexAttributes, LayerGroup
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import ops
-from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.passes import PassResult, TracePass
 
 _FIRSTS = "lorac.firsts"
 """Key of a node's metadata: the traced layers to which the node belongs, outermost first."""
@@ -255,7 +255,7 @@ def _alike(one: object, other: object, *, flows: bool) -> bool:
 
 @final
 @dataclass(frozen=True)
-class ExpandRepeatedLayers(Pass):
+class ExpandRepeatedLayers(TracePass):
     """Replace each node that stands for a layer by copies of the traced layer's nodes.
 
     Attributes:
@@ -263,8 +263,6 @@ class ExpandRepeatedLayers(Pass):
     """
 
     name: ClassVar[str] = "layers"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
     prefix: str = ""
 
     def apply(self, graph: Graph) -> PassResult:

@@ -17,10 +17,10 @@ from lorac.argument_types import Operands
 from lorac.frontend.capture.decoder_families import DEFAULT_POSITIONS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.edit import add_constant, inline, insert_call
-from lorac.ir.graph.graph import Graph, Level, Skip
+from lorac.ir.graph.graph import Graph, Skip
 from lorac.ir.graph.interpreter import evaluate
 from lorac.ir.graph.nodes import find_module_path, find_sources, find_stored_tensors
-from lorac.ir.graph.passes import Pass, PassResult
+from lorac.ir.graph.passes import PassResult, TracePass
 from lorac.ir.graph.symbolic_shapes import constant_size
 
 aten = torch.ops.aten
@@ -49,12 +49,10 @@ _REPEATING = frozenset({aten.expand.default, aten.unsqueeze.default, aten.slice.
 
 @final
 @dataclass(frozen=True)
-class FoldWrittenAttention(Pass):
+class FoldWrittenAttention(TracePass):
     """Replace attention that is written out by the op."""
 
     name: ClassVar[str] = "attention"
-    reads: ClassVar[Level] = Level.TRACED
-    leaves: ClassVar[Level] = Level.TRACED
 
     def apply(self, graph: Graph) -> PassResult:
         reader, skips = _ScoreReader(graph), list[Skip]()

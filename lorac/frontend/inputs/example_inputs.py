@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,23 +65,18 @@ def _insert_image_tokens(host: Host, ids: Tensor, pixels: Tensor, token: int) ->
     copied: Any = host.copy().model.eval()
     encoders = [one.get_image_features for one in (copied, copied.base_model) if hasattr(one, "get_image_features")]
     for encode, images in itertools.product(encoders, (pixels, pixels.unsqueeze(1))):
-        patches, rest = divmod(_count_features(encode, images), len(ids))
+        try:
+            features = encode(**{_PIXELS: images})
+        except Exception:  # the model needs more than pixels of this shape
+            continue
+        pooled = getattr(features, "pooler_output", features)
+        vectors = pooled if isinstance(pooled, list | tuple) else [pooled]  # of all images
+        patches, rest = divmod(sum(part.numel() // part.shape[-1] for part in vectors), len(ids))
         if patches and not rest:
             marks = ids.new_full((len(ids), patches), token)
             words = torch.where(ids == token, token - 1 if token else 1, ids)
             return {"input_ids": torch.cat([words[:, :1], marks, words[:, 1:]], 1), _PIXELS: images}
     return None
-
-
-def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:
-    """Count the feature vectors of all images; return 0 if the model needs more than pixels of this shape."""
-    try:
-        features = encode(**{_PIXELS: pixels})
-    except Exception:
-        return 0
-    pooled = getattr(features, "pooler_output", features)
-    parts = pooled if isinstance(pooled, list | tuple) else [pooled]
-    return sum(part.numel() // part.shape[-1] for part in parts)
 
 
 def describe_processor_call(host: Host) -> str:

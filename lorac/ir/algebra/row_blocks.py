@@ -1,7 +1,6 @@
 """Rules for a weight that is split by rows, changed in blocks and joined: low-rank blocks give a low-rank W."""
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,16 +94,14 @@ def match_joined_blocks(found: Analysis, node: fx.Node) -> Form | None:
     )
     if low and not found.pays(node, sum(shape_of(a)[0] for _, a in low), *shape_of(node)):
         return None
-    return Form(WEIGHT, _join_scales(found, node, parts), low=low, sparse=sparse)
-
-
-def _join_scales(found: Analysis, node: fx.Node, parts: Sequence[tuple[Form, _RowBlock]]) -> fx.Node | None:
-    if all(form.c is None for form, _ in parts):
-        return None
-    columns = [
-        found.emit(aten.new_ones.default, found.like, [block.groups, block.size, 1])
-        if form.c is None
-        else found.emit(aten.reshape.default, form.c, [block.groups, block.size, 1])
-        for form, block in parts
-    ]
-    return found.emit(aten.reshape.default, found.emit(aten.cat.default, columns, 1), [shape_of(node)[0], 1])
+    c = None
+    if any(form.c is not None for form, _ in parts):
+        shapes = [[block.groups, block.size, 1] for block in blocks]
+        columns = [
+            found.emit(aten.new_ones.default, found.like, shape)
+            if form.c is None
+            else found.emit(aten.reshape.default, form.c, shape)
+            for (form, _), shape in zip(parts, shapes, strict=True)
+        ]
+        c = found.emit(aten.reshape.default, found.emit(aten.cat.default, columns, 1), [shape_of(node)[0], 1])
+    return Form(WEIGHT, c, low=low, sparse=sparse)

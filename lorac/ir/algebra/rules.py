@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -53,19 +53,15 @@ def _match_block_diagonal(found: Analysis, node: fx.Node) -> Form | None:
     if len(parts) < 2 or len(sizes) > 1 or len(size) != 2 or size[0] != size[1]:
         found.misses.append(f"{node.name}: its blocks are not two or more squares of one size")
         return None
-    return Form(base=IDENTITY, blocks=_stack_blocks(found, parts))
-
-
-def _stack_blocks(found: Analysis, parts: Sequence[fx.Node]) -> fx.Node:
-    """Return the blocks as one tensor: the tensor that was unbound into them, if they are in order, or a new stack."""
+    # The blocks as one tensor: the tensor that was unbound into them, if they are in order, or a new stack.
     origins = {part.args[0] for part in parts if part.target is operator.getitem}
     origin = next(iter(origins)) if len(origins) == 1 else None
     if isinstance(origin, fx.Node) and origin.target is aten.unbind.int and origin.args[1:] in {(), (0,)}:
         source = origin.args[0]
         ordered = [part.args[1] for part in parts] == list(range(shape_of(source)[0]))
         if ordered and isinstance(source, fx.Node):
-            return source
-    return found.emit(aten.stack.default, list(parts))
+            return Form(base=IDENTITY, blocks=source)
+    return Form(base=IDENTITY, blocks=found.emit(aten.stack.default, parts))
 
 
 @_rule("product", aten.mm.default)
@@ -240,13 +236,13 @@ def _constant_column(found: Analysis, node: fx.Node, number: object) -> fx.Node:
 
 def _scale_rows(found: Analysis, form: Form, column: fx.Node) -> Form:
     low = tuple((found.emit(aten.mul.Tensor, b, column), a) for b, a in form.low)
-    sparse = tuple((rows, cols, _scale_entries(found, v, column, 0, rows)) for rows, cols, v in form.sparse)
+    sparse = tuple((rows, cols, _scale_entries(found, v, column, rows)) for rows, cols, v in form.sparse)
     return replace(form, c=found.times(form.c, column) if form.base else None, low=low, sparse=sparse)
 
 
 def _scale_columns(found: Analysis, form: Form, row: fx.Node) -> Form:
     low = tuple((b, found.emit(aten.mul.Tensor, a, row)) for b, a in form.low)
-    sparse = tuple((rows, cols, _scale_entries(found, v, row, -1, cols)) for rows, cols, v in form.sparse)
+    sparse = tuple((rows, cols, _scale_entries(found, v, row, cols)) for rows, cols, v in form.sparse)
     form = replace(form, low=low, sparse=sparse)
     if form.blocks is not None:
         number, size, _ = shape_of(form.blocks)
@@ -254,7 +250,7 @@ def _scale_columns(found: Analysis, form: Form, row: fx.Node) -> Form:
     return replace(form, d=found.times(form.d, row) if form.base else None)
 
 
-def _scale_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, positions: fx.Node) -> fx.Node:
+def _scale_entries(found: Analysis, values: fx.Node, scale: fx.Node, positions: fx.Node) -> fx.Node:
     flat = found.emit(aten.view.default, scale, [-1])
     return found.emit(aten.mul.Tensor, values, found.emit(aten.index_select.default, flat, 0, positions))
 

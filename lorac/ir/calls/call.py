@@ -132,6 +132,11 @@ CAPTURE_CONFIG = {"use_cache": False}
 """Fields that a capture sets in the configuration of a transformers model: its graph keeps no cache."""
 
 
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's values as an array; NumPy has no bfloat16, for which it is float32."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(force=True)
+
+
 def to_json_value(value: object) -> object:
     """Convert a value to JSON: tensors and arrays to lists of numbers, tuples to lists."""
     if isinstance(value, Tensor | np.ndarray | np.generic):

@@ -198,12 +198,7 @@ class Interface:
                 if reason is not None:
                     raise not_numbers_error(name, reason)
         self.sizes.check(given)
-        self._check_ids(given)
-        return {name: given[name] for name in self.inputs}
-
-    def _check_ids(self, given: Inputs) -> None:
-        """Raise ``ChoiceError`` for ids outside their embedding; other checks refuse values that are not integers."""
-        for name, count in self.id_counts.items():
+        for name, count in self.id_counts.items():  # other checks refuse values that are not integers
             value = given[name]
             ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
             # Viewed as unsigned, a negative number is huge, so that one maximum finds both kinds of invalid ids.
@@ -213,6 +208,7 @@ class Interface:
                     f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {count - 1}",
                     next_step="give ids of the model's own tokenizer, and mark padding in the mask",
                 )
+        return {name: given[name] for name in self.inputs}
 
     def _check_constant(self, name: str, value: object) -> None:
         """Refuse an argument that is neither an input nor has the value that is constant in the program."""

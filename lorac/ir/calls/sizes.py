@@ -58,8 +58,14 @@ class SizeConstraints:
     def notable(self) -> tuple[str, ...]:
         """The conditions to show, shortest first; equal sizes and non-empty inputs are left out."""
         non_empty = {f"{name}[{axis}] >= 1" for name, axis in self._varying()}
-        shown = (text for text in self.conditions if text not in non_empty and _equal_axes(text) is None)
+        shown = (text for text in self.conditions if text not in non_empty and _parse(text).equal is None)
         return tuple(sorted(shown, key=len))
+
+    def list_fixed(self) -> tuple[tuple[str, int, int, str | None], ...]:
+        """Return input, axis, size and the model's line for each requested axis that the trace fixed."""
+        return tuple(
+            (name, axis, self.shapes[name][axis] or 0, self.lines.get((name, axis))) for name, axis in self.fixed
+        )
 
     def measure(self, inputs: Fields) -> dict[Axis, int]:
         """Return the sizes of inputs along the axes that vary."""
@@ -83,7 +89,7 @@ class SizeConstraints:
                 continue
             axes = sorted(find_axes(condition) or ())
             found = " and ".join(f"size {sizes[name, axis]} on axis {axis} of '{name}'" for name, axis in axes)
-            if _equal_axes(condition) is not None:
+            if _parse(condition).equal is not None:
                 raise InputMismatch(f"the model joins inputs that differ: {found}", next_step="give both the same size")
             raise InputMismatch(
                 f"the program was not captured for {found}: it needs {shorten_condition(condition)}",
@@ -199,7 +205,7 @@ class SizeConstraints:
         """Group axes that change together: axes that must be equal, and equal axes of one index, such as batches."""
         group = {axis: {axis} for axis in sizes}
         alike = [(a, b) for a in sizes for b in sizes if a[1] == b[1] and sizes[a] == sizes[b]]
-        for a, b in [*filter(None, map(_equal_axes, self.conditions)), *alike]:
+        for a, b in [*filter(None, (_parse(text).equal for text in self.conditions)), *alike]:
             if group[a] is not group[b]:
                 group[a] |= group[b]
                 group.update(dict.fromkeys(group[b], group[a]))
@@ -299,38 +305,29 @@ class _Condition:
 
 
 def find_axes(text: str) -> frozenset[Axis] | None:
-    """Return the axes in a condition; None if the text is not a condition."""
-    parsed = _parse(text)
-    return None if parsed is None else parsed.axes
+    """Return the axes in a condition; None for text other than sizes, integers and known operators."""
+    try:
+        return _parse(text).axes
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
+        return None
 
 
 def _holds(text: str, sizes: AxisSizes) -> bool:
     """Whether sizes meet a condition; False where the condition divides by 0."""
-    parsed = _parse(text)
-    assert parsed is not None
     try:
-        return bool(parsed.evaluate(sizes))
+        return bool(_parse(text).evaluate(sizes))
     except ZeroDivisionError:
         return False
 
 
-def _equal_axes(text: str) -> tuple[Axis, Axis] | None:
-    """Return the two axes that a condition requires to be equal; None for other conditions."""
-    parsed = _parse(text)
-    return None if parsed is None else parsed.equal
-
-
 @functools.lru_cache(maxsize=8192)
-def _parse(text: str) -> _Condition | None:
-    """Parse a condition; return None for text other than sizes, integers and known operators."""
-    try:
-        if len(text) > _MAX_CONDITION:
-            return None
-        tree = ast.parse(text, mode="eval").body
-        axes = frozenset(_parse_axis(node) for node in ast.walk(tree) if isinstance(node, ast.Subscript))
-        evaluate = _compile(tree)
-    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
-        return None
+def _parse(text: str) -> _Condition:
+    """Parse a condition that was checked by ``find_axes`` when it was made or read."""
+    if len(text) > _MAX_CONDITION:
+        raise ValueError("a condition on sizes is too long")
+    tree = ast.parse(text, mode="eval").body
+    axes = frozenset(_parse_axis(node) for node in ast.walk(tree) if isinstance(node, ast.Subscript))
+    evaluate = _compile(tree)
     equal = None
     if isinstance(tree, ast.Compare) and isinstance(tree.ops[0], ast.Eq):
         left, right = tree.left, tree.comparators[0]

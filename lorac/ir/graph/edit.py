@@ -401,9 +401,7 @@ def have_equal_types(node: fx.Node, other: fx.Node) -> bool:
 
 def update_signature(program: ExportedProgram) -> None:
     """Update the output names in the signature and validate the program; do not update the module's code."""
-    output = program.graph.output_node()
-    signature = program._module_call_graph[0].signature
-    named = [] if signature is None else signature.outputs
+    output, named = program.graph.output_node(), _call_signature(program).outputs
     for index, (spec, node) in enumerate(zip(program.graph_signature.output_specs, output.args[0], strict=True)):
         if not isinstance(node, fx.Node) or not isinstance(spec.arg, TensorArgument):
             continue

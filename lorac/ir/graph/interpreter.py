@@ -55,10 +55,20 @@ def run_graph(
         ids = inputs[find_token_input(inputs)]
         empty = make_empty_cache(cache_input_shapes(graph), ids, cache_input_shapes(graph, is_encoder_output))
         caches = {node: inputs.get(name, empty.get(name)) for name, node in graph.cache_inputs.items()}
-    given = {**caches, **inputs, **slot_nodes}
-    values = _Interpreter(graph).run(*_flatten_inputs(graph, given, tensors))
-    specs = graph.exported.graph_signature.output_specs
-    return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+    given: dict[str, Any] = {**caches, **inputs, **slot_nodes}
+    signature, flat, stored = graph.exported.graph_signature, list[Any](), {**graph.exported.constants, **tensors}
+    # A model that writes into its buffers must write into copies, not into the model's tensors.
+    writes = bool(graph.find_writes())
+    for spec in signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            flat.append(given[getattr(spec.arg, "name", "")])
+        elif spec.kind is InputKind.PARAMETER:
+            flat.append(tensors[str(spec.target)])
+        else:
+            value = stored[str(spec.target)]
+            flat.append(value.clone() if writes and isinstance(value, Tensor) else value)
+    values = zip(_Interpreter(graph).run(*flat), signature.output_specs, strict=True)
+    return [value for value, spec in values if spec.kind is OutputKind.USER_OUTPUT]
 
 
 def evaluate(node: fx.Node, known: Mapping[fx.Node, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
@@ -162,20 +172,3 @@ TIE_BREAKING_OPS: Mapping[object, Callable[..., object]] = {
 """Op whose order of ties torch leaves open -> function that breaks ties by the lowest index."""
 _FUNCTIONS: Mapping[object, Callable[..., object]] = {**TIE_BREAKING_OPS, **ops.OP_FUNCTIONS}
 """Op -> the function that computes it: ops that break ties, and lorac's ops."""
-
-
-def _flatten_inputs(graph: Graph, given: Mapping[str, object], weights: Mapping[str, Tensor]) -> list[object]:
-    """Return the program's inputs in order: parameters, buffers, constants, the caller's inputs, slots."""
-    program, flat = graph.exported, list[object]()
-    stored = {**program.constants, **weights}
-    # A model that writes into its buffers must write into copies, not into the model's tensors.
-    writes = bool(graph.find_writes())
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is InputKind.USER_INPUT:
-            flat.append(given[getattr(spec.arg, "name", "")])
-        elif spec.kind is InputKind.PARAMETER:
-            flat.append(weights[str(spec.target)])
-        else:
-            value = stored[str(spec.target)]
-            flat.append(value.clone() if writes and isinstance(value, Tensor) else value)
-    return flat

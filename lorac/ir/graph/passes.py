@@ -51,6 +51,14 @@ class Pass(ABC):
         """Edit a graph of level ``reads`` in place, except its ``level``."""
 
 
+@dataclass(frozen=True)
+class TracePass(Pass):
+    """A rewrite of a trace, which stays one."""
+
+    reads: ClassVar[Level] = Level.TRACED
+    leaves: ClassVar[Level] = Level.TRACED
+
+
 Observer = Callable[[str, Graph], None]
 """A function that takes the name of a stage and the graph after that stage."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import regex
 
-from lorac.errors import FormatError, SiteError, nearest_name, short
+from lorac.errors import FormatError, SiteError, missing_site_error, nearest_name, short
 from lorac.ir.sites.site import CONVOLUTION_KINDS, Site, SiteKind
 from lorac.limits import check_time
 
@@ -241,46 +241,29 @@ def check_targets_match(
 
 def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteError:
     """Return the error for an adapter whose targets name no site; it suggests the nearest name in the model."""
-    if isinstance(targets, str):
-        return (
-            _no_such_kind_error(adapter, targets, sites)
-            if targets in TARGET_KEYWORDS
-            else _no_full_match_error(adapter, targets, sites)
-        )
-    names = sorted(targets)
-    similar = nearest_name(_last_part(names[0]), map(_last_part, sites), alike=0.6) if names else None
-    if similar is not None:
-        nearest: str | None = f"{similar} ({_describe_sites(similar, sites)})"
+    if isinstance(targets, str) and targets in TARGET_KEYWORDS:
+        others = {word: len(select_sites(sites, word)) for word in TARGET_KEYWORDS}
+        nearest = ", ".join(f"{word} ({count} sites)" for word, count in others.items() if count)
+        what = f"'{targets}', and the model has no such site; looked for {TARGET_KEYWORDS[targets]}"
+        step = "name modules by the ends of their paths, in a list; `lorac sites MODEL` prints the layers"
+    elif isinstance(targets, str):  # a list is suggested for a suffix
+        suffix = any(is_named((targets,), path) for path in sites)
+        name = targets if suffix else nearest_name(_last_part(targets), map(_last_part, sites))
+        described = "" if name is None else f"r'(.*\\.)?{re.escape(name)}', {_describe_sites(name, sites)}"
+        nearest = described and f"targets=['{name}'] or targets={described}"
+        what = f"'{targets}', one regular expression, which matches the whole path of no site"
+        step = "write a list to name paths by their ends; `lorac sites MODEL` prints them all"
     else:
+        names = sorted(targets)
+        similar = nearest_name(_last_part(names[0]), map(_last_part, sites), alike=0.6) if names else None
         counts = Counter(_last_part(path) for path, site in sites.items() if site.kind is SiteKind.LINEAR)
-        nearest = ", ".join(name for name, _ in counts.most_common(_LISTED_NAMES)) or None
-    held = any(is_named(names, path) for path, site in sites.items() if site.kind is SiteKind.MATRIX)
-    return SiteError(
-        f"adapter '{adapter}' targets '{', '.join(names)}', which matches no site",
-        nearest=nearest,
-        next_step="name parameters, such as stacked experts, in parameters="
-        if held
-        else "`lorac sites MODEL` prints them all",
-        code="site_not_found",
-    )
-
-
-def _no_full_match_error(adapter: str, pattern: str, sites: Mapping[str, Site]) -> SiteError:
-    """Return the error for a regular expression that matches no path; it suggests a list for a suffix."""
-    name = (
-        pattern
-        if any(is_named((pattern,), path) for path in sites)
-        else nearest_name(_last_part(pattern), map(_last_part, sites))
-    )
-    near = None
-    if name is not None:
-        near = f"targets=['{name}'] or targets=r'(.*\\.)?{re.escape(name)}', {_describe_sites(name, sites)}"
-    return SiteError(
-        f"adapter '{adapter}' targets '{pattern}', one regular expression, which matches the whole path of no site",
-        nearest=near,
-        next_step="write a list to name paths by their ends; `lorac sites MODEL` prints them all",
-        code="site_not_found",
-    )
+        common = ", ".join(name for name, _ in counts.most_common(_LISTED_NAMES))
+        nearest = common if similar is None else f"{similar} ({_describe_sites(similar, sites)})"
+        held = any(is_named(names, path) for path, site in sites.items() if site.kind is SiteKind.MATRIX)
+        what = f"'{', '.join(names)}', which matches no site"
+        parameters = "name parameters, such as stacked experts, in parameters="
+        step = parameters if held else "`lorac sites MODEL` prints them all"
+    return missing_site_error(f"adapter '{adapter}' targets {what}", nearest=nearest or None, next_step=step)
 
 
 def _describe_sites(name: str, sites: Mapping[str, Site]) -> str:
@@ -290,16 +273,3 @@ def _describe_sites(name: str, sites: Mapping[str, Site]) -> str:
 
 def _last_part(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _no_such_kind_error(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteError:
-    """Return the error for a keyword that selects no site; it lists the keywords that select sites."""
-    others = {word: len(select_sites(sites, word)) for word in TARGET_KEYWORDS}
-    found = [f"{word} ({count} sites)" for word, count in others.items() if count]
-    return SiteError(
-        f"adapter '{adapter}' targets '{keyword}', and the model has no such site; "
-        f"looked for {TARGET_KEYWORDS[keyword]}",
-        nearest=", ".join(found) or None,
-        next_step="name modules by the ends of their paths, in a list; `lorac sites MODEL` prints the layers",
-        code="site_not_found",
-    )

@@ -194,7 +194,14 @@ def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
         return _add_pair(layout, slots, call.x, call.base())
     if linear is None and plan.branches:
         linear = call.multiply(call.x)
-    y = _add_pair(layout, slots, call.x, _base_product(slots, call, linear))
+    x, product = call.x, linear
+    if slots.stages[Stage.INPUT]:
+        x, product = apply_stage(Stage.INPUT, layout, slots, x), None
+    if slots.stages[Stage.PRODUCT]:
+        product = apply_stage(Stage.PRODUCT, layout, slots, x)
+    elif product is None:
+        product = call.multiply(x)
+    y = _add_pair(layout, slots, call.x, apply_stage(Stage.OUTPUT, layout, slots, product))
     # The bias is added last, where ONNX Runtime's fusions expect it.
     y = add_bias(layout, y, slots.tensors.get(operands.BIAS, call.bias))
     if not plan.branches:
@@ -225,18 +232,6 @@ def apply_stage(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tenso
     for role, tensor in slots.stages[stage]:
         value = role.apply(layout, value, tensor)
     return value
-
-
-def _base_product(slots: SiteSlots, call: SiteCall, linear: Tensor | None) -> Tensor:
-    """Return c∘(W·((d∘x)·T)) without a bias; ``linear`` is W·x if known."""
-    layout, x = call.layout, call.x
-    if slots.stages[Stage.INPUT]:
-        x, linear = apply_stage(Stage.INPUT, layout, slots, x), None
-    if slots.stages[Stage.PRODUCT]:
-        linear = apply_stage(Stage.PRODUCT, layout, slots, x)
-    elif linear is None:
-        linear = call.multiply(x)
-    return apply_stage(Stage.OUTPUT, layout, slots, linear)
 
 
 def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Tensor:

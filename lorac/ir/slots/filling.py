@@ -59,7 +59,16 @@ def fill_site(
     if plan.site.own_size and (change is None or marked == operands.BIAS):
         tensors[marked] = tensors[marked].clone()
         mark_beyond(tensors[marked], plan.site, size)
-    return SiteSlots(tensors, _fill_branches(plan, branches) if branches or plan.branches else ())
+    fills: list[BranchFill | None] = [None] * len(plan.branches)
+    for strength, term in branches:  # in name order, each into a free slot of the same structure
+        free = [i for i, slot in enumerate(plan.branches) if slot.key == term.slot.key and fills[i] is None]
+        if not free:
+            raise NeedsRecompile(
+                f"'{plan.site.path}' has no free slot for {_describe_branch(term)}",
+                next_step="compile again with all adapters that are active together in adapters=",
+            )
+        fills[free[0]] = BranchFill(strength_tensor(term, plan.site, strength), term.params)
+    return SiteSlots(tensors, tuple(fills))
 
 
 def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
@@ -106,24 +115,6 @@ def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:
         if size > room or (size != room and not (role.ranked or role.padded)):
             return f"holds {role.unit.format(room)}, not {size}"
     return None
-
-
-def _fill_branches(plan: SitePlan, terms: Sequence[tuple[float, BranchTerm]]) -> tuple[BranchFill | None, ...]:
-    """Assign active branch terms, in name order, to free branch slots of the same structure.
-
-    Raises:
-        NeedsRecompile: a term has no free slot.
-    """
-    fills: list[BranchFill | None] = [None] * len(plan.branches)
-    for strength, term in terms:
-        free = [i for i, slot in enumerate(plan.branches) if slot.key == term.slot.key and fills[i] is None]
-        if not free:
-            raise NeedsRecompile(
-                f"'{plan.site.path}' has no free slot for {_describe_branch(term)}",
-                next_step="compile again with all adapters that are active together in adapters=",
-            )
-        fills[free[0]] = BranchFill(strength_tensor(term, plan.site, strength), term.params)
-    return tuple(fills)
 
 
 def strength_tensor(term: BranchTerm, site: Site, strength: float) -> Tensor:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorac.ir.algebra.changes import multiply_blocks
-from lorac.ir.sites.site import Site, SiteKind
+from lorac.ir.sites.site import CONVOLUTION_KINDS, Site, SiteKind
 from lorac.ir.slots.places import CONVOLUTIONS, convolve_segments
 
 _MATRIX = 2
@@ -208,17 +208,10 @@ class ConvLayout(SiteLayout):
 class ParameterLayout(SiteLayout):
     """A parameter that its module uses in its own forward, or a block: no product; a slot is the stored parameter."""
 
-    def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        raise self._computes_nothing()
+    def base(self, *_: Tensor | None) -> Tensor:
+        raise AssertionError(f"'{self.site.path}' is a {self.site.kind}: its layout has no product with an input")
 
-    def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise self._computes_nothing()
-
-    def down(self, x: Tensor, a: Tensor) -> Tensor:
-        raise self._computes_nothing()
-
-    def _computes_nothing(self) -> AssertionError:
-        return AssertionError(f"'{self.site.path}' is a {self.site.kind}: its layout has no product with an input")
+    bound = down = base  # type: ignore[assignment]  # each raises, whatever it is given
 
     def slot_weight(self, matrix: Tensor) -> Tensor:
         return self.site.store(matrix)
@@ -228,15 +221,10 @@ class ParameterLayout(SiteLayout):
 
 
 _LAYOUTS: dict[SiteKind, type[SiteLayout]] = {
+    **dict.fromkeys(SiteKind, ParameterLayout),
+    **dict.fromkeys(CONVOLUTION_KINDS.values(), ConvLayout),
     SiteKind.LINEAR: LinearLayout,
     SiteKind.EMBEDDING: EmbeddingLayout,
-    SiteKind.CONV1D: ConvLayout,
-    SiteKind.CONV2D: ConvLayout,
-    SiteKind.CONV3D: ConvLayout,
-    SiteKind.PARAMETER: ParameterLayout,
-    SiteKind.MATRIX: ParameterLayout,
-    SiteKind.BLOCK: ParameterLayout,
-    SiteKind.ONCE: ParameterLayout,
 }
 
 

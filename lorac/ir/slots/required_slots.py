@@ -128,9 +128,8 @@ def plan_sites(
     for plan in planned.values():
         if plan.bound and plan.site.packed:
             merging = mode in _MERGING_MODES
-            raise quantized_merge_error(
-                plan.site, "" if merging or not plan.reasons else f", and {plan.reasons[0]}", merging
-            )
+            why = "" if merging or not plan.reasons else f", and {plan.reasons[0]}"
+            raise quantized_merge_error(plan.site, why, merging)
     return {path: replace(plan, ranks=ranks(plan.site)) for path, plan in planned.items()}
 
 

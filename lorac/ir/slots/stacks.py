@@ -54,19 +54,16 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
 
 def find_stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return all tensors in order, as one strided view (count, …) per run of evenly spaced tensors."""
-    runs: list[list[Tensor]] = []
-    steps: list[int | None] = []
+    runs: list[tuple[Tensor, int, int]] = []  # the first tensor, the step, and the number of tensors
     for tensor in tensors:
-        step = None
-        if runs and _memory(runs[-1][-1]) == _memory(tensor):
-            step = int(tensor.storage_offset()) - int(runs[-1][-1].storage_offset())
-        if step is None or step < 0 or steps[-1] not in {None, step}:
-            runs.append([tensor])
-            steps.append(None)
-        else:
-            runs[-1].append(tensor)
-            steps[-1] = step
+        if runs and _memory(runs[-1][0]) == _memory(tensor):
+            first, step, count = runs[-1]
+            apart = int(tensor.storage_offset()) - int(first.storage_offset())
+            if apart >= 0 and (count == 1 or apart == count * step):
+                runs[-1] = (first, apart if count == 1 else step, count + 1)
+                continue
+        runs.append((tensor, 0, 1))
     return [
-        run[0].as_strided((len(run), *run[0].shape), (step or 0, *run[0].stride()), run[0].storage_offset())
-        for run, step in zip(runs, steps, strict=True)
+        first.as_strided((count, *first.shape), (step, *first.stride()), first.storage_offset())
+        for first, step, count in runs
     ]

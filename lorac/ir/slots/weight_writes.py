@@ -51,13 +51,12 @@ def write_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> N
     """Write W + left·right to ``out``, for matrices (n, R) and (R, m) or stacks of them."""
     library = find_native_library()
     tensors = (weight, left, right, out)
-    if library is None or weight.dim() != 2 or any(t.dtype != torch.float32 or not t.is_cpu for t in tensors):
-        add_product(weight, left, right, out=out)
-    elif weight.is_contiguous() and out.is_contiguous():
+    plain = weight.dim() == 2 and all(t.dtype == torch.float32 and t.is_cpu for t in tensors)
+    if library is not None and plain and weight.is_contiguous() and out.is_contiguous():
         left, right = (factor if factor.mT.is_contiguous() else factor.contiguous() for factor in (left, right))
         library.add_product(weight, left, right, out)
         torch.autograd.graph.increment_version(out)
-    elif weight.mT.is_contiguous() and out.mT.is_contiguous():
+    elif library is not None and plain and weight.mT.is_contiguous() and out.mT.is_contiguous():
         write_product(weight.mT, right.mT, left.mT, out.mT)
     else:
         add_product(weight, left, right, out=out)

@@ -12,6 +12,7 @@ from string import Template
 
 from lorac.frontend.components import get_graph_scope
 from lorac.report.dump import Dump
+from lorac.report.explain import AdapterRow
 from lorac.report.picture.boxes import build_boxes
 from lorac.report.picture.page_data import (
     LevelTable,
@@ -44,7 +45,7 @@ def to_html(graphs: Mapping[str, Mapping[str, Dump]], context: PictureContext) -
     first = [next(iter(stages.values())) for stages in graphs.values()]
     model = " + ".join(dump.classes.get("", dump.name) for dump in first)
     explanation = context.explanation
-    items = "".join(_adapter_item(row.name, context) for row in explanation.adapters)
+    items = "".join(_adapter_item(row, context) for row in explanation.adapters)
     return Template(_read_resource("page.html")).substitute(
         title=escape(f"{model} · {explanation.target}, {explanation.mode}"),
         style=_read_resource("page.css"),
@@ -85,8 +86,8 @@ def _format_card(name: str, value: str) -> str:
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
 
 
-def _adapter_item(name: str, context: PictureContext) -> str:
-    (row,) = (row for row in context.explanation.adapters if row.name == name)
+def _adapter_item(row: AdapterRow, context: PictureContext) -> str:
+    name = row.name
     terms = [term for term in context.explanation.terms if term.adapter == name]
     states = ", ".join(f"{count} {state}" for state, count in sorted(Counter(t.state for t in terms).items()))
     flops = sum(term.flops * context.notes.calls.get(term.site, 1) for term in terms)

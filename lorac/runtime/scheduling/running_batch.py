@@ -107,18 +107,6 @@ class RunningBatch:
         self._remove(lane, [row.stream.interrupted or row.find_earlier_end() for row in lane.rows])
         if not lane.rows:
             return
-        counts = self._count_tokens(lane)
-        texts = [row.fed[past : past + n] for row, past, n in zip(lane.rows, lane.cache.lengths, counts, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        wanted = torch.tensor(counts)[:, None] - 1
-        logits = lane.bind().decode(self.graph, lane.cache, DecodeStep(ids=ids, counts=counts, wanted=wanted))[:, 0]
-        lengths = lane.cache.lengths
-        computed = [place for place, row in enumerate(lane.rows) if lengths[place] == len(row.text)]
-        if computed:
-            self._draw(lane, computed, logits[computed])
-
-    def _count_tokens(self, lane: _Lane) -> list[int]:
-        """Return the number of tokens of each row for the next call."""
         assert self.chunk is not None
         reading = sum(not row.is_read for row in self.rows)
         crowded = self._chooses and not self.is_shared and 2 * reading > len(self.rows)
@@ -132,7 +120,14 @@ class RunningBatch:
                 count = count if count <= left[tenant] else 0  # never a part of a chunk: its size affects rounding
                 left[tenant] -= count
             counts.append(row.leave_block(past, count))
-        return counts
+        texts = [row.fed[past : past + n] for row, past, n in zip(lane.rows, lane.cache.lengths, counts, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        wanted = torch.tensor(counts)[:, None] - 1
+        logits = lane.bind().decode(self.graph, lane.cache, DecodeStep(ids=ids, counts=counts, wanted=wanted))[:, 0]
+        lengths = lane.cache.lengths
+        computed = [place for place, row in enumerate(lane.rows) if lengths[place] == len(row.text)]
+        if computed:
+            self._draw(lane, computed, logits[computed])
 
     def _draw(self, lane: _Lane, places: Sequence[int], logits: Tensor) -> None:
         """Draw a token for the rows in these places from their logits (places, vocabulary); remove rows that end."""

@@ -70,11 +70,8 @@ class RemoteScheduler:
             raise refused[0]
         for each in submitted:
             self._requests[each] = task = asyncio.create_task(each.follow())
-            task.add_done_callback(functools.partial(self._forget, each))
+            task.add_done_callback(functools.partial(self._requests.pop, each))
         return [each.stream for each in submitted]
-
-    def _forget(self, request: RemoteRequest, task: asyncio.Task[None]) -> None:
-        del self._requests[request]
 
     def _name(self, request: TextRequest) -> str:
         return describe_choice(parse_choice(request.adapters, self.compiled.pool))
@@ -147,7 +144,13 @@ class RemoteRequest:
     async def follow(self) -> None:
         """Forward the workers' tokens to the stream until the request ends."""
         try:
-            self.stream.end(await self._read_to_end())
+            while True:
+                try:
+                    self.stream.end(await self._read())
+                    return
+                except WORKER_ENDED as error:
+                    self._count_move(error)
+                await self._move()
         except _ClientLeft:
             self.leave()
             self.stream.end(self.stream.interrupted)
@@ -158,14 +161,6 @@ class RemoteRequest:
         """Cancel the request at its worker."""
         with contextlib.suppress(BackPressureError):  # Ray raises the refusal of the call
             self._answer.cancel()
-
-    async def _read_to_end(self) -> str:
-        while True:
-            try:
-                return await self._read()
-            except WORKER_ENDED as error:
-                self._count_move(error)
-            await self._move()
 
     async def _read(self) -> str:
         """Forward one worker's tokens to the stream; return the finish reason."""

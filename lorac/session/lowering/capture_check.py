@@ -169,7 +169,11 @@ class _ModelComparison:
             worst = self._worst(self._run_program(self.inputs), first, self.inputs)
         except _ProgramError as error:
             raise self._differs(_OutputDifference("", math.inf, self.inputs, error)) from error
-        if (first.drew or worst is not None) and self._is_stochastic(first):
+        second = None  # another run, whose outputs differ if the model is stochastic
+        if first.drew or worst is not None:
+            seed = _OTHER_SEED if first.drew else _SEED
+            second = self._varying_outputs(self._run_model(ModelRunner(self.model), self.inputs, seed=seed))
+        if second is not None and self._worst(second, first, self.inputs) is not None:
             with seed_random_numbers(self.model, _SEED) as drew:
                 run_graph(self.graph, self.inputs)
                 draws = drew()
@@ -336,11 +340,6 @@ class _ModelComparison:
         leaves, structure = pytree.tree_leaves(replace_dataclasses(run.output)), self.graph.interface.structure
         constants = {} if structure is None else structure.constants
         return [leaf for place, leaf in enumerate(leaves) if place not in constants]
-
-    def _is_stochastic(self, first: ModelRun) -> bool:
-        """Return whether a second run of the model gives other outputs."""
-        second = self._run_model(ModelRunner(self.model), self.inputs, seed=_OTHER_SEED if first.drew else _SEED)
-        return self._worst(self._varying_outputs(second), first, self.inputs) is not None
 
     def _note_stateful(self, place: str) -> None:
         self.stateful = True
