@@ -342,9 +342,9 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         """Allocate enough memory; copy its content only if it has to grow."""
         before = next(iter(self._memory.values())).shape[0], self._room
         places, room = max(places, before[0]), max(room, before[1])
-        size, rows, longest = self._count_bytes(places, room), len(self.lengths), max(self.filled, default=0)
         if (places, room) == before:
             return
+        size, rows, longest = self._count_bytes(places, room), len(self.lengths), max(self.filled, default=0)
         # Memory that is read whole grows within its counted size, so a growing row never exceeds the budget.
         self.charge.resize(size if self.layout.read_whole else self.layout.measure(*before) + size)
         larger = self.layout.allocate(places, room)
