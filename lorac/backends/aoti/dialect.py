@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from lorac.argument_types import Fields
+from lorac.backends.aoti import adaptive_pools
 from lorac.backends.aoti.package import keep_sizes_of_one
 from lorac.backends.onnx.passes import OnnxDialect
 from lorac.ir.graph import segment_ops
@@ -91,6 +92,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., object]] = {
     ),
     segment_ops.JOIN: lambda y, like, count: _view(y, (*like.shape[: like.dim() - count], *y.shape[2:])),
     **TIE_BREAKING_OPS,
+    **adaptive_pools.DECOMPOSITIONS,
 }
 
 DIALECT: OnnxDialect = Dialect(

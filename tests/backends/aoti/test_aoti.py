@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
@@ -74,6 +75,32 @@ def test_adapts_a_convolution() -> None:
     for choice in ("lora", None, {"lora": -0.5}):
         for given in (x, x[:1], x.repeat(3, 1, 1, 1)):
             assert_close(compiled(given, adapters=choice), eager(given, adapters=choice))
+
+
+class _Pooling(nn.Module):
+    """Every adaptive pool that Inductor computes for the example's size alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.mix(x.movedim(1, -1)).movedim(-1, 1)
+        lines, (values, places) = y.flatten(2), F.adaptive_max_pool2d(y, (4, 3), return_indices=True)
+        means = F.adaptive_avg_pool2d(y, (7, 5)), F.adaptive_avg_pool1d(lines, 5), F.adaptive_avg_pool2d(y, (None, 2))
+        return *means, values, places.to(y.dtype), F.adaptive_max_pool1d(lines, 4)
+
+
+@torch.no_grad()
+@pytest.mark.medium("g++ takes ten seconds; no uncompiled program shows the fault")
+def test_adaptive_pools_of_any_size() -> None:
+    model, free = _Pooling().eval(), torch.export.Dim.AUTO
+    options = {"example_inputs": (torch.randn(2, 6, 16, 16),), "dynamic_shapes": {"x": {0: free, 2: free, 3: free}}}
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["mix"])}, target="aoti", **options)
+    for height, width in ((16, 16), (24, 24), (9, 31)):
+        x = torch.randn(3, 6, height, width)
+        for found, expected in zip(compiled(x), model(x), strict=True):
+            assert_close(found, expected)
 
 
 @torch.no_grad()
