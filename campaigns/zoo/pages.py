@@ -338,8 +338,8 @@ def _generation(records: Sequence[Record]) -> str:
 _ENGINES = """## OpenVINO and AOTInductor
 
 The same comparison in mode live on further targets, of models drawn by the hashes of their names from each family in
-turn: {drawn}. Quick models were drawn: most of OpenVINO's are those that ONNX Runtime compiles in 12 seconds, and
-those of AOTInductor, which compiles slowly, in 2.5; of some families none was. By
+turn: {drawn}. Quick models were drawn: ONNX Runtime compiles most of OpenVINO's in 12 seconds, and most of
+AOTInductor's, which compiles slowly, in 3; of some families none was. By
 `python -m campaigns.zoo run --engine "openvino live"`, with {versions}; {days}.
 """
 
