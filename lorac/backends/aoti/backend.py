@@ -109,16 +109,17 @@ class AotInductor(OnnxBackend[AotiOptions, PackagedGraph]):
         stored: JsonMapping,
         options: AotiOptions,
     ) -> PackagedGraph:
-        if stored and not is_trusted():
-            raise ArtifactError(
-                "loading an artifact for target 'aoti' runs machine code",
-                next_step="give trust=True if you made the artifact, or trust its maker",
-            )
         return PackagedGraph(files[graph_file(name, PACKAGE_FILE)].path, interface, slots)
 
     def restore_options(
         self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> AotiOptions:
+        """Return the options of an artifact, if the caller trusts its maker."""
+        if not is_trusted():
+            raise ArtifactError(
+                "loading an artifact for target 'aoti' runs machine code",
+                next_step="give trust=True if you made the artifact, or trust its maker",
+            )
         if device is not None and torch.device(device).type != "cpu":
             raise OptionError(
                 f"this program was compiled for the CPU, not for device '{device}'",
