@@ -169,6 +169,7 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
         self.encoder_outputs: Mapping[str, Tensor] = layout.without_features(rows)
         self._encoded_charge = self.budget.charge(())
         self._encoded_rows = tuple(range(rows))
+        self._inputs: dict[str, Tensor] = {}
         self._binding: tuple[weakref.ref[object], weakref.ref[object], BindingT] | None = None
         self._is_bound = False
 
@@ -324,6 +325,24 @@ class BufferedCache(KeyValueCache, Generic[BindingT]):
                     memory[row, :, filled:used] = 0
             self._used[row] = filled + new
 
+    def write_inputs(self, ids: Mapping[str, Tensor], counts: Mapping[str, Sequence[int]]) -> Mapping[str, Tensor]:
+        """Write a call's small inputs into memory that stays the same, and so bound, as long as their sizes do.
+
+        Args:
+            ids: ids or indices, by the name of the input; stored as int64.
+            counts: a number for each row, by the name of the input; stored as int32.
+        """
+        for name, value in ids.items():
+            self._input(name, tuple(value.shape), torch.int64).copy_(value)
+        for name, numbers in counts.items():
+            self._input(name, (len(numbers),), torch.int32).numpy()[:] = numbers
+        return self._inputs
+
+    def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if name not in self._inputs or self._inputs[name].shape != shape:
+            self._inputs[name] = torch.empty(shape, dtype=dtype)
+        return self._inputs[name]
+
     def _note_used(self, places: Iterable[int], length: int) -> None:
         for place in places:
             self._used[place] = max(self._used[place], length)
@@ -411,13 +430,8 @@ def run_decode_step(
     # A kernel may treat an empty row without new tokens as a row of one token.
     cache.reserve(max(int(0 in counts), *cache.filled) + length)
     cache.clear_unused(counts)
-    inputs = {
-        layout.token_input: step.ids[:, :length].to(torch.int64).contiguous(),
-        PAST_LENGTHS: torch.tensor(cache.filled, dtype=torch.int32),
-        NEW_LENGTHS: torch.tensor(counts, dtype=torch.int32),
-    }
-    if layout.keeps_some:
-        inputs[LOGITS_TO_KEEP] = wanted.to(torch.int64).contiguous()
+    ids = {layout.token_input: step.ids[:, :length], **({LOGITS_TO_KEEP: wanted} if layout.keeps_some else {})}
+    inputs = cache.write_inputs(ids, {PAST_LENGTHS: cache.filled, NEW_LENGTHS: counts})
     try:
         run(inputs, name, logits)
     except BaseException:

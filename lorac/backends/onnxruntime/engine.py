@@ -185,6 +185,10 @@ class OrtEngine(CachingEngine[GraphSession, OnnxRuntimeOptions]):
         return file.where.parents[name.count("/")]
 
 
+_StepBinding = tuple[ort.IOBinding, dict[str, Tensor]]
+"""A binding of a cache's buffers, and the small inputs that are bound to it."""
+
+
 class SlotBindings(threading.local):
     """This thread's IOBindings with a choice's slots bound, by graph, each with its session."""
 
@@ -234,7 +238,8 @@ class OrtProgram(CachingProgram):
         loaded = self.engine.graphs[graph]
         session = loaded.session if self.settled is None else self.settled[graph]
 
-        def bind(binding: ort.IOBinding, buffers: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> None:
+        def bind(new: _StepBinding, buffers: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> None:
+            binding, _ = new
             for past, buffer in buffers.items():  # a session reads and writes them
                 value = as_ort_value(buffer)
                 binding.bind_ortvalue_input(past, value)
@@ -242,9 +247,11 @@ class OrtProgram(CachingProgram):
             for name, tensor in encoded.items():
                 binding.bind_ortvalue_input(name, as_ort_value(tensor))
 
-        binding = cache.binding(session, self.bindings, lambda: self._new_binding(loaded, session), bind)
+        binding, bound = cache.binding(session, self.bindings, lambda: (self._new_binding(loaded, session), {}), bind)
         for name, tensor in inputs.items():
-            binding.bind_ortvalue_input(name, as_ort_value(tensor))
+            if bound.get(name) is not tensor:
+                binding.bind_ortvalue_input(name, as_ort_value(tensor))
+                bound[name] = tensor
         binding.bind_ortvalue_output(output, as_ort_value(logits))
         session.run_with_iobinding(binding)
 

@@ -10,8 +10,9 @@ This module imports transformers, so the first call of ``generate`` imports it.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -19,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,7 +33,7 @@ from lorac.runtime.generation.decoding_state import DecodeTokens, DecodingState
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessorList, StoppingCriteriaList
+    from transformers import LogitsProcessorList
     from transformers.generation.streamers import BaseStreamer
     from transformers.utils.generic import ModelOutput
 
@@ -71,6 +73,41 @@ class DecodingProgram:
     generators: Sequence[torch.Generator] = ()
     features: Mapping[str, Tensor] | None = None
     fed: Sequence[Tensor] = ()
+
+
+class EndCriteria:
+    """The criteria by which rows end: numbers and sets for transformers' two usual ones, which take torch eight calls.
+
+    Args:
+        criteria: transformers' criteria.
+
+    Attributes:
+        last: tokens that end a row.
+        most: the number of tokens at which every row ends, its prompt included.
+        others: all other criteria.
+    """
+
+    def __init__(self, criteria: Iterable[Any]) -> None:
+        self.last, self.most, self.others = set[int](), sys.maxsize, StoppingCriteriaList()
+        for one in criteria:
+            if type(one) is EosTokenCriteria:
+                self.last.update(one.eos_token_id.flatten().tolist())
+            elif type(one) is MaxLengthCriteria:
+                self.most = min(self.most, one.max_length)
+            else:
+                self.others.append(one)
+
+    def __call__(self, texts: Any, tokens: Sequence[int], scores: tuple[Tensor, ...] | None = None) -> list[bool]:
+        """Return whether each row ends.
+
+        Args:
+            texts: (rows, length).
+            tokens: the last token of each row.
+            scores: the scores of each new token (rows, vocabulary), if they are kept.
+        """
+        ends = self.others(texts, scores).tolist() if self.others else [False] * len(tokens)
+        whole = texts.shape[1] >= self.most
+        return [end or whole or token in self.last for end, token in zip(ends, tokens, strict=True)]
 
 
 class GenerationDriver(GenerationMixin, ABC):
@@ -212,25 +249,26 @@ class GenerationDriver(GenerationMixin, ABC):
         kept_scores: tuple[Tensor, ...] | None = () if as_object and generation_config.output_scores else None
         kept_logits: tuple[Tensor, ...] | None = () if as_object and generation_config.output_logits else None
         pads = any(getattr(criterion, "eos_token_id", None) is not None for criterion in stopping_criteria)
-        pad, state = generation_config._pad_token_tensor, model_kwargs["cache"]
+        ends, state = EndCriteria(stopping_criteria), model_kwargs["cache"]
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
-        unfinished = torch.ones(input_ids.shape[0], dtype=torch.long)
-        all_rows = unfinished.tolist()
+        unfinished = every_row = [1] * input_ids.shape[0]
         while True:
             logits = logits.to(torch.float32)
             scores = logits_processor(input_ids, logits)
             kept_scores = None if kept_scores is None else (*kept_scores, scores)
             kept_logits = None if kept_logits is None else (*kept_logits, logits)
             tokens = self._draw(scores) if generation_config.do_sample else take_likeliest(scores)
-            if pads:
-                tokens = tokens * unfinished + pad * (1 - unfinished)
+            if pads and not all(unfinished):
+                finished = torch.tensor(unfinished) == 0
+                tokens = tokens.masked_fill(finished, generation_config._pad_token_tensor)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, kept_scores)
+            ended = ends(input_ids, tokens.tolist(), kept_scores)
+            unfinished = [int(here and not end) for here, end in zip(unfinished, ended, strict=True)]
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if not unfinished.any():
+            if not any(unfinished):
                 break
-            logits = state.step(self.program.decode, tokens, unfinished.tolist() if pads else all_rows)
+            logits = state.step(self.program.decode, tokens, unfinished if pads else every_row)
         if streamer is not None:
             streamer.end()
         if not as_object:

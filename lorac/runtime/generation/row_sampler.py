@@ -11,7 +11,7 @@ from torch import Tensor
 from lorac.errors import InputMismatch, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.prefix import IDS
-from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver, take_likeliest
+from lorac.runtime.generation.driver import DecodingProgram, EndCriteria, GenerationDriver, take_likeliest
 from lorac.runtime.generation.generate import add_tokenizer
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
 from lorac.runtime.generation.row_processors import RowProcessors
@@ -34,9 +34,7 @@ class RowSampler:
 
     Attributes:
         processors: transformers' logits processors for the row's options.
-        criteria: transformers' stopping criteria, except those that ``most`` and ``last`` replace.
-        last: tokens that end the row.
-        most: the most tokens of the row, its prompt included.
+        criteria: the criteria by which the row ends.
         generator: the row's random generator; None: it takes the likeliest token.
 
     Raises:
@@ -53,8 +51,6 @@ class RowSampler:
         drawn: int = 0,
         **options: object,
     ) -> None:
-        from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
-
         traits, spec = model.traits[graph], model.engine.cache_spec(graph)
         if spec is None:
             model.engine.refuse_cache()
@@ -83,25 +79,17 @@ class RowSampler:
         own = {name: value for name, value in request.options.items() if name not in spec.prompt_inputs}
         translate_errors(lambda: driver.generate(**{**own, IDS: ids[None, : driver.width]}))
         self.processors, criteria, config = driver.planned
+        self.criteria = EndCriteria(criteria)
         self.generator = torch.Generator() if config.do_sample else None
         if self.generator is not None:
             self.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
             chances = torch.ones(spec.vocabulary)  # a draw consumes the same random numbers for any probabilities
             for _ in range(drawn):
                 torch.multinomial(chances, 1, generator=self.generator)
-        # ``ends`` compares two numbers instead: transformers' criteria take eight calls of torch for each token.
-        self.last, self.most, self.criteria = set[int](), int(config.max_length), StoppingCriteriaList()
-        for one in criteria:
-            if type(one) is EosTokenCriteria:
-                self.last.update(one.eos_token_id.flatten().tolist())
-            elif type(one) is not MaxLengthCriteria or one.max_length < self.most:
-                self.criteria.append(one)
 
     def ends(self, text: Tensor) -> bool:
         """Return whether a row ends with the last token of its text (length,)."""
-        if len(text) >= self.most or int(text[-1]) in self.last:
-            return True
-        return bool(self.criteria) and bool(self.criteria(text[None], None))
+        return self.criteria(text[None], [int(text[-1])])[0]
 
 
 class BatchSampler:

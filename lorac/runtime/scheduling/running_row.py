@@ -91,9 +91,9 @@ class RunningRow:
             begins = self.keyed if self.limit is None else self.keyed[: self.limit + 1]
             known = None if prompts is None else prompts.find(self._model.engine, self.key, [begins])
             if known is not None:
-                known.grow(self.sampler.most)
+                known.grow(self.sampler.criteria.most)
             self.is_kept = self.limit == (0 if known is None else known.lengths[0])
-            cache = known or self.program.new_cache(self._graph, 1, self.sampler.most)
+            cache = known or self.program.new_cache(self._graph, 1, self.sampler.criteria.most)
             if features:
                 cache.set_encoder_outputs(features)
             self._held = undo.pop_all()
@@ -180,7 +180,7 @@ class RunningRow:
     def _find_end(self) -> str:
         if not self.sampler.ends(self.text):
             return ""
-        return "length" if len(self.text) >= self.sampler.most else "stop"
+        return "length" if len(self.text) >= self.sampler.criteria.most else "stop"
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End the request, and release its adapters."""

@@ -63,14 +63,14 @@ def test_rows_with_different_options_sample_as_alone(model: Any) -> None:
         batch = BatchSampler([rows[row] for row in running]) if done else batch
     for row, text in enumerate(expected):
         assert torch.equal(ended[row], text), options[row]
-        assert len(text) <= rows[row].most
+        assert len(text) <= rows[row].criteria.most
 
 
 def test_ends_as_transformers_criteria_do_without_calling_them(model: Any) -> None:
-    shorter, (ids,) = MaxLengthCriteria(9), prompts(3, (6,))
+    (ids,) = prompts(3, (6,))
     plain = RowSampler(model, ids, max_new_tokens=5, eos_token_id=[20, 21])
-    custom = RowSampler(model, ids, max_new_tokens=5, eos_token_id=[20], stopping_criteria=[shorter])
-    assert (list(plain.criteria), list(custom.criteria), plain.most, custom.most) == ([], [shorter], 11, 11)
+    custom = RowSampler(model, ids, max_new_tokens=5, eos_token_id=[20], stopping_criteria=[MaxLengthCriteria(9)])
+    assert [(row.criteria.others, row.criteria.most) for row in (plain, custom)] == [([], 11), ([], 9)]
     texts = [torch.full((length,), last) for length in (7, 8, 9, 10, 11) for last in (3, 20, 21)]
     ends = [(len(text) > 10 or text[-1] > 3, len(text) > 8 or text[-1] == 20) for text in texts]
     assert [(plain.ends(text), custom.ends(text)) for text in texts] == ends
