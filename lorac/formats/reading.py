@@ -38,6 +38,7 @@ from lorac.formats._config_fields import (
 )
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._lora_pairs import check_pair, check_read, group_by_layer, make_lora
+from lorac.ir.slots.stacks import new_memory
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
 from lorac.storage.open_file import OpenFile
@@ -292,7 +293,7 @@ class AdapterFile:
             FormatError: the header is longer than the file, or the file was truncated in the meantime.
         """
         begin = 8 + len(self._header_text)
-        block = torch.empty(self._opened.size - begin, dtype=torch.uint8)
+        block = new_memory(self._opened.size - begin)
         try:
             with pause_clock(), self._opened.path.open("rb", buffering=0) as file:
                 read_into(raw_bytes(block), file, begin)

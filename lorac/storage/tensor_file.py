@@ -14,7 +14,6 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from lorac.errors import ArtifactError, BaseNeeded, LoracError
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.stacks import ALIGNMENT, new_memory
 from lorac.limits import claim_memory
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json, parse_object
@@ -44,8 +44,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ALIGNMENT = 64
-"""Bytes; torch's own allocations begin at such multiples."""
 _ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
@@ -179,15 +177,14 @@ def _find_end(entries: JsonObject) -> int:
 def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
     """Return tensors by name, copied once from an open file. Each has its own storage, so it can be saved alone.
 
-    The storages share one allocation, which takes half the time of separate allocations: NumPy requests huge pages.
+    The storages share one allocation, which takes half the time of separate allocations.
 
     Raises:
         EOFError: the file ends before a tensor does.
     """
     sizes = [place.size for place in places.values()]
-    ends = [*itertools.accumulate([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes], initial=0)]
-    memory = np.empty(ends[-1] + _ALIGNMENT, np.uint8)
-    memory = memory[-memory.ctypes.data % _ALIGNMENT :]
+    ends = [*itertools.accumulate([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], initial=0)]
+    memory = new_memory(ends[-1]).numpy()
     tensors = {}
     for (name, place), size, offset in zip(places.items(), sizes, ends[:-1], strict=True):
         dtype, shape = place.dtype, tuple(place.shape)

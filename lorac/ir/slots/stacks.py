@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 """Bytes: torch's alignment of allocations, so that kernels compute the same in every tensor of a stack."""
 
 
@@ -30,7 +31,7 @@ class StackShape:
     @property
     def step(self) -> int:
         """The number of elements between the beginnings of two neighbouring tensors."""
-        unit = max(_ALIGNMENT // self.dtype.itemsize, 1)
+        unit = max(ALIGNMENT // self.dtype.itemsize, 1)
         return -(-math.prod(self.shape) // unit) * unit
 
     @property
@@ -45,7 +46,17 @@ class StackShape:
 
     def new(self) -> Tensor:
         """Allocate an uninitialised stack (count, …)."""
-        return self.view(torch.empty(self.nbytes, dtype=torch.uint8))
+        return self.view(new_memory(self.nbytes))
+
+
+def new_memory(nbytes: int) -> Tensor:
+    """Allocate uninitialised bytes, aligned as torch aligns them.
+
+    NumPy requests huge pages, in which the first write takes half the time.
+    """
+    memory = torch.from_numpy(np.empty(nbytes + ALIGNMENT, np.uint8))
+    begin = -memory.data_ptr() % ALIGNMENT
+    return memory[begin : begin + nbytes]
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
