@@ -6,6 +6,7 @@ import itertools
 import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,17 +60,24 @@ class PoolEntry:
         serial: a number that is unique in this process.
         charge: the memory charge of its tensors; None on disk.
         forms: cached normal forms, the versions of the tensors from which they were made, and their memory charge.
+        slots: the memory charge of the slots that hold it alone, until they are gone.
     """
 
     source: Adapter | StoredAdapter
     serial: int
     charge: Charge | None
     forms: tuple[PreparedAdapter, TensorVersions, Charge] | None = None
+    slots: weakref.ref[Charge] | None = None
 
     @property
     def adapter(self) -> Adapter | None:
         """The adapter, if it is in memory."""
         return self.source if isinstance(self.source, Adapter) else None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether calls can use it without a read."""
+        return self.forms is not None or (self.slots is not None and self.slots() is not None)
 
 
 class AdapterPool(Mapping[str, PreparedAdapter]):
@@ -82,6 +90,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         trains: whether the adapters train here, so that writes that torch does not count are expected.
 
     Attributes:
+        preparer: computes the normal forms.
         budget: the budget for the memory of adapters in all forms.
         entries: name -> entry.
         given: name -> function that returns the adapter with the substituted tensors of its module, or None if there
@@ -90,7 +99,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
     """
 
     def __init__(self, preparer: Preparer, *, trains: bool = False) -> None:
-        self._preparer, self._trains = preparer, trains
+        self.preparer, self._trains = preparer, trains
         self._lock = threading.RLock()
         self.budget = MemoryBudget()
         self.entries: dict[str, PoolEntry] = {}
@@ -132,7 +141,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         before = _NEVER if forms is None else forms[1]
         now = self.read_versions((entry,), before)
         check_values(adapter)
-        self._preparer.forget_shared(now.tensors if now.versions == before.versions else ())
+        self.preparer.forget_shared(now.tensors if now.versions == before.versions else ())
         return self._keep(entry, self._prepare_packed(adapter), now)
 
     def _keep(
@@ -174,8 +183,8 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     @property
     def resident(self) -> list[str]:
-        """Names of the adapters whose prepared form is in memory."""
-        return [name for name, entry in tuple(self.entries.items()) if entry.forms is not None]
+        """Names of the adapters that are ready in memory."""
+        return [name for name, entry in tuple(self.entries.items()) if entry.is_ready]
 
     def find(self, name: str) -> PoolEntry:
         """Return the entry of a name.
@@ -210,7 +219,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
         """Return an adapter's normal forms, packed into few blocks of memory unless the pool trains."""
-        return self._preparer.prepare(adapter, packed=not self._trains)
+        return self.preparer.prepare(adapter, packed=not self._trains)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.

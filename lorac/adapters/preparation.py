@@ -12,10 +12,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.errors import NeedsRecompile
+from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, list_tensors, map_tensors, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.reduction import (
     BRANCH,
+    LOW_RANK,
     Params,
     Reduction,
     reduce_branch,
@@ -104,6 +106,33 @@ class Preparer:
         invocation = invocation_of(adapter.variant)
         prepared = PreparedAdapter(changes, branches, power, tuple(reasons), sizes, labels, invocation, prefix)
         return pack_adapter(prepared, adapter) if packed else prepared
+
+    def number(self, adapter: Adapter, numbered: Adapter, factors: list[float]) -> PreparedAdapter | None:
+        """Return normal forms that hold the numbers of an adapter's values in place of the values.
+
+        Args:
+            adapter: an adapter with values.
+            numbered: an adapter with the numbers of these values (``Reduction.follow``).
+            factors: numbers by which values are multiplied; missing ones are appended.
+
+        Returns:
+            The normal forms; None if the adapter is more than pairs whose values are those of its tensors.
+        """
+        variant = adapter.variant
+        if adapter.replaced or not variant.acts_at_sites or variant.prompt is not None or invocation_of(variant):
+            return None
+        changes: dict[str, Change] = {}
+        for path, tensors in adapter.tensors.items():
+            site = self.sites[path]
+            reduction = self.reduction(variant, site, tensors)
+            is_pair = reduction.form == LOW_RANK and {*reduction.outputs} == {operands.A, operands.B}
+            if site.stack or not is_pair or not all(tensor.numel() for tensor in tensors.values()):
+                return None
+            found = reduction.follow([numbered.tensors[path][name] for name in reduction.params], factors)
+            if found is None:
+                return None
+            changes[path] = LowRank(found[operands.A], found[operands.B])
+        return PreparedAdapter(changes, {}, variant.truncatable)
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then sites with replaced tensors."""

@@ -55,14 +55,26 @@ class SlotLayout:
         """The size of the memory in bytes."""
         return sum(stack.nbytes for stack, _ in self.stacks)
 
+    def split(self, memory: Tensor) -> list[Tensor]:
+        """View memory as the stacks."""
+        parts = memory.split([stack.nbytes for stack, _ in self.stacks])
+        return [stack.view(part) for (stack, _), part in zip(self.stacks, parts, strict=True)]
+
     def view(self, memory: Tensor) -> dict[str, Tensor]:
         """View memory as tensors by slot."""
-        parts = memory.split([stack.nbytes for stack, _ in self.stacks])
         return {
             name: tensor
-            for (stack, names), part in zip(self.stacks, parts, strict=True)
-            for name, tensor in zip(names, stack.view(part).unbind(), strict=True)
+            for (_, names), stack in zip(self.stacks, self.split(memory), strict=True)
+            for name, tensor in zip(names, stack.unbind(), strict=True)
         }
+
+
+class AdapterStructure(ABC):
+    """The structure of adapters whose files have equal headers: they differ in values only."""
+
+    @abstractmethod
+    def make_adapter(self, name: str, values: Tensor) -> Adapter:
+        """Return an adapter whose tensors are views of values, which have the order of its file."""
 
 
 class StoredAdapter(ABC):
@@ -81,6 +93,19 @@ class StoredAdapter(ABC):
     @abstractmethod
     def folder(self) -> Path:
         """The folder of the adapter."""
+
+    @property
+    @abstractmethod
+    def structure(self) -> AdapterStructure | None:
+        """The structure of the adapter; None if its values are not read without its format."""
+
+    @abstractmethod
+    def read_values(self, structure: AdapterStructure) -> Tensor | None:
+        """Read and check the values of the adapter; return None if it has another structure by now.
+
+        Raises:
+            FormatError, AdapterError: the adapter was changed since it was registered.
+        """
 
     @abstractmethod
     def read(self, name: str) -> Adapter:

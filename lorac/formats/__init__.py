@@ -7,12 +7,12 @@ entry points of the group ``lorac.formats``. ``reading`` has the functions and c
 from lorac.formats._format import Evidence, Format
 from lorac.formats._outlines import AdapterOutline
 from lorac.formats._registry import (
-    fill_adapter,
     formats,
     is_adapter,
     load_adapter,
     load_checkpoint,
     outline_adapter,
+    read_values,
     save_adapter,
 )
 
@@ -20,11 +20,11 @@ __all__ = [
     "AdapterOutline",
     "Evidence",
     "Format",
-    "fill_adapter",
     "formats",
     "is_adapter",
     "load_adapter",
     "load_checkpoint",
     "outline_adapter",
+    "read_values",
     "save_adapter",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lorac.adapters.fit import check_finite, find_infinite_sums
+from lorac.adapters.stored import AdapterStructure
 from lorac.errors import LoracError
 from lorac.formats.reading import AdapterFile, Outline, mismatched_seal
 from lorac.limits import pause_clock
@@ -18,7 +19,7 @@ from lorac.storage.tensor_hash import agrees_with_hash, describe_tensor, hash_de
 from lorac.variants.adapter import Adapter
 
 
-class AdapterOutline:
+class AdapterOutline(AdapterStructure):
     """An adapter whose values have not been read; where the format needs the values, the adapter is read completely.
 
     Args:
@@ -65,11 +66,11 @@ class AdapterOutline:
             path: {name: keys[id(tensor)] for name, tensor in at.items()} for path, at in self.adapter.tensors.items()
         }
 
-    def fill(self, file: AdapterFile, name: str) -> Adapter | None:
-        """Read the values of another file with the same headers (``AdapterFile.hash_headers``) into the adapter.
+    def read_values(self, file: AdapterFile) -> torch.Tensor | None:
+        """Read and check the values of another file with the same headers (``AdapterFile.hash_headers``).
 
         Returns:
-            A new adapter with the values of the file, checked; None if the file has to be read by its format.
+            The values in the order of the file; None if the file has to be read by its format.
 
         Raises:
             FormatError: the values differ from those that lorac sealed.
@@ -81,21 +82,28 @@ class AdapterOutline:
         header, block = weights.common_header, weights.read_values()
         if block.nbytes != self._nbytes:
             return None
-        flat, raw, size = block.view(self._dtype), raw_bytes(block), self._dtype.itemsize
-        tensors = {key: flat[begin:end].view(shape) for key, (begin, end, shape) in self._spans.items()}
+        values, raw, size = block.view(self._dtype), raw_bytes(block), self._dtype.itemsize
         with pause_clock():
-            if find_infinite_sums({"all": flat}):
-                check_finite(tensors, f"'{weights}'")
+            if find_infinite_sums({"all": values}):
+                check_finite(self._view(values), f"'{weights}'")
             if header.seal is not None and self._sealed is not None:
                 text = self._sealed.replace(f'"name":"{self._header.name}"', f'"name":"{header.name}"', 1)
-                values = [raw[begin * size : end * size] for begin, end, _ in self._spans.values()]
-                hashed = hash_described(text, self._described, values)
-                if hashed != header.seal and not agrees_with_hash(header.seal, text, tensors):
+                parts = [raw[begin * size : end * size] for begin, end, _ in self._spans.values()]
+                hashed = hash_described(text, self._described, parts)
+                if hashed != header.seal and not agrees_with_hash(header.seal, text, self._view(values)):
                     raise mismatched_seal(weights.path)
+        return values
+
+    def make_adapter(self, name: str, values: torch.Tensor) -> Adapter:
+        assert self.sites is not None
+        tensors = self._view(values)
         return Adapter(
             name,
             self.adapter.variant,
             {path: {own: tensors[key] for own, key in keys.items()} for path, keys in self.sites.items()},
             {own: tensors[key] for own, key in self.replaced.items()},
-            {**self.adapter.provenance, "source": str(file)},
+            dict(self.adapter.provenance),
         )
+
+    def _view(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {key: values[begin:end].view(shape) for key, (begin, end, shape) in self._spans.items()}

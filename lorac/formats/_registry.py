@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from torch import Tensor
+
 from lorac.adapters.fit import check_values
 from lorac.argument_types import check_type
 from lorac.discovery import find_classes, list_entry_points
@@ -102,22 +104,26 @@ def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Ad
     return _read(path, lambda file: AdapterOutline(file.path, lambda file: _read_adapter(file, view, name)))
 
 
-def fill_adapter(path: str | os.PathLike[str], outlines: Mapping[bytes, AdapterOutline], name: str) -> Adapter | None:
+def read_values(
+    path: str | os.PathLike[str], outlines: Mapping[bytes, AdapterOutline]
+) -> tuple[AdapterOutline, Tensor] | None:
     """Read the values of an adapter whose headers match those of an outline.
 
     Args:
         outlines: by the hash of the headers (``AdapterFile.hash_headers``).
 
     Returns:
-        The adapter; None if no outline has its headers, or if the file has to be read by its format.
+        The outline and the values (``AdapterOutline.read_values``); None if no outline has its headers, or if the file
+        has to be read by its format.
 
     Raises:
         FormatError, AdapterError: as ``load_adapter``.
     """
 
-    def read(file: AdapterFile) -> Adapter | None:
+    def read(file: AdapterFile) -> tuple[AdapterOutline, Tensor] | None:
         outline = outlines.get(file.hash_headers()[0])
-        return None if outline is None else outline.fill(file, name)
+        values = None if outline is None else outline.read_values(file)
+        return None if outline is None or values is None else (outline, values)
 
     return _read(path, read)
 

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
+from lorac.adapters.slot_moves import SlotMoves
+from lorac.adapters.stored import AdapterStructure, SlotLayout, StoredAdapter
 from lorac.errors import FormatError, NeedsRecompile, Unavailable
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import AS_TRAINED, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
 from lorac.ir.slots.invocation import no_prompt_error
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots
+from lorac.ir.slots.stacks import new_memory
 from lorac.runtime.capacity import suggest_reserve
 from lorac.runtime.slot_images import SlotImage, SlotImages
 from lorac.storage.atomic_folders import replace_atomically
@@ -31,6 +34,8 @@ _MAX_MIXTURES = 8
 """The most cached states of mixtures and strengths, even where memory would allow more."""
 _MAX_TOGETHER = 4
 """The most cached bindings of several choices in one call, even where memory would allow more."""
+_MOST_NUMBERED = 1 << 26
+"""The most values of an adapter to number; for a moment, their numbers take 20 bytes each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,9 @@ class ChoiceStates:
         self._together: dict[tuple[Choice, ...], tuple[tuple[weakref.ref[Charge], ...], BoundProgram]] = {}
         self._images = SlotImages()
         self._evicted: dict[str, int] = {}
+        self._reading = threading.RLock()
+        self._seen: weakref.WeakSet[AdapterStructure] = weakref.WeakSet()
+        self._moves: weakref.WeakKeyDictionary[AdapterStructure, SlotMoves | None] = weakref.WeakKeyDictionary()
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
         """Return the state of a choice.
@@ -108,13 +116,85 @@ class ChoiceStates:
         if () not in self._kept and self._find_stored(choice) is not None:
             self.of(())  # an image of an adapter's slots leaves out the tensors of the empty choice
         # Adapters are read and prepared without the lock, so that other calls need not wait.
-        entries = self._pool.select([name for name, _ in choice])
-        prepared = {name: self._pool[name] for name, _ in choice}
+        names = [name for name, _ in choice]
+        entries = self._pool.select(names)
+        with self._reading:
+            state = self._find(choice, stale=stale)
+            read = self._read_values(choice) if state is None else None
+        if state is not None:
+            return state
+        prepared = {} if read is not None else {name: self._pool[name] for name in names}
         with self._lock:
             state = self._find(choice, stale=stale)
-            if state is None and self._pool.select([*prepared]) == entries:
-                state = self._keep(self.new(choice, prepared))
+            if state is None and self._pool.select(names) == entries:
+                state = self._keep(self.new(choice, prepared) if read is None else self._bind_slots(choice, *read))
         return state
+
+    def _read_values(self, choice: Choice) -> tuple[SlotLayout, Tensor, Charge] | None:
+        """Read the values of an adapter on disk into slots; return None where the adapter has to be prepared."""
+        entry, base = self._find_stored(choice), self._kept.get(())
+        if entry is None or base is None or base.bound is None or not self._engine.interfaces:
+            return None
+        assert isinstance(entry.source, StoredAdapter)
+        structure = entry.source.structure
+        if structure is None or (structure in self._moves and self._moves[structure] is None):
+            return None
+        if structure not in self._seen:  # an adapter is prepared in less time than it takes to find the moves
+            self._seen.add(structure)
+            return None
+        begun, charge = time.monotonic(), self._pool.budget.claim(entry.source.nbytes)
+        try:
+            values = entry.source.read_values(structure)
+            if values is not None and structure not in self._moves:
+                self._moves[structure] = self._find_moves(structure, values, base.bound)
+            moves = self._moves.get(structure)
+            if values is None or moves is None:
+                charge.resize(0)
+                return None
+            charge.resize(moves.layout.nbytes)
+            slots = new_memory(moves.layout.nbytes)
+            moves.fill(values, slots)
+            charge.cover([slots])
+        except BaseException:
+            charge.resize(0)  # the error's traceback keeps the charge alive
+            raise
+        self._pool.read_seconds.append(time.monotonic() - begun)
+        return moves.layout, slots, charge
+
+    def _find_moves(self, structure: AdapterStructure, values: Tensor, base: BoundProgram) -> SlotMoves | None:
+        """Return the moves from values of a structure into slots; None where a slot is computed in another way."""
+        name, factors, shared = "", [1.0], base.placed_tensors()
+        narrow = any(tensor.dtype.itemsize < torch.float32.itemsize for tensor in shared.values())
+        if narrow or len(values) > _MOST_NUMBERED:  # engines refuse values that are too large for half precision
+            return None
+        numbered = structure.make_adapter(name, torch.arange(1, len(values) + 1))
+        prepared = self._pool.preparer.number(structure.make_adapter(name, values), numbered, factors)
+        if prepared is None:
+            return None
+        snapshot = compose_choice(self._plans, {name: prepared}, ((name, AS_TRAINED),), self._base)
+        bound = self._engine.bind(snapshot, fill_slots(self._plans, snapshot, self._base, dict(self._idle)))
+        own = self._find_own_slots(snapshot, bound, base)
+        places = {} if own is None else {slot: own[slot] for slot in own if own[slot].dtype == torch.int64}
+        if own is None or not all(torch.equal(own[slot], shared[slot]) for slot in own.keys() - places.keys()):
+            return None
+        try:
+            return SlotMoves(snapshot, places, {slot: shared[slot].dtype for slot in places}, factors)
+        except ValueError:
+            return None
+
+    def _find_own_slots(
+        self, snapshot: ComposedWeights, bound: BoundProgram, base: BoundProgram
+    ) -> dict[str, Tensor] | None:
+        """Return the slots that differ from those of the empty choice; None where not all of them are a row's own."""
+        shares = any(self._engine.why_apart(snapshot, graph) for graph in self._engine.interfaces)
+        if shares or snapshot.invocations or snapshot.prefix is not None:
+            return None
+        shared = base.placed_tensors()
+        return {
+            name: tensor
+            for name, tensor in bound.placed_tensors().items()
+            if tensor.data_ptr() != shared[name].data_ptr() or tensor.shape != shared[name].shape
+        }
 
     def _find(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
         """Return the cached state of a choice, or None."""
@@ -127,6 +207,8 @@ class ChoiceStates:
     def _keep(self, state: ChoiceState) -> ChoiceState:
         """Cache a state until memory is short, and return the copy that calls use."""
         choice = state.choice
+        if self._find_stored(choice) is not None:
+            state.entries[0].slots = weakref.ref(state.charge)
         take = functools.partial(operator.setitem, self._kept, choice, state)
         if not choice:  # the empty choice takes no memory
             take()
@@ -162,22 +244,17 @@ class ChoiceStates:
         """
         state, entry, base = self._kept.pop(choice, None), self._find_stored(choice), self._kept.get(())
         self._in_use.pop(choice, None)
-        if state is None or entry is None or base is None or state.entries != (entry,) or state.snapshot.prefix:
+        if state is None or entry is None or base is None or state.entries != (entry,) or not self._engine.interfaces:
             return
-        name, engine = choice[0][0], self._engine
-        shares = state.snapshot.invocations or any(
-            engine.why_apart(state.snapshot, graph) for graph in engine.interfaces
-        )
-        if self._images.find(name, entry) is not None or not engine.interfaces or shares:
+        name = choice[0][0]
+        if self._images.find(name, entry) is not None or state.bound is None or base.bound is None:
             return
         if self._evicted.get(name) != entry.serial:
             self._evicted[name] = entry.serial
             return
-        assert state.bound is not None
-        assert base.bound is not None
-        shared, own = base.bound.placed_tensors(), state.bound.placed_tensors()
-        own = {n: t for n, t in own.items() if t.data_ptr() != shared[n].data_ptr() or t.shape != shared[n].shape}
-        self._images.write(name, entry, state.snapshot, own)
+        own = self._find_own_slots(state.snapshot, state.bound, base.bound)
+        if own is not None:
+            self._images.write(name, entry, state.snapshot, own)
 
     def _bring_back(self, choice: Choice) -> ChoiceState | None:
         """Read the state of an adapter on disk from its slot image; return None where it has no image."""
@@ -190,14 +267,17 @@ class ChoiceStates:
                 return state
             begun, base = time.monotonic(), self.of(()).bound
             read = None if base is None else self._read_slots(image)
-            if base is None or read is None:
+            if read is None:
                 return None
             self._pool.read_seconds.append(time.monotonic() - begun)
-            slots, charge = read
-            layout, versions = image.layout, self._pool.read_versions((entry,))
-            bound = base.with_places(layout.view(slots))
-            snapshot = ComposedWeights(choice, layout.sites)
-            return self._keep(ChoiceState(snapshot, bound, (entry,), versions, layout.nbytes, charge))
+            return self._keep(self._bind_slots(choice, image.layout, *read))
+
+    def _bind_slots(self, choice: Choice, layout: SlotLayout, slots: Tensor, charge: Charge) -> ChoiceState:
+        """Return the state of an adapter on disk whose slots were read."""
+        entries, base = self._pool.select([name for name, _ in choice]), self.of(()).bound
+        assert base is not None
+        bound, versions = base.with_places(layout.view(slots)), self._pool.read_versions(entries)
+        return ChoiceState(ComposedWeights(choice, layout.sites), bound, entries, versions, layout.nbytes, charge)
 
     def _read_slots(self, image: SlotImage) -> tuple[Tensor, Charge] | None:
         """Read a slot image; return its bytes and the charge of their memory, or None where it cannot be read.
@@ -206,7 +286,7 @@ class ChoiceStates:
         """
         charge = self._pool.budget.claim(image.layout.nbytes)
         try:
-            memory = torch.empty(image.layout.nbytes, dtype=torch.uint8)
+            memory = new_memory(image.layout.nbytes)
             charge.cover([memory])
             return (memory, charge) if self._images.read(image, memory) else None
         except BaseException:

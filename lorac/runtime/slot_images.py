@@ -1,7 +1,8 @@
 """Slot images: the slots of evicted adapters on disk, in one unnamed file of this process.
 
-Reading an adapter's own file, checking it and reducing its formula takes many times as long as reading its bytes. So
-its slots are written once, when the adapter is evicted, and one read restores them. The file has no name: it is made
+Reading an adapter's own file, checking its values and putting them in the order of its slots takes several times as
+long as reading its bytes, and reducing its formula still longer. So its slots are written once, when the adapter is
+evicted, and one read restores them. The file has no name: it is made
 in the folder of the adapters, and the system frees its space when the process ends or is killed.
 """
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from lorac.adapters.stored import StoredAdapter
+from lorac.adapters.stored import AdapterStructure, StoredAdapter
 from lorac.errors import FormatError
-from lorac.formats import AdapterOutline, fill_adapter, is_adapter, load_adapter, outline_adapter
+from lorac.formats import AdapterOutline, is_adapter, load_adapter, outline_adapter, read_values
 from lorac.formats.reading import AdapterFile
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import LowRank
@@ -42,17 +42,19 @@ class AdapterSize:
         sites: the number of sites.
         rank: the largest rank of a low-rank change; 0 if it has none.
         invocation: the token ids from which on the adapter acts (aLoRA); empty: it acts on every token.
+        headers: the hash of its file's headers (``AdapterFile.hash_headers``).
     """
 
     sites: int
     rank: int
-    invocation: tuple[int, ...] = ()
+    invocation: tuple[int, ...]
+    headers: bytes
 
     @classmethod
-    def of(cls, forms: PreparedAdapter) -> "AdapterSize":
+    def of(cls, forms: PreparedAdapter, headers: bytes) -> "AdapterSize":
         """Return the size of an adapter in its normal forms."""
         ranks = [change.rank for change in forms.changes.values() if isinstance(change, LowRank)]
-        return cls(len(forms.paths), max(ranks, default=0), forms.invocation)
+        return cls(len(forms.paths), max(ranks, default=0), forms.invocation, headers)
 
 
 class AdapterRegistry:
@@ -124,7 +126,7 @@ class AdapterRegistry:
             check_capacity(name, forms, self._session.plans, self._session.sites)
             if len(self._checked) >= _MOST_CHECKED:
                 self._checked.clear()
-            self._checked[headers], self._outlines[headers] = AdapterSize.of(forms), outline
+            self._checked[headers], self._outlines[headers] = AdapterSize.of(forms, headers), outline
             for oldest in list(self._outlines)[:-_MOST_OUTLINES]:
                 del self._outlines[oldest]
         return self._checked[headers], nbytes
@@ -135,7 +137,22 @@ class AdapterRegistry:
         Raises:
             FormatError, AdapterError, SiteError: as ``load_adapter``.
         """
-        return fill_adapter(path, self._outlines, name) or load_adapter(path, self.view, name)
+        found = read_values(path, self._outlines)
+        return load_adapter(path, self.view, name) if found is None else found[0].make_adapter(name, found[1])
+
+    def find_structure(self, headers: bytes) -> AdapterStructure | None:
+        """Return the structure of adapters with these headers, if it is cached and their values can be read alone."""
+        outline = self._outlines.get(headers)
+        return None if outline is None or outline.sites is None else outline
+
+    def read_values(self, path: Path, structure: AdapterStructure) -> torch.Tensor | None:
+        """Read the values of an adapter; return None if it has another structure.
+
+        Raises:
+            FormatError, AdapterError: as ``load_adapter``.
+        """
+        found = read_values(path, self._outlines)
+        return None if found is None or found[0] is not structure else found[1]
 
 
 class StoredFile(StoredAdapter):
@@ -149,17 +166,25 @@ class StoredFile(StoredAdapter):
         digest: the digest that the file must have; None: any file that fits the model.
     """
 
-    __slots__ = ("_digest", "_path", "_registry")
+    __slots__ = ("_digest", "_headers", "_path", "_registry")
 
     def __init__(
         self, registry: AdapterRegistry, path: str, size: AdapterSize, nbytes: int, digest: str | None = None
     ) -> None:
-        self.invocation = size.invocation
+        self.invocation, self._headers = size.invocation, size.headers
         self._registry, self._path, self.nbytes, self._digest = registry, path, nbytes, digest
 
     @property
     def folder(self) -> Path:
         return Path(self._path).parent
+
+    @property
+    def structure(self) -> AdapterStructure | None:
+        return self._registry.find_structure(self._headers)
+
+    def read_values(self, structure: AdapterStructure) -> torch.Tensor | None:
+        with self._open() as path:
+            return self._registry.read_values(path, structure)
 
     def read(self, name: str) -> Adapter:
         with self._open() as path:

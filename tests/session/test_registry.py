@@ -110,6 +110,20 @@ def test_reads_values_of_half_precision(dtype: torch.dtype, compiled: Any, tmp_p
     assert answers(compiled, NAMES) == expected
 
 
+@pytest.mark.medium("half precision", cases=["dtype0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_values_straight_into_slots_once_two_of_a_structure_were_used(
+    dtype: torch.dtype, compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_all(make_similar(LORA, dtype), tmp_path / "them", "peft")
+    expected = answers_of_formats(compiled, folder)
+    register(compiled, folder)
+    assert answers(compiled, NAMES[:2]) == expected[:2]
+    monkeypatch.setattr("lorac.adapters.preparation.Preparer.prepare", None)
+    assert answers(compiled, NAMES[2:]) == expected[2:]
+    assert {*compiled.pool.resident} == {*NAMES}
+
+
 @pytest.mark.medium("DoRA, which also reads the base", keep=["*DoRA*"])
 @pytest.mark.parametrize(
     "variant", [lorac.DoRA(r=2, targets=("up",)), lorac.VeRA(r=3, targets=("up",)), lorac.IA3(targets=("up",))], ids=str

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorac.ir.algebra import operands
@@ -31,6 +32,8 @@ aten = torch.ops.aten
 LOW_RANK, SPARSE, DELTA, DENSE, BRANCH = "low-rank", "sparse", "delta", "dense", "branch"
 _TOKENS, _OTHER_TOKENS = 5, 7
 """Numbers of tokens in the examples over which a branch is traced; at least 2."""
+FACTOR = 1 << 44
+"""More values than any adapter has: numbers of values carry the index of their factor as a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,35 @@ class Reduction:
         """Return the form's tensors by operand."""
         values = self.graph.forward(weight, bias, *tensors)  # a direct call: nothing hooks into the graph
         return dict(zip(self.outputs, values, strict=True))
+
+    def follow(self, numbers: Sequence[Tensor], factors: list[float]) -> dict[str, Tensor] | None:
+        """Return which values of the parameters stand where in the form's tensors.
+
+        Args:
+            numbers: for each parameter the numbers of its values, from 1 to below ``FACTOR``.
+            factors: numbers by which values are multiplied, beginning with 1; missing ones are appended.
+
+        Returns:
+            operand -> the numbers, each with the index of its factor times ``FACTOR`` added; None if any step is not a
+            view of a parameter or the only product of a parameter with a number.
+        """
+        nodes = [*self.graph.graph.nodes]
+        places = [node for node in nodes if node.op == "placeholder"]
+        found: dict[object, Tensor] = dict(zip(places[2:], numbers, strict=True))
+        for node in nodes:
+            own = found.get(node.args[0]) if node.op == "call_function" else None
+            if own is None or not isinstance(node.target, OpOverload):
+                continue
+            if node.target.is_view and isinstance(view := node.target(own, *node.args[1:], **node.kwargs), Tensor):
+                found[node] = view
+            elif node.target is aten.mul.Tensor and isinstance(factor := node.args[1], int | float):
+                if int(own.max()) >= FACTOR:  # two products in a row round twice
+                    return None
+                factors += [] if factor in factors else [factor]
+                found[node] = own + factors.index(factor) * FACTOR
+        [results] = [node.args[0] for node in nodes if node.op == "output"]
+        outputs = {name: found[node] for name, node in zip(self.outputs, results, strict=True) if node in found}
+        return outputs if len(outputs) == len(self.outputs) else None
 
 
 def reduce_weight(
