@@ -98,6 +98,8 @@ class RowBank:
     def _widen(self, tensors: Mapping[str, Tensor]) -> None:
         """Grow the places to fit tensors; the content is copied, and the rest is zero."""
         before = self._places.by_slot
+        if all(tensors[name].shape[1:] == place.shape[1:] for name, place in before.items()):
+            return
         wider = {
             name: (len(place), *map(max, place.shape[1:], tensors[name].shape[1:])) for name, place in before.items()
         }
@@ -139,7 +141,7 @@ class _RowPlaces:
         """Return the fewest copies that write a choice's tensors (1, …), by slot, into the places of a row."""
         copies = list[_PlaceCopy]()
         for stack, names in zip(self.stacks, self._names, strict=True):
-            sources = find_stacks([tensors[name][0] for name in names])
+            sources = find_stacks([tensors[name] for name in names])
             parts = stack.split([len(source) for source in sources])
-            copies += zip(sources, parts, strict=True)
+            copies += zip([source[:, 0] for source in sources], parts, strict=True)
         return copies
