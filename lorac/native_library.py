@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lorac.errors import warn
 
+OP_VERSION = 3
+"""The version of the op for ONNX Runtime."""
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -23,12 +25,14 @@ class NativeLibrary:
         kernels: the instruction set that it uses on this processor.
 
     Raises:
-        OSError: the file does not load.
+        OSError: the file does not load, or has another version of the op.
         AttributeError: the library lacks a function.
     """
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
+        if (version := library.LoracNativeOpVersion()) != OP_VERSION:
+            raise OSError(f"its op has version {version}, and this lorac uses version {OP_VERSION}")
         describe = library.LoracNativeKernels
         describe.restype = ctypes.c_char_p
         self.path, self.kernels = path, describe().decode()

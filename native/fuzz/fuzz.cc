@@ -68,8 +68,8 @@ struct Factor {
 
 struct Slots {
   Factor a, b;
-  std::vector<float> g, h, c;
-  bool has_g, has_h, has_c;
+  std::vector<float> g, h, c, r;
+  bool has_g, has_h, has_c, has_r;
 };
 
 bool Check(Random& random) {
@@ -87,8 +87,8 @@ bool Check(Random& random) {
     slots.push_back({Factor(random, places * features * layer.rank, scale, half),
                      Factor(random, places * layer.rank * layer.width, 1, half),
                      Floats(random, places * layer.rank, 1), Floats(random, places * layer.width, 1),
-                     Floats(random, places * layer.width, 1), Pick(random, 0, 1) == 1, Pick(random, 0, 1) == 1,
-                     Pick(random, 0, 1) == 1});
+                     Floats(random, places * layer.width, 1), Floats(random, rows * layer.width, half ? 1e-6 : 1),
+                     Pick(random, 0, 1) == 1, Pick(random, 0, 1) == 1, Pick(random, 0, 1) == 1, Pick(random, 0, 1) == 1});
     update.layers.push_back(layer);
   }
   int64_t width = 0;
@@ -100,6 +100,7 @@ bool Check(Random& random) {
     layer.g = slots[i].has_g ? slots[i].g.data() : nullptr;
     layer.h = slots[i].has_h ? slots[i].h.data() : nullptr;
     layer.c = slots[i].has_c ? slots[i].c.data() : nullptr;
+    layer.r = slots[i].has_r ? slots[i].r.data() : nullptr;
     outputs.emplace_back(rows * layer.width);
     again.emplace_back(rows * layer.width);
     width += layer.width;
@@ -119,9 +120,23 @@ bool Check(Random& random) {
     update.segments.assign(places, 0);
     for (const int64_t place : place_of) ++update.segments[place];
   }
+  const bool side_by_side = Pick(random, 0, 1) == 1;
   for (auto* into : {&outputs, &again}) {
-    for (size_t i = 0; i < slots.size(); ++i) update.layers[i].y = (*into)[i].data();
+    std::vector<float> joined(side_by_side ? rows * width : 0);
+    int64_t offset = 0;
+    for (size_t i = 0; i < slots.size(); ++i) {
+      lorac::Layer& layer = update.layers[i];
+      layer.y = side_by_side ? joined.data() + offset : (*into)[i].data();
+      layer.stride = side_by_side ? width : 0;
+      offset += layer.width;
+    }
     lorac::Compute(update, Ordered(into == &outputs));
+    for (size_t i = 0; i < slots.size() && side_by_side; ++i) {
+      const lorac::Layer& layer = update.layers[i];
+      for (int64_t row = 0; row < rows; ++row) {
+        std::copy_n(layer.y + row * width, layer.width, (*into)[i].data() + row * layer.width);
+      }
+    }
   }
   int64_t offset = 0;
   for (size_t i = 0; i < slots.size(); ++i) {
@@ -146,6 +161,7 @@ bool Check(Random& random) {
         if (layer.h != nullptr) sum *= layer.h[place * layer.width + n];
         double kept = base[row * width + offset + n];
         if (layer.c != nullptr) kept *= layer.c[place * layer.width + n];
+        if (layer.r != nullptr) kept += layer.r[row * layer.width + n];
         wrong += std::pow(outputs[i][row * layer.width + n] - (kept + sum), 2);
         added += sum * sum;
         whole += (kept + sum) * (kept + sum);

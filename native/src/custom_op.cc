@@ -1,9 +1,10 @@
 // The op lorac.native::AddLowRank of ONNX Runtime, and the function that registers it.
 //
 // Inputs: x (..., K), base (..., sum of N), then of each layer what its entry of `parts` names, in this order: A and B if
-// the layer has an adapter, then g, h and c; and at last, if rows of a batch brought different numbers of tokens, these
-// numbers (batch), int32. Outputs: y (..., N) of each layer. Attributes: `widths` and `parts`, with a number for each
-// layer. Tensors of a slot have a first axis of places, or none; each place serves as many rows of the batch.
+// the layer has an adapter, then g, h, c and r (..., N); and at last, if rows of a batch brought different numbers of
+// tokens, these numbers (batch), int32. Outputs: y (..., N) of each layer, or one of all layers side by side. Attributes:
+// `widths` and `parts`, with a number for each layer. Tensors of a slot have a first axis of places, or none; each place
+// serves as many rows of the batch.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -19,7 +20,8 @@
 namespace lorac {
 namespace {
 
-enum Part : int64_t { kPair = 1, kBetween = 2, kAfter = 4, kOnBase = 8, kAllParts = 15 };
+enum Part : int64_t { kPair = 1, kBetween = 2, kAfter = 4, kOnBase = 8, kResidual = 16, kAllParts = 31 };
+constexpr int kVersion = 3;
 constexpr int64_t kMaxWidth = int64_t{1} << 40;
 
 // Multiplies sizes. One beyond int64 becomes the largest number, which no tensor has as its size: wrapped, it could be 0.
@@ -67,8 +69,8 @@ ort::Status* Refuse(const ort::Api& api, const char* why) {
 // A node's layers, and what each call reads.
 class AddLowRank {
  public:
-  AddLowRank(const ort::Api& api, std::vector<int64_t> widths, std::vector<int64_t> parts)
-      : api_(api), widths_(std::move(widths)), parts_(std::move(parts)) {}
+  AddLowRank(const ort::Api& api, std::vector<int64_t> widths, std::vector<int64_t> parts, size_t outputs)
+      : api_(api), widths_(std::move(widths)), parts_(std::move(parts)), outputs_(outputs) {}
 
   ort::Status* ComputeOrRefuse(ort::KernelContext* context) const {
     try {
@@ -169,6 +171,13 @@ class AddLowRank {
       *vector.where = static_cast<const float*>(scale.data);
       first = false;
     }
+    if (parts_[index] & kResidual) {
+      const Tensor residual = reader.Next();
+      if (reader.status != nullptr) return reader.status;
+      fits = residual.type == ort::kFloat && residual.Count() == Multiply(update.rows, layer.width);
+      if (!fits) return Refuse("a residual has another shape or type");
+      layer.r = static_cast<const float*>(residual.data);
+    }
     update.layers.push_back(layer);
     return nullptr;
   }
@@ -199,7 +208,7 @@ class AddLowRank {
   // Whether a layer before this one has tensors of slots.
   bool HasSlotsBefore(size_t index) const {
     for (size_t i = 0; i < index; ++i) {
-      if (parts_[i] != 0) return true;
+      if ((parts_[i] & ~kResidual) != 0) return true;
     }
     return false;
   }
@@ -207,21 +216,29 @@ class AddLowRank {
   ort::Status* ReserveOutputs(ort::KernelContext* context, const Tensor& base, Update& update) const {
     std::array<int64_t, kMaxAxes> shape;
     std::copy(base.shape, base.shape + base.axes, shape.begin());
+    float* y = nullptr;
     for (size_t i = 0; i < update.layers.size(); ++i) {
-      shape[base.axes - 1] = update.layers[i].width;
-      ort::Value* value = nullptr;
-      void* data = nullptr;
-      ort::Status* status = api_.KernelContext_GetOutput(context, i, shape.data(), base.axes, &value);
-      if (status == nullptr && value == nullptr) status = Refuse("an output has no name");
-      if (status == nullptr) status = api_.GetTensorMutableData(value, &data);
-      if (status != nullptr) return status;
-      update.layers[i].y = static_cast<float*>(data);
+      lorac::Layer& layer = update.layers[i];
+      if (i < outputs_) {
+        if (outputs_ > 1) shape[base.axes - 1] = layer.width;
+        ort::Value* value = nullptr;
+        void* data = nullptr;
+        ort::Status* status = api_.KernelContext_GetOutput(context, i, shape.data(), base.axes, &value);
+        if (status == nullptr && value == nullptr) status = Refuse("an output has no name");
+        if (status == nullptr) status = api_.GetTensorMutableData(value, &data);
+        if (status != nullptr) return status;
+        y = static_cast<float*>(data);
+      }
+      layer.y = y;
+      layer.stride = outputs_ > 1 ? layer.width : base.Last();
+      y += layer.width;
     }
     return nullptr;
   }
 
   const ort::Api& api_;
   const std::vector<int64_t> widths_, parts_;
+  const size_t outputs_;
 };
 
 ort::Status* ReadNumbers(
@@ -239,14 +256,14 @@ ort::Status* CreateKernel(const ort::CustomOp*, const ort::Api* api, const ort::
   size_t inputs = 0, outputs = 0, expected = 2;
   if (ort::Status* status = api->KernelInfo_GetInputCount(info, &inputs)) return status;
   if (ort::Status* status = api->KernelInfo_GetOutputCount(info, &outputs)) return status;
-  bool fits = !widths.empty() && widths.size() == parts.size() && widths.size() == outputs;
+  bool fits = !widths.empty() && widths.size() == parts.size() && (outputs == 1 || outputs == widths.size());
   for (size_t i = 0; fits && i < widths.size(); ++i) {
     fits = widths[i] >= 0 && widths[i] <= kMaxWidth && parts[i] >= 0 && parts[i] <= kAllParts;
-    for (const Part part : {kPair, kPair, kBetween, kAfter, kOnBase}) expected += (parts[i] & part) != 0;
+    for (const Part part : {kPair, kPair, kBetween, kAfter, kOnBase, kResidual}) expected += (parts[i] & part) != 0;
   }
   if (!fits) return Refuse(*api, "`parts`, `widths` and outputs do not agree");
   if (inputs != expected && inputs != expected + 1) return Refuse(*api, "inputs are not those that `parts` names");
-  *kernel = new AddLowRank(*api, std::move(widths), std::move(parts));
+  *kernel = new AddLowRank(*api, std::move(widths), std::move(parts), outputs);
   return nullptr;
 }
 
@@ -268,14 +285,14 @@ ort::CustomOp Describe() {
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kVariadic; };
   op.GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
   op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
-  op.GetStartVersion = [](const ort::CustomOp*) { return 2; };
-  op.GetEndVersion = [](const ort::CustomOp*) { return 2; };
+  op.GetStartVersion = [](const ort::CustomOp*) { return kVersion; };
+  op.GetEndVersion = [](const ort::CustomOp*) { return kVersion; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
     return static_cast<AddLowRank*>(kernel)->ComputeOrRefuse(context);
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<AddLowRank*>(kernel); };
-  // The only layer's y may lie where base does.
+  // One y of all layers may lie where base does.
   op.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
     *inputs = new int[1]{1};
     *outputs = new int[1]{0};
@@ -305,5 +322,7 @@ LORAC_EXPORT lorac::ort::Status* RegisterCustomOps(
   if (lorac::ort::Status* status = api->CustomOpDomain_Add(domain, &op)) return status;
   return api->AddCustomOpDomain(options, domain);
 }
+
+LORAC_EXPORT int LoracNativeOpVersion() { return lorac::kVersion; }
 
 LORAC_EXPORT const char* LoracNativeKernels() { return lorac::ChooseKernels().name; }

@@ -21,12 +21,13 @@ struct Block {
   int64_t y_stride;
 };
 
-// What is done to a product before it is stored: y = c * base + h * product.
+// What is done to a product before it is stored: y = r + (c * base + h * product).
 struct Finish {
   const float* base;  // (rows, width)
   int64_t base_stride;
   const float* h;  // (width), or null
   const float* c;  // (width), or null
+  const float* r;  // (rows, width), or null
   bool far;        // base and y are not in a cache: lines of the next rows are asked for early
 };
 

@@ -157,7 +157,9 @@ void Up(const Block& block, bool half, const Finish& finish) {
     typename V::Type base = Load<V>(finish.base + row * finish.base_stride + column, lanes);
     if (finish.c != nullptr) base = V::Multiply(base, Load<V>(finish.c + column, lanes));
     if (finish.h != nullptr) sum = V::Multiply(sum, Load<V>(finish.h + column, lanes));
-    Store<V>(block.y + row * block.y_stride + column, lanes, V::Add(base, sum));
+    sum = V::Add(base, sum);
+    if (finish.r != nullptr) sum = V::Add(Load<V>(finish.r + row * block.width + column, lanes), sum);
+    Store<V>(block.y + row * block.y_stride + column, lanes, sum);
   });
 }
 

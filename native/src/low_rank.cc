@@ -121,6 +121,7 @@ class Call {
   // y of a block of rows, for the columns of a slice.
   void Up(const RowBlock& block, const Slice& slice) const {
     const Layer& layer = update_.layers[slice.layer];
+    const int64_t stride = layer.stride != 0 ? layer.stride : layer.width;
     const Block product = {u_.get() + block.first * u_width_ + u_offsets_[slice.layer],
                            u_width_,
                            Place(layer.b, block.place, layer.rank * layer.width),
@@ -129,11 +130,12 @@ class Call {
                            block.rows,
                            slice.begin,
                            std::min(layer.width, slice.begin + kColumns),
-                           layer.y + block.first * layer.width,
-                           layer.width};
+                           layer.y + block.first * stride,
+                           stride};
     const Finish finish = {update_.base + block.first * y_width_ + y_offsets_[slice.layer], y_width_,
                            layer.h == nullptr ? nullptr : layer.h + block.place * layer.width,
-                           layer.c == nullptr ? nullptr : layer.c + block.place * layer.width, false};
+                           layer.c == nullptr ? nullptr : layer.c + block.place * layer.width,
+                           layer.r == nullptr ? nullptr : layer.r + block.first * layer.width, false};
     kernels_.up(product, update_.half, finish);
   }
 

@@ -1,4 +1,4 @@
-// y_i = c_i * base_i + h_i * (((x A_i) * g_i) B_i), for the layers i that read one x.
+// y_i = r_i + (c_i * base_i + h_i * (((x A_i) * g_i) B_i)), for the layers i that read one x.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,9 @@ struct Layer {
   const float* g = nullptr;  // (places, R), or null
   const float* h = nullptr;  // (places, N), or null
   const float* c = nullptr;  // (places, N), or null
-  float* y = nullptr;        // (rows, N); may be where base is, if there is one layer
+  const float* r = nullptr;  // (rows, N), or null
+  float* y = nullptr;        // (rows, N)
+  int64_t stride = 0;        // between the rows of y; 0: N
   int64_t rank = 0;
   int64_t width = 0;  // N
 };
@@ -42,7 +44,7 @@ class Parallel {
   ~Parallel() = default;
 };
 
-// Results do not depend on how Parallel divides the work.
+// Results do not depend on how Parallel divides the work. The y of all layers, side by side, may be where base is.
 void Compute(const Update& update, const Parallel& parallel);
 
 }  // namespace lorac

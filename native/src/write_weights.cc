@@ -98,7 +98,7 @@ LORAC_EXPORT void LoracNativeWriteProduct(
       const int64_t count = std::min<int64_t>(lorac::kRows, end - row);
       const lorac::Block block = {factors + (row - begin) * rank, rank, right, rank, columns, count, 0, columns,
                                   out + row * columns, columns};
-      kernels.up(block, false, {weight + row * columns, columns, nullptr, nullptr, true});
+      kernels.up(block, false, {weight + row * columns, columns, nullptr, nullptr, nullptr, true});
     }
   });
 }

@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+RESIDUAL = "r"
+
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of one call: rows in segments, K, and the rank and width of each layer; and layers' scales."""
+    """Shapes of one call: rows in segments, K, and the rank and width of each layer; layers' scales, and a residual."""
 
     places: int
     segment: int
@@ -35,7 +37,8 @@ def own_ops(case: Case) -> onnx.ModelProto:
         inputs += [_value(f"{i}:a", f"rank{i}", case.features), _value(f"{i}:b", width, f"rank{i}")]
         nodes.append(helper.make_node("MatMul", ["x", f"{i}:a"], [f"u{i}"]))
         u, pair, part = f"u{i}", f"pair{i}", f"base{i}"
-        inputs += [_value(f"{i}:{role}", f"rank{i}" if role == "g" else width, 1) for role in case.scales]
+        roles = case.scales.replace(RESIDUAL, "")
+        inputs += [_value(f"{i}:{role}", f"rank{i}" if role == "g" else width, 1) for role in roles]
         if "g" in case.scales:
             nodes.append(helper.make_node("Mul", [u, f"{i}:g"], [f"{u}g"]))
             u = f"{u}g"
@@ -46,7 +49,12 @@ def own_ops(case: Case) -> onnx.ModelProto:
         if "h" in case.scales:
             nodes.append(helper.make_node("Mul", [pair, f"{i}:h"], [f"{pair}h"]))
             pair = f"{pair}h"
-        nodes.append(helper.make_node("Add", [part, pair], [f"y{i}"]))
+        y = f"y{i}" if RESIDUAL not in case.scales else f"sum{i}"
+        nodes.append(helper.make_node("Add", [part, pair], [y]))
+        if RESIDUAL in case.scales:
+            nodes.append(helper.make_node("Add", [f"residual{i}", y], [f"y{i}"]))
+            inputs.append(_value(f"residual{i}", width))
+            parts.append(_value(y, width))
         outputs.append(_value(f"y{i}", width))
         parts.append(_value(f"base{i}", width))
     sizes = onnx.numpy_helper.from_array(np.array(case.widths), "sizes")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from lorac.backends.onnxruntime.native_op import DOMAIN, OP, VERSION, use_native_op
+from lorac.backends.onnxruntime.native_op import DOMAIN, OP, use_native_op
+from lorac.native_library import OP_VERSION
 from tests.limits import NATIVE, NATIVE_HALF
-from tests.native.graphs import Case, own_ops
+from tests.native.graphs import RESIDUAL, Case, own_ops
 from tests.native.library import needs_compiler
 
 pytestmark = needs_compiler
@@ -29,6 +31,7 @@ CASES = (
     Case(1, 2, 33, (0, 8), (65, 64)),
     Case(33, 1, 45, (13,), (301,)),
     *(Case(2, 3, 50, (9, 20), (70, 33), scales) for scales in ("g", "h", "c", "ghc")),
+    *(Case(places, 3, 50, (9,), (70,), scales) for places, scales in ((2, "ghcr"), (30, "r"))),
 )
 
 
@@ -73,12 +76,9 @@ def uneven_session(package: Path) -> ort.InferenceSession:
     node = helper.make_node(OP, list(kinds), ["y"], domain=DOMAIN, widths=[5], parts=[1])
     inputs = [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), shape) for n, shape in kinds.items()]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["t", 5])]
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, OP_VERSION)]
     model = helper.make_model(helper.make_graph([node], "layer", inputs, outputs), opset_imports=opsets, ir_version=10)
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = 1
-    settings.register_custom_ops_library(str(package / "lorac_native" / "liblorac_native.so"))
-    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return open_session(model, package)
 
 
 def uneven_feeds(counts: list[int], places: int) -> dict[str, Array]:
@@ -106,6 +106,24 @@ def test_rejects_other_numbers_of_tokens(native: Path, counts: list[int]) -> Non
         uneven_session(native).run(None, feeds)
 
 
+def test_one_output_of_all_layers_holds_theirs_side_by_side(native: Path) -> None:
+    case = CASES[1]
+    feeds, model = make_feeds(case), own_ops(case)
+    use_native_op(model)
+    each = open_session(model, native).run(None, feeds)
+    del model.graph.node[0].output[1:], model.graph.output[1:]
+    model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value = sum(case.widths)
+    (joined,) = open_session(model, native).run(None, feeds)
+    assert np.array_equal(joined, np.concatenate(each, axis=-1))
+
+
+def open_session(model: onnx.ModelProto, package: Path) -> ort.InferenceSession:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.register_custom_ops_library(str(package / "lorac_native" / "liblorac_native.so"))
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
 def make_feeds(case: Case) -> dict[str, Array]:
     random = np.random.default_rng(0)
 
@@ -119,7 +137,10 @@ def make_feeds(case: Case) -> dict[str, Array]:
     for i, (rank, width) in enumerate(zip(case.ranks, case.widths, strict=True)):
         feeds[f"{i}:a"] = noise(case.places, case.features, rank, scale=case.features**-0.5)
         feeds[f"{i}:b"] = noise(case.places, rank, width, scale=max(rank, 1) ** -0.5)
-        feeds |= {f"{i}:{role}": noise(case.places, 1, rank if role == "g" else width) for role in case.scales}
+        roles = case.scales.replace(RESIDUAL, "")
+        feeds |= {f"{i}:{role}": noise(case.places, 1, rank if role == "g" else width) for role in roles}
+        if RESIDUAL in case.scales:
+            feeds[f"residual{i}"] = noise(case.places, case.segment, width, scale=3)
     return feeds
 
 

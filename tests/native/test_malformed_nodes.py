@@ -11,7 +11,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from lorac.backends.onnxruntime.native_op import DOMAIN, OP, VERSION
+from lorac.backends.onnxruntime.native_op import DOMAIN, OP
+from lorac.native_library import OP_VERSION
 from tests.native.library import needs_compiler
 
 pytestmark = needs_compiler
@@ -33,7 +34,7 @@ def answer(
     given = [helper.make_tensor_value_info(name, types[array.dtype.type], None) for name, array in feeds.items()]
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name]
     node = helper.make_node(OP, inputs, outputs, domain=DOMAIN, **attributes)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, OP_VERSION)]
     model = helper.make_model(helper.make_graph([node], "node", given, made), opset_imports=opsets, ir_version=10)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 4
@@ -57,12 +58,14 @@ def test_accepts_a_sound_node(native: Path) -> None:
         (["x", "base", "b"], ["", "y"], [3, 3], [0, 0]),
         (["x", "base", "b"], ["y", ""], [3, 3], [0, 0]),
         (["x", "base", "a", "b"], ["y"], [6], [1 << 40 | 1]),
+        (["x", "base", "a", "b", "b"], ["y"], [6], [17]),
         (["x", "base", "b"], ["y", "z"], [-3, 9], [0, 0]),
         (["x", "base", "b"], ["y", "z"], [-(1 << 63), 6 - (1 << 63)], [0, 0]),
     ],
     ids=[
         "an input too few", "of parts", "an input too many", "an output too few", "an output too many",
-        "no first output", "no last output", "unknown part", "negative width", "widths that wrap",
+        "no first output", "no last output", "unknown part", "residual of another size",
+        "negative width", "widths that wrap",
     ],
 )  # fmt: skip
 def test_rejects_other_numbers_of_inputs_and_outputs(

@@ -61,7 +61,7 @@ def restore_leading_axes(graph: onnx.GraphProto, domain: str) -> None:
 
     Args:
         graph: the graph, edited in place.
-        domain: the domain of the native op, whose first two inputs may have any leading axes.
+        domain: the domain of the native op, whose first two inputs and residual may have any leading axes.
     """
     index, regions, names = GraphIndex(graph), list[_Region](), dict[str, str]()
     for node in index.nodes:
@@ -130,7 +130,7 @@ class _Region:
         """Return the inputs of an op that have leading axes; an empty list if the op does not accept any."""
         names, shapes = list(filter(None, node.input)), self.index.shapes
         if node.domain == self.domain:
-            return names[:2]
+            return [*names[:2], *(name for name in names[2:] if name not in self.index.fixed)]  # and a residual
         if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and len(shapes.get(names[1], ())) == _MATRIX):
             return names[:1]
         if node.op_type in AXIS_OPS:

@@ -3,14 +3,15 @@
 A pair costs three ops: two products with matrices that are inputs, and a sum. For a row of one token, each op takes
 longer to start than to compute. ``lorac.native::AddLowRank`` replaces all of them, for all layers of a fused projection
 at once, whose outputs it writes separately as ``Split`` would. If tokens are packed (``packing``), it reads the number
-of each row's tokens, so they need not be padded for it.
+of each row's tokens, so they need not be padded for it. It also adds a residual to its sum, and gives attention its
+queries, keys and values as one value.
 
 A saved program has only standard ops, so it runs everywhere. It is rewritten as a protobuf message when it is loaded,
 since importing onnxscript would take a quarter of an artifact's loading time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import NodeProto, TensorProto, helper
@@ -26,14 +27,18 @@ from lorac.backends.onnxruntime.leading_axes import (
 )
 from lorac.ir.algebra import operands
 from lorac.ir.graph.attention_ops import NEW_LENGTHS
+from lorac.native_library import OP_VERSION
 
-DOMAIN, OP, VERSION = "lorac.native", "AddLowRank", 2
+DOMAIN, OP = "lorac.native", "AddLowRank"
 TO_SEGMENTS, FROM_SEGMENTS = "lorac.to_segments", "lorac.from_segments"
 """The indices by which packed tokens (``packing``) become those of segments, and segments' tokens packed."""
-FROM_ROWS = "lorac.from_rows"
-"""The indices by which tokens of padded rows are packed."""
+FROM_ROWS, TO_ROWS = "lorac.from_rows", "lorac.to_rows"
+"""The indices by which tokens of padded rows are packed, and packed tokens become those of padded rows."""
 _PARTS = {operands.A: 1, operands.B: 0, operands.G: 2, operands.H: 4, operands.C: 8}
 """Operand -> its bit in the attribute ``parts``, in the order of the op's inputs; a pair has one bit."""
+_RESIDUAL = 16
+"""The bit of a layer with a residual, an input after its operands."""
+_ATTENTION = "GroupQueryAttention"
 
 
 def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
@@ -51,11 +56,12 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
     groups = _narrowable(model.graph, groups) if half else groups
     if not groups:
         return 0
-    ops = {id(group.replaced[0]): group.op for group in groups}
+    groups = [finder.join_attention(finder.add_residual(group)) for group in groups]
+    ops = {id(group.replaced[0]): (group.op, *group.after) for group in groups}
     removed = {id(node) for group in groups for node in group.replaced}
-    nodes = [ops.get(id(node), node) for node in finder.index.nodes if id(node) in ops or id(node) not in removed]
-    replace_nodes(model.graph, nodes)
-    model.opset_import.add(domain=DOMAIN, version=VERSION)
+    kept = (node for node in finder.index.nodes if id(node) in ops or id(node) not in removed)
+    replace_nodes(model.graph, [made for node in kept for made in ops.get(id(node), (node,))])
+    model.opset_import.add(domain=DOMAIN, version=OP_VERSION)
     restore_leading_axes(model.graph, DOMAIN)
     remove_unused(model.graph)
     if half:
@@ -96,11 +102,13 @@ class _Group:
         layers: the layers, in the order of the op's outputs.
         replaced: the nodes that the op replaces. It takes the position of the first, which is computed last or precedes
             all readers.
+        after: ops on its output, which follow it.
     """
 
     op: NodeProto
     layers: Sequence[_Layer]
     replaced: Sequence[NodeProto]
+    after: Sequence[NodeProto] = ()
 
     @property
     def factors(self) -> set[str]:
@@ -168,6 +176,42 @@ class _LayerFinder:
         op.attribute.extend(helper.make_attribute(*pair) for pair in (("widths", widths), ("parts", parts)))
         op.metadata_props.extend(first.nodes[0].metadata_props)
         return _Group(op, layers, replaced)
+
+    def add_residual(self, group: _Group) -> _Group:
+        """Return a group of one layer whose op also adds the value that an ``Add`` adds to the layer's output."""
+        (layer, *others), index = group.layers, self.index
+        add = next(iter(index.readers[layer.output]), None)
+        if others or add is None or add.op_type != "Add" or index.uses[layer.output] != 1:
+            return group
+        residual = next(name for name in add.input if name != layer.output)
+        shape = index.shapes.get(layer.output, ())
+        if not shape or not all(shape) or index.shapes.get(residual) != shape:
+            return group
+        op, (output,) = NodeProto(), add.output
+        op.CopyFrom(group.op)
+        op.input.insert(len(op.input) - layer.packed, residual)
+        op.output[0] = output
+        next(each for each in op.attribute if each.name == "parts").ints[0] |= _RESIDUAL
+        return replace(group, op=op, replaced=[add, *group.replaced])
+
+    def join_attention(self, group: _Group) -> _Group:
+        """Return a group whose op computes an attention's queries, keys and values as one value, of packed tokens."""
+        index, outputs, op = self.index, [layer.output for layer in group.layers], NodeProto()
+        attention = next(iter(index.readers[outputs[0]]), None)
+        once = all(index.uses[name] == 1 for name in outputs)
+        if attention is None or attention.op_type != _ATTENTION or not once or list(attention.input[:3]) != outputs:
+            return group
+        joined, after = f"{outputs[0]}_joined", list[NodeProto]()
+        attention.input[0], attention.input[1], attention.input[2] = joined, "", ""
+        op.CopyFrom(group.op)
+        del op.output[:]
+        op.output.append(joined)
+        cut, padded = (index.makers.get(name) for name in op.input[:2])
+        if cut is not None and padded is not None and _gathers(cut, TO_SEGMENTS) and _gathers(padded, TO_ROWS):
+            op.input[0], op.input[1], op.output[0] = cut.input[0], padded.input[0], f"{joined}_packed"
+            op.input.append(NEW_LENGTHS)
+            after.append(helper.make_node("GatherND", [op.output[0], TO_ROWS], [joined]))
+        return replace(group, op=op, after=after)
 
     def _find_layer(self, last: NodeProto) -> _Layer | None:
         """Return the layer whose output an op computes as ``c∘base + h∘((x·A)∘g)·B``; None for any other op."""

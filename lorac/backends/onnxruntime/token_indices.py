@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from lorac.backends.onnx.passes import number_constant
-from lorac.backends.onnxruntime.native_op import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
+from lorac.backends.onnxruntime.native_op import FROM_ROWS, FROM_SEGMENTS, TO_ROWS, TO_SEGMENTS
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, dims_of
 
 
@@ -38,7 +38,7 @@ class TokenIndices:
         )
         shape = self.make("Concat", both, self.constant([2]), axis=0)
         self._pairs = {False: (self._find(self._given), self.make("Reshape", first, shape))}
-        self._pairs[False][0].name = FROM_ROWS
+        self._pairs[False][0].name, self._pairs[False][1].name = FROM_ROWS, TO_ROWS
         if slot is not None:
             places = self.make("Shape", slot, start=0, end=1)
             cut, shape = (self.make("Concat", places, self.constant(rest), axis=0) for rest in ([-1], [-1, 2]))
