@@ -210,7 +210,7 @@ def _write_by_peft(model: Any, ids: Any, count: int, adapters: Sequence[str | No
 
 def _write_by_lorac(compiled: Any, ids: Any, count: int, adapters: Sequence[str | None]) -> Any:
     choice = [*adapters] if len({*adapters}) > 1 else adapters[0]
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": count, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
     written = compiled.generate(input_ids=ids, attention_mask=ids * 0 + 1, adapters=choice, **options)
     return written[:, ids.shape[1] :].tolist()
 

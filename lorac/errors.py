@@ -262,7 +262,7 @@ class WrongType(LoracError, TypeError):
 EXTRAS: Mapping[str, str | None] = {
     **dict.fromkeys(("bitsandbytes", "matplotlib", "tensorrt")),
     **{name: name for name in ("diffusers", "gguf", "openvino", "ray")},
-    **dict.fromkeys(("accelerate", "huggingface_hub", "transformers"), "hf"),
+    **dict.fromkeys(("accelerate", "huggingface_hub", "threadpoolctl", "transformers"), "hf"),
     **dict.fromkeys(("lorac-native", "lorac_native"), "native"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "onnxruntime"),
     **dict.fromkeys(("PIL", "fastapi", "llguidance", "prometheus_client", "python_multipart", "uvicorn"), "serve"),

@@ -25,6 +25,7 @@ from lorac.runtime.generation.prompt_features import PromptFeatures
 from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.generation.request import DraftModel, GenerateRequest
 from lorac.runtime.invocation import InvokedProgram
+from lorac.runtime.openmp import on_one_thread
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
@@ -111,6 +112,7 @@ class CachedGeneration:
                 whole = [row for row, n in limits.items() if n == (0 if known is None else known.lengths[row])]
                 keyed = {key: [row for row in rows if row not in whole] for key, rows in keyed.items()}
         with contextlib.ExitStack() as stack:
+            stack.enter_context(on_one_thread())
             if generators and not by_row:
                 stack.enter_context(torch.random.fork_rng(devices=[]))
                 torch.manual_seed(generators[0].initial_seed())

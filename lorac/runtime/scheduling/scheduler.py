@@ -17,6 +17,7 @@ from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, OverBudget, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.generation.prompt_cache import PromptCache
+from lorac.runtime.openmp import on_one_thread
 from lorac.runtime.scheduling.running_batch import RunningBatch
 from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
@@ -177,7 +178,7 @@ class Scheduler(contextlib.AbstractContextManager["Scheduler"]):
         self.close()
 
     def _work(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), on_one_thread():
             self._batch.choose_chunk()
             while self._fill():
                 self._batch.step()

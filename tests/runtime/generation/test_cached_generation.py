@@ -278,3 +278,22 @@ def test_a_failed_step_leaves_the_cache_unchanged(model: Any, monkeypatch: pytes
             model.generate(told, **GREEDY, cache=answer.cache, prefill_chunk_size=4)
     assert answer.cache.cache.lengths == held
     assert torch.equal(model.generate(told, **GREEDY, cache=answer.cache), expected)
+
+
+def test_draws_on_one_thread_and_leaves_torch_its_threads(model: Any) -> None:
+    """torch's other threads spin after each operator, on the cores that the engine computes on."""
+    seen, threads = list[int](), torch.get_num_threads()
+
+    def note(texts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return scores
+
+    options = {"max_new_tokens": 2, "do_sample": False, "logits_processor": [note]}
+    torch.set_num_threads(2)
+    try:
+        model.generate(prompts(1, (4,))[0][None], **options)
+        with lorac.Scheduler(model, rows=1, chunk=4) as scheduler:
+            list(scheduler.submit(lorac.TextRequest(prompts(1, (4,))[0], options=options)))
+        assert (seen, torch.get_num_threads()) == ([1] * 4, 2)
+    finally:
+        torch.set_num_threads(threads)
