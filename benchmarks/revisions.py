@@ -88,7 +88,7 @@ def step():
 
 found["eager step"] = best(step, max(1, given["rounds"] // 5))
 count = given["tokens"]
-settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+settings = {"max_new_tokens": count, "eos_token_id": None, "do_sample": False}
 found["token"] = best(lambda: writer.generate(ids, **settings), 1) / count
 print(json.dumps(found))
 """
