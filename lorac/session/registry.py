@@ -138,7 +138,11 @@ class AdapterRegistry:
             FormatError, AdapterError, SiteError: as ``load_adapter``.
         """
         found = read_values(path, self._outlines)
-        return load_adapter(path, self.view, name) if found is None else found[0].make_adapter(name, found[1])
+        if found is None:
+            return load_adapter(path, self.view, name)
+        adapter = found[0].make_adapter(name, found[1])
+        adapter.provenance |= {"source": str(path)}
+        return adapter
 
     def find_structure(self, headers: bytes) -> AdapterStructure | None:
         """Return the structure of adapters with these headers, if it is cached and their values can be read alone."""

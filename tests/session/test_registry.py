@@ -92,6 +92,8 @@ def test_reads_values_without_the_format_and_gives_the_same_bits(
     assert len(register(compiled, folder)._outlines) == 1
     monkeypatch.setattr("lorac.session.registry.load_adapter", None)
     assert answers(compiled, NAMES) == expected
+    for name, path in zip(NAMES, sorted(folder.iterdir()), strict=True):
+        assert compiled._registry.read(path, name).provenance["source"] == str(path)
     compiled.swap(NAMES[3])
     assert raw(answer(compiled)) == expected[3]
     compiled.swap(None)
