@@ -18,7 +18,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from campaigns.op_calls import LATEST
-from lorac.backends.onnxruntime.native_op import DOMAIN, OP, VERSION
+from lorac.backends.onnxruntime.native_op import DOMAIN, OP
+from lorac.native_library import OP_VERSION
 
 CALLS = 50
 """Models of a case."""
@@ -64,7 +65,7 @@ def _answer(feeds: dict[str, np.ndarray], widths: list[int], parts: list[int], o
     given = [helper.make_tensor_value_info(name, TYPES[array.dtype.type], None) for name, array in feeds.items()]
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name]
     node = helper.make_node(OP, [*feeds], outputs, domain=DOMAIN, widths=widths, parts=parts)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, OP_VERSION)]
     model = helper.make_model(helper.make_graph([node], "node", given, made), opset_imports=opsets, ir_version=10)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = 1, 4
@@ -78,7 +79,7 @@ def _draw(chance: random.Random) -> tuple[dict[str, np.ndarray], list[int], list
     layers, places = chance.choice((1, 1, 2, 3)), chance.choice((1, 1, 2, 4))
     rows, features = chance.choice((4, 8)), chance.choice((1, 8, 17))
     widths = [chance.choice((0, 1, 3, 6)) for _ in range(layers)]
-    parts = [chance.randrange(16) for _ in range(layers)]
+    parts = [chance.randrange(32) for _ in range(layers)]
     shapes: dict[str, tuple[int, ...]] = {"x": (places, rows // places, features), "base": (rows, sum(widths))}
     half = chance.random() < 0.2
     types = {}
@@ -89,9 +90,10 @@ def _draw(chance: random.Random) -> tuple[dict[str, np.ndarray], list[int], list
             types |= dict.fromkeys((f"a{i}", f"b{i}"), np.float16 if half else np.float32)
         sizes = {2: rank, 4: width, 8: width}
         shapes |= {f"s{i}.{bit}": (places, 1, size) for bit, size in sizes.items() if part & bit}
+        shapes |= {f"r{i}": (rows, width)} if part & 16 else {}
     if chance.random() < 0.3:
         shapes["counts"], types["counts"] = (places,), np.int32
-    outputs = [f"y{i}" for i in range(layers)]
+    outputs = ["y"] if chance.random() < 0.3 else [f"y{i}" for i in range(layers)]
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
         name, how = chance.choice([*shapes]), chance.randrange(8)
         if how == 0:
