@@ -80,8 +80,8 @@ COUNT ?= 30
 mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether the suite finds each (hours; SEED= chooses)
 	$(BIN)/python -m campaigns.mutants --count $(COUNT) --seed $(SEED)
 
-# Pages of docs/ that are made from the code, each by docs/make_<page>.py.
-PAGES := cli formats packages peft troubleshooting ways
+# Pages of docs/ that are made from the code or from results in the repository, each by docs/make_<page>.py.
+PAGES := benchmarks cli formats packages peft troubleshooting ways
 
 check: $(STAMP) ## Check format, lint, types, the direction of imports, names in texts and the made pages
 	$(BIN)/ruff format --check .
@@ -92,6 +92,7 @@ check: $(STAMP) ## Check format, lint, types, the direction of imports, names in
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
 	@for page in $(PAGES); do $(BIN)/python -m docs.make_$$page | diff -u docs/$$page.md - \
 		|| { echo "docs/$$page.md is stale: make docs"; exit 1; }; done
+	@$(BIN)/python -m docs.make_benchmarks --age
 
 PYRIGHT := .cache/pyright
 types: $(STAMP) ## Check the code of README and docs by pyright, which Node runs from .cache
@@ -121,8 +122,10 @@ format: $(STAMP) ## Format the code and apply safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Run the benchmarks, whatever fails among them
-	$(BIN)/python -m benchmarks
+BENCH ?=
+bench: $(STAMP) ## Run the benchmarks (hours; BENCH="swap rows" chooses), and write docs/benchmarks.md and what quotes it
+	status=0; $(BIN)/python -m benchmarks $(BENCH) --json benchmarks/results || status=1; \
+	$(BIN)/python -m docs.make_benchmarks > docs/benchmarks.md && $(BIN)/python -m docs.make_benchmarks --quote && exit $$status
 
 OPS ?= 4000
 fuzz: $(STAMP) ## Damage files by the thousand, and call ops with hostile operands, 250 a case of OPS=: nothing ends a process

@@ -1,6 +1,6 @@
-"""All benchmarks, one after another, each in a process of its own; one that fails does not stop the others.
+"""All benchmarks or some, one after another, each in a process of its own; one that fails does not stop the others.
 
-python -m benchmarks [--smoke] [--json FOLDER]
+python -m benchmarks [NAME ...] [--smoke] [--json FOLDER]
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="these instead of all")
     parser.add_argument("--smoke", action="store_true", help="seconds each instead of minutes: everything tiny")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="also write <name>.json of each into this folder")
     given = parser.parse_args(arguments)
     if given.json:
         given.json.mkdir(parents=True, exist_ok=True)
-    if failed := [name for name in names() if not run(name, given)]:
+    if unknown := {*given.names} - {*names()}:
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}: there are {', '.join(names())}")
+    if failed := [name for name in given.names or names() if not run(name, given)]:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 

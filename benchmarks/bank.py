@@ -184,6 +184,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [("bank",)],
     measure=measure,
     tables=tables,
+    rooms=("lorac/adapters", "lorac/formats", "lorac/runtime"),
     prepare=prepare,
 )
 

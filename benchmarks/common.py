@@ -34,6 +34,9 @@ WARM_UP = 2
 """Calls of each side before it is timed."""
 # Sessions of one model in one process differ by the pages they land on; huge pages make them alike.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+PROGRAM = ("lorac/backends", "lorac/passes", "lorac/runtime", "native")
+"""Rooms of a program and of what calls it."""
+TRAINING = ("lorac/backends/eager", "lorac/trainer", "lorac/training", "lorac/variants")
 LIBRARIES = ("torch", "onnxruntime", "transformers", "peft", "lorac")
 
 
@@ -76,6 +79,7 @@ class Benchmark:
         jobs: what is measured, each in a process of its own.
         measure: one job's figures (numbers in mappings; words where all processes agree).
         tables: the tables, from the medians of every job.
+        rooms: folders of the repository whose commits may change the figures.
         prepare: writes what the jobs share into the folder that ``--folder`` names, else one for this run.
         find_faults: figures that make the command fail, as sentences.
     """
@@ -86,6 +90,7 @@ class Benchmark:
     jobs: Callable[[argparse.Namespace], Sequence[Job]]
     measure: Callable[[Job, argparse.Namespace], Mapping[str, Any]]
     tables: Callable[[Found, argparse.Namespace], Sequence[Table]]
+    rooms: Sequence[str] = ("lorac",)
     prepare: Callable[[argparse.Namespace], None] | None = None
     find_faults: Callable[[Found, argparse.Namespace], Sequence[str]] | None = None
 
@@ -439,6 +444,8 @@ def write_json(
     options = ("smoke", "processes", *(option.name for option in benchmark.options))
     result = {
         "benchmark": benchmark.name,
+        "revision": _revision(),
+        "rooms": [f"benchmarks/{benchmark.name}.py", *benchmark.rooms],
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "options": {name: getattr(given, name) for name in options},
@@ -448,6 +455,13 @@ def write_json(
         ],
     }
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def _revision() -> str | None:
+    """Return the commit that is measured, or None outside a checkout. Changes that no commit has end it with a plus."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def _cpu() -> str:

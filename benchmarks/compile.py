@@ -211,6 +211,7 @@ BENCHMARK = common.Benchmark(
     jobs=jobs,
     measure=measure,
     tables=tables,
+    rooms=("lorac/backends", "lorac/frontend", "lorac/ir", "lorac/passes", "lorac/session"),
     prepare=prepare,
 )
 

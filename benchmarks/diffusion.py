@@ -209,6 +209,7 @@ BENCHMARK = common.Benchmark(
     jobs=jobs,
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

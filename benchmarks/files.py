@@ -94,6 +94,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(side,) for side in SIDES],
     measure=measure,
     tables=tables,
+    rooms=("lorac/formats", "lorac/storage"),
     prepare=prepare,
 )
 

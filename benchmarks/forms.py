@@ -270,6 +270,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(what,) for what in given.only],
     measure=measure,
     tables=tables,
+    rooms=("lorac/backends/onnx",),
 )
 
 if __name__ == "__main__":

@@ -400,6 +400,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [("text",)],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

@@ -158,6 +158,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(family,) for family in given.only],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

@@ -94,6 +94,7 @@ BENCHMARK = common.Benchmark(
     jobs=jobs,
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
 )
 
 if __name__ == "__main__":

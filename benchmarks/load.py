@@ -119,6 +119,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [*((side, CALL) for side in SIDES), *((side, TEXT) for side in GENERATES)],
     measure=measure,
     tables=tables,
+    rooms=(*common.PROGRAM, "lorac/storage"),
     prepare=prepare,
 )
 

@@ -140,6 +140,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(side,) for side in SIDES],
     measure=measure,
     tables=tables,
+    rooms=("lorac/formats", "lorac/merging", "lorac/storage"),
     prepare=prepare,
 )
 

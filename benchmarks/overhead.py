@@ -171,6 +171,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [("calls",)],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

@@ -213,6 +213,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(side,) for side in sides(given)],
     measure=measure,
     tables=tables,
+    rooms=("lorac/backends", "lorac/passes"),
 )
 
 if __name__ == "__main__":

@@ -215,6 +215,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [WIDE, NARROW],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

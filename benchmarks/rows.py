@@ -314,6 +314,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(kind,) for kind in (*given.weights, *([REGISTERED, CLASSIFIERS] if _emitted(given) else []))],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

@@ -357,6 +357,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(what, kind) for what in ("speed", "wait") for kind in given.weights],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 

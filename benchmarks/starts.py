@@ -129,6 +129,7 @@ BENCHMARK = common.Benchmark(
     jobs=jobs,
     measure=measure,
     tables=tables,
+    rooms=common.TRAINING,
 )
 
 if __name__ == "__main__":

@@ -206,6 +206,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [("swaps",)],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
 )
 
 if __name__ == "__main__":

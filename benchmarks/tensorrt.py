@@ -130,6 +130,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(side,) for side in (*SIDES, *_more())],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
 )
 
 if __name__ == "__main__":

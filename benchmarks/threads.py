@@ -110,6 +110,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(target,) for target in given.only],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
 )
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ BENCHMARK = common.Benchmark(
     jobs=lambda given: [(name,) for name in given.only],
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
 )
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import lorac
 import lorac.errors
+from docs import make_benchmarks
 from lorac.session.presentation import INTERFACE
 
 ROOT = Path(__file__).parents[1]
@@ -112,10 +113,12 @@ def listed(markdown: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Expand the lists of a page, and give it its tags for the search; mkdocs calls this for every page."""
+    """Expand the lists of a page, mark old tables, and give it its tags; mkdocs calls this for every page."""
     if page.file.src_uri in TAGS:
         page.meta["tags"] = TAGS[page.file.src_uri].split(", ")
     markdown = FILE.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), markdown)
     for link, instead in TURNED.items():
         markdown = markdown.replace(link, instead)
+    if page.file.src_uri == "benchmarks.md":
+        markdown = make_benchmarks.mark(markdown, make_benchmarks.RESULTS)
     return listed(markdown)

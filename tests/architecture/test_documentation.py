@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 
+from docs.make_benchmarks import MILLISECONDS, QUOTES, RESULTS, quote
 from lorac.backends.onnx.legalize import Legalize
 from lorac.formats.peft.config import peft_types
 from lorac.frontend.capture.pipeline import capture_passes
@@ -161,21 +162,11 @@ def test_the_table_of_passes():
 # --- figures of the README and the start page ------------------------------------------------------------------------
 
 
-PEFT_SWAP = "PEFT unmerge + merge"
-
-
-@pytest.mark.parametrize(
-    ("page", "line", "sides"),
-    [
-        ("README.md", r"^\| swapping a .*$", ("live LoRA (ONNX Runtime)", "fused LoRA (ONNX Runtime)", PEFT_SWAP)),
-        ("docs/index.md", r"^A rank-16 LoRA .*$", ("live LoRA (ONNX Runtime)", PEFT_SWAP)),
-    ],
-)
-def test_pages_quote_the_measured_swaps(page, line, sides):
-    (quoted,) = re.findall(line, (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
-    swaps = _section((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), "swap")
-    measured = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", swaps, re.MULTILINE))
-    assert re.findall(r"([\d.]+) ms", quoted) == [measured[side] for side in sides]
+@pytest.mark.parametrize("page", QUOTES)
+def test_pages_quote_the_measured_swaps(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert quote(page, text, RESULTS) == text
+    assert quote(page, MILLISECONDS.sub("0", text), RESULTS) == text, "no line of the page quotes them"
 
 
 def test_the_readme_counts_peft_s_types_and_links_to_the_tables():
