@@ -11,7 +11,8 @@ cache is float16, as it is by default. A second table has what each takes in a p
 memory that no file backs, and how much longer the first token takes after a change of adapter. Perplexities are in
 ``benchmarks.quantised``.
 
-Targets: lorac >= 1.0 of genai's base and >= 1.05 of its adapter at one row; in four bits >= 1.0 of llama.cpp with a
+Targets: lorac >= 1.0 of genai's base and >= 1.05 of its adapter at one row; in four bits >= 1.0 of genai's base with as
+many bits in each layer, and of its mixed ones; >= 1.0 of llama.cpp with a
 LoRA at 8 rows and at 32; and with eight different LoRAs at 8 rows.
 """
 
@@ -32,6 +33,9 @@ from benchmarks import _genai, common
 from benchmarks import _gguf_engines as gguf
 
 LORAC, AGAIN, GENAI, PEFT = "lorac", "lorac, A/A", "genai", "PEFT"
+NARROW, GENAI_MIXED = "lorac, all in int4", "genai, k_quant_mixed"
+"""lorac as genai's builder stores four bits by default, and the builder with eight bits where lorac has them by default
+and a few more."""
 IN_OPENVINO = "lorac in OpenVINO"
 NONE, ONE, EIGHT = "none", "one", "eight"
 WEIGHTS = ("float32", "int4")
@@ -55,7 +59,9 @@ SIDES = {
     "int4": (
         *((LORAC, adapters) for adapters in (NONE, ONE, EIGHT)),
         (AGAIN, NONE),
+        (NARROW, NONE),
         (GENAI, NONE),
+        (GENAI_MIXED, NONE),
         *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
         *((gguf.OPENVINO, adapters) for adapters in (NONE, ONE)),
         *((IN_OPENVINO, adapters) for adapters in (NONE, ONE, EIGHT)),
@@ -63,9 +69,13 @@ SIDES = {
 }
 """Weights -> engine and adapters. genai's builder puts no adapter over four bits, and only lorac, llama.cpp and PEFT
 take another adapter for each row."""
+OWN = {("int4", GENAI): NARROW}
+"""Weights and engine -> lorac's side with as many bits in each layer; elsewhere its default."""
 BOUNDS = {
     ("float32", GENAI, NONE, "x1"): 1.0,
     ("float32", GENAI, ONE, "x1"): 1.05,
+    ("int4", GENAI, NONE, "x1"): 1.0,
+    ("int4", GENAI_MIXED, NONE, "x1"): 1.0,
     ("int4", gguf.LLAMA_CPP, ONE, "x8"): 1.0,
     ("int4", gguf.LLAMA_CPP, ONE, "x32"): 1.0,
     ("int4", gguf.LLAMA_CPP, EIGHT, "x8"): 1.0,
@@ -99,31 +109,40 @@ def prepare(given: argparse.Namespace) -> None:
             lorac.save_adapter(adapter, folder / f"{name}.gguf", format="gguf", model=model)
             shutil.copy(folder / name / "adapter_model.safetensors", folder / f"{name}.safetensors")
     for weights in given.weights:
-        for adapters in (NONE, EIGHT):
-            chosen = {name: folder / name for name in NAMES} if adapters == EIGHT else {}
-            options = {"weights": weights} if weights == "int4" else {}
-            for target in TARGETS:
-                lorac.compile(
-                    common.saved_host(folder / "model"),
-                    chosen,
-                    target=target,
-                    cache=True,
-                    threads=given.threads,
-                    self_test=False,
-                    **({"mode": "live"} if chosen else {}),
-                    **options,
-                ).save(folder / f"{weights}-{adapters}-{target}")
-        for adapters in (NONE, ONE) if _genai.found(given) else ():
-            if (GENAI, adapters) in SIDES[weights]:
+        for name, (adapters, options) in _programs(weights).items():
+            lorac.compile(
+                common.saved_host(folder / "model"),
+                {name: folder / name for name in NAMES} if adapters == EIGHT else {},
+                cache=True,
+                threads=given.threads,
+                self_test=False,
+                **options,
+            ).save(folder / name)
+        for engine, adapters in SIDES[weights] if _genai.found(given) else ():
+            if engine in {GENAI, GENAI_MIXED}:
                 precision = {"float32": "fp32"}.get(weights, weights)
-                built = folder / f"genai-{weights}-{adapters}"
-                _genai.build(folder / "model", built, precision, folder / "a" if adapters == ONE else None)
+                told = (*_genai.LAST_LOGITS, *(["algo_config=k_quant_mixed"] if engine == GENAI_MIXED else []))
+                built = folder / f"{engine}-{weights}-{adapters}"
+                _genai.build(folder / "model", built, precision, folder / "a" if adapters == ONE else None, told)
     if _has_gguf(given):
         gguf.write_base(folder)
         if gguf.find_engine(gguf.OPENVINO, given):
             for weights in ("float16", "int4"):
                 gguf.write_openvino(folder / f"{weights}.gguf", folder / f"openvino-{weights}")
     (folder / "ready").touch()
+
+
+def _programs(weights: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the folder of each of lorac's programs -> its adapters and options."""
+    four_bits = {"weights": weights} if weights == "int4" else {}
+    programs = {
+        f"{weights}-{adapters}-{target}": (adapters, {**four_bits, **options, "target": target})
+        for adapters, options in ((NONE, {}), (EIGHT, {"mode": "live"}))
+        for target in TARGETS
+    }
+    if four_bits:
+        programs[f"{NARROW}-{NONE}"] = (NONE, {**four_bits, "head": "int4", "mixed": False, "target": TARGETS[0]})
+    return programs
 
 
 def _folder(given: argparse.Namespace) -> Path:
@@ -138,7 +157,7 @@ def _has_gguf(given: argparse.Namespace) -> bool:
 
 def sides(weights: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     """Return the sides that can be measured here: engine and adapters."""
-    here = {LORAC, AGAIN, PEFT, *([GENAI] if _genai.found(given) else [])}
+    here = {LORAC, AGAIN, NARROW, PEFT, *([GENAI, GENAI_MIXED] if _genai.found(given) else [])}
     here |= {IN_OPENVINO} if OPENVINO_TARGET in TARGETS else set()
     if given.model == common.SMOLLM2:
         here |= {name for name in gguf.MODULES if gguf.find_engine(name, given)}
@@ -157,14 +176,17 @@ def _open(engine: str, weights: str, adapters: str, rows: int, given: argparse.N
         files = [folder / f"{name}.safetensors" for name in _named(adapters)]
         model = folder / f"openvino-{ {'float32': 'float16'}.get(weights, weights) }"
         return gguf.open_openvino(model, files, given.threads, exact=weights == "float32")
-    if engine == GENAI:
-        return functools.partial(_write_by_genai, _genai.load(folder / f"genai-{weights}-{adapters}", given.threads))
+    if engine in {GENAI, GENAI_MIXED}:
+        built = folder / f"{engine}-{weights}-{adapters}"
+        return functools.partial(_write_by_genai, _genai.load(built, given.threads))
     if engine == PEFT:
         return functools.partial(_write_by_peft, _open_peft(folder, adapters))
     import lorac
 
     target = OPENVINO_TARGET if engine == IN_OPENVINO else "onnxruntime"
-    artifact = f"{weights}-{NONE if adapters == NONE else EIGHT}-{target}"
+    artifact = (
+        f"{weights}-{NONE if adapters == NONE else EIGHT}-{target}" if engine != NARROW else f"{NARROW}-{adapters}"
+    )
     return functools.partial(_write_by_lorac, lorac.load(folder / artifact))
 
 
@@ -317,11 +339,11 @@ def _tables(weights: str, found: common.Found, given: argparse.Namespace) -> Seq
     shapes: Sequence[str] = given.shapes
     rows, held, taken = [], [], []
     for engine, adapters in measured:
-        one, own = speeds[f"{engine} {adapters}"], speeds[f"{LORAC} {adapters}"]
+        one, own = (speeds[f"{side} {adapters}"] for side in (engine, OWN.get((weights, engine), LORAC)))
         cells = [f"{1 / one[label]:.1f}" if label in one else "-" for label in shapes if label != "512"]
         first = [f"{one['512'] * 1e3:.0f}" if "512" in one else "-"] if "512" in shapes else []
         rows.append((engine, adapters, *cells, *first))
-        if engine not in {LORAC, AGAIN}:
+        if engine not in {LORAC, AGAIN, NARROW}:
             ratios = {label: one[label] / own[label] for label in one}
             told = [_hold(ratios.get(label), BOUNDS.get((weights, engine, adapters, label))) for label in shapes]
             held.append((engine, adapters, *told))
@@ -330,7 +352,7 @@ def _tables(weights: str, found: common.Found, given: argparse.Namespace) -> Seq
         taken.append((engine, adapters, f"{memory['load']:.2f}", f"{memory['anonymous']:.0f}", swap))
     title = f"{given.model}, {weights}, LoRA of rank {given.rank}, {given.threads} threads"
     columns = ("engine", "LoRAs", *("ms to first, 512" if label == "512" else f"tok/s {label}" for label in shapes))
-    others = [side for side in measured if side[0] not in {LORAC, AGAIN}]
+    others = [side for side in measured if side[0] not in {LORAC, AGAIN, NARROW}]
     return [
         common.Table(title, columns, rows, measured, again, notes),
         common.Table(f"lorac's speed over theirs, {weights}", ("engine", "LoRAs", *shapes), held, others, again),
@@ -369,6 +391,7 @@ BENCHMARK = common.Benchmark(
     jobs=jobs,
     measure=measure,
     tables=tables,
+    rooms=common.PROGRAM,
     prepare=prepare,
 )
 
