@@ -299,13 +299,27 @@ def test_nodes_have_the_requested_settings(made: Made) -> None:
 
 
 @pytest.mark.medium("the self-test of quantised weights")
-def test_quantises_a_table_of_positions_as_its_weight() -> None:
-    """With a cache what depends on positions alone lies in a table, which the self-test is to know as it is held."""
+def test_keeps_tables_of_positions_float() -> None:
+    """With a cache what depends on positions alone lies in a table; buffers of sines are tables without one, too."""
     from tests.decoders import DECODERS
 
     adapters = {"one": lorac.LoRA(r=2, targets=["q_proj"])}
     compiled = lorac.compile(DECODERS["opt"](), adapters, target="onnxruntime", cache=True, weights="int4")
     assert compiled.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2).shape[1] <= 5
+    assert "weights that stay as they are, tables that are no parameters" in str(compiled.explain())
+
+    class Sines(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.register_buffer("sines", torch.sin(torch.rand(32, 64)))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.layer(nn.functional.embedding(ids, self.sines))
+
+    options = {"weights": "int8", "example_inputs": (torch.tensor([[3, 4, 5]]),)}
+    sines = lorac.compile(Sines().eval(), target="onnxruntime", **options)
+    assert "weights that stay as they are, tables that are no parameters: sines" in str(sines.explain())
 
 
 def test_rejects_a_head_that_the_model_lacks() -> None:

@@ -66,6 +66,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
 
         options = request.options
         found, refused = list[PrequantisedMatrix](), dict[str, str]()
+        parameters = {name for name, _ in request.model.named_parameters(remove_duplicate=False)}
         for name, origin in iter_quantised_origins(request.model):
             codec = None if origin.codes is None else Codec.of(origin.codes, options.block_size)
             if origin.codes is None or codec is None or (codec.table and not self.takes_tables):
@@ -93,6 +94,7 @@ class QuantisingBackend(OnnxBackend[QuantOptionsT, GraphT], Generic[QuantOptions
             options.algorithm,
             calibration,
             options.is_mixed,
+            parameters | {name for name, _ in iter_quantised_origins(request.model)},
         )
         return (passed,)
 

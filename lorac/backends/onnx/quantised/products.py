@@ -5,7 +5,7 @@ rows (``Gather``), and all readers use the same axis. So a table that is tied to
 both ops read the same bytes. Slots are not constants, and stay float.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -65,6 +65,9 @@ class QuantiseWeights(OnnxPass):
         algorithm: one of ``lorac.backends.onnx.quantised.algorithms.ALGORITHMS``.
         calibration: second moments of layers' inputs, if the algorithm needs them.
         mixed: whether the first and last matrices get 8 bits, for up to ``_MIXED_SHARE`` more bytes in total.
+        parameters: the names of the model's parameters. Tables of other values that are only looked up, such as biases
+            or rotary factors by position, stay float: values of one row may differ by orders of magnitude. None: any
+            table is quantised.
         given: matrices whose codes are used unchanged: those in ``prequantised``, and tables of graphs that were
             quantised before, since an encoder may read the table that is tied to the decoder's output layer.
     """
@@ -77,6 +80,7 @@ class QuantiseWeights(OnnxPass):
     algorithm: str = RTN
     calibration: Calibration | None = None
     mixed: bool = False
+    parameters: Collection[str] | None = None
     given: list[PrequantisedMatrix] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,9 +100,12 @@ class QuantiseWeights(OnnxPass):
         has_head = False
         coded: list[_CodedConstant] = []
         for value, constant, readers in found:
-            multiplies = not isinstance(readers, str) and not all(reader.looks_up for reader in readers)
-            is_head = multiplies and _shape_read(constant, readers) in tables
-            encoded = readers if isinstance(readers, str) else self._encode(constant, readers, is_head=is_head)
+            looked_up = not isinstance(readers, str) and all(reader.looks_up for reader in readers)
+            is_head = not isinstance(readers, str) and not looked_up and _shape_read(constant, readers) in tables
+            if looked_up and self.parameters is not None and str(value.name).replace(":", ".") not in self.parameters:
+                encoded: EncodedMatrix | str = "tables that are no parameters"
+            else:
+                encoded = readers if isinstance(readers, str) else self._encode(constant, readers, is_head=is_head)
             if isinstance(readers, str) or isinstance(encoded, str):
                 modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
                 folded = modules and "." not in str(value.name)  # during emission: its reader's name says more
