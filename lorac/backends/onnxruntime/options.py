@@ -16,7 +16,6 @@ from lorac.native_library import NativeLibrary, find_native_library
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 """Type of device -> its default provider."""
 _SETTLE_TIMES = ("asked", "background")
-_ACCURACY_LEVELS = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
 _CACHE_RELEASE = "1.32"
 """The first release whose GroupQueryAttention takes rows of several lengths, which a cache needs."""
 FLOAT16 = "float16"
@@ -46,9 +45,8 @@ class OnnxRuntimeOptions(QuantisationOptions):
         providers: execution providers, best first; default: those of the device.
         device: where sessions run, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``;
             default: where the first of the providers runs.
-        accuracy_level: the least precision of products: 1 float32, 2 float16, 3 bfloat16; 4 rounds their operand to
-            int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
-            float32. None: 4 with ``weights=``, and 1 for pre-quantised weights, whose own products round nothing.
+        accuracy_level: also 2, float16, and 3, bfloat16; 0 leaves it to the execution provider, and the CPU's takes
+            float32.
         native: whether sessions on the CPU add low-rank adapters by the op of lorac-native instead of ONNX Runtime's
             own ops: ``"auto"`` where it is installed; True always; False never; ``"float16"`` always, with factors
             in float16, which are read in half the time and rounded by up to 5e-4 of their values. It belongs to this
@@ -60,7 +58,7 @@ class OnnxRuntimeOptions(QuantisationOptions):
 
     running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers", "native", "prepacked")
     local: ClassVar[tuple[str, ...]] = (*QuantisationOptions.local, "native", "prepacked")
-    quantisation: ClassVar[tuple[str, ...]] = ("accuracy_level", *QuantisationOptions.quantisation)
+    accuracy_levels: ClassVar[tuple[int | None, ...]] = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
     threads: int = 0
     spinning: bool | None = None
     settle: str = "asked"
@@ -69,15 +67,8 @@ class OnnxRuntimeOptions(QuantisationOptions):
     portable: bool = False
     providers: tuple[str, ...] | None = None
     device: str | None = None
-    accuracy_level: int | None = None
     native: bool | str = "auto"
     prepacked: str | Path | None = None
-
-    @property
-    def product_level(self) -> int:
-        """The accuracy level of products with quantised weights."""
-        default = FLOAT32_LEVEL if self.weights is None else INT8_LEVEL
-        return default if self.accuracy_level is None else self.accuracy_level
 
     @property
     def place(self) -> torch.device:
@@ -98,7 +89,6 @@ class OnnxRuntimeOptions(QuantisationOptions):
             found, otherwise = onnxruntime.__version__, "compile without cache=True"
             check_release("generation over a cache", "onnxruntime", found, _CACHE_RELEASE, otherwise=otherwise)
         self.check_weights()
-        self.check_among("accuracy_level", _ACCURACY_LEVELS)
         self._check_device()
         if self.native not in _NATIVE:
             raise not_one_of("native cannot be", self.native, tuple(map(repr, _NATIVE)))

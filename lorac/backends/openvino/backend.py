@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.quantised.backend import QuantisingBackend
+from lorac.backends.onnx.quantised.codec import FLOAT32_LEVEL
 from lorac.backends.openvino.compiled_model import compile_model
 from lorac.backends.openvino.engine import CompiledGraph, OvEngine
 from lorac.backends.openvino.options import OpenVINOOptions
@@ -48,7 +49,8 @@ class OpenVINO(QuantisingBackend[OpenVINOOptions, CompiledGraph]):
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OpenVINOOptions]) -> None:
         """Test an engine that computes in float32, since changes by rounding say nothing about slots."""
-        options = dataclasses.replace(engine.options, precision="f32")
+        level = None if engine.options.weights is None else FLOAT32_LEVEL
+        options = dataclasses.replace(engine.options, precision="f32", accuracy_level=level)
         if options != engine.options:
             graphs = {
                 name: self.load_graph(name, engine.files, graph.interface, graph.slots, {}, options)

@@ -8,6 +8,7 @@ import torch
 from openvino.preprocess import PrePostProcessor
 
 from lorac.backends.onnx.model_files import Array, read_model_files
+from lorac.backends.onnx.quantised.codec import INT8_LEVEL
 from lorac.backends.openvino.model_checks import check_operands, missing_op_error
 from lorac.backends.openvino.options import CPU, PRECISIONS, OpenVINOOptions, get_core
 from lorac.ir.graph.attention_ops import is_key_or_value
@@ -30,6 +31,8 @@ IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
 """The file in which OpenVINO looks for a tensor at an address of this process, which it copies. It refuses paths of
 open files, and messages of more than 2 GiB, so there is no other way to a checked weight."""
 
+_ROUNDED_TOGETHER = 32
+"""The values of an operand that share a scale; OpenVINO rounds none in blocks longer than those of the weights."""
 _FUSIONS, _UNFUSED = "src/common/snippets/", {"SNIPPETS_MODE": "DISABLE"}
 """Where OpenVINO 2026.4 fails to fuse ops that share a constant, as attention with a mask does, and the setting with
 which it does not try; it is in no documentation."""
@@ -66,7 +69,7 @@ def compile_model(
     # Always set the precision and the quantisation of operands: OpenVINO's defaults round both if the CPU can.
     settings: dict[str, object] = {
         "INFERENCE_PRECISION_HINT": options.precision,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ROUNDED_TOGETHER if options.product_level == INT8_LEVEL else 0,
         "NUM_STREAMS": options.streams,
     }
     if device == CPU:

@@ -17,6 +17,7 @@ from tests.runtime.generation.texts import padded, prompts
 
 pytest.importorskip("openvino")
 X = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
+TARGETS = ("openvino", "onnxruntime")
 ADAPTERS = {"a": lorac.LoRA(r=3, targets=["up", "down"]), "b": lorac.DoRA(r=2, targets=["up"])}
 
 
@@ -45,7 +46,7 @@ def compiled(target: str, **options: Any) -> Any:
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"weights": "int4"}, {"weights": "int4", "symmetric": False}])
 def test_computes_with_the_codes_that_onnxruntime_reads(options: dict[str, Any], tmp_path: Path) -> None:
     """Adapters are made from the dequantised weights; once loaded, too."""
-    made, other = compiled("openvino", **options), compiled("onnxruntime", accuracy_level=1, **options)
+    made, other = (compiled(target, accuracy_level=1, **options) for target in TARGETS)
     made.save(tmp_path / "saved")
     loaded = lorac.load(tmp_path / "saved", threads=1)
     for choice in (None, "a", "b", ["a", "b", None]):
@@ -59,7 +60,7 @@ def test_computes_with_the_codes_that_onnxruntime_reads(options: dict[str, Any],
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_generates_with_four_bits(tied: bool, tmp_path: Path) -> None:
-    """Tables of embeddings are looked up in codes, which a tied output layer shares."""
+    """Embeddings are looked up in codes, which a tied output layer shares; rotary factors are not."""
     import transformers
 
     torch.manual_seed(0)
@@ -67,9 +68,8 @@ def test_generates_with_four_bits(tied: bool, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=tied, initializer_range=0.3)
     host = transformers.LlamaForCausalLM(config).eval()
     adapters = {"a": lorac.LoRA(r=3, targets=["q_proj", "down_proj"])}
-    options = {"cache": True, "weights": "int4", "active": None}
-    made = lorac.compile(host, adapters, target="openvino", **options)
-    other = lorac.compile(host, adapters, target="onnxruntime", accuracy_level=1, **options)
+    options = {"cache": True, "weights": "int4", "accuracy_level": 1, "active": None}
+    made, other = (lorac.compile(host, adapters, target=target, **options) for target in TARGETS)
     batch = {**padded(prompts(), "left"), **GREEDY, "eos_token_id": None}
     wanted = other.generate(**batch)
     assert torch.equal(made.generate(**batch), wanted)
@@ -81,9 +81,23 @@ def test_generates_with_four_bits(tied: bool, tmp_path: Path) -> None:
 def test_merges_before_it_quantises() -> None:
     host = Two().eval()
     adapters = {"a": lorac.LoRA(r=3, targets=["up"])}
-    options = {"mode": "baked", "weights": "int8", "active": "a"}
-    made = lorac.compile(host, adapters, "openvino", (X,), **options)
-    assert_close(made(X), lorac.compile(host, adapters, "onnxruntime", (X,), accuracy_level=1, **options)(X))
+    options = {"mode": "baked", "weights": "int8", "accuracy_level": 1, "active": "a"}
+    made, other = (lorac.compile(host, adapters, target, (X,), **options) for target in TARGETS)
+    assert_close(made(X), other(X))
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_rounds_operands_as_onnxruntime_does(block_size: int) -> None:
+    """By default, in blocks of a row, whichever rows are beside it: as far from exact products as ONNX Runtime."""
+    torch.manual_seed(0)
+    host, x = nn.Linear(256, 96).eval(), torch.randn(64, 256)
+    options = {"weights": "int8", "block_size": block_size}
+    rounded = {target: lorac.compile(host, target=target, example_inputs=(x,), **options) for target in TARGETS}
+    exact = lorac.compile(host, target="openvino", example_inputs=(x,), accuracy_level=1, **options)(x)
+    off = {target: float((made(x) - exact).norm()) for target, made in rounded.items()}
+    assert 0 < off["openvino"] <= off["onnxruntime"] * 2
+    assert torch.equal(rounded["openvino"](x)[:8], rounded["openvino"](x[:8]))
+    assert "accuracy_level=1 rounds nothing" in str(rounded["openvino"].explain())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +107,8 @@ def test_merges_before_it_quantises() -> None:
         ({"weights": "int8", "mixed": True}, "mixed=True"),
         ({"weights": "int4", "block_size": 48}, "block_size cannot be 48"),
         ({"symmetric": False}, "symmetric= sets how weights are quantised, and no weights are"),
-        ({"weights": "int4", "accuracy_level": 4}, "target 'openvino' has no option 'accuracy_level'"),
+        ({"weights": "int4", "accuracy_level": 2}, "accuracy_level cannot be 2"),
+        ({"accuracy_level": 4}, "accuracy_level= sets how weights are quantised, and no weights are"),
     ],
 )
 def test_rejects_wrong_options(options: dict[str, Any], words: str) -> None:

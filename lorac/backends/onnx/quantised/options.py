@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lorac.backends.onnx.quantised.algorithms import ALGORITHMS, GPTQ, K_QUANT, RTN
-from lorac.backends.onnx.quantised.codec import BLOCK_SIZES, FLOAT32_LEVEL, Codec
+from lorac.backends.onnx.quantised.codec import BLOCK_SIZES, FLOAT32_LEVEL, INT8_LEVEL, Codec
 from lorac.errors import OptionError, not_one_of, short
 from lorac.target.backend import TargetOptions
 
@@ -36,10 +36,13 @@ class QuantisationOptions(TargetOptions):
         block_size: the number of values of a row that share a scale: 16, 32, 64, 128 or 256.
         symmetric: zero is in the middle of each block's range; False gives each block a zero point of its own, and is a
             little larger and slower. Default: as the algorithm does; ``"k_quant"`` always has zero points.
+        accuracy_level: the least precision of products with quantised weights. 1 rounds nothing; 4 rounds their operand
+            to int8, block by block, which is fastest. None: 4 with ``weights=``, and 1 for pre-quantised weights.
     """
 
-    quantisation: ClassVar[tuple[str, ...]] = ("block_size", "symmetric", *_CODE_OPTIONS)
+    quantisation: ClassVar[tuple[str, ...]] = ("accuracy_level", "block_size", "symmetric", *_CODE_OPTIONS)
     """The options that say how weights are quantised."""
+    accuracy_levels: ClassVar[tuple[int | None, ...]] = (None, FLOAT32_LEVEL, INT8_LEVEL)
     local: ClassVar[tuple[str, ...]] = ("calibration",)
     weights: str | None = None
     head: str | None = None
@@ -48,6 +51,7 @@ class QuantisationOptions(TargetOptions):
     calibration: tuple[Mapping[str, object], ...] = ()
     block_size: int = 32
     symmetric: bool | None = None
+    accuracy_level: int | None = None
 
     @property
     def codec(self) -> Codec | None:
@@ -70,8 +74,9 @@ class QuantisationOptions(TargetOptions):
 
     @property
     def product_level(self) -> int:
-        """The accuracy level of products with quantised weights; by default operands are not rounded."""
-        return FLOAT32_LEVEL
+        """The accuracy level of products with quantised weights."""
+        default = FLOAT32_LEVEL if self.weights is None else INT8_LEVEL
+        return default if self.accuracy_level is None else self.accuracy_level
 
     def check_weights(self) -> None:
         """Raise ``OptionError`` for an unknown quantisation."""
@@ -97,6 +102,7 @@ class QuantisationOptions(TargetOptions):
                 next_step="give algorithm='gptq' with it, or leave it out",
             )
         self.check_among("block_size", BLOCK_SIZES)
+        self.check_among("accuracy_level", self.accuracy_levels)
 
     def check_among(self, name: str, known: Sequence[int | None]) -> None:
         """Raise ``OptionError`` if an option's value is not among the known numbers."""
