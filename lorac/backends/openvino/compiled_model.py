@@ -32,7 +32,7 @@ IN_MEMORY = "*/_ORT_MEM_ADDR_/*"
 open files, and messages of more than 2 GiB, so there is no other way to a checked weight."""
 
 _ROUNDED_TOGETHER = 32
-"""The values of an operand that share a scale; OpenVINO rounds none in blocks longer than those of the weights."""
+"""The values of an operand that share a scale; OpenVINO rounds nothing where they are more than a block of weights."""
 _FUSIONS, _UNFUSED = "src/common/snippets/", {"SNIPPETS_MODE": "DISABLE"}
 """Where OpenVINO 2026.4 fails to fuse ops that share a constant, as attention with a mask does, and the setting with
 which it does not try; it is in no documentation."""
@@ -67,9 +67,10 @@ def compile_model(
     core = get_core()
     device = options.device_name
     # Always set the precision and the quantisation of operands: OpenVINO's defaults round both if the CPU can.
+    together = min(_ROUNDED_TOGETHER, options.block_size) if options.product_level == INT8_LEVEL else 0
     settings: dict[str, object] = {
         "INFERENCE_PRECISION_HINT": options.precision,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ROUNDED_TOGETHER if options.product_level == INT8_LEVEL else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": together,
         "NUM_STREAMS": options.streams,
     }
     if device == CPU:
