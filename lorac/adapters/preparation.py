@@ -413,12 +413,12 @@ def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter
 def make_branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchTerm:
     """Return the branch term of a site; adapters with equal structure share its slot.
 
-    If the method defines ``once``, shared tensors are left out of the term.
+    The parameters have the method's order, since files have orders of their own. If the method defines ``once``, shared
+    tensors are left out of the term.
     """
-    variant, tensors, once = adapter.variant.at(site), adapter.tensors[site.path], get_once_path(adapter)
+    variant, given, once = adapter.variant.at(site), adapter.tensors[site.path], get_once_path(adapter)
     assert isinstance(variant, BranchVariant)
-    if once:
-        tensors = {name: tensors[name] for name, spec in variant.specs(site).items() if not spec.shared}
+    tensors = {name: given[name] for name, spec in variant.specs(site).items() if not (once and spec.shared)}
     slot = _make_slot(variant, variant.branch, tensors, once, site.path)
     return BranchTerm(
         replace(slot, emits=variant.emits, reads=variant.reads(site), instead=variant.instead),

@@ -137,6 +137,22 @@ def test_reads_values_of_any_method(variant: Variant, compiled: Any, tmp_path: P
     assert answers(compiled, NAMES) == expected
 
 
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize(
+    "variant",
+    [lorac.Bottleneck(targets=("up", "down"), ln_before=True), lorac.AutoLoRA(r=2, targets=("up", "down"))],
+    ids=lambda variant: variant.name,
+)
+def test_parameters_of_branches_have_the_order_of_their_method(variant: Variant, target: str, tmp_path: Path) -> None:
+    """Files list them by name; the program was compiled with an adapter that is removed, and lists them as made."""
+    saved = save_all(make_similar(variant), tmp_path / "saved")
+    alone = build([lorac.load_adapter(saved / "n1.safetensors", ENTRY.fresh(torch.float32))], target)
+    registered = build([adapter_away(variant, ENTRY.fresh(torch.float32), X, name="z", seed=3)], target, active=None)
+    registered.remove_adapter("z")
+    registered.register(saved)
+    assert raw(answer(registered, adapters="n1")) == raw(answer(alone, adapters="n1"))
+
+
 def test_rejects_wrong_values(compiled: Any, adapters: tuple[Path, str], tmp_path: Path) -> None:
     folder = shutil.copytree(adapters[0], tmp_path / "them")
     expected = answers_of_formats(compiled, folder)
