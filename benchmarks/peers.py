@@ -31,11 +31,16 @@ from typing import Any
 
 from benchmarks import _genai, common
 from benchmarks import _gguf_engines as gguf
+from lorac.native_library import find_native_library
 
 LORAC, AGAIN, GENAI, PEFT = "lorac", "lorac, A/A", "genai", "PEFT"
 NARROW, GENAI_MIXED = "lorac, all in int4", "genai, k_quant_mixed"
 """lorac as genai's builder stores four bits by default, and the builder with eight bits where lorac has them by default
 and a few more."""
+HALF = "lorac, float16 factors"
+"""Factors as adapters' files mostly hold them: ``native="float16"``."""
+VARIED = frozenset({LORAC, AGAIN, NARROW, HALF})
+"""Sides that are lorac in ONNX Runtime."""
 IN_OPENVINO = "lorac in OpenVINO"
 NONE, ONE, EIGHT = "none", "one", "eight"
 WEIGHTS = ("float32", "int4")
@@ -50,6 +55,7 @@ SIDES = {
     "float32": (
         *((LORAC, adapters) for adapters in (NONE, ONE, EIGHT)),
         (AGAIN, NONE),
+        *((HALF, adapters) for adapters in (ONE, EIGHT)),
         *((GENAI, adapters) for adapters in (NONE, ONE)),
         *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
         *((gguf.OPENVINO, adapters) for adapters in (NONE, ONE)),
@@ -60,6 +66,7 @@ SIDES = {
         *((LORAC, adapters) for adapters in (NONE, ONE, EIGHT)),
         (AGAIN, NONE),
         (NARROW, NONE),
+        *((HALF, adapters) for adapters in (ONE, EIGHT)),
         (GENAI, NONE),
         (GENAI_MIXED, NONE),
         *((gguf.LLAMA_CPP, adapters) for adapters in (NONE, ONE, EIGHT)),
@@ -158,6 +165,7 @@ def _has_gguf(given: argparse.Namespace) -> bool:
 def sides(weights: str, given: argparse.Namespace) -> list[tuple[str, str]]:
     """Return the sides that can be measured here: engine and adapters."""
     here = {LORAC, AGAIN, NARROW, PEFT, *([GENAI, GENAI_MIXED] if _genai.found(given) else [])}
+    here |= {HALF} if find_native_library() is not None else set()
     here |= {IN_OPENVINO} if OPENVINO_TARGET in TARGETS else set()
     if given.model == common.SMOLLM2:
         here |= {name for name in gguf.MODULES if gguf.find_engine(name, given)}
@@ -187,7 +195,8 @@ def _open(engine: str, weights: str, adapters: str, rows: int, given: argparse.N
     artifact = (
         f"{weights}-{NONE if adapters == NONE else EIGHT}-{target}" if engine != NARROW else f"{NARROW}-{adapters}"
     )
-    return functools.partial(_write_by_lorac, lorac.load(folder / artifact))
+    options = {"native": "float16"} if engine == HALF else {}
+    return functools.partial(_write_by_lorac, lorac.load(folder / artifact, **options))
 
 
 def _named(adapters: str) -> Sequence[str]:
@@ -343,7 +352,7 @@ def _tables(weights: str, found: common.Found, given: argparse.Namespace) -> Seq
         cells = [f"{1 / one[label]:.1f}" if label in one else "-" for label in shapes if label != "512"]
         first = [f"{one['512'] * 1e3:.0f}" if "512" in one else "-"] if "512" in shapes else []
         rows.append((engine, adapters, *cells, *first))
-        if engine not in {LORAC, AGAIN, NARROW}:
+        if engine not in VARIED:
             ratios = {label: one[label] / own[label] for label in one}
             told = [_hold(ratios.get(label), BOUNDS.get((weights, engine, adapters, label))) for label in shapes]
             held.append((engine, adapters, *told))
@@ -352,7 +361,7 @@ def _tables(weights: str, found: common.Found, given: argparse.Namespace) -> Seq
         taken.append((engine, adapters, f"{memory['load']:.2f}", f"{memory['anonymous']:.0f}", swap))
     title = f"{given.model}, {weights}, LoRA of rank {given.rank}, {given.threads} threads"
     columns = ("engine", "LoRAs", *("ms to first, 512" if label == "512" else f"tok/s {label}" for label in shapes))
-    others = [side for side in measured if side[0] not in {LORAC, AGAIN, NARROW}]
+    others = [side for side in measured if side[0] not in VARIED]
     return [
         common.Table(title, columns, rows, measured, again, notes),
         common.Table(f"lorac's speed over theirs, {weights}", ("engine", "LoRAs", *shapes), held, others, again),
