@@ -105,7 +105,8 @@ def mark(text: str, folder: Path) -> str:
 
 if __name__ == "__main__":
     if "--age" in sys.argv:
-        print("\n".join(f"docs/benchmarks.md, {name}: {sentence}" for name, sentence in ages(RESULTS).items()))
+        for name, sentence in ages(RESULTS).items():
+            print(f"docs/benchmarks.md, {name}: {sentence}")
     elif "--quote" in sys.argv:
         for name in QUOTES:
             text = (ROOT / name).read_text(encoding="utf-8")
